@@ -1,0 +1,62 @@
+"""The `flashrl` command: its table of sub-commands, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from flashrl_cli import __version__
+from flashrl_cli.cli.eval import evaluate
+from flashrl_cli.cli.prepare import prepare
+from flashrl_cli.cli.presets import presets
+from flashrl_cli.cli.train import train
+from flashrl_cli.errors import ExitCode, FlashrlError
+
+app = typer.Typer(
+    name="flashrl",
+    help="Train language models by RL with quantized rollouts, on stock verl, Ray and vLLM.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"flashrl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train language models by RL with quantized rollouts, on stock verl, Ray and vLLM."""
+
+
+PIPELINE = "Pipeline"
+AROUND = "Around it"
+app.command("prepare", rich_help_panel=PIPELINE)(prepare)
+app.command("train", rich_help_panel=PIPELINE)(train)
+app.command("eval", rich_help_panel=PIPELINE)(evaluate)
+app.add_typer(presets, name="presets", rich_help_panel=AROUND)
+
+
+def main() -> None:
+    """Run the command line; an error of the user's ends as `error:`, `hint:` and its exit code."""
+    try:
+        app()
+    except FlashrlError as error:
+        if os.environ.get("FLASHRL_DEBUG"):
+            raise
+        from flashrl_cli.render.output import print_error
+
+        print_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(ExitCode.INTERRUPTED)

@@ -1,0 +1,5 @@
+"""`flashrl eval`."""
+
+
+def evaluate() -> None:
+    """Evaluate checkpoints."""

@@ -1,0 +1,5 @@
+"""`flashrl prepare`."""
+
+
+def prepare() -> None:
+    """Prepare data sets."""

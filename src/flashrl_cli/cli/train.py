@@ -1,0 +1,5 @@
+"""`flashrl train`."""
+
+
+def train() -> None:
+    """Train."""

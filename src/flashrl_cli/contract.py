@@ -1,0 +1,72 @@
+"""What the launcher and the plugins inside verl and vLLM agree on: environment names and handshake files.
+
+Standard library only: the plugins import it in every worker, and nothing else of flashrl but `files`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from flashrl_cli import files
+
+ENV_PLUGIN_DIR = "FLASHRL_PLUGIN_DIR"
+"""Folder for handshake files. Unset means: not a run of flashrl's, and the plugins do nothing."""
+ENV_PLATFORM = "FLASHRL_PLATFORM"
+"""`cpu` or `cuda`: which platform the plugins prepare verl for."""
+ENV_BREAK_REFIT = "FLASHRL_TEST_BREAK_REFIT"
+"""Tests only: `1` makes every refit leave the engine on its initial weights, which the guard must notice."""
+
+INT8_METHOD = "flashrl_int8"
+"""Name of the quantization method that the vLLM plugin registers."""
+WORKER_EXTENSION = "flashrl_cli.plugins.verl_refit.RefitWorkerExtension"
+"""Class that verl's vLLM workers take their weight update from."""
+EVAL_EXTENSION = "flashrl_cli.plugins.folder_refit.FolderRefitExtension"
+"""Class that evaluation engines take new weights from, read from an HF folder."""
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handshake:
+    """What one rollout worker really runs, written after its first refit and renewed at each later one.
+
+    `quantized_layers` counts linear layers whose weights are held in `precision`; `quantized_bytes` is the size of
+    those weights; `kernel` names vLLM's kernel class; `refit_s` is the last weight update's seconds.
+    """
+
+    host: str
+    pid: int
+    precision: str
+    quantized_layers: int
+    linear_layers: int
+    quantized_bytes: int
+    kernel: str
+    vllm: str
+    torch: str
+    device: str
+    refits: int
+    refit_s: float
+    schema_version: int = SCHEMA_VERSION
+
+
+def plugin_dir() -> Path | None:
+    """Folder for handshake files in this process, or None outside a flashrl run."""
+    value = os.environ.get(ENV_PLUGIN_DIR)
+    return Path(value) if value else None
+
+
+def write_handshake(folder: Path, shake: Handshake) -> None:
+    """Write `<host>-<pid>.json` atomically."""
+    files.write_json(folder / f"{shake.host}-{shake.pid}.json", asdict(shake))
+
+
+def read_handshakes(folder: Path) -> Iterator[Handshake]:
+    """Yield the handshakes found in `folder`; a file of another schema version is passed over."""
+    for path in sorted(folder.glob("*.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.get("schema_version") == SCHEMA_VERSION:
+            yield Handshake(**data)

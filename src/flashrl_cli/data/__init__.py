@@ -1,0 +1,1 @@
+"""Data sets: raw rows to verl rows, prepared with a manifest."""

@@ -1,0 +1,1 @@
+"""Evaluate checkpoints: find, load, generate, grade, report."""

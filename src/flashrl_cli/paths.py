@@ -1,0 +1,108 @@
+"""Where things lie: prepared data, runs, checkpoints, presets.
+
+Everything is absolute, because Ray starts workers in folders of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def absolute(path: str | Path) -> Path:
+    """Expand `~` and make absolute, without following links (a link's name is part of the user's naming)."""
+    return Path(os.path.abspath(Path(path).expanduser()))
+
+
+def data_root() -> Path:
+    """Folder of prepared data: `$FLASHRL_DATA`, else `~/data`."""
+    return absolute(os.environ.get("FLASHRL_DATA") or "~/data")
+
+
+def runs_root() -> Path:
+    """Folder of run records: `$FLASHRL_RUNS`, else `./runs`."""
+    return absolute(os.environ.get("FLASHRL_RUNS") or "runs")
+
+
+def checkpoints_root() -> Path:
+    """Folder of checkpoints: `$FLASHRL_CHECKPOINTS`, else `./checkpoints`."""
+    return absolute(os.environ.get("FLASHRL_CHECKPOINTS") or "checkpoints")
+
+
+def presets_root() -> Path:
+    """Folder of the shipped presets: inside the wheel, or the repository's own for an editable install."""
+    packaged = Path(__file__).parent / "_presets"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "presets"
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetPaths:
+    """Files of one prepared data set under the data root (or under `root`, when given)."""
+
+    name: str
+    root: Path
+
+    @classmethod
+    def named(cls, name: str) -> DatasetPaths:
+        """The data set `name` in its default place."""
+        return cls(name=name, root=data_root() / name)
+
+    def split(self, split: str) -> Path:
+        """Parquet file of a split (`train` or `test`)."""
+        return self.root / f"{split}.parquet"
+
+    @property
+    def manifest(self) -> Path:
+        """What was prepared from what."""
+        return self.root / "manifest.json"
+
+    @property
+    def model(self) -> Path:
+        """HF folder of the policy that a data set brings along (only `tiny` does)."""
+        return self.root / "model"
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptPaths:
+    """Files of one attempt of a run; an attempt never overwrites an earlier one."""
+
+    root: Path
+
+    @property
+    def log(self) -> Path:
+        """All output of the trainer, of Ray and of every worker."""
+        return self.root / "driver.log"
+
+    @property
+    def metrics(self) -> Path:
+        """verl's metrics, one JSON object a step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def plugins(self) -> Path:
+        """Handshake files that the rollout workers write."""
+        return self.root / "plugins"
+
+    @property
+    def plan(self) -> Path:
+        """The launch plan that was executed."""
+        return self.root / "plan.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RunPaths:
+    """Files of one run: `runs/<name>/attempt_N` and `checkpoints/<project>/<name>`."""
+
+    name: str
+    root: Path
+    checkpoints: Path
+
+    def attempt(self, number: int) -> AttemptPaths:
+        """Files of attempt `number` (from 1)."""
+        return AttemptPaths(self.root / f"attempt_{number}")
+
+    def attempts(self) -> list[int]:
+        """Numbers of the attempts on disk, in order."""
+        found = (p.name.removeprefix("attempt_") for p in self.root.glob("attempt_*"))
+        return sorted(int(n) for n in found if n.isdigit())

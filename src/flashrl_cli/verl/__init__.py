@@ -1,0 +1,1 @@
+"""The only place that spells verl's keys, file layouts and metric names."""
