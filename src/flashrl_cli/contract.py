@@ -17,8 +17,6 @@ ENV_PLUGIN_DIR = "FLASHRL_PLUGIN_DIR"
 """Folder for handshake files. Unset means: not a run of flashrl's, and the plugins do nothing."""
 ENV_PLATFORM = "FLASHRL_PLATFORM"
 """`cpu` or `cuda`: which platform the plugins prepare verl for."""
-ENV_BREAK_REFIT = "FLASHRL_TEST_BREAK_REFIT"
-"""Tests only: `1` makes every refit leave the engine on its initial weights, which the guard must notice."""
 
 INT8_METHOD = "flashrl_int8"
 """Name of the quantization method that the vLLM plugin registers."""

@@ -24,17 +24,6 @@ class ExitCode(enum.IntEnum):
     TERMINATED = 143
 
 
-class FlashrlError(Exception):
-    """A failure that the user can act on: what, the fix, and the exit code."""
-
-    exit_code: ExitCode = ExitCode.FAILED
-
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-
-
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing wrong with an input: what, where (`file:line` or `--set key`), and the fix."""
@@ -44,14 +33,22 @@ class Problem:
     hint: str | None = None
 
 
-class InputError(FlashrlError):
-    """Bad arguments, configuration or data (exit 2); carries every problem found, not the first."""
+class FlashrlError(Exception):
+    """A failure that the user can act on: what, the fix, every problem found (not the first), and the exit code."""
 
-    exit_code = ExitCode.USAGE
+    exit_code: ExitCode = ExitCode.FAILED
 
     def __init__(self, message: str, *, hint: str | None = None, problems: Sequence[Problem] = ()) -> None:
-        super().__init__(message, hint=hint)
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
         self.problems = tuple(problems)
+
+
+class InputError(FlashrlError):
+    """Bad arguments, configuration or data (exit 2)."""
+
+    exit_code = ExitCode.USAGE
 
 
 class EnvironmentNotReady(FlashrlError):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli.errors import FlashrlError, InputError
+from flashrl_cli.errors import FlashrlError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,11 +96,10 @@ def _console(stream: Any) -> Console:
 def print_error(error: FlashrlError) -> None:
     """Write `error:` and `hint:` lines, and every problem of an input, to stderr."""
     lines = [f"error: {error.message}"]
-    if isinstance(error, InputError):
-        for problem in error.problems:
-            lines.append(f"  {problem.where}: {problem.message}" if problem.where else f"  {problem.message}")
-            if problem.hint:
-                lines.append(f"    hint: {problem.hint}")
+    for problem in error.problems:
+        lines.append(f"  {problem.where}: {problem.message}" if problem.where else f"  {problem.message}")
+        if problem.hint:
+            lines.append(f"    hint: {problem.hint}")
     if error.hint:
         lines.append(f"hint: {error.hint}")
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def bar(console: Console, label: str, total: int | None) -> Iterator[Advance]:
     """Draw a bar with count and ETA on `console`; yields `advance(n)`."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(label, total=total)
         yield lambda n: progress.advance(task, n)

@@ -1,0 +1,55 @@
+# Everything that a checkout needs; `make` lists it. Only Python 3.11 or 3.12 and make must be there.
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# No test takes that many seconds; one that hangs must not hide what the others found.
+PYTEST := $(BIN)/pytest --timeout 600
+
+# Bytecode is worth having: every Ray actor imports flashrl, verl, vLLM and torch anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test unit integration fmt lint type golden lock clean
+
+help:  ## List the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(READY)  ## Make .venv with the CPU stack, the test tools and flashrl (PYTHON=… to choose one).
+	@echo "$(VENV) is ready"
+
+$(READY): requirements/install.sh requirements/cpu.txt requirements/dev.txt pyproject.toml
+	bash requirements/install.sh $(VENV)
+	@touch $@
+
+demo: $(READY)  ## Prepare, train with INT8 rollouts and TIS, evaluate; results in demo/.
+	$(BIN)/python benchmarks/demo.py
+
+test: lint type  ## Run all checks, and the tests of every layer that needs no GPU.
+	$(PYTEST)
+
+unit: $(READY)  ## Run the unit tests.
+	$(PYTEST) tests/unit
+
+integration: $(READY)  ## Run the tests on the real stack: verl, Ray, vLLM.
+	$(PYTEST) tests/integration
+
+fmt: $(READY)  ## Format the code and fix what ruff can fix.
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+lint: $(READY)  ## Check style and formatting.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+type: $(READY)  ## Check types.
+	$(BIN)/mypy
+
+golden: $(READY)  ## Write the golden files anew; read the diff before you commit it.
+	$(PYTEST) --renew-golden tests/golden
+
+lock: $(READY)  ## Resolve requirements/*.txt anew (UPGRADE=1: to the newest versions).
+	UV=$(abspath $(BIN))/uv UPGRADE=$(UPGRADE) bash requirements/renew.sh
+
+clean:  ## Remove the virtual environment and the caches.
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -1,0 +1,118 @@
+"""Finding preset files and following their `extends` chains.
+
+A preset's name is its path below a presets folder without `.yaml`; parts that are not runnable lie under `base/`.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from flashrl_cli import paths
+from flashrl_cli.config import yaml_file
+from flashrl_cli.config.merge import Layer
+from flashrl_cli.errors import InputError, Problem
+
+MAX_DEPTH = 4
+"""Files in one chain of `extends`: deeper ones cannot be read by people."""
+OWN_KEYS = ("name", "description")
+"""Keys that describe one preset and are not inherited."""
+
+
+def search_path() -> tuple[Path, ...]:
+    """Folders in which preset names are looked up, first match wins: `./presets`, then the shipped ones."""
+    folders = (paths.absolute("presets"), paths.presets_root())
+    return tuple(dict.fromkeys(folder for folder in folders if folder.is_dir()))
+
+
+def names() -> list[str]:
+    """Names of the runnable presets on the search path, sorted; reads no file."""
+    return sorted(name for name in _all_names() if not name.startswith("base/"))
+
+
+def locate(reference: str, beside: Path | None = None) -> Path:
+    """File of a preset name, or of a path (one that ends in .yaml or starts with `.`, `/` or `~`) relative to `beside`.
+
+    Raises InputError with the nearest names.
+    """
+    if reference.endswith((".yaml", ".yml")) or reference.startswith((".", "/", "~")):
+        path = paths.absolute((beside or Path()) / Path(reference).expanduser())
+        if not path.exists():
+            raise InputError(f"no preset file {reference}", hint="`flashrl presets ls` lists the shipped presets")
+        return path
+    for folder in search_path():
+        if (folder / f"{reference}.yaml").is_file():
+            return folder / f"{reference}.yaml"
+    raise InputError(f"no preset named {reference!r}", hint=_nearest(reference))
+
+
+def read_layers(reference: str, problems: list[Problem]) -> list[Layer]:
+    """Layers of a preset in order of precedence, its own last; a part reached twice counts once, where it came first.
+
+    Raises InputError when the preset itself does not exist; everything else wrong is appended to `problems`.
+    """
+    found: dict[Path, Layer] = {}
+    _collect(locate(reference), (), found, problems)
+    return list(found.values())
+
+
+def _collect(path: Path, chain: tuple[Path, ...], found: dict[Path, Layer], problems: list[Problem]) -> None:
+    label = _label(path)
+    document = yaml_file.read(path, label)
+    problems += document.problems
+    data: dict[str, Any] = document.data
+    where = f"{label}:{document.lines.get('extends', 1)}"
+    here = (*chain, path)
+    for reference in _references(data.pop("extends", []), where, problems):
+        try:
+            parent = locate(reference, path.parent)
+        except InputError as error:
+            problems.append(Problem(f"extends: {error.message}", where, error.hint))
+            continue
+        if parent in here:
+            loop = " → ".join(_label(p) for p in (*here[here.index(parent) :], parent))
+            problems.append(Problem(f"extends itself: {loop}", where, "remove one of these links"))
+        elif len(here) == MAX_DEPTH:
+            problems.append(
+                Problem(f"extends more than {MAX_DEPTH - 1} levels deep", where, "extend fewer, larger parts")
+            )
+        elif parent not in found:
+            _collect(parent, here, found, problems)
+    found[path] = _layer(data, document, is_part=bool(chain), stem=path.stem)
+
+
+def _layer(data: dict[str, Any], document: yaml_file.Document, *, is_part: bool, stem: str) -> Layer:
+    own = {key: value for key, value in data.items() if key not in OWN_KEYS} if is_part else {"name": stem} | data
+    return Layer(kind="preset", label=document.label, data=own, lines=document.lines)
+
+
+def _references(value: Any, where: str, problems: list[Problem]) -> list[str]:
+    listed = [value] if isinstance(value, str) else value
+    if isinstance(listed, list) and all(isinstance(item, str) for item in listed):
+        return listed
+    problems.append(Problem("extends should be a list of preset names or files", where, "extends: [base/cpu]"))
+    return []
+
+
+def _label(path: Path) -> str:
+    """Name of a file as people know it: below the presets folder, below the working folder, or in full."""
+    for root in (paths.presets_root(), Path.cwd() / "presets"):
+        if path.is_relative_to(root):
+            return f"presets/{path.relative_to(root)}"
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _all_names() -> set[str]:
+    return {
+        path.relative_to(folder).with_suffix("").as_posix()
+        for folder in search_path()
+        for path in folder.rglob("*.yaml")
+    }
+
+
+def _nearest(name: str) -> str:
+    near = get_close_matches(name, sorted(_all_names()), n=3, cutoff=0.5)
+    if near:
+        return "did you mean " + " or ".join(near) + "?"
+    return "presets are: " + ", ".join(names())

@@ -1,0 +1,252 @@
+"""RunSpec: what a training run is, typed as far as flashrl reasons about it.
+
+Each field's docstring is its documentation. A default stated here is verl's own (a contract test compares them), except
+where the docstring says otherwise. Everything else that verl can be told goes under `verl:` word for word.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+
+Count = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
+FolderName = Annotated[str, Field(pattern=r"^[^/.][^/]*$")]
+Scalar = bool | int | float | str | None
+
+
+def _verl_value(value: object) -> object:
+    items = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, bool | int | float | str | None) for item in items):
+        raise ValueError("should be a value or a list of values; write deeper keys dotted: `a.b.c: value`")
+    return value
+
+
+VerlValue = Annotated[Scalar | list[Scalar], PlainValidator(_verl_value)]
+
+
+class Part(BaseModel):
+    """Base of all parts: immutable, no unknown keys, no guessing of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSpec(Part):
+    """The policy."""
+
+    path: Text
+    """Hugging Face id, path of a folder (from `/`, `~` or `.`), or `prepared:NAME`: the model of that data set."""
+
+
+class DataSpec(Part):
+    """Prompts and lengths. `train` and `val` name a prepared data set, or a parquet file by path."""
+
+    train: Text
+    """Training prompts: `gsm8k` means `train.parquet` of the prepared data set gsm8k."""
+    val: Text
+    """Validation prompts: `gsm8k` means `test.parquet` of the prepared data set gsm8k."""
+    max_prompt_length: Count
+    """Longest prompt, in tokens."""
+    max_response_length: Count
+    """Longest response, in tokens."""
+    train_batch_size: Count
+    """Prompts a step (times `rollout.n` responses)."""
+    filter_overlong: bool = False
+    """Drop prompts longer than `max_prompt_length` before training."""
+
+
+class FilterGroups(Part):
+    """DAPO's dynamic sampling: a group of responses that all score the same teaches nothing and is sampled anew."""
+
+    enable: bool = False
+    """Whether groups without spread are dropped and refilled."""
+    metric: Text = "reward"
+    """What must vary within a group: `reward`, or a field that the reward reports, such as `acc`."""
+    max_inflight_batches: Count = 1
+    """Prompts in flight at most, in units of `data.train_batch_size`."""
+
+
+class AlgorithmSpec(Part):
+    """Advantage, loss and optimizer of the policy."""
+
+    advantage: Literal["gae", "grpo"]
+    """`gae` trains a critic; `grpo` compares the `rollout.n` responses to one prompt."""
+    normalize_by_std: bool = True
+    """GRPO: divide the advantage by the group's standard deviation."""
+    lr: Positive
+    """Learning rate of the policy."""
+    mini_batch_size: Count
+    """Prompts an optimizer step; divides `data.train_batch_size`."""
+    micro_batch_size_per_gpu: Count | None = None
+    """Responses a forward pass; null where verl batches by tokens (`use_dynamic_bsz`)."""
+    clip_low: NotNegative = 0.2
+    """The ratio of probabilities is clipped at 1 - clip_low."""
+    clip_high: NotNegative = 0.2
+    """The ratio of probabilities is clipped at 1 + clip_high."""
+    clip_c: Positive = 3.0
+    """Dual clip: bound of the loss where the advantage is negative."""
+    loss_aggregation: Literal[
+        "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
+    ] = "token-mean"
+    """How token losses become one number."""
+    entropy_coeff: float = 0.0
+    """Weight of the entropy bonus."""
+    kl_loss: bool = False
+    """Add a KL penalty against the reference policy to the loss."""
+    kl_loss_coef: NotNegative = 0.001
+    """Its weight."""
+    kl_in_reward: bool = False
+    """Subtract a KL penalty from the reward."""
+    kl_in_reward_coef: NotNegative = 0.001
+    """Its weight."""
+    filter_groups: FilterGroups = FilterGroups()
+    """Dynamic sampling."""
+
+
+class CriticSpec(Part):
+    """The value model; trained with `algorithm.advantage: gae` only."""
+
+    path: Text | None = None
+    """As `model.path`; null means the policy's own start."""
+    lr: Positive = 1e-5
+    """Learning rate of the critic."""
+    micro_batch_size_per_gpu: Count | None = None
+    """Responses a forward pass. verl demands it, but bounds the critic by `max_tokens_per_gpu`."""
+    max_tokens_per_gpu: Count | None = None
+    """Tokens a forward pass; null means `micro_batch_size_per_gpu` full-length responses."""
+
+
+class RolloutSpec(Part):
+    """How responses are sampled."""
+
+    precision: Literal["bf16", "fp8", "int8"] = "bf16"
+    """Arithmetic of the linear layers in the rollout engine; the policy is trained in its own."""
+    n: Count = 1
+    """Responses to one prompt."""
+    temperature: Positive = 1.0
+    """Sampling temperature."""
+    top_p: Fraction = 1.0
+    """Nucleus sampling; 1 samples from the whole distribution."""
+    top_k: Annotated[int, Field(ge=-1)] = -1
+    """Sample among the k likeliest tokens; -1 for all."""
+    tensor_parallel: Count = 1
+    """GPUs an engine (verl's own default is 2)."""
+    gpu_memory_utilization: Fraction = 0.5
+    """Share of GPU memory that the engine takes, weights and KV cache together."""
+    max_num_seqs: Count = 256
+    """Sequences an engine runs at once."""
+    max_num_batched_tokens: Count = 8192
+    """Tokens an engine processes at once."""
+    max_model_len: Count | None = None
+    """Longest sequence of the engine; null means prompt + response (verl's own null is the model's whole context)."""
+    enforce_eager: bool = False
+    """No CUDA graphs."""
+    log_prob_micro_batch_size_per_gpu: Count | None = None
+    """Responses a forward pass of the trainer that recomputes log-probs; null where verl batches by tokens."""
+
+
+class CorrectionSpec(Part):
+    """Correction for sampling with another arithmetic than training."""
+
+    cap: Positive | None = None
+    """Truncated importance sampling: token weights min(p_train / p_rollout, cap). null for none."""
+
+
+class Overlong(Part):
+    """DAPO's soft punishment: the reward falls over the last `buffer_len` tokens before `data.max_response_length`."""
+
+    buffer_len: Count
+    """Tokens over which the penalty grows from 0 to `penalty_factor`."""
+    penalty_factor: NotNegative = 1.0
+    """Penalty of a response that fills the whole length."""
+    log: bool = False
+    """Report the penalty among the reward's fields."""
+
+
+class RewardSpec(Part):
+    """How responses are scored; the scorer itself follows from the data's `data_source`."""
+
+    manager: Literal["naive", "dapo", "gdpo", "rate_limited", "remote"] = "naive"
+    """verl's reward manager."""
+    overlong: Overlong | None = None
+    """Soft punishment of overlong responses (manager `dapo`); null for none."""
+
+
+class TrainerSpec(Part):
+    """Length of the run, validation, checkpoints and logs."""
+
+    project: FolderName
+    """Project name; checkpoints lie in `checkpoints/<project>/<run>`."""
+    epochs: Count = 30
+    """Passes over the training data, unless `steps` ends the run earlier."""
+    steps: Count | None = None
+    """Training steps; null means as many as `epochs` give."""
+    save_every: int = -1
+    """Steps between checkpoints, the last step included; -1 for none."""
+    validate_every: int = -1
+    """Steps between validations, the last step included; -1 for none."""
+    validate_before: bool = True
+    """Validate the starting policy."""
+    critic_warmup: Annotated[int, Field(ge=0)] = 0
+    """Steps in which only the critic learns."""
+    logger: Annotated[tuple[Text, ...], Field(strict=False)] = ("console", "file")
+    """verl's loggers (verl's own default is console and wandb); flashrl reads `file`."""
+
+
+class ResourceSpec(Part):
+    """What the run needs."""
+
+    platform: Literal["cuda", "cpu"] = "cuda"
+    """`cpu` runs the same stack on a machine without a GPU; extend `base/cpu` for the rest that takes."""
+    nodes: Count = 1
+    """Machines."""
+    gpus_per_node: Count = 1
+    """GPUs on each (verl's own default is 8); on `cpu` the number of trainer processes."""
+
+
+class WatchSpec(Part):
+    """When flashrl ends a run: clocks in seconds, and bounds beyond which the rollout does not sample from the policy."""
+
+    start_timeout_s: Positive = 1800
+    """Longest time without a new phase before the first step."""
+    step_timeout_s: Positive = 7200
+    """Longest time without a new step."""
+    failure_grace_s: Positive = 30
+    """Time that verl gets to end by itself once its log shows that a worker died."""
+    stop_grace_s: Positive = 60
+    """Time that verl gets to end when it is asked to (Ctrl-C)."""
+    max_kl: Positive = 0.5
+    """Bound of |KL| between rollout and trainer, nats a token."""
+    max_weight_deviation: Positive = 0.5
+    """Bound of |mean importance weight - 1|."""
+    min_correlation: Fraction = 0.9
+    """Least correlation of the sampled tokens' probabilities, where they differ by more than `max_prob_difference`."""
+    max_prob_difference: Positive = 0.05
+    """Mean difference of probabilities below which the correlation is not judged."""
+
+
+class RunSpec(Part):
+    """One training run."""
+
+    name: FolderName
+    """The preset's name, from which runs are named; the file's name unless it is set."""
+    description: str = ""
+    """The preset in one line."""
+    model: ModelSpec
+    data: DataSpec
+    algorithm: AlgorithmSpec
+    critic: CriticSpec = CriticSpec()
+    rollout: RolloutSpec = RolloutSpec()
+    correction: CorrectionSpec = CorrectionSpec()
+    reward: RewardSpec = RewardSpec()
+    trainer: TrainerSpec
+    resources: ResourceSpec = ResourceSpec()
+    watch: WatchSpec = WatchSpec()
+    env: dict[str, Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]] = {}
+    """Environment variables of the run."""
+    verl: dict[str, VerlValue] = {}
+    """Further keys of verl's, dotted and word for word; `+key` for one that verl's own tree lacks."""

@@ -1,0 +1,189 @@
+"""Where a data set's raw rows come from: local files, the hub, or numbers drawn here.
+
+The three have the same few methods, and describe themselves in a form that the manifest keeps and is compared with.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flashrl_cli.data import arith, readers
+from flashrl_cli.data.hub import HubSource
+from flashrl_cli.data.stamps import Stamp, stamp, unchanged
+from flashrl_cli.errors import InputError
+from flashrl_cli.paths import absolute
+
+if TYPE_CHECKING:
+    from flashrl_cli.data.readers import Located
+    from flashrl_cli.data.recipes import Recipe
+    from flashrl_cli.data.rows import BadRows
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
+SPLITS = ("train", "test")
+
+
+class Source(Protocol):
+    """Raw rows by split of the data set that is to be written."""
+
+    @property
+    def label(self) -> str:
+        """What a person calls it: the path or id that was given."""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that will be written."""
+
+    def rows(self, split: str, bad: BadRows) -> Iterator[Located]:
+        """Yield `(where, raw row)`; what is no row goes to `bad`."""
+
+    def count(self, split: str) -> int | None:
+        """Number of rows, if it is known beforehand."""
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, for the manifest, with hashes of the inputs."""
+
+    def matches(self, was: dict[str, Any]) -> bool:
+        """Whether `was`, read back from a manifest, describes this source as it is now."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSource:
+    """JSON lines, JSON or Parquet files."""
+
+    label: str
+    files: dict[str, tuple[Path, ...]]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that files were found for."""
+        return tuple(self.files)
+
+    def rows(self, split: str, bad: BadRows) -> Iterator[Located]:
+        """Yield the rows of all the split's files, in order of their names."""
+        return itertools.chain.from_iterable(readers.read(path, bad) for path in self.files[split])
+
+    def count(self, split: str) -> int | None:
+        """Rows of all the split's files."""
+        counts = [readers.count(path) for path in self.files[split]]
+        return None if None in counts else sum(filter(None, counts))
+
+    def describe(self) -> dict[str, Any]:
+        """Files with size, time and hash."""
+        stamps = {split: [_stamp(path) for path in paths] for split, paths in self.files.items()}
+        return {"kind": "local", "path": str(absolute(self.label)), "files": stamps}
+
+    def matches(self, was: dict[str, Any]) -> bool:
+        """Whether it is the same files, unchanged."""
+        if was.get("kind") != "local" or list(was["files"]) != list(self.files):
+            return False
+        return all(
+            [s["path"] for s in was["files"][split]] == [str(absolute(p)) for p in paths]
+            and all(map(unchanged, paths, was["files"][split]))
+            for split, paths in self.files.items()
+        )
+
+
+def _stamp(path: Path) -> Stamp:
+    with readers.readable(path):
+        return stamp(absolute(path))
+
+
+@dataclass(frozen=True, slots=True)
+class SumsSource:
+    """The sums of `arith`, drawn by a seed (which stands among the manifest's options)."""
+
+    seed: int
+    label: str = "numbers drawn here"
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Both splits."""
+        return SPLITS
+
+    def rows(self, split: str, bad: BadRows) -> Iterator[Located]:  # noqa: ARG002
+        """Yield the split's pairs."""
+        return ((f"{a}+{b}", {"a": a, "b": b}) for a, b in arith.pairs(self.seed)[split])
+
+    def count(self, split: str) -> int:
+        """Rows of the split."""
+        return arith.SIZES[split]
+
+    def describe(self) -> dict[str, Any]:
+        """Nothing but that it is made here."""
+        return {"kind": "generated"}
+
+    def matches(self, was: dict[str, Any]) -> bool:
+        """Whether that was made here as well."""
+        return was == self.describe()
+
+
+def open_source(recipe: Recipe, given: str | None, seed: int) -> Source:
+    """The source that `--source` names, or the recipe's own. InputError if it is neither a path nor a hub id."""
+    if given is None:
+        if recipe.hub is None:
+            return SumsSource(seed)
+        return HubSource(recipe.hub, recipe.config, recipe.splits)
+    path = Path(given).expanduser()
+    if path.exists():
+        return LocalSource(given, _find_files(path, recipe))
+    if HUB_ID.fullmatch(given) and path.suffix not in readers.SUFFIXES:
+        name, _, config = given.partition(":")
+        default = recipe.config if name == recipe.hub else None
+        return HubSource(name, config or default, recipe.splits)
+    raise InputError(
+        f"no such file or folder: {given}",
+        hint="--source takes a file, a folder, or a hub id (owner/name or owner/name:config)",
+    )
+
+
+def _find_files(path: Path, recipe: Recipe) -> dict[str, tuple[Path, ...]]:
+    if path.is_dir():
+        return _in_folder(path, recipe)
+    if path.suffix not in readers.SUFFIXES:
+        raise InputError(f"cannot read {path}", hint=f"known formats are {', '.join(readers.SUFFIXES)}")
+    named = next((split for split in recipe.splits if _belongs(path, split)), recipe.splits[0])
+    return {named: (path,)}
+
+
+def _belongs(path: Path, split: str) -> bool:
+    """Whether a file's name says that it holds `split`: `train.jsonl`, `train-00000-of-00002.parquet`."""
+    return re.fullmatch(rf"{split}([-_.].*)?", path.stem) is not None
+
+
+def _in_folder(folder: Path, recipe: Recipe) -> dict[str, tuple[Path, ...]]:
+    """Files of every split of the recipe; a set of one split takes whichever split the folder holds.
+
+    Looks in the folder itself, then in the sub-folders where the hub keeps data: the config's and `data`.
+    """
+    for place in (folder, *(folder / name for name in (recipe.config, "data") if name)):
+        data = sorted(p for p in place.glob("*") if p.suffix in readers.SUFFIXES and p.is_file())
+        found = {split: tuple(p for p in data if _belongs(p, split)) for split in SPLITS}
+        if len(recipe.splits) == 1:
+            only = recipe.splits[0]
+            found[only] = found[only] or found["train"] or found["test"] or tuple(data)
+        if all(found[split] for split in recipe.splits):
+            return {split: _one_format(place, found[split]) for split in recipe.splits}
+    wanted = " and ".join(f"{split}.jsonl" for split in recipe.splits)
+    raise InputError(f"{folder} does not hold the files for {wanted}", hint=_what_is_there(folder, wanted))
+
+
+def _what_is_there(folder: Path, wanted: str) -> str:
+    names = sorted(p.name for p in folder.iterdir())
+    more = ", …" if len(names) > 8 else ""
+    there = f"it holds {', '.join(names[:8])}{more}" if names else "it is empty"
+    return f"{there}; name the files {wanted} (or .json, .parquet), or give one file"
+
+
+def _one_format(folder: Path, files: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Refuse a split that is there twice, in two formats."""
+    if len({path.suffix for path in files}) > 1:
+        names = ", ".join(path.name for path in files)
+        raise InputError(
+            f"{folder} holds one split in several formats: {names}", hint="--source FILE names one of them"
+        )
+    return files

@@ -1,0 +1,50 @@
+"""Statistics of an evaluation: an accuracy is an estimate, and its interval is shown with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Z95 = 1.959963984540054
+"""97.5 % quantile of the standard normal distribution."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A proportion and the ends of its 95 % interval."""
+
+    value: float
+    lo: float
+    hi: float
+
+
+def wilson(p: float, trials: float, z: float = Z95) -> tuple[float, float]:
+    """Wilson score interval of the proportion `p` seen in `trials` > 0, within [0, 1] and always around `p`.
+
+    E. B. Wilson, JASA 22 (1927) 209; recommended by R. G. Newcombe, Statistics in Medicine 17 (1998) 857, method 3.
+    """
+    shrink = 1 / (1 + z * z / trials)
+    centre = (p + z * z / (2 * trials)) * shrink
+    half = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials)) * shrink
+    return min(max(centre - half, 0.0), p), max(min(centre + half, 1.0), p)
+
+
+def accuracy(correct: Sequence[Sequence[bool]]) -> Estimate:
+    """Share of right responses, `correct[prompt][sample]`, with its 95 % interval; needs at least one response.
+
+    Samples of one prompt are alike and tell less than as many prompts: Wilson's interval is taken at the effective
+    number of trials, total / design effect (L. Kish, Survey Sampling, 1965, ch. 5), from prompts to responses.
+    """
+    total = sum(map(len, correct))
+    p = sum(map(sum, correct)) / total
+    trials = _effective_trials(correct, p, total)
+    return Estimate(p, *wilson(p, trials))
+
+
+def _effective_trials(correct: Sequence[Sequence[bool]], p: float, total: int) -> float:
+    prompts = len(correct)
+    if prompts in {1, total} or p in {0.0, 1.0}:
+        return prompts
+    between = sum((sum(samples) / len(samples) - p) ** 2 for samples in correct) / (prompts - 1)
+    return min(max(p * (1 - p) * prompts / between, prompts), total) if between else total

@@ -1,0 +1,35 @@
+"""Which attempt of a run comes next, and whether the name may be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flashrl_cli.errors import InputError
+from flashrl_cli.paths import RunPaths, absolute
+from flashrl_cli.verl.checkpoints import step_of
+
+RESUME_MODES = "auto|never|PATH"
+
+
+def resume_path(resume: str) -> Path | None:
+    """The `global_step_N` folder that `--resume PATH` names; None for `auto` and `never`. Raises InputError."""
+    if resume in ("auto", "never"):
+        return None
+    path = absolute(resume)
+    if not path.is_dir() or step_of(path) is None:
+        raise InputError(f"--resume {resume}: no folder global_step_N", hint=f"--resume takes {RESUME_MODES}")
+    return path
+
+
+def next_attempt(run: RunPaths, *, resume: str) -> int:
+    """Number of the attempt to start; a name that was used before is refused unless it is resumed.
+
+    verl goes on silently where a run of the same name left checkpoints.
+    """
+    used = run.attempts()
+    if resume == "never" and (used or run.checkpoints.exists()):
+        raise InputError(
+            f"run {run.name} exists already: {run.root if used else run.checkpoints}",
+            hint=f"`--resume auto` goes on with it, `--name {run.name}-2` starts another",
+        )
+    return max(used, default=0) + 1

@@ -1,0 +1,125 @@
+"""The launch plan: everything that a run will be started with, computed and printable before anything starts.
+
+Pure: no clock, no environment; `--dry-run` prints exactly what a launch executes.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flashrl_cli.paths import AttemptPaths, RunPaths
+from flashrl_cli.verl.overrides import Override, Places, overrides
+from flashrl_cli.verl.platform import environment
+from flashrl_cli.verl.quoting import quote
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from flashrl_cli.config.resolve import Resolved
+    from flashrl_cli.config.spec import RunSpec
+
+SCHEMA_VERSION = 1
+ENTRY_POINT = "verl.trainer.main_ppo"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchPlan:
+    """One attempt of one run. `env` holds what is added to the environment; `cwd` is the attempt's folder."""
+
+    name: str
+    preset: str
+    spec: RunSpec
+    attempt: int
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    cwd: Path
+    overrides: tuple[Override, ...]
+    paths: RunPaths
+    attempt_paths: AttemptPaths
+
+
+def default_name(preset: str, spec: RunSpec) -> str:
+    """Name of a run that was given none: preset, precision and cap, such as `tiny-int8-tis2`."""
+    cap = spec.correction.cap
+    return f"{preset}-{spec.rollout.precision}" + (f"-tis{cap:g}" if cap is not None else "")
+
+
+def build_plan(
+    resolved: Resolved,
+    *,
+    name: str,
+    attempt: int,
+    python: str | Path,
+    runs_root: Path,
+    checkpoints_root: Path,
+    data_root: Path,
+    resume_from: Path | None = None,
+) -> LaunchPlan:
+    """Plan of attempt number `attempt` of run `name`; roots are absolute, `resume_from` is a `global_step_N` folder."""
+    spec = resolved.spec
+    run = RunPaths(name, runs_root / name, checkpoints_root / spec.trainer.project / name)
+    files = run.attempt(attempt)
+    places = Places(name=name, data=data_root, checkpoints=run.checkpoints, resume_from=resume_from)
+    given = overrides(resolved, places)
+    return LaunchPlan(
+        name=name,
+        preset=spec.name,
+        spec=spec,
+        attempt=attempt,
+        argv=(str(python), "-m", ENTRY_POINT, *map(str, given), *_hydra_settings(files)),
+        env=environment(spec, files),
+        cwd=files.root,
+        overrides=given,
+        paths=run,
+        attempt_paths=files,
+    )
+
+
+def plan_document(plan: LaunchPlan) -> dict[str, Any]:
+    """The plan as plain data: what `--dry-run --json` prints and `plan.json` holds."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "preset": plan.preset,
+        "name": plan.name,
+        "attempt": plan.attempt,
+        "argv": list(plan.argv),
+        "env": dict(plan.env),
+        "cwd": str(plan.cwd),
+        "overrides": [str(override) for override in plan.overrides],
+        "files": _files(plan),
+    }
+
+
+def plan_script(plan: LaunchPlan) -> str:
+    """The plan as a shell script that can be copied and run."""
+    lines = [
+        "#!/bin/sh",
+        f"# flashrl preset {plan.preset}, run {plan.name}, attempt {plan.attempt}",
+        "set -eu",
+        f"mkdir -p {shlex.quote(str(plan.attempt_paths.plugins))}",
+        f"cd {shlex.quote(str(plan.cwd))}",
+        *(f"export {key}={shlex.quote(value)}" for key, value in plan.env.items()),
+        "exec " + " \\\n  ".join([shlex.join(plan.argv[:3]), *map(shlex.quote, plan.argv[3:])]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _files(plan: LaunchPlan) -> dict[str, str]:
+    attempt = plan.attempt_paths
+    return {
+        "run": str(plan.paths.root),
+        "attempt": str(attempt.root),
+        "log": str(attempt.log),
+        "metrics": str(attempt.metrics),
+        "plugins": str(attempt.plugins),
+        "plan": str(attempt.plan),
+        "checkpoints": str(plan.paths.checkpoints),
+    }
+
+
+def _hydra_settings(files: AttemptPaths) -> tuple[str, ...]:
+    """Hydra's own settings: without them it makes an `outputs/` folder; its log goes to the attempt's."""
+    return (f"hydra.run.dir={quote(str(files.root / 'hydra'))}", "hydra.output_subdir=null")

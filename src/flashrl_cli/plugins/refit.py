@@ -1,0 +1,82 @@
+"""New weights for a running vLLM engine, in any precision, and the proof of what the engine then holds.
+
+vLLM's layerwise reload restores each layer to its unloaded form, loads it, quantizes it and copies the result into the storage that
+was there before (vllm/model_executor/model_loader/reload/layerwise.py). So buckets may split a layer, CUDA graphs stay valid,
+and one path serves bf16, fp8 and int8.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from flashrl_cli import contract
+from flashrl_cli.plugins.int8_linear import Int8OnlineLinearMethod
+
+Bucket = Iterable[tuple[str, torch.Tensor]]
+Load = Callable[[Bucket], None]
+
+
+def refit(model: torch.nn.Module, model_config: Any, device: torch.device, stream: Callable[[Load], None]) -> float:
+    """Reload `model` in place; `stream(load)` must call `load(bucket)` for each bucket of (name, tensor). Returns seconds.
+
+    Loaders keep the tensors until their layer is complete, so a caller that reuses a buffer must clone before it calls `load`.
+    """
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    started = time.perf_counter()
+    with torch.device(device):
+        initialize_layerwise_reload(model)
+        stream(lambda bucket: model.load_weights(list(bucket)))
+        finalize_layerwise_reload(model, model_config)
+        repack_tied_head(model, model_config)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def repack_tied_head(model: torch.nn.Module, model_config: Any) -> None:
+    """Give a tied lm_head the new embedding where the kernel keeps a packed copy of its own (vLLM's CPU build).
+
+    The layerwise reload sees no weights loaded for a tied head and leaves the copy made from the engine's first, dummy weights:
+    the engine then samples uniformly while every metric looks fine (vllm/model_executor/layers/vocab_parallel_embedding.py:61).
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    if not getattr(model_config.hf_config, "tie_word_embeddings", False):
+        return
+    heads = [layer for layer in model.modules() if isinstance(layer, ParallelLMHead)]
+    embeddings = [layer for layer in model.modules() if type(layer) is VocabParallelEmbedding]
+    for head in heads:
+        tied = head.tie_weights(embeddings[0])
+        tied.quant_method.process_weights_after_loading(tied)
+
+
+def describe(model: torch.nn.Module, *, device: torch.device, refits: int, refit_s: float) -> contract.Handshake:
+    """What `model` holds after a refit, counted from its layers."""
+    import vllm
+    from vllm.model_executor.layers.linear import LinearBase
+
+    linear = [layer for layer in model.modules() if isinstance(layer, LinearBase)]
+    methods = [m for layer in linear if isinstance(m := layer.quant_method, Int8OnlineLinearMethod) and m.int8_bytes]
+    fp8 = [layer for layer in linear if "float8" in str(getattr(getattr(layer, "weight", None), "dtype", ""))]
+    kernel = type(methods[0].kernel if methods else linear[0].quant_method).__name__
+    return contract.Handshake(
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        precision="int8" if methods else "fp8" if fp8 else "bf16",
+        quantized_layers=len(methods) or len(fp8),
+        linear_layers=len(linear),
+        quantized_bytes=sum(m.int8_bytes for m in methods) or sum(layer.weight.numel() for layer in fp8),
+        kernel=kernel,
+        vllm=vllm.__version__,
+        torch=torch.__version__,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        refits=refits,
+        refit_s=round(refit_s, 4),
+    )

@@ -1,0 +1,57 @@
+"""The weight update of verl's rollout workers, through the layerwise reload and with a handshake file.
+
+verl takes the class by a plain override (`rollout.engine_kwargs.vllm.worker_extension_cls`). Its own update loads into the live
+parameters, which quantized layers and vLLM's CPU build do not have any more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+
+from flashrl_cli import contract
+from flashrl_cli.plugins.refit import Bucket, Load, describe, refit
+
+
+class RefitWorkerExtension(vLLMColocateWorkerExtension):
+    """verl's worker extension with another `update_weights_from_ipc`; adapters (LoRA) still take verl's way."""
+
+    refits = 0
+
+    def update_weights_from_ipc(
+        self, peft_config: dict[str, Any] | None = None, base_sync_done: bool = False, use_shm: bool = False
+    ) -> None:
+        """Receive all buckets of a weight update, refit the engine and renew the handshake."""
+        if peft_config:
+            super().update_weights_from_ipc(peft_config=peft_config, base_sync_done=base_sync_done, use_shm=use_shm)
+            return
+        device = self.device or torch.device("cpu")
+        self.device = device
+        runner = self.model_runner
+        seconds = refit(
+            runner.model, runner.vllm_config.model_config, device, lambda load: self._receive(load, device, use_shm)
+        )
+        self.refits += 1
+        folder = contract.plugin_dir()
+        if folder is not None:
+            shake = describe(runner.model, device=device, refits=self.refits, refit_s=seconds)
+            contract.write_handshake(folder, shake)
+
+    def _receive(self, load: Load, device: torch.device, use_shm: bool) -> None:
+        from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
+
+        def on_bucket(weights: list[tuple[str, torch.Tensor]], is_last: bool) -> None:
+            load(_owned(weights))
+
+        receiver = BucketedWeightReceiver(zmq_handle=self._get_zmq_handle(), device=device, use_shm=use_shm)
+        receiver.receive_weights(on_bucket_received=on_bucket)
+
+
+def _owned(weights: list[tuple[str, torch.Tensor]]) -> Bucket:
+    """Copies of a bucket's tensors: the loaders keep them while the sender overwrites the shared buffer."""
+    owned = [(name, tensor.clone()) for name, tensor in weights]
+    # the last view of the shared memory must be gone before the receiver closes it
+    weights.clear()
+    return owned

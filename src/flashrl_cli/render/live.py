@@ -1,0 +1,212 @@
+"""A run while it happens: one live table for people, a line a step for logs, JSON lines for programs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from flashrl_cli.contract import Handshake
+    from flashrl_cli.launch.supervise import Display
+    from flashrl_cli.render.output import Output
+    from flashrl_cli.verl.metrics import StepMetrics
+
+SCHEMA_VERSION = 1
+ROWS = 12
+"""Steps that the live table shows."""
+
+COLUMNS = (
+    ("reward", "reward", ".3f"),
+    ("length", "response_length", ".1f"),
+    ("KL", "kl", ".4f"),
+    ("w mean", "weight_mean", ".3f"),
+    ("w max", "weight_max", ".2f"),
+    ("cut %", "truncated", ".2%"),
+    ("entropy", "entropy", ".3f"),
+    ("grad", "grad_norm", ".3f"),
+    ("tok/s", "tokens_per_s", ".0f"),
+    ("s/step", "step_s", ".1f"),
+)
+"""Heading, metric, format. KL is rollout against trainer; w are importance weights, `cut` the truncated share of tokens."""
+
+
+def describe(shakes: Sequence[Handshake]) -> str:
+    """The proof in one line."""
+    first = shakes[0]
+    layers = f"{first.quantized_layers} of {first.linear_layers} linear layers, " if first.precision != "bf16" else ""
+    workers = f"{len(shakes)} rollout worker{'s' if len(shakes) != 1 else ''}"
+    return f"{first.precision} in {workers}: {layers}{first.kernel}, refit {first.refit_s:.2f} s"
+
+
+def eta(seconds_a_step: list[float], left: int) -> str:
+    """Time for `left` steps at the pace of the steps given, as `m:ss` or `h:mm:ss`."""
+    if not seconds_a_step:
+        return "–"
+    total = int(left * sum(seconds_a_step) / len(seconds_a_step))
+    hours, minutes, seconds = total // 3600, total // 60 % 60, total % 60
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class PlainDisplay:
+    """One line a phase and a step, on stderr and stdout."""
+
+    def __init__(self, output: Output, total: int | None) -> None:
+        self.output, self.total = output, total
+
+    def expect(self, total: int) -> None:
+        """Know the number of steps."""
+        self.total = total
+
+    def phase(self, text: str) -> None:
+        """Tell on stderr."""
+        self.output.say(f"{text} …")
+
+    def proven(self, shakes: list[Handshake]) -> None:
+        """Tell on stderr."""
+        self.output.say(f"proven: {describe(shakes)}")
+
+    def step(self, metrics: StepMetrics) -> None:
+        """A line on stdout."""
+        fields = [
+            f"{heading} {_cell(metrics[name], form)}" for heading, name, form in COLUMNS if metrics[name] is not None
+        ]
+        if metrics.accuracy is not None:
+            fields.insert(0, f"accuracy {metrics.accuracy:.3f}")
+        self.output.text(f"step {metrics.step}/{self.total or '?'}  " + "  ".join(fields))
+
+    def tick(self) -> None:
+        """Nothing."""
+
+
+class JsonDisplay:
+    """One JSON object a line on stdout: phase, proof and step events."""
+
+    def __init__(self, output: Output, total: int | None) -> None:
+        self.output, self.total = output, total
+
+    def _event(self, event: str, **data: Any) -> None:
+        self.output.json_line({"schema_version": SCHEMA_VERSION, "event": event, **data})
+
+    def expect(self, total: int) -> None:
+        """Know the number of steps."""
+        self.total = total
+
+    def phase(self, text: str) -> None:
+        """Event `phase`."""
+        self._event("phase", doing=text)
+
+    def proven(self, shakes: list[Handshake]) -> None:
+        """Event `proof`, with every worker's handshake."""
+        self._event("proof", workers=[asdict(shake) for shake in shakes])
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Event `step`, with every metric that flashrl names and the seconds of each phase."""
+        values = {**metrics.values, "accuracy": metrics.accuracy, "seconds": dict(metrics.seconds)}
+        self._event("step", step=metrics.step, total=self.total, **values)
+
+    def tick(self) -> None:
+        """Nothing."""
+
+
+class LiveDisplay:
+    """One table that is redrawn: the last steps, what is being done now, the time left."""
+
+    def __init__(self, title: str, total: int | None) -> None:
+        self.title, self.total = title, total
+        self.rows: deque[StepMetrics] = deque(maxlen=ROWS)
+        self.proof = ""
+        self.doing, self.since = "starting", time.monotonic()
+        self.started = time.monotonic()
+        self.redraw = lambda: None
+
+    def expect(self, total: int) -> None:
+        """Know the number of steps."""
+        self.total = total
+
+    def phase(self, text: str) -> None:
+        """Show what is being done."""
+        self.doing, self.since = text, time.monotonic()
+
+    def proven(self, shakes: list[Handshake]) -> None:
+        """Show the proof under the table."""
+        self.proof = describe(shakes)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Add a row."""
+        self.rows.append(metrics)
+        self.doing, self.since = f"step {metrics.step + 1}", time.monotonic()
+
+    def tick(self) -> None:
+        """Redraw."""
+        self.redraw()
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
+        from rich.text import Text
+
+        parts: list[RenderableType] = [self._table()] if self.rows else [Text(self.title, style="bold")]
+        if self.rows and self.rows[-1].seconds:
+            parts.append(Text(_phases(self.rows[-1]), style="dim"))
+        if self.proof:
+            parts.append(Text(f"✓ {self.proof}", style="green"))
+        parts.append(Text(self._now()))
+        return Group(*parts)
+
+    def _now(self) -> str:
+        done = self.rows[-1].step if self.rows else 0
+        elapsed = int(time.monotonic() - self.started)
+        line = f"⏵ {self.doing} ({time.monotonic() - self.since:.0f} s) · {elapsed // 60}:{elapsed % 60:02} elapsed"
+        paces = [pace for row in self.rows if (pace := row["step_s"])]
+        left = eta(paces, self.total - done) if self.total else "–"
+        return f"{line} · {left} left" if paces else line
+
+    def _table(self) -> RenderableType:
+        from rich import box
+        from rich.table import Table
+
+        with_accuracy = any(row.accuracy is not None for row in self.rows)
+        out = Table(title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+        for heading in ("step", *(("accuracy",) if with_accuracy else ()), *(heading for heading, _, _ in COLUMNS)):
+            out.add_column(heading, justify="right", no_wrap=True)
+        for row in self.rows:
+            cells = [f"{row.step}/{self.total or '?'}"]
+            cells += [_cell(row.accuracy, ".3f")] if with_accuracy else []
+            out.add_row(*cells, *(_cell(row[name], form) for _, name, form in COLUMNS))
+        return out
+
+
+@contextlib.contextmanager
+def display_for(output: Output, *, title: str, total: int | None) -> Iterator[Display]:
+    """The display that fits the reader of `output`; `total` is the number of steps, if known."""
+    if output.json_mode:
+        yield JsonDisplay(output, total)
+    elif not output.live:
+        yield PlainDisplay(output, total)
+    else:
+        display = LiveDisplay(title, total)
+        with _live(output.stderr, display) as redraw:
+            display.redraw = redraw
+            yield display
+
+
+@contextlib.contextmanager
+def _live(console: Console, renderable: RenderableType) -> Iterator[Any]:
+    from rich.live import Live
+
+    # drawn on each tick of the supervisor, so that no second thread draws while a signal is handled
+    with Live(renderable, console=console, auto_refresh=False) as live:
+        yield live.refresh
+
+
+def _phases(row: StepMetrics) -> str:
+    return "s/step by phase: " + "  ".join(f"{phase} {seconds:.1f}" for phase, seconds in row.seconds.items())
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

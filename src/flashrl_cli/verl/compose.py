@@ -1,0 +1,98 @@
+"""verl's own Hydra tree, composed with our overrides, without importing verl or torch.
+
+Hydra stops at the first wrong key. So a list that composes is accepted at once; one that does not is compared key by
+key with the tree, to tell everything that is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashrl_cli.errors import EnvironmentNotReady, Problem
+
+if TYPE_CHECKING:
+    from flashrl_cli.verl.overrides import Override
+
+CONFIG_NAME = "ppo_trainer"
+
+
+def config_folder() -> Path:
+    """Folder of verl's configuration files. Raises EnvironmentNotReady when verl is not installed."""
+    found = find_spec("verl")
+    if found is None or found.origin is None:
+        raise EnvironmentNotReady(
+            "verl is not installed", hint="install a stack: requirements/cpu.txt or requirements/gpu.txt"
+        )
+    return Path(found.origin).parent / "trainer" / "config"
+
+
+def compose(overrides: Sequence[str]) -> dict[str, Any]:
+    """Configuration of verl with `overrides` applied strictly, interpolations unresolved. Raises HydraException."""
+    import hydra
+    from omegaconf import OmegaConf
+
+    with hydra.initialize_config_dir(str(config_folder()), version_base=None):
+        tree: dict[str, Any] = OmegaConf.to_container(
+            hydra.compose(CONFIG_NAME, overrides=list(overrides)), resolve=False
+        )
+    return tree
+
+
+def problems(overrides: Sequence[Override]) -> list[Problem]:
+    """What verl's tree has against the overrides; empty when they compose. Raises EnvironmentNotReady without verl."""
+    from hydra.errors import HydraException
+
+    try:
+        compose([str(override) for override in overrides])
+    except HydraException as error:
+        return _explain(overrides) or [_refusal(error, None)]
+    return []
+
+
+def _explain(overrides: Sequence[Override]) -> list[Problem]:
+    """Every key that the tree lacks. Overrides that choose a part of the tree (`model_engine=megatron`) count first."""
+    from hydra.errors import HydraException
+
+    groups = [override for override in overrides if _is_group(override.key)]
+    try:
+        keys = frozenset(_keys(compose([str(group) for group in groups])))
+    except HydraException as error:
+        return [_refusal(error, groups[0].origin.where)]
+    return [problem for override in overrides if (problem := _problem(override, keys))]
+
+
+def _refusal(error: Exception, where: str | None) -> Problem:
+    return Problem(f"verl's configuration refuses the overrides: {str(error).splitlines()[0]}", where)
+
+
+def _is_group(key: str) -> bool:
+    return (config_folder() / key).is_dir()
+
+
+def _keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{name}.")
+
+
+def _problem(override: Override, keys: frozenset[str]) -> Problem | None:
+    exists = override.key in keys or _is_group(override.key)
+    if exists and override.added:
+        return Problem(f"verl has a key {override.key}", override.origin.where, "write it without the +")
+    if exists or override.added:
+        return None
+    return Problem(f"verl has no key {override.key}", override.origin.where, _nearest(override.key, keys))
+
+
+def _nearest(key: str, keys: frozenset[str]) -> str:
+    near = get_close_matches(key, sorted(keys), n=2, cutoff=0.8)
+    same_name = sorted(k for k in keys if k.rpartition(".")[2] == key.rpartition(".")[2])
+    found = near or same_name[:2] or get_close_matches(key, sorted(keys), n=1)
+    if not found:
+        return f"+{key} adds a key that verl's tree lacks"
+    return f"did you mean {' or '.join(found)}? (+{key} would add a new key)"

@@ -1,0 +1,76 @@
+"""verl's metric names, and a step's metrics under the names that flashrl shows.
+
+Source of the names: verl 0.9.1, verl/trainer/ppo/metric_utils.py, verl/trainer/ppo/rollout_corr_helper.py,
+verl/utils/debug/metrics.py. A value is None where verl logged NaN (its file logger writes null) or nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+NAMES = {
+    "reward": "critic/score/mean",
+    "response_length": "response_length/mean",
+    "entropy": "actor/entropy",
+    "grad_norm": "actor/grad_norm",
+    "loss": "actor/pg_loss",
+    "kl": "rollout_corr/kl",
+    "rollout_nll": "rollout_corr/rollout_log_ppl",
+    "train_nll": "rollout_corr/training_log_ppl",
+    "weight_mean": "rollout_corr/rollout_is_mean",
+    "weight_max": "rollout_corr/rollout_is_max",
+    "truncated": "rollout_corr/rollout_is_ratio_fraction_high",
+    "prob_diff": "training/rollout_probs_diff_mean",
+    "prob_correlation": "training/rollout_actor_probs_pearson_corr",
+    "tokens_per_s": "perf/throughput",
+    "tokens": "perf/total_num_tokens",
+    "step_s": "timing_s/step",
+}
+"""flashrl's name of a metric to verl's. Lengths in tokens, KL and NLL in nats a token, `tokens_per_s` a device."""
+
+TIMINGS = {
+    "generate": "timing_s/gen",
+    "reward": "timing_s/reward",
+    "log-probs": "timing_s/old_log_prob",
+    "values": "timing_s/values",
+    "critic": "timing_s/update_critic",
+    "actor": "timing_s/update_actor",
+    "refit": "timing_s/update_weights",
+    "save": "timing_s/save_checkpoint",
+    "validate": "timing_s/testing",
+}
+"""Phases of a step to verl's timers, in seconds."""
+
+WATCHED = ("grad_norm", "loss", "kl", "reward", "prob_diff")
+"""Metrics whose NaN means that the run is lost."""
+
+ACCURACY = re.compile(r"^val-core/(?P<data>.+)/(?P<metric>[^/]+)/mean@\d+$")
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One step of training (or validation before training: step 0)."""
+
+    step: int
+    values: Mapping[str, float | None]
+    seconds: Mapping[str, float]
+    accuracy: float | None
+    lost: tuple[str, ...]
+    """Watched metrics that verl logged as NaN."""
+
+    def __getitem__(self, name: str) -> float | None:
+        return self.values.get(name)
+
+
+def read_step(step: int, data: Mapping[str, float | None]) -> StepMetrics:
+    """A line of verl's metrics file under flashrl's names; accuracy is the mean over validation sets."""
+    accuracies = [value for key, value in data.items() if value is not None and ACCURACY.match(key)]
+    return StepMetrics(
+        step=step,
+        values={name: data.get(key) for name, key in NAMES.items()},
+        seconds={phase: value for phase, key in TIMINGS.items() if (value := data.get(key)) is not None},
+        accuracy=sum(accuracies) / len(accuracies) if accuracies else None,
+        lost=tuple(name for name in WATCHED if NAMES[name] in data and data[NAMES[name]] is None),
+    )

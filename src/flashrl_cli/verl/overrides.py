@@ -1,0 +1,235 @@
+"""A resolved RunSpec as overrides of verl 0.9.1: the one table between flashrl's names and verl's.
+
+A field is emitted when someone set it (or it was derived); an untouched default is verl's own and stays unsaid, except
+where flashrl's default differs (`always`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from flashrl_cli import contract, paths
+from flashrl_cli.config.merge import Origin
+from flashrl_cli.verl.quoting import Value, quote
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from flashrl_cli.config.resolve import Resolved
+
+ACTOR = "actor_rollout_ref.actor"
+ROLLOUT = "actor_rollout_ref.rollout"
+ENGINE = f"{ROLLOUT}.engine_kwargs.vllm"
+CORRECTION = "algorithm.rollout_correction"
+OVERLONG = "reward.reward_kwargs.overlong_buffer_cfg"
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """One `key=value` for verl, with its origin; `added` keys are not in verl's tree and take a `+`."""
+
+    key: str
+    value: Value
+    origin: Origin
+    added: bool = False
+
+    def __str__(self) -> str:
+        return f"{'+' if self.added else ''}{self.key}={quote(self.value)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """What a run's overrides need beside its spec: its name and absolute folders."""
+
+    name: str
+    data: Path
+    checkpoints: Path
+    resume_from: Path | None = None
+
+
+class Entry(NamedTuple):
+    """A field of the spec and the verl key that it becomes."""
+
+    field: str
+    key: str
+    always: bool = False
+    added: bool = False
+    convert: Callable[[str, Path], str] | None = None
+
+
+def model_path(reference: str, data: Path) -> str:
+    """Absolute path of `prepared:NAME` or of a local folder; a Hugging Face id stays as it is."""
+    if reference.startswith("prepared:"):
+        name = reference.removeprefix("prepared:")
+        return str(paths.DatasetPaths(name, data / name).model)
+    return str(paths.absolute(reference)) if reference.startswith(("/", "~", ".")) else reference
+
+
+def data_path(split: str) -> Callable[[str, Path], str]:
+    """Converter to an absolute path: of a prepared data set's name (its `split` file), or of a path."""
+
+    def convert(reference: str, data: Path) -> str:
+        if "/" in reference or reference.endswith((".parquet", ".json", ".jsonl")):
+            return str(paths.absolute(reference))
+        return str(paths.DatasetPaths(reference, data / reference).split(split))
+
+    return convert
+
+
+TABLE = (
+    Entry("data.train", "data.train_files", convert=data_path("train")),
+    Entry("data.val", "data.val_files", convert=data_path("test")),
+    Entry("data.train_batch_size", "data.train_batch_size"),
+    Entry("data.max_prompt_length", "data.max_prompt_length"),
+    Entry("data.max_response_length", "data.max_response_length"),
+    Entry("data.filter_overlong", "data.filter_overlong_prompts"),
+    Entry("algorithm.advantage", "algorithm.adv_estimator"),
+    Entry("algorithm.normalize_by_std", "algorithm.norm_adv_by_std_in_grpo"),
+    Entry("algorithm.kl_in_reward", "algorithm.use_kl_in_reward"),
+    Entry("algorithm.kl_in_reward_coef", "algorithm.kl_ctrl.kl_coef"),
+    Entry("algorithm.filter_groups.enable", "algorithm.filter_groups.enable"),
+    Entry("algorithm.filter_groups.metric", "algorithm.filter_groups.metric"),
+    Entry("algorithm.filter_groups.max_inflight_batches", "algorithm.filter_groups.max_inflight_gen_batches"),
+    Entry("model.path", "actor_rollout_ref.model.path", convert=model_path),
+    Entry("algorithm.lr", f"{ACTOR}.optim.lr"),
+    Entry("algorithm.mini_batch_size", f"{ACTOR}.ppo_mini_batch_size"),
+    Entry("algorithm.micro_batch_size_per_gpu", f"{ACTOR}.ppo_micro_batch_size_per_gpu"),
+    Entry("algorithm.clip_low", f"{ACTOR}.clip_ratio_low"),
+    Entry("algorithm.clip_high", f"{ACTOR}.clip_ratio_high"),
+    Entry("algorithm.clip_c", f"{ACTOR}.clip_ratio_c"),
+    Entry("algorithm.loss_aggregation", f"{ACTOR}.loss_agg_mode"),
+    Entry("algorithm.entropy_coeff", f"{ACTOR}.entropy_coeff"),
+    Entry("algorithm.kl_loss", f"{ACTOR}.use_kl_loss"),
+    Entry("algorithm.kl_loss_coef", f"{ACTOR}.kl_loss_coef"),
+    Entry("critic.path", "critic.model.path", convert=model_path),
+    Entry("critic.lr", "critic.optim.lr"),
+    Entry("critic.micro_batch_size_per_gpu", "critic.ppo_micro_batch_size_per_gpu"),
+    # What bounds V1's critic (verl/trainer/ppo/v1/trainer_base.py:266); in verl's dataclass, not in its tree.
+    Entry("critic.max_tokens_per_gpu", "critic.ppo_infer_max_token_len_per_gpu", added=True),
+    Entry("rollout.n", f"{ROLLOUT}.n"),
+    Entry("rollout.temperature", f"{ROLLOUT}.temperature"),
+    Entry("rollout.top_p", f"{ROLLOUT}.top_p"),
+    Entry("rollout.top_k", f"{ROLLOUT}.top_k"),
+    Entry("rollout.tensor_parallel", f"{ROLLOUT}.tensor_model_parallel_size", always=True),
+    Entry("rollout.gpu_memory_utilization", f"{ROLLOUT}.gpu_memory_utilization"),
+    Entry("rollout.max_num_seqs", f"{ROLLOUT}.max_num_seqs"),
+    Entry("rollout.max_num_batched_tokens", f"{ROLLOUT}.max_num_batched_tokens"),
+    Entry("rollout.max_model_len", f"{ROLLOUT}.max_model_len"),
+    Entry("rollout.enforce_eager", f"{ROLLOUT}.enforce_eager"),
+    Entry("rollout.log_prob_micro_batch_size_per_gpu", f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu"),
+    Entry("reward.manager", "reward.reward_manager.name"),
+    Entry("reward.overlong.buffer_len", f"{OVERLONG}.len", added=True),
+    Entry("reward.overlong.penalty_factor", f"{OVERLONG}.penalty_factor", added=True, always=True),
+    Entry("reward.overlong.log", f"{OVERLONG}.log", added=True, always=True),
+    Entry("trainer.project", "trainer.project_name"),
+    Entry("trainer.epochs", "trainer.total_epochs"),
+    Entry("trainer.steps", "trainer.total_training_steps"),
+    Entry("trainer.save_every", "trainer.save_freq"),
+    Entry("trainer.validate_every", "trainer.test_freq"),
+    Entry("trainer.validate_before", "trainer.val_before_train"),
+    Entry("trainer.critic_warmup", "trainer.critic_warmup"),
+    Entry("trainer.logger", "trainer.logger", always=True),
+    Entry("resources.nodes", "trainer.nnodes", always=True),
+    Entry("resources.gpus_per_node", "trainer.n_gpus_per_node", always=True),
+)
+
+
+def overrides(resolved: Resolved, places: Places) -> tuple[Override, ...]:
+    """Everything that verl is told, grouped: fixed, typed fields, overlong, precision, correction, run, verbatim.
+
+    Pure, but that a relative path in the spec is taken from the working folder.
+    """
+    return (
+        *_fixed(),
+        *_fields(resolved, places.data),
+        *_overlong(resolved),
+        *_precision(resolved),
+        *_correction(resolved),
+        *_run(resolved, places),
+        *_verbatim(resolved),
+    )
+
+
+def _fixed() -> Iterator[Override]:
+    why = Origin("derived", "verl's V1 trainer with trainer and rollout on the same devices")
+    yield Override("trainer.use_v1", True, why)
+    yield Override("trainer.v1.trainer_mode", "sync", why)
+    yield Override(f"{ROLLOUT}.name", "vllm", Origin("derived", "verl names no engine by default"))
+
+
+def _fields(resolved: Resolved, data: Path) -> Iterator[Override]:
+    for entry in TABLE:
+        value = resolved.value(entry.field)
+        if value is None or not (entry.always or resolved.is_set(entry.field)) or _has_no_reader(entry, resolved):
+            continue
+        converted = entry.convert(value, data) if entry.convert else value
+        yield Override(entry.key, converted, resolved.origins[entry.field], entry.added)
+
+
+def _has_no_reader(entry: Entry, resolved: Resolved) -> bool:
+    return entry.field.startswith("critic.") and resolved.spec.algorithm.advantage != "gae"
+
+
+def _overlong(resolved: Resolved) -> Iterator[Override]:
+    """What verl's `dapo` reward manager demands beside the typed fields (reward_loop/reward_manager/dapo.py:33-48)."""
+    if resolved.spec.reward.overlong:
+        why = Origin("derived", "reward.overlong")
+        yield Override(f"{OVERLONG}.enable", True, why, added=True)
+        longest = resolved.spec.data.max_response_length
+        yield Override("reward.reward_kwargs.max_resp_len", longest, why, added=True)
+
+
+def _precision(resolved: Resolved) -> Iterator[Override]:
+    """fp8 is verl's own; int8 is flashrl's vLLM method, and its weights come through flashrl's worker extension.
+
+    vLLM's CPU build packs weights away after loading, so that every precision needs the extension there.
+    """
+    origin = resolved.origins["rollout.precision"]
+    precision = resolved.spec.rollout.precision
+    if precision == "fp8":
+        yield Override(f"{ROLLOUT}.quantization", "fp8", origin)
+    if precision == "int8":
+        yield Override(f"{ENGINE}.quantization", contract.INT8_METHOD, origin, added=True)
+    on_cpu = resolved.spec.resources.platform == "cpu"
+    if precision == "int8" or on_cpu:
+        extension_origin = origin if precision == "int8" else resolved.origins["resources.platform"]
+        yield Override(f"{ENGINE}.worker_extension_cls", contract.WORKER_EXTENSION, extension_origin, added=True)
+
+
+def _correction(resolved: Resolved) -> Iterator[Override]:
+    """Truncated importance sampling: verl's decoupled mode, token level (verl/trainer/ppo/rollout_corr_helper.py)."""
+    cap, origin = resolved.spec.correction.cap, resolved.origins["correction.cap"]
+    if cap is None:
+        yield Override(f"{CORRECTION}.rollout_is", None, origin)
+        return
+    yield Override(f"{CORRECTION}.rollout_is", "token", origin)
+    yield Override(f"{CORRECTION}.rollout_is_threshold", float(cap), origin)
+    yield Override(f"{CORRECTION}.rollout_is_batch_normalize", False, origin)
+    yield Override(f"{CORRECTION}.rollout_rs", None, origin)
+    yield Override(f"{CORRECTION}.bypass_mode", False, origin)
+    yield Override(f"{ACTOR}.policy_loss.loss_mode", "vanilla", origin)
+    yield Override(f"{ROLLOUT}.calculate_log_probs", True, origin)
+    yield Override(f"{ROLLOUT}.logprobs_mode", "processed_logprobs", origin)
+
+
+def _run(resolved: Resolved, places: Places) -> Iterator[Override]:
+    """What depends on this run and not on the preset. Folders are absolute: Ray's workers have folders of their own."""
+    if resolved.spec.resources.platform == "cpu":
+        yield Override("trainer.device", "cpu", resolved.origins["resources.platform"])
+    why = Origin("derived", "the run's name")
+    yield Override("trainer.experiment_name", places.name, why)
+    yield Override("trainer.default_local_dir", str(places.checkpoints), why)
+    if places.resume_from is None:
+        yield Override("trainer.resume_mode", "auto", Origin("derived", "an interrupted run goes on"))
+    else:
+        resume = Origin("option", "--resume")
+        yield Override("trainer.resume_mode", "resume_path", resume)
+        yield Override("trainer.resume_from_path", str(places.resume_from), resume)
+
+
+def _verbatim(resolved: Resolved) -> Iterator[Override]:
+    for written, value in resolved.spec.verl.items():
+        key = written.removeprefix("+")
+        yield Override(key, value, resolved.origins[f"verl.{written}"], added=key != written)

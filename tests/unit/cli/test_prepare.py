@@ -1,0 +1,133 @@
+"""`flashrl prepare` as it is typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashrl_cli.cli.app import main
+
+PROBE = """
+import json, sys, time
+from flashrl_cli.cli.app import main
+sys.argv = ["flashrl", *sys.argv[1:]]
+try:
+    main()
+finally:
+    print(json.dumps({"cpu_s": time.process_time(), "modules": sorted(sys.modules)}), file=sys.stderr)
+"""
+HEAVY = {"pyarrow", "datasets", "torch", "transformers", "pandas", "numpy", "verl", "huggingface_hub"}
+
+
+def flashrl(*words: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run the command in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["flashrl", *words])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0)
+
+
+def fresh(*words: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """Run the command in a fresh interpreter; returns what it printed, and its CPU seconds and modules."""
+    command = [sys.executable, "-c", PROBE, *words]
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=60, check=False)
+    return done, json.loads(done.stderr.splitlines()[-1])
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text('{"question": "q?", "answer": "#### 1"}\n')
+    return folder
+
+
+def test_a_person_gets_a_table(raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert flashrl("prepare", "gsm8k", "--source", str(raw), monkeypatch=monkeypatch) == 0
+    out, err = capsys.readouterr()
+    assert [line.split()[:3] for line in out.splitlines() if "gsm8k" in line] == [
+        ["gsm8k", "train", "1"],
+        ["gsm8k", "test", "1"],
+    ]
+    assert "gsm8k: prepared in " in err
+    assert flashrl("prepare", "gsm8k", "--source", str(raw), monkeypatch=monkeypatch) == 0
+    assert "gsm8k: up to date in " in capsys.readouterr().err
+
+
+def test_a_program_gets_one_document(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FLASHRL_DATA", str(tmp_path / "data"))
+    assert flashrl("prepare", "arith", "--limit", "2", "--seed", "3", "--json", monkeypatch=monkeypatch) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema_version"] == 1
+    (result,) = document["datasets"]
+    assert (result["status"], result["dataset"]) == ("prepared", "arith")
+    assert result["path"] == str(tmp_path / "data/arith")
+    assert result["options"] == {"limit": 2, "seed": 3}
+    assert result["splits"]["test"]["rows"] == 2
+
+
+def test_out_limit_and_no_dedupe_arrive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "aime.json"
+    source.write_text(json.dumps([{"problem": "p", "answer": "1"}] * 3))
+    words = ["prepare", "aime-2024", "--source", str(source), "--out", str(tmp_path / "o"), "--no-dedupe", "--json"]
+    assert flashrl(*words, "--limit", "2", monkeypatch=monkeypatch) == 0
+    (result,) = json.loads(capsys.readouterr().out)["datasets"]
+    assert result["path"] == str(tmp_path / "o")
+    assert result["options"] == {"limit": 2, "dedupe": False}
+    assert result["splits"]["test"]["rows"] == 2
+
+
+def test_bad_rows_end_with_2_and_their_places(
+    raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (raw / "test.jsonl").write_text('{"question": "q?", "answer": "#### 1"}\n{"question": "q?"}\n')
+    assert flashrl("prepare", "gsm8k", "--source", str(raw), monkeypatch=monkeypatch) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert "error: gsm8k: 1 row cannot be used; nothing was written" in err
+    assert f"{raw}/test.jsonl:2: no column 'answer' (the row has: question)" in err
+    assert "hint: " in err
+
+
+@pytest.mark.parametrize("words", [["nonsense"], ["gsm8k", "arith", "--out", "x"], ["gsm8k", "--limit", "0"], []])
+def test_misuse_ends_with_2(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert flashrl("prepare", *words, monkeypatch=monkeypatch) == 2
+
+
+@pytest.mark.processes
+def test_up_to_date_is_told_in_a_moment_and_without_heavy_imports(raw: Path) -> None:
+    words = ["prepare", "gsm8k", "--source", str(raw)]
+    first, _ = fresh(*words)
+    again, seen = fresh(*words)
+    assert (first.returncode, again.returncode) == (0, 0)
+    assert "up to date" in again.stderr
+    assert not HEAVY & set(seen["modules"])
+    assert seen["cpu_s"] < 1
+
+
+@pytest.mark.processes
+def test_all_of_gsm8k_within_its_time(gsm8k: Path) -> None:
+    done, seen = fresh("prepare", "gsm8k", "--source", str(gsm8k), "--json")
+    (result,) = json.loads(done.stdout)["datasets"]
+    assert {split: entry["rows"] for split, entry in result["splits"].items()} == {"train": 7473, "test": 1319}
+    assert seen["cpu_s"] < 5
+
+
+@pytest.mark.processes
+def test_without_a_network_the_environment_is_not_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    done, _ = fresh("prepare", "gsm8k", "--offline")
+    assert done.returncode == 3
+    assert "error: cannot fetch openai/gsm8k from the hub" in done.stderr
+    assert "hint: --source PATH" in done.stderr

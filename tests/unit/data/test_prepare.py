@@ -1,0 +1,237 @@
+"""A data set from its source to its files, and the second run that has nothing to do."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashrl_cli.data import lengths, prepare
+from flashrl_cli.data.prepare import prepare_dataset
+from flashrl_cli.data.request import Request
+from flashrl_cli.errors import InputError
+from flashrl_cli.paths import DatasetPaths
+from flashrl_cli.render.output import Output
+
+Read = Callable[[Path], list[dict[str, Any]]]
+Lines = Callable[[Path, Iterable[Any]], Path]
+DAPO = {"data_source": "math_dapo", "ability": "MATH", "extra_info": {"index": "u"}}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Prepare `name` into its own folder under the test's."""
+
+    def go(name: str, source: Path | None = None, **options: Any) -> dict[str, Any]:
+        paths = DatasetPaths(name, options.pop("root", tmp_path / "out" / name))
+        request = Request(paths=paths, source=str(source) if source else None, **options)
+        return prepare_dataset(request, Output(json_mode=True))
+
+    return go
+
+
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def dapo_row(prompt: str, answer: str) -> dict[str, Any]:
+    reward = {"style": "rule", "ground_truth": answer}
+    return DAPO | {"prompt": [{"role": "user", "content": prompt}], "reward_model": reward}
+
+
+def test_gsm8k_from_a_folder(run: Callable[..., Any], gsm8k_folder: Path, tmp_path: Path, parquet: Read) -> None:
+    result = run("gsm8k", gsm8k_folder)
+    assert (result["status"], result["path"]) == ("prepared", str(tmp_path / "out/gsm8k"))
+    assert {split: entry["rows"] for split, entry in result["splits"].items()} == {"train": 3, "test": 2}
+    row = parquet(tmp_path / "out/gsm8k/test.parquet")[1]
+    assert row == {
+        "data_source": "openai/gsm8k",
+        "prompt": [
+            {
+                "role": "user",
+                "content": 'test 2? Let\'s think step by step and output the final answer after "####".',
+            }
+        ],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": "2000"},
+        "extra_info": {"split": "test", "index": 1, "answer": "Count.\n#### 2,000", "question": "test 2?"},
+    }
+
+
+def test_the_manifest_tells_source_options_and_counts(run: Callable[..., Any], gsm8k_folder: Path) -> None:
+    result = run("gsm8k", gsm8k_folder, limit=1)
+    manifest = json.loads((Path(result["path"]) / "manifest.json").read_text())
+    assert manifest == {key: value for key, value in result.items() if key not in {"status", "path"}}
+    assert manifest["source"]["kind"] == "local"
+    assert manifest["source"]["files"]["train"][0]["path"] == str(gsm8k_folder / "train.jsonl")
+    assert len(manifest["source"]["files"]["train"][0]["sha256"]) == 64
+    assert manifest["options"] == {"limit": 1}
+    assert {split: entry["rows"] for split, entry in manifest["splits"].items()} == {"train": 1, "test": 1}
+
+
+def test_a_second_run_touches_nothing(run: Callable[..., Any], gsm8k_folder: Path, tmp_path: Path) -> None:
+    first = run("gsm8k", gsm8k_folder)
+    before = snapshot(tmp_path / "out/gsm8k")
+    assert run("gsm8k", gsm8k_folder) == first | {"status": "up to date"}
+    assert snapshot(tmp_path / "out/gsm8k") == before
+
+
+def change_input(folder: Path, out: Path, lines: Lines) -> dict[str, Any]:
+    lines(folder / "test.jsonl", [{"question": "new?", "answer": "#### 9"}])
+    return {}
+
+
+def change_output(folder: Path, out: Path, lines: Lines) -> dict[str, Any]:
+    (out / "train.parquet").write_bytes(b"torn")
+    return {}
+
+
+def lose_manifest(folder: Path, out: Path, lines: Lines) -> dict[str, Any]:
+    (out / "manifest.json").unlink()
+    return {}
+
+
+def other_release(folder: Path, out: Path, lines: Lines) -> dict[str, Any]:
+    text = (out / "manifest.json").read_text()
+    (out / "manifest.json").write_text(text.replace('"flashrl": "', '"flashrl": "0.'))
+    return {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_input,
+        change_output,
+        lose_manifest,
+        other_release,
+        lambda *_: {"limit": 1},
+        lambda *_: {"force": True},
+    ],
+    ids=["input", "output", "manifest", "release", "limit", "force"],
+)
+def test_what_differs_is_prepared_again(
+    run: Callable[..., Any], gsm8k_folder: Path, tmp_path: Path, lines: Lines, change: Callable[..., dict[str, Any]]
+) -> None:
+    run("gsm8k", gsm8k_folder)
+    options = change(gsm8k_folder, tmp_path / "out/gsm8k", lines)
+    assert run("gsm8k", gsm8k_folder, **options)["status"] == "prepared"
+    assert run("gsm8k", gsm8k_folder, **options | {"force": False})["status"] == "up to date"
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"question": "q?", "answer": "no mark"}, "'answer' has no final answer after '#### '"),
+        ({"question": "q?"}, "no column 'answer' (the row has: question)"),
+        ("{oops", "not JSON"),
+        ("[1]", "not a JSON object but list"),
+    ],
+)
+def test_bad_rows_of_both_splits_are_told_and_nothing_is_written(
+    run: Callable[..., Any], gsm8k_folder: Path, tmp_path: Path, lines: Lines, bad: Any, message: str
+) -> None:
+    run("gsm8k", gsm8k_folder)
+    before = snapshot(tmp_path / "out/gsm8k")
+    good = {"question": "q?", "answer": "#### 1"}
+    lines(gsm8k_folder / "train.jsonl", [good, bad, good])
+    lines(gsm8k_folder / "test.jsonl", [bad])
+    with pytest.raises(InputError, match="gsm8k: 2 rows cannot be used; nothing was written") as caught:
+        run("gsm8k", gsm8k_folder)
+    expected = [f"{gsm8k_folder}/train.jsonl:2", f"{gsm8k_folder}/test.jsonl:1"]
+    assert [problem.where for problem in caught.value.problems] == expected
+    assert caught.value.problems[0].message.startswith(message)
+    assert snapshot(tmp_path / "out/gsm8k") == before
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_file_is_an_error(run: Callable[..., Any], gsm8k_folder: Path, tmp_path: Path, content: str) -> None:
+    (gsm8k_folder / "test.jsonl").write_text(content)
+    with pytest.raises(InputError, match="has no rows for test; nothing was written"):
+        run("gsm8k", gsm8k_folder)
+    assert not (tmp_path / "out").exists()
+
+
+def test_dapo_is_deduplicated_and_says_so(
+    run: Callable[..., Any], tmp_path: Path, lines: Lines, parquet: Read, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = lines(tmp_path / "dapo.jsonl", [dapo_row("a", "1"), dapo_row("b", "2")] * 100 + [dapo_row("a", "3")])
+    result = run("dapo-math-17k", source)
+    assert list(result["splits"]) == ["train"]
+    entry = result["splits"]["train"]
+    assert (entry["rows"], entry["duplicates"], entry["conflicting_duplicates"]) == (2, 199, 1)
+    assert "1 duplicates of train give another answer" in capsys.readouterr().err
+    rows = parquet(tmp_path / "out/dapo-math-17k/train.parquet")
+    assert rows[0] == dapo_row("a", "1") | {"extra_info": {"index": "u", "split": "train"}}
+    assert run("dapo-math-17k", source, dedupe=False)["splits"]["train"]["rows"] == 201
+
+
+def test_a_set_of_one_split_writes_one_file(run: Callable[..., Any], tmp_path: Path, lines: Lines) -> None:
+    source = lines(tmp_path / "train.jsonl", [{"problem": "p", "answer": "7"}])
+    run("aime-2025", source)
+    assert sorted(path.name for path in (tmp_path / "out/aime-2025").iterdir()) == ["manifest.json", "test.parquet"]
+
+
+def test_arith_is_drawn_by_its_seed(run: Callable[..., Any], tmp_path: Path) -> None:
+    result = run("arith", seed=1)
+    assert {split: entry["rows"] for split, entry in result["splits"].items()} == {"train": 4096, "test": 256}
+    same = run("arith", seed=1, root=tmp_path / "same")
+    other = run("arith", seed=2, root=tmp_path / "other")
+    hashes = [r["splits"]["train"]["sha256"] for r in (result, same, other)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert run("arith", seed=1)["status"] == "up to date"
+    assert run("arith", seed=2)["status"] == "prepared"
+
+
+def test_tokens_are_counted_once_for_a_tokenizer(
+    run: Callable[..., Any], gsm8k_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lengths, "load_tokenizer", lambda name: name)
+    monkeypatch.setattr(lengths, "prompt_tokens", lambda tokenizer, rows, advance: [5, 6, 7][: len(rows)])
+    run("gsm8k", gsm8k_folder)
+    counted = run("gsm8k", gsm8k_folder, tokenizer="a/b")
+    assert (counted["status"], counted["tokenizer"]) == ("prepared", "a/b")
+    assert counted["splits"]["train"]["prompt_tokens"] == {"p50": 6, "p99": 7, "longest": 7}
+    assert run("gsm8k", gsm8k_folder, tokenizer="a/b")["status"] == "up to date"
+    assert run("gsm8k", gsm8k_folder)["status"] == "up to date"
+
+
+def test_a_folder_is_not_both_source_and_output(run: Callable[..., Any], gsm8k_folder: Path) -> None:
+    with pytest.raises(InputError, match="is both source and output"):
+        run("gsm8k", gsm8k_folder, root=gsm8k_folder)
+
+
+def test_files_of_another_source_or_set_are_not_lost_without_force(
+    run: Callable[..., Any], gsm8k_folder: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "out"
+    run("gsm8k", gsm8k_folder, root=root)
+    with pytest.raises(InputError, match="holds train of another source"):
+        run("gsm8k", gsm8k_folder / "test.jsonl", root=root)
+    with pytest.raises(InputError, match="holds gsm8k"):
+        run("arith", root=root)
+    assert (root / "train.parquet").is_file()
+    run("gsm8k", gsm8k_folder / "test.jsonl", root=root, force=True)
+    assert sorted(path.name for path in root.iterdir()) == ["manifest.json", "test.parquet"]
+
+
+def test_tiny_is_made_elsewhere(run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare_tiny(paths: DatasetPaths, *, seed: int, force: bool, output: Output) -> dict[str, Any]:
+        return {"status": "up to date", "dataset": paths.name, "seed": seed, "force": force, "splits": {}}
+
+    monkeypatch.setitem(sys.modules, "flashrl_cli.data.tiny", types.SimpleNamespace(prepare_tiny=prepare_tiny))
+    result = run("tiny", seed=4, force=True)
+    path = str(tmp_path / "out/tiny")
+    expected = {"status": "up to date", "path": path, "dataset": "tiny", "seed": 4, "force": True, "splits": {}}
+    assert result == expected
+
+
+def test_offline_is_told_to_the_libraries(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(prepare, "go_offline", lambda: told.append(True))
+    run("arith", offline=True)
+    assert told == [True]

@@ -1,0 +1,104 @@
+"""Where questions come from, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashrl_cli import paths
+from flashrl_cli.errors import InputError
+from flashrl_cli.evals import questions
+
+ROW = {
+    "data_source": "openai/gsm8k",
+    "prompt": [{"role": "user", "content": "1 + 1?"}],
+    "reward_model": {"style": "rule", "ground_truth": "2"},
+    "extra_info": {"index": 0, "split": "test"},
+}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def record(run: str, attempt: int, *overrides: str) -> Path:
+    plan = paths.runs_root() / run / f"attempt_{attempt}" / "plan.json"
+    plan.parent.mkdir(parents=True)
+    plan.write_text(json.dumps({"overrides": overrides}))
+    return paths.checkpoints_root() / "project" / run
+
+
+def test_rows_become_questions(tmp_path: Path) -> None:
+    file = write(tmp_path / "test.parquet", [ROW, ROW, ROW])
+    found = questions.read([file, file], limit=4)
+    assert len(found) == 4
+    assert json.loads(found[0].line()) == {
+        "prompt": ROW["prompt"],
+        "data_source": "openai/gsm8k",
+        "ground_truth": "2",
+        "extra_info": ROW["extra_info"],
+    }
+
+
+def test_missing_columns_are_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "test.parquet", [{"question": "1 + 1?", "prompt": "x"}])
+    with pytest.raises(InputError, match="lacks the column data_source, reward_model") as caught:
+        questions.read([file], None)
+    assert "question, prompt" in str(caught.value.hint)
+
+
+def test_every_bad_row_is_named(tmp_path: Path) -> None:
+    rows = [ROW, {**ROW, "prompt": []}, {**ROW, "reward_model": {"style": "rule", "ground_truth": None}}]
+    file = write(tmp_path / "test.parquet", rows)
+    with pytest.raises(InputError, match="2 of 3 rows") as caught:
+        questions.read([file], None)
+    assert [p.where for p in caught.value.problems] == [f"{file}:row 1", f"{file}:row 2"]
+
+
+def test_no_parquet_and_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_text("no")
+    with pytest.raises(InputError, match="no parquet file"):
+        questions.read([tmp_path / "x.parquet"], None)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist([ROW]).slice(0, 0), tmp_path / "empty.parquet")
+    with pytest.raises(InputError, match="no rows"):
+        questions.read([tmp_path / "empty.parquet"], None)
+
+
+def test_named_data_set_and_file(tmp_path: Path) -> None:
+    prepared = write(paths.data_root() / "gsm8k" / "test.parquet", [ROW])
+    assert questions.choose("gsm8k", []) == [prepared]
+    assert questions.choose(str(prepared), []) == [prepared]
+    with pytest.raises(InputError) as caught:
+        questions.choose("math", [])
+    assert caught.value.hint == "flashrl prepare math"
+    with pytest.raises(InputError, match="no such file"):
+        questions.choose(str(tmp_path / "x.parquet"), [])
+
+
+def test_default_is_what_the_last_attempt_validated_on() -> None:
+    record("a", 1, "data.val_files=/old.parquet")
+    a = record("a", 10, "data.val_files=/new.parquet")
+    b = record("b", 1, "data.val_files=/new.parquet")
+    assert questions.choose(None, [a, b]) == [Path("/new.parquet")]
+
+
+def test_no_record_or_different_ones_need_a_choice() -> None:
+    a = record("a", 1, "data.val_files=/a.parquet")
+    b = record("b", 1, "data.val_files=/b.parquet")
+    with pytest.raises(InputError, match="different data"):
+        questions.choose(None, [a, b])
+    with pytest.raises(InputError, match="no run record"):
+        questions.choose(None, [Path("/checkpoints/project/unknown")])
+    with pytest.raises(InputError, match="no run record"):
+        questions.choose(None, [])

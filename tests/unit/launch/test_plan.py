@@ -1,0 +1,85 @@
+"""The plan: complete, pure, printable, and a script that a shell reads back word for word."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from flashrl_cli.config.resolve import load_spec
+from flashrl_cli.launch.plan import LaunchPlan, build_plan, default_name, plan_document, plan_script
+
+
+def plan(preset: str = "tiny", root: Path = Path("/w"), name: str = "r", **options: str | None) -> LaunchPlan:
+    return build_plan(
+        load_spec(preset, **options),  # type: ignore[arg-type]
+        name=name,
+        attempt=2,
+        python="/venv/bin/python",
+        runs_root=root / "runs",
+        checkpoints_root=root / "checkpoints",
+        data_root=root / "data",
+    )
+
+
+def test_argv_is_verls_entry_point_with_the_overrides_and_hydras_settings():
+    found = plan()
+    assert found.argv[:3] == ("/venv/bin/python", "-m", "verl.trainer.main_ppo")
+    assert found.argv[3:-2] == tuple(str(override) for override in found.overrides)
+    assert found.argv[-2:] == ("hydra.run.dir=/w/runs/r/attempt_2/hydra", "hydra.output_subdir=null")
+
+
+def test_places():
+    found = plan("dapo-32b")
+    assert found.cwd == Path("/w/runs/r/attempt_2")
+    assert "trainer.default_local_dir=/w/checkpoints/DAPO/r" in found.argv
+    assert "trainer.experiment_name=r" in found.argv
+    assert "data.train_files=/w/data/dapo-math-17k/train.parquet" in found.argv
+    assert found.env["VERL_FILE_LOGGER_PATH"] == "/w/runs/r/attempt_2/metrics.jsonl"
+
+
+def test_planning_is_repeatable_and_writes_nothing(tmp_path):
+    assert plan(root=tmp_path) == plan(root=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_document_is_plain_data():
+    document = plan_document(plan(tis="2"))
+    assert json.loads(json.dumps(document)) == document
+    assert document["schema_version"] == 1
+    assert (document["preset"], document["name"], document["attempt"]) == ("tiny", "r", 2)
+    assert "algorithm.rollout_correction.rollout_is_threshold=2.0" in document["overrides"]
+    assert set(document["files"]) == {"run", "attempt", "log", "metrics", "plugins", "plan", "checkpoints"}
+    assert not any(override.startswith("hydra.") for override in document["overrides"])
+
+
+@pytest.mark.parametrize(
+    ("preset", "rollout", "tis", "name"),
+    [
+        ("tiny", None, None, "tiny-int8-tis2"),
+        ("dapo-32b", None, None, "dapo-32b-bf16"),
+        ("dapo-32b", "fp8", "8", "dapo-32b-fp8-tis8"),
+        ("dapo-32b", "int8", "1.5", "dapo-32b-int8-tis1.5"),
+        ("tiny", "bf16", "off", "tiny-bf16"),
+    ],
+)
+def test_default_names(preset, rollout, tis, name):
+    resolved = load_spec(preset, rollout=rollout, tis=tis)
+    assert default_name(resolved.spec.name, resolved.spec) == name
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("weird", ["plain", 'a"=0"', "a'; echo foo", "a b,c=[d]", "a\n0", "$HOME \\", "é→"])
+def test_a_shell_reads_the_script_back(weird, tmp_path):
+    root = tmp_path / weird
+    found = plan(root=root, name="it's {1}")
+    printer = tmp_path / "print.sh"
+    printer.write_text('#!/bin/sh\npwd; printf "%s\\0" "$FLASHRL_PLUGIN_DIR" "$@"\n')
+    script = plan_script(found).replace("exec /venv/bin/python", f"exec sh {printer}")
+    out = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
+    plugins, *words = out.removeprefix(f"{found.cwd}\n").split("\0")[:-1]
+    assert plugins == str(found.attempt_paths.plugins)
+    assert tuple(words) == found.argv[1:]
+    assert found.attempt_paths.plugins.is_dir()

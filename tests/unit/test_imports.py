@@ -1,0 +1,128 @@
+"""The shape of the source: which module may import which, who may spell verl's keys, how large things may get."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "src" / "flashrl_cli"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+ALL_CODE = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
+
+BASE = {"", "errors", "paths", "contract", "files"}
+CORE = {"config", "verl", "launch", "runs", "data", "quantize", "evals", "bench", "render"}
+ALLOWED = {
+    **dict.fromkeys(BASE, BASE),
+    **dict.fromkeys(CORE, CORE | BASE),
+    "config": {"config"} | BASE,
+    "plugins": {"plugins", "contract", "files"},
+    "cli": {"cli"} | CORE | BASE,
+    "__main__": {"cli"},
+}
+"""What each part of the package may import of it; "" is `flashrl_cli/__init__.py`, which holds the version alone."""
+LATE = {"pydantic", "rich"}
+"""Fast enough for the core, too slow for `--help`."""
+MAX_FILE = 400
+MAX_FUNCTION = 60
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def part_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "" if first == "__init__" else first
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def at_import_time(node: ast.AST) -> Iterator[ast.AST]:
+    """Nodes that run when the module is imported: not function bodies, not `if TYPE_CHECKING:`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        yield child
+        yield from at_import_time(child)
+
+
+def imported(nodes: Iterator[ast.AST]) -> Iterator[str]:
+    """Dotted names of the modules that import statements among `nodes` name."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_parts(names: Iterator[str]) -> set[str]:
+    """Parts of flashrl_cli among dotted names."""
+    found = [name.split(".")[1] for name in names if name.startswith("flashrl_cli.")]
+    return {"" if part.startswith("__") else part for part in found}
+
+
+def edges() -> dict[str, set[str]]:
+    graph: dict[str, set[str]] = {}
+    for path in SOURCES:
+        graph.setdefault(part_of(path), set()).update(own_parts(imported(ast.walk(tree(path)))))
+    return graph
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_imports_go_one_way(path: Path) -> None:
+    assert own_parts(imported(ast.walk(tree(path)))) <= ALLOWED[part_of(path)]
+
+
+def test_parts_form_no_circle() -> None:
+    graph = {part: uses - {part} for part, uses in edges().items()}
+    assert {"cli", "verl", "config"} <= set(graphlib.TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "cli").glob("*.py")), ids=relative)
+def test_commands_import_only_typer_and_the_standard_library(path: Path) -> None:
+    names = set(imported(at_import_time(tree(path))))
+    outside = {name.split(".")[0] for name in names} - {"flashrl_cli", "typer"} - sys.stdlib_module_names
+    assert not outside
+    assert own_parts(iter(names)) <= {"cli", "errors", "paths", "contract", ""}
+
+
+@pytest.mark.parametrize("name", ["errors.py", "paths.py", "contract.py", "files.py", "render/output.py"])
+def test_base_modules_import_nothing_slow(name: str) -> None:
+    assert not {name.split(".")[0] for name in imported(at_import_time(tree(PACKAGE / name)))} & LATE
+
+
+def documentation(module: ast.Module) -> set[int]:
+    """Identities of the constants that stand alone as a statement: they document and do nothing."""
+    return {id(node.value) for node in ast.walk(module) if isinstance(node, ast.Expr)}
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if part_of(p) != "verl"], ids=relative)
+def test_only_verl_spells_its_keys(path: Path) -> None:
+    module = tree(path)
+    texts = {
+        id(node): node.value
+        for node in ast.walk(module)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    documented = documentation(module)
+    spelled = {text for key, text in texts.items() if key not in documented}
+    assert not [text for text in spelled if "actor_rollout_ref" in text or "rollout_corr/" in text]
+
+
+@pytest.mark.parametrize("path", ALL_CODE, ids=relative)
+def test_files_and_functions_are_small(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE
+    functions = [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = {node.name: (node.end_lineno or node.lineno) - node.lineno + 1 for node in functions}
+    assert not {name: length for name, length in lengths.items() if length > MAX_FUNCTION}

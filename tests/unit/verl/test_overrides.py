@@ -1,0 +1,142 @@
+"""What each part of a spec becomes for verl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashrl_cli import contract
+from flashrl_cli.config.complaints import keys_of
+from flashrl_cli.config.merge import Origin
+from flashrl_cli.config.resolve import load_spec
+from flashrl_cli.config.spec import RunSpec
+from flashrl_cli.verl.overrides import ENGINE, ROLLOUT, TABLE, Places, overrides
+
+EXTENSION = f"{ENGINE}.worker_extension_cls"
+
+
+def values(preset: str, *, resume_from: Path | None = None, **options: Any) -> dict[str, Any]:
+    places = Places(name="run", data=Path("/data"), checkpoints=Path("/ckpt/run"), resume_from=resume_from)
+    return {("+" if o.added else "") + o.key: o.value for o in overrides(load_spec(preset, **options), places)}
+
+
+def test_every_field_is_in_the_table_or_handled_apart():
+    apart = {"name", "description", "rollout.precision", "correction.cap", "resources.platform", "env", "verl"}
+    assert {entry.field for entry in TABLE} | apart == set(keys_of(RunSpec))
+    assert len({entry.key for entry in TABLE}) == len(TABLE)
+
+
+@pytest.mark.parametrize(
+    ("precision", "quantization", "extension"),
+    [
+        ("bf16", {}, False),
+        ("fp8", {f"{ROLLOUT}.quantization": "fp8"}, False),
+        ("int8", {f"+{ENGINE}.quantization": contract.INT8_METHOD}, True),
+    ],
+)
+def test_precision_on_gpus_leaves_verls_own_path_alone_but_for_int8(precision, quantization, extension):
+    found = values("dapo-32b", rollout=precision)
+    assert {key: value for key, value in found.items() if key.endswith(".quantization")} == quantization
+    assert (found.get(f"+{EXTENSION}") == contract.WORKER_EXTENSION) is extension
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
+def test_on_cpu_every_precision_refits_through_the_extension(precision):
+    found = values("tiny", rollout=precision)
+    assert found[f"+{EXTENSION}"] == contract.WORKER_EXTENSION
+    assert found["trainer.device"] == "cpu"
+
+
+def test_tis_and_its_absence():
+    correction = "algorithm.rollout_correction"
+    off = values("tiny", tis="off")
+    assert {k: v for k, v in off.items() if k.startswith(correction)} == {f"{correction}.rollout_is": None}
+    on = values("tiny", tis="3")
+    assert (on[f"{correction}.rollout_is"], on[f"{correction}.rollout_is_threshold"]) == ("token", 3.0)
+    assert on[f"{correction}.bypass_mode"] is False
+    assert on[f"{ROLLOUT}.calculate_log_probs"] is True
+
+
+def test_untouched_defaults_stay_unsaid():
+    found = values("tiny")
+    assert f"{ROLLOUT}.top_p" not in found
+    assert values("tiny", sets=["rollout.top_p=1.0"])[f"{ROLLOUT}.top_p"] == 1.0
+
+
+def test_critic_keys_only_where_there_is_a_critic():
+    sets = ["critic.lr=1e-4", "critic.path=/c", "critic.max_tokens_per_gpu=9"]
+    assert "critic.optim.lr" not in values("tiny", sets=sets)
+    found = values("gsm8k-tiny-cpu", sets=sets)
+    assert (found["critic.optim.lr"], found["critic.model.path"]) == (1e-4, "/c")
+    assert found["+critic.ppo_infer_max_token_len_per_gpu"] == 9
+
+
+def test_the_tiny_critic_starts_from_the_tiny_policy():
+    found = values("gsm8k-tiny-cpu")
+    assert found["critic.model.path"] == found["actor_rollout_ref.model.path"] == "/data/tiny/model"
+
+
+@pytest.mark.parametrize(
+    ("path", "absolute"),
+    [
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("prepared:other", "/data/other/model"),
+        ("/models/x/", "/models/x"),
+        ("./models/x", "{cwd}/models/x"),
+        ("~/x", "{home}/x"),
+    ],
+)
+def test_model_paths(path, absolute, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = values("tiny", sets=[f"model.path={path}"])["actor_rollout_ref.model.path"]
+    assert found == absolute.format(cwd=tmp_path, home=Path.home())
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "val"),
+    [
+        ("gsm8k", "/data/gsm8k/train.parquet", "/data/gsm8k/test.parquet"),
+        ("x.parquet", "{cwd}/x.parquet", "{cwd}/x.parquet"),
+        ("sub/x", "{cwd}/sub/x", "{cwd}/sub/x"),
+        ("/d/x.jsonl", "/d/x.jsonl", "/d/x.jsonl"),
+    ],
+)
+def test_data_paths(name, train, val, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = values("tiny", sets=[f"data.train={name}", f"data.val={name}"])
+    expected = [text.format(cwd=tmp_path) for text in (train, val)]
+    assert [found["data.train_files"], found["data.val_files"]] == expected
+
+
+def test_resume():
+    assert values("tiny")["trainer.resume_mode"] == "auto"
+    found = values("tiny", resume_from=Path("/ckpt/old/global_step_5"))
+    assert (found["trainer.resume_mode"], found["trainer.resume_from_path"]) == (
+        "resume_path",
+        "/ckpt/old/global_step_5",
+    )
+
+
+def test_overlong_penalty_says_all_five_keys():
+    found = values("dapo-32b", sets=["data.max_response_length=8192"])
+    kwargs = {key.rpartition(".")[2]: v for key, v in found.items() if key.startswith("+reward.reward_kwargs")}
+    assert kwargs == {"enable": True, "len": 4096, "penalty_factor": 1.0, "log": False, "max_resp_len": 8192}
+    assert not any("reward_kwargs" in key for key in values("dapo-32b", sets=["reward.overlong=null"]))
+
+
+def test_verbatim_keys_keep_their_plus_and_origin():
+    places = Places(name="run", data=Path("/data"), checkpoints=Path("/ckpt/run"))
+    found = overrides(load_spec("tiny", sets=["verl.+a.b=[1, x y]", "verl.c.d=1e-3"]), places)
+    assert [str(override) for override in found[-2:]] == ["+a.b=[1,'x y']", "c.d=0.001"]
+    assert found[-1].origin == Origin("set", "--set verl.c.d")
+
+
+def test_every_override_has_an_origin():
+    places = Places(name="run", data=Path("/data"), checkpoints=Path("/ckpt/run"))
+    found = {o.key: o.origin for o in overrides(load_spec("gsm8k-tiny-cpu", tis="2"), places)}
+    assert found["trainer.total_training_steps"].where.startswith("presets/gsm8k-tiny-cpu.yaml:")
+    assert found["critic.strategy"].where.startswith("presets/base/cpu.yaml:")
+    assert found["algorithm.rollout_correction.rollout_is"] == Origin("option", "--tis")
+    assert found[f"{ROLLOUT}.max_model_len"].layer == "derived"
