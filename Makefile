@@ -2,6 +2,8 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# PyTorch publishes its CPU builds on an index of its own.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # No test takes that many seconds; one that hangs must not hide what the others found.
 PYTEST := $(BIN)/pytest --timeout 600
 
@@ -19,7 +21,7 @@ setup: $(READY)  ## Make .venv with the CPU stack, the test tools and flashrl (P
 	@echo "$(VENV) is ready"
 
 $(READY): requirements/install.sh requirements/cpu.txt requirements/dev.txt pyproject.toml
-	bash requirements/install.sh $(VENV)
+	TORCH_INDEX=$(TORCH_INDEX) bash requirements/install.sh $(VENV)
 	@touch $@
 
 demo: $(READY)  ## Prepare, train with INT8 rollouts and TIS, evaluate; results in demo/.

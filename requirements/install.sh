@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
 # Make a virtual environment with the CPU stack, the test tools and flashrl itself: install.sh FOLDER (`make setup` calls it).
 #
-# Needs Python 3.11 or 3.12 ($PYTHON names one); uv is used where it is found, else fetched with pip, else done without.
-# The lists are complete, so nothing is resolved; everything is byte-compiled, because each Ray actor imports the stack anew.
+# Needs Python 3.11 or 3.12 ($PYTHON names one) and $TORCH_INDEX, where torch's CPU build lies. uv is used where it is
+# found, else fetched with pip, else done without. The lists are complete, so nothing is resolved; everything is
+# byte-compiled, because each Ray actor imports the stack anew.
 # Safe to run again: what is there is kept.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 VENV=$1
-# PyTorch publishes its CPU builds on an index of its own, not on the common one
-TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH=$(grep '^torch==' requirements/cpu.txt)
 SUITABLE='import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'
 
@@ -44,7 +43,7 @@ install() {
     fi
 }
 
-# Prints the options that lead to torch's wheel: a folder of $PIP_FIND_LINKS that holds it, else PyTorch's index.
+# Prints the options that lead to torch's wheel: a folder of $PIP_FIND_LINKS that holds it, else the index.
 torch_source() {
     local folder tag
     tag=$("$VENV/bin/python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from flashrl_cli.evals.merge import Unreadable, merge
+from flashrl_cli.evals.merge import Unreadable, check, merge
 
 BY_VERL = Path(__file__).with_name("checkpoints_by_verl.py")
 STEPS = (2, 4, 10)
@@ -146,6 +146,15 @@ def test_plain_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Unreadable, match="not hold the same parameters"):
         merge(hf, files, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_torn_hf_folder(saved: dict[int, Path], tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes((saved[1] / "model" / file.name).read_bytes())
+    assert check(tmp_path) == tmp_path
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(Unreadable, match=r"model\.safetensors is torn"):
+        check(tmp_path)
 
 
 @pytest.mark.parametrize("rollout", ["bf16", "int8"])

@@ -18,7 +18,7 @@ def _complete(incomplete: str) -> list[str]:
     return [name for name in NAMES if name.startswith(incomplete)]
 
 
-def prepare(  # noqa: PLR0917
+def prepare(
     datasets: Annotated[
         list[str],
         typer.Argument(

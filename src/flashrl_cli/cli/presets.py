@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flashrl_cli.cli.options import Json
+from flashrl_cli.cli.options import Json, Rollout, Sets, Tis
 
 SCHEMA_VERSION = 1
 
@@ -35,9 +35,9 @@ def ls(json: Json = False) -> None:
 @presets.command("show", epilog="flashrl presets show dapo-32b --tis 8 --set data.max_response_length=8192")
 def show(
     preset: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A preset's name, or a YAML file.")],
-    rollout: Annotated[str | None, typer.Option("--rollout", help="bf16, int8 or fp8.")] = None,
-    tis: Annotated[str | None, typer.Option("--tis", metavar="CAP|off", help="Cap of importance weights.")] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value.")] = None,
+    rollout: Rollout = None,
+    tis: Tis = None,
+    sets: Sets = None,
     json: Json = False,
 ) -> None:
     """Show every value of a preset and where it comes from."""

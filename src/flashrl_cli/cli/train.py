@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashrl_cli import paths
-from flashrl_cli.cli.options import Json
+from flashrl_cli.cli.options import Json, Rollout, Sets, Tis
 
 if TYPE_CHECKING:
     from flashrl_cli.launch.plan import LaunchPlan
@@ -17,13 +17,9 @@ if TYPE_CHECKING:
 
 def train(
     preset: Annotated[str, typer.Option(help="Name of a preset (`flashrl presets ls`) or a YAML file.")],
-    rollout: Annotated[str | None, typer.Option(help="Precision of the rollouts: bf16, int8 or fp8.")] = None,
-    tis: Annotated[
-        str | None, typer.Option(help="Cap of truncated importance sampling, or off.", metavar="CAP|off")
-    ] = None,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", help="Any key of the preset, or verl.KEY=VALUE.", metavar="KEY=VALUE")
-    ] = None,
+    rollout: Rollout = None,
+    tis: Tis = None,
+    sets: Sets = None,
     name: Annotated[str | None, typer.Option(help="Name of the run (default: preset, precision and cap).")] = None,
     resume: Annotated[
         str, typer.Option(help="Go on with a used name: auto (newest checkpoint), never, or a global_step_N folder.")
@@ -33,11 +29,8 @@ def train(
 ) -> None:
     """Train a preset with verl, watched to its end.
 
-    Examples:
-
-      flashrl train --preset tiny
-
-      flashrl train --preset dapo-32b --rollout int8 --tis 8 --dry-run
+    `flashrl train --preset tiny` runs on any machine;
+    `flashrl train --preset dapo-32b --rollout int8 --tis 8 --dry-run` shows what a cluster would run.
     """
     from flashrl_cli.config.resolve import load_spec
     from flashrl_cli.launch import attempts

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import __version__, files
+from flashrl_cli import __version__, cpu, files
 from flashrl_cli.data import arith, writing
 from flashrl_cli.data.stamps import stamp, unchanged
 from flashrl_cli.data.tiny_policy import save, warm_up
@@ -26,6 +27,8 @@ def prepare_tiny(paths: DatasetPaths, *, seed: int, force: bool, output: Output)
     if not force and there is not None and _up_to_date(paths, there, seed):
         return {"status": "up to date", **there}
     output.say("tiny: teaching a policy of 0.6 M parameters to add …")
+    for key, value in cpu.THREADS.items():
+        os.environ.setdefault(key, value)
     model, tokenizer, taught = warm_up(seed=seed, report=output.say)
     with files.replacing(paths.model) as folder:
         save(model, tokenizer, folder)

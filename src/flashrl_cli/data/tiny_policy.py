@@ -35,10 +35,10 @@ class WarmUp:
 
     batch: int = 64
     clean_lr: float = 2e-3
-    careless_lr: float = 3e-4
+    careless_lr: float = 1e-4
     warmup_steps: int = 50
-    skilled: float = 0.85
-    careless: float = 0.45
+    skilled: float = 0.8
+    careless: float = 0.5
     floor: float = 0.25
     max_clean_steps: int = 1500
     max_careless_steps: int = 200
@@ -137,13 +137,12 @@ def sampled_accuracy(model: Qwen2ForCausalLM, demonstrations: Demonstrations, *,
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])
     model.eval()
     with torch.no_grad():
-        out = model.generate(
-            ids, attention_mask=(ids != tokenizer.pad_token_id).long(), max_new_tokens=MAX_NEW_TOKENS, do_sample=True,
-            temperature=1.0, top_k=0,
-        )  # fmt: skip
+        mask = (ids != tokenizer.pad_token_id).long()
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=True, top_k=0)
     model.train()
     texts = [tokenizer.decode(row[width:]).split(END)[0] for row in out]
-    return sum(text.split("#### ")[-1] == str(a + b) for text, (a, b) in zip(texts, asked, strict=True)) / len(asked)
+    right = [text.split("#### ")[-1] == str(a + b) for text, (a, b) in zip(texts, asked, strict=True)]
+    return float(sum(right) / len(right))
 
 
 def _teach(

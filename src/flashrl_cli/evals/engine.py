@@ -28,6 +28,7 @@ Emit = Callable[..., None]
 def main() -> None:
     """Work through the job named on the command line, telling its progress on stdout."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    sys.excepthook = _end_with_traceback
     emit = _events()
     try:
         _evaluate(Job.read(Path(sys.argv[1])), emit)
@@ -64,7 +65,7 @@ def _evaluate(job: Job, emit: Emit) -> None:
 def _hf_folder(target: Target, work: Path) -> Iterator[Path]:
     """The target as an HF folder: its own, or merged from its shards and removed afterwards."""
     if not target.shards:
-        yield Path(target.hf)
+        yield merge.check(Path(target.hf))
         return
     import tempfile
 
@@ -91,6 +92,12 @@ def _events() -> Emit:
         stream.flush()
 
     return emit
+
+
+def _end_with_traceback(*error: Any) -> None:
+    """A failure ends the process at once: what vLLM has started might hold it for ever."""
+    sys.__excepthook__(*error)
+    os._exit(ExitCode.FAILED)
 
 
 def _end_with_parent() -> None:

@@ -34,6 +34,19 @@ def merge(hf: Path, shards: Sequence[Path], target: Path) -> Path:
     return target
 
 
+def check(hf: Path) -> Path:
+    """`hf` itself, if all its safetensors files are whole; raises Unreadable naming the first that is not."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(hf.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise Unreadable(f"{file} is torn: {error}") from error
+    return hf
+
+
 def _load(file: Path) -> dict[str, Any]:
     import torch
     import torch.distributed.tensor  # registers DTensor and its parts as safe to load

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flashrl_cli.errors import InputError
 from flashrl_cli.paths import RunPaths, absolute
-from flashrl_cli.verl.checkpoints import step_of
+from flashrl_cli.verl.checkpoints import step_number
 
 RESUME_MODES = "auto|never|PATH"
 
@@ -16,7 +16,7 @@ def resume_path(resume: str) -> Path | None:
     if resume in ("auto", "never"):
         return None
     path = absolute(resume)
-    if not path.is_dir() or step_of(path) is None:
+    if not path.is_dir() or step_number(path.name) is None:
         raise InputError(f"--resume {resume}: no folder global_step_N", hint=f"--resume takes {RESUME_MODES}")
     return path
 

@@ -217,7 +217,7 @@ def _signals() -> Iterator[list[int]]:
     """Collect INT, TERM and HUP in the list it yields, instead of dying of them."""
     received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(number: int, _frame: FrameType | None) -> None:
         received.append(number)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

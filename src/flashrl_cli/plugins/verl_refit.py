@@ -27,8 +27,9 @@ class RefitWorkerExtension(vLLMColocateWorkerExtension):
         if peft_config:
             super().update_weights_from_ipc(peft_config=peft_config, base_sync_done=base_sync_done, use_shm=use_shm)
             return
-        device = self.device or torch.device("cpu")
-        self.device = device
+        # vLLM's CPU worker leaves it unset
+        self.device: torch.device = self.device or torch.device("cpu")
+        device = self.device
         runner = self.model_runner
         seconds = refit(
             runner.model, runner.vllm_config.model_config, device, lambda load: self._receive(load, device, use_shm)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +123,7 @@ class LiveDisplay:
         self.proof = ""
         self.doing, self.since = "starting", time.monotonic()
         self.started = time.monotonic()
-        self.redraw = lambda: None
+        self.redraw: Callable[[], None] = lambda: None
 
     def expect(self, total: int) -> None:
         """Know the number of steps."""

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli.errors import FlashrlError
-
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from flashrl_cli.errors import FlashrlError
 
 Advance = Callable[[int], None]
 PLAIN_WIDTH = 160
@@ -79,7 +79,7 @@ class Output:
         """Show a bar with ETA on a terminal, else one line when done; yields `advance(n)`."""
         if not self.live:
             self.say(f"{label} …")
-            yield lambda n: None
+            yield lambda _: None
             return
         from flashrl_cli.render.progress import bar
 

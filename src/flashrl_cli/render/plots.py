@@ -14,6 +14,7 @@ from flashrl_cli.errors import EnvironmentNotReady
 
 _POINTS = "●○■□▲△◆◇"
 _WIDTH, _HEIGHT = 76, 18
+_TICKS = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,7 @@ def text_curve(series: Sequence[Series], *, ylabel: str) -> str:
         figure.draw(points.label(one.label) if len(series) > 1 else points)
     lower, upper = limits(series)
     figure.ruler("y").lim(lower, upper)
-    figure.ruler("x").ticks(sorted({x for one in series for x in one.xs}))
+    figure.ruler("x").ticks(ticks(series))
     figure.title(ylabel)
     figure.label("step")
     lines = str(plotext.uncolorize(figure.build().string())).splitlines()
@@ -72,7 +73,7 @@ def write_png(series: Sequence[Series], path: Path, *, ylabel: str) -> None:
         (line,) = axes.plot(one.xs, one.ys, marker="o", label=one.label)
         axes.fill_between(one.xs, one.los, one.his, color=line.get_color(), alpha=0.15)
     axes.set(xlabel="step", ylabel=ylabel, ylim=limits(series))
-    axes.set_xticks(sorted({x for one in series for x in one.xs}))
+    axes.set_xticks(ticks(series))
     axes.grid(alpha=0.3)
     axes.legend()
     with files.replacing(path) as temporary:
@@ -84,6 +85,12 @@ def limits(series: Sequence[Series]) -> tuple[float, float]:
     lower = math.floor(min(min(one.los) for one in series) * 10) / 10
     upper = math.ceil(max(max(one.his) for one in series) * 10) / 10
     return lower, max(upper, lower + 0.1)
+
+
+def ticks(series: Sequence[Series]) -> list[int]:
+    """Steps to mark on the horizontal axis: all of them, or evenly every few if there are many."""
+    steps = sorted({x for one in series for x in one.xs})
+    return steps[:: math.ceil(len(steps) / _TICKS)]
 
 
 def _markers(count: int) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flashrl_cli import contract
+from flashrl_cli import contract, cpu
 
 if TYPE_CHECKING:
     from flashrl_cli.config.spec import RunSpec
@@ -20,7 +20,7 @@ COMMON = {
 CPU = {
     "VERL_PLATFORM": "cpu",  # the platform that flashrl's plugin registers
     "VERL_ENGINE_DEVICE": "cuda",  # verl registers its training engines for cuda and npu only; this is its own switch
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    **cpu.ENGINE,
 }
 OWNED = frozenset({contract.ENV_PLUGIN_DIR, contract.ENV_PLATFORM, METRICS_PATH})
 """Variables that a preset cannot set: files of the attempt are found by them."""
@@ -28,11 +28,11 @@ OWNED = frozenset({contract.ENV_PLUGIN_DIR, contract.ENV_PLATFORM, METRICS_PATH}
 
 def environment(spec: RunSpec, attempt: AttemptPaths) -> dict[str, str]:
     """What a run adds to the environment: flashrl's, the preset's `env` over it, then the attempt's files."""
-    cpu = CPU if spec.resources.platform == "cpu" else {}
+    platform = CPU if spec.resources.platform == "cpu" else {}
     own = {
         contract.ENV_PLUGIN_DIR: str(attempt.plugins),
         contract.ENV_PLATFORM: spec.resources.platform,
         # verl's logger truncates the file it opens, so that every attempt needs its own (verl/utils/tracking.py:541).
         METRICS_PATH: str(attempt.metrics),
     }
-    return dict(sorted((COMMON | cpu | spec.env | own).items()))
+    return dict(sorted((COMMON | platform | spec.env | own).items()))

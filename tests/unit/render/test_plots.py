@@ -19,6 +19,12 @@ def test_limits_are_tenths_around_all_intervals() -> None:
     assert plots.limits([flat]) == pytest.approx((0.0, 0.1))
 
 
+def test_ticks_are_steps_and_few() -> None:
+    assert plots.ticks([RISING, OTHER]) == [0, 5, 10]
+    many = plots.Series(label="", xs=range(0, 200, 5), ys=[], los=[], his=[])
+    assert plots.ticks([many]) == list(range(0, 200, 20))
+
+
 def test_text_curve_rises_from_left_to_right() -> None:
     lines = plots.text_curve([RISING], ylabel="accuracy").splitlines()
     assert "accuracy" in lines[0]
