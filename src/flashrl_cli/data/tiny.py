@@ -21,12 +21,12 @@ WEIGHTS = "model.safetensors"
 def prepare_tiny(paths: DatasetPaths, *, seed: int, force: bool, output: Output) -> dict[str, Any]:
     """Make `arith` rows and a warmed-up policy in `paths`, unless they lie there already; returns status and manifest.
 
-    Takes under a minute on two cores. RunFailed if the policy cannot be taught.
+    Takes about a minute on two cores. RunFailed if the policy cannot be taught.
     """
     there = writing.read_manifest(paths)
     if not force and there is not None and _up_to_date(paths, there, seed):
         return {"status": "up to date", **there}
-    output.say("tiny: teaching a policy of 0.6 M parameters to add …")
+    output.say("tiny: teaching a policy of 0.4 M parameters to add …")
     for key, value in cpu.THREADS.items():
         os.environ.setdefault(key, value)
     model, tokenizer, taught = warm_up(seed=seed, report=output.say)

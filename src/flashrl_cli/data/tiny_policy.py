@@ -33,13 +33,14 @@ Report = Callable[[str], None]
 class WarmUp:
     """How the policy is taught: sizes in demonstrations, learning rates of AdamW, sampled accuracies that end a phase."""
 
-    batch: int = 64
+    batch: int = 48
     clean_lr: float = 2e-3
     careless_lr: float = 1e-4
     warmup_steps: int = 50
-    skilled: float = 0.8
+    skilled: float = 0.7
     careless: float = 0.5
     floor: float = 0.25
+    first_look: int = 200
     max_clean_steps: int = 1500
     max_careless_steps: int = 200
 
@@ -62,7 +63,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, *, tied: bool = True) -> Qwen2ForCausalLM:
-    """Untrained float32 Qwen2 of 0.6 M parameters whose embedding has exactly `len(tokenizer)` rows.
+    """Untrained float32 Qwen2 of 0.4 M parameters whose embedding has exactly `len(tokenizer)` rows.
 
     verl masks the rows beyond the vocabulary in the rollout only, which would show up as a constant KL.
     """
@@ -72,7 +73,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, tied: bool = True) -> Qwen
         Qwen2Config(
             vocab_size=len(tokenizer),
             hidden_size=128,
-            intermediate_size=512,
+            intermediate_size=256,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=4,
@@ -194,7 +195,7 @@ def _learn(
         _set_lr(optimizer, recipe.clean_lr * min(1.0, (step + 1) / recipe.warmup_steps))
         _teach(model, optimizer, demonstrations, recipe, careless=False)
         step += 1
-        if step % 50 == 0:
+        if step >= recipe.first_look and step % 25 == 0:
             accuracy = sampled_accuracy(model, demonstrations)
             report(f"learning sums: step {step}, sampled accuracy {accuracy:.2f}")
     return step, accuracy

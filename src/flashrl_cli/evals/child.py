@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import contract, errors
+from flashrl_cli import contract, cpu, errors
 
 if TYPE_CHECKING:
     from flashrl_cli.evals.job import Job
@@ -50,7 +50,7 @@ def _environment(job: Job) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "HF_HUB_OFFLINE": "1",
     }
-    defaults = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    defaults = {"VLLM_LOGGING_LEVEL": "WARNING", **cpu.ENGINE}
     return {**defaults, **os.environ, **fixed}
 
 

@@ -30,6 +30,9 @@ class Generator:
 
         self._job, self._prompts = job, prompts
         longest = max(map(len, self._tokens(_tokenizer(folder))))
+        limit = job.max_model_len or _needed(folder, longest + job.sampling.max_tokens)
+        if longest >= limit:
+            raise InputError(f"a prompt has {longest} tokens, the limit is {limit}", hint="a larger --max-model-len")
         on_cpu = current_platform.is_cpu()
         self._llm = LLM(
             model=str(folder),
@@ -38,16 +41,11 @@ class Generator:
             dtype="bfloat16",
             quantization=contract.INT8_METHOD if job.rollout == "int8" else None,
             worker_extension_cls=contract.EVAL_EXTENSION,
-            max_model_len=job.max_model_len or _needed(folder, longest + job.sampling.max_tokens),
+            max_model_len=limit,
             enforce_eager=on_cpu,
             seed=job.sampling.seed,
             **({"gpu_memory_utilization": _CPU_MEMORY} if on_cpu else {}),
         )
-        limit = self._llm.llm_engine.model_config.max_model_len
-        if longest >= limit:
-            raise InputError(
-                f"a prompt has {longest} tokens, the limit is {limit}", hint=f"--max-model-len {longest + 1} or more"
-            )
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Take the weights of `folder`; returns what the engine holds then (a contract.Handshake).
