@@ -35,7 +35,8 @@ def flashrl(*args: str, capture: bool = False) -> tuple[str, float]:
     print(f"\n$ flashrl {' '.join(args)}", flush=True)
     started = time.monotonic()
     command = [sys.executable, "-m", "flashrl_cli", *args]
-    done = subprocess.run(command, env={**os.environ, **ENV}, stdout=subprocess.PIPE if capture else None, text=True)
+    stdout = subprocess.PIPE if capture else None
+    done = subprocess.run(command, env={**os.environ, **ENV}, stdout=stdout, text=True, check=False)
     if done.returncode:
         sys.exit(done.returncode)
     return done.stdout or "", time.monotonic() - started

@@ -1,0 +1,70 @@
+"""What the tests on the real stack share: one prepared tiny policy, a place for runs, and how to call flashrl."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A folder with prepared data, in which runs are made."""
+
+    root: Path
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Environment of a user who works in this folder."""
+        places = {f"FLASHRL_{name.upper()}": str(self.root / name) for name in ("data", "runs", "checkpoints")}
+        return {**os.environ, **places, "CI": "1"}
+
+    def start(self, *args: object, **env: str) -> subprocess.Popen[str]:
+        """`flashrl …` with both outputs piped."""
+        command = [sys.executable, "-m", "flashrl_cli", *map(str, args)]
+        return subprocess.Popen(
+            command,
+            cwd=self.root,
+            env={**self.env, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *args: object, code: int = 0, **env: str) -> tuple[str, str]:
+        """Outputs of `flashrl …`, which must end with `code`."""
+        process = self.start(*args, **env)
+        out, err = process.communicate(timeout=500)
+        assert process.returncode == code, f"exit {process.returncode}\n{out[-3000:]}\n{err[-6000:]}"
+        return out, err
+
+    def leftovers(self) -> list[str]:
+        """Processes that belong to runs of this folder, by working folder or command line."""
+        found = []
+        for process in psutil.process_iter(["cwd", "cmdline"]):
+            info = process.info
+            if str(self.root) in f"{info['cwd']} {' '.join(info['cmdline'] or ())}":
+                found.append(f"{process.pid} {info['cmdline']}")
+        return found
+
+
+def events(text: str, kind: str) -> list[dict[str, Any]]:
+    """Events of one kind out of the JSON lines of `train --json`."""
+    return [event for event in map(json.loads, text.splitlines()) if event["event"] == kind]
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    """A folder in which `flashrl prepare tiny` was run."""
+    shop = Workshop(tmp_path_factory.mktemp("workshop"))
+    shop.run("prepare", "tiny")
+    yield shop
+    assert not shop.leftovers()

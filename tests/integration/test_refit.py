@@ -1,0 +1,127 @@
+"""Refits of a real vLLM engine with a trained policy: what the engine computes afterwards is what the weights say.
+
+A random policy would hide a broken refit: all engines then sample about uniformly.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashrl_cli.data import arith
+from tests.integration.conftest import Workshop
+
+SUMS = arith.pairs(0)["test"][:32]
+PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def variants(source: Path, out: Path, *, tied: bool) -> dict[str, Path]:
+    """Two policies that know sums, A and B: the trained one, and the same with every weight changed by about 2 %."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    trained = Qwen2ForCausalLM.from_pretrained(source, dtype=torch.float32)
+    config = Qwen2Config.from_pretrained(source, tie_word_embeddings=tied)
+    generator = torch.Generator().manual_seed(0)
+    folders = {}
+    for name, change in (("A", 0.0), ("B", 0.02)):
+        model = Qwen2ForCausalLM(config)
+        model.load_state_dict(trained.state_dict())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + change * torch.randn(parameter.shape, generator=generator))
+        folders[name] = out / name
+        model.to(torch.bfloat16).save_pretrained(folders[name])
+        AutoTokenizer.from_pretrained(source).save_pretrained(folders[name])
+    return folders
+
+
+def sequences(tokenizer: Any) -> tuple[list[list[int]], int]:
+    """Worked sums as token ids; all log-probs from the last prompt token on belong to the answer (at least that many)."""
+    texts = [(PROMPT.format(arith.question(*pair)), arith.solution(*pair)) for pair in SUMS]
+    return [tokenizer(prompt + answer).input_ids for prompt, answer in texts], min(len(answer) for _, answer in texts)
+
+
+def independent(folder: Path, rows: list[list[int]]) -> list[list[float]]:
+    """The same log-probs by Transformers in float32, one sequence at a time."""
+    import torch
+    from transformers import Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    out = []
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([row])
+            scores = model(ids).logits[0, :-1].log_softmax(-1)
+            out.append(scores.gather(1, ids[0, 1:, None])[:, 0].tolist())
+    return out
+
+
+def answers(logprobs: list[list[float]], length: int) -> list[float]:
+    """The log-probs of the answers, flat: the policy knows those, while a prompt's numbers are anyone's guess."""
+    return [value for row in logprobs for value in row[-length:]]
+
+
+def mean_difference(left: list[float], right: list[float]) -> float:
+    return sum(abs(a - b) for a, b in zip(left, right, strict=True)) / len(left)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_refit_equals_a_fresh_engine(workshop: Workshop, tmp_path: Path, tied: bool) -> None:
+    from transformers import AutoTokenizer
+
+    folders = variants(workshop.root / "data" / "tiny" / "model", tmp_path, tied=tied)
+    rows, length = sequences(AutoTokenizer.from_pretrained(folders["A"]))
+    a, b = str(folders["A"]), str(folders["B"])
+    job = {
+        "out": str(tmp_path / "out.json"),
+        "sequences": rows,
+        "cases": {
+            f"{precision} {how}": {"model": a if refits else b, "int8": precision == "int8", **case, "refits": refits}
+            for precision in ("int8", "bf16")
+            for how, case, refits in (
+                ("fresh", {"load_format": "auto"}, []),
+                ("refitted", {"load_format": "dummy"}, [a, b]),
+                ("ten times", {"load_format": "dummy"}, [a, b] * 5),
+            )
+        },
+    }
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    script = Path(__file__).with_name("engine_logprobs.py")
+    env = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "FLASHRL_PLUGIN_DIR": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+    }
+    subprocess.run([sys.executable, script, tmp_path / "job.json"], env=env, check=True, timeout=400)
+    results = json.loads((tmp_path / "out.json").read_text())
+    check(results, independent(folders["A"], rows), independent(folders["B"], rows), length)
+
+
+def check(results: dict[str, Any], truth_a: list[list[float]], truth_b: list[list[float]], length: int) -> None:
+    """Refits equal fresh engines bit for bit; all are near the independent computation, and nearer to B than to A."""
+    wanted, other = answers(truth_b, length), answers(truth_a, length)
+    assert sum(wanted) / len(wanted) > -1.0, "the policy must know sums, or this test proves nothing"
+    for precision, tolerance in (("bf16", 0.03), ("int8", 0.15)):
+        fresh = results[f"{precision} fresh"]["logprobs"]
+        assert results[f"{precision} refitted"]["logprobs"] == fresh
+        assert results[f"{precision} ten times"]["logprobs"] == fresh
+        got = answers(fresh, length)
+        assert all(map(math.isfinite, got))
+        assert mean_difference(got, wanted) < tolerance
+        assert mean_difference(got, wanted) < mean_difference(got, other)
+    int8, bf16 = (answers(results[f"{p} fresh"]["logprobs"], length) for p in ("int8", "bf16"))
+    assert 0 < mean_difference(int8, bf16) < 0.15, "INT8 must differ from bf16, but little"
+    assert {shake["precision"] for shake in results["int8 ten times"]["holds"]} == {"int8"}
+    assert {shake["quantized_layers"] for shake in results["int8 ten times"]["holds"]} == {8}
+    assert {shake["precision"] for shake in results["bf16 ten times"]["holds"]} == {"bf16"}
