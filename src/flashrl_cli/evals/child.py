@@ -78,4 +78,4 @@ def _error(event: Mapping[str, Any]) -> errors.FlashrlError:
 
 def _tail(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(f"  {line}" for line in lines[-_TAIL_LINES:])
+    return "\n".join(f"  {line[:300]}" for line in lines[-_TAIL_LINES:])

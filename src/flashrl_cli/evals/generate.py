@@ -44,7 +44,9 @@ class Generator:
             max_model_len=limit,
             enforce_eager=on_cpu,
             seed=job.sampling.seed,
-            **({"gpu_memory_utilization": _CPU_MEMORY} if on_cpu else {}),
+            # a seeded request whose prompt is split fails on a CPU: "CPU Generator does not use offset"
+            # (vllm/v1/worker/gpu_model_runner.py:3825, vLLM 0.28)
+            **({"gpu_memory_utilization": _CPU_MEMORY, "enable_chunked_prefill": False} if on_cpu else {}),
         )
 
     def load(self, folder: Path) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""A used name is refused unless it is resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flashrl_cli.errors import InputError
+from flashrl_cli.launch.attempts import next_attempt, resume_path
+from flashrl_cli.paths import RunPaths
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunPaths:
+    return RunPaths("r", tmp_path / "runs/r", tmp_path / "checkpoints/p/r")
+
+
+@pytest.mark.parametrize("resume", ["never", "auto", "/some/global_step_5"])
+def test_new_name_starts_with_attempt_1(resume: str, run: RunPaths) -> None:
+    assert next_attempt(run, resume=resume) == 1
+
+
+@pytest.mark.parametrize("resume", ["auto", "/some/global_step_5"])
+def test_resumed_name_gets_the_next_attempt(resume: str, run: RunPaths) -> None:
+    for number in (1, 2, 10):
+        run.attempt(number).root.mkdir(parents=True)
+    assert next_attempt(run, resume=resume) == 11
+
+
+def test_used_name_is_refused(run: RunPaths) -> None:
+    run.attempt(1).root.mkdir(parents=True)
+    with pytest.raises(InputError, match=f"run r exists already: {run.root}") as caught:
+        next_attempt(run, resume="never")
+    assert "--resume auto" in str(caught.value.hint)
+    assert "--name r-2" in str(caught.value.hint)
+
+
+def test_checkpoints_alone_make_a_name_used(run: RunPaths) -> None:
+    run.checkpoints.mkdir(parents=True)
+    with pytest.raises(InputError, match=str(run.checkpoints)):
+        next_attempt(run, resume="never")
+    assert next_attempt(run, resume="auto") == 1
+
+
+def test_resume_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "global_step_5"
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resume_path("auto") is None
+    assert resume_path("never") is None
+    assert resume_path(f"{folder}/") == resume_path("global_step_5") == folder
+
+
+@pytest.mark.parametrize("name", ["global_step_6", "other", "global_step_7", "alway"])
+def test_resume_from_nothing_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "global_step_7").write_text("a file")
+    with pytest.raises(InputError, match="no folder global_step_N") as caught:
+        resume_path(str(tmp_path / name))
+    assert caught.value.hint == "--resume takes auto|never|PATH"

@@ -1,0 +1,75 @@
+"""What must be proven follows from the plan, and handshakes are held against it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flashrl_cli.config.resolve import load_spec
+from flashrl_cli.contract import Handshake, write_handshake
+from flashrl_cli.launch import proof
+from flashrl_cli.launch.plan import build_plan
+
+
+def expected(preset: str, rollout: str | None = None, *sets: str) -> proof.Expectation:
+    resolved = load_spec(preset, rollout=rollout, sets=sets)
+    root = Path("/w")
+    return proof.expectation(
+        build_plan(
+            resolved, name="r", attempt=1, python="python", runs_root=root, checkpoints_root=root, data_root=root
+        )
+    )
+
+
+def shake(pid: int, precision: str = "int8") -> Handshake:
+    return Handshake(
+        host="node-1",
+        pid=pid,
+        precision=precision,
+        quantized_layers=14,
+        linear_layers=15,
+        quantized_bytes=1,
+        kernel="K",
+        vllm="0",
+        torch="2",
+        device="cpu",
+        refits=1,
+        refit_s=0.1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("preset", "rollout", "sets", "workers"),
+    [
+        ("tiny", None, (), 1),
+        ("tiny", "bf16", (), 1),  # on a CPU the weights come by flashrl's extension whatever the precision
+        ("dapo-32b", "int8", ("resources.nodes=2", "resources.gpus_per_node=8"), 16),
+        ("dapo-32b", "bf16", (), 0),
+        ("dapo-32b", "fp8", (), 0),
+    ],
+)
+def test_expectation(preset: str, rollout: str | None, sets: tuple[str, ...], workers: int) -> None:
+    assert expected(preset, rollout, *sets) == proof.Expectation(rollout or "int8", workers)
+
+
+def test_refutation_names_the_worker() -> None:
+    asked = proof.Expectation("int8", 2)
+    assert proof.refutation(asked, []) is None
+    assert proof.refutation(asked, [shake(1), shake(2)]) is None
+    told = str(proof.refutation(asked, [shake(1), shake(2, "bf16")]))
+    assert "int8 rollouts were asked for, but worker 2 on node-1 holds bf16" in told
+
+
+def test_missing_counts_workers() -> None:
+    asked = proof.Expectation("int8", 2)
+    assert proof.missing(asked, [shake(1), shake(2)]) is None
+    assert "1 of 2 workers" in str(proof.missing(asked, [shake(1)]))
+    assert proof.missing(proof.Expectation("bf16", 0), []) is None
+
+
+def test_read(tmp_path: Path) -> None:
+    assert proof.read(tmp_path / "none") == []
+    write_handshake(tmp_path, shake(2))
+    write_handshake(tmp_path, shake(1))
+    assert [found.pid for found in proof.read(tmp_path)] == [1, 2]

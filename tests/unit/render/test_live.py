@@ -1,0 +1,202 @@
+"""A run as a person, a log and a program see it."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from flashrl_cli.contract import Handshake
+from flashrl_cli.render import live
+from flashrl_cli.render.live import JsonDisplay, LiveDisplay, PlainDisplay, describe, display_for, eta
+from flashrl_cli.render.output import Output
+from flashrl_cli.verl.metrics import StepMetrics, read_step
+
+DATA: dict[str, float | None] = {
+    "critic/score/mean": 0.25,
+    "response_length/mean": 15.04,
+    "rollout_corr/kl": 0.00212,
+    "rollout_corr/rollout_is_mean": 0.9994,
+    "rollout_corr/rollout_is_ratio_fraction_high": 0.0123,
+    "timing_s/step": 10.0,
+    "timing_s/gen": 3.21,
+    "timing_s/update_weights": 0.5,
+}
+
+
+def shake(precision: str = "int8") -> Handshake:
+    return Handshake(
+        host="h",
+        pid=1,
+        precision=precision,
+        quantized_layers=14,
+        linear_layers=15,
+        quantized_bytes=9,
+        kernel="Int8Kernel",
+        vllm="0",
+        torch="2",
+        device="cpu",
+        refits=1,
+        refit_s=0.123,
+    )
+
+
+def step(number: int, **more: float | None) -> StepMetrics:
+    return read_step(number, DATA | {key.replace("__", "/"): value for key, value in more.items()})
+
+
+def drawn(display: LiveDisplay) -> str:
+    console = Console(record=True, width=140, file=io.StringIO())
+    console.print(display)
+    return console.export_text()
+
+
+def test_describe() -> None:
+    one = "int8 in 1 rollout worker: 14 of 15 linear layers, Int8Kernel, refit 0.12 s"
+    assert describe([shake()]) == one
+    assert describe([shake(), shake()]).startswith("int8 in 2 rollout workers: ")
+    assert describe([shake("bf16")]) == "bf16 in 1 rollout worker: Int8Kernel, refit 0.12 s"
+
+
+@pytest.mark.parametrize(
+    ("paces", "left", "text"),
+    [([], 5, "–"), ([10.0, 20.0], 4, "1:00"), ([1.0], 9, "0:09"), ([100.0], 37, "1:01:40"), ([10.0], 0, "0:00")],
+)
+def test_eta(paces: list[float], left: int, text: str) -> None:
+    assert eta(paces, left) == text
+
+
+def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    display = PlainDisplay(Output(), None)
+    display.phase("loading the policy")
+    display.proven([shake()])
+    display.step(step(0))
+    display.expect(20)
+    display.step(step(5, **{"val-core__openai__gsm8k__acc__mean@1": 0.5}))
+    display.tick()
+    out, err = capsys.readouterr()
+    assert err.splitlines() == ["loading the policy …", f"proven: {describe([shake()])}"]
+    first, second = out.splitlines()
+    assert first == "step 0/?  reward 0.250  length 15.0  KL 0.0021  w mean 0.999  cut % 1.23%  s/step 10.0"
+    assert second.startswith("step 5/20  accuracy 0.500  reward 0.250")
+
+
+def test_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    display = JsonDisplay(Output(json_mode=True), None)
+    display.expect(20)
+    display.phase("loading the policy")
+    display.proven([shake()])
+    display.step(step(1))
+    display.tick()
+    out, err = capsys.readouterr()
+    events = [json.loads(line) for line in out.splitlines()]
+    assert err == ""
+    assert [event["schema_version"] for event in events] == [1, 1, 1]
+    phase, proof, done = events
+    assert (phase["event"], phase["doing"]) == ("phase", "loading the policy")
+    assert (proof["event"], proof["workers"][0]["quantized_layers"]) == ("proof", 14)
+    assert (done["event"], done["step"], done["total"], done["kl"]) == ("step", 1, 20, 0.00212)
+    assert done["seconds"] == {"generate": 3.21, "refit": 0.5}
+    assert done["grad_norm"] is None
+    assert {"accuracy", "reward", "weight_mean", "tokens_per_s"} <= done.keys()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+
+    class Clock:
+        def monotonic(self) -> float:
+            return now[0]
+
+    monkeypatch.setattr(live, "time", Clock())
+    return now
+
+
+def test_live_display_before_the_first_step(clock: list[float]) -> None:
+    display = LiveDisplay("my-run", 20)
+    display.phase("loading the policy")
+    clock[0] += 75
+    text = drawn(display)
+    assert "my-run" in text
+    assert "⏵ loading the policy (75 s) · 1:15 elapsed" in text
+    assert "left" not in text
+    assert "✓" not in text
+
+
+def test_live_display_shows_rows_phases_proof_and_time_left(clock: list[float]) -> None:
+    display = LiveDisplay("my-run", None)
+    display.expect(20)
+    display.proven([shake()])
+    display.step(step(1, timing_s__step=8.0))
+    display.step(step(2, timing_s__step=12.0))
+    clock[0] += 4
+    lines = [line.rstrip() for line in drawn(display).splitlines()]
+    assert lines[0].strip() == "my-run"
+    heading = next(line for line in lines if "reward" in line)
+    assert [name for name, _, _ in live.COLUMNS if name not in heading] == []
+    assert "accuracy" not in heading
+    rows = [line.split() for line in lines if "/20" in line]
+    assert rows[0] == ["1/20", "0.250", "15.0", "0.0021", "0.999", "–", "1.23%", "–", "–", "–", "8.0"]
+    assert (rows[1][0], rows[1][-1]) == ("2/20", "12.0")
+    assert "s/step by phase: generate 3.2  refit 0.5" in lines
+    assert f"✓ {describe([shake()])}" in lines
+    assert lines[-1] == "⏵ step 3 (4 s) · 0:04 elapsed · 3:00 left"
+
+
+def test_live_display_keeps_the_last_steps(clock: list[float]) -> None:
+    display = LiveDisplay("my-run", 100)
+    for number in range(1, live.ROWS + 4):
+        display.step(step(number))
+    text = drawn(display)
+    assert " 3/100" not in text
+    assert text.count("/100") == live.ROWS
+    assert f"{live.ROWS + 3}/100" in text
+
+
+def test_live_display_shows_accuracy_where_there_is_one(clock: list[float]) -> None:
+    display = LiveDisplay("my-run", None)
+    display.step(step(4))
+    display.step(step(5, **{"val-core__a__acc__mean@1": 0.75}))
+    text = drawn(display)
+    assert "accuracy" in text
+    assert "0.750" in text
+    assert "5/?" in text
+    assert "· – left" in text
+
+
+def test_ticks_redraw(clock: list[float]) -> None:
+    display = LiveDisplay("my-run", None)
+    display.tick()
+    calls: list[int] = []
+    display.redraw = lambda: calls.append(1)
+    display.tick()
+    assert calls == [1]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_reader_gets_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    with display_for(Output(json_mode=True), title="r", total=2) as display:
+        assert isinstance(display, JsonDisplay)
+    with display_for(Output(), title="r", total=2) as display:
+        assert isinstance(display, PlainDisplay)
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with display_for(Output(), title="the title", total=2) as display:
+        assert isinstance(display, LiveDisplay)
+        display.step(step(1))
+        display.tick()
+    written: Any = terminal.getvalue()
+    assert "the title" in written
+    assert "1/2" in written
+    monkeypatch.setenv("CI", "1")
+    with display_for(Output(), title="r", total=2) as display:
+        assert isinstance(display, PlainDisplay)
