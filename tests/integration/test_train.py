@@ -11,7 +11,7 @@ from flashrl_cli.runs.metrics import read_metrics
 from tests.integration.conftest import Workshop, events
 
 STEPS = 3
-SHORT = ("--set", f"trainer.steps={STEPS}", "--set", "trainer.save_every=1", "--set", "data.train_batch_size=16")
+SHORT = ("--set", f"trainer.steps={STEPS}", "--set", "trainer.save_every=1")
 INT8 = ("--rollout", "int8", "--tis", "2")
 
 

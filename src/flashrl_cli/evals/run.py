@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Keys of config.json that saving a policy again may change, and that responses do not depend on here.
 _VOLATILE = frozenset({
-    "_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache",
+    "_name_or_path", "dtype", "torch_dtype", "attn_implementation", "transformers_version", "use_cache",
     "bos_token_id", "eos_token_id", "pad_token_id",
 })  # fmt: skip
 

@@ -23,7 +23,7 @@ HEALTHY: dict[str, float | None] = {
 }
 
 
-def judge(vocabulary: int | None = VOCABULARY, **values: float | None) -> str | None:
+def judge(values: dict[str, float | None], vocabulary: int | None = VOCABULARY) -> str | None:
     step = StepMetrics(step=1, values=HEALTHY | values, seconds={}, accuracy=None, lost=())
     return broken_rollout(step, BOUNDS, vocabulary)
 
@@ -49,7 +49,7 @@ def judge(vocabulary: int | None = VOCABULARY, **values: float | None) -> str | 
     ],
 )
 def test_what_truncated_importance_sampling_corrects_passes(values: dict[str, float | None]) -> None:
-    assert judge(**values) is None
+    assert judge(values) is None
 
 
 @pytest.mark.parametrize(
@@ -70,11 +70,11 @@ def test_what_truncated_importance_sampling_corrects_passes(values: dict[str, fl
     ],
 )
 def test_what_nothing_corrects_is_told(values: dict[str, float | None], told: str) -> None:
-    assert told in str(judge(**values))
+    assert told in str(judge(values))
 
 
 def test_uniform_sampling_is_not_judged_without_the_vocabulary() -> None:
-    assert judge(vocabulary=None, rollout_nll=UNIFORM, train_nll=0.4) is None
+    assert judge({"rollout_nll": UNIFORM, "train_nll": 0.4}, vocabulary=None) is None
 
 
 def test_bounds_are_the_specs() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -18,14 +21,14 @@ from flashrl_cli.launch.plan import LaunchPlan, build_plan
 def able(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with all software, the plugins and no GPU; tests take away what they are about."""
     monkeypatch.setattr(preflight, "find_spec", lambda name: name)
-    monkeypatch.setattr(preflight.metadata, "entry_points", lambda group: [SimpleNamespace(name="flashrl")])
-    monkeypatch.setattr(preflight.shutil, "which", lambda _: None)
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [SimpleNamespace(name="flashrl")])
+    monkeypatch.setattr(shutil, "which", lambda _: None)
     for name in ("RAY_ADDRESS", *preflight.ENTRY_POINTS.values()):
         monkeypatch.delenv(name, raising=False)
 
 
-def plan(data: Path, preset: str = "tiny", **options: str) -> LaunchPlan:
-    resolved = load_spec(preset, **options)  # type: ignore[arg-type]
+def plan(data: Path, preset: str = "tiny", **options: Any) -> LaunchPlan:
+    resolved = load_spec(preset, **options)
     root = data.parent
     return build_plan(
         resolved, name="r", attempt=1, python="python", runs_root=root, checkpoints_root=root, data_root=data
@@ -38,7 +41,7 @@ def prepare(data: Path, *files: str) -> None:
         (data / file).write_text("")
 
 
-def problems(data: Path, preset: str = "tiny", **options: str) -> tuple[Problem, ...]:
+def problems(data: Path, preset: str = "tiny", **options: Any) -> tuple[Problem, ...]:
     with pytest.raises(EnvironmentNotReady, match=f"this machine cannot run {preset}") as caught:
         preflight.check(plan(data, preset, **options), data)
     assert "--dry-run" in str(caught.value.hint)
@@ -57,8 +60,8 @@ def data(tmp_path: Path) -> Path:
 
 def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     listing = "".join(f"GPU {n}: NVIDIA H100 (UUID: x)\n  MIG 1g (UUID: y)\n" for n in range(count))
-    monkeypatch.setattr(preflight.shutil, "which", lambda _: "/bin/nvidia-smi")
-    monkeypatch.setattr(preflight.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, listing, ""))
+    monkeypatch.setattr(shutil, "which", lambda _: "/bin/nvidia-smi")
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, listing, ""))
 
 
 def test_ready(data: Path) -> None:
@@ -67,14 +70,14 @@ def test_ready(data: Path) -> None:
 
 def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "find_spec", lambda name: None if name in {"ray", "vllm"} else name)
-    monkeypatch.setattr(preflight.metadata, "entry_points", lambda group: [])
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [])
     found = problems(tmp_path / "data", "dapo-32b")
     assert [problem.message for problem in found[:5]] == [
         "ray is not installed",
         "vllm is not installed",
         "flashrl's entry point in verl.plugins is missing",
         "flashrl's entry point in vllm.general_plugins is missing",
-        "it needs 2 x 8 CUDA GPUs; this machine has 0",
+        "it needs 4 x 8 CUDA GPUs; this machine has 0",
     ]
     assert [(problem.where, problem.hint) for problem in found[5:]] == [
         ("data.train", "`flashrl prepare dapo-math-17k`"),
@@ -86,9 +89,7 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path, monkeypatch: p
     ("value", "fine"), [("auto", True), ("a,flashrl", True), ("flashrl", True), ("a", False), ("", False)]
 )
 @pytest.mark.parametrize("switch", list(preflight.ENTRY_POINTS.values()))
-def test_switched_off_plugins(
-    switch: str, value: str, fine: bool, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_switched_off_plugins(switch: str, value: str, fine: bool, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(switch, value)
     if fine:
         preflight.check(plan(data), data)
@@ -106,14 +107,14 @@ def test_fp8_needs_a_gpu(data: Path) -> None:
 @pytest.mark.parametrize("count", [0, 1, 7])
 def test_too_few_gpus(count: int, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, count)
-    (problem,) = problems(data, "dapo-32b", sets=["resources.nodes=1"])  # type: ignore[arg-type]
+    (problem,) = problems(data, "dapo-32b", sets=["resources.nodes=1"])
     assert problem.message == f"it needs 1 x 8 CUDA GPUs; this machine has {count}"
 
 
 def test_enough_gpus_of_one_machine(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, 8)
-    preflight.check(plan(data, "dapo-32b", sets=["resources.nodes=1"]), data)  # type: ignore[arg-type]
-    (problem,) = problems(data, "dapo-32b", sets=["resources.nodes=2"])  # type: ignore[arg-type]
+    preflight.check(plan(data, "dapo-32b", sets=["resources.nodes=1"]), data)
+    (problem,) = problems(data, "dapo-32b", sets=["resources.nodes=2"])
     assert "RAY_ADDRESS" in str(problem.hint)
 
 
@@ -124,7 +125,7 @@ def test_a_cluster_has_gpus_of_its_own(data: Path, monkeypatch: pytest.MonkeyPat
 
 def test_missing_inputs_tell_how_to_get_them(data: Path) -> None:
     (data / "tiny/test.parquet").unlink()
-    first, second = problems(data, sets=["model.path=/no/model"])  # type: ignore[arg-type]
+    first, second = problems(data, sets=["model.path=/no/model"])
     assert (first.where, first.hint) == ("data.val", "`flashrl prepare tiny`")
     assert (second.where, second.message) == ("model.path", "/no/model does not exist")
     assert second.hint == "check the path"

@@ -50,7 +50,9 @@ def ended(tree: Tree) -> int:
 
 def test_environment_folder_and_both_outputs(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("before\n")
-    script = 'print(os.environ["WORD"], os.getcwd(), flush=True); print("oh", file=sys.stderr); print(sys.stdin.read())\n'
+    script = (
+        'print(os.environ["WORD"], os.getcwd(), flush=True); print("oh", file=sys.stderr); print(sys.stdin.read())\n'
+    )
     tree = start(tmp_path, script + "sys.exit(3)", WORD="yes")
     assert ended(tree) == 3
     assert (tmp_path / "log").read_text().split("\n")[:3] == ["before", f"yes {tmp_path}", "oh"]
@@ -86,9 +88,7 @@ time.sleep(120)
 
 @pytest.mark.parametrize("grace_s", [0.0, 0.2])
 def test_kill_ends_what_ignores_sigterm(grace_s: float, tmp_path: Path) -> None:
-    tree = start(
-        tmp_path, 'signal.signal(signal.SIGTERM, signal.SIG_IGN); open("ready", "w").close(); time.sleep(120)'
-    )
+    tree = start(tmp_path, 'signal.signal(signal.SIGTERM, signal.SIG_IGN); open("ready", "w").close(); time.sleep(120)')
     appears(tmp_path / "ready")
     tree.kill(grace_s=grace_s)
     assert tree.poll() == -9

@@ -25,7 +25,7 @@ def test_cells() -> None:
 def test_numbers_are_aligned_to_the_right_and_text_to_the_left() -> None:
     lines = drawn(["number", "text"], [[1, "a"], [None, "bbb"], [1000, "c"]])
     body = lines[-3:]
-    assert {line.index(word) + len(word) for line, word in zip(body, ["1", "–", "1,000"], strict=True)} == {6}
+    assert len({line.index(word) + len(word) for line, word in zip(body, ["1", "–", "1,000"], strict=True)}) == 1
     assert len({line.index(word) for line, word in zip(body, ["a", "bbb", "c"], strict=True)}) == 1
 
 

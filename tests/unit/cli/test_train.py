@@ -1,0 +1,245 @@
+"""`flashrl train`, as people and programs call it: what it refuses, what it prints, what it hands to the supervisor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashrl_cli.cli.app import main
+from flashrl_cli.errors import RunFailed
+from flashrl_cli.launch import preflight, supervise
+from flashrl_cli.launch.plan import LaunchPlan
+from flashrl_cli.render.live import JsonDisplay, PlainDisplay
+
+
+@pytest.fixture(autouse=True)
+def able(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with all software and no GPU, whatever runs the tests; commands are typed in an empty folder."""
+    monkeypatch.setattr(preflight, "find_spec", lambda name: name)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    for name in ("RAY_ADDRESS", *preflight.ENTRY_POINTS.values()):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[LaunchPlan, Any, int | None]]:
+    """What was handed to the supervisor, which does 3 steps."""
+    calls: list[tuple[LaunchPlan, Any, int | None]] = []
+
+    def fake(plan: LaunchPlan, display: Any, *, vocabulary: int | None = None) -> int:
+        calls.append((plan, display, vocabulary))
+        return 3
+
+    monkeypatch.setattr(supervise, "supervise", fake)
+    return calls
+
+
+def train(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Run `flashrl train WORDS` in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["flashrl", "train", *words])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0)
+
+
+def prepared(root: Path) -> None:
+    tiny = root / "data/tiny"
+    (tiny / "model").mkdir(parents=True)
+    (tiny / "model/config.json").write_text('{"vocab_size": 259}')
+    for split in ("train", "test"):
+        (tiny / f"{split}.parquet").write_text("")
+
+
+def tree(root: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(root.rglob("*"))}
+
+
+def test_a_cluster_run_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(monkeypatch, "--preset", "dapo-32b") == 3
+    out, err = capsys.readouterr()
+    assert not out
+    assert "error: this machine cannot run dapo-32b" in err
+    assert "it needs 4 x 8 CUDA GPUs; this machine has 0" in err
+    assert f"data.train: {tmp_path}/data/dapo-math-17k/train.parquet does not exist" in err
+    assert "data.val: " in err
+    assert "hint: `flashrl prepare dapo-math-17k`" in err
+    assert tree(tmp_path) == {}
+
+
+def test_unprepared_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(monkeypatch, "--preset", "tiny") == 3
+    err = capsys.readouterr().err
+    assert f"{tmp_path}/data/tiny/train.parquet does not exist" in err
+    assert f"model.path: {tmp_path}/data/tiny/model does not exist" in err
+    assert "hint: `flashrl prepare tiny`" in err
+    assert tree(tmp_path) == {}
+
+
+def test_fp8_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    prepared(tmp_path)
+    assert train(monkeypatch, "--preset", "tiny", "--rollout", "fp8") == 3
+    err = capsys.readouterr().err
+    assert "FP8 rollouts need a GPU" in err
+    assert "hint: `--rollout int8` runs on a CPU" in err
+
+
+@pytest.mark.parametrize("used", ["runs/tiny-int8-tis2/attempt_1", "checkpoints/tiny/tiny-int8-tis2"])
+def test_used_name(
+    used: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / used).mkdir(parents=True)
+    assert train(monkeypatch, "--preset", "tiny") == 2
+    err = capsys.readouterr().err
+    assert "error: run tiny-int8-tis2 exists already" in err
+    assert "hint: `--resume auto` goes on with it, `--name tiny-int8-tis2-2` starts another" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--preset", "no-such"], "no-such"),
+        (["--preset", "tiny", "--rollout", "int4"], "int4"),
+        (["--preset", "tiny", "--tis", "some"], "some"),
+        (["--preset", "tiny", "--set", "a=1"], "a"),
+        (["--preset", "tiny", "--set", "verl.trainer.no_such=1"], "verl has no key trainer.no_such"),
+        (["--preset", "tiny", "--resume", "nowhere"], "--resume nowhere: no folder global_step_N"),
+        ([], "--preset"),
+    ],
+)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_misuse_ends_with_2(
+    words: list[str],
+    told: str,
+    dry: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert train(monkeypatch, *words, *dry) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert told in err
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("preset", ["tiny", "dapo-32b"])
+@pytest.mark.parametrize("words", [["--dry-run"], ["-n", "--json"]])
+def test_dry_run_writes_nothing_and_needs_nothing(
+    preset: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: list[Any]
+) -> None:
+    (tmp_path / "runs/other").mkdir(parents=True)
+    before = tree(tmp_path)
+    assert train(monkeypatch, "--preset", preset, *words) == 0
+    assert tree(tmp_path) == before
+    assert launched == []
+
+
+def test_dry_run_prints_a_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(monkeypatch, "--preset", "tiny", "--dry-run", "--name", "abc", "--set", "trainer.steps=3") == 0
+    out, err = capsys.readouterr()
+    assert not err
+    assert out.startswith("#!/bin/sh\n")
+    assert "runs/abc/attempt_1" in out
+    assert "trainer.total_training_steps=3" in out
+
+
+def test_dry_run_for_a_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(monkeypatch, "--preset", "tiny", "--tis", "4", "--dry-run", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert list(document) == [
+        "schema_version",
+        "preset",
+        "name",
+        "attempt",
+        "argv",
+        "env",
+        "cwd",
+        "overrides",
+        "files",
+    ]
+    assert (document["schema_version"], document["preset"], document["name"]) == (1, "tiny", "tiny-int8-tis4")
+    assert document["argv"][:3] == [sys.executable, "-m", "verl.trainer.main_ppo"]
+    assert document["cwd"] == f"{tmp_path}/runs/tiny-int8-tis4/attempt_1"
+
+
+def test_dry_run_of_a_used_name_shows_the_next_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs/r/attempt_1").mkdir(parents=True)
+    assert train(monkeypatch, "--preset", "tiny", "--name", "r", "--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["attempt"] == 2
+
+
+def test_launch(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    launched: list[tuple[LaunchPlan, Any, int | None]],
+) -> None:
+    prepared(tmp_path)
+    assert train(monkeypatch, "--preset", "tiny", "--name", "r", "--set", "trainer.steps=7") == 0
+    ((plan, display, vocabulary),) = launched
+    assert (plan.name, plan.attempt, vocabulary) == ("r", 1, 259)
+    assert isinstance(display, PlainDisplay)
+    assert display.total == 7
+    out, err = capsys.readouterr()
+    assert not out
+    assert f"run r, attempt 1: `tail -F {tmp_path}/runs/r/attempt_1/driver.log`" in err
+    assert f"done: 3 steps; checkpoints in {tmp_path}/checkpoints/tiny/r" in err
+
+
+def test_launch_for_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: list[Any]) -> None:
+    prepared(tmp_path)
+    assert train(monkeypatch, "--preset", "tiny", "--json") == 0
+    ((_, display, _),) = launched
+    assert isinstance(display, JsonDisplay)
+
+
+def test_resumed_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: list[Any]) -> None:
+    prepared(tmp_path)
+    (tmp_path / "runs/r/attempt_1").mkdir(parents=True)
+    step = tmp_path / "checkpoints/tiny/r/global_step_5"
+    step.mkdir(parents=True)
+    assert train(monkeypatch, "--preset", "tiny", "--name", "r", "--resume", "auto") == 0
+    assert train(monkeypatch, "--preset", "tiny", "--name", "r", "--resume", str(step)) == 0
+    (auto, *_), (path, *_) = launched
+    assert auto.attempt == path.attempt == 2
+    assert not any(str(step) in word for word in auto.argv)
+    assert any(str(step) in word for word in path.argv)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RunFailed("it broke", hint="mend it"), 1),
+        (supervise.Interrupted(2, "go on"), 130),
+        (supervise.Interrupted(15, "go on"), 143),
+    ],
+)
+def test_exit_codes(
+    error: Exception,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: Any, **__: Any) -> int:
+        raise error
+
+    prepared(tmp_path)
+    monkeypatch.setattr(supervise, "supervise", fail)
+    assert train(monkeypatch, "--preset", "tiny") == code
+    err = capsys.readouterr().err
+    assert f"error: {error}" in err
+    assert "hint: " in err
+    assert "done" not in err
