@@ -247,6 +247,7 @@ def test_step_without_progress_is_ended(run: Callable[..., int], seen: Any) -> N
 def test_signal_ends_the_run_in_order(name: str, code: ExitCode, run: Callable[..., int], tmp_path: Path) -> None:
     script = f"""
     def goodbye(*_):
+        time.sleep(0.6)  # longer than what is left to others when all is killed
         ready("asked")
         sys.exit(0)
     signal.signal(signal.SIGTERM, goodbye)
@@ -254,7 +255,7 @@ def test_signal_ends_the_run_in_order(name: str, code: ExitCode, run: Callable[.
     time.sleep(120)
     """
     with pytest.raises(supervise.Interrupted, match=f"stopped by {name}") as caught:
-        run(script)
+        run(script, stop_grace_s=30)
     assert caught.value.exit_code == code == {"SIGINT": 130}.get(name, 143)
     assert "--resume auto --name r" in str(caught.value.hint)
     assert (tmp_path / "asked").exists(), "verl is asked to end before it is killed"
