@@ -15,7 +15,9 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
-FolderName = Annotated[str, Field(pattern=r"^[^/.][^/]*$")]
+FOLDER_NAME = r"^[^/.][^/]*$"
+"""What may name a preset, a project or a run: one visible folder."""
+FolderName = Annotated[str, Field(pattern=FOLDER_NAME)]
 Scalar = bool | int | float | str | None
 
 

@@ -49,5 +49,6 @@ def _up_to_date(paths: DatasetPaths, manifest: writing.Manifest, seed: int) -> b
     return (
         same
         and unchanged(paths.model / WEIGHTS, manifest["model"]["weights"])
+        and all((paths.model / name).is_file() for name in ("config.json", "tokenizer.json"))
         and writing.outputs_unchanged(paths, manifest)
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from flashrl_cli.config.spec import FOLDER_NAME
 from flashrl_cli.errors import InputError
 from flashrl_cli.paths import RunPaths, absolute
 from flashrl_cli.verl.checkpoints import step_number
@@ -26,6 +28,8 @@ def next_attempt(run: RunPaths, *, resume: str) -> int:
 
     verl goes on silently where a run of the same name left checkpoints.
     """
+    if not re.match(FOLDER_NAME, run.name):
+        raise InputError(f"--name {run.name}: not the name of a folder", hint="no slash, and no dot at its start")
     used = run.attempts()
     if resume == "never" and (used or run.checkpoints.exists()):
         raise InputError(

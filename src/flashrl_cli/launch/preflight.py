@@ -56,7 +56,10 @@ def cuda_devices() -> int:
     command = shutil.which("nvidia-smi")
     if command is None:
         return 0
-    listing = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=30, check=False)
+    try:
+        listing = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:  # a driver that hangs drives no GPU
+        return 0
     return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
 
 

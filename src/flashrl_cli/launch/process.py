@@ -28,8 +28,8 @@ class Tree:
     def __init__(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path) -> None:
         """Start `argv` in its own session with both outputs appended to `log`."""
         _adopt_orphans()
-        self._before = {process.pid for process in psutil.Process().children(recursive=True)}
-        self._known: dict[int, psutil.Process] = {}
+        self._before = set(psutil.Process().children(recursive=True))
+        self._known: set[psutil.Process] = set()
         with log.open("ab") as stream:
             self._child = _start(argv, env=env, cwd=cwd, stream=stream)
         self.pid = self._child.pid
@@ -40,24 +40,14 @@ class Tree:
 
     def processes(self) -> list[psutil.Process]:
         """Everything that the command started and that still runs, also what has lost its parent."""
-        for process in psutil.Process().children(recursive=True):
-            if process.pid not in self._before:
-                self._known.setdefault(process.pid, process)
-        return [process for process in self._known.values() if _alive(process)]
+        # a psutil.Process is equal to another of the same pid only if it started at the same time
+        self._known.update(set(psutil.Process().children(recursive=True)) - self._before)
+        return [process for process in self._known if _alive(process)]
 
     def terminate(self) -> None:
         """Ask the command to end."""
         with contextlib.suppress(ProcessLookupError):
             self._child.send_signal(signal.SIGTERM)
-
-    def end(self, *, grace_s: float) -> None:
-        """End all of it: TERM to the command, `grace_s` to go, then TERM and KILL to what is left."""
-        self.processes()
-        if self.poll() is None:
-            self.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._child.wait(grace_s)
-        self.kill(grace_s=min(grace_s, 3.0))
 
     def kill(self, *, grace_s: float = 0.0) -> None:
         """End every process of the tree, at the latest after `grace_s` by KILL, until none is left."""

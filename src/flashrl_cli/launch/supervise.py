@@ -23,7 +23,7 @@ from flashrl_cli.launch.plan import LaunchPlan, plan_document
 from flashrl_cli.launch.process import Tree
 from flashrl_cli.runs.metrics import MetricsTail
 from flashrl_cli.runs.tail import Tail, last_lines
-from flashrl_cli.verl.log_lines import Cause, cause_in, phase_after, plain, total_steps
+from flashrl_cli.verl.log_lines import CAUSES, Cause, cause_in, phase_after, plain, total_steps
 
 if TYPE_CHECKING:
     from flashrl_cli.contract import Handshake
@@ -80,9 +80,9 @@ class Watch:
         self._doomed: tuple[Cause, float] | None = None
         self.cause: Cause | None = None
 
-    def look(self) -> None:
-        """Take in what happened since the last look; raises what ends the run."""
-        for line in self._log.poll():
+    def look(self, *, ended: bool = False) -> None:
+        """Take in what happened since the last look; raises what ends the run. `ended`: nothing more will be written."""
+        for line in self._log.poll(ended=ended):
             self._read(plain(line))
         self._prove()
         for step in self._metrics.poll():
@@ -102,7 +102,8 @@ class Watch:
         cause = cause_in(line)
         if cause is None:
             return
-        self.cause = self.cause or cause
+        # the more specific the cause, the earlier it stands
+        self.cause = min(self.cause or cause, cause, key=CAUSES.index)
         if cause.fatal and self._doomed is None:
             self._doomed = (cause, time.monotonic())
 
@@ -125,6 +126,8 @@ class Watch:
         if step.step == 0:
             return
         self.steps += 1
+        self._doomed = None  # whatever the log said, the run goes on
+        self._prove()
         if not self._proven:
             reason = proof.missing(self._expected, proof.read(self.plan.attempt_paths.plugins))
             raise EnvironmentNotReady(str(reason), hint="are flashrl's plugins installed on every node?")
@@ -178,7 +181,7 @@ def supervise(plan: LaunchPlan, display: Display, *, vocabulary: int | None = No
 def _follow(watch: Watch, received: list[int]) -> None:
     while True:
         code = watch.tree.poll()
-        watch.look()
+        watch.look(ended=code is not None)
         if received:
             log = watch.plan.attempt_paths.log
             raise Interrupted(received[0], hint=f"go on with `--resume auto --name {watch.plan.name}`; log: {log}")

@@ -169,9 +169,12 @@ class LiveDisplay:
     def _table(self) -> RenderableType:
         from rich import box
         from rich.table import Table
+        from rich.text import Text
 
         with_accuracy = any(row.accuracy is not None for row in self.rows)
-        out = Table(title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+        out = Table(
+            title=Text(self.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+        )
         for heading in ("step", *(("accuracy",) if with_accuracy else ()), *(heading for heading, _, _ in COLUMNS)):
             out.add_column(heading, justify="right", no_wrap=True)
         for row in self.rows:

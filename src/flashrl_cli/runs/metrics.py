@@ -21,9 +21,10 @@ class MetricsTail:
         for line in self._tail.poll():
             try:
                 record = json.loads(line)
-                yield read_step(int(record["step"]), record["data"])
+                step, data = int(record["step"]), dict(record["data"])
             except (ValueError, KeyError, TypeError):
                 continue
+            yield read_step(step, data)
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:

@@ -12,19 +12,22 @@ class Tail:
         self.path = path
         self._offset = 0
 
-    def poll(self) -> list[str]:
-        """Lines completed since the last call, without their line ends; undecodable bytes are replaced."""
+    def poll(self, *, ended: bool = False) -> list[str]:
+        """Lines completed since the last call, without their line ends; undecodable bytes are replaced.
+
+        Once the writer has `ended`, a last line without an end is a line too.
+        """
         try:
             with self.path.open("rb") as stream:
                 stream.seek(self._offset)
                 data = stream.read()
         except FileNotFoundError:
             return []
-        end = data.rfind(b"\n") + 1
+        end = len(data) if ended else data.rfind(b"\n") + 1
         self._offset += end
         return data[:end].decode("utf-8", errors="replace").splitlines()
 
 
 def last_lines(path: Path, count: int) -> list[str]:
     """The last `count` lines of a file; empty if there is none."""
-    return Tail(path).poll()[-count:]
+    return Tail(path).poll(ended=True)[-count:]

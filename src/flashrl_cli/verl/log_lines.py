@@ -70,6 +70,7 @@ CAUSES = (
         r"Address already in use|EADDRINUSE",
         "a network port is taken",
         "look for a leftover Ray or vLLM process of an earlier run",
+        fatal=False,  # torch warns so of one address family and goes on with the other
     ),
     _cause(
         r"Engine core initialization failed|EngineCore failed to start|WorkerProc failed to start",

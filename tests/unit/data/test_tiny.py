@@ -37,6 +37,7 @@ def seeds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         folder.mkdir()
         (folder / tiny.WEIGHTS).write_text(model)
         (folder / "tokenizer.json").write_text(tokenizer)
+        (folder / "config.json").write_text("{}")
 
     monkeypatch.setattr(tiny, "warm_up", warm_up)
     monkeypatch.setattr(tiny, "save", save)

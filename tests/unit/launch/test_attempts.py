@@ -59,3 +59,9 @@ def test_resume_from_nothing_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no folder global_step_N") as caught:
         resume_path(str(tmp_path / name))
     assert caught.value.hint == "--resume takes auto|never|PATH"
+
+
+@pytest.mark.parametrize("name", ["../x", ".", "a/b", ".hidden", ""])
+def test_a_name_that_is_no_folder_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="not the name of a folder"):
+        next_attempt(RunPaths(name, tmp_path / "runs" / name, tmp_path / "checkpoints" / name), resume="never")
