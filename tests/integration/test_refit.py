@@ -23,7 +23,7 @@ PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def variants(source: Path, out: Path, *, tied: bool) -> dict[str, Path]:
-    """Two policies that know sums, A and B: the trained one, and the same with every weight changed by about 2 %."""
+    """Two policies that know sums, A and B: the trained one, and the same with every weight changed by about 5 %."""
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -31,7 +31,7 @@ def variants(source: Path, out: Path, *, tied: bool) -> dict[str, Path]:
     config = Qwen2Config.from_pretrained(source, tie_word_embeddings=tied)
     generator = torch.Generator().manual_seed(0)
     folders = {}
-    for name, change in (("A", 0.0), ("B", 0.02)):
+    for name, change in (("A", 0.0), ("B", 0.05)):
         model = Qwen2ForCausalLM(config)
         model.load_state_dict(trained.state_dict())
         with torch.no_grad():
