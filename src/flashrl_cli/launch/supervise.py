@@ -77,6 +77,7 @@ class Watch:
         self._expected = proof.expectation(self.plan)
         self._proven = self._expected.workers == 0
         self._moved = time.monotonic()
+        self._phase: str | None = None
         self._doomed: tuple[Cause, float] | None = None
         self.cause: Cause | None = None
 
@@ -93,7 +94,8 @@ class Watch:
 
     def _read(self, line: str) -> None:
         phase = phase_after(line)
-        if phase is not None and not self.steps:
+        if phase is not None and phase != self._phase and not self.steps:
+            self._phase = phase
             self._moved = time.monotonic()
             self.display.phase(phase)
         total = total_steps(line)
