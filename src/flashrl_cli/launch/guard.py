@@ -2,7 +2,7 @@
 
 verl scores the sampled tokens again with the trainer. Quantization moves those log-probs a little, which truncated importance
 sampling corrects; an engine whose refit is broken samples from something else, which nothing corrects. The bounds lie between:
-healthy INT8 and FP8 runs show |KL| below 0.05 and a correlation above 0.98, an engine left on its dummy weights a KL
+healthy INT8 and FP8 runs show |KL| below 0.05 and a correlation above 0.95, an engine left on its dummy weights a KL
 above 3 and a correlation near 0.
 """
 

@@ -171,10 +171,8 @@ def supervise(plan: LaunchPlan, display: Display, *, vocabulary: int | None = No
         watch = Watch(plan, display, tree, vocabulary)
         try:
             _follow(watch, received)
-        except RunFailed as error:
-            raise RunFailed(_with_log(error.message, plan), hint=error.hint) from None
-        except EnvironmentNotReady as error:
-            raise EnvironmentNotReady(_with_log(error.message, plan), hint=error.hint) from None
+        except (RunFailed, EnvironmentNotReady) as error:
+            raise type(error)(_with_log(error.message, plan), hint=error.hint) from error
         finally:
             _end(tree, plan, received)
     return watch.steps
