@@ -52,6 +52,7 @@ def train(
         run_name, roots["runs_root"] / run_name, roots["checkpoints_root"] / resolved.spec.trainer.project / run_name
     )
     attempt = attempts.next_attempt(run, resume="auto" if dry_run else resume)
+    attempts.check_resumable(resolved.spec, run, resume_from)
     plan = plans.build_plan(
         resolved, name=run_name, attempt=attempt, python=sys.executable, resume_from=resume_from, **roots
     )
@@ -63,7 +64,8 @@ def train(
 
 
 def _show(plan: LaunchPlan, output: Output) -> None:
-    from flashrl_cli.launch.plan import plan_document, plan_script
+    from flashrl_cli.launch.plan import plan_document
+    from flashrl_cli.launch.script import plan_script
 
     if output.json_mode:
         output.document(plan_document(plan))

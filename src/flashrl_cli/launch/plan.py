@@ -5,7 +5,6 @@ Pure: no clock, no environment; `--dry-run` prints exactly what a launch execute
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -91,20 +90,6 @@ def plan_document(plan: LaunchPlan) -> dict[str, Any]:
         "overrides": [str(override) for override in plan.overrides],
         "files": _files(plan),
     }
-
-
-def plan_script(plan: LaunchPlan) -> str:
-    """The plan as a shell script that can be copied and run."""
-    lines = [
-        "#!/bin/sh",
-        f"# flashrl preset {plan.preset}, run {plan.name}, attempt {plan.attempt}",
-        "set -eu",
-        f"mkdir -p {shlex.quote(str(plan.attempt_paths.plugins))}",
-        f"cd {shlex.quote(str(plan.cwd))}",
-        *(f"export {key}={shlex.quote(value)}" for key, value in plan.env.items()),
-        "exec " + " \\\n  ".join([shlex.join(plan.argv[:3]), *map(shlex.quote, plan.argv[3:])]),
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def _files(plan: LaunchPlan) -> dict[str, str]:

@@ -30,16 +30,38 @@ def config_folder() -> Path:
     return Path(found.origin).parent / "trainer" / "config"
 
 
-def compose(overrides: Sequence[str]) -> dict[str, Any]:
-    """Configuration of verl with `overrides` applied strictly, interpolations unresolved. Raises HydraException."""
+class Tree:
+    """verl's configuration with overrides applied."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def get(self, key: str) -> Any:
+        """Value at a dotted key with its interpolations resolved; a map or list as plain data, None where there is none."""
+        from omegaconf import OmegaConf
+
+        value = OmegaConf.select(self._config, key, throw_on_missing=False)
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+    def container(self) -> dict[str, Any]:
+        """The whole tree as plain data, interpolations unresolved."""
+        from omegaconf import OmegaConf
+
+        plain: dict[str, Any] = OmegaConf.to_container(self._config, resolve=False)
+        return plain
+
+
+def tree(overrides: Sequence[str]) -> Tree:
+    """Configuration of verl with `overrides` applied strictly. Raises HydraException; EnvironmentNotReady without verl."""
     import hydra
-    from omegaconf import OmegaConf
 
     with hydra.initialize_config_dir(str(config_folder()), version_base=None):
-        tree: dict[str, Any] = OmegaConf.to_container(
-            hydra.compose(CONFIG_NAME, overrides=list(overrides)), resolve=False
-        )
-    return tree
+        return Tree(hydra.compose(CONFIG_NAME, overrides=list(overrides)))
+
+
+def compose(overrides: Sequence[str]) -> dict[str, Any]:
+    """`tree` as plain data."""
+    return tree(overrides).container()
 
 
 def problems(overrides: Sequence[Override]) -> list[Problem]:
