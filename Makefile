@@ -48,7 +48,7 @@ type: $(READY)  ## Check types.
 	$(BIN)/mypy
 
 golden: $(READY)  ## Write the golden files anew; read the diff before you commit it.
-	$(PYTEST) --renew-golden tests/golden
+	$(PYTEST) --renew-golden tests/golden tests/unit/config/test_schema.py
 
 lock: $(READY)  ## Resolve requirements/*.txt anew (UPGRADE=1: to the newest versions).
 	UV=$(abspath $(BIN))/uv UPGRADE=$(UPGRADE) bash requirements/renew.sh

@@ -9,10 +9,18 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from flashrl_cli.errors import InputError
+
 
 def absolute(path: str | Path) -> Path:
-    """Expand `~` and make absolute, without following links (a link's name is part of the user's naming)."""
-    return Path(os.path.abspath(Path(path).expanduser()))
+    """Expand `~` and make absolute, without following links (a link's name is part of the user's naming).
+
+    A `~` of nobody's stays as it is. Raises InputError where the working folder is gone.
+    """
+    try:
+        return Path(os.path.abspath(os.path.expanduser(path)))  # noqa: PTH111  # pathlib raises for a user who does not exist
+    except FileNotFoundError:
+        raise InputError("the working folder does not exist any more", hint="change to another folder") from None
 
 
 def data_root() -> Path:

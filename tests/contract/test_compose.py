@@ -29,8 +29,9 @@ PLACES = Places(name="run", data=Path("/data"), checkpoints=Path("/ckpt/run"))
 @pytest.mark.parametrize("tis", ["off", "2"])
 @pytest.mark.parametrize("name", presets.names())
 def test_every_preset_composes(name, tis, precision):
-    resolved = load_spec(name, rollout=precision, tis=tis)
-    check_overrides(resolved, overrides(resolved, PLACES))
+    tree, unknown = compose.attempt(overrides(load_spec(name, rollout=precision, tis=tis), PLACES))
+    assert tree
+    assert not unknown
 
 
 def test_composed_values_arrive():
@@ -57,11 +58,11 @@ def test_our_defaults_are_verls():
 def test_everything_wrong_is_told_with_the_nearest_key():
     sets = [
         "verl.actor_rollout_ref.actor.ulysses_sequence_paralel_size=2",
-        "verl.+trainer.balance_batch=false",
+        "verl.+trainer.val_only=false",
         "verl.trainer.nonsense.x=1",
         "verl.actor_rollout_ref.actor.imp_ratio_cap=2",
         "verl.data.train_batch_size=4",
-        "verl.++trainer.balance_batches=false",
+        "verl.++trainer.val_onli=false",
     ]
     resolved = load_spec("dapo-32b", sets=sets)
     with pytest.raises(InputError) as caught:
@@ -70,8 +71,8 @@ def test_everything_wrong_is_told_with_the_nearest_key():
     assert len(caught.value.problems) == len(told) == len(sets)
     typo = told["--set verl.actor_rollout_ref.actor.ulysses_sequence_paralel_size"]
     assert "did you mean actor_rollout_ref.actor.ulysses_sequence_parallel_size" in typo[1]
-    assert told["--set verl.+trainer.balance_batch"] == (
-        "verl has a key trainer.balance_batch",
+    assert told["--set verl.+trainer.val_only"] == (
+        "verl has a key trainer.val_only",
         "write it without the +",
     )
     assert "verl has no key trainer.nonsense.x" in told["--set verl.trainer.nonsense.x"][0]
@@ -83,12 +84,14 @@ def test_a_choice_of_engine_changes_the_tree():
     megatron = Override("model_engine", "megatron", DEFAULT)
     key = Override("actor_rollout_ref.actor.megatron.use_mbridge", True, DEFAULT)
     wrong = Override("actor_rollout_ref.actor.fsdp_config.fsdp_size", 1, Origin("set", "--set x"))
-    assert compose.problems([Override("actor_rollout_ref.rollout.name", "vllm", DEFAULT), megatron, key]) == []
-    assert [p.where for p in compose.problems([megatron, key, wrong])] == ["--set x"]
+    assert compose.attempt([Override("actor_rollout_ref.rollout.name", "vllm", DEFAULT), megatron, key])[1] == []
+    tree, found = compose.attempt([megatron, key, wrong])
+    assert [p.where for p in found] == ["--set x"]
+    assert tree is not None
 
 
 def test_what_hydra_alone_can_judge_is_told_in_its_words():
-    (problem,) = compose.problems([Override("model_engine", "nothing", Origin("set", "--set x"))])
+    _, (problem,) = compose.attempt([Override("model_engine", "nothing", Origin("set", "--set x"))])
     assert "model_engine/nothing" in problem.message
     assert problem.where == "--set x"
 
@@ -96,7 +99,7 @@ def test_what_hydra_alone_can_judge_is_told_in_its_words():
 def test_without_verl(monkeypatch):
     monkeypatch.setattr(compose, "find_spec", lambda name: None)
     with pytest.raises(EnvironmentNotReady, match="verl is not installed"):
-        compose.problems([])
+        compose.attempt([])
 
 
 def test_neither_torch_nor_verl_is_imported_and_it_is_quick():

@@ -1,4 +1,7 @@
-"""The override list of every shipped preset at every precision, word for word; `make golden` writes them anew."""
+"""The override list of every shipped preset, at every precision, without and with its cap, word for word.
+
+`make golden` writes the lists anew and deletes those that no preset stands for any more.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,70 @@ import pytest
 
 from flashrl_cli import paths
 from flashrl_cli.config.resolve import load_spec
-from flashrl_cli.verl.overrides import Places, overrides
+from flashrl_cli.errors import InputError
+from flashrl_cli.launch import memory
+from flashrl_cli.verl.check import check_overrides
+from flashrl_cli.verl.overrides import Override, Places, overrides
 
+FOLDER = Path(__file__).parent / "overrides"
 ROOT = paths.presets_root()
-PRESETS = sorted(path for path in ROOT.rglob("*.yaml") if "base" not in path.relative_to(ROOT).parts)
+PARTS = {"base"}
+PRESETS = {
+    path.relative_to(ROOT).with_suffix("").as_posix(): path
+    for path in sorted(ROOT.rglob("*.yaml"))
+    if path.relative_to(ROOT).parts[0] not in PARTS
+}
 PRECISIONS = ("bf16", "fp8", "int8")
-CASES = {f"{path.stem}.{precision}.txt": (path, precision) for path in PRESETS for precision in PRECISIONS}
+REFUSED = {("dapo-qwen3-30b-a3b", "int8"), ("gsm8k-lora-7b", "int8"), ("gsm8k-lora-7b", "fp8")}
+"""Preset and precision that verl or vLLM cannot run together: check_overrides refuses them, and no list exists."""
+PLACES = Places(name="run", data=Path("/data"), checkpoints=Path("/checkpoints/run"))
+
+
+def cap(preset: str) -> str:
+    """FlashRL's caps: 8 for DAPO, 2 for everything smaller."""
+    return "8" if preset.startswith("dapo-") else "2"
+
+
+CASES = {
+    f"{preset}.{precision}{suffix}.txt": (preset, precision, tis)
+    for preset in PRESETS
+    for precision in PRECISIONS
+    for suffix, tis in (("", "off"), (f".tis{cap(preset)}", cap(preset)))
+    if (preset, precision) not in REFUSED
+}
+
+
+def listed(preset: str, precision: str, tis: str) -> tuple[Override, ...]:
+    return overrides(load_spec(str(PRESETS[preset]), rollout=precision, tis=tis), PLACES)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_overrides(name: str, golden: Callable[[str, str], None]) -> None:
-    preset, precision = CASES[name]
-    resolved = load_spec(str(preset), rollout=precision)
-    places = Places(name="run", data=Path("/data"), checkpoints=Path("/checkpoints/run"))
-    golden(f"overrides/{name}", "".join(f"{override}\n" for override in overrides(resolved, places)))
+    golden(f"overrides/{name}", "".join(f"{override}\n" for override in listed(*CASES[name])))
 
 
-def test_all_lists_are_there_and_no_others() -> None:
-    assert len(PRESETS) == 4
-    assert sorted(CASES) == sorted(file.name for file in (Path(__file__).parent / "overrides").iterdir())
+def test_all_lists_are_there_and_no_others(request: pytest.FixtureRequest) -> None:
+    found = {file.relative_to(FOLDER).as_posix(): file for file in FOLDER.rglob("*") if file.is_file()}
+    if request.config.getoption("--renew-golden"):
+        for stale in found.keys() - CASES.keys():
+            found.pop(stale).unlink()
+    assert len(PRESETS) == 10
+    assert len(CASES) == 10 * 3 * 2 - 2 * len(REFUSED)
+    assert found.keys() == CASES.keys()
+
+
+def refusal(preset: str, precision: str) -> InputError | None:
+    try:
+        resolved = load_spec(str(PRESETS[preset]), rollout=precision, tis=cap(preset))
+        check_overrides(resolved, overrides(resolved, PLACES), memory.shape(resolved.spec.model.path))
+    except InputError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_verl_takes_every_list_but_the_refused(preset: str, precision: str) -> None:
+    """All keys exist in verl's own tree, none is dead, and what cannot run is refused before it starts."""
+    error = refusal(preset, precision)
+    assert (error is not None) == ((preset, precision) in REFUSED), error and error.problems

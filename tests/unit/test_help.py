@@ -18,7 +18,7 @@ from flashrl_cli.cli.app import app
 
 pytestmark = pytest.mark.processes
 
-HEAVY = ("torch", "ray", "vllm", "verl", "transformers", "datasets", "pyarrow", "pydantic")
+HEAVY = ("torch", "ray", "vllm", "verl", "transformers", "datasets", "pyarrow", "pydantic", "rich")
 PROBE = """
 import json, pathlib, sys
 from flashrl_cli.cli.app import main
@@ -79,9 +79,10 @@ def test_version_is_light(tmp_path: Path) -> None:
 
 def test_without_arguments_help_is_printed(tmp_path: Path) -> None:
     result = flashrl(tmp_path / "modules")
-    assert "Usage: flashrl" in result.stdout
-    assert "prepare" in result.stdout
-    assert result.stderr == ""
+    assert result.returncode == 2
+    assert "Usage: flashrl" in result.stderr
+    assert "prepare" in result.stderr
+    assert result.stdout == ""
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("trian", "train"), ("prepar", "prepare")])

@@ -16,7 +16,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALL_CODE = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
 
 BASE = {"", "errors", "paths", "contract", "files", "cpu"}
-CORE = {"config", "verl", "launch", "runs", "data", "quantize", "evals", "bench", "render"}
+CORE = {"config", "verl", "launch", "runs", "data", "quantize", "evals", "bench", "render", "doctor", "fit"}
 ALLOWED = {
     **dict.fromkeys(BASE, BASE),
     **dict.fromkeys(CORE, CORE | BASE),

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from flashrl_cli import __version__
+from flashrl_cli.cli.doctor import doctor
 from flashrl_cli.cli.eval import evaluate
 from flashrl_cli.cli.prepare import prepare
 from flashrl_cli.cli.presets import presets
@@ -20,6 +21,7 @@ app = typer.Typer(
     help="Train language models by RL with quantized rollouts, on stock verl, Ray and vLLM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's help costs as much again as everything else that `--help` does
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -39,12 +41,11 @@ def root(
     """Train language models by RL with quantized rollouts, on stock verl, Ray and vLLM."""
 
 
-PIPELINE = "Pipeline"
-AROUND = "Around it"
-app.command("prepare", rich_help_panel=PIPELINE)(prepare)
-app.command("train", rich_help_panel=PIPELINE)(train)
-app.command("eval", rich_help_panel=PIPELINE)(evaluate)
-app.add_typer(presets, name="presets", rich_help_panel=AROUND)
+app.command("prepare")(prepare)
+app.command("train")(train)
+app.command("eval")(evaluate)
+app.add_typer(presets, name="presets")
+app.command("doctor")(doctor)
 
 
 def main() -> None:

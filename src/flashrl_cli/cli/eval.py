@@ -57,7 +57,9 @@ def evaluate(
     png: Annotated[bool, typer.Option("--png", help="Also draw the curve to eval.png.")] = False,
     json: Json = False,
 ) -> None:
-    """Evaluate checkpoints: a table by step with accuracy and its 95 % interval, and CSV and JSON beside it.
+    """Evaluate checkpoints: accuracy by step, with intervals.
+
+    A table with 95 % intervals, and CSV and JSON beside the checkpoints.
 
     flashrl eval "checkpoints/*"
 

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,30 @@ from typing import Annotated
 
 import typer
 
-Rollout = Annotated[str | None, typer.Option("--rollout", help="Precision of the rollouts: bf16, int8 or fp8.")]
+from flashrl_cli.cli import complete
+
+NAME_OR_FILE = "NAME|FILE"
+
+Preset = Annotated[
+    str,
+    typer.Option(
+        "--preset",
+        metavar=NAME_OR_FILE,
+        help="Name of a preset (`flashrl presets ls`) or a YAML file.",
+        autocompletion=complete.preset_names,
+    ),
+]
+PresetArgument = Annotated[
+    str,
+    typer.Argument(metavar=NAME_OR_FILE, help="A preset's name, or a YAML file.", autocompletion=complete.preset_names),
+]
+RunName = Annotated[
+    str | None,
+    typer.Option(
+        "--name", help="Name of the run (default: preset, precision and cap).", autocompletion=complete.run_names
+    ),
+]
+Rollout = Annotated[str | None, typer.Option("--rollout", metavar="bf16|int8|fp8", help="Precision of the rollouts.")]
 Tis = Annotated[
     str | None, typer.Option("--tis", metavar="CAP|off", help="Cap of truncated importance sampling, or off.")
 ]

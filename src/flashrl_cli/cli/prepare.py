@@ -49,7 +49,9 @@ def prepare(
     force: Annotated[bool, typer.Option("--force", help="Prepare again even if up to date.")] = False,
     json: Json = False,
 ) -> None:
-    """Prepare data sets: train.parquet and test.parquet as verl reads them, and a manifest.
+    """Prepare data sets as verl reads them.
+
+    train.parquet, test.parquet and a manifest of what they were made from.
 
     flashrl prepare gsm8k
 

@@ -17,13 +17,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """One runnable preset in a line; `error` is set (and most else empty) for one that does not load."""
+    """One runnable preset in a line; `error` is set (and most else empty) for one that does not load.
+
+    `tis` is the cap of truncated importance sampling, `gpus` the number of GPUs in all (0 on CPU), `devices` the same as
+    text: machines × GPUs on each.
+    """
 
     name: str
     description: str = ""
     model: str = ""
     advantage: str = ""
     rollout: str = ""
+    tis: float | None = None
+    gpus: int = 0
     devices: str = ""
     error: str | None = None
 
@@ -45,9 +51,17 @@ def _summary(name: str) -> Summary:
         model=spec.model.path,
         advantage=spec.algorithm.advantage,
         rollout=spec.rollout.precision,
+        tis=spec.correction.cap,
+        gpus=_gpus(spec.resources),
         devices=_devices(spec.resources),
     )
 
 
+def _gpus(resources: ResourceSpec) -> int:
+    return 0 if resources.platform == "cpu" else resources.nodes * resources.gpus_per_node
+
+
 def _devices(resources: ResourceSpec) -> str:
-    return "CPU" if resources.platform == "cpu" else f"{resources.nodes} × {resources.gpus_per_node} GPU"
+    if resources.platform == "cpu":
+        return "CPU"
+    return f"{resources.nodes} × {resources.gpus_per_node}" if resources.nodes > 1 else str(resources.gpus_per_node)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.config import yaml_file
 from flashrl_cli.config.merge import Layer, nested
+from flashrl_cli.config.presets import VERBATIM
 from flashrl_cli.errors import Problem
 
 if TYPE_CHECKING:
@@ -13,20 +17,19 @@ if TYPE_CHECKING:
 
 FLAG_OF = {"rollout.precision": "--rollout", "correction.cap": "--tis"}
 """Keys that have a flag of their own."""
+EXAMPLE = "--set algorithm.lr=1e-6"
 
 
 def option_layers(
     rollout: str | None, tis: str | None, sets: Sequence[str], problems: list[Problem]
 ) -> Iterator[Layer]:
-    """Yield a layer for each option given, `--set` last and in order; bad texts are appended to `problems`."""
+    """Yield a layer for each option given, `--set` last and in order; a bad text's is empty, and told in `problems`."""
     if rollout is not None:
         yield _flag("rollout.precision", rollout)
     if tis is not None:
         yield _flag("correction.cap", _cap(tis))
     for text in sets:
-        layer = _assignment(text, problems)
-        if layer:
-            yield layer
+        yield _assignment(text, problems)
 
 
 def _flag(key: str, value: Any) -> Layer:
@@ -41,19 +44,39 @@ def _cap(text: str) -> Any:
     return None if text == "off" else text
 
 
-def _assignment(text: str, problems: list[Problem]) -> Layer | None:
-    key, equals, value_text = text.partition("=")
-    label = f"--set {key}"
-    if not equals or not all(key.split(".")):
-        problems.append(Problem("not of the form key=value", f"--set {text}", "--set algorithm.lr=1e-6"))
+def _assignment(text: str, problems: list[Problem]) -> Layer:
+    written, equals, value_text = text.partition("=")
+    key = written.strip()
+    shown = key if equals and all(key.split(".")) else text
+    label = f"--set {shown if shown.isprintable() else ascii(shown)}"
+    problem, value = _bad_key(text, key, equals), None
+    if problem is None:
+        is_text = key.partition(".")[0] in VERBATIM
+        document = yaml_file.parse(value_text, label, verbatim=("",) if is_text else ())
+        value = document.data
+        problem = _bad_value(key, value_text, document.problems)
+    if problem:
+        problems.append(Problem(problem.message, label, problem.hint))
+    return Layer(kind="set", label=label, data={} if problem else nested(key, value))
+
+
+def _bad_key(text: str, key: str, equals: str) -> Problem | None:
+    if not equals or not key:
+        near = re.fullmatch(r"([\w+-]+(?:\.[\w+-]+)+)[:\s]*(\S*)", text)
+        hint = f"--set {near[1]}={near[2] or '…'}" if near else EXAMPLE
+        return Problem("not of the form key=value", hint=hint)
+    if not key.isprintable():
+        return Problem("the key holds a character that nobody sees", hint="type it anew")
+    if not all(key.split(".")):
+        names = ".".join(name for name in key.split(".") if name)
+        hint = f"--set {names}=…" if "." in names else EXAMPLE
+        return Problem(f"{key!r} is no key: a dot stands between two names", hint=hint)
+    return None
+
+
+def _bad_value(key: str, text: str, found: Sequence[Problem]) -> Problem | None:
+    if not found:
         return None
-    document = yaml_file.parse(value_text, label)
-    if isinstance(document.data, dict):
-        problems.append(
-            Problem("a map cannot be set as a whole", label, f"--set {key}.NAME=VALUE for each of its keys")
-        )
-        return None
-    if document.problems:
-        problems.append(Problem(f"{value_text!r} is not a value", label, f"quote it: '{key}=\"{value_text}\"'"))
-        return None
-    return Layer(kind="set", label=label, data=nested(key, document.data))
+    quoted = shlex.quote(f"{key}={json.dumps(text, ensure_ascii=False)}")
+    hints = (found[0].hint, f"if that text is meant: --set {quoted}")
+    return Problem(f"{text!r} is no value: {found[0].message}", hint="; ".join(filter(None, hints)))

@@ -5,12 +5,13 @@ A preset's name is its path below a presets folder without `.yaml`; parts that a
 
 from __future__ import annotations
 
-from difflib import get_close_matches
+import os
 from pathlib import Path
 from typing import Any
 
 from flashrl_cli import paths
 from flashrl_cli.config import yaml_file
+from flashrl_cli.config.meant import nearest
 from flashrl_cli.config.merge import Layer
 from flashrl_cli.errors import InputError, Problem
 
@@ -18,6 +19,8 @@ MAX_DEPTH = 4
 """Files in one chain of `extends`: deeper ones cannot be read by people."""
 OWN_KEYS = ("name", "description")
 """Keys that describe one preset and are not inherited."""
+VERBATIM = ("env",)
+"""Keys whose values are text as it was written: the variable `010` is not `10`."""
 
 
 def search_path() -> tuple[Path, ...]:
@@ -31,18 +34,25 @@ def names() -> list[str]:
     return sorted(name for name in _all_names() if not name.startswith("base/"))
 
 
+def is_path(reference: str) -> bool:
+    """Whether a reference is a file's path, not a preset's name: it ends in .yaml or starts with `.`, `/` or `~`."""
+    return reference.endswith((".yaml", ".yml")) or reference.startswith((".", "/", "~"))
+
+
 def locate(reference: str, beside: Path | None = None) -> Path:
-    """File of a preset name, or of a path (one that ends in .yaml or starts with `.`, `/` or `~`) relative to `beside`.
+    """File of a preset name, or of a path (see `is_path`) relative to `beside`.
 
     Raises InputError with the nearest names.
     """
-    if reference.endswith((".yaml", ".yml")) or reference.startswith((".", "/", "~")):
-        path = paths.absolute((beside or Path()) / Path(reference).expanduser())
-        if not path.exists():
-            raise InputError(f"no preset file {reference}", hint="`flashrl presets ls` lists the shipped presets")
+    if is_path(reference):
+        path = _absolute(reference, beside)
+        if not os.path.lexists(path):
+            raise InputError(f"no preset file {reference}", hint=_nearest_file(reference, path))
+        if path.is_dir():
+            raise InputError(f"{reference} is a folder, not a preset file", hint=_listed(path))
         return path
     for folder in search_path():
-        if (folder / f"{reference}.yaml").is_file():
+        if _is_file(folder / f"{reference}.yaml"):
             return folder / f"{reference}.yaml"
     raise InputError(f"no preset named {reference!r}", hint=_nearest(reference))
 
@@ -59,7 +69,7 @@ def read_layers(reference: str, problems: list[Problem]) -> list[Layer]:
 
 def _collect(path: Path, chain: tuple[Path, ...], found: dict[Path, Layer], problems: list[Problem]) -> None:
     label = _label(path)
-    document = yaml_file.read(path, label)
+    document = yaml_file.read(path, label, verbatim=VERBATIM)
     problems += document.problems
     data: dict[str, Any] = document.data
     where = f"{label}:{document.lines.get('extends', 1)}"
@@ -103,6 +113,15 @@ def _label(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
+def _absolute(reference: str, beside: Path | None) -> Path:
+    """Path of a file; an unknown `~user` stays, and is not found."""
+    return Path(os.path.abspath((beside or Path()) / os.path.expanduser(reference)))  # noqa: PTH111  # Path's raises
+
+
+def _is_file(path: str | Path) -> bool:
+    return os.path.isfile(path)  # noqa: PTH113  # Path's raises for a name too long
+
+
 def _all_names() -> set[str]:
     return {
         path.relative_to(folder).with_suffix("").as_posix()
@@ -112,7 +131,41 @@ def _all_names() -> set[str]:
 
 
 def _nearest(name: str) -> str:
-    near = get_close_matches(name, sorted(_all_names()), n=3, cutoff=0.5)
-    if near:
-        return "did you mean " + " or ".join(near) + "?"
-    return "presets are: " + ", ".join(names())
+    """Hint to a name that is no preset's: a file that is called so, the nearest names, or all."""
+    files = [name, *(f"{folder}{name}{ending}" for folder in ("", "presets/") for ending in (".yaml", ".yml"))]
+    if found := next((file for file in files if _is_file(file)), None):
+        return f"for the file: {found if is_path(found) else f'./{found}'}"
+    known = sorted(_all_names())
+    stem = _stem(name)
+    parts = [part for part in known if part.endswith(f"/{stem}") and stem not in known]
+    if near := parts or nearest(stem, known, 3):
+        return f"did you mean {' or '.join(near)}?"
+    return f"presets are: {', '.join(names())}"
+
+
+def _nearest_file(reference: str, path: Path) -> str:
+    """Hint to a file that is missing: the preset of its name, the nearest files beside it, or where presets are listed."""
+    stem = _stem(reference)
+    if stem in _all_names():
+        return f"did you mean the preset {stem}?"
+    beside = {Path(name).stem: name for name in _files_in(path.parent)}
+    if near := nearest(path.stem, beside):
+        return f"did you mean {' or '.join(str(Path(reference).with_name(beside[name])) for name in near)}?"
+    return "`flashrl presets ls` lists the shipped presets"
+
+
+def _listed(folder: Path) -> str:
+    found = _files_in(folder)[:5]
+    return f"it holds {', '.join(found)}" if found else "`flashrl presets ls` lists the shipped presets"
+
+
+def _files_in(folder: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in folder.iterdir() if path.suffix in (".yaml", ".yml"))
+    except (OSError, ValueError):
+        return []
+
+
+def _stem(reference: str) -> str:
+    """Name that a reference to a preset would have if it had no folder `presets/` and no ending."""
+    return reference.strip().removesuffix(".yaml").removesuffix(".yml").removeprefix("./").removeprefix("presets/")

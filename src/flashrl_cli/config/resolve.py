@@ -18,13 +18,23 @@ from flashrl_cli.errors import InputError, Problem
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from flashrl_cli.config.complaints import Translate
+
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A checked spec and the origin of each of its dotted leaf keys."""
+    """A valid spec, the origin of each of its dotted leaf keys, and the rules that its values break."""
 
     spec: RunSpec
     origins: Mapping[str, Origin]
+    preset: str = ""
+    """As it was asked for: a name or a file."""
+    layers: Sequence[Layer] = ()
+    broken: tuple[Problem, ...] = ()
+
+    def refusal(self, problems: Sequence[Problem]) -> InputError:
+        """The error that tells `problems`, in the order of the files and options that they lie in."""
+        return _refusal(self.preset, problems, self.layers)
 
     def value(self, key: str) -> Any:
         """Value at a dotted key of typed fields (not under `verl` or `env`); None below a part that is null."""
@@ -38,40 +48,72 @@ class Resolved:
         return self.origins.get(key, DEFAULT).layer != "default"
 
 
-def load_spec(preset: str, *, rollout: str | None = None, tis: str | None = None, sets: Sequence[str] = ()) -> Resolved:
-    """Read a preset (name or file), apply the options, validate.
+def load_spec(
+    preset: str,
+    *,
+    rollout: str | None = None,
+    tis: str | None = None,
+    sets: Sequence[str] = (),
+    translate: Translate = lambda _: None,
+) -> Resolved:
+    """Read a preset as `read_spec` does; raises InputError over broken rules, too."""
+    resolved = read_spec(preset, rollout=rollout, tis=tis, sets=sets, translate=translate)
+    if resolved.broken:
+        raise resolved.refusal(resolved.broken)
+    return resolved
 
-    `rollout` is a precision, `tis` the text of a cap or `off`, `sets` are texts `key=value`.
-    Reads preset files and the working folder. Raises InputError with every problem, each with file:line or its option.
+
+def read_spec(
+    preset: str,
+    *,
+    rollout: str | None = None,
+    tis: str | None = None,
+    sets: Sequence[str] = (),
+    translate: Translate = lambda _: None,
+) -> Resolved:
+    """Read a preset (name or file), apply the options, validate; broken rules are told in the result.
+
+    `rollout` is a precision, `tis` the text of a cap or `off`, `sets` are texts `key=value`; `translate` gives the hint
+    to a key that the spec lacks and another program has. Reads preset files and the working folder.
+    Raises InputError with every problem, each with file:line or its option, in the order of the files and options.
     """
     problems: list[Problem] = []
-    layers = [*presets.read_layers(preset, problems), *option_layers(rollout, tis, sets, problems)]
+    read = [*presets.read_layers(preset, problems), *option_layers(rollout, tis, sets, problems)]
+    layers = [complaints.well_shaped(layer, problems) for layer in read]
     data, origins = merge(layers)
-    spec = _validate(data, origins, problems)
+    spec = _validate(data, origins, problems, translate)
     if spec is None or problems:
-        raise _refusal(preset, problems)
+        raise _refusal(preset, problems, layers)
     layers += [Layer(kind="derived", label=d.reason, data=nested(d.key, d.value)) for d in derived_values(spec)]
     data, origins = merge(layers)
     spec = RunSpec.model_validate(data)
     broken = [Problem(f"{f.key}: {f.message}", complaints.where(f.key, origins), f.hint) for f in findings(spec)]
-    if broken:
-        raise _refusal(preset, broken)
-    return Resolved(spec, {key: origins.get(key, DEFAULT) for key, _ in leaves(spec.model_dump())})
+    told = {key: origins.get(key, DEFAULT) for key, _ in leaves(spec.model_dump())}
+    return Resolved(spec, told, preset, tuple(layers), tuple(broken))
 
 
-def _validate(data: Mapping[str, Any], origins: Mapping[str, Origin], problems: list[Problem]) -> RunSpec | None:
-    """The spec, or None with its problems appended, less those that follow from a problem of reading."""
+def _validate(
+    data: Mapping[str, Any], origins: Mapping[str, Origin], problems: list[Problem], translate: Translate
+) -> RunSpec | None:
+    """The spec, or None with its problems appended; what is missing may stand where it could not be read."""
     try:
         return RunSpec.model_validate(data)
     except ValidationError as error:
-        known = {problem.where for problem in problems}
-        if problems:
-            known.add(None)  # what is missing may stand where it could not be read
-        found = complaints.problems_of(error.errors(include_url=False), origins)
-        problems += [problem for problem in found if problem.where not in known]
+        found = complaints.problems_of(error.errors(include_url=False), origins, translate)
+        problems += [problem for problem in found if problem.where or not problems]
         return None
 
 
-def _refusal(preset: str, problems: Sequence[Problem]) -> InputError:
-    count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
-    return InputError(f"preset {preset}: {count}", problems=problems)
+def _refusal(preset: str, problems: Sequence[Problem], layers: Sequence[Layer]) -> InputError:
+    told = list(dict.fromkeys(sorted(problems, key=lambda problem: _position(problem.where, layers))))
+    count = f"{len(told)} problem{'s' if len(told) != 1 else ''}"
+    return InputError(f"preset {preset}: {count}", problems=told)
+
+
+def _position(where: str | None, layers: Sequence[Layer]) -> tuple[int, int]:
+    """Place of `label` or `label:line` among the layers; what has none comes last."""
+    order = {layer.label: number for number, layer in enumerate(layers)}
+    label, _, line = (where or "").rpartition(":")
+    if where not in order and line.isdecimal():
+        return order.get(label, len(order)), int(line)
+    return order.get(where or "", len(order)), 0

@@ -1,6 +1,6 @@
 """What must hold between the values of a spec. A rule yields findings; nothing here knows of verl.
 
-Add a rule: write a generator over RunSpec, list it in RULES.
+Add a rule: write a generator over RunSpec, list it in RULES. What verl itself demands is judged in `verl.demands`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def mini_batch_divides_batch(spec: RunSpec) -> Iterator[Finding]:
     mini, batch = spec.algorithm.mini_batch_size, spec.data.train_batch_size
     if mini > batch:
         yield Finding(
-            "algorithm.mini_batch_size", f"{mini} is more than data.train_batch_size = {batch}", f"at most {batch}"
+            "algorithm.mini_batch_size",
+            f"{mini} is more than data.train_batch_size = {batch}",
+            f"--set algorithm.mini_batch_size={batch}",
         )
     elif batch % mini:
         fitting = max(n for n in range(1, mini) if batch % n == 0)
@@ -42,6 +44,16 @@ def group_has_members(spec: RunSpec) -> Iterator[Finding]:
     """GRPO compares responses to one prompt; with a single one every advantage is 0."""
     if spec.algorithm.advantage == "grpo" and spec.rollout.n == 1:
         yield Finding("rollout.n", "GRPO needs more than one response a prompt", "--set rollout.n=8")
+
+
+def filtered_groups_vary(spec: RunSpec) -> Iterator[Finding]:
+    """A group of one has no spread: nothing would ever be filtered (GRPO says more, above)."""
+    if spec.algorithm.filter_groups.enable and spec.rollout.n == 1 and spec.algorithm.advantage != "grpo":
+        yield Finding(
+            "algorithm.filter_groups.enable",
+            "filters nothing with one response a prompt",
+            "--set rollout.n=8, or --set algorithm.filter_groups.enable=false",
+        )
 
 
 def metrics_are_written(spec: RunSpec) -> Iterator[Finding]:
@@ -60,11 +72,67 @@ def overlong_fits(spec: RunSpec) -> Iterator[Finding]:
         yield Finding(
             "reward.overlong.buffer_len",
             f"{overlong.buffer_len} is more than data.max_response_length = {longest}",
-            f"at most {longest}",
+            f"--set reward.overlong.buffer_len={longest}",
         )
 
 
-RULES: tuple[Rule, ...] = (mini_batch_divides_batch, group_has_members, metrics_are_written, overlong_fits)
+def dual_clip_bounds_from_above(spec: RunSpec) -> Iterator[Finding]:
+    """Dual clip bounds the loss of ratios above 1 (arXiv 1912.09729, eq. 5); verl asserts it in the first update."""
+    if spec.algorithm.clip_c <= 1:
+        yield Finding("algorithm.clip_c", f"{spec.algorithm.clip_c:g} is not above 1", "--set algorithm.clip_c=3.0")
+
+
+def warmup_ends(spec: RunSpec) -> Iterator[Finding]:
+    """In the warm-up the policy does not learn: it needs a critic that does, and an end within the run."""
+    warmup, steps = spec.trainer.critic_warmup, spec.trainer.steps
+    if warmup and spec.algorithm.advantage != "gae":
+        yield Finding(
+            "trainer.critic_warmup",
+            f"nothing learns in these {warmup} steps: {spec.algorithm.advantage} has no critic",
+            "--set trainer.critic_warmup=0",
+        )
+    elif steps is not None and warmup > steps:
+        yield Finding(
+            "trainer.critic_warmup",
+            f"the policy never learns: {warmup} is more than trainer.steps = {steps}",
+            f"--set trainer.critic_warmup={steps // 10}",
+        )
+
+
+def engine_holds_a_sequence(spec: RunSpec) -> Iterator[Finding]:
+    """The engine ends a response where its longest sequence ends, without a word."""
+    longest = spec.data.max_prompt_length + spec.data.max_response_length
+    held = spec.rollout.max_model_len
+    if held is not None and held < longest:
+        yield Finding(
+            "rollout.max_model_len",
+            f"{held} is less than data.max_prompt_length + data.max_response_length = {longest}",
+            f"--set rollout.max_model_len={longest}",
+        )
+
+
+def engine_batches_its_sequences(spec: RunSpec) -> Iterator[Finding]:
+    """A decoding step takes a token of every running sequence (vLLM refuses less: vllm/config/scheduler.py:263)."""
+    tokens, sequences = spec.rollout.max_num_batched_tokens, spec.rollout.max_num_seqs
+    if tokens < sequences:
+        yield Finding(
+            "rollout.max_num_batched_tokens",
+            f"{tokens} is less than rollout.max_num_seqs = {sequences}",
+            f"--set rollout.max_num_seqs={tokens}",
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    mini_batch_divides_batch,
+    group_has_members,
+    filtered_groups_vary,
+    metrics_are_written,
+    overlong_fits,
+    dual_clip_bounds_from_above,
+    warmup_ends,
+    engine_holds_a_sequence,
+    engine_batches_its_sequences,
+)
 
 
 def findings(spec: RunSpec) -> Iterator[Finding]:

@@ -15,7 +15,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
-FOLDER_NAME = r"^[^/.][^/]*$"
+FOLDER_NAME = r"^[^/.\x00-\x1f][^/\x00-\x1f]{0,199}$"
 """What may name a preset, a project or a run: one visible folder."""
 FolderName = Annotated[str, Field(pattern=FOLDER_NAME)]
 Scalar = bool | int | float | str | None
@@ -100,11 +100,11 @@ class AlgorithmSpec(Part):
     kl_loss: bool = False
     """Add a KL penalty against the reference policy to the loss."""
     kl_loss_coef: NotNegative = 0.001
-    """Its weight."""
+    """Weight of the KL penalty in the loss."""
     kl_in_reward: bool = False
     """Subtract a KL penalty from the reward."""
     kl_in_reward_coef: NotNegative = 0.001
-    """Its weight."""
+    """Weight of the KL penalty in the reward."""
     filter_groups: FilterGroups = FilterGroups()
     """Dynamic sampling."""
 
@@ -208,6 +208,8 @@ class ResourceSpec(Part):
     """Machines."""
     gpus_per_node: Count = 1
     """GPUs on each (verl's own default is 8); on `cpu` the number of trainer processes."""
+    gpu_memory_gib: Positive | None = None
+    """Memory of each GPU, GiB, for the estimate of what fits; null means what the driver says, or 80 GB where there is none."""
 
 
 class WatchSpec(Part):

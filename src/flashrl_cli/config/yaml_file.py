@@ -1,26 +1,26 @@
 """YAML text to plain data, with the line of every key.
 
 PyYAML reads YAML 1.1, where `1e-6` is text, `off` is false and `1:30` is ninety, and lets the last of two equal keys
-win. Here scalars follow the YAML 1.2 core schema, equal keys are refused, and so are tags and aliases: presets compose
-by `extends`.
+win. Here scalars follow the YAML 1.2 core schema, and what would be taken for something else than its writer meant is
+refused: equal keys, tags, aliases (presets compose by `extends`), Python's None, typographic quotes.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import yaml
 
 from flashrl_cli.errors import Problem
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-MAX_BYTES = 1_000_000
+MAX_BYTES = 100_000
 """A preset is a page of text; anything near this size is some other file."""
+QUOTES = "“”„‟‘’‚‛«»"
+"""What word processors and chats make of straight quotes."""
 
 
 class _Scalar(NamedTuple):
@@ -32,6 +32,9 @@ class _Scalar(NamedTuple):
 
 
 _TAG = "tag:yaml.org,2002:"
+_ALIAS = "*"
+_REFUSED: Any = object()
+"""Stands for a value that is refused: left out of the data, so that nothing is told about it twice."""
 _SCALARS = {
     "null": _Scalar(r"~|null|Null|NULL|", "~nN", lambda _: None),
     "bool": _Scalar(r"true|True|TRUE|false|False|FALSE", "tTfF", lambda text: text.lower() == "true"),
@@ -46,10 +49,28 @@ _SCALARS = {
         lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
     ),
 }
+_ADVICE = {
+    "'\\t'": "indent with spaces, not with tabs",
+    "cannot start any token": "quote it",
+    "mapping values are not allowed": "quote text that holds a colon; keys of one map start in one column",
+    "could not find expected ':'": "between a key and its value stand a colon and a space",
+    "expected <block end>": "keys of one map start in one column",
+    "expected ',' or": "close the bracket; quote text that holds brackets",
+    "unexpected end of stream": "close the quote",
+    "but found another document": "one preset a file: drop what follows `---`",
+}
+"""What to do about a complaint of PyYAML's, by a part of its text."""
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012  # PyYAML copies it before changing it
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """As PyYAML, but an alias is a node of its own: refused in its own line, and no way to a tree without end."""
+        if not self.check_event(yaml.AliasEvent):
+            return super().compose_node(parent, index)
+        event = self.get_event()  # type: ignore[no-untyped-call]
+        return yaml.ScalarNode(_ALIAS, event.anchor, event.start_mark, event.end_mark)
 
 
 for _name, _scalar in _SCALARS.items():
@@ -67,106 +88,150 @@ class Document:
     problems: list[Problem] = field(default_factory=list)
 
 
-def parse(text: str, label: str) -> Document:
-    """Parse one YAML document; never raises, see `Document.problems` (each with `label:line`)."""
+def parse(text: str, label: str, *, verbatim: Collection[str] = ()) -> Document:
+    """Parse one YAML document; never raises, see `Document.problems` (each with `label:line`).
+
+    Numbers and truth values below the top-level keys `verbatim` stay the text that was written.
+    """
     document = Document(label)
     try:
         node = yaml.compose(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+        if node is not None:
+            data = _Builder(document, verbatim).build(node, "")
+            document.data = None if data is _REFUSED else data
+    except yaml.YAMLError as error:
         document.problems.append(_syntax_problem(error, text, label))
-        return document
-    if node is not None:
-        document.data = _Builder(document).build(node, "")
+    except RecursionError:
+        document.problems.append(Problem("not a preset: nested too deeply", label))
     return document
 
 
-def read(path: Path, label: str) -> Document:
+def read(path: Path, label: str, *, verbatim: Collection[str] = ()) -> Document:
     """Read a YAML file that holds a map (an empty file is an empty map); problems are told in the document."""
     text = _read_text(path)
     if isinstance(text, Problem):
         return Document(label, {}, problems=[Problem(text.message, label, text.hint)])
-    document = parse(text, label)
-    if document.data is None:
-        document.data = {}
-    elif not isinstance(document.data, dict):
-        found = type(document.data).__name__
-        document.problems.append(Problem(f"a preset is a map of keys, this is a {found}", f"{label}:1"))
+    document = parse(text, label, verbatim=verbatim)
+    if not isinstance(document.data, dict):
+        if document.data is not None:
+            document.problems.append(
+                Problem(f"a preset is a map of keys, this is {_kind(document.data)}", f"{label}:1")
+            )
         document.data = {}
     return document
 
 
+def _kind(data: Any) -> str:
+    return "a list" if isinstance(data, list) else "text" if isinstance(data, str) else "a single value"
+
+
 def _read_text(path: Path) -> str | Problem:
-    if path.is_dir():
-        return Problem("this is a folder, not a preset file")
     try:
-        if path.stat().st_size > MAX_BYTES:
+        with path.open("rb") as stream:  # a device or a pipe has no size to ask for
+            raw = stream.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
             return Problem(f"larger than {MAX_BYTES:,} bytes: not a preset")
-        return path.read_text(encoding="utf-8-sig")
+        return raw.decode("utf-8-sig")
+    except IsADirectoryError:
+        return Problem("this is a folder, not a preset file")
     except UnicodeDecodeError as error:
-        return Problem(f"not UTF-8 text (byte {error.start})")
+        return Problem(f"not UTF-8 text (byte {error.start})", hint="save it as UTF-8")
     except OSError as error:
         return Problem(f"cannot be read: {error.strerror}")
 
 
-def _syntax_problem(error: Exception, text: str, label: str) -> Problem:
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        return Problem(f"not YAML: {str(error).splitlines()[0]}", label)
-    line = text.splitlines()[mark.line] if mark.line < len(text.splitlines()) else ""
-    tab = "\t" in line[: len(line) - len(line.lstrip())] or "\\t" in str(getattr(error, "problem", ""))
-    what = ", ".join(part for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part)
-    return Problem(
-        f"not YAML: {what}", f"{label}:{mark.line + 1}", "indent with spaces, not with tabs" if tab else None
-    )
+def _syntax_problem(error: yaml.YAMLError, text: str, label: str) -> Problem:
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        line = text.count("\n", 0, getattr(error, "position", 0)) + 1
+        return Problem(f"not YAML: {str(error).splitlines()[0]}", f"{label}:{line}")
+    mark, begun = error.problem_mark, error.context_mark
+    context = error.context or ""
+    if begun and begun.line != mark.line:
+        context += f" that starts in line {begun.line + 1}"
+    what = ", ".join(part for part in (context, error.problem) if part)
+    line_text = (text.splitlines() or [""])[min(mark.line, len(text.splitlines()) - 1)]
+    tab = "'\\t'" if "\t" in line_text[: len(line_text) - len(line_text.lstrip())] else ""
+    advice = next((advice for part, advice in _ADVICE.items() if part in what + tab), None)
+    return Problem(f"not YAML: {what}", f"{label}:{mark.line + 1}", advice)
 
 
 class _Builder:
     """Turns PyYAML's nodes into data, noting lines and problems in a document."""
 
-    def __init__(self, document: Document) -> None:
+    def __init__(self, document: Document, verbatim: Collection[str]) -> None:
         self.document = document
-        self.seen: set[int] = set()
+        self.verbatim = verbatim
 
     def build(self, node: yaml.Node, key: str) -> Any:
-        if id(node) in self.seen:
-            return self.refuse(node, "aliases (*name) are not supported", "write the value out, or use extends")
-        self.seen.add(id(node))
         if isinstance(node, yaml.MappingNode) and node.tag.endswith(":map"):
             return self.mapping(node, key)
         if isinstance(node, yaml.SequenceNode) and node.tag.endswith(":seq"):
-            return [self.build(item, key) for item in node.value]
+            items = [self.build(item, key) for item in node.value]
+            return _REFUSED if any(item is _REFUSED for item in items) else items
         if isinstance(node, yaml.ScalarNode):
-            return self.scalar(node)
-        return self.refuse(node, f"tag {node.tag!r} is not supported", "presets hold plain text, numbers and lists")
+            return self.scalar(node, key)
+        return self.refuse_tag(node)
 
     def mapping(self, node: yaml.MappingNode, prefix: str) -> dict[str, Any]:
         data: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode) or not key_node.tag.endswith(":str"):
-                shown = getattr(key_node, "value", "?")
-                self.refuse(key_node, f"key {shown!r} is not text", "quote it")
+            name = self.name(key_node)
+            if name is _REFUSED:
                 continue
-            name = key_node.value
             key = f"{prefix}.{name}" if prefix else name
             if name in data:
-                self.refuse(
-                    key_node, f"key {key!r} is given twice (first in line {self.document.lines[key]})", "keep one"
-                )
+                first = self.document.lines[key]
+                self.refuse(key_node, f"key {key!r} is given twice (first in line {first})", "keep one")
                 continue
             self.document.lines[key] = key_node.start_mark.line + 1
             data[name] = self.build(value_node, key)
-        return data
+        return {name: value for name, value in data.items() if value is not _REFUSED}
 
-    def scalar(self, node: yaml.ScalarNode) -> Any:
-        kind = node.tag.removeprefix(_TAG)
+    def name(self, node: yaml.Node) -> Any:
+        """Name of a key."""
+        if not isinstance(node, yaml.ScalarNode):
+            return self.refuse(node, "a key in brackets; presets know no expressions", "write the value out")
+        name = str(node.value)
+        if name == "<<":
+            return self.refuse(node, "merge keys (<<) are not supported", "use extends")
+        if not name.isprintable():
+            return self.refuse(node, f"key {name!r} holds a character that nobody sees", "type the line anew")
+        if not node.tag.endswith(":str"):
+            return self.refuse(node, f"key {name!r} is not text", "quote it")
+        return name
+
+    def scalar(self, node: yaml.ScalarNode, key: str) -> Any:
+        kind, text = node.tag.removeprefix(_TAG), str(node.value)
         if kind == "str":
-            return node.value
+            return self.text(node, text)
         if kind not in _SCALARS:
-            return self.refuse(node, f"tag {node.tag!r} is not supported", "presets hold plain text, numbers and lists")
+            return self.refuse_tag(node)
+        if kind != "null" and key.partition(".")[0] in self.verbatim:
+            return text
         try:
-            return _SCALARS[kind].convert(node.value)
+            return _SCALARS[kind].convert(text)
         except ValueError:
-            return self.refuse(node, f"{node.value[:40]!r} is no {kind}", None)
+            return self.refuse(node, f"{text[:40]!r} is no {kind}")
 
-    def refuse(self, node: yaml.Node, message: str, hint: str | None) -> None:
+    def text(self, node: yaml.ScalarNode, text: str) -> Any:
+        plain = node.style is None
+        if plain and text == "None":
+            return self.refuse(node, "None is Python's", "write null, or quote it")
+        if plain and len(text) > 1 and text[0] in QUOTES and text[-1] in QUOTES:
+            return self.refuse(node, f"{text} has typographic quotes", f'write "{text[1:-1]}"')
+        if "\0" in text or re.search("[\ud800-\udfff]", text):
+            return self.refuse(node, f"{text!r} holds what is no character")
+        return text
+
+    def refuse_tag(self, node: yaml.Node) -> Any:
+        if node.tag == _ALIAS:
+            return self.refuse(
+                node, f"aliases (*{node.value}) are not supported", "write the value out, or use extends"
+            )
+        tag = node.tag.replace(_TAG, "!!")
+        return self.refuse(node, f"tag {tag} is not supported", "presets hold plain text, numbers, lists and maps")
+
+    def refuse(self, node: yaml.Node, message: str, hint: str | None = None) -> Any:
+        """Note a problem; returns what stands for the value."""
         self.document.problems.append(Problem(message, f"{self.document.label}:{node.start_mark.line + 1}", hint))
+        return _REFUSED

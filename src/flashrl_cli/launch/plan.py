@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from flashrl_cli.config.merge import Origin
     from flashrl_cli.config.resolve import Resolved
     from flashrl_cli.config.spec import RunSpec
 
@@ -31,6 +32,7 @@ class LaunchPlan:
     name: str
     preset: str
     spec: RunSpec
+    origins: Mapping[str, Origin]
     attempt: int
     argv: tuple[str, ...]
     env: Mapping[str, str]
@@ -46,6 +48,11 @@ def default_name(preset: str, spec: RunSpec) -> str:
     return f"{preset}-{spec.rollout.precision}" + (f"-tis{cap:g}" if cap is not None else "")
 
 
+def run_paths(name: str, spec: RunSpec, runs_root: Path, checkpoints_root: Path) -> RunPaths:
+    """Where a run of that name lies, its checkpoints by project."""
+    return RunPaths(name, runs_root / name, checkpoints_root / spec.trainer.project / name)
+
+
 def build_plan(
     resolved: Resolved,
     *,
@@ -59,7 +66,7 @@ def build_plan(
 ) -> LaunchPlan:
     """Plan of attempt number `attempt` of run `name`; roots are absolute, `resume_from` is a `global_step_N` folder."""
     spec = resolved.spec
-    run = RunPaths(name, runs_root / name, checkpoints_root / spec.trainer.project / name)
+    run = run_paths(name, spec, runs_root, checkpoints_root)
     files = run.attempt(attempt)
     places = Places(name=name, data=data_root, checkpoints=run.checkpoints, resume_from=resume_from)
     given = overrides(resolved, places)
@@ -67,6 +74,7 @@ def build_plan(
         name=name,
         preset=spec.name,
         spec=spec,
+        origins=resolved.origins,
         attempt=attempt,
         argv=(str(python), "-m", ENTRY_POINT, *map(str, given), *_hydra_settings(files)),
         env=environment(spec, files),
@@ -89,6 +97,8 @@ def plan_document(plan: LaunchPlan) -> dict[str, Any]:
         "cwd": str(plan.cwd),
         "overrides": [str(override) for override in plan.overrides],
         "files": _files(plan),
+        "spec": plan.spec.model_dump(mode="json"),
+        "origins": {key: str(origin) for key, origin in plan.origins.items()},
     }
 
 

@@ -6,6 +6,7 @@ key with the tree, to tell everything that is wrong.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -64,27 +65,38 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     return tree(overrides).container()
 
 
-def problems(overrides: Sequence[Override]) -> list[Problem]:
-    """What verl's tree has against the overrides; empty when they compose. Raises EnvironmentNotReady without verl."""
+def attempt(overrides: Sequence[Override]) -> tuple[Tree | None, list[Problem]]:
+    """The tree of those overrides that verl's own has a place for, and what is wrong with the others.
+
+    None where Hydra refuses the rest, too. Raises EnvironmentNotReady without verl.
+    """
     from hydra.errors import HydraException
 
     try:
-        compose([str(override) for override in overrides])
+        return tree([str(override) for override in overrides]), []
     except HydraException as error:
-        return _explain(overrides) or [_refusal(error, None)]
-    return []
+        wrong, found = _explain(overrides)
+        if not found:
+            return None, [_refusal(error, None)]
+    with contextlib.suppress(HydraException):
+        return tree([str(override) for override in overrides if override not in wrong]), found
+    return None, found
 
 
-def _explain(overrides: Sequence[Override]) -> list[Problem]:
-    """Every key that the tree lacks. Overrides that choose a part of the tree (`model_engine=megatron`) count first."""
+def _explain(overrides: Sequence[Override]) -> tuple[list[Override], list[Problem]]:
+    """Overrides of keys that the tree lacks, and what to say of each.
+
+    Overrides that choose a part of the tree (`model_engine=megatron`) count first.
+    """
     from hydra.errors import HydraException
 
     groups = [override for override in overrides if _is_group(override.key)]
     try:
         keys = frozenset(_keys(compose([str(group) for group in groups])))
     except HydraException as error:
-        return [_refusal(error, groups[0].origin.where)]
-    return [problem for override in overrides if (problem := _problem(override, keys))]
+        return groups, [_refusal(error, groups[0].origin.where)]
+    told = [(override, problem) for override in overrides if (problem := _problem(override, keys))]
+    return [override for override, _ in told], [problem for _, problem in told]
 
 
 def _refusal(error: Exception, where: str | None) -> Problem:

@@ -102,6 +102,29 @@ def own_environment(resolved: Resolved, _: Sequence[Override]) -> Iterator[Probl
         yield Problem(f"{name} is flashrl's own", resolved.origins[f"env.{name}"].where, "drop it")
 
 
+def no_idle_options(resolved: Resolved, _: Sequence[Override]) -> Iterator[Problem]:
+    """An option given for this very run is read by someone. Presets may hold values for switches that they leave off."""
+    algorithm = resolved.spec.algorithm
+    readers = {
+        "algorithm.kl_loss_coef": (algorithm.kl_loss, "algorithm.kl_loss=true"),
+        "algorithm.kl_in_reward_coef": (algorithm.kl_in_reward, "algorithm.kl_in_reward=true"),
+        "algorithm.normalize_by_std": (algorithm.advantage == "grpo", "algorithm.advantage=grpo"),
+        "algorithm.filter_groups.": (algorithm.filter_groups.enable, "algorithm.filter_groups.enable=true"),
+        "critic.": (algorithm.advantage == "gae", "algorithm.advantage=gae"),
+    }
+    for field, origin in resolved.origins.items():
+        if origin.layer != "set" or field == "algorithm.filter_groups.enable":
+            continue
+        for start, (read, switch) in readers.items():
+            if field.startswith(start) and not read and _says_something(resolved.value(field)):
+                yield Problem(f"nothing reads {field} without {switch}", origin.where, f"--set {switch}, or drop it")
+
+
+def _says_something(value: object) -> bool:
+    """Whether it is more than nothing: weights of 0 are how a script switches a term off."""
+    return value is False or value not in (0, None)
+
+
 def verbatim(resolved: Resolved, overrides: Sequence[Override]) -> Iterator[Override]:
     """The overrides that come from the spec's `verl` map; they stand last."""
     yield from overrides[len(overrides) - len(resolved.spec.verl) :]
@@ -114,4 +137,5 @@ RULES: tuple[Rule, ...] = (
     one_quantization,
     no_bypass_with_correction,
     own_environment,
+    no_idle_options,
 )

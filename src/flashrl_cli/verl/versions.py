@@ -1,6 +1,8 @@
-"""Keys that verl 0.9.1 accepts (or once accepted) and does not act on, with the name that lives.
+"""Keys of verl's that do nothing in a run of flashrl's, with the name that lives.
 
-Paths are verl's. A key here is an error in a run of flashrl's: verl itself says nothing.
+The run: verl 0.9.1, V1 trainer in mode sync, FSDP or FSDP2, vLLM. verl itself says nothing about such a key. A key is
+listed when no code of that path acts on it, whatever its value. Left out: `data.truncation` and `val_kwargs.do_sample`,
+which the original recipes carry and which do no harm. Files in `why` are below verl/; "no reader" is by search.
 """
 
 from __future__ import annotations
@@ -9,7 +11,10 @@ from typing import NamedTuple
 
 
 class DeadKey(NamedTuple):
-    """A key, or the start of keys, that does nothing; what to write instead, and how it is known."""
+    """A key, or the start of keys, that does nothing; what to write instead, and how it is known.
+
+    In `instead`, `verl.KEY` is a key of verl's and any other dotted name a field of the spec.
+    """
 
     key: str
     instead: str
@@ -20,34 +25,203 @@ class DeadKey(NamedTuple):
         return key == self.key or key.startswith(f"{self.key}.")
 
 
-_LEGACY = "the legacy reward tree is read by the fully-async trainer only"
+A, M, R, C = "actor_rollout_ref.actor", "actor_rollout_ref.model", "actor_rollout_ref.rollout", "critic"
+REF, CORRECTION, FILTER = "actor_rollout_ref.ref", "algorithm.rollout_correction", "algorithm.filter_groups"
 
-DEAD_KEYS = (
-    DeadKey("reward_model.reward_manager", "reward.manager", _LEGACY),
-    DeadKey("reward_model.overlong_buffer", "reward.overlong.{buffer_len,penalty_factor,log}", "not in verl's tree"),
-    DeadKey("reward_model", "verl.reward.reward_model.*", _LEGACY),
+_TIS = "correction.cap, or --tis CAP"
+_NOTHING = "nothing in its place"
+_ON_VALIDATION = "checked at the start, then never used (workers/engine_workers.py:583,624,628)"
+_CLIP_GRAD = "never read (workers/engine/fsdp/transformer_impl.py:795)"
+_CRITIC_TOKENS = "the critic batches by ppo_infer_max_token_len_per_gpu alone (trainer/ppo/v1/trainer_base.py:267)"
+_DTYPE = "the FSDP engine reads mixed_precision only (workers/engine/fsdp/transformer_impl.py:391)"
+_FSDP_LORA = "lora.* is Megatron's; FSDP reads the flat names (workers/engine/fsdp/transformer_impl.py:361)"
+_HORIZON = "the trainer overwrites it (trainer/ppo/v1/trainer_base.py:782)"
+_LEGACY = "the legacy reward tree is read by the fully-async trainer only"
+_MEGATRON_MTP = "read by the Megatron engine only"
+_NO_READER = "no reader"
+_NO_REPLAY = "the FSDP engine replays no routes (workers/engine_workers.py:498)"
+_OTHER_MODE = "trainer.v1.trainer_mode is sync"
+_SCHEMAS = "read in workers/rollout/schemas.py only, for SGLang"
+_SGLANG = "read for SGLang only"
+_STRATEGY = "overwritten by the strategy one level up (workers/config/{actor.py:325,critic.py:219})"
+_V0 = "read by the V0 trainer only"
+
+IGNORED = (
+    DeadKey(f"{A}.calculate_sum_pi_squared", _NOTHING, _V0),
+    DeadKey(
+        f"{A}.clip_ratio",
+        "algorithm.clip_low and algorithm.clip_high",
+        "clip_ratio_low and clip_ratio_high are never null and win (trainer/ppo/core_algos.py:1321)",
+    ),
+    DeadKey(f"{A}.freeze_vision_tower", _NOTHING, _NO_READER),
+    DeadKey(f"{A}.fsdp_config.dtype", f"verl.+{A}.fsdp_config.mixed_precision.param_dtype", _DTYPE),
+    DeadKey(f"{A}.fsdp_config.strategy", f"verl.{A}.strategy", _STRATEGY),
+    DeadKey(f"{A}.grad_clip", f"verl.{A}.optim.clip_grad", _CLIP_GRAD),
+    DeadKey(f"{A}.optim.total_training_steps", "trainer.steps", _HORIZON),
+    DeadKey(f"{A}.ppo_micro_batch_size", "algorithm.micro_batch_size_per_gpu", _ON_VALIDATION),
+    DeadKey(
+        f"{A}.qat",
+        f"verl.{A}.fsdp_config.qat.*",
+        "trainer and rollout read fsdp_config.qat (engine/fsdp/transformer_impl.py:173, config/rollout/rollout.yaml)",
+    ),
+    DeadKey(f"{A}.rollout_n", "rollout.n", _NO_READER),
+    DeadKey(f"{A}.use_fused_kernels", f"verl.{M}.use_fused_kernels", "taken from the model (engine_workers.py:115)"),
+    DeadKey(f"{A}.use_prefix_grouper", _NOTHING, _V0),
+    DeadKey(f"{A}.use_remove_padding", f"verl.{M}.use_remove_padding", "taken from the model (engine_workers.py:630)"),
+    DeadKey(
+        f"{A}.use_torch_compile",
+        f"verl.{A}.fsdp_config.use_torch_compile",
+        "the FSDP engine reads its own (workers/engine/fsdp/transformer_impl.py:185)",
+    ),
+    DeadKey("actor_rollout_ref.hybrid_engine", _NOTHING, _OTHER_MODE),
+    DeadKey(f"{M}.lora.adapter_path", f"verl.{M}.lora_adapter_path", _FSDP_LORA),
+    DeadKey(f"{M}.lora.alpha", f"verl.{M}.lora_alpha", _FSDP_LORA),
+    DeadKey(f"{M}.lora.dropout", _NOTHING, _FSDP_LORA),
+    DeadKey(f"{M}.lora.exclude_modules", f"verl.{M}.exclude_modules", _FSDP_LORA),
+    DeadKey(f"{M}.lora.rank", f"verl.{M}.lora_rank", _FSDP_LORA),
+    DeadKey(f"{M}.lora.target_modules", f"verl.{M}.target_modules", _FSDP_LORA),
+    DeadKey(f"{M}.mtp.detach_encoder", _NOTHING, _MEGATRON_MTP),
+    DeadKey(f"{M}.mtp.enable_train", _NOTHING, _MEGATRON_MTP),
+    DeadKey(f"{M}.mtp.mtp_loss_scaling_factor", _NOTHING, _MEGATRON_MTP),
+    DeadKey(f"{M}.mtp.speculative_algorithm", f"verl.{M}.mtp.method", _SGLANG),
+    DeadKey(f"{M}.mtp.speculative_eagle_topk", _NOTHING, _SGLANG),
+    DeadKey(f"{M}.mtp.speculative_num_draft_tokens", f"verl.{M}.mtp.num_speculative_tokens", _SGLANG),
+    DeadKey(f"{M}.mtp.speculative_num_steps", f"verl.{M}.mtp.num_speculative_tokens", _SGLANG),
+    DeadKey(f"{M}.tiled_mlp", _NOTHING, "no reader: the FSDP engine does not pass it on (transformer_impl.py:324)"),
+    DeadKey("actor_rollout_ref.nccl_timeout", _NOTHING, "no reader (workers/engine_workers.py:89 passes none)"),
+    DeadKey(f"{REF}.fsdp_config.dtype", f"verl.+{REF}.fsdp_config.mixed_precision.param_dtype", _DTYPE),
+    DeadKey(f"{REF}.fsdp_config.strategy", f"verl.{REF}.strategy", _STRATEGY),
+    DeadKey(f"{REF}.log_prob_micro_batch_size", f"verl.{REF}.log_prob_micro_batch_size_per_gpu", _ON_VALIDATION),
+    DeadKey(
+        f"{REF}.use_torch_compile",
+        f"verl.{REF}.fsdp_config.use_torch_compile",
+        "the engine reads its own (workers/engine/fsdp/transformer_impl.py:185)",
+    ),
+    DeadKey(f"{R}.agent.custom_async_server", _NOTHING, _NO_READER),
+    DeadKey(f"{R}.do_sample", "rollout.temperature", "vLLM is told temperature, top_p, top_k (v1/agent_loop_tq.py:64)"),
+    DeadKey(f"{R}.log_prob_micro_batch_size", "rollout.log_prob_micro_batch_size_per_gpu", _ON_VALIDATION),
+    DeadKey(f"{R}.multi_stage_wake_up", _NOTHING, _NO_READER),
+    DeadKey(f"{R}.multi_turn.enable", f"verl.{R}.agent.default_agent_loop=tool_agent", _V0),
+    DeadKey(f"{R}.multi_turn.num_repeat_rollouts", "rollout.n", _NO_READER),
+    DeadKey(f"{R}.multi_turn.tokenization_sanity_check_mode", _NOTHING, _SCHEMAS),
+    DeadKey(f"{R}.multi_turn.use_inference_chat_template", _NOTHING, _SCHEMAS),
+    DeadKey(f"{R}.nnodes", "resources.nodes", f"the rollout shares the trainer's GPUs: {_OTHER_MODE}"),
+    DeadKey(f"{R}.over_sample_rate", _NOTHING, _NO_READER),
+    DeadKey(f"{R}.trace", _NOTHING, "V1 traces no sample (trainer/ppo/v1/agent_loop_tq.py:88)"),
+    DeadKey(f"{FILTER}.max_num_gen_batches", f"{FILTER}.max_inflight_batches", "ignored (v1/trainer_base.py:205)"),
+    DeadKey("algorithm.pf_ppo", _NOTHING, _V0),
+    DeadKey("algorithm.use_pf_ppo", _NOTHING, _V0),
+    DeadKey(f"{C}.forward_max_token_len_per_gpu", "critic.max_tokens_per_gpu", _CRITIC_TOKENS),
+    DeadKey(f"{C}.forward_micro_batch_size", "critic.max_tokens_per_gpu", _CRITIC_TOKENS),
+    DeadKey(f"{C}.forward_micro_batch_size_per_gpu", "critic.max_tokens_per_gpu", _CRITIC_TOKENS),
+    DeadKey(f"{C}.fsdp.dtype", f"verl.+{C}.fsdp.mixed_precision.param_dtype", _DTYPE),
+    DeadKey(f"{C}.fsdp.strategy", f"verl.{C}.strategy", _STRATEGY),
+    DeadKey(f"{C}.grad_clip", f"verl.{C}.optim.clip_grad", _CLIP_GRAD),
+    DeadKey(f"{C}.model.lora", f"verl.{C}.model.lora_rank and verl.{C}.model.lora_alpha", _FSDP_LORA),
+    DeadKey(f"{C}.model.tiled_mlp", _NOTHING, _NO_READER),
+    DeadKey(f"{C}.optim.total_training_steps", "trainer.steps", _HORIZON),
+    DeadKey(f"{C}.ppo_max_token_len_per_gpu", "critic.max_tokens_per_gpu", _CRITIC_TOKENS),
+    DeadKey(f"{C}.ppo_micro_batch_size", "critic.max_tokens_per_gpu", _CRITIC_TOKENS),
+    DeadKey(f"{C}.rollout_n", "rollout.n", _NO_READER),
+    DeadKey(
+        f"{C}.ulysses_sequence_parallel_size",
+        f"verl.{C}.fsdp.ulysses_sequence_parallel_size",
+        "not passed on to the engine, unlike the actor's (workers/config/critic.py:211)",
+    ),
     DeadKey("custom_reward_function", "verl.reward.custom_reward_function.*", _LEGACY),
+    DeadKey(
+        "data.reward_fn_key", "a column data_source", "the reward loop reads that column (reward_manager/naive.py:42)"
+    ),
+    DeadKey("data.tokenizer", f"verl.{M}.tokenizer_path", _NO_READER),
+    DeadKey("data.trust_remote_code", f"verl.{M}.trust_remote_code", _NO_READER),
+    DeadKey("reward_model", "verl.reward.reward_model.*", _LEGACY),
+    DeadKey("reward_model.model.path", "verl.reward.reward_model.model_path", _LEGACY),
+    DeadKey("reward_model.num_workers", "verl.reward.num_workers", _LEGACY),
+    DeadKey("reward_model.reward_manager", "reward.manager", _LEGACY),
     DeadKey("sandbox_fusion", "verl.reward.sandbox_fusion.*", _LEGACY),
-    DeadKey("actor_rollout_ref.actor.imp_ratio_cap", "correction.cap, or --tis CAP", "was a fork's key"),
-    DeadKey("algorithm.rollout_is", "correction.cap, or --tis CAP", "is now in algorithm.rollout_correction"),
-    DeadKey("algorithm.rollout_is_threshold", "correction.cap, or --tis CAP", "is now in algorithm.rollout_correction"),
+    DeadKey("skip.async_rollout", "verl.skip.rollout_tq.*", "for the fully-async trainer"),
+    DeadKey("skip.rollout", "verl.skip.rollout_tq.*", "for the V0 trainer (trainer/ppo/v1/agent_loop_tq.py:243)"),
+    DeadKey("trainer.balance_batch", _NOTHING, "V1 always balances (trainer/ppo/v1/trainer_base.py:582)"),
     DeadKey(
-        "actor_rollout_ref.actor.grad_clip",
-        "verl.actor_rollout_ref.actor.optim.clip_grad",
-        "never read (workers/engine/fsdp/transformer_impl.py:795)",
+        "trainer.default_hdfs_dir",
+        "nothing in its place: copy the checkpoints yourself",
+        "nothing is copied (utils/checkpoint/fsdp_checkpoint_manager.py:286)",
     ),
-    DeadKey(
-        "critic.grad_clip", "verl.critic.optim.clip_grad", "never read (workers/engine/fsdp/transformer_impl.py:795)"
-    ),
-    DeadKey("critic.model.fsdp_config", "verl.critic.fsdp.*", "moved"),
-    DeadKey(
-        "algorithm.filter_groups.max_num_gen_batches",
-        "algorithm.filter_groups.max_inflight_batches",
-        "ignored by the V1 trainer (trainer/ppo/v1/trainer_base.py:205)",
-    ),
+    DeadKey("trainer.esi_redundant_time", _NOTHING, _V0),
+    DeadKey("trainer.ray_wait_register_center_timeout", _NOTHING, _V0),
+    DeadKey("trainer.v1.colocate_async", _NOTHING, _OTHER_MODE),
+    DeadKey("trainer.v1.separate_async", _NOTHING, _OTHER_MODE),
 )
+"""In verl's tree: they compose."""
+
+REMOVED = (
+    DeadKey(f"{A}.behav_imp_weight_cap", _TIS, "was renamed"),
+    DeadKey(f"{A}.checkpoint.contents", f"verl.{A}.checkpoint.save_contents", "was split into save_ and load_contents"),
+    DeadKey(f"{A}.fsdp_config.grad_offload", f"verl.{A}.fsdp_config.param_offload", "gradients follow the parameters"),
+    DeadKey(f"{A}.fsdp_config.router_replay", _NOTHING, _NO_REPLAY),
+    DeadKey(f"{A}.imp_ratio_cap", _TIS, "was a fork's key"),
+    DeadKey(f"{A}.router_replay", _NOTHING, _NO_REPLAY),
+    DeadKey(f"{A}.sum_pi_squared_checkpointing", _NOTHING, "was removed"),
+    DeadKey(f"{A}.tis_imp_ratio_cap", _TIS, "was renamed"),
+    DeadKey(f"{REF}.model", "model.path", "the reference policy is the actor's start (workers/engine_workers.py:556)"),
+    DeadKey(f"{REF}.router_replay", _NOTHING, _NO_REPLAY),
+    DeadKey(f"{R}.chat_scheduler", f"verl.{R}.agent.default_agent_loop", "agent loops replaced it"),
+    DeadKey(f"{R}.multi_turn.completion_callback", f"verl.{R}.agent.default_agent_loop", "agent loops replaced it"),
+    DeadKey(f"{R}.multi_turn.enable_tokenization_sanity_check", _NOTHING, "was removed"),
+    DeadKey(f"{R}.multi_turn.interaction_config_path", _NOTHING, "interactions were removed"),
+    DeadKey(f"{R}.multi_turn.max_turns", f"verl.{R}.multi_turn.max_assistant_turns", "was renamed"),
+    DeadKey(f"{R}.skip_dump_dir", "verl.skip.rollout_tq.dump_dir", "was moved"),
+    DeadKey(f"{R}.skip_rollout", "verl.skip.rollout_tq.enable", "was moved"),
+    DeadKey(
+        f"{R}.update_weights_bucket_megabytes",
+        f"verl.{R}.checkpoint_engine.update_weights_bucket_megabytes",
+        "was moved",
+    ),
+    DeadKey(f"{R}.use_fire_sampling", _NOTHING, "was removed"),
+    DeadKey(f"{CORRECTION}.bypass_old_logprob_for_rollout", f"verl.{CORRECTION}.bypass_mode", "was renamed"),
+    DeadKey(
+        f"{CORRECTION}.rollout_rs_threshold_lower",
+        f"verl.{CORRECTION}.rollout_rs_threshold",
+        "both bounds are one text, lower_upper (trainer/config/algorithm.py:108)",
+    ),
+    DeadKey(
+        f"{CORRECTION}.rollout_token_veto_threshold", f"verl.{CORRECTION}.rollout_rs", "rejection replaced the veto"
+    ),
+    DeadKey(f"{CORRECTION}.use_policy_gradient", _NOTHING, "V1 does not read what replaced it, loss_type"),
+    DeadKey(f"{CORRECTION}.use_pure_rollout_correction", _NOTHING, "V1 does not read what replaced it, loss_type"),
+    DeadKey("algorithm.rollout_is", _TIS, f"is now in {CORRECTION}"),
+    DeadKey("algorithm.rollout_is_level", _TIS, "weights are per token"),
+    DeadKey("algorithm.rollout_is_mode", _TIS, "weights are truncated"),
+    DeadKey("algorithm.rollout_is_threshold", _TIS, f"is now in {CORRECTION}"),
+    DeadKey("algorithm.rollout_is_threshold_lower", _NOTHING, "was removed"),
+    DeadKey("algorithm.rollout_is_veto_threshold", f"verl.{CORRECTION}.rollout_rs", "rejection replaced the veto"),
+    DeadKey(f"{C}.checkpoint.contents", f"verl.{C}.checkpoint.save_contents", "was split into save_ and load_contents"),
+    DeadKey(f"{C}.model.fsdp_config", f"verl.{C}.fsdp.*", "was moved"),
+    DeadKey("data.datagen", _NOTHING, "was removed"),
+    DeadKey("data.sampler", _NOTHING, "was removed (trainer/ppo/utils.py:140)"),
+    DeadKey("ray_init", "verl.ray_kwargs.ray_init.*", "was moved"),
+    DeadKey("ray_init.timeline_json_file", "verl.ray_kwargs.timeline_json_file", "was moved"),
+    DeadKey("reward_manager", "reward.manager", "was moved"),
+    DeadKey("reward_model.launch_reward_fn_async", _NOTHING, "rewards always run beside the rollout"),
+    DeadKey(
+        "reward_model.overlong_buffer",
+        "reward.overlong.buffer_len, reward.overlong.penalty_factor and reward.overlong.log",
+        "not in verl's tree",
+    ),
+    DeadKey("reward_model.reward_kwargs", "reward.overlong.buffer_len, or verl.+reward.reward_kwargs.*", _LEGACY),
+    DeadKey("reward_model.sandbox_fusion", "verl.reward.sandbox_fusion.*", "was moved"),
+    DeadKey("trainer.controller_nsight_options", "verl.global_profiler.global_tool_config.nsys.*", "was moved"),
+    DeadKey("trainer.profile_continuous_steps", "verl.global_profiler.profile_continuous_steps", "was moved"),
+    DeadKey("trainer.profile_steps", "verl.global_profiler.steps", "was moved"),
+    DeadKey("trainer.use_legacy_worker_impl", _NOTHING, "the legacy workers were removed"),
+    DeadKey("trainer.val_generations_to_log_to_wandb", "verl.trainer.log_val_generations", "was renamed"),
+    DeadKey("trainer.worker_nsight_options", "verl.global_profiler.global_tool_config.nsys.*", "was moved"),
+)
+"""Not in verl's tree any more, or never: they compose with a `+` only. From the configuration files of older verl."""
+
+DEAD_KEYS = IGNORED + REMOVED
 
 
 def dead_key(key: str) -> DeadKey | None:
     """The entry for a key of verl's that does nothing; the most particular one, None for a living key."""
-    return next((dead for dead in DEAD_KEYS if dead.covers(key)), None)
+    return max((dead for dead in DEAD_KEYS if dead.covers(key)), key=lambda dead: len(dead.key), default=None)

@@ -166,6 +166,9 @@ def test_dry_run_for_a_program(
         "cwd",
         "overrides",
         "files",
+        "spec",
+        "origins",
+        "memory",
     ]
     assert (document["schema_version"], document["preset"], document["name"]) == (1, "tiny", "tiny-int8-tis4")
     assert document["argv"][:3] == [sys.executable, "-m", "verl.trainer.main_ppo"]
@@ -209,7 +212,8 @@ def test_resumed_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launche
     prepared(tmp_path)
     (tmp_path / "runs/r/attempt_1").mkdir(parents=True)
     step = tmp_path / "checkpoints/tiny/r/global_step_5"
-    step.mkdir(parents=True)
+    (step / "actor").mkdir(parents=True)
+    (step / "actor/model_world_size_1_rank_0.pt").write_text("tensors")
     assert train(monkeypatch, "--preset", "tiny", "--name", "r", "--resume", "auto") == 0
     assert train(monkeypatch, "--preset", "tiny", "--name", "r", "--resume", str(step)) == 0
     (auto, *_), (path, *_) = launched

@@ -114,8 +114,68 @@ def test_unknown_names_get_the_nearest(folder):
         presets.locate("./absent.yaml")
 
 
+def refusal(reference: str) -> tuple[str, str | None]:
+    with pytest.raises(InputError) as caught:
+        presets.locate(reference)
+    return caught.value.message, caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("reference", "hint"),
+    [
+        ("DAPO_32B", "did you mean dapo-32b?"),
+        ("dapo32b", "did you mean dapo-32b?"),
+        (" tiny ", "did you mean tiny?"),
+        ("presets/tiny", "did you mean tiny?"),
+        ("tiny.YAML", "did you mean tiny?"),
+        ("cpu", "did you mean base/cpu?"),
+        ("bare", "for the file: ./bare"),
+        ("other", "for the file: presets/other.yml"),
+        ("sub/deep", "for the file: sub/deep.yaml"),
+    ],
+)
+def test_names_that_are_nearly_one(folder, reference, hint):
+    for name in ("bare", "presets/other.yml", "sub/deep.yaml"):
+        (folder.parent / name).parent.mkdir(exist_ok=True)
+        (folder.parent / name).write_text("")
+    assert refusal(reference) == (f"no preset named {reference!r}", hint)
+
+
+@pytest.mark.parametrize(
+    ("reference", "hint"),
+    [
+        ("tiny.yaml", "did you mean the preset tiny?"),
+        ("presets/tiny.yml", "did you mean the preset tiny?"),
+        ("./presets/mime.yaml", "did you mean presets/mine.yaml?"),
+        ("zzz/q.yaml", "`flashrl presets ls` lists the shipped presets"),
+        ("~nobody-of-this-name/x.yaml", "`flashrl presets ls` lists the shipped presets"),
+        ("./" + "x" * 300, "`flashrl presets ls` lists the shipped presets"),
+        ("./x\0y", "`flashrl presets ls` lists the shipped presets"),
+    ],
+)
+def test_files_that_are_missing(folder, reference, hint):
+    write(folder, mine="x: 1")
+    assert refusal(reference) == (f"no preset file {reference}", hint)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x\0y", ""])
+def test_names_that_no_file_can_have(folder, name):
+    assert refusal(name)[0] == f"no preset named {name!r}"
+
+
 def test_a_folder_is_no_preset(folder):
-    assert "this is a folder" in read("./presets")[1][0].message
+    write(folder, mine="x: 1")
+    assert refusal("./presets") == ("./presets is a folder, not a preset file", "it holds mine.yaml")
+    write(folder, top="extends: ./")
+    (problem,) = read("top")[1]
+    assert (problem.message, problem.where) == ("extends: ./ is a folder, not a preset file", "presets/top.yaml:1")
+
+
+def test_links_that_lead_nowhere(folder):
+    (folder / "loop.yaml").symlink_to("loop.yaml")
+    (folder / "gone.yaml").symlink_to("nowhere")
+    assert "symbolic links" in read("./presets/loop.yaml")[1][0].message
+    assert "cannot be read" in read("./presets/gone.yaml")[1][0].message
 
 
 def test_names_equal_file_names():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 
 from flashrl_cli.config import presets
@@ -15,24 +17,108 @@ def test_shipped_presets_keep_all_rules(name):
     assert load_spec(name).spec.name == name
 
 
+GRPO, GAE = "dapo-32b", "gsm8k-0.5b"
 CASES = [
-    ("mini_batch_divides_batch", "algorithm.mini_batch_size=513", "is more than data.train_batch_size = 512"),
-    ("mini_batch_divides_batch", "algorithm.mini_batch_size=100", "does not divide data.train_batch_size = 512"),
-    ("group_has_members", "rollout.n=1", "GRPO needs more than one response"),
-    ("metrics_are_written", "trainer.logger=[console]", "lacks file"),
-    ("overlong_fits", "reward.overlong.buffer_len=20481", "is more than data.max_response_length = 20480"),
-    ("overlong_fits", "reward.manager=naive", "manager naive does not know it"),
+    (
+        "mini_batch_divides_batch",
+        GRPO,
+        ("algorithm.mini_batch_size=513",),
+        "513 is more than data.train_batch_size = 512",
+        "--set algorithm.mini_batch_size=512",
+    ),
+    (
+        "mini_batch_divides_batch",
+        GRPO,
+        ("algorithm.mini_batch_size=100",),
+        "100 does not divide data.train_batch_size = 512",
+        "--set algorithm.mini_batch_size=64",
+    ),
+    ("group_has_members", GRPO, ("rollout.n=1",), "GRPO needs more than one response", "--set rollout.n=8"),
+    (
+        "filtered_groups_vary",
+        GAE,
+        ("algorithm.filter_groups.enable=true",),
+        "filters nothing with one response a prompt",
+        "--set rollout.n=8",
+    ),
+    ("metrics_are_written", GRPO, ("trainer.logger=[console]",), "lacks file", "--set 'trainer.logger=[console,file]'"),
+    (
+        "overlong_fits",
+        GRPO,
+        ("reward.overlong.buffer_len=20481",),
+        "20481 is more than data.max_response_length = 20480",
+        "--set reward.overlong.buffer_len=20480",
+    ),
+    (
+        "overlong_fits",
+        GRPO,
+        ("reward.manager=naive",),
+        "manager naive does not know it",
+        "--set reward.manager=dapo",
+    ),
+    ("dual_clip_bounds_from_above", GRPO, ("algorithm.clip_c=1",), "1 is not above 1", "--set algorithm.clip_c=3.0"),
+    (
+        "warmup_ends",
+        GRPO,
+        ("trainer.critic_warmup=1",),
+        "nothing learns in these 1 steps: grpo has no critic",
+        "--set trainer.critic_warmup=0",
+    ),
+    (
+        "warmup_ends",
+        GAE,
+        ("trainer.critic_warmup=101", "trainer.steps=100"),
+        "101 is more than trainer.steps = 100",
+        "--set trainer.critic_warmup=10",
+    ),
+    (
+        "engine_holds_a_sequence",
+        GAE,
+        ("rollout.max_model_len=1535",),
+        "1535 is less than data.max_prompt_length + data.max_response_length = 1536",
+        "--set rollout.max_model_len=1536",
+    ),
+    (
+        "engine_batches_its_sequences",
+        GAE,
+        ("rollout.max_num_batched_tokens=1023",),
+        "1023 is less than rollout.max_num_seqs = 1024",
+        "--set rollout.max_num_seqs=1023",
+    ),
+]
+LEGAL = [
+    (GRPO, ("algorithm.mini_batch_size=512",)),
+    (GRPO, ("rollout.n=2",)),
+    (GAE, ("rollout.n=2", "algorithm.filter_groups.enable=true")),
+    (GRPO, ("trainer.logger=[file]",)),
+    (GRPO, ("reward.overlong.buffer_len=20480",)),
+    (GRPO, ("reward.manager=naive", "reward.overlong=null")),
+    (GRPO, ("algorithm.clip_c=1.01",)),
+    (GAE, ("trainer.critic_warmup=100", "trainer.steps=100")),
+    (GAE, ("rollout.max_model_len=1536", "rollout.max_num_batched_tokens=1024")),
 ]
 
 
-@pytest.mark.parametrize(("rule", "text", "part"), CASES)
-def test_broken(rule, text, part):
+@pytest.mark.parametrize(("rule", "preset", "sets", "says", "hint"), CASES)
+def test_broken(rule, preset, sets, says, hint):
     with pytest.raises(InputError) as caught:
-        load_spec("dapo-32b", sets=[text])
+        load_spec(preset, sets=sets)
     (problem,) = caught.value.problems
-    assert part in problem.message
-    assert problem.hint
+    assert says in problem.message
+    assert hint in (problem.hint or "")
+
+
+@pytest.mark.parametrize(("rule", "preset", "sets", "says", "hint"), CASES)
+def test_the_hint_mends_it(rule, preset, sets, says, hint):
+    key, _, value = shlex.split(hint)[1].partition("=")
+    kept = [text for text in sets if text.partition("=")[0] != key]
+    assert load_spec(preset, sets=[*kept, f"{key}={value}"]).spec
+
+
+@pytest.mark.parametrize(("preset", "sets"), LEGAL)
+def test_what_just_holds_is_let_through(preset, sets):
+    assert load_spec(preset, sets=sets).spec
 
 
 def test_every_rule_has_a_case():
-    assert {rule.__name__ for rule in RULES} == {rule for rule, _, _ in CASES}
+    assert {rule.__name__ for rule in RULES} == {rule for rule, *_ in CASES}

@@ -74,10 +74,20 @@ def test_lines_of_all_keys():
         ("a: [1, 2", 1, "not YAML"),
         ("a: !!python/object:os.system x", 1, "is not supported"),
         ("a: !!python/tuple [1]", 1, "is not supported"),
-        ("a: &x 1\nb: *x", 1, "aliases"),
+        ("a: &x 1\nb: *x", 2, "aliases (*x)"),
         ("a: &x [*x]", 1, "aliases"),
         ("1: a", 1, "is not text"),
-        ("? [a]\n: b", 1, "is not text"),
+        ("? [a]\n: b", 1, "a key in brackets"),
+        ("a: {{ b }}", 1, "a key in brackets"),
+        ("a:\n  <<: {b: 1}", 2, "merge keys"),
+        ("a: *nowhere", 1, "aliases (*nowhere)"),
+        ("a: None", 1, "None is Python's"),
+        ("a: “b”", 1, "typographic quotes"),
+        ("a: 1\n\u00a0b: 2", 2, "a character that nobody sees"),
+        ('"\\e[31mred": 1', 1, "a character that nobody sees"),
+        ('a: "\\0"', 1, "is no character"),
+        ('a: "\\ud800"', 1, "is no character"),
+        ("a: 1\nb: {c: 1\nd: 2", 3, "a flow mapping that starts in line 2"),
         ("a: !!int many", 1, "is no int"),
         ("a: 1\n---\nb: 2", 2, "not YAML"),
     ],
@@ -88,9 +98,40 @@ def test_refusals_say_the_line(text, line, part):
     assert problem.where == f"p.yaml:{line}"
 
 
-def test_a_tab_is_named():
-    (problem,) = yaml_file.parse("a:\n\tb: 1", "x").problems
-    assert problem.hint == "indent with spaces, not with tabs"
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("a:\n\tb: 1", "indent with spaces, not with tabs"),
+        ("a: {b:\t1}", "indent with spaces, not with tabs"),
+        ("a: @b", "quote it"),
+        ("a: it's: b", "quote text that holds a colon; keys of one map start in one column"),
+        ("a: 1\nb", "between a key and its value stand a colon and a space"),
+        ("a:\n  b: 1\n c: 2", "keys of one map start in one column"),
+        ("a: [b\nc: d", "close the bracket; quote text that holds brackets"),
+        ("a: {b: ${c}}", "close the bracket; quote text that holds brackets"),
+        ("a: 'b", "close the quote"),
+        ("a: 1\n---\nb: 2", "one preset a file: drop what follows `---`"),
+    ],
+)
+def test_what_to_do_about_syntax(text, hint):
+    (problem,) = yaml_file.parse(text, "x").problems
+    assert problem.hint == hint
+
+
+def test_what_is_refused_is_left_out():
+    document = yaml_file.parse("a: {b: *x, c: 1}\nd: [1, !t 2]\ne: 3", "x")
+    assert document.data == {"a": {"c": 1}, "e": 3}
+    assert yaml_file.parse("!t x", "x").data is None
+
+
+def test_quotes_keep_what_would_be_refused():
+    text = """a: "None"\nb: '“b”'\nc: "«a» and «b»"\nd: say “b”"""
+    assert yaml_file.parse(text, "x").data == {"a": "None", "b": "“b”", "c": "«a» and «b»", "d": "say “b”"}
+
+
+def test_verbatim_keys_keep_their_text():
+    document = yaml_file.parse("env: {A: 010, B: TRUE, C: 1e-6, D: null}\nn: 010", "x", verbatim=("env",))
+    assert document.data == {"env": {"A": "010", "B": "TRUE", "C": "1e-6", "D": None}, "n": 10}
 
 
 def test_all_refusals_at_once():
@@ -98,8 +139,13 @@ def test_all_refusals_at_once():
 
 
 def test_control_characters_and_deep_nesting_are_problems():
-    assert "not YAML" in yaml_file.parse("a: \x00", "x").problems[0].message
-    assert "not YAML" in yaml_file.parse("[" * 3_000, "x").problems[0].message
+    (problem,) = yaml_file.parse("a: 1\nb: \x00", "x").problems
+    assert ("not YAML" in problem.message, problem.where) == (True, "x:2")
+    assert "nested too deeply" in yaml_file.parse("[" * 3_000, "x").problems[0].message
+
+
+def test_a_device_without_end_is_not_read_to_its_end():
+    assert "larger than" in yaml_file.read(Path("/dev/zero"), "x").problems[0].message
 
 
 @pytest.mark.parametrize("raw", [b"\xef\xbb\xbfa: 1\nb: 2\n", b"a: 1\r\nb: 2\r\n"], ids=["BOM", "CRLF"])
@@ -123,10 +169,11 @@ def test_files_that_are_no_presets(tmp_path):
     cases = {
         tmp_path: "folder",
         tmp_path / "absent.yaml": "cannot be read",
-        _write(tmp_path / "big.yaml", b"#" * 1_000_001): "larger than",
+        _write(tmp_path / "big.yaml", b"#" * 100_001): "larger than",
         _write(tmp_path / "latin.yaml", b"a: \xe9\n"): "not UTF-8",
         _write(tmp_path / "list.yaml", b"- a\n"): "a preset is a map of keys, this is a list",
-        _write(tmp_path / "text.yaml", b"hello\n"): "this is a str",
+        _write(tmp_path / "number.yaml", b"3\n"): "this is a single value",
+        _write(tmp_path / "text.yaml", b"hello\n"): "this is text",
     }
     for path, part in cases.items():
         document = yaml_file.read(path, path.name)

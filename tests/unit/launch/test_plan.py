@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from flashrl_cli.config.merge import leaves
 from flashrl_cli.config.resolve import load_spec
+from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.launch.plan import LaunchPlan, build_plan, default_name, plan_document
 
 
@@ -52,6 +54,9 @@ def test_document_is_plain_data():
     assert "algorithm.rollout_correction.rollout_is_threshold=2.0" in document["overrides"]
     assert set(document["files"]) == {"run", "attempt", "log", "metrics", "plugins", "plan", "checkpoints"}
     assert not any(override.startswith("hydra.") for override in document["overrides"])
+    assert RunSpec.model_validate(document["spec"]) == plan(tis="2").spec
+    assert document["origins"]["correction.cap"] == "--tis"
+    assert document["origins"].keys() == dict(leaves(document["spec"])).keys()
 
 
 @pytest.mark.parametrize(

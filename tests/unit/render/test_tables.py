@@ -36,3 +36,7 @@ def test_no_rows() -> None:
 def test_long_cells_are_folded_not_cut() -> None:
     lines = drawn(["path"], [["x" * 50]], width=30)
     assert "".join("".join(lines).split()).count("x") == 50
+
+
+def test_brackets_are_text_not_markup() -> None:
+    assert drawn(["list"], [["[console, file]"]])[-1].strip() == "[console, file]"

@@ -56,11 +56,19 @@ CASES = [
     ("no_owned_keys", "verl.algorithm.rollout_correction.rollout_is=token", "itself", "--tis"),
     ("no_owned_keys", "verl.+actor_rollout_ref.actor.strategy=fsdp", "is set twice", "drop it"),
     ("no_owned_keys", f"verl.{R}.logprobs_mode=raw_logprobs", "is set twice", "drop it"),
-    ("no_forced_keys", "verl.~trainer.balance_batch=1", "`++` and `~`", "verl.trainer.balance_batch"),
+    ("no_forced_keys", "verl.~trainer.val_only=1", "`++` and `~`", "verl.trainer.val_only"),
     ("no_owned_keys", "verl.trainer.v1.trainer_mode=colocate_async", "itself", "synchronous V1 trainer"),
     ("one_quantization", f"verl.{R}.quantization=torchao", "say it twice", "--rollout"),
     ("own_environment", "env.FLASHRL_PLUGIN_DIR=/x", "FLASHRL_PLUGIN_DIR is flashrl's own", "drop it"),
     ("own_environment", "env.VERL_FILE_LOGGER_PATH=/x", "VERL_FILE_LOGGER_PATH is flashrl's own", "drop it"),
+    (
+        "no_idle_options",
+        "algorithm.kl_loss_coef=0.01",
+        "nothing reads algorithm.kl_loss_coef without algorithm.kl_loss=true",
+        "--set algorithm.kl_loss=true",
+    ),
+    ("no_idle_options", "critic.lr=1e-5", "nothing reads critic.lr", "--set algorithm.advantage=gae"),
+    ("no_idle_options", "algorithm.filter_groups.metric=acc", "nothing reads", "algorithm.filter_groups.enable=true"),
 ]
 
 
@@ -71,6 +79,23 @@ def test_broken(rule, text, part, hint):
     assert hint in (problem.hint or "")
     place = problem.where or ""
     assert place.startswith(("--set ", "presets/"))
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ("algorithm.kl_loss_coef=0.01", "algorithm.kl_loss=true"),
+        ("algorithm.kl_loss_coef=0",),
+        ("algorithm.filter_groups.enable=false",),
+        ("critic.path=null",),
+    ],
+)
+def test_an_option_that_is_read_or_says_nothing_is_let_through(sets):
+    assert found("tiny", *sets) == []
+
+
+def test_a_preset_may_hold_values_for_a_switch_that_is_off():
+    assert found("gsm8k-0.5b", "algorithm.advantage=grpo", "rollout.n=8") == []
 
 
 def test_bypass_mode_is_refused_with_the_correction_only():

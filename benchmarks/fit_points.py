@@ -1,0 +1,311 @@
+"""One point of fit_on_gpu.py, in a process of its own: measure, estimate, compare, write.
+
+python benchmarks/fit_points.py POINT OUT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashrl_cli import files
+from flashrl_cli.fit import passes, serving
+from flashrl_cli.fit.items import total
+from flashrl_cli.fit.known import QWEN25, shape_of
+from flashrl_cli.fit.states import model_of
+from flashrl_cli.verl.memory_keys import Batch, EngineSettings, RolloutSettings, TrainerSettings
+
+if TYPE_CHECKING:
+    from flashrl_cli.fit.items import Item
+    from flashrl_cli.fit.shape import ModelShape
+
+UTILIZATION, SEQUENCES, BATCHED_TOKENS, MAX_LEN = 0.95, 256, 16384, 2048
+
+
+class EngineFacts:
+    """vLLM worker extension: what the worker knows of its own memory."""
+
+    def fit_facts(self) -> dict[str, int | None]:
+        import torch
+
+        free, whole = torch.cuda.mem_get_info()
+        names = ("available_kv_cache_memory_bytes", "peak_activation_memory", "non_torch_memory", "requested_memory")
+        known = {name: getattr(self, name, None) for name in (*names, "total_consumed", "cudagraph_memory_estimate")}
+        known["weights"] = getattr(self.model_runner, "model_memory_usage", None)  # type: ignore[attr-defined]
+        return {"free": free, "total": whole, **known}
+
+
+def shape(size: str) -> ModelShape:
+    """Shape of a size, `7b`, or of its first layers, `7b/4`."""
+    name, _, layers = size.partition("/")
+    found = shape_of(f"Qwen/Qwen2.5-{name.upper()}", Path())
+    assert found is not None, f"no shape {name}; there are {', '.join(QWEN25)}"
+    return replace(found, layers=int(layers)) if layers else found
+
+
+def config(found: ModelShape) -> dict[str, Any]:
+    """config.json of a shape."""
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "dtype": "bfloat16",
+        "hidden_size": found.hidden,
+        "num_hidden_layers": found.layers,
+        "num_attention_heads": found.heads,
+        "num_key_value_heads": found.kv_heads,
+        "intermediate_size": found.intermediate,
+        "vocab_size": found.vocab,
+        "tie_word_embeddings": found.tied,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def engine_settings(precision: str) -> TrainerSettings:
+    """A rollout on one GPU; of the trainer nothing counts here."""
+    rollout = RolloutSettings(
+        precision=precision,
+        tensor_parallel=1,
+        gpu_memory_utilization=UTILIZATION,
+        max_num_seqs=SEQUENCES,
+        max_num_batched_tokens=BATCHED_TOKENS,
+        max_model_len=MAX_LEN,
+    )
+    return trainer_settings(EngineSettings(train=Batch(tokens=1), infer=Batch(tokens=1)), MAX_LEN, rollout)
+
+
+def trainer_settings(actor: EngineSettings, length: int, rollout: RolloutSettings | None = None) -> TrainerSettings:
+    """A run on one GPU whose micro-batches hold one sequence of `length` tokens."""
+    anything = RolloutSettings(
+        precision="bf16",
+        tensor_parallel=1,
+        gpu_memory_utilization=0.5,
+        max_num_seqs=1,
+        max_num_batched_tokens=length,
+        max_model_len=length,
+    )
+    return TrainerSettings(
+        nodes=1,
+        gpus_per_node=1,
+        prompt=length // 2,
+        response=length - length // 2,
+        train_batch=2,
+        mini_batch=2,
+        n=1,
+        temperature=1.0,
+        actor=actor,
+        critic=None,
+        reference=None,
+        rollout=rollout or anything,
+        bucket=2 << 30,
+    )
+
+
+def run_engine(size: str, precision: str, out: Path) -> None:
+    """Start vLLM as verl does (sleep mode, CUDA graphs) and write what it says; then put it to sleep and say what it keeps."""
+    settings = engine_settings(precision).rollout
+    arguments: dict[str, Any] = {}
+    if precision == "fp8":
+        blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
+        arguments["hf_overrides"] = {"quantization_config": blocks}
+    if precision == "int8":
+        arguments["quantization"] = register_int8()
+    from vllm import LLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(config(shape(size))))
+        llm = LLM(
+            model=folder,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            enable_sleep_mode=True,
+            worker_extension_cls="fit_points.EngineFacts",
+            disable_log_stats=True,
+            **arguments,
+        )
+    cache = llm.llm_engine.vllm_config.cache_config
+    awake = llm.collective_rpc("fit_facts")[0]
+    measured = {"kv_tokens": (cache.num_gpu_blocks or 0) * (cache.block_size or 0), **awake}
+    found = serving.engine(shape(size), engine_settings(precision), awake["total"])
+    estimated = {"weights": found.weights, "working": found.working, "kv_tokens": found.kv_tokens}
+    result = compared(measured, estimated, ("weights", "kv_tokens"))
+    files.write_json(out, result)
+    llm.sleep(level=2)
+    asleep = llm.collective_rpc("fit_facts")[0]
+    measured["kept_asleep"] = asleep["total"] - asleep["free"]
+    files.write_json(out, result)
+
+
+def register_int8() -> str:
+    """flashrl's INT8 method, under its name."""
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    from flashrl_cli import contract
+    from flashrl_cli.plugins.int8_linear import Int8OnlineConfig
+
+    register_quantization_config(contract.INT8_METHOD)(Int8OnlineConfig)
+    return contract.INT8_METHOD
+
+
+def compared(measured: dict[str, Any], estimated: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """A measurement beside its estimate, sizes in bytes; `ratio` is estimated / measured."""
+    import torch
+
+    machine = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
+    if "vllm" in sys.modules:
+        machine["vllm"] = sys.modules["vllm"].__version__
+    ratio = {name: round(estimated[name] / measured[name], 4) if measured[name] else None for name in names}
+    return {"ratio": ratio, "measured": measured, "estimated": estimated, "machine": machine}
+
+
+def train_settings(strategy: str, count: int, kind: str) -> EngineSettings:
+    """Settings of a training point; plain PyTorch log-probs, since the machine need not have flash-attn."""
+    return EngineSettings(
+        strategy=strategy,
+        train=Batch(tokens=count),
+        infer=Batch(tokens=count),
+        checkpointing=kind != "plain",
+        fused_kernels=kind == "fused",
+        flash_attention=False,
+    )
+
+
+def training_items(size: str, strategy: str, count: int, kind: str) -> tuple[Item, ...]:
+    settings = trainer_settings(train_settings(strategy, count, kind), count)
+    return passes.training(shape(size), model_of(shape(size), settings.actor, 1), settings, "actor")
+
+
+def run_training(size: str, strategy: str, count: int, kind: str, out: Path) -> None:
+    """Two updates of two micro-batches each; the second has Adam's states from the start. Writes peaks in bytes."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.distributed.init_process_group(
+        "nccl" if device == "cuda" else "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    model = sharded(build(shape(size), kind, device), strategy, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    peaks = {}
+    for step in range(2):
+        for micro in range(2):
+            reset(device)
+            loss(model, count, shape(size).vocab, kind, device).backward()
+            peaks[f"step{step}.micro{micro}"] = peak(device)
+        reset(device)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        peaks[f"step{step}.adam"] = peak(device)
+        optimizer.zero_grad()
+    items = training_items(size, strategy, count, kind)
+    estimated = {"peak": total(items), "items": {part.name: part.bytes for part in items}}
+    files.write_json(out, compared({"peak": max(peaks.values()), "peaks": peaks}, estimated, ("peak",)))
+    torch.distributed.destroy_process_group()
+
+
+def build(found: ModelShape, kind: str, device: str) -> Any:
+    """The policy in float32 with random weights, as verl makes it ready."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    wanted = {k: v for k, v in config(found).items() if k not in {"architectures", "model_type", "dtype"}}
+    with torch.device(device):
+        model = Qwen2ForCausalLM(Qwen2Config(**wanted, attn_implementation="sdpa")).float()
+    if kind != "plain":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if kind == "fused":
+        from verl.models.transformers.dense_common import forward_with_torch_backend
+
+        model.forward = forward_with_torch_backend.__get__(model)
+    return model.train()
+
+
+def sharded(model: Any, strategy: str, device: str) -> Any:
+    """The model in the FSDP units that verl makes: its layers, under FSDP2 an untied embedding and head, and the rest."""
+    import functools
+
+    import torch
+    from torch.distributed import fsdp
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    layers = model.model.layers
+    if strategy == "fsdp2":
+        mesh = torch.distributed.device_mesh.init_device_mesh(device, (1,))
+        policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        outside = () if model.config.tie_word_embeddings else (model.model.embed_tokens, model.lm_head)
+        for unit in (*layers, *outside, model):
+            fsdp.fully_shard(unit, mesh=mesh, mp_policy=policy)
+        return model
+    wrap = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={type(layers[0])})
+    precision = fsdp.MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, buffer_dtype=torch.float32)
+    return fsdp.FullyShardedDataParallel(
+        model, auto_wrap_policy=wrap, mixed_precision=precision, device_id=torch.cuda.current_device()
+    )
+
+
+def loss(model: Any, count: int, vocab: int, kind: str, device: str) -> Any:
+    """A policy-gradient-like loss of one packed sequence of `count` tokens; its logits die with this function, as in verl."""
+    import torch
+
+    ids = torch.randint(0, vocab, (1, count), device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        position = torch.arange(count, device=device)[None]
+        output = model(input_ids=ids, attention_mask=None, position_ids=position, use_cache=False, **wanted_of(kind))
+        if kind == "fused":
+            return -output.log_probs.mean()
+        return -log_probs(output.logits.squeeze(0), torch.roll(ids, -1)[0]).mean()
+
+
+def wanted_of(kind: str) -> dict[str, Any]:
+    return {"return_dict": True, "temperature": 1.0} if kind == "fused" else {}
+
+
+def log_probs(logits: Any, labels: Any) -> Any:
+    """Log-probs [T] of labels under logits [T, V], through verl's own function where it can be imported without flash-attn."""
+    try:
+        from verl.utils.torch_functional import logprobs_from_logits_v2 as by_rows
+    except ImportError:
+        import torch
+
+        rows = zip(logits, labels, strict=True)
+        return torch.stack([torch.log_softmax(row, dim=-1)[label] for row, label in rows])
+    return by_rows(logits, labels)
+
+
+def reset(device: str) -> None:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak(device: str) -> int:
+    import torch
+
+    return int(torch.cuda.max_memory_allocated()) if device == "cuda" else 0
+
+
+def main(point: str, out: str) -> None:
+    kind, size, *rest = point.split(":")
+    if kind == "train":
+        run_training(size, rest[0], int(rest[1]), rest[2], Path(out))
+    else:
+        run_engine(size, rest[0], Path(out))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,77 @@
+"""Does a run find the GPUs, the precision and the attention that it asks for?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from flashrl_cli.doctor import gpus, ray_state, software
+from flashrl_cli.doctor.finding import Finding, fail, ok
+from flashrl_cli.doctor.stacks import GPU, installed_stack
+from flashrl_cli.verl import needs
+
+if TYPE_CHECKING:
+    from flashrl_cli.config.spec import ResourceSpec, RunSpec
+
+
+def findings(spec: RunSpec, versions: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield how this machine stands to what `spec` computes on; the GPUs of a Ray cluster cannot be seen from here."""
+    joined = ray_state.probe_cluster(os.environ)
+    yield ray_state.cluster(joined, answers=ray_state.probe_answers(joined[0]) if joined else None)
+    if spec.resources.platform == "cpu":
+        yield from _cpu_precision(spec)
+    elif joined is None:
+        found = gpus.visible(gpus.parse(gpus.probe()), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        yield from enough(spec.resources, len(found))
+        yield from _gpu_precision(spec, found)
+        yield from gpus.driver(found, gpus.cuda_of(versions.get("torch", "")), compatible=gpus.COMPATIBLE.is_dir())
+        if installed_stack(versions) is GPU:
+            yield attention(spec, versions)
+
+
+def _cpu_precision(spec: RunSpec) -> Iterator[Finding]:
+    if spec.rollout.precision == "fp8":
+        yield fail(
+            "rollout.precision",
+            "FP8 rollouts need a GPU (compute capability 8.9 or newer)",
+            "`--rollout int8` runs on a CPU",
+        )
+
+
+def _gpu_precision(spec: RunSpec, found: Sequence[gpus.Gpu]) -> Iterator[Finding]:
+    precision = spec.rollout.precision
+    if reason := gpus.lacks(precision, found):
+        yield fail("rollout.precision", reason, f"--rollout {gpus.PRECISIONS[precision].instead}")
+
+
+def enough(resources: ResourceSpec, found: int) -> Iterator[Finding]:
+    """Yield whether a machine with `found` GPUs, and no cluster, has what a run on GPUs asks for."""
+    wanted = f"{resources.nodes} x {resources.gpus_per_node} CUDA GPUs"
+    if resources.nodes > 1 or found < resources.gpus_per_node:
+        yield fail(
+            "resources",
+            f"it needs {wanted}; this machine has {found}",
+            "set RAY_ADDRESS to a cluster that has them, or extend base/cpu with a small model",
+        )
+    else:
+        yield ok("resources", f"{wanted} of {found}")
+
+
+def attention(spec: RunSpec, versions: Mapping[str, str]) -> Finding:
+    """How a run on GPUs gets its attention: a run that asks for flash-attn dies without it."""
+    finding = software.flash_attention(versions, needs.WITHOUT_FLASH)
+    if "flash-attn" in versions or "kernels" in versions:
+        return finding
+    if not needs.needs_flash(spec):
+        return ok(finding.name, "not installed, and the preset goes without")
+    fix = software.BUILD_FLASH_ATTENTION if needs.cannot_do_without_flash(spec) else finding.fix
+    return fail(finding.name, finding.text, fix)
+
+
+def gpu_memory(spec: RunSpec) -> list[int]:
+    """Bytes of each GPU of this machine; empty for a run on a CPU, or on a cluster, whose GPUs cannot be seen from here."""
+    if spec.resources.platform == "cpu" or ray_state.probe_cluster(os.environ):
+        return []
+    found = gpus.visible(gpus.parse(gpus.probe()), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return [gpu.memory_mib << 20 for gpu in found if gpu.memory_mib]

@@ -1,0 +1,161 @@
+"""What a preset would start, and how that differs from what a run was started with; nothing is launched here."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from flashrl_cli import paths
+from flashrl_cli.config import presets
+from flashrl_cli.config.difference import Difference, Verbatim, differences
+from flashrl_cli.config.merge import leaves
+from flashrl_cli.config.resolve import read_spec
+from flashrl_cli.errors import InputError, Problem
+from flashrl_cli.launch import attempts
+from flashrl_cli.launch.memory import shape
+from flashrl_cli.launch.plan import LaunchPlan, build_plan, default_name, plan_document, run_paths
+from flashrl_cli.launch.recorded import find_plan, read_plan, run_names
+from flashrl_cli.verl.check import check_overrides
+from flashrl_cli.verl.hints import translation
+from flashrl_cli.verl.quoting import quote
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from flashrl_cli.config.resolve import Resolved
+    from flashrl_cli.verl.compose import Tree
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The command line's part of a configuration."""
+
+    rollout: str | None = None
+    tis: str | None = None
+    sets: Sequence[str] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.rollout or self.tis or self.sets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Two configurations side by side; `values` is None where one was recorded before plans held them."""
+
+    values: list[Difference] | None
+    overrides: list[Difference]
+    environment: list[Difference]
+
+
+def read(preset: str, options: Options) -> Resolved:
+    """A preset under options, with hints from verl's keys to flashrl's. Raises InputError where it is no valid spec."""
+    return read_spec(preset, rollout=options.rollout, tis=options.tis, sets=options.sets, translate=translation)
+
+
+def preview(preset: str, options: Options) -> tuple[Resolved, LaunchPlan]:
+    """A preset and the plan of its first run under its default name. Raises InputError where it is no valid spec."""
+    resolved = read(preset, options)
+    return resolved, _plan(resolved, default_name(resolved.spec.name, resolved.spec), attempt=1)
+
+
+def next_plan(resolved: Resolved, name: str | None, *, resume: str, look_only: bool = False) -> LaunchPlan:
+    """Plan of the next attempt of a run; `look_only` plans for a used name, too. Raises InputError."""
+    run_name = default_name(resolved.spec.name, resolved.spec) if name is None else name
+    run = run_paths(run_name, resolved.spec, paths.runs_root(), paths.checkpoints_root())
+    resume_from = attempts.resume_path(resume)
+    attempt = attempts.next_attempt(run, resume="auto" if look_only else resume)
+    attempts.check_resumable(resolved.spec, run, resume_from)
+    return _plan(resolved, run_name, attempt=attempt, resume_from=resume_from)
+
+
+def _plan(resolved: Resolved, name: str, *, attempt: int, resume_from: Path | None = None) -> LaunchPlan:
+    return build_plan(
+        resolved,
+        name=name,
+        attempt=attempt,
+        python=sys.executable,
+        runs_root=paths.runs_root(),
+        checkpoints_root=paths.checkpoints_root(),
+        data_root=paths.data_root(),
+        resume_from=resume_from,
+    )
+
+
+def judge(resolved: Resolved, plan: LaunchPlan) -> Tree:
+    """verl's configuration of a plan. Raises InputError with all that is wrong with it; EnvironmentNotReady without verl."""
+    return check_overrides(resolved, plan.overrides, shape(resolved.spec.model.path))
+
+
+def check(preset: str, options: Options) -> list[Problem]:
+    """What spec, rules or verl's tree have against a preset. Raises EnvironmentNotReady without verl."""
+    try:
+        judge(*preview(preset, options))
+    except InputError as error:
+        return list(error.problems) or [Problem(error.message, None, error.hint)]
+    return []
+
+
+def document_of(reference: str, options: Options) -> dict[str, Any]:
+    """The plan's document of a preset (with options), or of what a run, an attempt or a plan.json recorded.
+
+    A name that is both a preset's and a run's is the preset's. Raises InputError.
+    """
+    recorded = None if reference in presets.names() else find_plan(reference)
+    if recorded and options:
+        raise InputError(
+            f"{reference} is recorded in {recorded}: --rollout, --tis and --set change presets only",
+            hint=f"flashrl presets diff {reference} PRESET --set …",
+        )
+    if recorded:
+        return read_plan(recorded)
+    _must_exist(reference)
+    return plan_document(preview(reference, options)[1])
+
+
+def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
+    """Compare two plans' documents. Their names, folders and the presets' descriptions are not differences."""
+    typed = None
+    if "spec" in a and "spec" in b:
+        typed = list(differences(_values(a), _values(b), b["origins"]))
+    return Comparison(
+        values=typed,
+        overrides=list(differences(_overrides(a), _overrides(b))),
+        environment=list(differences(_environment(a), _environment(b))),
+    )
+
+
+def _must_exist(reference: str) -> None:
+    """Raise InputError, with the nearest names of presets and of runs, for one that is neither's."""
+    try:
+        presets.locate(reference)
+    except InputError as error:
+        near = get_close_matches(reference, [*presets.names(), *run_names()])
+        hint = f"did you mean {' or '.join(near)}?" if near else error.hint
+        raise InputError(f"no preset, run or plan {reference!r}", hint=hint) from None
+
+
+def _values(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in leaves(document["spec"]) if key not in presets.OWN_KEYS}
+
+
+def _overrides(document: Mapping[str, Any]) -> dict[str, Verbatim]:
+    pairs = (text.partition("=") for text in document["overrides"])
+    return {key: _without_places(value, document) for key, _, value in pairs}
+
+
+def _environment(document: Mapping[str, Any]) -> dict[str, Verbatim]:
+    """What the plan adds to the environment, less what `env` of the spec says already."""
+    said = document.get("spec", {}).get("env", {})
+    return {key: _without_places(value, document) for key, value in document["env"].items() if key not in said}
+
+
+def _without_places(text: str, document: Mapping[str, Any]) -> Verbatim:
+    """`text` with the run's own name and folders replaced by what they are."""
+    if text == quote(document["name"]):
+        return Verbatim("<name>")
+    for what, place in sorted(document["files"].items(), key=lambda item: -len(item[1])):
+        text = text.replace(place, f"<{what}>")
+    return Verbatim(text)

@@ -1,0 +1,50 @@
+"""`flashrl presets check` on everything that ships: spec, rules and verl's own tree, within 10 s."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from flashrl_cli.config.presets import names
+from flashrl_cli.launch.review import Options, check
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_all_shipped_presets_pass_in_ten_seconds():
+    start = time.process_time()
+    found = {name: check(name, Options()) for name in names()}
+    assert len(found) >= 4
+    assert not {name: problems for name, problems in found.items() if problems}
+    assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize("rollout", ["bf16", "fp8", "int8"])
+def test_options_are_part_of_what_is_checked(rollout):
+    assert check("gsm8k-0.5b", Options(rollout=rollout, tis="2")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: 1\na: 2\n", ["given twice"]),
+        ("extends: tiny\nrolout: {n: 2}\n", ["rolout"]),
+        ("extends: tiny\nalgorithm: {mini_batch_size: 5}\n", ["mini_batch_size"]),
+        ("extends: tiny\nverl: {data.sed: 1}\n", ["data.sed"]),
+        ("extends: tiny\nverl:\n  data.sed: 1\n  actor_rollout_ref.actr.x: 2\n", ["data.sed", "actr"]),
+    ],
+)
+def test_reading_the_spec_the_rules_and_verl_each_find_their_own(text, words, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text)
+    problems = check("mine.yaml", Options())
+    assert all(problem.where and problem.where.startswith("mine.yaml:") for problem in problems)
+    assert [word for word in words if not any(word in problem.message for problem in problems)] == []
+
+
+def test_an_unknown_preset_is_a_problem_too():
+    (problem,) = check("dapo32b", Options())
+    assert "dapo-32b" in str(problem.hint)

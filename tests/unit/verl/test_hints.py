@@ -1,0 +1,59 @@
+"""Hints to keys of verl's, with and without verl."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from flashrl_cli.errors import EnvironmentNotReady
+from flashrl_cli.verl import compose as tree
+from flashrl_cli.verl import hints
+from flashrl_cli.verl.rules import OWNED
+from flashrl_cli.verl.versions import DEAD_KEYS
+
+
+@pytest.fixture
+def no_verl(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def compose(_: object) -> dict[str, object]:
+        raise EnvironmentNotReady("no verl")
+
+    monkeypatch.setattr(tree, "compose", compose)
+    hints._living.cache_clear()
+    yield
+    hints._living.cache_clear()
+
+
+@pytest.fixture
+def small_verl(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(tree, "compose", lambda _: {"ray_kwargs": {"timeline": None}, "data": {"shuffle": True}})
+    hints._living.cache_clear()
+    yield
+    hints._living.cache_clear()
+
+
+@pytest.mark.usefixtures("no_verl")
+def test_what_is_known_without_verl():
+    assert all(OWNED[key] in (hints.translation(key) or "") for key in OWNED)
+    assert all(dead.instead in (hints.translation(dead.key) or "") for dead in DEAD_KEYS)
+    assert hints.translation("data.shuffle") is None
+    assert hints.translation("foo") is None
+
+
+@pytest.mark.usefixtures("small_verl")
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("data.shuffle", "keys of verl's own go under verl: --set verl.data.shuffle=…"),
+        ("+data.shuffle", "keys of verl's own go under verl: --set verl.data.shuffle=…"),
+        ("++verl.data.shuffle", "keys of verl's own go under verl: --set verl.data.shuffle=…"),
+        ("+data.new", "--set verl.+data.new=… adds a key that verl's own tree lacks"),
+        ("++trainer.nnodes", f"flashrl's way to set it: {OWNED['trainer.nnodes']}"),
+        ("ray_kwarg.timeline", "did you mean verl's ray_kwargs.timeline? keys of verl's own go under verl: "),
+        ("data.shufle", None),  # may as well be a misspelled key of flashrl's
+        ("foo", None),
+    ],
+)
+def test_translation(key, hint):
+    found = hints.translation(key)
+    assert found == hint if hint is None else (found or "").startswith(hint)
