@@ -90,13 +90,14 @@ def test_other_engines_are_not_estimated() -> None:
 def test_advice_can_be_followed(name: str) -> None:
     critic = name.startswith("critic")
     value = {"gpu_memory_utilization": "0.4", "max_num_batched_tokens": "32768"}.get(name, "4")
-    if name.endswith(("offload", "offload_policy", "kernels", "checkpointing")):
+    if name.endswith(("offload", "offload_policy", "kernels", "checkpointing", "padding")):
         value = "true"
     key = SET_KEYS[name]
     before, after = (
         settings(*sets, preset="gsm8k-0.5b" if critic else "dapo-32b") for sets in ((), (f"{key}={value}",))
     )
     unchanged = {"checkpointing", "fused_kernels", "optimizer_offload", "param_offload", "offload_policy"}
+    unchanged.add("remove_padding")
     by_tokens = {"micro_batch", "log_prob_micro_batch"}
     assert (before == after) == (name in unchanged | by_tokens)
 
