@@ -20,10 +20,16 @@ if TYPE_CHECKING:
 
     from flashrl_cli.config.complaints import Translate
 
+UNKNOWN = "extra_forbidden"
+"""pydantic's name for a key that a model lacks."""
+
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A valid spec, the origin of each of its dotted leaf keys, and the rules that its values break."""
+    """A valid spec, the origin of each of its dotted leaf keys, and what was wrong nevertheless.
+
+    `broken` holds what could be left out (unknown keys, unreadable lines) or, where nothing was, the rules that values break.
+    """
 
     spec: RunSpec
     origins: Mapping[str, Origin]
@@ -56,7 +62,7 @@ def load_spec(
     sets: Sequence[str] = (),
     translate: Translate = lambda _: None,
 ) -> Resolved:
-    """Read a preset as `read_spec` does; raises InputError over broken rules, too."""
+    """Read a preset as `read_spec` does; raises InputError over what it tells in the result, too."""
     resolved = read_spec(preset, rollout=rollout, tis=tis, sets=sets, translate=translate)
     if resolved.broken:
         raise resolved.refusal(resolved.broken)
@@ -71,7 +77,7 @@ def read_spec(
     sets: Sequence[str] = (),
     translate: Translate = lambda _: None,
 ) -> Resolved:
-    """Read a preset (name or file), apply the options, validate; broken rules are told in the result.
+    """Read a preset (name or file), apply the options, validate; what leaves a valid spec is told in the result.
 
     `rollout` is a precision, `tis` the text of a cap or `off`, `sets` are texts `key=value`; `translate` gives the hint
     to a key that the spec lacks and another program has. Reads preset files and the working folder.
@@ -82,12 +88,15 @@ def read_spec(
     layers = [complaints.well_shaped(layer, problems) for layer in read]
     data, origins = merge(layers)
     spec = _validate(data, origins, problems, translate)
-    if spec is None or problems:
+    if spec is None:
         raise _refusal(preset, problems, layers)
     layers += [Layer(kind="derived", label=d.reason, data=nested(d.key, d.value)) for d in derived_values(spec)]
     data, origins = merge(layers)
-    spec = RunSpec.model_validate(data)
-    broken = [Problem(f"{f.key}: {f.message}", complaints.where(f.key, origins), f.hint) for f in findings(spec)]
+    spec = RunSpec.model_validate(_known(data) if problems else data)
+    # rules may be broken only because something was left out
+    broken = problems or [
+        Problem(f"{f.key}: {f.message}", complaints.where(f.key, origins), f.hint) for f in findings(spec)
+    ]
     told = {key: origins.get(key, DEFAULT) for key, _ in leaves(spec.model_dump())}
     return Resolved(spec, told, preset, tuple(layers), tuple(broken))
 
@@ -95,13 +104,33 @@ def read_spec(
 def _validate(
     data: Mapping[str, Any], origins: Mapping[str, Origin], problems: list[Problem], translate: Translate
 ) -> RunSpec | None:
-    """The spec, or None with its problems appended; what is missing may stand where it could not be read."""
+    """The spec without its unknown keys, or None, with problems appended; what is missing may stand where it could not be read."""
     try:
         return RunSpec.model_validate(data)
     except ValidationError as error:
-        found = complaints.problems_of(error.errors(include_url=False), origins, translate)
+        errors = error.errors(include_url=False)
+        found = complaints.problems_of(errors, origins, translate)
         problems += [problem for problem in found if problem.where or not problems]
-        return None
+        return RunSpec.model_validate(_known(data)) if all(e["type"] == UNKNOWN for e in errors) else None
+
+
+def _known(data: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` without the keys that the spec does not know."""
+    try:
+        RunSpec.model_validate(data)
+    except ValidationError as error:
+        unknown = [e["loc"] for e in error.errors(include_url=False) if e["type"] == UNKNOWN]
+        return _without(data, unknown)
+    return dict(data)
+
+
+def _without(data: Mapping[str, Any], keys: Sequence[tuple[int | str, ...]]) -> dict[str, Any]:
+    dropped = {key[0] for key in keys if len(key) == 1}
+    return {
+        name: _without(value, [key[1:] for key in keys if key[0] == name]) if isinstance(value, dict) else value
+        for name, value in data.items()
+        if name not in dropped
+    }
 
 
 def _refusal(preset: str, problems: Sequence[Problem], layers: Sequence[Layer]) -> InputError:

@@ -56,9 +56,15 @@ def read(preset: str, options: Options) -> Resolved:
 
 
 def preview(preset: str, options: Options) -> tuple[Resolved, LaunchPlan]:
-    """A preset and the plan of its first run under its default name. Raises InputError where it is no valid spec."""
+    """A preset and the plan of its first run under its default name. Raises InputError with what the spec has against it."""
     resolved = read(preset, options)
-    return resolved, _plan(resolved, default_name(resolved.spec.name, resolved.spec), attempt=1)
+    if resolved.broken:
+        raise resolved.refusal(resolved.broken)
+    return resolved, _first_plan(resolved)
+
+
+def _first_plan(resolved: Resolved) -> LaunchPlan:
+    return _plan(resolved, default_name(resolved.spec.name, resolved.spec), attempt=1)
 
 
 def next_plan(resolved: Resolved, name: str | None, *, resume: str, look_only: bool = False) -> LaunchPlan:
@@ -92,7 +98,8 @@ def judge(resolved: Resolved, plan: LaunchPlan) -> Tree:
 def check(preset: str, options: Options) -> list[Problem]:
     """What spec, rules or verl's tree have against a preset. Raises EnvironmentNotReady without verl."""
     try:
-        judge(*preview(preset, options))
+        resolved = read(preset, options)
+        judge(resolved, _first_plan(resolved))
     except InputError as error:
         return list(error.problems) or [Problem(error.message, None, error.hint)]
     return []

@@ -105,3 +105,12 @@ def test_a_configuration_of_verls_is_translated_key_by_key(capfd, monkeypatch, p
     missing = next(line for line in told.splitlines() if "not set:" in line)
     assert "data.val" in missing
     assert "algorithm.advantage" not in missing
+
+
+def test_wrong_keys_of_flashrls_and_of_verls_are_told_together(capfd, monkeypatch, preset):
+    sets = ("rolout.n=3", "verl.data.sed=1", "verl.+actor_rollout_ref.actor.optim.wd=1")
+    told = refused(capfd, monkeypatch, *(word for text in sets for word in ("--set", text)))
+    assert "3 problems\n" in told
+    assert "did you mean rollout.n?" in told
+    assert "verl has no key data.sed" in told
+    assert "FSDPOptimizerConfig has no wd" in told
