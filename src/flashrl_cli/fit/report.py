@@ -1,4 +1,4 @@
-"""An estimate as rows of a table and as sentences."""
+"""An estimate as sentences."""
 
 from __future__ import annotations
 
@@ -10,21 +10,7 @@ if TYPE_CHECKING:
     from flashrl_cli.fit.estimate import Estimate
     from flashrl_cli.fit.phases import Phase
 
-COLUMNS = ("phase", "GiB", "what", "how")
 MARKS = {"fits": "✓", "tight": "!", "over": "✗"}
-SMALL = 0.005
-"""Share of the GPU below which an item has no row of its own."""
-
-
-def rows(found: Estimate) -> list[tuple[str, float, str, str]]:
-    """Rows of `COLUMNS`: each phase with its peak and the largest item, then its other items of some size, largest first."""
-    table = []
-    for phase in found.phases:
-        table.append((phase.name, _gib(phase.bytes), "peak", ""))
-        large = [part for part in phase.items if part.bytes >= SMALL * found.gpu_bytes]
-        large.sort(key=lambda part: -part.bytes)
-        table += [("", _gib(part.bytes), part.name, part.formula) for part in large]
-    return table
 
 
 def summary(found: Estimate) -> list[str]:

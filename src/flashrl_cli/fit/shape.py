@@ -140,19 +140,14 @@ def parameters(shape: ModelShape) -> Parameters:
     return Parameters(
         embeddings=table,
         linear=shape.layers * attention + mlp,
-        experts=_experts(shape, shape.experts),
+        experts=_experts(shape),
         other=_other(shape),
         head=0 if shape.tied else table,
     )
 
 
-def active_parameters(shape: ModelShape) -> int:
-    """Parameters that one token passes through; all of them in a dense model."""
-    return parameters(shape).total - _experts(shape, shape.experts - shape.experts_per_token)
-
-
-def _experts(shape: ModelShape, count: int) -> int:
-    return shape.expert_layers * count * 3 * shape.hidden * shape.expert_intermediate
+def _experts(shape: ModelShape) -> int:
+    return shape.expert_layers * shape.experts * 3 * shape.hidden * shape.expert_intermediate
 
 
 def _other(shape: ModelShape) -> int:

@@ -4,18 +4,9 @@ from dataclasses import replace
 
 from flashrl_cli.fit.estimate import of_settings
 from flashrl_cli.fit.items import GIB
-from flashrl_cli.fit.report import COLUMNS, block, rows, summary
+from flashrl_cli.fit.report import block, summary
 from flashrl_cli.fit.shape import ModelShape
 from flashrl_cli.verl.memory_keys import Batch, TrainerSettings
-
-
-def test_rows_of_phases_and_their_largest_items(settings: TrainerSettings, shape: ModelShape) -> None:
-    found = of_settings(settings, shape, None, 80 * GIB)
-    table = rows(found)
-    assert all(len(row) == len(COLUMNS) for row in table)
-    assert [row[0] for row in table if row[0]] == [phase.name for phase in found.phases]
-    first = table[: [bool(row[0]) for row in table[1:]].index(True) + 1]
-    assert [row[1] for row in first[1:]] == sorted((row[1] for row in first[1:]), reverse=True)
 
 
 def test_summaries(settings: TrainerSettings, shape: ModelShape) -> None:
