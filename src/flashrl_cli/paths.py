@@ -106,6 +106,11 @@ class RunPaths:
     root: Path
     checkpoints: Path
 
+    @property
+    def record(self) -> Path:
+        """What is known of the run and its attempts (`runs.record`)."""
+        return self.root / "run.json"
+
     def attempt(self, number: int) -> AttemptPaths:
         """Files of attempt `number` (from 1)."""
         return AttemptPaths(self.root / f"attempt_{number}")

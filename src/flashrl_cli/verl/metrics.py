@@ -59,6 +59,8 @@ class StepMetrics:
     accuracy: float | None
     lost: tuple[str, ...]
     """Watched metrics that verl logged as NaN."""
+    trained: bool = True
+    """False for a validation alone, which verl logs before it trains: as step 0, or as the step that it resumed from."""
 
     def __getitem__(self, name: str) -> float | None:
         return self.values.get(name)
@@ -73,4 +75,5 @@ def read_step(step: int, data: Mapping[str, float | None]) -> StepMetrics:
         seconds={phase: value for phase, key in TIMINGS.items() if (value := data.get(key)) is not None},
         accuracy=sum(accuracies) / len(accuracies) if accuracies else None,
         lost=tuple(name for name in WATCHED if NAMES[name] in data and data[NAMES[name]] is None),
+        trained=any(key in data for key in NAMES.values()),
     )
