@@ -1,6 +1,6 @@
 """Runs killed with KILL at random moments, then resumed until they end: does anything get lost, or stay behind?
 
-    python benchmarks/kill_resume.py [--kills 20] [--per-run 5] [--steps 6] [--seed 0] [--out benchmarks/results/kill_resume.json]
+    python benchmarks/kill_resume.py [--kills 20] [--per-run 5] [--steps 6] [--jobs 1] [--seed 0] [--out FILE]
 
 Needs `flashrl prepare tiny`. Each run trains the preset tiny (INT8, TIS) to --steps, saving every step. An attempt is struck at a
 random time: flashrl itself, the guardian, or any process of the tree gets KILL. What then must hold: the attempt ends by
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -191,14 +192,18 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--per-run", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once: a start keeps one core busy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kill_resume.json"))
     args = parser.parse_args()
-    runs = []
-    for number, first in enumerate(range(0, args.kills, args.per_run)):
-        kills = min(args.per_run, args.kills - first)
+    shares = [min(args.per_run, args.kills - first) for first in range(0, args.kills, args.per_run)]
+
+    def in_a_folder(number: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
-            runs.append(one_run(Path(folder), kills=kills, steps=args.steps, seed=args.seed + number))
+            return one_run(Path(folder), kills=shares[number], steps=args.steps, seed=args.seed + number)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = list(pool.map(in_a_folder, range(len(shares))))
     strikes = [one for run in runs for one in run["strikes"]]
     held = sum(one["outcome"] in {"ended", "harmless"} for one in strikes)
     result = {
