@@ -65,7 +65,9 @@ TIMINGS = {
 WATCHED = ("grad_norm", "loss", "kl", "reward", "prob_diff")
 """Metrics whose NaN means that the run is lost."""
 
-ACCURACY = re.compile(r"^val-core/(?P<data>.+)/(?P<metric>[^/]+)/mean@\d+$")
+VALIDATION = "val-core/"
+"""What a line holds that logs a validation."""
+ACCURACY = re.compile(rf"^{VALIDATION}(?P<data>.+)/(?P<metric>[^/]+)/mean@\d+$")
 
 
 @dataclass(frozen=True, slots=True)
