@@ -12,6 +12,7 @@ import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flashrl_cli import paths
 from flashrl_cli.errors import InputError
@@ -36,6 +37,11 @@ class Removal:
     def bytes(self) -> int:
         """All that would be freed."""
         return self.root_bytes + self.checkpoint_bytes
+
+    def document(self) -> dict[str, Any]:
+        """For programs."""
+        checkpoints = str(self.checkpoints) if self.checkpoints else None
+        return {"name": self.run.name, "run": str(self.root), "checkpoints": checkpoints, "bytes": self.bytes}
 
 
 def plan(name: str, *, keep_checkpoints: bool = False) -> Removal:
