@@ -41,8 +41,7 @@ def ls(json: Json = False) -> None:
     if not rows:
         out.say(f"no runs in {paths.runs_root()}")
         return
-    lines = shown.aligned([shown.COLUMNS, *shown.listed(rows)], right=range(3, len(shown.COLUMNS)))
-    out.text("\n".join(lines))
+    out.text("\n".join(shown.listing(rows, out.stdout.width)))
     for row in rows:
         if row.problem:
             out.warn(row.problem)

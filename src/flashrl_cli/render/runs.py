@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from flashrl_cli.verl.metrics import StepMetrics
 
 COLUMNS = ("name", "preset", "state", "step", "reward", "acc.", "att.", "changed", "disk")
+_LEFT = ("name", "preset", "state")
+_DISPENSABLE = ("att.", "preset", "acc.", "disk")
+"""Columns that go where a terminal is too narrow, in this order."""
 _HOLES = 10
 
 
@@ -42,7 +45,18 @@ def ago(moment: str, now: datetime | None = None) -> str:
     return f"{seconds:.0f} s"
 
 
-def listed(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+def listing(rows: Sequence[Row], width: int) -> list[str]:
+    """The list as lines, with as many columns as `width` has room for."""
+    columns = list(zip(COLUMNS, *_cells(rows), strict=True))
+    for name in ("", *_DISPENSABLE):
+        columns = [column for column in columns if column[0] != name]
+        lines = aligned(list(zip(*columns, strict=True)), right=[i for i, c in enumerate(columns) if c[0] not in _LEFT])
+        if max(map(len, lines)) <= width:
+            break
+    return lines
+
+
+def _cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """Cells of the list, under COLUMNS."""
     return [
         (
@@ -81,11 +95,15 @@ def aligned(rows: Sequence[Sequence[str]], *, right: Iterable[int] = ()) -> list
 
 def show(out: Output, found: Detail) -> None:
     """Print one run in full on stdout."""
-    for lines in (_head(found), _attempts(found.attempts), _start(found), _shares(found), _proof(found)):
+    for lines in (_head(found), _attempts(found.attempts)):
+        out.text("\n".join(lines) + "\n")
+    _paragraphs(out, _errors(found.attempts))
+    for lines in (_start(found), _shares(found)):
         if lines:
             out.text("\n".join(lines) + "\n")
+    _paragraphs(out, _proof(found))
     _curve(out, found.steps)
-    _paragraphs(out, ["rollout against trainer", *(f"  {line}" for line in found.advice.lines)])
+    _paragraphs(out, ["rollout against trainer", *(f"  {line}" for line in found.advice.lines)], end="")
 
 
 def _head(found: Detail) -> list[str]:
@@ -120,7 +138,11 @@ def _attempts(attempts: Sequence[AttemptRow]) -> list[str]:
         )
         for one in attempts
     ]
-    lines = aligned([heading, *rows], right=(0, 3, 4, 5, 6))
+    return aligned([heading, *rows], right=(0, 3, 4, 5, 6))
+
+
+def _errors(attempts: Sequence[AttemptRow]) -> list[str]:
+    lines = []
     for one in attempts:
         if one.error:
             lines.append(f"attempt {one.number}: {one.error}")
@@ -163,14 +185,18 @@ def _curve(out: Output, steps: Sequence[StepMetrics]) -> None:
     out.text(plots.text_curve([series], ylabel="reward") + "\n")
 
 
-def _paragraphs(out: Output, lines: Iterable[str]) -> None:
-    """Print lines wrapped to the width, each with its indent."""
+def _paragraphs(out: Output, lines: Sequence[str], end: str = "\n") -> None:
+    """Print lines wrapped to the width, each with its indent, and `end` after them."""
     from textwrap import wrap
 
+    if not lines:
+        return
     width = min(out.stdout.width, 120)
+    wrapped = []
     for line in lines:
-        indent = " " * (len(line) - len(line.lstrip()))
-        out.text("\n".join(wrap(line, width, initial_indent="", subsequent_indent=indent + "  ")) if line else "")
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        wrapped += wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    out.text("\n".join(wrapped) + end)
 
 
 def _number(value: float | None) -> str:

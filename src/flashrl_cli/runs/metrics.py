@@ -37,13 +37,22 @@ def read_last(path: Path) -> tuple[StepMetrics | None, float | None]:
     try:
         with path.open("rb") as stream:
             stream.seek(max(0, path.stat().st_size - LOOK_BACK))
-            lines = stream.read().decode("utf-8", errors="replace").splitlines()
+            data = stream.read()
     except OSError:
         return None, None
-    steps = (step for line in reversed(lines) if (step := _read(line)) is not None)
-    validations = (step for line in reversed(lines) if VALIDATION in line and (step := _read(line)) is not None)
-    accuracies = (step.accuracy for step in validations if step.accuracy is not None)
-    return next((step for step in steps if step.trained), None), next(accuracies, None)
+    accuracies = (step.accuracy for step in _backwards(data, VALIDATION.encode()) if step.accuracy is not None)
+    return next((step for step in _backwards(data, b'"step"') if step.trained), None), next(accuracies, None)
+
+
+def _backwards(data: bytes, text: bytes) -> Iterator[StepMetrics]:
+    """Steps of the lines that hold `text`, the last one first."""
+    end = len(data)
+    while (found := data.rfind(text, 0, end)) >= 0:
+        start, stop = data.rfind(b"\n", 0, found) + 1, data.find(b"\n", found)
+        step = _read(data[start : stop if stop >= 0 else len(data)].decode("utf-8", errors="replace"))
+        if step is not None:
+            yield step
+        end = start
 
 
 def _read(line: str) -> StepMetrics | None:
