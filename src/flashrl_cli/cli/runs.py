@@ -169,6 +169,10 @@ def _announce(out: Output, planned: Sequence[Removal]) -> None:
 
 def _ask(out: Output, count: int) -> None:
     """Ask whether to go on; exits with 1 on a no. Raises InputError where nobody can answer."""
-    if out.json_mode or not sys.stdin.isatty():
+    if out.json_mode or not _interactive():
         raise InputError("nothing is removed without being asked for", hint="--yes removes it")
     typer.confirm(f"remove {'it' if count == 1 else f'these {count} runs'}?", abort=True, err=True)
+
+
+def _interactive() -> bool:
+    return sys.stdin.isatty()

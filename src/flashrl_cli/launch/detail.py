@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import contract
 from flashrl_cli.contract import Handshake
-from flashrl_cli.launch.overview import Row, moment, row
+from flashrl_cli.launch.overview import Row, row
 from flashrl_cli.runs import history, mismatch, record
 from flashrl_cli.runs.metrics import read_metrics
 
@@ -86,14 +86,11 @@ class Detail:
 
 
 def detail(run: Known) -> Detail:
-    """Gather what is known of `run`. A damaged record is passed over, and its run shown without it."""
-    told = row(run)
-    if told.problem and run.record:
-        run = _forget(run, told.problem)
+    """Gather what is known of `run`."""
     steps = _steps(run)
     last = run.last
     return Detail(
-        row=told,
+        row=row(run),
         run=run,
         attempts=tuple(_attempts(run)),
         steps=tuple(steps),
@@ -134,12 +131,6 @@ def shares(steps: Sequence[StepMetrics]) -> list[Share]:
     return [*found, *([Share(phase="other", seconds=other, share=other / whole)] if other > 0 else [])]
 
 
-def _forget(run: Known, why: str) -> Known:
-    from flashrl_cli.launch.known import without_record
-
-    return without_record(run, why)
-
-
 def _steps(run: Known) -> list[StepMetrics]:
     resumed = {attempt.number: attempt.resumed_from or 0 for attempt in run.record.attempts} if run.record else {}
     attempts = ((number, read_metrics(run.paths.attempt(number).metrics)) for number in run.paths.attempts())
@@ -164,7 +155,7 @@ def _attempt(attempt: Attempt) -> AttemptRow:
         number=attempt.number,
         state=state,
         started=attempt.started,
-        seconds=max(0.0, (moment(end) - moment(attempt.started)).total_seconds()),
+        seconds=max(0.0, (datetime.fromisoformat(end) - datetime.fromisoformat(attempt.started)).total_seconds()),
         last_step=attempt.last_step,
         resumed_from=attempt.resumed_from,
         exit_code=attempt.exit_code,
@@ -176,7 +167,7 @@ def _attempt(attempt: Attempt) -> AttemptRow:
 def _start(attempt: Attempt) -> Iterable[tuple[str, float]]:
     """Each phase lasts until the next begins; the last one, in which the first step is sampled, is no part of the start."""
     for phase, after in zip(attempt.phases, attempt.phases[1:], strict=False):
-        yield phase.name, (moment(after.began) - moment(phase.began)).total_seconds()
+        yield phase.name, (datetime.fromisoformat(after.began) - datetime.fromisoformat(phase.began)).total_seconds()
 
 
 def _proof(run: Known) -> Iterable[Handshake]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from flashrl_cli.contract import Handshake
 from flashrl_cli.errors import ExitCode, InputError
-from flashrl_cli.launch.overview import moment
 from flashrl_cli.launch.supervise import Display
 from flashrl_cli.runs import record
 from flashrl_cli.runs.metrics import MetricsTail
@@ -42,8 +41,8 @@ class Ending:
 
 def age(attempt: Attempt) -> float:
     """Seconds since an attempt started, up to its end."""
-    end = moment(attempt.ended) if attempt.ended else datetime.now(UTC)
-    return max(0.0, (end - moment(attempt.started)).total_seconds())
+    end = datetime.fromisoformat(attempt.ended) if attempt.ended else datetime.now(UTC)
+    return max(0.0, (end - datetime.fromisoformat(attempt.started)).total_seconds())
 
 
 class Follower:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from flashrl_cli import paths
 from flashrl_cli.errors import InputError, NothingMatched
@@ -98,18 +99,28 @@ def _of(root: Path) -> Known:
     found, damage = None, None
     try:
         found = record.load(root / "run.json")
+        if found:
+            _check(found)
     except (InputError, OSError) as error:
-        damage = str(error)
+        found, damage = None, str(error)
+    except (TypeError, ValueError) as error:
+        found, damage = None, f"{root / 'run.json'} is no run record: {error}"
     name = root.name
     checkpoints = Path(found.checkpoints) if found else _checkpoints(RunPaths(name, root, root))
     return Known(paths=RunPaths(name, root, checkpoints), record=found, damage=damage)
 
 
-def without_record(run: Known, why: object) -> Known:
-    """`run` as its folders alone tell it, because its record cannot be worked with."""
-    root = run.paths.root
-    found = RunPaths(run.name, root, _checkpoints(run.paths))
-    return Known(paths=found, record=None, damage=f"{run.paths.record} is no run record: {why}")
+def _check(found: RunRecord) -> None:
+    """Raise ValueError or TypeError where values of a record are of another kind than the rest of flashrl counts on."""
+    Path(found.checkpoints)
+    for attempt in found.attempts:
+        times = [attempt.started, attempt.updated, *(phase.began for phase in attempt.phases)]
+        for time in [*times, *([attempt.ended] if attempt.ended is not None else [])]:
+            if datetime.fromisoformat(time).tzinfo is None:
+                raise ValueError(f"time without a zone: {time}")
+        numbers = (attempt.number, attempt.pid, attempt.pid_started)
+        if attempt.status not in get_args(record.Status) or not all(isinstance(n, int | float) for n in numbers):
+            raise ValueError(f"attempt {attempt.number} holds values that mean nothing")
 
 
 def _checkpoints(run: RunPaths) -> Path:

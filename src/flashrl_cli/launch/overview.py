@@ -45,14 +45,7 @@ def rows() -> list[Row]:
 
 
 def row(run: Known) -> Row:
-    """The row of one run, from its record and the end of its metrics; without the record if that holds nonsense."""
-    try:
-        return _row(run)
-    except (TypeError, ValueError, AttributeError) as error:
-        return _row(known.without_record(run, error))
-
-
-def _row(run: Known) -> Row:
+    """The row of one run, from its record and the end of its metrics."""
     logged = run.logged()
     step, accuracy = read_last(logged[1].metrics) if logged else (None, None)
     preset, total = _planned(run)
@@ -67,7 +60,7 @@ def _row(run: Known) -> Row:
         reward=step["reward"] if step else None,
         accuracy=accuracy,
         attempts=max(len(run.record.attempts) if run.record else 0, len(run.paths.attempts())),
-        changed=moment(last.updated).isoformat() if last else _changed(run),
+        changed=last.updated if last else _changed(run),
         run_bytes=size(run.paths.root),
         checkpoint_bytes=size(run.paths.checkpoints),
         problem=run.damage,
@@ -82,11 +75,6 @@ def _planned(run: Known) -> tuple[str | None, int | None]:
         if plan := run.plan(number):
             return plan.get("preset"), run.setting(number, "trainer", "steps")
     return None, None
-
-
-def moment(text: str) -> datetime:
-    """A time of the record's. Raises ValueError or TypeError for what is none."""
-    return datetime.fromisoformat(text)
 
 
 def _changed(run: Known) -> str:
