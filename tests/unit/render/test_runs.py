@@ -81,7 +81,9 @@ def test_a_list() -> None:
     assert second.split()[:7] == ["old", "–", "?", "–", "–", "–", "0"]
 
 
-@pytest.mark.parametrize(("width", "gone"), [(80, set()), (70, {"att."}), (60, {"att.", "preset"}), (50, {"att.", "preset", "acc."})])
+@pytest.mark.parametrize(
+    ("width", "gone"), [(80, set()), (70, {"att."}), (60, {"att.", "preset"}), (54, {"att.", "preset", "acc."})]
+)
 def test_a_narrow_list_has_fewer_columns(width: int, gone: set[str]) -> None:
     lines = listing([ROW], width)
     assert max(map(len, lines)) <= width
