@@ -40,7 +40,7 @@ def read_last(path: Path) -> tuple[StepMetrics | None, float | None]:
             data = stream.read()
     except OSError:
         return None, None
-    accuracies = (step.accuracy for step in _backwards(data, VALIDATION.encode()) if step.accuracy is not None)
+    accuracies = (step.accuracy for step in _backwards(data, f'"{VALIDATION}'.encode()) if step.accuracy is not None)
     return next((step for step in _backwards(data, b'"step"') if step.trained), None), next(accuracies, None)
 
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from flashrl_cli.cli.app import app
 from flashrl_cli.errors import EnvironmentNotReady, InputError, NothingMatched

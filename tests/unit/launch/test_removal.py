@@ -11,7 +11,7 @@ import pytest
 
 from flashrl_cli import paths
 from flashrl_cli.errors import InputError, NothingMatched
-from flashrl_cli.launch import recorded, removal
+from flashrl_cli.launch import recorded
 from flashrl_cli.launch.removal import plan, remove
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.runs import record
@@ -164,7 +164,7 @@ def test_a_killed_removal_leaves_no_half_run(monkeypatch: pytest.MonkeyPatch) ->
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(removal.shutil, "rmtree", die)
+        patched.setattr(shutil, "rmtree", die)
         with pytest.raises(KeyboardInterrupt):
             remove(plan("demo"))
     assert recorded.run_names() == []

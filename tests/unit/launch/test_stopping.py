@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import psutil
 import pytest
@@ -54,10 +55,11 @@ def start() -> Iterator[Callable[[int], subprocess.Popen[str]]]:
             process.stdout.close()
 
 
-def running(process: subprocess.Popen[str] | None = None, **fields: object) -> Attempt:
+def running(process: subprocess.Popen[str] | None = None, **fields: Any) -> Attempt:
     pid = process.pid if process else os.getpid()
     own = {"pid": pid, "pid_started": psutil.Process(pid).create_time()}
-    return disk.attempt(**{"status": "running", "last_step": 7, **own, **fields})
+    given: dict[str, Any] = {"status": "running", "last_step": 7, **own, **fields}
+    return disk.attempt(**given)
 
 
 @pytest.fixture
@@ -123,7 +125,7 @@ def test_a_process_that_is_gone_is_lost() -> None:
 
 @pytest.mark.usefixtures("never")
 def test_a_ray_job_without_its_supervisor_needs_ray() -> None:
-    ray = {"executor": "ray", "ray_address": "http://head:8265", "job_id": "flashrl-demo-1"}
+    ray: dict[str, Any] = {"executor": "ray", "ray_address": "http://head:8265", "job_id": "flashrl-demo-1"}
     disk.make("demo", running(**disk.GONE, **ray))
     with pytest.raises(EnvironmentNotReady, match="may still run") as caught:
         stop(known("demo"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from flashrl_cli import files, paths
@@ -13,7 +14,7 @@ from flashrl_cli.runs.record import Attempt, RunRecord
 
 THEN = "2026-03-01T10:00:00+00:00"
 LATER = "2026-03-01T11:30:00+00:00"
-GONE = {"pid": 4_000_000, "pid_started": 1.0}
+GONE: dict[str, Any] = {"pid": 4_000_000, "pid_started": 1.0}
 """A process that does not exist (above Linux's largest pid)."""
 
 
@@ -52,7 +53,7 @@ def a_record(run: RunPaths, *attempts: Attempt) -> RunRecord:
     )
 
 
-def log(run: RunPaths, number: int, *lines: dict[str, float | None], first: int = 1) -> None:
+def log(run: RunPaths, number: int, *lines: Mapping[str, float | None], first: int = 1) -> None:
     """Append steps to the metrics of attempt `number`."""
     with run.attempt(number).metrics.open("a") as stream:
         for step, data in enumerate(lines, first):
