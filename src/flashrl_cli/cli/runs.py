@@ -27,7 +27,7 @@ runs = typer.Typer(help="List, show, watch, stop and remove runs.", no_args_is_h
 
 @runs.command("ls", epilog="flashrl runs ls --json")
 def ls(json: Json = False) -> None:
-    """List the runs in FLASHRL_RUNS (or ./runs), the one that changed last first."""
+    """List the runs, the one that changed last first."""
     from flashrl_cli import paths
     from flashrl_cli.launch import overview
     from flashrl_cli.render import runs as shown
@@ -165,6 +165,9 @@ def _announce(out: Output, planned: Sequence[Removal]) -> None:
         rows += [(str(one.checkpoints), size(one.checkpoint_bytes))] if one.checkpoints else []
     total = sum(one.bytes for one in planned)
     out.say("\n".join(aligned([*rows, ("together", size(total))], right=(1,))))
+    for one in planned:
+        if one.warning:
+            out.warn(one.warning)
 
 
 def _ask(out: Output, count: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from flashrl_cli import paths
 from flashrl_cli.errors import InputError
 from flashrl_cli.launch.known import Known, check_name, known
+from flashrl_cli.launch.stopping import orphan
 from flashrl_cli.runs import record
 from flashrl_cli.runs.sizes import size
 
@@ -37,6 +38,12 @@ class Removal:
     def bytes(self) -> int:
         """All that would be freed."""
         return self.root_bytes + self.checkpoint_bytes
+
+    @property
+    def warning(self) -> str | None:
+        """What may still write to these folders, as far as can be told from here."""
+        command = orphan(self.run.last) if self.run.last else None
+        return f"the Ray job of {self.run.name} may still run: `{shlex.join(command)}` ends it" if command else None
 
     def document(self) -> dict[str, Any]:
         """For programs."""
@@ -98,9 +105,22 @@ def _sweep(parent: Path) -> None:
 
 
 def _check_ended(run: Known) -> None:
+    if run.state in (None, "lost") and (worker := _worker(run.paths.root)):
+        raise InputError(f"process {worker} still works in {run.paths.root}", hint="end it, or wait until it has ended")
     if run.state == "running":
         where = f" on {run.last.host}" if run.last and not _here(run) else ""
         raise InputError(f"run {run.name} is running{where}", hint=f"flashrl runs stop {shlex.quote(run.name)}")
+
+
+def _worker(root: Path) -> str | None:
+    """A process whose working folder lies in `root`, as verl's does: number and name. None without one."""
+    import psutil
+
+    for process in psutil.process_iter(["pid", "name", "cwd"]):
+        cwd = process.info["cwd"]
+        if cwd and Path(cwd).is_relative_to(root.resolve()) and process.pid != os.getpid():
+            return f"{process.pid} ({process.info['name']})"
+    return None
 
 
 def _here(run: Known) -> bool:

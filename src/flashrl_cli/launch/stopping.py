@@ -129,14 +129,16 @@ def _over_there(run: Known, attempt: Attempt, at_once: bool) -> str:
 
 def _check_job(run: Known, attempt: Attempt) -> None:
     """Raise EnvironmentNotReady if a Ray job may go on although its supervisor is gone."""
-    if record.state(attempt) == "lost" and attempt.executor == "ray" and attempt.job_id:
+    if command := orphan(attempt):
         raise EnvironmentNotReady(
             f"the process that supervised {run.name} is gone, its Ray job {attempt.job_id} may still run",
-            hint=shlex.join(job_stop(attempt)),
+            hint=shlex.join(command),
         )
 
 
-def job_stop(attempt: Attempt) -> list[str]:
-    """The command that ends the attempt's Ray job."""
+def orphan(attempt: Attempt) -> list[str] | None:
+    """The command that ends the attempt's Ray job, if that may go on although its supervisor is gone."""
+    if record.state(attempt) != "lost" or attempt.executor != "ray" or not attempt.job_id:
+        return None
     address = ["--address", attempt.ray_address] if attempt.ray_address else []
-    return ["ray", "job", "stop", *address, str(attempt.job_id)]
+    return ["ray", "job", "stop", *address, attempt.job_id]

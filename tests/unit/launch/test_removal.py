@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,27 @@ def test_another_machines_is_believed_to_run() -> None:
     disk.make("demo", disk.attempt(status="running", host="node7"))
     with pytest.raises(InputError, match="is running on node7"):
         plan("demo")
+
+
+@pytest.mark.processes
+def test_one_that_a_process_still_works_in_is_refused() -> None:
+    run = disk.make("old")
+    disk.make("lost", disk.attempt(status="running", **disk.GONE))
+    with subprocess.Popen([sys.executable, "-c", "input()"], cwd=run.attempt(1).root, stdin=subprocess.PIPE) as process:
+        with pytest.raises(InputError, match=f"process {process.pid} .* still works in"):
+            plan("old")
+        plan("lost")
+        process.communicate(b"\n")
+    remove(plan("old"))
+    assert not run.root.exists()
+
+
+def test_a_ray_job_that_may_go_on_is_told() -> None:
+    ray: dict[str, Any] = {"executor": "ray", "job_id": "job-1", **disk.GONE}
+    disk.make("demo", disk.attempt(status="running", **ray))
+    assert "`ray job stop job-1`" in str(plan("demo").warning)
+    disk.make("over", disk.attempt(executor="ray", job_id="job-1"))
+    assert plan("over").warning is None
 
 
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "", "/", "demo/..", ".hidden"])
