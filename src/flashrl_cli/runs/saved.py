@@ -48,6 +48,8 @@ class Saved:
     """When its newest file was written, seconds since the epoch."""
     has_hf: bool
     """Whether it holds whole weights in Hugging Face's form too."""
+    has_weights: bool
+    """Whether the policy's weights are there in either form: enough to evaluate, though maybe not to go on from."""
     tracked: bool
     """Whether it is the one that verl resumes from by itself."""
     lora: bool
@@ -80,10 +82,11 @@ def inspect(step_folder: Path, *, critic: bool, loaded: layout.Loaded | None = N
     `critic`: the run trains one. `loaded`: what the run loads when it resumes (`verl.checkpoints.loaded`), by default all.
     """
     actor = step_folder / layout.ACTOR
+    has_hf = hf_problem(actor / layout.HUGGINGFACE) is None
     step = layout.step_number(step_folder.name)
     if step is None:
         raise InputError(f"{step_folder} is no folder global_step_N")
-    size, written = _measure(step_folder)
+    size, written = measure(step_folder)
     return Saved(
         step=step,
         path=step_folder,
@@ -91,7 +94,8 @@ def inspect(step_folder: Path, *, critic: bool, loaded: layout.Loaded | None = N
         world_size=layout.recorded_world_size(actor),
         bytes=size,
         written=written,
-        has_hf=hf_problem(actor / layout.HUGGINGFACE) is None,
+        has_hf=has_hf,
+        has_weights=has_hf or not any(_model_problems(step_folder, layout.ACTOR, frozenset({"model"}))),
         tracked=layout.tracked_step(step_folder.parent) == step,
         lora=(actor / layout.LORA).is_file(),
     )
@@ -118,20 +122,29 @@ def set_aside(step_folder: Path, why: str) -> Path:
 
     A rename: nothing is copied, nothing overwritten. Raises EnvironmentNotReady if the file system refuses.
     """
+    target = hide(step_folder, step_folder.parent / SET_ASIDE)
+    # The reason is worth no failure: a full disk is what cuts checkpoints off in the first place.
+    with contextlib.suppress(OSError):
+        files.write_text(target / REASON, f"{why}\n")
+    return target
+
+
+def hide(folder: Path, place: Path) -> Path:
+    """Rename `folder` into `place` (on the same file system), under a name of its own; where it is now.
+
+    Raises EnvironmentNotReady if the file system refuses.
+    """
     try:
-        target = _reserve(step_folder.parent / SET_ASIDE, step_folder.name)
+        target = _reserve(place, folder.name)
         try:
-            step_folder.rename(target)
+            folder.rename(target)
         except OSError:
             target.rmdir()
             raise
     except OSError as error:
         raise EnvironmentNotReady(
-            f"{step_folder} cannot be moved aside: {error.strerror or error}", hint="move it away yourself"
+            f"{folder} cannot be moved to {place}: {error.strerror or error}", hint="move it away yourself"
         ) from None
-    # The reason is worth no failure: a full disk is what cuts checkpoints off in the first place.
-    with contextlib.suppress(OSError):
-        files.write_text(target / REASON, f"{why}\n")
     return target
 
 
@@ -203,7 +216,7 @@ def _unreadable_json(file: Path) -> str | None:
     return None
 
 
-def _measure(folder: Path) -> tuple[int, float]:
+def measure(folder: Path) -> tuple[int, float]:
     """Bytes of all files in `folder`, links not followed, and when the newest was written; files that vanish do not count."""
     size, newest = 0, folder.stat().st_mtime
     for root, _, names in os.walk(folder):
