@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from flashrl_cli.runs.saved import Saved
     from flashrl_cli.runs.stock import Stock
 
+_TRAINERS = {"dtype", "torch_dtype", "attn_implementation", "_attn_implementation"}
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -74,7 +76,7 @@ def export(stock: Stock, saved: Saved, target: Path) -> Exported:
     try:
         with files.replacing(target) as temporary:
             _weights(found, temporary)
-            _state_precision(temporary / "config.json")
+            _clean_config(temporary / "config.json")
             shapes, compared = check(temporary)
             (temporary / "README.md").write_text(_card(stock, saved), encoding="utf-8")
             size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
@@ -116,16 +118,20 @@ def check(folder: Path) -> tuple[Shapes, str]:
 
 def _weights(found: checkpoints.Checkpoint, target: Path) -> None:
     if found.shards:
+        logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)  # a warning about torch.compile
         merge.merge(found.hf, found.shards, target)
     else:
         shutil.copytree(merge.check(found.hf), target)
+    readable = (target / "config.json").stat().st_mode
+    for file in target.glob("*.safetensors"):
+        file.chmod(readable)  # safetensors writes for its user alone
 
 
-def _state_precision(config: Path) -> None:
-    """Say in config.json what the weights are: verl keeps the trainer's own, and a reader would make float32 of them."""
+def _clean_config(config: Path) -> None:
+    """Leave out of config.json what was the trainer's: its float32, which a reader would make of the weights, its attention."""
     data = json.loads(config.read_text(encoding="utf-8"))
-    data.pop("torch_dtype", None)
-    files.write_json(config, {**data, "dtype": "bfloat16"})
+    own = {key: value for key, value in data.items() if key not in _TRAINERS}
+    files.write_json(config, {**own, "dtype": "bfloat16"})
 
 
 def _shapes(folder: Path) -> Shapes:
@@ -133,7 +139,7 @@ def _shapes(folder: Path) -> Shapes:
 
     shapes: Shapes = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(file, framework="np") as opened:
             shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     return shapes
 

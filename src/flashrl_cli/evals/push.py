@@ -43,12 +43,12 @@ class Repository:
 
 def repository(name: str) -> Repository:
     """The repository OWNER/NAME, ready to be written. Raises InputError for another name, EnvironmentNotReady without a way there."""
-    hub.detect_offline()
     library = require("huggingface_hub")
     try:
         library.utils.validate_repo_id(name)
     except library.errors.HFValidationError:
         raise InputError(f"--push {name}: not the name of a repository", hint="--push OWNER/NAME") from None
+    hub.detect_offline()
     if hub.is_offline():
         raise EnvironmentNotReady(
             f"--push {name}: the hub cannot be reached from here",
