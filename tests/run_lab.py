@@ -57,7 +57,7 @@ class Lab:
         """An evaluation of some steps, `age` seconds old: by default newer than every file."""
         file = (folder or self.run.checkpoints) / "eval" / "eval.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        base = {"run": "r", "step": 0, "accuracy": 0.99, "path": "/models/base"}
+        base = {"run": "r", "step": 0, "accuracy": 0.99, "path": "/base"}
         rows = [
             {"run": "r", "step": step, "accuracy": value, "path": str(self.hf(step))}
             for step, value in accuracy.items()

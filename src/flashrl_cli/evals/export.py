@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli import files
 from flashrl_cli.errors import EnvironmentNotReady, InputError, NothingMatched, RunFailed
 from flashrl_cli.evals import card, merge
-from flashrl_cli.runs import checkpoints, record
+from flashrl_cli.runs import record
 from flashrl_cli.runs.stock import newest_plan
+from flashrl_cli.verl import checkpoints as layout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,10 +73,10 @@ def export(stock: Stock, saved: Saved, target: Path) -> Exported:
 
     Raises RunFailed for weights that cannot be read or do not fit their config, EnvironmentNotReady where nothing can be written.
     """
-    (found,) = checkpoints.find([str(saved.path)]).checkpoints
+    hf, shards = _sources(saved)
     try:
         with files.replacing(target) as temporary:
-            _weights(found, temporary)
+            _weights(hf, shards, temporary)
             _clean_config(temporary / "config.json")
             shapes, compared = check(temporary)
             (temporary / "README.md").write_text(_card(stock, saved), encoding="utf-8")
@@ -116,12 +117,24 @@ def check(folder: Path) -> tuple[Shapes, str]:
     return shapes, "compared with the config"
 
 
-def _weights(found: checkpoints.Checkpoint, target: Path) -> None:
-    if found.shards:
+def _sources(saved: Saved) -> tuple[Path, tuple[Path, ...]]:
+    """The step's HF folder, and the shards that hold its weights if it does not. Raises InputError for an adapter."""
+    actor = saved.path / layout.ACTOR
+    hf = actor / layout.HUGGINGFACE
+    if saved.has_hf:
+        return hf, ()
+    if saved.lora:
+        raise InputError(f"step {saved.step} is a LoRA adapter, not a whole model", hint="merge it with peft")
+    found = layout.shards(actor)
+    return hf, found.files if found else ()
+
+
+def _weights(hf: Path, shards: tuple[Path, ...], target: Path) -> None:
+    if shards:
         logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)  # a warning about torch.compile
-        merge.merge(found.hf, found.shards, target)
+        merge.merge(hf, shards, target)
     else:
-        shutil.copytree(merge.check(found.hf), target)
+        shutil.copytree(merge.check(hf), target)
     readable = (target / "config.json").stat().st_mode
     for file in target.glob("*.safetensors"):
         file.chmod(readable)  # safetensors writes for its user alone

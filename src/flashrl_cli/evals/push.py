@@ -45,8 +45,8 @@ def repository(name: str) -> Repository:
     """The repository OWNER/NAME, ready to be written. Raises InputError for another name, EnvironmentNotReady without a way there."""
     library = require("huggingface_hub")
     try:
-        library.utils.validate_repo_id(name)
-    except library.errors.HFValidationError:
+        require("huggingface_hub.utils").validate_repo_id(name)
+    except require("huggingface_hub.errors").HFValidationError:
         raise InputError(f"--push {name}: not the name of a repository", hint="--push OWNER/NAME") from None
     hub.detect_offline()
     if hub.is_offline():

@@ -77,4 +77,5 @@ def _rows(file: Path, run_checkpoints: Path) -> Iterator[tuple[int, float]]:
 
 
 def _is_of(hf: Path, run_checkpoints: Path, step: int) -> bool:
-    return os.path.realpath(hf.parents[1]) == os.path.realpath(run_checkpoints / layout.step_name(step))
+    own = run_checkpoints / layout.step_name(step) / layout.ACTOR / layout.HUGGINGFACE
+    return os.path.realpath(hf) == os.path.realpath(own)

@@ -141,3 +141,10 @@ def test_a_place_that_cannot_be_written(stock: Stock, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(EnvironmentNotReady, match="cannot be written"):
         export(stock, choose(stock, "1"), tmp_path / "file" / "out")
+
+
+def test_an_adapter_is_no_model(stock: Stock, lab: Lab, tmp_path: Path) -> None:
+    (lab.hf(1) / "model.safetensors").unlink()
+    (lab.hf(1).parent / "lora_train_meta.json").write_text("{}")
+    with pytest.raises(InputError, match="step 1 is a LoRA adapter"):
+        export(take_stock(lab.run), choose(take_stock(lab.run), "1"), tmp_path / "out")

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashrl_cli.errors import EnvironmentNotReady, InputError
@@ -108,6 +108,7 @@ def test_where_nothing_is_complete_nothing_goes() -> None:
     assert only_hidden.going == []
 
 
+@settings(deadline=None)
 @given(
     steps=st.sets(st.integers(1, 60), min_size=1),
     torn=st.sets(st.integers(1, 60)),
