@@ -151,6 +151,8 @@ def _ask(output: Output, question: str, *, yes: bool) -> None:
 
 
 def _show(output: Output, stock: Stock) -> None:
+    from flashrl_cli.runs.stock import writers
+
     if output.json_mode:
         output.document(_document(stock))
         return
@@ -160,6 +162,8 @@ def _show(output: Output, stock: Stock) -> None:
     score = {"evaluation": "accuracy (evaluation)", "validation": "accuracy (validation)", "reward": "reward"}
     columns = ["step", "state", "size", "HF weights", score[stock.scores.by] if stock.scores else "score", "", "age"]
     output.table(columns, [_row(stock, one) for one in stock.saved])
+    if any(writers(stock.run.checkpoints)):
+        output.say("the run is running: a step that is incomplete may be being saved")
     _show_set_aside(output, stock)
 
 

@@ -66,39 +66,39 @@ def saved_steps(run_checkpoints: Path, *, critic: bool, loaded: layout.Loaded | 
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """Folders `global_step_N` in `folder`, by number; nothing else that lies there."""
-    try:
-        names = {entry.name for entry in folder.iterdir()}
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    steps = (step for step in map(layout.step_number, names) if step is not None)
-    candidates = [folder / layout.step_name(step) for step in sorted(set(steps))]
-    return [path for path in candidates if path.name in names and path.is_dir()]
+    """Folders `global_step_N` in `folder`, by number; nothing else that lies there. Raises EnvironmentNotReady."""
+    with _readable(folder):
+        names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+        steps = (step for step in map(layout.step_number, names) if step is not None)
+        candidates = [folder / layout.step_name(step) for step in sorted(set(steps))]
+        return [path for path in candidates if path.name in names and path.is_dir()]
 
 
 def inspect(step_folder: Path, *, critic: bool, loaded: layout.Loaded | None = None) -> Saved:
     """What `step_folder` holds, and what a resume would miss there.
 
     `critic`: the run trains one. `loaded`: what the run loads when it resumes (`verl.checkpoints.loaded`), by default all.
+    Raises EnvironmentNotReady for a folder that this user may not read.
     """
-    actor = step_folder / layout.ACTOR
-    has_hf = hf_problem(actor / layout.HUGGINGFACE) is None
     step = layout.step_number(step_folder.name)
     if step is None:
         raise InputError(f"{step_folder} is no folder global_step_N")
-    size, written = measure(step_folder)
-    return Saved(
-        step=step,
-        path=step_folder,
-        problems=tuple(_problems(step_folder, loaded or layout.Loaded(), critic=critic)),
-        world_size=layout.recorded_world_size(actor),
-        bytes=size,
-        written=written,
-        has_hf=has_hf,
-        has_weights=has_hf or not any(_model_problems(step_folder, layout.ACTOR, frozenset({"model"}))),
-        tracked=layout.tracked_step(step_folder.parent) == step,
-        lora=(actor / layout.LORA).is_file(),
-    )
+    actor = step_folder / layout.ACTOR
+    with _readable(step_folder):
+        size, written = measure(step_folder)
+        has_hf = hf_problem(actor / layout.HUGGINGFACE) is None
+        return Saved(
+            step=step,
+            path=step_folder,
+            problems=tuple(_problems(step_folder, loaded or layout.Loaded(), critic=critic)),
+            world_size=layout.recorded_world_size(actor),
+            bytes=size,
+            written=written,
+            has_hf=has_hf,
+            has_weights=has_hf or not any(_model_problems(step_folder, layout.ACTOR, frozenset({"model"}))),
+            tracked=layout.tracked_step(step_folder.parent) == step,
+            lora=(actor / layout.LORA).is_file(),
+        )
 
 
 def torn(file: Path) -> str | None:
@@ -163,6 +163,14 @@ def point_tracker(run_checkpoints: Path, step: int | None) -> None:
             files.write_text(tracker, str(step))
     except OSError as error:
         raise EnvironmentNotReady(f"{tracker} cannot be written: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentNotReady(f"{folder} cannot be read: {error.strerror or error}") from None
 
 
 def _problems(step_folder: Path, loaded: layout.Loaded, *, critic: bool) -> Iterator[str]:

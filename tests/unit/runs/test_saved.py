@@ -194,6 +194,19 @@ def test_no_checkpoints_are_no_steps(tmp_path: Path) -> None:
         inspect(tmp_path, critic=False)
 
 
+def test_a_step_that_may_not_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = saved_step(tmp_path, 1)
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(EnvironmentNotReady, match="global_step_1 cannot be read: Permission denied"):
+        inspect(step, critic=False)
+    with pytest.raises(EnvironmentNotReady, match="cannot be read: Permission denied"):
+        saved_steps(tmp_path, critic=False)
+
+
 def test_set_aside_moves_and_says_why(tmp_path: Path) -> None:
     saved_step(tmp_path, 5)
     moved = set_aside(tmp_path / "global_step_5", "data.pt: missing")
