@@ -13,6 +13,7 @@ from flashrl_cli.cli.doctor import doctor
 from flashrl_cli.cli.eval import evaluate
 from flashrl_cli.cli.prepare import prepare
 from flashrl_cli.cli.presets import presets
+from flashrl_cli.cli.runs_checkpoints import checkpoints, export
 from flashrl_cli.cli.train import train
 from flashrl_cli.errors import ExitCode, FlashrlError
 
@@ -46,6 +47,10 @@ app.command("train")(train)
 app.command("eval")(evaluate)
 app.add_typer(presets, name="presets")
 app.command("doctor")(doctor)
+runs = typer.Typer(help="What runs left on disk.", no_args_is_help=True)
+runs.command("checkpoints")(checkpoints)
+runs.command("export")(export)
+app.add_typer(runs, name="runs")
 
 
 def main() -> None:
