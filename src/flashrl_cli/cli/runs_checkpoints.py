@@ -172,6 +172,9 @@ def _show_set_aside(output: Output, stock: Stock) -> None:
         rows = [[one.path.name, _size(one.bytes), one.reason] for one in stock.set_aside]
         output.table(["set aside", "size", "why"], rows)
         output.say(f"`flashrl runs checkpoints {stock.run.name} --set-aside` deletes what was set aside")
+    if stock.leftovers:
+        size = _size(sum(one.bytes for one in stock.leftovers))
+        output.say(f"an interrupted prune left {size}: the next one deletes them")
 
 
 def _row(stock: Stock, one: Saved) -> list[object]:

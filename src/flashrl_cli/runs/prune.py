@@ -15,16 +15,14 @@ from typing import TYPE_CHECKING
 
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.runs import record
-from flashrl_cli.runs.saved import hide, measure
-from flashrl_cli.runs.stock import Hidden, hidden_steps, refuse_while_running, take_stock
+from flashrl_cli.runs.saved import DOOMED, hide
+from flashrl_cli.runs.stock import refuse_while_running, take_stock
 
 if TYPE_CHECKING:
     from flashrl_cli.paths import RunPaths
     from flashrl_cli.runs.saved import Saved
-    from flashrl_cli.runs.stock import Stock
+    from flashrl_cli.runs.stock import Hidden, Stock
 
-DOOMED = ".pruned"
-"""Folder of a run's checkpoints in which steps wait for their deletion."""
 KEEP = "last:3,best:1,every:50"
 _RULE = re.compile(r"(last|best|every):([1-9]\d{0,8})")
 
@@ -90,11 +88,10 @@ def judge(stock: Stock, keep: Keep | None, *, set_aside: bool) -> Prune:
             hint=f"`flashrl runs checkpoints {stock.run.name}` says what each lacks",
         )
     verdicts = [Verdict(one, tuple(_reasons(stock, one, keep, last, best))) for one in stock.saved]
-    leftovers = (Hidden(path, measure(path)[0], "") for path in hidden_steps(stock.run.checkpoints / DOOMED))
     return Prune(
         verdicts=tuple(verdicts),
         set_aside=stock.set_aside if set_aside else (),
-        leftovers=tuple(leftovers),
+        leftovers=stock.leftovers,
     )
 
 

@@ -24,6 +24,8 @@ from flashrl_cli.verl import checkpoints as layout
 
 SET_ASIDE = ".set_aside"
 """Folder of a run's checkpoints that holds the steps moved out of the way; hidden, so that no pattern meets it."""
+DOOMED = ".pruned"
+"""Folder of a run's checkpoints in which steps wait for their deletion."""
 REASON = "reason.txt"
 
 _DAMAGED = "truncated or damaged"

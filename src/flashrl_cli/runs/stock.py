@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli import paths
 from flashrl_cli.errors import InputError
 from flashrl_cli.runs import record
-from flashrl_cli.runs.saved import REASON, SET_ASIDE, Saved, measure, saved_steps
+from flashrl_cli.runs.saved import DOOMED, REASON, SET_ASIDE, Saved, measure, saved_steps
 from flashrl_cli.runs.scores import Scores, scores
 from flashrl_cli.verl import checkpoints as layout
 
@@ -41,6 +41,8 @@ class Stock:
     saved: tuple[Saved, ...]
     set_aside: tuple[Hidden, ...]
     scores: Scores | None
+    leftovers: tuple[Hidden, ...] = ()
+    """What an interrupted prune did not delete."""
 
     @property
     def newest(self) -> int | None:
@@ -77,6 +79,7 @@ def take_stock(run: paths.RunPaths) -> Stock:
         saved=tuple(saved),
         set_aside=tuple(_set_aside(run.checkpoints)),
         scores=scores(run, saved),
+        leftovers=tuple(Hidden(path, measure(path)[0], "") for path in hidden_steps(run.checkpoints / DOOMED)),
     )
 
 

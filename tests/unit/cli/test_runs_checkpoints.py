@@ -13,7 +13,7 @@ import pytest
 from flashrl_cli.cli import runs_checkpoints
 from flashrl_cli.cli.app import main
 from flashrl_cli.runs import record
-from flashrl_cli.runs.saved import set_aside
+from flashrl_cli.runs.saved import DOOMED, hide, set_aside
 from tests.run_lab import Lab, lab
 from tests.saved_files import saved_step
 
@@ -71,6 +71,14 @@ def test_the_document(trained: Lab, call: Any) -> None:
     assert steps[2]["score"] == 0.8
     assert Path(steps[2]["path"]).is_dir()
     assert document["set_aside"][0]["reason"] == "torn"
+
+
+def test_what_an_interrupted_prune_left_is_told(trained: Lab, call: Any) -> None:
+    hide(saved_step(trained.run.checkpoints, 5), trained.run.checkpoints / DOOMED)
+    assert "an interrupted prune left" in call("checkpoints", "r")[2]
+    assert call("checkpoints", "r", "--keep", "last:9", "--yes")[0] == 0
+    assert not (trained.run.checkpoints / DOOMED).exists()
+    assert "interrupted" not in call("checkpoints", "r")[2]
 
 
 def test_a_run_without_checkpoints(lab: Lab, call: Any) -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.runs import record
-from flashrl_cli.runs.prune import DOOMED, Keep, carry_out, judge, parse_keep
-from flashrl_cli.runs.saved import SET_ASIDE, Saved, point_tracker, set_aside
+from flashrl_cli.runs.prune import Keep, carry_out, judge, parse_keep
+from flashrl_cli.runs.saved import DOOMED, SET_ASIDE, Saved, point_tracker, set_aside
 from flashrl_cli.runs.scores import Scores
 from flashrl_cli.runs.stock import Stock, take_stock
 from tests.run_lab import Lab
