@@ -10,6 +10,7 @@ import typer
 
 from flashrl_cli.cli import complete
 from flashrl_cli.cli.options import Json, RunArgument
+from flashrl_cli.cli.runs_checkpoints import checkpoints, export
 from flashrl_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -179,3 +180,7 @@ def _ask(out: Output, count: int) -> None:
 
 def _interactive() -> bool:
     return sys.stdin.isatty()
+
+
+runs.command("checkpoints")(checkpoints)
+runs.command("export")(export)
