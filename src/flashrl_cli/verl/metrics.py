@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 NAMES = {
     "reward": "critic/score/mean",
@@ -46,6 +46,9 @@ TIMINGS = {
 WATCHED = ("grad_norm", "loss", "kl", "reward", "prob_diff")
 """Metrics whose NaN means that the run is lost."""
 
+SECONDS = "seconds."
+"""Before a phase's name: the metric of its seconds."""
+
 ACCURACY = re.compile(r"^val-core/(?P<data>.+)/(?P<metric>[^/]+)/mean@\d+$")
 
 
@@ -61,9 +64,17 @@ class StepMetrics:
     """Watched metrics that verl logged as NaN."""
     trained: bool = True
     """False for a validation alone, which verl logs before it trains: as step 0, or as the step that it resumed from."""
+    logged: Mapping[str, float | None] = field(default_factory=dict)
+    """All that verl logged, under its own names."""
 
     def __getitem__(self, name: str) -> float | None:
         return self.values.get(name)
+
+
+def verl_name(name: str) -> str:
+    """verl's name of a metric: of one of `NAMES`, of `seconds.<phase>`; any other name is verl's own already."""
+    phase = name.removeprefix(SECONDS) if name.startswith(SECONDS) else ""
+    return TIMINGS.get(phase) or NAMES.get(name, name)
 
 
 def read_step(step: int, data: Mapping[str, float | None]) -> StepMetrics:
@@ -76,4 +87,5 @@ def read_step(step: int, data: Mapping[str, float | None]) -> StepMetrics:
         accuracy=sum(accuracies) / len(accuracies) if accuracies else None,
         lost=tuple(name for name in WATCHED if NAMES[name] in data and data[NAMES[name]] is None),
         trained=any(key in data for key in NAMES.values()),
+        logged=data,
     )

@@ -1,0 +1,197 @@
+"""Metrics of runs as curves over their steps: which there are, what they are called, how they are smoothed."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from flashrl_cli.errors import InputError, NothingMatched
+from flashrl_cli.runs.history import history as history_of
+from flashrl_cli.runs.history import holes
+from flashrl_cli.runs.metrics import read_metrics
+from flashrl_cli.verl.metrics import NAMES, SECONDS, TIMINGS, verl_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from flashrl_cli.paths import RunPaths
+    from flashrl_cli.verl.metrics import StepMetrics
+
+SCHEMA_VERSION = 1
+ACCURACY = "accuracy"
+DEFAULTS = ("reward", ACCURACY, "response_length", "kl", "truncated", "entropy", "step_s")
+SMOOTHING = 0.6
+_NEAR = 4
+
+LABELS = {
+    "reward": ("reward", ""),
+    ACCURACY: ("accuracy", ""),
+    "response_length": ("response length", "tokens"),
+    "entropy": ("entropy", "nats a token"),
+    "grad_norm": ("gradient norm", ""),
+    "loss": ("policy loss", ""),
+    "kl": ("KL, rollout to trainer", "nats a token"),
+    "rollout_nll": ("negative log-likelihood, rollout", "nats a token"),
+    "train_nll": ("negative log-likelihood, trainer", "nats a token"),
+    "weight_mean": ("importance weight, mean", ""),
+    "weight_max": ("importance weight, largest", ""),
+    "truncated": ("truncated weights", "share of tokens"),
+    "prob_diff": ("difference of probabilities", ""),
+    "prob_correlation": ("correlation of probabilities", ""),
+    "tokens_per_s": ("throughput", "tokens a second and device"),
+    "tokens": ("tokens", "a step"),
+    "step_s": ("time of a step", "s"),
+}
+"""Metric to its title and unit; one that is not here is its own title."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """One metric of one run: its value at each of `steps`, None where a line over them breaks (NaN, or a lost step).
+
+    `starts` are the steps after which later attempts went on, `every_step` whether all training steps logged the metric.
+    """
+
+    run: str
+    metric: str
+    steps: tuple[int, ...]
+    values: tuple[float | None, ...]
+    starts: tuple[int, ...] = ()
+    every_step: bool = True
+
+    def smoothed(self, weight: float) -> list[float | None]:
+        """The values smoothed by `weight`; those of a metric that is measured now and then are left as they are."""
+        return smoothed(self.values, weight if self.every_step else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Curves of several runs by metric, and what was asked for and is not among them, a sentence each."""
+
+    panels: Mapping[str, Sequence[Curve]]
+    missing: tuple[str, ...]
+
+    def document(self, weight: float) -> dict[str, Any]:
+        """The curves as plain data, with the values smoothed by `weight`."""
+        listed = (one for curves in self.panels.values() for one in curves)
+        curves = [{**asdict(one), "smoothed": one.smoothed(weight)} for one in listed]
+        return {"schema_version": SCHEMA_VERSION, "smoothing": weight, "curves": curves, "missing": list(self.missing)}
+
+
+def gather(runs: Sequence[RunPaths], asked: str | None) -> Gathered:
+    """Curves of `runs` for a comma-separated list of metrics, or for those of `DEFAULTS` that there are.
+
+    Raises InputError for an unknown metric, NothingMatched if there is nothing to draw.
+    """
+    histories = {run.name: history_of(run) for run in runs}
+    silent = [name for name, steps in histories.items() if not steps]
+    if len(silent) == len(histories):
+        raise NothingMatched(f"no step yet in {', '.join(silent)}", hint="`flashrl runs watch NAME` shows when there is one")
+    metrics = DEFAULTS if asked is None else chosen(asked, histories)
+    resumed = {run.name: starts(run) for run in runs}
+    found = {m: {n: curve(n, steps, m, resumed[n]) for n, steps in histories.items()} for m in metrics}
+    panels = {metric: drawn for metric, by_run in found.items() if (drawn := [one for one in by_run.values() if one])}
+    if not panels:
+        raise NothingMatched(f"no value of {', '.join(metrics)} in {', '.join(histories)}", hint=f"there are: {_present(histories)}")
+    lacking = [] if asked is None else [f"no {m} in {n}" for m in metrics for n, one in found[m].items() if not one and n not in silent]
+    return Gathered(panels, (*(f"no step yet in {name}" for name in silent), *lacking))
+
+
+def title(metric: str) -> tuple[str, str]:
+    """What a metric is called, and its unit (empty for none)."""
+    if metric.startswith(SECONDS):
+        return metric.removeprefix(SECONDS), "s"
+    return LABELS.get(metric, (metric, ""))
+
+
+def curve(run: str, history: Sequence[StepMetrics], metric: str, starts: Sequence[int] = ()) -> Curve | None:
+    """The curve of `metric`, by flashrl's name or verl's; None if no step has a value of it.
+
+    Steps that did not log it (only some validate) have no point. But a metric that every training step logs breaks where
+    the history has a hole.
+    """
+    points = _points(history, metric)
+    if all(value is None for value in points.values()):
+        return None
+    every_step = all(metrics.step in points for metrics in history if metrics.trained)
+    if every_step:
+        points.update((step, None) for step in holes(history) if step > min(points))
+    steps = tuple(sorted(points))
+    values = tuple(points[step] for step in steps)
+    return Curve(run=run, metric=metric, steps=steps, values=values, starts=tuple(starts), every_step=every_step)
+
+
+def starts(run: RunPaths) -> tuple[int, ...]:
+    """Steps after which later attempts of `run` went on, as far as their metrics still count."""
+    attempts = ([metrics.step for metrics in read_metrics(run.attempt(n).metrics) if metrics.trained] for n in run.attempts())
+    began = [min(steps) - 1 for steps in attempts if steps]
+    later = {step for index, step in enumerate(began[1:], start=2) if all(step < after for after in began[index:])}
+    return tuple(sorted(step for step in later if step > began[0]))
+
+
+def chosen(asked: str, histories: Mapping[str, Sequence[StepMetrics]]) -> list[str]:
+    """Metrics of a comma-separated list, each once. Raises InputError for names that neither flashrl nor any run has."""
+    names = list(dict.fromkeys(name for part in asked.split(",") if (name := part.strip())))
+    if not names:
+        raise InputError("--metric names no metric", hint=f"--metric {','.join(DEFAULTS[:2])}")
+    known = _known(histories)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        near = list(dict.fromkeys(one for name in unknown for one in _near(name, known)))
+        hint = f"did you mean {' or '.join(near)}?" if near else f"flashrl's names: {', '.join(_own_names())}"
+        raise InputError(f"no metric {', '.join(map(repr, unknown))}", hint=hint)
+    return names
+
+
+def smoothed(values: Sequence[float | None], weight: float) -> list[float | None]:
+    """Exponential moving average of `values`; `weight` (0 to below 1) is that of the past. None stays None and counts not.
+
+    m_t = w m_(t-1) + (1 - w) x_t, divided by 1 - w^t so that the start is not drawn to zero: Kingma and Ba, Adam
+    (arXiv 1412.6980, section 3), and the smoothing of TensorBoard's scalars.
+    """
+    out: list[float | None] = []
+    mean, mass = 0.0, 0.0
+    for value in values:
+        if value is None:
+            out.append(None)
+            continue
+        mean = weight * mean + (1 - weight) * value
+        mass = weight * mass + (1 - weight)  # 1 - weight^t
+        out.append(mean / mass)
+    return out
+
+
+def _points(history: Sequence[StepMetrics], metric: str) -> dict[int, float | None]:
+    if metric == ACCURACY:
+        return {metrics.step: metrics.accuracy for metrics in history if metrics.accuracy is not None}
+    key = verl_name(metric)
+    return {metrics.step: _finite(metrics.logged[key]) for metrics in history if key in metrics.logged}
+
+
+def _finite(value: object) -> float | None:
+    """A value that can be drawn; verl's file holds null for NaN, and may hold Infinity."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _own_names() -> list[str]:
+    return [*NAMES, ACCURACY, *(f"{SECONDS}{phase}" for phase in TIMINGS)]
+
+
+def _known(histories: Mapping[str, Sequence[StepMetrics]]) -> list[str]:
+    """flashrl's names, then verl's own that some run logged."""
+    logged = {key for history in histories.values() for metrics in history for key in metrics.logged}
+    return [*_own_names(), *sorted(logged)]
+
+
+def _present(histories: Mapping[str, Sequence[StepMetrics]]) -> str:
+    """flashrl's names of what some run has values of."""
+    steps = [metrics for history in histories.values() for metrics in history]
+    return ", ".join(name for name in _own_names() if any(v is not None for v in _points(steps, name).values()))
+
+
+def _near(name: str, known: Sequence[str]) -> list[str]:
+    """Names that look like `name`, or hold it."""
+    holding = [one for one in known if name.lower() in one.lower()]
+    return list(dict.fromkeys([*difflib.get_close_matches(name, known, _NEAR), *holding]))[:_NEAR]
