@@ -131,7 +131,7 @@ def _draw_series(axes: Axes, one: Series, look: Style) -> None:
         axes.axvline(start + 0.5, color=colour, alpha=0.6, linewidth=0.8, linestyle=":")
     if one.raw:
         xs, ys = thinned(one.xs, one.raw)
-        axes.plot(xs, ys, color=colour, alpha=0.35, linewidth=0.8, **_marks(_isolated(ys)))
+        axes.plot(xs, ys, color=colour, alpha=0.5, linewidth=0.9, **_marks(_isolated(ys)))
     if one.los:
         axes.fill_between(one.xs, one.los, one.his, color=colour, alpha=0.15, linewidth=0)
     xs, ys = thinned(one.xs, one.ys)

@@ -71,7 +71,8 @@ def panels(found: Mapping[str, Sequence[curves.Curve]], weight: float) -> list[P
 
 def heading(metric: str) -> str:
     """A metric's title with its unit."""
-    return ", ".join(filter(None, curves.title(metric)))
+    name, unit = curves.title(metric)
+    return f"{name} ({unit})" if unit else name
 
 
 def text_curve(series: Sequence[Series], *, ylabel: str) -> str:

@@ -130,6 +130,13 @@ def _set_axes(figure: Any, panel: Panel, size: tuple[int, int], steps: tuple[int
         marks = [round(tick) for tick in even_ticks(*steps, size[0] // _TICK_WIDTH, least=1)]
         across.ticks(marks, [str(mark) for mark in marks])
         heights = even_ticks(*panel.limits, size[1] // _TICK_HEIGHT)
-        up.ticks(heights, [f"{height:.6g}" for height in heights])
+        up.ticks(heights, _alike(heights))
     figure.title(panel.title)
     figure.label("step")
+
+
+def _alike(values: Sequence[float]) -> list[str]:
+    """Values as text with as many decimals as the one that needs most."""
+    decimals = max((len(f"{value:.6g}".partition(".")[2]) for value in values), default=0)
+    exponents = any("e" in f"{value:.6g}" for value in values)
+    return [f"{value:.6g}" if exponents else f"{value:.{decimals}f}" for value in values]

@@ -26,22 +26,25 @@ SMOOTHING = 0.6
 _NEAR = 4
 
 LABELS = {
-    "reward": ("reward", ""),
     ACCURACY: ("accuracy", ""),
+    "reward": ("reward", ""),
     "response_length": ("response length", "tokens"),
+    "prompt_length": ("prompt length", "tokens"),
     "entropy": ("entropy", "nats a token"),
     "grad_norm": ("gradient norm", ""),
     "loss": ("policy loss", ""),
-    "kl": ("KL, rollout to trainer", "nats a token"),
-    "rollout_nll": ("negative log-likelihood, rollout", "nats a token"),
-    "train_nll": ("negative log-likelihood, trainer", "nats a token"),
-    "weight_mean": ("importance weight, mean", ""),
-    "weight_max": ("importance weight, largest", ""),
+    "kl": ("KL of rollout against trainer", "nats a token"),
+    "kl_k3": ("KL of rollout against trainer, never negative", "nats a token"),
+    "rollout_nll": ("negative log-likelihood in the rollout", "nats a token"),
+    "train_nll": ("negative log-likelihood in the trainer", "nats a token"),
+    "weight_mean": ("mean importance weight", ""),
+    "weight_max": ("largest importance weight", ""),
     "truncated": ("truncated weights", "share of tokens"),
-    "prob_diff": ("difference of probabilities", ""),
+    "effective": ("effective sample size", "share of tokens"),
+    "prob_diff": ("mean difference of probabilities", ""),
     "prob_correlation": ("correlation of probabilities", ""),
     "tokens_per_s": ("throughput", "tokens a second and device"),
-    "tokens": ("tokens", "a step"),
+    "tokens": ("tokens of a step", ""),
     "step_s": ("time of a step", "s"),
 }
 """Metric to its title and unit; one that is not here is its own title."""

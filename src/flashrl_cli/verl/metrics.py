@@ -46,6 +46,9 @@ TIMINGS = {
 WATCHED = ("grad_norm", "loss", "kl", "reward", "prob_diff")
 """Metrics whose NaN means that the run is lost."""
 
+BESIDE_STEP = "validate"
+"""The phase that verl's timer of the step leaves out (verl/trainer/ppo/v1/trainer_base.py:494)."""
+
 SECONDS = "seconds."
 """Before a phase's name: the metric of its seconds."""
 
