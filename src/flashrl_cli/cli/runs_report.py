@@ -9,6 +9,7 @@ import typer
 
 from flashrl_cli.cli import complete
 from flashrl_cli.cli.options import Json
+from flashrl_cli.errors import InputError
 
 if TYPE_CHECKING:
     from flashrl_cli.render.output import Output
@@ -34,7 +35,7 @@ def plot(
         Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Draw to a page that stands alone.")
     ] = None,
     smooth: Annotated[
-        float, typer.Option(metavar="W", min=0, max=0.999, help="Weight of the past in the moving average; 0 for none.")
+        float, typer.Option(metavar="W", help="Weight of the past in the moving average: from 0 (none) to below 1.")
     ] = 0.6,
     json: Json = False,
 ) -> None:
@@ -47,6 +48,8 @@ def plot(
     from flashrl_cli.runs.curves import gather
     from flashrl_cli.runs.find import find
 
+    if not 0 <= smooth < 1:
+        raise InputError(f"--smooth {smooth:g}: not from 0 to below 1", hint="--smooth 0 draws the values alone")
     for package in ("matplotlib",) * bool(png or html) + ("jinja2",) * bool(html):
         plots.require(package)
     output = Output(json_mode=json)

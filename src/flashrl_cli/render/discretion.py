@@ -17,6 +17,5 @@ def safe_word(word: str) -> str:
     key, equals, value = word.partition("=")
     if not equals:
         return safe("", word)
-    if key.startswith("--"):  # --set=key=value
-        return f"{key}={safe_word(value)}" if safe(key, "") != HIDDEN else f"{key}={HIDDEN}"
-    return f"{key}={safe(key, value)}"
+    shown = safe(key, value)
+    return f"{key}={safe_word(shown) if key.startswith('--') else shown}"  # --set=key=value

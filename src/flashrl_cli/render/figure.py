@@ -79,7 +79,9 @@ def inline_svgs(panels: Sequence[Panel], prefix: str) -> Iterator[str]:
     looks = styles(panels)
     for number, panel in enumerate(panels):
         stream = io.StringIO()
-        with mpl.rc_context({**_STYLE, "svg.hashsalt": prefix}):  # with a salt of ours the same curves give the same file
+        with mpl.rc_context(
+            {**_STYLE, "svg.hashsalt": prefix}
+        ):  # with a salt of ours the same curves give the same file
             figure = Figure(figsize=(5, 2.4), layout="constrained")
             _draw(figure.add_subplot(), panel, looks, span(panels))
             figure.savefig(stream, format="svg", transparent=True, metadata=dict.fromkeys(_METADATA))
@@ -143,7 +145,11 @@ def _isolated(ys: Sequence[float]) -> list[int]:
     """Indices of values between two breaks, which no line shows."""
     padded = [math.nan, *ys, math.nan]
     triples = zip(padded, ys, padded[2:], strict=False)
-    return [n for n, (before, y, after) in enumerate(triples) if math.isnan(before) and math.isnan(after) and y == y]
+    return [
+        n
+        for n, (before, y, after) in enumerate(triples)
+        if math.isnan(before) and math.isnan(after) and not math.isnan(y)
+    ]
 
 
 def _marks(indices: list[int]) -> dict[str, Any]:

@@ -54,7 +54,9 @@ def page(template: str, **values: Any) -> str:
     dark = dict(zip(VARIABLES.values(), (*_DARK_INKS, *_DARK_CURVES), strict=True))
     light = {variable: colour for colour, variable in VARIABLES.items()}
     written = datetime.now(UTC).isoformat(timespec="seconds")
-    return environment.get_template(template).render(values, light=light, dark=dark, version=__version__, written=written)
+    return environment.get_template(template).render(
+        values, light=light, dark=dark, version=__version__, written=written
+    )
 
 
 def number(value: float | None) -> str:
@@ -76,7 +78,7 @@ def whole(value: float | None) -> str:
 
 def percent(share: float | None) -> str:
     """A share in percent; "–" for none."""
-    return "–" if share is None else f"{share:.1%}"
+    return "–" if share is None else f"{100 * share:.1f} %"
 
 
 def duration(seconds: float | None) -> str:

@@ -148,13 +148,29 @@ def _mismatch(history: Sequence[StepMetrics], cap: float | None) -> dict[str, An
     for name in MISMATCH:
         known = [value for metrics in history if (value := metrics[name]) is not None]
         if known:
-            values[name] = {"mean": sum(known) / len(known), "least": min(known), "greatest": max(known), "last": known[-1]}
+            values[name] = {
+                "mean": sum(known) / len(known),
+                "least": min(known),
+                "greatest": max(known),
+                "last": known[-1],
+            }
     return {"values": values, "advice": advise(history, cap).document()} if values else None
 
 
 def _attempt(attempt: Attempt) -> dict[str, Any]:
     """What the attempts' table shows, and how it was started."""
-    shown = ("number", "started", "ended", "resumed_from", "last_step", "exit_code", "error", "hint", "host", "executor")
+    shown = (
+        "number",
+        "started",
+        "ended",
+        "resumed_from",
+        "last_step",
+        "exit_code",
+        "error",
+        "hint",
+        "host",
+        "executor",
+    )
     return {
         **{name: getattr(attempt, name) for name in shown},
         "state": records.state(attempt),

@@ -91,14 +91,22 @@ def gather(runs: Sequence[RunPaths], asked: str | None) -> Gathered:
     histories = {run.name: history_of(run) for run in runs}
     silent = [name for name, steps in histories.items() if not steps]
     if len(silent) == len(histories):
-        raise NothingMatched(f"no step yet in {', '.join(silent)}", hint="`flashrl runs watch NAME` shows when there is one")
+        raise NothingMatched(
+            f"no step yet in {', '.join(silent)}", hint="`flashrl runs watch NAME` shows when there is one"
+        )
     metrics = DEFAULTS if asked is None else chosen(asked, histories)
     resumed = {run.name: starts(run) for run in runs}
     found = {m: {n: curve(n, steps, m, resumed[n]) for n, steps in histories.items()} for m in metrics}
     panels = {metric: drawn for metric, by_run in found.items() if (drawn := [one for one in by_run.values() if one])}
     if not panels:
-        raise NothingMatched(f"no value of {', '.join(metrics)} in {', '.join(histories)}", hint=f"there are: {_present(histories)}")
-    lacking = [] if asked is None else [f"no {m} in {n}" for m in metrics for n, one in found[m].items() if not one and n not in silent]
+        raise NothingMatched(
+            f"no value of {', '.join(metrics)} in {', '.join(histories)}", hint=f"there are: {_present(histories)}"
+        )
+    lacking = (
+        []
+        if asked is None
+        else [f"no {m} in {n}" for m in metrics for n, one in found[m].items() if not one and n not in silent]
+    )
     return Gathered(panels, (*(f"no step yet in {name}" for name in silent), *lacking))
 
 
@@ -128,7 +136,9 @@ def curve(run: str, history: Sequence[StepMetrics], metric: str, starts: Sequenc
 
 def starts(run: RunPaths) -> tuple[int, ...]:
     """Steps after which later attempts of `run` went on, as far as their metrics still count."""
-    attempts = ([metrics.step for metrics in read_metrics(run.attempt(n).metrics) if metrics.trained] for n in run.attempts())
+    attempts = (
+        [metrics.step for metrics in read_metrics(run.attempt(n).metrics) if metrics.trained] for n in run.attempts()
+    )
     began = [min(steps) - 1 for steps in attempts if steps]
     later = {step for index, step in enumerate(began[1:], start=2) if all(step < after for after in began[index:])}
     return tuple(sorted(step for step in later if step > began[0]))

@@ -12,7 +12,7 @@ from flashrl_cli.paths import RunPaths
 def find(name: str) -> RunPaths:
     """The run `name` in the runs folder. Raises NothingMatched, with near names, if there is none."""
     root = paths.runs_root() / name
-    if name and root.is_dir():
+    if root.name == name and not name.startswith(".") and root.is_dir():  # not the runs folder or one above it
         return RunPaths(root.name, root, root)
     names = sorted(path.name for path in paths.runs_root().glob("[!.]*") if path.is_dir())
     near = difflib.get_close_matches(name, names)
