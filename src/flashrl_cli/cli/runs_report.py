@@ -45,8 +45,8 @@ def plot(
     """
     from flashrl_cli.render import plots
     from flashrl_cli.render.output import Output
-    from flashrl_cli.runs.curves import gather
     from flashrl_cli.runs.find import find
+    from flashrl_cli.runs.gather import gather
 
     if not 0 <= smooth < 1:
         raise InputError(f"--smooth {smooth:g}: not from 0 to below 1", hint="--smooth 0 draws the values alone")

@@ -17,6 +17,7 @@ from flashrl_cli.launch.recorded import read_plan
 from flashrl_cli.render.discretion import safe, safe_word
 from flashrl_cli.runs import history as histories
 from flashrl_cli.runs import record as records
+from flashrl_cli.runs.curves import starts
 from flashrl_cli.runs.metrics import read_metrics
 from flashrl_cli.runs.mismatch import advise
 from flashrl_cli.runs.totals import ran_s, start_shares, step_shares, totals
@@ -40,6 +41,8 @@ class Sources:
     run: RunPaths
     record: RunRecord | None
     history: list[StepMetrics]
+    starts: Sequence[int]
+    """Steps after which later attempts went on."""
     plans: Mapping[int, Mapping[str, Any]]
     """Plan documents by attempt."""
     proof: Sequence[Mapping[str, Any]]
@@ -68,7 +71,7 @@ def read(run: RunPaths) -> Sources:
         notes.append("No step was logged.")
     if lost := histories.holes(history):
         notes.append(f"Steps without metrics: {', '.join(map(str, lost))}.")
-    return Sources(run, found, history, plans, proof, notes)
+    return Sources(run, found, history, starts(run), plans, proof, notes)
 
 
 def document(sources: Sources) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from flashrl_cli.config.text import text_of
 from flashrl_cli.render import plots
 from flashrl_cli.render.page import figures, page
 from flashrl_cli.render.report import document
-from flashrl_cli.runs.curves import SMOOTHING, curve, starts, title
+from flashrl_cli.runs.curves import SMOOTHING, curve, title
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ def report_page(sources: Sources) -> str:
         mismatch_curves=figures(_panels(sources, MISMATCH), "mismatch"),
         configuration=[list(rows) for _, rows in itertools.groupby(found["configuration"], key=_part)],
         software=found["versions"] | {f"git {name}": text_of(value) for name, value in (found["git"] or {}).items()},
-        note=drawing_note(SMOOTHING, resumed=bool(starts(sources.run))),
+        note=drawing_note(SMOOTHING, resumed=bool(sources.starts)),
     )
 
 
@@ -48,6 +48,5 @@ def _part(row: Mapping[str, str]) -> str:
 
 
 def _panels(sources: Sources, metrics: Sequence[str]) -> list[Panel]:
-    resumed = starts(sources.run)
-    drawn = {metric: curve(sources.run.name, sources.history, metric, resumed) for metric in metrics}
+    drawn = {metric: curve(sources.run.name, sources.history, metric, sources.starts) for metric in metrics}
     return plots.panels({metric: [one] for metric, one in drawn.items() if one}, SMOOTHING)

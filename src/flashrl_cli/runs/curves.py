@@ -1,29 +1,24 @@
-"""Metrics of runs as curves over their steps: which there are, what they are called, how they are smoothed."""
+"""A metric of a run as a curve over its steps: what it is called, where it breaks, how it is smoothed."""
 
 from __future__ import annotations
 
-import difflib
 import math
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from flashrl_cli.errors import InputError, NothingMatched
-from flashrl_cli.runs.history import history as history_of
 from flashrl_cli.runs.history import holes
 from flashrl_cli.runs.metrics import read_metrics
-from flashrl_cli.verl.metrics import NAMES, SECONDS, TIMINGS, verl_name
+from flashrl_cli.verl.metrics import SECONDS, verl_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from flashrl_cli.paths import RunPaths
     from flashrl_cli.verl.metrics import StepMetrics
 
-SCHEMA_VERSION = 1
 ACCURACY = "accuracy"
 DEFAULTS = ("reward", ACCURACY, "response_length", "kl", "truncated", "entropy", "step_s")
 SMOOTHING = 0.6
-_NEAR = 4
 
 LABELS = {
     ACCURACY: ("accuracy", ""),
@@ -69,47 +64,6 @@ class Curve:
         return smoothed(self.values, weight if self.every_step else 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Gathered:
-    """Curves of several runs by metric, and what was asked for and is not among them, a sentence each."""
-
-    panels: Mapping[str, Sequence[Curve]]
-    missing: tuple[str, ...]
-
-    def document(self, weight: float) -> dict[str, Any]:
-        """The curves as plain data, with the values smoothed by `weight`."""
-        listed = (one for curves in self.panels.values() for one in curves)
-        curves = [{**asdict(one), "smoothed": one.smoothed(weight)} for one in listed]
-        return {"schema_version": SCHEMA_VERSION, "smoothing": weight, "curves": curves, "missing": list(self.missing)}
-
-
-def gather(runs: Sequence[RunPaths], asked: str | None) -> Gathered:
-    """Curves of `runs` for a comma-separated list of metrics, or for those of `DEFAULTS` that there are.
-
-    Raises InputError for an unknown metric, NothingMatched if there is nothing to draw.
-    """
-    histories = {run.name: history_of(run) for run in runs}
-    silent = [name for name, steps in histories.items() if not steps]
-    if len(silent) == len(histories):
-        raise NothingMatched(
-            f"no step yet in {', '.join(silent)}", hint="`flashrl runs watch NAME` shows when there is one"
-        )
-    metrics = DEFAULTS if asked is None else chosen(asked, histories)
-    resumed = {run.name: starts(run) for run in runs}
-    found = {m: {n: curve(n, steps, m, resumed[n]) for n, steps in histories.items()} for m in metrics}
-    panels = {metric: drawn for metric, by_run in found.items() if (drawn := [one for one in by_run.values() if one])}
-    if not panels:
-        raise NothingMatched(
-            f"no value of {', '.join(metrics)} in {', '.join(histories)}", hint=f"there are: {_present(histories)}"
-        )
-    lacking = (
-        []
-        if asked is None
-        else [f"no {m} in {n}" for m in metrics for n, one in found[m].items() if not one and n not in silent]
-    )
-    return Gathered(panels, (*(f"no step yet in {name}" for name in silent), *lacking))
-
-
 def title(metric: str) -> tuple[str, str]:
     """What a metric is called, and its unit (empty for none)."""
     if metric.startswith(SECONDS):
@@ -123,14 +77,14 @@ def curve(run: str, history: Sequence[StepMetrics], metric: str, starts: Sequenc
     Steps that did not log it (only some validate) have no point. But a metric that every training step logs breaks where
     the history has a hole.
     """
-    points = _points(history, metric)
-    if all(value is None for value in points.values()):
+    found = points(history, metric)
+    if all(value is None for value in found.values()):
         return None
-    every_step = all(metrics.step in points for metrics in history if metrics.trained)
+    every_step = all(metrics.step in found for metrics in history if metrics.trained)
     if every_step:
-        points.update((step, None) for step in holes(history) if step > min(points))
-    steps = tuple(sorted(points))
-    values = tuple(points[step] for step in steps)
+        found.update((step, None) for step in holes(history) if step > min(found))
+    steps = tuple(sorted(found))
+    values = tuple(found[step] for step in steps)
     return Curve(run=run, metric=metric, steps=steps, values=values, starts=tuple(starts), every_step=every_step)
 
 
@@ -142,20 +96,6 @@ def starts(run: RunPaths) -> tuple[int, ...]:
     began = [min(steps) - 1 for steps in attempts if steps]
     later = {step for index, step in enumerate(began[1:], start=2) if all(step < after for after in began[index:])}
     return tuple(sorted(step for step in later if step > began[0]))
-
-
-def chosen(asked: str, histories: Mapping[str, Sequence[StepMetrics]]) -> list[str]:
-    """Metrics of a comma-separated list, each once. Raises InputError for names that neither flashrl nor any run has."""
-    names = list(dict.fromkeys(name for part in asked.split(",") if (name := part.strip())))
-    if not names:
-        raise InputError("--metric names no metric", hint=f"--metric {','.join(DEFAULTS[:2])}")
-    known = _known(histories)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        near = list(dict.fromkeys(one for name in unknown for one in _near(name, known)))
-        hint = f"did you mean {' or '.join(near)}?" if near else f"flashrl's names: {', '.join(_own_names())}"
-        raise InputError(f"no metric {', '.join(map(repr, unknown))}", hint=hint)
-    return names
 
 
 def smoothed(values: Sequence[float | None], weight: float) -> list[float | None]:
@@ -176,7 +116,8 @@ def smoothed(values: Sequence[float | None], weight: float) -> list[float | None
     return out
 
 
-def _points(history: Sequence[StepMetrics], metric: str) -> dict[int, float | None]:
+def points(history: Sequence[StepMetrics], metric: str) -> dict[int, float | None]:
+    """Steps that logged `metric`, each with its value; None for NaN and infinity."""
     if metric == ACCURACY:
         return {metrics.step: metrics.accuracy for metrics in history if metrics.accuracy is not None}
     key = verl_name(metric)
@@ -186,25 +127,3 @@ def _points(history: Sequence[StepMetrics], metric: str) -> dict[int, float | No
 def _finite(value: object) -> float | None:
     """A value that can be drawn; verl's file holds null for NaN, and may hold Infinity."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _own_names() -> list[str]:
-    return [*NAMES, ACCURACY, *(f"{SECONDS}{phase}" for phase in TIMINGS)]
-
-
-def _known(histories: Mapping[str, Sequence[StepMetrics]]) -> list[str]:
-    """flashrl's names, then verl's own that some run logged."""
-    logged = {key for history in histories.values() for metrics in history for key in metrics.logged}
-    return [*_own_names(), *sorted(logged)]
-
-
-def _present(histories: Mapping[str, Sequence[StepMetrics]]) -> str:
-    """flashrl's names of what some run has values of."""
-    steps = [metrics for history in histories.values() for metrics in history]
-    return ", ".join(name for name in _own_names() if any(v is not None for v in _points(steps, name).values()))
-
-
-def _near(name: str, known: Sequence[str]) -> list[str]:
-    """Names that look like `name`, or hold it."""
-    holding = [one for one in known if name.lower() in one.lower()]
-    return list(dict.fromkeys([*difflib.get_close_matches(name, known, _NEAR), *holding]))[:_NEAR]

@@ -7,10 +7,10 @@ import pytest
 from flashrl_cli.runs.record import Phase
 from flashrl_cli.runs.totals import OTHER, Point, start_shares, step_shares, totals
 from flashrl_cli.verl.metrics import StepMetrics, read_step
-from tests.unit.runs.on_disk import a_run, an_attempt, training, validation, write_record
+from tests.unit.runs.on_disk import Logged, a_run, an_attempt, training, validation, write_record
 
 
-def steps(*logged: dict[str, float | None]) -> list[StepMetrics]:
+def steps(*logged: Logged) -> list[StepMetrics]:
     return [read_step(number, data) for number, data in enumerate(logged, 1)]
 
 
