@@ -60,7 +60,7 @@ def write_png(panels: Sequence[Panel], path: Path) -> None:
         for place, panel in enumerate(panels, 1):
             axes = figure.add_subplot(rows, columns, place)
             _draw(axes, panel, looks, span(panels))
-            axes.set_title(panel.title, loc="left", color=INK, weight="semibold")
+            axes.set_title(panel.title, loc="left", color=INK, weight="bold")
         if len(looks) > 1:
             figure.legend(handles=_handles(looks), loc="outside upper left", ncols=min(4, len(looks)), frameon=False)
         with files.replacing(path) as temporary:
@@ -133,7 +133,7 @@ def _draw_series(axes: Axes, one: Series, look: Style) -> None:
         axes.axvline(start + 0.5, color=colour, alpha=0.6, linewidth=0.8, linestyle=":")
     if one.raw:
         xs, ys = thinned(one.xs, one.raw)
-        axes.plot(xs, ys, color=colour, alpha=0.5, linewidth=0.9, **_marks(_isolated(ys)))
+        axes.plot(xs, ys, color=colour, alpha=0.4, linewidth=0.9, **_marks(_isolated(ys)))
     if one.los:
         axes.fill_between(one.xs, one.los, one.his, color=colour, alpha=0.15, linewidth=0)
     xs, ys = thinned(one.xs, one.ys)
