@@ -14,6 +14,8 @@ from flashrl_cli.render.plots import require
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from markupsafe import Markup
+
     from flashrl_cli.render.plots import Panel
 
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -48,9 +50,8 @@ def page(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        number=number, digits=digits, whole=whole, percent=percent, duration=duration, moment=moment, command=shlex.join
-    )
+    environment.filters |= {one.__name__: one for one in (number, digits, whole, percent, duration, moment, breakable)}
+    environment.filters["command"] = shlex.join
     dark = dict(zip(VARIABLES.values(), (*_DARK_INKS, *_DARK_CURVES), strict=True))
     light = {variable: colour for colour, variable in VARIABLES.items()}
     written = datetime.now(UTC).isoformat(timespec="seconds")
@@ -99,3 +100,10 @@ def moment(text: str | None) -> str:
         return f"{datetime.fromisoformat(text):%Y-%m-%d %H:%M}"
     except ValueError:
         return text
+
+
+def breakable(key: str) -> Markup:
+    """A dotted key, escaped, that breaks after its dots."""
+    from markupsafe import Markup, escape
+
+    return Markup(".<wbr>").join(map(escape, key.split(".")))

@@ -23,7 +23,7 @@ from flashrl_cli.runs.mismatch import advise
 from flashrl_cli.runs.totals import ran_s, start_shares, step_shares, totals
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from flashrl_cli.paths import RunPaths
     from flashrl_cli.runs.record import Attempt, RunRecord
@@ -89,11 +89,11 @@ def document(sources: Sources) -> dict[str, Any]:
         "checkpoints": record.checkpoints if record else plan.get("files", {}).get("checkpoints"),
         "notes": list(sources.notes),
         "totals": asdict(totals(record, sources.history)),
-        "step": [asdict(spent) for spent in step_shares(sources.history)],
+        "step": [asdict(spent) for spent in step_shares(sources.history, sources.starts)],
         "starts": [_start(attempt) for attempt in sources.attempts if len(attempt.phases) > 1],
         "mismatch": _mismatch(sources.history, spec.get("correction", {}).get("cap")),
         "proof": list(sources.proof),
-        "attempts": [_attempt(attempt) for attempt in sources.attempts],
+        "attempts": list(_attempts(sources)),
         "configuration": _configuration(plan),
         "overrides": [safe_word(override) for override in plan.get("overrides", ())],
         "changes": list(_changes(sources)),
@@ -160,27 +160,20 @@ def _mismatch(history: Sequence[StepMetrics], cap: float | None) -> dict[str, An
     return {"values": values, "advice": advise(history, cap).document()} if values else None
 
 
-def _attempt(attempt: Attempt) -> dict[str, Any]:
-    """What the attempts' table shows, and how it was started."""
-    shown = (
-        "number",
-        "started",
-        "ended",
-        "resumed_from",
-        "last_step",
-        "exit_code",
-        "error",
-        "hint",
-        "host",
-        "executor",
-    )
-    return {
-        **{name: getattr(attempt, name) for name in shown},
-        "state": records.state(attempt),
-        "ran_s": ran_s(attempt),
-        "set_aside": list(attempt.set_aside),
-        "argv": [safe_word(word) for word in attempt.argv],
-    }
+def _attempts(sources: Sources) -> Iterator[dict[str, Any]]:
+    """What the attempts' table shows, and how each was started; little is known of one that is not in the record."""
+    shown = ("started", "ended", "resumed_from", "last_step", "exit_code", "error", "hint", "host", "executor")
+    recorded = {attempt.number: attempt for attempt in sources.attempts}
+    for number in sorted({*recorded, *sources.run.attempts()}):
+        found = recorded.get(number)
+        yield {
+            "number": number,
+            "state": records.state(found) if found else "unknown",
+            **{name: getattr(found, name, None) for name in shown},
+            "ran_s": ran_s(found) if found else None,
+            "set_aside": list(found.set_aside) if found else [],
+            "argv": [safe_word(word) for word in found.argv] if found else [],
+        }
 
 
 def _configuration(plan: Mapping[str, Any]) -> list[dict[str, str]]:

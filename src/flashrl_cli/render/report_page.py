@@ -31,6 +31,7 @@ def report_page(sources: Sources) -> str:
         titles={name: title(name) for name in (found["mismatch"] or {"values": ()})["values"]},
         curves=figures(_panels(sources, LEARNING), "curve"),
         mismatch_curves=figures(_panels(sources, MISMATCH), "mismatch"),
+        start_phases=list(dict.fromkeys(spent["what"] for start in found["starts"] for spent in start["phases"])),
         configuration=[list(rows) for _, rows in itertools.groupby(found["configuration"], key=_part)],
         software=found["versions"] | {f"git {name}": text_of(value) for name, value in (found["git"] or {}).items()},
         note=drawing_note(SMOOTHING, resumed=bool(sources.starts)),

@@ -78,12 +78,15 @@ def ran_s(attempt: Attempt) -> float:
     return _seconds(attempt.started, attempt.ended or attempt.updated)
 
 
-def step_shares(history: Sequence[StepMetrics]) -> list[Spent]:
+def step_shares(history: Sequence[StepMetrics], starts: Sequence[int] = ()) -> list[Spent]:
     """Mean seconds of a step by phase, and the share of each, in the order of a step; what no phase covers comes last.
 
-    Validation is spread over all steps: verl's timer of the step does not hold it.
+    The first step of each attempt is left out where others are left: it warms up. `starts` are the steps after which later
+    attempts went on. Validation is spread over all steps: verl's timer of the step does not hold it.
     """
     timed = [metrics for metrics in history if metrics.trained and metrics["step_s"]]
+    first = {metrics.step for metrics in timed[:1]} | {step + 1 for step in starts}
+    timed = [metrics for metrics in timed if metrics.step not in first] or timed
     spent = {phase: sum(metrics.seconds.get(phase, 0.0) for metrics in timed) for phase in TIMINGS}
     within = sum(seconds for phase, seconds in spent.items() if phase != BESIDE_STEP)
     spent[OTHER] = max(0.0, sum(metrics["step_s"] or 0.0 for metrics in timed) - within)

@@ -77,3 +77,7 @@ def test_numbers() -> None:
 def test_moments() -> None:
     found = [moment(text) for text in (None, "", "2026-01-02T03:04:05+00:00", "yesterday")]
     assert found == ["–", "–", "2026-01-02 03:04", "yesterday"]
+
+
+def test_keys_break_after_dots_and_are_escaped() -> None:
+    assert str(pages.breakable("a.b<c")) == "a.<wbr>b&lt;c"

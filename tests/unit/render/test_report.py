@@ -108,7 +108,7 @@ def test_no_secret_is_told_anywhere(whole: RunPaths) -> None:
 class Elements(HTMLParser):
     """Tags, ids and what an element stands open at the end of a page."""
 
-    VOID = ("meta", "link", "img", "br", "hr")
+    VOID = ("meta", "link", "img", "br", "wbr")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -182,6 +182,7 @@ def test_metrics_alone_have_curves() -> None:
     log(run, 1, {1: training(), 2: training(), 4: training()})
     text = page(run)
     assert text.count("<svg") >= 6
+    assert [(one["number"], one["state"], one["ran_s"]) for one in report(run)["attempts"]] == [(1, "unknown", None)]
     assert "Attempt 1 left no plan." in text
     assert "Steps without metrics: 3." in text
 

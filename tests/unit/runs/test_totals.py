@@ -42,10 +42,18 @@ def test_nothing_known_is_none() -> None:
 
 
 def test_shares_of_a_step_add_up_and_validation_is_beside_the_steps_timer() -> None:
-    found = step_shares(steps(training(seconds_validate=6), training()))
+    found = step_shares(steps(training(), training(seconds_validate=6), training()))
     assert {spent.what: spent.seconds for spent in found} == {"generate": 4, "actor": 3, "validate": 3, OTHER: 3}
     assert sum(spent.share for spent in found) == pytest.approx(1)
     assert found[0].share == pytest.approx(4 / 13)
+
+
+def test_the_first_step_of_an_attempt_warms_up_and_counts_only_if_alone() -> None:
+    slow, fast = training(step_s=100, seconds_generate=90), training()
+    (generate, *_) = step_shares(steps(slow, fast, fast, slow, fast), starts=[3])
+    assert generate.seconds == 4
+    (generate, *_) = step_shares(steps(slow, slow), starts=[1])
+    assert generate.seconds == 90
 
 
 def test_phases_longer_than_the_step_leave_no_rest() -> None:
