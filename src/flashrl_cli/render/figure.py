@@ -61,8 +61,7 @@ def write_png(panels: Sequence[Panel], path: Path) -> None:
             axes = figure.add_subplot(rows, columns, place)
             _draw(axes, panel, looks, span(panels))
             axes.set_title(panel.title, loc="left", color=INK, weight="bold")
-        if len(looks) > 1:
-            figure.legend(handles=_handles(looks), loc="outside upper left", ncols=min(4, len(looks)), frameon=False)
+        figure.legend(handles=_handles(looks), loc="outside upper left", ncols=min(4, len(looks)), frameon=False)
         with files.replacing(path) as temporary:
             figure.savefig(temporary, format="png")
 
@@ -117,7 +116,7 @@ def _draw(axes: Axes, panel: Panel, looks: Mapping[str, Style], steps: tuple[int
         axes.set_xticks(panel.ticks)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.set_xlabel("step", color=MUTED)
     axes.grid(axis="y", color=RULE, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -133,7 +132,7 @@ def _draw_series(axes: Axes, one: Series, look: Style) -> None:
         axes.axvline(start + 0.5, color=colour, alpha=0.6, linewidth=0.8, linestyle=":")
     if one.raw:
         xs, ys = thinned(one.xs, one.raw)
-        axes.plot(xs, ys, color=colour, alpha=0.4, linewidth=0.9, **_marks(_isolated(ys)))
+        axes.plot(xs, ys, color=colour, alpha=0.5, linewidth=0.8, **_marks(_isolated(ys)))
     if one.los:
         axes.fill_between(one.xs, one.los, one.his, color=colour, alpha=0.15, linewidth=0)
     xs, ys = thinned(one.xs, one.ys)
