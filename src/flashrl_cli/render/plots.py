@@ -76,17 +76,17 @@ def heading(metric: str) -> str:
 
 
 def text_curve(series: Sequence[Series], *, ylabel: str) -> str:
-    """The curves of an evaluation as lines of plain text, with interval bars; needs plotext."""
+    """The curves in one panel as lines of plain text, with interval bars if there are intervals; needs plotext."""
     from flashrl_cli.render.text_plot import text_panel
 
-    return text_panel(_evaluation(series, ylabel))
+    return text_panel(_panel(series, ylabel))
 
 
 def write_png(series: Sequence[Series], path: Path, *, ylabel: str) -> None:
-    """Draw the curves of an evaluation with their intervals to `path`; needs matplotlib, and no display."""
+    """Draw the curves in one panel to `path`, with their intervals; needs matplotlib, and no display."""
     from flashrl_cli.render.figure import write_png as write
 
-    write([_evaluation(series, ylabel)], path)
+    write([_panel(series, ylabel)], path)
 
 
 def limits(series: Sequence[Series]) -> tuple[float, float]:
@@ -128,5 +128,8 @@ def _series(one: curves.Curve, weight: float) -> Series:
     return Series(label=one.run, xs=one.steps, ys=smoothed, raw=raw, starts=one.starts)
 
 
-def _evaluation(series: Sequence[Series], ylabel: str) -> Panel:
-    return Panel(title=ylabel, series=series, limits=limits(series), ticks=ticks(series))
+def _panel(series: Sequence[Series], title: str) -> Panel:
+    """Curves with intervals are of few steps, all of them marked, and of shares."""
+    if all(one.los for one in series):
+        return Panel(title=title, series=series, limits=limits(series), ticks=ticks(series))
+    return Panel(title=title, series=series, limits=around(series))

@@ -22,7 +22,8 @@ _ALONE = (76, 18)
 _BESIDE = (76, 13)
 _GAP = "   "
 _FEW = 24
-"""Points up to which each of a curve is marked; of more only the last one is."""
+"""Points up to which each of a curve is marked; of more every so many is, and the last one."""
+_SOME = 12
 _TICK_WIDTH = 10
 """Columns for a mark of the horizontal axis with its space."""
 _TICK_HEIGHT = 3
@@ -116,7 +117,7 @@ def _draw_line(figure: Any, one: Series, marker: Any) -> None:
 def _marked(one: Series) -> tuple[list[int], list[float]]:
     """Points of a curve that get its mark."""
     points = [(x, y) for x, y in zip(one.xs, one.ys, strict=True) if y is not None]
-    shown = points if len(points) <= _FEW else points[-1:]
+    shown = points if len(points) <= _FEW else [*points[:: math.ceil(len(points) / _SOME)], points[-1]]
     return [x for x, _ in shown], [y for _, y in shown]
 
 

@@ -82,9 +82,9 @@ def test_every_shape_of_a_curve_is_drawn(series: Series, capfd: pytest.CaptureFi
     assert capfd.readouterr() == ("", ""), "plotext complains by printing"
 
 
-def test_few_points_are_marked_and_of_many_the_last() -> None:
+def test_all_of_few_points_are_marked_and_some_of_many() -> None:
     many = Series(label="a", xs=range(100), ys=[float(x) for x in range(100)])
-    assert text_panels([panel(many)], width=80).count("●") == 1
+    assert 10 <= text_panels([panel(many)], width=80).count("●") <= 13
     assert text_panels([panel(RISING)], width=80).count("●") == 4
 
 

@@ -100,7 +100,7 @@ def test_too_far_apart_no_cap_helps() -> None:
         assert "bf16" in advice(batch, cap).lines[-1]
 
 
-def test_noise_of_a_few_large_ratios_wants_a_smaller_cap() -> None:
+def test_a_ratio_that_carries_much_weight_is_no_matter_of_caps() -> None:
     batch = sampled.sample(0.05)
     rollout, _ = batch[0][0]
     batch[0][0] = (rollout, rollout + 5)  # r = 148
