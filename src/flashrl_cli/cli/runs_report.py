@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashrl_cli.cli import complete
-from flashrl_cli.cli.options import Json
+from flashrl_cli.cli.options import Json, RunArgument
 from flashrl_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ def plot(
 
     A panel a metric, each value thin and the moving average bold; in the terminal, unless --png or --html name a file.
     """
+    from flashrl_cli.launch.known import known
     from flashrl_cli.render import plots
     from flashrl_cli.render.output import Output
-    from flashrl_cli.runs.find import find
     from flashrl_cli.runs.gather import gather
 
     if not 0 <= smooth < 1:
@@ -53,7 +53,7 @@ def plot(
     for package in ("matplotlib",) * bool(png or html) + ("jinja2",) * bool(html):
         plots.require(package)
     output = Output(json_mode=json)
-    found = gather([find(name) for name in dict.fromkeys(names)], metric)
+    found = gather([known(name).paths for name in dict.fromkeys(names)], metric)
     for one in found.missing:
         output.warn(one)
     panels = plots.panels(found.panels, smooth)
@@ -66,7 +66,7 @@ def plot(
 
 
 def report(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a run.", autocompletion=complete.run_names)],
+    name: RunArgument,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", dir_okay=False, help="The page.", show_default="report.html in the run's folder"),
@@ -79,16 +79,16 @@ def report(
     same as data on stdout, and the page only where --out says.
     """
     from flashrl_cli import files
+    from flashrl_cli.launch.known import known
     from flashrl_cli.render import plots
     from flashrl_cli.render.output import Output
     from flashrl_cli.render.report import document, read
     from flashrl_cli.render.report_page import report_page
-    from flashrl_cli.runs.find import find
 
     output = Output(json_mode=json)
-    run = find(name)
+    run = known(name)
     sources = read(run)
-    path = out or (None if json else run.root / "report.html")
+    path = out or (None if json else run.paths.root / "report.html")
     if path:
         for package in ("matplotlib", "jinja2"):
             plots.require(package)

@@ -14,17 +14,18 @@ from flashrl_cli.config.merge import leaves
 from flashrl_cli.config.text import text_of
 from flashrl_cli.errors import InputError
 from flashrl_cli.launch.recorded import read_plan
-from flashrl_cli.render.discretion import safe, safe_word
 from flashrl_cli.runs import history as histories
 from flashrl_cli.runs import record as records
 from flashrl_cli.runs.curves import starts
 from flashrl_cli.runs.metrics import read_metrics
 from flashrl_cli.runs.mismatch import advise
 from flashrl_cli.runs.totals import ran_s, start_shares, step_shares, totals
+from flashrl_cli.secrets import HIDDEN, looks_secret, without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from flashrl_cli.launch.known import Known
     from flashrl_cli.paths import RunPaths
     from flashrl_cli.runs.record import Attempt, RunRecord
     from flashrl_cli.verl.metrics import StepMetrics
@@ -60,10 +61,14 @@ class Sources:
         return self.record.attempts if self.record else ()
 
 
-def read(run: RunPaths) -> Sources:
-    """Read what there is of `run`."""
+def read(known: Known) -> Sources:
+    """Read what there is of a run."""
     notes: list[str] = []
-    found = _record(run, notes)
+    run, found = known.paths, known.record
+    if known.damage:
+        notes.append(f"The record is left out: {known.damage}.")
+    elif found is None:
+        notes.append("There is no record (run.json): state, times and causes are not known.")
     history = histories.history(run) if found else _merged(run)
     plans = {number: plan for number in run.attempts() if (plan := _plan(run, number, notes))}
     proof = [shake for number in run.attempts() for shake in _proof(run, found, number, notes)]
@@ -95,23 +100,12 @@ def document(sources: Sources) -> dict[str, Any]:
         "proof": list(sources.proof),
         "attempts": list(_attempts(sources)),
         "configuration": _configuration(plan),
-        "overrides": [safe_word(override) for override in plan.get("overrides", ())],
+        "overrides": list(without_secrets(tuple(plan.get("overrides", ())))),
         "changes": list(_changes(sources)),
-        "environment": {name: safe(name, value) for name, value in plan.get("env", {}).items()},
+        "environment": {name: _shown(name, value) for name, value in plan.get("env", {}).items()},
         "versions": dict(last.versions) if last else {},
         "git": dict(last.git) if last and last.git else None,
     }
-
-
-def _record(run: RunPaths, notes: list[str]) -> RunRecord | None:
-    try:
-        found = records.load(run.record)
-    except InputError as error:
-        notes.append(f"The record is left out: {error.message}.")
-        return None
-    if found is None:
-        notes.append("There is no record (run.json): state, times and causes are not known.")
-    return found
 
 
 def _merged(run: RunPaths) -> list[StepMetrics]:
@@ -172,7 +166,7 @@ def _attempts(sources: Sources) -> Iterator[dict[str, Any]]:
             **{name: getattr(found, name, None) for name in shown},
             "ran_s": ran_s(found) if found else None,
             "set_aside": list(found.set_aside) if found else [],
-            "argv": [safe_word(word) for word in found.argv] if found else [],
+            "argv": list(without_secrets(found.argv)) if found else [],
         }
 
 
@@ -180,7 +174,7 @@ def _configuration(plan: Mapping[str, Any]) -> list[dict[str, str]]:
     """Every value of the preset with where it came from; none for plans that were recorded before they held them."""
     origins = plan.get("origins", {})
     return [
-        {"key": key, "value": safe(key, text_of(value)), "origin": origins.get(key, "")}
+        {"key": key, "value": _shown(key, text_of(value)), "origin": origins.get(key, "")}
         for key, value in leaves(plan.get("spec", {}))
         if key != "description"
     ]
@@ -196,7 +190,7 @@ def _changes(sources: Sources) -> list[dict[str, Any]]:
         listed = found.overrides if found.values is None else found.values
         rows = [(one.key, *one.shown()) for one in (*listed, *found.environment)]
         rows += _other_changes(sources, before, after)
-        shown = [{"key": key, "before": safe(key, a), "after": safe(key, b)} for key, a, b in rows]
+        shown = [{"key": key, "before": _shown(key, a), "after": _shown(key, b)} for key, a, b in rows]
         changes.append({"before": before, "after": after, "differences": shown})
     return changes
 
@@ -212,3 +206,8 @@ def _other_changes(sources: Sources, before: int, after: int) -> list[tuple[str,
 
 def _git(attempt: Attempt) -> dict[str, str]:
     return {f"git {key}": text_of(value) for key, value in (attempt.git or {}).items()}
+
+
+def _shown(key: str, value: str) -> str:
+    """The value of a dotted key or a variable, unless it looks like a secret."""
+    return HIDDEN if looks_secret(key.rpartition(".")[2], value) else value

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from flashrl_cli.contract import Handshake, write_handshake
+from flashrl_cli.launch.known import known
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.render.report import document, read
 from flashrl_cli.render.report_page import report_page
@@ -64,13 +65,13 @@ def whole() -> RunPaths:
 
 
 def report(run: RunPaths) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(document(read(run)), allow_nan=False))
+    found: dict[str, Any] = json.loads(json.dumps(document(read(known(run.name))), allow_nan=False))
     assert found["schema_version"] == 1
     return found
 
 
 def page(run: RunPaths) -> str:
-    return report_page(read(run))
+    return report_page(read(known(run.name)))
 
 
 def test_the_document_holds_it_all(whole: RunPaths) -> None:
