@@ -5,7 +5,7 @@ A run without a record, plans or metrics still has a report, of what there is; w
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,12 @@ from flashrl_cli import contract
 from flashrl_cli.config.merge import leaves
 from flashrl_cli.config.text import text_of
 from flashrl_cli.errors import InputError
+from flashrl_cli.launch.detail import advice
 from flashrl_cli.launch.recorded import read_plan
 from flashrl_cli.runs import history as histories
 from flashrl_cli.runs import record as records
 from flashrl_cli.runs.curves import starts
 from flashrl_cli.runs.metrics import read_metrics
-from flashrl_cli.runs.mismatch import advise
 from flashrl_cli.runs.totals import ran_s, start_shares, step_shares, totals
 from flashrl_cli.secrets import HIDDEN, looks_secret, without_secrets
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from flashrl_cli.launch.known import Known
     from flashrl_cli.paths import RunPaths
+    from flashrl_cli.runs.mismatch import Advice
     from flashrl_cli.runs.record import Attempt, RunRecord
     from flashrl_cli.verl.metrics import StepMetrics
 
@@ -48,7 +49,9 @@ class Sources:
     """Plan documents by attempt."""
     proof: Sequence[Mapping[str, Any]]
     """Handshakes with the number of their attempt."""
-    notes: Sequence[str] = field(default=())
+    advice: Advice
+    """On the newest attempt that logged metrics."""
+    notes: Sequence[str]
 
     @property
     def plan(self) -> Mapping[str, Any]:
@@ -76,7 +79,7 @@ def read(known: Known) -> Sources:
         notes.append("No step was logged.")
     if lost := histories.holes(history):
         notes.append(f"Steps without metrics: {', '.join(map(str, lost))}.")
-    return Sources(run, found, history, starts(run), plans, proof, notes)
+    return Sources(run, found, history, starts(run), plans, proof, advice(known), notes)
 
 
 def document(sources: Sources) -> dict[str, Any]:
@@ -96,7 +99,7 @@ def document(sources: Sources) -> dict[str, Any]:
         "totals": asdict(totals(record, sources.history)),
         "step": [asdict(spent) for spent in step_shares(sources.history, sources.starts)],
         "starts": [_start(attempt) for attempt in sources.attempts if len(attempt.phases) > 1],
-        "mismatch": _mismatch(sources.history, spec.get("correction", {}).get("cap")),
+        "mismatch": _mismatch(sources),
         "proof": list(sources.proof),
         "attempts": list(_attempts(sources)),
         "configuration": _configuration(plan),
@@ -124,13 +127,14 @@ def _plan(run: RunPaths, number: int, notes: list[str]) -> dict[str, Any] | None
 
 def _proof(run: RunPaths, record: RunRecord | None, number: int, notes: list[str]) -> list[dict[str, Any]]:
     """Handshakes of an attempt: its files, or what the record holds of them."""
-    try:
-        shakes = [asdict(shake) for shake in contract.read_handshakes(run.attempt(number).plugins)]
-    except (ValueError, TypeError):
-        notes.append(f"A handshake of attempt {number} is damaged.")
-        shakes = []
     recorded = next((one.proof for one in record.attempts if one.number == number), ()) if record else ()
-    return [{"attempt": number, **shake} for shake in shakes or recorded]
+    try:
+        shakes = list(contract.read_handshakes(run.attempt(number).plugins))
+        shakes = shakes or [contract.Handshake(**shake) for shake in recorded]
+    except (ValueError, TypeError, AttributeError):
+        notes.append(f"A handshake of attempt {number} is damaged.")
+        return []
+    return [{"attempt": number, **asdict(shake)} for shake in shakes]
 
 
 def _start(attempt: Attempt) -> dict[str, Any]:
@@ -139,11 +143,11 @@ def _start(attempt: Attempt) -> dict[str, Any]:
     return {"attempt": attempt.number, "seconds": seconds, "phases": [asdict(spent) for spent in phases]}
 
 
-def _mismatch(history: Sequence[StepMetrics], cap: float | None) -> dict[str, Any] | None:
+def _mismatch(sources: Sources) -> dict[str, Any] | None:
     """Rollout against trainer: each metric's mean, extremes and last value, and the advice; None without metrics."""
     values = {}
     for name in MISMATCH:
-        known = [value for metrics in history if (value := metrics[name]) is not None]
+        known = [value for metrics in sources.history if (value := metrics[name]) is not None]
         if known:
             values[name] = {
                 "mean": sum(known) / len(known),
@@ -151,7 +155,7 @@ def _mismatch(history: Sequence[StepMetrics], cap: float | None) -> dict[str, An
                 "greatest": max(known),
                 "last": known[-1],
             }
-    return {"values": values, "advice": advise(history, cap).document()} if values else None
+    return {"values": values, "advice": sources.advice.document()} if values else None
 
 
 def _attempts(sources: Sources) -> Iterator[dict[str, Any]]:

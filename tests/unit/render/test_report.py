@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from typing import Any
 
@@ -34,19 +35,29 @@ SHAKE = Handshake(
 SECRETS = ("hf_abcdefghijklmnopqrstuvwxyz0123456789", "verysecret")
 
 
+def with_secrets(run: RunPaths, number: int, plan: dict[str, Any], token: str, key: str) -> None:
+    """Write a plan from when a preset's variables might hold secrets."""
+    secrets = {"HF_TOKEN": token, "WANDB_API_KEY": key}
+    plan["spec"]["env"] = secrets
+    plan["env"] |= secrets
+    plan["overrides"] += [
+        f"+ray_kwargs.ray_init.runtime_env.env_vars.{name}={value}" for name, value in secrets.items()
+    ]
+    run.attempt(number).plan.write_text(json.dumps(plan))
+
+
 @pytest.fixture
 def whole() -> RunPaths:
     """A run of two attempts with everything that attempts leave."""
     run = a_run("whole")
-    token = f"env.HF_TOKEN={SECRETS[0]}"
     for number, steps in ((1, "trainer.steps=3"), (2, "trainer.steps=4")):
-        plan(run, number, steps, token, "env.WANDB_API_KEY=verysecret")
+        with_secrets(run, number, plan(run, number, steps), *SECRETS)
         write_handshake(run.attempt(number).plugins, SHAKE)
     log(run, 1, {0: validation(0.1), 1: training(0.1), 2: training(0.2), 3: training(0.3)})
     log(run, 2, {3: training(0.4), 4: {**training(0.5), **validation(0.75)}})
     began = [f"2026-01-02T03:20:{second}+00:00" for second in ("00", "20", "30")]
     phases = tuple(Phase(name=f"phase {n}", began=at) for n, at in enumerate(began))
-    words = ("flashrl", "train", "--set", token)
+    words = ("flashrl", "train", "--set", f"env.HF_TOKEN={SECRETS[0]}")
     failed = {"status": "failed", "exit_code": 1, "error": "a GPU ran out of memory", "hint": "lower it"}
     first = an_attempt(
         1, phases=phases, last_step=3, argv=words, versions={"verl": "0.9.1"}, git={"commit": "abc"}, **failed
@@ -100,10 +111,11 @@ def test_what_changed_between_attempts(whole: RunPaths) -> None:
 
 
 def test_no_secret_is_told_anywhere(whole: RunPaths) -> None:
-    plan(whole, 3, "env.HF_TOKEN=another-hf_secret", "env.PASSWORD=verysecret2")
+    others = ("another-hf_secret", "other-key")
+    with_secrets(whole, 3, plan(whole, 3), *others)
     for text in (json.dumps(report(whole)), page(whole)):
         assert "HF_TOKEN" in text
-        assert not [secret for secret in (*SECRETS, "another-hf_secret", "verysecret2") if secret in text]
+        assert not [secret for secret in (*SECRETS, *others) if secret in text]
 
 
 class Elements(HTMLParser):
@@ -224,8 +236,11 @@ def test_a_plan_from_before_plans_held_values(whole: RunPaths) -> None:
 def test_the_records_proof_serves_where_the_files_are_gone(whole: RunPaths) -> None:
     for number in (1, 2):
         next(whole.attempt(number).plugins.iterdir()).unlink()
-    write_record(whole, [an_attempt(1, proof=({"precision": "int8", "pid": 9},)), an_attempt(2)])
-    assert report(whole)["proof"] == [{"attempt": 1, "precision": "int8", "pid": 9}]
+    write_record(whole, [an_attempt(1, proof=(asdict(SHAKE),)), an_attempt(2, proof=({"pid": 9},))])
+    found = report(whole)
+    assert found["proof"] == [{"attempt": 1, **asdict(SHAKE)}]
+    assert "A handshake of attempt 2 is damaged." in found["notes"]
+    assert "CutlassInt8" in page(whole)
 
 
 def test_a_long_run_is_a_small_page() -> None:
