@@ -11,6 +11,7 @@ import typer
 from flashrl_cli.cli import complete
 from flashrl_cli.cli.options import Json, RunArgument
 from flashrl_cli.cli.runs_checkpoints import checkpoints, export
+from flashrl_cli.cli.runs_report import plot, report
 from flashrl_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 
-runs = typer.Typer(help="List, show, watch, stop and remove runs.", no_args_is_help=True)
+runs = typer.Typer(help="List, show, watch, draw, report, stop and remove runs.", no_args_is_help=True)
 
 
 @runs.command("ls", epilog="flashrl runs ls --json")
@@ -184,3 +185,5 @@ def _interactive() -> bool:
 
 runs.command("checkpoints")(checkpoints)
 runs.command("export")(export)
+runs.command("plot", epilog="flashrl runs plot int8 bf16 --metric reward,kl --png curves.png")(plot)
+runs.command("report", epilog="flashrl runs report tiny-int8-tis2 --out report.html")(report)
