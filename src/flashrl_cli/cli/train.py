@@ -8,6 +8,7 @@ import typer
 
 from flashrl_cli import paths
 from flashrl_cli.cli.options import Json, Preset, Rollout, RunName, Sets, Tis
+from flashrl_cli.cli.sweep import Request, run_sweep
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
@@ -25,19 +26,33 @@ def train(
     resume: Annotated[
         str, typer.Option(help="Go on with a used name: auto (newest checkpoint), never, or a global_step_N folder.")
     ] = "never",
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=V1,V2|FILE", help="A run for each value (rollout and tis are keys, too); repeatable."
+        ),
+    ] = None,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="End a sweep at its first run that fails.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Print the plan; start and write nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Start a sweep of more than 64 runs.")] = False,
     json: Json = False,
 ) -> None:
     """Train a preset with verl, watched to its end.
 
     `flashrl train --preset tiny` runs on any machine;
-    `flashrl train --preset dapo-32b --rollout int8 --tis 8 --dry-run` shows what a cluster would run.
+    `flashrl train --preset dapo-32b --rollout int8 --tis 8 --dry-run` shows what a cluster would run;
+    `flashrl train --preset tiny --sweep rollout=bf16,int8 --sweep tis=off,2` runs four, and compares them.
     """
     from flashrl_cli.launch import review
     from flashrl_cli.render.output import Output
 
     output = Output(json_mode=json)
-    resolved = review.read(preset, review.Options(rollout=rollout, tis=tis, sets=sets or ()))
+    options = review.Options(rollout=rollout, tis=tis, sets=sets or ())
+    if sweep:
+        request = Request(preset=preset, texts=sweep, options=options, name=name, many=yes)
+        run_sweep(request, _run, output, resume=resume, dry_run=dry_run, fail_fast=fail_fast)
+        return
+    resolved = review.read(preset, options)
     plan = review.next_plan(resolved, name, resume=resume, look_only=dry_run)
     tree = review.judge(resolved, plan)
     if dry_run:
