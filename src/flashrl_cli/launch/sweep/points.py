@@ -106,9 +106,9 @@ def _short(value: Any) -> str:
     text = value if isinstance(value, str) else text_of(value)
     if isinstance(value, float) and math.isfinite(value):
         scientific = f"{Decimal(repr(value)).normalize():e}".replace("e+", "e")
-        text = min(text, scientific, key=len)
+        text = min(text.removesuffix(".0"), scientific, key=len)
     last = text.rstrip("/").rpartition("/")[2]
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", last).strip(".")[:LONGEST_WORD]
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", last).lstrip(".")[:LONGEST_WORD].rstrip("-.")
 
 
 def _flag(key: str, text: str) -> str:
