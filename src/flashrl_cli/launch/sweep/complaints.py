@@ -22,6 +22,8 @@ class Complaints:
 
     def __init__(self, points: Sequence[Point]) -> None:
         self.points = points
+        self.readable = points
+        """Those that can have problems of a later kind."""
         self._found: dict[Problem, list[Point]] = {}
 
     def collect(self, point: Point, call: Callable[[], T]) -> T | None:
@@ -42,16 +44,20 @@ class Complaints:
         return [self._told(problem, points) for problem, points in self._found.items()]
 
     def _told(self, problem: Problem, points: Sequence[Point]) -> Problem:
-        if set(points) == set(self.points):
+        if set(points) in (set(self.points), set(self.readable)):
             return problem
         for key, text in points[0].values:
-            if set(points) == {point for point in self.points if (key, text) in point.values}:
+            if any(set(points) == _having(key, text, among) for among in (self.points, self.readable)):
                 if problem.where == f"--sweep {key}":
                     return replace(problem, where=f"--sweep {key}={text}")
                 return replace(problem, message=f"{problem.message} (with {key}={text})")
         told = "; ".join(map(str, points[:TOLD]))
         more = f" and {len(points) - TOLD} more" if len(points) > TOLD else ""
         return replace(problem, message=f"{problem.message} (at {told}{more})")
+
+
+def _having(key: str, text: str, points: Sequence[Point]) -> set[Point]:
+    return {point for point in points if (key, text) in point.values}
 
 
 def _as_sweep(problem: Problem, point: Point) -> Problem:
