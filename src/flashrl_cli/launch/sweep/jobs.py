@@ -59,18 +59,16 @@ def plan_jobs(
 
     Raises InputError with everything that is wrong with any of them, and what `review.judge` raises.
     """
-    unread = Complaints(points)
-    read = [
-        (point, found) for point in points if (found := unread.collect(point, partial(_read, preset, point, given)))
-    ]
-    wrong = Complaints([point for point, _ in read])
+    wrong = Complaints(points)
+    read = [(point, found) for point in points if (found := wrong.collect(point, partial(_read, preset, point, given)))]
+    wrong.readable = [point for point, _ in read]
     _note_twins(read, wrong)
     jobs = []
     for (point, resolved), run in zip(read, _runs(read, name), strict=True):
         job = wrong.collect(point, partial(_job, point, resolved, run, look_only=look_only))
         jobs += [job] if job else []
         advance(1)
-    if problems := [*unread.problems(), *wrong.problems()]:
+    if problems := wrong.problems():
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
         raise InputError(f"sweep of preset {preset}: {count}", problems=problems)
     return jobs

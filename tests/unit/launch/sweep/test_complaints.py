@@ -43,6 +43,18 @@ def test_what_goes_with_no_value_names_points() -> None:
     assert told(*((n, bad) for n in (0, 1, 3, 4, 5)))[0].message.endswith("algorithm.lr=1 and 2 more)")
 
 
+def test_what_only_some_can_have_is_told_of_those() -> None:
+    wrong = Complaints(POINTS)
+    wrong.readable = POINTS[1:]
+    for number in (3, 4, 5):
+        wrong.note(POINTS[number], Problem("a"))
+    for number in range(1, 6):
+        wrong.note(POINTS[number], Problem("b"))
+    for number in (1, 2):
+        wrong.note(POINTS[number], Problem("c"))
+    assert [problem.message for problem in wrong.problems()] == ["a (with rollout=bf16)", "b", "c (with rollout=int8)"]
+
+
 def test_collect() -> None:
     def fail(error: Exception) -> int:
         raise error

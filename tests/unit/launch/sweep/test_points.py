@@ -111,7 +111,7 @@ VALUES = st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.t
 @settings(deadline=None, max_examples=50)
 @given(st.lists(KEYS, min_size=1, max_size=4, unique=True), st.data())
 def test_names_are_unique_folders_and_the_same_each_time(keys: list[str], data: st.DataObject) -> None:
-    combination = st.tuples(*(VALUES.map(text_of).map(lambda text, key=key: (key, text)) for key in keys))
+    combination = st.tuples(*(st.tuples(st.just(key), VALUES.map(text_of)) for key in keys))
     found = [Point(values) for values in data.draw(st.lists(combination, min_size=1, max_size=8, unique=True))]
     made = run_names(["base"] * len(found), found)
     assert len(set(made)) == len(made)
