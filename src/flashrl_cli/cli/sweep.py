@@ -10,60 +10,67 @@ from flashrl_cli import paths
 from flashrl_cli.errors import FlashrlError, InputError, RunFailed
 
 if TYPE_CHECKING:
-    from flashrl_cli.config.resolve import Resolved
-    from flashrl_cli.launch.plan import LaunchPlan
     from flashrl_cli.launch.review import Options
     from flashrl_cli.launch.sweep.jobs import Job, Launch
-    from flashrl_cli.launch.sweep.points import Point
     from flashrl_cli.render.output import Output
-    from flashrl_cli.verl.compose import Tree
-
-    Train = Callable[[Resolved, LaunchPlan, Tree, Output], object]
 
 SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What was asked for: a preset, the `--sweep` texts, the options and the name that all runs share."""
+class Sweep:
+    """What was asked for: a preset, the `--sweep` texts, and the options and the name that all runs share."""
 
     preset: str
     texts: Sequence[str]
     options: Options
     name: str | None
+    resume: str
+    force: bool
     many: bool
+    """Start more than 64 runs."""
 
-    def points(self, *, many: bool) -> list[Point]:
-        """Every combination of values. Raises InputError."""
+    def jobs(self, output: Output, *, dry_run: bool) -> list[Job]:
+        """Every run of the sweep, judged. Raises InputError with all that is wrong with any; EnvironmentNotReady."""
         from flashrl_cli.launch.sweep.axes import read_axes
+        from flashrl_cli.launch.sweep.jobs import Going, plan_jobs
         from flashrl_cli.launch.sweep.points import points
 
-        return points(read_axes(self.texts, self.options), many=many or self.many)
+        if self.resume not in ("auto", "never"):
+            raise InputError(f"--resume {self.resume}: a sweep has many runs", hint="it goes on with each by itself")
+        found = points(read_axes(self.texts, self.options), many=self.many or dry_run)
+        going = Going(resume=self.resume, force=self.force, look_only=dry_run)
+        with output.progress(f"judging {len(found)} runs", len(found)) as advance:
+            return plan_jobs(self.preset, found, self.options, self.name, going, advance)
 
 
-def run_sweep(request: Request, train: Train, output: Output, *, resume: str, dry_run: bool, fail_fast: bool) -> None:
-    """Judge every run of a sweep, then train those that are not done, and show how all of them stand.
+def show(jobs: Sequence[Job], output: Output) -> None:
+    """Print what a sweep would run."""
+    from flashrl_cli.launch.plan import plan_document
 
-    Raises InputError, EnvironmentNotReady and Interrupted as training one run does, RunFailed if some failed.
-    """
-    from flashrl_cli.launch.sweep import running
-    from flashrl_cli.launch.sweep.jobs import plan_jobs
-
-    if resume not in ("auto", "never"):
-        raise InputError(f"--resume {resume}: a sweep has many runs", hint="it goes on with each where it stopped")
-    points = request.points(many=dry_run)
-    with output.progress(f"judging {len(points)} runs", len(points)) as advance:
-        jobs = plan_jobs(request.preset, points, request.options, request.name, look_only=dry_run, advance=advance)
-    if dry_run:
-        _show(request.preset, jobs, output)
+    if not output.json_mode:
+        keys = [key for key, _ in jobs[0].point.values]
+        output.table([*keys, "run", "state"], [[*job.point.texts(), job.run.name, job.standing] for job in jobs])
         return
+    points = [
+        {
+            "run": job.run.name,
+            "values": job.point.data(),
+            "state": job.standing,
+            "plan": plan_document(job.launch.plan) if job.launch else None,
+        }
+        for job in jobs
+    ]
+    output.document({"schema_version": SCHEMA_VERSION, "points": points})
+
+
+def run(jobs: Sequence[Job], train: Callable[[Launch], object], output: Output, *, fail_fast: bool) -> None:
+    """Train what is not done, and print how all runs stand. Raises RunFailed if some failed, and what `train` raises."""
+    from flashrl_cli.launch.sweep import running
+
     running.check_machine(jobs, paths.data_root())
-
-    def train_one(launch: Launch) -> None:
-        train(launch.resolved, launch.plan, launch.tree, output)
-
     try:
-        failed = running.run_jobs(jobs, train_one, _Told(output, len(jobs)), fail_fast=fail_fast)
+        failed = running.run_jobs(jobs, train, _Told(output, len(jobs)), fail_fast=fail_fast)
     finally:
         _report(jobs, output)
     if failed:
@@ -79,7 +86,7 @@ class _Told:
 
     def begins(self, number: int, job: Job) -> None:
         """Event `point`."""
-        doing = "done already" if job.launch is None else "goes on" if job.standing == "begun" else "starts"
+        doing = "is done" if job.launch is None else "goes on" if job.standing == "begun" else "starts"
         if self.output.json_mode:
             _event(self.output, "point", number=number, of=self.total, run=job.run.name, doing=doing)
         else:
@@ -104,27 +111,6 @@ def _event(output: Output, event: str, **data: Any) -> None:
     output.json_line({"schema_version": SCHEMA_VERSION, "event": event, **data})
 
 
-def _show(preset: str, jobs: Sequence[Job], output: Output) -> None:
-    """What a sweep would run."""
-    from flashrl_cli.launch.plan import plan_document
-
-    if not output.json_mode:
-        keys = [key for key, _ in jobs[0].point.values]
-        cells = [[*dict(job.point.values).values(), job.run.name, job.standing] for job in jobs]
-        output.table([*keys, "run", "state"], cells)
-        return
-    points = [
-        {
-            "run": job.run.name,
-            "values": job.point.data(),
-            "state": job.standing,
-            "plan": plan_document(job.launch.plan) if job.launch else None,
-        }
-        for job in jobs
-    ]
-    output.document({"schema_version": SCHEMA_VERSION, "preset": preset, "points": points})
-
-
 def _report(jobs: Sequence[Job], output: Output) -> None:
     """How all runs stand now."""
     from flashrl_cli.launch.sweep import results
@@ -132,8 +118,7 @@ def _report(jobs: Sequence[Job], output: Output) -> None:
     rows = [results.row(job.point, job.run) for job in jobs]
     best = results.best(rows)
     if output.json_mode:
-        name = best.run if best else None
-        _event(output, "sweep", points=[row.document() for row in rows], best=name)
+        _event(output, "sweep", points=[row.document() for row in rows], best=best.run if best else None)
         return
     keys = [key for key, _ in jobs[0].point.values]
     output.table([*keys, *results.HEADINGS], [row.cells(best=row is best) for row in rows])

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flashrl_cli import files, paths
-from flashrl_cli.cli import train as train_module
 from flashrl_cli.config.resolve import Resolved
 from flashrl_cli.errors import FlashrlError, RunFailed
-from flashrl_cli.launch import preflight, review
+from flashrl_cli.launch import detach, preflight, review, run
 from flashrl_cli.launch.plan import LaunchPlan, plan_document
-from flashrl_cli.launch.supervise import Interrupted
+from flashrl_cli.launch.signals import Interrupted
 from flashrl_cli.launch.sweep import points
+from flashrl_cli.paths import RunPaths
 from flashrl_cli.runs import record
 from flashrl_cli.runs.record import Attempt, RunRecord
 from flashrl_cli.verl.metrics import NAMES
@@ -55,13 +56,13 @@ def judge(resolved: Resolved, plan: LaunchPlan) -> None:
 
 
 class Trainer:
-    """Stands for a run's whole supervision: leaves record and metrics, and fails where it was told to."""
+    """Stands for `run_plan`: leaves record and metrics, and fails where it was told to."""
 
     def __init__(self) -> None:
         self.plans: list[LaunchPlan] = []
         self.errors: dict[str, FlashrlError] = {}
 
-    def __call__(self, resolved: Any, plan: LaunchPlan, tree: Any, output: Any) -> None:
+    def __call__(self, plan: LaunchPlan, display: Any, **_: Any) -> int:
         self.plans.append(plan)
         error = self.errors.get(plan.name)
         files.write_json(plan.attempt_paths.plan, plan_document(plan))
@@ -81,6 +82,7 @@ class Trainer:
         record.change(plan.paths, lambda found: _with(found, plan, attempt))
         if error:
             raise error
+        return steps
 
     @property
     def trained(self) -> list[str]:
@@ -97,7 +99,7 @@ def _with(found: RunRecord | None, plan: LaunchPlan, attempt: Attempt) -> RunRec
 @pytest.fixture
 def trainer(monkeypatch: pytest.MonkeyPatch) -> Trainer:
     made = Trainer()
-    monkeypatch.setattr(train_module, "_run", made)
+    monkeypatch.setattr(run, "run_plan", made)
     return made
 
 
@@ -120,7 +122,7 @@ def test_dry_run_for_a_program(
 ) -> None:
     assert train(monkeypatch, *SWEEP, "--dry-run", "--json") == 0
     document = json.loads(capsys.readouterr().out)
-    assert (document["schema_version"], document["preset"]) == (1, "tiny")
+    assert document["schema_version"] == 1
     assert [point["run"] for point in document["points"]] == RUNS
     first = document["points"][0]
     assert (first["values"], first["state"]) == ({"rollout": "bf16", "tis": 2}, "waiting")
@@ -172,7 +174,7 @@ def test_the_same_command_goes_on_and_shows_the_table_again(
     assert train(monkeypatch, *SWEEP) == 0
     assert trainer.trained == [*RUNS, "s-int8-tis2"]
     assert trainer.plans[-1].attempt == 2
-    assert "run s-bf16-tis2 done already" in capsys.readouterr().err
+    assert "run s-bf16-tis2 is done" in capsys.readouterr().err
     assert train(monkeypatch, *SWEEP) == 0
     assert len(trainer.plans) == 3
     assert "★" in capsys.readouterr().out
@@ -247,6 +249,36 @@ def test_many_runs_are_started_when_meant(
     monkeypatch.setattr(points, "MANY", 1)
     assert train(monkeypatch, *SWEEP, *words) == code
     assert len(trainer.plans) == started
+
+
+def test_detached(monkeypatch: pytest.MonkeyPatch, trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[str] = []
+
+    def fake(at: RunPaths, command: Sequence[str]) -> Attempt:
+        asked.append(at.name)
+        assert command[:3] == ["train", "--preset", "tiny"]
+        return Attempt(number=1, status="running", started="t", updated="t", pid=7)
+
+    monkeypatch.setattr(detach, "detach", fake)
+    assert train(monkeypatch, *SWEEP, "--detach") == 0
+    assert (asked, trainer.plans) == (["s-bf16-tis2"], [])
+    assert "goes on as process 7" in capsys.readouterr().err
+
+
+def test_a_run_of_another_configuration_goes_on_by_force(
+    monkeypatch: pytest.MonkeyPatch, trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer.errors["s-bf16-tis2"] = RunFailed("broke", hint="mend it")
+    assert train(monkeypatch, *SWEEP) == 1
+    changed = (*SWEEP, "--set", "algorithm.lr=0.25")
+    assert train(monkeypatch, *changed) == 2
+    err = capsys.readouterr().err
+    assert "run s-bf16-tis2 was started with another configuration: algorithm.lr" in err
+    assert "run s-int8-tis2 was started with another configuration: algorithm.lr" in err
+    assert len(trainer.plans) == 2
+    trainer.errors.clear()
+    assert train(monkeypatch, *changed, "--force") == 0
+    assert trainer.trained[2:] == ["s-bf16-tis2"]
 
 
 def test_a_file(monkeypatch: pytest.MonkeyPatch, trainer: Trainer, tmp_path: Path) -> None:

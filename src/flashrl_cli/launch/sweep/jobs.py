@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 from flashrl_cli import paths
 from flashrl_cli.errors import InputError, Problem
-from flashrl_cli.launch import review
+from flashrl_cli.launch import changes, review
 from flashrl_cli.launch.plan import default_name, run_paths
+from flashrl_cli.launch.run import refuse_running
 from flashrl_cli.launch.sweep.complaints import Complaints
 from flashrl_cli.launch.sweep.points import run_names
 from flashrl_cli.launch.sweep.standing import standing
+from flashrl_cli.runs import record
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 NAMED_BY_DEFAULT = ("rollout", "tis", "rollout.precision", "correction.cap")
 """Keys whose values stand in the name of a run that was given none."""
+TOLD = 3
+"""Changed keys that an error names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,26 +50,37 @@ class Job:
     launch: Launch | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Going:
+    """How a sweep goes on with runs that were begun: `resume` is auto or never, which holds for runs without an attempt.
+
+    `force` goes on with what was started with another configuration, `look_only` allows for runs that are under way.
+    """
+
+    resume: str = "never"
+    force: bool = False
+    look_only: bool = False
+
+
 def plan_jobs(
     preset: str,
     points: Sequence[Point],
     given: review.Options,
     name: str | None,
-    *,
-    look_only: bool = False,
+    going: Going,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[Job]:
-    """A job for each point; `look_only` allows for runs that are under way. `advance` is called as points are judged.
+    """A job for each point; `advance` is called as points are judged.
 
-    Raises InputError with everything that is wrong with any of them, and what `review.judge` raises.
+    Raises InputError with everything that is wrong with any of them, EnvironmentNotReady without verl.
     """
     wrong = Complaints(points)
     read = [(point, found) for point in points if (found := wrong.collect(point, partial(_read, preset, point, given)))]
     wrong.readable = [point for point, _ in read]
     _note_twins(read, wrong)
     jobs = []
-    for (point, resolved), run in zip(read, _runs(read, name), strict=True):
-        job = wrong.collect(point, partial(_job, point, resolved, run, look_only=look_only))
+    for (point, resolved), run in zip(read, _names(read, name), strict=True):
+        job = wrong.collect(point, partial(_job, point, resolved, run, going))
         jobs += [job] if job else []
         advance(1)
     if problems := wrong.problems():
@@ -87,23 +102,33 @@ def _note_twins(read: Sequence[tuple[Point, Resolved]], wrong: Complaints) -> No
             wrong.note(point, Problem(f"the same run twice: {twin}, and {point}", None, "a value stands there twice"))
 
 
-def _runs(read: Sequence[tuple[Point, Resolved]], name: str | None) -> list[RunPaths]:
-    specs = [resolved.spec for _, resolved in read]
+def _names(read: Sequence[tuple[Point, Resolved]], name: str | None) -> list[str]:
     points = [point for point, _ in read]
-    if name is None:
-        names = run_names([default_name(spec.name, spec) for spec in specs], points, said=NAMED_BY_DEFAULT)
-    else:
-        names = run_names([name] * len(points), points)
-    roots = paths.runs_root(), paths.checkpoints_root()
-    return [run_paths(run, spec, *roots) for run, spec in zip(names, specs, strict=True)]
+    if name is not None:
+        return run_names([name] * len(points), points)
+    return run_names([default_name(r.spec.name, r.spec) for _, r in read], points, said=NAMED_BY_DEFAULT)
 
 
-def _job(point: Point, resolved: Resolved, run: RunPaths, *, look_only: bool) -> Job:
-    now = standing(run, resolved.spec)
-    if now == "running" and not look_only:
-        raise InputError(f"run {run.name} is under way", hint="wait for its end, or `flashrl runs stop` it")
-    if now in ("done", "running"):
-        return Job(point=point, run=run, standing=now, launch=None)
-    plan = review.next_plan(resolved, run.name, resume="auto" if now == "begun" else "never")
-    launch = Launch(resolved=resolved, plan=plan, tree=review.judge(resolved, plan))
-    return Job(point=point, run=run, standing=now, launch=launch)
+def _job(point: Point, resolved: Resolved, name: str, going: Going) -> Job:
+    used = run_paths(name, resolved.spec, paths.runs_root(), paths.checkpoints_root()).attempts()
+    plan = review.next_plan(resolved, name, resume="auto" if used else going.resume, force=True)
+    if not going.force:
+        _refuse_changes(plan)
+    now = standing(plan)
+    if now == "running" and not going.look_only:
+        refuse_running(record.load(plan.paths.record))
+    launch = None
+    if now in ("waiting", "begun"):
+        launch = Launch(resolved=resolved, plan=plan, tree=review.judge(resolved, plan))
+    return Job(point=point, run=plan.paths, standing=now, launch=launch)
+
+
+def _refuse_changes(plan: LaunchPlan) -> None:
+    """Raise InputError, in one line, if a run was started with another configuration."""
+    if changed := changes.since_last(plan):
+        told = "; ".join(f"{change.key} {' → '.join(change.shown())}" for change in changed[:TOLD])
+        more = f" and {len(changed) - TOLD} more" if len(changed) > TOLD else ""
+        raise InputError(
+            f"run {plan.name} was started with another configuration: {told}{more}",
+            hint="`--force` goes on with the new one, another `--name` starts other runs",
+        )

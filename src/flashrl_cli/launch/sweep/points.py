@@ -38,6 +38,10 @@ class Point:
     def __str__(self) -> str:
         return " ".join(f"{key}={text}" for key, text in self.values)
 
+    def texts(self) -> list[str]:
+        """The values as they were written."""
+        return [text for _, text in self.values]
+
     def data(self) -> dict[str, Any]:
         """The values as plain data."""
         return {key: _value(key, text) for key, text in self.values}

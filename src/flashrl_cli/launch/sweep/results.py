@@ -55,7 +55,7 @@ class Row:
         means, cut = self.means, self.means["truncated"]
         steps = f"{self.steps}/{self.total}" if self.total else self.steps
         return [
-            *(text for _, text in self.point.values),
+            *self.point.texts(),
             *(self.run, self.state, steps, means["reward"], self.accuracy, means["kl"]),
             *(None if cut is None else 100 * cut, means["step_s"], means["tokens_per_s"], "★" if best else ""),
         ]

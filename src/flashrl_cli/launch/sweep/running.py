@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from flashrl_cli.doctor.finding import problems
 from flashrl_cli.errors import EnvironmentNotReady, FlashrlError, RunFailed
 from flashrl_cli.launch import preflight
-from flashrl_cli.launch.supervise import Interrupted
+from flashrl_cli.launch.signals import Interrupted
 from flashrl_cli.launch.sweep.complaints import Complaints
 
 if TYPE_CHECKING:

@@ -15,10 +15,12 @@ from flashrl_cli.launch import review
 from flashrl_cli.launch.plan import LaunchPlan, plan_document
 from flashrl_cli.launch.review import Options
 from flashrl_cli.launch.sweep.axes import read_axes
-from flashrl_cli.launch.sweep.jobs import Job, plan_jobs
+from flashrl_cli.launch.sweep.jobs import Going, Job, plan_jobs
 from flashrl_cli.launch.sweep.points import points
 from flashrl_cli.runs import record
 from flashrl_cli.runs.record import Attempt, RunRecord
+
+NEXT = Going()
 
 
 @pytest.fixture
@@ -36,9 +38,9 @@ def judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     return names
 
 
-def jobs(*texts: str, name: str | None = "s", look_only: bool = False, **given: Any) -> list[Job]:
+def jobs(*texts: str, name: str | None = "s", going: Going = NEXT, **given: Any) -> list[Job]:
     options = Options(**given)
-    return plan_jobs("tiny", points(read_axes(texts, options)), options, name, look_only=look_only)
+    return plan_jobs("tiny", points(read_axes(texts, options)), options, name, going)
 
 
 def problems(*texts: str, **given: Any) -> list[Problem]:
@@ -125,27 +127,22 @@ def test_more_steps_go_on_with_a_run_that_was_done(judged: list[str]) -> None:
     assert jobs("tis=2", sets=["trainer.steps=10", "watch.stop_grace_s=1"])[0].standing == "done"
 
 
-def test_a_run_that_trained_something_else(judged: list[str]) -> None:
+def test_a_run_of_another_configuration(judged: list[str]) -> None:
     leave(jobs("tis=2", sets=["trainer.steps=15"])[0])
     (problem,) = problems("tis=2", sets=["trainer.steps=15", "algorithm.lr=0.3"])
-    assert "run s-tis2 trained something else: algorithm.lr" in problem.message
+    assert "run s-tis2 was started with another configuration: algorithm.lr" in problem.message
     assert "→ 0.3" in problem.message
-    assert "--name" in (problem.hint or "")
+    assert problem.hint == "`--force` goes on with the new one, another `--name` starts other runs"
+    (job,) = jobs("tis=2", going=Going(force=True), sets=["trainer.steps=16", "algorithm.lr=0.3"])
+    assert job.standing == "begun"
 
 
 def test_a_run_that_is_under_way(judged: list[str]) -> None:
     leave(jobs("tis=2")[0], status="running", **record.own_process())
     (problem,) = problems("tis=2")
-    assert problem.message == "run s-tis2 is under way"
-    (job,) = jobs("tis=2", look_only=True)
+    assert problem.message.startswith("run s-tis2 is under way: attempt 1")
+    (job,) = jobs("tis=2", going=Going(look_only=True))
     assert (job.standing, job.launch) == ("running", None)
-
-
-def test_an_attempt_that_nobody_recorded(judged: list[str]) -> None:
-    (tmp := paths.runs_root() / "s-tis2/attempt_1").mkdir(parents=True)
-    assert tmp.is_dir()
-    (problem,) = problems("tis=2")
-    assert "run s-tis2 exists already" in problem.message
 
 
 def test_checkpoints_without_a_run(judged: list[str]) -> None:
@@ -157,7 +154,7 @@ def test_checkpoints_without_a_run(judged: list[str]) -> None:
 def test_advance_counts_the_points(judged: list[str]) -> None:
     counted: list[int] = []
     options = Options()
-    plan_jobs("tiny", points(read_axes(["tis=1,2,3"], options)), options, "s", advance=counted.append)
+    plan_jobs("tiny", points(read_axes(["tis=1,2,3"], options)), options, "s", NEXT, counted.append)
     assert counted == [1, 1, 1]
 
 

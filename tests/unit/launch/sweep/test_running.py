@@ -14,7 +14,7 @@ import pytest
 from flashrl_cli.doctor.finding import fail, ok
 from flashrl_cli.errors import EnvironmentNotReady, FlashrlError, InputError, Problem, RunFailed
 from flashrl_cli.launch import preflight
-from flashrl_cli.launch.supervise import Interrupted
+from flashrl_cli.launch.signals import Interrupted
 from flashrl_cli.launch.sweep.jobs import Job, Launch
 from flashrl_cli.launch.sweep.points import Point
 from flashrl_cli.launch.sweep.running import check_machine, run_jobs
