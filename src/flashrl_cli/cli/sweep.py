@@ -50,7 +50,8 @@ def show(jobs: Sequence[Job], output: Output) -> None:
 
     if not output.json_mode:
         keys = [key for key, _ in jobs[0].point.values]
-        output.table([*keys, "run", "state"], [[*job.point.texts(), job.run.name, job.standing] for job in jobs])
+        rows = [[*job.point.texts(), job.run.name, job.standing, job.from_step] for job in jobs]
+        output.table([*keys, "run", "state", "from step"], rows)
         return
     points = [
         {

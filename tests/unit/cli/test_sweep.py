@@ -112,8 +112,8 @@ def test_dry_run_shows_the_runs_and_starts_none(
     assert trainer.plans == []
     out = capsys.readouterr().out
     assert [line.split() for line in out.splitlines() if "s-" in line] == [
-        ["bf16", "2", "s-bf16-tis2", "waiting"],
-        ["int8", "2", "s-int8-tis2", "waiting"],
+        ["bf16", "2", "s-bf16-tis2", "waiting", "–"],
+        ["int8", "2", "s-int8-tis2", "waiting", "–"],
     ]
 
 

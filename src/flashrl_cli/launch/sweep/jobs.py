@@ -49,6 +49,11 @@ class Job:
     standing: Standing
     launch: Launch | None
 
+    @property
+    def from_step(self) -> int | None:
+        """Step that the run goes on from; None for one that starts from nothing, or does not start."""
+        return self.launch.plan.resume.step if self.launch else None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Going:

@@ -19,6 +19,7 @@ from flashrl_cli.launch.sweep.jobs import Going, Job, plan_jobs
 from flashrl_cli.launch.sweep.points import points
 from flashrl_cli.runs import record
 from flashrl_cli.runs.record import Attempt, RunRecord
+from tests.saved_files import saved_step
 
 NEXT = Going()
 
@@ -119,6 +120,22 @@ def test_a_run_that_was_begun_goes_on(fields: dict[str, Any], judged: list[str])
     assert job.standing == "begun"
     assert job.launch
     assert job.launch.plan.attempt == 2
+    assert job.from_step is None
+
+
+def test_a_run_goes_on_from_its_newest_complete_step(judged: list[str]) -> None:
+    (job,) = jobs("tis=2", sets=["trainer.steps=15"])
+    leave(job, status="failed")
+    saved_step(job.run.checkpoints, 10, world_size=1)
+    (job,) = jobs("tis=2", sets=["trainer.steps=15"])
+    assert (job.standing, job.from_step) == ("begun", 10)
+
+
+def test_a_run_with_its_last_step_saved_is_done(judged: list[str]) -> None:
+    (job,) = jobs("tis=2", sets=["trainer.steps=15"])
+    leave(job, status="stopped")
+    saved_step(job.run.checkpoints, 15, world_size=1)
+    assert jobs("tis=2", sets=["trainer.steps=15"])[0].standing == "done"
 
 
 def test_more_steps_go_on_with_a_run_that_was_done(judged: list[str]) -> None:
