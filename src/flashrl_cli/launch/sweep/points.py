@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from flashrl_cli.launch.review import Options
     from flashrl_cli.launch.sweep.axes import Axis
 
-MANY = 64
-"""Runs that are started without being asked for twice."""
+MANY, MOST = 64, 1000
+"""Runs that are started without being asked for twice, and runs that a sweep can have at all."""
 FLAGS = ("rollout", "tis")
 """Keys that stand for an option of the same name."""
 LONGEST_WORD = 40
@@ -56,9 +56,11 @@ class Point:
 def points(axes: Sequence[Axis], *, many: bool = False) -> list[Point]:
     """Every combination of the axes' rows, the last axis varying fastest.
 
-    Raises InputError for more than 64 unless `many`.
+    Raises InputError for more than 64 unless `many`, and for more than 1000.
     """
     count = math.prod(len(axis.rows) for axis in axes)
+    if count > MOST:
+        raise InputError(f"a sweep of {count:,} runs", hint=f"{MOST:,} at most; keys that go together stand in zip")
     if count > MANY and not many:
         raise InputError(f"a sweep of {count:,} runs", hint=f"--yes starts more than {MANY}")
     return [

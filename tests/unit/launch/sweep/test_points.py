@@ -44,7 +44,7 @@ def test_many_are_refused_unless_meant() -> None:
 
 def test_a_product_without_end_is_refused_at_once() -> None:
     with pytest.raises(InputError, match="1,000,000,000,000 runs"):
-        points([axis((str(n), ["x"] * 1000)) for n in range(4)])
+        points([axis((str(n), ["x"] * 1000)) for n in range(4)], many=True)
 
 
 def test_options_of_a_point() -> None:
