@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import paths
 from flashrl_cli.errors import FlashrlError, InputError, RunFailed
 
 if TYPE_CHECKING:
+    from flashrl_cli.launch.plan import LaunchPlan
     from flashrl_cli.launch.review import Options
     from flashrl_cli.launch.sweep.jobs import Job, Launch
     from flashrl_cli.render.output import Output
@@ -32,6 +33,7 @@ class Sweep:
 
     def jobs(self, output: Output, *, dry_run: bool) -> list[Job]:
         """Every run of the sweep, judged. Raises InputError with all that is wrong with any; EnvironmentNotReady."""
+        from flashrl_cli.launch import review
         from flashrl_cli.launch.sweep.axes import read_axes
         from flashrl_cli.launch.sweep.jobs import Going, plan_jobs
         from flashrl_cli.launch.sweep.points import points
@@ -41,7 +43,7 @@ class Sweep:
         found = points(read_axes(self.texts, self.options), many=self.many or dry_run)
         going = Going(resume=self.resume, force=self.force, look_only=dry_run)
         with output.progress(f"judging {len(found)} runs", len(found)) as advance:
-            return plan_jobs(self.preset, found, self.options, self.name, going, advance)
+            return plan_jobs(partial(review.read, self.preset), found, self.options, self.name, going, advance)
 
 
 def show(jobs: Sequence[Job], output: Output) -> None:
@@ -65,11 +67,21 @@ def show(jobs: Sequence[Job], output: Output) -> None:
     output.document({"schema_version": SCHEMA_VERSION, "points": points})
 
 
-def run(jobs: Sequence[Job], train: Callable[[Launch], object], output: Output, *, fail_fast: bool) -> None:
-    """Train what is not done, and print how all runs stand. Raises RunFailed if some failed, and what `train` raises."""
+def run(
+    jobs: Sequence[Job],
+    check: Callable[[LaunchPlan], object],
+    train: Callable[[Launch], object],
+    output: Output,
+    *,
+    fail_fast: bool,
+) -> None:
+    """Check all that is not done, train it, and print how all runs stand.
+
+    Raises EnvironmentNotReady before anything starts, RunFailed if runs failed, and what `train` raises.
+    """
     from flashrl_cli.launch.sweep import running
 
-    running.check_machine(jobs, paths.data_root())
+    running.check_all(jobs, check)
     try:
         failed = running.run_jobs(jobs, train, _Told(output, len(jobs)), fail_fast=fail_fast)
     finally:

@@ -75,6 +75,8 @@ def train(
 
 
 def _sweep(asked: sweeps.Sweep, output: Output, *, dry_run: bool, detach: bool, fail_fast: bool) -> None:
+    from flashrl_cli.launch import preflight
+
     jobs = asked.jobs(output, dry_run=dry_run)
     first = next((job.launch for job in jobs if job.launch), None)
 
@@ -88,7 +90,7 @@ def _sweep(asked: sweeps.Sweep, output: Output, *, dry_run: bool, detach: bool, 
         _ready(first.resolved, first.plan, first.tree, output)
         _detach(first.plan, output)
     else:
-        sweeps.run(jobs, train_one, output, fail_fast=fail_fast)
+        sweeps.run(jobs, lambda plan: preflight.check(plan, paths.data_root()), train_one, output, fail_fast=fail_fast)
 
 
 def _show(resolved: Resolved, plan: LaunchPlan, tree: Tree, output: Output) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from flashrl_cli.errors import InputError, Problem
+from flashrl_cli.errors import FlashrlError, InputError, Problem
 from flashrl_cli.launch.sweep.points import FLAGS
 
 if TYPE_CHECKING:
@@ -18,19 +18,19 @@ TOLD = 3
 
 
 class Complaints:
-    """Collects the problems of single points and tells them as those of the whole."""
+    """Collects the problems of single points, from errors of one kind, and tells them as those of the whole."""
 
-    def __init__(self, points: Sequence[Point]) -> None:
-        self.points = points
+    def __init__(self, points: Sequence[Point], kind: type[FlashrlError] = InputError) -> None:
+        self.points, self.kind = points, kind
         self.readable = points
         """Those that can have problems of a later kind."""
         self._found: dict[Problem, list[Point]] = {}
 
     def collect(self, point: Point, call: Callable[[], T]) -> T | None:
-        """Result of `call`, or None after an InputError, whose problems are noted as the point's."""
+        """Result of `call`, or None after an error of its kind, whose problems are noted as the point's."""
         try:
             return call()
-        except InputError as error:
+        except self.kind as error:
             for problem in error.problems or (Problem(error.message, None, error.hint),):
                 self.note(point, problem)
         return None

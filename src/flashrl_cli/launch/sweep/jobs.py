@@ -68,50 +68,46 @@ class Going:
 
 
 def plan_jobs(
-    preset: str,
+    read: Callable[[review.Options], Resolved],
     points: Sequence[Point],
     given: review.Options,
     name: str | None,
     going: Going,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[Job]:
-    """A job for each point; `advance` is called as points are judged.
+    """A job for each point; `read` reads the preset under a point's options, `advance` is called as points are judged.
 
     Raises InputError with everything that is wrong with any of them, EnvironmentNotReady without verl.
     """
     wrong = Complaints(points)
-    read = [(point, found) for point in points if (found := wrong.collect(point, partial(_read, preset, point, given)))]
-    wrong.readable = [point for point, _ in read]
-    _note_twins(read, wrong)
+    specs = [(point, found) for point in points if (found := wrong.collect(point, partial(read, point.options(given))))]
+    wrong.readable = [point for point, _ in specs]
+    _note_twins(specs, wrong)
     jobs = []
-    for (point, resolved), run in zip(read, _names(read, name), strict=True):
+    for (point, resolved), run in zip(specs, _names(specs, name), strict=True):
         job = wrong.collect(point, partial(_job, point, resolved, run, going))
         jobs += [job] if job else []
         advance(1)
     if problems := wrong.problems():
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
-        raise InputError(f"sweep of preset {preset}: {count}", problems=problems)
+        raise InputError(f"--sweep: {count}", problems=problems)
     return jobs
 
 
-def _read(preset: str, point: Point, given: review.Options) -> Resolved:
-    return review.read(preset, point.options(given))
-
-
-def _note_twins(read: Sequence[tuple[Point, Resolved]], wrong: Complaints) -> None:
+def _note_twins(specs: Sequence[tuple[Point, Resolved]], wrong: Complaints) -> None:
     """Note the points that would train the same as an earlier one."""
     first: dict[str, Point] = {}
-    for point, resolved in read:
+    for point, resolved in specs:
         twin = first.setdefault(resolved.spec.model_dump_json(), point)
         if twin is not point and not resolved.broken:
             wrong.note(point, Problem(f"the same run twice: {twin}, and {point}", None, "a value stands there twice"))
 
 
-def _names(read: Sequence[tuple[Point, Resolved]], name: str | None) -> list[str]:
-    points = [point for point, _ in read]
+def _names(specs: Sequence[tuple[Point, Resolved]], name: str | None) -> list[str]:
+    points = [point for point, _ in specs]
     if name is not None:
         return run_names([name] * len(points), points)
-    return run_names([default_name(r.spec.name, r.spec) for _, r in read], points, said=NAMED_BY_DEFAULT)
+    return run_names([default_name(r.spec.name, r.spec) for _, r in specs], points, said=NAMED_BY_DEFAULT)
 
 
 def _job(point: Point, resolved: Resolved, name: str, going: Going) -> Job:

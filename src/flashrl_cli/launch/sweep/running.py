@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from flashrl_cli.doctor.finding import problems
 from flashrl_cli.errors import EnvironmentNotReady, FlashrlError, RunFailed
-from flashrl_cli.launch import preflight
 from flashrl_cli.launch.signals import Interrupted
 from flashrl_cli.launch.sweep.complaints import Complaints
 
 if TYPE_CHECKING:
+    from flashrl_cli.launch.plan import LaunchPlan
     from flashrl_cli.launch.sweep.jobs import Job, Launch
 
 Train = Callable[["Launch"], object]
@@ -33,16 +32,15 @@ class Told(Protocol):
         """Nothing is left to do for a point."""
 
 
-def check_machine(jobs: Sequence[Job], data_root: Path) -> None:
-    """Raise EnvironmentNotReady with every reason why this machine cannot run what is left of a sweep."""
+def check_all(jobs: Sequence[Job], check: Callable[[LaunchPlan], object]) -> None:
+    """Raise EnvironmentNotReady with every reason that `check` raises against a run that is left of a sweep."""
     launches = {job.point: job.launch for job in jobs if job.launch}
-    wrong = Complaints(list(launches))
+    wrong = Complaints(list(launches), EnvironmentNotReady)
     for point, launch in launches.items():
-        for problem in problems(preflight.findings(launch.plan.spec, data_root)):
-            wrong.note(point, problem)
+        wrong.collect(point, partial(check, launch.plan))
     if found := wrong.problems():
         raise EnvironmentNotReady(
-            "this machine cannot run the sweep", problems=found, hint="`--dry-run` shows its runs without starting any"
+            "the sweep cannot run here", problems=found, hint="`--dry-run` shows its runs without starting any"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 def jobs(*texts: str, name: str | None = "s", going: Going = NEXT, **given: Any) -> list[Job]:
     options = Options(**given)
-    return plan_jobs("tiny", points(read_axes(texts, options)), options, name, going)
+    return plan_jobs(partial(review.read, "tiny"), points(read_axes(texts, options)), options, name, going)
 
 
 def problems(*texts: str, **given: Any) -> list[Problem]:
@@ -171,7 +172,9 @@ def test_checkpoints_without_a_run(judged: list[str]) -> None:
 def test_advance_counts_the_points(judged: list[str]) -> None:
     counted: list[int] = []
     options = Options()
-    plan_jobs("tiny", points(read_axes(["tis=1,2,3"], options)), options, "s", NEXT, counted.append)
+    plan_jobs(
+        partial(review.read, "tiny"), points(read_axes(["tis=1,2,3"], options)), options, "s", NEXT, counted.append
+    )
     assert counted == [1, 1, 1]
 
 

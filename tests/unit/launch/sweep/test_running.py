@@ -11,13 +11,12 @@ from typing import Any, cast
 
 import pytest
 
-from flashrl_cli.doctor.finding import fail, ok
 from flashrl_cli.errors import EnvironmentNotReady, FlashrlError, InputError, Problem, RunFailed
-from flashrl_cli.launch import preflight
+from flashrl_cli.launch.plan import LaunchPlan
 from flashrl_cli.launch.signals import Interrupted
 from flashrl_cli.launch.sweep.jobs import Job, Launch
 from flashrl_cli.launch.sweep.points import Point
-from flashrl_cli.launch.sweep.running import check_machine, run_jobs
+from flashrl_cli.launch.sweep.running import check_all, run_jobs
 from flashrl_cli.paths import AttemptPaths, RunPaths
 
 Do = Callable[[], None]
@@ -117,21 +116,16 @@ def test_a_signal_ends_the_sweep_and_says_how_to_go_on(error: BaseException, cod
     assert trained == ["r2", "r3"]
 
 
-def test_the_machine_is_checked_for_all_that_is_left(
-    jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_that_is_left_is_checked(jobs: list[Job]) -> None:
     asked: list[Any] = []
 
-    def findings(spec: Any, data_root: Path) -> Any:
-        asked.append(spec)
-        yield ok("verl", "there")
-        yield fail("data", "no data", "prepare")
-        if spec == 3:
-            yield fail("precision", "no FP8", "int8")
+    def check(plan: LaunchPlan) -> None:
+        asked.append(plan.spec)
+        found = [Problem("no data", "data", "prepare"), Problem("no FP8", "precision", "int8")]
+        raise EnvironmentNotReady("cannot", problems=found[: 2 if plan.name == "r3" else 1])
 
-    monkeypatch.setattr(preflight, "findings", findings)
     with pytest.raises(EnvironmentNotReady) as caught:
-        check_machine(jobs, tmp_path)
+        check_all(jobs, check)
     assert asked == [2, 3, 4]
     assert caught.value.problems == (
         Problem("no data", "data", "prepare"),
@@ -139,6 +133,5 @@ def test_the_machine_is_checked_for_all_that_is_left(
     )
 
 
-def test_a_machine_that_can(jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "findings", lambda *_: [ok("verl", "there")])
-    check_machine(jobs, tmp_path)
+def test_a_machine_that_can(jobs: list[Job]) -> None:
+    check_all(jobs, lambda _: None)
