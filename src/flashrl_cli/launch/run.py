@@ -78,8 +78,12 @@ def _claim(plan: LaunchPlan, command: Sequence[str]) -> None:
 
     def edit(found: RunRecord | None) -> RunRecord:
         refuse_running(found)
-        if plan.attempt_paths.root.exists() or (found and any(a.number == plan.attempt for a in found.attempts)):
-            raise InputError(f"attempt {plan.attempt} of run {plan.name} was just started elsewhere", hint="try again")
+        try:
+            plan.attempt_paths.root.mkdir(mode=0o700)
+        except FileExistsError:
+            raise InputError(
+                f"attempt {plan.attempt} of run {plan.name} was just started elsewhere", hint="try again"
+            ) from None
         before = found or fresh
         return dataclasses.replace(before, preset=plan.preset, attempts=(*before.attempts, attempt))
 

@@ -36,7 +36,6 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[LaunchPlan, Any, int
     calls: list[tuple[LaunchPlan, Any, int | None]] = []
 
     def fake(plan: LaunchPlan, display: Any, _: list[int], *, vocabulary: int | None = None, **__: Any) -> int:
-        plan.attempt_paths.root.mkdir(parents=True)
         calls.append((plan, display.display, vocabulary))
         return 3
 

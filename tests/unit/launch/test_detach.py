@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.processes
 STARTS = """
 import os, sys, time
 from pathlib import Path
+from typing import Any
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.runs import record
 root = Path(sys.argv[1])
@@ -39,7 +41,7 @@ def flashrl_is(script: str, run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> N
     """Have `python -m flashrl_cli` run `script`."""
     start = subprocess.Popen
 
-    def instead(command: list[str], **options: object) -> object:
+    def instead(command: list[str], **options: Any) -> object:
         assert command[:3] == [sys.executable, "-m", "flashrl_cli"]
         return start([sys.executable, "-c", script, str(run.root), *command[3:]], **options)
 

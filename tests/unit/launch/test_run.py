@@ -109,7 +109,8 @@ def test_a_later_attempt_keeps_the_earlier(
     attempted: Callable[..., Attempt], tiny_plan: Callable[..., LaunchPlan]
 ) -> None:
     first = attempted(RunFailed("it broke"))
-    attempted(plan=dataclasses.replace(tiny_plan(), attempt=2))
+    plan = tiny_plan()
+    attempted(plan=dataclasses.replace(plan, attempt=2, attempt_paths=plan.paths.attempt(2)))
     found = record.load(tiny_plan().paths.record)
     assert found
     assert found.attempts[0] == first
