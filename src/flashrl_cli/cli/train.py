@@ -10,6 +10,7 @@ import typer
 from flashrl_cli import paths
 from flashrl_cli.cli import sweep as sweeps
 from flashrl_cli.cli.options import Json, Preset, Rollout, RunName, Sets, Tis
+from flashrl_cli.errors import InputError
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
@@ -62,6 +63,8 @@ def train(
         )
         _sweep(asked, output, dry_run=dry_run, detach=detach, fail_fast=fail_fast)
         return
+    if fail_fast or yes:
+        raise InputError("--fail-fast and --yes belong to --sweep")
     resolved = review.read(preset, options)
     plan = review.next_plan(resolved, name, resume=resume, look_only=dry_run, force=force)
     tree = review.judge(resolved, plan)

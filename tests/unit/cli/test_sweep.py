@@ -221,6 +221,8 @@ def test_a_machine_that_cannot_run_one_of_them_starts_none(
         (["--sweep", "tis=1,2", "--resume", "/x/global_step_3"], "a sweep has many runs"),
         (["--sweep", "tis=1,2", "--name", "../x"], "not the name of a folder"),
         (["--sweep", "no.yaml"], "no.yaml: cannot be read"),
+        (["--fail-fast"], "--fail-fast and --yes belong to --sweep"),
+        (["--yes"], "--fail-fast and --yes belong to --sweep"),
     ],
 )
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
