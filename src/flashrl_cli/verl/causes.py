@@ -48,7 +48,8 @@ GPU = (
     ),
     _cause(
         "a GPU kernel went wrong",
-        "`CUDA_LAUNCH_BLOCKING=1` before the command makes the log name the kernel; `--rollout bf16` tells whether quantization is at fault",
+        "`CUDA_LAUNCH_BLOCKING=1` before the command makes the log name the kernel; "
+        "`--rollout bf16` tells whether quantization is at fault",
         r"CUDA error: (an illegal memory access was encountered|device-side assert triggered|misaligned address)",
     ),
     _cause(

@@ -17,14 +17,17 @@ PHASES = (
     ("[validate_config] All configuration checks passed", "starting Ray"),
     ("Started a local Ray instance", "starting the trainer"),
     ("Connected to Ray cluster", "starting the trainer"),
+    ("{'actor_rollout_ref': ", "loading the data"),
+    ("worker group kwargs:", "placing the workers"),
     ("create worker group", "loading the policy"),
-    ("actor and ref model engine initialized", "loading the rollout engine"),
+    ("actor and ref model engine initialized", "starting the rollout engine"),
+    ("['serve',", "loading the rollout engine"),
     ("checkpoint engine manager initialized", "loading the checkpoint"),
     ("all initialize finished, ready to fit", "sending weights to the rollout engine"),
+    ("Creating file logger at", "sampling responses"),
     ("Training Progress:", "sampling responses"),
 )
 """Text in a log line to what is being done from then on, in the order of a start."""
-
 
 TOTAL_STEPS = re.compile(r"Total training steps: (\d+)")
 

@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 
 from flashrl_cli.verl.log_lines import plain
 
-SOURCE = re.compile(
-    r"(\([\w:.-]+(?: \w+)? pid=\d+[^)]*\) ?|\[rank\d+\]:(?: |$)|(?:ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\] ?)"
-)
+SOURCE = re.compile(r"(\([^()]*\bpid=\d+[^()]*\) ?|\[rank\d+\]:(?: |$)|(?:ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\] ?)")
 """What Ray, torch and vLLM put before every line of a process: who wrote it."""
 REPEATED = re.compile(r" \[repeated \d+x across cluster\].*$")
 FRAME = re.compile(r'^\s+(?:\| )?File "(?P<path>[^"]+)", line (?P<line>\d+), in ')
@@ -18,9 +16,10 @@ EXCEPTION = re.compile(r"^(?P<name>(?:[a-z_]\w*\.)*(?P<short>[A-Z]\w*))(?:: (?P<
 HEADER = re.compile(
     r"^(?:Traceback \(most recent call last\):|(?:ray\.exceptions\.RayTaskError\(\w+\): )?.*\bray::\S+\(\) \(pid=)"
 )
+PACKAGES = re.compile(r"^.*/(?:site|dist)-packages/")
 FOLLOWS = re.compile(
     r"ActorDiedError|ActorUnavailableError|RayActorError|WorkerCrashedError|EngineDeadError|CancelledError|KeyboardInterrupt"
-    r"|SystemExit|BrokenPipeError|Engine core initialization failed|WorkerProc initialization failed|cancelled"
+    r"|SystemExit|BrokenPipeError|Connection was likely closed|Engine core initialization failed|WorkerProc initialization failed|cancelled"
 )
 """Exceptions that only say that something else failed."""
 MAX_LENGTH = 300
@@ -92,13 +91,16 @@ def _place(frames: Sequence[tuple[str, int]]) -> str | None:
     """The innermost frame in the user's or verl's code, else the innermost at all."""
     own = [frame for frame in frames if _is_own(frame[0])]
     path, number = (own or frames)[-1]
-    return f"{path.rpartition('site-packages/')[2]}:{number}"
+    return f"{_short(path)}:{number}"
 
 
 def _is_own(path: str) -> bool:
-    installed = path.rpartition("site-packages/")[2]
-    return (
-        "/lib/python3" not in path and not path.startswith("<")
-        if installed == path
-        else installed.startswith(("verl/", "flashrl_cli/"))
-    )
+    installed = _short(path)
+    if installed != path:
+        return installed.startswith(("verl/", "flashrl_cli/"))
+    return "/lib/python3" not in path and not path.startswith("<")
+
+
+def _short(path: str) -> str:
+    """A path less the folder of installed packages."""
+    return PACKAGES.sub("", path)
