@@ -24,6 +24,9 @@ SHOWN = {
     "gpu_unknown": "torch or vLLM was not built for this kind of GPU",
     "nccl_error": "the GPUs could not talk to each other (NCCL)",
     "nccl_timeout": "the GPUs waited in vain for one of them",
+    "package_missing": "a Python package is missing",
+    "setting_refused": "verl refuses a setting",
+    "setting_unknown": "verl refuses a setting",
 }
 
 
