@@ -100,7 +100,7 @@ MACHINE = (
         "the machine's memory cannot hold what was asked for",
         "lower the batch sizes or VLLM_CPU_KVCACHE_SPACE, or end what else takes memory here (`free -g`)",
         r"DefaultCPUAllocator: (can't allocate|not enough) memory",
-        r"Unable to allocate [\d.]+ [KMGT]iB for an array",
+        r"Unable to allocate [\d.]+ [KMGTP]iB for an array",
         r"Cannot allocate memory",
         r"(^|\s)MemoryError\b",
         r"std::bad_alloc",
@@ -151,6 +151,7 @@ INPUTS = (
         "the checkpoint is damaged",
         "`--resume PATH` takes an earlier global_step_*, `--resume never` starts over",
         r"PytorchStreamReader failed",
+        r"EOFError: Ran out of input",
     ),
     _cause(
         "the checkpoint was written by another number of GPUs",
@@ -161,20 +162,22 @@ INPUTS = (
         "the weights do not fit the model's configuration",
         "model.path and the checkpoint must be of the same model: look at its config.json",
         r"size mismatch for \S+: copying a param",
-        r"set `ignore_mismatched_sizes=True`",
+        r"You set `ignore_mismatched_sizes` to `False`",
         r"Error\(s\) in loading state_dict for",
     ),
     _cause(
-        "the tokenizer could not be loaded",
-        "model.path needs tokenizer.json and tokenizer_config.json beside the weights",
+        "the tokenizer is missing, damaged, or has no chat template",
+        "model.path needs tokenizer.json, tokenizer_config.json and a chat template beside the weights",
         r"Can't load tokenizer for",
-        r"Couldn't instantiate the backend tokenizer",
+        r"tokenizer\.chat_template is not set",
+        r'/transformers/tokenization_utils_base\.py", line \d+, in _from_pretrained',
     ),
     _cause(
         "the model could not be loaded",
         "check model.path; without a network it must be a local folder with config.json and weights",
         r"(OSError|HTTPError|LocalEntryNotFoundError|OfflineModeIsEnabled).*(huggingface|Hugging Face|repo|model)",
         r"does not appear to have a file named \S+",
+        r"Error no file named \S+",
         r"Can't load the configuration of",
         r"Unrecognized model in",
         r"does not recognize this architecture",
@@ -184,18 +187,32 @@ INPUTS = (
         "`flashrl prepare NAME --force` writes it anew",
         r"pyarrow\.lib\.ArrowInvalid",
         r"datasets\.exceptions\.DatasetGenerationError",
+        r"Unable to find '[^']*\.parquet'",
         r"No such file or directory: '[^']*\.parquet'",
+    ),
+    _cause(
+        "the data lacks a column that verl reads",
+        "`flashrl prepare NAME --force` writes all of prompt, data_source, reward_model and extra_info",
+        r"KeyError: '(prompt|data_source|reward_model|extra_info)'$",
     ),
     _cause(
         "no training data is left",
         "raise data.max_prompt_length (longer prompts are dropped), or lower data.train_batch_size to the rows there are",
-        r"Train dataloader is empty",
+        r"filter dataset len: 0$",
         r"num_samples should be a positive integer value, but got num_samples=0",
     ),
     _cause(
         "verl has no scorer for the data's data_source",
         "`flashrl prepare` writes sources that verl scores; others need reward.custom_reward_function.path",
         r"Reward function is not implemented for data_source=",
+        fatal=False,  # verl goes on with the other prompts
+    ),
+    _cause(
+        "the reward function could not be loaded",
+        "reward.custom_reward_function.path must name a file that every node reads",
+        r"Custom module file not found: module_path=",
+        r"Error loading module from module_path=",
+        r"Object not found in module: object_name=",
     ),
 )
 
@@ -238,6 +255,11 @@ ENGINE = (
         r"Unknown quantization method",
     ),
     _cause(
+        "the rollout engine does not know the attention backend",
+        "leave attention_backend to vLLM, or take one of those that the log lists",
+        r"Unknown attention backend: ",
+    ),
+    _cause(
         "prompt and response are longer than the model can take",
         "lower data.max_prompt_length or data.max_response_length to the model's max_position_embeddings",
         r"User-specified max_model_len \(\d+\) is greater than the derived max_model_len",
@@ -250,11 +272,27 @@ ENGINE = (
         r"WorkerProc failed to start",
     ),
     _cause(
-        "a process of the rollout engine died",
+        "a worker of the rollout engine died",
         "`dmesg` tells whether the system killed it for memory; `--resume auto` goes on from the last checkpoint",
-        r"Worker proc \S+ died unexpectedly",
+        r"(Worker|Engine core) proc \S+ died unexpectedly",
+        r"RayWorkerProc rank=\S+ died unexpectedly",
+        r"engine core exited unexpectedly",
         r"EngineDeadError",
         r"EngineCore encountered a fatal error",
+    ),
+)
+
+SAMPLING = (
+    _cause(
+        "no response of a whole batch could be sampled and scored",
+        "the exceptions after `Error in _run_prompt` in the log say why",
+        r"selected terminal groups with no materializable trajectories",
+    ),
+    _cause(
+        "responses could not be sampled or scored",
+        "the exceptions after `Error in _run_prompt` in the log say why",
+        r"Error in _run_prompt\b",
+        fatal=False,  # verl goes on with the other prompts
     ),
 )
 
@@ -263,8 +301,10 @@ RAY = (
         "Ray itself broke down",
         "the logs under /tmp/ray/session_latest say why; `--resume auto` goes on from the last checkpoint",
         r"local raylet (died|failed)",
-        r"Failed to connect to GCS",
+        r"the [Rr]aylet (is unavailable \(crashed\)|has most likely crashed)",
+        r"Failed to connect to GCS within",
         r"NodeDiedError",
+        r"the node it was running on is dead or unavailable",
     ),
     _cause(
         "a Ray worker died",
@@ -276,7 +316,7 @@ RAY = (
     ),
 )
 
-CAUSES = (*GPU, *MACHINE, *INPUTS, *SETUP, *ENGINE, *RAY)
+CAUSES = (*GPU, *MACHINE, *INPUTS, *SETUP, *ENGINE, *RAY, *SAMPLING)
 """Most specific first."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from flashrl_cli.verl.log_lines import plain
 
@@ -12,7 +12,7 @@ SOURCE = re.compile(r"(\([^()]*\bpid=\d+[^()]*\) ?|\[rank\d+\]:(?: |$)|(?:ERROR|
 """What Ray, torch and vLLM put before every line of a process: who wrote it."""
 REPEATED = re.compile(r" \[repeated \d+x across cluster\].*$")
 FRAME = re.compile(r'^\s+(?:\| )?File "(?P<path>[^"]+)", line (?P<line>\d+), in ')
-EXCEPTION = re.compile(r"^(?P<name>(?:[a-z_]\w*\.)*(?P<short>[A-Z]\w*))(?:: (?P<message>.*))?$")
+EXCEPTION = re.compile(r"^(?:[a-z_]\w*\.)*[A-Z_]\w*(?::( .*)?)?$")
 HEADER = re.compile(
     r"^(?:Traceback \(most recent call last\):|(?:ray\.exceptions\.RayTaskError\(\w+\): )?.*\bray::\S+\(\) \(pid=)"
 )
@@ -22,24 +22,18 @@ FOLLOWS = re.compile(
     r"|SystemExit|BrokenPipeError|Connection was likely closed|Engine core initialization failed|WorkerProc initialization failed|cancelled"
 )
 """Exceptions that only say that something else failed."""
+UNFINISHED = re.compile(r":$|: \d+ validation errors? for \w+$|: Error\(s\) in loading state_dict for \w+:$")
 MAX_LENGTH = 300
-
-
-@dataclass(slots=True)
-class _Reader:
-    """The lines of one process so far: the frames of the traceback under way, and whether the last line belonged to it."""
-
-    frames: list[tuple[str, int]] = field(default_factory=list)
-    within: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class _Raised:
+    number: int
     text: str
-    place: str | None
+    place: str
 
     def __str__(self) -> str:
-        return f"{self.text} ({self.place})" if self.place else self.text
+        return f"{self.text} ({self.place})"
 
 
 def root_error(lines: Sequence[str]) -> str | None:
@@ -47,27 +41,36 @@ def root_error(lines: Sequence[str]) -> str | None:
 
     It is the last of the log that is no mere consequence of another process's end; of nested ones the innermost.
     """
-    raised = list(_exceptions(lines))
-    causes = [error for error in raised if not FOLLOWS.search(error.text)]
-    return str((causes or raised)[-1]) if raised else None
-
-
-def _exceptions(lines: Sequence[str]) -> Iterator[_Raised]:
-    readers: dict[str, _Reader] = {}
-    for line in lines:
+    sources: dict[str, list[tuple[int, str]]] = {}
+    for number, line in enumerate(lines):
         source, text = _split(line)
-        reader = readers.setdefault(source, _Reader())
+        sources.setdefault(source, []).append((number, text))
+    raised = [error for written in sources.values() for error in _exceptions(written)]
+    causes = [error for error in raised if not FOLLOWS.search(error.text)] or raised
+    return str(max(causes, key=lambda error: error.number)) if causes else None
+
+
+def _exceptions(written: Sequence[tuple[int, str]]) -> Iterator[_Raised]:
+    """The exceptions that end the tracebacks in one process's numbered lines."""
+    frames: list[tuple[str, int]] = []
+    within = False
+    for index, (number, text) in enumerate(written):
         frame = FRAME.match(text)
         if HEADER.match(text):
-            reader.frames, reader.within = [], True
+            frames, within = [], True
         elif frame:
-            reader.frames.append((frame["path"], int(frame["line"])))
-            reader.within = True
-        elif reader.within and not text.startswith(" "):
-            found = EXCEPTION.match(text)
-            if found and reader.frames:
-                yield _Raised(_shown(text), _place(reader.frames))
-            reader.within = False
+            frames.append((frame["path"], int(frame["line"])))
+        elif within and not text.startswith(" "):
+            within = False
+            if frames and EXCEPTION.match(text):
+                following = written[index + 1][1] if index + 1 < len(written) else ""
+                yield _Raised(number, _message(text, following), _place(frames))
+
+
+def _message(text: str, following: str) -> str:
+    """An exception's line, with the next one where that says what is wrong."""
+    told = f"{text} {following.strip()}" if UNFINISHED.search(text) else text
+    return told if len(told) <= MAX_LENGTH else told[: MAX_LENGTH - 1] + "…"
 
 
 def _split(line: str) -> tuple[str, str]:
@@ -83,11 +86,7 @@ def _origin(prefix: str) -> str:
     return "" if prefix.startswith(("ERROR", "CRITICAL")) else prefix.strip()
 
 
-def _shown(text: str) -> str:
-    return text if len(text) <= MAX_LENGTH else text[: MAX_LENGTH - 1] + "…"
-
-
-def _place(frames: Sequence[tuple[str, int]]) -> str | None:
+def _place(frames: Sequence[tuple[str, int]]) -> str:
     """The innermost frame in the user's or verl's code, else the innermost at all."""
     own = [frame for frame in frames if _is_own(frame[0])]
     path, number = (own or frames)[-1]
@@ -98,7 +97,7 @@ def _is_own(path: str) -> bool:
     installed = _short(path)
     if installed != path:
         return installed.startswith(("verl/", "flashrl_cli/"))
-    return "/lib/python3" not in path and not path.startswith("<")
+    return path.startswith("/") and "/lib/python3" not in path
 
 
 def _short(path: str) -> str:
