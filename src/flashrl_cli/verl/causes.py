@@ -229,6 +229,7 @@ SETUP = (
         "install the stack that requirements/ pins; `flashrl doctor` compares what is here with it",
         r"^(\([^)]*\) )*ModuleNotFoundError: No module named",
         r"^(\([^)]*\) )*ImportError: ",
+        r"importlib\.metadata\.PackageNotFoundError: ",
     ),
     _cause(
         "the cluster has fewer GPUs than the run asks for",
@@ -304,6 +305,7 @@ RAY = (
         r"the [Rr]aylet (is unavailable \(crashed\)|has most likely crashed)",
         r"Failed to connect to GCS within",
         r"NodeDiedError",
+        r"have not registered within the timeout\. The process is dead",
         r"the node it was running on is dead or unavailable",
     ),
     _cause(

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from flashrl_cli.verl.log_lines import plain
 
-SOURCE = re.compile(r"(\([^()]*\bpid=\d+[^()]*\) ?|\[rank\d+\]:(?: |$)|(?:ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\] ?)")
+SOURCE = re.compile(
+    r"(\((?:raylet\b[^()]*|[^()]*\bpid=\d+[^()]*)\) ?|\[rank\d+\]:(?: |$)|(?:ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\] ?)"
+)
 """What Ray, torch and vLLM put before every line of a process: who wrote it."""
 REPEATED = re.compile(r" \[repeated \d+x across cluster\].*$")
 FRAME = re.compile(r'^\s+(?:\| )?File "(?P<path>[^"]+)", line (?P<line>\d+), in ')

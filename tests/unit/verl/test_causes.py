@@ -52,6 +52,8 @@ SHOWN = {
     "nccl_error": "the GPUs could not talk to each other (NCCL)",
     "nccl_timeout": "the GPUs waited in vain for one of them",
     "package_missing": "a Python package is missing",
+    "package_missing_for_ray": "a Python package is missing",
+    "package_without_metadata": "a Python package is missing",
     "package_missing_on_worker": "a Python package is missing",
     "permission": "a file or folder may not be read or written",
     "permission_read_only": "a file or folder may not be read or written",
@@ -102,6 +104,15 @@ def test_only_what_verl_outlives_ends_no_run() -> None:
         "verl has no scorer for the data's data_source",
         "responses could not be sampled or scored",
     }
+
+
+def test_what_a_log_shows_after_the_cause_is_known_too() -> None:
+    assert [cause.what for cause in causes_in("package_missing_for_ray")] == [
+        "a Python package is missing",
+        "Ray itself broke down",
+        "a Python package is missing",
+        "Ray itself broke down",
+    ]
 
 
 def test_colours_hide_no_cause() -> None:

@@ -20,6 +20,7 @@ ROOTS = {
     "gpu_memory_accelerator": "torch.AcceleratorError: CUDA error: out of memory (/home/user/probe.py:12)",
     "gpu_missing": "torch.AcceleratorError: CUDA error: invalid device ordinal (/home/user/probe.py:8)",
     "package_missing": "ModuleNotFoundError: No module named 'no_such_module' (verl/utils/import_utils.py:88)",
+    "package_missing_for_ray": "ModuleNotFoundError: No module named 'ray' (ray/_private/workers/default_worker.py:8)",
     "package_missing_on_worker": "ModuleNotFoundError: No module named 'annotated_types' (pydantic/fields.py:17)",
     "permission": "PermissionError: [Errno 13] Permission denied: '/data/checkpoints/tiny' (/home/user/probe.py:4)",
     "permission_read_only": "OSError: [Errno 30] Read-only file system: '/data/checkpoints/tiny' (/home/user/probe.py:4)",
@@ -114,6 +115,10 @@ PARTS = {
     "setting_unknown": (
         "hydra.errors.ConfigCompositionException: Could not override",
         "(verl/trainer/main_ppo.py:196)",
+    ),
+    "package_without_metadata": (
+        "importlib.metadata.PackageNotFoundError: No package metadata was found for The 'filelock' distribution",
+        "(verl/utils/torch_functional.py:30)",
     ),
     "sampling_failed": (
         "RuntimeError: Sync replay buffer selected terminal groups",
