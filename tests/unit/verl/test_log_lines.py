@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from flashrl_cli.verl.log_lines import PHASES, cause_in, phase_after, plain, total_steps
@@ -14,6 +16,14 @@ def test_plain() -> None:
 @pytest.mark.parametrize(("text", "phase"), PHASES)
 def test_phases(text: str, phase: str) -> None:
     assert phase_after(f"(TaskRunner pid=7) {text} …") == phase
+
+
+@pytest.mark.parametrize("name", ["healthy", "resumed"])
+def test_a_start_goes_through_every_phase_in_order(name: str) -> None:
+    log = (Path(__file__).parent / "logs" / f"{name}.log").read_text(encoding="utf-8")
+    seen = [phase for line in log.splitlines() if (phase := phase_after(plain(line)))]
+    assert list(dict.fromkeys(seen)) == list(dict.fromkeys(phase for _, phase in PHASES))
+    assert seen == sorted(seen, key=[phase for _, phase in PHASES].index)
 
 
 @pytest.mark.parametrize(
