@@ -309,10 +309,14 @@ RAY = (
         r"the node it was running on is dead or unavailable",
     ),
     _cause(
+        "a Ray worker or its node cannot be reached",
+        "`ray status` shows the nodes that are left; `--resume auto` goes on from the last checkpoint",
+        r"ActorUnavailableError",
+    ),
+    _cause(
         "a Ray worker died",
         "the lines above it in the log say why; `dmesg` tells whether the system killed it for memory",
         r"ActorDiedError",
-        r"ActorUnavailableError",
         r"WorkerCrashedError",
         r"A worker died or was killed",
     ),

@@ -29,6 +29,8 @@ PHASES = (
 )
 """Text in a log line to what is being done from then on, in the order of a start."""
 
+ORDER = tuple(dict.fromkeys(phase for _, phase in PHASES))
+
 TOTAL_STEPS = re.compile(r"Total training steps: (\d+)")
 
 
@@ -37,9 +39,15 @@ def plain(line: str) -> str:
     return ANSI.sub("", line).rstrip()
 
 
-def phase_after(line: str) -> str | None:
-    """What is being done once `line` was logged, or None if the line does not tell."""
-    return next((phase for text, phase in PHASES if text in line), None)
+def phase_after(line: str, current: str | None = None) -> str | None:
+    """What is being done once `line` was logged, or None if the line does not tell.
+
+    None too for what comes before the `current` phase: with several nodes lines are repeated late.
+    """
+    found = next((phase for text, phase in PHASES if text in line), None)
+    if found is None or (current in ORDER and ORDER.index(found) <= ORDER.index(current)):
+        return None
+    return found
 
 
 def total_steps(line: str) -> int | None:

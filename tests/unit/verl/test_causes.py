@@ -13,7 +13,7 @@ from flashrl_cli.verl.causes import CAUSES, Cause, cause_in
 from flashrl_cli.verl.log_lines import plain
 
 LOGS = Path(__file__).parent / "logs"
-HEALTHY = ("healthy", "resumed", "interrupted")
+HEALTHY = ("healthy", "resumed", "interrupted", "two_nodes")
 UNKNOWN = ("reward_raises",)
 SHOWN = {
     "checkpoint_damaged": "the checkpoint is damaged",
@@ -51,6 +51,7 @@ SHOWN = {
     "model_unreadable": "the model could not be loaded",
     "nccl_error": "the GPUs could not talk to each other (NCCL)",
     "nccl_timeout": "the GPUs waited in vain for one of them",
+    "node_lost": "a Ray worker or its node cannot be reached",
     "package_missing": "a Python package is missing",
     "package_missing_for_ray": "a Python package is missing",
     "package_without_metadata": "a Python package is missing",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flashrl_cli.verl.log_lines import PHASES, cause_in, phase_after, plain, total_steps
+from flashrl_cli.verl.log_lines import ORDER, PHASES, cause_in, phase_after, plain, total_steps
 
 
 def test_plain() -> None:
@@ -18,12 +18,21 @@ def test_phases(text: str, phase: str) -> None:
     assert phase_after(f"(TaskRunner pid=7) {text} …") == phase
 
 
-@pytest.mark.parametrize("name", ["healthy", "resumed"])
+@pytest.mark.parametrize("name", ["healthy", "resumed", "two_nodes"])
 def test_a_start_goes_through_every_phase_in_order(name: str) -> None:
     log = (Path(__file__).parent / "logs" / f"{name}.log").read_text(encoding="utf-8")
-    seen = [phase for line in log.splitlines() if (phase := phase_after(plain(line)))]
-    assert list(dict.fromkeys(seen)) == list(dict.fromkeys(phase for _, phase in PHASES))
-    assert seen == sorted(seen, key=[phase for _, phase in PHASES].index)
+    seen: list[str] = []
+    for line in log.splitlines():
+        phase = phase_after(plain(line), seen[-1] if seen else "starting verl")
+        seen += [phase] if phase else []
+    assert seen == list(ORDER)
+
+
+def test_a_phase_does_not_come_back() -> None:
+    line = "(TaskRunner pid=7) create worker group dict_keys(['actor_rollout'])"
+    assert phase_after(line, "placing the workers") == "loading the policy"
+    assert phase_after(line, "loading the policy") is None
+    assert phase_after(line, "sampling responses") is None
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,10 @@ PARTS = {
         "hydra.errors.ConfigCompositionException: Could not override",
         "(verl/trainer/main_ppo.py:196)",
     ),
+    "node_lost": (
+        "ray.exceptions.ActorUnavailableError: The actor 00000000000000000000000000000001 is unavailable",
+        "(verl/trainer/main_ppo.py:93)",
+    ),
     "package_without_metadata": (
         "importlib.metadata.PackageNotFoundError: No package metadata was found for The 'filelock' distribution",
         "(verl/utils/torch_functional.py:30)",
@@ -146,6 +150,7 @@ PARTS = {
     ),
 }
 WITHOUT = (
+    "two_nodes",
     "engine_memory",
     "data_filtered",
     "engine_died",
