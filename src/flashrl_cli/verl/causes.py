@@ -119,6 +119,7 @@ MACHINE = (
         "give this user the right to it (`ls -ld PATH`), or name others with FLASHRL_CHECKPOINTS and FLASHRL_RUNS",
         r"PermissionError: \[Errno 13\]",
         r"OSError: \[Errno 30\] Read-only file system",
+        fatal=False,  # libraries try caches and go on without
     ),
     _cause(
         "too many open files",
@@ -194,6 +195,7 @@ INPUTS = (
         "the data lacks a column that verl reads",
         "`flashrl prepare NAME --force` writes all of prompt, data_source, reward_model and extra_info",
         r"KeyError: '(prompt|data_source|reward_model|extra_info)'$",
+        fatal=False,  # a reward function may raise the same, and verl goes on
     ),
     _cause(
         "no training data is left",
@@ -230,6 +232,7 @@ SETUP = (
         r"^(\([^)]*\) )*ModuleNotFoundError: No module named",
         r"^(\([^)]*\) )*ImportError: ",
         r"importlib\.metadata\.PackageNotFoundError: ",
+        fatal=False,  # libraries log what they do without, and verl ends itself
     ),
     _cause(
         "the cluster has fewer GPUs than the run asks for",

@@ -101,7 +101,10 @@ def test_every_cause_is_seen_in_a_log() -> None:
 
 def test_only_what_verl_outlives_ends_no_run() -> None:
     assert {cause.what for cause in CAUSES if not cause.fatal} == {
+        "a file or folder may not be read or written",
         "a network port is taken",
+        "a Python package is missing",
+        "the data lacks a column that verl reads",
         "verl has no scorer for the data's data_source",
         "responses could not be sampled or scored",
     }
