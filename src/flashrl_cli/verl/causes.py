@@ -136,7 +136,7 @@ MACHINE = (
     _cause(
         "a network port is taken",
         "end the leftover Ray or vLLM process that holds it: `ss -ltnp` names it",
-        r"Address already in use",
+        r"[Aa]ddress already in use",
         r"EADDRINUSE",
         fatal=False,  # torch warns so of one address family and goes on with the other
     ),
