@@ -215,10 +215,10 @@ class ResourceSpec(Part):
 class WatchSpec(Part):
     """When flashrl ends a run: clocks in seconds, and bounds beyond which the rollout does not sample from the policy."""
 
-    start_timeout_s: Positive = 1800
-    """Longest time without a new phase before the first step."""
+    start_timeout_s: Positive | None = None
+    """Longest time of any phase of the start; null means a clock for each phase, from 10 to 30 minutes."""
     step_timeout_s: Positive = 7200
-    """Longest time without a new step."""
+    """Longest time of a step, the first one's sampling included."""
     failure_grace_s: Positive = 30
     """Time that verl gets to end by itself once its log shows that a worker died."""
     stop_grace_s: Positive = 60

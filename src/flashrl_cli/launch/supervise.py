@@ -20,7 +20,9 @@ from flashrl_cli.launch.process import Tree
 from flashrl_cli.launch.signals import Interrupted
 from flashrl_cli.runs.metrics import MetricsTail
 from flashrl_cli.runs.tail import Tail, last_lines
-from flashrl_cli.verl.log_lines import CAUSES, Cause, cause_in, phase_after, plain, total_steps
+from flashrl_cli.verl.causes import CAUSES, Cause, cause_in
+from flashrl_cli.verl.log_lines import CLOCKS, phase_after, plain, total_steps
+from flashrl_cli.verl.tracebacks import root_error
 
 if TYPE_CHECKING:
     from flashrl_cli.contract import Handshake
@@ -33,6 +35,9 @@ FAILURE_GRACE_S = 10.0
 KILL_GRACE_S = 3.0
 """Time that what verl left behind gets, once verl itself has ended."""
 TAIL_LINES = 20
+TRACEBACK_LINES = 2000
+"""Lines at the log's end in which the exception at the root of a failure is looked for."""
+STARTING = "starting verl"
 
 
 class Display(Protocol):
@@ -75,7 +80,7 @@ class Watch:
         self._expected = proof.expectation(self.plan)
         self._proven = self._expected.workers == 0
         self._moved = time.monotonic()
-        self._phase: str | None = None
+        self._phase = STARTING
         self._doomed: tuple[Cause, float] | None = None
         self.cause: Cause | None = None
 
@@ -91,8 +96,8 @@ class Watch:
         self.display.tick()
 
     def _read(self, line: str) -> None:
-        phase = phase_after(line)
-        if phase is not None and phase != self._phase and not self.steps:
+        phase = phase_after(line, self._phase)
+        if phase is not None and not self.steps:
             self._phase = phase
             self._moved = time.monotonic()
             self.display.phase(phase)
@@ -147,14 +152,23 @@ class Watch:
     def _check_clocks(self) -> None:
         watch, now = self.plan.spec.watch, time.monotonic()
         if self._doomed and now - self._doomed[1] > watch.failure_grace_s:
-            raise RunFailed(self._doomed[0].what, hint=self._doomed[0].hint)
-        limit = watch.step_timeout_s if self.steps else watch.start_timeout_s
+            raise self.failure(self._doomed[0].what, self._doomed[0].hint)
+        limit, key = self._limit()
         if now - self._moved > limit:
-            doing = "a step" if self.steps else "the start"
-            raise RunFailed(
-                f"no progress for {limit:g} s during {doing}",
-                hint=f"raise watch.{'step' if self.steps else 'start'}_timeout_s if it only is slow",
-            )
+            doing = "a step" if self.steps else f"the start ({self._phase})"
+            raise RunFailed(f"no progress for {limit:g} s during {doing}", hint=f"raise watch.{key} if it only is slow")
+
+    def _limit(self) -> tuple[float, str]:
+        """Seconds that what is being done now may take, and the key that says so."""
+        watch, clock = self.plan.spec.watch, CLOCKS.get(self._phase)
+        if self.steps or clock is None:
+            return watch.step_timeout_s, "step_timeout_s"
+        return watch.start_timeout_s or clock, "start_timeout_s"
+
+    def failure(self, what: str | None, hint: str, otherwise: str = "") -> RunFailed:
+        """The error for a failed run: what is known of it, and the exception at its root, in one line."""
+        root = root_error(last_lines(self.plan.attempt_paths.log, TRACEBACK_LINES))
+        return RunFailed(": ".join(filter(None, (what, root))) or otherwise, hint=hint)
 
 
 def locally(plan: LaunchPlan) -> Handle:
@@ -173,7 +187,7 @@ def supervise(
     paths = plan.attempt_paths
     paths.plugins.mkdir(parents=True)
     files.write_json(paths.plan, plan_document(plan))
-    display.phase("starting verl")
+    display.phase(STARTING)
     handle = start(plan)
     watch = Watch(plan, display, handle, vocabulary)
     try:
@@ -195,11 +209,8 @@ def _follow(watch: Watch, received: list[int]) -> None:
         if code == 0:
             return _check_complete(watch)
         if code is not None:
-            cause = watch.cause
-            raise RunFailed(
-                cause.what if cause else f"verl ended with exit code {code}",
-                hint=cause.hint if cause else "the log's end says why",
-            )
+            what, hint = (watch.cause.what, watch.cause.hint) if watch.cause else (None, "the log's end says why")
+            raise watch.failure(what, hint, f"verl ended with exit code {code}")
         time.sleep(POLL_S)
 
 

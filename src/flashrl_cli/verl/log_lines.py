@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import re
 
-from flashrl_cli.verl.causes import CAUSES, Cause, cause_in
-
-__all__ = ["CAUSES", "PHASES", "Cause", "cause_in", "phase_after", "plain", "total_steps"]
-
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 PHASES = (
@@ -28,6 +24,20 @@ PHASES = (
     ("Training Progress:", "sampling responses"),
 )
 """Text in a log line to what is being done from then on, in the order of a start."""
+
+CLOCKS = {
+    "starting verl": 600.0,
+    "starting Ray": 600.0,
+    "starting the trainer": 600.0,
+    "loading the data": 1800.0,
+    "placing the workers": 1800.0,  # an autoscaler brings machines first; Ray itself waits for ever
+    "loading the policy": 1800.0,
+    "starting the rollout engine": 600.0,
+    "loading the rollout engine": 1800.0,
+    "loading the checkpoint": 1800.0,
+    "sending weights to the rollout engine": 900.0,
+}
+"""Longest time of each phase of a start, seconds: some ten times what a large model takes on slow disks."""
 
 ORDER = tuple(dict.fromkeys(phase for _, phase in PHASES))
 

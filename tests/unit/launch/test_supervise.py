@@ -231,7 +231,7 @@ def test_run_that_hangs_after_a_fatal_line_is_ended(run: Callable[..., int]) -> 
 
 @pytest.mark.processes
 def test_start_without_progress_is_ended(run: Callable[..., int], tmp_path: Path) -> None:
-    with pytest.raises(RunFailed, match="no progress for 5 s during the start") as caught:
+    with pytest.raises(RunFailed, match=r"no progress for 5 s during the start \(starting verl\)") as caught:
         run("time.sleep(120)", start_timeout_s=5)
     assert "watch.start_timeout_s" in str(caught.value.hint)
 

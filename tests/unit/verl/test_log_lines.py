@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flashrl_cli.verl.log_lines import ORDER, PHASES, cause_in, phase_after, plain, total_steps
+from flashrl_cli.verl.causes import cause_in
+from flashrl_cli.verl.log_lines import CLOCKS, ORDER, PHASES, phase_after, plain, total_steps
 
 
 def test_plain() -> None:
@@ -47,3 +48,8 @@ def test_ordinary_lines_mean_nothing(line: str) -> None:
     assert cause_in(line) is None
     assert phase_after(line) is None
     assert total_steps(line) is None
+
+
+def test_every_phase_of_a_start_has_a_clock() -> None:
+    assert ORDER[-1] == "sampling responses", "the first step's, whose clock is that of a step"
+    assert set(CLOCKS) == {"starting verl", *ORDER[:-1]}
