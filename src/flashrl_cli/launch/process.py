@@ -1,94 +1,118 @@
-"""A child process with everything it starts, so that all of it can be ended.
+"""A command with everything it starts, so that all of it can be ended, whoever dies first.
 
 Ray puts its daemons into sessions of their own and rewrites process titles, so neither process groups nor environments find
-them again. On Linux this process becomes the "subreaper" instead: whatever loses its parent becomes a child of ours.
+them again. On Linux this process becomes the "subreaper" instead: whatever loses its parent becomes a child of ours. Between
+us and the command stands a guardian (`launch.guardian`) of the same kind: when we are killed, it ends the command, and
+when it is killed, we do.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
 import psutil
 
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_PDEATHSIG = 1
+GUARDIAN = "flashrl_cli.launch.guardian"
 
 
-class Tree:
-    """A started command and all its descendants."""
+class Descendants:
+    """What this process starts from now on, with all that it starts in turn, also what has lost its parent."""
 
-    def __init__(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path) -> None:
-        """Start `argv` in its own session with both outputs appended to `log`."""
-        _adopt_orphans()
+    def __init__(self) -> None:
+        adopt_orphans()
         self._before = set(psutil.Process().children(recursive=True))
         self._known: set[psutil.Process] = set()
-        with log.open("ab") as stream:
-            self._child = _start(argv, env=env, cwd=cwd, stream=stream)
-        self.pid = self._child.pid
 
-    def poll(self) -> int | None:
-        """Exit code of the command itself, None while it runs; a signal's number negative."""
-        return self._child.poll()
-
-    def processes(self) -> list[psutil.Process]:
-        """Everything that the command started and that still runs, also what has lost its parent."""
+    def alive(self) -> list[psutil.Process]:
+        """Those that still run."""
         # a psutil.Process is equal to another of the same pid only if it started at the same time
         self._known.update(set(psutil.Process().children(recursive=True)) - self._before)
         return [process for process in self._known if _alive(process)]
 
-    def terminate(self) -> None:
-        """Ask the command to end."""
-        with contextlib.suppress(ProcessLookupError):
-            self._child.send_signal(signal.SIGTERM)
-
     def kill(self, *, grace_s: float = 0.0) -> None:
-        """End every process of the tree, at the latest after `grace_s` by KILL, until none is left."""
+        """End every one of them, at the latest after `grace_s` by KILL, until none is left."""
         if grace_s:
-            _signal_all(self.processes(), signal.SIGTERM)
-            _wait(self.processes(), grace_s)
+            _signal_all(self.alive(), signal.SIGTERM)
+            _wait(self.alive(), grace_s)
         for _ in range(50):
-            left = self.processes()
+            left = self.alive()
             if not left:
                 break
             _signal_all(left, signal.SIGKILL)
             _wait(left, 0.2)
-        self._child.wait()
+
+
+class Tree:
+    """A started command and all its descendants (`executor.Handle`)."""
+
+    def __init__(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path) -> None:
+        """Start `argv` under a guardian, in its own session, with both outputs appended to `log`."""
+        self._descendants = Descendants()
+        theirs, self._lifeline = os.pipe()
+        with log.open("ab") as stream:
+            self._guardian = subprocess.Popen(
+                [sys.executable, "-m", GUARDIAN, str(theirs), *argv],
+                env=dict(env),
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=(theirs,),
+            )
+        os.close(theirs)
+        self.pid = self._guardian.pid
+
+    def poll(self) -> int | None:
+        """Exit code of the command, None while it runs; a signal's number negative."""
+        return self._guardian.poll()
+
+    def tend(self) -> None:
+        """Note what has been started, so that it is known even if it is adopted by somebody else."""
+        self._descendants.alive()
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything that was started and that still runs."""
+        return self._descendants.alive()
+
+    def terminate(self) -> None:
+        """Ask the command to end; the guardian passes it on."""
+        with contextlib.suppress(ProcessLookupError):
+            self._guardian.send_signal(signal.SIGTERM)
+
+    def kill(self, *, grace_s: float = 0.0) -> None:
+        """End every process of the tree, at the latest after `grace_s` by KILL, until none is left."""
+        self._descendants.kill(grace_s=grace_s)
+        self._guardian.wait()
+        with contextlib.suppress(OSError):  # a second kill finds it closed
+            os.close(self._lifeline)
         _reap()
 
 
-def _start(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, stream: IO[bytes]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        argv,
-        env=dict(env),
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        stdout=stream,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - one system call
-    )
+def adopt_orphans() -> None:
+    """Become the parent of whatever loses its own below this process; Linux only, nothing happens elsewhere."""
+    if sys.platform == "linux":
+        _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end_with_parent() -> None:
+    """Have the kernel ask this process to end when its parent is killed; for `preexec_fn`."""
+    if sys.platform == "linux":
+        _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _prctl(option: int, value: int) -> None:
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
-
-
-def _die_with_parent() -> None:
-    """Have the kernel ask the child to end when this process is killed: nobody would watch the run any more."""
-    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _adopt_orphans() -> None:
-    if sys.platform == "linux":
-        _prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def _alive(process: psutil.Process) -> bool:

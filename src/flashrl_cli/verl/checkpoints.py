@@ -1,7 +1,7 @@
-"""verl's checkpoint layout: its folder and file names, and what a run's overrides say about its validation data.
+"""verl's checkpoint layout: its folder and file names, and what a run's overrides say about checkpoints and validation data.
 
 Written by verl 0.9.1, one step by utils/checkpoint/fsdp_checkpoint_manager.py:272-476, a run by
-trainer/ppo/v1/trainer_base.py:948-1029.
+trainer/ppo/v1/trainer_base.py:948-1029: actor, critic, data.pt, and the tracker last.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Number of the last step that was saved completely; verl writes it last."""
@@ -18,12 +19,22 @@ ACTOR = "actor"
 CRITIC = "critic"
 HUGGINGFACE = "huggingface"
 """Folder in `actor/` with config and tokenizer, and with merged weights only if the run saved them too."""
+HF_FILES = ("config.json", "tokenizer_config.json")
+"""What that folder holds at least."""
 LORA = "lora_train_meta.json"
+DATA = "data.pt"
+"""Where the data loader stood; written after the models, so a step without it was cut off."""
+FSDP_CONFIG = "fsdp_config.json"
+PARTS = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
+"""What verl calls a part of a checkpoint (in `save_contents`, `load_contents`) to the start of its files' names."""
 
 _STEP = re.compile(r"global_step_(\d+)")
 _SHARD = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
-_FSDP_CONFIG = "fsdp_config.json"
 _VAL_FILES = "data.val_files"
+_CONTENTS = {
+    ACTOR: "actor_rollout_ref.actor.checkpoint",
+    CRITIC: "critic.checkpoint",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +43,19 @@ class Shards:
 
     files: tuple[Path, ...]
     missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The parts (keys of PARTS) that a resume reads of each model's checkpoint."""
+
+    actor: frozenset[str] = frozenset(PARTS)
+    critic: frozenset[str] = frozenset(PARTS)
+
+
+def step_name(step: int) -> str:
+    """Name of a step's folder."""
+    return f"global_step_{step}"
 
 
 def step_number(name: str) -> int | None:
@@ -51,8 +75,8 @@ def tracked_step(run: Path) -> int | None:
 def latest_step(run: Path) -> Path | None:
     """Folder of the step that verl resumes from by itself; None where it starts anew."""
     step = tracked_step(run)
-    folder = run / f"global_step_{step}"
-    return folder if step is not None and folder.is_dir() else None
+    folder = None if step is None else run / step_name(step)
+    return folder if folder and folder.is_dir() else None
 
 
 def shards(actor: Path) -> Shards | None:
@@ -60,29 +84,55 @@ def shards(actor: Path) -> Shards | None:
     world_size = max((int(m[1]) for m in map(_SHARD.fullmatch, _names(actor)) if m), default=None)
     if world_size is None:
         return None
-    world_size = _recorded_world_size(actor) or world_size
-    files = tuple(actor / f"model_world_size_{world_size}_rank_{rank}.pt" for rank in range(world_size))
+    files = tuple(part_files(actor, recorded_world_size(actor) or world_size, ["model"]))
     return Shards(files, tuple(f.name for f in files if not f.is_file() or not f.stat().st_size))
+
+
+def recorded_world_size(model: Path) -> int | None:
+    """Number of processes that saved `model` (an `actor/` or `critic/`), as they recorded it; None without a readable record."""
+    try:
+        world_size = int(json.loads((model / FSDP_CONFIG).read_text(encoding="utf-8"))["world_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return world_size if world_size > 0 else None
+
+
+def part_files(model: Path, world_size: int, parts: Iterable[str]) -> list[Path]:
+    """Files of `parts` (keys of PARTS) in `model`, each part in order of rank."""
+    return [
+        model / f"{PARTS[part]}_world_size_{world_size}_rank_{rank}.pt" for part in parts for rank in range(world_size)
+    ]
+
+
+def loaded(overrides: Iterable[str]) -> Loaded:
+    """What a run with these overrides (`key=value` in Hydra's grammar) loads when it resumes.
+
+    Without `load_contents` that is what it saves (verl/trainer/config/actor/actor.yaml:139).
+    """
+    given = list(overrides)
+    parts = {}
+    for model, key in _CONTENTS.items():
+        named = (_given(given, f"{key}.{name}") for name in ("load_contents", "save_contents"))
+        contents = next((value for value in named if isinstance(value, list)), PARTS)
+        parts[model] = frozenset(PARTS) & frozenset(map(str, contents))
+    return Loaded(**parts)
 
 
 def val_files(overrides: Iterable[str]) -> list[Path]:
     """Validation parquet files among a plan's overrides (`key=value` in Hydra's grammar); empty if none are named."""
+    value = _given(overrides, _VAL_FILES)
+    if value is None:
+        return []
+    return [Path(v) for v in (value if isinstance(value, list) else [value])]
+
+
+def _given(overrides: Iterable[str], key: str) -> Any:
+    """Value of `key` among overrides, the last one if there are more; None if it is not among them."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    parser = OverridesParser.create()
-    for text in overrides:
-        if text.lstrip("+").startswith(f"{_VAL_FILES}="):
-            value = parser.parse_override(text).value()
-            return [Path(v) for v in (value if isinstance(value, list) else [value])]
-    return []
+    found = [text for text in overrides if text.lstrip("+").startswith(f"{key}=")]
+    return OverridesParser.create().parse_override(found[-1]).value() if found else None
 
 
 def _names(folder: Path) -> list[str]:
     return [entry.name for entry in folder.iterdir()]
-
-
-def _recorded_world_size(actor: Path) -> int | None:
-    try:
-        return int(json.loads((actor / _FSDP_CONFIG).read_text(encoding="utf-8"))["world_size"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

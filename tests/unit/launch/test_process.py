@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -63,7 +64,7 @@ def test_a_daemon_of_its_own_session_is_found_and_ended(tmp_path: Path) -> None:
     tree = start(tmp_path, DAEMON)
     pid = int(appears(tmp_path / "daemon"))
     assert ended(tree) == 0
-    assert [process.pid for process in tree.processes()] == [pid]
+    assert pid in [process.pid for process in tree.processes()]
     assert os.getsid(pid) != os.getsid(0)
     tree.kill()
     assert not psutil.pid_exists(pid), "not even as a zombie"
@@ -114,22 +115,61 @@ def test_terminating_what_has_ended_is_no_error(tmp_path: Path) -> None:
     assert tree.poll() == 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
-def test_command_ends_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
-    launcher = f"""
-import os, time
+LAUNCHER = """
+import os, sys, time
 from pathlib import Path
 from flashrl_cli.launch.process import Tree
-tree = Tree(["sleep", "120"], env=os.environ, cwd=Path({str(tmp_path)!r}), log=Path({str(tmp_path / "log")!r}))
-print(tree.pid, flush=True)
+tree = Tree([sys.executable, "command.py"], env=os.environ, cwd=Path.cwd(), log=Path("log"))
+open("guardian.new", "w").write(str(tree.pid))
+os.rename("guardian.new", "guardian")
 time.sleep(120)
 """
-    with subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE) as process:
-        assert process.stdout
-        pid = int(process.stdout.readline())
-        assert psutil.pid_exists(pid)
-        process.kill()
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="orphans are adopted on Linux")
+
+
+def gone(pid: int) -> bool:
     deadline = time.monotonic() + 30
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.02)
+    return True
+
+
+@LINUX
+@pytest.mark.parametrize("stubborn", [False, True], ids=["gentle", "ignores-TERM"])
+def test_everything_ends_with_a_launcher_that_is_killed(stubborn: bool, tmp_path: Path) -> None:
+    ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" if stubborn else ""
+    (tmp_path / "command.py").write_text(f"{WAIT}{ignore}{DAEMON}time.sleep(120)")
+    with subprocess.Popen([sys.executable, "-c", LAUNCHER], cwd=tmp_path) as launcher:
+        daemon, guardian = int(appears(tmp_path / "daemon")), int(appears(tmp_path / "guardian"))
+        launcher.kill()
+    assert gone(guardian)
+    assert gone(daemon)
+
+
+@LINUX
+def test_everything_is_ended_when_the_guardian_is_killed(tmp_path: Path) -> None:
+    tree = start(tmp_path, DAEMON + "time.sleep(120)")
+    daemon = int(appears(tmp_path / "daemon"))
+    psutil.Process(tree.pid).kill()
+    assert ended(tree) == -9
+    tree.kill()
+    assert gone(daemon)
+    assert tree.processes() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
+def test_a_command_ended_by_a_signal_says_so(number: signal.Signals, tmp_path: Path) -> None:
+    tree = start(tmp_path, f"os.kill(os.getpid(), {int(number)})")
+    assert ended(tree) == -number
+    tree.kill()
+
+
+def test_no_pipe_is_left_open(tmp_path: Path) -> None:
+    before = psutil.Process().num_fds()
+    tree = start(tmp_path, "")
+    ended(tree)
+    tree.kill()
+    tree.kill()
+    assert psutil.Process().num_fds() == before

@@ -75,3 +75,35 @@ def test_no_shards(tmp_path: Path) -> None:
 )
 def test_val_files(override: str, files: list[str]) -> None:
     assert layout.val_files(["trainer.nnodes=1", override]) == [Path(file) for file in files]
+
+
+ACTOR_KEY = "actor_rollout_ref.actor.checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "actor", "critic"),
+    [
+        ([], "model optimizer extra", "model optimizer extra"),
+        ([f"{ACTOR_KEY}.save_contents=[model,hf_model]"], "model", "model optimizer extra"),
+        ([f"{ACTOR_KEY}.save_contents=[model,optimizer]", f"{ACTOR_KEY}.load_contents=['model']"], "model", None),
+        ([f"+{ACTOR_KEY}.load_contents=[model,extra]"], "model extra", None),
+        ([f"{ACTOR_KEY}.save_contents=[model]", f"{ACTOR_KEY}.load_contents=${{.save_contents}}"], "model", None),
+        (["critic.checkpoint.save_contents=[model]"], "model optimizer extra", "model"),
+    ],
+)
+def test_loaded(overrides: list[str], actor: str, critic: str | None) -> None:
+    found = layout.loaded(["trainer.nnodes=1", *overrides])
+    assert found.actor == set(actor.split())
+    assert found.critic == set((critic or "model optimizer extra").split())
+
+
+@pytest.mark.parametrize("recorded", [0, -1])
+def test_a_world_of_nobody_is_not_believed(tmp_path: Path, recorded: int) -> None:
+    found = layout.shards(actor(tmp_path, "model_world_size_2_rank_0.pt", recorded=recorded))
+    assert found is not None
+    assert len(found.files) == 2
+
+
+def test_a_tracker_of_nothing_names_no_step(tmp_path: Path) -> None:
+    (tmp_path / "global_step_None").mkdir()
+    assert layout.latest_step(tmp_path) is None

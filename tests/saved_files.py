@@ -1,0 +1,42 @@
+"""Checkpoints as verl leaves them, made of small zip files like torch.save's, for tests that know no torch."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+from flashrl_cli.verl import checkpoints as layout
+
+
+def saved_file(file: Path, tensors: int = 3) -> Path:
+    """A file like torch.save's: stored, a pickle first, then each tensor's bytes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(f"{file.stem}/data.pkl", b"\x80\x02}q\x00." * 20)
+        for number in range(tensors):
+            archive.writestr(f"{file.stem}/data/{number}", bytes(range(256)) * 4)
+        archive.writestr(f"{file.stem}/version", b"3\n")
+    return file
+
+
+def saved_model(model: Path, *, world_size: int = 2, parts: tuple[str, ...] = tuple(layout.PARTS)) -> Path:
+    """An `actor/` or `critic/` with all that verl writes there by default."""
+    for file in layout.part_files(model, world_size, parts):
+        saved_file(file)
+    (model / "fsdp_config.json").write_text(json.dumps({"FSDP_version": 2, "world_size": world_size}))
+    hf = model / "huggingface"
+    hf.mkdir()
+    (hf / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"]}')
+    (hf / "tokenizer_config.json").write_text("{}")
+    return model
+
+
+def saved_step(run: Path, step: int, *, critic: bool = False, world_size: int = 2) -> Path:
+    """A complete `global_step_N`; the tracker is left alone."""
+    folder = run / f"global_step_{step}"
+    saved_model(folder / "actor", world_size=world_size)
+    if critic:
+        saved_model(folder / "critic", world_size=world_size)
+    saved_file(folder / "data.pt")
+    return folder
