@@ -76,7 +76,7 @@ def told_handshake(line: str) -> Handshake | None:
         return None
     try:
         return _handshake(json.loads(text))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, AttributeError):
         return None
 
 
