@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from flashrl_cli.errors import InputError
 from flashrl_cli.launch import preflight, ray_plan
+from flashrl_cli.verl import cluster
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from flashrl_cli.config.resolve import Resolved
     from flashrl_cli.launch.executor import Start
     from flashrl_cli.launch.plan import LaunchPlan
 
@@ -24,9 +26,9 @@ class Executor:
 
     address: str | None = None
 
-    def fit(self, plan: LaunchPlan) -> LaunchPlan:
-        """The plan as it is executed there."""
-        return ray_plan.on_cluster(plan) if self.address else plan
+    def fit(self, resolved: Resolved) -> Resolved:
+        """The preset as it is executed there."""
+        return cluster.on_cluster(resolved) if self.address else resolved
 
     def job(self, plan: LaunchPlan) -> ray_plan.Job | None:
         """What a cluster would be given, None on this machine."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Protocol
 
 from flashrl_cli.errors import EnvironmentNotReady
@@ -52,13 +52,26 @@ def connect(address: str) -> Jobs:
 
     try:
         with _without(*OVERRULING):
-            client: Jobs = Client(address)
+            return _authenticated(lambda: Client(address))
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and requests' own
         raise EnvironmentNotReady(
             f"no Ray job server answers at {address}: {_first_line(error)}",
-            hint="--ray-address http://HEAD:8265, the dashboard of a cluster with ray[default]",
+            hint="--ray-address http://HEAD:8265, the dashboard of a cluster with ray[default]; "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN where it asks for a token (`ray get-auth-token` there)",
         ) from error
-    return client
+
+
+def _authenticated(make: Callable[[], Jobs]) -> Jobs:
+    """A client; where the cluster asks for a token, with the one that `ray start` and `ray.init` take by themselves."""
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+    from ray.exceptions import AuthenticationError
+
+    try:
+        return make()
+    except AuthenticationError:
+        if not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
+            raise
+        return make()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ Pure. Ray's entry point is a shell string, the only one that flashrl makes; ever
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -35,13 +34,6 @@ class Job:
     command: tuple[str, ...]
     runtime_env: Mapping[str, Any]
     metadata: Mapping[str, str]
-
-
-def on_cluster(plan: LaunchPlan) -> LaunchPlan:
-    """The plan without what makes a Ray of its own."""
-    kept = cluster.on_cluster(plan.overrides)
-    rest = plan.argv[3 + len(plan.overrides) :]
-    return dataclasses.replace(plan, overrides=kept, argv=(*plan.argv[:3], *map(str, kept), *rest))
 
 
 def job(plan: LaunchPlan, address: str, *, shared: bool = True) -> Job:

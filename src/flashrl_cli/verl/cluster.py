@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from flashrl_cli.verl.platform import METRICS_PATH
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from flashrl_cli.config.resolve import Resolved
     from flashrl_cli.verl.overrides import Override
 
 RAY_INIT = "ray_kwargs.ray_init"
@@ -54,9 +56,15 @@ CPUS_A_DEVICE = 3
 LOGGER_ROOT = "VERL_FILE_LOGGER_ROOT"
 
 
-def on_cluster(overrides: Iterable[Override]) -> tuple[Override, ...]:
-    """The overrides without those that make a Ray of one's own."""
-    return tuple(override for override in overrides if not _makes_own_ray(override.key))
+def on_cluster(resolved: Resolved) -> Resolved:
+    """The preset without the keys of verl's that make a Ray of one's own (a CPU preset has some)."""
+    kept = {key: value for key, value in resolved.spec.verl.items() if not _makes_own_ray(key.removeprefix("+"))}
+    dropped = {f"verl.{key}" for key in resolved.spec.verl.keys() - kept.keys()}
+    return dataclasses.replace(
+        resolved,
+        spec=resolved.spec.model_copy(update={"verl": kept}),
+        origins={key: origin for key, origin in resolved.origins.items() if key not in dropped},
+    )
 
 
 def driver_only(overrides: Iterable[Override]) -> frozenset[str]:

@@ -57,7 +57,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeJobs]:
 
 @pytest.fixture
 def plan(tiny_plan: Callable[..., LaunchPlan]) -> LaunchPlan:
-    plan = ray_plan.on_cluster(tiny_plan())
+    plan = tiny_plan()
     plan.attempt_paths.plugins.mkdir(parents=True)
     return plan
 
@@ -167,10 +167,14 @@ def test_a_silent_job_server_is_asked_ever_less_and_given_up(jobs: FakeJobs, pla
     handle.poll()
     asked = jobs.asked
     jobs.failing = ConnectionError("no route to host")
-    with pytest.raises(RunFailed, match=r"has not answered for 1[23]\d s: no route to host") as caught:
+
+    def wait() -> None:
         for _ in range(1000):
             handle.poll()
             clock.sleep(0.2)
+
+    with pytest.raises(RunFailed, match=r"has not answered for 1[23]\d s: no route to host") as caught:
+        wait()
     assert "--resume auto" in str(caught.value.hint)
     assert jobs.asked - asked < 15
 

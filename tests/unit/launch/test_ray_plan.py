@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.launch import ray_plan
 from flashrl_cli.launch.plan import LaunchPlan, build_plan
 from flashrl_cli.launch.script import plan_script
+from flashrl_cli.verl.cluster import on_cluster
 
 NASTY = [
     "plain",
@@ -40,21 +42,19 @@ Plan = Callable[..., LaunchPlan]
 
 def planned(preset: str, *sets: str) -> LaunchPlan:
     root = Path("/shared")
-    return ray_plan.on_cluster(
-        build_plan(
-            load_spec(preset, sets=sets),
-            name="r",
-            attempt=2,
-            python="/venv/bin/python",
-            runs_root=root / "runs",
-            checkpoints_root=root / "checkpoints",
-            data_root=root / "data",
-        )
+    return build_plan(
+        on_cluster(load_spec(preset, sets=sets)),
+        name="r",
+        attempt=2,
+        python="/venv/bin/python",
+        runs_root=root / "runs",
+        checkpoints_root=root / "checkpoints",
+        data_root=root / "data",
     )
 
 
-def test_the_job_of_the_cpu_preset(tiny_plan: Plan) -> None:
-    plan = ray_plan.on_cluster(tiny_plan("resources.nodes=2"))
+def test_the_job_of_the_cpu_preset() -> None:
+    plan = planned("tiny", "resources.nodes=2")
     job = ray_plan.job(plan, "http://head:8265")
     assert job.address == "http://head:8265"
     assert job.command == plan.argv
@@ -62,18 +62,6 @@ def test_the_job_of_the_cpu_preset(tiny_plan: Plan) -> None:
     assert set(job.runtime_env) == {"env_vars"}
     assert not [word for word in job.command if "num_gpus" in word or "num_cpus" in word]
     assert "trainer.nnodes=2" in job.command
-
-
-def test_argv_keeps_hydras_settings(tiny_plan: Plan) -> None:
-    before = tiny_plan()
-    after = ray_plan.on_cluster(before)
-    assert set(before.argv) - set(after.argv) == {
-        "+ray_kwargs.ray_init.num_gpus=1",
-        "ray_kwargs.ray_init.num_cpus=16",
-        "+ray_kwargs.ray_init.include_dashboard=False",
-    }
-    assert after.argv[-2:] == before.argv[-2:]
-    assert [str(o) for o in after.overrides] == list(after.argv[3:-2])
 
 
 @pytest.mark.parametrize("preset", [name for name in presets.names() if name != "base"])
@@ -115,8 +103,6 @@ def test_names_of_jobs() -> None:
 
 
 def test_a_jobs_name_fits_into_a_url_and_a_file(tiny_plan: Plan) -> None:
-    import dataclasses
-
     name = ray_plan.submission_id(dataclasses.replace(tiny_plan(), name="my run: é/#?"))
     assert re.fullmatch(r"my-run-------1-[0-9a-f]{8}", name)
 
@@ -124,8 +110,6 @@ def test_a_jobs_name_fits_into_a_url_and_a_file(tiny_plan: Plan) -> None:
 @pytest.mark.processes
 @pytest.mark.parametrize("nasty", NASTY)
 def test_a_shell_reads_the_entry_point_back(nasty: str, tiny_plan: Plan, tmp_path: Path) -> None:
-    import dataclasses
-
     printer = tmp_path / "print it"
     printer.write_text('#!/bin/sh\nprintf "%s\\0" "$NCCL_ALGO" "$@"\n')
     printer.chmod(0o755)
@@ -144,16 +128,14 @@ def test_the_script_submits_the_same_job(weird: str, tmp_path: Path) -> None:
     ray.parent.mkdir()
     ray.write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n')
     ray.chmod(0o755)
-    plan = ray_plan.on_cluster(
-        build_plan(
-            load_spec("tiny", sets=["env.NCCL_ALGO=Ring"]),
-            name=weird,
-            attempt=1,
-            python="/venv/bin/python",
-            runs_root=tmp_path / weird / "runs",
-            checkpoints_root=tmp_path / "checkpoints",
-            data_root=tmp_path / "data",
-        )
+    plan = build_plan(
+        on_cluster(load_spec("tiny", sets=["env.NCCL_ALGO=Ring"])),
+        name=weird,
+        attempt=1,
+        python="/venv/bin/python",
+        runs_root=tmp_path / weird / "runs",
+        checkpoints_root=tmp_path / "checkpoints",
+        data_root=tmp_path / "data",
     )
     job = ray_plan.job(plan, "http://head:8265")
     env = {**os.environ, "PATH": f"{ray.parent}:{os.environ['PATH']}"}
