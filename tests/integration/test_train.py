@@ -3,48 +3,14 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 
 from flashrl_cli.contract import read_handshakes
-from flashrl_cli.runs.metrics import read_metrics
 from tests.integration.conftest import Workshop, events
 
 STEPS = 3
 SHORT = ("--set", f"trainer.steps={STEPS}", "--set", "trainer.save_every=1")
 INT8 = ("--rollout", "int8", "--tis", "2")
-
-
-def test_int8_training_survives_ctrl_c_and_goes_on(workshop: Workshop) -> None:
-    """Interrupted after its first step, resumed to its end, evaluated; proven, plausible and clean throughout."""
-    args = ("train", "--preset", "tiny", *INT8, *SHORT, "--name", "short", "--json")
-    process = workshop.start(*args)
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if '"event": "step"' in line:
-            break
-    process.send_signal(signal.SIGINT)
-    rest, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
-    assert "--resume auto" in err
-    assert not workshop.leftovers()
-    first = events("".join(lines) + rest, "step")
-    assert first[0]["step"] == 1
-
-    _, refusal = workshop.run(*args, code=2)
-    assert "--resume auto" in refusal
-    out, _ = workshop.run(*args, "--resume", "auto")
-    assert not workshop.leftovers()
-    second = events(out, "step")
-    assert second[-1]["step"] == STEPS
-    run = workshop.root / "runs" / "short"
-    merged = {m.step for n in (1, 2) for m in read_metrics(run / f"attempt_{n}" / "metrics.jsonl")}
-    assert merged == set(range(1, STEPS + 1))
-    check_proof(out, run / "attempt_2")
-    check_plausible(second)
-    check_evaluation(workshop)
 
 
 def check_proof(out: str, attempt: Path) -> None:
@@ -70,9 +36,8 @@ def check_plausible(steps: list[dict[str, float]]) -> None:
         assert step["grad_norm"] > 0
 
 
-def check_evaluation(workshop: Workshop) -> None:
+def check_evaluation(workshop: Workshop, checkpoints: Path) -> None:
     """Every saved step is found, merged, loaded into one engine and graded; the tiny policy solves some sums."""
-    checkpoints = workshop.root / "checkpoints" / "tiny" / "short"
     base = workshop.root / "data" / "tiny" / "model"
     out, _ = workshop.run(
         "eval", f"{checkpoints}/*", "--base", base, "--temperature", 1, "--max-tokens", 16, "--limit", 128, "--json"

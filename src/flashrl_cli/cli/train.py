@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -25,6 +26,12 @@ def train(
     resume: Annotated[
         str, typer.Option(help="Go on with a used name: auto (newest checkpoint), never, or a global_step_N folder.")
     ] = "never",
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on with a run although its configuration is another now.")
+    ] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Go on without this terminal: `flashrl runs watch NAME` shows the run.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Print the plan; start and write nothing.")] = False,
     json: Json = False,
 ) -> None:
@@ -38,12 +45,15 @@ def train(
 
     output = Output(json_mode=json)
     resolved = review.read(preset, review.Options(rollout=rollout, tis=tis, sets=sets or ()))
-    plan = review.next_plan(resolved, name, resume=resume, look_only=dry_run)
+    plan = review.next_plan(resolved, name, resume=resume, look_only=dry_run, force=force)
     tree = review.judge(resolved, plan)
     if dry_run:
         _show(resolved, plan, tree, output)
+    elif plan.is_finished:
+        output.say(f"run {plan.name} is complete: {plan.resume.step} steps; a larger trainer.steps goes on with it")
     else:
-        _run(resolved, plan, tree, output)
+        _ready(resolved, plan, tree, output)
+        (_detach if detach else _run)(plan, output)
 
 
 def _show(resolved: Resolved, plan: LaunchPlan, tree: Tree, output: Output) -> None:
@@ -58,18 +68,39 @@ def _show(resolved: Resolved, plan: LaunchPlan, tree: Tree, output: Output) -> N
         output.text(plan_script(plan, needed.lines))
 
 
-def _run(resolved: Resolved, plan: LaunchPlan, tree: Tree, output: Output) -> None:
+def _ready(resolved: Resolved, plan: LaunchPlan, tree: Tree, output: Output) -> None:
     from flashrl_cli.launch import devices, memory, preflight
-    from flashrl_cli.launch.inputs import vocabulary
-    from flashrl_cli.launch.supervise import supervise
-    from flashrl_cli.render.live import display_for
+    from flashrl_cli.launch.run import refuse_running
+    from flashrl_cli.runs import record
 
-    data_root = paths.data_root()
-    preflight.check(plan, data_root)
+    refuse_running(record.load(plan.paths.record))
+    preflight.check(plan, paths.data_root())
     warning = memory.of_plan(resolved, tree, devices.gpu_memory(plan.spec)).warning
     if warning:
         output.warn(f"memory: {warning}")
+
+
+def _run(plan: LaunchPlan, output: Output) -> None:
+    from flashrl_cli.launch.inputs import vocabulary
+    from flashrl_cli.launch.run import run_plan
+    from flashrl_cli.render.live import display_for
+
     output.say(f"run {plan.name}, attempt {plan.attempt}: `tail -F {plan.attempt_paths.log}` shows everything")
+    for line in plan.resume.lines():
+        output.say(line)
+    words = vocabulary(plan.spec, paths.data_root())
     with display_for(output, title=plan.name, total=plan.spec.trainer.steps) as display:
-        steps = supervise(plan, display, vocabulary=vocabulary(plan.spec, data_root))
+        steps = run_plan(plan, display, vocabulary=words, command=["flashrl", *sys.argv[1:]])
     output.say(f"done: {steps} steps; checkpoints in {plan.paths.checkpoints}")
+
+
+def _detach(plan: LaunchPlan, output: Output) -> None:
+    from flashrl_cli.launch.detach import detach
+
+    attempt = detach(plan.paths, sys.argv[1:])
+    if output.json_mode:
+        output.json_line(
+            {"schema_version": 1, "event": "detached", "name": plan.name, "attempt": attempt.number, "pid": attempt.pid}
+        )
+    output.say(f"run {plan.name}, attempt {attempt.number}, goes on as process {attempt.pid}")
+    output.say(f"`flashrl runs watch {plan.name}` shows it, `flashrl runs stop {plan.name}` ends it")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from flashrl_cli.config.spec import RunSpec
+from flashrl_cli.secrets import looks_secret
 
 
 class Finding(NamedTuple):
@@ -122,6 +123,21 @@ def engine_batches_its_sequences(spec: RunSpec) -> Iterator[Finding]:
         )
 
 
+def no_secret_is_written_down(spec: RunSpec) -> Iterator[Finding]:
+    """A preset is shared, and a plan is kept with the run: neither is a place for what lets somebody in."""
+    named = {f"env.{name}": (name, value) for name, value in spec.env.items()}
+    # among verl's keys only a variable's name can be told by its capitals from one like `pad_token`
+    last = {key: key.rpartition(".")[2] for key in spec.verl}
+    named |= {f"verl.{key}": (last[key] if last[key].isupper() else "", str(spec.verl[key] or "")) for key in last}
+    for key, (name, value) in named.items():
+        if looks_secret(name, value):
+            yield Finding(
+                key,
+                "looks like a secret, and would be written into plans and records",
+                f"export {name or 'it'} in the shell that starts flashrl, and leave it out here",
+            )
+
+
 RULES: tuple[Rule, ...] = (
     mini_batch_divides_batch,
     group_has_members,
@@ -132,6 +148,7 @@ RULES: tuple[Rule, ...] = (
     warmup_ends,
     engine_holds_a_sequence,
     engine_batches_its_sequences,
+    no_secret_is_written_down,
 )
 
 

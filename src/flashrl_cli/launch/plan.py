@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flashrl_cli.launch.resume import FROM_NOTHING, Resume
 from flashrl_cli.paths import AttemptPaths, RunPaths
 from flashrl_cli.verl.overrides import Override, Places, overrides
 from flashrl_cli.verl.platform import environment
@@ -40,6 +41,13 @@ class LaunchPlan:
     overrides: tuple[Override, ...]
     paths: RunPaths
     attempt_paths: AttemptPaths
+    resume: Resume = FROM_NOTHING
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has done all its steps already, as far as `trainer.steps` tells."""
+        steps, done = self.spec.trainer.steps, self.resume.step
+        return steps is not None and done is not None and done >= steps
 
 
 def default_name(preset: str, spec: RunSpec) -> str:
@@ -62,13 +70,13 @@ def build_plan(
     runs_root: Path,
     checkpoints_root: Path,
     data_root: Path,
-    resume_from: Path | None = None,
+    resume: Resume = FROM_NOTHING,
 ) -> LaunchPlan:
-    """Plan of attempt number `attempt` of run `name`; roots are absolute, `resume_from` is a `global_step_N` folder."""
+    """Plan of attempt number `attempt` of run `name`, going on from `resume`; roots are absolute."""
     spec = resolved.spec
     run = run_paths(name, spec, runs_root, checkpoints_root)
     files = run.attempt(attempt)
-    places = Places(name=name, data=data_root, checkpoints=run.checkpoints, resume_from=resume_from)
+    places = Places(name=name, data=data_root, checkpoints=run.checkpoints, resume_from=resume.folder)
     given = overrides(resolved, places)
     return LaunchPlan(
         name=name,
@@ -82,6 +90,7 @@ def build_plan(
         overrides=given,
         paths=run,
         attempt_paths=files,
+        resume=resume,
     )
 
 
@@ -97,6 +106,10 @@ def plan_document(plan: LaunchPlan) -> dict[str, Any]:
         "cwd": str(plan.cwd),
         "overrides": [str(override) for override in plan.overrides],
         "files": _files(plan),
+        "resume": {
+            "from": plan.resume.folder and str(plan.resume.folder),
+            "set_aside": {str(path): why for path, why in plan.resume.aside},
+        },
         "spec": plan.spec.model_dump(mode="json"),
         "origins": {key: str(origin) for key, origin in plan.origins.items()},
     }

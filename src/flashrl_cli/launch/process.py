@@ -39,10 +39,13 @@ class Descendants:
         self._known.update(set(psutil.Process().children(recursive=True)) - self._before)
         return [process for process in self._known if _alive(process)]
 
-    def kill(self, *, grace_s: float = 0.0) -> None:
-        """End every one of them, at the latest after `grace_s` by KILL, until none is left."""
+    def kill(self, *, grace_s: float = 0.0, unasked: int | None = None) -> None:
+        """End every one of them, at the latest after `grace_s` by KILL, until none is left.
+
+        The process `unasked` is not asked first: it ends by itself when the others do.
+        """
         if grace_s:
-            _signal_all(self.alive(), signal.SIGTERM)
+            _signal_all([process for process in self.alive() if process.pid != unasked], signal.SIGTERM)
             _wait(self.alive(), grace_s)
         for _ in range(50):
             left = self.alive()
@@ -92,7 +95,8 @@ class Tree:
 
     def kill(self, *, grace_s: float = 0.0) -> None:
         """End every process of the tree, at the latest after `grace_s` by KILL, until none is left."""
-        self._descendants.kill(grace_s=grace_s)
+        # the guardian would pass TERM on, and the command be asked twice
+        self._descendants.kill(grace_s=grace_s, unasked=self.pid)
         self._guardian.wait()
         with contextlib.suppress(OSError):  # a second kill finds it closed
             os.close(self._lifeline)

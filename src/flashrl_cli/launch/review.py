@@ -13,17 +13,18 @@ from flashrl_cli.config.difference import Difference, Verbatim, differences
 from flashrl_cli.config.merge import leaves
 from flashrl_cli.config.resolve import read_spec
 from flashrl_cli.errors import InputError, Problem
-from flashrl_cli.launch import attempts
+from flashrl_cli.launch import attempts, changes
 from flashrl_cli.launch.memory import shape
 from flashrl_cli.launch.plan import LaunchPlan, build_plan, default_name, plan_document, run_paths
 from flashrl_cli.launch.recorded import find_plan, read_plan, run_names
+from flashrl_cli.launch.resume import FROM_NOTHING, Resume, choose
+from flashrl_cli.verl import checkpoints
 from flashrl_cli.verl.check import check_overrides
 from flashrl_cli.verl.hints import translation
 from flashrl_cli.verl.quoting import quote
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from flashrl_cli.config.resolve import Resolved
     from flashrl_cli.verl.compose import Tree
@@ -67,17 +68,25 @@ def _first_plan(resolved: Resolved) -> LaunchPlan:
     return _plan(resolved, default_name(resolved.spec.name, resolved.spec), attempt=1)
 
 
-def next_plan(resolved: Resolved, name: str | None, *, resume: str, look_only: bool = False) -> LaunchPlan:
-    """Plan of the next attempt of a run; `look_only` plans for a used name, too. Raises InputError."""
+def next_plan(
+    resolved: Resolved, name: str | None, *, resume: str, look_only: bool = False, force: bool = False
+) -> LaunchPlan:
+    """Plan of the next attempt of a run; `look_only` plans for a used name, too.
+
+    Raises InputError: for a name in use, a step that cannot be loaded, and, without `force`, for a run that was started with
+    another configuration.
+    """
     run_name = default_name(resolved.spec.name, resolved.spec) if name is None else name
     run = run_paths(run_name, resolved.spec, paths.runs_root(), paths.checkpoints_root())
-    resume_from = attempts.resume_path(resume)
     attempt = attempts.next_attempt(run, resume="auto" if look_only else resume)
-    attempts.check_resumable(resolved.spec, run, resume_from)
-    return _plan(resolved, run_name, attempt=attempt, resume_from=resume_from)
+    contents = checkpoints.loaded(map(str, _plan(resolved, run_name, attempt=attempt).overrides))
+    plan = _plan(resolved, run_name, attempt=attempt, resume=choose(resolved.spec, run, resume, contents))
+    if not (look_only or force):
+        changes.refuse(plan)
+    return plan
 
 
-def _plan(resolved: Resolved, name: str, *, attempt: int, resume_from: Path | None = None) -> LaunchPlan:
+def _plan(resolved: Resolved, name: str, *, attempt: int, resume: Resume = FROM_NOTHING) -> LaunchPlan:
     return build_plan(
         resolved,
         name=name,
@@ -86,7 +95,7 @@ def _plan(resolved: Resolved, name: str, *, attempt: int, resume_from: Path | No
         runs_root=paths.runs_root(),
         checkpoints_root=paths.checkpoints_root(),
         data_root=paths.data_root(),
-        resume_from=resume_from,
+        resume=resume,
     )
 
 

@@ -6,30 +6,32 @@ failure that the log shows, on lost or implausible metrics, on a precision that 
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING, Protocol
 
 from flashrl_cli import files
-from flashrl_cli.errors import EnvironmentNotReady, ExitCode, FlashrlError, RunFailed
+from flashrl_cli.errors import EnvironmentNotReady, RunFailed
 from flashrl_cli.launch import proof
 from flashrl_cli.launch.guard import broken_rollout
 from flashrl_cli.launch.plan import LaunchPlan, plan_document
 from flashrl_cli.launch.process import Tree
+from flashrl_cli.launch.signals import Interrupted
 from flashrl_cli.runs.metrics import MetricsTail
 from flashrl_cli.runs.tail import Tail, last_lines
 from flashrl_cli.verl.log_lines import CAUSES, Cause, cause_in, phase_after, plain, total_steps
 
 if TYPE_CHECKING:
     from flashrl_cli.contract import Handshake
+    from flashrl_cli.launch.executor import Handle, Start
     from flashrl_cli.verl.metrics import StepMetrics
 
 POLL_S = 0.2
+FAILURE_GRACE_S = 10.0
+"""Time that verl gets to end when it is asked to after a failure: there is nothing to save any more."""
+KILL_GRACE_S = 3.0
+"""Time that what verl left behind gets, once verl itself has ended."""
 TAIL_LINES = 20
 
 
@@ -52,24 +54,20 @@ class Display(Protocol):
         """Time passes."""
 
 
-class Interrupted(FlashrlError):
-    """A signal ended the run; the exit code is the signal's."""
-
-    def __init__(self, number: int, hint: str) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}", hint=hint)
-        self.exit_code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED
-
-
 @dataclass
 class Watch:
     """One attempt under way: what was seen of it so far."""
 
     plan: LaunchPlan
     display: Display
-    tree: Tree
+    handle: Handle
     vocabulary: int | None
     steps: int = 0
     """Training steps done in this attempt."""
+    last: int = 0
+    """The last of them, by its number."""
+    total: int | None = None
+    """Training steps that the run will have, as verl counts them."""
 
     def __post_init__(self) -> None:
         self._log = Tail(self.plan.attempt_paths.log)
@@ -89,7 +87,7 @@ class Watch:
         for step in self._metrics.poll():
             self._judge(step)
         self._check_clocks()
-        self.tree.processes()
+        self.handle.tend()
         self.display.tick()
 
     def _read(self, line: str) -> None:
@@ -100,6 +98,7 @@ class Watch:
             self.display.phase(phase)
         total = total_steps(line)
         if total is not None:
+            self.total = total
             self.display.expect(total)
         cause = cause_in(line)
         if cause is None:
@@ -125,9 +124,10 @@ class Watch:
     def _judge(self, step: StepMetrics) -> None:
         self._moved = time.monotonic()
         self.display.step(step)
-        if step.step == 0:
+        if not step.trained:
             return
         self.steps += 1
+        self.last = step.step
         self._doomed = None  # whatever the log said, the run goes on
         self._prove()
         if not self._proven:
@@ -157,38 +157,43 @@ class Watch:
             )
 
 
-def supervise(plan: LaunchPlan, display: Display, *, vocabulary: int | None = None) -> int:
+def locally(plan: LaunchPlan) -> Handle:
+    """Start `plan` as a process of this machine."""
+    return Tree(plan.argv, env={**os.environ, **plan.env}, cwd=plan.cwd, log=plan.attempt_paths.log)
+
+
+def supervise(
+    plan: LaunchPlan, display: Display, received: list[int], *, start: Start = locally, vocabulary: int | None = None
+) -> int:
     """Execute `plan` to its end and return the number of steps done; nothing of it runs any more afterwards.
 
-    `vocabulary` is the policy's number of tokens, if known. Raises RunFailed, EnvironmentNotReady or Interrupted with the log's end.
+    `received` grows by the signals that come in (`signals.collected`); `vocabulary` is the policy's number of tokens, if known.
+    Raises RunFailed, EnvironmentNotReady or Interrupted with the log's end.
     """
     paths = plan.attempt_paths
     paths.plugins.mkdir(parents=True)
     files.write_json(paths.plan, plan_document(plan))
     display.phase("starting verl")
-    with _signals() as received:
-        tree = Tree(plan.argv, env={**os.environ, **plan.env}, cwd=plan.cwd, log=paths.log)
-        watch = Watch(plan, display, tree, vocabulary)
-        try:
-            _follow(watch, received)
-        except (RunFailed, EnvironmentNotReady) as error:
-            raise type(error)(_with_log(error.message, plan), hint=error.hint) from error
-        finally:
-            _end(tree, plan, received)
+    handle = start(plan)
+    watch = Watch(plan, display, handle, vocabulary)
+    try:
+        _follow(watch, received)
+    except (RunFailed, EnvironmentNotReady) as error:
+        raise type(error)(_with_log(error.message, plan), hint=error.hint) from error
+    finally:
+        _end(handle, plan.spec.watch.stop_grace_s if received else FAILURE_GRACE_S, received)
     return watch.steps
 
 
 def _follow(watch: Watch, received: list[int]) -> None:
     while True:
-        code = watch.tree.poll()
+        code = watch.handle.poll()
         watch.look(ended=code is not None)
         if received:
             log = watch.plan.attempt_paths.log
             raise Interrupted(received[0], hint=f"go on with `--resume auto --name {watch.plan.name}`; log: {log}")
-        if code == 0 and watch.steps:
-            return
         if code == 0:
-            raise RunFailed("verl ended without a step", hint="a finished run goes on with a larger trainer.steps")
+            return _check_complete(watch)
         if code is not None:
             cause = watch.cause
             raise RunFailed(
@@ -198,35 +203,29 @@ def _follow(watch: Watch, received: list[int]) -> None:
         time.sleep(POLL_S)
 
 
-def _end(tree: Tree, plan: LaunchPlan, received: list[int]) -> None:
+def _check_complete(watch: Watch) -> None:
+    """Raise RunFailed for a run that ended in peace before its last step: verl exits with 0 even so."""
+    if not watch.steps:
+        raise RunFailed("verl ended without a step", hint="a finished run goes on with a larger trainer.steps")
+    if watch.total is not None and watch.last < watch.total:
+        raise RunFailed(
+            f"verl ended after step {watch.last} of {watch.total}",
+            hint="trainer.epochs ends a run too: raise it, or lower trainer.steps",
+        )
+
+
+def _end(handle: Handle, grace_s: float, received: list[int]) -> None:
     """End what still runs; a second signal meanwhile makes short work of it."""
-    if tree.poll() is None and len(received) < 2:
-        tree.terminate()
-        deadline = time.monotonic() + plan.spec.watch.stop_grace_s
-        while tree.poll() is None and time.monotonic() < deadline and len(received) < 2:
-            tree.processes()
+    if handle.poll() is None and len(received) < 2:
+        handle.terminate()
+        deadline = time.monotonic() + grace_s
+        while handle.poll() is None and time.monotonic() < deadline and len(received) < 2:
+            handle.tend()
             time.sleep(POLL_S)
-    tree.kill(grace_s=0.0 if len(received) > 1 else 3.0)
+    handle.kill(grace_s=0.0 if len(received) > 1 else KILL_GRACE_S)
 
 
 def _with_log(message: str, plan: LaunchPlan) -> str:
     log = plan.attempt_paths.log
     tail = [line for line in map(plain, last_lines(log, 200)) if line][-TAIL_LINES:]
     return "\n".join([message, *(f"  | {line[:300]}" for line in tail), f"log: {log}"])
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect INT, TERM and HUP in the list it yields, instead of dying of them."""
-    received: list[int] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 
 class Tail:
-    """Complete lines of a growing file, each once. The file may not exist yet; a torn last line waits for its end."""
+    """Complete lines of a growing file from byte `start` on, each once. The file may not exist yet; a torn last line waits for its end."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, start: int = 0) -> None:
         self.path = path
-        self._offset = 0
+        self._offset = start
 
     def poll(self, *, ended: bool = False) -> list[str]:
         """Lines completed since the last call, without their line ends; undecodable bytes are replaced.

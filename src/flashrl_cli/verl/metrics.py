@@ -46,6 +46,8 @@ TIMINGS = {
 WATCHED = ("grad_norm", "loss", "kl", "reward", "prob_diff")
 """Metrics whose NaN means that the run is lost."""
 
+VALIDATION = "val-"
+"""What the names of validation metrics start with (verl/trainer/ppo/v1/trainer_base.py:1356-1379)."""
 ACCURACY = re.compile(r"^val-core/(?P<data>.+)/(?P<metric>[^/]+)/mean@\d+$")
 
 
@@ -75,5 +77,5 @@ def read_step(step: int, data: Mapping[str, float | None]) -> StepMetrics:
         seconds={phase: value for phase, key in TIMINGS.items() if (value := data.get(key)) is not None},
         accuracy=sum(accuracies) / len(accuracies) if accuracies else None,
         lost=tuple(name for name in WATCHED if NAMES[name] in data and data[NAMES[name]] is None),
-        trained=any(key in data for key in NAMES.values()),
+        trained=step > 0 and not (data and all(key.startswith(VALIDATION) for key in data)),
     )

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
+from flashrl_cli import files
 from flashrl_cli.cli.app import main
 from flashrl_cli.errors import RunFailed
-from flashrl_cli.launch import preflight, supervise
-from flashrl_cli.launch.plan import LaunchPlan
+from flashrl_cli.launch import preflight, run, signals
+from flashrl_cli.launch.plan import LaunchPlan, plan_document
 from flashrl_cli.render.live import JsonDisplay, PlainDisplay
+from flashrl_cli.runs import record
+from tests.saved_files import saved_step
 
 
 @pytest.fixture(autouse=True)
@@ -32,11 +35,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[LaunchPlan, Any, int
     """What was handed to the supervisor, which does 3 steps."""
     calls: list[tuple[LaunchPlan, Any, int | None]] = []
 
-    def fake(plan: LaunchPlan, display: Any, *, vocabulary: int | None = None) -> int:
-        calls.append((plan, display, vocabulary))
+    def fake(plan: LaunchPlan, display: Any, _: list[int], *, vocabulary: int | None = None, **__: Any) -> int:
+        calls.append((plan, display.display, vocabulary))
         return 3
 
-    monkeypatch.setattr(supervise, "supervise", fake)
+    monkeypatch.setattr(run, "supervise", fake)
+    monkeypatch.setattr(run, "git_state", lambda _: None)
     return calls
 
 
@@ -166,6 +170,7 @@ def test_dry_run_for_a_program(
         "cwd",
         "overrides",
         "files",
+        "resume",
         "spec",
         "origins",
         "memory",
@@ -208,26 +213,80 @@ def test_launch_for_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, l
     assert isinstance(display, JsonDisplay)
 
 
-def test_resumed_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: list[Any]) -> None:
+def test_resumed_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], launched: list[Any]
+) -> None:
     prepared(tmp_path)
     (tmp_path / "runs/r/attempt_1").mkdir(parents=True)
-    step = tmp_path / "checkpoints/tiny/r/global_step_5"
-    (step / "actor").mkdir(parents=True)
-    (step / "actor/model_world_size_1_rank_0.pt").write_text("tensors")
+    step = saved_step(tmp_path / "checkpoints/tiny/r", 5, world_size=1)
+    torn = saved_step(tmp_path / "checkpoints/tiny/r", 10, world_size=1)
+    (torn / "data.pt").unlink()
     assert train(monkeypatch, "--preset", "tiny", "--name", "r", "--resume", "auto") == 0
+    err = capsys.readouterr().err
+    assert f"going on from step 5: {step}" in err
+    assert "setting global_step_10 aside: incomplete: data.pt: missing" in err
+    assert not torn.exists()
     assert train(monkeypatch, "--preset", "tiny", "--name", "r", "--resume", str(step)) == 0
     (auto, *_), (path, *_) = launched
-    assert auto.attempt == path.attempt == 2
-    assert not any(str(step) in word for word in auto.argv)
-    assert any(str(step) in word for word in path.argv)
+    assert (auto.attempt, path.attempt) == (2, 3)
+    for plan in (auto, path):
+        assert f"trainer.resume_from_path={step}" in plan.argv
+    found = record.load(tmp_path / "runs/r/run.json")
+    assert found
+    assert [(one.number, one.status, one.resumed_from) for one in found.attempts] == [(2, "done", 5), (3, "done", 5)]
+    assert found.attempts[0].set_aside == ("global_step_10: incomplete: data.pt: missing",)
+
+
+def test_a_complete_run_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], launched: list[Any]
+) -> None:
+    prepared(tmp_path)
+    saved_step(tmp_path / "checkpoints/tiny/r", 15, world_size=1)
+    assert train(monkeypatch, "--preset", "tiny", "--name", "r", "--resume", "auto") == 0
+    assert "run r is complete: 15 steps" in capsys.readouterr().err
+    assert launched == []
+
+
+def test_another_configuration_needs_force(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], launched: list[Any]
+) -> None:
+    prepared(tmp_path)
+    words = ("--preset", "tiny", "--name", "r", "--resume", "auto")
+    assert train(monkeypatch, *words) == 0
+    files.write_json(launched[0][0].attempt_paths.plan, plan_document(launched[0][0]))
+    capsys.readouterr()
+    longer = ("--set", "trainer.steps=30", "--set", "watch.max_kl=0.9")
+    assert train(monkeypatch, *words, *longer) == 0, "how long it runs and how it is watched is free"
+    assert train(monkeypatch, *words, "--set", "algorithm.lr=5e-5", "--tis", "4") == 2
+    err = capsys.readouterr().err
+    assert "run r was started with another configuration" in err
+    assert "0.0001 → 5e-5" in err
+    assert "correction.cap: 2.0 → 4.0" in err
+    assert "--force" in err
+    assert train(monkeypatch, *words, "--set", "algorithm.lr=5e-5", "--force") == 0
+    assert len(launched) == 3
+
+
+def test_a_run_under_way_is_not_started_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], launched: list[Any]
+) -> None:
+    prepared(tmp_path)
+    assert train(monkeypatch, "--preset", "tiny", "--name", "r") == 0
+    record.renew(launched[0][0].paths, 1, status="running")
+    assert train(monkeypatch, "--preset", "tiny", "--name", "r", "--resume", "auto") == 2
+    err = capsys.readouterr().err
+    assert "run r is under way: attempt 1, process" in err
+    assert "flashrl runs stop r" in err
+    record.renew(launched[0][0].paths, 1, pid_started=1.0)
+    assert train(monkeypatch, "--preset", "tiny", "--name", "r", "--resume", "auto") == 0, "its process is gone"
 
 
 @pytest.mark.parametrize(
     ("error", "code"),
     [
         (RunFailed("it broke", hint="mend it"), 1),
-        (supervise.Interrupted(2, "go on"), 130),
-        (supervise.Interrupted(15, "go on"), 143),
+        (signals.Interrupted(2, "go on"), 130),
+        (signals.Interrupted(15, "go on"), 143),
     ],
 )
 def test_exit_codes(
@@ -241,7 +300,8 @@ def test_exit_codes(
         raise error
 
     prepared(tmp_path)
-    monkeypatch.setattr(supervise, "supervise", fail)
+    monkeypatch.setattr(run, "supervise", fail)
+    monkeypatch.setattr(run, "git_state", lambda _: None)
     assert train(monkeypatch, "--preset", "tiny") == code
     err = capsys.readouterr().err
     assert f"error: {error}" in err

@@ -19,6 +19,7 @@ from flashrl_cli.errors import EnvironmentNotReady, ExitCode, RunFailed
 from flashrl_cli.launch import supervise
 from flashrl_cli.launch.plan import LaunchPlan, plan_document
 from flashrl_cli.launch.process import Tree
+from flashrl_cli.launch.signals import Interrupted, collected
 
 PRELUDE = '''
 import json, os, signal, sys, time
@@ -33,6 +34,8 @@ def log(text):
 
 def step(number, **data):
     data = {"actor/grad_norm": 0.5, "actor/pg_loss": 0.1, "critic/score/mean": 0.3, **{k.replace("__", "/"): v for k, v in data.items()}}
+    if number == 0:
+        data = {"val-core/tiny/acc/mean@1": 0.5}
     with open(os.environ["VERL_FILE_LOGGER_PATH"], "a") as stream:
         stream.write(json.dumps({"step": number, "data": data}) + "\\n")
 
@@ -68,7 +71,8 @@ def stubborn():
     settled("stubborn")
 
 def signal_flashrl(number):
-    os.kill(os.getppid(), number)
+    guardian = Path(f"/proc/{os.getppid()}/stat").read_text()
+    os.kill(int(guardian.rpartition(")")[2].split()[1]), number)
 
 daemon()
 stubborn()
@@ -104,7 +108,8 @@ def run(
         plan = dataclasses.replace(tiny_plan(**watch), argv=(sys.executable, str(file)))
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
-            return supervise.supervise(plan, seen, vocabulary=vocabulary)
+            with collected() as received:
+                return supervise.supervise(plan, seen, received, vocabulary=vocabulary)
         finally:
             left = processes_of(tmp_path)
             for process in left:
@@ -254,7 +259,7 @@ def test_signal_ends_the_run_in_order(name: str, code: ExitCode, run: Callable[.
     signal_flashrl(signal.{name})
     time.sleep(120)
     """
-    with pytest.raises(supervise.Interrupted, match=f"stopped by {name}") as caught:
+    with pytest.raises(Interrupted, match=f"stopped by {name}") as caught:
         run(script, stop_grace_s=30)
     assert caught.value.exit_code == code == {"SIGINT": 130}.get(name, 143)
     assert "--resume auto --name r" in str(caught.value.hint)
@@ -270,7 +275,7 @@ def test_second_signal_makes_short_work(run: Callable[..., int]) -> None:
         time.sleep(120)
     """
     started = time.monotonic()
-    with pytest.raises(supervise.Interrupted):
+    with pytest.raises(Interrupted):
         run(script, stop_grace_s=300)
     assert time.monotonic() - started < 60
 
@@ -282,7 +287,7 @@ def test_child_that_ignores_the_request_to_end_is_killed(run: Callable[..., int]
     signal_flashrl(signal.SIGTERM)
     time.sleep(120)
     """
-    with pytest.raises(supervise.Interrupted):
+    with pytest.raises(Interrupted):
         run(script, stop_grace_s=0.3)
 
 
@@ -295,11 +300,31 @@ def test_end_without_a_training_step_is_a_failure(script: str, run: Callable[...
 
 
 @pytest.mark.processes
+def test_end_before_the_last_step_is_a_failure(run: Callable[..., int]) -> None:
+    with pytest.raises(RunFailed, match="verl ended after step 2 of 3") as caught:
+        run('log("Total training steps: 3")\nshake()\nstep(1)\nstep(2)')
+    assert "trainer.epochs" in str(caught.value.hint)
+
+
+@pytest.mark.processes
+def test_validation_after_a_resume_is_no_step(run: Callable[..., int], seen: Any) -> None:
+    script = """
+    log("Total training steps: 6")
+    shake()
+    with open(os.environ["VERL_FILE_LOGGER_PATH"], "a") as stream:
+        stream.write(json.dumps({"step": 5, "data": {"val-core/tiny/acc/mean@1": 0.5}}) + "\\n")
+    step(6)
+    """
+    assert run(script) == 1
+    assert seen.steps == [5, 6]
+
+
+@pytest.mark.processes
 def test_used_attempt_is_not_written_to(
     run: Callable[..., int], tmp_path: Path, seen: Any, tiny_plan: Callable[..., LaunchPlan]
 ) -> None:
     plan = tiny_plan()
     plan.attempt_paths.plugins.mkdir(parents=True)
     with pytest.raises(FileExistsError):
-        supervise.supervise(plan, seen)
+        supervise.supervise(plan, seen, [])
     assert list(plan.attempt_paths.root.iterdir()) == [plan.attempt_paths.plugins]

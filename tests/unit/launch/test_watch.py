@@ -29,8 +29,8 @@ class Clock:
 class NoTree:
     """Nothing that runs."""
 
-    def processes(self) -> list[Any]:
-        return []
+    def tend(self) -> None:
+        return None
 
 
 @pytest.fixture

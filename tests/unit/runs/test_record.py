@@ -19,7 +19,7 @@ from flashrl_cli.runs.record import Attempt, Phase, RunRecord
 
 def attempt(number: int = 1, **fields: object) -> Attempt:
     given = {"status": "running", "started": record.now(), "updated": "then", **record.own_process(), **fields}
-    return Attempt(number=number, **given)  # type: ignore[arg-type]
+    return Attempt(number=number, **given)
 
 
 def a_record(*attempts: Attempt) -> RunRecord:

@@ -1,0 +1,55 @@
+"""Keeps a run's record true while its attempt goes on: a display that writes down what it is told and passes it on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from flashrl_cli.runs import record
+from flashrl_cli.runs.record import Phase
+
+if TYPE_CHECKING:
+    from flashrl_cli.contract import Handshake
+    from flashrl_cli.launch.plan import LaunchPlan
+    from flashrl_cli.launch.supervise import Display
+    from flashrl_cli.verl.metrics import StepMetrics
+
+
+class Recording:
+    """Writes each event of one attempt into the record, then tells `display`."""
+
+    def __init__(self, display: Display, plan: LaunchPlan) -> None:
+        self.display, self.plan = display, plan
+        self._phases: tuple[Phase, ...] = ()
+
+    def expect(self, total: int) -> None:
+        """The run will have `total` steps."""
+        self._renew(total_steps=total)
+        self.display.expect(total)
+
+    def phase(self, text: str) -> None:
+        """Something else is being done now."""
+        self._phases = (*self._phases, Phase(name=text, began=record.now()))
+        self._renew(phases=self._phases)
+        self.display.phase(text)
+
+    def proven(self, shakes: list[Handshake]) -> None:
+        """The rollout workers proved their precision."""
+        self._renew(proof=tuple(dataclasses.asdict(shake) for shake in shakes))
+        self.display.proven(shakes)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """A step is done."""
+        if metrics.trained:
+            self._renew(last_step=metrics.step)
+        self.display.step(metrics)
+
+    def tick(self) -> None:
+        """Time passes."""
+        self.display.tick()
+
+    def _renew(self, **changes: Any) -> None:
+        # a full disk must not end a run that could go on: what is missing here is in the log and the metrics
+        with contextlib.suppress(OSError):
+            record.renew(self.plan.paths, self.plan.attempt, **changes)

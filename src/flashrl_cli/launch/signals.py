@@ -1,0 +1,37 @@
+"""Signals that end a run in order instead of killing the process that watches it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+from flashrl_cli.errors import ExitCode, FlashrlError
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, `kill`, and a terminal that was closed."""
+
+
+class Interrupted(FlashrlError):
+    """A signal ended the run; the exit code is the signal's."""
+
+    def __init__(self, number: int, hint: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}", hint=hint)
+        self.exit_code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED
+
+
+@contextlib.contextmanager
+def collected() -> Iterator[list[int]]:
+    """Collect INT, TERM and HUP in the list it yields, instead of dying of them."""
+    received: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in ENDING}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,33 @@
+"""What must never be written down: values that let somebody in."""
+
+from __future__ import annotations
+
+import re
+
+NAMES = re.compile(
+    r"(^|_)(API_?KEY|ACCESS_?KEY|SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|PRIVATE_?KEY)$", re.IGNORECASE
+)
+"""Names of variables that hold a secret. `TOKENIZERS_PARALLELISM` and `MAX_TOKENS` are none."""
+VALUES = re.compile(
+    r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|AKIA[A-Z0-9]{16}|glpat-[\w-]{20,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|\w+://[^/\s:@]+:[^/\s@]+@"
+)
+"""Values of a known form: tokens of Hugging Face, OpenAI, GitHub, AWS and GitLab, private keys, addresses with a password."""
+HIDDEN = "***"
+
+
+def looks_secret(name: str, value: str) -> bool:
+    """Whether a variable's name or the form of its value says that it is a secret; an empty value is none."""
+    return bool(value) and bool(NAMES.search(name) or VALUES.search(value))
+
+
+def without_secrets(words: tuple[str, ...]) -> tuple[str, ...]:
+    """A command line in which the value of every `KEY=VALUE` that looks like a secret is hidden."""
+    return tuple(_hidden(word) for word in words)
+
+
+def _hidden(word: str) -> str:
+    key, equals, value = word.partition("=")
+    if equals and looks_secret(key.rpartition(".")[2], value):
+        return f"{key}={HIDDEN}"
+    return VALUES.sub(HIDDEN, word)
