@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashrl_cli import paths
-from flashrl_cli.cli.options import Json, Preset, Rollout, RunName, Sets, Tis
+from flashrl_cli.cli.options import Executor, Json, Preset, RayAddress, Rollout, RunName, Sets, Tis
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
+    from flashrl_cli.launch.executor import Start
+    from flashrl_cli.launch.executors import Place
     from flashrl_cli.launch.plan import LaunchPlan
     from flashrl_cli.render.output import Output
     from flashrl_cli.verl.compose import Tree
@@ -32,55 +34,59 @@ def train(
     detach: Annotated[
         bool, typer.Option("--detach", help="Go on without this terminal: `flashrl runs watch NAME` shows the run.")
     ] = False,
+    executor: Executor = "local",
+    ray_address: RayAddress = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Print the plan; start and write nothing.")] = False,
     json: Json = False,
 ) -> None:
     """Train a preset with verl, watched to its end.
 
     `flashrl train --preset tiny` runs on any machine;
-    `flashrl train --preset dapo-32b --rollout int8 --tis 8 --dry-run` shows what a cluster would run.
+    `flashrl train --preset dapo-32b --rollout int8 --tis 8 --executor ray --dry-run` shows what a cluster would run.
     """
-    from flashrl_cli.launch import review
+    from flashrl_cli.launch import executors, review
     from flashrl_cli.render.output import Output
 
     output = Output(json_mode=json)
-    resolved = review.read(preset, review.Options(rollout=rollout, tis=tis, sets=sets or ()))
+    place = executors.chosen(executor, ray_address)
+    resolved = place.fit(review.read(preset, review.Options(rollout=rollout, tis=tis, sets=sets or ())))
     plan = review.next_plan(resolved, name, resume=resume, look_only=dry_run, force=force)
     tree = review.judge(resolved, plan)
     if dry_run:
-        _show(resolved, plan, tree, output)
+        _show(resolved, plan, tree, output, place)
     elif plan.is_finished:
         output.say(f"run {plan.name} is complete: {plan.resume.step} steps; a larger trainer.steps goes on with it")
     else:
-        _ready(resolved, plan, tree, output)
-        (_detach if detach else _run)(plan, output)
+        start = _ready(resolved, plan, tree, output, place)
+        _detach(plan, output) if detach else _run(plan, output, start)
 
 
-def _show(resolved: Resolved, plan: LaunchPlan, tree: Tree, output: Output) -> None:
+def _show(resolved: Resolved, plan: LaunchPlan, tree: Tree, output: Output, place: Place) -> None:
     from flashrl_cli.launch import memory
     from flashrl_cli.launch.plan import plan_document
     from flashrl_cli.launch.script import plan_script
 
     needed = memory.of_plan(resolved, tree)
     if output.json_mode:
-        output.document(plan_document(plan) | {"memory": needed.document()})
+        output.document(plan_document(plan) | place.document(plan) | {"memory": needed.document()})
     else:
-        output.text(plan_script(plan, needed.lines))
+        output.text(plan_script(plan, needed.lines, job=place.job(plan)))
 
 
-def _ready(resolved: Resolved, plan: LaunchPlan, tree: Tree, output: Output) -> None:
-    from flashrl_cli.launch import devices, memory, preflight
+def _ready(resolved: Resolved, plan: LaunchPlan, tree: Tree, output: Output, place: Place) -> Start:
+    from flashrl_cli.launch import memory
     from flashrl_cli.launch.run import refuse_running
     from flashrl_cli.runs import record
 
     refuse_running(record.load(plan.paths.record))
-    preflight.check(plan, paths.data_root())
-    warning = memory.of_plan(resolved, tree, devices.gpu_memory(plan.spec)).warning
+    start = place.ready(plan, paths.data_root(), output.say)
+    warning = memory.of_plan(resolved, tree, place.gpu_memory(plan)).warning
     if warning:
         output.warn(f"memory: {warning}")
+    return start
 
 
-def _run(plan: LaunchPlan, output: Output) -> None:
+def _run(plan: LaunchPlan, output: Output, start: Start) -> None:
     from flashrl_cli.launch.inputs import vocabulary
     from flashrl_cli.launch.run import run_plan
     from flashrl_cli.render.live import display_for
@@ -90,7 +96,7 @@ def _run(plan: LaunchPlan, output: Output) -> None:
         output.say(line)
     words = vocabulary(plan.spec, paths.data_root())
     with display_for(output, title=plan.name, total=plan.spec.trainer.steps) as display:
-        steps = run_plan(plan, display, vocabulary=words, command=["flashrl", *sys.argv[1:]])
+        steps = run_plan(plan, display, start=start, vocabulary=words, command=["flashrl", *sys.argv[1:]])
     output.say(f"done: {steps} steps; checkpoints in {plan.paths.checkpoints}")
 
 

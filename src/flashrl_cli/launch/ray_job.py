@@ -12,7 +12,8 @@ from flashrl_cli.launch.ray_log import Follower
 from flashrl_cli.launch.relay import Relay
 
 if TYPE_CHECKING:
-    from flashrl_cli.launch.executor import Start
+    from collections.abc import Callable
+
     from flashrl_cli.launch.plan import LaunchPlan
     from flashrl_cli.launch.ray_client import Jobs
 
@@ -102,7 +103,7 @@ class RayJob:
         self._code = code or ENDED[state]
 
 
-def starter(jobs: Jobs, address: str, *, shared: bool) -> Start:
+def starter(jobs: Jobs, address: str, *, shared: bool) -> Callable[[LaunchPlan], RayJob]:
     """How a plan is started as a job of `jobs`."""
 
     def start(plan: LaunchPlan) -> RayJob:

@@ -63,9 +63,7 @@ def plan(tiny_plan: Callable[..., LaunchPlan]) -> LaunchPlan:
 
 
 def start(jobs: FakeJobs, plan: LaunchPlan, *, shared: bool = True) -> RayJob:
-    handle = starter(jobs, ADDRESS, shared=shared)(plan)
-    assert isinstance(handle, RayJob)
-    return handle
+    return starter(jobs, ADDRESS, shared=shared)(plan)
 
 
 def end(jobs: FakeJobs, handle: RayJob, status: str, code: int | None, message: str = "") -> None:
