@@ -11,6 +11,8 @@ from flashrl_cli.errors import EnvironmentNotReady
 
 TIMEOUT_S = (5.0, 30.0)
 """Seconds to connect, and to wait for an answer."""
+LIMIT = 10_000
+"""Most rows that Ray's state API gives."""
 OVERRULING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Variables that Ray's client takes for the address whatever it is given (ray/dashboard/utils.py)."""
 
@@ -36,6 +38,9 @@ class Jobs(Protocol):
     def list_jobs(self) -> list[Any]:
         """All jobs that the cluster knows."""
 
+    def listed(self, what: str, **filters: str) -> list[dict[str, Any]]:
+        """Ray's `nodes` or `actors`, those whose fields are as `filters` say."""
+
 
 def connect(address: str) -> Jobs:
     """A client of the job server at `address` (its dashboard's http://host:8265, or a cluster's host:6379).
@@ -49,6 +54,19 @@ def connect(address: str) -> Jobs:
 
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
             return super()._do_request(method, endpoint, **{"timeout": TIMEOUT_S, **options})
+
+        def listed(self, what: str, **filters: str) -> Any:
+            """From the state API, as `ray list nodes` asks it (ray/util/state/api.py)."""
+            params = {
+                "limit": LIMIT,
+                "timeout": TIMEOUT_S[1],
+                "filter_keys": list(filters),
+                "filter_predicates": ["="] * len(filters),
+                "filter_values": list(filters.values()),
+            }
+            response = self._do_request("GET", f"/api/v0/{what}", params=params)
+            response.raise_for_status()
+            return response.json()["data"]["result"]["result"]
 
     try:
         with _without(*OVERRULING):

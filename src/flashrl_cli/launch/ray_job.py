@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
 from flashrl_cli.launch import ray_plan
 from flashrl_cli.launch.ray_log import Follower
+from flashrl_cli.launch.ray_lost import Lost, NodeWatch
 from flashrl_cli.launch.relay import Relay
 
 if TYPE_CHECKING:
@@ -36,21 +37,29 @@ class RayJob:
         self._relay = None if shared else Relay(plan.attempt_paths)
         self._follower = Follower(jobs, job_id, self._log)
         self._follower.start()
+        self._nodes = NodeWatch(jobs)
+        self._ray_id: str | None = None
+        self._lost = False
         self._code: int | None = None
         self._answered = time.monotonic()
         self._due = 0.0
         self._failures = 0
 
     def poll(self) -> int | None:
-        """Exit code, None while the job runs. Raises RunFailed when the job server is silent for two minutes."""
+        """Exit code, None while the job runs.
+
+        Raises RunFailed when the job server is silent for two minutes, and, once, when a lost node made the job fail.
+        """
         if self._code is None and time.monotonic() >= self._due:
             self._ask()
         return self._code
 
     def tend(self) -> None:
-        """Take metrics and handshakes out of what the log brought."""
+        """Take metrics and handshakes out of what the log brought. Raises RunFailed, once, when a node of the job is lost."""
         if self._relay:
             self._relay.poll()
+        if self._code is None and not self._lost:
+            self._tell(self._nodes.lost(self._ray_id))
 
     def terminate(self) -> None:
         """Ask Ray to stop the job; a server that does not answer is asked again by `kill`."""
@@ -77,6 +86,7 @@ class RayJob:
             return
         self._answered, self._failures = time.monotonic(), 0
         self._due = self._answered + PAUSES_S[0]
+        self._ray_id = info.job_id or self._ray_id
         state = str(getattr(info.status, "value", info.status))
         if state in ENDED:
             self._end(state, info)
@@ -101,6 +111,17 @@ class RayJob:
         if self._relay:
             self._relay.poll(ended=True)
         self._code = code or ENDED[state]
+        if state == "FAILED" and not self._lost:
+            self._tell(self._nodes.lost_in_the_end(self._ray_id, self._log))
+
+    def _tell(self, lost: Lost | None) -> None:
+        if lost is None:
+            return
+        self._lost = True
+        raise RunFailed(
+            f"the Ray cluster lost node {lost.address}, on which workers of the run were: {lost.reason[:300]}",
+            hint="`--resume auto` goes on from the newest checkpoint, once the cluster has nodes enough again",
+        )
 
 
 def starter(jobs: Jobs, address: str, *, shared: bool) -> Callable[[LaunchPlan], RayJob]:

@@ -23,11 +23,13 @@ class FakeJobs:
         self.stopped: list[str] = []
         self.ends_when_stopped = True
         self.hangs = threading.Event()
+        self.rows: dict[str, list[dict[str, Any]]] = {"nodes": [], "actors": []}
+        """What Ray's state API lists."""
         self._run = run
 
     def add(self, name: str, status: str = "RUNNING", **metadata: str) -> SimpleNamespace:
         job = SimpleNamespace(
-            submission_id=name, status=status, message="", driver_exit_code=None, metadata=metadata, runtime_env=None
+            submission_id=name, status=status, message="", driver_exit_code=None, metadata=metadata, job_id="0a000000"
         )
         self.jobs[name] = job
         self.log.setdefault(name, "")
@@ -79,6 +81,10 @@ class FakeJobs:
     def list_jobs(self) -> list[Any]:
         self._answer()
         return list(self.jobs.values())
+
+    def listed(self, what: str, **filters: str) -> list[dict[str, Any]]:
+        self._answer()
+        return [row for row in self.rows[what] if filters.items() <= row.items()]
 
     def _answer(self) -> None:
         if self.failing:

@@ -11,7 +11,7 @@ import pytest
 
 from flashrl_cli.contract import read_handshakes
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
-from flashrl_cli.launch import ray_job, ray_log, ray_plan
+from flashrl_cli.launch import ray_job, ray_log, ray_lost, ray_plan
 from flashrl_cli.launch.executor import Handle
 from flashrl_cli.launch.plan import LaunchPlan
 from flashrl_cli.launch.ray_job import RayJob, starter
@@ -28,18 +28,26 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 1000.0
+        self._later: list[tuple[float, Callable[[], object]]] = []
+
+    def after(self, seconds: float, act: Callable[[], object]) -> None:
+        self._later.append((self.now + seconds, act))
 
     def monotonic(self) -> float:
         return self.now
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
+        for due, act in self._later:
+            if due <= self.now:
+                act()
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(ray_job, "time", clock)
+    monkeypatch.setattr(ray_lost, "time", clock)
     return clock
 
 
@@ -252,3 +260,69 @@ def test_a_job_that_ray_does_not_take(jobs: FakeJobs, plan: LaunchPlan, error: A
     jobs.failing = error
     with pytest.raises(EnvironmentNotReady, match=f"does not take the job: {error}"):
         start(jobs, plan)
+
+
+def two_nodes(jobs: FakeJobs, *, used: bool = True) -> dict[str, Any]:
+    """A cluster of two nodes, the second of which is returned; the job has actors there if `used`."""
+    first: dict[str, Any] = {"node_id": "n1", "node_ip": "10.0.0.1", "state": "ALIVE"}
+    second = first | {"node_id": "n2", "node_ip": "10.0.0.2"}
+    jobs.rows["nodes"] = [first, second]
+    jobs.rows["actors"] = [{"job_id": "0a000000" if used else "01000000", "node_id": "n2"}]
+    return second
+
+
+def follow(handle: RayJob, clock: Clock, seconds: float) -> int | None:
+    for _ in range(int(seconds / 0.2)):
+        if (code := handle.poll()) is not None:
+            return code
+        handle.tend()
+        clock.sleep(0.2)
+    return None
+
+
+def test_a_lost_node_ends_the_run_once(jobs: FakeJobs, plan: LaunchPlan, clock: Clock) -> None:
+    node, handle = two_nodes(jobs), start(jobs, plan)
+    follow(handle, clock, 10)
+    node |= {"state": "DEAD", "state_message": "health check failed"}
+    with pytest.raises(RunFailed, match=r"lost node 10\.0\.0\.2, .*: health check failed") as caught:
+        follow(handle, clock, 10)
+    assert "--resume auto" in str(caught.value.hint)
+    handle.tend()
+    handle.kill()
+    assert handle.poll() == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("kind", ["without the job's workers", "dead before", "state API fails"])
+def test_other_nodes_may_die(jobs: FakeJobs, plan: LaunchPlan, clock: Clock, kind: str) -> None:
+    node, handle = two_nodes(jobs, used=kind != "without the job's workers"), start(jobs, plan)
+    if kind != "dead before":
+        follow(handle, clock, 10)
+    if kind == "state API fails":
+        del jobs.rows["nodes"]
+    node["state"] = "DEAD"
+    assert follow(handle, clock, 20) is None
+
+
+def test_a_node_that_ray_declares_dead_after_the_job_failed(jobs: FakeJobs, plan: LaunchPlan, clock: Clock) -> None:
+    node, handle = two_nodes(jobs), start(jobs, plan)
+    follow(handle, clock, 10)
+    jobs.log[handle.id] = "RuntimeError: [gloo] Connection closed by peer\n"
+    end(jobs, handle, "FAILED", 1)
+    clock.after(15, lambda: node.update(state="DEAD"))
+    with pytest.raises(RunFailed, match=r"lost node 10\.0\.0\.2"):
+        follow(handle, clock, 10)
+    assert handle.poll() == 1
+
+
+@pytest.mark.parametrize(("log", "waited"), [("ValueError: bad key\n", False), ("ActorDiedError\n", True)])
+def test_other_failures_are_not_waited_with(
+    jobs: FakeJobs, plan: LaunchPlan, clock: Clock, log: str, waited: bool
+) -> None:
+    two_nodes(jobs)
+    handle = start(jobs, plan)
+    follow(handle, clock, 10)
+    jobs.log[handle.id] = log
+    end(jobs, handle, "FAILED", 1)
+    before = clock.now
+    assert follow(handle, clock, 10) == 1
+    assert (clock.now - before > 20) is waited
