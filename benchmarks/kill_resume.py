@@ -36,6 +36,8 @@ LATEST_S = 130.0
 """A strike comes within this time of a start; on two cores the first step is done after about 95 s."""
 DEADLINE_S = 120.0
 """Within this time a struck attempt must have ended, and its processes be gone."""
+STUCK_S = 400.0
+"""Whatever neither ends nor moves for so long would do so for ever."""
 RUN = "killed"
 
 
@@ -119,20 +121,27 @@ def strike(shop: Shop, dice: random.Random) -> Strike:
 
 
 def _outcome(shop: Shop, child: subprocess.Popen[bytes], struck: float) -> str:
-    steps = len(shop.logged())
-    while time.monotonic() - struck < DEADLINE_S:
+    """`ended` in time, `harmless` if the attempt moved on and came to its end, or what stayed behind."""
+    moved = _moves(shop)
+    while (waited := time.monotonic() - struck) < STUCK_S:
         if child.poll() is not None and not shop.leftovers():
-            return "ended"
-        if len(shop.logged()) > steps + 1:
+            return "ended" if waited < DEADLINE_S else f"ended after {waited:.0f} s only"
+        if child.poll() is None and _moves(shop) > moved + 1:
             return _until_the_end(shop, child)
         time.sleep(0.2)
     left = shop.leftovers()
     child.kill()
-    return f"left after {DEADLINE_S:g} s: {left}"
+    return f"left after {STUCK_S:g} s: {left}"
+
+
+def _moves(shop: Shop) -> int:
+    """Phases and steps of the newest attempt so far. One more may have been under way when it was struck, two may not."""
+    found = record.load(shop.paths.record)
+    return (len(found.last.phases) + len(shop.logged())) if found and found.last else 0
 
 
 def _until_the_end(shop: Shop, child: subprocess.Popen[bytes]) -> str:
-    """The victim was nobody that the run needs: two more steps were made."""
+    """The victim was nobody that the run needs."""
     code = child.wait(timeout=600)
     left = shop.leftovers()
     return f"left after the end: {left}" if left else ("harmless" if code == 0 else f"ended late with {code}")

@@ -13,6 +13,7 @@ from flashrl_cli.cli.doctor import doctor
 from flashrl_cli.cli.eval import evaluate
 from flashrl_cli.cli.prepare import prepare
 from flashrl_cli.cli.presets import presets
+from flashrl_cli.cli.runs import runs
 from flashrl_cli.cli.train import train
 from flashrl_cli.errors import ExitCode, FlashrlError
 
@@ -45,6 +46,7 @@ app.command("prepare")(prepare)
 app.command("train")(train)
 app.command("eval")(evaluate)
 app.add_typer(presets, name="presets")
+app.add_typer(runs, name="runs")
 app.command("doctor")(doctor)
 
 

@@ -29,6 +29,9 @@ RunName = Annotated[
         "--name", help="Name of the run (default: preset, precision and cap).", autocompletion=complete.run_names
     ),
 ]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="A run's name (`flashrl runs ls`).", autocompletion=complete.run_names)
+]
 Rollout = Annotated[str | None, typer.Option("--rollout", metavar="bf16|int8|fp8", help="Precision of the rollouts.")]
 Tis = Annotated[
     str | None, typer.Option("--tis", metavar="CAP|off", help="Cap of truncated importance sampling, or off.")

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from flashrl_cli.contract import Handshake
-    from flashrl_cli.launch.supervise import Display
     from flashrl_cli.render.output import Output
     from flashrl_cli.verl.metrics import StepMetrics
 
@@ -83,6 +82,10 @@ class PlainDisplay:
     def tick(self) -> None:
         """Nothing."""
 
+    def over(self, state: str, *, exit_code: int, error: str | None = None) -> None:
+        """Tell on stderr."""
+        self.output.say(_ending(state, exit_code, error))
+
 
 class JsonDisplay:
     """One JSON object a line on stdout: phase, proof and step events."""
@@ -113,16 +116,21 @@ class JsonDisplay:
     def tick(self) -> None:
         """Nothing."""
 
+    def over(self, state: str, *, exit_code: int, error: str | None = None) -> None:
+        """Event `end`."""
+        self._event("end", state=state, exit_code=exit_code, error=error)
+
 
 class LiveDisplay:
     """One table that is redrawn: the last steps, what is being done now, the time left."""
 
-    def __init__(self, title: str, total: int | None) -> None:
+    def __init__(self, title: str, total: int | None, elapsed_s: float = 0.0) -> None:
         self.title, self.total = title, total
         self.rows: deque[StepMetrics] = deque(maxlen=ROWS)
         self.proof = ""
         self.doing, self.since = "starting", time.monotonic()
-        self.started = time.monotonic()
+        self.started = time.monotonic() - elapsed_s
+        self.ending: str | None = None
         self.redraw: Callable[[], None] = lambda: None
 
     def expect(self, total: int) -> None:
@@ -146,6 +154,11 @@ class LiveDisplay:
         """Redraw."""
         self.redraw()
 
+    def over(self, state: str, *, exit_code: int, error: str | None = None) -> None:
+        """Show how it ended instead of what is being done."""
+        self.ending = _ending(state, exit_code, error)
+        self.redraw()
+
     def __rich__(self) -> RenderableType:
         from rich.console import Group
         from rich.text import Text
@@ -159,6 +172,8 @@ class LiveDisplay:
         return Group(*parts)
 
     def _now(self) -> str:
+        if self.ending is not None:
+            return self.ending
         done = self.rows[-1].step if self.rows else 0
         elapsed = int(time.monotonic() - self.started)
         line = f"⏵ {self.doing} ({time.monotonic() - self.since:.0f} s) · {elapsed // 60}:{elapsed % 60:02} elapsed"
@@ -185,14 +200,16 @@ class LiveDisplay:
 
 
 @contextlib.contextmanager
-def display_for(output: Output, *, title: str, total: int | None) -> Iterator[Display]:
-    """The display that fits the reader of `output`; `total` is the number of steps, if known."""
+def display_for(
+    output: Output, *, title: str, total: int | None, elapsed_s: float = 0.0
+) -> Iterator[PlainDisplay | JsonDisplay | LiveDisplay]:
+    """The display that fits the reader of `output`; `total` is the number of steps, if known, `elapsed_s` what is over already."""
     if output.json_mode:
         yield JsonDisplay(output, total)
     elif not output.live:
         yield PlainDisplay(output, total)
     else:
-        display = LiveDisplay(title, total)
+        display = LiveDisplay(title, total, elapsed_s)
         with _live(output.stderr, display) as redraw:
             display.redraw = redraw
             yield display
@@ -205,6 +222,11 @@ def _live(console: Console, renderable: RenderableType) -> Iterator[Any]:
     # drawn on each tick of the supervisor, so that no second thread draws while a signal is handled
     with Live(renderable, console=console, auto_refresh=False) as live:
         yield live.refresh
+
+
+def _ending(state: str, exit_code: int, error: str | None) -> str:
+    code = f" (exit code {exit_code})" if exit_code else ""
+    return f"{state}{code}: {error}" if error else f"{state}{code}"
 
 
 def _phases(row: StepMetrics) -> str:

@@ -15,17 +15,18 @@ from flashrl_cli.errors import EnvironmentNotReady
 _POINTS = "●○■□▲△◆◇"
 _WIDTH, _HEIGHT = 76, 18
 _TICKS = 12
+_MARKED = 25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """One curve: `ys` at steps `xs`, each with the ends of its interval."""
+    """One curve: `ys` at steps `xs`, each with the ends of its interval, if there are intervals."""
 
     label: str
     xs: Sequence[int]
     ys: Sequence[float]
-    los: Sequence[float]
-    his: Sequence[float]
+    los: Sequence[float] = ()
+    his: Sequence[float] = ()
 
 
 def installed(package: str) -> bool:
@@ -50,8 +51,9 @@ def text_curve(series: Sequence[Series], *, ylabel: str) -> str:
     figure.plot_size(_WIDTH, _HEIGHT)
     for one, marker in zip(series, _markers(len(series)), strict=True):
         figure.draw(figure.signal(one.xs, one.ys, marker="braille").lines())
-        _draw_bars(figure, one)
-        points = figure.signal(one.xs, one.ys, marker=marker)
+        if one.los:
+            _draw_bars(figure, one)
+        points = figure.signal(one.xs[:: _every(one)], one.ys[:: _every(one)], marker=marker)
         figure.draw(points.label(one.label) if len(series) > 1 else points)
     lower, upper = limits(series)
     figure.ruler("y").lim(lower, upper)
@@ -71,7 +73,8 @@ def write_png(series: Sequence[Series], path: Path, *, ylabel: str) -> None:
     axes = figure.add_subplot()
     for one in series:
         (line,) = axes.plot(one.xs, one.ys, marker="o", label=one.label)
-        axes.fill_between(one.xs, one.los, one.his, color=line.get_color(), alpha=0.15)
+        if one.los:
+            axes.fill_between(one.xs, one.los, one.his, color=line.get_color(), alpha=0.15)
     axes.set(xlabel="step", ylabel=ylabel, ylim=limits(series))
     axes.set_xticks(ticks(series))
     axes.grid(alpha=0.3)
@@ -81,9 +84,9 @@ def write_png(series: Sequence[Series], path: Path, *, ylabel: str) -> None:
 
 
 def limits(series: Sequence[Series]) -> tuple[float, float]:
-    """Limits of the vertical axis: the tenths that hold every interval."""
-    lower = math.floor(min(min(one.los) for one in series) * 10) / 10
-    upper = math.ceil(max(max(one.his) for one in series) * 10) / 10
+    """Limits of the vertical axis: the tenths that hold every interval, or every value without one."""
+    lower = math.floor(min(min(one.los or one.ys) for one in series) * 10) / 10
+    upper = math.ceil(max(max(one.his or one.ys) for one in series) * 10) / 10
     return lower, max(upper, lower + 0.1)
 
 
@@ -91,6 +94,11 @@ def ticks(series: Sequence[Series]) -> list[int]:
     """Steps to mark on the horizontal axis: all of them, or evenly every few if there are many."""
     steps = sorted({x for one in series for x in one.xs})
     return steps[:: math.ceil(len(steps) / _TICKS)]
+
+
+def _every(one: Series) -> int:
+    """Of how many points one is marked: of a long curve few, so that the line is seen."""
+    return math.ceil(len(one.xs) / _MARKED)
 
 
 def _markers(count: int) -> list[str]:

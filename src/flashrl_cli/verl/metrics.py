@@ -13,22 +13,41 @@ from dataclasses import dataclass
 NAMES = {
     "reward": "critic/score/mean",
     "response_length": "response_length/mean",
+    "prompt_length": "prompt_length/mean",
     "entropy": "actor/entropy",
     "grad_norm": "actor/grad_norm",
     "loss": "actor/pg_loss",
     "kl": "rollout_corr/kl",
+    "kl_k3": "rollout_corr/k3_kl",
+    "chi2": "rollout_corr/chi2_token",
     "rollout_nll": "rollout_corr/rollout_log_ppl",
     "train_nll": "rollout_corr/training_log_ppl",
     "weight_mean": "rollout_corr/rollout_is_mean",
     "weight_max": "rollout_corr/rollout_is_max",
+    "weight_std": "rollout_corr/rollout_is_std",
+    "effective": "rollout_corr/rollout_is_eff_sample_size",
     "truncated": "rollout_corr/rollout_is_ratio_fraction_high",
     "prob_diff": "training/rollout_probs_diff_mean",
+    "prob_diff_max": "training/rollout_probs_diff_max",
     "prob_correlation": "training/rollout_actor_probs_pearson_corr",
     "tokens_per_s": "perf/throughput",
     "tokens": "perf/total_num_tokens",
     "step_s": "timing_s/step",
 }
-"""flashrl's name of a metric to verl's. Lengths in tokens, KL and NLL in nats a token, `tokens_per_s` a device."""
+"""flashrl's name of a metric to verl's. Lengths in tokens, KL and NLL in nats a token, `tokens_per_s` a device.
+
+Rollout against trainer, over the response tokens of a step's batch, with r = p_train / p_rollout of the sampled token and, under
+token-level TIS, w = min(r, cap); in verl/trainer/ppo/rollout_corr_helper.py unless another file is named:
+
+- `kl` (:959): mean of -ln r; may be negative. `kl_k3` (:966): mean of r - ln r - 1. Both before the cap, ln r not clamped.
+- `chi2` (:1001): mean of r² - 1, before the cap, ln r clamped to ±20. Logged without TIS too, like the two above.
+- `weight_mean` (:723), `weight_max` (:737), `weight_std` (:749), `effective` (:757): of w, after the cap. `effective` is
+  (mean w)² / mean w², a share of the tokens. At sequence level `weight_max` is before the cap (:708).
+- `truncated` (:728): share of tokens with r > cap, so before it.
+- `rollout_nll`, `train_nll` (:972, :952): mean over responses, not over tokens.
+- `prob_diff`, `prob_diff_max` (verl/utils/debug/metrics.py:118, 117): |p_train - p_rollout|; probabilities, although its
+  docstring says log-probs.
+"""
 
 TIMINGS = {
     "generate": "timing_s/gen",

@@ -200,3 +200,17 @@ def test_the_reader_gets_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CI", "1")
     with display_for(Output(), title="r", total=2) as display:
         assert isinstance(display, PlainDisplay)
+
+
+def test_the_end_of_a_run_that_is_watched(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    PlainDisplay(Output(), 20).over("failed", exit_code=1, error="out of memory")
+    JsonDisplay(Output(json_mode=True), 20).over("done", exit_code=0)
+    out, err = capsys.readouterr()
+    assert err == "failed (exit code 1): out of memory\n"
+    assert json.loads(out) == {"schema_version": 1, "event": "end", "state": "done", "exit_code": 0, "error": None}
+    display = LiveDisplay("my-run", 20, elapsed_s=3600)
+    display.step(step(1))
+    assert "60:00 elapsed" in drawn(display)
+    display.over("stopped", exit_code=130)
+    assert "stopped (exit code 130)" in drawn(display)
+    assert "elapsed" not in drawn(display)

@@ -42,6 +42,19 @@ def test_several_curves_have_a_legend_and_marks_of_their_own() -> None:
     assert "○ bf16" in text
 
 
+def test_curves_without_intervals(tmp_path: Path) -> None:
+    plain = plots.Series(label="reward", xs=[1, 2, 3], ys=[-0.52, 0.1, 1.31])
+    assert plots.limits([plain]) == pytest.approx((-0.6, 1.4))
+    assert plots.text_curve([plain], ylabel="reward").count("●") == 3
+    plots.write_png([plain], tmp_path / "reward.png", ylabel="reward")
+    assert (tmp_path / "reward.png").is_file()
+
+
+def test_of_a_long_curve_few_points_are_marked() -> None:
+    many = plots.Series(label="", xs=range(1000), ys=[x / 1000 for x in range(1000)])
+    assert 10 <= plots.text_curve([many], ylabel="reward").count("●") <= 25
+
+
 def test_png(tmp_path: Path) -> None:
     plots.write_png([RISING, OTHER], tmp_path / "eval.png", ylabel="accuracy")
     assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,144 @@
+"""End a run from another terminal: its supervising process is asked, and it ends what it started."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
+from flashrl_cli.launch.known import known
+from flashrl_cli.paths import runs_root
+from flashrl_cli.runs import record
+
+if TYPE_CHECKING:
+    import psutil
+
+    from flashrl_cli.launch.known import Known
+    from flashrl_cli.runs.record import Attempt, Status
+
+GRACE_S = 60.0
+"""Time that verl gets to end where the plan does not say: the default of `watch.stop_grace_s`."""
+MORE_S = 30.0
+"""Time beyond it for the processes that verl leaves, and for the record."""
+BETWEEN_S = 0.5
+"""Time between the two signals of an immediate end."""
+POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stopped:
+    """What was done: `stopped` is False if nothing ran any more. `state` is the attempt's state afterwards."""
+
+    name: str
+    attempt: int
+    stopped: bool
+    state: Status
+    seconds: float = 0.0
+    step: int | None = None
+
+
+def stop(run: Known, *, at_once: bool = False, say: Callable[[str], None] = lambda _: None) -> Stopped:
+    """End the newest attempt of `run` and wait until its supervisor is gone; nothing to do if it does not run.
+
+    Raises InputError without a record, EnvironmentNotReady where it cannot be ended from here, RunFailed if it goes on.
+    """
+    attempt = run.last
+    if attempt is None:
+        raise InputError(
+            f"run {run.name} has no record of its process: {run.damage or 'it was started before records were kept'}",
+            hint="if it still runs, Ctrl-C in its terminal ends it",
+        )
+    if attempt.status == "running" and attempt.host != socket.gethostname():
+        raise EnvironmentNotReady(f"run {run.name} runs on {attempt.host}", hint=_over_there(run, attempt, at_once))
+    process = supervisor(attempt)
+    if process is None:
+        _check_job(run, attempt)
+        return Stopped(
+            name=run.name, attempt=attempt.number, stopped=False, state=record.state(attempt), step=attempt.last_step
+        )
+    return _end(run, attempt, process, at_once=at_once, say=say)
+
+
+def supervisor(attempt: Attempt) -> psutil.Process | None:
+    """The process that supervises `attempt` on this machine, if it is the very one that was recorded and lives."""
+    import psutil
+
+    if attempt.status != "running" or not record.is_alive(attempt.pid, attempt.pid_started):
+        return None
+    try:
+        process = psutil.Process(attempt.pid)  # from now on psutil itself refuses to signal another process of this pid
+        return process if abs(process.create_time() - attempt.pid_started) < 1 else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _end(
+    run: Known, attempt: Attempt, process: psutil.Process, *, at_once: bool, say: Callable[[str], None]
+) -> Stopped:
+    grace = run.setting(attempt.number, "watch", "stop_grace_s")
+    limit = (float(grace) if isinstance(grace, int | float) else GRACE_S) + MORE_S
+    how = "at once" if at_once else f"and wait up to {limit:.0f} s (`--now` makes short work of it)"
+    say(f"ending {run.name}, attempt {attempt.number}: ask process {process.pid} to stop {how}")
+    began = time.monotonic()
+    _signal(process, signal.SIGINT, run)
+    if at_once:
+        time.sleep(BETWEEN_S)
+        # another number, because two equal signals may arrive as one
+        _signal(process, signal.SIGTERM, run)
+    while record.is_alive(attempt.pid, attempt.pid_started):
+        if time.monotonic() - began > limit:
+            raise RunFailed(
+                f"run {run.name} still runs after {limit:.0f} s: process {process.pid}",
+                hint=f"flashrl runs stop {shlex.quote(run.name)} --now",
+            )
+        time.sleep(POLL_S)
+    after = known(run.name).last or attempt
+    return Stopped(
+        name=run.name,
+        attempt=attempt.number,
+        stopped=True,
+        state=record.state(after),
+        seconds=time.monotonic() - began,
+        step=after.last_step,
+    )
+
+
+def _signal(process: psutil.Process, number: int, run: Known) -> None:
+    import psutil
+
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return
+    except psutil.AccessDenied:
+        raise EnvironmentNotReady(
+            f"run {run.name} belongs to another user: process {process.pid}", hint="stop it as the user who started it"
+        ) from None
+
+
+def _over_there(run: Known, attempt: Attempt, at_once: bool) -> str:
+    now = ["--now"] if at_once else []
+    command = ["env", f"FLASHRL_RUNS={runs_root()}", "flashrl", "runs", "stop", run.name, *now]
+    return shlex.join(["ssh", attempt.host, shlex.join(command)])
+
+
+def _check_job(run: Known, attempt: Attempt) -> None:
+    """Raise EnvironmentNotReady if a Ray job may go on although its supervisor is gone."""
+    if command := orphan(attempt):
+        raise EnvironmentNotReady(
+            f"the process that supervised {run.name} is gone, its Ray job {attempt.job_id} may still run",
+            hint=shlex.join(command),
+        )
+
+
+def orphan(attempt: Attempt) -> list[str] | None:
+    """The command that ends the attempt's Ray job, if that may go on although its supervisor is gone."""
+    if record.state(attempt) != "lost" or attempt.executor != "ray" or not attempt.job_id:
+        return None
+    address = ["--address", attempt.ray_address] if attempt.ray_address else []
+    return ["ray", "job", "stop", *address, attempt.job_id]

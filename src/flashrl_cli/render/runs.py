@@ -1,0 +1,213 @@
+"""Runs for people: the list, and one run in full."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from flashrl_cli.doctor.space import size
+from flashrl_cli.render import plots
+from flashrl_cli.render.live import describe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from flashrl_cli.launch.detail import AttemptRow, Detail
+    from flashrl_cli.launch.overview import Row
+    from flashrl_cli.render.output import Output
+    from flashrl_cli.verl.metrics import StepMetrics
+
+COLUMNS = ("name", "preset", "state", "step", "reward", "acc.", "att.", "changed", "disk")
+_LEFT = ("name", "preset", "state")
+_DISPENSABLE = ("att.", "preset", "acc.", "disk")
+"""Columns that go where a terminal is too narrow, in this order."""
+_HOLES = 10
+
+
+def duration(seconds: float | None) -> str:
+    """`45 s`, `12 min`, `3 h 20 min`, `5 d`: as exact as one wants to know."""
+    if seconds is None:
+        return "–"
+    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
+    if days >= 2:
+        return f"{days} d"
+    if hours:
+        return f"{hours} h {minutes % 60} min" if minutes % 60 else f"{hours} h"
+    return f"{minutes} min" if minutes >= 3 else f"{seconds:.0f} s"
+
+
+def ago(moment: str, now: datetime | None = None) -> str:
+    """Age of a time of the record's, in its largest unit."""
+    seconds = max(0.0, ((now or datetime.now(UTC)) - datetime.fromisoformat(moment)).total_seconds())
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def listing(rows: Sequence[Row], width: int) -> list[str]:
+    """The list as lines, with as many columns as `width` has room for."""
+    columns = list(zip(COLUMNS, *_cells(rows), strict=True))
+    for name in ("", *_DISPENSABLE):
+        columns = [column for column in columns if column[0] != name]
+        lines = aligned(list(zip(*columns, strict=True)), right=[i for i, c in enumerate(columns) if c[0] not in _LEFT])
+        if max(map(len, lines)) <= width:
+            break
+    return lines
+
+
+def _cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Cells of the list, under COLUMNS."""
+    return [
+        (
+            row.name,
+            row.preset or "–",
+            row.state or "?",
+            progress(row),
+            _number(row.reward),
+            _number(row.accuracy),
+            str(row.attempts),
+            ago(row.changed),
+            size(row.run_bytes + row.checkpoint_bytes),
+        )
+        for row in rows
+    ]
+
+
+def progress(row: Row) -> str:
+    """`3/20`, as far as known."""
+    if row.step is None and row.total_steps is None:
+        return "–"
+    return f"{row.step or 0}/{row.total_steps or '?'}"
+
+
+def aligned(rows: Sequence[Sequence[str]], *, right: Iterable[int] = ()) -> list[str]:
+    """Rows as lines of columns, two spaces between; columns whose index is in `right` end together."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    ends = set(right)
+    return [
+        "  ".join(
+            c.rjust(w) if i in ends else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def show(out: Output, found: Detail) -> None:
+    """Print one run in full on stdout."""
+    for lines in (_head(found), _attempts(found.attempts)):
+        out.text("\n".join(lines) + "\n")
+    _paragraphs(out, _errors(found.attempts))
+    for lines in (_start(found), _shares(found)):
+        if lines:
+            out.text("\n".join(lines) + "\n")
+    _paragraphs(out, _proof(found))
+    _curve(out, found.steps)
+    _paragraphs(out, ["rollout against trainer", *(f"  {line}" for line in found.advice.lines)], end="")
+
+
+def _head(found: Detail) -> list[str]:
+    row, run = found.row, found.run
+    rows = [
+        ("run", f"{row.name} ({row.preset or 'preset unknown'}), {row.state or 'state unknown'}, step {progress(row)}"),
+        ("folder", f"{run.paths.root} ({size(row.run_bytes)})"),
+        ("checkpoints", f"{run.paths.checkpoints} ({size(row.checkpoint_bytes) if row.checkpoint_bytes else 'none'})"),
+    ]
+    if row.problem:
+        rows.append(("record", row.problem))
+    if found.holes:
+        shown = ", ".join(map(str, found.holes[:_HOLES])) + (" …" if len(found.holes) > _HOLES else "")
+        rows.append(("holes", f"{len(found.holes)} steps below the last without metrics: {shown}"))
+    rows += [("set aside", aside) for aside in found.set_aside]
+    return aligned(rows)
+
+
+def _attempts(attempts: Sequence[AttemptRow]) -> list[str]:
+    if not attempts:
+        return ["no attempt"]
+    heading = ("attempt", "state", "started", "took", "step", "from", "exit")
+    rows = [
+        (
+            str(one.number),
+            one.state or "?",
+            _local(one.started),
+            duration(one.seconds),
+            _whole(one.last_step),
+            _whole(one.resumed_from),
+            _whole(one.exit_code),
+        )
+        for one in attempts
+    ]
+    return aligned([heading, *rows], right=(0, 3, 4, 5, 6))
+
+
+def _errors(attempts: Sequence[AttemptRow]) -> list[str]:
+    lines = []
+    for one in attempts:
+        if one.error:
+            lines.append(f"attempt {one.number}: {one.error}")
+        if one.error and one.hint:
+            lines.append(f"  hint: {one.hint}")
+    return lines
+
+
+def _start(found: Detail) -> list[str]:
+    if not found.start:
+        return []
+    whole = sum(seconds for _, seconds in found.start)
+    rows = [(f"  {phase}", duration(seconds)) for phase, seconds in found.start]
+    return [f"the start of attempt {found.attempts[-1].number} took {duration(whole)}", *aligned(rows, right=(1,))]
+
+
+def _shares(found: Detail) -> list[str]:
+    if not found.shares:
+        return []
+    inside = [one for one in found.shares if one.share is not None]
+    rows = [
+        (f"  {one.phase}", f"{one.seconds:.1f} s", "" if one.share is None else f"{one.share:.0%}")
+        for one in found.shares
+    ]
+    return [f"a step took {sum(one.seconds for one in inside):.1f} s on average", *aligned(rows, right=(1, 2))]
+
+
+def _proof(found: Detail) -> list[str]:
+    return [f"proven: {describe(found.proof)}"] if found.proof else ["proven: nothing (no rollout worker reported)"]
+
+
+def _curve(out: Output, steps: Sequence[StepMetrics]) -> None:
+    points = [(step.step, reward) for step in steps if (reward := step["reward"]) is not None]
+    if len(points) < 2:
+        return
+    if not plots.installed("plotext"):
+        out.say('no curve: plotext is not installed (pip install "flashrl-cli[plot]")')
+        return
+    series = plots.Series(label="reward", xs=[step for step, _ in points], ys=[reward for _, reward in points])
+    out.text(plots.text_curve([series], ylabel="reward") + "\n")
+
+
+def _paragraphs(out: Output, lines: Sequence[str], end: str = "\n") -> None:
+    """Print lines wrapped to the width, each with its indent, and `end` after them."""
+    from textwrap import wrap
+
+    if not lines:
+        return
+    width = min(out.stdout.width, 120)
+    wrapped = []
+    for line in lines:
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        wrapped += wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    out.text("\n".join(wrapped) + end)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _whole(value: int | None) -> str:
+    return "–" if value is None else str(value)
+
+
+def _local(moment: str | None) -> str:
+    if moment is None:
+        return "–"
+    return datetime.fromisoformat(moment).astimezone().strftime("%Y-%m-%d %H:%M")

@@ -1,0 +1,287 @@
+"""Mismatch advice: how far rollout and trainer are apart, what the cap does about it, and whether another one would do.
+
+The correction multiplies each token's gradient term by w = min(r, cap), r = p_train / p_rollout. Two things follow from the
+ratios' moments (`runs.ratios`) whatever the gradient is:
+
+- Bias. The mean of r - w, the weight above the cap, times the largest term bounds what truncation takes from the gradient
+  (E. L. Ionides, Truncated Importance Sampling, JCGS 17 (2008) 295). Without correction it is the mean of |r - 1|.
+- Noise. Terms that are independent of their ratio have their noise multiplied by the mean of w²; one token by cap² at most.
+  A ratio of 16 counts 256-fold untruncated, 64-fold at cap 8, 4-fold at cap 2 (F. Yao et al., Your Efficient RL Framework
+  Secretly Brings You Off-Policy RL Training, 2025).
+
+Noise averages out over tokens and steps and bias does not, so a cap is right where what it cuts is small, and smaller caps are
+insurance where they cut nothing. The bounds of what is small are this module's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from flashrl_cli.runs import ratios
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from flashrl_cli.runs.ratios import Ratios, Weights
+    from flashrl_cli.verl.metrics import StepMetrics
+
+RECENT = 20
+"""Steps that are judged: the last ones, because the policy and with it the mismatch move."""
+CAPS = (2.0, 4.0, 8.0, 16.0)
+"""Caps that are weighed against each other; 2 is verl's default, and recipes of 32B models use 8."""
+NEGLIGIBLE, NOTABLE = 0.001, 0.01
+"""Shares of the weight above the cap: below the first it is not worth a thought, from the second on a larger cap is."""
+ALIKE = 0.02
+"""Mean of |r - 1| below which a correction changes next to nothing, if no single ratio exceeds `CAPS[0]`."""
+FAR = 0.05
+"""KL in nats a token that healthy INT8 and FP8 runs stay below (`launch.guard`)."""
+HALF = 0.5
+"""Effective sample size below which more than half of a batch is lost to its weights."""
+OFF_MEAN, OFF_ERRORS = 0.02, 4.0
+"""The ratios' mean is wrong if it is off 1 by both: that much, and so many of its standard errors."""
+
+_CLOSER = "Bring rollout and trainer closer: a run with `--rollout bf16` tells how much of it is quantization."
+
+Verdict = Literal["keep", "raise", "lower", "optional", "try", "reduce", "check", "unknown"]
+"""`optional`: TIS changes next to nothing. `try`: TIS is off and would not be idle. `reduce`: too far apart for any cap.
+`check`: something else than a mismatch is wrong."""
+
+SOURCES = {
+    "verl": "verl 0.9.1, verl/trainer/ppo/rollout_corr_helper.py:717-759, 952-1001; verl/utils/debug/metrics.py:116-119",
+    "Kish": "L. Kish, Survey Sampling, 1965: effective sample size (sum w)² / sum w²; verl's over capped weights: :757",
+    "Ionides": "E. L. Ionides, Truncated Importance Sampling, JCGS 17 (2008) 295: the bias is what lies above the cap",
+    "Yao": "F. Yao et al., 2025, fengyao.notion.site/off-policy-rl: noise goes with the square of the weight",
+    "Pinsker": "Pinsker's inequality, and Cauchy and Schwarz: mean |r - 1| from the KL and from the second moment",
+    "Scarf": "H. Scarf, A min-max solution of an inventory problem, 1958: most that lies above a cap, given two moments",
+    "mean": "mean of p/q over samples of q is the sum of p where q > 0, which is at most 1",
+}
+"""Where the rules are from, by the name that stands in brackets behind a sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One sentence, and the names in SOURCES of the rules that it rests on."""
+
+    text: str
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What the recent steps say of rollout against trainer, and what to do about it."""
+
+    verdict: Verdict
+    cap: float | None
+    """The cap that was judged."""
+    better: float | None
+    """The cap to take instead, if one is advised."""
+    seen: Ratios | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def lines(self) -> list[str]:
+        """For people: sentences, each with the sources of its rule in brackets."""
+        return [f"{one.text} [{', '.join(one.sources)}]" if one.sources else one.text for one in self.findings]
+
+    def document(self) -> dict[str, Any]:
+        """For programs: verdict, pooled values, sentences, and the sources in full."""
+        used = {source for one in self.findings for source in one.sources}
+        return {
+            "verdict": self.verdict,
+            "cap": self.cap,
+            "better_cap": self.better,
+            "values": asdict(self.seen) | {"cut_weight": self.seen.cut} if self.seen else None,
+            "findings": [asdict(one) for one in self.findings],
+            "sources": {name: text for name, text in SOURCES.items() if name in used},
+        }
+
+
+def advise(steps: Sequence[StepMetrics], cap: float | None) -> Advice:
+    """Judge the recent ones of `steps`, which one plan trained with TIS at `cap` (None: off, or not known)."""
+    trained = [step for step in steps if step.trained][-RECENT:]
+    usable = [step for step in trained if ratios.usable(step)]
+    lost = sum(step["kl"] is not None for step in trained) - len(usable)
+    if not usable:
+        return Advice("unknown", cap, None, None, tuple(_nothing(lost)))
+    seen = ratios.pool(usable)
+    if cap is None and seen.weights and seen.weights.above:
+        cap = seen.weights.largest  # whatever is cut is cut to the cap
+    verdict, better, told = _judge(seen, cap)
+    return Advice(verdict, cap, better, seen, (*_distance(seen, lost), *told))
+
+
+def percent(share: float) -> str:
+    """A share in percent, two digits of it (three just below the whole)."""
+    if 0 < share < 0.0001:
+        return "under 0.01 %"
+    if 0.95 <= share < 1:
+        return f"{100 * share:.1f} %"
+    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.2g} %"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def _nothing(lost: int) -> Iterator[Finding]:
+    if lost:
+        yield Finding(f"In all {lost} steps some ratio of trainer to rollout is beyond what a float holds.", ("verl",))
+    else:
+        yield Finding(
+            "The metrics hold nothing about rollout against trainer: verl compares them unless bypass_mode is on."
+        )
+
+
+def _distance(seen: Ratios, lost: int) -> Iterator[Finding]:
+    """How far apart the two are, in nats and in probability."""
+    steps = f"step {seen.first}" if seen.first == seen.last else f"steps {seen.first} to {seen.last}"
+    far = f". That is far: healthy INT8 and FP8 runs stay below {FAR:g}" if seen.k3 > FAR else ""
+    text = f"In {steps} rollout and trainer are {_number(seen.k3)} nats a token apart (KL; mean of log-ratios {seen.kl:.2g}){far}."
+    yield Finding(text, ("verl",))
+    if seen.prob_diff is not None and seen.prob_diff_max is not None:
+        text = f"A sampled token's probability differs by {seen.prob_diff:.2g} on average and {seen.prob_diff_max:.2g} at most."
+        yield Finding(text, ("verl",))
+    if seen.length and seen.k3 * seen.length >= 1:
+        yield Finding(
+            f"Over a response of {seen.length:.0f} tokens that is {_number(seen.k3 * seen.length)} nats: weights of tokens correct "
+            "each choice, not which texts come up."
+        )
+    if lost:
+        yield Finding(f"{lost} more of these steps are left out: some ratio in them is beyond what a float holds.")
+
+
+def _judge(seen: Ratios, cap: float | None) -> tuple[Verdict, float | None, list[Finding]]:
+    if wrong := list(_wrong_weights(seen, cap)):
+        return "check", None, wrong
+    if seen.weights is None:
+        verdict, better, told = _without_weights(seen)
+    else:
+        verdict, better, why = _of_cap(seen, seen.weights, cap)
+        told = [*_effects(seen, seen.weights, cap), *why]
+    if wrong := list(_wrong_mean(seen)):
+        return "check", None, [*told, *wrong]
+    return verdict, better, told
+
+
+def _wrong_mean(seen: Ratios) -> Iterator[Finding]:
+    mean, error = seen.ratios.mean, seen.mean_error
+    if error is None or abs(mean - 1) <= max(OFF_MEAN, OFF_ERRORS * error):
+        return
+    cause = (
+        "the rollout never samples tokens that the trainer finds likely (top_p, top_k), or the ratios that are missing are "
+        "too rare to have been seen"
+        if mean < 1
+        else "the log-probs that the rollout reports are not those that it samples by"
+    )
+    yield Finding(f"The ratios' mean is {mean:.3g} and should be 1: {cause}.", ("mean",))
+
+
+def _wrong_weights(seen: Ratios, cap: float | None) -> Iterator[Finding]:
+    if cap is None:
+        return
+    if seen.weights is None:
+        yield Finding(f"A cap of {cap:g} was asked for, but verl logged no weights: nothing is corrected.", ("verl",))
+    elif seen.weights.largest > cap * (1 + 1e-5):
+        yield Finding(
+            f"The largest weight, {seen.weights.largest:.3g}, is above the cap of {cap:g}: these are no weights of tokens "
+            "truncated there (verl logs a sequence's before its cap).",
+            ("verl",),
+        )
+
+
+def _effects(seen: Ratios, weights: Weights, cap: float | None) -> Iterator[Finding]:
+    """What the weights do: the tokens cut, the sample size left, the noise."""
+    cut = seen.cut or 0.0
+    if weights.above and cap is not None:
+        yield Finding(
+            f"The cap of {cap:g} cuts {percent(weights.above)} of the tokens and {percent(cut)} of the weight: times the "
+            "largest token's term, that is the most that it biases the gradient.",
+            ("Ionides",),
+        )
+    else:
+        yield Finding(f"Nothing is cut: the largest ratio is {weights.largest:.3g}.", ("verl",))
+    moments, free = weights.moments, seen.ratios
+    alone = "" if free.square - moments.square < 1e-3 else f", {percent(free.effective)} without a cap"
+    yield Finding(
+        f"The weights leave {percent(moments.effective)} of the tokens as effective sample size ({percent(weights.worst)} in "
+        f"the worst step){alone}.",
+        ("Kish",),
+    )
+    alone = "" if not alone else f", without a cap by {free.square:.3g}"
+    yield Finding(
+        f"They multiply the gradient's noise by {moments.square:.3g}, that of one token by up to {weights.largest**2:.3g}{alone}.",
+        ("Yao",),
+    )
+    yield Finding(
+        f"Without TIS the tokens' terms would be off by at most {percent(seen.deviation)} on average.", ("Pinsker",)
+    )
+
+
+def _of_cap(seen: Ratios, weights: Weights, cap: float | None) -> tuple[Verdict, float | None, list[Finding]]:
+    """Whether the cap fits: at most half a batch lost, little cut, and no larger than it need be."""
+    cut, noisy = seen.cut or 0.0, weights.moments.effective < HALF
+    if cap is not None and cut >= NOTABLE and not noisy:
+        return _raise(seen, weights, cap)
+    if not weights.above and weights.largest <= CAPS[0] and seen.deviation < ALIKE:
+        return "optional", None, [Finding("TIS changes next to nothing here: off would do as well, and saves nothing.")]
+    enough = NOTABLE if noisy else NEGLIGIBLE
+    smaller = next((c for c in CAPS if cap is not None and c < cap and seen.cut_at(c)[1] < enough), None)
+    if cap is not None and smaller is not None:
+        text = (
+            f"A cap of {smaller:g} would do: it would cut at most {percent(seen.cut_at(smaller)[1])} of the weight, and no "
+            f"token's noise would count more than {smaller**2:g}-fold (now up to {cap**2:g}-fold)."
+        )
+        return "lower", smaller, [Finding(text, ("Scarf", "Yao"))]
+    if noisy:
+        text = "No cap mends this: the sample size only falls with a larger one, and a smaller one cuts more."
+        return "reduce", None, [Finding(f"{text} {_CLOSER}", ("Kish",))]
+    return "keep", None, [Finding(f"The cap fits: {_fitting(weights, cut)}.")]
+
+
+def _fitting(weights: Weights, cut: float) -> str:
+    if not weights.above:
+        return "it cuts nothing, so a larger one changes nothing"
+    if cut < NEGLIGIBLE:
+        return f"a larger one would give back {percent(cut)} of the weight at most"
+    return f"{percent(cut)} of the weight is little to pay for bounded noise"
+
+
+def _raise(seen: Ratios, weights: Weights, cap: float) -> tuple[Verdict, float | None, list[Finding]]:
+    """A notable cut: a cap twice as large, if that is sure to leave half the sample size."""
+    larger = 2 * cap
+    least, most = seen.cut_at(larger)
+    noise = seen.square_at(larger)
+    text = (
+        f"A cap of {larger:g} would cut {percent(least)} to {percent(most)} of the weight instead of {percent(seen.cut or 0)}, "
+        f"and multiply the noise by {noise:.3g} at most (now {weights.moments.square:.3g})"
+    )
+    if (seen.ratios.mean - most) ** 2 / noise >= HALF:
+        return "raise", larger, [Finding(f"{text}: take it.", ("Ionides", "Scarf"))]
+    text = f"{text}, which may leave less than half of the sample size"
+    return "reduce", None, [Finding(f"{text}. {_CLOSER}", ("Ionides", "Scarf"))]
+
+
+def _without_weights(seen: Ratios) -> tuple[Verdict, float | None, list[Finding]]:
+    """TIS is off: its weights are not known, but how far they could go is."""
+    deviation, free = seen.deviation, seen.ratios
+    told = [
+        Finding(f"TIS is off: the tokens' terms are off by at most {percent(deviation)} on average.", ("Pinsker",)),
+    ]
+    if deviation < ALIKE and free.share_above(CAPS[0]) < NEGLIGIBLE:
+        told.append(
+            Finding(f"No TIS does: at most {percent(free.share_above(CAPS[0]))} of the ratios exceed {CAPS[0]:g}.")
+        )
+        return "optional", None, told
+    cap = next((cap for cap in CAPS if seen.cut_at(cap)[1] < NOTABLE), CAPS[0])
+    told.append(
+        Finding(
+            f"A cap of {cap:g} would cut at most {percent(free.share_above(cap))} of the tokens and "
+            f"{percent(seen.cut_at(cap)[1])} of the weight, and multiply the noise by {seen.square_at(cap):.3g} at most.",
+            ("Scarf", "Yao"),
+        )
+    )
+    told.append(
+        Finding(f"verl logs the weights only with TIS on: a few steps with `--tis {cap:g}` tell what it really cuts.")
+    )
+    return "try", cap, told

@@ -1,0 +1,116 @@
+"""One run in full: attempts, start, where the time goes, proof, and the advice with the cap of its own plan."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from flashrl_cli import contract
+from flashrl_cli.launch.detail import Detail, detail, shares
+from flashrl_cli.launch.known import known
+from flashrl_cli.runs.record import Phase
+from flashrl_cli.verl.metrics import read_step
+from tests.unit.render.test_live import shake
+from tests.unit.runs import disk, sampled
+
+
+def of(name: str) -> Detail:
+    return detail(known(name))
+
+
+def test_attempts_with_how_long_they_took_and_how_they_ended() -> None:
+    failed = disk.attempt(
+        1, status="failed", ended=disk.LATER, exit_code=1, error="out of memory", hint="less", last_step=2
+    )
+    lost = disk.attempt(2, status="running", resumed_from=2, **disk.GONE)
+    running = disk.attempt(3, status="running")
+    disk.make("demo", failed, lost, running)
+    one, two, three = of("demo").attempts
+    assert (one.state, one.seconds, one.exit_code, one.error, one.hint) == ("failed", 5400, 1, "out of memory", "less")
+    assert (two.state, two.seconds, two.resumed_from) == ("lost", 5400, 2)
+    assert three.state == "running"
+    assert three.seconds
+    assert three.seconds > 5400
+
+
+def test_attempts_without_a_record_are_what_their_folders_tell() -> None:
+    run = disk.make("old")
+    disk.log(run, 1, {"critic/score/mean": 0.1}, {"critic/score/mean": 0.2})
+    run.attempt(2).root.mkdir()
+    one, two = of("old").attempts
+    assert (one.number, one.state, one.last_step) == (1, None, 2)
+    assert (two.number, two.last_step) == (2, None)
+
+
+def test_phases_of_the_start_last_until_the_next() -> None:
+    phases = (
+        Phase(name="starting Ray", began="2026-03-01T10:00:00+00:00"),
+        Phase(name="loading the policy", began="2026-03-01T10:00:20+00:00"),
+        Phase(name="sampling responses", began="2026-03-01T10:01:30+00:00"),
+    )
+    disk.make("demo", disk.attempt(phases=phases))
+    assert of("demo").start == (("starting Ray", 20), ("loading the policy", 70))
+
+
+def test_shares_of_a_step_add_up_but_for_validation() -> None:
+    steps = [
+        read_step(1, {"timing_s/step": 8.0, "timing_s/gen": 4.0, "timing_s/testing": 5.0}),
+        read_step(2, {"timing_s/step": 12.0, "timing_s/gen": 8.0, "timing_s/save_checkpoint": 2.0}),
+        read_step(0, {"val-core/tiny/acc/mean@1": 0.5}),
+    ]
+    found = {one.phase: (one.seconds, one.share) for one in shares(steps)}
+    assert found == {
+        "generate": (6.0, pytest.approx(0.6)),
+        "save": (1.0, pytest.approx(0.1)),
+        "validate": (2.5, None),
+        "other": (3.0, pytest.approx(0.3)),
+    }
+    assert shares([]) == []
+
+
+def test_the_curve_is_that_of_all_attempts_and_holes_are_told() -> None:
+    run = disk.make("demo", disk.attempt(1), disk.attempt(2, resumed_from=1, set_aside=("global_step_2: torn",)))
+    disk.log(run, 1, {"critic/score/mean": 0.1}, {"critic/score/mean": 0.2})
+    disk.log(run, 2, {"critic/score/mean": 0.4}, first=4)
+    found = of("demo")
+    assert [(step.step, step["reward"]) for step in found.steps] == [(1, 0.1), (4, 0.4)]
+    assert found.holes == (2, 3)
+    assert found.set_aside == ("global_step_2: torn",)
+
+
+def test_the_proof_is_the_records_or_the_folders() -> None:
+    disk.make("demo", disk.attempt(1, proof=(asdict(shake("fp8")),)), disk.attempt(2))
+    assert [one.precision for one in of("demo").proof] == ["fp8"]
+    old = disk.make("old")
+    contract.write_handshake(old.attempt(1).plugins, shake())
+    assert [one.precision for one in of("old").proof] == ["int8"]
+    disk.make("none", disk.attempt(1, proof=({"another": "kind"},)))
+    assert of("none").proof == ()
+    (old.attempt(1).plugins / "x.json").write_text("{")
+    assert of("old").proof == ()
+
+
+def test_the_advice_is_on_the_newest_attempts_metrics_with_its_own_cap() -> None:
+    run = disk.make("demo", disk.attempt(1), disk.attempt(2))
+    disk.planned(run, 1, correction={"cap": 8.0})
+    disk.planned(run, 2, correction={"cap": 2.0})
+    disk.log(run, 1, sampled.logged(sampled.sample(1.0), 8))
+    disk.log(run, 2, sampled.logged(sampled.sample(0.15), 2))
+    advice = of("demo").advice
+    assert (advice.cap, advice.verdict) == (2.0, "keep")
+
+
+def test_the_document_is_json() -> None:
+    run = disk.make("demo", disk.attempt(1, status="failed", error="x"))
+    disk.log(run, 1, sampled.logged(sampled.sample(0.15), 2))
+    document = of("demo").document()
+    assert json.loads(json.dumps(document))["run"]["name"] == "demo"
+    assert document["record"]["attempts"][0]["error"] == "x"
+    assert of_nothing()["record"] is None
+
+
+def of_nothing() -> dict[str, object]:
+    disk.place("empty").root.mkdir(parents=True)
+    return of("empty").document()

@@ -1,0 +1,233 @@
+"""The advice agrees with the truth: tokens are sampled, verl's metrics computed from them, and the advice held against the tokens."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashrl_cli.runs.mismatch import ALIKE, CAPS, HALF, NEGLIGIBLE, NOTABLE, RECENT, SOURCES, Advice, advise, percent
+from flashrl_cli.verl.metrics import read_step
+from tests.unit.runs import sampled
+from tests.unit.runs.sampled import Batch, mean
+
+
+def outliers(share: float, wild: float, calm: float = 0.05) -> Callable[[random.Random], float]:
+    """Few tokens at which the trainer's logits are far from the rollout's."""
+    return lambda rng: wild if rng.random() < share else calm
+
+
+def advice(batch: Batch, cap: float | None) -> Advice:
+    return advise(sampled.steps([batch], cap), cap)
+
+
+def cut(batch: Batch, cap: float) -> float:
+    return mean([max(0.0, r - cap) for r in sampled.ratios([batch])])
+
+
+def effective(batch: Batch, cap: float) -> float:
+    w = [min(r, cap) for r in sampled.ratios([batch])]
+    return mean(w) ** 2 / mean([one**2 for one in w])
+
+
+def deviation(batch: Batch) -> float:
+    return mean([abs(r - 1) for r in sampled.ratios([batch])])
+
+
+def holds(found: Advice, batch: Batch, cap: float | None) -> bool:
+    """Whether a verdict is true of the tokens themselves."""
+    largest = max(sampled.ratios([batch]))
+    better, now = found.better or 0.0, cap or 0.0
+    truth = {
+        "optional": deviation(batch) < ALIKE and (cap is None or largest <= CAPS[0]),
+        "lower": better < now
+        and cut(batch, better or 1) < (NEGLIGIBLE if effective(batch, now or 1) >= HALF else NOTABLE),
+        "raise": better > now and cut(batch, now) >= NOTABLE and effective(batch, better or 1) >= HALF,
+        "keep": cut(batch, now) < NOTABLE and effective(batch, now or 1) >= HALF,
+        "reduce": effective(batch, now or 1) < HALF or cut(batch, now) >= NOTABLE,
+        "try": cap is None,
+    }
+    return truth[found.verdict]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([0.002, 0.01, 0.05, 0.2, 0.5, 1.0, 2.0]),
+    st.sampled_from([0.0, 0.01, 0.05]),
+    st.sampled_from([None, 1.5, *CAPS]),
+    st.integers(0, 10_000),
+)
+def test_a_verdict_is_true_of_the_tokens(calm: float, share: float, cap: float | None, seed: int) -> None:
+    batch = sampled.sample(outliers(share, 3.0, calm), responses=12, length=30, seed=seed)
+    found = advice(batch, cap)
+    if found.verdict != "check":
+        assert holds(found, batch, cap), found.lines
+
+
+def test_nearly_the_same_needs_no_tis() -> None:
+    assert advice(sampled.sample(0.005), 2).verdict == "optional"
+    assert advice(sampled.sample(0.005), None).verdict == "optional"
+
+
+def test_as_far_as_int8_a_cap_of_two_fits_and_one_of_eight_is_too_large() -> None:
+    batch = sampled.sample(0.15)
+    seen = advice(batch, 2).seen
+    assert seen
+    assert 0.001 < seen.k3 < 0.05
+    assert advice(batch, 2).verdict == "keep"
+    found = advice(batch, 8)
+    assert (found.verdict, found.better) == ("lower", 2)
+    assert cut(batch, 2) < NEGLIGIBLE
+
+
+def test_outliers_that_carry_weight_want_a_larger_cap() -> None:
+    batch = sampled.sample(outliers(0.06, 2.5))
+    found = advice(batch, 2)
+    assert (found.verdict, found.better) == ("raise", 4)
+    assert cut(batch, 4) < cut(batch, 2)
+    assert effective(batch, 4) >= HALF
+    assert any("4" in line and "take it" in line for line in found.lines)
+
+
+def test_too_far_apart_no_cap_helps() -> None:
+    batch = sampled.sample(3.0)
+    for cap in (2.0, 8.0):
+        assert advice(batch, cap).verdict == "reduce"
+        assert "bf16" in advice(batch, cap).lines[-1]
+
+
+def test_a_ratio_that_carries_much_weight_is_no_matter_of_caps() -> None:
+    batch = sampled.sample(0.05)
+    rollout, _ = batch[0][0]
+    batch[0][0] = (rollout, rollout + 5)  # r = 148
+    found = advice(batch, 1000)
+    assert effective(batch, 1000) < HALF
+    assert found.verdict == "reduce"
+
+
+def test_far_is_said() -> None:
+    assert "That is far" in advice(sampled.sample(1.0), 8).lines[0]
+    assert "far:" not in advice(sampled.sample(0.15), 8).lines[0]
+
+
+def test_off_but_far_apart_a_cap_is_worth_trying() -> None:
+    batch = sampled.sample(outliers(0.02, 1.5, 0.2))
+    found = advice(batch, None)
+    assert found.verdict == "try"
+    assert found.better in CAPS
+    assert f"--tis {found.better:g}" in found.lines[-1]
+    assert found.seen
+    assert cut(batch, found.better) <= found.seen.cut_at(found.better)[1]
+
+
+def test_the_sentences_say_what_the_tokens_say() -> None:
+    batch = sampled.sample(outliers(0.06, 2.5))
+    said = " ".join(advice(batch, 2).lines)
+    r = sampled.ratios([batch])
+    assert f"cuts {percent(mean([float(one > 2) for one in r]))} of the tokens and {percent(cut(batch, 2))}" in said
+    assert f"leave {percent(effective(batch, 2))} of the tokens" in said
+    assert f"{percent(effective(batch, 1e9))} without a cap" in said
+    assert "that of one token by up to 4" in said
+
+
+def test_long_responses_add_the_nats_up() -> None:
+    batch = sampled.sample(0.3, responses=3, length=400)
+    seen = advice(batch, 2).seen
+    assert seen
+    assert seen.length
+    assert f"{seen.k3 * seen.length:.2g} nats" in " ".join(advice(batch, 2).lines)
+    assert "nats:" not in " ".join(advice(sampled.sample(0.01), 2).lines)
+
+
+def test_tokens_that_the_rollout_never_samples_are_noticed() -> None:
+    batch = sampled.sample(0.1, top=3)
+    assert mean(sampled.ratios([batch])) < 0.95
+    found = advice(batch, 2)
+    assert found.verdict == "check"
+    assert "top_p" in found.lines[-1]
+
+
+def test_log_probs_that_are_not_those_of_the_sampling_are_noticed() -> None:
+    batch = [[(rollout - 0.1, trainer) for rollout, trainer in response] for response in sampled.sample(0.1)]
+    found = advice(batch, 2)
+    assert found.verdict == "check"
+    assert "not those that it samples by" in found.lines[-1]
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_a_mean_that_chance_explains_is_no_alarm(seed: int) -> None:
+    assert advice(sampled.sample(0.2, responses=4, length=10, seed=seed), 2).verdict != "check"
+
+
+def test_a_cap_without_weights_is_an_alarm() -> None:
+    found = advise(sampled.steps([sampled.sample(0.1)], None), 2)
+    assert found.verdict == "check"
+    assert "nothing is corrected" in found.lines[-1]
+
+
+def test_weights_above_the_cap_are_not_those_of_tokens() -> None:
+    found = advise(sampled.steps([sampled.sample(2.0)], 8), 2)
+    assert found.verdict == "check"
+    assert "above the cap of 2" in found.lines[-1]
+
+
+def test_an_unknown_cap_is_read_off_what_is_cut() -> None:
+    assert advise(sampled.steps([sampled.sample(outliers(0.06, 2.5))], 2), None).cap == 2
+    uncut = advise(sampled.steps([sampled.sample(0.15)], 8), None)
+    assert (uncut.cap, uncut.verdict) == (None, "keep")
+    assert "Nothing is cut" in " ".join(uncut.lines)
+
+
+def test_only_recent_training_steps_are_judged() -> None:
+    early, late = [sampled.sample(1.0, responses=2)] * 5, [sampled.sample(0.05, responses=2)] * RECENT
+    validation = read_step(0, {"val-core/tiny/acc/mean@1": 0.5})
+    seen = advise([validation, *sampled.steps([*early, *late], 2)], 2).seen
+    assert seen
+    assert (seen.first, seen.last) == (6, RECENT + 5)
+    assert seen.k3 < 0.01
+
+
+def test_nothing_logged_is_said() -> None:
+    for steps in ([], [read_step(1, {"critic/score/mean": 0.5})]):
+        found = advise(steps, 2)
+        assert (found.verdict, found.seen) == ("unknown", None)
+        assert "nothing about rollout against trainer" in found.lines[0]
+        assert found.document()["values"] is None
+
+
+def test_steps_beyond_a_floats_range_are_counted() -> None:
+    data = sampled.logged(sampled.sample(0.1), 2)
+    beyond = data | {"rollout_corr/k3_kl": None}
+    assert "all 1 steps" in advise([read_step(1, beyond)], 2).lines[0]
+    assert any(
+        line.startswith("1 more of these") for line in advise([read_step(1, beyond), read_step(2, data)], 2).lines
+    )
+
+
+def test_the_document_is_plain_data_with_its_sources() -> None:
+    document = advice(sampled.sample(0.15), 2).document()
+    assert json.loads(json.dumps(document)) == document | {"findings": json.loads(json.dumps(document["findings"]))}
+    assert document["verdict"] == "keep"
+    assert set(document["sources"]) <= set(SOURCES)
+    assert {source for one in document["findings"] for source in one["sources"]} == set(document["sources"])
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0, "0 %"),
+        (0.00001, "under 0.01 %"),
+        (0.00123, "0.12 %"),
+        (0.099, "9.9 %"),
+        (0.0996, "10 %"),
+        (0.996, "99.6 %"),
+        (1, "100 %"),
+    ],
+)
+def test_percent(share: float, text: str) -> None:
+    assert percent(share) == text
