@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from typing import TYPE_CHECKING
 
 from flashrl_cli import contract
@@ -20,6 +21,8 @@ class Relay:
     def __init__(self, attempt: AttemptPaths) -> None:
         self._attempt = attempt
         self._tail = Tail(attempt.log)
+        # nodes that share Ray's own folder, such as two on one machine, each send all lines of it
+        self._written: deque[tuple[int, dict[str, float | None]]] = deque(maxlen=8)
 
     def poll(self, *, ended: bool = False) -> None:
         """Take in the lines that came since the last call."""
@@ -32,7 +35,8 @@ class Relay:
             contract.write_handshake(self._attempt.plugins, shake)
             return
         found = read_line(line)
-        if found is not None:
+        if found is not None and found not in self._written:
+            self._written.append(found)
             step, data = found
             with self._attempt.metrics.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"step": step, "data": data}) + "\n")

@@ -47,6 +47,13 @@ def test_steps_appear_in_the_metrics_file(attempt: AttemptPaths) -> None:
     assert (first["reward"], first.lost, second["reward"]) == (0.5, ("grad_norm",), 0.75)
 
 
+def test_a_line_that_two_nodes_send_is_one_step(attempt: AttemptPaths) -> None:
+    one = "step:{} - critic/score/mean:0.5\n"
+    add(attempt, "(T pid=1, ip=127.0.0.3) " + one.format(1) + one.format(1) + one.format(2) + one.format(2))
+    Relay(attempt).poll()
+    assert [step.step for step in read_metrics(attempt.metrics)] == [1, 2]
+
+
 def test_handshakes_appear_in_the_plugins_folder(attempt: AttemptPaths) -> None:
     relay = Relay(attempt)
     add(attempt, f"\x1b[36m(vLLMHttpServer pid=3, ip=127.0.0.3)\x1b[0m (Worker pid=8) {told(SHAKE)}\n")
