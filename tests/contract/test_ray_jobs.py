@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -106,6 +107,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path.startswith("/api/version"):
             self._answer(200, {"version": "4", "ray_version": "2.60.0", "ray_commit": "x"})
         elif self.path.startswith("/api/v0/nodes"):
+            asked = parse_qs(urlsplit(self.path).query)
+            int(asked["timeout"][0]), int(asked["limit"][0])  # as ray/dashboard/state_api_utils.py:82 reads them
             self._answer(200, {"result": True, "data": {"result": {"total": 1, "result": [{"node_id": "n"}]}}})
         elif self.path.startswith("/api/jobs/slow"):
             threading.Event().wait(2)

@@ -59,7 +59,7 @@ def connect(address: str) -> Jobs:
             """From the state API, as `ray list nodes` asks it (ray/util/state/api.py)."""
             params = {
                 "limit": LIMIT,
-                "timeout": TIMEOUT_S[1],
+                "timeout": int(TIMEOUT_S[1]),  # Ray answers 500 to a number with a point
                 "filter_keys": list(filters),
                 "filter_predicates": ["="] * len(filters),
                 "filter_values": list(filters.values()),

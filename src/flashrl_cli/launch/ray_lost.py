@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from flashrl_cli.launch.ray_client import Jobs
 
 PAUSE_S = 5.0
-LATE_S = 30.0
-"""Ray declares a node dead after five lost health checks, 3 s apart and more; by then the job may have failed."""
+LATE_S = 45.0
+"""Ray declares a node dead after five lost health checks, 3 s apart and more; the job itself may fail at once."""
 SIGNS = re.compile(
     r"ActorDiedError|ActorUnavailableError|NodeDiedError|WorkerCrashedError|Connection (reset|closed|refused)|Broken pipe"
     r"|NCCL|[Gg]loo|died|unreachable|RpcError"
@@ -53,7 +53,8 @@ class NodeWatch:
 
     def lost_in_the_end(self, job_id: str | None, log: Path) -> Lost | None:
         """The lost node that made a job fail, waited for where the log shows that something broke off."""
-        deadline = time.monotonic() + (LATE_S if SIGNS.search("\n".join(last_lines(log, 300))) else 0.0)
+        suspect = len(self._alive) > 1 and SIGNS.search("\n".join(last_lines(log, 300)))
+        deadline = time.monotonic() + (LATE_S if suspect else 0.0)
         while True:
             self._due = 0.0
             found = self.lost(job_id)

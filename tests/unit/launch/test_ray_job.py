@@ -326,3 +326,15 @@ def test_other_failures_are_not_waited_with(
     before = clock.now
     assert follow(handle, clock, 10) == 1
     assert (clock.now - before > 20) is waited
+
+
+def test_a_cluster_of_one_node_is_not_waited_for(jobs: FakeJobs, plan: LaunchPlan, clock: Clock) -> None:
+    two_nodes(jobs)
+    jobs.rows["nodes"].pop()
+    handle = start(jobs, plan)
+    follow(handle, clock, 10)
+    jobs.log[handle.id] = "ActorDiedError\n"
+    end(jobs, handle, "FAILED", 1)
+    before = clock.now
+    assert follow(handle, clock, 10) == 1
+    assert clock.now - before < 3
