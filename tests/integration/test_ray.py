@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -108,6 +109,20 @@ def started_workers(cluster: Cluster, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, process.communicate()[1][-4000:]
         assert time.monotonic() < deadline, workers(cluster)
         time.sleep(0.5)
+
+
+def test_ctrl_c_stops_the_job(workshop: Workshop, cluster: Cluster) -> None:
+    process = workshop.start(*train(cluster, "stopped", "--set", "trainer.steps=500"), **cluster.env)
+    try:
+        started_workers(cluster, process)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err[-4000:]
+    last = json.loads((workshop.root / "runs/stopped/run.json").read_text())["attempts"][-1]
+    assert last["status"] == "stopped"
+    none_left(cluster, 30)
 
 
 def test_a_node_is_lost_in_mid_run(workshop: Workshop, cluster: Cluster) -> None:
