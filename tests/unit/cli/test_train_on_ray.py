@@ -47,6 +47,15 @@ def test_dry_run_shows_the_job(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_sweep_is_planned_for_the_cluster(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(monkeypatch, "--preset", "tiny", "--sweep", "tis=off,2", *RAY, "-n", "--json") == 0
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert len(points) == 2
+    assert not [o for point in points for o in point["plan"]["overrides"] if "ray_init" in o]
+
+
 def test_dry_run_for_people_submits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     assert train(monkeypatch, "--preset", "dapo-32b", *RAY, "-n") == 0
