@@ -18,7 +18,7 @@ OVERRULING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 
 class Jobs(Protocol):
-    """What flashrl uses of `ray.job_submission.JobSubmissionClient`; requests raise RuntimeError, ConnectionError or OSError."""
+    """What flashrl uses of `ray.job_submission.JobSubmissionClient`; requests raise RuntimeError or OSError."""
 
     def submit_job(self, **job: Any) -> str:
         """Submit a job and return its id."""
@@ -47,13 +47,17 @@ def connect(address: str) -> Jobs:
 
     Raises EnvironmentNotReady where none answers.
     """
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):  # type: ignore[misc]  # Ray has no types here
         """Stock requests wait for ever for a host that is gone."""
 
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-            return super()._do_request(method, endpoint, **{"timeout": TIMEOUT_S, **options})
+            try:
+                return super()._do_request(method, endpoint, **{"timeout": TIMEOUT_S, **options})
+            except AuthenticationError as error:
+                raise PermissionError(str(error)) from error
 
         def listed(self, what: str, **filters: str) -> Any:
             """From the state API, as `ray list nodes` asks it (ray/util/state/api.py)."""
@@ -82,11 +86,10 @@ def connect(address: str) -> Jobs:
 def _authenticated(make: Callable[[], Jobs]) -> Jobs:
     """A client; where the cluster asks for a token, with the one that `ray start` and `ray.init` take by themselves."""
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-    from ray.exceptions import AuthenticationError
 
     try:
         return make()
-    except AuthenticationError:
+    except PermissionError:
         if not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
             raise
         return make()
