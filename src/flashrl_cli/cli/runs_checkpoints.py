@@ -13,7 +13,7 @@ import typer
 from flashrl_cli import paths
 from flashrl_cli.cli import complete
 from flashrl_cli.cli.options import Json
-from flashrl_cli.errors import InputError, NothingMatched
+from flashrl_cli.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -123,22 +123,17 @@ def export(
 
 
 def _run(name: str) -> paths.RunPaths:
-    """Where the run of that name lies, as its record says. Raises NothingMatched with the names that are near."""
-    import re
-    from difflib import get_close_matches
-
-    from flashrl_cli.config.spec import FOLDER_NAME
-    from flashrl_cli.launch.recorded import run_names
-    from flashrl_cli.runs import record
+    """Where the run of that name lies, as its record says. Raises InputError without a record, NothingMatched for no run."""
+    from flashrl_cli.launch.known import known
     from flashrl_cli.runs.stock import run_paths
 
-    if not re.match(FOLDER_NAME, name):
-        raise InputError(f"{name!r} is not the name of a run", hint="a run is named like its folder, without slashes")
-    if found := record.load(paths.runs_root() / name / "run.json"):
-        return run_paths(found)
-    near = get_close_matches(name, run_names())
-    hint = f"did you mean {' or '.join(near)}?" if near else "$FLASHRL_RUNS names the folder of runs"
-    raise NothingMatched(f"no run {name} in {paths.runs_root()}", hint=hint)
+    run = known(name)
+    if run.record is None:
+        raise InputError(
+            f"run {name} has no record that says where its checkpoints lie: {run.damage or 'it is older'}",
+            hint=f"`flashrl runs show {name}` shows what its folders tell",
+        )
+    return run_paths(run.record)
 
 
 def _ask(output: Output, question: str, *, yes: bool) -> None:

@@ -11,18 +11,18 @@ from flashrl_cli import contract
 from flashrl_cli.contract import Handshake
 from flashrl_cli.launch.overview import Row, row
 from flashrl_cli.runs import history, mismatch, record
+from flashrl_cli.runs.curves import starts
 from flashrl_cli.runs.metrics import read_metrics
+from flashrl_cli.runs.totals import start_shares, step_shares
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from flashrl_cli.launch.known import Known
     from flashrl_cli.runs.mismatch import Advice
     from flashrl_cli.runs.record import Attempt, Status
+    from flashrl_cli.runs.totals import Spent
     from flashrl_cli.verl.metrics import StepMetrics
-
-OUTSIDE = ("validate",)
-"""Phases that verl does not count among a step's seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,15 +42,6 @@ class AttemptRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
-    """A phase of a step: mean seconds, and their share of the mean step (None for what lies outside it)."""
-
-    phase: str
-    seconds: float
-    share: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Detail:
     """One run in full."""
 
@@ -59,9 +50,10 @@ class Detail:
     attempts: tuple[AttemptRow, ...]
     steps: tuple[StepMetrics, ...]
     holes: tuple[int, ...]
-    start: tuple[tuple[str, float], ...]
-    """Phases of the newest attempt's start with their seconds."""
-    shares: tuple[Share, ...]
+    start: tuple[Spent, ...]
+    """Phases of the newest attempt's start."""
+    step: tuple[Spent, ...]
+    """Phases of a mean step."""
     proof: tuple[Handshake, ...]
     set_aside: tuple[str, ...]
     advice: Advice
@@ -77,8 +69,8 @@ class Detail:
             "attempts": [asdict(attempt) for attempt in self.attempts],
             "curve": curve,
             "holes": list(self.holes),
-            "start": [{"phase": phase, "seconds": seconds} for phase, seconds in self.start],
-            "step": [asdict(share) for share in self.shares],
+            "start": [asdict(spent) for spent in self.start],
+            "step": [asdict(spent) for spent in self.step],
             "proof": [asdict(shake) for shake in self.proof],
             "set_aside": list(self.set_aside),
             "mismatch": self.advice.document(),
@@ -95,8 +87,8 @@ def detail(run: Known) -> Detail:
         attempts=tuple(_attempts(run)),
         steps=tuple(steps),
         holes=tuple(history.holes(steps)),
-        start=tuple(_start(last) if last else ()),
-        shares=tuple(shares(steps)),
+        start=tuple(start_shares(last) if last else ()),
+        step=tuple(step_shares(steps, starts(run.paths))),
         proof=tuple(_proof(run)),
         set_aside=tuple(
             aside for attempt in (run.record.attempts if run.record else ()) for aside in attempt.set_aside
@@ -113,22 +105,6 @@ def advice(run: Known) -> Advice:
     number, files = logged
     cap = run.setting(number, "correction", "cap")
     return mismatch.advise(read_metrics(files.metrics), cap if isinstance(cap, int | float) else None)
-
-
-def shares(steps: Sequence[StepMetrics]) -> list[Share]:
-    """Where the time of a mean step goes; what no phase accounts for is `other`. Empty without timed steps."""
-    timed = [step for step in steps if step["step_s"]]
-    if not timed:
-        return []
-    whole = sum(step["step_s"] or 0.0 for step in timed) / len(timed)
-    phases = dict.fromkeys(phase for step in timed for phase in step.seconds)
-    means = {phase: sum(step.seconds.get(phase, 0.0) for step in timed) / len(timed) for phase in phases}
-    found = [
-        Share(phase=phase, seconds=mean, share=None if phase in OUTSIDE else mean / whole)
-        for phase, mean in means.items()
-    ]
-    other = whole - sum(one.seconds for one in found if one.share is not None)
-    return [*found, *([Share(phase="other", seconds=other, share=other / whole)] if other > 0 else [])]
 
 
 def _steps(run: Known) -> list[StepMetrics]:
@@ -162,12 +138,6 @@ def _attempt(attempt: Attempt) -> AttemptRow:
         error=attempt.error,
         hint=attempt.hint,
     )
-
-
-def _start(attempt: Attempt) -> Iterable[tuple[str, float]]:
-    """Each phase lasts until the next begins; the last one, in which the first step is sampled, is no part of the start."""
-    for phase, after in zip(attempt.phases, attempt.phases[1:], strict=False):
-        yield phase.name, (datetime.fromisoformat(after.began) - datetime.fromisoformat(phase.began)).total_seconds()
 
 
 def _proof(run: Known) -> Iterable[Handshake]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flashrl_cli.launch.detail import AttemptRow, Detail
     from flashrl_cli.launch.overview import Row
     from flashrl_cli.render.output import Output
+    from flashrl_cli.runs.totals import Spent
     from flashrl_cli.verl.metrics import StepMetrics
 
 COLUMNS = ("name", "preset", "state", "step", "reward", "acc.", "att.", "changed", "disk")
@@ -98,7 +99,8 @@ def show(out: Output, found: Detail) -> None:
     for lines in (_head(found), _attempts(found.attempts)):
         out.text("\n".join(lines) + "\n")
     _paragraphs(out, _errors(found.attempts))
-    for lines in (_start(found), _shares(found)):
+    start = f"the start of attempt {found.attempts[-1].number if found.attempts else '?'} took"
+    for lines in (_spent(start, found.start), _spent("a step took on average", found.step)):
         if lines:
             out.text("\n".join(lines) + "\n")
     _paragraphs(out, _proof(found))
@@ -151,23 +153,17 @@ def _errors(attempts: Sequence[AttemptRow]) -> list[str]:
     return lines
 
 
-def _start(found: Detail) -> list[str]:
-    if not found.start:
+def _spent(heading: str, spent: Sequence[Spent]) -> list[str]:
+    """A heading with the whole of it, and a line for each part; nothing for no parts."""
+    if not spent:
         return []
-    whole = sum(seconds for _, seconds in found.start)
-    rows = [(f"  {phase}", duration(seconds)) for phase, seconds in found.start]
-    return [f"the start of attempt {found.attempts[-1].number} took {duration(whole)}", *aligned(rows, right=(1,))]
+    rows = [(f"  {one.what}", _exact(one.seconds), f"{one.share:.0%}") for one in spent]
+    return [f"{heading} {_exact(sum(one.seconds for one in spent))}", *aligned(rows, right=(1, 2))]
 
 
-def _shares(found: Detail) -> list[str]:
-    if not found.shares:
-        return []
-    inside = [one for one in found.shares if one.share is not None]
-    rows = [
-        (f"  {one.phase}", f"{one.seconds:.1f} s", "" if one.share is None else f"{one.share:.0%}")
-        for one in found.shares
-    ]
-    return [f"a step took {sum(one.seconds for one in inside):.1f} s on average", *aligned(rows, right=(1, 2))]
+def _exact(seconds: float) -> str:
+    """As `duration`, with a tenth of a second where that is worth knowing."""
+    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
 
 
 def _proof(found: Detail) -> list[str]:

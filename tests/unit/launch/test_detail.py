@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-import pytest
-
 from flashrl_cli import contract
-from flashrl_cli.launch.detail import Detail, detail, shares
+from flashrl_cli.launch.detail import Detail, detail
 from flashrl_cli.launch.known import known
 from flashrl_cli.runs.record import Phase
-from flashrl_cli.verl.metrics import read_step
 from tests.unit.render.test_live import shake
 from tests.unit.runs import disk, sampled
 
@@ -51,23 +48,13 @@ def test_phases_of_the_start_last_until_the_next() -> None:
         Phase(name="sampling responses", began="2026-03-01T10:01:30+00:00"),
     )
     disk.make("demo", disk.attempt(phases=phases))
-    assert of("demo").start == (("starting Ray", 20), ("loading the policy", 70))
+    assert [(one.what, one.seconds) for one in of("demo").start] == [("starting Ray", 20), ("loading the policy", 70)]
 
 
-def test_shares_of_a_step_add_up_but_for_validation() -> None:
-    steps = [
-        read_step(1, {"timing_s/step": 8.0, "timing_s/gen": 4.0, "timing_s/testing": 5.0}),
-        read_step(2, {"timing_s/step": 12.0, "timing_s/gen": 8.0, "timing_s/save_checkpoint": 2.0}),
-        read_step(0, {"val-core/tiny/acc/mean@1": 0.5}),
-    ]
-    found = {one.phase: (one.seconds, one.share) for one in shares(steps)}
-    assert found == {
-        "generate": (6.0, pytest.approx(0.6)),
-        "save": (1.0, pytest.approx(0.1)),
-        "validate": (2.5, None),
-        "other": (3.0, pytest.approx(0.3)),
-    }
-    assert shares([]) == []
+def test_phases_of_a_step_leave_out_what_warms_up() -> None:
+    run = disk.make("demo", disk.attempt(1))
+    disk.log(run, 1, *({"timing_s/step": s, "timing_s/gen": s / 2} for s in (80.0, 8.0, 12.0)))
+    assert [(one.what, one.seconds) for one in of("demo").step] == [("generate", 5.0), ("other", 5.0)]
 
 
 def test_the_curve_is_that_of_all_attempts_and_holes_are_told() -> None:

@@ -1,0 +1,334 @@
+"""Why a run failed: what the lines of verl's, Ray's, vLLM's and torch's logs tell, and what to do about it.
+
+The texts are those of verl 0.9.1, Ray 2.60, vLLM 0.24 to 0.28 and torch 2.11 to 2.13. A healthy log shows words such as `Failed to`,
+`No such file or directory` and `ModuleNotFoundError` too, so a pattern names the whole phrase of the failure.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Why a run failed, recognized by a pattern in its log; `fatal` ones end a run that does not end itself."""
+
+    pattern: re.Pattern[str]
+    what: str
+    hint: str
+    fatal: bool = True
+
+
+def _cause(what: str, hint: str, *patterns: str, fatal: bool = True) -> Cause:
+    return Cause(re.compile("|".join(patterns)), what, hint, fatal)
+
+
+GPU = (
+    _cause(
+        "a GPU ran out of memory",
+        "lower rollout.gpu_memory_utilization or the micro-batch sizes, or offload parameters and optimizer",
+        r"torch\.(cuda\.)?OutOfMemoryError",
+        r"CUDA out of memory",
+        r"CUDA error: out of memory",
+        r"CUBLAS_STATUS_ALLOC_FAILED",
+    ),
+    _cause(
+        "a GPU has less free memory than the rollout engine asks for",
+        "lower rollout.gpu_memory_utilization, or end what else runs there: `nvidia-smi` names it",
+        r"Free memory on device .* is less than desired GPU memory utilization",
+    ),
+    _cause(
+        "a GPU failed",
+        "take it or its node out of the run (`dmesg | grep Xid` names it), then `--resume auto`",
+        r"uncorrectable ECC error encountered",
+        r"NVRM: Xid",
+        r"GPU has fallen off the bus",
+        r"CUDA error: unspecified launch failure",
+    ),
+    _cause(
+        "a GPU kernel went wrong",
+        "`CUDA_LAUNCH_BLOCKING=1` before the command makes the log name the kernel; "
+        "`--rollout bf16` tells whether quantization is at fault",
+        r"CUDA error: (an illegal memory access was encountered|device-side assert triggered|misaligned address)",
+    ),
+    _cause(
+        "the NVIDIA driver is too old for this torch",
+        "update the driver, or install the torch build for its CUDA version; `flashrl doctor` shows both",
+        r"The NVIDIA driver on your system is too old",
+        r"CUDA driver version is insufficient for CUDA runtime version",
+    ),
+    _cause(
+        "torch or vLLM was not built for this kind of GPU",
+        "install builds for its compute capability; `flashrl doctor` shows it",
+        r"no kernel image is available for execution on the device",
+    ),
+    _cause(
+        "a GPU is taken by another process",
+        "end that process (`nvidia-smi` names it), or choose others with CUDA_VISIBLE_DEVICES",
+        r"CUDA-capable device\(s\) is/are busy or unavailable",
+    ),
+    _cause(
+        "a process was given a GPU that is not there",
+        "lower resources.gpus_per_node, or show more with CUDA_VISIBLE_DEVICES; `nvidia-smi -L` lists them",
+        r"CUDA error: invalid device ordinal",
+        r"No CUDA GPUs are available",
+        r"Duplicate GPU detected",
+    ),
+    _cause(
+        "the GPUs waited in vain for one of them",
+        "look for the rank that died or hung first; actor_rollout_ref.nccl_timeout (seconds) gives slow ones more time",
+        r"Watchdog caught collective operation timeout",
+    ),
+    _cause(
+        "the GPUs could not talk to each other (NCCL)",
+        "`NCCL_DEBUG=INFO` before the command makes the log say why; NCCL_SOCKET_IFNAME names the network to use",
+        r"DistBackendError: NCCL error",
+        r"nccl(UnhandledCuda|System|Remote|Internal)Error:",
+    ),
+)
+
+MACHINE = (
+    _cause(
+        "Ray ended a process because the machine's memory ran out",
+        "lower the batch sizes or VLLM_CPU_KVCACHE_SPACE, or end what else takes memory here (`free -g`)",
+        r"ray\.exceptions\.OutOfMemoryError",
+        r"killed due to the node running low on memory",
+        r"killed due to memory pressure \(OOM\)",
+    ),
+    _cause(
+        "the machine's memory cannot hold what was asked for",
+        "lower the batch sizes or VLLM_CPU_KVCACHE_SPACE, or end what else takes memory here (`free -g`)",
+        r"DefaultCPUAllocator: (can't allocate|not enough) memory",
+        r"Unable to allocate [\d.]+ [KMGTP]iB for an array",
+        r"Cannot allocate memory",
+        r"(^|\s)MemoryError\b",
+        r"std::bad_alloc",
+    ),
+    _cause(
+        "a disk is full",
+        "`df -h` tells which: that of the checkpoints, of the run's folder, of /tmp (Ray), or /dev/shm; free space there",
+        r"No space left on device",
+        r"Disk quota exceeded",
+        r"PytorchStreamWriter failed writing file",
+        r"inline_container\.cc:\d+\] \. unexpected pos",
+        r"ray\.exceptions\.OutOfDiskError",
+    ),
+    _cause(
+        "a file or folder may not be read or written",
+        "give this user the right to it (`ls -ld PATH`), or name others with FLASHRL_CHECKPOINTS and FLASHRL_RUNS",
+        r"PermissionError: \[Errno 13\]",
+        r"OSError: \[Errno 30\] Read-only file system",
+        fatal=False,  # libraries try caches and go on without
+    ),
+    _cause(
+        "too many open files",
+        "`ulimit -n 65536` before the command",
+        r"Too many open files",
+    ),
+    _cause(
+        "this user may start no more processes or threads",
+        "`ulimit -u unlimited` before the command, or a larger pids limit of the container",
+        r"BlockingIOError: \[Errno 11\] Resource temporarily unavailable",
+        r"RuntimeError: can't start new thread",
+        r"pthread_create failed: Resource temporarily unavailable",
+    ),
+    _cause(
+        "a network port is taken",
+        "end the leftover Ray or vLLM process that holds it: `ss -ltnp` names it",
+        r"[Aa]ddress already in use",
+        r"EADDRINUSE",
+        fatal=False,  # torch warns so of one address family and goes on with the other
+    ),
+)
+
+INPUTS = (
+    _cause(
+        "the model's weights are damaged",
+        "fetch or write model.path anew: a file of it is cut short",
+        r"SafetensorError",
+    ),
+    _cause(
+        "the checkpoint is damaged",
+        "`--resume PATH` takes an earlier global_step_*, `--resume never` starts over",
+        r"PytorchStreamReader failed",
+        r"EOFError: Ran out of input",
+    ),
+    _cause(
+        "the checkpoint was written by another number of GPUs",
+        "resume with the nodes and GPUs per node that wrote it, or start a new run from its exported weights",
+        r"No such file or directory: '[^']*/global_step_\d+/\w+/(model|optim|extra_state)_world_size_\d+_rank_\d+\.pt'",
+    ),
+    _cause(
+        "the weights do not fit the model's configuration",
+        "model.path and the checkpoint must be of the same model: look at its config.json",
+        r"size mismatch for \S+: copying a param",
+        r"You set `ignore_mismatched_sizes` to `False`",
+        r"Error\(s\) in loading state_dict for",
+    ),
+    _cause(
+        "the tokenizer is missing, damaged, or has no chat template",
+        "model.path needs tokenizer.json, tokenizer_config.json and a chat template beside the weights",
+        r"Can't load tokenizer for",
+        r"tokenizer\.chat_template is not set",
+        r'/transformers/tokenization_utils_base\.py", line \d+, in _from_pretrained',
+    ),
+    _cause(
+        "the model could not be loaded",
+        "check model.path; without a network it must be a local folder with config.json and weights",
+        r"(OSError|HTTPError|LocalEntryNotFoundError|OfflineModeIsEnabled).*(huggingface|Hugging Face|repo|model)",
+        r"does not appear to have a file named \S+",
+        r"Error no file named \S+",
+        r"Can't load the configuration of",
+        r"Unrecognized model in",
+        r"does not recognize this architecture",
+    ),
+    _cause(
+        "the training data cannot be read",
+        "`flashrl prepare NAME --force` writes it anew",
+        r"pyarrow\.lib\.ArrowInvalid",
+        r"datasets\.exceptions\.DatasetGenerationError",
+        r"Unable to find '[^']*\.parquet'",
+        r"No such file or directory: '[^']*\.parquet'",
+    ),
+    _cause(
+        "the data lacks a column that verl reads",
+        "`flashrl prepare NAME --force` writes all of prompt, data_source, reward_model and extra_info",
+        r"KeyError: '(prompt|data_source|reward_model|extra_info)'$",
+        fatal=False,  # a reward function may raise the same, and verl goes on
+    ),
+    _cause(
+        "no training data is left",
+        "raise data.max_prompt_length (longer prompts are dropped), or lower data.train_batch_size to the rows there are",
+        r"filter dataset len: 0$",
+        r"num_samples should be a positive integer value, but got num_samples=0",
+    ),
+    _cause(
+        "verl has no scorer for the data's data_source",
+        "`flashrl prepare` writes sources that verl scores; others need reward.custom_reward_function.path",
+        r"Reward function is not implemented for data_source=",
+        fatal=False,  # verl goes on with the other prompts
+    ),
+    _cause(
+        "the reward function could not be loaded",
+        "reward.custom_reward_function.path must name a file that every node reads",
+        r"Custom module file not found: module_path=",
+        r"Error loading module from module_path=",
+        r"Object not found in module: object_name=",
+    ),
+)
+
+SETUP = (
+    _cause(
+        "verl refuses a setting",
+        "the log's last exception names the key: `--set KEY=VALUE` or the preset's verl: section changes it",
+        r"hydra\.errors\.\w+",
+        r"omegaconf\.errors\.\w+",
+        r'File "[^"]*/verl/utils/config\.py", line \d+, in validate_config',
+    ),
+    _cause(
+        "a Python package is missing",
+        "install the stack that requirements/ pins; `flashrl doctor` compares what is here with it",
+        r"^(\([^)]*\) )*ModuleNotFoundError: No module named",
+        r"^(\([^)]*\) )*ImportError: ",
+        r"importlib\.metadata\.PackageNotFoundError: ",
+        fatal=False,  # libraries log what they do without, and verl ends itself
+    ),
+    _cause(
+        "the cluster has fewer GPUs than the run asks for",
+        "lower resources.nodes or resources.gpus_per_node; `ray status` shows what there is",
+        r"Total available GPUs \S+ is less than total desired GPUs",
+    ),
+)
+
+ENGINE = (
+    _cause(
+        "the rollout engine has no memory left for its KV cache",
+        "raise rollout.gpu_memory_utilization (VLLM_CPU_KVCACHE_SPACE on a CPU) or lower data.max_response_length",
+        r"No available memory for the cache blocks",
+        r"larger than the available KV cache memory",
+    ),
+    _cause(
+        "the machine has less memory than the rollout engine's KV cache asks for",
+        "lower VLLM_CPU_KVCACHE_SPACE (GiB)",
+        r"on kv cache allocation is less than requested memory for kv",
+    ),
+    _cause(
+        "the rollout engine does not know the quantization",
+        "rollout.precision takes bf16, int8 or fp8; int8 needs flashrl installed beside vLLM on every node",
+        r"Unknown quantization method",
+    ),
+    _cause(
+        "the rollout engine does not know the attention backend",
+        "leave attention_backend to vLLM, or take one of those that the log lists",
+        r"Unknown attention backend: ",
+    ),
+    _cause(
+        "prompt and response are longer than the model can take",
+        "lower data.max_prompt_length or data.max_response_length to the model's max_position_embeddings",
+        r"User-specified max_model_len \(\d+\) is greater than the derived max_model_len",
+    ),
+    _cause(
+        "the rollout engine did not start",
+        "the lines above it in the log say why",
+        r"Engine core initialization failed",
+        r"EngineCore failed to start",
+        r"WorkerProc failed to start",
+    ),
+    _cause(
+        "a worker of the rollout engine died",
+        "`dmesg` tells whether the system killed it for memory; `--resume auto` goes on from the last checkpoint",
+        r"(Worker|Engine core) proc \S+ died unexpectedly",
+        r"RayWorkerProc rank=\S+ died unexpectedly",
+        r"engine core exited unexpectedly",
+        r"EngineDeadError",
+        r"EngineCore encountered a fatal error",
+    ),
+)
+
+SAMPLING = (
+    _cause(
+        "no response of a whole batch could be sampled and scored",
+        "the exceptions after `Error in _run_prompt` in the log say why",
+        r"selected terminal groups with no materializable trajectories",
+    ),
+    _cause(
+        "responses could not be sampled or scored",
+        "the exceptions after `Error in _run_prompt` in the log say why",
+        r"Error in _run_prompt\b",
+        fatal=False,  # verl goes on with the other prompts
+    ),
+)
+
+RAY = (
+    _cause(
+        "Ray itself broke down",
+        "the logs under /tmp/ray/session_latest say why; `--resume auto` goes on from the last checkpoint",
+        r"local raylet (died|failed)",
+        r"the [Rr]aylet (is unavailable \(crashed\)|has most likely crashed)",
+        r"Failed to connect to GCS within",
+        r"NodeDiedError",
+        r"have not registered within the timeout\. The process is dead",
+        r"the node it was running on is dead or unavailable",
+    ),
+    _cause(
+        "a Ray worker or its node cannot be reached",
+        "`ray status` shows the nodes that are left; `--resume auto` goes on from the last checkpoint",
+        r"ActorUnavailableError",
+    ),
+    _cause(
+        "a Ray worker died",
+        "the lines above it in the log say why; `dmesg` tells whether the system killed it for memory",
+        r"ActorDiedError",
+        r"WorkerCrashedError",
+        r"A worker died or was killed",
+    ),
+)
+
+CAUSES = (*GPU, *MACHINE, *INPUTS, *SETUP, *ENGINE, *RAY, *SAMPLING)
+"""Most specific first."""
+
+
+def cause_in(line: str) -> Cause | None:
+    """The cause of failure that `line` shows, if any."""
+    return next((cause for cause in CAUSES if cause.pattern.search(line)), None)
