@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from flashrl_cli import files
 
@@ -17,6 +18,10 @@ ENV_PLUGIN_DIR = "FLASHRL_PLUGIN_DIR"
 """Folder for handshake files. Unset means: not a run of flashrl's, and the plugins do nothing."""
 ENV_PLATFORM = "FLASHRL_PLATFORM"
 """`cpu` or `cuda`: which platform the plugins prepare verl for."""
+ENV_TELL = "FLASHRL_TELL"
+"""Set where the launcher cannot see the folder: workers print their handshakes, too."""
+HANDSHAKE_MARK = "FLASHRL_HANDSHAKE "
+"""Begins a printed handshake; Ray and vLLM put prefixes before it."""
 
 INT8_METHOD = "flashrl_int8"
 """Name of the quantization method that the vLLM plugin registers."""
@@ -58,13 +63,30 @@ def plugin_dir() -> Path | None:
 
 
 def write_handshake(folder: Path, shake: Handshake) -> None:
-    """Write `<host>-<pid>.json` atomically."""
+    """Write `<host>-<pid>.json` atomically; print it, too, where the launcher asked for that."""
     files.write_json(folder / f"{shake.host}-{shake.pid}.json", asdict(shake))
+    if os.environ.get(ENV_TELL):
+        print(HANDSHAKE_MARK + json.dumps(asdict(shake)), flush=True)
+
+
+def told_handshake(line: str) -> Handshake | None:
+    """The handshake that a line of a log tells, None for any other line or one of another schema version."""
+    _, mark, text = line.partition(HANDSHAKE_MARK)
+    if not mark:
+        return None
+    try:
+        return _handshake(json.loads(text))
+    except (ValueError, TypeError, AttributeError):
+        return None
 
 
 def read_handshakes(folder: Path) -> Iterator[Handshake]:
     """Yield the handshakes found in `folder`; a file of another schema version is passed over."""
     for path in sorted(folder.glob("*.json")):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data.get("schema_version") == SCHEMA_VERSION:
-            yield Handshake(**data)
+        shake = _handshake(json.loads(path.read_text(encoding="utf-8")))
+        if shake is not None:
+            yield shake
+
+
+def _handshake(data: dict[str, Any]) -> Handshake | None:
+    return Handshake(**data) if data.get("schema_version") == SCHEMA_VERSION else None

@@ -20,3 +20,8 @@ def run_names(incomplete: str) -> list[str]:
 def preset_and_run_names(incomplete: str) -> list[str]:
     """Names of presets, then of runs."""
     return [*preset_names(incomplete), *run_names(incomplete)]
+
+
+def executors(incomplete: str) -> list[str]:
+    """Where a run can be executed."""
+    return [name for name in ("local", "ray") if name.startswith(incomplete)]

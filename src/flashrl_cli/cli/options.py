@@ -41,3 +41,20 @@ Sets = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Any key of the preset, or verl.KEY=VALUE; repeatable."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Executor = Annotated[
+    str,
+    typer.Option(
+        "--executor",
+        metavar="local|ray",
+        help="Run here, or as a job of a Ray cluster.",
+        autocompletion=complete.executors,
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="The cluster's dashboard (default: RAY_ADDRESS, else http://127.0.0.1:8265).",
+    ),
+]

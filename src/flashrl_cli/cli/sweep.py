@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.errors import FlashrlError, InputError, RunFailed
 
 if TYPE_CHECKING:
+    from flashrl_cli.config.resolve import Resolved
+    from flashrl_cli.launch.executors import Place
     from flashrl_cli.launch.plan import LaunchPlan
     from flashrl_cli.launch.review import Options
     from flashrl_cli.launch.sweep.jobs import Job, Launch
@@ -20,9 +21,10 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """What was asked for: a preset, the `--sweep` texts, and the options and the name that all runs share."""
+    """What was asked for: a preset, where it runs, the `--sweep` texts, and the options and the name that all runs share."""
 
     preset: str
+    place: Place
     texts: Sequence[str]
     options: Options
     name: str | None
@@ -33,7 +35,6 @@ class Sweep:
 
     def jobs(self, output: Output, *, dry_run: bool) -> list[Job]:
         """Every run of the sweep, judged. Raises InputError with all that is wrong with any; EnvironmentNotReady."""
-        from flashrl_cli.launch import review
         from flashrl_cli.launch.sweep.axes import read_axes
         from flashrl_cli.launch.sweep.jobs import Going, plan_jobs
         from flashrl_cli.launch.sweep.points import points
@@ -43,7 +44,12 @@ class Sweep:
         found = points(read_axes(self.texts, self.options), many=self.many or dry_run)
         going = Going(resume=self.resume, force=self.force, look_only=dry_run)
         with output.progress(f"judging {len(found)} runs", len(found)) as advance:
-            return plan_jobs(partial(review.read, self.preset), found, self.options, self.name, going, advance)
+            return plan_jobs(self._read, found, self.options, self.name, going, advance)
+
+    def _read(self, options: Options) -> Resolved:
+        from flashrl_cli.launch import review
+
+        return self.place.fit(review.read(self.preset, options))
 
 
 def show(jobs: Sequence[Job], output: Output) -> None:

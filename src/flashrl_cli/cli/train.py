@@ -9,11 +9,13 @@ import typer
 
 from flashrl_cli import paths
 from flashrl_cli.cli import sweep as sweeps
-from flashrl_cli.cli.options import Json, Preset, Rollout, RunName, Sets, Tis
+from flashrl_cli.cli.options import Executor, Json, Preset, RayAddress, Rollout, RunName, Sets, Tis
 from flashrl_cli.errors import InputError
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
+    from flashrl_cli.launch.executor import Start
+    from flashrl_cli.launch.executors import Place
     from flashrl_cli.launch.plan import LaunchPlan
     from flashrl_cli.launch.sweep.jobs import Launch
     from flashrl_cli.render.output import Output
@@ -42,6 +44,8 @@ def train(
     detach: Annotated[
         bool, typer.Option("--detach", help="Go on without this terminal: `flashrl runs watch NAME` shows the run.")
     ] = False,
+    executor: Executor = "local",
+    ray_address: RayAddress = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Print the plan; start and write nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Start a sweep of more than 64 runs.")] = False,
     json: Json = False,
@@ -49,78 +53,80 @@ def train(
     """Train a preset with verl, watched to its end.
 
     `flashrl train --preset tiny` runs on any machine;
-    `flashrl train --preset dapo-32b --rollout int8 --tis 8 --dry-run` shows what a cluster would run;
+    `flashrl train --preset dapo-32b --rollout int8 --tis 8 --executor ray --dry-run` shows what a cluster would run;
     `flashrl train --preset tiny --sweep rollout=bf16,int8 --sweep tis=off,2` runs four, and compares them.
     """
-    from flashrl_cli.launch import review
+    from flashrl_cli.launch import executors, review
     from flashrl_cli.render.output import Output
 
     output = Output(json_mode=json)
+    place = executors.chosen(executor, ray_address)
     options = review.Options(rollout=rollout, tis=tis, sets=sets or ())
     if sweep:
         asked = sweeps.Sweep(
-            preset=preset, texts=sweep, options=options, name=name, resume=resume, force=force, many=yes
+            preset=preset, place=place, texts=sweep, options=options, name=name, resume=resume, force=force, many=yes
         )
         _sweep(asked, output, dry_run=dry_run, detach=detach, fail_fast=fail_fast)
         return
     if fail_fast or yes:
         raise InputError("--fail-fast and --yes belong to --sweep")
-    resolved = review.read(preset, options)
+    resolved = place.fit(review.read(preset, options))
     plan = review.next_plan(resolved, name, resume=resume, look_only=dry_run, force=force)
     tree = review.judge(resolved, plan)
     if dry_run:
-        _show(resolved, plan, tree, output)
+        _show(resolved, plan, tree, output, place)
     elif plan.is_finished:
         output.say(f"run {plan.name} is complete: {plan.resume.step} steps; a larger trainer.steps goes on with it")
     else:
-        _ready(resolved, plan, tree, output)
-        (_detach if detach else _run)(plan, output)
+        start = _ready(resolved, plan, tree, output, place)
+        _detach(plan, output) if detach else _run(plan, output, start)
 
 
 def _sweep(asked: sweeps.Sweep, output: Output, *, dry_run: bool, detach: bool, fail_fast: bool) -> None:
-    from flashrl_cli.launch import preflight
-
     jobs = asked.jobs(output, dry_run=dry_run)
     first = next((job.launch for job in jobs if job.launch), None)
 
     def train_one(launch: Launch) -> None:
-        _ready(launch.resolved, launch.plan, launch.tree, output)
-        _run(launch.plan, output)
+        _run(launch.plan, output, _ready(launch.resolved, launch.plan, launch.tree, output, asked.place))
+
+    def check(plan: LaunchPlan) -> None:
+        asked.place.ready(plan, paths.data_root(), output.say)
 
     if dry_run:
         sweeps.show(jobs, output)
     elif detach and first:
-        _ready(first.resolved, first.plan, first.tree, output)
+        _ready(first.resolved, first.plan, first.tree, output, asked.place)
         _detach(first.plan, output)
     else:
-        sweeps.run(jobs, lambda plan: preflight.check(plan, paths.data_root()), train_one, output, fail_fast=fail_fast)
+        sweeps.run(jobs, check, train_one, output, fail_fast=fail_fast)
 
 
-def _show(resolved: Resolved, plan: LaunchPlan, tree: Tree, output: Output) -> None:
+def _show(resolved: Resolved, plan: LaunchPlan, tree: Tree, output: Output, place: Place) -> None:
     from flashrl_cli.launch import memory
     from flashrl_cli.launch.plan import plan_document
     from flashrl_cli.launch.script import plan_script
 
     needed = memory.of_plan(resolved, tree)
     if output.json_mode:
-        output.document(plan_document(plan) | {"memory": needed.document()})
+        output.document(plan_document(plan) | place.document(plan) | {"memory": needed.document()})
     else:
-        output.text(plan_script(plan, needed.lines))
+        output.text(plan_script(plan, needed.lines, job=place.job(plan)))
 
 
-def _ready(resolved: Resolved, plan: LaunchPlan, tree: Tree, output: Output) -> None:
-    from flashrl_cli.launch import devices, memory, preflight
+def _ready(resolved: Resolved, plan: LaunchPlan, tree: Tree, output: Output, place: Place) -> Start:
+    from flashrl_cli.launch import memory
     from flashrl_cli.launch.run import refuse_running
     from flashrl_cli.runs import record
 
     refuse_running(record.load(plan.paths.record))
-    preflight.check(plan, paths.data_root())
-    warning = memory.of_plan(resolved, tree, devices.gpu_memory(plan.spec)).warning
+    start = place.ready(plan, paths.data_root(), output.say)
+    warning = memory.of_plan(resolved, tree, place.gpu_memory(plan)).warning
     if warning:
         output.warn(f"memory: {warning}")
+    return start
 
 
-def _run(plan: LaunchPlan, output: Output) -> None:
+def _run(plan: LaunchPlan, output: Output, start: Start) -> None:
     from flashrl_cli.launch.inputs import vocabulary
     from flashrl_cli.launch.run import run_plan
     from flashrl_cli.render.live import display_for
@@ -130,7 +136,7 @@ def _run(plan: LaunchPlan, output: Output) -> None:
         output.say(line)
     words = vocabulary(plan.spec, paths.data_root())
     with display_for(output, title=plan.name, total=plan.spec.trainer.steps) as display:
-        steps = run_plan(plan, display, vocabulary=words, command=["flashrl", *sys.argv[1:]])
+        steps = run_plan(plan, display, start=start, vocabulary=words, command=["flashrl", *sys.argv[1:]])
     output.say(f"done: {steps} steps; checkpoints in {plan.paths.checkpoints}")
 
 

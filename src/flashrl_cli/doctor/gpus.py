@@ -87,7 +87,9 @@ def devices(gpus: Sequence[Gpu], text: str | None, *, stack: str, joined: bool) 
         reason = next((line for line in text.splitlines() if line.strip()), "nothing")
         return (fail if wanted else warn)("GPUs", f"none; nvidia-smi says: {reason}", "mend the NVIDIA driver")
     if wanted:
-        return fail("GPUs", "none: no nvidia-smi", "install the NVIDIA driver, or set RAY_ADDRESS to a cluster")
+        return fail(
+            "GPUs", "none: no nvidia-smi", "install the NVIDIA driver, or run on a cluster: `train --executor ray`"
+        )
     return ok("GPUs", "none; the cluster has its own" if joined else "none; the CPU stack needs none")
 
 

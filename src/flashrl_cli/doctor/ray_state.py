@@ -70,7 +70,8 @@ def cluster(joined: tuple[str, str] | None, *, answers: bool | None) -> Finding:
         fix = "unset RAY_ADDRESS" if source == "RAY_ADDRESS" else f"rm {source}"
         return fail("Ray", f"a run joins {address} ({source}), and nothing answers there", fix)
     if source == "RAY_ADDRESS":
-        return ok("Ray", f"a run joins {address} ({source})")
+        text = f"a local run joins {address} ({source}), whose other nodes do not get flashrl's environment"
+        return warn("Ray", text, "`train --executor ray` submits it as a job")
     return warn("Ray", f"a run joins {address}, which `ray start` left running", "`ray stop` to have its own")
 
 

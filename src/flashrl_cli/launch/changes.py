@@ -28,8 +28,10 @@ FREE = (
     "trainer.validate_before",
     "trainer.logger",
     "resources.gpu_memory_gib",
+    "verl.ray_kwargs.",
+    "verl.+ray_kwargs.",
 )
-"""Keys, and starts of keys, that change how long a run is, how it is watched and what it writes, but not what it learns."""
+"""Keys, and starts of keys, that change how long a run is, how it is watched, where it runs and what it writes, but not what it learns."""
 
 
 def plan_hash(plan: LaunchPlan) -> str:

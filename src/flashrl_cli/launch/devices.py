@@ -52,7 +52,7 @@ def enough(resources: ResourceSpec, found: int) -> Iterator[Finding]:
         yield fail(
             "resources",
             f"it needs {wanted}; this machine has {found}",
-            "set RAY_ADDRESS to a cluster that has them, or extend base/cpu with a small model",
+            "`--executor ray` on a cluster that has them, or extend base/cpu with a small model",
         )
     else:
         yield ok("resources", f"{wanted} of {found}")

@@ -5,18 +5,21 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
+from flashrl_cli.launch import ray_plan
 from flashrl_cli.verl.themes import by_theme
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from flashrl_cli.launch.plan import LaunchPlan
+    from flashrl_cli.launch.ray_plan import Job
 
 
-def plan_script(plan: LaunchPlan, remarks: Sequence[str] = ()) -> str:
+def plan_script(plan: LaunchPlan, remarks: Sequence[str] = (), *, job: Job | None = None) -> str:
     """The plan as a POSIX shell script: the overrides by theme, the environment, the files; `remarks` stand on top.
 
-    It runs what a launch runs, less the watching; overrides stand in another order, which means nothing to Hydra.
+    With a `job`, it submits that one. It runs what a launch runs, less the watching; overrides stand in another order, which
+    means nothing to Hydra.
     """
     attempt = plan.attempt_paths
     lines = [
@@ -24,17 +27,24 @@ def plan_script(plan: LaunchPlan, remarks: Sequence[str] = ()) -> str:
         *_comments(_head(plan)),
         *_comments(remarks),
         "set -eu",
-        "",
-        "# environment",
-        *(f"export {key}={shlex.quote(value)}" for key, value in plan.env.items()),
+        *([] if job else _environment(plan)),
         *_arguments(plan),
         "",
         *_comments([f"log: {attempt.log}", f"metrics: {attempt.metrics}", f"checkpoints: {plan.paths.checkpoints}"]),
         f"mkdir -p {shlex.quote(str(attempt.plugins))}",
-        f"cd {shlex.quote(str(plan.cwd))}",
-        f'exec {shlex.join(plan.argv[:3])} "$@"',
+        *(ray_plan.script(plan, job) if job else _execution(plan)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _environment(plan: LaunchPlan) -> Iterator[str]:
+    yield from ("", "# environment")
+    yield from (f"export {key}={shlex.quote(value)}" for key, value in plan.env.items())
+
+
+def _execution(plan: LaunchPlan) -> Iterator[str]:
+    yield f"cd {shlex.quote(str(plan.cwd))}"
+    yield f'exec {shlex.join(plan.argv[:3])} "$@"'
 
 
 def _head(plan: LaunchPlan) -> Iterator[str]:

@@ -43,8 +43,8 @@ def test_a_cluster_that_ray_start_noted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "answers", "level", "fix"),
     [
-        ("RAY_ADDRESS", True, "ok", None),
-        ("RAY_ADDRESS", None, "ok", None),
+        ("RAY_ADDRESS", True, "warn", "`train --executor ray` submits it as a job"),
+        ("RAY_ADDRESS", None, "warn", "`train --executor ray` submits it as a job"),
         ("RAY_ADDRESS", False, "fail", "unset RAY_ADDRESS"),
         ("/tmp/ray/ray_current_cluster", True, "warn", "`ray stop` to have its own"),
         ("/tmp/ray/ray_current_cluster", False, "fail", "rm /tmp/ray/ray_current_cluster"),

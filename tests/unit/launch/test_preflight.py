@@ -120,7 +120,7 @@ def test_enough_gpus_of_one_machine(data: Path, monkeypatch: pytest.MonkeyPatch)
     gpus(monkeypatch, 8)
     preflight.check(plan(data, "dapo-32b", sets=["resources.nodes=1"]), data)
     (problem,) = problems(data, "dapo-32b", sets=["resources.nodes=2"])
-    assert "RAY_ADDRESS" in str(problem.hint)
+    assert "--executor ray" in str(problem.hint)
 
 
 def test_a_cluster_has_gpus_of_its_own(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,84 @@
+"""Where a run is executed: on this machine, or as a job of a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flashrl_cli.errors import InputError
+from flashrl_cli.launch import devices, preflight, ray_plan
+from flashrl_cli.runs import record
+from flashrl_cli.verl import cluster
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from flashrl_cli.config.resolve import Resolved
+    from flashrl_cli.launch.executor import Start
+    from flashrl_cli.launch.plan import LaunchPlan
+    from flashrl_cli.launch.ray_job import RayJob
+
+NAMES = ("local", "ray")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """This machine, or the Ray cluster whose job server is at `address`."""
+
+    address: str | None = None
+
+    def fit(self, resolved: Resolved) -> Resolved:
+        """The preset as it is executed there."""
+        return cluster.on_cluster(resolved) if self.address else resolved
+
+    def job(self, plan: LaunchPlan) -> ray_plan.Job | None:
+        """What a cluster would be given; None on this machine."""
+        return ray_plan.job(plan, self.address) if self.address else None
+
+    def document(self, plan: LaunchPlan) -> dict[str, Any]:
+        """What `--dry-run --json` adds to the plan."""
+        job = self.job(plan)
+        return {"ray": {"address": job.address, **ray_plan.submission(job)}} if job else {}
+
+    def gpu_memory(self, plan: LaunchPlan) -> list[int]:
+        """Bytes of each GPU, as far as they can be seen from here."""
+        return [] if self.address else devices.gpu_memory(plan.spec)
+
+    def ready(self, plan: LaunchPlan, data_root: Path, say: Callable[[str], None]) -> Start:
+        """Check that `plan` can run there, and return how it is started. Raises EnvironmentNotReady."""
+        if self.address is None:
+            from flashrl_cli.launch.supervise import locally
+
+            preflight.check(plan, data_root)
+            return locally
+        from flashrl_cli.launch import ray_client, ray_job, ray_ready
+
+        say(f"asking every node of the Ray cluster at {self.address} …")
+        jobs = ray_client.connect(self.address)
+        found = ray_ready.check(plan, data_root, jobs, self.address)
+        say(f"{found.nodes} nodes; metrics and proof come {'as files' if found.shared else 'from the job log'}")
+        return _recorded(ray_job.starter(jobs, self.address, shared=found.shared), self.address)
+
+
+def chosen(name: str, address: str | None) -> Place:
+    """The place that `--executor` and `--ray-address` name. Raises InputError."""
+    if name not in NAMES:
+        raise InputError(f"--executor {name}: there is no such executor", hint=f"--executor {'|'.join(NAMES)}")
+    if name == "ray":
+        return Place(address or os.environ.get("RAY_ADDRESS") or ray_plan.DEFAULT_ADDRESS)
+    if address is not None:
+        raise InputError("--ray-address without --executor ray", hint=f"--executor ray --ray-address {address}")
+    return Place()
+
+
+def _recorded(start: Callable[[LaunchPlan], RayJob], address: str) -> Start:
+    """Start, and have the run's record say as which job."""
+
+    def begin(plan: LaunchPlan) -> RayJob:
+        job = start(plan)
+        record.renew(plan.paths, plan.attempt, executor="ray", ray_address=address, job_id=job.id)
+        return job
+
+    return begin

@@ -1,0 +1,104 @@
+"""Run on a Ray cluster as a job, `python -m flashrl_cli.launch.ray_nodes REQUEST`: what each node has, as one line of JSON.
+
+The task of each node goes there by value, as functions of `__main__` do, so that it answers where flashrl is not installed, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+MARK = "FLASHRL_NODES "
+"""Begins the answer; Ray's own lines surround it."""
+ANSWER_S = 90.0
+"""How long all nodes together may take to answer: each starts a worker for it."""
+
+
+def examine(request: dict[str, Any]) -> dict[str, Any]:
+    """Run on a node: versions of `distributions`, which of `paths` exist, what the `tokens` hold, where flashrl's plugins are."""
+    import contextlib  # by value, this function has the names of its own body only
+    import platform
+    import subprocess
+    from importlib import metadata
+    from pathlib import Path
+
+    versions = {"python": platform.python_version()}
+    for name in request["distributions"]:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    tokens = {}
+    for name, path in request["tokens"].items():
+        with contextlib.suppress(OSError):
+            tokens[name] = Path(path).read_text(encoding="utf-8")
+    gpus = ""
+    if request["gpu_query"]:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            query = subprocess.run(request["gpu_query"], capture_output=True, text=True, timeout=20, check=False)
+            gpus = query.stdout
+    return {
+        "versions": versions,
+        "missing": [key for key, path in request["paths"].items() if not Path(path).exists()],
+        "tokens": tokens,
+        "plugins": [group for group in request["plugins"] if metadata.entry_points(group=group, name="flashrl")],
+        "gpus": gpus,
+    }
+
+
+def ask(request: dict[str, Any]) -> dict[str, Any]:
+    """Every alive node with its resources, and its answer or why there is none. Call within a Ray job.
+
+    `made` are files that this node makes for the others to look for.
+    """
+    import ray
+    from ray._private.state import available_resources_per_node  # as verl asks for it
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ray.init(log_to_driver=False, logging_level="ERROR")
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    free = available_resources_per_node()
+    refused = _make(request["made"], request["secret"])
+    task = ray.remote(num_cpus=0, max_retries=0)(examine)
+    asked = {
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+            request
+        ): node
+        for node in nodes
+    }
+    ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
+    answers = [_answer(ray, ref, node, free.get(node["NodeID"], {})) for ref, node in asked.items()]
+    for path in request["made"].values():
+        with contextlib.suppress(OSError):
+            Path(path).unlink()
+    return {"nodes": answers, "refused": refused}
+
+
+def _make(files: dict[str, str], text: str) -> dict[str, str]:
+    refused = {}
+    for name, path in files.items():
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as error:
+            refused[name] = str(error)
+    return refused
+
+
+def _answer(ray: Any, ref: Any, node: dict[str, Any], free: dict[str, float]) -> dict[str, Any]:
+    known = {
+        "id": node["NodeID"],
+        "address": node["NodeManagerAddress"],
+        "devices": node["Resources"].get("GPU", 0.0),
+        "free_devices": free.get("GPU", 0.0),
+        "free_cpus": free.get("CPU", 0.0),
+    }
+    try:
+        return {**known, **ray.get(ref, timeout=0.1), "error": None}
+    except Exception as error:  # noqa: BLE001 - whatever keeps a node from answering is told of it
+        return known | {"error": str(error).strip().splitlines()[-1][:300] or type(error).__name__}
+
+
+if __name__ == "__main__":
+    print(MARK + json.dumps(ask(json.loads(sys.argv[1]))), flush=True)

@@ -1,0 +1,141 @@
+"""`flashrl train --executor ray` on a real Ray cluster of two nodes, INT8 rollouts and TIS on both."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flashrl_cli.contract import read_handshakes
+from flashrl_cli.launch.relay import Relay
+from flashrl_cli.paths import AttemptPaths
+from flashrl_cli.runs.metrics import read_metrics
+from tests.integration.conftest import Workshop, events
+from tests.integration.ray_cluster import HEAD, OTHER, Cluster, two_nodes
+
+STEPS = 2
+OF_TWO_NODES = (
+    *("--rollout", "int8", "--tis", "2", "--set", "resources.nodes=2", "--set", "trainer.save_every=2"),
+    *("--set", "algorithm.micro_batch_size_per_gpu=64", "--set", "rollout.log_prob_micro_batch_size_per_gpu=128"),
+)
+WORKERS = re.compile(r"^(ray::(?!IDLE|DashboardAgent|RuntimeEnvAgent)|VLLM)")
+"""Titles of a run's processes."""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with two_nodes() as cluster:
+        yield cluster
+
+
+def train(cluster: Cluster, name: str, *more: str) -> tuple[str, ...]:
+    words = ("train", "--preset", "tiny", "--executor", "ray", "--ray-address", cluster.address, "--json")
+    return (*words, "--name", name, *OF_TWO_NODES, *more)
+
+
+def run(workshop: Workshop, cluster: Cluster, *words: str, code: int = 0) -> tuple[str, str]:
+    process = workshop.start(*words, **cluster.env)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == code, f"{out[-3000:]}\n{err[-6000:]}"
+    return out, err
+
+
+def workers(cluster: Cluster) -> list[str]:
+    """Processes of runs on the cluster."""
+    found = []
+    for process in cluster.processes(HEAD) | cluster.processes(OTHER):
+        try:
+            title = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        if WORKERS.match(title):
+            found.append(f"{process.pid} {title}")
+    return found
+
+
+def none_left(cluster: Cluster, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while left := workers(cluster):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+
+
+def test_two_nodes_train_together(workshop: Workshop, cluster: Cluster, tmp_path: Path) -> None:
+    steps = ("--set", f"trainer.steps={STEPS}", "--set", "env.FLASHRL_TELL=1")
+    out, _ = run(workshop, cluster, *train(cluster, "two", *steps))
+    attempt = AttemptPaths(workshop.root / "runs/two/attempt_1")
+    assert [event["step"] for event in events(out, "step")] == [1, 2]
+    shakes = list(read_handshakes(attempt.plugins))
+    assert [(shake.precision, shake.quantized_layers > 0) for shake in shakes] == [("int8", True)] * 2
+    saved = workshop.root / "checkpoints/tiny/two/global_step_2/actor"
+    assert sorted(path.name for path in saved.glob("model_*")) == [
+        "model_world_size_2_rank_0.pt",
+        "model_world_size_2_rank_1.pt",
+    ]
+    last = json.loads((workshop.root / "runs/two/run.json").read_text())["attempts"][-1]
+    assert (last["status"], last["executor"], last["ray_address"]) == ("done", "ray", cluster.address)
+    assert len(last["proof"]) == 2
+    none_left(cluster, 30)
+    the_log_tells_the_same(attempt, AttemptPaths(tmp_path))
+
+
+def the_log_tells_the_same(attempt: AttemptPaths, relayed: AttemptPaths) -> None:
+    """Where no folder is shared, metrics and handshakes come out of the log: the same ones."""
+    relayed.log.write_bytes(attempt.log.read_bytes())
+    Relay(relayed).poll(ended=True)
+    assert read_metrics(relayed.metrics) == read_metrics(attempt.metrics)
+    assert list(read_handshakes(relayed.plugins)) == list(read_handshakes(attempt.plugins))
+
+
+def test_a_cluster_that_is_too_small(workshop: Workshop, cluster: Cluster) -> None:
+    words = train(cluster, "large", "--set", "resources.nodes=3", "--set", "data.train_batch_size=48")
+    words += ("--set", "algorithm.mini_batch_size=24")
+    _, err = run(workshop, cluster, *words, code=3)
+    assert f"it needs 3 nodes with 1 free GPUs and 3 free CPUs each; {HEAD}: 1 of 1 GPUs" in err
+    assert not (workshop.root / "runs/large").exists()
+
+
+def started_workers(cluster: Cluster, process: subprocess.Popen[str]) -> None:
+    """Wait until the run has trainer processes on both nodes."""
+    deadline = time.monotonic() + 240
+    while len([found for found in workers(cluster) if "ray::WorkerDict" in found]) < 2:
+        assert process.poll() is None, process.communicate()[1][-4000:]
+        assert time.monotonic() < deadline, workers(cluster)
+        time.sleep(0.5)
+
+
+def test_ctrl_c_stops_the_job(workshop: Workshop, cluster: Cluster) -> None:
+    process = workshop.start(*train(cluster, "stopped", "--set", "trainer.steps=500"), **cluster.env)
+    try:
+        started_workers(cluster, process)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err[-4000:]
+    last = json.loads((workshop.root / "runs/stopped/run.json").read_text())["attempts"][-1]
+    assert last["status"] == "stopped"
+    none_left(cluster, 30)
+
+
+def test_a_node_is_lost_in_mid_run(workshop: Workshop, cluster: Cluster) -> None:
+    process = workshop.start(*train(cluster, "lost", "--set", "trainer.steps=500"), **cluster.env)
+    try:
+        started_workers(cluster, process)
+        cluster.lose(OTHER)
+        lost = time.monotonic()
+        _, err = process.communicate(timeout=150)
+    finally:
+        process.kill()
+    assert process.returncode == 1, err[-4000:]
+    assert time.monotonic() - lost < 120
+    assert f"error: the Ray cluster lost node {OTHER}" in err
+    assert "hint: `--resume auto` goes on from the newest checkpoint" in err
+    none_left(cluster, 30)
