@@ -18,8 +18,10 @@ import pytest
 from flashrl_cli.config import presets
 from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.errors import EnvironmentNotReady
-from flashrl_cli.launch import ray_client, ray_plan, review
+from flashrl_cli.launch import review
 from flashrl_cli.launch.plan import LaunchPlan, build_plan
+from flashrl_cli.launch.ray import client as ray_client
+from flashrl_cli.launch.ray import plan as ray_plan
 from flashrl_cli.verl import cluster
 
 TOKEN = "a-token-of-more-than-thirty-two-characters"

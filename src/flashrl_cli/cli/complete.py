@@ -12,7 +12,7 @@ def preset_names(incomplete: str) -> list[str]:
 
 def run_names(incomplete: str) -> list[str]:
     """Names of the runs on disk that start so."""
-    from flashrl_cli.launch import recorded
+    from flashrl_cli.runs import recorded
 
     return [name for name in recorded.run_names() if name.startswith(incomplete)]
 

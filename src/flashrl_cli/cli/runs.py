@@ -17,10 +17,10 @@ from flashrl_cli.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from flashrl_cli.launch.known import Known
-    from flashrl_cli.launch.removal import Removal
-    from flashrl_cli.launch.stopping import Stopped
     from flashrl_cli.render.output import Output
+    from flashrl_cli.runs.known import Known
+    from flashrl_cli.runs.removal import Removal
+    from flashrl_cli.runs.stopping import Stopped
 
 SCHEMA_VERSION = 1
 
@@ -31,9 +31,9 @@ runs = typer.Typer(help="List, show, watch, draw, report, stop and remove runs."
 def ls(json: Json = False) -> None:
     """List the runs, the one that changed last first."""
     from flashrl_cli import paths
-    from flashrl_cli.launch import overview
     from flashrl_cli.render import runs as shown
     from flashrl_cli.render.output import Output
+    from flashrl_cli.runs import overview
 
     out = Output(json_mode=json)
     rows = overview.rows()
@@ -55,10 +55,10 @@ def show(name: RunArgument, json: Json = False) -> None:
 
     And how far rollout and trainer are apart, with advice on the cap.
     """
-    from flashrl_cli.launch.detail import detail
-    from flashrl_cli.launch.known import known
     from flashrl_cli.render import runs as shown
     from flashrl_cli.render.output import Output
+    from flashrl_cli.runs.detail import detail
+    from flashrl_cli.runs.known import known
 
     out = Output(json_mode=json)
     found = detail(known(name))
@@ -74,8 +74,8 @@ def watch(name: RunArgument, json: Json = False) -> None:
 
     Ends with the run's exit code. Ctrl-C ends only the watching.
     """
-    from flashrl_cli.launch.known import known
     from flashrl_cli.render.output import Output
+    from flashrl_cli.runs.known import known
 
     out = Output(json_mode=json)
     try:
@@ -88,8 +88,8 @@ def watch(name: RunArgument, json: Json = False) -> None:
 
 def _follow(out: Output, run: Known) -> int:
     """Show the newest attempt until it is over, and return its exit code."""
-    from flashrl_cli.launch.following import Follower, age
     from flashrl_cli.render.live import display_for
+    from flashrl_cli.runs.following import Follower, age
 
     attempt = run.last
     if attempt is None:
@@ -111,9 +111,9 @@ def stop(
     json: Json = False,
 ) -> None:
     """Stop a run that was started in another terminal, and wait for it."""
-    from flashrl_cli.launch import stopping
-    from flashrl_cli.launch.known import known
     from flashrl_cli.render.output import Output
+    from flashrl_cli.runs import stopping
+    from flashrl_cli.runs.known import known
 
     out = Output(json_mode=json)
     ended = stopping.stop(known(name), at_once=now, say=out.say)
@@ -140,8 +140,8 @@ def rm(
     json: Json = False,
 ) -> None:
     """Remove runs and their checkpoints, after showing what would go."""
-    from flashrl_cli.launch import removal
     from flashrl_cli.render.output import Output
+    from flashrl_cli.runs import removal
 
     out = Output(json_mode=json)
     planned = [removal.plan(name, keep_checkpoints=keep_checkpoints) for name in dict.fromkeys(names)]

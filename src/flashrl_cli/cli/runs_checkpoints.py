@@ -124,7 +124,7 @@ def export(
 
 def _run(name: str) -> paths.RunPaths:
     """Where the run of that name lies, as its record says. Raises InputError without a record, NothingMatched for no run."""
-    from flashrl_cli.launch.known import known
+    from flashrl_cli.runs.known import known
     from flashrl_cli.runs.stock import run_paths
 
     run = known(name)

@@ -43,10 +43,10 @@ def plot(
 
     A panel a metric, each value thin and the moving average bold; in the terminal, unless --png or --html name a file.
     """
-    from flashrl_cli.launch.known import known
     from flashrl_cli.render import plots
     from flashrl_cli.render.output import Output
     from flashrl_cli.runs.gather import gather
+    from flashrl_cli.runs.known import known
 
     if not 0 <= smooth < 1:
         raise InputError(f"--smooth {smooth:g}: not from 0 to below 1", hint="--smooth 0 draws the values alone")
@@ -79,11 +79,11 @@ def report(
     same as data on stdout, and the page only where --out says.
     """
     from flashrl_cli import files
-    from flashrl_cli.launch.known import known
     from flashrl_cli.render import plots
     from flashrl_cli.render.output import Output
     from flashrl_cli.render.report import document, read
     from flashrl_cli.render.report_page import report_page
+    from flashrl_cli.runs.known import known
 
     output = Output(json_mode=json)
     run = known(name)

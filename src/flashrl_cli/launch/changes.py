@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli.config.difference import differences
 from flashrl_cli.config.merge import leaves
 from flashrl_cli.errors import InputError, Problem
-from flashrl_cli.launch.recorded import read_plan
+from flashrl_cli.runs.recorded import read_plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

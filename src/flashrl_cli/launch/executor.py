@@ -1,4 +1,4 @@
-"""Where a plan runs: something that was started, is watched, and can be ended. `process.Tree` and `ray_job.RayJob` are such."""
+"""Where a plan runs: something that was started, is watched, and can be ended. `process.Tree` and `ray.job.RayJob` are such."""
 
 from __future__ import annotations
 

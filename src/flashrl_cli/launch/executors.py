@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.errors import InputError
-from flashrl_cli.launch import devices, preflight, ray_plan
+from flashrl_cli.launch import devices, preflight
+from flashrl_cli.launch.ray import plan as ray_plan
 from flashrl_cli.runs import record
 from flashrl_cli.verl import cluster
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
     from flashrl_cli.launch.executor import Start
     from flashrl_cli.launch.plan import LaunchPlan
-    from flashrl_cli.launch.ray_job import RayJob
+    from flashrl_cli.launch.ray.job import RayJob
 
 NAMES = ("local", "ray")
 
@@ -53,7 +54,9 @@ class Place:
 
             preflight.check(plan, data_root)
             return locally
-        from flashrl_cli.launch import ray_client, ray_job, ray_ready
+        from flashrl_cli.launch.ray import client as ray_client
+        from flashrl_cli.launch.ray import job as ray_job
+        from flashrl_cli.launch.ray import ready as ray_ready
 
         say(f"asking every node of the Ray cluster at {self.address} …")
         jobs = ray_client.connect(self.address)

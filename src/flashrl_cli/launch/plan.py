@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.launch.resume import FROM_NOTHING, Resume
 from flashrl_cli.paths import AttemptPaths, RunPaths
+from flashrl_cli.runs.recorded import PLAN_VERSION
 from flashrl_cli.verl.overrides import Override, Places, overrides
 from flashrl_cli.verl.platform import environment
 from flashrl_cli.verl.quoting import quote
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
     from flashrl_cli.config.spec import RunSpec
 
-SCHEMA_VERSION = 1
 ENTRY_POINT = "verl.trainer.main_ppo"
 
 
@@ -97,7 +97,7 @@ def build_plan(
 def plan_document(plan: LaunchPlan) -> dict[str, Any]:
     """The plan as plain data: what `--dry-run --json` prints and `plan.json` holds."""
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": PLAN_VERSION,
         "preset": plan.preset,
         "name": plan.name,
         "attempt": plan.attempt,

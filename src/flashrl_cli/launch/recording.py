@@ -12,7 +12,7 @@ from flashrl_cli.runs.record import Phase
 if TYPE_CHECKING:
     from flashrl_cli.contract import Handshake
     from flashrl_cli.launch.plan import LaunchPlan
-    from flashrl_cli.launch.supervise import Display
+    from flashrl_cli.runs.display import Display
     from flashrl_cli.verl.metrics import StepMetrics
 
 

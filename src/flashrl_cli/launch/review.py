@@ -16,8 +16,8 @@ from flashrl_cli.errors import InputError, Problem
 from flashrl_cli.launch import attempts, changes
 from flashrl_cli.launch.memory import shape
 from flashrl_cli.launch.plan import LaunchPlan, build_plan, default_name, plan_document, run_paths
-from flashrl_cli.launch.recorded import find_plan, read_plan, run_names
 from flashrl_cli.launch.resume import FROM_NOTHING, Resume, choose
+from flashrl_cli.runs.recorded import find_plan, read_plan, run_names
 from flashrl_cli.verl import checkpoints
 from flashrl_cli.verl.check import check_overrides
 from flashrl_cli.verl.hints import translation

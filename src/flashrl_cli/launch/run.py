@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from flashrl_cli.launch.executor import Start
     from flashrl_cli.launch.plan import LaunchPlan
-    from flashrl_cli.launch.supervise import Display
+    from flashrl_cli.runs.display import Display
 
 
 def run_plan(

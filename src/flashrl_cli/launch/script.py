@@ -5,14 +5,14 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
-from flashrl_cli.launch import ray_plan
+from flashrl_cli.launch.ray import plan as ray_plan
 from flashrl_cli.verl.themes import by_theme
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from flashrl_cli.launch.plan import LaunchPlan
-    from flashrl_cli.launch.ray_plan import Job
+    from flashrl_cli.launch.ray.plan import Job
 
 
 def plan_script(plan: LaunchPlan, remarks: Sequence[str] = (), *, job: Job | None = None) -> str:

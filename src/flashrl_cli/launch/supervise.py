@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from flashrl_cli import files
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
@@ -25,8 +25,8 @@ from flashrl_cli.verl.log_lines import CLOCKS, phase_after, plain, total_steps
 from flashrl_cli.verl.tracebacks import root_error
 
 if TYPE_CHECKING:
-    from flashrl_cli.contract import Handshake
     from flashrl_cli.launch.executor import Handle, Start
+    from flashrl_cli.runs.display import Display
     from flashrl_cli.verl.metrics import StepMetrics
 
 POLL_S = 0.2
@@ -38,25 +38,6 @@ TAIL_LINES = 20
 TRACEBACK_LINES = 2000
 """Lines at the log's end in which the exception at the root of a failure is looked for."""
 STARTING = "starting verl"
-
-
-class Display(Protocol):
-    """Who is told what happens."""
-
-    def expect(self, total: int) -> None:
-        """The run will have `total` steps."""
-
-    def phase(self, text: str) -> None:
-        """Something else is being done now."""
-
-    def proven(self, shakes: list[Handshake]) -> None:
-        """The rollout workers proved their precision."""
-
-    def step(self, metrics: StepMetrics) -> None:
-        """A step is done."""
-
-    def tick(self) -> None:
-        """Time passes."""
 
 
 @dataclass

@@ -13,20 +13,20 @@ from flashrl_cli import contract
 from flashrl_cli.config.merge import leaves
 from flashrl_cli.config.text import text_of
 from flashrl_cli.errors import InputError
-from flashrl_cli.launch.detail import advice
-from flashrl_cli.launch.recorded import read_plan
 from flashrl_cli.runs import history as histories
 from flashrl_cli.runs import record as records
 from flashrl_cli.runs.curves import starts
+from flashrl_cli.runs.detail import advice
 from flashrl_cli.runs.metrics import read_metrics
+from flashrl_cli.runs.recorded import read_plan
 from flashrl_cli.runs.totals import ran_s, start_shares, step_shares, totals
 from flashrl_cli.secrets import HIDDEN, looks_secret, without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from flashrl_cli.launch.known import Known
     from flashrl_cli.paths import RunPaths
+    from flashrl_cli.runs.known import Known
     from flashrl_cli.runs.mismatch import Advice
     from flashrl_cli.runs.record import Attempt, RunRecord
     from flashrl_cli.verl.metrics import StepMetrics

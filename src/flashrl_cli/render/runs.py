@@ -12,9 +12,9 @@ from flashrl_cli.render.live import describe
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from flashrl_cli.launch.detail import AttemptRow, Detail
-    from flashrl_cli.launch.overview import Row
     from flashrl_cli.render.output import Output
+    from flashrl_cli.runs.detail import AttemptRow, Detail
+    from flashrl_cli.runs.overview import Row
     from flashrl_cli.runs.totals import Spent
     from flashrl_cli.verl.metrics import StepMetrics
 

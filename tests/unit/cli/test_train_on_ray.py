@@ -12,7 +12,9 @@ import pytest
 
 from flashrl_cli.cli.app import main
 from flashrl_cli.errors import EnvironmentNotReady
-from flashrl_cli.launch import ray_client, ray_ready, run
+from flashrl_cli.launch import run
+from flashrl_cli.launch.ray import client as ray_client
+from flashrl_cli.launch.ray import ready as ray_ready
 from tests.unit.launch.fake_jobs import FakeJobs
 
 RAY = ("--executor", "ray")

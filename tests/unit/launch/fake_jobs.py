@@ -10,7 +10,7 @@ from typing import Any
 
 
 class FakeJobs:
-    """`ray_client.Jobs`. A job's log is what `log` holds; `run` makes a submitted job's state."""
+    """`ray.client.Jobs`. A job's log is what `log` holds; `run` makes a submitted job's state."""
 
     def __init__(self, run: Callable[[str], tuple[str, str]] | None = None) -> None:
         self.jobs: dict[str, SimpleNamespace] = {}

@@ -10,9 +10,12 @@ import pytest
 
 from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.errors import InputError
-from flashrl_cli.launch import executors, preflight, ray_client, ray_job, ray_ready
+from flashrl_cli.launch import executors, preflight
 from flashrl_cli.launch.executors import Place, chosen
 from flashrl_cli.launch.plan import LaunchPlan
+from flashrl_cli.launch.ray import client as ray_client
+from flashrl_cli.launch.ray import job as ray_job
+from flashrl_cli.launch.ray import ready as ray_ready
 from flashrl_cli.launch.supervise import locally
 from flashrl_cli.runs import record
 from flashrl_cli.runs.record import Attempt, RunRecord

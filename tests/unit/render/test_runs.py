@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 
 import pytest
 
-from flashrl_cli.launch.detail import detail
-from flashrl_cli.launch.known import known
-from flashrl_cli.launch.overview import Row
 from flashrl_cli.render import plots, runs
 from flashrl_cli.render.output import Output
 from flashrl_cli.render.runs import ago, aligned, duration, listing
+from flashrl_cli.runs.detail import detail
+from flashrl_cli.runs.known import known
+from flashrl_cli.runs.overview import Row
 from flashrl_cli.runs.record import Phase
 from tests.unit.render.test_live import DATA, shake
 from tests.unit.runs import disk

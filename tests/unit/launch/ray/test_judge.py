@@ -9,7 +9,7 @@ import pytest
 
 from flashrl_cli.errors import Problem
 from flashrl_cli.launch.plan import LaunchPlan
-from flashrl_cli.launch.ray_judge import Cluster, problems
+from flashrl_cli.launch.ray.judge import Cluster, problems
 
 Plan = Callable[..., LaunchPlan]
 STACK = {

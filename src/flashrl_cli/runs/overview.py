@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli.launch import known
+from flashrl_cli.runs import known
 from flashrl_cli.runs.metrics import read_last
 from flashrl_cli.runs.sizes import size
 
 if TYPE_CHECKING:
-    from flashrl_cli.launch.known import Known
+    from flashrl_cli.runs.known import Known
     from flashrl_cli.runs.record import Status
 
 

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
-from flashrl_cli.launch.known import known
 from flashrl_cli.paths import runs_root
 from flashrl_cli.runs import record
+from flashrl_cli.runs.known import known
 
 if TYPE_CHECKING:
     import psutil
 
-    from flashrl_cli.launch.known import Known
+    from flashrl_cli.runs.known import Known
     from flashrl_cli.runs.record import Attempt, Status
 
 GRACE_S = 60.0

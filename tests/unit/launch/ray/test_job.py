@@ -11,10 +11,13 @@ import pytest
 
 from flashrl_cli.contract import read_handshakes
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
-from flashrl_cli.launch import ray_job, ray_log, ray_lost, ray_plan
 from flashrl_cli.launch.executor import Handle
 from flashrl_cli.launch.plan import LaunchPlan
-from flashrl_cli.launch.ray_job import RayJob, starter
+from flashrl_cli.launch.ray import job as ray_job
+from flashrl_cli.launch.ray import log as ray_log
+from flashrl_cli.launch.ray import lost as ray_lost
+from flashrl_cli.launch.ray import plan as ray_plan
+from flashrl_cli.launch.ray.job import RayJob, starter
 from flashrl_cli.runs.metrics import read_metrics
 from tests.unit.launch.fake_jobs import FakeJobs
 from tests.unit.launch.test_relay import told

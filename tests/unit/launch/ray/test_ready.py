@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from flashrl_cli.errors import EnvironmentNotReady
-from flashrl_cli.launch import ray_ready
 from flashrl_cli.launch.plan import LaunchPlan
-from flashrl_cli.launch.ray_nodes import MARK, examine
-from flashrl_cli.launch.ray_ready import Readiness, check
+from flashrl_cli.launch.ray import ready as ray_ready
+from flashrl_cli.launch.ray.nodes import MARK, examine
+from flashrl_cli.launch.ray.ready import Readiness, check
 from tests.unit.launch.fake_jobs import FakeJobs
-from tests.unit.launch.test_ray_judge import STACK
+from tests.unit.launch.ray.test_judge import STACK
 
 ADDRESS = "http://head:8265"
 RESOURCES = {"id": "n", "address": "10.0.0.1", "devices": 1.0, "free_devices": 1.0, "free_cpus": 8.0, "error": None}
@@ -50,7 +50,7 @@ def test_a_cluster_on_this_machine_is_ready_and_shares_its_folders(plan: LaunchP
     jobs = cluster(plugins=["verl.plugins", "vllm.general_plugins"])
     assert check(plan, tmp_path / "data", jobs, ADDRESS) == Readiness(shared=True, nodes=1)
     (job,) = jobs.jobs.values()
-    assert job.submitted["entrypoint"].startswith(f"exec {plan.argv[0]} -m flashrl_cli.launch.ray_nodes ")
+    assert job.submitted["entrypoint"].startswith(f"exec {plan.argv[0]} -m flashrl_cli.launch.ray.nodes ")
 
 
 def test_nothing_is_left_in_the_runs_folder(plan: LaunchPlan, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict
 
 from flashrl_cli import contract
-from flashrl_cli.launch.detail import Detail, detail
-from flashrl_cli.launch.known import known
+from flashrl_cli.runs.detail import Detail, detail
+from flashrl_cli.runs.known import known
 from flashrl_cli.runs.record import Phase
 from tests.unit.render.test_live import shake
 from tests.unit.runs import disk, sampled

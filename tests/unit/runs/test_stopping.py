@@ -16,10 +16,10 @@ import pytest
 
 from flashrl_cli import paths
 from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
-from flashrl_cli.launch import stopping
-from flashrl_cli.launch.known import known
-from flashrl_cli.launch.stopping import stop
+from flashrl_cli.runs import stopping
+from flashrl_cli.runs.known import known
 from flashrl_cli.runs.record import Attempt
+from flashrl_cli.runs.stopping import stop
 from tests.unit.runs import disk
 
 SUPERVISOR = """

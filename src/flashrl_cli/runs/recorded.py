@@ -9,6 +9,9 @@ from typing import Any
 from flashrl_cli import paths
 from flashrl_cli.errors import InputError
 
+PLAN_VERSION = 1
+"""`schema_version` of the plans that are written and read."""
+
 
 def run_names() -> list[str]:
     """Names of the runs on disk, sorted; reads folder names only."""
@@ -31,15 +34,13 @@ def find_plan(reference: str) -> Path | None:
 
 def read_plan(path: Path) -> dict[str, Any]:
     """The plan's document (`plan.plan_document`). Raises InputError when the file is none, or another version's."""
-    from flashrl_cli.launch.plan import SCHEMA_VERSION  # here, because completion of run names imports this module
-
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}", hint="give a run's folder or its plan.json") from None
     if not isinstance(document, dict) or not {"schema_version", "overrides", "env", "files"} <= document.keys():
         raise InputError(f"{path} is not a launch plan", hint="give a run's folder or its plan.json")
-    if document["schema_version"] != SCHEMA_VERSION:
+    if document["schema_version"] != PLAN_VERSION:
         version = document["schema_version"]
-        raise InputError(f"{path}: plan of schema version {version}, this flashrl reads {SCHEMA_VERSION}")
+        raise InputError(f"{path}: plan of schema version {version}, this flashrl reads {PLAN_VERSION}")
     return document

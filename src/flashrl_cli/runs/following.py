@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from flashrl_cli.contract import Handshake
 from flashrl_cli.errors import ExitCode, InputError
-from flashrl_cli.launch.supervise import Display
 from flashrl_cli.runs import record
+from flashrl_cli.runs.display import Display
 from flashrl_cli.runs.metrics import MetricsTail
 
 if TYPE_CHECKING:
-    from flashrl_cli.launch.known import Known
+    from flashrl_cli.runs.known import Known
     from flashrl_cli.runs.record import Attempt, Status
 
 POLL_S = 0.2

@@ -19,16 +19,16 @@ from flashrl_cli.doctor.plugins import ENTRY_POINTS
 from flashrl_cli.doctor.stacks import DISTRIBUTIONS
 from flashrl_cli.errors import EnvironmentNotReady, Problem
 from flashrl_cli.launch.inputs import local_inputs
-from flashrl_cli.launch.ray_judge import Cluster, problems
-from flashrl_cli.launch.ray_nodes import MARK
+from flashrl_cli.launch.ray.judge import Cluster, problems
+from flashrl_cli.launch.ray.nodes import MARK
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from flashrl_cli.launch.plan import LaunchPlan
-    from flashrl_cli.launch.ray_client import Jobs
+    from flashrl_cli.launch.ray.client import Jobs
 
-MODULE = "flashrl_cli.launch.ray_nodes"
+MODULE = "flashrl_cli.launch.ray.nodes"
 COMPARED = ("flashrl-cli", "ray", *DISTRIBUTIONS)
 PATIENCE_S = 180.0
 """For Ray to start the job and for every node to start a worker and answer."""

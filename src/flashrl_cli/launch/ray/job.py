@@ -7,16 +7,16 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
-from flashrl_cli.launch import ray_plan
-from flashrl_cli.launch.ray_log import Follower
-from flashrl_cli.launch.ray_lost import Lost, NodeWatch
+from flashrl_cli.launch.ray import plan as ray_plan
+from flashrl_cli.launch.ray.log import Follower
+from flashrl_cli.launch.ray.lost import Lost, NodeWatch
 from flashrl_cli.launch.relay import Relay
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from flashrl_cli.launch.plan import LaunchPlan
-    from flashrl_cli.launch.ray_client import Jobs
+    from flashrl_cli.launch.ray.client import Jobs
 
 PAUSES_S = (1.5, 3.0, 6.0, 12.0, 20.0)
 """Between two questions for the job's state: the first while it answers, the others after each failure to."""

@@ -12,7 +12,7 @@ from flashrl_cli.runs.tail import last_lines
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from flashrl_cli.launch.ray_client import Jobs
+    from flashrl_cli.launch.ray.client import Jobs
 
 PAUSE_S = 5.0
 LATE_S = 45.0

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.launch import following
-from flashrl_cli.launch.following import Ending, Follower, age
-from flashrl_cli.launch.known import known
-from flashrl_cli.runs import record
+from flashrl_cli.runs import following, record
+from flashrl_cli.runs.following import Ending, Follower, age
+from flashrl_cli.runs.known import known
 from flashrl_cli.runs.record import Attempt, Phase
 from tests.unit.launch.conftest import Recorder
 from tests.unit.render.test_live import shake

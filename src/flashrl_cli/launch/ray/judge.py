@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """What `ray_nodes` told: a mapping of each alive node, the files that the head could not make, the text of the tokens."""
+    """What `ray.nodes` told: a mapping of each alive node, the files that the head could not make, the text of the tokens."""
 
     nodes: Sequence[Mapping[str, Any]]
     refused: Mapping[str, str]

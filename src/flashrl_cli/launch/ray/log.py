@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
-    from flashrl_cli.launch.ray_client import Jobs
+    from flashrl_cli.launch.ray.client import Jobs
 
 SILENCE_S = 300.0
 """A connection that brought nothing for so long is made anew: it may be dead without either side knowing."""

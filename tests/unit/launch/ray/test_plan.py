@@ -14,8 +14,8 @@ import pytest
 
 from flashrl_cli.config import presets
 from flashrl_cli.config.resolve import load_spec
-from flashrl_cli.launch import ray_plan
 from flashrl_cli.launch.plan import LaunchPlan, build_plan
+from flashrl_cli.launch.ray import plan as ray_plan
 from flashrl_cli.launch.script import plan_script
 from flashrl_cli.verl.cluster import on_cluster
 

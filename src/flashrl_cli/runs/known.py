@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from flashrl_cli import paths
 from flashrl_cli.errors import InputError, NothingMatched
-from flashrl_cli.launch import recorded
 from flashrl_cli.paths import RunPaths
-from flashrl_cli.runs import record
+from flashrl_cli.runs import record, recorded
 
 if TYPE_CHECKING:
     from flashrl_cli.paths import AttemptPaths

@@ -16,10 +16,10 @@ from typing import Any
 
 from flashrl_cli import paths
 from flashrl_cli.errors import InputError
-from flashrl_cli.launch.known import Known, check_name, known
-from flashrl_cli.launch.stopping import orphan
 from flashrl_cli.runs import record
+from flashrl_cli.runs.known import Known, check_name, known
 from flashrl_cli.runs.sizes import size
+from flashrl_cli.runs.stopping import orphan
 
 HIDDEN = ".removed-"
 

@@ -13,10 +13,9 @@ import pytest
 
 from flashrl_cli import paths
 from flashrl_cli.errors import InputError, NothingMatched
-from flashrl_cli.launch import recorded
-from flashrl_cli.launch.removal import plan, remove
 from flashrl_cli.paths import RunPaths
-from flashrl_cli.runs import record
+from flashrl_cli.runs import record, recorded
+from flashrl_cli.runs.removal import plan, remove
 from tests.unit.runs import disk
 
 

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import contract
 from flashrl_cli.contract import Handshake
-from flashrl_cli.launch.overview import Row, row
 from flashrl_cli.runs import history, mismatch, record
 from flashrl_cli.runs.curves import starts
 from flashrl_cli.runs.metrics import read_metrics
+from flashrl_cli.runs.overview import Row, row
 from flashrl_cli.runs.totals import start_shares, step_shares
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from flashrl_cli.launch.known import Known
+    from flashrl_cli.runs.known import Known
     from flashrl_cli.runs.mismatch import Advice
     from flashrl_cli.runs.record import Attempt, Status
     from flashrl_cli.runs.totals import Spent

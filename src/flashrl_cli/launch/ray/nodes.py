@@ -1,4 +1,4 @@
-"""Run on a Ray cluster as a job, `python -m flashrl_cli.launch.ray_nodes REQUEST`: what each node has, as one line of JSON.
+"""Run on a Ray cluster as a job, `python -m flashrl_cli.launch.ray.nodes REQUEST`: what each node has, as one line of JSON.
 
 The task of each node goes there by value, as functions of `__main__` do, so that it answers where flashrl is not installed, too.
 """
