@@ -11,13 +11,19 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from flashrl_cli.errors import RunFailed
+from flashrl_cli.evals.export import export
 from flashrl_cli.evals.merge import Unreadable, check, merge
+from flashrl_cli.paths import RunPaths
+from flashrl_cli.runs.saved import inspect
+from flashrl_cli.runs.stock import Stock
 
 BY_VERL = Path(__file__).with_name("checkpoints_by_verl.py")
 STEPS = (2, 4, 10)
@@ -121,6 +127,36 @@ def test_merged_weights_are_those_of_verls_merger(saved: dict[int, Path], tmp_pa
     assert ours.keys() == theirs.keys()
     assert "lm_head.weight" not in ours
     assert all(ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_an_exported_step_is_a_model_of_its_own(saved: dict[int, Path], tmp_path: Path) -> None:
+    """Loaded by transformers it has the step's weights in bf16; from torn shards nothing is exported."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = RunPaths("run", tmp_path / "run", saved[2] / "run")
+    step = inspect(run.checkpoints / "global_step_4", critic=False)
+    assert step.has_weights
+    made = export(Stock(run=run, saved=(step,), set_aside=(), scores=None), step, tmp_path / "model")
+    assert made.compared == "compared with the config"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert model.dtype == torch.bfloat16
+    assert sum(parameter.numel() for parameter in model.parameters()) == made.parameters
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template
+    merged = merge(step.path / "actor" / "huggingface", shards(step.path), tmp_path / "merged")
+    theirs = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items())
+    torn = tmp_path / "global_step_4"
+    shutil.copytree(step.path, torn)
+    shards(torn)[1].write_bytes(shards(torn)[1].read_bytes()[:-1])
+    assert not inspect(torn, critic=False).has_weights
+    with pytest.raises(RunFailed, match=f"step 4 cannot be exported: {shards(torn)[1]} is torn"):
+        export(Stock(run=run, saved=(), set_aside=(), scores=None), replace(step, path=torn), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def shards(step: Path) -> list[Path]:
+    return [step / "actor" / f"model_world_size_2_rank_{rank}.pt" for rank in (0, 1)]
 
 
 def test_plain_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

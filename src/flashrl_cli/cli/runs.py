@@ -10,6 +10,8 @@ import typer
 
 from flashrl_cli.cli import complete
 from flashrl_cli.cli.options import Json, RunArgument
+from flashrl_cli.cli.runs_checkpoints import checkpoints, export
+from flashrl_cli.cli.runs_report import plot, report
 from flashrl_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 
-runs = typer.Typer(help="List, show, watch, stop and remove runs.", no_args_is_help=True)
+runs = typer.Typer(help="List, show, watch, draw, report, stop and remove runs.", no_args_is_help=True)
 
 
 @runs.command("ls", epilog="flashrl runs ls --json")
@@ -179,3 +181,9 @@ def _ask(out: Output, count: int) -> None:
 
 def _interactive() -> bool:
     return sys.stdin.isatty()
+
+
+runs.command("checkpoints")(checkpoints)
+runs.command("export")(export)
+runs.command("plot", epilog="flashrl runs plot int8 bf16 --metric reward,kl --png curves.png")(plot)
+runs.command("report", epilog="flashrl runs report tiny-int8-tis2 --out report.html")(report)

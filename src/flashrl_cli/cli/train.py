@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashrl_cli import paths
+from flashrl_cli.cli import sweep as sweeps
 from flashrl_cli.cli.options import Json, Preset, Rollout, RunName, Sets, Tis
+from flashrl_cli.errors import InputError
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
     from flashrl_cli.launch.plan import LaunchPlan
+    from flashrl_cli.launch.sweep.jobs import Launch
     from flashrl_cli.render.output import Output
     from flashrl_cli.verl.compose import Tree
 
@@ -26,6 +29,13 @@ def train(
     resume: Annotated[
         str, typer.Option(help="Go on with a used name: auto (newest checkpoint), never, or a global_step_N folder.")
     ] = "never",
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=V1,V2|FILE", help="A run for each value (rollout and tis are keys, too); repeatable."
+        ),
+    ] = None,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="End a sweep at its first run that fails.")] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Go on with a run although its configuration is another now.")
     ] = False,
@@ -33,18 +43,29 @@ def train(
         bool, typer.Option("--detach", help="Go on without this terminal: `flashrl runs watch NAME` shows the run.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Print the plan; start and write nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Start a sweep of more than 64 runs.")] = False,
     json: Json = False,
 ) -> None:
     """Train a preset with verl, watched to its end.
 
     `flashrl train --preset tiny` runs on any machine;
-    `flashrl train --preset dapo-32b --rollout int8 --tis 8 --dry-run` shows what a cluster would run.
+    `flashrl train --preset dapo-32b --rollout int8 --tis 8 --dry-run` shows what a cluster would run;
+    `flashrl train --preset tiny --sweep rollout=bf16,int8 --sweep tis=off,2` runs four, and compares them.
     """
     from flashrl_cli.launch import review
     from flashrl_cli.render.output import Output
 
     output = Output(json_mode=json)
-    resolved = review.read(preset, review.Options(rollout=rollout, tis=tis, sets=sets or ()))
+    options = review.Options(rollout=rollout, tis=tis, sets=sets or ())
+    if sweep:
+        asked = sweeps.Sweep(
+            preset=preset, texts=sweep, options=options, name=name, resume=resume, force=force, many=yes
+        )
+        _sweep(asked, output, dry_run=dry_run, detach=detach, fail_fast=fail_fast)
+        return
+    if fail_fast or yes:
+        raise InputError("--fail-fast and --yes belong to --sweep")
+    resolved = review.read(preset, options)
     plan = review.next_plan(resolved, name, resume=resume, look_only=dry_run, force=force)
     tree = review.judge(resolved, plan)
     if dry_run:
@@ -54,6 +75,25 @@ def train(
     else:
         _ready(resolved, plan, tree, output)
         (_detach if detach else _run)(plan, output)
+
+
+def _sweep(asked: sweeps.Sweep, output: Output, *, dry_run: bool, detach: bool, fail_fast: bool) -> None:
+    from flashrl_cli.launch import preflight
+
+    jobs = asked.jobs(output, dry_run=dry_run)
+    first = next((job.launch for job in jobs if job.launch), None)
+
+    def train_one(launch: Launch) -> None:
+        _ready(launch.resolved, launch.plan, launch.tree, output)
+        _run(launch.plan, output)
+
+    if dry_run:
+        sweeps.show(jobs, output)
+    elif detach and first:
+        _ready(first.resolved, first.plan, first.tree, output)
+        _detach(first.plan, output)
+    else:
+        sweeps.run(jobs, lambda plan: preflight.check(plan, paths.data_root()), train_one, output, fail_fast=fail_fast)
 
 
 def _show(resolved: Resolved, plan: LaunchPlan, tree: Tree, output: Output) -> None:

@@ -106,16 +106,34 @@ def parse(text: str, label: str, *, verbatim: Collection[str] = ()) -> Document:
     return document
 
 
-def read(path: Path, label: str, *, verbatim: Collection[str] = ()) -> Document:
-    """Read a YAML file that holds a map (an empty file is an empty map); problems are told in the document."""
-    text = _read_text(path)
+def items(text: str, label: str) -> tuple[list[str], list[Problem]]:
+    """Texts of the items of a list that is written without its brackets, such as `1e-6, [a, b], "x, y"`."""
+    source, no_list = f"[{text}]", f"{text[:40]!r} is no list of values"
+    try:
+        node = yaml.compose(source, Loader=_Loader)
+    except yaml.YAMLError as error:
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        return [], [Problem(f"{no_list}: {reason}", label)]
+    except RecursionError:
+        return [], [Problem(f"{no_list}: nested too deeply", label)]
+    if not isinstance(node, yaml.SequenceNode) or node.end_mark.index != len(source) or text.rstrip().endswith(","):
+        return [], [Problem(no_list, label)]
+    return [source[item.start_mark.index : item.end_mark.index] for item in node.value], []
+
+
+def read(path: Path, label: str, *, verbatim: Collection[str] = (), kind: str = "preset") -> Document:
+    """Read a YAML file that holds a map (an empty file is an empty map); problems are told in the document.
+
+    `kind` is what such a file is called in them.
+    """
+    text = _read_text(path, kind)
     if isinstance(text, Problem):
         return Document(label, {}, problems=[Problem(text.message, label, text.hint)])
     document = parse(text, label, verbatim=verbatim)
     if not isinstance(document.data, dict):
         if document.data is not None:
             document.problems.append(
-                Problem(f"a preset is a map of keys, this is {_kind(document.data)}", f"{label}:1")
+                Problem(f"a {kind} is a map of keys, this is {_kind(document.data)}", f"{label}:1")
             )
         document.data = {}
     return document
@@ -125,15 +143,15 @@ def _kind(data: Any) -> str:
     return "a list" if isinstance(data, list) else "text" if isinstance(data, str) else "a single value"
 
 
-def _read_text(path: Path) -> str | Problem:
+def _read_text(path: Path, kind: str) -> str | Problem:
     try:
         with path.open("rb") as stream:  # a device or a pipe has no size to ask for
             raw = stream.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
-            return Problem(f"larger than {MAX_BYTES:,} bytes: not a preset")
+            return Problem(f"larger than {MAX_BYTES:,} bytes: not a {kind}")
         return raw.decode("utf-8-sig")
     except IsADirectoryError:
-        return Problem("this is a folder, not a preset file")
+        return Problem(f"this is a folder, not a {kind} file")
     except UnicodeDecodeError as error:
         return Problem(f"not UTF-8 text (byte {error.start})", hint="save it as UTF-8")
     except OSError as error:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
     from flashrl_cli.contract import Handshake
     from flashrl_cli.render.output import Output
@@ -33,6 +33,11 @@ COLUMNS = (
     ("s/step", "step_s", ".1f"),
 )
 """Heading, metric, format. KL is rollout against trainer; w are importance weights, `cut` the truncated share of tokens."""
+SPARED = ("w max", "grad", "w mean", "entropy", "length", "tok/s", "cut %", "KL")
+"""Headings that a narrow terminal does without, the first one first."""
+_GAP = 3
+_FRAME = 8
+"""Lines of the live display beside the rows of its table."""
 
 
 def describe(shakes: Sequence[Handshake]) -> str:
@@ -159,17 +164,16 @@ class LiveDisplay:
         self.ending = _ending(state, exit_code, error)
         self.redraw()
 
-    def __rich__(self) -> RenderableType:
-        from rich.console import Group
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.text import Text
 
-        parts: list[RenderableType] = [self._table()] if self.rows else [Text(self.title, style="bold")]
+        # a table is as wide and as high as the terminal is now, which may have been resized
+        yield self._table(options.max_width, console.height) if self.rows else Text(self.title, style="bold")
         if self.rows and self.rows[-1].seconds:
-            parts.append(Text(_phases(self.rows[-1]), style="dim"))
+            yield Text(_phases(self.rows[-1]), style="dim")
         if self.proof:
-            parts.append(Text(f"✓ {self.proof}", style="green"))
-        parts.append(Text(self._now()))
-        return Group(*parts)
+            yield Text(f"✓ {self.proof}", style="green")
+        yield Text(self._now())
 
     def _now(self) -> str:
         if self.ending is not None:
@@ -181,22 +185,38 @@ class LiveDisplay:
         left = eta(paces, self.total - done) if self.total else "–"
         return f"{line} · {left} left" if paces else line
 
-    def _table(self) -> RenderableType:
+    def _table(self, width: int, height: int) -> RenderableType:
         from rich import box
         from rich.table import Table
         from rich.text import Text
 
-        with_accuracy = any(row.accuracy is not None for row in self.rows)
         out = Table(
             title=Text(self.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
         )
-        for heading in ("step", *(("accuracy",) if with_accuracy else ()), *(heading for heading, _, _ in COLUMNS)):
+        columns = _fitting(self._columns(list(self.rows)[-max(1, height - _FRAME) :]), width)
+        for heading in columns:
             out.add_column(heading, justify="right", no_wrap=True)
-        for row in self.rows:
-            cells = [f"{row.step}/{self.total or '?'}"]
-            cells += [_cell(row.accuracy, ".3f")] if with_accuracy else []
-            out.add_row(*cells, *(_cell(row[name], form) for _, name, form in COLUMNS))
+        for cells in zip(*columns.values(), strict=True):
+            out.add_row(*cells)
         return out
+
+    def _columns(self, rows: Sequence[StepMetrics]) -> dict[str, list[str]]:
+        """Cells of `rows` by heading; accuracy only where there is one."""
+        columns = {"step": [f"{row.step}/{self.total or '?'}" for row in rows]}
+        if any(row.accuracy is not None for row in rows):
+            columns["accuracy"] = [_cell(row.accuracy, ".3f") for row in rows]
+        return columns | {heading: [_cell(row[name], form) for row in rows] for heading, name, form in COLUMNS}
+
+
+def _fitting(columns: dict[str, list[str]], width: int) -> dict[str, list[str]]:
+    """The columns that a terminal of `width` has room for."""
+    fitting = dict(columns)
+    for heading in SPARED:
+        needed = sum(max(map(len, (name, *cells))) + _GAP for name, cells in fitting.items())
+        if needed <= width:
+            break
+        fitting.pop(heading, None)
+    return fitting
 
 
 @contextlib.contextmanager

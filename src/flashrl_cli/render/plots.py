@@ -1,32 +1,55 @@
-"""Curves over training steps: as text in a terminal, and as a PNG."""
+"""Curves over training steps: what is drawn, and the drawing of an evaluation as text and as PNG."""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from flashrl_cli import files
 from flashrl_cli.errors import EnvironmentNotReady
+from flashrl_cli.runs import curves
 
-_POINTS = "●○■□▲△◆◇"
-_WIDTH, _HEIGHT = 76, 18
 _TICKS = 12
-_MARKED = 25
+_MARGIN = 0.06
+"""Free space above and below curves, as a share of their height."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """One curve: `ys` at steps `xs`, each with the ends of its interval, if there are intervals."""
+    """One curve: `ys` at steps `xs`, None where its line breaks.
+
+    With `los` and `his` each point has an interval; with `raw` the curve is that of smoothed values. `starts` are the steps
+    after which later attempts went on.
+    """
 
     label: str
     xs: Sequence[int]
-    ys: Sequence[float]
+    ys: Sequence[float | None]
     los: Sequence[float] = ()
     his: Sequence[float] = ()
+    raw: Sequence[float | None] = ()
+    starts: Sequence[int] = ()
+
+    def segments(self) -> Iterator[tuple[list[int], list[float]]]:
+        """Unbroken pieces of the curve."""
+        points = zip(self.xs, self.ys, strict=True)
+        for broken, piece in itertools.groupby(points, key=lambda point: point[1] is None):
+            if not broken:
+                xs, ys = zip(*piece, strict=True)
+                yield list(xs), list(ys)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """Curves on one pair of axes: `limits` of the vertical one, `ticks` on the horizontal one (None: any whole numbers)."""
+
+    title: str
+    series: Sequence[Series]
+    limits: tuple[float, float]
+    ticks: Sequence[int] | None = None
 
 
 def installed(package: str) -> bool:
@@ -40,54 +63,57 @@ def require(package: str) -> None:
         raise EnvironmentNotReady(f"{package} is not installed", hint='pip install "flashrl-cli[plot]"')
 
 
-def text_curve(series: Sequence[Series], *, ylabel: str) -> str:
-    """The curves as lines of plain text, with interval bars; needs plotext."""
-    require("plotext")
-    import plotext
+def panels(found: Mapping[str, Sequence[curves.Curve]], weight: float) -> list[Panel]:
+    """A panel for each metric, with its curves smoothed by `weight` over their own values."""
+    drawn = {metric: [_series(one, weight) for one in listed] for metric, listed in found.items()}
+    return [Panel(title=heading(metric), series=series, limits=around(series)) for metric, series in drawn.items()]
 
-    figure = plotext.figure
-    figure.clear()
-    figure.theme("colorless")
-    figure.plot_size(_WIDTH, _HEIGHT)
-    for one, marker in zip(series, _markers(len(series)), strict=True):
-        figure.draw(figure.signal(one.xs, one.ys, marker="braille").lines())
-        if one.los:
-            _draw_bars(figure, one)
-        points = figure.signal(one.xs[:: _every(one)], one.ys[:: _every(one)], marker=marker)
-        figure.draw(points.label(one.label) if len(series) > 1 else points)
-    lower, upper = limits(series)
-    figure.ruler("y").lim(lower, upper)
-    figure.ruler("x").ticks(ticks(series))
-    figure.title(ylabel)
-    figure.label("step")
-    lines = str(plotext.uncolorize(figure.build().string())).splitlines()
-    return "\n".join(line.rstrip() for line in lines)
+
+def heading(metric: str) -> str:
+    """A metric's title with its unit."""
+    name, unit = curves.title(metric)
+    return f"{name} ({unit})" if unit else name
+
+
+def text_curve(series: Sequence[Series], *, ylabel: str) -> str:
+    """The curves in one panel as lines of plain text, with interval bars if there are intervals; needs plotext."""
+    from flashrl_cli.render.text_plot import text_panel
+
+    return text_panel(_panel(series, ylabel))
 
 
 def write_png(series: Sequence[Series], path: Path, *, ylabel: str) -> None:
-    """Draw the curves with their intervals to `path`; needs matplotlib, and no display."""
-    require("matplotlib")
-    from matplotlib.figure import Figure
+    """Draw the curves in one panel to `path`, with their intervals; needs matplotlib, and no display."""
+    from flashrl_cli.render.figure import write_png as write
 
-    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    for one in series:
-        (line,) = axes.plot(one.xs, one.ys, marker="o", label=one.label)
-        if one.los:
-            axes.fill_between(one.xs, one.los, one.his, color=line.get_color(), alpha=0.15)
-    axes.set(xlabel="step", ylabel=ylabel, ylim=limits(series))
-    axes.set_xticks(ticks(series))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with files.replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    write([_panel(series, ylabel)], path)
 
 
 def limits(series: Sequence[Series]) -> tuple[float, float]:
-    """Limits of the vertical axis: the tenths that hold every interval, or every value without one."""
-    lower = math.floor(min(min(one.los or one.ys) for one in series) * 10) / 10
-    upper = math.ceil(max(max(one.his or one.ys) for one in series) * 10) / 10
+    """Limits of the vertical axis: the tenths that hold every interval."""
+    lower = math.floor(min(min(one.los) for one in series) * 10) / 10
+    upper = math.ceil(max(max(one.his) for one in series) * 10) / 10
     return lower, max(upper, lower + 0.1)
+
+
+def span(panels: Sequence[Panel]) -> tuple[int, int]:
+    """First and last step of all curves; a lone step has room on both sides."""
+    steps = [x for panel in panels for one in panel.series for x in one.xs]
+    first, last = min(steps), max(steps)
+    return (first, last) if first < last else (first - 1, last + 1)
+
+
+def labels(panels: Sequence[Panel]) -> list[str]:
+    """Labels of all curves, each once; a label looks the same in all panels."""
+    return list(dict.fromkeys(one.label for panel in panels for one in panel.series))
+
+
+def around(series: Sequence[Series]) -> tuple[float, float]:
+    """Limits of the vertical axis: a little more than all values, raw ones too; a flat curve lies in the middle."""
+    values = [y for one in series for y in (*one.ys, *one.raw) if y is not None]
+    lower, upper = min(values), max(values)
+    margin = _MARGIN * (upper - lower) or abs(upper) / 10 or 1.0
+    return lower - margin, upper + margin
 
 
 def ticks(series: Sequence[Series]) -> list[int]:
@@ -96,17 +122,14 @@ def ticks(series: Sequence[Series]) -> list[int]:
     return steps[:: math.ceil(len(steps) / _TICKS)]
 
 
-def _every(one: Series) -> int:
-    """Of how many points one is marked: of a long curve few, so that the line is seen."""
-    return math.ceil(len(one.xs) / _MARKED)
+def _series(one: curves.Curve, weight: float) -> Series:
+    smoothed = one.smoothed(weight)
+    raw = () if smoothed == list(one.values) else one.values
+    return Series(label=one.run, xs=one.steps, ys=smoothed, raw=raw, starts=one.starts)
 
 
-def _markers(count: int) -> list[str]:
-    return [_POINTS[i % len(_POINTS)] for i in range(count)]
-
-
-def _draw_bars(figure: Any, one: Series) -> None:
-    """plotext's error bars are symmetric, so they stand around the middle of each interval."""
-    middles = [(lo + hi) / 2 for lo, hi in zip(one.los, one.his, strict=True)]
-    halves = [(hi - lo) / 2 for lo, hi in zip(one.los, one.his, strict=True)]
-    figure.draw(figure.error(one.xs, middles, halves, [0.0] * len(one.xs)))
+def _panel(series: Sequence[Series], title: str) -> Panel:
+    """Curves with intervals are of few steps, all of them marked, and of shares."""
+    if all(one.los for one in series):
+        return Panel(title=title, series=series, limits=limits(series), ticks=ticks(series))
+    return Panel(title=title, series=series, limits=around(series))

@@ -41,7 +41,7 @@ def _over(earlier: StepMetrics | None, later: StepMetrics) -> StepMetrics:
     """`later`, unless it is a validation alone: that adds its accuracy to what the training of the step logged."""
     if earlier is None or later.trained:
         return later
-    return dataclasses.replace(earlier, accuracy=later.accuracy)
+    return dataclasses.replace(earlier, accuracy=later.accuracy, logged={**earlier.logged, **later.logged})
 
 
 def holes(steps: Iterable[StepMetrics]) -> list[int]:

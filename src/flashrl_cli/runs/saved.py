@@ -24,6 +24,8 @@ from flashrl_cli.verl import checkpoints as layout
 
 SET_ASIDE = ".set_aside"
 """Folder of a run's checkpoints that holds the steps moved out of the way; hidden, so that no pattern meets it."""
+DOOMED = ".pruned"
+"""Folder of a run's checkpoints in which steps wait for their deletion."""
 REASON = "reason.txt"
 
 _DAMAGED = "truncated or damaged"
@@ -48,6 +50,8 @@ class Saved:
     """When its newest file was written, seconds since the epoch."""
     has_hf: bool
     """Whether it holds whole weights in Hugging Face's form too."""
+    has_weights: bool
+    """Whether the policy's weights are there in either form: enough to evaluate, though maybe not to go on from."""
     tracked: bool
     """Whether it is the one that verl resumes from by itself."""
     lora: bool
@@ -64,37 +68,39 @@ def saved_steps(run_checkpoints: Path, *, critic: bool, loaded: layout.Loaded | 
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """Folders `global_step_N` in `folder`, by number; nothing else that lies there."""
-    try:
-        names = {entry.name for entry in folder.iterdir()}
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    steps = (step for step in map(layout.step_number, names) if step is not None)
-    candidates = [folder / layout.step_name(step) for step in sorted(set(steps))]
-    return [path for path in candidates if path.name in names and path.is_dir()]
+    """Folders `global_step_N` in `folder`, by number; nothing else that lies there. Raises EnvironmentNotReady."""
+    with _readable(folder):
+        names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+        steps = (step for step in map(layout.step_number, names) if step is not None)
+        candidates = [folder / layout.step_name(step) for step in sorted(set(steps))]
+        return [path for path in candidates if path.name in names and path.is_dir()]
 
 
 def inspect(step_folder: Path, *, critic: bool, loaded: layout.Loaded | None = None) -> Saved:
     """What `step_folder` holds, and what a resume would miss there.
 
     `critic`: the run trains one. `loaded`: what the run loads when it resumes (`verl.checkpoints.loaded`), by default all.
+    Raises EnvironmentNotReady for a folder that this user may not read.
     """
-    actor = step_folder / layout.ACTOR
     step = layout.step_number(step_folder.name)
     if step is None:
         raise InputError(f"{step_folder} is no folder global_step_N")
-    size, written = _measure(step_folder)
-    return Saved(
-        step=step,
-        path=step_folder,
-        problems=tuple(_problems(step_folder, loaded or layout.Loaded(), critic=critic)),
-        world_size=layout.recorded_world_size(actor),
-        bytes=size,
-        written=written,
-        has_hf=hf_problem(actor / layout.HUGGINGFACE) is None,
-        tracked=layout.tracked_step(step_folder.parent) == step,
-        lora=(actor / layout.LORA).is_file(),
-    )
+    actor = step_folder / layout.ACTOR
+    with _readable(step_folder):
+        size, written = measure(step_folder)
+        has_hf = hf_problem(actor / layout.HUGGINGFACE) is None
+        return Saved(
+            step=step,
+            path=step_folder,
+            problems=tuple(_problems(step_folder, loaded or layout.Loaded(), critic=critic)),
+            world_size=layout.recorded_world_size(actor),
+            bytes=size,
+            written=written,
+            has_hf=has_hf,
+            has_weights=has_hf or not any(_model_problems(step_folder, layout.ACTOR, frozenset({"model"}))),
+            tracked=layout.tracked_step(step_folder.parent) == step,
+            lora=(actor / layout.LORA).is_file(),
+        )
 
 
 def torn(file: Path) -> str | None:
@@ -118,20 +124,29 @@ def set_aside(step_folder: Path, why: str) -> Path:
 
     A rename: nothing is copied, nothing overwritten. Raises EnvironmentNotReady if the file system refuses.
     """
+    target = hide(step_folder, step_folder.parent / SET_ASIDE)
+    # The reason is worth no failure: a full disk is what cuts checkpoints off in the first place.
+    with contextlib.suppress(OSError):
+        files.write_text(target / REASON, f"{why}\n")
+    return target
+
+
+def hide(folder: Path, place: Path) -> Path:
+    """Rename `folder` into `place` (on the same file system), under a name of its own; where it is now.
+
+    Raises EnvironmentNotReady if the file system refuses.
+    """
     try:
-        target = _reserve(step_folder.parent / SET_ASIDE, step_folder.name)
+        target = _reserve(place, folder.name)
         try:
-            step_folder.rename(target)
+            folder.rename(target)
         except OSError:
             target.rmdir()
             raise
     except OSError as error:
         raise EnvironmentNotReady(
-            f"{step_folder} cannot be moved aside: {error.strerror or error}", hint="move it away yourself"
+            f"{folder} cannot be moved to {place}: {error.strerror or error}", hint="move it away yourself"
         ) from None
-    # The reason is worth no failure: a full disk is what cuts checkpoints off in the first place.
-    with contextlib.suppress(OSError):
-        files.write_text(target / REASON, f"{why}\n")
     return target
 
 
@@ -150,6 +165,14 @@ def point_tracker(run_checkpoints: Path, step: int | None) -> None:
             files.write_text(tracker, str(step))
     except OSError as error:
         raise EnvironmentNotReady(f"{tracker} cannot be written: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentNotReady(f"{folder} cannot be read: {error.strerror or error}") from None
 
 
 def _problems(step_folder: Path, loaded: layout.Loaded, *, critic: bool) -> Iterator[str]:
@@ -203,7 +226,7 @@ def _unreadable_json(file: Path) -> str | None:
     return None
 
 
-def _measure(folder: Path) -> tuple[int, float]:
+def measure(folder: Path) -> tuple[int, float]:
     """Bytes of all files in `folder`, links not followed, and when the newest was written; files that vanish do not count."""
     size, newest = 0, folder.stat().st_mtime
     for root, _, names in os.walk(folder):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 NAMES = {
     "reward": "critic/score/mean",
@@ -65,6 +65,12 @@ TIMINGS = {
 WATCHED = ("grad_norm", "loss", "kl", "reward", "prob_diff")
 """Metrics whose NaN means that the run is lost."""
 
+BESIDE_STEP = "validate"
+"""The phase that verl's timer of the step leaves out (verl/trainer/ppo/v1/trainer_base.py:494)."""
+
+SECONDS = "seconds."
+"""Before a phase's name: the metric of its seconds."""
+
 VALIDATION = "val-"
 """What the names of validation metrics start with (verl/trainer/ppo/v1/trainer_base.py:1356-1379)."""
 ACCURACY = re.compile(r"^val-core/(?P<data>.+)/(?P<metric>[^/]+)/mean@\d+$")
@@ -82,9 +88,17 @@ class StepMetrics:
     """Watched metrics that verl logged as NaN."""
     trained: bool = True
     """False for a validation alone, which verl logs before it trains: as step 0, or as the step that it resumed from."""
+    logged: Mapping[str, float | None] = field(default_factory=dict)
+    """All that verl logged, under its own names."""
 
     def __getitem__(self, name: str) -> float | None:
         return self.values.get(name)
+
+
+def verl_name(name: str) -> str:
+    """verl's name of a metric: of one of `NAMES`, of `seconds.<phase>`; any other name is verl's own already."""
+    phase = name.removeprefix(SECONDS) if name.startswith(SECONDS) else ""
+    return TIMINGS.get(phase) or NAMES.get(name, name)
 
 
 def read_step(step: int, data: Mapping[str, float | None]) -> StepMetrics:
@@ -97,4 +111,5 @@ def read_step(step: int, data: Mapping[str, float | None]) -> StepMetrics:
         accuracy=sum(accuracies) / len(accuracies) if accuracies else None,
         lost=tuple(name for name in WATCHED if NAMES[name] in data and data[NAMES[name]] is None),
         trained=step > 0 and not (data and all(key.startswith(VALIDATION) for key in data)),
+        logged=data,
     )

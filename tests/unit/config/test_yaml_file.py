@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashrl_cli.config import yaml_file
+from flashrl_cli.config.text import text_of
 
 TEXT = st.text(st.characters(min_codepoint=32, max_codepoint=126) | st.sampled_from("é→€"), max_size=12)
 NUMBERS = st.integers(-(10**12), 10**12) | st.floats(allow_nan=False, allow_infinity=False)
@@ -180,3 +181,38 @@ def test_files_that_are_no_presets(tmp_path):
         assert document.data == {}
         assert part in document.problems[0].message
         assert (document.problems[0].where or "").startswith(path.name)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("1e-5,1e-4", ["1e-5", "1e-4"]),
+        (" 1, [a, b] ,{c: 2}", ["1", "[a, b]", "{c: 2}"]),
+        ("\"x, y\",'z'", ['"x, y"', "'z'"]),
+        ("~/a,/b/c", ["~/a", "/b/c"]),
+        ("prepared:tiny,off", ["prepared:tiny", "off"]),
+        ("!!str 3,*a", ["!!str 3", "*a"]),
+        ("a b", ["a b"]),
+        ("", []),
+    ],
+)
+def test_items_are_the_texts_between_commas(text, found):
+    assert yaml_file.items(text, "--x") == (found, [])
+
+
+@pytest.mark.parametrize(
+    "text", ["a,", ",a", "a,,b", "a, ", "a],[b", "a] #", "a #b,c", "[a", '"a', "\0,a", "@a", "[" * 3000]
+)
+def test_what_is_no_list_has_no_items(text):
+    found, (problem,) = yaml_file.items(text, "--x")
+    assert found == []
+    assert problem.where == "--x"
+    assert "is no list of values" in problem.message
+    assert problem.message.isprintable()
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.recursive(NUMBERS | TEXT, st.lists, max_leaves=4), min_size=1))
+def test_items_written_and_read_are_the_same(values):
+    texts = list(map(text_of, values))
+    assert yaml_file.items(",".join(texts), "") == (texts, [])

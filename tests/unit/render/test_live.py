@@ -13,7 +13,7 @@ from flashrl_cli.contract import Handshake
 from flashrl_cli.render import live
 from flashrl_cli.render.live import JsonDisplay, LiveDisplay, PlainDisplay, describe, display_for, eta
 from flashrl_cli.render.output import Output
-from flashrl_cli.verl.metrics import StepMetrics, read_step
+from flashrl_cli.verl.metrics import NAMES, StepMetrics, read_step
 
 DATA: dict[str, float | None] = {
     "critic/score/mean": 0.25,
@@ -48,8 +48,8 @@ def step(number: int, **more: float | None) -> StepMetrics:
     return read_step(number, DATA | {key.replace("__", "/"): value for key, value in more.items()})
 
 
-def drawn(display: LiveDisplay) -> str:
-    console = Console(record=True, width=140, file=io.StringIO())
+def drawn(display: LiveDisplay, *, width: int = 140, height: int = 40) -> str:
+    console = Console(record=True, width=width, height=height, file=io.StringIO())
     console.print(display)
     return console.export_text()
 
@@ -166,6 +166,29 @@ def test_live_display_shows_accuracy_where_there_is_one(clock: list[float]) -> N
     assert "0.750" in text
     assert "5/?" in text
     assert "· – left" in text
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 140, 160])
+def test_live_display_fits_the_terminal(width: int, clock: list[float]) -> None:
+    display = LiveDisplay("my-run", 1000)
+    for number in range(1, 20):
+        metrics = dict.fromkeys(NAMES.values(), 12.345) | {"val-core/a/acc/mean@1": 0.5}
+        display.step(read_step(number, metrics))
+    lines = drawn(display, width=width).splitlines()
+    heading = next(line for line in lines if "reward" in line)
+    assert len(heading.rstrip()) <= width
+    assert "…" not in heading
+    assert {"step", "accuracy", "reward", "s/step"} <= set(heading.split()) or width == 40
+    assert ("grad" in heading) == (width >= 140)
+
+
+def test_live_display_fits_a_low_terminal(clock: list[float]) -> None:
+    display = LiveDisplay("my-run", 1000)
+    for number in range(1, 20):
+        display.step(step(number))
+    lines = drawn(display, height=12).splitlines()
+    assert len(lines) <= 12
+    assert "19/1000" in "".join(lines)
 
 
 def test_ticks_redraw(clock: list[float]) -> None:

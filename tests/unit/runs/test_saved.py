@@ -113,6 +113,16 @@ def test_weights_in_hf_form_and_adapters_are_seen(tmp_path: Path) -> None:
     found = inspect(step, critic=False)
     assert found.has_hf
     assert found.lora
+    (step / "actor" / "model_world_size_2_rank_0.pt").unlink()
+    assert inspect(step, critic=False).has_weights, "the HF weights are enough"
+
+
+def test_weights_without_an_optimizer_are_weights(tmp_path: Path) -> None:
+    step = saved_step(tmp_path, 1)
+    (step / "actor" / "optim_world_size_2_rank_0.pt").unlink()
+    assert (inspect(step, critic=False).complete, inspect(step, critic=False).has_weights) == (False, True)
+    (step / "actor" / "model_world_size_2_rank_0.pt").unlink()
+    assert not inspect(step, critic=False).has_weights
 
 
 @settings(deadline=None)
@@ -184,6 +194,19 @@ def test_no_checkpoints_are_no_steps(tmp_path: Path) -> None:
         inspect(tmp_path, critic=False)
 
 
+def test_a_step_that_may_not_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = saved_step(tmp_path, 1)
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(EnvironmentNotReady, match="global_step_1 cannot be read: Permission denied"):
+        inspect(step, critic=False)
+    with pytest.raises(EnvironmentNotReady, match="cannot be read: Permission denied"):
+        saved_steps(tmp_path, critic=False)
+
+
 def test_set_aside_moves_and_says_why(tmp_path: Path) -> None:
     saved_step(tmp_path, 5)
     moved = set_aside(tmp_path / "global_step_5", "data.pt: missing")
@@ -216,7 +239,7 @@ def test_what_is_set_aside_is_found_by_no_pattern(tmp_path: Path) -> None:
 def test_a_step_that_cannot_be_moved_stays(tmp_path: Path) -> None:
     elsewhere = saved_step(tmp_path / "elsewhere", 5)
     (tmp_path / "global_step_5").symlink_to(elsewhere)
-    with pytest.raises(EnvironmentNotReady, match="global_step_5 cannot be moved aside"):
+    with pytest.raises(EnvironmentNotReady, match="global_step_5 cannot be moved"):
         set_aside(tmp_path / "global_step_5", "torn")
     assert (tmp_path / "global_step_5").is_symlink()
     assert not list((tmp_path / SET_ASIDE).iterdir())

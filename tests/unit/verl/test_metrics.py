@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flashrl_cli.verl.metrics import ACCURACY, NAMES, TIMINGS, WATCHED, read_step
+from flashrl_cli.verl.metrics import ACCURACY, BESIDE_STEP, NAMES, TIMINGS, WATCHED, read_step, verl_name
 
 
 def test_values_and_seconds_by_flashrls_names() -> None:
@@ -30,6 +30,19 @@ def test_nan_loses_the_run_only_where_it_is_watched(name: str) -> None:
     step = read_step(1, {NAMES[name]: None})
     assert step[name] is None
     assert step.lost == ((name,) if name in WATCHED else ())
+
+
+def test_everything_that_verl_logged_is_kept() -> None:
+    data = {"critic/score/max": 1.0, "actor/entropy": None}
+    assert read_step(1, data).logged == data
+
+
+def test_verls_name_of_a_metric() -> None:
+    assert verl_name("reward") == NAMES["reward"], "the score, not the phase of that name"
+    assert verl_name("seconds.reward") == TIMINGS["reward"]
+    assert verl_name("critic/score/max") == "critic/score/max"
+    assert verl_name("seconds.nothing") == "seconds.nothing"
+    assert BESIDE_STEP in TIMINGS
 
 
 def test_zero_is_a_value() -> None:

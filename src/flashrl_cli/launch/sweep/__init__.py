@@ -1,0 +1,1 @@
+"""Several runs of one preset, one for each combination of values."""

@@ -1,0 +1,143 @@
+"""What `--sweep` says: the keys that vary and the values that they take, from the command line and from files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flashrl_cli import paths
+from flashrl_cli.config import yaml_file
+from flashrl_cli.config.merge import leaves
+from flashrl_cli.config.presets import VERBATIM
+from flashrl_cli.config.text import text_of
+from flashrl_cli.errors import InputError, Problem
+
+if TYPE_CHECKING:
+    from flashrl_cli.launch.review import Options
+
+EXAMPLE = "--sweep rollout=bf16,int8, or --sweep FILE.yaml"
+SAME = {"rollout.precision": "rollout", "correction.cap": "tis"}
+"""Keys with a flag of their own, and what a sweep calls them."""
+PLACES = ("name", "description", "trainer.project")
+"""Keys that say what a run is called or where its checkpoints lie."""
+PARTS = ("grid", "zip")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """Keys that vary together. A row holds a value's text for each, as `--set` (or `--rollout`, `--tis`) takes it."""
+
+    keys: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    where: str
+
+
+def read_axes(texts: Sequence[str], given: Options) -> list[Axis]:
+    """Axes of all `--sweep` texts, in order; `given` are the options that hold for every run. Reads the files named.
+
+    Raises InputError with everything that is wrong with them, less what only a preset can tell.
+    """
+    problems: list[Problem] = []
+    axes: list[Axis] = []
+    for text in texts:
+        axes += _of_file(text, problems) if is_file(text) else _of_option(text, problems)
+    problems += _misplaced(axes, given)
+    if problems:
+        raise InputError(f"--sweep: {len(problems)} problem{'s' if len(problems) != 1 else ''}", problems=problems)
+    return axes
+
+
+def is_file(text: str) -> bool:
+    """Whether a `--sweep` text names a file; a key starts with none of `.`, `/` and `~`."""
+    return text.startswith((".", "/", "~")) or (text.endswith((".yaml", ".yml")) and "=" not in text)
+
+
+def _of_option(text: str, problems: list[Problem]) -> Iterator[Axis]:
+    written, equals, values = text.partition("=")
+    key = written.strip()
+    if not equals or not key:
+        problems.append(Problem("not of the form key=value,value", _option(text), EXAMPLE))
+        return
+    texts, wrong = yaml_file.items(values, _option(key))
+    hint = "between two commas stands a value; quote text that holds a comma or a bracket"
+    problems += [Problem(problem.message, problem.where, hint) for problem in wrong]
+    if texts:
+        yield Axis(keys=(key,), rows=tuple((value,) for value in texts), where=_option(key))
+    elif not wrong:
+        problems.append(Problem("no value", _option(key), f"--sweep {key}=value,value"))
+
+
+def _option(text: str) -> str:
+    return f"--sweep {text if text.isprintable() else ascii(text)}"
+
+
+def _of_file(text: str, problems: list[Problem]) -> Iterator[Axis]:
+    path = paths.absolute(text)
+    document = yaml_file.read(path, text, kind="sweep")
+    problems += document.problems
+    if document.problems:
+        return
+    as_written = yaml_file.read(path, text, verbatim=PARTS, kind="sweep").data
+    yield from _of_parts(document, as_written, problems)
+
+
+def _of_parts(document: yaml_file.Document, as_written: Mapping[str, Any], problems: list[Problem]) -> Iterator[Axis]:
+    """Axes of a file's parts: each key of `grid` by itself, the keys of each map in the list `zip` together."""
+    unknown = [part for part in document.data if part not in PARTS]
+    hint = "a sweep's keys are grid and zip"
+    problems += [Problem(f"unknown key {part}", _line(document, part), hint) for part in unknown]
+    grid, zipped = document.data.get("grid") or {}, document.data.get("zip") or []
+    if not isinstance(grid, dict):
+        problems.append(Problem("grid should be a map of keys", _line(document, "grid"), "rollout: [bf16, int8]"))
+    else:
+        for key, values in leaves(grid):
+            where = _line(document, f"grid.{key}")
+            yield from _axis({key: values}, dict(leaves(as_written["grid"])), where, problems)
+    if not isinstance(zipped, list) or not all(isinstance(group, dict) for group in zipped):
+        problems.append(
+            Problem("zip should be a list of maps", _line(document, "zip"), "zip: [{a: [1, 2], b: [3, 4]}]")
+        )
+        return
+    for number, group in enumerate(zipped):
+        yield from _axis(dict(leaves(group)), dict(leaves(as_written["zip"][number])), _line(document, "zip"), problems)
+    if not problems and not (grid or zipped):
+        problems.append(Problem("nothing varies", document.label, "grid: {rollout: [bf16, int8]}"))
+
+
+def _line(document: yaml_file.Document, key: str) -> str:
+    return f"{document.label}:{document.lines.get(key, 1)}"
+
+
+def _axis(
+    columns: Mapping[str, Any], as_written: Mapping[str, Any], where: str, problems: list[Problem]
+) -> Iterator[Axis]:
+    wrong = [key for key, values in columns.items() if not isinstance(values, list) or not values]
+    problems += [Problem(f"{key} should be a list of values", where, f"{key}: [value, value]") for key in wrong]
+    if wrong or not columns:
+        return
+    lengths = {key: len(values) for key, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{key} {length}" for key, length in lengths.items())
+        problems.append(Problem(f"keys that go together need as many values each: {told}", where))
+        return
+    texts = [
+        [str(value) for value in as_written[key]] if key.partition(".")[0] in VERBATIM else list(map(text_of, values))
+        for key, values in columns.items()
+    ]
+    yield Axis(keys=tuple(columns), rows=tuple(zip(*texts, strict=True)), where=where)
+
+
+def _misplaced(axes: Sequence[Axis], given: Options) -> Iterator[Problem]:
+    """Yield what is wrong with keys: given twice, in another option too, or of a run's place."""
+    taken = {SAME.get(key, key): f"--set {key}" for key in (text.partition("=")[0].strip() for text in given.sets)}
+    taken |= {"rollout": "--rollout"} if given.rollout is not None else {}
+    taken |= {"tis": "--tis"} if given.tis is not None else {}
+    for axis in axes:
+        for key in axis.keys:
+            name = SAME.get(key, key)
+            if name in taken:
+                yield Problem(f"{key} is given by {taken[name]}, too", axis.where, "a key varies in one place")
+            if name in PLACES:
+                yield Problem(f"{key} says where a run lies, not what it trains", axis.where, "--name names the runs")
+            taken.setdefault(name, axis.where)

@@ -1,0 +1,129 @@
+"""A metric of a run as a curve over its steps: what it is called, where it breaks, how it is smoothed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flashrl_cli.runs.history import holes
+from flashrl_cli.runs.metrics import read_metrics
+from flashrl_cli.verl.metrics import SECONDS, verl_name
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from flashrl_cli.paths import RunPaths
+    from flashrl_cli.verl.metrics import StepMetrics
+
+ACCURACY = "accuracy"
+DEFAULTS = ("reward", ACCURACY, "response_length", "kl", "truncated", "entropy", "step_s")
+SMOOTHING = 0.6
+
+LABELS = {
+    ACCURACY: ("accuracy", ""),
+    "reward": ("reward", ""),
+    "response_length": ("response length", "tokens"),
+    "prompt_length": ("prompt length", "tokens"),
+    "entropy": ("entropy", "nats a token"),
+    "grad_norm": ("gradient norm", ""),
+    "loss": ("policy loss", ""),
+    "kl": ("KL of rollout against trainer", "nats a token"),
+    "kl_k3": ("KL of rollout against trainer, never negative", "nats a token"),
+    "rollout_nll": ("negative log-likelihood in the rollout", "nats a token"),
+    "train_nll": ("negative log-likelihood in the trainer", "nats a token"),
+    "weight_mean": ("mean importance weight", ""),
+    "weight_max": ("largest importance weight", ""),
+    "truncated": ("truncated weights", "share of tokens"),
+    "effective": ("effective sample size", "share of tokens"),
+    "prob_diff": ("mean difference of probabilities", ""),
+    "prob_correlation": ("correlation of probabilities", ""),
+    "tokens_per_s": ("throughput", "tokens a second and device"),
+    "tokens": ("tokens of a step", ""),
+    "step_s": ("time of a step", "s"),
+}
+"""Metric to its title and unit; one that is not here is its own title."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """One metric of one run: its value at each of `steps`, None where a line over them breaks (NaN, or a lost step).
+
+    `starts` are the steps after which later attempts went on, `every_step` whether all training steps logged the metric.
+    """
+
+    run: str
+    metric: str
+    steps: tuple[int, ...]
+    values: tuple[float | None, ...]
+    starts: tuple[int, ...] = ()
+    every_step: bool = True
+
+    def smoothed(self, weight: float) -> list[float | None]:
+        """The values smoothed by `weight`; those of a metric that is measured now and then are left as they are."""
+        return smoothed(self.values, weight if self.every_step else 0)
+
+
+def title(metric: str) -> tuple[str, str]:
+    """What a metric is called, and its unit (empty for none)."""
+    if metric.startswith(SECONDS):
+        return metric.removeprefix(SECONDS), "s"
+    return LABELS.get(metric, (metric, ""))
+
+
+def curve(run: str, history: Sequence[StepMetrics], metric: str, starts: Sequence[int] = ()) -> Curve | None:
+    """The curve of `metric`, by flashrl's name or verl's; None if no step has a value of it.
+
+    Steps that did not log it (only some validate) have no point. But a metric that every training step logs breaks where
+    the history has a hole.
+    """
+    found = points(history, metric)
+    if all(value is None for value in found.values()):
+        return None
+    every_step = all(metrics.step in found for metrics in history if metrics.trained)
+    if every_step:
+        found.update((step, None) for step in holes(history) if step > min(found))
+    steps = tuple(sorted(found))
+    values = tuple(found[step] for step in steps)
+    return Curve(run=run, metric=metric, steps=steps, values=values, starts=tuple(starts), every_step=every_step)
+
+
+def starts(run: RunPaths) -> tuple[int, ...]:
+    """Steps after which later attempts of `run` went on, as far as their metrics still count."""
+    attempts = (
+        [metrics.step for metrics in read_metrics(run.attempt(n).metrics) if metrics.trained] for n in run.attempts()
+    )
+    began = [min(steps) - 1 for steps in attempts if steps]
+    later = {step for index, step in enumerate(began[1:], start=2) if all(step < after for after in began[index:])}
+    return tuple(sorted(step for step in later if step > began[0]))
+
+
+def smoothed(values: Sequence[float | None], weight: float) -> list[float | None]:
+    """Exponential moving average of `values`; `weight` (0 to below 1) is that of the past. None stays None and counts not.
+
+    m_t = w m_(t-1) + (1 - w) x_t, divided by 1 - w^t so that the start is not drawn to zero: Kingma and Ba, Adam
+    (arXiv 1412.6980, section 3), and the smoothing of TensorBoard's scalars.
+    """
+    out: list[float | None] = []
+    mean, mass = 0.0, 0.0
+    for value in values:
+        if value is None:
+            out.append(None)
+            continue
+        mean = weight * mean + (1 - weight) * value
+        mass = weight * mass + (1 - weight)  # 1 - weight^t
+        out.append(mean / mass)
+    return out
+
+
+def points(history: Sequence[StepMetrics], metric: str) -> dict[int, float | None]:
+    """Steps that logged `metric`, each with its value; None for NaN and infinity."""
+    if metric == ACCURACY:
+        return {metrics.step: metrics.accuracy for metrics in history if metrics.accuracy is not None}
+    key = verl_name(metric)
+    return {metrics.step: _finite(metrics.logged[key]) for metrics in history if key in metrics.logged}
+
+
+def _finite(value: object) -> float | None:
+    """A value that can be drawn; verl's file holds null for NaN, and may hold Infinity."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
