@@ -58,15 +58,21 @@ class Follower:
     def follow(self) -> Ending:
         """Show the attempt until it is over."""
         while True:
-            state = record.state(
-                self.attempt
-            )  # before the metrics are read, so that none written before the end is missed
+            # before the metrics are read, so that none written before the end is missed
+            state = self._state()
             self._show()
             if state != "running":
                 return self._end(state)
             time.sleep(POLL_S)
             if time.monotonic() - self._looked > RECORD_S:
                 self._look()
+
+    def _state(self) -> Status:
+        state = record.state(self.attempt)
+        if state == "lost":  # or it ended in order, and said so after the last look at its record
+            self._look()
+            state = record.state(self.attempt)
+        return state
 
     def _look(self) -> None:
         """Read the record anew; one that is gone or damaged tells nothing."""

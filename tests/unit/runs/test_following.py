@@ -132,6 +132,15 @@ def test_what_was_written_just_before_the_end_is_shown(monkeypatch: pytest.Monke
     assert screen.steps == [1]
 
 
+def test_one_that_ended_since_the_last_look_is_not_lost() -> None:
+    run = disk.make("demo", disk.attempt(status="running", **disk.GONE))
+    found = known("demo")
+    assert found.last
+    follower = Follower(found, found.last, Screen())
+    record.renew(run, 1, status="stopped", exit_code=130)
+    assert follower.follow() == Ending("stopped", 130, None)
+
+
 def test_a_new_attempt_is_another_run_to_watch() -> None:
     run = disk.make("demo", disk.attempt(1, status="done", exit_code=0))
     found = known("demo")
