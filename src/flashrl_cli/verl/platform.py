@@ -20,6 +20,7 @@ COMMON = {
 CPU = {
     "VERL_PLATFORM": "cpu",  # the platform that flashrl's plugin registers
     "VERL_ENGINE_DEVICE": "cuda",  # verl registers its training engines for cuda and npu only; this is its own switch
+    "RAY_enable_worker_prestart": "0",  # Ray otherwise starts idle workers for its 16 logical CPUs before anybody asks
     **cpu.ENGINE,
 }
 OWNED = frozenset({contract.ENV_PLUGIN_DIR, contract.ENV_PLATFORM, METRICS_PATH})
