@@ -1,6 +1,6 @@
 """Runs killed with KILL at random moments, then resumed until they end: does anything get lost, or stay behind?
 
-    python benchmarks/kill_resume.py [--kills 20] [--per-run 5] [--steps 6] [--jobs 1] [--seed 0] [--out FILE]
+    python benchmarks/kill_resume.py [--kills 20] [--per-run 5] [--steps 6] [--jobs 1] [--latest-s 130] [--out FILE]
 
 Needs `flashrl prepare tiny`. Each run trains the preset tiny (INT8, TIS) to --steps, saving every step. An attempt is struck at a
 random time: flashrl itself, the guardian, or any process of the tree gets KILL. What then must hold: the attempt ends by
@@ -201,6 +201,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--per-run", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--latest-s", type=float, default=LATEST_S, help="a strike comes within this time of a start")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once: a start keeps one core busy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kill_resume.json"))
@@ -209,7 +210,9 @@ def main() -> int:
 
     def in_a_folder(number: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
-            return one_run(Path(folder), kills=shares[number], steps=args.steps, seed=args.seed + number)
+            return one_run(
+                Path(folder), kills=shares[number], steps=args.steps, seed=args.seed + number, latest_s=args.latest_s
+            )
 
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = list(pool.map(in_a_folder, range(len(shares))))
