@@ -114,7 +114,11 @@ def started_workers(cluster: Cluster, process: subprocess.Popen[str]) -> None:
 def test_ctrl_c_stops_the_job(workshop: Workshop, cluster: Cluster) -> None:
     process = workshop.start(*train(cluster, "stopped", "--set", "trainer.steps=500"), **cluster.env)
     try:
-        started_workers(cluster, process)
+        deadline = time.monotonic() + 240
+        while not workers(cluster):  # early is enough: the moments of a start are the local test's
+            assert process.poll() is None, process.communicate()[1][-4000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=90)
     finally:
