@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 class Recording:
-    """Writes each event of one attempt into the record, then tells `display`."""
+    """Writes each event of one attempt into the record, then tells `display`.
+
+    A reader that went away (a closed pipe or terminal) does not end a run by itself: what ends it is a signal.
+    """
 
     def __init__(self, display: Display, plan: LaunchPlan) -> None:
         self.display, self.plan = display, plan
@@ -26,28 +29,33 @@ class Recording:
     def expect(self, total: int) -> None:
         """The run will have `total` steps."""
         self._renew(total_steps=total)
-        self.display.expect(total)
+        with contextlib.suppress(OSError):
+            self.display.expect(total)
 
     def phase(self, text: str) -> None:
         """Something else is being done now."""
         self._phases = (*self._phases, Phase(name=text, began=record.now()))
         self._renew(phases=self._phases)
-        self.display.phase(text)
+        with contextlib.suppress(OSError):
+            self.display.phase(text)
 
     def proven(self, shakes: list[Handshake]) -> None:
         """The rollout workers proved their precision."""
         self._renew(proof=tuple(dataclasses.asdict(shake) for shake in shakes))
-        self.display.proven(shakes)
+        with contextlib.suppress(OSError):
+            self.display.proven(shakes)
 
     def step(self, metrics: StepMetrics) -> None:
         """A step is done."""
         if metrics.trained:
             self._renew(last_step=metrics.step)
-        self.display.step(metrics)
+        with contextlib.suppress(OSError):
+            self.display.step(metrics)
 
     def tick(self) -> None:
         """Time passes."""
-        self.display.tick()
+        with contextlib.suppress(OSError):
+            self.display.tick()
 
     def _renew(self, **changes: Any) -> None:
         # a full disk must not end a run that could go on: what is missing here is in the log and the metrics

@@ -148,6 +148,18 @@ def test_a_record_that_cannot_be_renewed_does_not_end_the_run(
     assert attempted().status == "done"
 
 
+def test_a_reader_that_went_away_does_not_end_the_run(
+    attempted: Callable[..., Attempt], seen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: Any) -> None:
+        raise BrokenPipeError
+
+    for told in ("expect", "phase", "proven", "step", "tick"):
+        monkeypatch.setattr(seen, told, closed)
+    found = attempted()
+    assert (found.status, found.last_step) == ("done", 2)
+
+
 @pytest.mark.processes
 def test_git_state(tmp_path: Path) -> None:
     assert git_state(tmp_path) is None
