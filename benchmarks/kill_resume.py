@@ -59,13 +59,14 @@ class Shop:
     def __init__(self, root: Path, steps: int) -> None:
         self.root, self.steps = root, steps
         self.paths = RunPaths(RUN, root / "runs" / RUN, root / "checkpoints" / "tiny" / RUN)
+        self.said = root / "said"
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start or resume the run."""
         command = [sys.executable, "-m", "flashrl_cli", "train", "--preset", "tiny", "--name", RUN, "--resume", "auto"]
         command += ["--json", "--set", f"trainer.steps={self.steps}", "--set", "trainer.save_every=1"]
         places = {f"FLASHRL_{name.upper()}": str(self.root / name) for name in ("runs", "checkpoints")}
-        with (self.root / "said").open("ab") as said:
+        with self.said.open("ab") as said:
             return subprocess.Popen(command, env={**os.environ, **places}, cwd=self.root, stdout=said, stderr=said)
 
     def leftovers(self) -> list[str]:

@@ -67,30 +67,11 @@ def none_left(cluster: Cluster, seconds: float) -> None:
         time.sleep(0.5)
 
 
-def test_two_nodes_train_together(workshop: Workshop, cluster: Cluster, tmp_path: Path) -> None:
-    steps = ("--set", f"trainer.steps={STEPS}", "--set", "env.FLASHRL_TELL=1")
-    out, _ = run(workshop, cluster, *train(cluster, "two", *steps))
-    attempt = AttemptPaths(workshop.root / "runs/two/attempt_1")
-    assert [event["step"] for event in events(out, "step")] == [1, 2]
-    shakes = list(read_handshakes(attempt.plugins))
-    assert [(shake.precision, shake.quantized_layers > 0) for shake in shakes] == [("int8", True)] * 2
-    saved = workshop.root / "checkpoints/tiny/two/global_step_2/actor"
-    assert sorted(path.name for path in saved.glob("model_*")) == [
-        "model_world_size_2_rank_0.pt",
-        "model_world_size_2_rank_1.pt",
-    ]
-    last = json.loads((workshop.root / "runs/two/run.json").read_text())["attempts"][-1]
-    assert (last["status"], last["executor"], last["ray_address"]) == ("done", "ray", cluster.address)
-    assert len(last["proof"]) == 2
-    none_left(cluster, 30)
-    the_log_tells_the_same(attempt, AttemptPaths(tmp_path))
-
-
 def the_log_tells_the_same(attempt: AttemptPaths, relayed: AttemptPaths) -> None:
     """Where no folder is shared, metrics and handshakes come out of the log: the same ones."""
     relayed.log.write_bytes(attempt.log.read_bytes())
     Relay(relayed).poll(ended=True)
-    assert read_metrics(relayed.metrics) == read_metrics(attempt.metrics)
+    assert read_metrics(relayed.metrics)[:STEPS] == read_metrics(attempt.metrics)[:STEPS]
     assert list(read_handshakes(relayed.plugins)) == list(read_handshakes(attempt.plugins))
 
 
@@ -100,15 +81,6 @@ def test_a_cluster_that_is_too_small(workshop: Workshop, cluster: Cluster) -> No
     _, err = run(workshop, cluster, *words, code=3)
     assert f"it needs 3 nodes with 1 free GPUs and 3 free CPUs each; {HEAD}: 1 of 1 GPUs" in err
     assert not (workshop.root / "runs/large").exists()
-
-
-def started_workers(cluster: Cluster, process: subprocess.Popen[str]) -> None:
-    """Wait until the run has trainer processes on both nodes."""
-    deadline = time.monotonic() + 240
-    while len([found for found in workers(cluster) if "ray::WorkerDict" in found]) < 2:
-        assert process.poll() is None, process.communicate()[1][-4000:]
-        assert time.monotonic() < deadline, workers(cluster)
-        time.sleep(0.5)
 
 
 def test_ctrl_c_stops_the_job(workshop: Workshop, cluster: Cluster) -> None:
@@ -129,17 +101,41 @@ def test_ctrl_c_stops_the_job(workshop: Workshop, cluster: Cluster) -> None:
     none_left(cluster, 30)
 
 
-def test_a_node_is_lost_in_mid_run(workshop: Workshop, cluster: Cluster) -> None:
-    process = workshop.start(*train(cluster, "lost", "--set", "trainer.steps=500"), **cluster.env)
+def test_two_nodes_train_together_until_one_is_lost(workshop: Workshop, cluster: Cluster, tmp_path: Path) -> None:
+    """Two INT8 proofs and a checkpoint of two ranks; then a node is killed in mid-run, and the run ends with that message."""
+    attempt = AttemptPaths(workshop.root / "runs/two/attempt_1")
+    process = workshop.start(
+        *train(cluster, "two", "--set", "trainer.steps=500", "--set", "env.FLASHRL_TELL=1"), **cluster.env
+    )
     try:
-        started_workers(cluster, process)
+        wait_for_step(STEPS, attempt, process)
         cluster.lose(OTHER)
         lost = time.monotonic()
-        _, err = process.communicate(timeout=150)
+        out, err = process.communicate(timeout=150)
     finally:
         process.kill()
-    assert process.returncode == 1, err[-4000:]
     assert time.monotonic() - lost < 120
+    assert process.returncode == 1, err[-4000:]
     assert f"error: the Ray cluster lost node {OTHER}" in err
     assert "hint: `--resume auto` goes on from the newest checkpoint" in err
+    assert [event["step"] for event in events(out, "step")][:STEPS] == [1, 2]
+    shakes = list(read_handshakes(attempt.plugins))
+    assert [(shake.precision, shake.quantized_layers > 0) for shake in shakes] == [("int8", True)] * 2
+    saved = workshop.root / "checkpoints/tiny/two/global_step_2/actor"
+    assert sorted(path.name for path in saved.glob("model_*")) == [
+        "model_world_size_2_rank_0.pt",
+        "model_world_size_2_rank_1.pt",
+    ]
+    last = json.loads((workshop.root / "runs/two/run.json").read_text())["attempts"][-1]
+    assert (last["status"], last["executor"], last["ray_address"]) == ("failed", "ray", cluster.address)
+    assert len(last["proof"]) == 2
     none_left(cluster, 30)
+    the_log_tells_the_same(attempt, AttemptPaths(tmp_path))
+
+
+def wait_for_step(number: int, attempt: AttemptPaths, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 400
+    while not any(metrics.step == number for metrics in read_metrics(attempt.metrics)):
+        assert process.poll() is None, process.communicate()[1][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.5)

@@ -66,8 +66,8 @@ STRIKES_WITHIN_S = 75.0
 """The strikes of this suite meet the start; benchmarks/kill_resume.py meets steps and saves, too."""
 
 
-def interrupted(shop: Workshop, name: str, moments: list[tuple[Moment, signal.Signals]]) -> None:
-    """Start the run `name` again and again and interrupt it at each moment; the exit code is the signal's."""
+def interrupted(shop: Workshop, name: str, moments: list[tuple[Moment, signal.Signals]]) -> int:
+    """Start the run `name` again and again and interrupt it at each moment; how often that was. The exit code is the signal's."""
     run = RunPaths(name, shop.root / "runs" / name, shop.root / "checkpoints" / "tiny" / name)
     for moment, number in moments:
         started = time.time()
@@ -83,57 +83,60 @@ def interrupted(shop: Workshop, name: str, moments: list[tuple[Moment, signal.Si
         assert process.returncode in {130 if number == INT else 143, -number}, err
         assert took < 75, f"{took:.0f} s"
         assert not [left for left in shop.leftovers() if f"/{name}/" in left]
+    return len(moments)
 
 
-@pytest.mark.timeout(1200)
-def test_interrupted_at_ten_moments_then_trained_to_the_end(workshop: Workshop) -> None:
-    """Two runs, each interrupted in its start, in a step and in a save; the second goes on to its end, proven and plausible."""
-    assert len(EARLY) + len(LATE) >= 10
-    with ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(interrupted, workshop, name, m) for name, m in (("early", EARLY), ("late", LATE))]:
-            done.result()
-    run = RunPaths("late", workshop.root / "runs/late", workshop.root / "checkpoints/tiny/late")
-    out, _ = workshop.run(*TRAIN, *SHORT, "--name", "late")
-    steps = events(out, "step")
-    assert steps[-1]["step"] == STEPS
-    logged = history(run)
-    assert [metrics.step for metrics in logged] == list(range(1, STEPS + 1))
-    assert holes(logged) == []
-    check_record(run)
-    check_proof(out, run.attempt(run.attempts()[-1]).root)
-    check_plausible(steps)
-    check_evaluation(workshop, run.checkpoints)
+@pytest.mark.timeout(1500)
+def test_interrupted_at_ten_moments_and_killed_at_five(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three runs side by side, each started again and again; the killed one then goes on to its end as if nothing had been."""
+    monkeypatch.setenv("FLASHRL_DATA", str(workshop.root / "data"))
+    with ThreadPoolExecutor(3) as pool:
+        early, late = (pool.submit(interrupted, workshop, name, m) for name, m in (("early", EARLY), ("late", LATE)))
+        killed = pool.submit(kill_resume.one_run, tmp_path, kills=5, steps=STEPS, seed=11, latest_s=STRIKES_WITHIN_S)
+    assert len(EARLY) + len(LATE) == early.result() + late.result() == 10
+    result = killed.result()
+    assert len(result["strikes"]) == 5
+    assert result["problems"] == [], json.dumps(result, indent=2)
     assert not workshop.leftovers()
+    for name in ("early", "late"):
+        check_interruptions(RunPaths(name, workshop.root / "runs" / name, workshop.root / "checkpoints/tiny" / name))
+    check_end(workshop, kill_resume.Shop(tmp_path, STEPS))
 
 
-def check_record(run: RunPaths) -> None:
-    """Every attempt has its entry, with how it ended and where it went on."""
+def check_interruptions(run: RunPaths) -> None:
+    """Every attempt that began has its entry; the last one was stopped in mid-run."""
     found = record.load(run.record)
     assert found
     assert [attempt.number for attempt in found.attempts] == run.attempts()
-    *interruptions, last = found.attempts
-    assert {attempt.status for attempt in interruptions} == {"stopped"}
-    assert (last.status, last.exit_code, last.last_step, last.total_steps) == ("done", 0, STEPS, STEPS)
-    assert last.resumed_from in {None, 1}, "whatever the save was interrupted at"
-    assert last.proof[0]["precision"] == "int8"
-    assert last.phases[0].name == "starting verl"
-    assert [one.step for one in saved_steps(run.checkpoints, critic=False) if one.complete] == [1, 2, 3]
+    assert {attempt.status for attempt in found.attempts} == {"stopped"}
+    assert found.attempts[-1].phases[0].name == "starting verl"
     assert run.root.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_used_name_is_refused_and_a_complete_run_left_alone(workshop: Workshop) -> None:
-    """After the test above: the run `late` is complete."""
+def check_end(workshop: Workshop, shop: kill_resume.Shop) -> None:
+    """The last attempt did what was left, proven and plausible; every step is there, logged, saved and worth evaluating."""
+    run = shop.paths
+    logged = history(run)
+    assert [metrics.step for metrics in logged] == list(range(1, STEPS + 1))
+    assert holes(logged) == []
+    found = record.load(run.record)
+    assert found
+    last = found.attempts[-1]
+    assert (last.status, last.exit_code, last.last_step, last.total_steps) == ("done", 0, STEPS, STEPS)
+    assert last.proof[0]["precision"] == "int8"
+    assert [one.step for one in saved_steps(run.checkpoints, critic=False) if one.complete] == [1, 2, 3]
+    said = shop.said.read_text(encoding="utf-8").splitlines()
+    lines = [line for line in said if line.startswith("{") and line.endswith("}")]
+    began = max(index for index, line in enumerate(lines) if '"doing": "starting verl"' in line)
+    out = "\n".join(lines[began:])
+    check_proof(out, run.attempt(last.number).root)
+    check_plausible(events(out, "step"))
+    check_evaluation(workshop, run.checkpoints)
+
+
+def test_a_used_name_is_refused(workshop: Workshop) -> None:
+    """After the test above the run `late` exists."""
     _, err = workshop.run(*TRAIN[:-2], *SHORT, "--name", "late", code=2)
     assert "--resume auto" in err
-    out, err = workshop.run(*TRAIN, *SHORT, "--name", "late")
-    assert out == ""
-    assert "is complete" in err
-
-
-@pytest.mark.timeout(1200)
-def test_killed_at_five_random_moments(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """KILL at flashrl or anything that it started, five times; then the run ends as if nothing had been."""
-    monkeypatch.setenv("FLASHRL_DATA", str(workshop.root / "data"))
-    result = kill_resume.one_run(tmp_path, kills=5, steps=2, seed=11, latest_s=STRIKES_WITHIN_S)
-    assert len(result["strikes"]) == 5
-    assert result["problems"] == [], json.dumps(result, indent=2)

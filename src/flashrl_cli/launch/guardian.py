@@ -37,7 +37,7 @@ def guard(lifeline: int, argv: list[str]) -> int:
         closed, _, _ = select.select([lifeline], [], [], POLL_S)
         if closed:
             descendants.kill(grace_s=GRACE_S)
-        descendants.alive()
+        descendants.note()
     if select.select([lifeline], [], [], 0)[0]:
         descendants.kill()
     return child.returncode

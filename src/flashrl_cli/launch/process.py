@@ -33,6 +33,11 @@ class Descendants:
         self._before = set(psutil.Process().children(recursive=True))
         self._known: set[psutil.Process] = set()
 
+    def note(self) -> None:
+        """Keep in mind what runs now, where orphans are adopted by others; on Linux they come to us, and are found at any time."""
+        if sys.platform != "linux":
+            self.alive()
+
     def alive(self) -> list[psutil.Process]:
         """Those that still run."""
         # a psutil.Process is equal to another of the same pid only if it started at the same time
@@ -81,8 +86,8 @@ class Tree:
         return self._guardian.poll()
 
     def tend(self) -> None:
-        """Note what has been started, so that it is known even if it is adopted by somebody else."""
-        self._descendants.alive()
+        """Note what has been started."""
+        self._descendants.note()
 
     def processes(self) -> list[psutil.Process]:
         """Everything that was started and that still runs."""
