@@ -2,10 +2,10 @@
 
     python benchmarks/kill_resume.py [--kills 20] [--per-run 5] [--steps 6] [--jobs 1] [--latest-s 130] [--out FILE]
 
-Needs `flashrl prepare tiny`. Each run trains the preset tiny (INT8, TIS) to --steps, saving every step. An attempt is struck at a
-random time: flashrl itself, the guardian, or any process of the tree gets KILL. What then must hold: the attempt ends by
-itself within two minutes (or is not touched by it and goes on), no process is left, the next attempt resumes from the newest
-complete step, and in the end every step has its metrics.
+Needs `flashrl prepare tiny`. Each run trains the preset tiny (INT8, TIS), saving every step, and ends at --steps or a little later.
+An attempt is struck at a random time: flashrl itself, the guardian, or any process of the tree gets KILL. What then must hold: the
+attempt ends by itself within two minutes (or is not touched by it, goes on, and is struck again), no process is left, the next
+attempt resumes from the newest complete step, and in the end every step has its metrics.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ import psutil
 from flashrl_cli import files
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.runs import record
-from flashrl_cli.runs.history import history, holes
+from flashrl_cli.runs.history import history
 from flashrl_cli.runs.saved import saved_steps
 
 LATEST_S = 130.0
@@ -39,6 +40,8 @@ DEADLINE_S = 120.0
 STUCK_S = 400.0
 """Whatever neither ends nor moves for so long would do so for ever."""
 RUN = "killed"
+ENDLESS = 1000
+"""Steps of a run that only a strike ends; how many they are may change when it goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +59,15 @@ class Strike:
 class Shop:
     """A folder in which one run is started over and over."""
 
-    def __init__(self, root: Path, steps: int) -> None:
-        self.root, self.steps = root, steps
+    def __init__(self, root: Path) -> None:
+        self.root = root
         self.paths = RunPaths(RUN, root / "runs" / RUN, root / "checkpoints" / "tiny" / RUN)
         self.said = root / "said"
 
-    def start(self) -> subprocess.Popen[bytes]:
-        """Start or resume the run."""
+    def start(self, steps: int) -> subprocess.Popen[bytes]:
+        """Start the run, or go on with it, to the end of `steps`."""
         command = [sys.executable, "-m", "flashrl_cli", "train", "--preset", "tiny", "--name", RUN, "--resume", "auto"]
-        command += ["--json", "--set", f"trainer.steps={self.steps}", "--set", "trainer.save_every=1"]
+        command += ["--json", "--set", f"trainer.steps={steps}", "--set", "trainer.save_every=1"]
         places = {f"FLASHRL_{name.upper()}": str(self.root / name) for name in ("runs", "checkpoints")}
         with self.said.open("ab") as said:
             return subprocess.Popen(command, env={**os.environ, **places}, cwd=self.root, stdout=said, stderr=said)
@@ -96,39 +99,43 @@ def choose_victim(flashrl: psutil.Process, dice: random.Random) -> psutil.Proces
     return flashrl if not tree or dice.random() < 0.5 else dice.choice(tree)
 
 
-def strike(shop: Shop, dice: random.Random, latest_s: float) -> Strike:
-    """Start the run, kill something after a while, and see what comes of it."""
+def strikes(shop: Shop, dice: random.Random, latest_s: float) -> Iterator[Strike]:
+    """Start the run and kill something after a while, until an attempt has ended of it; yields each strike."""
     before = shop.newest()
-    child = shop.start()
+    child = shop.start(ENDLESS)
     after = dice.uniform(0, latest_s)
-    deadline = time.monotonic() + after
+    while True:
+        if _ends_within(child, after):
+            yield _told(shop, after, "nobody", f"ended by itself with {child.returncode}", 0.0)
+            return
+        victim = choose_victim(psutil.Process(child.pid), dice)
+        name = _name(victim, child.pid)
+        victim.kill()
+        struck = time.monotonic()
+        outcome = _outcome(shop, child, struck)
+        if outcome == "ended" and (resumed := _resumed_from(shop)) is not None and resumed not in before:
+            outcome = f"resumed from {resumed} instead of {sorted(before)}"
+        yield _told(shop, after, name, outcome, time.monotonic() - struck)
+        if outcome != "harmless":
+            return
+        after = dice.uniform(0, latest_s / 2)
+
+
+def _ends_within(child: subprocess.Popen[bytes], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and child.poll() is None:
         time.sleep(0.05)
-    if child.poll() is not None:
-        return (
-            _told(shop, after, "nobody", "ended", 0.0)
-            if child.returncode == 0
-            else _told(shop, after, "nobody", f"ended by itself with {child.returncode}", 0.0)
-        )
-    victim = choose_victim(psutil.Process(child.pid), dice)
-    name = _name(victim, child.pid)
-    victim.kill()
-    struck = time.monotonic()
-    outcome = _outcome(shop, child, struck)
-    taken = time.monotonic() - struck
-    if outcome == "ended" and (resumed := _resumed_from(shop)) is not None and resumed not in before:
-        outcome = f"resumed from {resumed} instead of {sorted(before)}"
-    return _told(shop, after, name, outcome, taken)
+    return child.poll() is not None
 
 
 def _outcome(shop: Shop, child: subprocess.Popen[bytes], struck: float) -> str:
-    """`ended` in time, `harmless` if the attempt moved on and came to its end, or what stayed behind."""
+    """`ended` in time, `harmless` if the attempt moves on, or what stayed behind."""
     moved = _moves(shop)
     while (waited := time.monotonic() - struck) < STUCK_S:
         if child.poll() is not None and not shop.leftovers():
             return "ended" if waited < DEADLINE_S else f"ended after {waited:.0f} s only"
         if child.poll() is None and _moves(shop) > moved + 1:
-            return _until_the_end(shop, child)
+            return "harmless"
         time.sleep(0.2)
     left = shop.leftovers()
     child.kill()
@@ -139,13 +146,6 @@ def _moves(shop: Shop) -> int:
     """Phases and steps of the newest attempt so far. One more may have been under way when it was struck, two may not."""
     found = record.load(shop.paths.record)
     return (len(found.last.phases) + len(shop.logged())) if found and found.last else 0
-
-
-def _until_the_end(shop: Shop, child: subprocess.Popen[bytes]) -> str:
-    """The victim was nobody that the run needs."""
-    code = child.wait(timeout=600)
-    left = shop.leftovers()
-    return f"left after the end: {left}" if left else ("harmless" if code == 0 else f"ended late with {code}")
 
 
 def _resumed_from(shop: Shop) -> int | None:
@@ -177,23 +177,26 @@ def _told(shop: Shop, after: float, victim: str, outcome: str, taken: float) -> 
 
 
 def one_run(root: Path, *, kills: int, steps: int, seed: int, latest_s: float = LATEST_S) -> dict[str, Any]:
-    """A run that is struck `kills` times and then left in peace; `problems` is empty if all held."""
-    shop, dice = Shop(root, steps), random.Random(seed)
-    strikes = []
-    for _ in range(kills):
-        strikes.append(strike(shop, dice, latest_s))
-        print(json.dumps(asdict(strikes[-1])), flush=True)
+    """A run that is struck `kills` times and then left in peace until it ends; `problems` is empty if all held.
+
+    It ends at `steps`, or two steps after the last one that it has done by then.
+    """
+    shop, dice = Shop(root), random.Random(seed)
+    told: list[Strike] = []
+    while len(told) < kills:
+        for one in strikes(shop, dice, latest_s):
+            told.append(one)
+            print(json.dumps(asdict(one)), flush=True)
     before = shop.newest()
-    code = shop.start().wait(timeout=900)
-    problems = [one.outcome for one in strikes if one.outcome not in {"ended", "harmless"}]
+    asked = max(steps, max(shop.logged(), default=0) + 2)
+    code = shop.start(asked).wait(timeout=900)
+    problems = [one.outcome for one in told if one.outcome not in {"ended", "harmless"}]
     problems += [f"exit {code} at the end"] * (code != 0)
-    problems += [f"metrics of steps {shop.logged()}"] * (shop.logged() != list(range(1, steps + 1)))
-    problems += [f"holes {holes(history(shop.paths))}"] * bool(holes(history(shop.paths)))
+    problems += [f"metrics of steps {shop.logged()}"] * (shop.logged() != list(range(1, asked + 1)))
     problems += [f"left: {shop.leftovers()}"] * bool(shop.leftovers())
-    resumed = _resumed_from(shop)
-    if max(before) < steps and resumed not in before:
+    if (resumed := _resumed_from(shop)) not in before:
         problems.append(f"resumed from {resumed} instead of {sorted(before)}")
-    return {"seed": seed, "strikes": [asdict(one) for one in strikes], "steps": shop.logged(), "problems": problems}
+    return {"seed": seed, "strikes": [asdict(one) for one in told], "steps": shop.logged(), "problems": problems}
 
 
 def main() -> int:
