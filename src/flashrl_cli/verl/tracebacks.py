@@ -24,7 +24,11 @@ FOLLOWS = re.compile(
     r"|SystemExit|BrokenPipeError|Connection was likely closed|Engine core initialization failed|WorkerProc initialization failed|cancelled"
 )
 """Exceptions that only say that something else failed."""
+EMPTY = re.compile(r"EngineDeadError")
+"""Exceptions that tell nothing: this one names a stack trace that is not there when the engine was killed."""
 UNFINISHED = re.compile(r":$|: \d+ validation errors? for \w+$|: Error\(s\) in loading state_dict for \w+:$")
+DEATH = re.compile(r"Worker PID: (?P<pid>\d+) Worker exit type: \S+ Worker exit detail: (?P<why>[^.]+)")
+"""What Ray tells of a process that died without an exception."""
 MAX_LENGTH = 300
 
 
@@ -39,17 +43,33 @@ class _Raised:
 
 
 def root_error(lines: Sequence[str]) -> str | None:
-    """The exception that made a run fail, in one line with the file and line that raised it, or None without a traceback.
+    """The exception that made a run fail, in one line with the file and line that raised it, or None if the log tells nothing.
 
-    It is the last of the log that is no mere consequence of another process's end; of nested ones the innermost.
+    It is the last of the log that is no mere consequence of another process's end; of nested ones the innermost. Without
+    one it is the first process of Ray's that died.
     """
     sources: dict[str, list[tuple[int, str]]] = {}
     for number, line in enumerate(lines):
         source, text = _split(line)
         sources.setdefault(source, []).append((number, text))
     raised = [error for written in sources.values() for error in _exceptions(written)]
-    causes = [error for error in raised if not FOLLOWS.search(error.text)] or raised
-    return str(max(causes, key=lambda error: error.number)) if causes else None
+    causes = [error for error in raised if not FOLLOWS.search(error.text)]
+    return _last(causes) or _first_death(lines) or _last([error for error in raised if not EMPTY.search(error.text)])
+
+
+def _last(raised: Sequence[_Raised]) -> str | None:
+    return str(max(raised, key=lambda error: error.number)) if raised else None
+
+
+def _first_death(lines: Sequence[str]) -> str | None:
+    """The first process whose death Ray's raylet tells, by the name that Ray puts before its lines."""
+    texts = [plain(line) for line in lines]
+    death = next((found for text in texts if (found := DEATH.search(text))), None)
+    if death is None:
+        return None
+    named = re.compile(rf"^\((\w+) pid={death['pid']}[,)]")
+    name = next((found[1] for text in texts if (found := named.match(text))), "process")
+    return f"{name} (pid {death['pid']}): {death['why']}"
 
 
 def _exceptions(written: Sequence[tuple[int, str]]) -> Iterator[_Raised]:

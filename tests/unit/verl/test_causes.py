@@ -33,6 +33,7 @@ SHOWN = {
     "engine_memory": "the machine has less memory than the rollout engine's KV cache asks for",
     "engine_length": "prompt and response are longer than the model can take",
     "engine_quantization": "the rollout engine does not know the quantization",
+    "engine_worker_died": "a worker of the rollout engine died",
     "files_open": "too many open files",
     "gpu_busy": "a GPU is taken by another process",
     "gpu_driver": "the NVIDIA driver is too old for this torch",
@@ -73,6 +74,7 @@ SHOWN = {
     "weights_damaged": "the model's weights are damaged",
     "weights_misfit": "the weights do not fit the model's configuration",
     "worker_died": "a Ray worker died",
+    "worker_killed": "a Ray worker died",
 }
 
 

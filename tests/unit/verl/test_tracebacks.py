@@ -27,6 +27,8 @@ ROOTS = {
     "processes": "BlockingIOError: [Errno 11] Resource temporarily unavailable (/home/user/probe.py:10)",
     "reward_raises": "KeyError: 'points' (/home/user/my_reward.py:8)",
     "setting_refused": "ValueError: train_batch_size (16) must be >= actor.ppo_mini_batch_size (64) (verl/workers/config/actor.py:226)",
+    "worker_died": "TaskRunnerV1 (pid 1001): Worker unexpectedly exits with a connection error code 2",
+    "worker_killed": "WorkerDict (pid 1002): Worker unexpectedly exits with a connection error code 2",
     "threads": "RuntimeError: can't start new thread (/home/user/probe.py:8)",
 }
 PARTS = {
@@ -144,16 +146,13 @@ PARTS = {
         "RuntimeError: You set `ignore_mismatched_sizes` to `False`, thus",
         "(transformers/utils/loading_report.py:278)",
     ),
-    "worker_died": (
-        "ray.exceptions.ActorDiedError: The actor died unexpectedly before",
-        "(verl/trainer/main_ppo.py:149)",
-    ),
 }
 WITHOUT = (
     "two_nodes",
     "engine_memory",
     "data_filtered",
     "engine_died",
+    "engine_worker_died",
     "gpu_driver",
     "gpu_kernel",
     "healthy",
