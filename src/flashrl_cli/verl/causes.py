@@ -304,6 +304,7 @@ RAY = (
     _cause(
         "Ray itself broke down",
         "the logs under /tmp/ray/session_latest say why; `--resume auto` goes on from the last checkpoint",
+        r"Raylet is terminated\. Termination is unexpected",
         r"local raylet (died|failed)",
         r"the [Rr]aylet (is unavailable \(crashed\)|has most likely crashed)",
         r"Failed to connect to GCS within",
@@ -314,6 +315,7 @@ RAY = (
     _cause(
         "a Ray worker or its node cannot be reached",
         "`ray status` shows the nodes that are left; `--resume auto` goes on from the last checkpoint",
+        r"has been marked dead because the detector has missed too many heartbeats",
         r"ActorUnavailableError",
     ),
     _cause(

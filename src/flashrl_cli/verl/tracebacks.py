@@ -26,7 +26,9 @@ FOLLOWS = re.compile(
 """Exceptions that only say that something else failed."""
 EMPTY = re.compile(r"EngineDeadError")
 """Exceptions that tell nothing: this one names a stack trace that is not there when the engine was killed."""
-UNFINISHED = re.compile(r":$|: \d+ validation errors? for \w+$|: Error\(s\) in loading state_dict for \w+:$")
+UNFINISHED = re.compile(
+    r":$|: \d+ validation errors? for \w+$|: Error\(s\) in loading state_dict for \w+:$|before finishing this task\.$"
+)
 DEATH = re.compile(r"Worker PID: (?P<pid>\d+) Worker exit type: \S+ Worker exit detail: (?P<why>[^.]+)")
 """What Ray tells of a process that died without an exception."""
 MAX_LENGTH = 300

@@ -25,6 +25,10 @@ ROOTS = {
     "permission": "PermissionError: [Errno 13] Permission denied: '/data/checkpoints/tiny' (/home/user/probe.py:4)",
     "permission_read_only": "OSError: [Errno 30] Read-only file system: '/data/checkpoints/tiny' (/home/user/probe.py:4)",
     "processes": "BlockingIOError: [Errno 11] Resource temporarily unavailable (/home/user/probe.py:10)",
+    "ray_raylet_killed": (
+        "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task. class_name: TaskRunnerV1 "
+        "(verl/trainer/main_ppo.py:196)"
+    ),
     "reward_raises": "KeyError: 'points' (/home/user/my_reward.py:8)",
     "setting_refused": "ValueError: train_batch_size (16) must be >= actor.ppo_mini_batch_size (64) (verl/workers/config/actor.py:226)",
     "worker_died": "TaskRunnerV1 (pid 1001): Worker unexpectedly exits with a connection error code 2",
@@ -197,6 +201,15 @@ def test_processes_that_write_at_once_are_told_apart() -> None:
     two = [f"(Worker pid=2, ip=192.0.2.1) {line}" for line in ("Loading weights", "  0%", "ready", "step:1 - loss:1")]
     mixed = [line for pair in zip(one, two, strict=True) for line in pair]
     assert root_error(mixed) == "KeyError: 'points' (/home/user/reward.py:3)"
+
+
+def test_a_death_without_an_exception_is_told_by_who_died() -> None:
+    death = "Worker PID: 7 Worker exit type: SYSTEM_ERROR Worker exit detail: it was killed. It is gone."
+    assert (
+        root_error(["(Idle pid=77) y", "(WorkerDict pid=7, ip=192.0.2.1) x", death])
+        == "WorkerDict (pid 7): it was killed"
+    )
+    assert root_error([death]) == "process (pid 7): it was killed"
 
 
 def test_what_only_follows_from_another_failure_is_passed_over() -> None:
