@@ -162,6 +162,7 @@ WITHOUT = (
     "healthy",
     "interrupted",
     "nccl_timeout",
+    "ray_gcs_killed",
     "resumed",
 )
 
