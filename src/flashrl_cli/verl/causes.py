@@ -302,6 +302,11 @@ SAMPLING = (
 
 RAY = (
     _cause(
+        "Ray did not start in time",
+        "it gives itself 30 s: end what else keeps this machine busy (`uptime`, `top`), and try again",
+        r"The current node timed out during startup",
+    ),
+    _cause(
         "Ray itself broke down",
         "the logs under /tmp/ray/session_latest say why; `--resume auto` goes on from the last checkpoint",
         r"Raylet is terminated\. Termination is unexpected",

@@ -63,6 +63,7 @@ SHOWN = {
     "processes": "this user may start no more processes or threads",
     "ray_broken": "Ray itself broke down",
     "ray_gcs_killed": "Ray itself broke down",
+    "ray_late": "Ray did not start in time",
     "ray_memory": "Ray ended a process because the machine's memory ran out",
     "ray_raylet_killed": "Ray itself broke down",
     "reward_absent": "the reward function could not be loaded",

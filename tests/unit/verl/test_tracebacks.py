@@ -25,6 +25,10 @@ ROOTS = {
     "permission": "PermissionError: [Errno 13] Permission denied: '/data/checkpoints/tiny' (/home/user/probe.py:4)",
     "permission_read_only": "OSError: [Errno 30] Read-only file system: '/data/checkpoints/tiny' (/home/user/probe.py:4)",
     "processes": "BlockingIOError: [Errno 11] Resource temporarily unavailable (/home/user/probe.py:10)",
+    "ray_late": (
+        "Exception: The current node timed out during startup. This could happen because some of the raylet failed to startup "
+        "or the GCS has become overloaded. (verl/trainer/main_ppo.py:74)"
+    ),
     "ray_raylet_killed": (
         "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task. class_name: TaskRunnerV1 "
         "(verl/trainer/main_ppo.py:196)"
@@ -54,7 +58,7 @@ PARTS = {
     ),
     "disk_full_save": (
         "RuntimeError: [enforce fail at inline_container.cc:672] . unexpected",
-        "(torch/serialization.py:834)",
+        "(verl/utils/checkpoint/fsdp_checkpoint_manager.py:347)",
     ),
     "engine_attention": (
         "ValueError: Unknown attention backend: 'NO_SUCH'. Valid options are:",
