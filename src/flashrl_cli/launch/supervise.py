@@ -21,7 +21,7 @@ from flashrl_cli.launch.signals import Interrupted
 from flashrl_cli.runs.metrics import MetricsTail
 from flashrl_cli.runs.tail import Tail, last_lines
 from flashrl_cli.verl.causes import CAUSES, Cause, cause_in
-from flashrl_cli.verl.log_lines import CLOCKS, phase_after, plain, total_steps
+from flashrl_cli.verl.log_lines import CLOCKS, phase_after, plain, telling, total_steps
 from flashrl_cli.verl.tracebacks import root_error
 
 if TYPE_CHECKING:
@@ -219,5 +219,5 @@ def _end(handle: Handle, grace_s: float, received: list[int]) -> None:
 
 def _with_log(message: str, plan: LaunchPlan) -> str:
     log = plan.attempt_paths.log
-    tail = [line for line in map(plain, last_lines(log, 200)) if line][-TAIL_LINES:]
+    tail = telling(last_lines(log, 200))[-TAIL_LINES:]
     return "\n".join([message, *(f"  | {line[:300]}" for line in tail), f"log: {log}"])

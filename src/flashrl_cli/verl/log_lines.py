@@ -6,6 +6,7 @@ The texts are those of verl 0.9.1 and Ray 2.60.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -41,6 +42,8 @@ CLOCKS = {
 
 ORDER = tuple(dict.fromkeys(phase for _, phase in PHASES))
 
+IDLE_TALK = re.compile(r"engine is not available: |^(\([^)]*\) )?\s+warnings\.warn\(")
+"""What every process of verl's says as it starts, of engines that nobody asked for (verl/workers/engine/__init__.py)."""
 TOTAL_STEPS = re.compile(r"Total training steps: (\d+)")
 
 
@@ -58,6 +61,11 @@ def phase_after(line: str, current: str | None = None) -> str | None:
     if found is None or (current in ORDER and ORDER.index(found) <= ORDER.index(current)):
         return None
     return found
+
+
+def telling(lines: Iterable[str]) -> list[str]:
+    """Lines as `plain` gives them, less empty ones and what is said in every start."""
+    return [line for line in map(plain, lines) if line and not IDLE_TALK.search(line)]
 
 
 def total_steps(line: str) -> int | None:

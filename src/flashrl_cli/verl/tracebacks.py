@@ -24,8 +24,8 @@ FOLLOWS = re.compile(
     r"|SystemExit|BrokenPipeError|Connection was likely closed|Engine core initialization failed|WorkerProc initialization failed|cancelled"
 )
 """Exceptions that only say that something else failed."""
-EMPTY = re.compile(r"EngineDeadError")
-"""Exceptions that tell nothing: this one names a stack trace that is not there when the engine was killed."""
+EMPTY = re.compile(r"EngineDeadError|SystemExit")
+"""Exceptions that tell nothing: a stack trace that is not there when the engine was killed, and the answer to SIGTERM."""
 UNFINISHED = re.compile(
     r":$|: \d+ validation errors? for \w+$|: Error\(s\) in loading state_dict for \w+:$|before finishing this task\.$"
 )

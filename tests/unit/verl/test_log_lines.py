@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flashrl_cli.verl.causes import cause_in
-from flashrl_cli.verl.log_lines import CLOCKS, ORDER, PHASES, phase_after, plain, total_steps
+from flashrl_cli.verl.log_lines import CLOCKS, ORDER, PHASES, phase_after, plain, telling, total_steps
 
 
 def test_plain() -> None:
@@ -53,3 +53,16 @@ def test_ordinary_lines_mean_nothing(line: str) -> None:
 def test_every_phase_of_a_start_has_a_clock() -> None:
     assert ORDER[-1] == "sampling responses", "the first step's, whose clock is that of a step"
     assert set(CLOCKS) == {"starting verl", *ORDER[:-1]}
+
+
+def test_what_is_said_in_every_start_is_left_out_of_a_tail() -> None:
+    said = [
+        (
+            "\x1b[36m(WorkerDict pid=1)\x1b[0m /v/verl/workers/engine/__init__.py:32: UserWarning: torchtitan engine is not available: "
+            "ModuleNotFoundError(\"No module named 'torchtitan'\")"
+        ),
+        '\x1b[36m(WorkerDict pid=1)\x1b[0m   warnings.warn(f"torchtitan engine is not available: {e!r}", stacklevel=1)',
+        "",
+        "\x1b[31mValueError: it broke\x1b[0m",
+    ]
+    assert telling(said) == ["ValueError: it broke"]
