@@ -16,6 +16,7 @@ import pytest
 from flashrl_cli.contract import read_handshakes
 from flashrl_cli.launch.relay import Relay
 from flashrl_cli.paths import AttemptPaths
+from flashrl_cli.runs import record
 from flashrl_cli.runs.metrics import read_metrics
 from tests.integration.conftest import Workshop, events
 from tests.integration.ray_cluster import HEAD, OTHER, Cluster, two_nodes
@@ -83,11 +84,17 @@ def test_a_cluster_that_is_too_small(workshop: Workshop, cluster: Cluster) -> No
     assert not (workshop.root / "runs/large").exists()
 
 
+def job_of(workshop: Workshop, name: str) -> str | None:
+    """The Ray job of a run's newest attempt, once it is submitted."""
+    found = record.load(workshop.root / "runs" / name / "run.json")
+    return found.last.job_id if found and found.last else None
+
+
 def test_ctrl_c_stops_the_job(workshop: Workshop, cluster: Cluster) -> None:
     process = workshop.start(*train(cluster, "stopped", "--set", "trainer.steps=500"), **cluster.env)
     try:
         deadline = time.monotonic() + 240
-        while not workers(cluster):  # early is enough: the moments of a start are the local test's
+        while not job_of(workshop, "stopped"):  # early is enough: the moments of a start are the local test's
             assert process.poll() is None, process.communicate()[1][-4000:]
             assert time.monotonic() < deadline
             time.sleep(0.5)
