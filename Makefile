@@ -6,6 +6,8 @@ READY := $(VENV)/.ready
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # No test takes that many seconds; one that hangs must not hide what the others found.
 PYTEST := $(BIN)/pytest --timeout 600
+# Two at once where each keeps to itself; the runs of the integration tests fill the machine themselves.
+QUICK := $(PYTEST) --numprocesses 2
 
 # Bytecode is worth having: every Ray actor imports flashrl, verl, vLLM and torch anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -28,10 +30,11 @@ demo: $(READY)  ## Prepare, train with INT8 rollouts and TIS, evaluate; results 
 	$(BIN)/python benchmarks/demo.py
 
 test: lint type  ## Run all checks, and the tests of every layer that needs no GPU.
-	$(PYTEST)
+	$(QUICK) tests/unit tests/golden tests/contract
+	$(PYTEST) tests/integration
 
 unit: $(READY)  ## Run the unit tests.
-	$(PYTEST) tests/unit
+	$(QUICK) tests/unit
 
 integration: $(READY)  ## Run the tests on the real stack: verl, Ray, vLLM.
 	$(PYTEST) tests/integration
