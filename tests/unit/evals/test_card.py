@@ -15,7 +15,7 @@ def plan(**model: str) -> dict[str, Any]:
         "spec": {
             "name": "dapo",
             "model": {"path": "Qwen/Qwen2.5-32B", **model},
-            "data": {"train": "/home/me/secret/train.parquet"},
+            "data": {"train": "/srv/me/secret/train.parquet"},
             "algorithm": {"advantage": "grpo"},
             "rollout": {"precision": "int8"},
             "correction": {"cap": 8.0},

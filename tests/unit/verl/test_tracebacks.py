@@ -13,18 +13,18 @@ ROOTS = {
     "cluster_small": "ValueError: Total available GPUs 0 is less than total desired GPUs 8 (verl/single_controller/ray/base.py:240)",
     "data_absent": "FileNotFoundError: Unable to find '/data/none.parquet' (verl/utils/dataset/rl_dataset.py:174)",
     "data_column": "KeyError: 'prompt' (verl/utils/dataset/rl_dataset.py:313)",
-    "disk_full": "OSError: [Errno 28] No space left on device (/home/user/probe.py:59)",
-    "files_open": "OSError: [Errno 24] Too many open files (/home/user/probe.py:72)",
+    "disk_full": "OSError: [Errno 28] No space left on device (/srv/user/probe.py:59)",
+    "files_open": "OSError: [Errno 24] Too many open files (/srv/user/probe.py:72)",
     "gpu_busy": "RuntimeError: CUDA error: CUDA-capable device(s) is/are busy or unavailable (torch/serialization.py:269)",
     "gpu_failed": "RuntimeError: CUDA error: uncorrectable ECC error encountered (verl/single_controller/ray/base.py:432)",
-    "gpu_memory_accelerator": "torch.AcceleratorError: CUDA error: out of memory (/home/user/probe.py:12)",
-    "gpu_missing": "torch.AcceleratorError: CUDA error: invalid device ordinal (/home/user/probe.py:8)",
+    "gpu_memory_accelerator": "torch.AcceleratorError: CUDA error: out of memory (/srv/user/probe.py:12)",
+    "gpu_missing": "torch.AcceleratorError: CUDA error: invalid device ordinal (/srv/user/probe.py:8)",
     "package_missing": "ModuleNotFoundError: No module named 'no_such_module' (verl/utils/import_utils.py:88)",
     "package_missing_for_ray": "ModuleNotFoundError: No module named 'ray' (ray/_private/workers/default_worker.py:8)",
     "package_missing_on_worker": "ModuleNotFoundError: No module named 'annotated_types' (pydantic/fields.py:17)",
-    "permission": "PermissionError: [Errno 13] Permission denied: '/data/checkpoints/tiny' (/home/user/probe.py:4)",
-    "permission_read_only": "OSError: [Errno 30] Read-only file system: '/data/checkpoints/tiny' (/home/user/probe.py:4)",
-    "processes": "BlockingIOError: [Errno 11] Resource temporarily unavailable (/home/user/probe.py:10)",
+    "permission": "PermissionError: [Errno 13] Permission denied: '/data/checkpoints/tiny' (/srv/user/probe.py:4)",
+    "permission_read_only": "OSError: [Errno 30] Read-only file system: '/data/checkpoints/tiny' (/srv/user/probe.py:4)",
+    "processes": "BlockingIOError: [Errno 11] Resource temporarily unavailable (/srv/user/probe.py:10)",
     "ray_late": (
         "Exception: The current node timed out during startup. This could happen because some of the raylet failed to startup "
         "or the GCS has become overloaded. (verl/trainer/main_ppo.py:74)"
@@ -33,11 +33,11 @@ ROOTS = {
         "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task. class_name: TaskRunnerV1 "
         "(verl/trainer/main_ppo.py:196)"
     ),
-    "reward_raises": "KeyError: 'points' (/home/user/my_reward.py:8)",
+    "reward_raises": "KeyError: 'points' (/srv/user/my_reward.py:8)",
     "setting_refused": "ValueError: train_batch_size (16) must be >= actor.ppo_mini_batch_size (64) (verl/workers/config/actor.py:226)",
     "worker_died": "TaskRunnerV1 (pid 1001): Worker unexpectedly exits with a connection error code 2",
     "worker_killed": "WorkerDict (pid 1002): Worker unexpectedly exits with a connection error code 2",
-    "threads": "RuntimeError: can't start new thread (/home/user/probe.py:8)",
+    "threads": "RuntimeError: can't start new thread (/srv/user/probe.py:8)",
 }
 PARTS = {
     "checkpoint_damaged": (
@@ -88,13 +88,13 @@ PARTS = {
         "ValueError: Free memory on device cuda:0 (59.32/79.15 GiB) on startup",
         "(vllm/v1/worker/utils.py:454)",
     ),
-    "gpu_twice": ("torch.distributed.DistBackendError: NCCL error in:", "(/home/user/probe.py:9)"),
+    "gpu_twice": ("torch.distributed.DistBackendError: NCCL error in:", "(/srv/user/probe.py:9)"),
     "gpu_unknown": (
         "RuntimeError: CUDA error: no kernel image is available for execution",
         "(vllm/v1/engine/core.py:623)",
     ),
-    "memory_numpy": ("numpy._core._exceptions._ArrayMemoryError: Unable to allocate 7.11", "(/home/user/probe.py:68)"),
-    "memory_torch": ("RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0.", "(/home/user/probe.py:67)"),
+    "memory_numpy": ("numpy._core._exceptions._ArrayMemoryError: Unable to allocate 7.11", "(/srv/user/probe.py:68)"),
+    "memory_torch": ("RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0.", "(/srv/user/probe.py:67)"),
     "model_absent": (
         "OSError: We couldn't connect to 'https://huggingface.co' to load the",
         "(verl/utils/tokenizer/tokenizer.py:176)",
@@ -107,7 +107,7 @@ PARTS = {
         "ValueError: Unrecognized model in /data/tiny/model. Should have a",
         "(verl/workers/config/model.py:187)",
     ),
-    "nccl_error": ("torch.distributed.DistBackendError: NCCL error in:", "(/home/user/probe.py:9)"),
+    "nccl_error": ("torch.distributed.DistBackendError: NCCL error in:", "(/srv/user/probe.py:9)"),
     "port_taken": (
         "torch.distributed.DistNetworkError: The server socket has failed to",
         "(torch/distributed/rendezvous.py:199)",
@@ -197,7 +197,7 @@ def test_every_log_is_tested() -> None:
     assert {path.stem for path in LOGS.glob("*.log")} == {*ROOTS, *PARTS, *WITHOUT}
 
 
-FRAME = '  File "/home/user/reward.py", line 3, in score'
+FRAME = '  File "/srv/user/reward.py", line 3, in score'
 RAISED = ["Traceback (most recent call last):", FRAME, '    return row["points"]', "KeyError: 'points'"]
 
 
@@ -205,7 +205,7 @@ def test_processes_that_write_at_once_are_told_apart() -> None:
     one = [f"\x1b[36m(Reward pid=1)\x1b[0m {line}" for line in RAISED]
     two = [f"(Worker pid=2, ip=192.0.2.1) {line}" for line in ("Loading weights", "  0%", "ready", "step:1 - loss:1")]
     mixed = [line for pair in zip(one, two, strict=True) for line in pair]
-    assert root_error(mixed) == "KeyError: 'points' (/home/user/reward.py:3)"
+    assert root_error(mixed) == "KeyError: 'points' (/srv/user/reward.py:3)"
 
 
 def test_a_death_without_an_exception_is_told_by_who_died() -> None:
@@ -219,13 +219,13 @@ def test_a_death_without_an_exception_is_told_by_who_died() -> None:
 
 def test_what_only_follows_from_another_failure_is_passed_over() -> None:
     died = ["Traceback (most recent call last):", FRAME, "ray.exceptions.ActorDiedError: The actor died unexpectedly"]
-    assert root_error([*RAISED, *died]) == "KeyError: 'points' (/home/user/reward.py:3)"
-    assert root_error(died) == "ray.exceptions.ActorDiedError: The actor died unexpectedly (/home/user/reward.py:3)"
+    assert root_error([*RAISED, *died]) == "KeyError: 'points' (/srv/user/reward.py:3)"
+    assert root_error(died) == "ray.exceptions.ActorDiedError: The actor died unexpectedly (/srv/user/reward.py:3)"
 
 
 def test_the_last_failure_is_the_one_that_ended_the_run() -> None:
     later = ["Traceback (most recent call last):", FRAME.replace("3", "9"), "AssertionError"]
-    assert root_error([*RAISED, *later]) == "AssertionError (/home/user/reward.py:9)"
+    assert root_error([*RAISED, *later]) == "AssertionError (/srv/user/reward.py:9)"
 
 
 def test_words_after_a_frame_are_no_exception() -> None:
@@ -237,5 +237,5 @@ def test_words_after_a_frame_are_no_exception() -> None:
 def test_a_long_message_is_cut() -> None:
     root = root_error([*RAISED[:3], "ValueError: " + "x" * 2000])
     assert root
-    assert root.endswith("… (/home/user/reward.py:3)")
-    assert len(root) == MAX_LENGTH + len(" (/home/user/reward.py:3)")
+    assert root.endswith("… (/srv/user/reward.py:3)")
+    assert len(root) == MAX_LENGTH + len(" (/srv/user/reward.py:3)")
