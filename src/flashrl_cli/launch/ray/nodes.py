@@ -57,7 +57,8 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     ray.init(log_to_driver=False, logging_level="ERROR")
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    alive = (node for node in ray.nodes() if node["Alive"])
+    nodes = sorted(alive, key=lambda node: str(node["NodeManagerAddress"]))  # Ray tells them in any order
     free = available_resources_per_node()
     refused = _make(request["made"], request["secret"])
     task = ray.remote(num_cpus=0, max_retries=0)(examine)
