@@ -179,7 +179,7 @@ def _told(shop: Shop, after: float, victim: str, outcome: str, taken: float) -> 
 def one_run(root: Path, *, kills: int, steps: int, seed: int, latest_s: float = LATEST_S) -> dict[str, Any]:
     """A run that is struck `kills` times and then left in peace until it ends; `problems` is empty if all held.
 
-    It ends at `steps`, or two steps after the last one that it has done by then.
+    It ends at `steps`, or one step after the last one that it has done by then.
     """
     shop, dice = Shop(root), random.Random(seed)
     told: list[Strike] = []
@@ -188,7 +188,7 @@ def one_run(root: Path, *, kills: int, steps: int, seed: int, latest_s: float = 
             told.append(one)
             print(json.dumps(asdict(one)), flush=True)
     before = shop.newest()
-    asked = max(steps, max(shop.logged(), default=0) + 2)
+    asked = max(steps, max(shop.logged(), default=0) + 1)
     code = shop.start(asked).wait(timeout=900)
     problems = [one.outcome for one in told if one.outcome not in {"ended", "harmless"}]
     problems += [f"exit {code} at the end"] * (code != 0)

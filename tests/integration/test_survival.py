@@ -52,11 +52,11 @@ MOMENTS = [
     (after(0.5), INT),
     (after(1.5), HUP),
     (phase("starting verl"), TERM),
+    (after(5), INT),
     (phase("starting Ray"), INT),
+    (after(12), TERM),
     (phase("starting the trainer"), HUP),
     (phase("loading the data"), INT),
-    (phase("placing the workers"), TERM),
-    (phase("loading the policy"), INT),
     (phase("starting the rollout engine"), INT),
     (saving(1), INT),
 ]
@@ -92,7 +92,7 @@ def test_interrupted_at_ten_moments_and_killed_at_five(
     monkeypatch.setenv("FLASHRL_DATA", str(workshop.root / "data"))
     with ThreadPoolExecutor(2) as pool:
         asked = pool.submit(interrupted, workshop, "asked", MOMENTS)
-        killed = pool.submit(kill_resume.one_run, tmp_path, kills=5, steps=STEPS, seed=11, latest_s=STRIKES_WITHIN_S)
+        killed = pool.submit(kill_resume.one_run, tmp_path, kills=5, steps=2, seed=11, latest_s=STRIKES_WITHIN_S)
     assert asked.result() == 10
     result = killed.result()
     assert len(result["strikes"]) >= 5
