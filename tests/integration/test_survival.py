@@ -130,7 +130,7 @@ def check_end(workshop: Workshop, shop: kill_resume.Shop, steps: int) -> None:
     out = "\n".join(lines[began:])
     check_proof(out, run.attempt(last.number).root)
     check_plausible(events(out, "step"))
-    check_evaluation(workshop, run.checkpoints, steps)
+    check_evaluation(workshop, run.checkpoints, run.root.parent, steps)
 
 
 def test_a_used_name_is_refused(workshop: Workshop) -> None:

@@ -36,12 +36,23 @@ def check_plausible(steps: list[dict[str, float]]) -> None:
         assert step["grad_norm"] > 0
 
 
-def check_evaluation(workshop: Workshop, checkpoints: Path, steps: int) -> None:
+def check_evaluation(workshop: Workshop, checkpoints: Path, runs: Path, steps: int) -> None:
     """Every saved step is found, merged, loaded into one engine and graded; the tiny policy solves some sums."""
     base = workshop.root / "data" / "tiny" / "model"
-    out, _ = workshop.run(
-        "eval", f"{checkpoints}/*", "--base", base, "--temperature", 1, "--max-tokens", 16, "--limit", 128, "--json"
+    words = (
+        "eval",
+        f"{checkpoints}/*",
+        "--base",
+        base,
+        "--temperature",
+        1,
+        "--max-tokens",
+        16,
+        "--limit",
+        128,
+        "--json",
     )
+    out, _ = workshop.run(*words, FLASHRL_RUNS=str(runs))
     document = json.loads(out)
     assert [row["step"] for row in document["results"]] == list(range(steps + 1))
     assert all(0.2 < row["accuracy"] < 0.95 and row["n"] == 128 for row in document["results"])
