@@ -21,9 +21,9 @@ from flashrl_cli.runs.metrics import read_metrics
 from tests.integration.conftest import Workshop, events
 from tests.integration.ray_cluster import HEAD, OTHER, Cluster, two_nodes
 
-STEPS = 2
+STEPS = 1
 OF_TWO_NODES = (
-    *("--rollout", "int8", "--tis", "2", "--set", "resources.nodes=2", "--set", "trainer.save_every=2"),
+    *("--rollout", "int8", "--tis", "2", "--set", "resources.nodes=2", "--set", "trainer.save_every=1"),
     *("--set", "algorithm.micro_batch_size_per_gpu=64", "--set", "rollout.log_prob_micro_batch_size_per_gpu=128"),
 )
 WORKERS = re.compile(r"^(ray::(?!IDLE|DashboardAgent|RuntimeEnvAgent)|VLLM)")
@@ -125,10 +125,10 @@ def test_two_nodes_train_together_until_one_is_lost(workshop: Workshop, cluster:
     assert process.returncode == 1, err[-4000:]
     assert f"error: the Ray cluster lost node {OTHER}" in err
     assert "hint: `--resume auto` goes on from the newest checkpoint" in err
-    assert [event["step"] for event in events(out, "step")][:STEPS] == [1, 2]
+    assert [event["step"] for event in events(out, "step")][:STEPS] == list(range(1, STEPS + 1))
     shakes = list(read_handshakes(attempt.plugins))
     assert [(shake.precision, shake.quantized_layers > 0) for shake in shakes] == [("int8", True)] * 2
-    saved = workshop.root / "checkpoints/tiny/two/global_step_2/actor"
+    saved = workshop.root / "checkpoints/tiny/two" / f"global_step_{STEPS}/actor"
     assert sorted(path.name for path in saved.glob("model_*")) == [
         "model_world_size_2_rank_0.pt",
         "model_world_size_2_rank_1.pt",
