@@ -163,7 +163,7 @@ def _name(victim: psutil.Process, flashrl: int) -> str:
         words = " ".join(victim.cmdline())
     except psutil.Error:
         return "?"
-    return "guardian" if "launch.guardian" in words else words[:60]
+    return "guardian" if "launch.guardian" in words else " ".join(Path(word).name for word in words.split())[:60]
 
 
 def _told(shop: Shop, after: float, victim: str, outcome: str, taken: float) -> Strike:
