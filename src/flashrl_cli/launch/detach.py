@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashrl_cli.errors import FlashrlError, RunFailed
+from flashrl_cli.errors import ExitCode, FlashrlError, RunFailed
 from flashrl_cli.runs import record
 from flashrl_cli.runs.tail import Tail
 
@@ -28,7 +28,7 @@ class NotStarted(RunFailed):
     def __init__(self, code: int, said: Sequence[str], console: Path) -> None:
         super().__init__("\n".join(["the detached run did not start", *(f"  | {line}" for line in said)]))
         self.hint = f"all it said: {console}"
-        self.exit_code = type(self.exit_code)(code) if code in set(type(self.exit_code)) else self.exit_code
+        self.exit_code = ExitCode(code) if code in set(ExitCode) else ExitCode.FAILED
 
 
 def console(run: RunPaths) -> Path:

@@ -79,7 +79,7 @@ class Detail:
 
 def detail(run: Known) -> Detail:
     """Gather what is known of `run`."""
-    steps = _steps(run)
+    steps = history.recorded_history(run.paths, run.record)
     last = run.last
     return Detail(
         row=row(run),
@@ -105,12 +105,6 @@ def advice(run: Known) -> Advice:
     number, files = logged
     cap = run.setting(number, "correction", "cap")
     return mismatch.advise(read_metrics(files.metrics), cap if isinstance(cap, int | float) else None)
-
-
-def _steps(run: Known) -> list[StepMetrics]:
-    resumed = {attempt.number: attempt.resumed_from or 0 for attempt in run.record.attempts} if run.record else {}
-    attempts = ((number, read_metrics(run.paths.attempt(number).metrics)) for number in run.paths.attempts())
-    return history.merge(attempts, resumed)
 
 
 def _attempts(run: Known) -> Iterable[AttemptRow]:

@@ -12,12 +12,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from flashrl_cli.paths import RunPaths
+    from flashrl_cli.runs.record import RunRecord
     from flashrl_cli.verl.metrics import StepMetrics
 
 
 def history(run: RunPaths) -> list[StepMetrics]:
-    """Every step of `run` once, in order of step, as the attempt that went furthest in time logged it."""
-    found = record.load(run.record)
+    """Every step of `run` once, in order of step, as the newest attempt that did it logged it. Raises as `record.load`."""
+    return recorded_history(run, record.load(run.record))
+
+
+def recorded_history(run: RunPaths, found: RunRecord | None) -> list[StepMetrics]:
+    """The same by a record that was read already; None where there is none to be had."""
     resumed = {attempt.number: attempt.resumed_from or 0 for attempt in found.attempts} if found else {}
     return merge(((n, read_metrics(run.attempt(n).metrics)) for n in run.attempts()), resumed)
 

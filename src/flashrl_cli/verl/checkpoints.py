@@ -72,13 +72,6 @@ def tracked_step(run: Path) -> int | None:
         return None
 
 
-def latest_step(run: Path) -> Path | None:
-    """Folder of the step that verl resumes from by itself; None where it starts anew."""
-    step = tracked_step(run)
-    folder = None if step is None else run / step_name(step)
-    return folder if folder and folder.is_dir() else None
-
-
 def shards(actor: Path) -> Shards | None:
     """Shards that belong to `actor`; None if it has none at all."""
     world_size = max((int(m[1]) for m in map(_SHARD.fullmatch, _names(actor)) if m), default=None)

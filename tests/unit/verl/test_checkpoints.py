@@ -102,8 +102,3 @@ def test_a_world_of_nobody_is_not_believed(tmp_path: Path, recorded: int) -> Non
     found = layout.shards(actor(tmp_path, "model_world_size_2_rank_0.pt", recorded=recorded))
     assert found is not None
     assert len(found.files) == 2
-
-
-def test_a_tracker_of_nothing_names_no_step(tmp_path: Path) -> None:
-    (tmp_path / "global_step_None").mkdir()
-    assert layout.latest_step(tmp_path) is None
