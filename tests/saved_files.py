@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import zipfile
 from pathlib import Path
 
@@ -17,6 +18,18 @@ def saved_file(file: Path, tensors: int = 3) -> Path:
         for number in range(tensors):
             archive.writestr(f"{file.stem}/data/{number}", bytes(range(256)) * 4)
         archive.writestr(f"{file.stem}/version", b"3\n")
+    return file
+
+
+def saved_tensors(file: Path, **tensors: bytes) -> Path:
+    """A safetensors file of tensors with one byte a number."""
+    entries, offset = {}, 0
+    for name, data in tensors.items():
+        entries[name] = {"dtype": "U8", "shape": [len(data)], "data_offsets": [offset, offset + len(data)]}
+        offset += len(data)
+    text = json.dumps(entries).encode()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(tensors.values()))
     return file
 
 

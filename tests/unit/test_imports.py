@@ -15,13 +15,13 @@ PACKAGE = ROOT / "src" / "flashrl_cli"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALL_CODE = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
 
-BASE = {"", "errors", "paths", "contract", "files", "cpu", "secrets"}
+BASE = {"", "errors", "paths", "contract", "files", "cpu", "secrets", "weights"}
 CORE = {"config", "verl", "launch", "runs", "data", "quantize", "evals", "bench", "render", "doctor", "fit"}
 ALLOWED = {
     **dict.fromkeys(BASE, BASE),
     **dict.fromkeys(CORE, CORE | BASE),
     "config": {"config"} | BASE,
-    "plugins": {"plugins", "contract", "files"},
+    "plugins": {"plugins", "contract", "files", "weights"},
     "cli": {"cli"} | CORE | BASE,
     "__main__": {"cli"},
 }
@@ -100,6 +100,13 @@ def test_commands_import_only_typer_and_the_standard_library(path: Path) -> None
 @pytest.mark.parametrize("name", ["errors.py", "paths.py", "contract.py", "files.py", "render/output.py"])
 def test_base_modules_import_nothing_slow(name: str) -> None:
     assert not {name.split(".")[0] for name in imported(at_import_time(tree(PACKAGE / name)))} & LATE
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "weights").glob("*.py")), ids=relative)
+def test_weights_import_only_the_standard_library(path: Path) -> None:
+    names = set(imported(at_import_time(tree(path))))
+    assert not {name.split(".")[0] for name in names} - {"flashrl_cli"} - sys.stdlib_module_names
+    assert own_parts(iter(names)) <= {"weights"}
 
 
 def documentation(module: ast.Module) -> set[int]:

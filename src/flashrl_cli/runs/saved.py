@@ -1,18 +1,13 @@
 """The steps that a run saved: which of them a resume can read, and moving the others out of its way.
 
-Nothing here imports torch or reads weights: a file of torch.save's is a zip whose list of contents stands at its end, so
-that a cut is found in milliseconds. Zeros in the middle of a file of the right length are not found.
+Nothing here imports torch or reads weights: what is torn is found by its list of contents (`weights.torn`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
-import struct
-import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +16,7 @@ from flashrl_cli import files
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.runs.checkpoints import hf_problem
 from flashrl_cli.verl import checkpoints as layout
+from flashrl_cli.weights import torn
 
 SET_ASIDE = ".set_aside"
 """Folder of a run's checkpoints that holds the steps moved out of the way; hidden, so that no pattern meets it."""
@@ -29,10 +25,6 @@ DOOMED = ".pruned"
 REASON = "reason.txt"
 
 _DAMAGED = "truncated or damaged"
-_NO_ARCHIVE = (
-    zipfile.BadZipFile, ValueError, struct.error, zlib.error, EOFError, NotImplementedError, RuntimeError,
-)  # fmt: skip
-"""What zipfile raises for bytes that are no whole archive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,22 +93,6 @@ def inspect(step_folder: Path, *, critic: bool, loaded: layout.Loaded | None = N
             tracked=layout.tracked_step(step_folder.parent) == step,
             lora=(actor / layout.LORA).is_file(),
         )
-
-
-def torn(file: Path) -> str | None:
-    """What is wrong with a file that torch.save wrote: `missing`, `empty`, `truncated or damaged`; None if it is whole."""
-    try:
-        if not file.stat().st_size:
-            return "empty"
-        with zipfile.ZipFile(file) as archive:
-            return None if _is_whole(archive) else _DAMAGED
-    except (FileNotFoundError, NotADirectoryError):
-        return "missing"
-    except OSError as error:
-        # a damaged list of contents sends zipfile to places before the file's start
-        return _DAMAGED if error.errno == errno.EINVAL else f"unreadable ({error.strerror or error})"
-    except _NO_ARCHIVE:
-        return _DAMAGED
 
 
 def set_aside(step_folder: Path, why: str) -> Path:
@@ -200,17 +176,6 @@ def _model_problems(step_folder: Path, name: str, parts: frozenset[str]) -> Iter
     for relative in (f"{layout.HUGGINGFACE}/{file}" for file in layout.HF_FILES):
         if problem := _unreadable_json(model / relative):
             yield f"{name}/{relative}: {problem}"
-
-
-def _is_whole(archive: zipfile.ZipFile) -> bool:
-    """Whether the archive holds a pickle with its checksum, and each tensor starts where the list of contents says."""
-    pickles = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
-    if len(pickles) != 1:
-        return False
-    archive.read(pickles[0])
-    for entry in archive.infolist():
-        archive.open(entry).close()
-    return True
 
 
 def _unreadable_json(file: Path) -> str | None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashrl_cli.weights import VERL_META
+
 TRACKER = "latest_checkpointed_iteration.txt"
 """Number of the last step that was saved completely; verl writes it last."""
 ACTOR = "actor"
@@ -21,7 +23,7 @@ HUGGINGFACE = "huggingface"
 """Folder in `actor/` with config and tokenizer, and with merged weights only if the run saved them too."""
 HF_FILES = ("config.json", "tokenizer_config.json")
 """What that folder holds at least."""
-LORA = "lora_train_meta.json"
+LORA = VERL_META
 DATA = "data.pt"
 """Where the data loader stood; written after the models, so a step without it was cut off."""
 FSDP_CONFIG = "fsdp_config.json"

@@ -6,12 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from flashrl_cli.errors import EnvironmentNotReady, InputError, NothingMatched
 from flashrl_cli.runs import checkpoints
-from flashrl_cli.runs.saved import SET_ASIDE, inspect, point_tracker, saved_steps, set_aside, torn
+from flashrl_cli.runs.saved import SET_ASIDE, inspect, point_tracker, saved_steps, set_aside
 from flashrl_cli.verl.checkpoints import TRACKER, Loaded
 from tests.saved_files import saved_file, saved_model, saved_step
 
@@ -123,52 +121,6 @@ def test_weights_without_an_optimizer_are_weights(tmp_path: Path) -> None:
     assert (inspect(step, critic=False).complete, inspect(step, critic=False).has_weights) == (False, True)
     (step / "actor" / "model_world_size_2_rank_0.pt").unlink()
     assert not inspect(step, critic=False).has_weights
-
-
-@settings(deadline=None)
-@given(data=st.data())
-def test_no_cut_is_overlooked(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    file = saved_file(tmp_path_factory.mktemp("cut") / "model.pt")
-    whole = file.read_bytes()
-    assert torn(file) is None
-    file.write_bytes(whole[: data.draw(st.integers(1, len(whole) - 1))])
-    assert torn(file) == "truncated or damaged"
-
-
-@settings(deadline=None)
-@given(data=st.data())
-def test_zeros_at_the_end_and_noise_are_no_archive(
-    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """The last two bytes are zeros in every archive: the length of a comment."""
-    file = saved_file(tmp_path_factory.mktemp("zeros") / "model.pt")
-    whole = file.read_bytes()
-    zeros = data.draw(st.integers(3, len(whole)))
-    file.write_bytes(whole[:-zeros] + bytes(zeros))
-    assert (torn(file) is None) == (file.read_bytes() == whole)
-    file.write_bytes(data.draw(st.binary(min_size=1, max_size=200)))
-    assert torn(file) == "truncated or damaged"
-
-
-@settings(deadline=None)
-@given(data=st.data())
-def test_damage_never_raises(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    file = saved_file(tmp_path_factory.mktemp("noise") / "model.pt")
-    whole = bytearray(file.read_bytes())
-    for _ in range(data.draw(st.integers(1, 4))):
-        # the list of contents and its end, which decide what is read
-        whole[data.draw(st.integers(len(whole) - 400, len(whole) - 1))] = data.draw(st.integers(0, 255))
-    file.write_bytes(whole)
-    assert torn(file) in {None, "truncated or damaged"}
-
-
-def test_a_zip_that_torch_did_not_write(tmp_path: Path) -> None:
-    import zipfile
-
-    file = tmp_path / "model.pt"
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("notes.txt", "x")
-    assert torn(file) == "truncated or damaged"
 
 
 def test_steps_are_in_numeric_order_and_nothing_else_is_one(tmp_path: Path) -> None:

@@ -1,0 +1,143 @@
+"""Whole tensors out of what lies on disk: an HF folder, verl's FSDP shards, a LoRA adapter on its base.
+
+Used by the merge, and by the evaluation's vLLM worker, which must not import more of flashrl than this. torch is imported
+when tensors are read; `check` and `fingerprint` do without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flashrl_cli.weights.contents import (
+    Unreadable,
+    checksums,
+    model_files,
+    read_bytes,
+    read_json,
+    samples,
+    table,
+    torn,
+)
+from flashrl_cli.weights.lora import PEFT_CONFIG, PEFT_WEIGHTS, VERL_META, Adapter, is_lora, unwrapped
+from flashrl_cli.weights.reading import Source, from_safetensors, from_shards, in_bf16
+
+__all__ = ["PEFT_CONFIG", "PEFT_WEIGHTS", "VERL_META", "Unreadable", "Weights", "model_files", "torn"]
+
+_BESIDE = (
+    "config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*", "*processor_config.json", "*.model", "*.tiktoken", "*.py",
+)  # fmt: skip
+"""Files of an HF folder that change answers as the weights do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """Where the weights of one checkpoint lie.
+
+    In `shards` (in order of rank), else in the safetensors of `hf`, which has config and tokenizer in any case. With `adapter` (a folder
+    as PEFT writes it, or the `actor/` of a LoRA run) the adapter is added to the weights of `base`, or to those in the shards.
+    """
+
+    hf: Path
+    shards: tuple[Path, ...] = ()
+    adapter: Path | None = None
+    base: Path | None = None
+
+    def tensors(self) -> Iterator[tuple[str, Any]]:
+        """Name and whole tensor (on the CPU), one after another, under the names that Transformers gives them.
+
+        An HF folder's as they are stored, all others in bf16, and a tied lm_head left out of those. Files are mapped, and what was
+        used is let go: memory for a few tensors, not for the model. Raises Unreadable for a torn file, a file with code in it, or
+        parts that do not fit together.
+        """
+        source = self._source()
+        for name in sorted(source):
+            yield name, source.pop(name)()
+
+    def check(self) -> None:
+        """Raise Unreadable for what a look at the files' tables of contents shows to be torn; reads no tensors."""
+        for shard in self.shards:
+            if problem := torn(shard):
+                raise Unreadable(f"{shard} is torn: {problem}")
+        for file in self._safetensors():
+            table(file)
+
+    def fingerprint(self) -> str:
+        """Hex digest that changes with any tensor, the config or the tokenizer, and not with a copy or a date; in milliseconds.
+
+        From the CRC-32s that torch.save leaves in the shards, else from both ends of each tensor: training changes all of a
+        tensor. Raises Unreadable for what is torn.
+        """
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(checksums(shard))
+        for file in self._safetensors():
+            digest.update(samples(file))
+        for file in self._beside():
+            digest.update(file.name.encode() + hashlib.sha256(read_bytes(file)).digest())
+        return digest.hexdigest()
+
+    def _source(self) -> Source:
+        if self.adapter:
+            return self._adapted(self.adapter)
+        if not self.shards:
+            return from_safetensors(model_files(self.hf))
+        source = from_shards(self.shards)
+        if any(map(is_lora, source)):
+            raise Unreadable(f"{self.shards[0]} holds a LoRA adapter, and no {VERL_META} tells its alpha")
+        return self._without_tied(source)
+
+    def _adapted(self, folder: Path) -> Source:
+        adapter = Adapter.read(folder)
+        found = from_shards(self.shards) if self.shards else from_safetensors([folder / PEFT_WEIGHTS])
+        lora = {unwrapped(name): read for name, read in found.items() if is_lora(name)}
+        whole = {unwrapped(name): read for name, read in found.items() if not is_lora(name)}
+        if whole and not self.shards:
+            raise Unreadable(f"{folder / PEFT_WEIGHTS} holds {min(whole)}, which cannot be merged")
+        return adapter.add(self._without_tied(whole or self._of_base(folder)), lora)
+
+    def _of_base(self, folder: Path) -> Source:
+        if self.base is None:
+            raise Unreadable(f"{folder} holds an adapter alone, and its base model is unknown")
+        if "quantization_config" in read_json(self.base / "config.json"):
+            raise Unreadable(f"{self.base} is quantized: no adapter can be merged into it")
+        return {name: partial(in_bf16, read) for name, read in from_safetensors(model_files(self.base)).items()}
+
+    def _without_tied(self, source: Source) -> Source:
+        tied = "lm_head.weight" in source and any(name.endswith("embed_tokens.weight") for name in source)
+        if tied and _is_tied(self.hf):
+            source.pop("lm_head.weight")
+        return source
+
+    def _safetensors(self) -> Iterator[Path]:
+        if self.adapter and not self.shards:
+            yield self.adapter / PEFT_WEIGHTS
+        if self.base or not self.shards:
+            yield from model_files(self.base or self.hf)
+
+    def _beside(self) -> Iterator[Path]:
+        """Small files that change answers: those of `hf`, the adapter's, and the base's config."""
+        yield from sorted({file for pattern in _BESIDE for file in self.hf.glob(pattern) if file.is_file()})
+        if self.adapter:
+            yield from (file for name in (PEFT_CONFIG, VERL_META) if (file := self.adapter / name).is_file())
+        if self.base and self.base != self.hf:
+            yield self.base / "config.json"
+
+
+def _is_tied(hf: Path) -> bool:
+    config = read_json(hf / "config.json")
+    for part in (config, config.get("text_config") or {}):
+        if "tie_word_embeddings" in part:
+            return bool(part["tie_word_embeddings"])
+    from transformers import AutoConfig
+
+    try:
+        text = AutoConfig.from_pretrained(hf, trust_remote_code=False).get_text_config()
+    except (ValueError, KeyError, OSError):
+        return False
+    return bool(getattr(text, "tie_word_embeddings", False))

@@ -1,0 +1,128 @@
+"""What lies in the files of a checkpoint, told without torch and without reading the tensors: is it whole, is it another one."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+_DAMAGED = "truncated or damaged"
+_NO_ARCHIVE = (
+    zipfile.BadZipFile, ValueError, struct.error, zlib.error, EOFError, NotImplementedError, RuntimeError,
+)  # fmt: skip
+"""What zipfile raises for bytes that are no whole archive."""
+_SAMPLE = 4096
+
+
+class Unreadable(Exception):
+    """Weights that cannot be read, and why, with the file named."""
+
+
+def model_files(hf: Path) -> list[Path]:
+    """The safetensors files of an HF folder: those that its index names, else the one there is. Raises Unreadable."""
+    index = hf / "model.safetensors.index.json"
+    if not index.is_file():
+        return [hf / "model.safetensors"]
+    try:
+        return [hf / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    except (KeyError, AttributeError, TypeError):
+        raise Unreadable(f"{index} is damaged") from None
+
+
+def torn(file: Path) -> str | None:
+    """What is wrong with a file that torch.save wrote: `missing`, `empty`, `truncated or damaged`; None if it is whole.
+
+    Such a file is a zip whose list of contents stands at its end, so that a cut is found in milliseconds. Zeros in the middle of
+    a file of the right length are not found.
+    """
+    try:
+        if not file.stat().st_size:
+            return "empty"
+        with zipfile.ZipFile(file) as archive:
+            return None if _is_whole(archive) else _DAMAGED
+    except (FileNotFoundError, NotADirectoryError):
+        return "missing"
+    except OSError as error:
+        # a damaged list of contents sends zipfile to places before the file's start
+        return _DAMAGED if error.errno == errno.EINVAL else f"unreadable ({error.strerror or error})"
+    except _NO_ARCHIVE:
+        return _DAMAGED
+
+
+def _is_whole(archive: zipfile.ZipFile) -> bool:
+    """Whether the archive holds a pickle with its checksum, and each tensor starts where the list of contents says."""
+    pickles = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        return False
+    archive.read(pickles[0])
+    for entry in archive.infolist():
+        archive.open(entry).close()
+    return True
+
+
+def checksums(shard: Path) -> bytes:
+    """Name, size and CRC-32 of everything in a file of torch.save's, whatever the file is called. Raises Unreadable if it is torn."""
+    if problem := torn(shard):
+        raise Unreadable(f"{shard} is torn: {problem}")
+    with zipfile.ZipFile(shard) as archive:
+        entries = [(entry.filename.partition("/")[2], entry.file_size, entry.CRC) for entry in archive.infolist()]
+    return repr(sorted(entries)).encode()
+
+
+def table(file: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, and where their bytes start. Raises Unreadable if it is torn.
+
+    The format: the length of the table in 8 bytes, the table as JSON, and the tensors' bytes without gaps.
+    """
+    size = 0
+    try:
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            (length,) = struct.unpack("<Q", stream.read(8))
+            entries = json.loads(stream.read(length) if 8 + length <= size else b"")
+        entries.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except OSError as error:
+        raise Unreadable(f"{file} cannot be read: {error.strerror or error}") from None
+    except (ValueError, struct.error, KeyError, TypeError, AttributeError, IndexError):
+        end = None
+    if end != size:
+        raise Unreadable(f"{file} is torn: {_DAMAGED if size else 'empty'}")
+    return entries, 8 + length
+
+
+def samples(file: Path) -> bytes:
+    """Digest of a safetensors file's table and of both ends of each tensor. Raises Unreadable if it is torn."""
+    entries, start = table(file)
+    digest = hashlib.sha256(json.dumps(entries, sort_keys=True).encode())
+    with file.open("rb") as stream:
+        for name in sorted(entries):
+            first, last = entries[name]["data_offsets"]
+            for offset in (first, max(first, last - _SAMPLE)):
+                stream.seek(start + offset)
+                digest.update(stream.read(min(_SAMPLE, last - offset)))
+    return digest.digest()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises Unreadable."""
+    try:
+        data = json.loads(read_bytes(file))
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise Unreadable(f"{file} is damaged")
+    return data
+
+
+def read_bytes(file: Path) -> bytes:
+    """What is in a small file. Raises Unreadable."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise Unreadable(f"{file} cannot be read: {error.strerror or error}") from None

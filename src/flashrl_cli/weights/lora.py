@@ -1,0 +1,106 @@
+"""A LoRA adapter added to the matrices of its base: W + alpha / r * B @ A (arXiv 2106.09685, section 4.1), in float32.
+
+As PEFT writes it (adapter_config.json, adapter_model.safetensors), or as verl does: the state dict of the wrapped model in
+shards, and lora_train_meta.json. What is more than that in an adapter is refused by name, not left out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashrl_cli.weights.contents import Unreadable, read_json
+
+if TYPE_CHECKING:
+    from flashrl_cli.weights.reading import Source
+
+VERL_META = "lora_train_meta.json"
+"""Rank and alpha of LoRA shards (verl/utils/checkpoint/fsdp_checkpoint_manager.py:129)."""
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+
+_MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.[^.]+)?\.weight")
+_HARMLESS = frozenset({
+    "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "lora_dropout", "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode",
+    "peft_version", "auto_mapping", "megatron_core", "runtime_config", "qalora_group_size", "eva_config", "bias",
+    "init_lora_weights",
+})  # fmt: skip
+"""Settings of PEFT's that are applied here, or that do not change what the two matrices do to a weight."""
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to start an adapter that change the base's weights too (peft/tuners/lora/layer.py, reset_lora_parameters)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """What the matrices of an adapter are multiplied by, their rank, and whether weights are stored transposed."""
+
+    folder: Path
+    rank: int
+    scale: float
+    transposed: bool
+
+    @classmethod
+    def read(cls, folder: Path) -> Adapter:
+        """The adapter that `folder` describes. Raises Unreadable naming a setting that cannot be applied."""
+        peft = folder / PEFT_CONFIG
+        file = peft if peft.is_file() else folder / VERL_META
+        config = read_json(file)
+        if refused := sorted(_refused(config)):
+            raise Unreadable(f"{file} asks for what cannot be merged: {', '.join(refused)}")
+        try:
+            rank, alpha = int(config["r"]), float(config["lora_alpha"])
+            scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+            raise Unreadable(f"{file} names no rank and alpha") from None
+        return cls(folder, rank, scale, bool(config.get("fan_in_fan_out")))
+
+    def add(self, whole: Source, lora: Source) -> Source:
+        """`whole` in which the weights that `lora` has matrices for are changed. Raises Unreadable for a matrix without a weight."""
+        pairs: dict[str, dict[str, Callable[[], Any]]] = {}
+        for name, read in lora.items():
+            match = _MATRIX.fullmatch(name)
+            if not match:
+                raise Unreadable(f"{self.folder} holds {name}, which cannot be merged")
+            pairs.setdefault(f"{match['module']}.weight", {})[match["side"]] = read
+        for name, pair in pairs.items():
+            if name not in whole or len(pair) != 2:
+                raise Unreadable(f"{self.folder} holds no pair of matrices for a weight that is there: {name}")
+        return whole | {name: partial(self._added, name, whole[name], **pair) for name, pair in pairs.items()}
+
+    def _added(self, name: str, read: Callable[[], Any], A: Callable[[], Any], B: Callable[[], Any]) -> Any:  # noqa: N803
+        weight, down, up = (tensor().float() for tensor in (read, A, B))
+        delta = up @ down if down.ndim == up.ndim == 2 and down.shape[0] == up.shape[1] == self.rank else None
+        if delta is not None and self.transposed:
+            delta = delta.T
+        if delta is None or delta.shape != weight.shape:
+            shapes = f"{tuple(up.shape)} by {tuple(down.shape)}"
+            raise Unreadable(f"{self.folder}: {shapes} of rank {self.rank} does not fit {name} {tuple(weight.shape)}")
+        return delta.mul_(self.scale).add_(weight).bfloat16()
+
+
+def is_lora(name: str) -> bool:
+    """Whether a tensor belongs to an adapter (verl/utils/checkpoint/checkpoint_manager.py:112)."""
+    return "lora_" in name or ".adapter_" in name
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name in the model that PEFT has wrapped."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _refused(config: dict[str, Any]) -> set[str]:
+    refused = {key for key, value in config.items() if value and key not in _HARMLESS}
+    if config.get("bias") not in {None, "none"}:
+        refused.add("bias")
+    if config.get("peft_type") not in {None, "LORA"}:
+        refused.add(f"peft_type {config['peft_type']}")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+        refused.add(f"init_lora_weights {start}")
+    return refused

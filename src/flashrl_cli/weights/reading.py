@@ -1,0 +1,97 @@
+"""Tensors out of files, one at a time: a file is mapped, not read, and each tensor's part of it is let go when used.
+
+Shards are joined as `python -m verl.model_merger merge` joins them (verl/model_merger/fsdp_model_merger.py): along their
+placement, replicated copies taken once. Unlike there, files are read with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flashrl_cli.weights.contents import Unreadable
+
+Source = dict[str, Callable[[], Any]]
+"""What reads each tensor, whole, by its name; it is called once."""
+_FORBIDDEN = re.compile(r"GLOBAL (\S+)")
+
+
+def from_safetensors(files: Iterable[Path]) -> Source:
+    """The tensors of safetensors files as they are stored. Raises Unreadable for a torn file."""
+    from safetensors import SafetensorError, safe_open
+
+    source: Source = {}
+    for file in files:
+        try:
+            opened: Any = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise Unreadable(f"{file} is torn: {error}") from error
+        source |= {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+    return source
+
+
+def from_shards(shards: Sequence[Path]) -> Source:
+    """The tensors, in bf16, that the state dicts of all ranks hold in parts. Raises Unreadable, here or when one is read."""
+    ranks = [_load(shard) for shard in shards]
+    if any(rank.keys() != ranks[0].keys() for rank in ranks):
+        raise Unreadable(f"the shards in {shards[0].parent} do not hold the same parameters")
+    return {name: partial(_join, name, ranks) for name in ranks[0]}
+
+
+def in_bf16(read: Callable[[], Any]) -> Any:
+    """What `read` reads, in bf16 if it is floating-point at all."""
+    tensor = read()
+    return tensor.bfloat16() if tensor.is_floating_point() else tensor
+
+
+def _load(file: Path) -> dict[str, Any]:
+    import torch
+    import torch.distributed.tensor  # registers DTensor and its parts as safe to load
+
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        named = _FORBIDDEN.search(str(error))
+        what = f" ({named[1]})" if named else ""
+        raise Unreadable(f"{file} holds more than weights{what}, and loading it could run code; refused") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise Unreadable(f"{file} is torn or no checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise Unreadable(f"{file} is no state dict: it holds other things than tensors by their names")
+    return found
+
+
+def _join(name: str, ranks: list[dict[str, Any]]) -> Any:
+    """One tensor from its parts, which the ranks let go: joined along the sharded dimension, else the first copy."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    parts = [rank.pop(name) for rank in ranks]
+    first = parts[0]
+    if all(isinstance(part, DTensor) for part in parts):
+        return _joined(name, parts)
+    if any(part.shape != first.shape or not torch.equal(part, first) for part in parts[1:]):
+        raise Unreadable(f"{name} is not sharded, yet it differs between ranks")
+    return in_bf16(first.contiguous)
+
+
+def _joined(name: str, parts: list[Any]) -> Any:
+    import torch
+
+    first = parts[0]
+    *outer, placement = first.placements  # a mesh of two dimensions is (replicas, shards)
+    if placement.is_partial() or not all(one.is_replicate() for one in outer):
+        raise Unreadable(f"{name} is placed as {first.placements}, not sharded along one dimension")
+    mesh = first.device_mesh.mesh
+    of_one_replica = mesh.reshape(-1, mesh.shape[-1])[0].tolist()
+    if max(of_one_replica) >= len(parts):
+        raise Unreadable(f"{name} is spread over {mesh.numel()} ranks, and there are shards of {len(parts)}")
+    local = [in_bf16(parts[rank].to_local) for rank in of_one_replica]
+    whole = torch.cat(local, dim=placement.dim) if placement.is_shard() else local[0]
+    if whole.shape != first.shape:
+        raise Unreadable(f"{name} is {tuple(whole.shape)} when joined, not {tuple(first.shape)}")
+    return whole.contiguous()
