@@ -109,7 +109,8 @@ class Evaluation:
 
         Raises RunFailed if an engine died.
         """
-        left = [unit for unit in units if not self._take(unit)]
+        different = {unit.key: unit for unit in units}.values()
+        left = [unit for unit in different if not self._take(unit)]
         elsewhere = [unit for unit in left if not self._try(unit)]
         if elsewhere:
             self.telling.say(f"waiting for another evaluation: {_names(elsewhere)}")

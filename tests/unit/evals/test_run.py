@@ -128,12 +128,11 @@ def test_two_at_once_share_the_work(tmp_path: Path, engines: Engines) -> None:
     """What another evaluation holds comes last, and is taken from it when it is finished."""
     checkpoints, sets = [checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)], [data()]
     held, _ = asked(checkpoints, sets)
-    store = Store(tmp_path / "kept")
-    lock = store.claim(held)
-    assert lock
-    told = Told()
+    told, claimed = Told(), threading.Event()
 
     def finish_elsewhere() -> None:
+        lock = Store(tmp_path / "kept").claim(held)
+        claimed.set()
         while not any("waiting for another evaluation: a step 1, sums" in text for text in told.said):
             time.sleep(0.01)
         with evaluation(tmp_path, sets, Told()) as other:
@@ -142,11 +141,18 @@ def test_two_at_once_share_the_work(tmp_path: Path, engines: Engines) -> None:
 
     thread = threading.Thread(target=finish_elsewhere)
     thread.start()
+    assert claimed.wait(5)
     with evaluation(tmp_path, sets, told) as one:
         one.work(asked(checkpoints, sets))
     thread.join()
     assert [order.weights.hf.name for order in engines.orders] == ["2", "1"]
     assert len(one.results) == 2
+
+
+def test_the_same_weights_twice_are_one_unit(tmp_path: Path, engines: Engines) -> None:
+    one, sets = checkpoint(tmp_path, 1), [data()]
+    done, _, _ = work(tmp_path, [one, one], sets)
+    assert len(engines.orders) == len(done.results) == 1
 
 
 def test_what_was_claimed_is_let_go(tmp_path: Path, engines: Engines) -> None:
