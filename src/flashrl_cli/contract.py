@@ -27,8 +27,8 @@ INT8_METHOD = "flashrl_int8"
 """Name of the quantization method that the vLLM plugin registers."""
 WORKER_EXTENSION = "flashrl_cli.plugins.verl_refit.RefitWorkerExtension"
 """Class that verl's vLLM workers take their weight update from."""
-EVAL_EXTENSION = "flashrl_cli.plugins.folder_refit.FolderRefitExtension"
-"""Class that evaluation engines take new weights from, read from an HF folder."""
+EVAL_EXTENSION = "flashrl_cli.plugins.disk_refit.DiskRefitExtension"
+"""Class that evaluation engines take new weights from, read from disk."""
 
 SCHEMA_VERSION = 1
 

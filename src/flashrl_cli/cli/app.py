@@ -11,6 +11,7 @@ import typer
 from flashrl_cli import __version__
 from flashrl_cli.cli.doctor import doctor
 from flashrl_cli.cli.eval import evaluate
+from flashrl_cli.cli.eval_show import show
 from flashrl_cli.cli.prepare import prepare
 from flashrl_cli.cli.presets import presets
 from flashrl_cli.cli.runs import runs
@@ -45,6 +46,7 @@ def root(
 app.command("prepare")(prepare)
 app.command("train")(train)
 app.command("eval")(evaluate)
+app.command("eval show")(show)
 app.add_typer(presets, name="presets")
 app.add_typer(runs, name="runs")
 app.command("doctor")(doctor)
@@ -53,7 +55,7 @@ app.command("doctor")(doctor)
 def main() -> None:
     """Run the command line; an error of the user's ends as `error:`, `hint:` and its exit code."""
     try:
-        app()
+        app(_words(sys.argv[1:]))
     except FlashrlError as error:
         if os.environ.get("FLASHRL_DEBUG"):
             raise
@@ -63,3 +65,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
+
+
+def _words(argv: list[str]) -> list[str]:
+    """`eval show` is one command: `eval` takes any words as patterns, and so can have no commands below it."""
+    return ["eval show", *argv[2:]] if argv[:2] == ["eval", "show"] else argv

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,9 +14,12 @@ import typer
 from flashrl_cli.cli.options import Json
 
 if TYPE_CHECKING:
+    from flashrl_cli.evals.report import Report
     from flashrl_cli.evals.request import Request
+    from flashrl_cli.evals.run import Telling
     from flashrl_cli.render.output import Output
-    from flashrl_cli.runs.checkpoints import Skipped
+
+MODEL = "PATH|HUB_ID"
 
 
 class Rollout(enum.StrEnum):
@@ -22,25 +27,31 @@ class Rollout(enum.StrEnum):
 
     bf16 = "bf16"
     int8 = "int8"
+    fp8 = "fp8"
 
 
 def evaluate(
     patterns: Annotated[
         list[str],
-        typer.Argument(metavar="PATTERN...", help="Globs or paths: projects, runs, global_step_N, or HF folders."),
+        typer.Argument(
+            metavar="PATTERN...", help="Globs or paths: projects, runs, global_step_N, HF folders, adapters; hub ids."
+        ),
     ],
     *,
     base: Annotated[
-        str | None, typer.Option(metavar="PATH", help="HF folder of the policy that training began with: step 0.")
+        str | None, typer.Option(metavar=MODEL, help="The policy that training began with: step 0 of every run.")
     ] = None,
-    data: Annotated[
+    baseline: Annotated[
+        str | None, typer.Option(metavar=MODEL, help="Any model that the best step is compared with.")
+    ] = None,
+    dataset: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|PARQUET", help="Prepared data set (its test split) or file.", show_default="the run's own"
+            metavar="NAME|PARQUET,...", help="Prepared data sets (their test split) or files.", show_default="the run's"
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Responses to each prompt.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N prompts of each data set.")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Responses to each prompt: adds pass@k and maj@n.")] = 1,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Share of probability to sample from.")] = 1.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 512,
@@ -49,7 +60,18 @@ def evaluate(
         typer.Option(min=2, help="Longest prompt and response together.", show_default="what the prompts need"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    rollout: Annotated[Rollout, typer.Option(help="int8 shows what an INT8 rollout saw.")] = Rollout.bf16,
+    rollout: Annotated[Rollout, typer.Option(help="int8 and fp8 show what such a rollout saw.")] = Rollout.bf16,
+    tp: Annotated[int, typer.Option("--tp", min=1, help="GPUs that share one engine (tensor parallel).")] = 1,
+    gpu_memory_utilization: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=1, help="Share of each GPU's memory to take.", show_default="what is free, to 0.9"),
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Evaluate each new checkpoint of a running training, until it ends.")
+    ] = False,
+    merge: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Only write the weights as HF folders to DIR; evaluate nothing.")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Where results go.", show_default="eval/ in the run's checkpoints"),
@@ -59,58 +81,113 @@ def evaluate(
 ) -> None:
     """Evaluate checkpoints: accuracy by step, with intervals.
 
-    A table with 95 % intervals, and CSV and JSON beside the checkpoints.
+    A table with 95 % intervals, what of it is more than chance, and CSV, JSON and every response beside the checkpoints.
+    What was evaluated before is not generated again. `flashrl eval show` reads the responses.
 
     flashrl eval "checkpoints/*"
 
     flashrl eval checkpoints/flashrl/tiny --base ~/data/tiny/model --png
     """
-    from flashrl_cli.evals.job import Sampling
-    from flashrl_cli.evals.request import plan
-
-    request = plan(
-        patterns,
-        base=base,
-        data=data,
-        limit=limit,
-        sampling=Sampling(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed),
-        rollout=rollout.value,
-        max_model_len=max_model_len,
-        out=out,
-    )
-    _run(request, json=json, png=png)
-
-
-def _run(request: Request, *, json: bool, png: bool) -> None:
-    from flashrl_cli.evals import run
-    from flashrl_cli.evals.report import Report
-    from flashrl_cli.render import plots
+    from flashrl_cli.launch import signals
     from flashrl_cli.render.output import Output
+
+    output = Output(json_mode=json)
+    with signals.raised("the same command goes on from here"):
+        if merge is not None:
+            _merge(output, patterns, merge)
+            return
+        from flashrl_cli.evals.job import EngineSettings, Sampling
+        from flashrl_cli.evals.request import plan
+
+        lookup = partial(
+            plan,
+            patterns,
+            base=base,
+            baseline=baseline,
+            dataset=dataset,
+            limit=limit,
+            sampling=Sampling(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed),
+            engine=EngineSettings(
+                rollout=rollout.value,
+                max_model_len=max_model_len,
+                gpu_memory_utilization=gpu_memory_utilization,
+                tensor_parallel=tp,
+            ),
+            out=out,
+        )
+        _evaluate(output, lookup, patterns, watch=watch, png=png)
+
+
+def _evaluate(
+    output: Output, lookup: Callable[[], Request], patterns: list[str], *, watch: bool, png: bool
+) -> None:
+    from flashrl_cli.evals import session
+    from flashrl_cli.render import plots
 
     if png:
         plots.require("matplotlib")
-    output = Output(json_mode=json)
-    _warn(output, request.skipped)
-    label = f"evaluating {len(request.checkpoints)} checkpoints × {len(request.questions)} prompts"
-    with output.progress(label, request.prompts) as advance:
-        outcome = run.evaluate(request, say=output.say, advance=advance)
-    _warn(output, outcome.skipped)
-    report = Report.of(request, outcome)
-    report.write(request.folder)
+    if watch:
+        with _telling(output, "evaluating what is saved", None) as telling:
+            report = session.watch(lookup, patterns, telling, partial(_show_newest, output))
+    else:
+        request = lookup()
+        sets = ", ".join(f"{one.name} ({len(one.questions):,})" for one in request.data)
+        label = f"evaluating {len(request.checkpoints)} checkpoints on {sets}"
+        with _telling(output, label, request.prompts) as telling:
+            report = session.evaluate(request, telling)
+    _show(output, report, watch=watch, png=png)
+
+
+@contextlib.contextmanager
+def _telling(output: Output, label: str, prompts: int | None) -> Iterator[Telling]:
+    from flashrl_cli.evals.run import Speed, Telling
+
+    with output.progress(label, prompts) as advance:
+        speed = Speed()
+        yield Telling(say=output.say, advance=lambda n, tokens: advance(n, speed.after(tokens)))
+
+
+def _show_newest(output: Output, report: Report) -> None:
+    """One look's result while others are still to come."""
+    if output.json_mode:
+        output.json_line(report.document())
+    else:
+        output.table(*report.table())
+
+
+def _show(output: Output, report: Report, *, watch: bool, png: bool) -> None:
+    from flashrl_cli.render import plots
+
+    for one in report.skipped:
+        output.warn(f"skipped {one.path}: {one.reason}")
     curves = [plots.Series(**curve) for curve in report.curves()]
     if png and curves:
-        plots.write_png(curves, request.folder / "eval.png", ylabel="accuracy")
+        plots.write_png(curves, report.folder / "eval.png", ylabel="accuracy")
     elif png:
         output.warn("no eval.png: a curve needs two steps of a run")
-    if json:
-        output.document(report.document())
+    if output.json_mode:
+        (output.json_line if watch else output.document)(report.document())
         return
     output.table(*report.table())
+    for sentence in report.verdicts():
+        output.text(sentence)
     if curves and plots.installed("plotext"):
         output.text(plots.text_curve(curves, ylabel="accuracy, 95 % interval"))
-    output.say(f"written to {request.folder}")
+    output.say(f"written to {report.folder}; `flashrl eval show {report.folder}` reads the responses")
 
 
-def _warn(output: Output, skipped: Iterable[Skipped]) -> None:
-    for one in skipped:
+def _merge(output: Output, patterns: list[str], target: Path) -> None:
+    from flashrl_cli import paths
+    from flashrl_cli.evals.merge import merged
+    from flashrl_cli.runs.checkpoints import find
+
+    found = find(patterns)
+    for one in found.skipped:
         output.warn(f"skipped {one.path}: {one.reason}")
+    with output.progress(f"merging {len(found.checkpoints)} checkpoints", len(found.checkpoints)) as advance:
+        folders = merged(found.checkpoints, paths.absolute(target), advance)
+    if output.json_mode:
+        output.document({"schema_version": 1, "merged": [str(folder) for folder in folders]})
+        return
+    for folder in folders:
+        output.text(str(folder))

@@ -1,4 +1,4 @@
-"""The command line's side of the engine process: start it, hear its events, end it and all that it started."""
+"""The command line's side of the engine process: start it, give it orders, hear its events, end it and all that it started."""
 
 from __future__ import annotations
 
@@ -13,42 +13,61 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import contract, cpu, errors
+from flashrl_cli.evals import failures
 
 if TYPE_CHECKING:
-    from flashrl_cli.evals.job import Job
+    from flashrl_cli.evals.job import Job, Order
 
 ENGINE = "flashrl_cli.evals.engine"
-_TAIL_LINES = 15
+LAST = frozenset({"done", "skipped"})
+"""Events that end an order."""
 _ENDING_S = 5.0
 
 
-def events(job: Job, log: Path) -> Iterator[dict[str, Any]]:
-    """Run an engine on `job`, yielding its events as they come; its output goes to `log`.
+class Engine:
+    """A running engine process."""
 
-    Raises the error that the engine reports, or RunFailed with the end of its log. However the caller leaves, nothing
-    stays running.
-    """
-    file = job.work / "job.json"
-    job.write(file)
-    with log.open("ab") as output, _process(file, _environment(job), output.fileno()) as process:
-        for line in process.stdout or ():
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self._process, self._log = process, log
+
+    def fulfil(self, order: Order) -> Iterator[dict[str, Any]]:
+        """Give an order; its events as they come, up to `done` or `skipped`.
+
+        Raises the error that the engine reports, or RunFailed with the end of its log if it died.
+        """
+        with contextlib.suppress(BrokenPipeError):  # a process that died says why below
+            assert self._process.stdin is not None
+            self._process.stdin.write(order.line().encode() + b"\n")
+            self._process.stdin.flush()
+        for line in self._process.stdout or ():
             event = json.loads(line)
             if event["event"] == "error":
                 raise _error(event)
             yield event
-        if code := process.wait():
-            raise errors.RunFailed(
-                f"the evaluation engine ended with code {code}:\n{_tail(log)}", hint=f"its whole log: {log}"
-            )
+            if event["event"] in LAST:
+                return
+        raise failures.died(self._process.wait(), self._log)
 
 
-def _environment(job: Job) -> dict[str, str]:
-    """Environment of the engine: one process, offline, plugins on for vLLM and off for verl (its scorers need none)."""
+@contextlib.contextmanager
+def engine(job: Job, log: Path, devices: str | None = None) -> Iterator[Engine]:
+    """An engine for `job`, on the GPUs `devices` (as in CUDA_VISIBLE_DEVICES) if given; its output goes to `log`.
+
+    However the caller leaves, nothing stays running.
+    """
+    file = job.work / "job.json"
+    job.write(file)
+    with log.open("ab") as output, _process(file, _environment(job, devices), output.fileno()) as process:
+        yield Engine(process, log)
+
+
+def _environment(job: Job, devices: str | None) -> dict[str, str]:
+    """Environment of the engine: one process, offline, with our plugin for vLLM."""
     fixed = {
         contract.ENV_PLUGIN_DIR: str(job.work),
-        "VERL_USE_EXTERNAL_PLUGINS": "none",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "HF_HUB_OFFLINE": "1",
+        **({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}),
     }
     defaults = {"VLLM_LOGGING_LEVEL": "WARNING", **cpu.ENGINE}
     return {**defaults, **os.environ, **fixed}
@@ -68,14 +87,10 @@ def _process(job: Path, env: Mapping[str, str], log: int) -> Iterator[subprocess
         process.wait(_ENDING_S)
         for pipe in (process.stdin, process.stdout):
             if pipe:
-                pipe.close()
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
 
 
 def _error(event: Mapping[str, Any]) -> errors.FlashrlError:
     kind: type[errors.FlashrlError] = getattr(errors, event["kind"])
     return kind(event["message"], hint=event["hint"])
-
-
-def _tail(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(f"  {line[:300]}" for line in lines[-_TAIL_LINES:])

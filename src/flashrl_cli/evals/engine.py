@@ -1,85 +1,79 @@
 """The process that holds the model: `python -m flashrl_cli.evals.engine JOB.json`.
 
-One vLLM engine serves all checkpoints of a job. It runs apart from the command line so that torch and vLLM are imported
+One vLLM engine serves all checkpoints of an architecture. It runs apart from the command line so that torch and vLLM are imported
 once, here, and so that everything it starts can be ended as one process group. It ends when the other end of its stdin
 closes: a command line that was killed leaves nothing behind.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import queue
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.errors import ExitCode, FlashrlError
-from flashrl_cli.evals import grade, merge
-from flashrl_cli.evals.job import Job, Target, read_lines
+from flashrl_cli.evals import answers
+from flashrl_cli.evals.job import Job, Order
+from flashrl_cli.weights import Unreadable
+
+if TYPE_CHECKING:
+    from flashrl_cli.evals.generate import Generator
 
 Emit = Callable[..., None]
 
 
 def main() -> None:
-    """Work through the job named on the command line, telling its progress on stdout."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    """Work through the orders on stdin, telling the progress on stdout."""
+    orders: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(orders,), daemon=True).start()
     sys.excepthook = _end_with_traceback
     emit = _events()
     try:
-        _evaluate(Job.read(Path(sys.argv[1])), emit)
+        _serve(Job.read(Path(sys.argv[1])), orders, emit)
     except FlashrlError as error:
         emit("error", kind=type(error).__name__, message=error.message, hint=error.hint)
         os._exit(ExitCode.FAILED)
-    os._exit(ExitCode.OK)  # taking vLLM down politely takes seconds, and nothing of it is needed any more
 
 
-def _evaluate(job: Job, emit: Emit) -> None:
-    questions = list(read_lines(job.questions))
-    emit("stage", text="importing vLLM and verl")
-    from flashrl_cli.evals.generate import Generator
+def _serve(job: Job, orders: queue.SimpleQueue[str], emit: Emit) -> None:
+    """Fulfil orders until stdin closes, or until one has spoilt the engine."""
+    emit("stage", text="importing vLLM")
+    from flashrl_cli.evals.generate import Generator, Spoilt
 
-    grade.check_sources(questions)
-    generator: Generator | None = None
-    for target in job.targets:
+    emit("stage", text="starting the vLLM engine")
+    questions = [list(_read_lines(job.questions(number))) for number in range(job.data_sets)]
+    generator = Generator(job, [q["prompt"] for data in questions for q in data])
+    while True:
+        order = Order.parse(orders.get())
         try:
-            with _hf_folder(target, job.work) as folder:
-                if generator is None:
-                    emit("stage", text="starting the vLLM engine")
-                    generator = Generator(folder, job, [q["prompt"] for q in questions])
-                started = time.perf_counter()
-                emit("loaded", index=target.index, holds=generator.load(folder))
-                answers = generator.answer(folder, lambda n: emit("advance", prompts=n))
-        except merge.Unreadable as error:
-            emit("skipped", index=target.index, reason=str(error))
-            continue
-        _write(job.responses(target.index), questions, answers)
-        emit("done", index=target.index, seconds=round(time.perf_counter() - started, 3))
+            _fulfil(order, generator, [q["prompt"] for q in questions[order.data]], emit)
+        except Unreadable as error:
+            spoilt = isinstance(error, Spoilt)
+            emit("skipped", reason=str(error), ends=spoilt)
+            if spoilt:
+                os._exit(ExitCode.OK)
 
 
-@contextlib.contextmanager
-def _hf_folder(target: Target, work: Path) -> Iterator[Path]:
-    """The target as an HF folder: its own, or merged from its shards and removed afterwards."""
-    if not target.shards:
-        yield merge.check(Path(target.hf))
-        return
-    import tempfile
-
-    with tempfile.TemporaryDirectory(dir=work, prefix="merged-") as parent:
-        yield merge.merge(Path(target.hf), [Path(s) for s in target.shards], Path(parent) / "hf")
+def _fulfil(order: Order, generator: Generator, prompts: list[Any], emit: Emit) -> None:
+    started = time.perf_counter()
+    emit("loaded", holds=generator.load(order.weights))
+    left = {number: prompt for number, prompt in enumerate(prompts) if number not in set(order.answered)}
+    for samples in generator.answer(left):
+        answers.append(order.answers, samples)
+        emit("advance", prompts=1, tokens=sum(sample.tokens for sample in samples))
+    emit("done", seconds=round(time.perf_counter() - started, 3))
 
 
-def _write(path: Path, questions: list[dict[str, Any]], answers: list[list[dict[str, Any]]]) -> None:
-    with path.open("w", encoding="utf-8") as stream:
-        for number, (question, samples) in enumerate(zip(questions, answers, strict=True)):
-            for sample, answer in enumerate(samples):
-                points, correct = grade.score(question, answer["response"])
-                line = {"question": number, "sample": sample, **answer, "score": points, "correct": correct}
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+def _read_lines(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8") as stream:
+        yield from map(json.loads, stream)
 
 
 def _events() -> Emit:
@@ -100,8 +94,10 @@ def _end_with_traceback(*error: Any) -> None:
     os._exit(ExitCode.FAILED)
 
 
-def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+def _listen(orders: queue.SimpleQueue[str]) -> None:
+    """Pass orders on, and end with the other side: taking vLLM down politely takes seconds, and nothing of it is needed any more."""
+    for line in sys.stdin:
+        orders.put(line)
     os.killpg(0, signal.SIGKILL)
 
 

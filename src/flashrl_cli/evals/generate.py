@@ -6,78 +6,115 @@ Imported in the engine process only.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import contract
 from flashrl_cli.errors import EnvironmentNotReady, InputError
+from flashrl_cli.evals.results import Response
+from flashrl_cli.weights import Unreadable
 
 if TYPE_CHECKING:
     from flashrl_cli.evals.job import Job
+    from flashrl_cli.weights import Weights
 
 Messages = list[dict[str, str]]
+METHODS = {"bf16": None, "int8": contract.INT8_METHOD, "fp8": "fp8"}
+"""vLLM's quantization method for a precision; `fp8` is vLLM's own."""
 _CPU_MEMORY = 0.2
 """Share of the machine's memory that vLLM's CPU worker insists on being free; the KV cache has its own size."""
 
 
+class Spoilt(Unreadable):
+    """Weights that turned out to be unreadable when some of them were in the engine already."""
+
+
 class Generator:
-    """One vLLM engine, started on the weights of `folder`, which takes the weights of other folders in place."""
+    """One vLLM engine for the architecture of `job.start`, which takes the weights of checkpoints in place.
 
-    def __init__(self, folder: Path, job: Job, prompts: list[Messages]) -> None:
+    `prompts` are all that will be asked: they say how long a sequence gets.
+    """
+
+    def __init__(self, job: Job, prompts: Sequence[Messages]) -> None:
         from vllm import LLM
-        from vllm.platforms import current_platform
 
-        self._job, self._prompts = job, prompts
-        longest = max(map(len, self._tokens(_tokenizer(folder))))
-        limit = job.max_model_len or _needed(folder, longest + job.sampling.max_tokens)
-        if longest >= limit:
-            raise InputError(f"a prompt has {longest} tokens, the limit is {limit}", hint="a larger --max-model-len")
-        on_cpu = current_platform.is_cpu()
+        self._job = job
+        self._loaded: Weights | None = None
+        self._tokenizer = _tokenizer(job.start)
+        self._requests = 0
+        longest = max(len(self._tokens(prompt)) for prompt in prompts)
+        self._limit = job.engine.max_model_len or _needed(job.start, longest + job.sampling.max_tokens)
         self._llm = LLM(
-            model=str(folder),
+            model=str(job.start),
             skip_tokenizer_init=True,
             generation_config="vllm",
             dtype="bfloat16",
-            quantization=contract.INT8_METHOD if job.rollout == "int8" else None,
+            load_format="auto" if job.quantized else "dummy",
+            quantization=None if job.quantized else METHODS[job.engine.rollout],
             worker_extension_cls=contract.EVAL_EXTENSION,
-            max_model_len=limit,
-            enforce_eager=on_cpu,
+            max_model_len=self._limit,
+            tensor_parallel_size=job.engine.tensor_parallel,
             seed=job.sampling.seed,
-            # a seeded request whose prompt is split fails on a CPU: "CPU Generator does not use offset"
-            # (vllm/v1/worker/gpu_model_runner.py:3825, vLLM 0.28)
-            **({"gpu_memory_utilization": _CPU_MEMORY, "enable_chunked_prefill": False} if on_cpu else {}),
+            **_platform_options(job),
         )
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Take the weights of `folder`; returns what the engine holds then (a contract.Handshake).
+    def load(self, weights: Weights) -> dict[str, Any]:
+        """Take `weights` and their tokenizer, unless they are held already; what the engine holds then (a contract.Handshake).
 
-        Raises EnvironmentNotReady if that is not the precision asked for: what was not quantized must not pass for it.
+        Raises Unreadable for weights that cannot be read, and EnvironmentNotReady if they are not held in the precision asked for:
+        what was not quantized must not pass for it.
         """
-        holds: dict[str, Any] = self._llm.collective_rpc("load_folder", args=(str(folder),))[0]
-        if holds["precision"] != self._job.rollout:
-            raise EnvironmentNotReady(
-                f"asked for a rollout in {self._job.rollout}, the engine holds {holds['precision']}"
-            )
+        if weights != self._loaded:
+            self._tokenizer = _tokenizer(weights.hf)
+            self._holds = self._held() if self._job.quantized else self._refitted(weights)
+            self._loaded = weights
+        return self._holds
+
+    def _held(self) -> dict[str, Any]:
+        holds: dict[str, Any] = self._llm.collective_rpc("holds")[0]
+        return holds
+
+    def _refitted(self, weights: Weights) -> dict[str, Any]:
+        holds: dict[str, Any] = self._llm.collective_rpc("load_from_disk", args=(weights.plain(),))[0]
+        if "unreadable" in holds:
+            raise (Spoilt if holds["spoilt"] else Unreadable)(holds["unreadable"])
+        asked = self._job.engine.rollout
+        if holds["precision"] != asked:
+            raise EnvironmentNotReady(f"asked for a rollout in {asked}, the engine holds {holds['precision']}")
         if not self._llm.reset_prefix_cache():
             raise EnvironmentNotReady("vLLM kept its prefix cache, which belongs to the weights before")
         return holds
 
-    def answer(self, folder: Path, advance: Callable[[int], None]) -> list[list[dict[str, Any]]]:
-        """Responses, [prompt][sample], each with text, tokens (count) and whether it was cut at the limit."""
-        tokenizer = _tokenizer(folder)
-        stop = _stop_tokens(folder, tokenizer)
-        prompts = [{"prompt_token_ids": tokens} for tokens in self._tokens(tokenizer)]
-        parameters = [self._parameters(number, stop) for number in range(len(prompts))]
-        outputs = self._llm.generate(prompts, parameters, use_tqdm=_bar(advance))
-        return [[_answer(tokenizer, sample) for sample in output.outputs] for output in outputs]
+    def answer(self, prompts: Mapping[int, Messages]) -> Iterator[list[Response]]:
+        """Samples of each of `prompts` (by number), as the prompts are finished.
 
-    def _tokens(self, tokenizer: Any) -> list[list[int]]:
-        return [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False) for p in self._prompts]
+        Raises InputError for a prompt that leaves no room for a response.
+        """
+        engine = self._llm.llm_engine
+        stop = _stop_tokens(self._loaded.hf if self._loaded else self._job.start, self._tokenizer)
+        numbers: dict[str, int] = {}
+        for number, prompt in prompts.items():
+            tokens = self._tokens(prompt)
+            if len(tokens) >= self._limit:
+                hint = "a larger --max-model-len"
+                raise InputError(f"a prompt has {len(tokens)} tokens, the limit is {self._limit}", hint=hint)
+            self._requests += 1
+            numbers[str(self._requests)] = number
+            engine.add_request(str(self._requests), {"prompt_token_ids": tokens}, self._parameters(number, stop))
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    yield self._responses(numbers[output.request_id], output)
+
+    def _tokens(self, prompt: Messages) -> list[int]:
+        tokens: list[int] = self._tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        return tokens
 
     def _parameters(self, number: int, stop: list[int]) -> Any:
         """Parameters of prompt `number`: a seed of its own makes its responses independent of the batch it is in."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         sampling = self._job.sampling
         return SamplingParams(
@@ -88,17 +125,44 @@ class Generator:
             seed=sampling.seed + number * sampling.n if sampling.temperature else None,
             stop_token_ids=stop,
             detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
+
+    def _responses(self, number: int, output: Any) -> list[Response]:
+        samples = sorted(output.outputs, key=lambda sample: sample.index)
+        return [
+            Response(
+                question=number,
+                sample=place,
+                response=self._tokenizer.decode(sample.token_ids, skip_special_tokens=True),
+                tokens=len(sample.token_ids),
+                cut=sample.finish_reason == "length",
+            )
+            for place, sample in enumerate(samples)
+        ]
+
+
+def _platform_options(job: Job) -> dict[str, Any]:
+    """Options of vLLM that depend on where it runs."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        # a seeded request whose prompt is split fails on a CPU: "CPU Generator does not use offset"
+        # (vllm/v1/worker/gpu_model_runner.py:3825, vLLM 0.28)
+        return {"enforce_eager": True, "gpu_memory_utilization": _CPU_MEMORY, "enable_chunked_prefill": False}
+    share = job.engine.gpu_memory_utilization
+    return {} if share is None else {"gpu_memory_utilization": share}
 
 
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise Unreadable(f"no tokenizer that can be read in {folder}: {str(error).splitlines()[0]}") from error
     if not tokenizer.chat_template:
-        raise InputError(
-            f"the tokenizer in {folder} has no chat template", hint="add chat_template.jinja to the folder"
-        )
+        raise Unreadable(f"the tokenizer in {folder} has no chat template (chat_template.jinja)")
     return tokenizer
 
 
@@ -113,27 +177,3 @@ def _needed(folder: Path, tokens: int) -> int:
     """`tokens`, or the longest that the model knows if that is less."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return min(tokens, int(config.get("max_position_embeddings", tokens)))
-
-
-def _answer(tokenizer: Any, sample: Any) -> dict[str, Any]:
-    text = tokenizer.decode(sample.token_ids, skip_special_tokens=True)
-    return {"response": text, "tokens": len(sample.token_ids), "cut": sample.finish_reason == "length"}
-
-
-def _bar(advance: Callable[[int], None]) -> type:
-    """What vLLM takes for a progress bar: it draws nothing, and reports each finished prompt.
-
-    vLLM calls `update(n)` once for each finished prompt, and iterates with the same class over prompts it adds.
-    """
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    class Bar(tqdm):  # type: ignore[misc]
-        def display(self, *_: object, **__: object) -> None:
-            pass
-
-        def update(self, n: float | None = 1) -> None:
-            if self.iterable is None:
-                advance(1)
-            super().update(n)
-
-    return Bar

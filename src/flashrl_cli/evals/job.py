@@ -1,28 +1,24 @@
-"""What an evaluation asks of its engine process (a JSON file), and the events that it answers with.
+"""What the command line asks of its engine process, and the events that it answers with.
 
-Events are JSON objects, one a line, with a key `event`: `stage` (text), `advance` (prompts), `done` (index, seconds),
-`loaded` (index, holds: a contract.Handshake), `skipped` (index, reason), `error` (kind: a class in `errors`, message,
-hint).
+A job is a file, written before the process starts. Orders are JSON objects, one a line, on its stdin; the process ends itself when that
+closes. Events are JSON objects, one a line, on its stdout, with a key `event`: `stage` (text), `loaded` (holds: a contract.Handshake),
+`advance` (prompts, tokens), and one that ends the order: `done` (seconds), `skipped` (reason; ends: whether the process ends with it) or
+`error` (kind: a class in `errors`, message, hint), with which the process ends.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import files
+from flashrl_cli.weights import Weights
 
 if TYPE_CHECKING:
-    from flashrl_cli.runs.checkpoints import Checkpoint
-
-
-def read_lines(path: Path) -> Iterator[Any]:
-    """Objects of a file with one JSON object a line; responses hold characters that `str.splitlines` would split at."""
-    with path.open(encoding="utf-8") as stream:
-        yield from map(json.loads, stream)
+    from flashrl_cli.evals.questions import Question
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,49 +33,70 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """One checkpoint to evaluate: `hf` has config and tokenizer, and the weights unless `shards` has them."""
+class EngineSettings:
+    """How the engine runs: `rollout` is the precision of the linear layers, `max_model_len` (tokens) None means as the prompts need.
 
-    index: int
-    hf: str
-    shards: tuple[str, ...]
+    `gpu_memory_utilization` is the share of each GPU's memory that vLLM takes, None its default; `tensor_parallel` counts GPUs.
+    """
 
-    @classmethod
-    def of(cls, index: int, checkpoint: Checkpoint) -> Target:
-        """The target that `checkpoint` is, under the number `index`."""
-        return cls(index=index, hf=str(checkpoint.hf), shards=tuple(map(str, checkpoint.shards)))
+    rollout: str = "bf16"
+    max_model_len: int | None = None
+    gpu_memory_utilization: float | None = None
+    tensor_parallel: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Checkpoints of one architecture for one engine; `work` is a folder for prompts, merged weights and responses.
+    """One engine: `start` is the HF folder that says which architecture; `quantized` that it holds quantized weights of its own.
 
-    `rollout` is the precision of the linear layers; `max_model_len` (tokens) None means: as long as the prompts need.
+    `work` is a folder for the questions, one file for each of `data_sets` data sets.
     """
 
-    targets: tuple[Target, ...]
+    start: Path
+    quantized: bool
     work: Path
+    data_sets: int
     sampling: Sampling
-    rollout: str
-    max_model_len: int | None
+    engine: EngineSettings
 
-    @property
-    def questions(self) -> Path:
-        """Questions, one JSON object a line."""
-        return self.work / "questions.jsonl"
+    def questions(self, number: int) -> Path:
+        """Questions of data set `number`, one JSON object a line."""
+        return self.work / f"questions-{number}.jsonl"
 
-    def responses(self, index: int) -> Path:
-        """Graded responses to the target number `index`, one JSON object a line."""
-        return self.work / f"responses-{index}.jsonl"
+    def write_questions(self, number: int, questions: Sequence[Question]) -> None:
+        """Write the file that `questions` names."""
+        self.questions(number).write_text("".join(q.line() + "\n" for q in questions), encoding="utf-8")
 
     def write(self, path: Path) -> None:
         """Write the job to `path`."""
-        files.write_json(path, {**asdict(self), "work": str(self.work)})
+        files.write_json(path, {**asdict(self), "start": str(self.start), "work": str(self.work)})
 
     @classmethod
     def read(cls, path: Path) -> Job:
         """Read what `write` wrote."""
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        targets = tuple(Target(**{**t, "shards": tuple(t["shards"])}) for t in data.pop("targets"))
-        sampling = Sampling(**data.pop("sampling"))
-        return cls(**{**data, "targets": targets, "sampling": sampling, "work": Path(data["work"])})
+        sampling, engine = Sampling(**data.pop("sampling")), EngineSettings(**data.pop("engine"))
+        places = {key: Path(data.pop(key)) for key in ("start", "work")}
+        return cls(**data, **places, sampling=sampling, engine=engine)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """Answer the questions of data set `data` by the checkpoint `weights`, but for `answered` ones, appending to the file `answers`."""
+
+    weights: Weights
+    data: int
+    answers: Path
+    answered: tuple[int, ...]
+
+    def line(self) -> str:
+        """The order as one line of JSON."""
+        data = {"data": self.data, "answers": str(self.answers), "answered": self.answered}
+        return json.dumps({**data, "weights": self.weights.plain()})
+
+    @classmethod
+    def parse(cls, line: str) -> Order:
+        """The order that `line` made."""
+        data = json.loads(line)
+        answers, answered = Path(data["answers"]), tuple(data["answered"])
+        return cls(weights=Weights.of(data["weights"]), data=data["data"], answers=answers, answered=answered)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from flashrl_cli import paths
 from flashrl_cli.errors import InputError, Problem
+from flashrl_cli.evals.results import DataSet
 from flashrl_cli.verl import checkpoints as layout
 
 _COLUMNS = ("data_source", "prompt", "reward_model")
@@ -29,30 +31,26 @@ class Question:
         return json.dumps(asdict(self), ensure_ascii=False, default=str)
 
 
-def choose(data: str | None, run_folders: Iterable[Path]) -> list[Path]:
-    """Parquet files of `--data`, or of the runs' own validation set when it is None.
+def choose(names: str | None, run_folders: Iterable[Path], limit: int | None) -> tuple[DataSet, ...]:
+    """Data sets of `--dataset` (names or parquet files, with commas between), or the runs' own validation files when it is None.
 
-    Raises InputError if that names no file, or not the same for all runs.
+    Raises InputError if that names nothing, or not the same for all runs, or what cannot be evaluated.
     """
-    if data is not None:
-        return [_named(data)]
-    recorded = {tuple(_recorded(folder)) for folder in run_folders}
-    if len(recorded) == 1 and (chosen := recorded.pop()):
-        return list(chosen)
-    what = (
-        "the runs were validated on different data" if len(recorded) > 1 else "no run record says what to evaluate on"
-    )
-    raise InputError(what, hint="name it: --data gsm8k, or --data FILE.parquet")
+    asked = _recorded(run_folders) if names is None else [_named(name.strip()) for name in names.split(",")]
+    files = list(dict.fromkeys(asked))
+    labels = _labels(files)
+    return tuple(DataSet(name=labels[file], files=(file,), questions=tuple(read(file, limit))) for file in files)
 
 
-def read(files: Sequence[Path], limit: int | None) -> list[Question]:
-    """The first `limit` questions of parquet `files`; raises InputError naming missing columns and bad rows."""
-    rows = [row for file in files for row in _rows(file)]
+def read(file: Path, limit: int | None) -> list[Question]:
+    """The first `limit` questions of a parquet file; raises InputError naming missing columns and bad rows."""
+    rows = _rows(file)
     problems = [p for where, row in rows if (p := _problem(where, row))]
     if problems:
-        raise InputError(f"{len(problems)} of {len(rows)} rows cannot be evaluated", problems=problems[:10])
+        what = f"{len(problems)} of {len(rows)} rows of {file} cannot be evaluated"
+        raise InputError(what, problems=problems[:10])
     if not rows:
-        raise InputError(f"no rows in {', '.join(map(str, files))}")
+        raise InputError(f"no rows in {file}")
     return [_question(row) for _, row in rows[:limit]]
 
 
@@ -60,7 +58,8 @@ def _named(data: str) -> Path:
     if "/" in data or data.endswith(".parquet"):
         file = paths.absolute(data)
         if not file.is_file():
-            raise InputError(f"no such file: {file}", hint="--data takes a prepared data set's name or a parquet file")
+            hint = "--dataset takes names of prepared data sets and parquet files"
+            raise InputError(f"no such file: {file}", hint=hint)
         return file
     file = paths.DatasetPaths.named(data).split("test")
     if not file.is_file():
@@ -68,13 +67,31 @@ def _named(data: str) -> Path:
     return file
 
 
-def _recorded(run_folder: Path) -> list[Path]:
+def _recorded(run_folders: Iterable[Path]) -> list[Path]:
+    """Validation files that the runs' records name, which must be the same for all."""
+    recorded = {tuple(_validation_files(folder)) for folder in run_folders}
+    if len(recorded) == 1 and (chosen := recorded.pop()):
+        return list(chosen)
+    what = (
+        "the runs were validated on different data" if len(recorded) > 1 else "no run record says what to evaluate on"
+    )
+    raise InputError(what, hint="name it: --dataset gsm8k, or --dataset FILE.parquet")
+
+
+def _validation_files(run_folder: Path) -> list[Path]:
     """Validation files in the plan of the run's last attempt that has one."""
     run = paths.RunPaths(run_folder.name, paths.runs_root() / run_folder.name, run_folder)
     plans = [plan for n in reversed(run.attempts()) if (plan := run.attempt(n).plan).is_file()]
     if not plans:
         return []
     return layout.val_files(json.loads(plans[0].read_text(encoding="utf-8")).get("overrides", []))
+
+
+def _labels(files: Sequence[Path]) -> dict[Path, str]:
+    """A name for each file: its folder's for the test split of a prepared data set, else its own, longer where two would be alike."""
+    names = {file: file.parent.name if file.stem == "test" else file.stem for file in files}
+    alike = Counter(names.values())
+    return {file: name if alike[name] == 1 else f"{file.parent.name}/{file.stem}" for file, name in names.items()}
 
 
 def _rows(file: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import paths
 from flashrl_cli.evals import questions
 from flashrl_cli.runs.checkpoints import EVAL_FOLDER, Checkpoint, Skipped, find, hf_folder
 
 if TYPE_CHECKING:
-    from flashrl_cli.evals.job import Sampling
+    from flashrl_cli.evals.job import EngineSettings, Sampling
+    from flashrl_cli.evals.results import DataSet
+
+UNITS = "results"
+"""Folder of an evaluation in which each checkpoint's graded responses are kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """Checkpoints (`base` among them, if given), what was passed over, questions and how to answer them.
+    """Checkpoints (`base` and `baseline` among them, if given), what was passed over, questions and how to answer them.
 
-    `folder` takes the results, the engine's log and, while it runs, the work files.
+    `base` is what the runs began with, `baseline` what the best is compared with. `folder` takes the results and the engine's log.
     """
 
+    patterns: tuple[str, ...]
     checkpoints: tuple[Checkpoint, ...]
     base: Checkpoint | None
+    baseline: Checkpoint | None
     skipped: tuple[Skipped, ...]
-    data: tuple[Path, ...]
-    questions: tuple[questions.Question, ...]
+    data: tuple[DataSet, ...]
     sampling: Sampling
-    rollout: str
-    max_model_len: int | None
+    engine: EngineSettings
     folder: Path
 
     @property
@@ -38,38 +43,62 @@ class Request:
         return self.folder / "engine.log"
 
     @property
+    def units(self) -> Path:
+        """Where each checkpoint's graded responses are kept."""
+        return self.folder / UNITS
+
+    @property
     def prompts(self) -> int:
         """Prompts to answer, over all checkpoints."""
-        return len(self.checkpoints) * len(self.questions)
+        return len(self.checkpoints) * sum(len(one.questions) for one in self.data)
+
+    def again(self) -> Request:
+        """The request with the checkpoints that its patterns name now. Raises NothingMatched if there are none any more."""
+        found = find(self.patterns)
+        checkpoints = _all(found.checkpoints, self.base, self.baseline)
+        return dataclasses.replace(self, checkpoints=checkpoints, skipped=found.skipped)
+
+    def settings(self) -> dict[str, Any]:
+        """How it was asked, as plain data."""
+        return {
+            "data": [{"name": d.name, "file": str(d.files[0]), "prompts": len(d.questions)} for d in self.data],
+            "sampling": asdict(self.sampling),
+            "rollout": self.engine.rollout,
+        }
 
 
 def plan(
     patterns: Sequence[str],
     *,
     base: str | None,
-    data: str | None,
+    baseline: str | None,
+    dataset: str | None,
     limit: int | None,
     sampling: Sampling,
-    rollout: str,
-    max_model_len: int | None,
+    engine: EngineSettings,
     out: Path | None,
 ) -> Request:
     """Look up checkpoints and questions; raises InputError or NothingMatched for what is not there."""
     found = find(patterns)
-    start = hf_folder(base) if base else None
-    others = [c for c in found.checkpoints if not start or c.hf != start.hf]
-    files = questions.choose(data, (c.source for c in found.checkpoints if c.step is not None))
+    start, other = (hf_folder(path) if path else None for path in (base, baseline))
+    runs = (c.source for c in found.checkpoints if c.step is not None)
     return Request(
-        checkpoints=(*([start] if start else []), *others),
+        patterns=tuple(patterns),
+        checkpoints=_all(found.checkpoints, start, other),
         base=start,
+        baseline=other,
         skipped=found.skipped,
-        data=tuple(files),
-        questions=tuple(questions.read(files, limit)),
+        data=questions.choose(dataset, runs, limit),
         sampling=sampling,
-        rollout=rollout,
-        max_model_len=max_model_len,
+        engine=engine,
         folder=paths.absolute(out) if out else _place(found.checkpoints),
     )
+
+
+def _all(found: Iterable[Checkpoint], base: Checkpoint | None, baseline: Checkpoint | None) -> tuple[Checkpoint, ...]:
+    """Base, baseline and what was found, each once."""
+    extra = [one for one in (base, baseline) if one]
+    return tuple({one.hf: one for one in (*extra, *found)}.values())
 
 
 def _place(checkpoints: Iterable[Checkpoint]) -> Path:

@@ -1,22 +1,28 @@
-"""Evaluate checkpoints: one engine per architecture, responses graded as they come, results and files at the end."""
+"""Evaluate checkpoints: one engine per architecture, responses graded while the next are generated, each result kept at once."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from flashrl_cli.errors import RunFailed
-from flashrl_cli.evals import child
-from flashrl_cli.evals.job import Job, Target, read_lines
-from flashrl_cli.runs.checkpoints import Checkpoint, Skipped, nothing
+from flashrl_cli.evals import answers, child
+from flashrl_cli.evals.job import Job, Order
+from flashrl_cli.evals.results import DataSet, Evaluated, Grade, Response
+from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
 
 if TYPE_CHECKING:
-    from flashrl_cli.evals.request import Request
+    from filelock import FileLock
+
+    from flashrl_cli.evals.job import EngineSettings, Sampling
+    from flashrl_cli.evals.questions import Question
+    from flashrl_cli.evals.store import Store, Unit
 
 # Keys of config.json that saving a policy again may change, and that responses do not depend on here.
 _VOLATILE = frozenset({
@@ -25,93 +31,220 @@ _VOLATILE = frozenset({
 })  # fmt: skip
 
 
+class Grader(Protocol):
+    """What judges responses (evals.pool)."""
+
+    def grade(self, questions: Sequence[Question], responses: Sequence[Response]) -> list[Grade]:
+        """A grade for each of `responses`, in their order."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluated:
-    """Graded responses of one checkpoint, what the engine held (a contract.Handshake), and the seconds it took."""
+class Telling:
+    """How an evaluation tells its progress: in words, and by prompts and tokens that are done, over all units together."""
 
-    checkpoint: Checkpoint
-    responses: list[dict[str, Any]]
-    holds: dict[str, Any]
-    seconds: float
+    say: Callable[[str], None]
+    advance: Callable[[int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """Everything evaluated, in the order asked for, and what turned out to be unreadable."""
+@dataclass(slots=True)
+class Speed:
+    """Tokens per second since the first ones came."""
 
-    evaluated: tuple[Evaluated, ...]
-    skipped: tuple[Skipped, ...]
-    seconds: float
+    _tokens: int = 0
+    _began: float | None = None
+
+    def after(self, tokens: int) -> str:
+        """The speed after `tokens` more, in words; empty as long as there is none."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = now if tokens else None
+            return ""
+        self._tokens += tokens
+        return f"{self._tokens / (now - self._began):,.0f} tokens/s" if now > self._began else ""
 
 
-def evaluate(request: Request, *, say: Callable[[str], None], advance: Callable[[int], None]) -> Outcome:
-    """Generate and grade; `say` tells what goes on, `advance` counts finished prompts of all checkpoints together.
+@dataclass(slots=True)
+class _Running:
+    """The engine that is up, and for which checkpoints it can be used."""
 
-    Raises NothingMatched if no checkpoint could be read, RunFailed if an engine died.
+    architecture: str
+    engine: child.Engine
+    job: Job
+    closing: contextlib.ExitStack
+
+
+@dataclass(slots=True, kw_only=True)
+class Evaluation:
+    """Work on units, with an engine that stays up between them; use it as a context.
+
+    `results` and `skipped` grow as units are finished.
     """
-    started = time.perf_counter()
-    request.folder.mkdir(parents=True, exist_ok=True)
-    request.log.unlink(missing_ok=True)
-    results: dict[int, Evaluated | Skipped] = {}
-    for group in _groups(request.checkpoints):
-        with tempfile.TemporaryDirectory(dir=request.folder, prefix=".work-") as work:
-            results |= _evaluate_group(request, group, Path(work), say=say, advance=advance)
-    ordered = [results[index] for index in sorted(results)]
-    evaluated = tuple(r for r in ordered if isinstance(r, Evaluated))
-    skipped = tuple(r for r in ordered if isinstance(r, Skipped))
-    if not evaluated:
-        raise nothing([str(c.source) for c in request.checkpoints], skipped)
-    return Outcome(evaluated, skipped, round(time.perf_counter() - started, 2))
+
+    store: Store
+    data: tuple[DataSet, ...]
+    sampling: Sampling
+    engine: EngineSettings
+    log: Path
+    grader: Grader
+    telling: Telling
+    devices: str | None = None
+    results: dict[str, Evaluated] = field(default_factory=dict)
+    skipped: dict[Path, Skipped] = field(default_factory=dict)
+    _up: _Running | None = None
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    _grading: list[Future[None]] = field(default_factory=list)
+    _claims: set[FileLock] = field(default_factory=set)
+
+    def __enter__(self) -> Evaluation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop_engine()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        for lock in list(self._claims):
+            lock.release()
+
+    def work(self, units: Iterable[Unit]) -> None:
+        """Finish `units`: what is kept is taken, what another evaluation works on comes last.
+
+        Raises RunFailed if an engine died.
+        """
+        left = [unit for unit in units if not self._take(unit)]
+        elsewhere = [unit for unit in left if not self._try(unit)]
+        if elsewhere:
+            self.telling.say(f"waiting for another evaluation: {_names(elsewhere)}")
+        for unit in elsewhere:
+            if not self._take(unit):
+                self._do(unit, self._claim(unit, wait=True))
+        for future in self._grading:
+            future.result()
+        self._grading.clear()
+
+    def _take(self, unit: Unit) -> bool:
+        """Whether nothing is left to do for a unit."""
+        if unit.checkpoint.hf in self.skipped:
+            self.telling.advance(len(unit.data.questions), 0)
+            return True
+        kept = self.store.load(unit)
+        if kept is None:
+            return False
+        self.results[unit.key] = kept
+        self.telling.advance(len(unit.data.questions), 0)
+        return True
+
+    def _try(self, unit: Unit) -> bool:
+        """Do a unit, unless another evaluation is at it."""
+        lock = self._claim(unit)
+        if lock:
+            self._do(unit, lock)
+        return lock is not None
+
+    def _claim(self, unit: Unit, *, wait: bool = False) -> FileLock | None:
+        lock = self.store.claim(unit, wait=wait)
+        if lock:
+            self._claims.add(lock)
+        return lock
+
+    def _do(self, unit: Unit, lock: FileLock | None) -> None:
+        if self._take(unit):  # finished by another evaluation since we looked
+            self._release(lock)
+            return
+        file = self.store.answers(unit)
+        before = answers.read(file)
+        self.telling.advance(len(before), 0)
+        order = Order(
+            weights=unit.checkpoint.weights, data=self.data.index(unit.data), answers=file, answered=tuple(before)
+        )
+        holds: dict[str, Any] = {}
+        counted, tokens = len(before), 0
+        for event in self._engine_for(unit).fulfil(order):
+            match event["event"]:
+                case "stage":
+                    self.telling.say(event["text"])
+                case "loaded":
+                    holds = event["holds"]
+                case "advance":
+                    counted, tokens = counted + event["prompts"], tokens + event["tokens"]
+                    self.telling.advance(event["prompts"], event["tokens"])
+                case "skipped":
+                    self._skip(unit, event)
+                    self.telling.advance(len(unit.data.questions) - counted, 0)
+                    self._release(lock)
+                case "done":
+                    self._say_done(unit, tokens, event["seconds"])
+                    work = self._thread.submit(self._finish, unit, holds, event["seconds"], lock)
+                    self._grading.append(work)
+
+    def _finish(self, unit: Unit, holds: dict[str, Any], seconds: float, lock: FileLock | None) -> None:
+        """Grade what was answered, and keep it (in a thread of its own, while the engine goes on)."""
+        found = answers.read(self.store.answers(unit))
+        responses = tuple(sample for number in sorted(found) for sample in found[number])
+        grades = tuple(self.grader.grade(unit.data.questions, responses))
+        evaluated = Evaluated(
+            checkpoint=unit.checkpoint, data=unit.data, responses=responses, grades=grades, holds=holds, seconds=seconds
+        )
+        self.store.save(unit, evaluated)
+        self.results[unit.key] = evaluated
+        self._release(lock)
+
+    def _skip(self, unit: Unit, event: dict[str, Any]) -> None:
+        self.skipped[unit.checkpoint.hf] = Skipped(unit.checkpoint.hf, event["reason"])
+        if event["ends"]:
+            self._stop_engine()
+
+    def _release(self, lock: FileLock | None) -> None:
+        if lock:
+            lock.release()
+            self._claims.discard(lock)
+
+    def _say_done(self, unit: Unit, tokens: int, seconds: float) -> None:
+        rate = f", {tokens / seconds:,.0f} tokens/s" if seconds else ""
+        self.telling.say(f"{_name(unit)}: {len(unit.data.questions):,} prompts in {seconds:.1f} s{rate}")
+
+    def _engine_for(self, unit: Unit) -> child.Engine:
+        """The engine that is up, or a new one if that is of another architecture."""
+        wanted = architecture(unit.checkpoint)
+        if self._up is None or self._up.architecture != wanted:
+            self._stop_engine()
+            self._up = self._start(unit.checkpoint, wanted)
+        return self._up.engine
+
+    def _start(self, checkpoint: Checkpoint, wanted: str) -> _Running:
+        with contextlib.ExitStack() as stack:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flashrl-eval-")))
+            job = Job(
+                start=checkpoint.hf,
+                quantized=checkpoint.quantized is not None,
+                work=work,
+                data_sets=len(self.data),
+                sampling=self.sampling,
+                engine=self.engine,
+            )
+            for number, one in enumerate(self.data):
+                job.write_questions(number, one.questions)
+            engine = stack.enter_context(child.engine(job, self.log, self.devices))
+            return _Running(wanted, engine, job, stack.pop_all())
+
+    def _stop_engine(self) -> None:
+        up, self._up = self._up, None
+        if up:
+            up.closing.close()
 
 
-def architecture(hf: Path) -> str:
-    """What two checkpoints must share to run in one engine: config.json but for what saving it again changes."""
-    config = json.loads((hf / "config.json").read_text(encoding="utf-8"))
-    return json.dumps({k: v for k, v in config.items() if k not in _VOLATILE}, sort_keys=True)
+def architecture(checkpoint: Checkpoint) -> str:
+    """What two checkpoints must share to run in one engine: config.json but for what saving it again changes.
+
+    Quantized weights are loaded by the engine's start, each by an engine of its own.
+    """
+    config = json.loads((checkpoint.hf / "config.json").read_text(encoding="utf-8"))
+    alone = str(checkpoint.hf) if checkpoint.quantized else ""
+    return json.dumps({**{k: v for k, v in config.items() if k not in _VOLATILE}, "": alone}, sort_keys=True)
 
 
-def _groups(checkpoints: Sequence[Checkpoint]) -> list[list[int]]:
-    """Indices of `checkpoints`, those of one architecture together."""
-    groups: dict[str, list[int]] = {}
-    for index, checkpoint in enumerate(checkpoints):
-        groups.setdefault(architecture(checkpoint.hf), []).append(index)
-    return list(groups.values())
+def _name(unit: Unit) -> str:
+    step = "" if unit.checkpoint.step is None else f" step {unit.checkpoint.step}"
+    return f"{unit.checkpoint.run}{step}, {unit.data.name}"
 
 
-def _evaluate_group(
-    request: Request, group: list[int], work: Path, *, say: Callable[[str], None], advance: Callable[[int], None]
-) -> dict[int, Evaluated | Skipped]:
-    job = Job(
-        targets=tuple(Target.of(index, request.checkpoints[index]) for index in group),
-        work=work,
-        sampling=request.sampling,
-        rollout=request.rollout,
-        max_model_len=request.max_model_len,
-    )
-    job.questions.write_text("".join(q.line() + "\n" for q in request.questions), encoding="utf-8")
-    results: dict[int, Evaluated | Skipped] = {}
-    holds: dict[str, Any] = {}
-    for event in child.events(job, request.log):
-        match event["event"]:
-            case "stage":
-                say(event["text"])
-            case "advance":
-                advance(event["prompts"])
-            case "loaded":
-                holds = event["holds"]
-            case "skipped":
-                advance(len(request.questions))
-                results[event["index"]] = Skipped(request.checkpoints[event["index"]].hf, event["reason"])
-            case "done":
-                results[event["index"]] = result = _evaluated(request, job, event, holds)
-                step = "" if result.checkpoint.step is None else f" step {result.checkpoint.step}"
-                say(f"{result.checkpoint.run}{step}: done in {result.seconds:.1f} s")
-    if len(results) < len(group):
-        raise RunFailed("the evaluation engine ended before its work was done", hint=f"its log: {request.log}")
-    return results
-
-
-def _evaluated(request: Request, job: Job, event: dict[str, Any], holds: dict[str, Any]) -> Evaluated:
-    checkpoint = request.checkpoints[event["index"]]
-    responses = list(read_lines(job.responses(event["index"])))
-    return Evaluated(checkpoint=checkpoint, responses=responses, holds=holds, seconds=event["seconds"])
+def _names(units: Sequence[Unit]) -> str:
+    return "; ".join(map(_name, units))

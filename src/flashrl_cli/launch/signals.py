@@ -35,3 +35,18 @@ def collected() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def raised(hint: str) -> Iterator[None]:
+    """Let INT, TERM and HUP raise Interrupted where the program is, so that what it opened is closed in order."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        raise Interrupted(number, hint)
+
+    before = {number: signal.signal(number, end) for number in ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

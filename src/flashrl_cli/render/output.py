@@ -9,17 +9,23 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from flashrl_cli.errors import FlashrlError
 
-Advance = Callable[[int], None]
 PLAIN_WIDTH = 160
+
+
+class Advance(Protocol):
+    """What moves a progress bar on."""
+
+    def __call__(self, n: int, note: str = "", /) -> None:
+        """`n` more are done; `note` stands at the bar's end."""
 
 
 def is_live(stream: Any) -> bool:
@@ -76,10 +82,10 @@ class Output:
 
     @contextlib.contextmanager
     def progress(self, label: str, total: int | None) -> Iterator[Advance]:
-        """Show a bar with ETA on a terminal, else one line when done; yields `advance(n)`."""
+        """Show a bar with ETA on a terminal, else one line when it begins; yields `advance(n, note)`."""
         if not self.live:
             self.say(f"{label} …")
-            yield lambda _: None
+            yield lambda *_: None
             return
         from flashrl_cli.render.progress import bar
 

@@ -16,14 +16,19 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def bar(console: Console, label: str, total: int | None) -> Iterator[Advance]:
-    """Draw a bar with count and ETA on `console`; yields `advance(n)`."""
+    """Draw a bar with count, ETA and a note on `console`; yields `advance(n, note)`."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda n: progress.advance(task, n)
+        task = progress.add_task(label, total=total, note="")
+
+        def advance(n: int, note: str = "") -> None:
+            progress.update(task, advance=n, note=note)
+
+        yield advance

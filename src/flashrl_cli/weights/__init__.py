@@ -7,7 +7,7 @@ when tensors are read; `check` and `fingerprint` do without it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,17 @@ class Weights:
     shards: tuple[Path, ...] = ()
     adapter: Path | None = None
     base: Path | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The same as plain data, for another process."""
+        names = {name: str(path) for name in ("hf", "adapter", "base") if (path := getattr(self, name))}
+        return {**names, "shards": [str(shard) for shard in self.shards]}
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Weights:
+        """The weights that `plain` made."""
+        paths = {name: Path(data[name]) for name in ("hf", "adapter", "base") if name in data}
+        return cls(**paths, shards=tuple(map(Path, data["shards"])))
 
     def tensors(self) -> Iterator[tuple[str, Any]]:
         """Name and whole tensor (on the CPU), one after another, under the names that Transformers gives them.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -14,15 +17,19 @@ import pytest
 from flashrl_cli import contract
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
 from flashrl_cli.evals import child
-from flashrl_cli.evals.job import Job, Sampling, Target
+from flashrl_cli.evals.job import EngineSettings, Job, Order, Sampling
+from flashrl_cli.weights import Weights
 
 pytestmark = pytest.mark.processes
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    target = Target(index=0, hf="/hf", shards=("/a.pt",))
-    return Job(targets=(target,), work=tmp_path, sampling=Sampling(), rollout="int8", max_model_len=None)
+    engine = EngineSettings(rollout="int8")
+    return Job(start=Path("/hf"), quantized=False, work=tmp_path, data_sets=1, sampling=Sampling(), engine=engine)
+
+
+ORDER = Order(weights=Weights(hf=Path("/hf"), shards=(Path("/a.pt"),)), data=0, answers=Path("/x.jsonl"), answered=(3,))
 
 
 @pytest.fixture
@@ -45,35 +52,51 @@ def gone(pid: int) -> bool:
     return False
 
 
-def test_job_comes_back_as_it_was_written(job: Job) -> None:
+def test_job_and_order_come_back_as_they_were_written(job: Job) -> None:
     job.write(job.work / "job.json")
     assert Job.read(job.work / "job.json") == job
+    adapted = Weights(hf=Path("/hf"), adapter=Path("/lora"), base=Path("/base"))
+    for order in (ORDER, replace(ORDER, weights=adapted, answered=())):
+        assert Order.parse(order.line()) == order
 
 
-def test_events_and_environment_arrive(engine: Path, job: Job) -> None:
+def fulfil(job: Job, *, devices: str | None = None) -> list[dict[str, Any]]:
+    with child.engine(job, job.work / "log", devices) as running:
+        return list(running.fulfil(ORDER))
+
+
+def test_orders_go_in_and_events_come_out(engine: Path, job: Job) -> None:
     write(
         engine,
         f"""
         job = json.load(open(sys.argv[1]))
-        print(json.dumps({{"event": "stage", "text": job["rollout"]}}), flush=True)
-        print(json.dumps({{"event": "stage", "text": os.environ["{contract.ENV_PLUGIN_DIR}"]}}), flush=True)
+        for line in sys.stdin:
+            order = json.loads(line)
+            names = ("{contract.ENV_PLUGIN_DIR}", "CUDA_VISIBLE_DEVICES")
+            print(json.dumps({{"event": "stage", "order": order, "env": [os.environ.get(n) for n in names]}}), flush=True)
+            print(json.dumps({{"event": "done", "seconds": 1}}), flush=True)
         """,
     )
-    assert [e["text"] for e in child.events(job, job.work / "log")] == ["int8", str(job.work)]
+    with child.engine(job, job.work / "log", "2,3") as running:
+        for _ in range(2):
+            first, last = running.fulfil(ORDER)
+            assert first["order"] == json.loads(ORDER.line())
+            assert first["env"] == [str(job.work), "2,3"]
+            assert last == {"event": "done", "seconds": 1}
 
 
 def test_error_of_the_engine_is_raised_here(engine: Path, job: Job) -> None:
     event = {"event": "error", "kind": "EnvironmentNotReady", "message": "no", "hint": "yes"}
     write(engine, f"print(json.dumps({event}), flush=True)")
     with pytest.raises(EnvironmentNotReady, match="no") as caught:
-        list(child.events(job, job.work / "log"))
+        fulfil(job)
     assert caught.value.hint == "yes"
 
 
-def test_crash_shows_the_end_of_the_log(engine: Path, job: Job) -> None:
-    write(engine, 'raise ValueError("out of memory")')
-    with pytest.raises(RunFailed, match="ValueError: out of memory") as caught:
-        list(child.events(job, job.work / "log"))
+def test_crash_tells_why(engine: Path, job: Job) -> None:
+    write(engine, 'raise ValueError("no such thing")')
+    with pytest.raises(RunFailed, match="ValueError: no such thing") as caught:
+        fulfil(job)
     assert str(job.work / "log") in str(caught.value.hint)
 
 
@@ -87,10 +110,9 @@ def test_leaving_ends_the_engine_and_what_it_started(engine: Path, job: Job) -> 
         time.sleep(60)
         """,
     )
-    events = child.events(job, job.work / "log")
-    pids = next(events)["pids"]
-    with pytest.raises(KeyboardInterrupt):
-        events.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
+    with pytest.raises(KeyboardInterrupt), child.engine(job, job.work / "log") as running:
+        pids = next(running.fulfil(ORDER))["pids"]
+        raise KeyboardInterrupt
     assert all(gone(pid) for pid in pids)
 
 
@@ -98,9 +120,9 @@ def test_killed_command_line_takes_the_engine_along(engine: Path, job: Job) -> N
     write(
         engine,
         """
-        import threading
-        from flashrl_cli.evals.engine import _end_with_parent
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        import queue, threading
+        from flashrl_cli.evals.engine import _listen
+        threading.Thread(target=_listen, args=(queue.SimpleQueue(),), daemon=True).start()
         print(json.dumps({"event": "stage", "pid": os.getpid()}), flush=True)
         time.sleep(60)
         """,
@@ -109,10 +131,11 @@ def test_killed_command_line_takes_the_engine_along(engine: Path, job: Job) -> N
     parent = f"""
         from pathlib import Path
         from flashrl_cli.evals import child
-        from flashrl_cli.evals.job import Job
+        from flashrl_cli.evals.job import Job, Order
         child.ENGINE = "fake_engine"
-        for event in child.events(Job.read(Path({str(job.work / "given.json")!r})), Path({str(job.work / "log")!r})):
-            print(event["pid"], flush=True)
+        with child.engine(Job.read(Path({str(job.work / "given.json")!r})), Path({str(job.work / "log")!r})) as running:
+            for event in running.fulfil(Order.parse({ORDER.line()!r})):
+                print(event["pid"], flush=True)
         """
     with subprocess.Popen([sys.executable, "-c", textwrap.dedent(parent)], stdout=subprocess.PIPE) as process:
         assert process.stdout

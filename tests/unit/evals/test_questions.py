@@ -38,8 +38,8 @@ def record(run: str, attempt: int, *overrides: str) -> Path:
 
 def test_rows_become_questions(tmp_path: Path) -> None:
     file = write(tmp_path / "test.parquet", [ROW, ROW, ROW])
-    found = questions.read([file, file], limit=4)
-    assert len(found) == 4
+    found = questions.read(file, limit=2)
+    assert len(found) == 2
     assert json.loads(found[0].line()) == {
         "prompt": ROW["prompt"],
         "data_source": "openai/gsm8k",
@@ -51,54 +51,66 @@ def test_rows_become_questions(tmp_path: Path) -> None:
 def test_missing_columns_are_named(tmp_path: Path) -> None:
     file = write(tmp_path / "test.parquet", [{"question": "1 + 1?", "prompt": "x"}])
     with pytest.raises(InputError, match="lacks the column data_source, reward_model") as caught:
-        questions.read([file], None)
+        questions.read(file, None)
     assert "question, prompt" in str(caught.value.hint)
 
 
 def test_every_bad_row_is_named(tmp_path: Path) -> None:
     rows = [ROW, {**ROW, "prompt": []}, {**ROW, "reward_model": {"style": "rule", "ground_truth": None}}]
     file = write(tmp_path / "test.parquet", rows)
-    with pytest.raises(InputError, match="2 of 3 rows") as caught:
-        questions.read([file], None)
+    with pytest.raises(InputError, match=r"2 of 3 rows of .*test\.parquet") as caught:
+        questions.read(file, None)
     assert [p.where for p in caught.value.problems] == [f"{file}:row 1", f"{file}:row 2"]
 
 
 def test_no_parquet_and_no_rows(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("no")
     with pytest.raises(InputError, match="no parquet file"):
-        questions.read([tmp_path / "x.parquet"], None)
+        questions.read(tmp_path / "x.parquet", None)
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     pq.write_table(pa.Table.from_pylist([ROW]).slice(0, 0), tmp_path / "empty.parquet")
     with pytest.raises(InputError, match="no rows"):
-        questions.read([tmp_path / "empty.parquet"], None)
+        questions.read(tmp_path / "empty.parquet", None)
 
 
-def test_named_data_set_and_file(tmp_path: Path) -> None:
-    prepared = write(paths.data_root() / "gsm8k" / "test.parquet", [ROW])
-    assert questions.choose("gsm8k", []) == [prepared]
-    assert questions.choose(str(prepared), []) == [prepared]
+def test_named_data_sets_and_files(tmp_path: Path) -> None:
+    prepared = write(paths.data_root() / "gsm8k" / "test.parquet", [ROW, ROW])
+    other = write(tmp_path / "mine.parquet", [ROW])
+    found = questions.choose(f"gsm8k, {other},gsm8k", [], 1)
+    assert [(one.name, one.files, len(one.questions)) for one in found] == [
+        ("gsm8k", (prepared,), 1),
+        ("mine", (other,), 1),
+    ]
     with pytest.raises(InputError) as caught:
-        questions.choose("math", [])
+        questions.choose("gsm8k,math", [], None)
     assert caught.value.hint == "flashrl prepare math"
     with pytest.raises(InputError, match="no such file"):
-        questions.choose(str(tmp_path / "x.parquet"), [])
+        questions.choose(str(tmp_path / "x.parquet"), [], None)
 
 
-def test_default_is_what_the_last_attempt_validated_on() -> None:
+def test_names_that_are_alike_get_longer(tmp_path: Path) -> None:
+    files = [write(tmp_path / folder / f"{name}.parquet", [ROW]) for folder, name in (("a", "x"), ("b", "x"), ("b", "y"))]
+    found = questions.choose(",".join(map(str, files)), [], None)
+    assert [one.name for one in found] == ["a/x", "b/x", "y"]
+
+
+def test_default_is_what_the_last_attempt_validated_on(tmp_path: Path) -> None:
+    first, second = (write(tmp_path / name / "test.parquet", [ROW]) for name in ("one", "two"))
     record("a", 1, "data.val_files=/old.parquet")
-    a = record("a", 10, "data.val_files=/new.parquet")
-    b = record("b", 1, "data.val_files=/new.parquet")
-    assert questions.choose(None, [a, b]) == [Path("/new.parquet")]
+    a = record("a", 10, f"data.val_files=[{first},{second}]")
+    b = record("b", 1, f"data.val_files=[{first},{second}]")
+    found = questions.choose(None, [a, b], None)
+    assert [(one.name, one.files) for one in found] == [("one", (first,)), ("two", (second,))]
 
 
 def test_no_record_or_different_ones_need_a_choice() -> None:
     a = record("a", 1, "data.val_files=/a.parquet")
     b = record("b", 1, "data.val_files=/b.parquet")
     with pytest.raises(InputError, match="different data"):
-        questions.choose(None, [a, b])
-    with pytest.raises(InputError, match="no run record"):
-        questions.choose(None, [Path("/checkpoints/project/unknown")])
-    with pytest.raises(InputError, match="no run record"):
-        questions.choose(None, [])
+        questions.choose(None, [a, b], None)
+    for unknown in ([Path("/checkpoints/project/unknown")], []):
+        with pytest.raises(InputError, match="no run record") as caught:
+            questions.choose(None, unknown, None)
+        assert "--dataset" in str(caught.value.hint)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.evals.job import Sampling
+from flashrl_cli.evals.job import EngineSettings, Sampling
 from flashrl_cli.evals.request import Request, plan
 
 
@@ -31,13 +31,13 @@ def model(folder: Path) -> Path:
 def ask(data: Path, *patterns: Path, **options: Any) -> Request:
     defaults = {
         "base": None,
+        "baseline": None,
         "limit": None,
         "sampling": Sampling(),
-        "rollout": "bf16",
-        "max_model_len": None,
+        "engine": EngineSettings(rollout="int8"),
         "out": None,
     }
-    return plan([str(p) for p in patterns], data=str(data), **{**defaults, **options})
+    return plan([str(p) for p in patterns], dataset=str(data), **{**defaults, **options})
 
 
 def test_base_comes_first_and_once(tmp_path: Path, data: Path) -> None:
@@ -60,3 +60,29 @@ def test_results_lie_with_the_run_or_the_project(tmp_path: Path, data: Path, mon
     assert ask(data, a, c).folder == tmp_path / "eval"
     assert ask(data, model(tmp_path / "hf")).folder == tmp_path / "eval"
     assert ask(data, a, out=Path("there")).folder == tmp_path / "there"
+
+
+def test_base_and_baseline_are_evaluated_once(tmp_path: Path, data: Path) -> None:
+    step = model(tmp_path / "p" / "a" / "global_step_1" / "actor" / "huggingface")
+    other = model(tmp_path / "other")
+    asked = ask(data, step, base=str(other), baseline=str(other))
+    assert [c.hf for c in asked.checkpoints] == [other, step]
+    assert asked.base == asked.baseline == asked.checkpoints[0]
+    assert ask(data, step, baseline=str(step)).checkpoints[0].hf == step
+
+
+def test_looking_again_finds_what_is_new(tmp_path: Path, data: Path) -> None:
+    run = tmp_path / "p" / "a"
+    first = model(run / "global_step_1" / "actor" / "huggingface")
+    base = model(tmp_path / "start")
+    asked = ask(data, run / "*", base=str(base))
+    second = model(run / "global_step_2" / "actor" / "huggingface")
+    assert [c.hf for c in asked.again().checkpoints] == [base, first, second]
+    assert asked.again().folder == asked.folder
+
+
+def test_settings_as_data(tmp_path: Path, data: Path) -> None:
+    found = ask(data, model(tmp_path / "hf"), limit=2).settings()
+    assert found["data"] == [{"name": tmp_path.name, "file": str(data), "prompts": 2}]
+    assert found["rollout"] == "int8"
+    assert found["sampling"]["temperature"] == 0.0

@@ -1,0 +1,120 @@
+"""An evaluation from request to report: once, or as long as the runs behind it go on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashrl_cli.errors import NothingMatched
+from flashrl_cli.evals import devices
+from flashrl_cli.evals.pool import Graders
+from flashrl_cli.evals.report import Report
+from flashrl_cli.evals.run import Evaluation, Telling
+from flashrl_cli.evals.store import Store, Unit, units
+from flashrl_cli.evals.watch import looks
+from flashrl_cli.runs.checkpoints import Skipped, nothing
+
+if TYPE_CHECKING:
+    from flashrl_cli.evals.request import Request
+
+
+def evaluate(request: Request, telling: Telling) -> Report:
+    """Evaluate what the request names; the report is written to its folder.
+
+    Raises NothingMatched if no checkpoint could be read, RunFailed if an engine died.
+    """
+    with _opened(request, telling) as evaluation:
+        return _look(request, evaluation)
+
+
+def watch(
+    lookup: Callable[[], Request], patterns: Sequence[str], telling: Telling, show: Callable[[Report], None]
+) -> Report:
+    """Evaluate what is there and whatever the runs behind `patterns` save, until they end; `show` gets each new report.
+
+    Raises what `evaluate` does, NothingMatched only once no run is left that could save something.
+    """
+    with contextlib.ExitStack() as stack:
+        request, evaluation, report = None, None, None
+        for goes_on in looks(patterns, telling.say):
+            try:
+                request = request.again() if request else lookup()
+                evaluation = evaluation or stack.enter_context(_opened(request, telling))
+                before = len(evaluation.results)
+                report = _look(request, evaluation)
+            except NothingMatched:
+                if not goes_on:
+                    raise
+            else:
+                if goes_on and len(evaluation.results) > before:
+                    show(report)
+        assert report is not None
+        return report
+
+
+@contextlib.contextmanager
+def _opened(request: Request, telling: Telling) -> Iterator[Evaluation]:
+    """An evaluation with its graders at work, and nothing of either running afterwards."""
+    questions = [question for one in request.data for question in one.questions]
+    request.folder.mkdir(parents=True, exist_ok=True)
+    with Graders() as graders, _log(request.folder) as log:
+        graders.check(questions)
+        engine, visible = devices.choose(request.engine)
+        with Evaluation(
+            store=Store(request.units),
+            data=request.data,
+            sampling=request.sampling,
+            engine=engine,
+            log=log,
+            grader=graders,
+            telling=telling,
+            devices=visible,
+        ) as evaluation:
+            yield evaluation
+
+
+@contextlib.contextmanager
+def _log(folder: Path) -> Iterator[Path]:
+    """An empty log file: engine.log, or one with the process's number if another evaluation writes that."""
+    import filelock
+
+    lock = filelock.FileLock(folder / ".engine.lock")
+    try:
+        with lock.acquire(timeout=0):
+            log = folder / "engine.log"
+            log.unlink(missing_ok=True)
+            yield log
+    except filelock.Timeout:
+        yield folder / f"engine-{os.getpid()}.log"
+
+
+def _look(request: Request, evaluation: Evaluation) -> Report:
+    started = time.perf_counter()
+    found = list(units(request.checkpoints, request.data, sampling=request.sampling, engine=request.engine))
+    readable = [one for one in found if isinstance(one, Unit)]
+    evaluation.work([one for one in readable if one.key not in evaluation.results])
+    torn = [one for one in found if isinstance(one, Skipped)]
+    skipped = (*request.skipped, *torn, *evaluation.skipped.values())
+    # two checkpoints with the same weights have one result
+    evaluated = [
+        dataclasses.replace(evaluation.results[one.key], checkpoint=one.checkpoint, data=one.data)
+        for one in readable
+        if one.key in evaluation.results
+    ]
+    if not evaluated:
+        raise nothing(request.patterns, skipped)
+    report = Report.of(
+        evaluated,
+        base=request.base,
+        baseline=request.baseline,
+        skipped=skipped,
+        settings=request.settings(),
+        seconds=round(time.perf_counter() - started, 2),
+    )
+    report.write(request.folder)
+    return report

