@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
+
+BY_VERL = Path(__file__).with_name("checkpoints_by_verl.py")
+STEPS = (2, 4, 10)
 
 
 @dataclass(frozen=True)
@@ -68,3 +72,30 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
     shop.run("prepare", "tiny")
     yield shop
     assert not shop.leftovers()
+
+
+def free_port() -> str:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return str(sock.getsockname()[1])
+
+
+def start_ranks(out: Path, world_size: int) -> list[subprocess.Popen[bytes]]:
+    out.mkdir()
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world_size)}
+    argv = [sys.executable, str(BY_VERL), "make", str(out), *map(str, STEPS)]
+    return [
+        subprocess.Popen(argv, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE)
+        for rank in range(world_size)
+    ]
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Folders `model` and `run` of a world of one and of two ranks."""
+    root = tmp_path_factory.mktemp("saved")
+    ranks = {world_size: start_ranks(root / f"w{world_size}", world_size) for world_size in (1, 2)}
+    for process in (p for processes in ranks.values() for p in processes):
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors.decode()[-2000:]
+    return {world_size: root / f"w{world_size}" for world_size in ranks}

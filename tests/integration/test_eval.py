@@ -7,56 +7,20 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from flashrl_cli.errors import RunFailed
-from flashrl_cli.evals.export import export
-from flashrl_cli.evals.merge import Unreadable, check, merge
-from flashrl_cli.paths import RunPaths
-from flashrl_cli.runs.saved import inspect
-from flashrl_cli.runs.stock import Stock
+from tests.integration.conftest import STEPS
 
-BY_VERL = Path(__file__).with_name("checkpoints_by_verl.py")
-STEPS = (2, 4, 10)
 PROMPTS = 24
 PREAMBLE = "Think step by step and end with the number after four hashes. " * 4
 """Longer than a block of vLLM's prefix cache, which must not outlive the weights that filled it."""
-
-
-def free_port() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return str(sock.getsockname()[1])
-
-
-def start_ranks(out: Path, world_size: int) -> list[subprocess.Popen[bytes]]:
-    out.mkdir()
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world_size)}
-    argv = [sys.executable, str(BY_VERL), "make", str(out), *map(str, STEPS)]
-    return [
-        subprocess.Popen(argv, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE)
-        for rank in range(world_size)
-    ]
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Folders `model` and `run` of a world of one and of two ranks."""
-    root = tmp_path_factory.mktemp("saved")
-    ranks = {world_size: start_ranks(root / f"w{world_size}", world_size) for world_size in (1, 2)}
-    for process in (p for processes in ranks.values() for p in processes):
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors.decode()[-2000:]
-    return {world_size: root / f"w{world_size}" for world_size in ranks}
 
 
 @pytest.fixture(scope="module")
@@ -110,87 +74,6 @@ def with_broken_steps(run: Path) -> None:
     torch.save({"x": Code()}, run / "global_step_5" / "actor" / "model_world_size_2_rank_1.pt")
     torn = run / "global_step_6" / "actor" / "model_world_size_2_rank_0.pt"
     torn.write_bytes(torn.read_bytes()[:5000])
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_merged_weights_are_those_of_verls_merger(saved: dict[int, Path], tmp_path: Path, world_size: int) -> None:
-    import torch
-    from safetensors.torch import load_file
-
-    actor = saved[world_size] / "run" / "global_step_4" / "actor"
-    argv = [sys.executable, str(BY_VERL), "merge", str(actor), str(tmp_path / "verl")]
-    subprocess.run(argv, check=True, capture_output=True, timeout=240)
-    shards = [actor / f"model_world_size_{world_size}_rank_{rank}.pt" for rank in range(world_size)]
-    merge(actor / "huggingface", shards, tmp_path / "flashrl")
-    theirs = load_file(tmp_path / "verl" / "model.safetensors")
-    ours = load_file(tmp_path / "flashrl" / "model-00001.safetensors")
-    assert ours.keys() == theirs.keys()
-    assert "lm_head.weight" not in ours
-    assert all(ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_an_exported_step_is_a_model_of_its_own(saved: dict[int, Path], tmp_path: Path) -> None:
-    """Loaded by transformers it has the step's weights in bf16; from torn shards nothing is exported."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    run = RunPaths("run", tmp_path / "run", saved[2] / "run")
-    step = inspect(run.checkpoints / "global_step_4", critic=False)
-    assert step.has_weights
-    made = export(Stock(run=run, saved=(step,), set_aside=(), scores=None), step, tmp_path / "model")
-    assert made.compared == "compared with the config"
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    assert model.dtype == torch.bfloat16
-    assert sum(parameter.numel() for parameter in model.parameters()) == made.parameters
-    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template
-    merged = merge(step.path / "actor" / "huggingface", shards(step.path), tmp_path / "merged")
-    theirs = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16).state_dict()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items())
-    torn = tmp_path / "global_step_4"
-    shutil.copytree(step.path, torn)
-    shards(torn)[1].write_bytes(shards(torn)[1].read_bytes()[:-1])
-    assert not inspect(torn, critic=False).has_weights
-    with pytest.raises(RunFailed, match=f"step 4 cannot be exported: {shards(torn)[1]} is torn"):
-        export(Stock(run=run, saved=(), set_aside=(), scores=None), replace(step, path=torn), tmp_path / "none")
-    assert not (tmp_path / "none").exists()
-
-
-def shards(step: Path) -> list[Path]:
-    return [step / "actor" / f"model_world_size_2_rank_{rank}.pt" for rank in (0, 1)]
-
-
-def test_plain_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors that are not sharded: one copy is taken; copies that differ are no checkpoint."""
-    import torch
-    from safetensors.torch import load_file
-
-    monkeypatch.setattr("flashrl_cli.evals.merge.FILE_BYTES", 16)
-    hf = tmp_path / "hf"
-    hf.mkdir()
-    (hf / "config.json").write_text("{}")
-    files = [tmp_path / f"{rank}.pt" for rank in range(2)]
-    for file in files:
-        torch.save({"a": torch.arange(8.0), "b": torch.tensor(2.0)}, file)
-    target = merge(hf, files, tmp_path / "merged")
-    index = json.loads((target / "model.safetensors.index.json").read_text())
-    assert index["weight_map"] == {"a": "model-00001.safetensors", "b": "model-00002.safetensors"}
-    assert torch.equal(load_file(target / "model-00001.safetensors")["a"], torch.arange(8.0, dtype=torch.bfloat16))
-    torch.save({"a": torch.zeros(8), "b": torch.tensor(2.0)}, files[1])
-    with pytest.raises(Unreadable, match="a is not sharded, yet it differs"):
-        merge(hf, files, tmp_path / "again")
-    torch.save({"b": torch.tensor(2.0)}, files[1])
-    with pytest.raises(Unreadable, match="not hold the same parameters"):
-        merge(hf, files, tmp_path / "again")
-    assert not (tmp_path / "again").exists()
-
-
-def test_torn_hf_folder(saved: dict[int, Path], tmp_path: Path) -> None:
-    file = tmp_path / "model.safetensors"
-    file.write_bytes((saved[1] / "model" / file.name).read_bytes())
-    assert check(tmp_path) == tmp_path
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(Unreadable, match=r"model\.safetensors is torn"):
-        check(tmp_path)
 
 
 @pytest.mark.parametrize("rollout", ["bf16", "int8"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from flashrl_cli.weights.contents import (
     torn,
 )
 from flashrl_cli.weights.lora import PEFT_CONFIG, PEFT_WEIGHTS, VERL_META, Adapter, is_lora, unwrapped
-from flashrl_cli.weights.reading import Source, from_safetensors, from_shards, in_bf16
+from flashrl_cli.weights.reading import Source, from_safetensors, from_shards
 
 __all__ = ["PEFT_CONFIG", "PEFT_WEIGHTS", "VERL_META", "Unreadable", "Weights", "model_files", "torn"]
 
@@ -105,7 +104,7 @@ class Weights:
 
     def _adapted(self, folder: Path) -> Source:
         adapter = Adapter.read(folder)
-        found = from_shards(self.shards) if self.shards else from_safetensors([folder / PEFT_WEIGHTS])
+        found = from_shards(self.shards, exact=True) if self.shards else from_safetensors([folder / PEFT_WEIGHTS])
         lora = {unwrapped(name): read for name, read in found.items() if is_lora(name)}
         whole = {unwrapped(name): read for name, read in found.items() if not is_lora(name)}
         if whole and not self.shards:
@@ -117,7 +116,7 @@ class Weights:
             raise Unreadable(f"{folder} holds an adapter alone, and its base model is unknown")
         if "quantization_config" in read_json(self.base / "config.json"):
             raise Unreadable(f"{self.base} is quantized: no adapter can be merged into it")
-        return {name: partial(in_bf16, read) for name, read in from_safetensors(model_files(self.base)).items()}
+        return from_safetensors(model_files(self.base))
 
     def _without_tied(self, source: Source) -> Source:
         tied = "lm_head.weight" in source and any(name.endswith("embed_tokens.weight") for name in source)

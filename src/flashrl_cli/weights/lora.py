@@ -12,12 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flashrl_cli.weights.contents import Unreadable, read_json
-
-if TYPE_CHECKING:
-    from flashrl_cli.weights.reading import Source
+from flashrl_cli.weights.reading import Source, in_bf16
 
 VERL_META = "lora_train_meta.json"
 """Rank and alpha of LoRA shards (verl/utils/checkpoint/fsdp_checkpoint_manager.py:129)."""
@@ -61,7 +59,7 @@ class Adapter:
         return cls(folder, rank, scale, bool(config.get("fan_in_fan_out")))
 
     def add(self, whole: Source, lora: Source) -> Source:
-        """`whole` in which the weights that `lora` has matrices for are changed. Raises Unreadable for a matrix without a weight."""
+        """`whole` in bf16, and changed where `lora` has matrices. Raises Unreadable for a matrix without a weight."""
         pairs: dict[str, dict[str, Callable[[], Any]]] = {}
         for name, read in lora.items():
             match = _MATRIX.fullmatch(name)
@@ -71,7 +69,8 @@ class Adapter:
         for name, pair in pairs.items():
             if name not in whole or len(pair) != 2:
                 raise Unreadable(f"{self.folder} holds no pair of matrices for a weight that is there: {name}")
-        return whole | {name: partial(self._added, name, whole[name], **pair) for name, pair in pairs.items()}
+        changed = {name: partial(self._added, name, whole[name], **pair) for name, pair in pairs.items()}
+        return in_bf16(whole) | changed
 
     def _added(self, name: str, read: Callable[[], Any], A: Callable[[], Any], B: Callable[[], Any]) -> Any:  # noqa: N803
         weight, down, up = (tensor().float() for tensor in (read, A, B))

@@ -34,17 +34,27 @@ def from_safetensors(files: Iterable[Path]) -> Source:
     return source
 
 
-def from_shards(shards: Sequence[Path]) -> Source:
-    """The tensors, in bf16, that the state dicts of all ranks hold in parts. Raises Unreadable, here or when one is read."""
+def from_shards(shards: Sequence[Path], *, exact: bool = False) -> Source:
+    """The tensors that the state dicts of all ranks hold in parts, in bf16 or, `exact`, as they are stored.
+
+    Raises Unreadable, here or when one is read.
+    """
     ranks = [_load(shard) for shard in shards]
     if any(rank.keys() != ranks[0].keys() for rank in ranks):
         raise Unreadable(f"the shards in {shards[0].parent} do not hold the same parameters")
-    return {name: partial(_join, name, ranks) for name in ranks[0]}
+    return {name: partial(_join, name, ranks, exact=exact) for name in ranks[0]}
 
 
-def in_bf16(read: Callable[[], Any]) -> Any:
-    """What `read` reads, in bf16 if it is floating-point at all."""
-    tensor = read()
+def in_bf16(source: Source) -> Source:
+    """`source` whose tensors are in bf16, as far as they are floating-point."""
+    return {name: partial(_read_in_bf16, read) for name, read in source.items()}
+
+
+def _read_in_bf16(read: Callable[[], Any]) -> Any:
+    return _rounded(read())
+
+
+def _rounded(tensor: Any) -> Any:
     return tensor.bfloat16() if tensor.is_floating_point() else tensor
 
 
@@ -65,7 +75,7 @@ def _load(file: Path) -> dict[str, Any]:
     return found
 
 
-def _join(name: str, ranks: list[dict[str, Any]]) -> Any:
+def _join(name: str, ranks: list[dict[str, Any]], *, exact: bool) -> Any:
     """One tensor from its parts, which the ranks let go: joined along the sharded dimension, else the first copy."""
     import torch
     from torch.distributed.tensor import DTensor
@@ -73,13 +83,14 @@ def _join(name: str, ranks: list[dict[str, Any]]) -> Any:
     parts = [rank.pop(name) for rank in ranks]
     first = parts[0]
     if all(isinstance(part, DTensor) for part in parts):
-        return _joined(name, parts)
+        return _joined(name, parts, exact=exact)
     if any(part.shape != first.shape or not torch.equal(part, first) for part in parts[1:]):
         raise Unreadable(f"{name} is not sharded, yet it differs between ranks")
-    return in_bf16(first.contiguous)
+    whole = first.contiguous()
+    return whole if exact else _rounded(whole)
 
 
-def _joined(name: str, parts: list[Any]) -> Any:
+def _joined(name: str, parts: list[Any], *, exact: bool) -> Any:
     import torch
 
     first = parts[0]
@@ -90,7 +101,9 @@ def _joined(name: str, parts: list[Any]) -> Any:
     of_one_replica = mesh.reshape(-1, mesh.shape[-1])[0].tolist()
     if max(of_one_replica) >= len(parts):
         raise Unreadable(f"{name} is spread over {mesh.numel()} ranks, and there are shards of {len(parts)}")
-    local = [in_bf16(parts[rank].to_local) for rank in of_one_replica]
+    local = [parts[rank].to_local() for rank in of_one_replica]
+    if not exact:
+        local = [_rounded(part) for part in local]  # before they are joined, which takes half the memory
     whole = torch.cat(local, dim=placement.dim) if placement.is_shard() else local[0]
     if whole.shape != first.shape:
         raise Unreadable(f"{name} is {tuple(whole.shape)} when joined, not {tuple(first.shape)}")
