@@ -62,7 +62,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
     for i in range(min(only_a, only_b)):
         term = term * (n - i) // (i + 1)
         total += term
-    return min(1.0, 2 * total / 2**n)
+    return min(1.0, 2 * total / (1 << n))
 
 
 def newcombe(both: int, only_a: int, only_b: int, neither: int, z: float) -> tuple[float, float]:
@@ -96,9 +96,9 @@ def _joined(one: float, other: float, phi: float) -> float:
 def _phi(both: int, only_a: int, only_b: int, neither: int) -> float:
     """Correlation of the two, with Newcombe's correction for continuity."""
     margins = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
-    excess = both * neither - only_a * only_b
+    excess = float(both * neither - only_a * only_b)
     if excess > 0:
-        excess = max(excess - (both + only_a + only_b + neither) / 2, 0)
+        excess = max(excess - (both + only_a + only_b + neither) / 2, 0.0)
     return excess / math.sqrt(margins) if margins else 0.0
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from flashrl_cli.evals.compare import Entry
 
 FILE = "responses.parquet"
-MARKS = ("run", "step", "dataset", "question", "sample", "correct")
+MARKS = ("run", "step", "dataset", "question", "sample", "correct", "cut")
 """Columns that tell what was right, without the texts."""
 _TYPES = {
     "run": "string", "step": "int64", "dataset": "string", "question": "int64", "sample": "int64",

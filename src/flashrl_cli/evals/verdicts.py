@@ -43,13 +43,15 @@ def points(share: float) -> str:
 def understated(entries: Sequence[Entry]) -> Iterator[str]:
     """A sentence on each extractor that finds significantly more right answers than the strict scorer; `entries` are of one data set."""
     distinct = list({id(entry.result): entry for entry in entries}.values())
+    runs = {entry.run for entry in entries}
+    run = runs.pop() if len(runs) == 1 else ""
     for extractor in ("flexible", "boxed"):
         gaps = [(d, entry) for d, entry in _gaps(distinct, extractor) if d.significant and d.value > 0]
         if gaps:
             gap, entry = max(gaps, key=lambda pair: pair[0].value)
             yield (
-                f"{entry.result.data.name}: the strict accuracy understates: {points(gap.value)} % of the responses at {entry.name} "
-                f"have the right answer ({extractor}) but not in the form that the scorer asks for"
+                f"{entry.result.data.name}: the strict accuracy understates: at {entry.called_in(run)} the right answer is given "
+                f"{points(gap.value)} points more often ({extractor}) than in the form that the scorer asks for"
             )
 
 
