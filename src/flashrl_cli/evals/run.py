@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from flashrl_cli.evals import answers, child
 from flashrl_cli.evals.job import Job, Order
@@ -95,7 +95,7 @@ class Evaluation:
     _grading: list[Future[None]] = field(default_factory=list)
     _claims: set[FileLock] = field(default_factory=set)
 
-    def __enter__(self) -> Evaluation:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

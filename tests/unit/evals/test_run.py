@@ -93,13 +93,13 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path, engines: Engines) -> No
 def test_what_cannot_be_read_is_skipped_with_all_its_data_sets(tmp_path: Path, engines: Engines) -> None:
     def refuse_first(job: Job, order: Order) -> Any:
         if order.weights.hf.name == "1":
-            yield {"event": "skipped", "reason": "torn", "ends": ends}
+            yield {"event": "skipped", "reason": "torn", "ends": order.weights.hf.parent.name == "spoilt"}
         else:
             yield from answer(job, order)
 
     engines.script = refuse_first
-    for number, ends in enumerate((False, True)):
-        folder = tmp_path / str(number)
+    for name in ("intact", "spoilt"):
+        folder = tmp_path / name
         checkpoints = [checkpoint(folder, 1), checkpoint(folder, 2)]
         done, wanted, told = work(folder, checkpoints, [data("sums", 3), data("products", 2)])
         assert [s.reason for s in done.skipped.values()] == ["torn"]
