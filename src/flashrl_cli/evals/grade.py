@@ -98,9 +98,9 @@ def score(question: Mapping[str, Any], response: str) -> tuple[float, bool]:
     return _score(question["data_source"], response, question["ground_truth"], question["extra_info"])
 
 
-def check_sources(questions: Iterable[Mapping[str, Any]]) -> None:
-    """Raise InputError if verl has no scorer for a data source of `questions`: before an engine starts, not after."""
-    for source in {question["data_source"] for question in questions}:
+def check_sources(questions: Iterable[Question]) -> None:
+    """Raise InputError if verl has no scorer for a data source of `questions`."""
+    for source in sorted({question.data_source for question in questions}):
         if not rewards.is_scored(source):
             raise InputError(f"verl has no scorer for data_source {source!r}", hint="see flashrl prepare --help")
 

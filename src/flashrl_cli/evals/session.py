@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from flashrl_cli.errors import NothingMatched
 from flashrl_cli.evals import devices
+from flashrl_cli.evals.grade import check_sources
 from flashrl_cli.evals.pool import Graders
 from flashrl_cli.evals.report import Report
 from flashrl_cli.evals.run import Evaluation, Telling
@@ -73,23 +75,27 @@ def watch(
 
 @contextlib.contextmanager
 def _opened(request: Request, telling: Telling) -> Iterator[Evaluation]:
-    """An evaluation with its graders at work, and nothing of either running afterwards."""
-    questions = [question for one in request.data for question in one.questions]
+    """An evaluation, and nothing of its engine and graders running afterwards.
+
+    Raises InputError for questions that nothing can grade, before anything is generated.
+    """
+    check_sources(question for one in request.data for question in one.questions)
     request.folder.mkdir(parents=True, exist_ok=True)
-    with Graders(workers=_workers()) as graders, _log(request.folder) as log:
-        graders.check(questions)
-        engine, visible = devices.choose(request.engine)
-        with Evaluation(
-            store=Store(request.units),
-            data=request.data,
-            sampling=request.sampling,
-            engine=engine,
-            log=log,
-            grader=graders,
-            telling=telling,
-            devices=visible,
-        ) as evaluation:
-            yield evaluation
+    engine, visible = devices.choose(request.engine)
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(_log(request.folder))
+        yield stack.enter_context(
+            Evaluation(
+                store=Store(request.units),
+                data=request.data,
+                sampling=request.sampling,
+                engine=engine,
+                log=log,
+                graders=functools.cache(lambda: stack.enter_context(Graders(workers=_workers()))),
+                telling=telling,
+                devices=visible,
+            )
+        )
 
 
 def _workers() -> int:

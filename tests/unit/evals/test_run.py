@@ -38,7 +38,7 @@ def evaluation(folder: Path, sets: list[DataSet], told: Told) -> Evaluation:
         sampling=SAMPLING,
         engine=ENGINE,
         log=folder / "log",
-        grader=AllRight(),
+        graders=AllRight,
         telling=told.telling,
     )
 
