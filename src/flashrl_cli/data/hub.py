@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import socket
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from flashrl_cli.data.extras import require
 from flashrl_cli.data.readers import BATCH, Located
 from flashrl_cli.data.stamps import stamp
+from flashrl_cli.doctor.network import resolves
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 
 if TYPE_CHECKING:
@@ -92,12 +90,7 @@ def is_offline() -> bool:
 
 def detect_offline() -> None:
     """Go offline if the hub cannot be named, here or by a proxy: its libraries would try for half a minute."""
-    if is_offline() or urllib.request.getproxies():
-        return
-    host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname or ""
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
+    if not is_offline() and not resolves(os.environ):
         go_offline()
 
 

@@ -1,9 +1,12 @@
-"""The Hugging Face hub as it is set up here, and proxies. Nothing here uses the network."""
+"""The Hugging Face hub as it is set up here, and proxies. Only `resolves` uses the network."""
 
 from __future__ import annotations
 
+import socket
+import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from flashrl_cli.doctor.finding import Finding, ok, warn
 from flashrl_cli.fit import known
@@ -18,6 +21,18 @@ hub_cache = known.hub_cache
 def offline(environment: Mapping[str, str]) -> str | None:
     """The variable that keeps this machine off the hub, if one does."""
     return next((name for name in OFFLINE if environment.get(name, "").lower() in TRUE), None)
+
+
+def resolves(environment: Mapping[str, str]) -> bool:
+    """Whether the hub can be named, here or by a proxy; without that its libraries would try for half a minute."""
+    if urllib.request.getproxies():
+        return True
+    host = urlsplit(environment.get("HF_ENDPOINT") or "https://huggingface.co").hostname or ""
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
 
 
 def is_cached(model: str, cache: Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +12,9 @@ from pathlib import Path
 
 from flashrl_cli import paths
 from flashrl_cli.errors import InputError, NothingMatched
+from flashrl_cli.runs import models
 from flashrl_cli.verl import checkpoints as layout
+from flashrl_cli.weights import PEFT_CONFIG, PEFT_WEIGHTS, Unreadable, Weights, holds_adapter_alone, read_json
 
 EVAL_FOLDER = "eval"
 """Folder of a run in which its evaluation lies; a glob over the run's steps meets it."""
@@ -23,17 +24,30 @@ _LISTED = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """Weights that can be evaluated: an HF folder `hf`, or config and tokenizer in `hf` and the weights in `shards`.
+    """Weights that can be evaluated: an HF folder `hf`, or config and tokenizer in `hf` and the weights elsewhere (see `Weights`).
 
-    `source` is what it belongs to: the run's folder, or the HF folder itself when it is no step of a run (`step` None).
-    `run` is the shortest name that tells the sources apart.
+    `source` is what it belongs to: the run's folder, or the model's own folder when it is no step of a run (`step` None).
+    `run` is the shortest name that tells the sources apart. `quantized` is the method by which the HF folder's weights are quantized.
     """
 
     source: Path
     step: int | None
     hf: Path
     shards: tuple[Path, ...] = ()
+    adapter: Path | None = None
+    base: Path | None = None
     run: str = ""
+    quantized: str | None = None
+
+    @property
+    def weights(self) -> Weights:
+        """Where the weights lie."""
+        return Weights(hf=self.hf, shards=self.shards, adapter=self.adapter, base=self.base)
+
+    @property
+    def path(self) -> Path:
+        """The folder that is this checkpoint's alone: two adapters can share the `hf` of their base."""
+        return self.adapter if self.adapter and not self.shards else self.hf
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +67,14 @@ class Found:
 
 
 def find(patterns: Sequence[str]) -> Found:
-    """Look up globs and paths of project folders, runs, steps, `actor` or HF folders.
+    """Look up globs and paths of project folders, runs, steps, `actor`, HF or adapter folders, and ids of models on the hub.
 
-    Raises NothingMatched if none of it can be evaluated, saying what lies there instead.
+    Raises NothingMatched if none of it can be evaluated, saying what lies there instead; InputError for a hub model that is not
+    to be had.
     """
     found: dict[str, Checkpoint | Skipped] = {}
-    for path in (path for pattern in patterns for path in _expand(pattern)):
-        for item in _named(path):
-            key = item.hf if isinstance(item, Checkpoint) else item.path
-            found.setdefault(os.path.realpath(key), item)
+    for item in (item for pattern in patterns for item in _meant(pattern)):
+        found.setdefault(os.path.realpath(item.path), item)
     checkpoints = _labelled([c for c in found.values() if isinstance(c, Checkpoint)])
     skipped = tuple(s for s in found.values() if isinstance(s, Skipped))
     if not checkpoints:
@@ -73,45 +86,31 @@ def nothing(patterns: Sequence[str], skipped: Iterable[Skipped]) -> NothingMatch
     """The error for patterns of which nothing can be evaluated: each thing passed over, or what lies there."""
     lines = [f"  {s.path}: {s.reason}" for s in skipped] or [f"  {_lies_there(p)}" for p in patterns]
     what = " ".join(patterns)
-    hint = "name a run folder, global_step_N folders, or an HF folder with safetensors"
+    hint = "name a run folder, global_step_N folders, an HF folder with safetensors, or a model on the hub"
     return NothingMatched("\n".join([f"no checkpoint to evaluate in: {what}", *lines]), hint=hint)
 
 
 def hf_folder(path: str) -> Checkpoint:
-    """The HF folder `path` (weights included) as a checkpoint without a step; raises InputError if it is none."""
-    folder = paths.absolute(path)
-    if problem := hf_problem(folder):
-        raise InputError(f"{folder} is no HF model: {problem}", hint="name a folder with config.json and safetensors")
-    return Checkpoint(source=folder, step=None, hf=folder, run=folder.name)
+    """The one model that `path` names: an HF or adapter folder, a step, or an id on the hub. Raises InputError if it is none."""
+    hint = "name a folder with config.json and safetensors, a global_step_N, or a model on the hub"
+    items = list(_meant(path))
+    for item in items:
+        if isinstance(item, Skipped):
+            raise InputError(f"{item.path} is no model: {item.reason}", hint=hint)
+    if len(items) != 1:
+        what = f"{len(items)} checkpoints, and one is wanted" if items else "nothing"
+        raise InputError(f"{path} names {what}", hint=hint)
+    return _labelled([item for item in items if isinstance(item, Checkpoint)])[0]
 
 
-def hf_problem(folder: Path) -> str | None:
-    """Why `folder` is no complete HF model (config, and safetensors in one file or as indexed); None if it is."""
-    if problem := _config_problem(folder):
-        return problem
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return None if _filled(folder / "model.safetensors") else "no weights (model.safetensors)"
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{index.name} is damaged"
-    missing = [name for name in names if not _filled(folder / name)]
-    return f"missing or empty: {', '.join(missing)}" if missing else None
-
-
-def _config_problem(folder: Path) -> str | None:
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError:
-        return "no config.json"
-    except ValueError:
-        return "config.json is damaged"
-    return None
-
-
-def _filled(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
+def _meant(pattern: str) -> Iterator[Checkpoint | Skipped]:
+    """What a pattern stands for: paths that exist, else a model on the hub."""
+    found = _expand(pattern)
+    if not found and models.is_hub_id(pattern) and not paths.absolute(pattern).parent.is_dir():
+        for item in _inside(models.from_hub(pattern), 0):
+            yield dataclasses.replace(item, run=pattern) if isinstance(item, Checkpoint) else item
+    for path in found:
+        yield from _named(path)
 
 
 def _expand(pattern: str) -> list[Path]:
@@ -136,55 +135,106 @@ def _inside(folder: Path, depth: int) -> Iterator[Checkpoint | Skipped]:
     """Checkpoints that `folder` is, is part of, or holds."""
     if folder.name == layout.HUGGINGFACE and folder.parent.name == layout.ACTOR:
         folder = folder.parent
-    if folder.name == layout.ACTOR:
+    if folder.name in {layout.ACTOR, layout.STEP_HUGGINGFACE}:
         folder = folder.parent
     if layout.step_number(folder.name) is None and layout.step_number(folder.resolve().name) is not None:
         folder = folder.resolve()  # a link like `latest` stands for its step
     if layout.step_number(folder.name) is not None or (folder / layout.ACTOR).is_dir():
         yield _step(folder)
     elif (folder / "config.json").is_file():
-        problem = hf_problem(folder)
-        yield Skipped(folder, problem) if problem else Checkpoint(source=folder, step=None, hf=folder)
+        yield _model(folder)
+    elif (folder / PEFT_CONFIG).is_file():
+        yield _adapter(folder)
     elif depth:
         for child in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
             yield from _inside(child, depth - 1)
 
 
+def _model(folder: Path) -> Checkpoint | Skipped:
+    if problem := models.hf_problem(folder):
+        return _adapter(folder) if (folder / PEFT_CONFIG).is_file() else Skipped(folder, problem)
+    if problem := models.tokenizer_problem(folder):
+        return Skipped(folder, problem)
+    return Checkpoint(source=folder, step=None, hf=folder, quantized=models.quantization(folder))
+
+
+def _adapter(folder: Path) -> Checkpoint | Skipped:
+    """An adapter as PEFT saves it, on the base that its config names."""
+    if not (folder / PEFT_WEIGHTS).is_file():
+        return Skipped(folder, f"an adapter without {PEFT_WEIGHTS}")
+    try:
+        name = read_json(folder / PEFT_CONFIG).get("base_model_name_or_path")
+        if not name:
+            return Skipped(folder, f"an adapter whose {PEFT_CONFIG} names no base model")
+        base = models.model_folder(str(name))
+    except (Unreadable, InputError) as error:
+        return Skipped(folder, f"an adapter whose base cannot be read: {error}")
+    if problem := models.tokenizer_problem(base):
+        return Skipped(folder, f"{problem} in its base {base}")
+    return Checkpoint(source=folder, step=None, hf=base, adapter=folder, base=base)
+
+
 def _step(folder: Path) -> Checkpoint | Skipped:
     step = layout.step_number(folder.name)
-    source = folder if step is None else folder.parent
     tracked = layout.tracked_step(folder.parent)
     actor = folder / layout.ACTOR
     if step is not None and tracked is not None and step > tracked:
         return Skipped(folder, f"newer than {layout.TRACKER} ({tracked}): its save did not finish")
     if not actor.is_dir():
         return Skipped(folder, f"no {layout.ACTOR}/ in it (pruned)")
-    hf = actor / layout.HUGGINGFACE
-    if hf_problem(hf) is None:
-        return Checkpoint(source=source, step=step, hf=hf)
-    found = layout.shards(actor)
-    if problem := _shards_problem(actor, found):
-        return Skipped(folder, problem)
-    return Checkpoint(source=source, step=step, hf=hf, shards=found.files if found else ())
+    found = _weights(folder, actor)
+    if isinstance(found, str):
+        return Skipped(folder, found)
+    if problem := models.tokenizer_problem(found.hf):
+        return Skipped(folder, f"{problem} in {found.hf.relative_to(folder)}/")
+    return dataclasses.replace(found, source=folder if step is None else folder.parent, step=step)
 
 
-def _shards_problem(actor: Path, found: layout.Shards | None) -> str | None:
-    if (actor / layout.LORA).is_file():
-        return "a LoRA adapter, not a whole model"
-    if found is None:
+def _weights(folder: Path, actor: Path) -> Checkpoint | str:
+    """Where the weights of the step `folder` lie, or why they cannot be read."""
+    own = actor / layout.HUGGINGFACE
+    lora = (actor / layout.LORA).is_file()
+    shards = layout.shards(actor)
+    if not (lora and shards):  # what verl saves of an adapter in Hugging Face's form has the wrapped model's names
+        for hf in (own, folder / layout.STEP_HUGGINGFACE, actor):
+            if models.hf_problem(hf) is None:
+                return Checkpoint(source=folder, step=None, hf=hf, quantized=models.quantization(hf))
+    # in checkpoints of the original project's fork, config and tokenizer lie beside the shards
+    hf = actor if not (own / "config.json").is_file() and (actor / "config.json").is_file() else own
+    if shards is None:
         return f"no weights in {layout.ACTOR}/"
-    if found.missing:
-        return f"incomplete shards, missing or empty: {', '.join(found.missing)}"
-    problem = _config_problem(actor / layout.HUGGINGFACE)
-    return f"{problem} in {layout.ACTOR}/{layout.HUGGINGFACE}/" if problem else None
+    if shards.missing:
+        return f"incomplete shards, missing or empty: {', '.join(shards.missing)}"
+    if problem := models.config_problem(hf):
+        return f"{problem} in {hf.relative_to(folder)}/"
+    found = Checkpoint(source=folder, step=None, hf=hf, shards=shards.files)
+    return _lora(folder, found, actor) if lora else found
+
+
+def _lora(folder: Path, found: Checkpoint, actor: Path) -> Checkpoint | str:
+    try:
+        alone = holds_adapter_alone(found.shards[0])
+        base = _base_of_run(folder.parent) if alone else None
+    except (Unreadable, InputError) as error:
+        return f"a LoRA adapter that cannot be read: {error}"
+    if alone and base is None:
+        return "a LoRA adapter alone, and no run record names the model that it was trained on"
+    return dataclasses.replace(found, adapter=actor, base=base)
+
+
+def _base_of_run(run_folder: Path) -> Path | None:
+    """The model that a run started from, by the plan of its newest attempt. Raises InputError if it is not to be had."""
+    from flashrl_cli.runs.stock import newest_plan
+
+    run = paths.RunPaths(run_folder.name, paths.runs_root() / run_folder.name, run_folder)
+    name = layout.model_path(newest_plan(run).get("overrides", []))
+    return models.model_folder(name) if name else None
 
 
 def _labelled(found: list[Checkpoint]) -> tuple[Checkpoint, ...]:
     names = Counter(source.name for source in {c.source for c in found})
-    labelled = [
-        dataclasses.replace(c, run=c.source.name if names[c.source.name] == 1 else "/".join(c.source.parts[-2:]))
-        for c in found
-    ]
+    labels = {s: s.name if names[s.name] == 1 else "/".join(s.parts[-2:]) for s in {c.source for c in found}}
+    labelled = (dataclasses.replace(c, run=c.run or labels[c.source]) for c in found)
     return tuple(sorted(labelled, key=lambda c: (c.run, -1 if c.step is None else c.step)))
 
 

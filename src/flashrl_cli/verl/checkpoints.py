@@ -21,6 +21,8 @@ ACTOR = "actor"
 CRITIC = "critic"
 HUGGINGFACE = "huggingface"
 """Folder in `actor/` with config and tokenizer, and with merged weights only if the run saved them too."""
+STEP_HUGGINGFACE = "actor_huggingface"
+"""Folder in a step into which the original project merged its weights."""
 HF_FILES = ("config.json", "tokenizer_config.json")
 """What that folder holds at least."""
 LORA = VERL_META
@@ -33,6 +35,7 @@ PARTS = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
 _STEP = re.compile(r"global_step_(\d+)")
 _SHARD = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
 _VAL_FILES = "data.val_files"
+_MODEL = "actor_rollout_ref.model.path"
 _CONTENTS = {
     ACTOR: "actor_rollout_ref.actor.checkpoint",
     CRITIC: "critic.checkpoint",
@@ -119,6 +122,12 @@ def val_files(overrides: Iterable[str]) -> list[Path]:
     if value is None:
         return []
     return [Path(v) for v in (value if isinstance(value, list) else [value])]
+
+
+def model_path(overrides: Iterable[str]) -> str | None:
+    """The policy that a run with these overrides starts from, a folder or a hub id; None if they name none."""
+    value = _given(overrides, _MODEL)
+    return None if value is None else str(value)
 
 
 def _given(overrides: Iterable[str], key: str) -> Any:

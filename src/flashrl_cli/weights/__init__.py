@@ -20,12 +20,23 @@ from flashrl_cli.weights.contents import (
     read_json,
     samples,
     table,
+    texts,
     torn,
 )
 from flashrl_cli.weights.lora import PEFT_CONFIG, PEFT_WEIGHTS, VERL_META, Adapter, is_lora, unwrapped
 from flashrl_cli.weights.reading import Source, from_safetensors, from_shards
 
-__all__ = ["PEFT_CONFIG", "PEFT_WEIGHTS", "VERL_META", "Unreadable", "Weights", "model_files", "torn"]
+__all__ = [
+    "PEFT_CONFIG",
+    "PEFT_WEIGHTS",
+    "VERL_META",
+    "Unreadable",
+    "Weights",
+    "holds_adapter_alone",
+    "model_files",
+    "read_json",
+    "torn",
+]
 
 _BESIDE = (
     "config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
@@ -137,6 +148,11 @@ class Weights:
             yield from (file for name in (PEFT_CONFIG, VERL_META) if (file := self.adapter / name).is_file())
         if self.base and self.base != self.hf:
             yield self.base / "config.json"
+
+
+def holds_adapter_alone(shard: Path) -> bool:
+    """Whether a shard of a LoRA run was saved without the base's weights. Raises Unreadable for a torn file."""
+    return not any(text.endswith(".base_layer.weight") for text in texts(shard))
 
 
 def _is_tied(hf: Path) -> bool:

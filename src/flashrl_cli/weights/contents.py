@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import pickletools
 import struct
 import zipfile
 import zlib
@@ -63,6 +64,18 @@ def _is_whole(archive: zipfile.ZipFile) -> bool:
     for entry in archive.infolist():
         archive.open(entry).close()
     return True
+
+
+def texts(file: Path) -> set[str]:
+    """Every text in the pickle of a file of torch.save's, the names of its tensors among them; it is not run. Raises Unreadable."""
+    if problem := torn(file):
+        raise Unreadable(f"{file} is torn: {problem}")
+    with zipfile.ZipFile(file) as archive:
+        pickled = next(entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl"))
+        try:
+            return {value for _, value, _ in pickletools.genops(archive.read(pickled)) if isinstance(value, str)}
+        except ValueError:
+            raise Unreadable(f"{file} is torn: {_DAMAGED}") from None
 
 
 def checksums(shard: Path) -> bytes:

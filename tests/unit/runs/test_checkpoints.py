@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from flashrl_cli.errors import InputError, NothingMatched
-from flashrl_cli.runs.checkpoints import Checkpoint, find, hf_folder, hf_problem
+from flashrl_cli.runs.checkpoints import Checkpoint, find, hf_folder
 
 
 def step(run: Path, number: int, *, world_size: int = 2) -> Path:
@@ -16,6 +15,7 @@ def step(run: Path, number: int, *, world_size: int = 2) -> Path:
     hf = folder / "actor" / "huggingface"
     hf.mkdir(parents=True)
     (hf / "config.json").write_text("{}")
+    (hf / "tokenizer.json").write_text("{}")
     for rank in range(world_size):
         (folder / "actor" / f"model_world_size_{world_size}_rank_{rank}.pt").write_bytes(b"x")
     return folder
@@ -24,6 +24,7 @@ def step(run: Path, number: int, *, world_size: int = 2) -> Path:
 def model(folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"x")
     return folder
 
@@ -101,14 +102,14 @@ def test_what_cannot_be_evaluated_is_named(tmp_path: Path) -> None:
     (folder / "global_step_1" / "actor").rename(folder / "global_step_1" / "critic")
     (folder / "global_step_2" / "actor" / "model_world_size_2_rank_1.pt").unlink()
     (folder / "global_step_3" / "actor" / "huggingface" / "config.json").unlink()
-    (folder / "global_step_4" / "actor" / "lora_train_meta.json").write_text("{}")
+    (folder / "global_step_4" / "actor" / "huggingface" / "tokenizer.json").unlink()
     (folder / "train.log").write_text("")
     assert steps(folder / "*") == [("a", 5)]
     assert reasons(folder / "*") == {
         "global_step_1": "no actor/ in it (pruned)",
         "global_step_2": "incomplete shards, missing or empty: model_world_size_2_rank_1.pt",
         "global_step_3": "no config.json in actor/huggingface/",
-        "global_step_4": "a LoRA adapter, not a whole model",
+        "global_step_4": "no tokenizer in actor/huggingface/",
         "global_step_6": "newer than latest_checkpointed_iteration.txt (5): its save did not finish",
         "train.log": "a file, not a checkpoint",
     }
@@ -136,22 +137,17 @@ def test_nothing_matched_says_what_lies_there(tmp_path: Path) -> None:
         find([str(tmp_path / "notes")])
 
 
-def test_hf_problem(tmp_path: Path) -> None:
-    folder = model(tmp_path / "m")
-    assert hf_problem(folder) is None
-    (folder / "model.safetensors").write_bytes(b"")
-    assert hf_problem(folder) == "no weights (model.safetensors)"
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"x": "model-1.safetensors"}}))
-    assert hf_problem(folder) == "missing or empty: model-1.safetensors"
-    (folder / "model-1.safetensors").write_bytes(b"x")
-    assert hf_problem(folder) is None
-    index.write_text("[]")
-    assert hf_problem(folder) == "model.safetensors.index.json is damaged"
-    (folder / "config.json").write_text("{")
-    assert hf_problem(folder) == "config.json is damaged"
-
-
 def test_base_must_be_a_model(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no config\.json"):
-        hf_folder(str(tmp_path))
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(InputError, match="notes is no model: no checkpoint in it, only nothing"):
+        hf_folder(str(tmp_path / "notes"))
+    with pytest.raises(InputError, match=r"missing names nothing"):
+        hf_folder(str(tmp_path / "missing"))
+    run(tmp_path / "a", 1, 2)
+    with pytest.raises(InputError, match="names 2 checkpoints, and one is wanted"):
+        hf_folder(str(tmp_path / "a"))
+
+
+def test_a_step_can_be_the_base(tmp_path: Path) -> None:
+    folder = run(tmp_path / "a", 1, 2) / "global_step_2"
+    assert hf_folder(str(folder)) == find([str(folder)]).checkpoints[0]
