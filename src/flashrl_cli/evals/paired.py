@@ -14,6 +14,7 @@ Pair = tuple[int, int]
 """Indices of two columns."""
 ALPHA = 0.05
 RESAMPLES = 10_000
+_ROUNDING = 1e-12
 _CHUNK = 4_000_000
 """Questions drawn at a time: 32 MB."""
 
@@ -125,41 +126,57 @@ def _table(a: Any, b: Any) -> tuple[int, int, int, int]:
 def _bootstrap(columns: Sequence[Sequence[float]], pairs: Sequence[Pair]) -> list[Difference]:
     """By the largest |difference| / standard error among all pairs in each of 10,000 resamples of the questions.
 
-    That is single-step max-T (P. H. Westfall, S. S. Young, Resampling-Based Multiple Testing, 1993, 2.2): an interval excludes 0
-    where its adjusted p is below 0.05. Of d questions that differ no p is below the least of a sign-flip test, 2 / 2^d.
+    That is single-step max-T (P. H. Westfall, S. S. Young, Resampling-Based Multiple Testing, 1993, 2.2), with the tails of Student's t:
+    an interval excludes 0 where its adjusted p is below 0.05. Of d questions that differ no p is below a sign-flip test's least, 2 / 2^d.
     """
     import numpy as np
 
     shares = np.array(columns, dtype=float)
+    questions = shares.shape[1]
     drawn = _deviations(shares)
-    errors = [_error(drawn, a, b) for a, b in pairs]
+    errors = [_error(drawn, pair) for pair in pairs]
     largest = np.zeros(RESAMPLES)
-    for (a, b), error in zip(pairs, errors, strict=True):
-        np.maximum(largest, _scaled(np.abs(drawn[a] - drawn[b]), error), out=largest)
-    reach = float(np.quantile(largest, 1 - ALPHA))
+    for pair, error in zip(pairs, errors, strict=True):
+        np.maximum(largest, _scaled(drawn, pair, error), out=largest)
+    reach = _as_t(float(np.quantile(largest, 1 - ALPHA)), questions - 1)
     found = []
     for (a, b), error in zip(pairs, errors, strict=True):
         value = float(shares[a].mean() - shares[b].mean())
-        seen = float(_scaled(np.float64(abs(value)), error))
+        seen = _as_normal(abs(value) / error, questions - 1) if error else math.inf if value else 0.0
         least = 2.0 ** (1 - int((shares[a] != shares[b]).sum()))
-        alone = max(_share(_scaled(np.abs(drawn[a] - drawn[b]), error), seen), least)
+        alone = max(_share(_scaled(drawn, (a, b), error), seen), least)
         adjusted = max(_share(largest, seen), least * len(pairs))
-        half = reach * error if error else 3 / shares.shape[1]  # "rule of three": what none of n showed is below 3 / n
+        half = reach * error if error else 3 / questions  # "rule of three": what none of n showed is below 3 / n
         lo, hi = max(value - half, -1.0), min(value + half, 1.0)
         found.append(Difference(value=value, lo=lo, hi=hi, p=min(alone, 1.0), adjusted=min(adjusted, 1.0)))
     return found
 
 
-def _error(drawn: Any, a: int, b: int) -> float:
-    """Standard error of the difference of two means."""
-    return math.sqrt(float(((drawn[a] - drawn[b]) ** 2).mean()))
+def _error(drawn: Any, pair: Pair) -> float:
+    """Standard error of the difference of two means; 0 where nothing but rounding varies."""
+    error = math.sqrt(float(((drawn[pair[0]] - drawn[pair[1]]) ** 2).mean()))
+    return error if error > _ROUNDING else 0.0
 
 
-def _scaled(deviation: Any, error: float) -> Any:
-    """Deviations in standard errors; where nothing varies, 0 for none and infinity for any."""
-    import numpy as np
+def _scaled(drawn: Any, pair: Pair, error: float) -> Any:
+    """Size of each resample's deviation in standard errors; 0 where nothing varies."""
+    return abs(drawn[pair[0]] - drawn[pair[1]]) / (error or math.inf)
 
-    return deviation / error if error else np.where(deviation > 0, np.inf, 0.0)
+
+def _as_normal(t: float, freedom: int) -> float:
+    """The normal quantile with the tail of Student's `t` (M. Abramowitz, I. Stegun, 26.7.8).
+
+    An observed difference is divided by an estimated error, a resampled one by the error that it was drawn with.
+    """
+    return t * (1 - 1 / (4 * freedom)) / math.sqrt(1 + t * t / (2 * freedom))
+
+
+def _as_t(normal: float, freedom: int) -> float:
+    """What `_as_normal` makes `normal` of; infinity where nothing is that far out."""
+    if not normal:
+        return 0.0
+    rest = (1 - 1 / (4 * freedom)) ** 2 - normal * normal / (2 * freedom)
+    return normal / math.sqrt(rest) if rest > 0 else math.inf
 
 
 def _share(drawn: Any, value: float) -> float:

@@ -7,7 +7,7 @@ from itertools import groupby
 from statistics import median
 from typing import TYPE_CHECKING
 
-from flashrl_cli.evals.paired import Difference, differences
+from flashrl_cli.evals.paired import ALPHA, Difference, differences
 
 if TYPE_CHECKING:
     from flashrl_cli.evals.compare import Comparison, Entry
@@ -32,12 +32,15 @@ def on_steps(comparisons: Sequence[Comparison]) -> list[str]:
 
 def p_text(p: float) -> str:
     """A p-value as it is written in a sentence."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+    if p < 0.001:
+        return "p < 0.001"
+    digits = 2 if p >= 0.1 else 4 if round(p, 3) == ALPHA else 3  # a p below the threshold is not shown as the threshold
+    return f"p = {p:.{digits}f}"
 
 
 def points(share: float) -> str:
     """A difference in percentage points."""
-    return f"{100 * share + 0.0:.1f}"
+    return f"{round(100 * share, 1) + 0.0:.1f}"
 
 
 def understated(entries: Sequence[Entry]) -> Iterator[str]:
