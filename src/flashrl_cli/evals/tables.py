@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 Table = tuple[list[str], list[list[object]]]
 WIDTH = 100
-_GAP = 2
-"""Characters between columns."""
+_GAP = 3
+"""Characters between columns; a line begins with one."""
 _STYLES: tuple[Callable[[Row], str], ...] = (
     lambda row: f"{row.accuracy:.3f} ({row.lo:.3f}–{row.hi:.3f})",
     lambda row: f"{row.accuracy:.3f} ({row.lo:.2f}–{row.hi:.2f})",
@@ -20,9 +20,8 @@ _STYLES: tuple[Callable[[Row], str], ...] = (
 )
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(rows: Sequence[Row], datasets: Sequence[str]) -> Table:
     """Columns and cells: all that is known on one data set, or the accuracies on several beside each other."""
-    datasets = list(dict.fromkeys(row.dataset for row in rows))
     return _of_one(rows) if len(datasets) == 1 else _of_several(rows, datasets)
 
 
@@ -64,7 +63,7 @@ def _of_several(rows: Sequence[Row], datasets: Sequence[str]) -> Table:
 
 def _width(columns: Sequence[str], cells: Sequence[Sequence[object]]) -> int:
     widths = [max(len(str(cell)) for cell in column) for column in zip(columns, *cells, strict=True)]
-    return sum(widths) + _GAP * (len(widths) - 1)
+    return 1 + sum(widths) + _GAP * (len(widths) - 1)
 
 
 def _cell(name: str) -> Callable[[Row], object]:

@@ -34,7 +34,9 @@ def p_text(p: float) -> str:
     """A p-value as it is written in a sentence."""
     if p < 0.001:
         return "p < 0.001"
-    digits = 2 if p >= 0.1 else 4 if round(p, 3) == ALPHA else 3  # a p below the threshold is not shown as the threshold
+    digits = (
+        2 if p >= 0.1 else 4 if round(p, 3) == ALPHA else 3
+    )  # a p below the threshold is not shown as the threshold
     return f"p = {p:.{digits}f}"
 
 

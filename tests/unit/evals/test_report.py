@@ -77,9 +77,9 @@ def test_baseline() -> None:
     results = [evaluated(baseline, single(20, 80)), *ours((30, 60))]
     made = report(*results, baseline=baseline)
     assert [(r.run, r.step) for r in made.rows] == [("a", 0), ("a", 10), ("theirs", None)]
-    assert [(c.run, c.other, c.difference.value) for c in made.comparisons if c.against == "baseline"] == [
-        ("a", "theirs", pytest.approx(0.4))
-    ]
+    (found,) = [c for c in made.comparisons if c.against == "baseline"]
+    assert (found.run, found.other) == ("a", "theirs")
+    assert found.difference.value == pytest.approx(0.4)
 
 
 def ours(right: Sequence[int], dataset: str = "gsm8k") -> list[Evaluated]:
