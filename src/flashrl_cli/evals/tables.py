@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 Table = tuple[list[str], list[list[object]]]
 WIDTH = 100
+_NARROW = 80
+"""A table wider than this does without the name of its only run."""
 _GAP = 3
 """Characters between columns; a line begins with one."""
 _STYLES: tuple[Callable[[Row], str], ...] = (
@@ -41,6 +43,14 @@ def _of_one(rows: Sequence[Row]) -> Table:
         columns[f"maj@{most}"] = lambda row: _three(row.maj)
     columns["mean length"] = lambda row: round(row.mean_length, 1)
     columns["cut"] = lambda row: f"{row.cut_share:.0%}"
+    drawn = _drawn(columns, rows)
+    if _width(*drawn) > _NARROW and len({row.run for row in rows}) == 1:
+        del columns["run"]
+        return _drawn(columns, rows)
+    return drawn
+
+
+def _drawn(columns: Mapping[str, Callable[[Row], object]], rows: Sequence[Row]) -> Table:
     return list(columns), [[cell(row) for cell in columns.values()] for row in rows]
 
 

@@ -57,6 +57,14 @@ def test_several_samples() -> None:
     assert cells[0][4:-2] == ["1.000", "0.000"]
 
 
+def test_a_wide_table_does_without_the_name_of_its_only_run() -> None:
+    wide = [evaluated(checkpoint("grpo-int8-tis8", step), [[True, False]], flexible=True) for step in (1, 2)]
+    columns, cells = table(*wide)
+    assert columns[0] == "step"
+    assert max(map(len, drawn(columns, cells))) <= 80
+    assert table(*wide, evaluated(checkpoint("b", 1), [[True, False]], flexible=True))[0][0] == "run"
+
+
 def test_several_data_sets_stand_beside_each_other() -> None:
     columns, cells = table(*on(SETS[:2]), evaluated(checkpoint("b", 20), single(5, 5), "math500"))
     assert columns == ["run", "step", "gsm8k", "math500"]
