@@ -74,6 +74,14 @@ def test_baselines() -> None:
     assert any(s.startswith(alike) for s in told(300, 500, baseline=like))
 
 
+def test_a_beaten_baseline_is_not_within_noise() -> None:
+    """Against the baseline alone it takes less to be sure than of all pairs of steps: the two sentences must agree."""
+    run = [entry("a", 20 * n, single(right, 1000 - right)) for n, right in enumerate((300, 500, 500, 492, 500, 500))]
+    said = on_steps(compare(run, run[3]))
+    assert any(s.startswith("gsm8k: step 100 beats the baseline (step 60) by 0.8 points") for s in said)
+    assert "gsm8k: 3 steps are within noise of the best (100): 20, 40, 80" in said
+
+
 def test_few_questions() -> None:
     (said,) = [s for s in told(10, 18, questions=30) if "too few" in s]
     assert said.startswith("gsm8k: 30 questions are too few to tell a difference of 5 points: the intervals reach 1")
