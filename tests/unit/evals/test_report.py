@@ -72,6 +72,18 @@ def test_base_beside_hf_folders_is_a_row_of_its_own_and_they_are_compared_with_i
     assert made.verdicts[0].startswith("gsm8k: the model beats start step 0 by 40.0 points")
 
 
+def test_a_base_that_is_better_than_a_model() -> None:
+    base = checkpoint("start", None)
+    others = [evaluated(checkpoint(name, None), single(10, 90)) for name in ("other", "third")]
+    made = report(evaluated(base, single(50, 50)), *others, base=base)
+    assert [(c.run, c.best, c.other) for c in made.comparisons] == [
+        ("other", "start step 0", "the model"),
+        ("third", "start step 0", "the model"),
+    ]
+    assert made.verdicts[0] == "other, gsm8k: start step 0, the first, has the highest accuracy"
+    assert made.verdicts[1].startswith("other, gsm8k: start step 0 beats the model by 40.0 points")
+
+
 def test_baseline() -> None:
     baseline = checkpoint("theirs", None)
     results = [evaluated(baseline, single(20, 80)), *ours((30, 60))]
