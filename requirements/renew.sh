@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 UV=${UV:-uv}
-EXTRAS=(../pyproject.toml --extra data --extra plot)
+EXTRAS=(../pyproject.toml --extra data --extra plot --extra eval)
 
 # resolve NAME ARGUMENT…: pins NAME.txt, and fails where Python 3.12 would need another list.
 resolve() {

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flashrl_cli.evals.report import Report
     from flashrl_cli.evals.request import Request
     from flashrl_cli.evals.run import Telling
+    from flashrl_cli.evals.session import Finished
     from flashrl_cli.render.output import Output
 
 MODEL = "PATH|HUB_ID"
@@ -118,9 +119,7 @@ def evaluate(
         _evaluate(output, lookup, patterns, watch=watch, png=png)
 
 
-def _evaluate(
-    output: Output, lookup: Callable[[], Request], patterns: list[str], *, watch: bool, png: bool
-) -> None:
+def _evaluate(output: Output, lookup: Callable[[], Request], patterns: list[str], *, watch: bool, png: bool) -> None:
     from flashrl_cli.evals import session
     from flashrl_cli.render import plots
 
@@ -128,14 +127,14 @@ def _evaluate(
         plots.require("matplotlib")
     if watch:
         with _telling(output, "evaluating what is saved", None) as telling:
-            report = session.watch(lookup, patterns, telling, partial(_show_newest, output))
+            finished = session.watch(lookup, patterns, telling, partial(_show_newest, output))
     else:
         request = lookup()
         sets = ", ".join(f"{one.name} ({len(one.questions):,})" for one in request.data)
         label = f"evaluating {len(request.checkpoints)} checkpoints on {sets}"
         with _telling(output, label, request.prompts) as telling:
-            report = session.evaluate(request, telling)
-    _show(output, report, watch=watch, png=png)
+            finished = session.evaluate(request, telling)
+    _show(output, finished, watch=watch, png=png)
 
 
 @contextlib.contextmanager
@@ -155,25 +154,26 @@ def _show_newest(output: Output, report: Report) -> None:
         output.table(*report.table())
 
 
-def _show(output: Output, report: Report, *, watch: bool, png: bool) -> None:
+def _show(output: Output, finished: Finished, *, watch: bool, png: bool) -> None:
     from flashrl_cli.render import plots
 
+    report, folder = finished.report, finished.folder
     for one in report.skipped:
         output.warn(f"skipped {one.path}: {one.reason}")
     curves = [plots.Series(**curve) for curve in report.curves()]
     if png and curves:
-        plots.write_png(curves, report.folder / "eval.png", ylabel="accuracy")
+        plots.write_png(curves, folder / "eval.png", ylabel="accuracy")
     elif png:
         output.warn("no eval.png: a curve needs two steps of a run")
     if output.json_mode:
         (output.json_line if watch else output.document)(report.document())
         return
     output.table(*report.table())
-    for sentence in report.verdicts():
+    for sentence in report.verdicts:
         output.text(sentence)
     if curves and plots.installed("plotext"):
         output.text(plots.text_curve(curves, ylabel="accuracy, 95 % interval"))
-    output.say(f"written to {report.folder}; `flashrl eval show {report.folder}` reads the responses")
+    output.say(f"written to {folder}; `flashrl eval show {folder}` reads the responses")
 
 
 def _merge(output: Output, patterns: list[str], target: Path) -> None:

@@ -35,11 +35,12 @@ class Engine:
 
         Raises the error that the engine reports, or RunFailed with the end of its log if it died.
         """
+        orders, events = self._process.stdin, self._process.stdout
         with contextlib.suppress(BrokenPipeError):  # a process that died says why below
-            assert self._process.stdin is not None
-            self._process.stdin.write(order.line().encode() + b"\n")
-            self._process.stdin.flush()
-        for line in self._process.stdout or ():
+            if orders:
+                orders.write(order.line().encode() + b"\n")
+                orders.flush()
+        for line in events or ():
             event = json.loads(line)
             if event["event"] == "error":
                 raise _error(event)

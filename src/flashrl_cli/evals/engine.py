@@ -44,7 +44,6 @@ def main() -> None:
 
 def _serve(job: Job, orders: queue.SimpleQueue[str], emit: Emit) -> None:
     """Fulfil orders until stdin closes, or until one has spoilt the engine."""
-    emit("stage", text="importing vLLM")
     from flashrl_cli.evals.generate import Generator, Spoilt
 
     emit("stage", text="starting the vLLM engine")

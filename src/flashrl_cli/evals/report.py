@@ -1,154 +1,226 @@
-"""Results of an evaluation: rows, table and curves, and the files that keep them."""
+"""Results of an evaluation: rows, what they allow to be said, and the files that keep them."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import files
-from flashrl_cli.evals import stats
+from flashrl_cli.evals import responses, stats, tables, verdicts
+from flashrl_cli.evals.compare import Comparison, Entry, compare
 
 if TYPE_CHECKING:
-    from flashrl_cli.evals.request import Request
-    from flashrl_cli.evals.run import Evaluated, Outcome
+    from flashrl_cli.evals.results import Evaluated, Grade
     from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
 
-SCHEMA_VERSION = 1
-CSV_COLUMNS = ("run", "step", "accuracy", "lo", "hi", "n")
+SCHEMA_VERSION = 2
+CSV_COLUMNS = (
+    "run", "dataset", "lo", "hi", "n", "prompts", "flexible", "boxed", "maj", "mean_length", "cut_share", "problems",
+)  # fmt: skip
+"""Columns behind `step` and `score`, which come first: what reads nothing but these two goes on working."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One checkpoint's result: accuracy with its 95 % interval over `n` responses to `prompts` prompts.
+    """One checkpoint's result on one data set: accuracy with its 95 % interval over `n` responses to `prompts` prompts.
 
-    `mean_length` is in tokens, `cut_share` the share of responses that ended at the token limit.
+    `accuracy` is that of verl's scorer; `flexible` and `boxed` are those of the answer itself (None where no response has them). With
+    several responses a prompt `pass_at` (by k) and `maj` tell of them together. `mean_length` is in tokens, `cut_share` the share of
+    responses that ended at the token limit, `problems` the count of responses without a verdict.
     """
 
     run: str
     step: int | None
+    dataset: str
     accuracy: float
     lo: float
     hi: float
     n: int
     prompts: int
+    flexible: float | None
+    boxed: float | None
+    pass_at: dict[int, float]
+    maj: float | None
     mean_length: float
     cut_share: float
+    problems: int
     path: str
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """An evaluation's rows, by run and step, with what is needed to say how they came about."""
+    """An evaluation's rows by run, step and data set, comparisons of them, and what is needed to say how they came about.
+
+    `verdicts` are what the numbers allow to be said, a sentence each.
+    """
 
     rows: tuple[Row, ...]
-    outcome: Outcome
-    settings: dict[str, Any]
+    comparisons: tuple[Comparison, ...]
+    verdicts: tuple[str, ...]
+    entries: tuple[Entry, ...]
     skipped: tuple[Skipped, ...]
+    settings: dict[str, Any]
+    seconds: float
 
     @classmethod
-    def of(cls, request: Request, outcome: Outcome) -> Report:
-        """The report of `outcome`; the request's base is shown as step 0 of every run that has steps."""
-        settings = {
-            "data": [str(file) for file in request.data],
-            "prompts": len(request.questions),
-            "sampling": asdict(request.sampling),
-            "rollout": request.rollout,
-        }
-        rows = tuple(_rows(outcome.evaluated, request.base))
-        return cls(rows, outcome, settings, (*request.skipped, *outcome.skipped))
+    def of(
+        cls,
+        evaluated: Sequence[Evaluated],
+        *,
+        base: Checkpoint | None,
+        baseline: Checkpoint | None,
+        skipped: Iterable[Skipped],
+        settings: dict[str, Any],
+        seconds: float,
+    ) -> Report:
+        """The report of results; `base` is shown as step 0 of every run that has steps, `baseline` is what the best are compared with.
+
+        `settings` become part of the document as they are; `seconds` is the wall clock's.
+        """
+        entries = tuple(_entries(evaluated, base))
+        rows = tuple(map(_row, entries))
+        comparisons = tuple(_comparisons(entries, evaluated, base, baseline))
+        said = (*verdicts.on_steps(comparisons), *_understated(entries), *verdicts.without_verdict(rows))
+        return cls(rows, comparisons, said, entries, tuple(skipped), settings, seconds)
 
     def document(self) -> dict[str, Any]:
         """The whole evaluation as one JSON document."""
+        datasets = {e.result.data.name: e.result.data for e in self.entries}.values()
         return {
             "schema_version": SCHEMA_VERSION,
+            "datasets": [
+                {"name": d.name, "files": list(map(str, d.files)), "prompts": len(d.questions)} for d in datasets
+            ],
             **self.settings,
-            "engine": self.outcome.evaluated[0].holds,
+            "engine": self.entries[0].result.holds,
             "results": [asdict(row) for row in self.rows],
+            "comparisons": [comparison.document() for comparison in self.comparisons],
+            "verdicts": list(self.verdicts),
             "skipped": [{"path": str(s.path), "reason": s.reason} for s in self.skipped],
-            "wall_s": self.outcome.seconds,
+            "wall_s": self.seconds,
         }
 
     def table(self) -> tuple[list[str], list[list[object]]]:
-        """Columns and cells for people."""
-        columns = ["run", "step", "accuracy", "95 % interval", "n", "mean length", "cut"]
-        return columns, [
-            [
-                r.run,
-                r.step,
-                f"{r.accuracy:.3f}",
-                f"{r.lo:.3f} – {r.hi:.3f}",
-                r.n,
-                round(r.mean_length, 1),
-                f"{r.cut_share:.0%}",
-            ]
-            for r in self.rows
-        ]
+        """Columns and cells for people, at most 100 characters wide."""
+        return tables.table(self.rows)
 
     def curves(self) -> list[dict[str, Any]]:
-        """Accuracy by step of each run with at least two steps, as keyword arguments of `render.plots.Series`."""
+        """Accuracy by step of each run and data set with at least two steps, as keyword arguments of `render.plots.Series`."""
+        several = len({row.dataset for row in self.rows}) > 1
+        by_curve: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            if row.step is not None:
+                by_curve.setdefault((row.run, row.dataset), []).append(row)
         curves = []
-        for run, group in groupby((r for r in self.rows if r.step is not None), key=lambda r: r.run):
-            points = list(group)
+        for (run, dataset), points in by_curve.items():
             if len(points) > 1:
                 xs = [p.step for p in points]
                 ys, los, his = ([getattr(p, name) for p in points] for name in ("accuracy", "lo", "hi"))
-                curves.append({"label": run, "xs": xs, "ys": ys, "los": los, "his": his})
+                label = f"{run} {dataset}" if several else run
+                curves.append({"label": label, "xs": xs, "ys": ys, "los": los, "his": his})
         return curves
 
     def write(self, folder: Path) -> None:
-        """Write `eval.csv`, `eval.json` and `responses.jsonl` (every response with its score) to `folder`."""
+        """Write `eval.csv`, `eval.json` and `responses.parquet` (every response with its grade) to `folder`."""
+        responses.write(folder / responses.FILE, self.entries)
         files.write_text(folder / "eval.csv", _csv(self.rows))
-        files.write_text(folder / "responses.jsonl", "".join(_response_lines(self.outcome.evaluated)))
         files.write_json(folder / "eval.json", self.document())
 
 
-def _rows(evaluated: Sequence[Evaluated], base: Checkpoint | None) -> list[Row]:
+def _entries(evaluated: Sequence[Evaluated], base: Checkpoint | None) -> list[Entry]:
     runs = list(dict.fromkeys(e.checkpoint.run for e in evaluated if e.checkpoint.step is not None))
-    rows = []
+    entries = []
     for result in evaluated:
         checkpoint = result.checkpoint
         if base and checkpoint.hf == base.hf:
-            rows += [_row(result, run, 0) for run in runs or [checkpoint.run]]
+            entries += [Entry(run, 0, result) for run in runs or [checkpoint.run]]
         else:
-            rows.append(_row(result, checkpoint.run, checkpoint.step))
-    return sorted(rows, key=lambda row: (row.run, -1 if row.step is None else row.step))
+            entries.append(Entry(checkpoint.run, checkpoint.step, result))
+    order = list(dict.fromkeys(e.data.name for e in evaluated))
+    return sorted(entries, key=lambda e: (e.run, -1 if e.step is None else e.step, order.index(e.result.data.name)))
 
 
-def _row(result: Evaluated, run: str, step: int | None) -> Row:
-    responses = result.responses
-    by_prompt = [[r["correct"] for r in group] for _, group in groupby(responses, key=lambda r: r["question"])]
-    estimate = stats.accuracy(by_prompt)
+def _comparisons(
+    entries: Sequence[Entry], evaluated: Sequence[Evaluated], base: Checkpoint | None, baseline: Checkpoint | None
+) -> Iterator[Comparison]:
+    """Those of each run on each data set; a model that is no step of a run is compared with the base."""
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault((entry.run, entry.result.data.name), []).append(entry)
+    for (_, dataset), group in groups.items():
+        start, other = (_of(checkpoint, dataset, evaluated) for checkpoint in (base, baseline))
+        first = [Entry(start.checkpoint.run, 0, start)] if start and group[0].step is None else []
+        yield from compare(
+            [*first, *group], Entry(other.checkpoint.run, other.checkpoint.step, other) if other else None
+        )
+
+
+def _understated(entries: Sequence[Entry]) -> Iterator[str]:
+    by_dataset: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_dataset.setdefault(entry.result.data.name, []).append(entry)
+    for of_one in by_dataset.values():
+        yield from verdicts.understated(of_one)
+
+
+def _of(checkpoint: Checkpoint | None, dataset: str, evaluated: Sequence[Evaluated]) -> Evaluated | None:
+    if checkpoint is None:
+        return None
+    return next((e for e in evaluated if e.checkpoint.hf == checkpoint.hf and e.data.name == dataset), None)
+
+
+def _row(entry: Entry) -> Row:
+    result = entry.result
+    marks, grades, count = entry.marks, result.grades, len(result.responses)
+    estimate = stats.accuracy(marks)
+    n = min(map(len, marks))
     return Row(
-        run=run,
-        step=step,
+        run=entry.run,
+        step=entry.step,
+        dataset=result.data.name,
         accuracy=estimate.value,
         lo=estimate.lo,
         hi=estimate.hi,
-        n=len(responses),
-        prompts=len(by_prompt),
-        mean_length=sum(r["tokens"] for r in responses) / len(responses),
-        cut_share=sum(r["cut"] for r in responses) / len(responses),
+        n=count,
+        prompts=len(marks),
+        flexible=_share(grade.flexible for grade in grades),
+        boxed=_share(grade.boxed for grade in grades),
+        pass_at={k: stats.pass_at(k, marks) for k in stats.budgets(n)} if n > 1 else {},
+        maj=stats.majority(_votes(result)) if n > 1 else None,
+        mean_length=sum(r.tokens for r in result.responses) / count,
+        cut_share=sum(r.cut for r in result.responses) / count,
+        problems=sum(grade.problem is not None for grade in grades),
         path=str(result.checkpoint.hf),
         seconds=result.seconds,
     )
 
 
-def _response_lines(evaluated: Iterable[Evaluated]) -> Iterable[str]:
-    for result in evaluated:
-        where = {"run": result.checkpoint.run, "step": result.checkpoint.step}
-        yield from (json.dumps({**where, **r}, ensure_ascii=False) + "\n" for r in result.responses)
+def _share(marks: Iterable[bool | None]) -> float | None:
+    known = [mark for mark in marks if mark is not None]
+    return sum(known) / len(known) if known else None
 
 
-def _csv(rows: Iterable[Row]) -> str:
+def _votes(result: Evaluated) -> list[list[tuple[str | None, bool]]]:
+    graded = zip(result.responses, result.grades, strict=True)
+    return [[(g.prediction, _right(g)) for _, g in group] for _, group in groupby(graded, key=lambda p: p[0].question)]
+
+
+def _right(grade: Grade) -> bool:
+    return grade.correct if grade.flexible is None else grade.flexible
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    budgets = sorted({k for row in rows for k in row.pass_at})
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    writer.writerows([getattr(row, name) for name in CSV_COLUMNS] for row in rows)
+    writer.writerow(["step", "score", *CSV_COLUMNS, *(f"pass@{k}" for k in budgets)])
+    for row in rows:
+        shares = [row.pass_at.get(k) for k in budgets]
+        writer.writerow([row.step, row.accuracy, *(getattr(row, name) for name in CSV_COLUMNS), *shares])
     return stream.getvalue()

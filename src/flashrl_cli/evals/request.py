@@ -60,11 +60,7 @@ class Request:
 
     def settings(self) -> dict[str, Any]:
         """How it was asked, as plain data."""
-        return {
-            "data": [{"name": d.name, "file": str(d.files[0]), "prompts": len(d.questions)} for d in self.data],
-            "sampling": asdict(self.sampling),
-            "rollout": self.engine.rollout,
-        }
+        return {"sampling": asdict(self.sampling), "rollout": self.engine.rollout}
 
 
 def plan(

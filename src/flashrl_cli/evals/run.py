@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from flashrl_cli.evals import answers, child
 from flashrl_cli.evals.job import Job, Order
@@ -77,7 +77,7 @@ class _Running:
 class Evaluation:
     """Work on units, with an engine that stays up between them; use it as a context.
 
-    `results` and `skipped` grow as units are finished.
+    `graders` is called when there is something to do, and starts them then. `results` and `skipped` grow as units are finished.
     """
 
     store: Store
@@ -85,7 +85,7 @@ class Evaluation:
     sampling: Sampling
     engine: EngineSettings
     log: Path
-    grader: Grader
+    graders: Callable[[], Grader]
     telling: Telling
     devices: str | None = None
     results: dict[str, Evaluated] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class Evaluation:
     _grading: list[Future[None]] = field(default_factory=list)
     _claims: set[FileLock] = field(default_factory=set)
 
-    def __enter__(self) -> Evaluation:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -109,7 +109,8 @@ class Evaluation:
 
         Raises RunFailed if an engine died.
         """
-        left = [unit for unit in units if not self._take(unit)]
+        different = {unit.key: unit for unit in units}.values()
+        left = [unit for unit in different if not self._take(unit)]
         elsewhere = [unit for unit in left if not self._try(unit)]
         if elsewhere:
             self.telling.say(f"waiting for another evaluation: {_names(elsewhere)}")
@@ -179,7 +180,7 @@ class Evaluation:
         """Grade what was answered, and keep it (in a thread of its own, while the engine goes on)."""
         found = answers.read(self.store.answers(unit))
         responses = tuple(sample for number in sorted(found) for sample in found[number])
-        grades = tuple(self.grader.grade(unit.data.questions, responses))
+        grades = tuple(self.graders().grade(unit.data.questions, responses))
         evaluated = Evaluated(
             checkpoint=unit.checkpoint, data=unit.data, responses=responses, grades=grades, holds=holds, seconds=seconds
         )
@@ -210,6 +211,7 @@ class Evaluation:
         return self._up.engine
 
     def _start(self, checkpoint: Checkpoint, wanted: str) -> _Running:
+        self.graders()
         with contextlib.ExitStack() as stack:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flashrl-eval-")))
             job = Job(

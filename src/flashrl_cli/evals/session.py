@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashrl_cli.errors import NothingMatched
 from flashrl_cli.evals import devices
+from flashrl_cli.evals.grade import check_sources
 from flashrl_cli.evals.pool import Graders
 from flashrl_cli.evals.report import Report
 from flashrl_cli.evals.run import Evaluation, Telling
@@ -22,9 +25,19 @@ from flashrl_cli.runs.checkpoints import Skipped, nothing
 if TYPE_CHECKING:
     from flashrl_cli.evals.request import Request
 
+_MOST_GRADERS = 8
 
-def evaluate(request: Request, telling: Telling) -> Report:
-    """Evaluate what the request names; the report is written to its folder.
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A report, and the folder that it was written to."""
+
+    report: Report
+    folder: Path
+
+
+def evaluate(request: Request, telling: Telling) -> Finished:
+    """Evaluate what the request names, and write the report to its folder.
 
     Raises NothingMatched if no checkpoint could be read, RunFailed if an engine died.
     """
@@ -34,48 +47,60 @@ def evaluate(request: Request, telling: Telling) -> Report:
 
 def watch(
     lookup: Callable[[], Request], patterns: Sequence[str], telling: Telling, show: Callable[[Report], None]
-) -> Report:
+) -> Finished:
     """Evaluate what is there and whatever the runs behind `patterns` save, until they end; `show` gets each new report.
 
     Raises what `evaluate` does, NothingMatched only once no run is left that could save something.
     """
+    request: Request | None = None
+    evaluation: Evaluation | None = None
+    finished: Finished | None = None
     with contextlib.ExitStack() as stack:
-        request, evaluation, report = None, None, None
         for goes_on in looks(patterns, telling.say):
+            before = len(evaluation.results) if evaluation else 0
             try:
                 request = request.again() if request else lookup()
                 evaluation = evaluation or stack.enter_context(_opened(request, telling))
-                before = len(evaluation.results)
-                report = _look(request, evaluation)
+                finished = _look(request, evaluation)
             except NothingMatched:
-                if not goes_on:
+                if not goes_on and finished is None:
                     raise
             else:
                 if goes_on and len(evaluation.results) > before:
-                    show(report)
-        assert report is not None
-        return report
+                    show(finished.report)
+    if finished is None:
+        raise nothing(patterns, ())
+    return finished
 
 
 @contextlib.contextmanager
 def _opened(request: Request, telling: Telling) -> Iterator[Evaluation]:
-    """An evaluation with its graders at work, and nothing of either running afterwards."""
-    questions = [question for one in request.data for question in one.questions]
+    """An evaluation, and nothing of its engine and graders running afterwards.
+
+    Raises InputError for questions that nothing can grade, before anything is generated.
+    """
+    check_sources(question for one in request.data for question in one.questions)
     request.folder.mkdir(parents=True, exist_ok=True)
-    with Graders() as graders, _log(request.folder) as log:
-        graders.check(questions)
-        engine, visible = devices.choose(request.engine)
-        with Evaluation(
-            store=Store(request.units),
-            data=request.data,
-            sampling=request.sampling,
-            engine=engine,
-            log=log,
-            grader=graders,
-            telling=telling,
-            devices=visible,
-        ) as evaluation:
-            yield evaluation
+    engine, visible = devices.choose(request.engine)
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(_log(request.folder))
+        yield stack.enter_context(
+            Evaluation(
+                store=Store(request.units),
+                data=request.data,
+                sampling=request.sampling,
+                engine=engine,
+                log=log,
+                graders=functools.cache(lambda: stack.enter_context(Graders(workers=_workers()))),
+                telling=telling,
+                devices=visible,
+            )
+        )
+
+
+def _workers() -> int:
+    """Graders are few: they work while responses are generated, and a response takes them less than a millisecond."""
+    return max(1, min(_MOST_GRADERS, (os.cpu_count() or 1) // 2))
 
 
 @contextlib.contextmanager
@@ -93,7 +118,7 @@ def _log(folder: Path) -> Iterator[Path]:
         yield folder / f"engine-{os.getpid()}.log"
 
 
-def _look(request: Request, evaluation: Evaluation) -> Report:
+def _look(request: Request, evaluation: Evaluation) -> Finished:
     started = time.perf_counter()
     found = list(units(request.checkpoints, request.data, sampling=request.sampling, engine=request.engine))
     readable = [one for one in found if isinstance(one, Unit)]
@@ -117,4 +142,4 @@ def _look(request: Request, evaluation: Evaluation) -> Report:
         seconds=round(time.perf_counter() - started, 2),
     )
     report.write(request.folder)
-    return report
+    return Finished(report, request.folder)

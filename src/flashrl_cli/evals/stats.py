@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,3 +49,34 @@ def _effective_trials(correct: Sequence[Sequence[bool]], p: float, total: int) -
         return prompts
     between = sum((sum(samples) / len(samples) - p) ** 2 for samples in correct) / (prompts - 1)
     return min(max(p * (1 - p) * prompts / between, prompts), total) if between else total
+
+
+def budgets(n: int) -> list[int]:
+    """The k of pass@k that `n` responses to each question can tell: 1, 2, 4, … and `n` itself."""
+    return [*(1 << power for power in range((n - 1).bit_length())), n]
+
+
+def pass_at(k: int, correct: Sequence[Sequence[bool]]) -> float:
+    """Share of questions of which at least one of `k` responses is right, without bias; `correct[prompt][sample]`.
+
+    From n ≥ k responses, c of them right: the mean of 1 - C(n-c, k) / C(n, k) (M. Chen et al., arXiv 2107.03374, eq. 1).
+    """
+    missed = (math.comb(len(samples) - sum(samples), k) / math.comb(len(samples), k) for samples in correct)
+    return 1 - sum(missed) / len(correct)
+
+
+def majority(votes: Sequence[Sequence[tuple[str | None, bool]]]) -> float:
+    """Share of questions whose most frequent answer is right (maj@n); `votes[prompt][sample]` is an answer and whether it is right.
+
+    None does not vote, and without a vote a question counts as wrong. Among answers that are equally frequent one is drawn:
+    the question counts by the share of right ones.
+    """
+    return sum(map(_elected, votes)) / len(votes)
+
+
+def _elected(votes: Sequence[tuple[str | None, bool]]) -> float:
+    counts = Counter(answer for answer, _ in votes if answer is not None)
+    most = max(counts.values(), default=0)
+    right = {answer for answer, is_right in votes if is_right}
+    tied = [answer for answer, count in counts.items() if count == most]
+    return sum(answer in right for answer in tied) / len(tied) if tied else 0.0

@@ -28,7 +28,9 @@ class DiskRefitExtension:
         tensors = Weights.of(source).tensors()
         begun = False
         try:
-            first = next(tensors)  # opens all files: most that is wrong with them shows here, before the engine is touched
+            first = next(
+                tensors
+            )  # opens all files: most that is wrong with them shows here, before the engine is touched
             begun = True
             return self._refit(itertools.chain([first], tensors))
         except Unreadable as error:

@@ -66,13 +66,14 @@ def evaluated(run_checkpoints: Path, steps: Mapping[int, Saved]) -> dict[int, fl
 
 
 def _rows(file: Path, run_checkpoints: Path) -> Iterator[tuple[int, float]]:
-    """Step and accuracy of an evaluation's rows that belong to the run."""
+    """Step and accuracy of an evaluation's rows that belong to the run, on the first of its data sets."""
     try:
         results: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["results"]
         for row in results:
-            if row["step"] is not None and _is_of(Path(row["path"]), run_checkpoints, row["step"]):
+            first = row.get("dataset") == results[0].get("dataset")
+            if first and row["step"] is not None and _is_of(Path(row["path"]), run_checkpoints, row["step"]):
                 yield int(row["step"]), float(row["accuracy"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is no evaluation: {error}", hint="move it away, or evaluate again") from None
 
 

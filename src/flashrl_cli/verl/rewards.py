@@ -5,9 +5,10 @@ A row with another value passes every check until the first training step, and e
 
 from __future__ import annotations
 
-NAMES = frozenset(
+NUMBERS = frozenset({"openai/gsm8k"})
+"""Graded by a number alone."""
+MATH = frozenset(
     {
-        "openai/gsm8k",
         "lighteval/MATH",
         "DigitalLearningGmbH/MATH-lighteval",
         "HuggingFaceH4/MATH-500",
@@ -20,6 +21,13 @@ NAMES = frozenset(
         "numina_synthetic_amc",
         "numina_cn_k12",
         "numina_olympiads",
+    }
+)
+"""Graded by a formula, mostly in a box; so is whatever begins with one of PREFIXES."""
+NAMES = (
+    NUMBERS
+    | MATH
+    | {
         "codecontests",
         "apps",
         "codeforces",
@@ -40,3 +48,13 @@ PREFIXES = ("aime",)
 def is_scored(data_source: str) -> bool:
     """Whether verl 0.9.1 has a reward for `data_source` (verl/utils/reward_score/__init__.py:44-107)."""
     return data_source in NAMES or data_source.startswith(PREFIXES)
+
+
+def is_number(data_source: str) -> bool:
+    """Whether the ground truth of `data_source` is a number."""
+    return data_source in NUMBERS
+
+
+def is_math(data_source: str) -> bool:
+    """Whether the ground truth of `data_source` is a formula."""
+    return data_source in MATH or data_source.startswith(PREFIXES)

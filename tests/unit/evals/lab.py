@@ -33,7 +33,9 @@ def checkpoint(folder: Path, step: int | None, **config: Any) -> Checkpoint:
 
 def data(name: str = "sums", questions: int = 3) -> DataSet:
     """A data set with that many questions, each of its own."""
-    made = [Question([{"role": "user", "content": f"{name} {i}?"}], "openai/gsm8k", str(i), None) for i in range(questions)]
+    made = [
+        Question([{"role": "user", "content": f"{name} {i}?"}], "openai/gsm8k", str(i), None) for i in range(questions)
+    ]
     return DataSet(name=name, files=(Path(f"/data/{name}/test.parquet"),), questions=tuple(made))
 
 

@@ -91,7 +91,9 @@ def test_named_data_sets_and_files(tmp_path: Path) -> None:
 
 
 def test_names_that_are_alike_get_longer(tmp_path: Path) -> None:
-    files = [write(tmp_path / folder / f"{name}.parquet", [ROW]) for folder, name in (("a", "x"), ("b", "x"), ("b", "y"))]
+    files = [
+        write(tmp_path / folder / f"{name}.parquet", [ROW]) for folder, name in (("a", "x"), ("b", "x"), ("b", "y"))
+    ]
     found = questions.choose(",".join(map(str, files)), [], None)
     assert [one.name for one in found] == ["a/x", "b/x", "y"]
 

@@ -83,6 +83,5 @@ def test_looking_again_finds_what_is_new(tmp_path: Path, data: Path) -> None:
 
 def test_settings_as_data(tmp_path: Path, data: Path) -> None:
     found = ask(data, model(tmp_path / "hf"), limit=2).settings()
-    assert found["data"] == [{"name": tmp_path.name, "file": str(data), "prompts": 2}]
     assert found["rollout"] == "int8"
     assert found["sampling"]["temperature"] == 0.0

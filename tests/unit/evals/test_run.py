@@ -38,7 +38,7 @@ def evaluation(folder: Path, sets: list[DataSet], told: Told) -> Evaluation:
         sampling=SAMPLING,
         engine=ENGINE,
         log=folder / "log",
-        grader=AllRight(),
+        graders=AllRight,
         telling=told.telling,
     )
 
@@ -93,13 +93,13 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path, engines: Engines) -> No
 def test_what_cannot_be_read_is_skipped_with_all_its_data_sets(tmp_path: Path, engines: Engines) -> None:
     def refuse_first(job: Job, order: Order) -> Any:
         if order.weights.hf.name == "1":
-            yield {"event": "skipped", "reason": "torn", "ends": ends}
+            yield {"event": "skipped", "reason": "torn", "ends": order.weights.hf.parent.name == "spoilt"}
         else:
             yield from answer(job, order)
 
     engines.script = refuse_first
-    for number, ends in enumerate((False, True)):
-        folder = tmp_path / str(number)
+    for name in ("intact", "spoilt"):
+        folder = tmp_path / name
         checkpoints = [checkpoint(folder, 1), checkpoint(folder, 2)]
         done, wanted, told = work(folder, checkpoints, [data("sums", 3), data("products", 2)])
         assert [s.reason for s in done.skipped.values()] == ["torn"]
@@ -128,12 +128,11 @@ def test_two_at_once_share_the_work(tmp_path: Path, engines: Engines) -> None:
     """What another evaluation holds comes last, and is taken from it when it is finished."""
     checkpoints, sets = [checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)], [data()]
     held, _ = asked(checkpoints, sets)
-    store = Store(tmp_path / "kept")
-    lock = store.claim(held)
-    assert lock
-    told = Told()
+    told, claimed = Told(), threading.Event()
 
     def finish_elsewhere() -> None:
+        lock = Store(tmp_path / "kept").claim(held)
+        claimed.set()
         while not any("waiting for another evaluation: a step 1, sums" in text for text in told.said):
             time.sleep(0.01)
         with evaluation(tmp_path, sets, Told()) as other:
@@ -142,11 +141,18 @@ def test_two_at_once_share_the_work(tmp_path: Path, engines: Engines) -> None:
 
     thread = threading.Thread(target=finish_elsewhere)
     thread.start()
+    assert claimed.wait(5)
     with evaluation(tmp_path, sets, told) as one:
         one.work(asked(checkpoints, sets))
     thread.join()
     assert [order.weights.hf.name for order in engines.orders] == ["2", "1"]
     assert len(one.results) == 2
+
+
+def test_the_same_weights_twice_are_one_unit(tmp_path: Path, engines: Engines) -> None:
+    one, sets = checkpoint(tmp_path, 1), [data()]
+    done, _, _ = work(tmp_path, [one, one], sets)
+    assert len(engines.orders) == len(done.results) == 1
 
 
 def test_what_was_claimed_is_let_go(tmp_path: Path, engines: Engines) -> None:

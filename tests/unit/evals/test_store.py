@@ -16,9 +16,7 @@ from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
 from tests.unit.evals.lab import ENGINE, SAMPLING, checkpoint, data, evaluated
 
 
-def unit(
-    one: Checkpoint, asked: DataSet, *, sampling: Sampling = SAMPLING, engine: EngineSettings = ENGINE
-) -> Unit:
+def unit(one: Checkpoint, asked: DataSet, *, sampling: Sampling = SAMPLING, engine: EngineSettings = ENGINE) -> Unit:
     (found,) = units([one], [asked], sampling=sampling, engine=engine)
     assert isinstance(found, Unit)
     return found

@@ -1,0 +1,186 @@
+"""`flashrl eval show`: responses of an evaluation, for reading."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flashrl_cli.cli.options import Json
+from flashrl_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from flashrl_cli.evals.examples import Changed, View
+    from flashrl_cli.render.output import Output
+
+SCHEMA_VERSION = 1
+_WIDEST = 100
+
+
+def show(
+    where: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="FOLDER",
+            help="An evaluation's folder, a run's checkpoints, or a responses.parquet.",
+            show_default="the newest under the checkpoints",
+        ),
+    ] = None,
+    *,
+    worst: Annotated[bool, typer.Option("--worst", help="Questions that fewest responses get right.")] = False,
+    changed: Annotated[
+        tuple[int, int] | None,
+        typer.Option(metavar="A B", help="Questions right at step A and wrong at step B, and the other way."),
+    ] = None,
+    question: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="All responses to question number N.")
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(help="The step for --worst and --question.", show_default="the best; all")
+    ] = None,
+    run: Annotated[str | None, typer.Option(help="Name of the run.", show_default="the one with most steps")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Name of the data set.", show_default="the first")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Questions to show, of each kind.")] = 10,
+    full: Annotated[bool, typer.Option("--full", help="Do not leave out the middle of long texts.")] = False,
+    json: Json = False,
+) -> None:
+    """Read responses of an evaluation.
+
+    Without an option: what is there, and the questions that changed from the first step to the best.
+
+    flashrl eval show --worst --limit 3
+
+    flashrl eval show checkpoints/flashrl/tiny --changed 20 40
+    """
+    from flashrl_cli.evals import examples
+    from flashrl_cli.render.output import Output
+
+    if sum((worst, changed is not None, question is not None)) > 1:
+        raise InputError("--worst, --changed and --question are three views", hint="give one of them")
+    if step is not None and not (worst or question is not None):
+        raise InputError("--step goes with --worst or --question", hint="--changed names both steps")
+    seen = examples.view(examples.find(where), run, dataset)
+    at = None if step is None else seen.checked(step)
+    if worst:
+        found = _worst(seen, seen.best if at is None else at, limit)
+    elif question is not None:
+        steps = list(seen.marks) if at is None else [at]
+        found = {"view": "question", "questions": examples.questions(seen, [question], steps, telling=False)}
+    elif changed:
+        found = _changed(seen, examples.changed(seen, *map(seen.checked, changed)), limit)
+    elif seen.first != seen.best:
+        found = _changed(seen, examples.changed(seen, seen.first, seen.best), limit)
+    else:
+        found = {"view": "summary"}
+    output = Output(json_mode=json)
+    if json:
+        output.document({"schema_version": SCHEMA_VERSION, **_summary(seen), **found})
+    else:
+        _print(output, seen, found, full=full, steps=not (worst or changed or question is not None))
+
+
+def _worst(seen: View, step: int | None, limit: int) -> dict[str, Any]:
+    from flashrl_cli.evals import examples
+
+    numbers = examples.worst(seen, step)
+    shown = examples.questions(seen, numbers[:limit], [step], telling=True)
+    return {"view": "worst", "step": step, "wrong": len(numbers), "questions": shown}
+
+
+def _changed(seen: View, what: Changed, limit: int) -> dict[str, Any]:
+    from flashrl_cli.evals import examples
+
+    steps = [what.before, what.after]
+    return {
+        "view": "changed",
+        "before": what.before,
+        "after": what.after,
+        "counts": {"gained": len(what.gained), "lost": len(what.lost), "same": what.same},
+        "p": what.p,
+        "gained": examples.questions(seen, what.gained[:limit], steps, telling=True),
+        "lost": examples.questions(seen, what.lost[:limit], steps, telling=True),
+    }
+
+
+def _summary(seen: View) -> dict[str, Any]:
+    steps = [
+        {
+            "step": step,
+            "accuracy": seen.accuracy(step),
+            "right": sum(map(sum, marks.values())),
+            "responses": sum(map(len, marks.values())),
+            "cut": seen.cut[step],
+        }
+        for step, marks in seen.marks.items()
+    ]
+    return {
+        "file": str(seen.file),
+        "run": seen.run,
+        "runs": list(seen.runs),
+        "dataset": seen.dataset,
+        "datasets": list(seen.datasets),
+        "steps": steps,
+    }
+
+
+def _print(output: Output, seen: View, found: dict[str, Any], *, full: bool, steps: bool) -> None:
+    output.say(f"{seen.file}")
+    output.text(f"{seen.run} on {seen.dataset}{_others(seen)}")
+    if steps:
+        rows = [
+            [s["step"], f"{s['accuracy']:.3f}", s["right"], s["responses"], s["cut"]] for s in _summary(seen)["steps"]
+        ]
+        output.table(["step", "accuracy", "right", "responses", "cut"], rows)
+    for heading, questions in _sections(seen, found):
+        if heading:
+            output.text(f"\n{heading}")
+        _print_questions(output, questions, full=full)
+
+
+def _sections(seen: View, found: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Headings with the questions below them."""
+    match found["view"]:
+        case "worst":
+            count, total = found["wrong"], len(seen.marks[found["step"]])
+            heading = f"Of {total:,} questions {count:,} are not always answered right{_at(found['step'])}."
+            return [(f"{heading} The hardest {len(found['questions'])}:", found["questions"])]
+        case "changed":
+            return _changed_sections(found)
+        case "question":
+            return [("", found["questions"])]
+    return [("No later step has a higher accuracy than the first.", [])] if len(seen.marks) > 1 else []
+
+
+def _changed_sections(found: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    from flashrl_cli.evals.verdicts import p_text
+
+    counts, before, after = found["counts"], found["before"], found["after"]
+    head = f"From step {before} to step {after}: {counts['gained']:,} questions gained, {counts['lost']:,} lost, "
+    head += f"{counts['same']:,} as before ({p_text(found['p'])} for these two steps alone)."
+    sections: list[tuple[str, list[dict[str, Any]]]] = [(head, [])]
+    for kind, meaning in (("gained", "answered right more often"), ("lost", "answered right less often")):
+        if found[kind]:
+            shown = f", {len(found[kind])} of {counts[kind]:,}" if len(found[kind]) < counts[kind] else ""
+            sections.append((f"{kind.upper()} ({meaning} at step {after}{shown})", found[kind]))
+    return sections
+
+
+def _print_questions(output: Output, questions: list[dict[str, Any]], *, full: bool) -> None:
+    from flashrl_cli.render.examples import question_lines
+
+    width = min(shutil.get_terminal_size().columns, _WIDEST)
+    for question in questions:
+        output.text("")
+        for line in question_lines(question, width=width, full=full):
+            output.text(line)
+
+
+def _others(seen: View) -> str:
+    runs = f"; --run has {len(seen.runs)}: {', '.join(seen.runs)}" if len(seen.runs) > 1 else ""
+    datasets = f"; --dataset has {len(seen.datasets)}: {', '.join(seen.datasets)}" if len(seen.datasets) > 1 else ""
+    return runs + datasets
+
+
+def _at(step: int | None) -> str:
+    return "" if step is None else f" at step {step}"

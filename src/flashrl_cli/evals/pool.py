@@ -1,0 +1,172 @@
+"""Graders: processes beside the command line in which verl and math-verify judge responses while others are generated.
+
+A response can hang what grades it: `10^{10^{10}}` in a box, or a regular expression in C code, where no signal helps. It costs its
+process and 10 s of one grader, and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import math
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
+from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING, Any, Self, TypeVar, TypeVarTuple
+
+from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
+from flashrl_cli.evals import grade, grader
+from flashrl_cli.verl import rewards
+
+if TYPE_CHECKING:
+    from pebble import ProcessPool
+
+    from flashrl_cli.evals.questions import Question
+    from flashrl_cli.evals.results import Grade, Response
+
+R = TypeVar("R")
+A = TypeVarTuple("A")
+
+_PACKAGES = ("pebble", "math_verify", "verl")
+_SERVER = "flashrl_cli.evals.grader_server"
+_CHUNK = 32
+"""Responses in one message to a grader; also how many are graded again, one by one, for one that hangs."""
+_TRIES = 3
+
+
+class Graders:
+    """`workers` processes that grade, from entering to leaving; they start in the background and are ready after some 7 s.
+
+    Raises EnvironmentNotReady if a package for it is missing. All methods may be called from any thread.
+    """
+
+    def __init__(self, *, workers: int) -> None:
+        for package in _PACKAGES:
+            if importlib.util.find_spec(package) is None:
+                raise EnvironmentNotReady(f"{package} is not installed", hint="pip install 'flashrl-cli[eval]' verl")
+        self._workers = workers
+        self._lock = threading.Lock()
+        self._closed = False
+        self._waiting: set[Future[Any]] = set()
+        self._pool = self._new_pool()
+        self._starting = threading.Thread(target=self._start, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._starting.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End all graders. Those that still import are not waited for: they end as soon as they have, or with this process."""
+        self._closed = True
+        ending = threading.Thread(target=self._end, daemon=True)
+        ending.start()
+        if not self._starting.is_alive():
+            ending.join()
+
+    def check(self, questions: Sequence[Question]) -> None:
+        """Raise InputError if verl has no scorer for a data source of `questions`: before anything is generated."""
+        for source in sorted({question.data_source for question in questions}):
+            if not rewards.is_scored(source):
+                raise InputError(f"verl has no scorer for data_source {source!r}", hint="see flashrl prepare --help")
+
+    def grade(self, questions: Sequence[Question], responses: Sequence[Response]) -> list[Grade]:
+        """One grade for each of `responses`, in their order; waits for them.
+
+        Raises EnvironmentNotReady if a scorer lacks a library, RunFailed if graders die over and over, CancelledError if they
+        are ended meanwhile.
+        """
+        work = [(questions[response.question], response.response) for response in responses]
+        size = max(1, min(_CHUNK, math.ceil(len(work) / self._workers)))
+        chunks = [work[first : first + size] for first in range(0, len(work), size)]
+        outcomes = self._outcomes(grade.grade_all, [(chunk,) for chunk in chunks])
+        found = [
+            self._singly(chunk) if isinstance(outcome, Exception) else outcome
+            for chunk, outcome in zip(chunks, outcomes, strict=True)
+        ]
+        return list(itertools.chain.from_iterable(found))
+
+    def _singly(self, chunk: Sequence[tuple[Question, str]]) -> list[Grade]:
+        """Grades of a chunk that one of its responses has spoilt: verl's verdict must not be lost with the other."""
+        verdicts, readings = self._outcomes(grade.judge, chunk), self._outcomes(grade.read, chunk)
+        return [
+            grade.joined(
+                grade.Verdict(problem=_why(verdict)) if isinstance(verdict, Exception) else verdict,
+                grade.unread(*one, _why(reading)) if isinstance(reading, Exception) else reading,
+            )
+            for one, verdict, reading in zip(chunk, verdicts, readings, strict=True)
+        ]
+
+    def _outcomes(self, function: Callable[[*A], R], calls: Sequence[tuple[*A]]) -> list[R | Exception]:
+        """What `function` returns for each of `calls`, or the exception that tells why its grader was ended."""
+        found: list[R | Exception] = []
+        futures = [self._schedule(function, call) for call in calls]
+        for future, call in zip(futures, calls, strict=True):
+            outcome = self._outcome(future, function, call)
+            found.append(outcome)
+        return found
+
+    def _outcome(self, future: Future[R], function: Callable[[*A], R], call: tuple[*A]) -> R | Exception:
+        from pebble import ProcessExpired
+
+        for _ in range(_TRIES):
+            try:
+                return future.result()
+            except BrokenProcessPool:
+                future = self._schedule(function, call)
+            except (TimeoutError, ProcessExpired) as error:
+                return error
+            except ImportError as error:
+                raise EnvironmentNotReady(f"responses cannot be graded: {error}", hint="flashrl doctor") from error
+        raise RunFailed(f"the graders died {_TRIES} times", hint="with less memory in use? see flashrl doctor")
+
+    def _schedule(self, function: Callable[[*A], R], call: tuple[*A]) -> Future[R]:
+        """Queue a call; where all graders are gone, there are new ones first."""
+        with self._lock:
+            if self._closed:
+                raise CancelledError
+            try:
+                future = self._ask(function, call)
+            except RuntimeError:  # pebble gives up a pool when a grader dies that had nothing to do
+                threading.Thread(target=_stop, args=(self._pool,), daemon=True).start()
+                self._pool = self._new_pool()
+                future = self._ask(function, call)
+            self._waiting.add(future)
+        future.add_done_callback(self._waiting.discard)
+        return future
+
+    def _ask(self, function: Callable[[*A], R], call: tuple[*A]) -> Future[R]:
+        return self._pool.schedule(grader.run, args=(function, *call), timeout=grader.LIMIT_S)
+
+    def _new_pool(self) -> ProcessPool:
+        from pebble import ProcessPool
+
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([_SERVER])
+        return ProcessPool(self._workers, initializer=grader.begin, context=context)
+
+    def _start(self) -> None:
+        with contextlib.suppress(RuntimeError):  # then the first call starts them, or tells why not
+            self._pool.active  # noqa: B018  (asking starts a pool)
+
+    def _end(self) -> None:
+        with self._lock:
+            for future in tuple(self._waiting):
+                future.cancel()
+            _stop(self._pool)
+
+
+def _stop(pool: ProcessPool) -> None:
+    pool.stop()  # type: ignore[no-untyped-call]
+    pool.join()
+
+
+def _why(lost: Exception) -> str:
+    if isinstance(lost, TimeoutError):
+        return f"grading took longer than {grader.LIMIT_S:g} s"
+    code = getattr(lost, "exitcode", None)
+    how = signal.Signals(-code).name if isinstance(code, int) and code < 0 else f"code {code}"
+    return f"its grader ended with {how}: was memory short?"

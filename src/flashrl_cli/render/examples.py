@@ -1,0 +1,94 @@
+"""Questions with their responses as plain text: nothing in a response can change the terminal or pass for markup."""
+
+from __future__ import annotations
+
+import textwrap
+import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_KEPT = 400
+"""Characters at each end of a text that is shortened: answers stand at the end."""
+_INDENT = "    "
+_TAB = 4
+_BRIEF = 200
+"""Characters of a truth, an answer or a problem that are shown."""
+
+
+def question_lines(question: Mapping[str, Any], *, width: int, full: bool) -> Iterator[str]:
+    """Lines of one question with its responses, `width` columns wide; long texts lose their middle unless `full`."""
+    score = "; ".join(f"{_step(one['step'])} {_of(one['right'], one['of'])}" for one in question["right"])
+    samples = {one["step"]: one["of"] for one in question["right"]}
+    yield from _wrapped(f"── question {question['question']}: {score}", width)
+    yield from _body(question["prompt"], width, full=full)
+    yield from _wrapped(f"truth: {_brief(question['ground_truth'])}", width)
+    for response in question["responses"]:
+        yield ""
+        yield from _wrapped(_heading(response, samples[response["step"]]), width)
+        yield from _body(response["response"], width, full=full)
+
+
+def safe(text: str) -> str:
+    """`text` with line ends and printable characters alone; what else there is stands as its escape sequence."""
+    plain = text.replace("\r\n", "\n").expandtabs(_TAB)
+    return "".join(map(_printable, plain))
+
+
+def shortened(text: str) -> str:
+    """`text` without its middle, if that is long, and with what was left out."""
+    left_out = len(text) - 2 * _KEPT
+    if left_out <= _KEPT // 4:
+        return text
+    return f"{text[:_KEPT]}\n[… {left_out:,} characters; --full shows them …]\n{text[-_KEPT:]}"
+
+
+def _heading(response: Mapping[str, Any], samples: int) -> str:
+    """Where a response comes from and how it was judged."""
+    where = _step(response["step"]) + (f", sample {response['sample']}" if samples > 1 else "")
+    parts = [f"{where}: {_mark(response['correct'])}"]
+    parts += [
+        f"{name} {_mark(response[name])}"
+        for name in ("flexible", "boxed")
+        if response[name] not in {None, response["correct"]}
+    ]
+    prediction = response["prediction"]
+    parts.append("no answer found" if prediction is None else f"answer {_brief(prediction)}")
+    parts.append(f"{response['tokens']:,} tokens{', cut at the limit' if response['cut'] else ''}")
+    parts += [f"no verdict: {_brief(response['problem'])}"] if response["problem"] else []
+    return " · ".join(parts)
+
+
+def _brief(text: str) -> str:
+    """`text` on one line, without its end if it is long."""
+    line = " ".join(safe(text).split())
+    return line if len(line) <= _BRIEF else f"{line[:_BRIEF]}…"
+
+
+def _body(text: str, width: int, *, full: bool) -> Iterator[str]:
+    for line in safe(text if full else shortened(text)).strip("\n").split("\n"):
+        indent = _INDENT + line[: len(line) - len(line.lstrip())][: width // 4]
+        yield from textwrap.wrap(
+            line.strip(), width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        ) or [""]
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, subsequent_indent=_INDENT)
+
+
+def _printable(character: str) -> str:
+    if character == "\n" or character.isprintable():
+        return character
+    return " " if unicodedata.category(character) == "Zs" else character.encode("unicode_escape").decode("ascii")
+
+
+def _mark(right: bool) -> str:
+    return "right" if right else "wrong"
+
+
+def _of(right: int, count: int) -> str:
+    return _mark(right > 0) if count == 1 else f"{right} of {count} right"
+
+
+def _step(step: int | None) -> str:
+    return "the model" if step is None else f"step {step}"

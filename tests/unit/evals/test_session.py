@@ -1,0 +1,176 @@
+"""From a request to a report, once and as long as a run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashrl_cli.errors import InputError, NothingMatched
+from flashrl_cli.evals import child, session
+from flashrl_cli.evals.questions import Question
+from flashrl_cli.evals.report import Report
+from flashrl_cli.evals.request import Request
+from flashrl_cli.runs.checkpoints import Checkpoint
+from tests.unit.evals.lab import ENGINE, SAMPLING, AllRight, Engines, Told, checkpoint, data
+
+
+class Graders(AllRight):
+    """AllRight as a context, as the real ones are; counts how often they were started."""
+
+    started = 0
+
+    def __init__(self, *, workers: int) -> None:
+        assert workers > 0
+        super().__init__()
+
+    def __enter__(self) -> Graders:
+        Graders.started += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Graders.started -= 100
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
+    found = Engines()
+    monkeypatch.setattr(child, "engine", found)
+    monkeypatch.setattr(session, "Graders", Graders)
+    monkeypatch.setattr(Graders, "started", 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return found
+
+
+def request(folder: Path, *checkpoints: Checkpoint, patterns: tuple[str, ...] = ("x",)) -> Request:
+    return Request(
+        patterns=patterns,
+        checkpoints=checkpoints,
+        base=None,
+        baseline=None,
+        skipped=(),
+        data=(data(),),
+        sampling=SAMPLING,
+        engine=ENGINE,
+        folder=folder / "eval",
+    )
+
+
+def test_a_report_is_written_and_everything_is_ended(tmp_path: Path, engines: Engines) -> None:
+    asked = request(tmp_path, checkpoint(tmp_path, 1), checkpoint(tmp_path, 2))
+    finished = session.evaluate(asked, Told().telling)
+    document = json.loads((finished.folder / "eval.json").read_text())
+    assert [row["step"] for row in document["results"]] == [1, 2]
+    assert document["rollout"] == "bf16"
+    assert (finished.folder / "eval.csv").is_file()
+    assert (finished.folder / "responses.parquet").is_file()
+    assert engines.up == 0
+    assert Graders.started == 1 - 100
+
+
+def test_again_nothing_is_started(tmp_path: Path, engines: Engines) -> None:
+    asked = request(tmp_path, checkpoint(tmp_path, 1))
+    first = session.evaluate(asked, Told().telling)
+    again = session.evaluate(asked, Told().telling)
+    assert len(engines.jobs) == 1
+    assert Graders.started == 1 - 100
+    assert again.report.rows == first.report.rows
+
+
+def test_the_same_weights_are_shown_under_both_names(tmp_path: Path, engines: Engines) -> None:
+    one = checkpoint(tmp_path, 1)
+    asked = request(tmp_path, one, dataclasses.replace(one, step=None, run="b", source=one.hf))
+    finished = session.evaluate(asked, Told().telling)
+    assert [(row.run, row.step) for row in finished.report.rows] == [("a", 1), ("b", None)]
+    assert len(engines.orders) == 1
+
+
+def test_what_is_torn_is_told_and_the_rest_goes_on(tmp_path: Path, engines: Engines) -> None:
+    torn = checkpoint(tmp_path, 1)
+    (torn.hf / "model.safetensors").write_bytes(b"x" * 20)
+    finished = session.evaluate(request(tmp_path, torn, checkpoint(tmp_path, 2)), Told().telling)
+    assert [s.path for s in finished.report.skipped] == [torn.hf]
+    assert [row.step for row in finished.report.rows] == [2]
+    with pytest.raises(NothingMatched, match=r"model\.safetensors"):
+        session.evaluate(request(tmp_path, torn), Told().telling)
+
+
+def test_what_cannot_be_graded_is_refused_before_anything_starts(tmp_path: Path, engines: Engines) -> None:
+    unknown = dataclasses.replace(data(), questions=(Question([{"role": "user", "content": "?"}], "my/own", "1", None),))
+    asked = dataclasses.replace(request(tmp_path, checkpoint(tmp_path, 1)), data=(unknown,))
+    with pytest.raises(InputError, match="no scorer for data_source 'my/own'"):
+        session.evaluate(asked, Told().telling)
+    assert not engines.jobs
+    assert not asked.folder.exists()
+
+
+def test_another_evaluation_has_a_log_of_its_own(tmp_path: Path) -> None:
+    with session._log(tmp_path) as first:
+        first.write_text("mine")
+        with session._log(tmp_path) as second:
+            assert second.name == f"engine-{os.getpid()}.log"
+        assert first.read_text() == "mine"
+    with session._log(tmp_path) as again:
+        assert again == first
+        assert not again.exists()
+
+
+class Training:
+    """A run that saves one more step before each look of those who watch it."""
+
+    def __init__(self, folder: Path, looks: list[list[int]]) -> None:
+        self.folder, self.looks, self.saved = folder, looks, list[Checkpoint]()
+
+    def __call__(self, *_: Any) -> Iterator[bool]:
+        for number, steps in enumerate(self.looks):
+            self.saved += [checkpoint(self.folder, step) for step in steps]
+            yield number < len(self.looks) - 1
+
+    def lookup(self) -> Request:
+        if not self.saved:
+            raise NothingMatched("nothing yet")
+        return request(self.folder, *self.saved)
+
+
+@pytest.fixture
+def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
+    run = Training(tmp_path, [[], [1], [], [2, 3], [4]])
+    monkeypatch.setattr(session, "looks", run)
+    monkeypatch.setattr(Request, "again", lambda self: dataclasses.replace(self, checkpoints=tuple(run.saved)))
+    return run
+
+
+def test_each_new_step_is_evaluated_by_the_same_engine(training: Training, engines: Engines) -> None:
+    shown: list[list[int | None]] = []
+
+    def show(report: Report) -> None:
+        shown.append([row.step for row in report.rows])
+
+    finished = session.watch(training.lookup, ["x"], Told().telling, show)
+    assert shown == [[1], [1, 2, 3]], "not the last: that is the result"
+    assert [row.step for row in finished.report.rows] == [1, 2, 3, 4]
+    assert len(engines.jobs) == 1
+    assert [order.weights.hf.name for order in engines.orders] == ["1", "2", "3", "4"]
+    assert engines.up == 0
+
+
+def test_a_run_that_saves_nothing(training: Training, engines: Engines) -> None:
+    training.looks = [[], [], []]
+    with pytest.raises(NothingMatched):
+        session.watch(training.lookup, ["x"], Told().telling, lambda report: None)
+
+
+def test_steps_that_vanish_do_not_undo_what_was_found(training: Training, engines: Engines) -> None:
+    training.looks = [[1], []]
+
+    def vanish(report: Report) -> None:
+        (training.saved[0].hf / "config.json").unlink()
+        (training.saved[0].hf / "model.safetensors").unlink()
+
+    finished = session.watch(training.lookup, ["x"], Told().telling, vanish)
+    assert [row.step for row in finished.report.rows] == [1]

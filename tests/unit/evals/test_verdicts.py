@@ -1,0 +1,131 @@
+"""Sentences: what they say, and that none says more than its p-value allows."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashrl_cli.evals.compare import Entry, compare
+from flashrl_cli.evals.verdicts import on_steps, p_text, points, understated
+from tests.graded import checkpoint, entry, evaluated, single
+
+CORRECTED = "p-values and intervals are corrected for having picked the best of several steps"
+
+
+def told(*right: int, questions: int = 1000, baseline: Entry | None = None) -> list[str]:
+    run = [entry("a", 20 * n, single(count, questions - count)) for n, count in enumerate(right)]
+    return on_steps(compare(run, baseline))
+
+
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [(0.0, "p < 0.001"), (0.00099, "p < 0.001"), (0.001, "p = 0.001"), (0.0123, "p = 0.012"), (0.0496, "p = 0.0496"), (0.4, "p = 0.40"),
+     (1.0, "p = 1.00")],
+)  # fmt: skip
+def test_p(p: float, text: str) -> None:
+    assert p_text(p) == text
+
+
+def test_points() -> None:
+    assert (points(0.1214), points(-0.0001), points(-0.02)) == ("12.1", "0.0", "-2.0")
+
+
+def test_a_rise() -> None:
+    first, clear, last = told(300, 420, 500)
+    assert first.startswith("gsm8k: step 40 beats step 0 by 20.0 points (95 % 1")
+    assert first.endswith("), p < 0.001")
+    assert clear == "gsm8k: step 40 beats every other step, p < 0.001"
+    assert last == CORRECTED
+
+
+def test_one_later_step_needs_no_correction() -> None:
+    (only,) = told(300, 420)
+    assert "step 20 beats step 0 by 12.0 points" in only
+
+
+def test_within_noise() -> None:
+    assert "gsm8k: 3 steps are within noise of the best (80): 40, 60, 100" in told(300, 400, 498, 499, 500, 497)
+    assert "gsm8k: step 40 and step 60 are not distinguishable" in told(300, 400, 498, 500)
+
+
+def test_no_rise() -> None:
+    said = told(300, 302, 301)
+    assert said[0].startswith("gsm8k: step 20, the best, is not distinguishable from step 0: 0.2 points (95 % -")
+    assert said[0].endswith("p = 1.00")
+
+
+def test_a_fall() -> None:
+    assert told(500, 300)[:2] == [
+        "gsm8k: no later step has a higher accuracy than step 0, the first",
+        "gsm8k: step 0 beats every other step, p < 0.001",
+    ]
+
+
+def test_baselines() -> None:
+    better, worse, like = (entry("b", 7, single(right, 1000 - right)) for right in (600, 200, 501))
+    beaten = "gsm8k: step 20 beats the baseline (b step 7) by 30.0 points (95 % "
+    assert any(s.startswith(beaten) for s in told(300, 500, baseline=worse))
+    short = "gsm8k: step 20, the best, falls short of the baseline (b step 7) by 10.0 points (95 % 7"
+    assert any(s.startswith(short) for s in told(300, 500, baseline=better))
+    alike = "gsm8k: step 20, the best, is not distinguishable from the baseline (b step 7): -0.1 points"
+    assert any(s.startswith(alike) for s in told(300, 500, baseline=like))
+
+
+def test_few_questions() -> None:
+    (said,) = [s for s in told(10, 18, questions=30) if "too few" in s]
+    assert said.startswith("gsm8k: 30 questions are too few to tell a difference of 5 points: the intervals reach 1")
+    assert not any("too few" in s for s in told(300, 310))
+
+
+def test_several_runs_are_named() -> None:
+    runs = [[entry(run, step, single(3 + step, 7 - step)) for step in (0, 1)] for run in "ab"]
+    said = on_steps([c for run in runs for c in compare(run)])
+    assert [s.partition(": ")[0] for s in said] == ["a, gsm8k", "a, gsm8k", "b, gsm8k", "b, gsm8k"]
+
+
+def test_nothing_to_say() -> None:
+    assert on_steps([]) == []
+
+
+@given(st.lists(st.integers(0, 40), min_size=2, max_size=5))
+def test_beats_is_said_below_5_percent_alone(right: list[int]) -> None:
+    found = compare([entry("a", n, single(count, 40 - count)) for n, count in enumerate(right)])
+    said = on_steps(found)
+    beats = [s for s in said if " beats " in s]
+    for sentence in beats:
+        written = re.search(r"p ([<=]) ([\d.]+)$", sentence)
+        assert written
+        assert float(written[2]) <= 0.05
+    first = [c.difference for c in found if c.against == "first"]
+    assert any("beats step 0 by" in s for s in beats) == any(d.significant for d in first)
+
+
+def loosely(right: int, loose: int, count: int, run: str = "a", step: int | None = 20) -> Entry:
+    """`right` by the strict scorer, `loose` by the flexible extractor."""
+    strict = evaluated(checkpoint(run, step), single(right, count - right))
+    flexible = evaluated(checkpoint(run, step), single(right, count - right), flexible=True).grades[:loose]
+    none = evaluated(checkpoint(run, step), single(right, count - right), flexible=False).grades[loose:]
+    object.__setattr__(strict, "grades", (*flexible, *none))
+    return Entry(run, step, strict)
+
+
+def test_strict_understates() -> None:
+    (said,) = understated([loosely(50, 52, 100, step=0), loosely(50, 90, 100)])
+    assert said == (
+        "gsm8k: the strict accuracy understates: at step 20 the right answer is given 40.0 points more often (flexible) "
+        "than in the form that the scorer asks for"
+    )
+
+
+def test_strict_does_not_understate() -> None:
+    assert list(understated([loosely(50, 53, 100)])) == [], "chance is not ruled out"
+    assert list(understated([loosely(90, 50, 100)])) == [], "it does not understate"
+    assert list(understated([entry("a", 0, single(1, 9))])) == [], "no such extractor"
+
+
+def test_strict_understates_in_one_of_several_runs() -> None:
+    (said,) = understated([loosely(50, 52, 100), loosely(50, 90, 100, run="b")])
+    assert "at b step 20" in said
