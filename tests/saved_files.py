@@ -53,3 +53,16 @@ def saved_step(run: Path, step: int, *, critic: bool = False, world_size: int = 
         saved_model(folder / "critic", world_size=world_size)
     saved_file(folder / "data.pt")
     return folder
+
+
+def cached_model(cache: Path, name: str) -> Path:
+    """A model in a cache of the hub's."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    place = cache / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True, exist_ok=True)
+    (place / "refs" / "main").write_text(commit)
+    folder = place / "snapshots" / commit
+    saved_tensors(folder / "model.safetensors", a=b"1")
+    for file in ("config.json", "tokenizer.json"):
+        (folder / file).write_text("{}")
+    return folder

@@ -16,6 +16,7 @@ from flashrl_cli.errors import RunFailed
 from flashrl_cli.evals import merge
 from flashrl_cli.evals.export import export
 from flashrl_cli.paths import RunPaths
+from flashrl_cli.runs.checkpoints import Checkpoint, find
 from flashrl_cli.runs.saved import inspect
 from flashrl_cli.runs.stock import Stock
 from flashrl_cli.weights import Unreadable, Weights
@@ -64,8 +65,11 @@ def test_tensors_are_those_of_verls_merger(by_verl: dict[Path, Path]) -> None:
 
 
 def test_a_merge_writes_the_same_tensors(by_verl: dict[Path, Path], tmp_path: Path) -> None:
-    for number, (step, merged) in enumerate(by_verl.items()):
-        assert_same(read(merge.write(of_step(step), tmp_path / str(number))), read(merged))
+    checkpoints = [Checkpoint(source=s, step=n, hf=s, shards=of_step(s).shards, run="r") for n, s in enumerate(by_verl)]
+    checkpoints = [replace(c, hf=c.hf / "actor" / "huggingface") for c in checkpoints]
+    folders = merge.merged(checkpoints, tmp_path / "out", lambda _: None)
+    for folder, theirs in zip(folders, by_verl.values(), strict=True):
+        assert_same(read(folder), read(theirs))
 
 
 def by_peft(base: Path, adapter: Path) -> Tensors:
@@ -160,7 +164,7 @@ def test_an_exported_step_is_a_model_of_its_own(saved: dict[int, Path], tmp_path
     assert model.dtype == torch.bfloat16
     assert sum(parameter.numel() for parameter in model.parameters()) == made.parameters
     assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template
-    merged = merge.write(of_step(step.path), tmp_path / "merged")
+    (merged,) = merge.merged(find([str(step.path)]).checkpoints, tmp_path / "merged", lambda _: None)
     theirs = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items())
     torn = tmp_path / "global_step_4"
@@ -189,7 +193,8 @@ def test_plain_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for file in files:
         torch.save({"a": torch.arange(8.0), "b": torch.tensor(2.0)}, file)
     weights = Weights(hf=hf, shards=tuple(files))
-    target = merge.write(weights, tmp_path / "merged")
+    target = tmp_path / "merged"
+    merge.write(weights, target)
     index = json.loads((target / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {"a": "model-00001.safetensors", "b": "model-00002.safetensors"}
     assert torch.equal(load_file(target / "model-00001.safetensors")["a"], torch.arange(8.0, dtype=torch.bfloat16))
@@ -198,8 +203,7 @@ def test_plain_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         merge.write(weights, tmp_path / "again")
     torch.save({"b": torch.tensor(2.0)}, files[1])
     with pytest.raises(Unreadable, match="not hold the same parameters"):
-        merge.write(weights, tmp_path / "again")
-    assert not (tmp_path / "again").exists()
+        merge.write(weights, tmp_path / "third")
 
 
 def test_torn_hf_folder(saved: dict[int, Path], tmp_path: Path) -> None:

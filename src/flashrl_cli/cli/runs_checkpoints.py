@@ -99,6 +99,7 @@ def export(
     flashrl runs export tiny-int8-tis2 best ./tiny-math
     """
     from flashrl_cli.evals import export as exports
+    from flashrl_cli.evals import merge
     from flashrl_cli.evals import push as pushes
     from flashrl_cli.render.output import Output
     from flashrl_cli.runs.stock import take_stock
@@ -107,7 +108,7 @@ def export(
         raise InputError("--public belongs to --push")
     output = Output(json_mode=json)
     hub = pushes.repository(push) if push is not None else None
-    target = exports.new_folder(paths.absolute(folder))
+    target = merge.new_folder(paths.absolute(folder))
     stock = take_stock(_run(name))
     found = exports.choose(stock, step)
     output.say(f"exporting step {found.step} of {name} …")

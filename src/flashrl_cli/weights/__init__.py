@@ -35,6 +35,7 @@ __all__ = [
     "holds_adapter_alone",
     "model_files",
     "read_json",
+    "stored_in_float32",
     "torn",
 ]
 
@@ -153,6 +154,11 @@ class Weights:
 def holds_adapter_alone(shard: Path) -> bool:
     """Whether a shard of a LoRA run was saved without the base's weights. Raises Unreadable for a torn file."""
     return not any(text.endswith(".base_layer.weight") for text in texts(shard))
+
+
+def stored_in_float32(shard: Path) -> bool:
+    """Whether a shard holds tensors in float32, which take twice what they take in bf16. Raises Unreadable for a torn file."""
+    return "torch FloatStorage" in texts(shard)
 
 
 def _is_tied(hf: Path) -> bool:

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from flashrl_cli.errors import EnvironmentNotReady, InputError, NothingMatched, RunFailed
-from flashrl_cli.evals import export as exports
 from flashrl_cli.evals import merge
-from flashrl_cli.evals.export import choose, export, new_folder
+from flashrl_cli.evals.export import choose, export
 from flashrl_cli.runs.stock import Stock, take_stock
 from tests.run_lab import Lab
 
@@ -34,8 +33,7 @@ def safetensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 @pytest.fixture(autouse=True)
 def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge, "check", lambda hf: hf)
-    monkeypatch.setattr(exports, "_expected", lambda folder: ({**SHAPES, "tied.weight": (2, 3)}, {"tied.weight"}))
+    monkeypatch.setattr(merge, "_expected", lambda folder: ({**SHAPES, "tied.weight": (2, 3)}, {"tied.weight"}))
 
 
 @pytest.fixture
@@ -122,19 +120,8 @@ def test_an_index_that_lies(stock: Stock, lab: Lab, tmp_path: Path) -> None:
 
 
 def test_an_architecture_that_is_unknown(stock: Stock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exports, "_expected", lambda folder: None)
+    monkeypatch.setattr(merge, "_expected", lambda folder: None)
     assert "index" in export(stock, choose(stock, "1"), tmp_path / "out").compared
-
-
-def test_nothing_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    assert new_folder(tmp_path / "empty") == tmp_path / "empty"
-    assert new_folder(tmp_path / "new") == tmp_path / "new"
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "link").symlink_to(tmp_path / "empty")
-    for name in (".", "file", "link"):
-        with pytest.raises(InputError, match="exists already"):
-            new_folder(tmp_path / name)
 
 
 def test_a_place_that_cannot_be_written(stock: Stock, tmp_path: Path) -> None:

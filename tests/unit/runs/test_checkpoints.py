@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from flashrl_cli import files, paths
 from flashrl_cli.errors import InputError, NothingMatched
 from flashrl_cli.runs.checkpoints import Checkpoint, find, hf_folder
+from flashrl_cli.weights import Weights
+from tests.saved_files import cached_model, saved_tensors
 
 
 def step(run: Path, number: int, *, world_size: int = 2) -> Path:
@@ -151,3 +157,126 @@ def test_base_must_be_a_model(tmp_path: Path) -> None:
 def test_a_step_can_be_the_base(tmp_path: Path) -> None:
     folder = run(tmp_path / "a", 1, 2) / "global_step_2"
     assert hf_folder(str(folder)) == find([str(folder)]).checkpoints[0]
+
+
+def test_the_forks_layout(tmp_path: Path) -> None:
+    """Config and tokenizer straight in actor/, no fsdp_config.json; merged weights beside it count more than shards."""
+    folder = step(tmp_path / "a", 1)
+    for file in (folder / "actor" / "huggingface").iterdir():
+        file.rename(folder / "actor" / file.name)
+    (folder / "actor" / "huggingface").rmdir()
+    (found,) = find([str(folder)]).checkpoints
+    assert found.weights == Weights(hf=folder / "actor", shards=found.shards)
+    assert len(found.shards) == 2
+    merged = model(folder / "actor_huggingface")
+    for named in (folder, merged, folder / "actor"):
+        assert find([str(named)]).checkpoints == (Checkpoint(source=tmp_path / "a", step=1, hf=merged, run="a"),)
+
+
+def test_a_step_whose_weights_are_in_no_known_form(tmp_path: Path) -> None:
+    folder = step(tmp_path / "a", 1)
+    for file in (folder / "actor").glob("*.pt"):
+        file.unlink()
+    with pytest.raises(NothingMatched, match=r"no weights in actor/"):
+        find([str(tmp_path / "a")])
+
+
+def lora_step(run: Path, number: int, *, alone: bool) -> Path:
+    folder = step(run, number)
+    names = [*([] if alone else ["base_model.model.q.base_layer.weight"]), "base_model.model.q.lora_A.default.weight"]
+    for file in (folder / "actor").glob("*.pt"):
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("model/data.pkl", pickle.dumps(dict.fromkeys(names)))
+    (folder / "actor" / "lora_train_meta.json").write_text('{"r": 8, "lora_alpha": 16}')
+    return folder
+
+
+def test_adapters_of_verl(tmp_path: Path) -> None:
+    """The base lies in the shards, or is the model that the run's newest plan names."""
+    whole, alone = lora_step(tmp_path / "r", 1, alone=False), lora_step(tmp_path / "r", 2, alone=True)
+    (first,) = find([str(tmp_path / "r")]).checkpoints
+    assert (first.adapter, first.base, len(first.shards)) == (whole / "actor", None, 2)
+    assert reasons(tmp_path / "r") == {
+        "global_step_2": "a LoRA adapter alone, and no run record names the model that it was trained on"
+    }
+    attempt = paths.RunPaths("r", paths.runs_root() / "r", tmp_path / "r").attempt(1)
+    files.write_json(attempt.plan, {"overrides": [f"actor_rollout_ref.model.path={tmp_path / 'start'}"]})
+    assert reasons(tmp_path / "r") == {
+        "global_step_2": f"a LoRA adapter that cannot be read: {tmp_path / 'start'} is no HF model: no config.json"
+    }
+    base = model(tmp_path / "start")
+    second = find([str(tmp_path / "r")]).checkpoints[1]
+    assert second.weights == Weights(
+        hf=alone / "actor" / "huggingface", shards=second.shards, adapter=alone / "actor", base=base
+    )
+    shard = second.shards[0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert "is torn" in reasons(tmp_path / "r")["global_step_2"]
+
+
+def adapter(folder: Path, base: object) -> Path:
+    saved_tensors(folder / "adapter_model.safetensors", a=b"1")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    return folder
+
+
+def test_adapters_of_peft(tmp_path: Path) -> None:
+    base = model(tmp_path / "base")
+    folders = [adapter(tmp_path / "adapters" / name, str(base)) for name in ("a", "b")]
+    found = find([str(tmp_path / "adapters")]).checkpoints
+    assert [(c.path, c.hf, c.base, c.run) for c in found] == [(folder, base, base, folder.name) for folder in folders]
+    assert found[0].weights == Weights(hf=base, adapter=folders[0], base=base)
+    assert hf_folder(str(folders[1])) == found[1]
+
+
+def test_adapters_without_a_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    model(tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer.json").unlink()
+    adapter(tmp_path / "adapters" / "moved", "/gone/model")
+    adapter(tmp_path / "adapters" / "hub", "nobody/nothing")
+    adapter(tmp_path / "adapters" / "none", None)
+    adapter(tmp_path / "adapters" / "bare", str(tmp_path / "bare"))
+    (adapter(tmp_path / "adapters" / "empty", "a/b") / "adapter_model.safetensors").unlink()
+    (adapter(tmp_path / "adapters" / "damaged", "a/b") / "adapter_config.json").write_text("{")
+    model(tmp_path / "adapters" / "good")
+    found = reasons(tmp_path / "adapters")
+    assert "/gone/model is no HF model: no config.json" in found["moved"]
+    assert "nobody/nothing is no folder here and no model in the hub's cache" in found["hub"]
+    assert found["none"] == "an adapter whose adapter_config.json names no base model"
+    assert found["bare"] == f"no tokenizer in its base {tmp_path / 'bare'}"
+    assert found["empty"] == "an adapter without adapter_model.safetensors"
+    assert "adapter_config.json is damaged" in found["damaged"]
+
+
+def test_quantized_models_and_damaged_ones(tmp_path: Path) -> None:
+    quantized, bare, damaged = (model(tmp_path / name) for name in ("quantized", "bare", "damaged"))
+    (quantized / "config.json").write_text('{"quantization_config": {"quant_method": "compressed-tensors"}}')
+    (bare / "tokenizer.json").unlink()
+    (damaged / "config.json").write_text("{")
+    (found,) = find([str(tmp_path)]).checkpoints
+    assert (found.hf, found.quantized) == (quantized, "compressed-tensors")
+    assert reasons(tmp_path) == {"bare": "no tokenizer", "damaged": "config.json is damaged"}
+
+
+def test_models_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.chdir(tmp_path)
+    folder = cached_model(tmp_path / "hf" / "hub", "Qwen/Qwen2.5-0.5B")
+    assert steps("Qwen/Qwen2.5-0.5B") == [("Qwen/Qwen2.5-0.5B", None)]
+    assert hf_folder("Qwen/Qwen2.5-0.5B").hf == folder
+    with pytest.raises(InputError, match="nobody/nothing is no folder here and no model in the hub's cache"):
+        find(["nobody/nothing"])
+    run(tmp_path / "checkpoints" / "a", 1)
+    with pytest.raises(NothingMatched, match="checkpoints holds a"):
+        find(["checkpoints/mistyped"])
+
+
+def test_several_patterns_as_a_shell_expands_them(tmp_path: Path) -> None:
+    folder = run(tmp_path / "a", 1, 2, 10)
+    (folder / "train.log").touch()
+    expanded = sorted(map(str, folder.iterdir()))
+    assert steps(*expanded) == steps(f"{folder}/*") == [("a", 1), ("a", 2), ("a", 10)]
+    assert steps(folder / "global_step_1", f"{folder}/global_step_?0/") == [("a", 1), ("a", 10)]
