@@ -7,10 +7,10 @@ Imported by graders (evals/pool.py); none of the functions keeps to a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flashrl_cli.errors import InputError
 from flashrl_cli.evals import extract
@@ -71,7 +71,7 @@ def grade_all(work: Sequence[tuple[Question, str]]) -> list[Grade]:
 def judge(question: Question, response: str) -> Verdict:
     """verl's verdict on `response`. Raises ImportError if its scorer lacks a library: no response could be graded."""
     try:
-        points, correct = _score(question.data_source, response, question.ground_truth, question.extra_info)
+        points, correct = _score(question, response)
     except ImportError:
         raise
     except Exception as error:  # noqa: BLE001  (scorers raise anything, and one response is not the run)
@@ -93,11 +93,6 @@ def read(question: Question, response: str) -> Reading:
         return unread(question, response, _problem("the answer could not be compared", error))
 
 
-def score(question: Mapping[str, Any], response: str) -> tuple[float, bool]:
-    """Score of `response` and whether it is right."""
-    return _score(question["data_source"], response, question["ground_truth"], question["extra_info"])
-
-
 def check_sources(questions: Iterable[Question]) -> None:
     """Raise InputError if verl has no scorer for a data source of `questions`."""
     for source in sorted({question.data_source for question in questions}):
@@ -105,11 +100,11 @@ def check_sources(questions: Iterable[Question]) -> None:
             raise InputError(f"verl has no scorer for data_source {source!r}", hint="see flashrl prepare --help")
 
 
-def _score(source: str, response: str, truth: Any, extra: dict[str, Any] | None) -> tuple[float, bool]:
+def _score(question: Question, response: str) -> tuple[float, bool]:
     """Score and whether it is right (verl/utils/reward_score/__init__.py, default_compute_score)."""
     from verl.utils.reward_score import default_compute_score
 
-    result = default_compute_score(source, response, truth, extra)
+    result = default_compute_score(question.data_source, response, question.ground_truth, question.extra_info)
     if not isinstance(result, dict):
         return float(result), float(result) > _RIGHT
     points = float(result["score"])

@@ -19,9 +19,8 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar, TypeVarTuple
 
-from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
+from flashrl_cli.errors import EnvironmentNotReady, RunFailed
 from flashrl_cli.evals import grade, grader
-from flashrl_cli.verl import rewards
 
 if TYPE_CHECKING:
     from pebble import ProcessPool
@@ -71,12 +70,6 @@ class Graders:
         ending.start()
         if not self._starting.is_alive():
             ending.join()
-
-    def check(self, questions: Sequence[Question]) -> None:
-        """Raise InputError if verl has no scorer for a data source of `questions`: before anything is generated."""
-        for source in sorted({question.data_source for question in questions}):
-            if not rewards.is_scored(source):
-                raise InputError(f"verl has no scorer for data_source {source!r}", hint="see flashrl prepare --help")
 
     def grade(self, questions: Sequence[Question], responses: Sequence[Response]) -> list[Grade]:
         """One grade for each of `responses`, in their order; waits for them.

@@ -15,9 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from flashrl_cli.errors import EnvironmentNotReady, InputError
+from flashrl_cli.errors import EnvironmentNotReady
 from flashrl_cli.evals.pool import Graders
-from flashrl_cli.evals.questions import Question
 from tests.unit.evals import graders_at_work
 
 pytestmark = pytest.mark.processes
@@ -107,14 +106,6 @@ def test_an_interrupt_ends_all_at_once_and_in_silence(tmp_path: Path) -> None:
     assert time.monotonic() - interrupted < 3
     assert err.count("Traceback") == 1, "that of the script, which is no command"
     assert not remaining(started, 5)
-
-
-def test_an_unknown_source_is_refused() -> None:
-    known, unknown = Question([], "math", "1", None), Question([], "my/set", "1", None)
-    graders = Graders(workers=1)
-    graders.check([known])
-    with pytest.raises(InputError, match="no scorer for data_source 'my/set'"):
-        graders.check([known, unknown])
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
