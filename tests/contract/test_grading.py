@@ -74,7 +74,6 @@ def test_graders_grade_as_one_process_does(gsm8k: Path) -> None:
     work.insert(100, hanging)
     responses = [Response(question=n, sample=0, response=text, tokens=1, cut=False) for n, (_, text) in enumerate(work)]
     with Graders(workers=2) as graders:
-        graders.check([question for question, _ in work])
         found = graders.grade([question for question, _ in work], responses)
     slow = found.pop(100)
     assert slow == Grade(

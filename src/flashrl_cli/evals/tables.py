@@ -35,7 +35,8 @@ def _of_one(rows: Sequence[Row]) -> Table:
         "95 % interval": lambda row: f"{row.lo:.3f} – {row.hi:.3f}",
     }
     for name in ("flexible", "boxed"):
-        if any(getattr(row, name) not in {None, row.accuracy} for row in rows):
+        # none right at all is no verdict on the model but a data set that asks for another form
+        if any(getattr(row, name) not in {None, 0.0, row.accuracy} for row in rows):
             columns[name] = _cell(name)
     if any(row.pass_at for row in rows):
         most = max(k for row in rows for k in row.pass_at)
