@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
+from flashrl_cli.cli import eval_options as options
 from flashrl_cli.cli.options import Json
 
 if TYPE_CHECKING:
@@ -20,64 +18,27 @@ if TYPE_CHECKING:
     from flashrl_cli.evals.session import Finished
     from flashrl_cli.render.output import Output
 
-MODEL = "PATH|HUB_ID"
-
-
-class Rollout(enum.StrEnum):
-    """Precision of the linear layers while responses are generated."""
-
-    bf16 = "bf16"
-    int8 = "int8"
-    fp8 = "fp8"
-
 
 def evaluate(
-    patterns: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="PATTERN...", help="Globs or paths: projects, runs, global_step_N, HF folders, adapters; hub ids."
-        ),
-    ],
+    patterns: options.Patterns,
     *,
-    base: Annotated[
-        str | None, typer.Option(metavar=MODEL, help="The policy that training began with: step 0 of every run.")
-    ] = None,
-    baseline: Annotated[
-        str | None, typer.Option(metavar=MODEL, help="Any model that the best step is compared with.")
-    ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|PARQUET,...", help="Prepared data sets (their test split) or files.", show_default="the run's"
-        ),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N prompts of each data set.")] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Responses to each prompt: adds pass@k and maj@n.")] = 1,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Share of probability to sample from.")] = 1.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 512,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(min=2, help="Longest prompt and response together.", show_default="what the prompts need"),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    rollout: Annotated[Rollout, typer.Option(help="int8 and fp8 show what such a rollout saw.")] = Rollout.bf16,
-    tp: Annotated[int, typer.Option("--tp", min=1, help="GPUs that share one engine (tensor parallel).")] = 1,
-    gpu_memory_utilization: Annotated[
-        float | None,
-        typer.Option(min=0.01, max=1, help="Share of each GPU's memory to take.", show_default="what is free, to 0.9"),
-    ] = None,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Evaluate each new checkpoint of a running training, until it ends.")
-    ] = False,
-    merge: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Only write the weights as HF folders to DIR; evaluate nothing.")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Where results go.", show_default="eval/ in the run's checkpoints"),
-    ] = None,
-    png: Annotated[bool, typer.Option("--png", help="Also draw the curve to eval.png.")] = False,
+    base: options.Base = None,
+    baseline: options.Baseline = None,
+    dataset: options.Datasets = None,
+    limit: options.Limit = None,
+    n: options.Samples = 1,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    max_tokens: options.MaxTokens = 512,
+    max_model_len: options.MaxModelLen = None,
+    seed: options.Seed = 0,
+    rollout: options.Precision = options.Rollout.bf16,
+    tp: options.TensorParallel = 1,
+    gpu_memory_utilization: options.MemoryShare = None,
+    watch: options.Watch = False,
+    merge: options.Merge = None,
+    out: options.Out = None,
+    png: options.Png = False,
     json: Json = False,
 ) -> None:
     """Evaluate checkpoints: accuracy by step, with intervals.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from flashrl_cli.verl import rewards
 if TYPE_CHECKING:
     from flashrl_cli.data.readers import Located
     from flashrl_cli.data.recipes import Convert
-    from flashrl_cli.render.output import Advance
 
 TICK = 500
 
@@ -60,7 +59,7 @@ def build_split(
     dedupe: bool,
     limit: int | None,
     bad: BadRows,
-    advance: Advance,
+    advance: Callable[[int], None],
 ) -> Split:
     """Rows of split `name`; what cannot be converted goes to `bad`. Reading stops when `limit` rows are kept."""
     unique = Unique()
@@ -70,7 +69,7 @@ def build_split(
 
 
 def _converted(
-    split: str, convert: Convert, located: Iterable[Located], bad: BadRows, advance: Advance
+    split: str, convert: Convert, located: Iterable[Located], bad: BadRows, advance: Callable[[int], None]
 ) -> Iterator[Row]:
     for index, (where, raw) in enumerate(located):
         if index % TICK == TICK - 1:

@@ -79,18 +79,19 @@ def compare(entries: Sequence[Entry], baseline: Entry | None = None) -> list[Com
     columns = [[sum(samples) / len(samples) for samples in one] for one in marks]
     method: Method = "mcnemar" if all(len(samples) == 1 for one in marks for samples in one) else "bootstrap"
     best = max(range(len(entries)), key=lambda index: (sum(columns[index]), index))
+    run = entries[-1].run  # the first may be a base, which is no run's
     found = []
     for against, pairs in _families(entries, best, baseline):
         tested = differences(columns, pairs, single=method == "mcnemar", stepwise=against == "step")
         for other, difference in _of(best, pairs, tested):
             found.append(
                 Comparison(
-                    run=entries[best].run,
+                    run=run,
                     dataset=entries[best].result.data.name,
                     against=against,
-                    best=entries[best].name,
+                    best=entries[best].called_in(run),
                     best_step=entries[best].step,
-                    other=everything[other].called_in(entries[best].run),
+                    other=everything[other].called_in(run),
                     other_step=everything[other].step,
                     difference=difference,
                     among=len(pairs),

@@ -21,8 +21,6 @@ from flashrl_cli import cpu
 P = ParamSpec("P")
 R = TypeVar("R")
 
-LIMIT_S = 5.0
-"""What grading one response may take."""
 _SCORERS = ("gsm8k", "math_reward", "math_dapo", "prime_math")
 _ENVIRONMENT = {"VERL_USE_EXTERNAL_PLUGINS": "none", "CUDA_VISIBLE_DEVICES": "", **cpu.THREADS}
 _DEATH_SIGNAL = 1
@@ -50,17 +48,21 @@ def prepare() -> None:
 
 
 def begin() -> None:
-    """Of each grader: end when told to, even in C code, and with the command line, and take along what verl's scorers start."""
+    """Of each grader: end when told to, even in C code, and with the command line, and take along what verl's scorers start.
+
+    They start processes with a time limit of their own, which a fork keeps and a new import of verl would not.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    multiprocessing.set_start_method("fork", force=True)
     threading.Thread(target=_end_with_command_line, daemon=True).start()
     os.register_at_fork(after_in_child=_end_with_grader)
     with contextlib.suppress(OSError):  # where memory gets short, a grader is the least loss
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
 
 
-def run(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call `function`, and be ended by the kernel if it goes on and on while nobody is left to keep the time."""
-    signal.setitimer(signal.ITIMER_VIRTUAL, 2 * LIMIT_S)
+def run(most_cpu_s: float, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call `function`; the kernel ends this process after `most_cpu_s`, should nobody be left to keep the time."""
+    signal.setitimer(signal.ITIMER_VIRTUAL, most_cpu_s)
     return function(*args, **kwargs)
 
 

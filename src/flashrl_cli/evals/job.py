@@ -75,9 +75,9 @@ class Job:
     def read(cls, path: Path) -> Job:
         """Read what `write` wrote."""
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        sampling, engine = Sampling(**data.pop("sampling")), EngineSettings(**data.pop("engine"))
-        places = {key: Path(data.pop(key)) for key in ("start", "work")}
-        return cls(**data, **places, sampling=sampling, engine=engine)
+        places = {key: Path(data[key]) for key in ("start", "work")}
+        how = {"sampling": Sampling(**data["sampling"]), "engine": EngineSettings(**data["engine"])}
+        return cls(**{**data, **places, **how})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Graders: processes beside the command line in which verl and math-verify judge responses while others are generated.
 
 A response can hang what grades it: `10^{10^{10}}` in a box, or a regular expression in C code, where no signal helps. It costs its
-process and 10 s of one grader, and nothing else.
+process and some seconds of one grader, and nothing else.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar, TypeVarTuple
 
 from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
@@ -33,8 +34,12 @@ A = TypeVarTuple("A")
 
 _PACKAGES = ("pebble", "math_verify", "verl")
 _SERVER = "flashrl_cli.evals.grader_server"
+LIMIT_S = 5.0
+"""What grading one response may take."""
 _CHUNK = 32
 """Responses in one message to a grader; also how many are graded again, one by one, for one that hangs."""
+_CHUNK_LIMIT_S = 2.0
+"""A chunk takes milliseconds. One that a busy machine keeps for longer is graded one by one, which loses nothing but time."""
 _TRIES = 3
 
 
@@ -82,7 +87,7 @@ class Graders:
         work = [(questions[response.question], response.response) for response in responses]
         size = max(1, min(_CHUNK, math.ceil(len(work) / self._workers)))
         chunks = [work[first : first + size] for first in range(0, len(work), size)]
-        outcomes = self._outcomes(grade.grade_all, [(chunk,) for chunk in chunks])
+        outcomes = self._outcomes(_CHUNK_LIMIT_S, grade.grade_all, [(chunk,) for chunk in chunks])
         found = [
             self._singly(chunk) if isinstance(outcome, Exception) else outcome
             for chunk, outcome in zip(chunks, outcomes, strict=True)
@@ -91,7 +96,7 @@ class Graders:
 
     def _singly(self, chunk: Sequence[tuple[Question, str]]) -> list[Grade]:
         """Grades of a chunk that one of its responses has spoilt: verl's verdict must not be lost with the other."""
-        verdicts, readings = self._outcomes(grade.judge, chunk), self._outcomes(grade.read, chunk)
+        verdicts, readings = self._outcomes(LIMIT_S, grade.judge, chunk), self._outcomes(LIMIT_S, grade.read, chunk)
         return [
             grade.joined(
                 grade.Verdict(problem=_why(verdict)) if isinstance(verdict, Exception) else verdict,
@@ -100,46 +105,46 @@ class Graders:
             for one, verdict, reading in zip(chunk, verdicts, readings, strict=True)
         ]
 
-    def _outcomes(self, function: Callable[[*A], R], calls: Sequence[tuple[*A]]) -> list[R | Exception]:
+    def _outcomes(self, limit_s: float, function: Callable[[*A], R], calls: Sequence[tuple[*A]]) -> list[R | Exception]:
         """What `function` returns for each of `calls`, or the exception that tells why its grader was ended."""
         found: list[R | Exception] = []
-        futures = [self._schedule(function, call) for call in calls]
-        for future, call in zip(futures, calls, strict=True):
-            outcome = self._outcome(future, function, call)
+        asks = [partial(self._ask, limit_s, function, call) for call in calls]
+        for ask, future in [(ask, self._queue(ask)) for ask in asks]:
+            outcome = self._outcome(ask, future)
             found.append(outcome)
         return found
 
-    def _outcome(self, future: Future[R], function: Callable[[*A], R], call: tuple[*A]) -> R | Exception:
+    def _outcome(self, ask: Callable[[], Future[R]], future: Future[R]) -> R | Exception:
         from pebble import ProcessExpired
 
         for _ in range(_TRIES):
             try:
                 return future.result()
             except BrokenProcessPool:
-                future = self._schedule(function, call)
+                future = self._queue(ask)
             except (TimeoutError, ProcessExpired) as error:
                 return error
             except ImportError as error:
                 raise EnvironmentNotReady(f"responses cannot be graded: {error}", hint="flashrl doctor") from error
-        raise RunFailed(f"the graders died {_TRIES} times", hint="with less memory in use? see flashrl doctor")
+        raise RunFailed(f"all graders died, {_TRIES} times", hint="flashrl doctor tells how much memory is free")
 
-    def _schedule(self, function: Callable[[*A], R], call: tuple[*A]) -> Future[R]:
-        """Queue a call; where all graders are gone, there are new ones first."""
+    def _queue(self, ask: Callable[[], Future[R]]) -> Future[R]:
+        """Have `ask` queue its call; where all graders are gone, there are new ones first."""
         with self._lock:
             if self._closed:
                 raise CancelledError
             try:
-                future = self._ask(function, call)
+                future = ask()
             except RuntimeError:  # pebble gives up a pool when a grader dies that had nothing to do
                 threading.Thread(target=_stop, args=(self._pool,), daemon=True).start()
                 self._pool = self._new_pool()
-                future = self._ask(function, call)
+                future = ask()
             self._waiting.add(future)
         future.add_done_callback(self._waiting.discard)
         return future
 
-    def _ask(self, function: Callable[[*A], R], call: tuple[*A]) -> Future[R]:
-        return self._pool.schedule(grader.run, args=(function, *call), timeout=grader.LIMIT_S)
+    def _ask(self, limit_s: float, function: Callable[[*A], R], call: tuple[*A]) -> Future[R]:
+        return self._pool.schedule(grader.run, args=(2 * limit_s, function, *call), timeout=limit_s)
 
     def _new_pool(self) -> ProcessPool:
         from pebble import ProcessPool
@@ -166,7 +171,7 @@ def _stop(pool: ProcessPool) -> None:
 
 def _why(lost: Exception) -> str:
     if isinstance(lost, TimeoutError):
-        return f"grading took longer than {grader.LIMIT_S:g} s"
+        return f"grading took longer than {LIMIT_S:g} s"
     code = getattr(lost, "exitcode", None)
     how = signal.Signals(-code).name if isinstance(code, int) and code < 0 else f"code {code}"
     return f"its grader ended with {how}: was memory short?"

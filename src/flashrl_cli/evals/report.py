@@ -15,7 +15,7 @@ from flashrl_cli.evals import responses, stats, tables, verdicts
 from flashrl_cli.evals.compare import Comparison, Entry, compare
 
 if TYPE_CHECKING:
-    from flashrl_cli.evals.results import Evaluated, Grade
+    from flashrl_cli.evals.results import DataSet, Evaluated, Grade
     from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
 
 SCHEMA_VERSION = 2
@@ -63,6 +63,7 @@ class Report:
     rows: tuple[Row, ...]
     comparisons: tuple[Comparison, ...]
     verdicts: tuple[str, ...]
+    datasets: tuple[DataSet, ...]
     entries: tuple[Entry, ...]
     skipped: tuple[Skipped, ...]
     settings: dict[str, Any]
@@ -87,15 +88,15 @@ class Report:
         rows = tuple(map(_row, entries))
         comparisons = tuple(_comparisons(entries, evaluated, base, baseline))
         said = (*verdicts.on_steps(comparisons), *_understated(entries), *verdicts.without_verdict(rows))
-        return cls(rows, comparisons, said, entries, tuple(skipped), settings, seconds)
+        datasets = tuple({e.data.name: e.data for e in evaluated}.values())
+        return cls(rows, comparisons, said, datasets, entries, tuple(skipped), settings, seconds)
 
     def document(self) -> dict[str, Any]:
         """The whole evaluation as one JSON document."""
-        datasets = {e.result.data.name: e.result.data for e in self.entries}.values()
         return {
             "schema_version": SCHEMA_VERSION,
             "datasets": [
-                {"name": d.name, "files": list(map(str, d.files)), "prompts": len(d.questions)} for d in datasets
+                {"name": d.name, "files": list(map(str, d.files)), "prompts": len(d.questions)} for d in self.datasets
             ],
             **self.settings,
             "engine": self.entries[0].result.holds,
@@ -108,11 +109,10 @@ class Report:
 
     def table(self) -> tuple[list[str], list[list[object]]]:
         """Columns and cells for people, at most 100 characters wide."""
-        return tables.table(self.rows)
+        return tables.table(self.rows, [data.name for data in self.datasets])
 
     def curves(self) -> list[dict[str, Any]]:
         """Accuracy by step of each run and data set with at least two steps, as keyword arguments of `render.plots.Series`."""
-        several = len({row.dataset for row in self.rows}) > 1
         by_curve: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
             if row.step is not None:
@@ -122,7 +122,7 @@ class Report:
             if len(points) > 1:
                 xs = [p.step for p in points]
                 ys, los, his = ([getattr(p, name) for p in points] for name in ("accuracy", "lo", "hi"))
-                label = f"{run} {dataset}" if several else run
+                label = f"{run} {dataset}" if len(self.datasets) > 1 else run
                 curves.append({"label": label, "xs": xs, "ys": ys, "los": los, "his": his})
         return curves
 

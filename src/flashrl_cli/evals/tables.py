@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,8 +10,10 @@ if TYPE_CHECKING:
 
 Table = tuple[list[str], list[list[object]]]
 WIDTH = 100
-_GAP = 2
-"""Characters between columns."""
+_NARROW = 80
+"""A table wider than this does without the name of its only run."""
+_GAP = 3
+"""Characters between columns; a line begins with one."""
 _STYLES: tuple[Callable[[Row], str], ...] = (
     lambda row: f"{row.accuracy:.3f} ({row.lo:.3f}–{row.hi:.3f})",
     lambda row: f"{row.accuracy:.3f} ({row.lo:.2f}–{row.hi:.2f})",
@@ -20,9 +22,8 @@ _STYLES: tuple[Callable[[Row], str], ...] = (
 )
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(rows: Sequence[Row], datasets: Sequence[str]) -> Table:
     """Columns and cells: all that is known on one data set, or the accuracies on several beside each other."""
-    datasets = list(dict.fromkeys(row.dataset for row in rows))
     return _of_one(rows) if len(datasets) == 1 else _of_several(rows, datasets)
 
 
@@ -42,6 +43,14 @@ def _of_one(rows: Sequence[Row]) -> Table:
         columns[f"maj@{most}"] = lambda row: _three(row.maj)
     columns["mean length"] = lambda row: round(row.mean_length, 1)
     columns["cut"] = lambda row: f"{row.cut_share:.0%}"
+    drawn = _drawn(columns, rows)
+    if _width(*drawn) > _NARROW and len({row.run for row in rows}) == 1:
+        del columns["run"]
+        return _drawn(columns, rows)
+    return drawn
+
+
+def _drawn(columns: Mapping[str, Callable[[Row], object]], rows: Sequence[Row]) -> Table:
     return list(columns), [[cell(row) for cell in columns.values()] for row in rows]
 
 
@@ -64,7 +73,7 @@ def _of_several(rows: Sequence[Row], datasets: Sequence[str]) -> Table:
 
 def _width(columns: Sequence[str], cells: Sequence[Sequence[object]]) -> int:
     widths = [max(len(str(cell)) for cell in column) for column in zip(columns, *cells, strict=True)]
-    return sum(widths) + _GAP * (len(widths) - 1)
+    return 1 + sum(widths) + _GAP * (len(widths) - 1)
 
 
 def _cell(name: str) -> Callable[[Row], object]:

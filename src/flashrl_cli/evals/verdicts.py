@@ -34,7 +34,9 @@ def p_text(p: float) -> str:
     """A p-value as it is written in a sentence."""
     if p < 0.001:
         return "p < 0.001"
-    digits = 2 if p >= 0.1 else 4 if round(p, 3) == ALPHA else 3  # a p below the threshold is not shown as the threshold
+    digits = 2 if p >= 0.1 else 3
+    if round(p, digits) == ALPHA:
+        digits = 4  # what is below the threshold is not shown as the threshold
     return f"p = {p:.{digits}f}"
 
 
@@ -74,7 +76,7 @@ def _on_one(found: Sequence[Comparison]) -> Iterator[str]:
     against = {kind: [c for c in found if c.against == kind] for kind in ("first", "baseline", "step")}
     yield from map(_against_first, against["first"])
     if against["step"] and not against["first"]:
-        yield f"no later step has a higher accuracy than {found[0].best}, the first"
+        yield f"{found[0].best}, the first, has the highest accuracy"
     yield from map(_against_baseline, against["baseline"])
     beaten = {c.other for kind in ("first", "baseline") for c in against[kind] if c.difference.significant}
     yield from _among_steps(against["step"], beaten)
@@ -107,7 +109,9 @@ def _among_steps(found: Sequence[Comparison], beaten: set[str]) -> Iterator[str]
     best, clear = found[0].best, [c.difference.adjusted for c in found if c.difference.significant]
     alike = [c.other for c in found if not c.difference.significant and c.other not in beaten]
     shown = ", ".join(name.removeprefix("step ") for name in alike[:_LISTED]) + (", …" if len(alike) > _LISTED else "")
-    if clear and not alike:
+    if clear and len(found) == 1:
+        yield f"{best} beats {found[0].other} by {_amount(found[0].difference)}"
+    elif clear and not alike:
         yield f"{best} beats every other step, {p_text(max(clear))}"
     elif len(alike) == 1:
         yield f"{alike[0]} and {best} are not distinguishable"

@@ -68,12 +68,16 @@ def evaluated(run_checkpoints: Path, steps: Mapping[int, Saved]) -> dict[int, fl
 def _rows(file: Path, run_checkpoints: Path) -> Iterator[tuple[int, float]]:
     """Step and accuracy of an evaluation's rows that belong to the run, on the first of its data sets."""
     try:
-        results: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["results"]
-        for row in results:
-            first = row.get("dataset") == results[0].get("dataset")
-            if first and row["step"] is not None and _is_of(Path(row["path"]), run_checkpoints, row["step"]):
+        document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        first = document["datasets"][0]["name"] if "datasets" in document else None  # there were times of one alone
+        for row in document["results"]:
+            if (
+                row.get("dataset") == first
+                and row["step"] is not None
+                and _is_of(Path(row["path"]), run_checkpoints, row["step"])
+            ):
                 yield int(row["step"]), float(row["accuracy"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is no evaluation: {error}", hint="move it away, or evaluate again") from None
 
 

@@ -67,7 +67,7 @@ def test_a_file_without_rows(tmp_path: Path) -> None:
 
 def test_the_worst_are_those_that_fewest_responses_get_right_there_and_then_anywhere(tmp_path: Path) -> None:
     view = seen(tmp_path, s1="+- -- ++ -- --", s2="-- -- ++ +- --", s3="-- -- ++ +- +-")
-    assert examples.worst(view, 3) == [1, 0, 3, 4] or examples.worst(view, 3) == [1, 0, 4, 3]
+    assert examples.worst(view, 3) == [1, 0, 4, 3]
     assert examples.worst(view, 1) == [1, 4, 3, 0]
 
 

@@ -69,7 +69,8 @@ def test_newcombe_covers() -> None:
     held = 0
     for _ in range(1000):
         drawn = rng.choices(range(4), [0.4, 0.2, 0.1, 0.3], k=120)
-        lo, hi = newcombe(*(drawn.count(kind) for kind in range(4)), Z95)
+        both, only_a, only_b, neither = (drawn.count(kind) for kind in range(4))
+        lo, hi = newcombe(both, only_a, only_b, neither, Z95)
         held += lo <= 0.1 <= hi
     assert 0.93 <= held / 1000 <= 0.975
 

@@ -72,14 +72,26 @@ def test_base_beside_hf_folders_is_a_row_of_its_own_and_they_are_compared_with_i
     assert made.verdicts[0].startswith("gsm8k: the model beats start step 0 by 40.0 points")
 
 
+def test_a_base_that_is_better_than_a_model() -> None:
+    base = checkpoint("start", None)
+    others = [evaluated(checkpoint(name, None), single(10, 90)) for name in ("other", "third")]
+    made = report(evaluated(base, single(50, 50)), *others, base=base)
+    assert [(c.run, c.best, c.other) for c in made.comparisons] == [
+        ("other", "start step 0", "the model"),
+        ("third", "start step 0", "the model"),
+    ]
+    assert made.verdicts[0] == "other, gsm8k: start step 0, the first, has the highest accuracy"
+    assert made.verdicts[1].startswith("other, gsm8k: start step 0 beats the model by 40.0 points")
+
+
 def test_baseline() -> None:
     baseline = checkpoint("theirs", None)
     results = [evaluated(baseline, single(20, 80)), *ours((30, 60))]
     made = report(*results, baseline=baseline)
     assert [(r.run, r.step) for r in made.rows] == [("a", 0), ("a", 10), ("theirs", None)]
-    assert [(c.run, c.other, c.difference.value) for c in made.comparisons if c.against == "baseline"] == [
-        ("a", "theirs", pytest.approx(0.4))
-    ]
+    (found,) = [c for c in made.comparisons if c.against == "baseline"]
+    assert (found.run, found.other) == ("a", "theirs")
+    assert found.difference.value == pytest.approx(0.4)
 
 
 def ours(right: Sequence[int], dataset: str = "gsm8k") -> list[Evaluated]:

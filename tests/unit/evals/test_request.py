@@ -25,6 +25,7 @@ def model(folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"x")
+    (folder / "tokenizer_config.json").write_text("{}")
     return folder
 
 

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -29,7 +29,7 @@ class Graders(AllRight):
         assert workers > 0
         super().__init__()
 
-    def __enter__(self) -> Graders:
+    def __enter__(self) -> Self:
         Graders.started += 1
         return self
 
@@ -101,7 +101,9 @@ def test_what_is_torn_is_told_and_the_rest_goes_on(tmp_path: Path, engines: Engi
 
 
 def test_what_cannot_be_graded_is_refused_before_anything_starts(tmp_path: Path, engines: Engines) -> None:
-    unknown = dataclasses.replace(data(), questions=(Question([{"role": "user", "content": "?"}], "my/own", "1", None),))
+    unknown = dataclasses.replace(
+        data(), questions=(Question([{"role": "user", "content": "?"}], "my/own", "1", None),)
+    )
     asked = dataclasses.replace(request(tmp_path, checkpoint(tmp_path, 1)), data=(unknown,))
     with pytest.raises(InputError, match="no scorer for data_source 'my/own'"):
         session.evaluate(asked, Told().telling)

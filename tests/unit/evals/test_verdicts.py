@@ -34,11 +34,15 @@ def test_points() -> None:
 
 
 def test_a_rise() -> None:
-    first, clear, last = told(300, 420, 500)
-    assert first.startswith("gsm8k: step 40 beats step 0 by 20.0 points (95 % 1")
+    first, clear, last = told(300, 420, 430, 500)
+    assert first.startswith("gsm8k: step 60 beats step 0 by 20.0 points (95 % 1")
     assert first.endswith("), p < 0.001")
-    assert clear == "gsm8k: step 40 beats every other step, p < 0.001"
+    assert clear == "gsm8k: step 60 beats every other step, p < 0.001"
     assert last == CORRECTED
+
+
+def test_one_other_step_is_beaten_by_so_much() -> None:
+    assert any(s.startswith("gsm8k: step 40 beats step 20 by 8.0 points (95 % ") for s in told(300, 420, 500))
 
 
 def test_one_later_step_needs_no_correction() -> None:
@@ -58,10 +62,11 @@ def test_no_rise() -> None:
 
 
 def test_a_fall() -> None:
-    assert told(500, 300)[:2] == [
-        "gsm8k: no later step has a higher accuracy than step 0, the first",
+    assert told(500, 300, 290)[:2] == [
+        "gsm8k: step 0, the first, has the highest accuracy",
         "gsm8k: step 0 beats every other step, p < 0.001",
     ]
+    assert told(500, 300)[1].startswith("gsm8k: step 0 beats step 20 by 20.0 points")
 
 
 def test_baselines() -> None:
@@ -72,6 +77,14 @@ def test_baselines() -> None:
     assert any(s.startswith(short) for s in told(300, 500, baseline=better))
     alike = "gsm8k: step 20, the best, is not distinguishable from the baseline (b step 7): -0.1 points"
     assert any(s.startswith(alike) for s in told(300, 500, baseline=like))
+
+
+def test_a_beaten_baseline_is_not_within_noise() -> None:
+    """Against the baseline alone it takes less to be sure than of all pairs of steps: the two sentences must agree."""
+    run = [entry("a", 20 * n, single(right, 1000 - right)) for n, right in enumerate((300, 500, 500, 492, 500, 500))]
+    said = on_steps(compare(run, run[3]))
+    assert any(s.startswith("gsm8k: step 100 beats the baseline (step 60) by 0.8 points") for s in said)
+    assert "gsm8k: 3 steps are within noise of the best (100): 20, 40, 80" in said
 
 
 def test_few_questions() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from flashrl_cli import paths
 from flashrl_cli.evals import watch
 from flashrl_cli.runs import known
 from flashrl_cli.runs.known import Known
@@ -32,7 +33,7 @@ def test_patterns_name_runs_that_have_saved_nothing_yet(
     pattern: str, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    wanted = str(watch.paths.absolute(pattern))
+    wanted = str(paths.absolute(pattern))
     assert watch._names(wanted, tmp_path / "checkpoints" / "p" / "run") is named
 
 

@@ -78,15 +78,27 @@ def test_of_several_data_sets_the_first_counts(lab: Lab) -> None:
     lab.save(1, 2)
     file = lab.evaluate({1: 0.5, 2: 0.4})
     document = json.loads(file.read_text())
+    document["datasets"] = [{"name": "gsm8k"}, {"name": "aime24"}]
     rows = [{**row, "dataset": "gsm8k"} for row in document["results"]]
     others = [{**row, "dataset": "aime24", "accuracy": 0.0} for row in rows]
     file.write_text(
-        json.dumps({**document, "results": [row for pair in zip(rows, others, strict=True) for row in pair]})
+        json.dumps({**document, "results": [row for pair in zip(others, rows, strict=True) for row in pair]})
     )
     assert found(lab) == Scores("evaluation", {1: 0.5, 2: 0.4})
 
 
-@pytest.mark.parametrize("text", ["", '{"results": [5]}', "[]", "{}", '{"results": [{"step": 1}]}', '{"results": 5}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"results": [5]}',
+        '{"results": [], "datasets": []}',
+        "[]",
+        "{}",
+        '{"results": [{"step": 1}]}',
+        '{"results": 5}',
+    ],
+)
 def test_a_damaged_evaluation_is_named(text: str, lab: Lab) -> None:
     lab.save(1)
     lab.evaluate({}).write_text(text)
