@@ -19,7 +19,7 @@ from flashrl_cli.paths import RunPaths
 from flashrl_cli.runs.checkpoints import Checkpoint, find
 from flashrl_cli.runs.saved import inspect
 from flashrl_cli.runs.stock import Stock
-from flashrl_cli.weights import Unreadable, Weights
+from flashrl_cli.weights import Unreadable, Weights, holds_adapter_alone, stored_in_float32
 from tests.integration.conftest import BY_VERL
 
 Tensors = dict[str, Any]
@@ -90,6 +90,8 @@ def test_adapters_are_merged_as_peft_merges_them(saved: dict[int, Path], tmp_pat
     assert any(not (theirs[name] == before[name]).all() for name in theirs)
     assert_same(dict(Weights(hf=base, adapter=adapter, base=base).tensors()), theirs)
     whole, alone = (run / f"global_step_{step}" for step in (1, 2))
+    assert [holds_adapter_alone(of_step(step).shards[0]) for step in (whole, alone)] == [False, True]
+    assert stored_in_float32(of_step(whole).shards[0])
     assert_same(dict(of_step(whole, adapter=whole / "actor").tensors()), theirs)
     assert_same(dict(of_step(alone, adapter=alone / "actor", base=base).tensors()), theirs)
 
@@ -198,7 +200,9 @@ def test_plain_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = json.loads((target / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {"a": "model-00001.safetensors", "b": "model-00002.safetensors"}
     assert torch.equal(load_file(target / "model-00001.safetensors")["a"], torch.arange(8.0, dtype=torch.bfloat16))
+    before = weights.fingerprint()
     torch.save({"a": torch.zeros(8), "b": torch.tensor(2.0)}, files[1])
+    assert weights.fingerprint() != before
     with pytest.raises(Unreadable, match="a is not sharded, yet it differs"):
         merge.write(weights, tmp_path / "again")
     torch.save({"b": torch.tensor(2.0)}, files[1])

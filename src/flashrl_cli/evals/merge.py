@@ -33,9 +33,9 @@ _GIB = 2**30
 def merged(checkpoints: Sequence[Checkpoint], target: Path, advance: Callable[[int], object]) -> list[Path]:
     """Write one checkpoint to `target`, several to `target`/<run>/global_step_N, and tell where.
 
-    Each folder appears once it is whole and its weights are what its config asks for; then `advance(1)` is called. Raises InputError for a
-    place where something lies already, EnvironmentNotReady where it does not fit or cannot be written, RunFailed for weights that
-    cannot be read.
+    Each folder appears once it is whole and its weights are what its config asks for; then `advance(1)` is called.
+    Raises InputError for a place where something lies already, EnvironmentNotReady where it does not fit or cannot be written,
+    RunFailed for weights that cannot be read.
     """
     places = _places(checkpoints, target)
     _room(checkpoints, target)
