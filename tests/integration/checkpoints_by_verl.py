@@ -1,54 +1,21 @@
 """Run as a script: a small run's checkpoints as verl writes them, and the weights that verl's own merger makes of them.
 
-`make OUT STEP…`, in each rank's process (RANK, WORLD_SIZE, MASTER_PORT in the environment), writes OUT/model, a tiny
-Qwen2 whose odd vocabulary shards unevenly, and OUT/run/global_step_N with weights of their own; with more than one rank also
-OUT/fsdp1, OUT/lora and OUT/peft. `merge TARGET ACTOR…` is verl's model merger.
+`make OUT MODEL STEP…`, in each rank's process (RANK, WORLD_SIZE, MASTER_PORT in the environment), writes OUT/model, a copy of the
+policy MODEL (whose odd vocabulary shards unevenly), and OUT/run/global_step_N with weights of their own; with more than one rank
+also OUT/fsdp1, OUT/lora and OUT/peft. `merge TARGET ACTOR…` is verl's model merger.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def make_model(folder: Path) -> None:
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *special]
-    tokenizer = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate(symbols)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(symbols),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        eos_token_id=fast.eos_token_id,
-        pad_token_id=fast.pad_token_id,
-    )
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-
 
 def trained(folder: Path, step: int) -> Any:
-    """The model of `folder` with weights that only this step has, in float32."""
+    """The model of `folder` with weights that only this step has, in float32; the further, the less it knows."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -56,7 +23,7 @@ def trained(folder: Path, step: int) -> Any:
     torch.manual_seed(step)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
+            parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.02 * step)
     return model
 
 
@@ -71,7 +38,7 @@ def with_lora(model: Any) -> Any:
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(std=0.1)
+                parameter.normal_(std=0.01)
     return adapted
 
 
@@ -107,12 +74,12 @@ def save(model: Any, step_folder: Path, *, lora_only: bool = False) -> None:
     ).save_checkpoint(str(step_folder / "actor"), global_step=int(step_folder.name.rpartition("_")[2]))
 
 
-def make(out: Path, steps: list[int]) -> None:
+def make(out: Path, policy: Path, steps: list[int]) -> None:
     import torch.distributed
     from torch.distributed.device_mesh import init_device_mesh
 
     if os.environ["RANK"] == "0":
-        make_model(out / "model")
+        shutil.copytree(policy, out / "model")
     torch.distributed.init_process_group("gloo")
     torch.distributed.barrier()
     world_size = torch.distributed.get_world_size()
@@ -150,6 +117,6 @@ def merge(actors: list[Path], target: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "make":
-        make(Path(sys.argv[2]), [int(step) for step in sys.argv[3:]])
+        make(Path(sys.argv[2]), Path(sys.argv[3]), [int(step) for step in sys.argv[4:]])
     else:
         merge([Path(actor) for actor in sys.argv[3:]], Path(sys.argv[2]))

@@ -80,10 +80,10 @@ def free_port() -> str:
         return str(sock.getsockname()[1])
 
 
-def start_ranks(out: Path, world_size: int) -> list[subprocess.Popen[bytes]]:
+def start_ranks(out: Path, policy: Path, world_size: int) -> list[subprocess.Popen[bytes]]:
     out.mkdir()
     env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world_size)}
-    argv = [sys.executable, str(BY_VERL), "make", str(out), *map(str, STEPS)]
+    argv = [sys.executable, str(BY_VERL), "make", str(out), str(policy), *map(str, STEPS)]
     return [
         subprocess.Popen(argv, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE)
         for rank in range(world_size)
@@ -91,10 +91,10 @@ def start_ranks(out: Path, world_size: int) -> list[subprocess.Popen[bytes]]:
 
 
 @pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Folders `model` and `run` of a world of one and of two ranks."""
-    root = tmp_path_factory.mktemp("saved")
-    ranks = {world_size: start_ranks(root / f"w{world_size}", world_size) for world_size in (1, 2)}
+def saved(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Folders `model` (the tiny policy) and `run` of a world of one and of two ranks."""
+    root, policy = tmp_path_factory.mktemp("saved"), workshop.root / "data" / "tiny" / "model"
+    ranks = {world_size: start_ranks(root / f"w{world_size}", policy, world_size) for world_size in (1, 2)}
     for process in (p for processes in ranks.values() for p in processes):
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors.decode()[-2000:]

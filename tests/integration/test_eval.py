@@ -1,4 +1,4 @@
-"""`flashrl eval` on checkpoints that verl itself wrote, through the real vLLM."""
+"""`flashrl eval` on checkpoints that verl itself wrote, of a policy that knows something, through the real vLLM."""
 
 from __future__ import annotations
 
@@ -7,28 +7,67 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.integration.conftest import STEPS
+from flashrl_cli.evals import responses
+from flashrl_cli.weights import Weights
+from tests.integration.conftest import STEPS, Workshop
 
 PROMPTS = 24
 PREAMBLE = "Think step by step and end with the number after four hashes. " * 4
 """Longer than a block of vLLM's prefix cache, which must not outlive the weights that filled it."""
+ALIKE = 0.9
+"""Share of greedy responses that two engines give alike: in bf16 the order of a sum decides between tokens that are as likely."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Checkpoints in every form, and a data set with long prompts."""
+
+    shop: Workshop
+    root: Path
+    saved: dict[int, Path]
+    questions: Path
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run"
+
+    @property
+    def model(self) -> Path:
+        return self.saved[2] / "model"
+
+    def eval(self, *args: object) -> tuple[dict[str, Any], str]:
+        """The JSON document of `flashrl eval …`, and what it said."""
+        out, err = self.shop.run("eval", *args, "--max-tokens", 16, "--json")
+        return json.loads(out), err
 
 
 @pytest.fixture(scope="module")
-def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(workshop: Workshop, saved: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> Place:
+    root = tmp_path_factory.mktemp("eval")
+    found = Place(workshop, root, saved, root / "sums.parquet")
+    write_questions(found.questions)
+    shutil.copytree(saved[2] / "run", found.run)
+    with_broken_steps(found.run)
+    as_the_fork_saved_it(found.run / "global_step_4", root / "fork" / "global_step_4")
+    plan = workshop.root / "runs" / "lora" / "attempt_1" / "plan.json"
+    plan.parent.mkdir(parents=True)
+    plan.write_text(json.dumps({"overrides": [f"actor_rollout_ref.model.path={found.model}"]}))
+    quantized(found.model, root / "w8a8")
+    return found
+
+
+def write_questions(file: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    file = tmp_path_factory.mktemp("data") / "test.parquet"
     rows = [
         {
             "data_source": "openai/gsm8k",
@@ -39,24 +78,6 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(PROMPTS)
     ]
     pq.write_table(pa.Table.from_pylist(rows), file)
-    return file
-
-
-def command(*args: object) -> list[str]:
-    return [sys.executable, "-m", "flashrl_cli", "eval", *map(str, args)]
-
-
-def evaluate(*args: object) -> tuple[dict[str, Any], str]:
-    """The JSON document of `flashrl eval …`, and what it said."""
-    argv = command(*args, "--max-tokens", 12, "--json")
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), done.stderr
-
-
-def responses(folder: Path, step: int | None) -> list[str]:
-    lines = (folder / "responses.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
-    return [line["response"] for line in map(json.loads, lines) if line["step"] == step]
 
 
 def with_broken_steps(run: Path) -> None:
@@ -76,68 +97,223 @@ def with_broken_steps(run: Path) -> None:
     torn.write_bytes(torn.read_bytes()[:5000])
 
 
-@pytest.mark.parametrize("rollout", ["bf16", "int8"])
-def test_one_engine_answers_as_fresh_ones_do(
-    saved: dict[int, Path], questions: Path, tmp_path: Path, rollout: str
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(saved[2] / "run", run)
-    with_broken_steps(run)
-    options = ("--data", questions, "--rollout", rollout)
-    document, said = evaluate(f"{run}/*", "--base", saved[2] / "model", *options, "--out", tmp_path / "all")
-    assert [row["step"] for row in document["results"]] == [0, *STEPS]
-    assert all(row["n"] == PROMPTS and 0 <= row["lo"] <= row["accuracy"] <= row["hi"] for row in document["results"])
-    assert document["engine"]["precision"] == rollout
-    assert document["engine"]["quantized_layers"] == (8 if rollout == "int8" else 0)
-    rows = list(csv.DictReader((tmp_path / "all" / "eval.csv").read_text().splitlines()))
-    assert [int(row["step"]) for row in rows] == [0, *STEPS]
+def as_the_fork_saved_it(step: Path, target: Path) -> None:
+    """Config and tokenizer straight in `actor/`, as the original project's fork of verl left them."""
+    shutil.copytree(step, target)
+    actor = target / "actor"
+    (actor / "fsdp_config.json").unlink()
+    for file in (actor / "huggingface").iterdir():
+        file.rename(actor / file.name)
+    (actor / "huggingface").rmdir()
 
-    answers = {step: responses(tmp_path / "all", step) for step in (None, *STEPS)}
+
+def quantized(model: Path, folder: Path) -> None:
+    """The model in W8A8, as compressed-tensors keeps it: one scale for each output channel, activations by token."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder)
+    scheme = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**scheme, "strategy": "channel", "dynamic": False},
+        "input_activations": {**scheme, "strategy": "token", "dynamic": True},
+    }
+    method = {"quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed"}
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {**method, "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight = tensors[name].float()
+        scale = weight.abs().amax(dim=1, keepdim=True) / 127
+        tensors |= {name: (weight / scale).round().to(torch.int8), name.replace("weight", "weight_scale"): scale}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def texts(folder: Path, run: str, step: int | None, dataset: str) -> list[str]:
+    """Responses in the order of the questions."""
+    rows = responses.read(folder / responses.FILE, run=run, dataset=dataset)
+    return [row["response"] for row in rows if row["step"] == step]
+
+
+def share_alike(ours: list[str], theirs: list[str]) -> float:
+    return sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
+
+
+def by_transformers(weights: Weights, prompts: list[str]) -> list[str]:
+    """Greedy responses of at most 16 tokens by Transformers, one prompt at a time."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(weights.hf)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(weights.hf), dtype=torch.bfloat16).eval()
+    missing = model.load_state_dict(dict(weights.tensors()), strict=False)
+    assert set(missing.missing_keys) <= {"lm_head.weight"}
+    model.tie_weights()
+    found = []
+    for prompt in prompts:
+        chat = [{"role": "user", "content": prompt}]
+        tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        out = model.generate(**tokens, max_new_tokens=16, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+        found.append(tokenizer.decode(out[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))
+    return found
+
+
+def test_every_form_of_a_checkpoint_by_one_engine(place: Place) -> None:
+    """Answers are those of Transformers, whatever form the weights have; what cannot be read is told; again nothing is generated."""
+    lora, w1 = place.saved[2] / "lora", place.saved[1] / "run" / "global_step_10"
+    forms = (f"{place.run}/*", w1, place.root / "fork", f"{lora}/", place.saved[2] / "peft")
+    out = place.root / "all"
+    asked = (*forms, "--base", place.model, "--dataset", f"tiny,{place.questions}", "--limit", PROMPTS, "--out", out)
+    document, said = place.eval(*asked)
+    check_skipped(place, document, said)
+    assert said.count("starting the vLLM engine") == 1
+    assert {row["precision"] for row in document["results"]} == {"bf16"}
+
+    runs = {row["path"]: row["run"] for row in document["results"]}
+    mine, one_rank = (runs[str(path / "actor" / "huggingface")] for path in (place.run / "global_step_10", w1))
+    answers = {step: texts(out, mine, step, "sums") for step in (0, *STEPS)}
     assert len(set(map(tuple, answers.values()))) == 1 + len(STEPS), "every step has weights of its own"
-    evaluate(run / "global_step_10", *options, "--out", tmp_path / "one")
-    assert responses(tmp_path / "one", 10) == answers[10]
+    for dataset in ("tiny", "sums"):
+        assert texts(out, one_rank, 10, dataset) == texts(out, mine, 10, dataset)
+        assert texts(out, "fork", 4, dataset) == texts(out, mine, 4, dataset)
+        adapters = [texts(out, "lora", 1, dataset), texts(out, "lora", 2, dataset), texts(out, "peft", None, dataset)]
+        assert adapters[0] == adapters[1] == adapters[2]
+    check_against_transformers(place, out, mine)
+    check_files(document, out, mine)
 
+    shutil.rmtree(place.run / "global_step_5")  # that code is no weights shows when they are loaded
+    again, said = place.eval(*asked)
+    assert "starting the vLLM engine" not in said
+    assert again["results"] == document["results"]
+    assert again["verdicts"] == document["verdicts"]
+
+
+def check_skipped(place: Place, document: dict[str, Any], said: str) -> None:
     reasons = {Path(s["path"]): s["reason"] for s in document["skipped"]}
-    assert "pruned" in reasons[run / "global_step_3"]
-    assert "refused" in reasons[run / "global_step_5" / "actor" / "huggingface"]
-    assert "torn" in reasons[run / "global_step_6" / "actor" / "huggingface"]
-    assert "did not finish" in reasons[run / "global_step_11"]
+    assert "pruned" in reasons[place.run / "global_step_3"]
+    assert "refused" in reasons[place.run / "global_step_5" / "actor" / "huggingface"]
+    assert "torn" in reasons[place.run / "global_step_6" / "actor" / "huggingface"]
+    assert "did not finish" in reasons[place.run / "global_step_11"]
     assert "model_world_size_2_rank_1.pt" in said
-    assert not (run / "code-was-run").exists()
+    assert not (place.run / "code-was-run").exists()
 
 
-def test_sampling_is_reproducible(saved: dict[int, Path], questions: Path, tmp_path: Path) -> None:
-    """The same seed gives the same samples whatever else is evaluated; samples of one prompt differ."""
-    run = saved[1] / "run"
-    options = ("--data", questions, "--limit", 8, "--n", 2, "--temperature", 1)
-    done = subprocess.run(
-        command(run, *options, "--max-tokens", 12, "--out", tmp_path / "a", "--png"),
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
+def check_against_transformers(place: Place, out: Path, run: str) -> None:
+    rows = responses.read(out / responses.FILE, run=run, dataset="tiny", step=10)
+    prompts = [row["prompt"] for row in rows]
+    actor = place.run / "global_step_10" / "actor"
+    shards = tuple(sorted(actor.glob("model_world_size_2_*.pt")))
+    cases = {
+        (run, 0): Weights(hf=place.model),
+        (run, 10): Weights(hf=actor / "huggingface", shards=shards),
+        ("peft", None): Weights(hf=place.model, adapter=place.saved[2] / "peft", base=place.model),
+    }
+    for (name, step), weights in cases.items():
+        assert share_alike(texts(out, name, step, "tiny"), by_transformers(weights, prompts)) >= ALIKE, (name, step)
+
+
+def check_files(document: dict[str, Any], out: Path, run: str) -> None:
+    """The table's numbers are those of the responses; the policy knows how to add, and noise makes it forget."""
+    accuracy = {
+        row["step"]: row["accuracy"] for row in document["results"] if (row["run"], row["dataset"]) == (run, "tiny")
+    }
+    assert list(accuracy) == [0, *STEPS]
+    assert accuracy[0] > 0.75
+    for step, value in accuracy.items():
+        rows = responses.read(out / responses.FILE, run=run, dataset="tiny", step=step)
+        assert sum(row["response"].endswith(f"#### {row['ground_truth']}") for row in rows) / len(rows) == value
+    lines = list(csv.DictReader((out / "eval.csv").read_text().splitlines()))
+    assert [int(line["step"]) for line in lines if (line["run"], line["dataset"]) == (run, "tiny")] == [0, *STEPS]
+
+
+def test_killed_in_the_middle_two_go_on_together(place: Place) -> None:
+    """What was finished stays, each unit is generated once, and the end is as if nothing had been."""
+    words = (
+        "eval",
+        *(place.run / f"global_step_{step}" for step in STEPS),
+        "--dataset",
+        "tiny",
+        "--out",
+        place.root / "killed",
     )
-    assert "95 % interval" in done.stdout
-    assert "●" in done.stdout
-    assert (tmp_path / "a" / "eval.png").stat().st_size > 1000
-    document, _ = evaluate(run / "global_step_10", *options, "--out", tmp_path / "b")
-    assert document["results"][0]["n"] == 16
-    first = responses(tmp_path / "a", 10)
-    assert first == responses(tmp_path / "b", 10)
-    assert first[0] != first[1]
-
-
-def test_interrupt_leaves_nothing_behind(saved: dict[int, Path], questions: Path, tmp_path: Path) -> None:
-    argv = command(saved[1] / "run", "--data", questions, "--out", tmp_path / "out")
-    with subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
-        assert process.stderr
-        for line in process.stderr:
-            if "starting the vLLM engine" in line:
-                break
-        children = psutil.Process(process.pid).children(recursive=True)
-        time.sleep(1)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+    options = ("--limit", PROMPTS, "--max-tokens", 16, "--json")
+    process = place.shop.start(*words, *options)
+    assert process.stderr
+    for line in process.stderr:
+        if "step 2, tiny:" in line:
+            break
+    children = psutil.Process(process.pid).children(recursive=True)
     assert children
+    while not list((place.root / "killed").glob("results/*.parquet")):
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    assert not psutil.wait_procs(children, timeout=10)[1]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: place.shop.run(*words, *options), range(2))
+    documents = [json.loads(out) for out, _ in (first, second)]
+    assert documents[0]["results"] == documents[1]["results"]
+    said = first[1] + second[1]
+    assert [said.count(f"step {step}, tiny: {PROMPTS} prompts") for step in STEPS] == [0, 1, 1]
+    whole = json.loads((place.root / "all" / "eval.json").read_text())
+    mine = [row for row in whole["results"] if row["dataset"] == "tiny" and row["path"].startswith(str(place.run))]
+    uninterrupted = {row["step"]: row["accuracy"] for row in mine}
+    for row in documents[0]["results"]:
+        assert abs(row["accuracy"] - uninterrupted[row["step"]]) <= 1 - ALIKE
+
+
+def test_sampling_and_precision(place: Place) -> None:
+    """The same seed gives the same samples whatever else is evaluated; what is quantized is proven; a terminal sees a curve."""
+    run = place.saved[1] / "run"
+    sampled = ("--dataset", "tiny", "--limit", PROMPTS, "--n", 2, "--temperature", 1, "--max-tokens", 16)
+    int8 = (*sampled, "--rollout", "int8", "--out", place.root / "int8")
+    table, _ = place.shop.run("eval", run, *int8, "--png")
+    assert "95 % interval" in table
+    assert "pass@2" in table
+    assert "●" in table
+    assert (place.root / "int8" / "eval.png").stat().st_size > 1000
+    written = json.loads((place.root / "int8" / "eval.json").read_text())
+    assert (written["engine"]["precision"], written["engine"]["quantized_layers"]) == ("int8", 8)
+
+    alone, w8a8 = run / "global_step_10", place.root / "w8a8"
+    document, said = place.eval(alone, w8a8, *int8[:-1], place.root / "alone")
+    assert said.count("starting the vLLM engine") == 2
+    assert {row["run"]: row["precision"] for row in document["results"]} == {
+        "run": "int8",
+        "w8a8": "compressed-tensors",
+    }
+    first = texts(place.root / "int8", "run", 10, "tiny")
+    assert first == texts(place.root / "alone", "run", 10, "tiny")
+    assert any(a != b for a, b in zip(first[::2], first[1::2], strict=True)), "samples of one prompt differ"
+    assert next(row["accuracy"] for row in document["results"] if row["run"] == "w8a8") > 0.4
+
+
+def test_interrupt_leaves_nothing_behind(place: Place) -> None:
+    out = place.root / "out"
+    process = place.shop.start("eval", place.saved[1] / "run", "--dataset", "tiny", "--out", out)
+    assert process.stderr
+    for line in process.stderr:
+        if "starting the vLLM engine" in line:
+            break
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert "error: stopped by SIGTERM\nhint: the same command goes on from here" in err
     assert not psutil.wait_procs(children, timeout=5)[1]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["engine.log"]
+    assert sorted(path.name for path in out.iterdir()) == [".engine.lock", "engine.log", "results"]
+
+
+def test_merged(place: Place) -> None:
+    """`--merge` writes a model that Transformers loads; into a folder with something in it nothing is written."""
+    from transformers import AutoModelForCausalLM
+
+    target = place.root / "merged"
+    out, _ = place.shop.run("eval", place.saved[2] / "lora" / "global_step_1", "--merge", target, "--json")
+    assert json.loads(out)["merged"] == [str(target)]
+    assert AutoModelForCausalLM.from_pretrained(target).num_parameters() > 10_000
+    _, err = place.shop.run("eval", place.run / "global_step_10", "--merge", target, code=2)
+    assert f"error: {target} exists already" in err

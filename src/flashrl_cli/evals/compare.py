@@ -109,7 +109,7 @@ def same_questions(results: Sequence[Evaluated]) -> None:
     for other in results[1:]:
         if other.data.questions != first.data.questions or {r.question for r in other.responses} != asked:
             raise InputError(
-                f"{first.checkpoint.hf} and {other.checkpoint.hf} did not answer the same questions: "
+                f"{first.checkpoint.path} and {other.checkpoint.path} did not answer the same questions: "
                 "they cannot be compared",
                 hint="evaluate them together",
             )

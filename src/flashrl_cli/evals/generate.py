@@ -73,7 +73,7 @@ class Generator:
 
     def _held(self) -> dict[str, Any]:
         holds: dict[str, Any] = self._llm.collective_rpc("holds")[0]
-        return holds
+        return {**holds, "precision": self._job.quantized}
 
     def _refitted(self, weights: Weights) -> dict[str, Any]:
         holds: dict[str, Any] = self._llm.collective_rpc("load_from_disk", args=(weights.plain(),))[0]

@@ -47,13 +47,13 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One engine: `start` is the HF folder that says which architecture; `quantized` that it holds quantized weights of its own.
+    """One engine: `start` is the HF folder that says which architecture; `quantized` the method, if its weights are quantized already.
 
     `work` is a folder for the questions, one file for each of `data_sets` data sets.
     """
 
     start: Path
-    quantized: bool
+    quantized: str | None
     work: Path
     data_sets: int
     sampling: Sampling

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 CSV_COLUMNS = (
     "run", "dataset", "lo", "hi", "n", "prompts", "flexible", "boxed", "maj", "mean_length", "cut_share", "problems",
+    "precision",
 )  # fmt: skip
 """Columns behind `step` and `score`, which come first: what reads nothing but these two goes on working."""
 
@@ -31,7 +32,8 @@ class Row:
 
     `accuracy` is that of verl's scorer; `flexible` and `boxed` are those of the answer itself (None where no response has them). With
     several responses a prompt `pass_at` (by k) and `maj` tell of them together. `mean_length` is in tokens, `cut_share` the share of
-    responses that ended at the token limit, `problems` the count of responses without a verdict.
+    responses that ended at the token limit, `problems` the count of responses without a verdict, `precision` what
+    the engine held the linear layers in.
     """
 
     run: str
@@ -49,6 +51,7 @@ class Row:
     mean_length: float
     cut_share: float
     problems: int
+    precision: str
     path: str
     seconds: float
 
@@ -138,7 +141,7 @@ def _entries(evaluated: Sequence[Evaluated], base: Checkpoint | None) -> list[En
     entries = []
     for result in evaluated:
         checkpoint = result.checkpoint
-        if base and checkpoint.hf == base.hf:
+        if base and checkpoint.path == base.path:
             entries += [Entry(run, 0, result) for run in runs or [checkpoint.run]]
         else:
             entries.append(Entry(checkpoint.run, checkpoint.step, result))
@@ -172,7 +175,7 @@ def _understated(entries: Sequence[Entry]) -> Iterator[str]:
 def _of(checkpoint: Checkpoint | None, dataset: str, evaluated: Sequence[Evaluated]) -> Evaluated | None:
     if checkpoint is None:
         return None
-    return next((e for e in evaluated if e.checkpoint.hf == checkpoint.hf and e.data.name == dataset), None)
+    return next((e for e in evaluated if e.checkpoint.path == checkpoint.path and e.data.name == dataset), None)
 
 
 def _row(entry: Entry) -> Row:
@@ -196,7 +199,8 @@ def _row(entry: Entry) -> Row:
         mean_length=sum(r.tokens for r in result.responses) / count,
         cut_share=sum(r.cut for r in result.responses) / count,
         problems=sum(grade.problem is not None for grade in grades),
-        path=str(result.checkpoint.hf),
+        precision=result.holds["precision"],
+        path=str(result.checkpoint.path),
         seconds=result.seconds,
     )
 

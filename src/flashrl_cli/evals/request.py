@@ -94,7 +94,7 @@ def plan(
 def _all(found: Iterable[Checkpoint], base: Checkpoint | None, baseline: Checkpoint | None) -> tuple[Checkpoint, ...]:
     """Base, baseline and what was found, each once."""
     extra = [one for one in (base, baseline) if one]
-    return tuple({one.hf: one for one in (*extra, *found)}.values())
+    return tuple({one.path: one for one in (*extra, *found)}.values())
 
 
 def _place(checkpoints: Iterable[Checkpoint]) -> Path:

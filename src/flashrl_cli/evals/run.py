@@ -123,7 +123,7 @@ class Evaluation:
 
     def _take(self, unit: Unit) -> bool:
         """Whether nothing is left to do for a unit."""
-        if unit.checkpoint.hf in self.skipped:
+        if unit.checkpoint.path in self.skipped:
             self.telling.advance(len(unit.data.questions), 0)
             return True
         kept = self.store.load(unit)
@@ -189,7 +189,7 @@ class Evaluation:
         self._release(lock)
 
     def _skip(self, unit: Unit, event: dict[str, Any]) -> None:
-        self.skipped[unit.checkpoint.hf] = Skipped(unit.checkpoint.hf, event["reason"])
+        self.skipped[unit.checkpoint.path] = Skipped(unit.checkpoint.path, event["reason"])
         if event["ends"]:
             self._stop_engine()
 
@@ -216,7 +216,7 @@ class Evaluation:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flashrl-eval-")))
             job = Job(
                 start=checkpoint.hf,
-                quantized=checkpoint.quantized is not None,
+                quantized=checkpoint.quantized,
                 work=work,
                 data_sets=len(self.data),
                 sampling=self.sampling,

@@ -51,7 +51,7 @@ def units(
             checkpoint.weights.check()
             weights = checkpoint.weights.fingerprint()
         except (Unreadable, OSError) as error:  # a training run may remove an old step at any time
-            yield Skipped(checkpoint.hf, str(error))
+            yield Skipped(checkpoint.path, str(error))
             continue
         for one, questions in asked:
             key = _hash(json.dumps([weights, questions, how, versions], sort_keys=True))

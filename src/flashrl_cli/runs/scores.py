@@ -81,6 +81,6 @@ def _rows(file: Path, run_checkpoints: Path) -> Iterator[tuple[int, float]]:
         raise InputError(f"{file} is no evaluation: {error}", hint="move it away, or evaluate again") from None
 
 
-def _is_of(hf: Path, run_checkpoints: Path, step: int) -> bool:
-    own = run_checkpoints / layout.step_name(step) / layout.ACTOR / layout.HUGGINGFACE
-    return os.path.realpath(hf) == os.path.realpath(own)
+def _is_of(evaluated: Path, run_checkpoints: Path, step: int) -> bool:
+    own = Path(os.path.realpath(run_checkpoints / layout.step_name(step)))
+    return own in Path(os.path.realpath(evaluated)).parents

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.processes
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
     engine = EngineSettings(rollout="int8")
-    return Job(start=Path("/hf"), quantized=False, work=tmp_path, data_sets=1, sampling=Sampling(), engine=engine)
+    return Job(start=Path("/hf"), quantized=None, work=tmp_path, data_sets=1, sampling=Sampling(), engine=engine)
 
 
 ORDER = Order(weights=Weights(hf=Path("/hf"), shards=(Path("/a.pt"),)), data=0, answers=Path("/x.jsonl"), answered=(3,))
