@@ -27,10 +27,13 @@ def last_number(text: str) -> Decimal | None:
     found = None
     for found in _NUMBER.finditer(_plain(text)):  # noqa: B007
         pass
-    if found is None:
-        return None
-    value = Decimal(found["digits"].replace(",", ""))
-    return -value if found["sign"] else value
+    return found and _value(found)
+
+
+def number(text: str) -> Decimal | None:
+    """The number that `text` is; None if it is anything else, too."""
+    found = _NUMBER.fullmatch(_plain(text))
+    return found and _value(found)
 
 
 def boxed(text: str) -> str | None:
@@ -65,3 +68,8 @@ def _last(pattern: re.Pattern[str], text: str) -> str | None:
 
 def _plain(text: str) -> str:
     return _THIN.sub(lambda found: "," if found[0] == "{,}" else "", text).replace("\N{MINUS SIGN}", "-")
+
+
+def _value(found: re.Match[str]) -> Decimal:
+    value = Decimal(found["digits"].replace(",", ""))
+    return -value if found["sign"] else value

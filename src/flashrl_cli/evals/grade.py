@@ -119,8 +119,12 @@ def _comparison(source: str) -> Callable[[str, str], tuple[bool, bool]] | None:
 
 def _compare_number(truth: str, response: str) -> tuple[bool, bool]:
     """Whether the last number is `truth`, and whether the last box is."""
-    box = extract.boxed(response)
-    return _is_number(truth, extract.last_number(response)), bool(box) and _same(truth, extract.without_unit(box or ""))
+    flexible, box = _is_number(truth, extract.last_number(response)), extract.boxed(response)
+    if not box:
+        return flexible, False
+    answer = extract.without_unit(box)
+    said = extract.number(answer)  # of numbers math-verify says the same, and takes some milliseconds
+    return flexible, _same(truth, answer) if said is None else _is_number(truth, said)
 
 
 def _compare_formula(truth: str, response: str) -> tuple[bool, bool]:

@@ -96,3 +96,20 @@ def test_prediction(text: str, prediction: str | None) -> None:
 )
 def test_without_unit(answer: str, bare: str) -> None:
     assert extract.without_unit(answer) == bare
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("-1,000", "-1000"),
+        (r"\$5", "5"),
+        (".5", "0.5"),
+        ("", None),
+        ("5 + 67", None),
+        ("x = 72", None),
+        ("1,2", None),
+        ("3!", None),
+    ],
+)
+def test_a_text_that_is_a_number(text: str, number: str | None) -> None:
+    assert extract.number(text) == (None if number is None else Decimal(number))
