@@ -40,7 +40,7 @@ class Grade:
 
     `score` is what verl's scorer gave and `correct` whether that is right (strict: the form counts). `flexible` and `boxed` compare the
     answer itself, found anywhere or in the last box; None where that extractor does not apply to the data set. `prediction` is the
-    answer that was found, None if none was. `problem` says why a scorer gave no verdict (then `correct` is False).
+    answer that was found, None if none was. `problem` says why one of them gave no verdict; that one counts as wrong.
     """
 
     score: float

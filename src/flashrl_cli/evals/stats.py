@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 
 Z95 = 1.959963984540054
 """97.5 % quantile of the standard normal distribution."""
@@ -68,15 +69,25 @@ def pass_at(k: int, correct: Sequence[Sequence[bool]]) -> float:
 def majority(votes: Sequence[Sequence[tuple[str | None, bool]]]) -> float:
     """Share of questions whose most frequent answer is right (maj@n); `votes[prompt][sample]` is an answer and whether it is right.
 
-    None does not vote, and without a vote a question counts as wrong. Among answers that are equally frequent one is drawn:
-    the question counts by the share of right ones.
+    None does not vote, and without a vote a question counts as wrong. Numbers are alike however they are written. Among answers that
+    are equally frequent one is drawn: the question counts by the share of right ones.
     """
     return sum(map(_elected, votes)) / len(votes)
 
 
 def _elected(votes: Sequence[tuple[str | None, bool]]) -> float:
-    counts = Counter(answer for answer, _ in votes if answer is not None)
+    ballots = [(_plain(answer), is_right) for answer, is_right in votes if answer is not None]
+    counts = Counter(answer for answer, _ in ballots)
     most = max(counts.values(), default=0)
-    right = {answer for answer, is_right in votes if is_right}
+    right = {answer for answer, is_right in ballots if is_right}
     tied = [answer for answer, count in counts.items() if count == most]
     return sum(answer in right for answer in tied) / len(tied) if tied else 0.0
+
+
+def _plain(answer: str) -> str:
+    """An answer as it is counted: a number without separators, dollar signs and zeros behind its point; else without spaces."""
+    text = "".join(answer.split())
+    try:
+        return str(Decimal(text.replace(",", "").replace("$", "")).normalize())
+    except InvalidOperation:
+        return text

@@ -118,3 +118,10 @@ def test_majority_is_what_drawing_among_the_winners_gives(asked: list[list[str]]
 
 def test_with_one_sample_majority_is_accuracy() -> None:
     assert majority([[("a", True)], [("b", False)], [(None, False)]]) == pytest.approx(1 / 3)
+
+
+def test_numbers_vote_alike_however_they_are_written() -> None:
+    votes = [("1,000", True), ("1000.0", True), ("$1000", True), ("7", False), ("7", False)]
+    assert stats.majority([votes]) == 1.0
+    assert stats.majority([[("\\frac{1}{2}", True), ("\\frac{1} {2}", True), ("x", False)]]) == 1.0
+    assert stats.majority([[("1000", True), ("100", False), ("100", False)]]) == 0.0
