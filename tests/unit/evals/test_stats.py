@@ -122,6 +122,6 @@ def test_with_one_sample_majority_is_accuracy() -> None:
 
 def test_numbers_vote_alike_however_they_are_written() -> None:
     votes = [("1,000", True), ("1000.0", True), ("$1000", True), ("7", False), ("7", False)]
-    assert stats.majority([votes]) == 1.0
-    assert stats.majority([[("\\frac{1}{2}", True), ("\\frac{1} {2}", True), ("x", False)]]) == 1.0
-    assert stats.majority([[("1000", True), ("100", False), ("100", False)]]) == 0.0
+    assert majority([votes]) == 1.0
+    assert majority([[("\\frac{1}{2}", True), ("\\frac{1} {2}", True), ("x", False)]]) == 1.0
+    assert majority([[("1000", True), ("100", False), ("100", False)]]) == 0.0
