@@ -64,7 +64,7 @@ def main() -> None:
     _, seconds["prepare"] = flashrl("prepare", "tiny")
     _, seconds["train"] = flashrl("train", "--preset", "tiny", "--rollout", "int8", "--tis", f"{CAP:g}", "--name", RUN)
     checkpoints, model = str(ROOT / "checkpoints" / "tiny" / RUN), str(ROOT / "data" / "tiny" / "model")
-    sampling = ("--data", "tiny", "--temperature", "1", "--max-tokens", "16")
+    sampling = ("--dataset", "tiny", "--temperature", "1", "--max-tokens", "16")
     text, seconds["eval"] = flashrl(
         "eval", f"{checkpoints}/*", "--base", model, *sampling, "--out", str(ROOT), "--png", "--json", capture=True
     )
