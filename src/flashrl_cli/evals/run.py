@@ -199,7 +199,7 @@ class Evaluation:
             self._claims.discard(lock)
 
     def _say_done(self, unit: Unit, tokens: int, seconds: float) -> None:
-        rate = f", {tokens / seconds:,.0f} tokens/s" if seconds else ""
+        rate = f", {tokens / seconds:,.0f} tokens/s" if tokens and seconds else ""
         self.telling.say(f"{_name(unit)}: {len(unit.data.questions):,} prompts in {seconds:.1f} s{rate}")
 
     def _engine_for(self, unit: Unit) -> child.Engine:

@@ -1,0 +1,130 @@
+"""`flashrl eval`, as people and programs call it; a scripted engine answers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashrl_cli.cli import app as cli
+from flashrl_cli.cli.eval import evaluate
+from flashrl_cli.errors import FlashrlError, InputError, NothingMatched
+from flashrl_cli.evals import child, session
+from flashrl_cli.evals.job import Job, Order
+from tests.unit.evals.lab import Engines, answer, checkpoint
+from tests.unit.evals.test_session import Graders
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
+    found = Engines()
+    monkeypatch.setattr(child, "engine", found)
+    monkeypatch.setattr(session, "Graders", Graders)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return found
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {
+            "data_source": "openai/gsm8k",
+            "prompt": [{"role": "user", "content": f"{n}?"}],
+            "reward_model": {"ground_truth": str(n)},
+        }
+        for n in range(4)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "sums.parquet")
+    return str(tmp_path / "sums.parquet")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with two steps that hold merged weights."""
+    folder = tmp_path / "p" / "run"
+    for step in (1, 2):
+        hf = checkpoint(tmp_path / "made", step).hf
+        (hf / "tokenizer.json").write_text("{}")
+        target = folder / f"global_step_{step}" / "actor" / "huggingface"
+        target.parent.mkdir(parents=True)
+        hf.rename(target)
+    return folder
+
+
+def test_a_table_what_it_means_and_where_it_is(
+    run: Path, data: str, engines: Engines, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate([str(run)], dataset=data)
+    out, err = capsys.readouterr()
+    assert "95 % interval" in out
+    assert "1.000" in out
+    assert "sums: step 2, the best, is not distinguishable from step 1" in out
+    assert "written to" not in out
+    assert f"written to {run / 'eval'}" in err
+    assert "run step 2, sums: 4 prompts in 1.0 s, 12 tokens/s" in err
+
+
+def test_json_is_one_document(run: Path, data: str, engines: Engines, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate([f"{run}/*"], dataset=data, json=True, limit=2, out=run / "there")
+    document = json.loads(capsys.readouterr().out)
+    assert [(row["step"], row["n"]) for row in document["results"]] == [(1, 2), (2, 2)]
+    assert document == json.loads((run / "there" / "eval.json").read_text())
+
+
+def test_watching_gives_json_lines(
+    run: Path, data: str, engines: Engines, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "looks", lambda patterns, say: iter([True, True, False]))
+    evaluate([str(run)], dataset=data, json=True, watch=True)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [len(line["results"]) for line in lines] == [2, 2], "one when something was new, and the last"
+
+
+def test_what_was_passed_over_is_told(
+    run: Path, data: str, engines: Engines, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = run / "global_step_1" / "actor" / "huggingface" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    evaluate([str(run)], dataset=data, png=True)
+    err = capsys.readouterr().err
+    assert f"warning: skipped {weights.parent}" in err
+    assert "no eval.png: a curve needs two steps of a run" in err
+
+
+def test_bad_words(run: Path, data: str, engines: Engines, tmp_path: Path) -> None:
+    with pytest.raises(NothingMatched):
+        evaluate([str(tmp_path / "nothing" / "*")], dataset=data)
+    with pytest.raises(InputError, match="not prepared"):
+        evaluate([str(run)], dataset="gsm8k")
+    with pytest.raises(InputError, match="no run record says"):
+        evaluate([str(run)])
+    assert not engines.jobs
+
+
+def test_a_signal_ends_it_in_order(run: Path, data: str, engines: Engines) -> None:
+    def interrupted(job: Job, order: Order) -> Any:
+        yield from itertools.islice(answer(job, order), 2)
+        signal.raise_signal(signal.SIGTERM)
+
+    engines.script = interrupted
+    with pytest.raises(FlashrlError, match="stopped by SIGTERM") as caught:
+        evaluate([str(run)], dataset=data)
+    assert caught.value.exit_code == 143
+    assert engines.up == 0
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    engines.script = answer
+    evaluate([str(run)], dataset=data)
+    assert engines.orders[1].answered == (0,), "it goes on"
+
+
+def test_show_is_a_word_of_eval() -> None:
+    assert cli._words(["eval", "show", "x", "--worst"]) == ["eval show", "x", "--worst"]
+    for words in (["eval", "./show"], ["eval", "x", "show"], ["runs", "show", "x"], []):
+        assert cli._words(words) == words
