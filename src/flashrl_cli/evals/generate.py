@@ -147,6 +147,8 @@ def _platform_options(job: Job) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
+        if job.engine.rollout == "fp8":
+            raise EnvironmentNotReady("vLLM has no FP8 kernel for a CPU", hint="--rollout bf16 or int8")
         # a seeded request whose prompt is split fails on a CPU: "CPU Generator does not use offset"
         # (vllm/v1/worker/gpu_model_runner.py:3825, vLLM 0.28)
         return {"enforce_eager": True, "gpu_memory_utilization": _CPU_MEMORY, "enable_chunked_prefill": False}

@@ -88,12 +88,12 @@ class Evaluation:
     graders: Callable[[], Grader]
     telling: Telling
     devices: str | None = None
-    results: dict[str, Evaluated] = field(default_factory=dict)
-    skipped: dict[Path, Skipped] = field(default_factory=dict)
-    _up: _Running | None = None
-    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-    _grading: list[Future[None]] = field(default_factory=list)
-    _claims: set[FileLock] = field(default_factory=set)
+    results: dict[str, Evaluated] = field(default_factory=dict, init=False)
+    skipped: dict[Path, Skipped] = field(default_factory=dict, init=False)
+    _up: _Running | None = field(default=None, init=False)
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
+    _grading: list[Future[None]] = field(default_factory=list, init=False)
+    _claims: set[FileLock] = field(default_factory=set, init=False)
 
     def __enter__(self) -> Self:
         return self

@@ -121,14 +121,18 @@ def _log(folder: Path) -> Iterator[Path]:
 def _look(request: Request, evaluation: Evaluation) -> Finished:
     started = time.perf_counter()
     found = list(units(request.checkpoints, request.data, sampling=request.sampling, engine=request.engine))
-    readable = [one for one in found if isinstance(one, Unit)]
-    evaluation.work([one for one in readable if one.key not in evaluation.results])
+    present = [one for one in found if isinstance(one, Unit)]
+    pruned = _pruned(request, evaluation.store, present)
+    known = [*pruned, *present]
+    evaluation.work([one for one in known if one.key not in evaluation.results])
     torn = [one for one in found if isinstance(one, Skipped)]
-    skipped = (*request.skipped, *torn, *evaluation.skipped.values())
+    gone = {parent for one in pruned for parent in one.checkpoint.hf.parents}
+    passed = [one for one in request.skipped if one.path not in gone]
+    skipped = (*passed, *torn, *evaluation.skipped.values())
     # two checkpoints with the same weights have one result
     evaluated = [
         dataclasses.replace(evaluation.results[one.key], checkpoint=one.checkpoint, data=one.data)
-        for one in readable
+        for one in known
         if one.key in evaluation.results
     ]
     if not evaluated:
@@ -143,3 +147,14 @@ def _look(request: Request, evaluation: Evaluation) -> Finished:
     )
     report.write(request.folder)
     return Finished(report, request.folder)
+
+
+def _pruned(request: Request, store: Store, present: Sequence[Unit]) -> list[Unit]:
+    """What was evaluated of steps that are there no more: training keeps the last few, their results keep the curve."""
+    runs = {one.source: one.run for one in request.checkpoints}
+    found = store.pruned((one.path for one in request.skipped), {one.asked: one.data for one in present})
+    relabelled = (
+        (one, dataclasses.replace(one.checkpoint, run=runs.get(one.checkpoint.source, one.checkpoint.run)))
+        for one in found
+    )
+    return [dataclasses.replace(one, checkpoint=checkpoint) for one, checkpoint in relabelled]

