@@ -119,8 +119,6 @@ def _show(output: Output, finished: Finished, *, watch: bool, png: bool) -> None
     from flashrl_cli.render import plots
 
     report, folder = finished.report, finished.folder
-    for one in report.skipped:
-        output.warn(f"skipped {one.path}: {one.reason}")
     curves = [plots.Series(**curve) for curve in report.curves()]
     if png and curves:
         plots.write_png(curves, folder / "eval.png", ylabel="accuracy")

@@ -90,6 +90,7 @@ class Evaluation:
     devices: str | None = None
     results: dict[str, Evaluated] = field(default_factory=dict, init=False)
     skipped: dict[Path, Skipped] = field(default_factory=dict, init=False)
+    _told: set[Path] = field(default_factory=set, init=False)
     _up: _Running | None = field(default=None, init=False)
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
     _grading: list[Future[None]] = field(default_factory=list, init=False)
@@ -120,6 +121,13 @@ class Evaluation:
         for future in self._grading:
             future.result()
         self._grading.clear()
+
+    def pass_over(self, skipped: Iterable[Skipped]) -> None:
+        """Tell of what is not evaluated, each thing once, and as soon as that is known: the rest may take hours."""
+        for one in skipped:
+            if one.path not in self._told:
+                self._told.add(one.path)
+                self.telling.say(f"warning: skipped {one.path}: {one.reason}")
 
     def _take(self, unit: Unit) -> bool:
         """Whether nothing is left to do for a unit."""
@@ -189,7 +197,9 @@ class Evaluation:
         self._release(lock)
 
     def _skip(self, unit: Unit, event: dict[str, Any]) -> None:
-        self.skipped[unit.checkpoint.path] = Skipped(unit.checkpoint.path, event["reason"])
+        skipped = Skipped(unit.checkpoint.path, event["reason"])
+        self.skipped[skipped.path] = skipped
+        self.pass_over([skipped])
         if event["ends"]:
             self._stop_engine()
 

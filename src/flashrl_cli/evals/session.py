@@ -124,11 +124,12 @@ def _look(request: Request, evaluation: Evaluation) -> Finished:
     present = [one for one in found if isinstance(one, Unit)]
     pruned = _pruned(request, evaluation.store, present)
     known = [*pruned, *present]
-    evaluation.work([one for one in known if one.key not in evaluation.results])
-    torn = [one for one in found if isinstance(one, Skipped)]
     gone = {parent for one in pruned for parent in one.checkpoint.hf.parents}
     passed = [one for one in request.skipped if one.path not in gone]
-    skipped = (*passed, *torn, *evaluation.skipped.values())
+    passed += [one for one in found if isinstance(one, Skipped)]
+    evaluation.pass_over(passed)
+    evaluation.work([one for one in known if one.key not in evaluation.results])
+    skipped = (*passed, *evaluation.skipped.values())
     # two checkpoints with the same weights have one result
     evaluated = [
         dataclasses.replace(evaluation.results[one.key], checkpoint=one.checkpoint, data=one.data)
