@@ -24,7 +24,9 @@ HANDSHAKE_MARK = "FLASHRL_HANDSHAKE "
 """Begins a printed handshake; Ray and vLLM put prefixes before it."""
 
 INT8_METHOD = "flashrl_int8"
-"""Name of the quantization method that the vLLM plugin registers."""
+FP8_METHOD = "flashrl_fp8"
+METHODS = {"int8": INT8_METHOD, "fp8": FP8_METHOD}
+"""Precision of rollouts to the name of its quantization method, which the vLLM plugin registers."""
 WORKER_EXTENSION = "flashrl_cli.plugins.verl_refit.RefitWorkerExtension"
 """Class that verl's vLLM workers take their weight update from."""
 EVAL_EXTENSION = "flashrl_cli.plugins.folder_refit.FolderRefitExtension"
