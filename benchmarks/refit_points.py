@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.fit_points import config, shape
+from benchmarks.fit_points import arguments, config, register, shape
 
-from flashrl_cli import contract, files
+from flashrl_cli import files
 
 if TYPE_CHECKING:
     import torch
@@ -140,13 +140,15 @@ class RefitBench:
     def bench_profile(self, how: str) -> dict[str, Any]:
         """Where a refit spends its time: kernels on the GPU, and calls on the CPU by their own time, in ms."""
         import torch
+        from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
             self._refit(how)
             torch.cuda.synchronize()
         rows = seen.key_averages()
-        kernels = sorted((row for row in rows if row.self_device_time_total), key=lambda r: -r.self_device_time_total)
+        on_gpu = (row for row in rows if row.device_type == DeviceType.CUDA and row.self_device_time_total)
+        kernels = sorted(on_gpu, key=lambda row: -row.self_device_time_total)
         calls = sorted(rows, key=lambda row: -row.self_cpu_time_total)
         return {
             "gpu_ms": round(sum(row.self_device_time_total for row in kernels) / 1e3, 2),
@@ -193,8 +195,8 @@ class RefitBench:
             other.copy_(half)
         end.record()
         torch.cuda.synchronize()
-        seconds: float = start.elapsed_time(end) / 1e3
-        return 20 * half.nbytes / seconds
+        moved, seconds = 20 * int(half.nbytes), float(start.elapsed_time(end)) / 1e3
+        return moved / seconds
 
     def bench_facts(self) -> dict[str, Any]:
         """What the engine holds: the handshake, and bytes of its weights."""
@@ -206,25 +208,6 @@ class RefitBench:
         held = {value.data_ptr(): value.nbytes for value in model.parameters()}
         shake = describe(model, device=self.device, refits=0, refit_s=0.0)
         return {**asdict(shake), "weights_gib": round(sum(held.values()) / 2**30, 2)}
-
-
-def register() -> None:
-    """flashrl's quantization methods, under their names; vLLM's plugin does it in runs of flashrl's only."""
-    from vllm.model_executor.layers.quantization import register_quantization_config
-
-    from flashrl_cli.plugins.fp8_linear import Fp8OnlineConfig
-    from flashrl_cli.plugins.int8_linear import Int8OnlineConfig
-
-    for method in (Int8OnlineConfig, Fp8OnlineConfig):
-        register_quantization_config(method.get_name())(method)
-
-
-def arguments(precision: str) -> dict[str, Any]:
-    """What vLLM is told for a precision; fp8-block as verl tells it (workers/rollout/vllm_rollout/vllm_async_server.py:1254)."""
-    if precision == "fp8-block":
-        blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
-        return {"hf_overrides": {"quantization_config": blocks}}
-    return {"quantization": contract.METHODS.get(precision)}
 
 
 def engine(size: str, precision: str, folder: str, **options: Any) -> Any:

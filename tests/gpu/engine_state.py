@@ -94,11 +94,12 @@ def generated(engine: Any, sequences: list[list[int]]) -> list[list[Any]]:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """State at the start and after each refit; the engine sleeps before a refit, as it does in verl."""
+    """State at the start and after each refit; a job may have it sleep before each, as verl does."""
     from vllm import LLM
 
     from flashrl_cli.contract import METHODS
 
+    sleeps = job.get("sleeps", False)
     engine = LLM(
         model=job["model"],
         quantization=METHODS.get(job["precision"]),
@@ -109,17 +110,19 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         max_num_seqs=64,
         gpu_memory_utilization=0.05,
         kv_cache_memory_bytes=1 << 28,
-        enable_sleep_mode=True,
+        enable_sleep_mode=sleeps,
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 32]},
     )
     result: dict[str, Any] = {"digests": [], "holds": []}
     if not job["refits"]:
         result["digests"].append(engine.collective_rpc("digests")[0])
     for folder in job["refits"]:
-        engine.sleep(level=2)
-        engine.wake_up(tags=["weights"])
+        if sleeps:
+            engine.sleep(level=2)
+            engine.wake_up(tags=["weights"])
         result["holds"] += engine.collective_rpc("send", args=(folder, job["bucket"], job["dtype"]))
-        engine.wake_up(tags=["kv_cache"])
+        if sleeps:
+            engine.wake_up(tags=["kv_cache"])
         result["digests"].append(engine.collective_rpc("digests")[0])
     rows = job["sequences"]
     return {**result, "logprobs": logprobs(engine, rows), "generated": generated(engine, rows)}

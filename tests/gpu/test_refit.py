@@ -67,7 +67,7 @@ def engine(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session", params=[True, False], ids=["tied", "untied"])
 def found(request: pytest.FixtureRequest, policy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """For each precision a fresh engine with B, one with A, and one refitted ten times; all at once on one GPU."""
+    """For each precision fresh engines with A and B, and refitted ones; those that sleep one by one, for vLLM counts what that frees."""
     from transformers import AutoTokenizer
 
     tmp = tmp_path_factory.mktemp("refit")
@@ -80,14 +80,20 @@ def found(request: pytest.FixtureRequest, policy: Path, tmp_path_factory: pytest
         kind = {**common, "precision": precision}
         jobs[precision, "A"] = {**kind, "model": a, "load_format": "auto", "refits": []}
         jobs[precision, "B"] = {**kind, "model": b, "load_format": "auto", "refits": []}
-        jobs[precision, "refitted"] = {**kind, "model": a, "load_format": "dummy", "refits": [b, a] * 4 + [a, b]}
+        jobs[precision, "refitted"] = {
+            **kind, "model": a, "load_format": "dummy", "refits": [b, a] * 4 + [a, b], "sleeps": True,
+        }  # fmt: skip
         jobs[precision, "float32"] = {
             **kind, "model": a, "load_format": "dummy", "refits": [a, b], "dtype": "float32", "bucket": 1 << 30,
         }  # fmt: skip
-    with ThreadPoolExecutor(6) as pool:
-        results = pool.map(engine, jobs.values(), [tmp / "-".join(key) for key in jobs])
+    engines: dict[tuple[str, str], dict[str, Any]] = {}
+    for sleeps, at_once in ((False, 6), (True, 1)):
+        keys = [key for key, job in jobs.items() if job.get("sleeps", False) is sleeps]
+        with ThreadPoolExecutor(at_once) as pool:
+            found = pool.map(engine, [jobs[key] for key in keys], [tmp / "-".join(key) for key in keys])
+            engines.update(zip(keys, found, strict=True))
     return {
-        "engines": dict(zip(jobs, results, strict=True)),
+        "engines": engines,
         "truth": {name: independent(folder, rows) for name, folder in folders.items()},
         "length": length,
     }
