@@ -248,13 +248,13 @@ def measure_refit(size: str, precision: str, dtype: str, folder: str) -> dict[st
     return result
 
 
-def measure_speed(size: str, precision: str, sequences: int, new: int, folder: str) -> dict[str, Any]:
-    """Output tokens a second, end to end, of `sequences` prompts of 512 random tokens that get `new` tokens each; three times."""
+def measure_speed(size: str, precision: str, sequences: list[int], new: int, folder: str) -> dict[str, Any]:
+    """Output tokens a second, end to end, of so many prompts of 512 random tokens that get `new` tokens each; three times."""
     import numpy as np
     from vllm import SamplingParams
 
     started = time.perf_counter()
-    llm = engine(size, precision, folder, max_model_len=PROMPT + new + 16, max_num_seqs=sequences,
+    llm = engine(size, precision, folder, max_model_len=PROMPT + new + 16, max_num_seqs=max(sequences),
                  max_num_batched_tokens=16384, gpu_memory_utilization=0.9)  # fmt: skip
     result: dict[str, Any] = {"engine_s": round(time.perf_counter() - started, 1)}
     if precision != "fp8-block":
@@ -264,15 +264,17 @@ def measure_speed(size: str, precision: str, sequences: int, new: int, folder: s
     numbers = np.random.default_rng(0)
     vocabulary = shape(size).vocab
 
-    def tokens_per_second(count: int) -> float:
-        prompts = [{"prompt_token_ids": row.tolist()} for row in numbers.integers(10, vocabulary, (sequences, PROMPT))]
+    def tokens_per_second(together: int, count: int) -> float:
+        prompts = [{"prompt_token_ids": row.tolist()} for row in numbers.integers(10, vocabulary, (together, PROMPT))]
         asked = SamplingParams(temperature=1.0, max_tokens=count, ignore_eos=True, logprobs=0, detokenize=False)
         begun = time.perf_counter()
         outputs = llm.generate(prompts, asked, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs) / (time.perf_counter() - begun)
 
-    tokens_per_second(24)
-    result["tokens_s"] = [round(tokens_per_second(new)) for _ in range(3)]
+    result["tokens_s"] = {}
+    for together in sequences:
+        tokens_per_second(together, 24)
+        result["tokens_s"][together] = sorted(round(tokens_per_second(together, new)) for _ in range(3))
     return result
 
 
@@ -286,7 +288,7 @@ def main(point: str, out: str) -> None:
         if kind == "refit":
             result = measure_refit(size, precision, rest[0], folder)
         else:
-            result = measure_speed(size, precision, int(rest[0]), int(rest[1]), folder)
+            result = measure_speed(size, precision, [int(n) for n in rest[0].split("+")], int(rest[1]), folder)
     versions = {"vllm": vllm.__version__, "torch": torch.__version__, "device": torch.cuda.get_device_name()}
     files.write_json(Path(out), {**result, **versions})
 
