@@ -12,11 +12,14 @@ from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
+import vllm
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import ModelWeightParameter
+
+from flashrl_cli import contract
 
 DONE = "_already_called_process_weights_after_loading"
 """vLLM's own marker that a layer is processed (vllm/model_executor/model_loader/reload/layerwise.py)."""
@@ -34,6 +37,7 @@ class OnlineLinearMethod(LinearMethodBase):
     """Kernels that keep weight and scales as `quantize` writes them, transposed at most: those can be written in place."""
 
     def __init__(self) -> None:
+        contract.require_vllm(vllm.__version__)
         self.quantized_bytes = 0
         self.kernel: Any = None
         self._shape: torch.Size | None = None

@@ -31,6 +31,9 @@ def refit(
 
     `reused` says that a bucket's memory holds other weights after `load` has returned (and its device is synchronized).
     """
+    import vllm
+
+    contract.require_vllm(vllm.__version__)
     started = time.perf_counter()
     if device.type == "cuda" and in_place.possible(model):
         with in_place.writable(model):
