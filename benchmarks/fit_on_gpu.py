@@ -3,7 +3,7 @@
     PYTHONPATH=src:SITE python benchmarks/fit_on_gpu.py --out benchmarks/results/fit_on_gpu.json [--points POINT,POINT] [--budget 520]
 
 A point is `train:SIZE:STRATEGY:TOKENS:KIND` or `engine:SIZE:PRECISION`: SIZE one of Qwen2.5's (7b/4: its first four layers), STRATEGY
-fsdp or fsdp2, KIND ckpt (gradient checkpointing), plain (without) or fused (with verl's fused head), PRECISION bf16, int8 or fp8.
+fsdp or fsdp2, KIND ckpt (gradient checkpointing), plain (without) or fused (with verl's fused head), PRECISION one of rollouts.
 Weights are random. Every point runs in a process of its own (fit_points.py) and is written as soon as it is known; one that no longer
 fits into the budget is left out.
 """
@@ -39,6 +39,8 @@ POINTS = (
     "engine:7b:int8",
     "engine:7b:fp8",
     "engine:32b:fp8",
+    "engine:7b:fp8-block",
+    "engine:32b:fp8-block",
 )
 NEEDED_S = {"train": 20, "engine": 45}
 """Seconds that must be left for a point to be started."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import files
+from flashrl_cli import contract, files
 from flashrl_cli.fit import passes, serving
 from flashrl_cli.fit.items import total
 from flashrl_cli.fit.known import QWEN25, shape_of
@@ -113,12 +113,7 @@ def trainer_settings(actor: EngineSettings, length: int, rollout: RolloutSetting
 def run_engine(size: str, precision: str, out: Path) -> None:
     """Start vLLM as verl does (sleep mode, CUDA graphs) and write what it says; then put it to sleep and say what it keeps."""
     settings = engine_settings(precision).rollout
-    arguments: dict[str, Any] = {}
-    if precision == "fp8":
-        blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
-        arguments["hf_overrides"] = {"quantization_config": blocks}
-    if precision == "int8":
-        arguments["quantization"] = register_int8()
+    register()
     from vllm import LLM
 
     with tempfile.TemporaryDirectory() as folder:
@@ -135,7 +130,7 @@ def run_engine(size: str, precision: str, out: Path) -> None:
             enable_sleep_mode=True,
             worker_extension_cls="fit_points.EngineFacts",
             disable_log_stats=True,
-            **arguments,
+            **arguments(precision),
         )
     cache = llm.llm_engine.vllm_config.cache_config
     awake = llm.collective_rpc("fit_facts")[0]
@@ -150,15 +145,23 @@ def run_engine(size: str, precision: str, out: Path) -> None:
     files.write_json(out, result)
 
 
-def register_int8() -> str:
-    """flashrl's INT8 method, under its name."""
+def register() -> None:
+    """flashrl's quantization methods, under their names; vLLM's plugin does it in runs of flashrl's only."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from flashrl_cli import contract
+    from flashrl_cli.plugins.fp8_linear import Fp8OnlineConfig
     from flashrl_cli.plugins.int8_linear import Int8OnlineConfig
 
-    register_quantization_config(contract.INT8_METHOD)(Int8OnlineConfig)
-    return contract.INT8_METHOD
+    for method in (Int8OnlineConfig, Fp8OnlineConfig):
+        register_quantization_config(method.get_name())(method)
+
+
+def arguments(precision: str) -> dict[str, Any]:
+    """What vLLM is told for a precision; fp8-block as verl tells it (workers/rollout/vllm_rollout/vllm_async_server.py:1254)."""
+    if precision == "fp8-block":
+        blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
+        return {"hf_overrides": {"quantization_config": blocks}}
+    return {"quantization": contract.METHODS.get(precision)}
 
 
 def compared(measured: dict[str, Any], estimated: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,12 @@ HANDSHAKE_MARK = "FLASHRL_HANDSHAKE "
 """Begins a printed handshake; Ray and vLLM put prefixes before it."""
 
 INT8_METHOD = "flashrl_int8"
-"""Name of the quantization method that the vLLM plugin registers."""
+FP8_METHOD = "flashrl_fp8"
+METHODS = {"int8": INT8_METHOD, "fp8": FP8_METHOD}
+"""Precision of rollouts to the name of its quantization method, which the vLLM plugin registers."""
+VLLM = ((0, 24), (0, 28))
+"""First and last version of vLLM whose insides the plugins were read against: those of the two pinned stacks."""
+VLLM_NAMES = f"vLLM {VLLM[0][0]}.{VLLM[0][1]} to {VLLM[1][0]}.{VLLM[1][1]}"
 WORKER_EXTENSION = "flashrl_cli.plugins.verl_refit.RefitWorkerExtension"
 """Class that verl's vLLM workers take their weight update from."""
 EVAL_EXTENSION = "flashrl_cli.plugins.disk_refit.DiskRefitExtension"
@@ -54,6 +60,18 @@ class Handshake:
     refits: int
     refit_s: float
     schema_version: int = SCHEMA_VERSION
+
+
+def knows_vllm(version: str) -> bool:
+    """Whether the plugins are made for a version of vLLM, such as `0.24.0` or `0.28.0+cpu`."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return numbers is not None and VLLM[0] <= (int(numbers[1]), int(numbers[2])) <= VLLM[1]
+
+
+def require_vllm(version: str) -> None:
+    """Raise RuntimeError for a version of vLLM that the plugins are not made for."""
+    if not knows_vllm(version):
+        raise RuntimeError(f"flashrl's rollouts are made for {VLLM_NAMES}, and this is {version}")
 
 
 def plugin_dir() -> Path | None:

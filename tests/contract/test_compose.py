@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not i
 PLACES = Places(name="run", data=Path("/data"), checkpoints=Path("/ckpt/run"))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8-block", "int8"])
 @pytest.mark.parametrize("tis", ["off", "2"])
 @pytest.mark.parametrize("name", presets.names())
 def test_every_preset_composes(name, tis, precision):

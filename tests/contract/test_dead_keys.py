@@ -75,7 +75,7 @@ def test_our_living_names_are_fields_of_the_spec():
     assert set(names) - set(keys_of(RunSpec)) == set()
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8-block", "int8"])
 @pytest.mark.parametrize("name", presets.names())
 def test_nothing_that_flashrl_emits_is_dead(name, precision):
     emitted = overrides(load_spec(name, rollout=precision, tis="2"), PLACES)

@@ -32,14 +32,14 @@ def test_the_shortcut_gives_the_composed_tree():
 @pytest.mark.parametrize("name", presets.names())
 def test_shipped_presets_demand_nothing_that_verl_lacks(name, tmp_path):
     refused = set()
-    for precision in ("bf16", "int8", "fp8"):
+    for precision in ("bf16", "int8", "fp8", "fp8-block"):
         for cap in ("correction.cap=null", "correction.cap=2", "correction.cap=8"):
             s = settings(name, (cap,), precision)
             shape = shape_of(s.spec.model.path, tmp_path)
             if demands.problems(s.resolved, s.overrides, s.tree, shape):
                 refused.add((precision, bool(shape and shape.experts), s.has_adapter))
     # INT8 takes neither experts nor adapters that are not merged; FP8 no adapters
-    assert all(adapter or (precision == "int8" and experts) for precision, experts, adapter in refused)
+    assert all(adapter or (precision in {"int8", "fp8"} and experts) for precision, experts, adapter in refused)
 
 
 def found(c: Case, *more: str) -> list[Problem]:

@@ -127,7 +127,7 @@ def test_every_class_that_the_tree_names_is_found_and_knows_its_node():
     assert unknown == {*fields.MAPS, "actor_rollout_ref.ref"}
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8-block", "int8"])
 @pytest.mark.parametrize("name", presets.names())
 def test_what_flashrl_and_its_presets_add_is_known(name, precision):
     emitted = overrides(load_spec(name, rollout=precision, tis="2"), PLACES)

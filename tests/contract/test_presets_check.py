@@ -23,7 +23,7 @@ def test_all_shipped_presets_pass_in_ten_seconds():
     assert time.process_time() - start < 10
 
 
-@pytest.mark.parametrize("rollout", ["bf16", "fp8", "int8"])
+@pytest.mark.parametrize("rollout", ["bf16", "fp8", "fp8-block", "int8"])
 def test_options_are_part_of_what_is_checked(rollout):
     assert check("gsm8k-0.5b", Options(rollout=rollout, tis="2")) == []
 

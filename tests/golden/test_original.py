@@ -23,6 +23,8 @@ PLACES = {
 """Paths, the run's name, and where flashrl's own class lies."""
 ADDED = {"gsm8k-0.5b": {"trainer.default_local_dir", "trainer.resume_mode"}, "dapo-32b": set[str]()}
 """What flashrl always says and a list leaves to verl: absolute checkpoints, and to go on after an interruption."""
+OURS = {"fp8": "fp8-block"}
+"""The lists' precisions under flashrl's names: verl's `quantization=fp8` has a scale for each block."""
 
 Items = dict[str, tuple[bool, Any]]
 
@@ -48,7 +50,7 @@ def original(preset: str, precision: str, cap: str | None) -> Items:
 
 
 def ours(preset: str, precision: str, cap: str | None) -> Items:
-    resolved = load_spec(preset, rollout=precision, tis=cap or "off")
+    resolved = load_spec(preset, rollout=OURS.get(precision, precision), tis=cap or "off")
     places = Places(name="run", data=Path("/data"), checkpoints=Path("/checkpoints/run"))
     texts = [str(override) for override in overrides(resolved, places)]
     items = parsed(texts)

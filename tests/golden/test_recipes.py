@@ -85,6 +85,7 @@ def test_precision_and_correction_add_what_the_page_says(preset: str) -> None:
     for option, rollout, tis in (
         ("--rollout bf16", "bf16", "off"),
         ("--rollout fp8", "fp8", "off"),
+        ("--rollout fp8-block", "fp8-block", "off"),
         ("--rollout int8", "int8", "off"),
         ("--tis 8", "bf16", "8"),
     ):

@@ -8,7 +8,7 @@ import sys
 if "vllm" in sys.modules:
     from flashrl_cli.plugins import refit
 
-    def drop(model, model_config, device, stream):
+    def drop(model, model_config, device, stream, **options):
         stream(lambda bucket: None)
         return 0.0
 

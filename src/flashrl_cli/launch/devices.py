@@ -31,7 +31,7 @@ def findings(spec: RunSpec, versions: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _cpu_precision(spec: RunSpec) -> Iterator[Finding]:
-    if spec.rollout.precision == "fp8":
+    if spec.rollout.precision in {"fp8", "fp8-block"}:
         yield fail(
             "rollout.precision",
             "FP8 rollouts need a GPU (compute capability 8.9 or newer)",

@@ -42,6 +42,7 @@ def findings(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
     yield from software.missing(find_spec)
     yield from software.one_vllm(versions)
     yield from software.verl_version(versions)
+    yield from software.vllm_version(versions)
     yield from software.stack_for(spec.resources.platform, versions)
     yield from plugins.findings(os.environ)
     yield from devices.findings(spec, versions)

@@ -23,7 +23,7 @@ class Expectation:
 
 
 def expectation(plan: LaunchPlan) -> Expectation:
-    """What a plan's rollout workers must prove; with verl's own worker extension (bf16, fp8 on CUDA) nothing is written."""
+    """What a plan's rollout workers must prove; with verl's own worker extension (bf16, fp8-block on CUDA) nothing is written."""
     resources = plan.spec.resources
     ours = any(contract.WORKER_EXTENSION in str(override) for override in plan.overrides)
     return Expectation(plan.spec.rollout.precision, resources.nodes * resources.gpus_per_node if ours else 0)

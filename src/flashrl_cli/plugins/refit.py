@@ -1,8 +1,8 @@
 """New weights for a running vLLM engine, in any precision, and the proof of what the engine then holds.
 
-vLLM's layerwise reload restores each layer to its unloaded form, loads it, quantizes it and copies the result into the storage that
-was there before (vllm/model_executor/model_loader/reload/layerwise.py). So buckets may split a layer, CUDA graphs stay valid,
-and one path serves bf16, fp8 and int8.
+On CUDA they are written straight into the engine's own where the model allows it (`in_place`). Else vLLM's layerwise reload restores each
+layer to its unloaded form, loads it, quantizes it and copies the result into the storage that was there before
+(vllm/model_executor/model_loader/reload/layerwise.py). Either way buckets may split a layer, and CUDA graphs stay valid.
 """
 
 from __future__ import annotations
@@ -16,28 +16,49 @@ from typing import Any
 import torch
 
 from flashrl_cli import contract
-from flashrl_cli.plugins.int8_linear import Int8OnlineLinearMethod
+from flashrl_cli.plugins import in_place
+from flashrl_cli.plugins.online_linear import OnlineLinearMethod
 
 Bucket = Iterable[tuple[str, torch.Tensor]]
 Load = Callable[[Bucket], None]
+Stream = Callable[[Load], None]
 
 
-def refit(model: torch.nn.Module, model_config: Any, device: torch.device, stream: Callable[[Load], None]) -> float:
+def refit(
+    model: torch.nn.Module, model_config: Any, device: torch.device, stream: Stream, *, reused: bool = False
+) -> float:
     """Reload `model` in place; `stream(load)` must call `load(bucket)` for each bucket of (name, tensor). Returns seconds.
 
-    Loaders keep the tensors until their layer is complete, so a caller that reuses a buffer must clone before it calls `load`.
+    `reused` says that a bucket's memory holds other weights after `load` has returned (and its device is synchronized).
     """
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+    import vllm
 
+    contract.require_vllm(vllm.__version__)
     started = time.perf_counter()
-    with torch.device(device):
-        initialize_layerwise_reload(model)
-        stream(lambda bucket: model.load_weights(list(bucket)))
-        finalize_layerwise_reload(model, model_config)
-        repack_tied_head(model, model_config)
+    if device.type == "cuda" and in_place.possible(model):
+        with in_place.writable(model):
+            stream(model.load_weights)
+    else:
+        layerwise(model, model_config, device, stream, reused=reused)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
+
+
+def layerwise(
+    model: torch.nn.Module, model_config: Any, device: torch.device, stream: Stream, *, reused: bool = False
+) -> None:
+    """vLLM's layerwise reload; its loaders keep tensors until their layer is complete, so those of `reused` memory are copied."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    def load(bucket: Bucket) -> None:
+        model.load_weights([(name, tensor.clone() if reused else tensor) for name, tensor in bucket])
+
+    with torch.device(device):
+        initialize_layerwise_reload(model)
+        stream(load)
+        finalize_layerwise_reload(model, model_config)
+        repack_tied_head(model, model_config)
 
 
 def repack_tied_head(model: torch.nn.Module, model_config: Any) -> None:
@@ -63,17 +84,15 @@ def describe(model: torch.nn.Module, *, device: torch.device, refits: int, refit
     from vllm.model_executor.layers.linear import LinearBase
 
     linear = [layer for layer in model.modules() if isinstance(layer, LinearBase)]
-    methods = [m for layer in linear if isinstance(m := layer.quant_method, Int8OnlineLinearMethod) and m.int8_bytes]
-    fp8 = [layer for layer in linear if "float8" in str(getattr(getattr(layer, "weight", None), "dtype", ""))]
-    kernel = type(methods[0].kernel if methods else linear[0].quant_method).__name__
+    methods = [m for layer in linear if isinstance(m := layer.quant_method, OnlineLinearMethod) and m.quantized_bytes]
     return contract.Handshake(
         host=socket.gethostname(),
         pid=os.getpid(),
-        precision="int8" if methods else "fp8" if fp8 else "bf16",
-        quantized_layers=len(methods) or len(fp8),
+        precision=methods[0].precision if methods else "bf16",
+        quantized_layers=len(methods),
         linear_layers=len(linear),
-        quantized_bytes=sum(m.int8_bytes for m in methods) or sum(layer.weight.numel() for layer in fp8),
-        kernel=kernel,
+        quantized_bytes=sum(m.quantized_bytes for m in methods),
+        kernel=type(methods[0].kernel if methods else linear[0].quant_method).__name__,
         vllm=vllm.__version__,
         torch=torch.__version__,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

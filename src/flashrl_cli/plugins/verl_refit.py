@@ -12,7 +12,7 @@ import torch
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
 from flashrl_cli import contract
-from flashrl_cli.plugins.refit import Bucket, Load, describe, refit
+from flashrl_cli.plugins.refit import Load, describe, refit
 
 
 class RefitWorkerExtension(vLLMColocateWorkerExtension):
@@ -32,7 +32,11 @@ class RefitWorkerExtension(vLLMColocateWorkerExtension):
         device = self.device
         runner = self.model_runner
         seconds = refit(
-            runner.model, runner.vllm_config.model_config, device, lambda load: self._receive(load, device, use_shm)
+            runner.model,
+            runner.vllm_config.model_config,
+            device,
+            lambda load: self._receive(load, device, use_shm),
+            reused=True,
         )
         self.refits += 1
         folder = contract.plugin_dir()
@@ -44,15 +48,9 @@ class RefitWorkerExtension(vLLMColocateWorkerExtension):
         from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 
         def on_bucket(weights: list[tuple[str, torch.Tensor]], is_last: bool) -> None:
-            load(_owned(weights))
+            load(weights)
+            # the last view of the shared memory must be gone before the receiver closes it
+            weights.clear()
 
         receiver = BucketedWeightReceiver(zmq_handle=self._get_zmq_handle(), device=device, use_shm=use_shm)
         receiver.receive_weights(on_bucket_received=on_bucket)
-
-
-def _owned(weights: list[tuple[str, torch.Tensor]]) -> Bucket:
-    """Copies of a bucket's tensors: the loaders keep them while the sender overwrites the shared buffer."""
-    owned = [(name, tensor.clone()) for name, tensor in weights]
-    # the last view of the shared memory must be gone before the receiver closes it
-    weights.clear()
-    return owned

@@ -1,6 +1,6 @@
 """Entry point `vllm.general_plugins`: vLLM calls `register` in every process that it starts.
 
-It registers the quantization method `flashrl_int8`, and nothing in runs that are not flashrl's.
+It registers the quantization methods `flashrl_int8` and `flashrl_fp8`, and nothing in runs that are not flashrl's.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from flashrl_cli import contract
 
 
 def register() -> None:
-    """Register `flashrl_int8` with vLLM (idempotent)."""
+    """Register flashrl's quantization methods with vLLM (idempotent)."""
     if contract.plugin_dir() is None:
         return
     from vllm.model_executor.layers.quantization import register_quantization_config
 
+    from flashrl_cli.plugins.fp8_linear import Fp8OnlineConfig
     from flashrl_cli.plugins.int8_linear import Int8OnlineConfig
 
-    register_quantization_config(contract.INT8_METHOD)(Int8OnlineConfig)
+    for config in (Int8OnlineConfig, Fp8OnlineConfig):
+        register_quantization_config(config.get_name())(config)

@@ -255,7 +255,7 @@ ENGINE = (
     ),
     _cause(
         "the rollout engine does not know the quantization",
-        "rollout.precision takes bf16, int8 or fp8; int8 needs flashrl installed beside vLLM on every node",
+        "rollout.precision takes bf16, int8, fp8 or fp8-block; int8 and fp8 need flashrl installed beside vLLM on every node",
         r"Unknown quantization method",
     ),
     _cause(

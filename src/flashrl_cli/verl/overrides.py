@@ -182,19 +182,20 @@ def _overlong(resolved: Resolved) -> Iterator[Override]:
 
 
 def _precision(resolved: Resolved) -> Iterator[Override]:
-    """fp8 is verl's own; int8 is flashrl's vLLM method, and its weights come through flashrl's worker extension.
+    """fp8-block is verl's own; int8 and fp8 are flashrl's vLLM methods, whose weights come through flashrl's worker extension.
 
     vLLM's CPU build packs weights away after loading, so that every precision needs the extension there.
     """
     origin = resolved.origins["rollout.precision"]
     precision = resolved.spec.rollout.precision
-    if precision == "fp8":
+    method = contract.METHODS.get(precision)
+    if precision == "fp8-block":
         yield Override(f"{ROLLOUT}.quantization", "fp8", origin)
-    if precision == "int8":
-        yield Override(f"{ENGINE}.quantization", contract.INT8_METHOD, origin, added=True)
+    if method:
+        yield Override(f"{ENGINE}.quantization", method, origin, added=True)
     on_cpu = resolved.spec.resources.platform == "cpu"
-    if precision == "int8" or on_cpu:
-        extension_origin = origin if precision == "int8" else resolved.origins["resources.platform"]
+    if method or on_cpu:
+        extension_origin = origin if method else resolved.origins["resources.platform"]
         yield Override(f"{ENGINE}.worker_extension_cls", contract.WORKER_EXTENSION, extension_origin, added=True)
 
 

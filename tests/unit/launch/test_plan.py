@@ -65,6 +65,7 @@ def test_document_is_plain_data():
         ("tiny", None, None, "tiny-int8-tis2"),
         ("dapo-32b", None, None, "dapo-32b-bf16"),
         ("dapo-32b", "fp8", "8", "dapo-32b-fp8-tis8"),
+        ("dapo-32b", "fp8-block", "8", "dapo-32b-fp8-block-tis8"),
         ("dapo-32b", "int8", "1.5", "dapo-32b-int8-tis1.5"),
         ("tiny", "bf16", "off", "tiny-bf16"),
     ],

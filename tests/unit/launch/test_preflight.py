@@ -103,8 +103,9 @@ def test_switched_off_plugins(switch: str, value: str, fine: bool, data: Path, m
         assert problem.message == f"{switch}={value} keeps flashrl's plugin out"
 
 
-def test_fp8_needs_a_gpu(data: Path) -> None:
-    (problem,) = problems(data, rollout="fp8")
+@pytest.mark.parametrize("precision", ["fp8", "fp8-block"])
+def test_fp8_needs_a_gpu(precision: str, data: Path) -> None:
+    (problem,) = problems(data, rollout=precision)
     assert "FP8" in problem.message
     assert "--rollout int8" in str(problem.hint)
 
@@ -141,8 +142,10 @@ def test_gpus_that_are_hidden_do_not_count(data: Path, monkeypatch: pytest.Monke
 
 def test_gpus_too_old_or_too_new_for_a_precision(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, 8, "NVIDIA A100", "8.0")
-    (problem,) = problems(data, "dapo-32b", rollout="fp8", sets=["resources.nodes=1"])
-    assert (problem.where, problem.hint) == ("rollout.precision", "--rollout int8")
+    for precision in ("fp8", "fp8-block"):
+        (problem,) = problems(data, "dapo-32b", rollout=precision, sets=["resources.nodes=1"])
+        assert problem.message == f"{precision} needs compute capability 8.9 or newer, NVIDIA A100 has 8.0"
+        assert (problem.where, problem.hint) == ("rollout.precision", "--rollout int8")
     gpus(monkeypatch, 8, "NVIDIA B200", "10.0")
     (problem,) = problems(data, "dapo-32b", rollout="int8", sets=["resources.nodes=1"])
     assert (problem.where, problem.hint) == ("rollout.precision", "--rollout fp8")
@@ -154,6 +157,13 @@ def test_the_wrong_stack(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = problems(data, "dapo-32b", sets=["resources.nodes=1"])
     assert (first.where, first.hint) == ("verl", "pip install verl==0.9.1")
     assert (second.where, second.message) == ("stack", "it runs on the GPU stack; the CPU stack is installed")
+
+
+def test_a_vllm_that_the_plugins_do_not_know(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, 8)
+    monkeypatch.setattr(software, "probe_versions", lambda: {"verl": "0.9.1", "vllm": "0.30.0", "flash-attn": "2.8"})
+    (problem,) = problems(data, "dapo-32b", sets=["resources.nodes=1"])
+    assert (problem.where, problem.message) == ("vllm", "0.30.0: flashrl's rollouts are made for vLLM 0.24 to 0.28")
 
 
 def test_flash_attention_is_missing(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

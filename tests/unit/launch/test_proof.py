@@ -46,7 +46,8 @@ def shake(pid: int, precision: str = "int8") -> Handshake:
         ("tiny", "bf16", (), 1),  # on a CPU the weights come by flashrl's extension whatever the precision
         ("dapo-32b", "int8", ("resources.nodes=2", "resources.gpus_per_node=8"), 16),
         ("dapo-32b", "bf16", (), 0),
-        ("dapo-32b", "fp8", (), 0),
+        ("dapo-32b", "fp8", ("resources.nodes=1", "resources.gpus_per_node=2"), 2),
+        ("dapo-32b", "fp8-block", (), 0),
     ],
 )
 def test_expectation(preset: str, rollout: str | None, sets: tuple[str, ...], workers: int) -> None:

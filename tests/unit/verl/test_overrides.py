@@ -34,17 +34,18 @@ def test_every_field_is_in_the_table_or_handled_apart():
     ("precision", "quantization", "extension"),
     [
         ("bf16", {}, False),
-        ("fp8", {f"{ROLLOUT}.quantization": "fp8"}, False),
+        ("fp8", {f"+{ENGINE}.quantization": contract.FP8_METHOD}, True),
+        ("fp8-block", {f"{ROLLOUT}.quantization": "fp8"}, False),
         ("int8", {f"+{ENGINE}.quantization": contract.INT8_METHOD}, True),
     ],
 )
-def test_precision_on_gpus_leaves_verls_own_path_alone_but_for_int8(precision, quantization, extension):
+def test_precision_on_gpus_leaves_verls_own_path_alone_but_for_flashrls_methods(precision, quantization, extension):
     found = values("dapo-32b", rollout=precision)
     assert {key: value for key, value in found.items() if key.endswith(".quantization")} == quantization
     assert (found.get(f"+{EXTENSION}") == contract.WORKER_EXTENSION) is extension
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8-block", "int8"])
 def test_on_cpu_every_precision_refits_through_the_extension(precision):
     found = values("tiny", rollout=precision)
     assert found[f"+{EXTENSION}"] == contract.WORKER_EXTENSION

@@ -20,7 +20,7 @@ def found(preset: str, *sets: str, rollout: str | None = None):
     return rules.problems(resolved, overrides(resolved, PLACES))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8-block", "int8"])
 @pytest.mark.parametrize("name", presets.names())
 def test_shipped_presets_break_none(name, precision):
     assert found(name, rollout=precision) == []

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from flashrl_cli import contract
 from flashrl_cli.verl.demands.settings import MODEL, Rule, Settings, Shape
 from flashrl_cli.verl.overrides import ACTOR, ENGINE, ROLLOUT
 
@@ -88,14 +89,14 @@ def engine_arguments_are_said_once(s: Settings) -> Iterator[Problem]:
             )
 
 
-def fp8_keeps_its_configuration(s: Settings) -> Iterator[Problem]:
-    """FP8's blocks are told to vLLM as `hf_overrides`, which the engine's own would replace (vllm_async_server.py:346-349)."""
+def blocks_keep_their_configuration(s: Settings) -> Iterator[Problem]:
+    """verl's FP8 in blocks is told to vLLM as `hf_overrides`, which the engine's own would replace (vllm_async_server.py:346-349)."""
     overrides = s.get(f"{ENGINE}.hf_overrides")
-    if s.spec.rollout.precision == "fp8" and overrides is not None:
+    if s.spec.rollout.precision == "fp8-block" and overrides is not None:
         keys = [o.key for o in s.overrides if o.key.startswith(f"{ENGINE}.hf_overrides")]
         yield s.problem(
-            f"verl.+{ENGINE}.hf_overrides would replace the configuration of FP8 rollouts",
-            "--rollout int8, or drop it",
+            f"verl.+{ENGINE}.hf_overrides would replace the configuration of fp8-block rollouts",
+            "--rollout fp8, or drop it",
             *keys,
         )
 
@@ -116,32 +117,33 @@ def quantization_is_known(s: Settings) -> Iterator[Problem]:
         )
 
 
-def int8_has_no_experts(s: Settings) -> Iterator[Problem]:
-    """flashrl's INT8 method quantizes linear layers; experts, nearly all of such a model, would stay bf16 (plugins/int8_linear.py)."""
-    if s.spec.rollout.precision == "int8" and s.shape and s.shape.experts:
+def experts_are_quantized(s: Settings) -> Iterator[Problem]:
+    """flashrl's methods quantize linear layers; experts, nearly all of such a model, would stay bf16 (plugins/online_linear.py)."""
+    precision = s.spec.rollout.precision
+    if precision in contract.METHODS and s.shape and s.shape.experts:
         yield s.problem(
-            f"int8 rollouts would leave the {s.shape.experts} experts of {s.spec.model.path} in bf16",
-            "--rollout fp8",
+            f"{precision} rollouts would leave the {s.shape.experts} experts of {s.spec.model.path} in bf16",
+            "--rollout fp8-block",
             f"{ENGINE}.quantization",
             f"{MODEL}.path",
         )
 
 
-def fp8_blocks_fill_shards(s: Settings) -> Iterator[Problem]:
+def blocks_fill_shards(s: Settings) -> Iterator[Problem]:
     """Each device's part of a layer is whole FP8 blocks of 128, or vLLM refuses to build it.
 
     vllm/model_executor/layers/quantization/utils/fp8_utils.py:1193 (linear layers), fp8.py:534 (experts).
     """
     tp = s.spec.rollout.tensor_parallel
-    if s.spec.rollout.precision != "fp8" or s.shape is None or s.spec.resources.platform == "cpu":
+    if s.spec.rollout.precision != "fp8-block" or s.shape is None or s.spec.resources.platform == "cpu":
         return
     whole = (s.size(f"{ROLLOUT}.expert_parallel_size") or 1) > 1
     broken = [what for what, width in _widths(s.shape, tp, whole) if width % BLOCK]
     if broken:
         fitting = [d for d in range(1, tp) if tp % d == 0 and not any(w % BLOCK for _, w in _widths(s.shape, d, whole))]
         yield s.problem(
-            f"fp8 works in blocks of {BLOCK}, which do not fill a device's part of {', '.join(broken)} at rollout.tensor_parallel = {tp}",
-            s.fix(TENSOR_PARALLEL, max(fitting)) if fitting else "--rollout int8",
+            f"blocks of {BLOCK} (fp8-block) do not fill a device's part of {', '.join(broken)} at rollout.tensor_parallel = {tp}",
+            s.fix(TENSOR_PARALLEL, max(fitting)) if fitting else "--rollout fp8",
             TENSOR_PARALLEL,
             f"{ROLLOUT}.quantization",
         )
@@ -163,25 +165,26 @@ def adapter_reaches_the_engine(s: Settings) -> Iterator[Problem]:
     """flashrl's worker extension refits whole weights, and proves those; an adapter goes past it (plugins/verl_refit.py)."""
     merge, rank = f"{MODEL}.lora.merge", f"{MODEL}.lora_rank"
     if s.has_adapter and s.refits_with_flashrl and not s.get(merge):
-        what = "int8 rollouts" if s.spec.rollout.precision == "int8" else "rollouts on cpu"
+        precision = s.spec.rollout.precision
+        what = f"{precision} rollouts" if precision in contract.METHODS else "rollouts on cpu"
         yield s.problem(f"{what} take a LoRA adapter only when it is merged", s.fix(merge, True), merge, rank)
 
 
-def fp8_quantizes_the_base(s: Settings) -> Iterator[Problem]:
+def blocks_quantize_the_base(s: Settings) -> Iterator[Problem]:
     """verl quantizes weights to FP8 when it syncs them; beside an adapter it syncs the base only into a dummy engine.
 
     Otherwise vLLM reads the bf16 files as if they were FP8, with scales that nothing sets (workers/engine_workers.py:673, 793).
     """
     merge, load = f"{MODEL}.lora.merge", f"{ROLLOUT}.load_format"
     if (
-        s.spec.rollout.precision == "fp8"
+        s.spec.rollout.precision == "fp8-block"
         and s.has_adapter
         and not s.get(merge)
         and "dummy" not in str(s.get(load))
         and s.spec.resources.platform == "cuda"
     ):
         yield s.problem(
-            "fp8 rollouts would take the base model's bf16 files for FP8: verl syncs the adapter alone",
+            "fp8-block rollouts would take the base model's bf16 files for FP8: verl syncs the adapter alone",
             s.fix(merge, True),
             load,
             f"{MODEL}.lora_rank",
@@ -229,12 +232,12 @@ def validation_samples(s: Settings) -> Iterator[Problem]:
 RULES: tuple[Rule, ...] = (
     positions_hold_a_sequence,
     engine_arguments_are_said_once,
-    fp8_keeps_its_configuration,
+    blocks_keep_their_configuration,
     quantization_is_known,
-    int8_has_no_experts,
-    fp8_blocks_fill_shards,
+    experts_are_quantized,
+    blocks_fill_shards,
     adapter_reaches_the_engine,
-    fp8_quantizes_the_base,
+    blocks_quantize_the_base,
     adapter_is_well_formed,
     validation_samples,
 )

@@ -1,0 +1,133 @@
+"""What a vLLM engine holds and computes after each of a list of refits, sent as verl sends them. Usage: JOB.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.integration.engine_logprobs import logprobs
+
+if TYPE_CHECKING:
+    import torch
+
+
+class StateExtension:
+    """vLLM worker extension: refits from one small buffer that is overwritten after each bucket, and digests of all weights."""
+
+    model_runner: Any
+    device: Any
+
+    def send(self, folder: str, bucket: int, dtype: str) -> dict[str, Any]:
+        """Refit with all weights of an HF folder as `dtype`, `bucket` bytes at a time; returns the handshake."""
+        from flashrl_cli.plugins.refit import describe, refit
+
+        runner = self.model_runner
+        arguments = (runner.model, runner.vllm_config.model_config, self.device)
+        seconds = refit(*arguments, lambda load: self._stream(load, Path(folder), bucket, dtype), reused=True)
+        return asdict(describe(runner.model, device=self.device, refits=1, refit_s=seconds))
+
+    def _stream(self, load: Any, folder: Path, bucket: int, dtype: str) -> None:
+        import torch
+        from safetensors.torch import load_file
+
+        kind: torch.dtype = getattr(torch, dtype)
+        weights = {
+            name: weight.to(self.device, kind) for name, weight in load_file(folder / "model.safetensors").items()
+        }
+        largest = max(weight.numel() for weight in weights.values())
+        buffer = torch.empty(max(bucket // kind.itemsize, largest), dtype=kind, device=self.device)
+        for group in packed(weights, buffer.numel()):
+            offset, views = 0, []
+            for name in group:
+                view = buffer[offset : offset + weights[name].numel()].view(weights[name].shape)
+                views.append((name, view.copy_(weights[name])))
+                offset += view.numel()
+            load(views)
+            torch.cuda.synchronize()
+            buffer.fill_(7.0)
+
+    def digests(self) -> dict[str, str]:
+        """Of the bytes of every parameter and buffer of the model."""
+        import torch
+
+        model = self.model_runner.model
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return {
+            name: hashlib.sha256(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy().tobytes()).hexdigest()
+            for name, tensor in tensors.items()
+            if tensor.numel() and not tensor.is_meta
+        }
+
+
+def packed(weights: dict[str, torch.Tensor], room: int) -> Iterator[list[str]]:
+    """Names in groups of at most `room` elements."""
+    group: list[str] = []
+    held = 0
+    for name, weight in weights.items():
+        if group and held + weight.numel() > room:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += weight.numel()
+    yield group
+
+
+def generated(engine: Any, sequences: list[list[int]]) -> list[list[Any]]:
+    """Greedy tokens and their log-probs, which come through CUDA graphs."""
+    from vllm import SamplingParams
+
+    engine.reset_prefix_cache()
+    asked = SamplingParams(temperature=0.0, max_tokens=12, logprobs=0, ignore_eos=True)
+    outputs = engine.generate([{"prompt_token_ids": row[:8]} for row in sequences], asked, use_tqdm=False)
+    return [
+        [
+            [token, step[token].logprob]
+            for token, step in zip(o.outputs[0].token_ids, o.outputs[0].logprobs, strict=True)
+        ]
+        for o in outputs
+    ]
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """State at the start and after each refit; a job may have it sleep before each, as verl does."""
+    from vllm import LLM
+
+    from flashrl_cli.contract import METHODS
+
+    sleeps = job.get("sleeps", False)
+    engine = LLM(
+        model=job["model"],
+        quantization=METHODS.get(job["precision"]),
+        load_format=job["load_format"],
+        worker_extension_cls="tests.gpu.engine_state.StateExtension",
+        dtype="bfloat16",
+        max_model_len=128,
+        max_num_seqs=64,
+        gpu_memory_utilization=0.05,
+        kv_cache_memory_bytes=1 << 28,
+        enable_sleep_mode=sleeps,
+        compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 32]},
+    )
+    result: dict[str, Any] = {"digests": [], "holds": []}
+    if not job["refits"]:
+        result["digests"].append(engine.collective_rpc("digests")[0])
+    for folder in job["refits"]:
+        if sleeps:
+            engine.sleep(level=2)
+            engine.wake_up(tags=["weights"])
+        result["holds"] += engine.collective_rpc("send", args=(folder, job["bucket"], job["dtype"]))
+        if sleeps:
+            engine.wake_up(tags=["kv_cache"])
+        result["digests"].append(engine.collective_rpc("digests")[0])
+    rows = job["sequences"]
+    return {**result, "logprobs": logprobs(engine, rows), "generated": generated(engine, rows)}
+
+
+if __name__ == "__main__":
+    asked = json.loads(Path(sys.argv[1]).read_text())
+    Path(asked["out"]).write_text(json.dumps(run(asked)))

@@ -1,0 +1,183 @@
+"""8-bit weights written in place by vLLM's own loaders, against layers that are loaded whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+"""Importing vLLM warns of much that is not ours."""
+
+if TYPE_CHECKING:
+    import torch
+
+Held = dict[str, tuple["torch.Tensor", "torch.Tensor"]]
+
+HIDDEN, INTER, HEADS, KV_HEADS = 64, 96, 4, 2
+HEAD = HIDDEN // HEADS
+SHARDS: dict[str, dict[Any, int]] = {
+    "qkv_proj": {"q": HIDDEN, "k": KV_HEADS * HEAD, "v": KV_HEADS * HEAD},
+    "gate_up_proj": {0: INTER, 1: INTER},
+    "down_proj": {None: HIDDEN},
+}
+"""Rows of each shard of a layer, under the id that vLLM's loader takes."""
+
+
+class Plain:
+    """A kernel that keeps rows as they are quantized, transposed, as CUTLASS does."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        import torch
+
+        layer.weight = torch.nn.Parameter(layer.weight.data.t(), requires_grad=False)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """vLLM's configuration and groups for one process without an engine."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state as groups
+
+    vllm_config = VllmConfig()
+    with set_current_vllm_config(vllm_config):
+        where = f"file://{tmp_path_factory.mktemp('group')}/store"
+        groups.init_distributed_environment(1, 0, where, 0, backend="gloo")
+        groups.initialize_model_parallel()
+        yield vllm_config
+        groups.destroy_model_parallel()
+        groups.destroy_distributed_environment()
+
+
+@pytest.fixture
+def model(config: Any, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+    """Three kinds of parallel layers, loaded once with weights of seed 0."""
+    import torch
+    from vllm.model_executor.layers import linear
+
+    from flashrl_cli.plugins.int8_linear import Int8OnlineConfig, Int8OnlineLinearMethod
+
+    monkeypatch.setattr(Int8OnlineLinearMethod, "choose_kernel", lambda self, layer: Plain())
+    monkeypatch.setattr(Int8OnlineLinearMethod, "row_kernels", frozenset({"Plain"}))
+    options: dict[str, Any] = {"bias": False, "params_dtype": torch.bfloat16, "quant_config": Int8OnlineConfig()}
+    found = torch.nn.Module()
+    found.qkv_proj = linear.QKVParallelLinear(HIDDEN, HEAD, HEADS, KV_HEADS, prefix="qkv_proj", **options)
+    found.gate_up_proj = linear.MergedColumnParallelLinear(HIDDEN, [INTER] * 2, prefix="gate_up_proj", **options)
+    found.down_proj = linear.RowParallelLinear(INTER, HIDDEN, prefix="down_proj", **options)
+    load(found, weights(0))
+    return found
+
+
+def weights(seed: int) -> dict[tuple[str, Any], torch.Tensor]:
+    """Shards whose rows differ much in size."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        (name, shard): torch.rand(rows, 1, generator=generator)
+        * torch.randn(rows, INTER if name == "down_proj" else HIDDEN, generator=generator)
+        for name, shards in SHARDS.items()
+        for shard, rows in shards.items()
+    }
+
+
+def load(model: torch.nn.Module, shards: dict[tuple[str, Any], torch.Tensor]) -> None:
+    """As a model's load_weights does."""
+    for (name, shard), weight in shards.items():
+        parameter = model.get_submodule(name).weight
+        parameter.weight_loader(parameter, weight, *([] if shard is None else [shard]))
+
+
+def held(model: torch.nn.Module) -> Held:
+    layers = {name: model.get_submodule(name) for name in SHARDS}
+    return {name: (layer.weight.data.t().clone(), layer.weight_scale.data.clone()) for name, layer in layers.items()}
+
+
+def expected(shards: dict[tuple[str, Any], torch.Tensor]) -> Held:
+    """Each layer's shards joined in bf16 and quantized as one."""
+    import torch
+
+    found = {}
+    for name in SHARDS:
+        whole = torch.cat([weight for (layer, _), weight in shards.items() if layer == name]).to(torch.bfloat16)
+        scales = (whole.abs().amax(1, keepdim=True).float() / 127).clamp_min(1e-8)
+        found[name] = ((whole.float() / scales).round().clamp(-127, 127).to(torch.int8), scales)
+    return found
+
+
+def same(left: Held, right: Held) -> bool:
+    import torch
+
+    return all(torch.equal(a, b) for name in SHARDS for a, b in zip(left[name], right[name], strict=True))
+
+
+def test_shards_in_any_order_give_what_whole_layers_do(model: torch.nn.Module) -> None:
+    from flashrl_cli.plugins import in_place
+
+    assert same(held(model), expected(weights(0)))
+    assert in_place.possible(model)
+    places = [model.get_submodule(name).weight.data_ptr() for name in SHARDS]
+    for seed in (1, 2):
+        new = weights(seed)
+        with in_place.writable(model):
+            load(model, dict(reversed(new.items())))
+        assert same(held(model), expected(new))
+    assert places == [model.get_submodule(name).weight.data_ptr() for name in SHARDS]
+    assert not any(hasattr(model.get_submodule(name).weight, "weight_loader") for name in SHARDS)
+
+
+def test_a_torn_update_is_refused(model: torch.nn.Module) -> None:
+    from flashrl_cli.plugins import in_place
+
+    new = weights(1)
+    del new["qkv_proj", "k"]
+    with (
+        pytest.raises(RuntimeError, match="left 1 layers without their new weights, qkv_proj"),
+        in_place.writable(model),
+    ):
+        load(model, new)
+
+
+def test_columns_of_a_wider_weight_are_quantized_alone(model: torch.nn.Module) -> None:
+    """A tensor-parallel rank gets some columns of a row-parallel layer: its scales are those of what it holds."""
+    import torch
+
+    layer = model.get_submodule("down_proj")
+    rows = layer.quant_method.rows(layer)
+    wide = torch.randn(HIDDEN, 2 * INTER, generator=torch.Generator().manual_seed(3))
+    rows.copy_(wide.narrow(1, INTER, INTER))
+    assert same(held(model), expected({**weights(0), ("down_proj", None): wide[:, INTER:]}))
+    with pytest.raises(NotImplementedError):
+        rows.narrow(1, 0, 8)
+
+
+def test_what_cannot_be_written_in_place_is_left_to_the_layerwise_reload(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from flashrl_cli.plugins import in_place
+
+    layer = model.get_submodule("down_proj")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(layer.quant_method), "row_kernels", frozenset())
+        assert not in_place.possible(model)
+    assert in_place.possible(model)
+    plain = layer.weight.data
+    layer.weight.data = torch.nn.functional.pad(plain.t(), (0, 16)).t()
+    assert not in_place.possible(model)
+    layer.weight.data = plain
+    model.experts = torch.nn.Module()
+    vars(model.experts)["process_weights_after_loading"] = lambda: None
+    assert not in_place.possible(model)
+
+
+def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    from flashrl_cli.plugins.int8_linear import Int8OnlineLinearMethod
+
+    monkeypatch.setattr(vllm, "__version__", "0.30.1")
+    with pytest.raises(RuntimeError, match=r"made for vLLM 0\.24 to 0\.28, and this is 0\.30\.1"):
+        Int8OnlineLinearMethod()
