@@ -38,7 +38,7 @@ def test_exit_codes_are_what_scripts_rely_on() -> None:
 def test_error_ends_the_command_with_its_code(
     kind: type[FlashrlError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail() -> None:
+    def fail(_words: list[str]) -> None:
         raise kind("what", hint="fix", problems=[Problem("one", "a:1")])
 
     monkeypatch.setattr(app, "app", fail)
@@ -52,7 +52,7 @@ def test_error_ends_the_command_with_its_code(
 
 
 def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt() -> None:
+    def interrupt(_words: list[str]) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(app, "app", interrupt)
@@ -62,7 +62,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_exceptions_are_bugs_and_stay_visible(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "app", lambda: 1 / 0)
+    monkeypatch.setattr(app, "app", lambda words: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         app.main()
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from flashrl_cli.weights import Weights
 
 Messages = list[dict[str, str]]
-METHODS = {"bf16": None, "int8": contract.INT8_METHOD, "fp8": "fp8"}
-"""vLLM's quantization method for a precision; `fp8` is vLLM's own."""
 _CPU_MEMORY = 0.2
 """Share of the machine's memory that vLLM's CPU worker insists on being free; the KV cache has its own size."""
 
@@ -51,7 +49,7 @@ class Generator:
             generation_config="vllm",
             dtype="bfloat16",
             load_format="auto" if job.quantized else "dummy",
-            quantization=None if job.quantized else METHODS[job.engine.rollout],
+            quantization=None if job.quantized else contract.METHODS.get(job.engine.rollout),
             worker_extension_cls=contract.EVAL_EXTENSION,
             max_model_len=self._limit,
             tensor_parallel_size=job.engine.tensor_parallel,

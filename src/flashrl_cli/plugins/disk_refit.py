@@ -28,9 +28,8 @@ class DiskRefitExtension:
         tensors = Weights.of(source).tensors()
         begun = False
         try:
-            first = next(
-                tensors
-            )  # opens all files: most that is wrong with them shows here, before the engine is touched
+            # this opens all files: most that is wrong with them shows here, before the engine is touched
+            first = next(tensors)
             begun = True
             return self._refit(itertools.chain([first], tensors))
         except Unreadable as error:
