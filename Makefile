@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 # PyTorch publishes its CPU builds on an index of its own.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # No test takes that many seconds; one that hangs must not hide what the others found.
-PYTEST := $(BIN)/pytest --timeout 600
+PYTEST := $(BIN)/pytest --timeout 600 --durations 12
 # Two at once where each keeps to itself; the runs of the integration tests fill the machine themselves.
 QUICK := $(PYTEST) --numprocesses 2
 

@@ -3,8 +3,8 @@
     PYTHONPATH=src:SITE python benchmarks/eval_on_gpu.py [--out benchmarks/results/eval_on_gpu.json] [--sizes 0.5b,7b] [PATTERN...]
 
 For each size of Qwen2.5 two checkpoints with weights of their own are made: a float32 shard as verl saves it for one rank (all of
-it, so that it is the most there is to read), and a bf16 folder. One engine takes both, each twice, in turn; then each is taken by an
-engine of its own. PATTERNs name checkpoints of a policy that knows something: the same with greedy answers to `prepare tiny`'s questions.
+it, so that it is the most there is to read), and a bf16 folder. One engine takes both, each twice, in turn. PATTERNs name checkpoints of
+a policy that adds: the same in each of --rollouts, with greedy answers, and then each is taken by an engine of its own.
 """
 
 from __future__ import annotations
@@ -158,8 +158,10 @@ def take(running: child.Engine, job: Job, weights: Weights, name: str) -> tuple[
     return seconds, [found[number][0].response for number in sorted(found)]
 
 
-def measure(both: Sequence[Weights], questions: Sequence[Question], rollout: str, log: Path) -> dict[str, Any]:
-    """One engine for all, in turn and twice; then a fresh one for each."""
+def measure(
+    both: Sequence[Weights], questions: Sequence[Question], rollout: str, log: Path, *, alone: bool
+) -> dict[str, Any]:
+    """One engine for all, in turn and twice; then, where `alone`, a fresh one for each."""
     rounds, again = [], []
     with engine(both[0].hf, questions, rollout, log) as (running, job, pid), Memory(pid) as memory:
         for number in range(2):
@@ -168,20 +170,21 @@ def measure(both: Sequence[Weights], questions: Sequence[Question], rollout: str
                 rounds.append({"checkpoint": which, **seconds})
                 again.append(said)
         peaks = memory.peaks()
-    fresh = []
-    for weights in both:
-        with engine(weights.hf, questions, rollout, log) as (running, job, _):
-            fresh.append(take(running, job, weights, "fresh")[1])
     count = len(both)
-    return {
+    found = {
         "rollout": rollout,
         "rounds": rounds,  # the first includes the engine's start
         "peaks": peaks,
         "same_again": again[:count] == again[count:],
-        "as_fresh": again[count:] == fresh,
-        "all_different": len(set(map(tuple, fresh))) == count,
-        "right": [_right(questions, said) for said in fresh],
+        "all_different": len(set(map(tuple, again))) == count,
     }
+    if not alone:
+        return found
+    fresh = []
+    for weights in both:
+        with engine(weights.hf, questions, rollout, log) as (running, job, _):
+            fresh.append(take(running, job, weights, "fresh")[1])
+    return {**found, "as_fresh": again[count:] == fresh, "right": [_right(questions, said) for said in fresh]}
 
 
 def _right(questions: Sequence[Question], said: Sequence[str]) -> float:
@@ -202,6 +205,7 @@ def main() -> None:
     parser.add_argument("patterns", nargs="*")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/eval_on_gpu.json"))
     parser.add_argument("--sizes", default="0.5b,7b")
+    parser.add_argument("--rollouts", default="bf16,int8,fp8")
     parser.add_argument("--tokenizer", type=Path, required=True, help="An HF folder whose tokenizer is taken.")
     args = parser.parse_args()
     os.environ |= ENVIRONMENT
@@ -209,7 +213,7 @@ def main() -> None:
     import vllm
 
     result: dict[str, Any] = {
-        "command": f"python benchmarks/eval_on_gpu.py --sizes {args.sizes}",
+        "command": f"python benchmarks/eval_on_gpu.py --sizes {args.sizes} --rollouts {args.rollouts} PATTERN",
         "device": torch.cuda.get_device_name(0),
         "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
         "results": [],
@@ -218,8 +222,8 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.patterns:
         knowing = [one.weights for one in find(args.patterns).checkpoints]
-        for rollout in ("bf16", "int8"):
-            result["results"].append({"policy": "tiny", **measure(knowing, questions, rollout, log)})
+        for rollout in args.rollouts.split(","):
+            result["results"].append({"policy": "tiny", **measure(knowing, questions, rollout, log, alone=True)})
             files.write_json(args.out, result)
     for size in [size for size in args.sizes.split(",") if size]:
         with tempfile.TemporaryDirectory() as folder:
@@ -227,7 +231,7 @@ def main() -> None:
             bytes_read = [
                 sum(file.stat().st_size for file in (*w.shards, *w.hf.glob("*.safetensors"))) for w in (shard, whole)
             ]
-            found = measure([shard, whole], questions[:8], "bf16", log)
+            found = measure([shard, whole], questions[:8], "bf16", log, alone=False)
             result["results"].append({"policy": size, "gib": [round(b / 2**30, 2) for b in bytes_read], **found})
             files.write_json(args.out, result)
     print(json.dumps(result, indent=2))

@@ -23,7 +23,8 @@ TRAINER_CONTEXT = 1480 << 20
 ENGINE_CONTEXT = 512 << 20
 """Bytes of an engine's CUDA context, which vLLM does not count against its budget; taken to be as large as the trainer's."""
 ASLEEP = {"bf16": 600 << 20, "int8": 1000 << 20, "fp8": 1950 << 20, "fp8-block": 1950 << 20}
-"""Bytes that a sleeping engine keeps beside context and graphs: 0.5 to 0.6 GiB measured for bf16, 0.4 to 1.0 int8, 1.5 to 1.9 both kinds of fp8."""
+"""Bytes that a sleeping engine keeps beside context and graphs; measured: 0.5 to 0.6 GiB for bf16, 0.4 to 1.0 for int8, 1.5 to 1.9 for
+both kinds of fp8."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,9 @@ def _load(file: Path) -> dict[str, Any]:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         named = _FORBIDDEN.search(str(error))
+        if named and named[1].startswith("torch."):
+            what = f"a newer or older torch than {torch.__version__}, which does not know {named[1]}"
+            raise Unreadable(f"{file} was saved by {what}; refused") from error
         what = f" ({named[1]})" if named else ""
         raise Unreadable(f"{file} holds more than weights{what}, and loading it could run code; refused") from error
     except (RuntimeError, EOFError, OSError) as error:
