@@ -23,7 +23,7 @@ def verls(solution: str) -> str | None:
     return answer
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(solution=st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
 def test_any_solution(solution: str) -> None:
     assert boxed_answer(solution) == verls(solution)

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ import pytest
 
 BY_VERL = Path(__file__).with_name("checkpoints_by_verl.py")
 STEPS = (2, 4, 10)
+ENDING_S = 5.0
+"""A helper of Python's own (its fork server, its resource tracker) ends a moment after the command that it served."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,14 @@ class Workshop:
         return out, err
 
     def leftovers(self) -> list[str]:
-        """Processes that belong to runs of this folder, by working folder or command line."""
+        """Processes that belong to runs of this folder and do not end of themselves within a moment."""
+        deadline = time.monotonic() + ENDING_S
+        while (found := self._processes()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return found
+
+    def _processes(self) -> list[str]:
+        """Processes of this folder, by working folder or command line."""
         found = []
         for process in psutil.process_iter(["cwd", "cmdline"]):
             info = process.info

@@ -28,6 +28,7 @@ def run(case: dict[str, Any], sequences: list[list[int]]) -> dict[str, Any]:
     from vllm import LLM
 
     from flashrl_cli.contract import EVAL_EXTENSION, INT8_METHOD
+    from flashrl_cli.weights import Weights
 
     engine = LLM(
         model=case["model"],
@@ -40,7 +41,8 @@ def run(case: dict[str, Any], sequences: list[list[int]]) -> dict[str, Any]:
         max_num_seqs=64,
         gpu_memory_utilization=0.1,
     )
-    holds = [engine.collective_rpc("load_folder", args=(folder,))[0] for folder in case["refits"]]
+    sources = [Weights(hf=Path(folder)).plain() for folder in case["refits"]]
+    holds = [engine.collective_rpc("load_from_disk", args=(source,))[0] for source in sources]
     result = {"logprobs": logprobs(engine, sequences), "holds": holds}
     del engine
     gc.collect()

@@ -51,9 +51,7 @@ def saving(number: int) -> Moment:
 MOMENTS = [
     (after(0.5), INT),
     (phase("starting verl"), TERM),
-    (after(12), TERM),
     (phase("starting the trainer"), HUP),
-    (phase("starting the rollout engine"), INT),
     (saving(1), INT),
 ]
 STRIKES_WITHIN_S = 50.0
@@ -88,10 +86,10 @@ def test_interrupted_and_killed_at_many_moments(
     monkeypatch.setenv("FLASHRL_DATA", str(workshop.root / "data"))
     with ThreadPoolExecutor(2) as pool:
         asked = pool.submit(interrupted, workshop, "asked", MOMENTS)
-        killed = pool.submit(kill_resume.one_run, tmp_path, kills=3, steps=2, seed=11, latest_s=STRIKES_WITHIN_S)
+        killed = pool.submit(kill_resume.one_run, tmp_path, kills=1, steps=2, seed=11, latest_s=STRIKES_WITHIN_S)
     assert asked.result() == len(MOMENTS)
     result = killed.result()
-    assert len(result["strikes"]) >= 3
+    assert result["strikes"]
     assert result["problems"] == [], json.dumps(result, indent=2)
     assert not workshop.leftovers()
     check_interruptions(RunPaths("asked", workshop.root / "runs/asked", workshop.root / "checkpoints/tiny/asked"))
