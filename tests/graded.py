@@ -16,7 +16,7 @@ def data(count: int, name: str = "gsm8k") -> DataSet:
     questions = tuple(
         Question([{"role": "user", "content": f"{name}: {n} + {n}?"}], name, str(2 * n), None) for n in range(count)
     )
-    return DataSet(name=name, files=(Path(f"/data/{name}.parquet"),), questions=questions)
+    return DataSet(name=name, file=Path(f"/data/{name}.parquet"), questions=questions)
 
 
 def checkpoint(run: str, step: int | None) -> Checkpoint:

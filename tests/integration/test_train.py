@@ -56,7 +56,7 @@ def check_evaluation(workshop: Workshop, checkpoints: Path, runs: Path, steps: i
     document = json.loads(out)
     assert [row["step"] for row in document["results"]] == list(range(steps + 1))
     assert all(0.2 < row["accuracy"] < 0.95 and row["n"] == 128 for row in document["results"])
-    assert document["datasets"][0]["files"] == [str(workshop.root / "data" / "tiny" / "test.parquet")]
+    assert document["datasets"][0]["file"] == str(workshop.root / "data" / "tiny" / "test.parquet")
 
 
 def test_a_broken_refit_stops_the_run(workshop: Workshop, tmp_path: Path) -> None:

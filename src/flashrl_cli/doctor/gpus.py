@@ -49,13 +49,13 @@ class Gpu:
     memory_mib: int
 
 
-def probe() -> str | None:
-    """What `nvidia-smi` says about the GPUs, or why it says nothing; None where it is not installed."""
+def probe(query: Sequence[str] = QUERY) -> str | None:
+    """What `nvidia-smi` answers to `query`, or why it says nothing; None where it is not installed."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
     try:
-        listing = subprocess.run([command, *QUERY], capture_output=True, text=True, timeout=30, check=False)
+        listing = subprocess.run([command, *query], capture_output=True, text=True, timeout=30, check=False)
     except subprocess.TimeoutExpired:
         return "no answer within 30 s"
     return listing.stdout + listing.stderr

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from flashrl_cli.doctor import gpus
 from flashrl_cli.errors import EnvironmentNotReady
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def choose(engine: EngineSettings) -> tuple[EngineSettings, str | None]:
     """
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return engine, None
-    found = parse(_probe())
+    found = parse(gpus.probe(QUERY) or "")
     return freest(engine, found) if found else (engine, None)
 
 
@@ -69,13 +68,3 @@ def parse(text: str) -> list[Device]:
     rows = [[part.strip() for part in line.split(",")] for line in text.splitlines()]
     numbers = [list(map(int, row)) for row in rows if len(row) == 3 and all(part.isdigit() for part in row)]
     return [Device(*row) for row in numbers if row[1]]
-
-
-def _probe() -> str:
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return ""
-    try:
-        return subprocess.run([command, *QUERY], capture_output=True, text=True, timeout=30, check=False).stdout
-    except subprocess.TimeoutExpired:
-        return ""

@@ -47,16 +47,17 @@ def _serve(job: Job, orders: queue.SimpleQueue[str], emit: Emit) -> None:
     from flashrl_cli.evals.generate import Generator, Spoilt
 
     emit("stage", text="starting the vLLM engine")
-    questions = [list(_read_lines(job.questions(number))) for number in range(job.data_sets)]
-    generator = Generator(job, [q["prompt"] for data in questions for q in data])
+    prompts = [[q["prompt"] for q in _read_lines(job.questions(number))] for number in range(job.data_sets)]
+    generator: Generator | None = None
     while True:
         order = Order.parse(orders.get())
         try:
-            _fulfil(order, generator, [q["prompt"] for q in questions[order.data]], emit)
+            generator = generator or Generator(job, [prompt for data in prompts for prompt in data])
+            _fulfil(order, generator, prompts[order.data], emit)
         except Unreadable as error:
-            spoilt = isinstance(error, Spoilt)
-            emit("skipped", reason=str(error), ends=spoilt)
-            if spoilt:
+            ends = generator is None or isinstance(error, Spoilt)
+            emit("skipped", reason=str(error), ends=ends)
+            if ends:
                 os._exit(ExitCode.OK)
 
 

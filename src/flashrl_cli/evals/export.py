@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,7 @@ def export(stock: Stock, saved: Saved, target: Path) -> Exported:
         step=saved.step,
         path=target,
         tensors=len(shapes),
-        parameters=sum(map(_product, shapes.values())),
+        parameters=sum(map(math.prod, shapes.values())),
         bytes=size,
         compared=compared,
     )
@@ -94,13 +95,6 @@ def _weights(saved: Saved) -> Weights:
         raise InputError(what, hint=f"flashrl eval {saved.path} --merge FOLDER")
     found = layout.shards(actor)
     return Weights(hf=hf, shards=found.files if found else ())
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
 
 
 def _card(stock: Stock, saved: Saved) -> str:

@@ -31,7 +31,8 @@ class Spoilt(Unreadable):
 class Generator:
     """One vLLM engine for the architecture of `job.start`, which takes the weights of checkpoints in place.
 
-    `prompts` are all that will be asked: they say how long a sequence gets.
+    `prompts` are all that will be asked: they say how long a sequence gets. Raises InputError before vLLM starts if one leaves no
+    room for a response, Unreadable for a tokenizer that cannot be used.
     """
 
     def __init__(self, job: Job, prompts: Sequence[Messages]) -> None:
@@ -43,6 +44,7 @@ class Generator:
         self._requests = 0
         longest = max(len(self._tokens(prompt)) for prompt in prompts)
         self._limit = job.engine.max_model_len or _needed(job.start, longest + job.sampling.max_tokens)
+        self._check_room(longest)
         self._llm = LLM(
             model=str(job.start),
             skip_tokenizer_init=True,
@@ -94,9 +96,7 @@ class Generator:
         numbers: dict[str, int] = {}
         for number, prompt in prompts.items():
             tokens = self._tokens(prompt)
-            if len(tokens) >= self._limit:
-                hint = "a larger --max-model-len"
-                raise InputError(f"a prompt has {len(tokens)} tokens, the limit is {self._limit}", hint=hint)
+            self._check_room(len(tokens))
             self._requests += 1
             numbers[str(self._requests)] = number
             engine.add_request(str(self._requests), {"prompt_token_ids": tokens}, self._parameters(number, stop))
@@ -104,6 +104,12 @@ class Generator:
             for output in engine.step():
                 if output.finished:
                     yield self._responses(numbers[output.request_id], output)
+
+    def _check_room(self, tokens: int) -> None:
+        if tokens >= self._limit:
+            raise InputError(
+                f"a prompt has {tokens} tokens, the limit is {self._limit}", hint="a larger --max-model-len"
+            )
 
     def _tokens(self, prompt: Messages) -> list[int]:
         tokens: list[int] = self._tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)

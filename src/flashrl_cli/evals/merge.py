@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli import files
 from flashrl_cli.doctor.system import existing
 from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
-from flashrl_cli.verl.checkpoints import step_name
+from flashrl_cli.verl import checkpoints as layout
 from flashrl_cli.weights import Unreadable, Weights, model_files, stored_in_float32
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ Shapes = dict[str, tuple[int, ...]]
 _TRAINERS = {"dtype", "torch_dtype", "attn_implementation", "_attn_implementation"}
 _OTHER_FORMS = shutil.ignore_patterns(
     "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.gguf", "onnx", "original", ".*",
-    "fsdp_config.json", "lora_train_meta.json",
+    layout.FSDP_CONFIG, layout.LORA,
 )  # fmt: skip
 _GIB = 2**30
 
@@ -101,7 +101,7 @@ def check(folder: Path) -> tuple[Shapes, str]:
 def _places(checkpoints: Sequence[Checkpoint], target: Path) -> list[Path]:
     if len(checkpoints) == 1:
         return [new_folder(target)]
-    places = [target / c.run / ("" if c.step is None else step_name(c.step)) for c in checkpoints]
+    places = [target / c.run / ("" if c.step is None else layout.step_name(c.step)) for c in checkpoints]
     if len(set(places)) != len(places):
         raise InputError("two of the checkpoints have the same name", hint="merge them one by one")
     return [new_folder(place) for place in places]

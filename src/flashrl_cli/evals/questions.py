@@ -39,7 +39,7 @@ def choose(names: str | None, run_folders: Iterable[Path], limit: int | None) ->
     asked = _recorded(run_folders) if names is None else [_named(name.strip()) for name in names.split(",")]
     files = list(dict.fromkeys(asked))
     labels = _labels(files)
-    return tuple(DataSet(name=labels[file], files=(file,), questions=tuple(read(file, limit))) for file in files)
+    return tuple(DataSet(name=labels[file], file=file, questions=tuple(read(file, limit))) for file in files)
 
 
 def read(file: Path, limit: int | None) -> list[Question]:

@@ -98,9 +98,7 @@ class Report:
         """The whole evaluation as one JSON document."""
         return {
             "schema_version": SCHEMA_VERSION,
-            "datasets": [
-                {"name": d.name, "files": list(map(str, d.files)), "prompts": len(d.questions)} for d in self.datasets
-            ],
+            "datasets": [{"name": d.name, "file": str(d.file), "prompts": len(d.questions)} for d in self.datasets],
             **self.settings,
             "engine": self.entries[0].result.holds,
             "results": [asdict(row) for row in self.rows],

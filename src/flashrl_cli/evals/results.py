@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSet:
-    """Questions under one name, and the files they were read from."""
+    """Questions under one name, and the file they were read from."""
 
     name: str
-    files: tuple[Path, ...]
+    file: Path
     questions: tuple[Question, ...]
 
 

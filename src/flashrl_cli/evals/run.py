@@ -16,6 +16,7 @@ from flashrl_cli.evals import answers, child
 from flashrl_cli.evals.job import Job, Order
 from flashrl_cli.evals.results import DataSet, Evaluated, Grade, Response
 from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
+from flashrl_cli.weights import Unreadable, read_json
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -69,7 +70,6 @@ class _Running:
 
     architecture: str
     engine: child.Engine
-    job: Job
     closing: contextlib.ExitStack
 
 
@@ -161,12 +161,18 @@ class Evaluation:
         file = self.store.answers(unit)
         before = answers.read(file)
         self.telling.advance(len(before), 0)
+        try:
+            engine = self._engine_for(unit)
+        except Unreadable as error:  # a training run may have removed it since we looked
+            self._skip(unit, str(error), done=len(before))
+            self._release(lock)
+            return
         order = Order(
             weights=unit.checkpoint.weights, data=self.data.index(unit.data), answers=file, answered=tuple(before)
         )
         holds: dict[str, Any] = {}
         counted, tokens = len(before), 0
-        for event in self._engine_for(unit).fulfil(order):
+        for event in engine.fulfil(order):
             match event["event"]:
                 case "stage":
                     self.telling.say(event["text"])
@@ -176,8 +182,9 @@ class Evaluation:
                     counted, tokens = counted + event["prompts"], tokens + event["tokens"]
                     self.telling.advance(event["prompts"], event["tokens"])
                 case "skipped":
-                    self._skip(unit, event)
-                    self.telling.advance(len(unit.data.questions) - counted, 0)
+                    self._skip(unit, event["reason"], done=counted)
+                    if event["ends"]:
+                        self._stop_engine()
                     self._release(lock)
                 case "done":
                     self._say_done(unit, tokens, event["seconds"])
@@ -196,12 +203,12 @@ class Evaluation:
         self.results[unit.key] = evaluated
         self._release(lock)
 
-    def _skip(self, unit: Unit, event: dict[str, Any]) -> None:
-        skipped = Skipped(unit.checkpoint.path, event["reason"])
+    def _skip(self, unit: Unit, reason: str, *, done: int) -> None:
+        """Give up a checkpoint of whose prompts `done` are told already."""
+        skipped = Skipped(unit.checkpoint.path, reason)
         self.skipped[skipped.path] = skipped
         self.pass_over([skipped])
-        if event["ends"]:
-            self._stop_engine()
+        self.telling.advance(len(unit.data.questions) - done, 0)
 
     def _release(self, lock: FileLock | None) -> None:
         if lock:
@@ -235,7 +242,7 @@ class Evaluation:
             for number, one in enumerate(self.data):
                 job.write_questions(number, one.questions)
             engine = stack.enter_context(child.engine(job, self.log, self.devices))
-            return _Running(wanted, engine, job, stack.pop_all())
+            return _Running(wanted, engine, stack.pop_all())
 
     def _stop_engine(self) -> None:
         up, self._up = self._up, None
@@ -246,9 +253,9 @@ class Evaluation:
 def architecture(checkpoint: Checkpoint) -> str:
     """What two checkpoints must share to run in one engine: config.json but for what saving it again changes.
 
-    Quantized weights are loaded by the engine's start, each by an engine of its own.
+    Quantized weights are loaded by the engine's start, each by an engine of its own. Raises Unreadable for a config that is gone.
     """
-    config = json.loads((checkpoint.hf / "config.json").read_text(encoding="utf-8"))
+    config = read_json(checkpoint.hf / "config.json")
     alone = str(checkpoint.hf) if checkpoint.quantized else ""
     return json.dumps({**{k: v for k, v in config.items() if k not in _VOLATILE}, "": alone}, sort_keys=True)
 

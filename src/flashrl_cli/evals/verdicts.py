@@ -61,13 +61,13 @@ def understated(entries: Sequence[Entry]) -> Iterator[str]:
 
 
 def without_verdict(rows: Sequence[Row]) -> Iterator[str]:
-    """A sentence on each data set with responses that the scorer did not judge."""
+    """A sentence on each data set with responses that a scorer (verl's, or that of another extractor) did not judge."""
     for dataset in dict.fromkeys(row.dataset for row in rows):
         found = {row.path: row for row in rows if row.dataset == dataset}.values()
         if count := sum(row.problems for row in found):
             yield (
-                f"{dataset}: {count:,} of {sum(row.n for row in found):,} responses got no verdict from the scorer "
-                "and count as wrong"
+                f"{dataset}: {count:,} of {sum(row.n for row in found):,} responses got no verdict from a scorer, "
+                "for which they count as wrong"
             )
 
 

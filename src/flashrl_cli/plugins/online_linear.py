@@ -133,7 +133,7 @@ class Rows:
     def narrow(self, dim: int, start: int, length: int) -> _Part:
         """Rows `start` to `start + length`; columns cannot be written alone, because a scale spans its row."""
         if dim != self.output_dim:
-            raise NotImplementedError("a loader wants columns of a weight with one scale per row")
+            raise RuntimeError("a loader wants columns of a weight with one scale per row")
         return _Part(self, start, length)
 
     def copy_(self, source: torch.Tensor) -> None:

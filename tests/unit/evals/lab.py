@@ -36,7 +36,7 @@ def data(name: str = "sums", questions: int = 3) -> DataSet:
     made = [
         Question([{"role": "user", "content": f"{name} {i}?"}], "openai/gsm8k", str(i), None) for i in range(questions)
     ]
-    return DataSet(name=name, files=(Path(f"/data/{name}/test.parquet"),), questions=tuple(made))
+    return DataSet(name=name, file=Path(f"/data/{name}/test.parquet"), questions=tuple(made))
 
 
 def response(question: int, text: str = "a\u2028b\x85c", sample: int = 0) -> Response:

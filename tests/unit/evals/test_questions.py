@@ -79,9 +79,9 @@ def test_named_data_sets_and_files(tmp_path: Path) -> None:
     prepared = write(paths.data_root() / "gsm8k" / "test.parquet", [ROW, ROW])
     other = write(tmp_path / "mine.parquet", [ROW])
     found = questions.choose(f"gsm8k, {other},gsm8k", [], 1)
-    assert [(one.name, one.files, len(one.questions)) for one in found] == [
-        ("gsm8k", (prepared,), 1),
-        ("mine", (other,), 1),
+    assert [(one.name, one.file, len(one.questions)) for one in found] == [
+        ("gsm8k", prepared, 1),
+        ("mine", other, 1),
     ]
     with pytest.raises(InputError) as caught:
         questions.choose("gsm8k,math", [], None)
@@ -104,7 +104,7 @@ def test_default_is_what_the_last_attempt_validated_on(tmp_path: Path) -> None:
     a = record("a", 10, f"data.val_files=[{first},{second}]")
     b = record("b", 1, f"data.val_files=[{first},{second}]")
     found = questions.choose(None, [a, b], None)
-    assert [(one.name, one.files) for one in found] == [("one", (first,)), ("two", (second,))]
+    assert [(one.name, one.file) for one in found] == [("one", first), ("two", second)]
 
 
 def test_no_record_or_different_ones_need_a_choice() -> None:

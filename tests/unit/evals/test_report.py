@@ -121,7 +121,7 @@ def test_what_was_not_judged_is_said_once_a_data_set() -> None:
     base = checkpoint("start", None)
     steps = [evaluated(checkpoint(run, 1), single(1, 1), problem="time out") for run in "ab"]
     said = report(evaluated(base, single(1, 1), problem="time out"), *steps, base=base).verdicts
-    assert "gsm8k: 6 of 6 responses got no verdict from the scorer and count as wrong" in said
+    assert "gsm8k: 6 of 6 responses got no verdict from a scorer, for which they count as wrong" in said
 
 
 def test_files(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_files(tmp_path: Path) -> None:
     assert document == json.loads(json.dumps(made.document()))
     assert (document["schema_version"], document["wall_s"], document["rollout"]) == (2, 9.5, "bf16")
     assert document["engine"] == {"precision": "bf16"}
-    assert document["datasets"] == [{"name": "gsm8k", "files": ["/data/gsm8k.parquet"], "prompts": 1}]
+    assert document["datasets"] == [{"name": "gsm8k", "file": "/data/gsm8k.parquet", "prompts": 1}]
     assert document["skipped"] == [{"path": "/late", "reason": "torn"}]
     assert [row["pass_at"] for row in document["results"]] == [{"1": 0.5, "2": 1.0}, {"1": 1.0, "2": 1.0}]
     assert [c["against"] for c in document["comparisons"]] == ["first"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -106,6 +107,20 @@ def test_what_cannot_be_read_is_skipped_with_all_its_data_sets(tmp_path: Path, e
         assert set(done.results) == {one.key for one in wanted[2:]}
         assert told.prompts == 10
     assert len(engines.jobs) == 1 + 2, "an engine that was spoilt is replaced"
+
+
+def test_what_training_removed_meanwhile_is_skipped(tmp_path: Path, engines: Engines) -> None:
+    first, second = checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)
+    told, wanted = Told(), asked([first, second], [data()])
+    shutil.rmtree(first.hf)
+    with evaluation(tmp_path, [data()], told) as one:
+        one.work(wanted)
+    assert list(one.skipped) == [first.path]
+    assert set(one.results) == {wanted[1].key}
+    assert told.prompts == 6
+    lock = Store(tmp_path / "kept").claim(wanted[0])
+    assert lock
+    lock.release()
 
 
 def test_a_quantized_checkpoint_has_an_engine_of_its_own(tmp_path: Path) -> None:

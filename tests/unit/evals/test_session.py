@@ -183,6 +183,22 @@ def test_each_new_step_is_evaluated_by_the_same_engine(training: Training, engin
     assert engines.up == 0
 
 
+def test_a_look_at_nothing_new_does_nothing(
+    training: Training, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training.looks = [[1], [], [], [2], [], []]
+    written: list[int] = []
+    write = Report.write
+
+    def noted(self: Report, folder: Path) -> None:
+        written.append(len(self.rows))
+        write(self, folder)
+
+    monkeypatch.setattr(Report, "write", noted)
+    session.watch(training.lookup, ["x"], Told().telling, lambda report: None)
+    assert written == [1, 2, 2], "at what is new, and at the end"
+
+
 def test_a_run_that_saves_nothing(training: Training, engines: Engines) -> None:
     training.looks = [[], [], []]
     with pytest.raises(NothingMatched):
