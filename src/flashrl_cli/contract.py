@@ -19,6 +19,8 @@ ENV_PLUGIN_DIR = "FLASHRL_PLUGIN_DIR"
 """Folder for handshake files. Unset means: not a run of flashrl's, and the plugins do nothing."""
 ENV_PLATFORM = "FLASHRL_PLATFORM"
 """`cpu` or `cuda`: which platform the plugins prepare verl for."""
+ENV_ROLLOUT = "FLASHRL_ROLLOUT"
+"""A RolloutOptions as JSON: what the plugins do to a rollout engine beside its precision. Unset means: nothing."""
 ENV_TELL = "FLASHRL_TELL"
 """Set where the launcher cannot see the folder: workers print their handshakes, too."""
 HANDSHAKE_MARK = "FLASHRL_HANDSHAKE "
@@ -40,11 +42,38 @@ SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutOptions:
+    """What a rollout engine does beside its precision.
+
+    `profile` is the absolute path of a smoothing profile; `mix` the share of replicas that stay in bf16, from 0 to less than 1.
+    """
+
+    profile: str | None = None
+    mix: float = 0.0
+    lm_head_fp32: bool = False
+
+    def text(self) -> str:
+        """The value of ENV_ROLLOUT."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def here(cls) -> RolloutOptions:
+        """Options of this process's engine, from its environment."""
+        text = os.environ.get(ENV_ROLLOUT)
+        return cls(**json.loads(text)) if text else cls()
+
+
+PLAIN = RolloutOptions()
+"""Nothing beside the precision."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Handshake:
     """What one rollout worker really runs, written after its first refit and renewed at each later one.
 
     `quantized_layers` counts linear layers whose weights are held in `precision`; `quantized_bytes` is the size of
-    those weights; `kernel` names vLLM's kernel class; `refit_s` is the last weight update's seconds.
+    those weights; `kernel` names vLLM's kernel class; `refit_s` is the last weight update's seconds. `kv_cache` is the cache's
+    dtype as vLLM names it, `lm_head` the dtype in which logits are computed, `smoothed` counts tensors that a profile changed.
     """
 
     host: str
@@ -59,6 +88,9 @@ class Handshake:
     device: str
     refits: int
     refit_s: float
+    kv_cache: str = "auto"
+    lm_head: str = "bf16"
+    smoothed: int = 0
     schema_version: int = SCHEMA_VERSION
 
 

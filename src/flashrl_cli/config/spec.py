@@ -127,6 +127,14 @@ class RolloutSpec(Part):
 
     precision: Literal["bf16", "fp8", "fp8-block", "int8"] = "bf16"
     """Arithmetic of the linear layers in the rollout engine (fp8-block is verl's own); the policy is trained in its own."""
+    kv_cache: Literal["auto", "fp8"] = "auto"
+    """Arithmetic of the rollout engine's KV cache: `auto` is the model's, `fp8` holds twice as many tokens in the same memory."""
+    profile: Text | None = None
+    """Smoothing profile (a file of `flashrl quantize --calibrate`) that every refit applies before it quantizes; null for none."""
+    mix: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the rollout replicas that stay in bf16 while the others take `precision`; rounded up to whole replicas."""
+    lm_head_fp32: bool = False
+    """Compute the logits in float32 in the rollout engine: a smaller mismatch, and slower."""
     n: Count = 1
     """Responses to one prompt."""
     temperature: Positive = 1.0

@@ -193,10 +193,22 @@ def _precision(resolved: Resolved) -> Iterator[Override]:
         yield Override(f"{ROLLOUT}.quantization", "fp8", origin)
     if method:
         yield Override(f"{ENGINE}.quantization", method, origin, added=True)
-    on_cpu = resolved.spec.resources.platform == "cpu"
-    if method or on_cpu:
-        extension_origin = origin if method else resolved.origins["resources.platform"]
-        yield Override(f"{ENGINE}.worker_extension_cls", contract.WORKER_EXTENSION, extension_origin, added=True)
+    rollout = resolved.spec.rollout
+    if rollout.kv_cache != "auto":
+        yield Override(f"{ENGINE}.kv_cache_dtype", rollout.kv_cache, resolved.origins["rollout.kv_cache"], added=True)
+    why = _extension_reason(resolved)
+    if why:
+        yield Override(f"{ENGINE}.worker_extension_cls", contract.WORKER_EXTENSION, resolved.origins[why], added=True)
+
+
+def _extension_reason(resolved: Resolved) -> str | None:
+    """The field because of which rollout workers take flashrl's weight update, None where verl's own does."""
+    rollout = resolved.spec.rollout
+    if rollout.precision in contract.METHODS:
+        return "rollout.precision"
+    options = ("kv_cache", "profile", "mix", "lm_head_fp32")
+    asked = (f"rollout.{name}" for name in options if getattr(rollout, name) not in {None, "auto", 0})
+    return next(asked, "resources.platform" if resolved.spec.resources.platform == "cpu" else None)
 
 
 def _correction(resolved: Resolved) -> Iterator[Override]:
