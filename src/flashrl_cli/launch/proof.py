@@ -16,17 +16,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What must be proven: `workers` rollout workers that hold `precision`. No workers: nothing to prove."""
+    """What must be proven: `workers` rollout workers that hold `precision` and a KV cache in `kv_cache`. No workers: nothing to prove."""
 
     precision: str
     workers: int
+    kv_cache: str = "auto"
 
 
 def expectation(plan: LaunchPlan) -> Expectation:
     """What a plan's rollout workers must prove; with verl's own worker extension (bf16, fp8-block on CUDA) nothing is written."""
     resources = plan.spec.resources
     ours = any(contract.WORKER_EXTENSION in str(override) for override in plan.overrides)
-    return Expectation(plan.spec.rollout.precision, resources.nodes * resources.gpus_per_node if ours else 0)
+    workers = resources.nodes * resources.gpus_per_node if ours else 0
+    return Expectation(plan.spec.rollout.precision, workers, plan.spec.rollout.kv_cache)
 
 
 def refutation(expected: Expectation, shakes: list[Handshake]) -> str | None:
@@ -37,6 +39,8 @@ def refutation(expected: Expectation, shakes: list[Handshake]) -> str | None:
                 f"{expected.precision} rollouts were asked for, but worker {shake.pid} on {shake.host} holds "
                 f"{shake.precision} ({shake.quantized_layers} of {shake.linear_layers} linear layers quantized)"
             )
+        if shake.kv_cache != expected.kv_cache:
+            return f"a KV cache in {expected.kv_cache} was asked for, but worker {shake.pid} on {shake.host} has {shake.kv_cache}"
     return None
 
 

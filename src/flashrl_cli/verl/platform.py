@@ -45,4 +45,9 @@ def environment(spec: RunSpec, attempt: AttemptPaths) -> dict[str, str]:
 def rollout_options(rollout: RolloutSpec) -> contract.RolloutOptions:
     """What the plugins do to a run's rollout engines beside their precision."""
     profile = None if rollout.profile is None else str(paths.absolute(rollout.profile))
-    return contract.RolloutOptions(profile=profile, mix=rollout.mix, lm_head_fp32=rollout.lm_head_fp32)
+    return contract.RolloutOptions(
+        profile=profile,
+        mix=rollout.mix,
+        lm_head_fp32=rollout.lm_head_fp32,
+        bf16_transfer=rollout.precision in contract.METHODS,  # dense models only: verl.demands refuses experts there
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,13 @@ def shake(pid: int, precision: str = "int8") -> Handshake:
 )
 def test_expectation(preset: str, rollout: str | None, sets: tuple[str, ...], workers: int) -> None:
     assert expected(preset, rollout, *sets) == proof.Expectation(rollout or "int8", workers)
+
+
+def test_the_cache_must_be_in_8_bits_too() -> None:
+    asked = expected("dapo-32b", "int8", "rollout.kv_cache=fp8", "resources.nodes=1", "resources.gpus_per_node=1")
+    assert asked == proof.Expectation("int8", 1, "fp8")
+    assert "KV cache in fp8 was asked for" in str(proof.refutation(asked, [shake(7)]))
+    assert proof.refutation(asked, [dataclasses.replace(shake(7), kv_cache="fp8")]) is None
 
 
 def test_refutation_names_the_worker() -> None:
