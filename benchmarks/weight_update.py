@@ -59,7 +59,7 @@ class Part:
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.log.name}: {self.log.read_text(errors='replace')[-3000:]}")
+            raise RuntimeError(f"{self.log.name}: {self.log.read_text(errors='replace')[-9000:]}")
         found: dict[str, Any] = json.loads(line)
         return found
 
@@ -160,7 +160,7 @@ def main() -> None:
                 try:
                     results.append(measure(variant, model, trainers, folder))
                 except RuntimeError as error:
-                    results.append({"variant": variant, "gpus": given.gpus, "failed": str(error)[-3000:]})
+                    results.append({"variant": variant, "gpus": given.gpus, "failed": str(error)[-9000:]})
                 print(json.dumps(results[-1])[:900], flush=True)
                 document = {"schema_version": 1, "command": " ".join(sys.argv), "size": given.size, **facts}
                 files.write_json(given.out, {**document, "points": results})

@@ -112,7 +112,7 @@ def engine(model: str, precision: str) -> None:
     started = time.perf_counter()
     llm = vllm.LLM(model=model, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True,
                    worker_extension_cls=extension, max_model_len=1024, max_num_seqs=8, kv_cache_memory_bytes=1 << 30,
-                   gpu_memory_utilization=0.9, disable_log_stats=True, **options)  # fmt: skip
+                   gpu_memory_utilization=0.4, disable_log_stats=True, **options)  # fmt: skip
     answer(vllm=vllm.__version__, load_s=round(time.perf_counter() - started, 1))
     for line in sys.stdin:
         if line.strip() == "holds":
