@@ -16,17 +16,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What must be proven: `workers` rollout workers that hold `precision`. No workers: nothing to prove."""
+    """What must be proven: `workers` rollout workers that hold `precision`. No workers: nothing to prove.
+
+    `lm_head` is the dtype in which they must compute logits, None for any.
+    """
 
     precision: str
     workers: int
+    lm_head: str | None = None
 
 
 def expectation(plan: LaunchPlan) -> Expectation:
     """What a plan's rollout workers must prove; with verl's own worker extension (bf16, fp8-block on CUDA) nothing is written."""
-    resources = plan.spec.resources
+    resources, rollout = plan.spec.resources, plan.spec.rollout
     ours = any(contract.WORKER_EXTENSION in str(override) for override in plan.overrides)
-    return Expectation(plan.spec.rollout.precision, resources.nodes * resources.gpus_per_node if ours else 0)
+    workers = resources.nodes * resources.gpus_per_node if ours else 0
+    return Expectation(rollout.precision, workers, lm_head="fp32" if rollout.lm_head_fp32 else None)
 
 
 def refutation(expected: Expectation, shakes: list[Handshake]) -> str | None:
@@ -36,6 +41,11 @@ def refutation(expected: Expectation, shakes: list[Handshake]) -> str | None:
             return (
                 f"{expected.precision} rollouts were asked for, but worker {shake.pid} on {shake.host} holds "
                 f"{shake.precision} ({shake.quantized_layers} of {shake.linear_layers} linear layers quantized)"
+            )
+        if expected.lm_head not in {None, shake.lm_head}:
+            return (
+                f"logits in {expected.lm_head} were asked for, but worker {shake.pid} on {shake.host} computes them in "
+                f"{shake.lm_head}"
             )
     return None
 

@@ -17,6 +17,7 @@ import torch
 
 from flashrl_cli import contract
 from flashrl_cli.plugins import in_place
+from flashrl_cli.plugins.float32_head import head_dtype
 from flashrl_cli.plugins.online_linear import OnlineLinearMethod
 
 Bucket = Iterable[tuple[str, torch.Tensor]]
@@ -98,4 +99,5 @@ def describe(model: torch.nn.Module, *, device: torch.device, refits: int, refit
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         refits=refits,
         refit_s=round(refit_s, 4),
+        lm_head=head_dtype(model),
     )

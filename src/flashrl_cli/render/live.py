@@ -45,7 +45,8 @@ def describe(shakes: Sequence[Handshake]) -> str:
     first = shakes[0]
     layers = f"{first.quantized_layers} of {first.linear_layers} linear layers, " if first.precision != "bf16" else ""
     workers = f"{len(shakes)} rollout worker{'s' if len(shakes) != 1 else ''}"
-    return f"{first.precision} in {workers}: {layers}{first.kernel}, refit {first.refit_s:.2f} s"
+    logits = "logits in fp32, " if first.lm_head == "fp32" else ""
+    return f"{first.precision} in {workers}: {layers}{first.kernel}, {logits}refit {first.refit_s:.2f} s"
 
 
 def eta(seconds_a_step: list[float], left: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,10 +49,12 @@ def shake(pid: int, precision: str = "int8") -> Handshake:
         ("dapo-32b", "bf16", (), 0),
         ("dapo-32b", "fp8", ("resources.nodes=1", "resources.gpus_per_node=2"), 2),
         ("dapo-32b", "fp8-block", (), 0),
+        ("dapo-32b", "bf16", ("rollout.lm_head_fp32=true", "resources.nodes=1", "resources.gpus_per_node=8"), 8),
     ],
 )
 def test_expectation(preset: str, rollout: str | None, sets: tuple[str, ...], workers: int) -> None:
-    assert expected(preset, rollout, *sets) == proof.Expectation(rollout or "int8", workers)
+    found = expected(preset, rollout, *sets)
+    assert (found.precision, found.workers) == (rollout or "int8", workers)
 
 
 def test_refutation_names_the_worker() -> None:
@@ -60,6 +63,16 @@ def test_refutation_names_the_worker() -> None:
     assert proof.refutation(asked, [shake(1), shake(2)]) is None
     told = str(proof.refutation(asked, [shake(1), shake(2, "bf16")]))
     assert "int8 rollouts were asked for, but worker 2 on node-1 holds bf16" in told
+
+
+def test_logits_are_held_against_what_was_asked() -> None:
+    asked = expected("tiny", "bf16", "rollout.lm_head_fp32=true")
+    assert asked == proof.Expectation("bf16", 1, lm_head="fp32")
+    bf16 = shake(1, "bf16")
+    assert proof.refutation(asked, [replace(bf16, lm_head="fp32")]) is None
+    told = str(proof.refutation(asked, [bf16]))
+    assert told == "logits in fp32 were asked for, but worker 1 on node-1 computes them in bf16"
+    assert proof.refutation(proof.Expectation("bf16", 1), [replace(bf16, lm_head="fp32")]) is None
 
 
 def test_missing_counts_workers() -> None:
