@@ -45,11 +45,11 @@ SCHEMA_VERSION = 1
 class RolloutOptions:
     """What a rollout engine does beside its precision.
 
-    `profile` is the absolute path of a smoothing profile; `mix` the share of replicas that stay in bf16, from 0 to less than 1.
+    `profile` is the absolute path of a smoothing profile; `bf16_replicas` is how many replicas, the first ones, stay in bf16.
     """
 
     profile: str | None = None
-    mix: float = 0.0
+    bf16_replicas: int = 0
     lm_head_fp32: bool = False
 
     def text(self) -> str:

@@ -123,6 +123,21 @@ def engine_batches_its_sequences(spec: RunSpec) -> Iterator[Finding]:
         )
 
 
+def mix_has_two_precisions(spec: RunSpec) -> Iterator[Finding]:
+    """Some replicas in bf16 and the others in 8 bits, by methods that know their replica: fp8-block's does not."""
+    precision = spec.rollout.precision
+    if spec.rollout.mix and precision == "bf16":
+        yield Finding("rollout.mix", "every replica is in bf16 already", "--set rollout.precision=int8")
+    if spec.rollout.mix and precision == "fp8-block":
+        yield Finding("rollout.mix", "fp8-block is for all replicas alike", "--set rollout.precision=fp8")
+
+
+def logits_are_proven(spec: RunSpec) -> Iterator[Finding]:
+    """Who computes logits in float32 proves it at a refit, which fp8-block has of its own."""
+    if spec.rollout.lm_head_fp32 and spec.rollout.precision == "fp8-block":
+        yield Finding("rollout.lm_head_fp32", "fp8-block rollouts do not know it", "--set rollout.precision=fp8")
+
+
 def no_secret_is_written_down(spec: RunSpec) -> Iterator[Finding]:
     """A preset is shared, and a plan is kept with the run: neither is a place for what lets somebody in."""
     named = {f"env.{name}": (name, value) for name, value in spec.env.items()}
@@ -148,6 +163,8 @@ RULES: tuple[Rule, ...] = (
     warmup_ends,
     engine_holds_a_sequence,
     engine_batches_its_sequences,
+    mix_has_two_precisions,
+    logits_are_proven,
     no_secret_is_written_down,
 )
 

@@ -75,6 +75,18 @@ def test_logits_are_held_against_what_was_asked() -> None:
     assert proof.refutation(proof.Expectation("bf16", 1), [replace(bf16, lm_head="fp32")]) is None
 
 
+def test_a_mixed_run_wants_so_many_of_each() -> None:
+    asked = expected("dapo-32b", "int8", "rollout.mix=0.3", "resources.nodes=1", "rollout.tensor_parallel=2")
+    assert asked == proof.Expectation("int8", 8, bf16_workers=4)
+    int8, bf16 = [shake(pid) for pid in range(5)], [shake(pid, "bf16") for pid in range(5, 10)]
+    for held in ([], int8[:4], bf16[:4], [*int8[:4], *bf16[:4]], [*int8[:1], *bf16[:2]]):
+        assert proof.refutation(asked, held) is None
+    for held in (int8, bf16, [*int8[:1], *bf16]):
+        told = str(proof.refutation(asked, held))
+        assert "4 of 8 rollout workers were to stay in bf16 and 4 to take int8" in told
+    assert "holds fp8" in str(proof.refutation(asked, [shake(1, "fp8")]))
+
+
 def test_missing_counts_workers() -> None:
     asked = proof.Expectation("int8", 2)
     assert proof.missing(asked, [shake(1), shake(2)]) is None

@@ -60,6 +60,8 @@ def test_describe() -> None:
     assert describe([shake()]) == one
     assert describe([shake(), shake()]).startswith("int8 in 2 rollout workers: ")
     assert "Int8Kernel, logits in fp32, refit" in describe([replace(shake(), lm_head="fp32")])
+    mixed = describe([shake("bf16"), shake(), shake()])
+    assert mixed.startswith("int8 in 2 rollout workers and bf16 in 1: 14 of ")
     assert describe([shake("bf16")]) == "bf16 in 1 rollout worker: Int8Kernel, refit 0.12 s"
 
 
