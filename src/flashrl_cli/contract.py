@@ -45,12 +45,14 @@ SCHEMA_VERSION = 1
 class RolloutOptions:
     """What a rollout engine does beside its precision.
 
-    `profile` is the absolute path of a smoothing profile; `bf16_replicas` is how many replicas, the first ones, stay in bf16.
+    `profile` is the absolute path of a smoothing profile; `bf16_replicas` is how many replicas, the first ones, stay in bf16;
+    `bf16_transfer` has the trainer send its weights in bf16.
     """
 
     profile: str | None = None
     bf16_replicas: int = 0
     lm_head_fp32: bool = False
+    bf16_transfer: bool = False
 
     def text(self) -> str:
         """The value of ENV_ROLLOUT."""
@@ -73,7 +75,8 @@ class Handshake:
 
     `quantized_layers` counts linear layers whose weights are held in `precision`; `quantized_bytes` is the size of
     those weights; `kernel` names vLLM's kernel class; `refit_s` is the last weight update's seconds. `kv_cache` is the cache's
-    dtype as vLLM names it, `lm_head` the dtype in which logits are computed, `smoothed` counts tensors that a profile changed.
+    dtype as vLLM names it, `lm_head` the dtype in which logits are computed, `smoothed` counts tensors that a profile changed, and
+    `received` names the dtypes that the weights came in.
     """
 
     host: str
@@ -91,6 +94,7 @@ class Handshake:
     kv_cache: str = "auto"
     lm_head: str = "bf16"
     smoothed: int = 0
+    received: str = ""
     schema_version: int = SCHEMA_VERSION
 
 

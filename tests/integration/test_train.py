@@ -21,6 +21,7 @@ def check_proof(out: str, attempt: Path) -> None:
     assert shake.quantized_bytes == 2 * (4 * 128 * 128 + 3 * 128 * 256)
     assert "Int8" in shake.kernel
     assert shake.refits >= 2
+    assert shake.received == "bfloat16", "the trainer's weights are float32, and cast before they are sent"
     assert events(out, "proof")[0]["workers"][0]["precision"] == "int8"
 
 

@@ -138,6 +138,16 @@ def logits_are_proven(spec: RunSpec) -> Iterator[Finding]:
         yield Finding("rollout.lm_head_fp32", "fp8-block rollouts do not know it", "--set rollout.precision=fp8")
 
 
+def cache_in_8_bits_has_scales(spec: RunSpec) -> Iterator[Finding]:
+    """The scales of an FP8 cache come with flashrl's weight update (plugins/kv_scales.py), which fp8-block does not take."""
+    if spec.rollout.kv_cache != "auto" and spec.rollout.precision == "fp8-block":
+        yield Finding(
+            "rollout.kv_cache",
+            f"{spec.rollout.kv_cache} needs flashrl's own weight update, and fp8-block has verl's",
+            "--rollout fp8, or --set rollout.kv_cache=auto",
+        )
+
+
 def no_secret_is_written_down(spec: RunSpec) -> Iterator[Finding]:
     """A preset is shared, and a plan is kept with the run: neither is a place for what lets somebody in."""
     named = {f"env.{name}": (name, value) for name, value in spec.env.items()}
@@ -165,6 +175,7 @@ RULES: tuple[Rule, ...] = (
     engine_batches_its_sequences,
     mix_has_two_precisions,
     logits_are_proven,
+    cache_in_8_bits_has_scales,
     no_secret_is_written_down,
 )
 

@@ -51,6 +51,14 @@ def existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
+def has_avx512(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this machine's processors have AVX-512; no where they cannot be asked."""
+    try:
+        return "avx512f" in cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+
+
 def probe_memory() -> int:
     """Bytes of memory that processes here may use: the machine's, or the container's if that is less."""
     import psutil

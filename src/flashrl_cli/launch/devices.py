@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from flashrl_cli.doctor import gpus, ray_state, software
+from flashrl_cli.doctor import gpus, ray_state, software, system
 from flashrl_cli.doctor.finding import Finding, fail, ok
 from flashrl_cli.doctor.stacks import GPU, installed_stack
 from flashrl_cli.verl import needs
@@ -37,12 +37,17 @@ def _cpu_precision(spec: RunSpec) -> Iterator[Finding]:
             "FP8 rollouts need a GPU (compute capability 8.9 or newer)",
             "`--rollout int8` runs on a CPU",
         )
+    if spec.rollout.kv_cache != "auto" and not system.has_avx512():
+        # vllm/v1/attention/backends/cpu_attn.py:510 in 0.28
+        yield fail("rollout.kv_cache", "vLLM's FP8 KV cache needs AVX-512 on a CPU", "--set rollout.kv_cache=auto")
 
 
 def _gpu_precision(spec: RunSpec, found: Sequence[gpus.Gpu]) -> Iterator[Finding]:
     precision = spec.rollout.precision
     if reason := gpus.lacks(precision, found):
         yield fail("rollout.precision", reason, f"--rollout {gpus.PRECISIONS[precision].instead}")
+    if spec.rollout.kv_cache != "auto" and (reason := gpus.lacks("fp8", found)):
+        yield fail("rollout.kv_cache", reason, "--set rollout.kv_cache=auto")
 
 
 def enough(resources: ResourceSpec, found: int) -> Iterator[Finding]:

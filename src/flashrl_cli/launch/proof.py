@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What must be proven: `workers` rollout workers that hold `precision`. No workers: nothing to prove.
+    """What must be proven: `workers` rollout workers that hold `precision` and a KV cache in `kv_cache`. No workers: nothing to prove.
 
     Exactly `bf16_workers` of them must hold bf16 instead; `lm_head` is the dtype in which all must compute logits, None for any.
     """
 
     precision: str
     workers: int
+    kv_cache: str = "auto"
     bf16_workers: int = 0
     lm_head: str | None = None
 
@@ -35,6 +36,7 @@ def expectation(plan: LaunchPlan) -> Expectation:
     return Expectation(
         rollout.precision,
         resources.nodes * resources.gpus_per_node if ours else 0,
+        rollout.kv_cache,
         bf16_workers=bf16_replicas(plan.spec) * engine_devices(plan.spec),
         lm_head="fp32" if rollout.lm_head_fp32 else None,
     )
@@ -42,7 +44,7 @@ def expectation(plan: LaunchPlan) -> Expectation:
 
 def refutation(expected: Expectation, shakes: list[Handshake]) -> str | None:
     """What the handshakes so far already disprove, or None. Every worker must hold its precision in some layer."""
-    reasons = (_precision(expected, shake) or _logits(expected, shake) for shake in shakes)
+    reasons = (check(expected, shake) for shake in shakes for check in (_precision, _cache, _logits))
     return next(filter(None, reasons), None) or _mix(expected, shakes)
 
 
@@ -52,6 +54,14 @@ def _precision(expected: Expectation, shake: Handshake) -> str | None:
     return (
         f"{expected.precision} rollouts were asked for, but worker {shake.pid} on {shake.host} holds "
         f"{shake.precision} ({shake.quantized_layers} of {shake.linear_layers} linear layers quantized)"
+    )
+
+
+def _cache(expected: Expectation, shake: Handshake) -> str | None:
+    if shake.kv_cache == expected.kv_cache:
+        return None
+    return (
+        f"a KV cache in {expected.kv_cache} was asked for, but worker {shake.pid} on {shake.host} has {shake.kv_cache}"
     )
 
 

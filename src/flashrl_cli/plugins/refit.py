@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from flashrl_cli import contract
-from flashrl_cli.plugins import in_place
+from flashrl_cli.plugins import in_place, kv_scales
 from flashrl_cli.plugins.float32_head import head_dtype
 from flashrl_cli.plugins.online_linear import OnlineLinearMethod
 
@@ -36,14 +36,33 @@ def refit(
 
     contract.require_vllm(vllm.__version__)
     started = time.perf_counter()
+    cache = kv_scales.of(model)
+    if cache:
+        stream = _watched(stream, cache.see)
     if device.type == "cuda" and in_place.possible(model):
         with in_place.writable(model):
             stream(model.load_weights)
     else:
         layerwise(model, model_config, device, stream, reused=reused)
+    if cache:  # after the layerwise reload, which sets them to 1
+        cache.set()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
+
+
+def _watched(stream: Stream, see: Load) -> Stream:
+    """`stream` with every bucket shown to `see` before it is loaded."""
+
+    def watched(load: Load) -> None:
+        def both(bucket: Bucket) -> None:
+            listed = list(bucket)
+            see(listed)
+            load(listed)
+
+        stream(both)
+
+    return watched
 
 
 def layerwise(
@@ -100,4 +119,5 @@ def describe(model: torch.nn.Module, *, device: torch.device, refits: int, refit
         refits=refits,
         refit_s=round(refit_s, 4),
         lm_head=head_dtype(model),
+        kv_cache=kv_scales.precision(model),
     )

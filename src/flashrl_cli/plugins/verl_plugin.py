@@ -1,7 +1,7 @@
 """Entry point `verl.plugins`: verl imports this module in every process of a run (it loads plugins, it does not call them).
 
-Outside a run of flashrl's, or on a GPU, it does nothing: the GPU needs no help. verl hides an exception raised here behind a debug
-line, so the launcher proves in the handshake files what really runs.
+Outside a run of flashrl's it does nothing; on a GPU it only has weights sent in bf16, where that loses nothing. verl hides an exception
+raised here behind a debug line, so the launcher proves in the handshake files what really runs.
 """
 
 from __future__ import annotations
@@ -10,8 +10,13 @@ import os
 
 from flashrl_cli import contract
 
-if contract.plugin_dir() is not None and os.environ.get(contract.ENV_PLATFORM) == "cpu":
-    from flashrl_cli.plugins import cpu_patches, cpu_platform
+if contract.plugin_dir() is not None:
+    if os.environ.get(contract.ENV_PLATFORM) == "cpu":
+        from flashrl_cli.plugins import cpu_patches, cpu_platform
 
-    cpu_patches.apply()
-    cpu_platform.register()
+        cpu_patches.apply()
+        cpu_platform.register()
+    if contract.RolloutOptions.here().bf16_transfer:
+        from flashrl_cli.plugins import transfer
+
+        transfer.send_bf16()

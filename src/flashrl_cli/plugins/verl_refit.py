@@ -6,6 +6,7 @@ parameters, which quantized layers and vLLM's CPU build do not have any more.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,26 +32,31 @@ class RefitWorkerExtension(vLLMColocateWorkerExtension):
         self.device: torch.device = self.device or torch.device("cpu")
         device = self.device
         runner = self.model_runner
-        seconds = refit(
-            runner.model,
-            runner.vllm_config.model_config,
-            device,
-            lambda load: self._receive(load, device, use_shm),
-            reused=True,
-        )
+        dtypes: set[torch.dtype] = set()
+
+        def stream(load: Load) -> None:
+            dtypes.update(self._receive(load, device, use_shm))
+
+        seconds = refit(runner.model, runner.vllm_config.model_config, device, stream, reused=True)
         self.refits += 1
         folder = contract.plugin_dir()
         if folder is not None:
             shake = describe(runner.model, device=device, refits=self.refits, refit_s=seconds)
-            contract.write_handshake(folder, shake)
+            received = "+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            contract.write_handshake(folder, replace(shake, received=received))
 
-    def _receive(self, load: Load, device: torch.device, use_shm: bool) -> None:
+    def _receive(self, load: Load, device: torch.device, use_shm: bool) -> set[torch.dtype]:
+        """Load every bucket of an update; the dtypes that came."""
         from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 
+        dtypes: set[torch.dtype] = set()
+
         def on_bucket(weights: list[tuple[str, torch.Tensor]], is_last: bool) -> None:
+            dtypes.update(tensor.dtype for _, tensor in weights)
             load(weights)
             # the last view of the shared memory must be gone before the receiver closes it
             weights.clear()
 
         receiver = BucketedWeightReceiver(zmq_handle=self._get_zmq_handle(), device=device, use_shm=use_shm)
         receiver.receive_weights(on_bucket_received=on_bucket)
+        return dtypes

@@ -54,5 +54,8 @@ def rollout_options(spec: RunSpec) -> contract.RolloutOptions:
     rollout = spec.rollout
     profile = None if rollout.profile is None else str(paths.absolute(rollout.profile))
     return contract.RolloutOptions(
-        profile=profile, bf16_replicas=bf16_replicas(spec), lm_head_fp32=rollout.lm_head_fp32
+        profile=profile,
+        bf16_replicas=bf16_replicas(spec),
+        lm_head_fp32=rollout.lm_head_fp32,
+        bf16_transfer=rollout.precision in contract.METHODS,  # dense models only: verl.demands refuses experts there
     )

@@ -20,6 +20,13 @@ def test_shipped_presets_keep_all_rules(name):
 GRPO, GAE = "dapo-32b", "gsm8k-0.5b"
 CASES = [
     (
+        "cache_in_8_bits_has_scales",
+        GRPO,
+        ("rollout.precision=fp8-block", "rollout.kv_cache=fp8"),
+        "fp8 needs flashrl's own weight update",
+        "--set rollout.kv_cache=auto",
+    ),
+    (
         "mini_batch_divides_batch",
         GRPO,
         ("algorithm.mini_batch_size=513",),

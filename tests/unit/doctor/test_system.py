@@ -101,3 +101,12 @@ def test_shared_memory_that_is_not_there(tmp_path: Path, monkeypatch: pytest.Mon
     assert system.probe_shm() == 0
     monkeypatch.setattr(system, "SHM", tmp_path)
     assert system.probe_shm() > 0
+
+
+def test_avx512_is_read_from_the_processors_flags(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    assert not system.has_avx512(cpuinfo)
+    cpuinfo.write_text("flags\t\t: fpu sse avx avx2\n")
+    assert not system.has_avx512(cpuinfo)
+    cpuinfo.write_text("flags\t\t: fpu avx2 avx512f avx512bw\n")
+    assert system.has_avx512(cpuinfo)

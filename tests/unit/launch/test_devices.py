@@ -6,6 +6,7 @@ import pytest
 
 from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.config.spec import ResourceSpec
+from flashrl_cli.doctor.gpus import Gpu
 from flashrl_cli.launch import devices
 from flashrl_cli.verl import needs
 
@@ -38,3 +39,18 @@ def test_attention_without_it() -> None:
     assert str(finding.fix).endswith(needs.WITHOUT_FLASH)
     told = load_spec("dapo-32b", sets=[f"verl.{needs.SEQUENCE_PARALLEL}=1", f"verl.+{needs.ATTENTION}=sdpa"]).spec
     assert devices.attention(told, GPU_STACK).level == "ok"
+
+
+def test_the_cache_in_8_bits_needs_an_able_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = load_spec("tiny", sets=["rollout.kv_cache=fp8"]).spec
+    monkeypatch.setattr(devices.system, "has_avx512", lambda: False)
+    (finding,) = devices._cpu_precision(asked)
+    assert (finding.name, finding.fix) == ("rollout.kv_cache", "--set rollout.kv_cache=auto")
+    monkeypatch.setattr(devices.system, "has_avx512", lambda: True)
+    assert not list(devices._cpu_precision(asked))
+    on_gpu = load_spec("tiny-gpu", sets=["rollout.kv_cache=fp8"]).spec
+    ampere, hopper = Gpu("A100", (8, 0), "580", 1), Gpu("H200", (9, 0), "580", 1)
+    (finding,) = devices._gpu_precision(on_gpu, [hopper, ampere])
+    assert finding.name == "rollout.kv_cache"
+    assert "A100 has 8.0" in finding.text
+    assert not list(devices._gpu_precision(on_gpu, [hopper]))

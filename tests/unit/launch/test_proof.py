@@ -57,6 +57,13 @@ def test_expectation(preset: str, rollout: str | None, sets: tuple[str, ...], wo
     assert (found.precision, found.workers) == (rollout or "int8", workers)
 
 
+def test_the_cache_must_be_in_8_bits_too() -> None:
+    asked = expected("dapo-32b", "int8", "rollout.kv_cache=fp8", "resources.nodes=1", "resources.gpus_per_node=1")
+    assert asked == proof.Expectation("int8", 1, "fp8")
+    assert "KV cache in fp8 was asked for" in str(proof.refutation(asked, [shake(7)]))
+    assert proof.refutation(asked, [replace(shake(7), kv_cache="fp8")]) is None
+
+
 def test_refutation_names_the_worker() -> None:
     asked = proof.Expectation("int8", 2)
     assert proof.refutation(asked, []) is None

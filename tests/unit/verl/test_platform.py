@@ -36,7 +36,7 @@ def test_a_mixed_run_counts_its_replicas_and_compiles_for_each():
     sets = ["rollout.precision=int8", "rollout.mix=0.25", "resources.nodes=2", "resources.gpus_per_node=8"]
     found = environment(load_spec("gsm8k-0.5b", sets=sets).spec, ATTEMPT)
     options = contract.RolloutOptions(**json.loads(found[contract.ENV_ROLLOUT]))
-    assert options == contract.RolloutOptions(bf16_replicas=4)
+    assert options == contract.RolloutOptions(bf16_replicas=4, bf16_transfer=True)
     assert found["VLLM_DISABLE_COMPILE_CACHE"] == "1"
     plain = environment(load_spec("gsm8k-0.5b", sets=["rollout.lm_head_fp32=true"]).spec, ATTEMPT)
     assert json.loads(plain[contract.ENV_ROLLOUT])["lm_head_fp32"]

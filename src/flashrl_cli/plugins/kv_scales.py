@@ -1,0 +1,135 @@
+"""Scales of a KV cache in FP8, made of the weights at every refit.
+
+vLLM takes 1 for each scale that a checkpoint does not bring (`set_default_quant_scales` in
+vllm/model_executor/layers/attention/attention.py), and what is larger than e4m3's 448 saturates without a word; its own calibration is
+deprecated and happens once, on an engine's first, dummy weights. Here a bound takes their place. Attention reads the output of an RMSNorm,
+g * u with |u| <= sqrt(H), so that row w of a projection with bias b gives at most sqrt(H) |g * w| + |b| (Cauchy-Schwarz); rotary
+embeddings mix two rows, at most sqrt(2) times that; and heads that are normed themselves (Qwen3) reach sqrt(d) max|g|. e4m3 is a floating
+format: within its range the relative error does not depend on the scale, which need not be tight but safe, and a power of two is exact.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.attention import Attention
+
+LARGEST = 448.0
+"""Of float8_e4m3fn."""
+MARGIN = 1.05
+"""For what quantized weights and activations, and bf16, add to a product."""
+_FP8 = {"fp8", "fp8_e4m3"}
+_NAME = re.compile(
+    r"(?:^|\.)layers\.(\d+)\.(?:self_attn\.(?:([qkv])_proj\.(weight|bias)|([qk])_norm\.weight)|(input_layernorm)\.weight)$"
+)
+_INDEX = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What has arrived for one layer; tensors are copies, as what they come from is written anew."""
+
+    gain: torch.Tensor | None = None
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    squares: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Squared norms of the rows of g * w, by projection."""
+    biases: dict[str, torch.Tensor] = field(default_factory=dict)
+    norms: dict[str, torch.Tensor] = field(default_factory=dict)
+    width: int = 0
+
+    def settle(self) -> None:
+        """Let go of the projections whose norm is known."""
+        if self.gain is None:
+            return
+        square = self.gain.float().square()
+        for part, weight in self.weights.items():
+            self.squares[part] = weight.float().square() @ square
+        self.weights.clear()
+
+    def bound(self, part: str) -> torch.Tensor:
+        """Largest value that queries, keys or values can have, a float32 scalar. Raises KeyError for what did not arrive."""
+        rotated = 1.0 if part == "v" else math.sqrt(2)
+        if part in self.norms:
+            gain = self.norms[part].float()
+            return rotated * math.sqrt(gain.numel()) * gain.abs().max()
+        rows = self.squares[part].sqrt() * math.sqrt(self.width)
+        if part in self.biases:
+            rows = rows + self.biases[part].float().abs()
+        return rotated * rows.max()
+
+
+class KvScales:
+    """Watches the weights of one refit pass by, then sets the scales of `layers` (attention by layer number)."""
+
+    def __init__(self, layers: dict[int, Any]) -> None:
+        self._layers = layers
+        self._seen: dict[int, _Seen] = {}
+
+    def see(self, bucket: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take note of (name, tensor) pairs, by the names of Hugging Face's Llama, Qwen2 and Qwen3."""
+        for name, tensor in bucket:
+            found = _NAME.search(name)
+            if found is None or int(found[1]) not in self._layers:
+                continue
+            seen = self._seen.setdefault(int(found[1]), _Seen())
+            _, part, kind, normed, before = found.groups()
+            if before:
+                seen.gain = tensor.clone()
+            elif normed:
+                seen.norms[normed] = tensor.clone()
+            elif kind == "bias":
+                seen.biases[part] = tensor.clone()
+            else:
+                seen.width = tensor.shape[1]
+                seen.weights[part] = tensor.clone()
+            seen.settle()
+
+    def set(self) -> None:
+        """Set the scales, to be called when all weights are loaded. Raises RuntimeError if a layer's did not arrive under known names."""
+        try:
+            bounds = [[self._seen[index].bound(part) for part in "qkv"] for index in self._layers]
+        except KeyError as missing:
+            message = (
+                f"no scale for the FP8 KV cache, as the weight update lacked {missing}: take rollout.kv_cache=auto"
+            )
+            raise RuntimeError(message) from missing
+        found = torch.stack([torch.stack(row) for row in bounds]).tolist()
+        for layer, row in zip(self._layers.values(), found, strict=True):
+            for part, bound in zip("qkv", row, strict=True):
+                _set(layer, part, scale(bound))
+        self._seen.clear()
+
+
+def scale(bound: float) -> float:
+    """The power of two by which values up to `bound` are divided to fit into e4m3; 1 where all are 0."""
+    return 2.0 ** math.ceil(math.log2(MARGIN * bound / LARGEST)) if bound > 0 else 1.0
+
+
+def _set(layer: Any, part: str, value: float) -> None:
+    """As `set_default_quant_scales` does: CUDA graphs read the buffer, other backends the number."""
+    getattr(layer, f"_{part}_scale").fill_(value)
+    setattr(layer, f"_{part}_scale_float", value)
+    if hasattr(layer, f"_{part}_scale_cpu"):
+        getattr(layer, f"_{part}_scale_cpu").fill_(value)
+
+
+def of(model: torch.nn.Module) -> KvScales | None:
+    """The watcher of a model whose cache has one scale a layer; None for caches in 16 bits or with scales of their own."""
+    layers = {
+        int(found[1]): layer
+        for layer in model.modules()
+        if type(layer) is Attention and layer.kv_cache_dtype in _FP8
+        if (found := _INDEX.search(layer.layer_name))
+    }
+    return KvScales(layers) if layers else None
+
+
+def precision(model: torch.nn.Module) -> str:
+    """The KV cache's precision as `rollout.kv_cache` names it: `fp8` where every layer has it, else `auto`."""
+    kinds = {layer.kv_cache_dtype for layer in model.modules() if type(layer) is Attention}
+    return "fp8" if kinds and kinds <= _FP8 else "auto"

@@ -1,0 +1,60 @@
+"""Weights on their way from the trainer to the rollout engine in bf16 instead of float32."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from flashrl_cli.plugins.cpu_patches import MARK, VERL_VERSION
+
+_READERS = ("verl.utils.model", "verl.workers.engine.fsdp.transformer_impl")
+"""Where the function is, and who imports it by name."""
+
+
+class InBf16(Mapping[str, Any]):
+    """A state dict whose float32 tensors are cast when they are asked for: a shard at a time, on the trainer's device."""
+
+    def __init__(self, weights: Mapping[str, Any]) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> Any:
+        import torch
+        from verl.utils.device import get_device_id
+
+        weight = self._weights[name]
+        if weight.dtype != torch.float32:
+            return weight
+        return weight.to(get_device_id(), non_blocking=True).to(torch.bfloat16)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def send_bf16() -> None:
+    """Halve what a weight update gathers among GPUs and sends to the engine (idempotent). Raises RuntimeError for another verl than 0.9.1.
+
+    verl gathers and sends the trainer's float32 as it is, because some weights of mixtures of experts must keep it
+    (verl/workers/rollout/vllm_rollout/bucketed_weight_transfer.py:127); a dense model's engine casts every weight to bf16, and so does
+    flashrl before it quantizes (plugins/online_linear.py). The state dict passes through `convert_weight_keys` just before it is
+    gathered (verl/workers/engine/fsdp/transformer_impl.py:1018).
+    """
+    if importlib.metadata.version("verl") != VERL_VERSION:
+        raise RuntimeError(f"flashrl sends weights in bf16 with verl {VERL_VERSION} only")
+    import verl.utils.model
+
+    original = verl.utils.model.convert_weight_keys
+    if getattr(original, MARK, False):
+        return
+
+    def convert_weight_keys(state_dict: Mapping[str, Any], model: Any) -> InBf16:
+        return InBf16(original(state_dict, model))
+
+    setattr(convert_weight_keys, MARK, True)
+    for name in _READERS:
+        if module := sys.modules.get(name):
+            vars(module)["convert_weight_keys"] = convert_weight_keys

@@ -1,0 +1,127 @@
+"""Scales of an FP8 KV cache against the queries, keys and values that a model really computes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+"""Importing vLLM warns of much that is not ours."""
+
+if TYPE_CHECKING:
+    import torch
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def make(family: str) -> Any:
+    """A model with norms, biases and rows of very different size, in which a scale of 1 would not do."""
+    import torch
+    import transformers
+
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{family}Config")(**SIZES, head_dim=16)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "norm" in name:
+                value.copy_(torch.exp(torch.randn_like(value)))
+            if name.endswith("k_proj.bias"):
+                value.copy_(600 * torch.randn_like(value))
+            if "v_proj.weight" in name:
+                value.mul_(1000)
+    return model
+
+
+def largest(model: Any) -> dict[int, dict[str, float]]:
+    """Largest query, key (after the rotary embedding) and value of each layer over random text."""
+    import torch
+    from transformers.models.llama import modeling_llama
+
+    seen: dict[int, dict[str, float]] = {}
+
+    def attention(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **more: Any
+    ) -> Any:
+        seen[module.layer_idx] = {
+            part: float(x.abs().max()) for part, x in zip("qkv", (query, key, value), strict=True)
+        }
+        return modeling_llama.eager_attention_forward(module, query, key, value, *rest, **more)
+
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("spy", attention)
+    model.set_attn_implementation("spy")
+    with torch.no_grad():
+        model(torch.randint(0, SIZES["vocab_size"], (8, 64)))
+    return seen
+
+
+def layers() -> dict[int, Any]:
+    """What the scales are set on, in the place of vLLM's attention layers."""
+    import torch
+
+    return {
+        index: SimpleNamespace(**{f"_{part}_scale": torch.tensor(1.0) for part in "qkv"})
+        for index in range(SIZES["num_hidden_layers"])
+    }
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama"])
+def test_nothing_leaves_the_range_of_e4m3(family: str) -> None:
+    from flashrl_cli.plugins.kv_scales import LARGEST, KvScales
+
+    model, held = make(family), layers()
+    scales = KvScales(held)
+    weights = list(model.state_dict().items())
+    for start in range(0, len(weights), 3):  # buckets that split layers, each in memory that is written anew
+        bucket = [(name, tensor.clone()) for name, tensor in weights[start : start + 3]]
+        scales.see(bucket)
+        for _, tensor in bucket:
+            tensor.fill_(0)
+    scales.set()
+    for index, row in largest(model).items():
+        for part, value in row.items():
+            scale = getattr(held[index], f"_{part}_scale_float")
+            assert getattr(held[index], f"_{part}_scale") == scale
+            assert value <= scale * LARGEST, (index, part)
+            # the smallest normal number of e4m3 is 2**-6: values a thousandth of the largest keep their three bits
+            assert value / 1000 >= scale * 2**-6, (index, part)
+    if family == "Qwen2":
+        assert max(held[0]._k_scale_float, held[1]._k_scale_float) > 1, "with vLLM's scale of 1 keys would saturate"
+
+
+def test_a_model_of_other_names_is_refused() -> None:
+    from flashrl_cli.plugins.kv_scales import KvScales
+
+    scales = KvScales(layers())
+    weights = [(n.replace("q_proj", "query"), t) for n, t in make("Llama").state_dict().items()]
+    scales.see(weights)
+    with pytest.raises(RuntimeError, match=r"lacked 'q': take rollout\.kv_cache=auto"):
+        scales.set()
+
+
+def test_the_next_refit_sets_them_anew() -> None:
+    from flashrl_cli.plugins.kv_scales import KvScales
+
+    model, held = make("Qwen2"), layers()
+    scales = KvScales(held)
+    weights = dict(model.state_dict())
+    scales.see(weights.items())
+    scales.set()
+    before = held[1]._v_scale_float
+    weights["model.layers.1.self_attn.v_proj.weight"] = weights["model.layers.1.self_attn.v_proj.weight"] / 8
+    weights["model.layers.1.self_attn.v_proj.bias"] = weights["model.layers.1.self_attn.v_proj.bias"] / 8
+    scales.see(weights.items())
+    scales.set()
+    assert held[1]._v_scale_float == before / 8
