@@ -115,5 +115,7 @@ def _environment(folder: Path) -> dict[str, str]:
         contract.ENV_ROLLOUT: contract.PLAIN.text(),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "HF_HUB_OFFLINE": "1",
+        # vLLM compiles what counts ranks of log-probs, which takes longer than all the rest (vllm/v1/sample/ops/logprobs.py)
+        "TORCHDYNAMO_DISABLE": "1",
     }
     return {"VLLM_LOGGING_LEVEL": "WARNING", **cpu.ENGINE, **os.environ, **fixed}

@@ -198,8 +198,8 @@ class OnlineConfig(QuantizationConfig):
         """8 bits for linear layers, vLLM's default for the rest, and for all in a replica that stays in bf16."""
         if not isinstance(layer, LinearBase):
             return None
-        if stays_in_bf16() or should_ignore_layer(
+        plain = stays_in_bf16() or should_ignore_layer(
             prefix, ignore=self.ignore, fused_mapping=self.packed_modules_mapping
-        ):
-            return UnquantizedLinearMethod()
-        return self.method()
+        )
+        contract.logger().debug("%s: %s", prefix, "as it is" if plain else self.method.precision)
+        return UnquantizedLinearMethod() if plain else self.method()

@@ -24,3 +24,4 @@ def register() -> None:
         from flashrl_cli.plugins import float32_head
 
         float32_head.register()
+    contract.logger().info("registered with vLLM for %s", contract.RolloutOptions.here())

@@ -25,15 +25,20 @@ CPU = {
     **cpu.ENGINE,
 }
 MIXED = {
-    # vLLM finds compiled models by their configuration, which replicas of two precisions share (vllm/compilation/decorators.py:525)
+    # vLLM finds compiled models by their configuration, which replicas of two precisions share (vllm/compilation/decorators.py:525);
+    # verl switches that off, too, unless the environment says otherwise (verl/trainer/constants_ppo.py:93)
     "VLLM_DISABLE_COMPILE_CACHE": "1",
 }
 OWNED = frozenset({contract.ENV_PLUGIN_DIR, contract.ENV_PLATFORM, contract.ENV_ROLLOUT, METRICS_PATH})
 """Variables that a preset cannot set: files of the attempt are found by them."""
 
 
-def environment(spec: RunSpec, attempt: AttemptPaths) -> dict[str, str]:
-    """What a run adds to the environment: flashrl's, the preset's `env` over it, then the attempt's files."""
+def environment(spec: RunSpec, attempt: AttemptPaths, *, logging: str | None = None) -> dict[str, str]:
+    """What a run adds to the environment: flashrl's, the preset's `env` over it, then the attempt's files.
+
+    `logging` is the plugins' level, which a job of a Ray cluster would not inherit.
+    """
+    told = {} if logging is None else {contract.ENV_LOGGING: logging}
     platform = CPU if spec.resources.platform == "cpu" else {}
     own = {
         contract.ENV_PLUGIN_DIR: str(attempt.plugins),
@@ -46,7 +51,7 @@ def environment(spec: RunSpec, attempt: AttemptPaths) -> dict[str, str]:
         own[contract.ENV_ROLLOUT] = options.text()
     if options.bf16_replicas:
         own |= MIXED
-    return dict(sorted((COMMON | platform | spec.env | own).items()))
+    return dict(sorted((COMMON | platform | told | spec.env | own).items()))
 
 
 def rollout_options(spec: RunSpec) -> contract.RolloutOptions:

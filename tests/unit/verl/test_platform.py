@@ -43,6 +43,13 @@ def test_a_mixed_run_counts_its_replicas_and_compiles_for_each():
     assert "VLLM_DISABLE_COMPILE_CACHE" not in plain
 
 
+def test_the_plugins_level_is_passed_on_and_a_preset_may_say_another():
+    assert environment(load_spec("tiny").spec, ATTEMPT, logging="INFO")[contract.ENV_LOGGING] == "INFO"
+    spec = load_spec("tiny", sets=["env.FLASHRL_LOGGING_LEVEL=DEBUG"]).spec
+    assert environment(spec, ATTEMPT, logging="INFO")[contract.ENV_LOGGING] == "DEBUG"
+    assert contract.ENV_LOGGING not in environment(load_spec("tiny").spec, ATTEMPT)
+
+
 def test_a_preset_can_change_settings_but_not_the_attempts_files():
     spec = load_spec("tiny", sets=["env.VLLM_CPU_KVCACHE_SPACE=4", "env.FLASHRL_PLUGIN_DIR=/x", "env.MINE=1"]).spec
     found = environment(spec, ATTEMPT)
