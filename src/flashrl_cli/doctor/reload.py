@@ -94,7 +94,7 @@ def _process(precision: str, folder: Path, log: int) -> Iterator[subprocess.Pope
     """The engine process; whatever it started is ended with it."""
     process = subprocess.Popen(
         [sys.executable, "-m", ENGINE, precision, str(folder)],
-        env=_environment(folder),
+        env=environment(folder),
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
@@ -108,7 +108,7 @@ def _process(precision: str, folder: Path, log: int) -> Iterator[subprocess.Pope
         process.wait(_ENDING_S)
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def environment(folder: Path) -> dict[str, str]:
     """One process, offline, with our plugin for vLLM, and nothing of a run's."""
     fixed = {
         contract.ENV_PLUGIN_DIR: str(folder),

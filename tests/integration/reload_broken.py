@@ -1,0 +1,41 @@
+"""The reload test's measurements of one engine: sound, with one layer's weights lost at each refit, and with all lost.
+
+Usage: PRECISION FOLDER; writes FOLDER/measured.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flashrl_cli.doctor import reload_engine
+from flashrl_cli.plugins import disk_refit
+from flashrl_cli.plugins.refit import refit
+
+LOST = {"sound": None, "one layer": "layers.1.mlp.down_proj", "all": ""}
+
+
+def losing(part: str) -> Callable[..., float]:
+    """A refit to which tensors with `part` in their name do not come."""
+
+    def broken(model: Any, model_config: Any, device: Any, stream: Any, **options: Any) -> float:
+        def some(load: Any) -> None:
+            stream(lambda bucket: load([(name, tensor) for name, tensor in bucket if part not in name]))
+
+        return refit(model, model_config, device, some, **options)
+
+    return broken
+
+
+if __name__ == "__main__":
+    precision, folder = sys.argv[1], Path(sys.argv[2])
+    models = {name: reload_engine.policy(folder / name, seed) for seed, name in enumerate("AB")}
+    engine = reload_engine.start(folder / "A", precision)
+    found = {}
+    for name, part in LOST.items():
+        disk_refit.refit = refit if part is None else losing(part)
+        found[name] = {"start_s": 0.0, **reload_engine.measure(engine, folder, models)}
+    (folder / reload_engine.MEASURED).write_text(json.dumps(found))
