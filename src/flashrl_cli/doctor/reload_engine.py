@@ -24,8 +24,8 @@ SEQUENCES, PROMPT, NEW = 16, 32, 16
 VOCABULARY = 512
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 """Shapes that every 8-bit kernel takes; heads of 64."""
-SPREAD = 0.1
-"""Standard deviation of all weights: five times that of an untrained Qwen2."""
+SPREAD, EMBEDDING_SPREAD = 0.05, 0.2
+"""Standard deviations of the layers' weights and of the embedding's, which is the head; those of an untrained Qwen2 are 0.02."""
 MEMORY, KV_BYTES = 0.05, 1 << 28
 """Share of the device's memory that must be free, and what the KV cache takes of it."""
 
@@ -52,8 +52,9 @@ def policy(folder: Path, seed: int) -> Qwen2ForCausalLM:
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(SPREAD * torch.randn(parameter.shape, generator=generator) + (parameter.dim() == 1))
+        for name, parameter in model.named_parameters():
+            spread = EMBEDDING_SPREAD if "embed" in name else SPREAD
+            parameter.copy_(spread * torch.randn(parameter.shape, generator=generator) + ("norm" in name))
     model.to(torch.bfloat16).save_pretrained(folder)
     return model.float().eval()
 
