@@ -36,6 +36,6 @@ if __name__ == "__main__":
     engine = reload_engine.start(folder / "A", precision)
     found = {}
     for name, part in LOST.items():
-        disk_refit.refit = refit if part is None else losing(part)
+        vars(disk_refit)["refit"] = refit if part is None else losing(part)
         found[name] = {"start_s": 0.0, **reload_engine.measure(engine, folder, models)}
     (folder / reload_engine.MEASURED).write_text(json.dumps(found))

@@ -142,8 +142,12 @@ def test_the_reload_test(
     words: list[str], precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[str] = []
-    result: Any = ([finding.ok("engine", "8 of 8")], {"change": 2.5})
-    monkeypatch.setattr(reload, "reload_test", lambda name: asked.append(name) or result)
+
+    def passed(asked_for: str) -> Any:
+        asked.append(asked_for)
+        return [finding.ok("engine", "8 of 8")], {"change": 2.5}
+
+    monkeypatch.setattr(reload, "reload_test", passed)
     assert doctor(monkeypatch, "--quant", *words) == 0
     out, err = capsys.readouterr()
     assert out == "✓ engine  8 of 8\n"
