@@ -94,7 +94,7 @@ def generated(engine: Any, sequences: list[list[int]]) -> list[list[Any]]:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """State at the start and after each refit; a job may have it sleep before each, as verl does."""
+    """State of each rank at the start and after each refit; a job may have it sleep before each, as verl does."""
     from vllm import LLM
 
     from flashrl_cli.contract import METHODS
@@ -111,11 +111,13 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         gpu_memory_utilization=0.05,
         kv_cache_memory_bytes=1 << 28,
         enable_sleep_mode=sleeps,
+        kv_cache_dtype=job.get("kv_cache", "auto"),
+        tensor_parallel_size=job.get("tensor_parallel", 1),
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 32]},
     )
     result: dict[str, Any] = {"digests": [], "holds": []}
     if not job["refits"]:
-        result["digests"].append(engine.collective_rpc("digests")[0])
+        result["digests"].append(engine.collective_rpc("digests"))
     for folder in job["refits"]:
         if sleeps:
             engine.sleep(level=2)
@@ -123,7 +125,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         result["holds"] += engine.collective_rpc("send", args=(folder, job["bucket"], job["dtype"]))
         if sleeps:
             engine.wake_up(tags=["kv_cache"])
-        result["digests"].append(engine.collective_rpc("digests")[0])
+        result["digests"].append(engine.collective_rpc("digests"))
     rows = job["sequences"]
     return {**result, "logprobs": logprobs(engine, rows), "generated": generated(engine, rows)}
 

@@ -33,6 +33,13 @@ TOLERANCE = {"bf16": 0.03, "int8": 0.15, "fp8": 0.25}
 """Mean |Δ log-prob| of the answers against Transformers in float32."""
 
 
+def gpus() -> int:
+    """GPUs of this machine."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout.count("GPU ")
+
+
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained tiny policy: that of FLASHRL_DATA, or one prepared here."""
@@ -86,6 +93,13 @@ def found(request: pytest.FixtureRequest, policy: Path, tmp_path_factory: pytest
         jobs[precision, "float32"] = {
             **kind, "model": a, "load_format": "dummy", "refits": [a, b], "dtype": "float32", "bucket": 1 << 30,
         }  # fmt: skip
+    cache = {**common, "precision": "int8", "kv_cache": "fp8", "model": a, "load_format": "dummy"}
+    jobs["kv8", "once"] = {**cache, "refits": [b]}
+    jobs["kv8", "refitted"] = {**cache, "refits": [a, b], "sleeps": True}
+    if gpus() > 1:
+        halves = {**common, "precision": "int8", "model": a, "tensor_parallel": 2}
+        jobs["tp2", "B"] = {**halves, "model": b, "load_format": "auto", "refits": []}
+        jobs["tp2", "refitted"] = {**halves, "load_format": "dummy", "refits": [b, a, b], "sleeps": True}
     engines: dict[tuple[str, str], dict[str, Any]] = {}
     for sleeps, at_once in ((False, 6), (True, 1)):
         keys = [key for key, job in jobs.items() if job.get("sleeps", False) is sleeps]
@@ -128,3 +142,26 @@ def test_the_handshake_names_kernel_and_precision(found: dict[str, Any], precisi
     for shake in found["engines"][precision, "refitted"]["holds"]:
         assert (shake["precision"], shake["kernel"]) == (precision, KERNELS[precision])
         assert shake["quantized_layers"] == (0 if precision == "bf16" else shake["linear_layers"])
+
+
+def test_the_cache_in_8_bits_gets_its_scales_at_each_refit(found: dict[str, Any]) -> None:
+    once, refitted = (found["engines"]["kv8", name] for name in ("once", "refitted"))
+    assert refitted["digests"][-1] == once["digests"][0], "scales are among the buffers"
+    assert refitted["digests"][0] != once["digests"][0]
+    assert (refitted["logprobs"], refitted["generated"]) == (once["logprobs"], once["generated"])
+    assert {shake["kv_cache"] for shake in refitted["holds"]} == {"fp8"}
+    got, wanted, plain = (
+        answers(rows, found["length"])
+        for rows in (once["logprobs"], found["truth"]["B"], found["engines"]["int8", "B"]["logprobs"])
+    )
+    assert got != plain
+    assert mean_difference(got, wanted) < 0.25
+
+
+@pytest.mark.skipif(gpus() < 2, reason="needs two GPUs")
+def test_two_ranks_are_refitted_as_fresh_ones_load(found: dict[str, Any]) -> None:
+    fresh, refitted = (found["engines"]["tp2", name] for name in ("B", "refitted"))
+    assert len(fresh["digests"][0]) == 2
+    assert refitted["digests"][-1] == fresh["digests"][0]
+    assert (refitted["logprobs"], refitted["generated"]) == (fresh["logprobs"], fresh["generated"])
+    assert mean_difference(*(answers(r, found["length"]) for r in (fresh["logprobs"], found["truth"]["B"]))) < 0.15

@@ -6,6 +6,7 @@ import pytest
 
 from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.config.spec import ResourceSpec
+from flashrl_cli.doctor import system
 from flashrl_cli.doctor.gpus import Gpu
 from flashrl_cli.launch import devices
 from flashrl_cli.verl import needs
@@ -43,10 +44,10 @@ def test_attention_without_it() -> None:
 
 def test_the_cache_in_8_bits_needs_an_able_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = load_spec("tiny", sets=["rollout.kv_cache=fp8"]).spec
-    monkeypatch.setattr(devices.system, "has_avx512", lambda: False)
+    monkeypatch.setattr(system, "has_avx512", lambda: False)
     (finding,) = devices._cpu_precision(asked)
     assert (finding.name, finding.fix) == ("rollout.kv_cache", "--set rollout.kv_cache=auto")
-    monkeypatch.setattr(devices.system, "has_avx512", lambda: True)
+    monkeypatch.setattr(system, "has_avx512", lambda: True)
     assert not list(devices._cpu_precision(asked))
     on_gpu = load_spec("tiny-gpu", sets=["rollout.kv_cache=fp8"]).spec
     ampere, hopper = Gpu("A100", (8, 0), "580", 1), Gpu("H200", (9, 0), "580", 1)
