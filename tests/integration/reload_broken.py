@@ -1,4 +1,4 @@
-"""The reload test's measurements of one engine: sound, with one layer's weights lost at each refit, and with all lost.
+"""The reload test's measurements of one engine: sound, with one layer that keeps its first weights, and with all keeping them.
 
 Usage: PRECISION FOLDER; writes FOLDER/measured.json.
 """
@@ -15,15 +15,19 @@ from flashrl_cli.doctor import reload_engine
 from flashrl_cli.plugins import disk_refit
 from flashrl_cli.plugins.refit import refit
 
-LOST = {"sound": None, "one layer": "layers.1.mlp.down_proj", "all": ""}
+KEPT = {"sound": None, "one layer": "layers.1.mlp.down_proj", "all": ""}
 
 
-def losing(part: str) -> Callable[..., float]:
-    """A refit to which tensors with `part` in their name do not come."""
+def keeping(part: str) -> Callable[..., float]:
+    """A refit to which tensors with `part` in their name come as they were the first time."""
+    first: dict[str, Any] = {}
 
     def broken(model: Any, model_config: Any, device: Any, stream: Any, **options: Any) -> float:
+        def old(name: str, tensor: Any) -> Any:
+            return first.setdefault(name, tensor.clone()) if part in name else tensor
+
         def some(load: Any) -> None:
-            stream(lambda bucket: load([(name, tensor) for name, tensor in bucket if part not in name]))
+            stream(lambda bucket: load([(name, old(name, tensor)) for name, tensor in bucket]))
 
         return refit(model, model_config, device, some, **options)
 
@@ -35,7 +39,7 @@ if __name__ == "__main__":
     models = {name: reload_engine.policy(folder / name, seed) for seed, name in enumerate("AB")}
     engine = reload_engine.start(folder / "A", precision)
     found = {}
-    for name, part in LOST.items():
-        vars(disk_refit)["refit"] = refit if part is None else losing(part)
+    for name, part in KEPT.items():
+        vars(disk_refit)["refit"] = refit if part is None else keeping(part)
         found[name] = {"start_s": 0.0, **reload_engine.measure(engine, folder, models)}
     (folder / reload_engine.MEASURED).write_text(json.dumps(found))

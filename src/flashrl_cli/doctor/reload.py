@@ -26,10 +26,11 @@ ENGINE = "flashrl_cli.doctor.reload_engine"
 PRECISIONS = ("bf16", *contract.METHODS)
 """What flashrl refits; fp8-block is verl's own."""
 LIMIT_S = 180.0
-LARGEST_ERROR = 0.2
+LARGEST_ERROR = 0.3
 """Share of the change between two policies by which log-probs may miss the new one's.
 
-By fake quantization in PyTorch, INT8 takes 0.02 of it and FP8 0.07; one projection that kept its old weights, 0.46 or more.
+By fake quantization in PyTorch INT8 takes 0.02 of it and FP8 0.08, oneDNN's INT8 on a CPU without VNNI 0.1 (its 16-bit sums saturate);
+one projection that kept its old weights takes 0.54 or more.
 """
 TRAINS_WITHOUT = "`flashrl train --rollout bf16` trains without 8 bits"
 _ENDING_S = 5.0

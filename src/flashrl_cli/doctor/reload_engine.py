@@ -24,8 +24,11 @@ SEQUENCES, PROMPT, NEW = 16, 32, 16
 VOCABULARY = 512
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 """Shapes that every 8-bit kernel takes; heads of 64."""
-SPREAD, EMBEDDING_SPREAD = 0.05, 0.2
-"""Standard deviations of the layers' weights and of the embedding's, which is the head; those of an untrained Qwen2 are 0.02."""
+SPREAD, EMBEDDING_SPREAD = 0.05, 0.1
+"""Standard deviations of the layers' weights and of the embedding's, which is the head; those of an untrained Qwen2 are 0.02.
+
+With a larger embedding each token would be followed by itself, whatever the layers say.
+"""
 MEMORY, KV_BYTES = 0.05, 1 << 28
 """Share of the device's memory that must be free, and what the KV cache takes of it."""
 

@@ -42,7 +42,7 @@ def test_a_sound_engine_passes() -> None:
     [
         (measured("bf16", 0), {"engine"}),
         (measured(quantized=7), {"engine"}),
-        (measured(read_error=0.7), {"refit"}),
+        (measured(read_error=1.0), {"refit"}),
         (measured(made_error=3.1), {"decoding"}),
         (measured(read_error=math.nan, made_error=math.nan), {"refit", "decoding"}),
         (measured(change=0.0), {"refit", "decoding"}),
