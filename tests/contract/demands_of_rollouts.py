@@ -95,6 +95,15 @@ ROLLOUTS = [
         legal=("rollout.tensor_parallel=2", f"verl.{R}.expert_parallel_size=2"),
     ),
     case(
+        "adapter_reaches_the_engine",
+        "rollout.lm_head_fp32=true",
+        f"verl.{M}.lora_rank=32",
+        says="rollouts with flashrl's weight update take a LoRA adapter only when it is merged",
+        hint=f"verl.{M}.lora.merge=true",
+        where=f"--set verl.{M}.lora_rank",
+        legal=("rollout.lm_head_fp32=true", f"verl.{M}.lora_rank=32", f"verl.{M}.lora.merge=true"),
+    ),
+    case(
         "mix_leaves_both",
         "rollout.mix=0.1",
         "resources.gpus_per_node=2",

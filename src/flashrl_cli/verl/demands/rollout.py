@@ -189,7 +189,8 @@ def adapter_reaches_the_engine(s: Settings) -> Iterator[Problem]:
     merge, rank = f"{MODEL}.lora.merge", f"{MODEL}.lora_rank"
     if s.has_adapter and s.refits_with_flashrl and not s.get(merge):
         precision = s.spec.rollout.precision
-        what = f"{precision} rollouts" if precision in contract.METHODS else "rollouts on cpu"
+        here = "rollouts on cpu" if s.spec.resources.platform == "cpu" else "rollouts with flashrl's weight update"
+        what = f"{precision} rollouts" if precision in contract.METHODS else here
         yield s.problem(f"{what} take a LoRA adapter only when it is merged", s.fix(merge, True), merge, rank)
 
 
