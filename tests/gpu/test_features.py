@@ -39,7 +39,8 @@ def seconds(call: Any, repeats: int = 20) -> float:
         call()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / repeats / 1000
+    elapsed: float = begin.elapsed_time(end)
+    return elapsed / repeats / 1000
 
 
 def head(weight: torch.Tensor) -> Any:
