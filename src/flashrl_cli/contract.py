@@ -5,15 +5,20 @@ Standard library only: the plugins import it in every worker, and nothing else o
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import files
+
+if TYPE_CHECKING:
+    import logging
 
 ENV_PLUGIN_DIR = "FLASHRL_PLUGIN_DIR"
 """Folder for handshake files. Unset means: not a run of flashrl's, and the plugins do nothing."""
@@ -21,6 +26,8 @@ ENV_PLATFORM = "FLASHRL_PLATFORM"
 """`cpu` or `cuda`: which platform the plugins prepare verl for."""
 ENV_ROLLOUT = "FLASHRL_ROLLOUT"
 """A RolloutOptions as JSON: what the plugins do to a rollout engine beside its precision. Unset means: nothing."""
+ENV_LOGGING = "FLASHRL_LOGGING_LEVEL"
+"""How much the plugins tell in a run's log of what they do: `DEBUG`, `INFO`, or `WARNING` where it is unset."""
 ENV_TELL = "FLASHRL_TELL"
 """Set where the launcher cannot see the folder: workers print their handshakes, too."""
 HANDSHAKE_MARK = "FLASHRL_HANDSHAKE "
@@ -45,12 +52,12 @@ SCHEMA_VERSION = 1
 class RolloutOptions:
     """What a rollout engine does beside its precision.
 
-    `profile` is the absolute path of a smoothing profile; `mix` the share of replicas that stay in bf16, from 0 to less than 1;
+    `profile` is the absolute path of a smoothing profile; `bf16_replicas` is how many replicas, the first ones, stay in bf16;
     `bf16_transfer` has the trainer send its weights in bf16.
     """
 
     profile: str | None = None
-    mix: float = 0.0
+    bf16_replicas: int = 0
     lm_head_fp32: bool = False
     bf16_transfer: bool = False
 
@@ -108,6 +115,22 @@ def require_vllm(version: str) -> None:
     """Raise RuntimeError for a version of vLLM that the plugins are not made for."""
     if not knows_vllm(version):
         raise RuntimeError(f"flashrl's rollouts are made for {VLLM_NAMES}, and this is {version}")
+
+
+@functools.cache
+def logger() -> logging.Logger:
+    """The plugins' logger, at the level that ENV_LOGGING names; its lines go to stderr, where verl and vLLM write theirs."""
+    import logging
+
+    found = logging.getLogger("flashrl")
+    name = os.environ.get(ENV_LOGGING, "").upper()
+    found.setLevel(logging.getLevelNamesMapping().get(name, logging.WARNING))
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("flashrl %(levelname)s [%(process)d] %(message)s"))
+    found.addHandler(handler)
+    # verl and vLLM configure the root logger, each in its own way
+    found.propagate = False
+    return found
 
 
 def plugin_dir() -> Path | None:

@@ -173,6 +173,33 @@ def test_what_cannot_be_written_in_place_is_left_to_the_layerwise_reload(
     assert not in_place.possible(model)
 
 
+@pytest.mark.parametrize(("rank", "kept"), [("0", "bf16"), ("1", "bf16"), ("2", "int8"), (None, None)])
+def test_the_first_replicas_of_a_mixed_run_stay_in_bf16(
+    config: Any, monkeypatch: pytest.MonkeyPatch, rank: str | None, kept: str | None
+) -> None:
+    import torch
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    from flashrl_cli import contract
+    from flashrl_cli.plugins.int8_linear import Int8OnlineConfig
+    from flashrl_cli.plugins.refit import describe
+    from flashrl_cli.plugins.replica import RANK
+
+    monkeypatch.setenv(contract.ENV_ROLLOUT, contract.RolloutOptions(bf16_replicas=2).text())
+    monkeypatch.delenv(RANK, raising=False)
+    if rank is None:
+        with pytest.raises(RuntimeError, match="VERL_REPLICA_RANK does not say which"):
+            ReplicatedLinear(HIDDEN, HIDDEN, quant_config=Int8OnlineConfig())
+        return
+    monkeypatch.setenv(RANK, rank)
+    layer = ReplicatedLinear(
+        HIDDEN, HIDDEN, bias=False, params_dtype=torch.bfloat16, quant_config=Int8OnlineConfig(), prefix="a"
+    )
+    layer.weight.weight_loader(layer.weight, torch.randn(HIDDEN, HIDDEN))
+    found = describe(torch.nn.Sequential(layer), device=torch.device("cpu"), refits=1, refit_s=0.0)
+    assert (found.precision, found.quantized_layers) == (kept, int(kept == "int8"))
+
+
 def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,3 +108,23 @@ def test_versions_of_vllm(version: str, known: bool) -> None:
 
 def test_every_method_has_a_name_of_its_own() -> None:
     assert contract.METHODS == {"int8": "flashrl_int8", "fp8": "flashrl_fp8"}
+
+
+@pytest.mark.parametrize(
+    ("level", "told"),
+    [(None, ["WARNING"]), ("info", ["INFO", "WARNING"]), ("DEBUG", ["DEBUG", "INFO", "WARNING"]), ("x", ["WARNING"])],
+)
+def test_the_plugins_tell_as_much_as_the_variable_asks(
+    level: str | None, told: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(contract, "logger", functools.cache(contract.logger.__wrapped__))
+    monkeypatch.setattr(logging.getLogger("flashrl"), "handlers", [])
+    monkeypatch.delenv(contract.ENV_LOGGING, raising=False)
+    if level is not None:
+        monkeypatch.setenv(contract.ENV_LOGGING, level)
+    for name in ("debug", "info", "warning"):
+        getattr(contract.logger(), name)("refit %d", 3)
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.endswith(f"[{os.getpid()}] refit 3")]
+    assert [line.split()[1] for line in lines] == told
+    assert (out, len(err.splitlines())) == ("", len(lines))

@@ -33,6 +33,12 @@ def doctor(
     rollout: Rollout = None,
     tis: Tis = None,
     sets: Sets = None,
+    quant: Annotated[
+        bool,
+        typer.Option(
+            "--quant", help="Test instead that an engine here takes new weights (--rollout, int8 if not given)."
+        ),
+    ] = False,
     docker: Annotated[
         bool, typer.Option("--docker", help="Print the docker command of the GPU stack instead.")
     ] = False,
@@ -44,12 +50,16 @@ def doctor(
     Versions, GPUs, disk, limits, plugins, logins, each with its fix; exit 3 if a run cannot start.
 
     `flashrl doctor --preset dapo-32b --rollout int8` adds what that run needs;
+    `flashrl doctor --quant --rollout fp8` refits a tiny engine and compares its answers with an independent computation;
     `flashrl doctor --docker --preset gsm8k-0.5b` prints the container that trains it.
     """
     from flashrl_cli.config.resolve import load_spec
     from flashrl_cli.render.output import Output
 
     options = _options(preset, rollout, tis, sets)
+    if quant:
+        _reload_test(rollout or "int8", others=docker or run or len(options) > 2 * (rollout is not None), json=json)
+        return
     if options and preset is None:
         raise InputError(f"{options[0]} without --preset", hint="--preset NAME says what it changes")
     if run and not docker:
@@ -69,6 +79,28 @@ def _options(preset: str | None, rollout: str | None, tis: str | None, sets: lis
     return words + [word for text in sets or () for word in ("--set", text)]
 
 
+def _reload_test(precision: str, *, others: bool, json: bool) -> None:
+    from flashrl_cli.doctor import reload, report, software, stacks
+    from flashrl_cli.render.output import Output
+
+    if others:
+        raise InputError("--quant takes no option but --rollout and --json", hint="`flashrl doctor --quant`")
+    if precision not in reload.PRECISIONS:
+        raise InputError(f"no reload test for {precision}", hint=f"--rollout {'|'.join(reload.PRECISIONS)}")
+    out = Output(json_mode=json)
+    out.say(f"reload test of {precision}: starting a tiny engine …")
+    findings, measured = reload.reload_test(precision)
+    stack = stacks.installed_stack(software.probe_versions())
+    found = report.Report(stack.name if stack else None, tuple(findings))
+    if out.json_mode:
+        out.document({**report.document(found, None), "precision": precision, "measured": measured})
+    else:
+        _show_findings(found, out)
+        out.say(f"{precision} rollouts {'take new weights here' if found.ok else 'do not work here'}")
+    if not found.ok:
+        raise typer.Exit(ExitCode.ENVIRONMENT)
+
+
 def _check(resolved: Resolved | None, out: Output) -> None:
     from flashrl_cli.doctor.report import document, machine
     from flashrl_cli.launch import preflight
@@ -86,6 +118,14 @@ def _check(resolved: Resolved | None, out: Output) -> None:
 
 
 def _show(report: Report, preset: str | None, out: Output) -> None:
+    _show_findings(report, out)
+    counts = [sum(finding.level == level for finding in report.findings) for level in ("fail", "warn")]
+    what = f"{preset} can run here" if preset else f"ready ({report.stack} stack)"
+    verdict = what if report.ok else f"{preset or 'a run'} cannot start here"
+    out.say(f"{verdict}: {counts[0]} ✗, {counts[1]} !")
+
+
+def _show_findings(report: Report, out: Output) -> None:
     from rich.text import Text
 
     width = max(len(finding.name) for finding in report.findings)
@@ -95,10 +135,6 @@ def _show(report: Report, preset: str | None, out: Output) -> None:
         if finding.fix:
             line.append(f"  → {finding.fix}", style="bold" if finding.level == "fail" else "dim")
         out.stdout.print(line, soft_wrap=True)
-    counts = [sum(finding.level == level for finding in report.findings) for level in ("fail", "warn")]
-    what = f"{preset} can run here" if preset else f"ready ({report.stack} stack)"
-    verdict = what if report.ok else f"{preset or 'a run'} cannot start here"
-    out.say(f"{verdict}: {counts[0]} ✗, {counts[1]} !")
 
 
 def _docker(resolved: Resolved | None, options: list[str], out: Output, *, run: bool) -> None:

@@ -123,6 +123,21 @@ def engine_batches_its_sequences(spec: RunSpec) -> Iterator[Finding]:
         )
 
 
+def mix_has_two_precisions(spec: RunSpec) -> Iterator[Finding]:
+    """Some replicas in bf16 and the others in 8 bits, by methods that know their replica: fp8-block's does not."""
+    precision = spec.rollout.precision
+    if spec.rollout.mix and precision == "bf16":
+        yield Finding("rollout.mix", "every replica is in bf16 already", "--set rollout.precision=int8")
+    if spec.rollout.mix and precision == "fp8-block":
+        yield Finding("rollout.mix", "fp8-block is for all replicas alike", "--set rollout.precision=fp8")
+
+
+def logits_are_proven(spec: RunSpec) -> Iterator[Finding]:
+    """Who computes logits in float32 proves it at a refit, which fp8-block has of its own."""
+    if spec.rollout.lm_head_fp32 and spec.rollout.precision == "fp8-block":
+        yield Finding("rollout.lm_head_fp32", "fp8-block rollouts do not know it", "--set rollout.precision=fp8")
+
+
 def cache_in_8_bits_has_scales(spec: RunSpec) -> Iterator[Finding]:
     """The scales of an FP8 cache come with flashrl's weight update (plugins/kv_scales.py), which fp8-block does not take."""
     if spec.rollout.kv_cache != "auto" and spec.rollout.precision == "fp8-block":
@@ -158,6 +173,8 @@ RULES: tuple[Rule, ...] = (
     warmup_ends,
     engine_holds_a_sequence,
     engine_batches_its_sequences,
+    mix_has_two_precisions,
+    logits_are_proven,
     cache_in_8_bits_has_scales,
     no_secret_is_written_down,
 )

@@ -134,7 +134,7 @@ class RolloutSpec(Part):
     mix: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the rollout replicas that stay in bf16 while the others take `precision`; rounded up to whole replicas."""
     lm_head_fp32: bool = False
-    """Compute the logits in float32 in the rollout engine: a smaller mismatch, and slower."""
+    """Compute the logits in float32 in the rollout engine, instead of rounding them to the model's bf16."""
     n: Count = 1
     """Responses to one prompt."""
     temperature: Positive = 1.0

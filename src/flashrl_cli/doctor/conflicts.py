@@ -101,4 +101,4 @@ def leftovers(files: Iterable[str], *, importable: bool, variables: Iterable[str
 
 def original_variables(environment: Mapping[str, str]) -> list[str]:
     """Variables that the original system reads and flashrl does not."""
-    return [name for name in ("FLASHRL_CONFIG", "FLASHRL_LMHEAD_FP32", "FLASHRL_LOGGING_LEVEL") if name in environment]
+    return [name for name in ("FLASHRL_CONFIG", "FLASHRL_LMHEAD_FP32") if name in environment]

@@ -71,8 +71,9 @@ def build_plan(
     checkpoints_root: Path,
     data_root: Path,
     resume: Resume = FROM_NOTHING,
+    logging: str | None = None,
 ) -> LaunchPlan:
-    """Plan of attempt number `attempt` of run `name`, going on from `resume`; roots are absolute."""
+    """Plan of attempt number `attempt` of run `name`, going on from `resume`; roots are absolute, `logging` is the plugins' level."""
     spec = resolved.spec
     run = run_paths(name, spec, runs_root, checkpoints_root)
     files = run.attempt(attempt)
@@ -85,7 +86,7 @@ def build_plan(
         origins=resolved.origins,
         attempt=attempt,
         argv=(str(python), "-m", ENTRY_POINT, *map(str, given), *_hydra_settings(files)),
-        env=environment(spec, files),
+        env=environment(spec, files, logging=logging),
         cwd=files.root,
         overrides=given,
         paths=run,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flashrl_cli import contract
+from flashrl_cli.verl.replicas import bf16_replicas, engine_devices
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,32 +17,75 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What must be proven: `workers` rollout workers that hold `precision` and a KV cache in `kv_cache`. No workers: nothing to prove."""
+    """What must be proven: `workers` rollout workers that hold `precision` and a KV cache in `kv_cache`. No workers: nothing to prove.
+
+    Exactly `bf16_workers` of them must hold bf16 instead; `lm_head` is the dtype in which all must compute logits, None for any.
+    """
 
     precision: str
     workers: int
     kv_cache: str = "auto"
+    bf16_workers: int = 0
+    lm_head: str | None = None
 
 
 def expectation(plan: LaunchPlan) -> Expectation:
     """What a plan's rollout workers must prove; with verl's own worker extension (bf16, fp8-block on CUDA) nothing is written."""
-    resources = plan.spec.resources
+    resources, rollout = plan.spec.resources, plan.spec.rollout
     ours = any(contract.WORKER_EXTENSION in str(override) for override in plan.overrides)
-    workers = resources.nodes * resources.gpus_per_node if ours else 0
-    return Expectation(plan.spec.rollout.precision, workers, plan.spec.rollout.kv_cache)
+    return Expectation(
+        rollout.precision,
+        resources.nodes * resources.gpus_per_node if ours else 0,
+        rollout.kv_cache,
+        bf16_workers=bf16_replicas(plan.spec) * engine_devices(plan.spec),
+        lm_head="fp32" if rollout.lm_head_fp32 else None,
+    )
 
 
 def refutation(expected: Expectation, shakes: list[Handshake]) -> str | None:
-    """What the handshakes so far already disprove, or None. Every worker must hold the precision in some layer."""
-    for shake in shakes:
-        if shake.precision != expected.precision:
-            return (
-                f"{expected.precision} rollouts were asked for, but worker {shake.pid} on {shake.host} holds "
-                f"{shake.precision} ({shake.quantized_layers} of {shake.linear_layers} linear layers quantized)"
-            )
-        if shake.kv_cache != expected.kv_cache:
-            return f"a KV cache in {expected.kv_cache} was asked for, but worker {shake.pid} on {shake.host} has {shake.kv_cache}"
-    return None
+    """What the handshakes so far already disprove, or None. Every worker must hold its precision in some layer."""
+    reasons = (check(expected, shake) for shake in shakes for check in (_precision, _cache, _logits))
+    return next(filter(None, reasons), None) or _mix(expected, shakes)
+
+
+def _precision(expected: Expectation, shake: Handshake) -> str | None:
+    if shake.precision == expected.precision or (expected.bf16_workers and shake.precision == "bf16"):
+        return None
+    return (
+        f"{expected.precision} rollouts were asked for, but worker {shake.pid} on {shake.host} holds "
+        f"{shake.precision} ({shake.quantized_layers} of {shake.linear_layers} linear layers quantized)"
+    )
+
+
+def _cache(expected: Expectation, shake: Handshake) -> str | None:
+    if shake.kv_cache == expected.kv_cache:
+        return None
+    return (
+        f"a KV cache in {expected.kv_cache} was asked for, but worker {shake.pid} on {shake.host} has {shake.kv_cache}"
+    )
+
+
+def _logits(expected: Expectation, shake: Handshake) -> str | None:
+    if expected.lm_head in {None, shake.lm_head}:
+        return None
+    return (
+        f"logits in {expected.lm_head} were asked for, but worker {shake.pid} on {shake.host} computes them in "
+        f"{shake.lm_head}"
+    )
+
+
+def _mix(expected: Expectation, shakes: list[Handshake]) -> str | None:
+    """Too many workers of one precision are too few of the other once all have written."""
+    if not expected.bf16_workers:
+        return None
+    bf16 = sum(shake.precision == "bf16" for shake in shakes)
+    others, quantized = len(shakes) - bf16, expected.workers - expected.bf16_workers
+    if bf16 <= expected.bf16_workers and others <= quantized:
+        return None
+    return (
+        f"{expected.bf16_workers} of {expected.workers} rollout workers were to stay in bf16 and {quantized} to take "
+        f"{expected.precision}, but {bf16} hold bf16 and {others} {expected.precision}"
+    )
 
 
 def missing(expected: Expectation, shakes: list[Handshake]) -> str | None:

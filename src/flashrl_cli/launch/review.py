@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import paths
+from flashrl_cli import contract, paths
 from flashrl_cli.config import presets
 from flashrl_cli.config.difference import Difference, Verbatim, differences
 from flashrl_cli.config.merge import leaves
@@ -96,6 +97,7 @@ def _plan(resolved: Resolved, name: str, *, attempt: int, resume: Resume = FROM_
         checkpoints_root=paths.checkpoints_root(),
         data_root=paths.data_root(),
         resume=resume,
+        logging=os.environ.get(contract.ENV_LOGGING),
     )
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flashrl_cli.plugins.refit import Load, describe, refit
+from flashrl_cli.plugins.refit import Load, describe, log, refit
 from flashrl_cli.weights import Unreadable, Weights
+
+if TYPE_CHECKING:
+    from flashrl_cli import contract
 
 BUCKET_BYTES = 2**28
 """Weights handed to vLLM at a time: few calls of the model's loader, and little memory beside the model."""
@@ -42,15 +45,17 @@ class DiskRefitExtension:
 
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         seconds = refit(runner.model, runner.vllm_config.model_config, self._device(), stream)
-        return self._describe(refits=1, seconds=seconds)
+        shake = self._describe(refits=1, seconds=seconds)
+        log(shake)
+        return asdict(shake)
 
     def holds(self) -> dict[str, Any]:
         """What the engine holds (a Handshake as plain data) without a refit."""
-        return self._describe(refits=0, seconds=0.0)
+        return asdict(self._describe(refits=0, seconds=0.0))
 
-    def _describe(self, *, refits: int, seconds: float) -> dict[str, Any]:
+    def _describe(self, *, refits: int, seconds: float) -> contract.Handshake:
         model = self.model_runner.model  # type: ignore[attr-defined]
-        return asdict(describe(model, device=self._device(), refits=refits, refit_s=seconds))
+        return describe(model, device=self._device(), refits=refits, refit_s=seconds)
 
     def _device(self) -> torch.device:
         return getattr(self, "device", None) or torch.device("cpu")

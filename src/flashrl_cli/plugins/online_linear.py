@@ -20,6 +20,7 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from flashrl_cli import contract
+from flashrl_cli.plugins.replica import stays_in_bf16
 
 DONE = "_already_called_process_weights_after_loading"
 """vLLM's own marker that a layer is processed (vllm/model_executor/model_loader/reload/layerwise.py)."""
@@ -194,9 +195,11 @@ class OnlineConfig(QuantizationConfig):
         return cls(ignore=list(config.get("ignore", [])))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> LinearMethodBase | None:
-        """8 bits for linear layers, vLLM's default for the rest."""
+        """8 bits for linear layers, vLLM's default for the rest, and for all in a replica that stays in bf16."""
         if not isinstance(layer, LinearBase):
             return None
-        if should_ignore_layer(prefix, ignore=self.ignore, fused_mapping=self.packed_modules_mapping):
-            return UnquantizedLinearMethod()
-        return self.method()
+        plain = stays_in_bf16() or should_ignore_layer(
+            prefix, ignore=self.ignore, fused_mapping=self.packed_modules_mapping
+        )
+        contract.logger().debug("%s: %s", prefix, "as it is" if plain else self.method.precision)
+        return UnquantizedLinearMethod() if plain else self.method()

@@ -17,6 +17,7 @@ import torch
 
 from flashrl_cli import contract
 from flashrl_cli.plugins import in_place, kv_scales
+from flashrl_cli.plugins.float32_head import head_dtype
 from flashrl_cli.plugins.online_linear import OnlineLinearMethod
 
 Bucket = Iterable[tuple[str, torch.Tensor]]
@@ -38,7 +39,9 @@ def refit(
     cache = kv_scales.of(model)
     if cache:
         stream = _watched(stream, cache.see)
-    if device.type == "cuda" and in_place.possible(model):
+    within = device.type == "cuda" and in_place.possible(model)
+    contract.logger().debug("refit %s begins", "in place" if within else "layer by layer")
+    if within:
         with in_place.writable(model):
             stream(model.load_weights)
     else:
@@ -117,5 +120,22 @@ def describe(model: torch.nn.Module, *, device: torch.device, refits: int, refit
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         refits=refits,
         refit_s=round(refit_s, 4),
+        lm_head=head_dtype(model),
         kv_cache=kv_scales.precision(model),
+    )
+
+
+def log(shake: contract.Handshake) -> None:
+    """Tell of a refit in the log, at level INFO."""
+    contract.logger().info(
+        "refit %d took %.3f s: %s, %d of %d linear layers quantized (%d bytes), %s, logits in %s, KV cache %s",
+        shake.refits,
+        shake.refit_s,
+        shake.precision,
+        shake.quantized_layers,
+        shake.linear_layers,
+        shake.quantized_bytes,
+        shake.kernel,
+        shake.lm_head,
+        shake.kv_cache,
     )

@@ -20,3 +20,4 @@ if contract.plugin_dir() is not None:
         from flashrl_cli.plugins import transfer
 
         transfer.send_bf16()
+    contract.logger().info("loaded by verl for %s", contract.RolloutOptions.here())

@@ -13,7 +13,7 @@ import torch
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
 from flashrl_cli import contract
-from flashrl_cli.plugins.refit import Load, describe, refit
+from flashrl_cli.plugins.refit import Load, describe, log, refit
 
 
 class RefitWorkerExtension(vLLMColocateWorkerExtension):
@@ -44,6 +44,7 @@ class RefitWorkerExtension(vLLMColocateWorkerExtension):
             shake = describe(runner.model, device=device, refits=self.refits, refit_s=seconds)
             received = "+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
             contract.write_handshake(folder, replace(shake, received=received))
+            log(shake)
 
     def _receive(self, load: Load, device: torch.device, use_shm: bool) -> set[torch.dtype]:
         """Load every bucket of an update; the dtypes that came."""
@@ -53,6 +54,8 @@ class RefitWorkerExtension(vLLMColocateWorkerExtension):
 
         def on_bucket(weights: list[tuple[str, torch.Tensor]], is_last: bool) -> None:
             dtypes.update(tensor.dtype for _, tensor in weights)
+            size = sum(tensor.nbytes for _, tensor in weights)
+            contract.logger().debug("a bucket of %d tensors, %d bytes%s", len(weights), size, ", the last" * is_last)
             load(weights)
             # the last view of the shared memory must be gone before the receiver closes it
             weights.clear()

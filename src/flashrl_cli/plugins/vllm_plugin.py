@@ -1,6 +1,7 @@
 """Entry point `vllm.general_plugins`: vLLM calls `register` in every process that it starts.
 
-It registers the quantization methods `flashrl_int8` and `flashrl_fp8`, and nothing in runs that are not flashrl's.
+It registers the quantization methods `flashrl_int8` and `flashrl_fp8`, and the float32 head where a run asks for it; nothing in runs that
+are not flashrl's.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from flashrl_cli import contract
 
 
 def register() -> None:
-    """Register flashrl's quantization methods with vLLM (idempotent)."""
+    """Register flashrl's quantization methods, and what the run's RolloutOptions ask for, with vLLM (idempotent)."""
     if contract.plugin_dir() is None:
         return
     from vllm.model_executor.layers.quantization import register_quantization_config
@@ -19,3 +20,8 @@ def register() -> None:
 
     for config in (Int8OnlineConfig, Fp8OnlineConfig):
         register_quantization_config(config.get_name())(config)
+    if contract.RolloutOptions.here().lm_head_fp32:
+        from flashrl_cli.plugins import float32_head
+
+        float32_head.register()
+    contract.logger().info("registered with vLLM for %s", contract.RolloutOptions.here())

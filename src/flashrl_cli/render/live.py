@@ -42,10 +42,13 @@ _FRAME = 8
 
 def describe(shakes: Sequence[Handshake]) -> str:
     """The proof in one line."""
-    first = shakes[0]
+    quantized = [shake for shake in shakes if shake.precision != "bf16"] or shakes
+    first, plain = quantized[0], len(shakes) - len(quantized)
     layers = f"{first.quantized_layers} of {first.linear_layers} linear layers, " if first.precision != "bf16" else ""
-    workers = f"{len(shakes)} rollout worker{'s' if len(shakes) != 1 else ''}"
-    return f"{first.precision} in {workers}: {layers}{first.kernel}, refit {first.refit_s:.2f} s"
+    workers = f"{len(quantized)} rollout worker{'s' if len(quantized) != 1 else ''}"
+    workers += f" and bf16 in {plain}" if plain else ""
+    logits = "logits in fp32, " if first.lm_head == "fp32" else ""
+    return f"{first.precision} in {workers}: {layers}{first.kernel}, {logits}refit {first.refit_s:.2f} s"
 
 
 def eta(seconds_a_step: list[float], left: int) -> str:

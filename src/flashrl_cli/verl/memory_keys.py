@@ -237,7 +237,8 @@ def _lora_rank(tree: Tree, model: str) -> int:
 def _rollout(spec: RunSpec, tree: Tree) -> RolloutSettings:
     engine = tree.get(f"{ROLLOUT}.engine_kwargs.vllm") or {}
     return RolloutSettings(
-        precision=spec.rollout.precision,
+        # a mixed run must fit where its larger replicas are
+        precision="bf16" if spec.rollout.mix else spec.rollout.precision,
         tensor_parallel=tree.get(f"{ROLLOUT}.tensor_model_parallel_size"),
         gpu_memory_utilization=tree.get(f"{ROLLOUT}.gpu_memory_utilization"),
         max_num_seqs=tree.get(f"{ROLLOUT}.max_num_seqs"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flashrl_cli import contract, cpu, paths
+from flashrl_cli.verl.replicas import bf16_replicas
 
 if TYPE_CHECKING:
-    from flashrl_cli.config.spec import RolloutSpec, RunSpec
+    from flashrl_cli.config.spec import RunSpec
     from flashrl_cli.paths import AttemptPaths
 
 METRICS_PATH = "VERL_FILE_LOGGER_PATH"
@@ -23,12 +24,21 @@ CPU = {
     "RAY_enable_worker_prestart": "0",  # Ray otherwise starts idle workers for its 16 logical CPUs before anybody asks
     **cpu.ENGINE,
 }
+MIXED = {
+    # vLLM finds compiled models by their configuration, which replicas of two precisions share (vllm/compilation/decorators.py:525);
+    # verl switches that off, too, unless the environment says otherwise (verl/trainer/constants_ppo.py:93)
+    "VLLM_DISABLE_COMPILE_CACHE": "1",
+}
 OWNED = frozenset({contract.ENV_PLUGIN_DIR, contract.ENV_PLATFORM, contract.ENV_ROLLOUT, METRICS_PATH})
 """Variables that a preset cannot set: files of the attempt are found by them."""
 
 
-def environment(spec: RunSpec, attempt: AttemptPaths) -> dict[str, str]:
-    """What a run adds to the environment: flashrl's, the preset's `env` over it, then the attempt's files."""
+def environment(spec: RunSpec, attempt: AttemptPaths, *, logging: str | None = None) -> dict[str, str]:
+    """What a run adds to the environment: flashrl's, the preset's `env` over it, then the attempt's files.
+
+    `logging` is the plugins' level, which a job of a Ray cluster would not inherit.
+    """
+    told = {} if logging is None else {contract.ENV_LOGGING: logging}
     platform = CPU if spec.resources.platform == "cpu" else {}
     own = {
         contract.ENV_PLUGIN_DIR: str(attempt.plugins),
@@ -36,18 +46,21 @@ def environment(spec: RunSpec, attempt: AttemptPaths) -> dict[str, str]:
         # verl's logger truncates the file it opens, so that every attempt needs its own (verl/utils/tracking.py:541).
         METRICS_PATH: str(attempt.metrics),
     }
-    options = rollout_options(spec.rollout)
+    options = rollout_options(spec)
     if options != contract.PLAIN:
         own[contract.ENV_ROLLOUT] = options.text()
-    return dict(sorted((COMMON | platform | spec.env | own).items()))
+    if options.bf16_replicas:
+        own |= MIXED
+    return dict(sorted((COMMON | platform | told | spec.env | own).items()))
 
 
-def rollout_options(rollout: RolloutSpec) -> contract.RolloutOptions:
+def rollout_options(spec: RunSpec) -> contract.RolloutOptions:
     """What the plugins do to a run's rollout engines beside their precision."""
+    rollout = spec.rollout
     profile = None if rollout.profile is None else str(paths.absolute(rollout.profile))
     return contract.RolloutOptions(
         profile=profile,
-        mix=rollout.mix,
+        bf16_replicas=bf16_replicas(spec),
         lm_head_fp32=rollout.lm_head_fp32,
         bf16_transfer=rollout.precision in contract.METHODS,  # dense models only: verl.demands refuses experts there
     )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from flashrl_cli.cli.app import main
-from flashrl_cli.doctor import docker, ray_state, report, software
+from flashrl_cli.doctor import docker, finding, ray_state, reload, report, software
 from flashrl_cli.launch import preflight
 
 
@@ -119,6 +119,9 @@ def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (["--rollout", "int8"], "--rollout without --preset"),
         (["--set", "a=1"], "--set without --preset"),
         (["--run"], "--run without --docker"),
+        (["--quant", "--preset", "tiny"], "--quant takes no option but --rollout and --json"),
+        (["--quant", "--docker"], "--quant takes no option but"),
+        (["--quant", "--rollout", "fp8-block"], "no reload test for fp8-block"),
         (["--preset", "no-such"], "no-such"),
         (["--preset", "tiny", "--set", "nothing=1"], "nothing"),
         (["--docker", "--preset", "tiny"], "tiny runs on a CPU; the image is for GPUs"),
@@ -132,6 +135,37 @@ def test_misuse_ends_with_2(
     assert not out
     assert told in err
     assert "hint: " in err
+
+
+@pytest.mark.parametrize(("words", "precision"), [([], "int8"), (["--rollout", "fp8"], "fp8")])
+def test_the_reload_test(
+    words: list[str], precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def passed(asked_for: str) -> Any:
+        asked.append(asked_for)
+        return [finding.ok("engine", "8 of 8")], {"change": 2.5}
+
+    monkeypatch.setattr(reload, "reload_test", passed)
+    assert doctor(monkeypatch, "--quant", *words) == 0
+    out, err = capsys.readouterr()
+    assert out == "✓ engine  8 of 8\n"
+    assert f"{precision} rollouts take new weights here" in err
+    assert doctor(monkeypatch, "--quant", *words, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert asked == [precision] * 2
+    assert (document["ok"], document["stack"], document["precision"]) == (True, "cpu", precision)
+    assert document["measured"] == {"change": 2.5}
+
+
+def test_a_failed_reload_test_ends_with_3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    findings = [finding.ok("engine", "8 of 8"), finding.fail("refit", "0.9 nats", "bf16")]
+    monkeypatch.setattr(reload, "reload_test", lambda _: (findings, None))
+    assert doctor(monkeypatch, "--quant") == 3
+    out, err = capsys.readouterr()
+    assert "✗ refit   0.9 nats  → bf16" in out
+    assert "int8 rollouts do not work here" in err
 
 
 def test_docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

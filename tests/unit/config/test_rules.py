@@ -92,6 +92,27 @@ CASES = [
         "1023 is less than rollout.max_num_seqs = 1024",
         "--set rollout.max_num_seqs=1023",
     ),
+    (
+        "mix_has_two_precisions",
+        GAE,
+        ("rollout.mix=0.5",),
+        "every replica is in bf16 already",
+        "--set rollout.precision=int8",
+    ),
+    (
+        "mix_has_two_precisions",
+        GAE,
+        ("rollout.precision=fp8-block", "rollout.mix=0.5"),
+        "for all replicas alike",
+        "--set rollout.precision=fp8",
+    ),
+    (
+        "logits_are_proven",
+        GAE,
+        ("rollout.precision=fp8-block", "rollout.lm_head_fp32=true"),
+        "do not know it",
+        "--set rollout.precision=fp8",
+    ),
 ]
 LEGAL = [
     (GRPO, ("algorithm.mini_batch_size=512",)),
@@ -102,6 +123,8 @@ LEGAL = [
     (GRPO, ("reward.manager=naive", "reward.overlong=null")),
     (GRPO, ("algorithm.clip_c=1.01",)),
     (GAE, ("trainer.critic_warmup=100", "trainer.steps=100")),
+    (GAE, ("rollout.precision=fp8-block", "rollout.mix=0")),
+    (GAE, ("rollout.precision=int8", "rollout.mix=0.5", "rollout.lm_head_fp32=true")),
     (GAE, ("rollout.max_model_len=1536", "rollout.max_num_batched_tokens=1024")),
 ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,17 +49,19 @@ def shake(pid: int, precision: str = "int8") -> Handshake:
         ("dapo-32b", "bf16", (), 0),
         ("dapo-32b", "fp8", ("resources.nodes=1", "resources.gpus_per_node=2"), 2),
         ("dapo-32b", "fp8-block", (), 0),
+        ("dapo-32b", "bf16", ("rollout.lm_head_fp32=true", "resources.nodes=1", "resources.gpus_per_node=8"), 8),
     ],
 )
 def test_expectation(preset: str, rollout: str | None, sets: tuple[str, ...], workers: int) -> None:
-    assert expected(preset, rollout, *sets) == proof.Expectation(rollout or "int8", workers)
+    found = expected(preset, rollout, *sets)
+    assert (found.precision, found.workers) == (rollout or "int8", workers)
 
 
 def test_the_cache_must_be_in_8_bits_too() -> None:
     asked = expected("dapo-32b", "int8", "rollout.kv_cache=fp8", "resources.nodes=1", "resources.gpus_per_node=1")
     assert asked == proof.Expectation("int8", 1, "fp8")
     assert "KV cache in fp8 was asked for" in str(proof.refutation(asked, [shake(7)]))
-    assert proof.refutation(asked, [dataclasses.replace(shake(7), kv_cache="fp8")]) is None
+    assert proof.refutation(asked, [replace(shake(7), kv_cache="fp8")]) is None
 
 
 def test_refutation_names_the_worker() -> None:
@@ -68,6 +70,28 @@ def test_refutation_names_the_worker() -> None:
     assert proof.refutation(asked, [shake(1), shake(2)]) is None
     told = str(proof.refutation(asked, [shake(1), shake(2, "bf16")]))
     assert "int8 rollouts were asked for, but worker 2 on node-1 holds bf16" in told
+
+
+def test_logits_are_held_against_what_was_asked() -> None:
+    asked = expected("tiny", "bf16", "rollout.lm_head_fp32=true")
+    assert asked == proof.Expectation("bf16", 1, lm_head="fp32")
+    bf16 = shake(1, "bf16")
+    assert proof.refutation(asked, [replace(bf16, lm_head="fp32")]) is None
+    told = str(proof.refutation(asked, [bf16]))
+    assert told == "logits in fp32 were asked for, but worker 1 on node-1 computes them in bf16"
+    assert proof.refutation(proof.Expectation("bf16", 1), [replace(bf16, lm_head="fp32")]) is None
+
+
+def test_a_mixed_run_wants_so_many_of_each() -> None:
+    asked = expected("dapo-32b", "int8", "rollout.mix=0.3", "resources.nodes=1", "rollout.tensor_parallel=2")
+    assert asked == proof.Expectation("int8", 8, bf16_workers=4)
+    int8, bf16 = [shake(pid) for pid in range(5)], [shake(pid, "bf16") for pid in range(5, 10)]
+    for held in ([], int8[:4], bf16[:4], [*int8[:4], *bf16[:4]], [*int8[:1], *bf16[:2]]):
+        assert proof.refutation(asked, held) is None
+    for held in (int8, bf16, [*int8[:1], *bf16]):
+        told = str(proof.refutation(asked, held))
+        assert "4 of 8 rollout workers were to stay in bf16 and 4 to take int8" in told
+    assert "holds fp8" in str(proof.refutation(asked, [shake(1, "fp8")]))
 
 
 def test_missing_counts_workers() -> None:

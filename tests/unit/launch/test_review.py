@@ -32,6 +32,13 @@ def test_preview_is_the_plan_of_a_first_attempt():
     assert plan.paths.root == paths.runs_root() / "tiny-int8-tis3"
 
 
+def test_the_plugins_level_goes_with_the_plan(monkeypatch):
+    monkeypatch.setenv("FLASHRL_LOGGING_LEVEL", "INFO")
+    assert preview("tiny", NONE)[1].env["FLASHRL_LOGGING_LEVEL"] == "INFO"
+    monkeypatch.delenv("FLASHRL_LOGGING_LEVEL")
+    assert "FLASHRL_LOGGING_LEVEL" not in preview("tiny", NONE)[1].env
+
+
 def test_only_what_was_changed_differs_and_consequences_show_in_overrides_and_environment():
     found = compare(document_of("tiny", NONE), document_of("tiny", Options(rollout="bf16", sets=("env.A=1",))))
     assert [(d.key, *d.shown(), d.origin) for d in found.values or ()] == [
@@ -39,7 +46,7 @@ def test_only_what_was_changed_differs_and_consequences_show_in_overrides_and_en
         ("env.A", "–", '"1"', "--set env.A"),
     ]
     assert keys(found.overrides) == ["+actor_rollout_ref.rollout.engine_kwargs.vllm.quantization"]
-    assert found.environment == []
+    assert keys(found.environment) == ["FLASHRL_ROLLOUT"]  # int8's weights are sent in bf16
 
 
 def test_platforms_differ_in_environment():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,6 +59,9 @@ def test_describe() -> None:
     one = "int8 in 1 rollout worker: 14 of 15 linear layers, Int8Kernel, refit 0.12 s"
     assert describe([shake()]) == one
     assert describe([shake(), shake()]).startswith("int8 in 2 rollout workers: ")
+    assert "Int8Kernel, logits in fp32, refit" in describe([replace(shake(), lm_head="fp32")])
+    mixed = describe([shake("bf16"), shake(), shake()])
+    assert mixed.startswith("int8 in 2 rollout workers and bf16 in 1: 14 of ")
     assert describe([shake("bf16")]) == "bf16 in 1 rollout worker: Int8Kernel, refit 0.12 s"
 
 

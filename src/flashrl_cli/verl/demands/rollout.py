@@ -5,12 +5,14 @@ Lines are verl 0.9.1's, where vLLM is not named.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from flashrl_cli import contract
 from flashrl_cli.verl.demands.settings import MODEL, Rule, Settings, Shape
 from flashrl_cli.verl.overrides import ACTOR, ENGINE, ROLLOUT
+from flashrl_cli.verl.replicas import bf16_replicas
 
 if TYPE_CHECKING:
     from flashrl_cli.errors import Problem
@@ -161,12 +163,34 @@ def _widths(shape: Shape, tp: int, whole_experts: bool) -> Iterator[tuple[str, i
         yield "the shared expert", shape.shared_intermediate // tp
 
 
+def mix_leaves_both(s: Settings) -> Iterator[Problem]:
+    """At least one replica in each precision; a replica is told by its number (plugins/replica.py)."""
+    mix, engines = s.spec.rollout.mix, s.gpus // s.engine_gpus
+    if not mix or bf16_replicas(s.spec) < engines:
+        return
+    precision = s.spec.rollout.precision
+    if engines < 2:
+        yield s.problem(
+            f"rollout.mix = {mix:g} wants two replicas or more, and {s.gpus} devices with {s.engine_gpus} an engine make {engines}",
+            "--set rollout.mix=0, or more devices",
+            "rollout.mix",
+            TENSOR_PARALLEL,
+        )
+        return
+    yield s.problem(
+        f"rollout.mix = {mix:g} would leave all {engines} replicas in bf16 and none in {precision}",
+        f"--set rollout.mix={math.floor(1000 * (engines - 1) / engines) / 1000}",
+        "rollout.mix",
+    )
+
+
 def adapter_reaches_the_engine(s: Settings) -> Iterator[Problem]:
     """flashrl's worker extension refits whole weights, and proves those; an adapter goes past it (plugins/verl_refit.py)."""
     merge, rank = f"{MODEL}.lora.merge", f"{MODEL}.lora_rank"
     if s.has_adapter and s.refits_with_flashrl and not s.get(merge):
         precision = s.spec.rollout.precision
-        what = f"{precision} rollouts" if precision in contract.METHODS else "rollouts on cpu"
+        here = "rollouts on cpu" if s.spec.resources.platform == "cpu" else "rollouts with flashrl's weight update"
+        what = f"{precision} rollouts" if precision in contract.METHODS else here
         yield s.problem(f"{what} take a LoRA adapter only when it is merged", s.fix(merge, True), merge, rank)
 
 
@@ -236,6 +260,7 @@ RULES: tuple[Rule, ...] = (
     quantization_is_known,
     experts_are_quantized,
     blocks_fill_shards,
+    mix_leaves_both,
     adapter_reaches_the_engine,
     blocks_quantize_the_base,
     adapter_is_well_formed,

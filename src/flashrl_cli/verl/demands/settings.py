@@ -101,8 +101,8 @@ class Settings:
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
     def where(self, *keys: str) -> str | None:
-        """Where the first of these keys that a person set was written; an option given for this run before any preset."""
-        written = {override.key: override.origin for override in self.overrides}
+        """Where the first of these keys (or fields) that a person set was written; an option given for this run before any preset."""
+        written = {**self.resolved.origins, **{override.key: override.origin for override in self.overrides}}
         origins = [written[key] for key in keys if key in written]
         for layers in (("set", "option"), ("preset",)):
             for origin in origins:

@@ -1,0 +1,150 @@
+"""The process of the reload test: `python -m flashrl_cli.doctor.reload_engine PRECISION FOLDER` writes FOLDER/measured.json.
+
+A tiny Qwen2 is loaded with dummy weights, as training loads it, and takes two policies in turn: A, B, and A again. What it answers with B
+is held against Transformers on the CPU, in float32. Random weights of usual size would sample about uniformly and hide a broken refit;
+these are large, so that the two policies differ by nats.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashrl_cli import contract, files
+from flashrl_cli.weights import Weights
+
+if TYPE_CHECKING:
+    from transformers import Qwen2ForCausalLM
+
+MEASURED = "measured.json"
+SEQUENCES, PROMPT, NEW = 16, 32, 16
+"""Prompts, tokens of each, and tokens generated after each."""
+VOCABULARY = 512
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+"""Shapes that every 8-bit kernel takes; heads of 64."""
+SPREAD, EMBEDDING_SPREAD = 0.05, 0.1
+"""Standard deviations of the layers' weights and of the embedding's, which is the head; those of an untrained Qwen2 are 0.02.
+
+With a larger embedding each token would be followed by itself, whatever the layers say.
+"""
+MEMORY, KV_BYTES = 0.05, 1 << 28
+"""Share of the device's memory that must be free, and what the KV cache takes of it."""
+
+Answer = dict[str, list[Any]]
+
+
+def main() -> None:
+    """Measure and write the result."""
+    precision, folder = sys.argv[1], Path(sys.argv[2])
+    started = time.perf_counter()
+    models = {name: policy(folder / name, seed) for seed, name in enumerate("AB")}
+    engine = start(folder / "A", precision)
+    seconds = time.perf_counter() - started
+    files.write_json(folder / MEASURED, {"start_s": round(seconds, 1), **measure(engine, folder, models)})
+
+
+def policy(folder: Path, seed: int) -> Qwen2ForCausalLM:
+    """Write a policy in bf16 to `folder`; the same one in float32."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=VOCABULARY, num_key_value_heads=2, tie_word_embeddings=True, **SIZES)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = EMBEDDING_SPREAD if "embed" in name else SPREAD
+            parameter.copy_(spread * torch.randn(parameter.shape, generator=generator) + ("norm" in name))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return model.float().eval()
+
+
+def start(folder: Path, precision: str) -> Any:
+    """An engine for the architecture in `folder`, with dummy weights. On CUDA with graphs for decoding, which a refit must not break."""
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, SEQUENCES]}
+    options: dict[str, Any] = {"compilation_config": graphs, "kv_cache_memory_bytes": KV_BYTES}
+    return LLM(
+        model=str(folder),
+        load_format="dummy",
+        quantization=contract.METHODS.get(precision),
+        worker_extension_cls=contract.EVAL_EXTENSION,
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        max_model_len=PROMPT + NEW,
+        max_num_seqs=SEQUENCES,
+        gpu_memory_utilization=MEMORY,
+        enable_prefix_caching=False,
+        **({"enforce_eager": True} if current_platform.is_cpu() else options),
+    )
+
+
+def measure(engine: Any, folder: Path, models: dict[str, Qwen2ForCausalLM]) -> dict[str, Any]:
+    """What the engine holds after three refits, and mean |difference| of log-probs, nats, of the tokens it reads and of those it makes."""
+    holds, answers = [], []
+    for name in "ABA":
+        holds.append(engine.collective_rpc("load_from_disk", args=(Weights(hf=folder / name).plain(),))[0])
+        answers.append(answer(engine))
+    found, rows = answers[1]["logprobs"], answers[1]["tokens"]
+    old, new = (truth(models[name], rows) for name in "AB")
+    return {
+        "holds": holds[-1],
+        "change": mean_difference(old, new),
+        "read_error": mean_difference(_part(found, 0, PROMPT - 1), _part(new, 0, PROMPT - 1)),
+        "made_error": mean_difference(_part(found, PROMPT - 1, None), _part(new, PROMPT - 1, None)),
+        "returns": answers[0] == answers[2],
+    }
+
+
+def answer(engine: Any) -> Answer:
+    """Tokens of each sequence, prompt and greedy answer, and the log-prob of each but the first."""
+    from vllm import SamplingParams
+
+    asked = SamplingParams(
+        temperature=0.0, max_tokens=NEW, ignore_eos=True, logprobs=0, prompt_logprobs=0, detokenize=False
+    )
+    outputs = engine.generate([{"prompt_token_ids": row} for row in prompts()], asked, use_tqdm=False)
+    tokens = [[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs]
+    steps = [[*o.prompt_logprobs[1:], *o.outputs[0].logprobs] for o in outputs]
+    pairs = [zip(row, step, strict=True) for row, step in zip((row[1:] for row in tokens), steps, strict=True)]
+    return {"tokens": tokens, "logprobs": [[step[token].logprob for token, step in pair] for pair in pairs]}
+
+
+def prompts() -> list[list[int]]:
+    """The same random tokens at every call."""
+    import torch
+
+    rows: list[list[int]] = torch.randint(
+        VOCABULARY, (SEQUENCES, PROMPT), generator=torch.Generator().manual_seed(2)
+    ).tolist()
+    return rows
+
+
+def truth(model: Qwen2ForCausalLM, rows: list[list[int]]) -> list[list[float]]:
+    """Log-probs of each token but the first by Transformers."""
+    import torch
+
+    ids = torch.tensor(rows)
+    with torch.no_grad():
+        scores = model(ids).logits[:, :-1].log_softmax(-1)
+    found: list[list[float]] = scores.gather(2, ids[:, 1:, None])[..., 0].tolist()
+    return found
+
+
+def mean_difference(left: list[list[float]], right: list[list[float]]) -> float:
+    """Mean |left - right| over all tokens; NaN if any is."""
+    pairs = [pair for rows in zip(left, right, strict=True) for pair in zip(*rows, strict=True)]
+    return sum(abs(a - b) for a, b in pairs) / len(pairs)
+
+
+def _part(rows: list[list[float]], start_: int, end: int | None) -> list[list[float]]:
+    return [row[start_:end] for row in rows]
+
+
+if __name__ == "__main__":
+    main()

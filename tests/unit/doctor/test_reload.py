@@ -1,0 +1,105 @@
+"""The reload test: what is measured is judged, and an engine that ends otherwise is told of."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashrl_cli import contract
+from flashrl_cli.doctor import reload
+from flashrl_cli.doctor.finding import Level
+
+
+def measured(precision: str = "int8", quantized: int = 8, **changes: Any) -> dict[str, Any]:
+    shake = contract.Handshake(
+        host="h", pid=1, precision=precision, quantized_layers=quantized, linear_layers=8, quantized_bytes=9, kernel="K",
+        vllm="0", torch="2", device="cpu", refits=1, refit_s=0.03,
+    )  # fmt: skip
+    figures = {"start_s": 12.3, "change": 3.0, "read_error": 0.05, "made_error": 0.04, "returns": True}
+    return {"holds": asdict(shake), **figures, **changes}
+
+
+def levels(precision: str, found: dict[str, Any]) -> dict[str, str]:
+    return {finding.name: str(finding.level) for finding in reload.judge(precision, found)}
+
+
+def test_a_sound_engine_passes() -> None:
+    findings = list(reload.judge("int8", measured()))
+    assert [finding.level for finding in findings] == [Level.OK] * 4
+    assert findings[0].text == "8 of 8 linear layers in int8, K, started in 12 s, refit in 0.030 s"
+    assert "0.050 nats" in findings[1].text
+    plain = list(reload.judge("bf16", measured("bf16", 0)))
+    assert plain[0].text == "K, started in 12 s, refit in 0.030 s"
+
+
+@pytest.mark.parametrize(
+    ("found", "broken"),
+    [
+        (measured("bf16", 0), {"engine"}),
+        (measured(quantized=7), {"engine"}),
+        (measured(read_error=1.0), {"refit"}),
+        (measured(made_error=3.1), {"decoding"}),
+        (measured(read_error=math.nan, made_error=math.nan), {"refit", "decoding"}),
+        (measured(change=0.0), {"refit", "decoding"}),
+        (measured(returns=False), {"return"}),
+    ],
+)
+def test_what_is_wrong_is_named(found: dict[str, Any], broken: set[str]) -> None:
+    assert {name for name, level in levels("int8", found).items() if level == "fail"} == broken
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An engine process of these lines instead of the real one."""
+
+    def engine(*lines: str) -> None:
+        (tmp_path / "fake_engine.py").write_text("\n".join(("import os, sys, time", *lines)))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.setattr(reload, "ENGINE", "fake_engine")
+
+    return engine
+
+
+@pytest.mark.processes
+def test_what_the_engine_measures_is_judged(engine: Any) -> None:
+    engine(f"open(os.path.join(sys.argv[2], 'measured.json'), 'w').write({json.dumps(measured())!r})")
+    findings, found = reload.reload_test("int8")
+    assert ([finding.level for finding in findings], found) == ([Level.OK] * 4, measured())
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("raise RuntimeError('no kernel')", "ended with code 1: RuntimeError: no kernel ("),
+        ("os._exit(7)", "ended with code 7: its log is empty"),
+        ("os._exit(0)", "ended with code 0: its log is empty"),
+    ],
+)
+def test_an_engine_that_ends_early_is_told_of(engine: Any, line: str, told: str) -> None:
+    engine(line)
+    (finding,), found = reload.reload_test("int8")
+    assert (finding.level, found) == (Level.FAIL, None)
+    assert finding.text.startswith(told)
+    assert "--rollout bf16" in str(finding.fix)
+
+
+@pytest.mark.processes
+def test_an_engine_that_hangs_is_ended(engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine(f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))", "time.sleep(60)")
+    monkeypatch.setattr(reload, "LIMIT_S", 0.5)
+    (finding,), _ = reload.reload_test("bf16")
+    assert (finding.text, finding.fix) == ("not done within 0.5 s", None)
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
+
+
+def test_nothing_of_a_run_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(contract.ENV_ROLLOUT, contract.RolloutOptions(bf16_replicas=1).text())
+    found = reload.environment(tmp_path)
+    assert contract.RolloutOptions(**json.loads(found[contract.ENV_ROLLOUT])) == contract.PLAIN
+    assert found[contract.ENV_PLUGIN_DIR] == str(tmp_path)
