@@ -125,3 +125,29 @@ def test_the_next_refit_sets_them_anew() -> None:
     scales.see(weights.items())
     scales.set()
     assert held[1]._v_scale_float == before / 8
+
+
+def test_waking_the_cache_leaves_the_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """verl refits, then wakes the cache: vLLM's own waking would set every scale to 1."""
+    import torch
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from flashrl_cli.plugins import kv_scales
+
+    monkeypatch.setattr(GPUModelRunner, "init_fp8_kv_scales", GPUModelRunner.init_fp8_kv_scales)
+    layer = object.__new__(Attention)
+    torch.nn.Module.__init__(layer)
+    layer.kv_cache_dtype = "fp8"
+    for part in "qkv":
+        layer.register_buffer(f"_{part}_scale", torch.tensor(1.0))
+        kv_scales._set(layer, part, 4.0)
+    runner: Any = object.__new__(GPUModelRunner)
+    runner.cache_config = SimpleNamespace(cache_dtype="fp8")
+    runner.compilation_config = SimpleNamespace(static_forward_context={"layers.0": layer})
+    runner.init_fp8_kv_scales()
+    assert float(layer._k_scale) == float(layer._v_scale) == 1.0, "vLLM restores scales itself now: drop the patch"
+    kv_scales.keep_over_sleep()
+    kv_scales.keep_over_sleep()
+    runner.init_fp8_kv_scales()
+    assert [float(getattr(layer, f"_{part}_scale")) for part in "qkv"] == [4.0, 4.0, 4.0]

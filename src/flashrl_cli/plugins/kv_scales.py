@@ -24,6 +24,7 @@ LARGEST = 448.0
 MARGIN = 1.05
 """For what quantized weights and activations, and bf16, add to a product."""
 _FP8 = {"fp8", "fp8_e4m3"}
+_MARK = "_flashrl_patched"
 _NAME = re.compile(
     r"(?:^|\.)layers\.(\d+)\.(?:self_attn\.(?:([qkv])_proj\.(weight|bias)|([qk])_norm\.weight)|(input_layernorm)\.weight)$"
 )
@@ -103,11 +104,35 @@ class KvScales:
             for part, bound in zip("qkv", row, strict=True):
                 _set(layer, part, scale(bound))
         self._seen.clear()
+        keep_over_sleep()
 
 
 def scale(bound: float) -> float:
     """The power of two by which values up to `bound` are divided to fit into e4m3; 1 where all are 0."""
     return 2.0 ** math.ceil(math.log2(MARGIN * bound / LARGEST)) if bound > 0 else 1.0
+
+
+def keep_over_sleep() -> None:
+    """Have scales outlive the waking of the KV cache, which follows the refit in verl's order (idempotent).
+
+    vLLM sets all of them to 1 then, and says that restoring calibrated ones is left to do (`init_fp8_kv_scales`,
+    vllm/v1/worker/gpu_model_runner.py:939 in 0.24, :1031 in 0.28); it does so in the buffers only, not in the numbers beside them.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    original = GPUModelRunner.init_fp8_kv_scales
+    if getattr(original, _MARK, False):
+        return
+
+    def init_fp8_kv_scales(self: Any) -> None:
+        original(self)
+        for layer in self.compilation_config.static_forward_context.values():
+            if type(layer) is Attention and layer.kv_cache_dtype in _FP8:
+                for part in "kv":
+                    _set(layer, part, getattr(layer, f"_{part}_scale_float"))
+
+    setattr(init_fp8_kv_scales, _MARK, True)
+    GPUModelRunner.init_fp8_kv_scales = init_fp8_kv_scales
 
 
 def _set(layer: Any, part: str, value: float) -> None:
