@@ -109,6 +109,14 @@ def table(file: Path) -> tuple[dict[str, Any], int]:
     return entries, 8 + length
 
 
+def metadata(file: Path) -> dict[str, str]:
+    """What the writer of a whole safetensors file says beside its tensors."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        found: dict[str, str] = json.loads(stream.read(length)).get("__metadata__", {})
+    return found
+
+
 def samples(file: Path) -> bytes:
     """Digest of a safetensors file's table and of both ends of each tensor. Raises Unreadable if it is torn."""
     entries, start = table(file)
