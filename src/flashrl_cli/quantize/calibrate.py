@@ -15,8 +15,8 @@ from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
 from flashrl_cli.evals.questions import read as read_questions
 from flashrl_cli.quantize import activations, scales
 from flashrl_cli.quantize.absorbing import Junction, junctions
-from flashrl_cli.weights import Unreadable, Weights, model_files, read_json
-from flashrl_cli.weights.contents import table
+from flashrl_cli.weights import Unreadable, Weights, read_json
+from flashrl_cli.weights.contents import shapes
 from flashrl_cli.weights.profile import SHAPE, About, Profile
 
 if TYPE_CHECKING:
@@ -92,17 +92,16 @@ def calibrate(model: Path, parquet: Path, *, samples: int, alpha: float | None, 
     if alpha is not None and not 0 <= alpha < 1:
         raise InputError(f"alpha is {alpha}, and should be from 0 to less than 1", hint="--alpha auto")
     started = time.perf_counter()
-    weights = Weights(hf=model)
-    config, shapes = _described(weights)
-    places = junctions(config, shapes)
+    config, found = _described(model)
+    places = junctions(config, found)
     questions = read_questions(parquet, None)
     rows = activations.tokens(model, activations.texts(questions, samples))
     tensors, layers = _worked_out(model, places, rows, alpha, say)
     if not tensors:
         raise RunFailed("smoothing gains nothing for this model; no profile was written", hint="quantize without one")
     about = About(
-        model=model.name,
-        fingerprint=weights.fingerprint(),
+        model="/".join(model.parts[-2:]),
+        fingerprint=Weights(hf=model).fingerprint(),
         shape={key: config[key] for key in SHAPE if config.get(key) is not None},
         data=f"{parquet.parent.name}/{parquet.name}",
         alpha=alpha,
@@ -114,15 +113,12 @@ def calibrate(model: Path, parquet: Path, *, samples: int, alpha: float | None, 
     return Calibrated(profile=Profile.read(out), layers=layers, seconds=time.perf_counter() - started)
 
 
-def _described(weights: Weights) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+def _described(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     """config.json of an HF folder, and the shapes of its tensors. Raises InputError."""
     try:
-        weights.check()
-        config = read_json(weights.hf / "config.json")
-        tables = [table(file)[0] for file in model_files(weights.hf)]
+        return read_json(folder / "config.json"), shapes(folder)
     except Unreadable as error:
         raise InputError(str(error), hint="calibration takes an HF folder with safetensors") from None
-    return config, {name: tuple(entry["shape"]) for found in tables for name, entry in found.items()}
 
 
 def _worked_out(
@@ -145,7 +141,9 @@ def _loaded(folder: Path) -> Any:
     """The model, as it is stored on a GPU, in float32 on a CPU."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     on_gpu = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if on_gpu else torch.float32)
     return model.eval().to("cuda" if on_gpu else "cpu")
