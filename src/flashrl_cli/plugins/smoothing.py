@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashrl_cli import contract
+from flashrl_cli.weights import Unreadable
 from flashrl_cli.weights.profile import Profile
 
 if TYPE_CHECKING:
@@ -40,12 +41,11 @@ class Smoothing:
             yield name, profile.apply(name, tensor.to(self._device))
 
     def finish(self) -> int:
-        """How many tensors were smoothed. Raises RuntimeError if the profile names more: the engine then holds no policy at all."""
+        """How many tensors were smoothed. Raises Unreadable if the profile names more: the engine then holds no policy at all."""
         lacking = sorted(self._profile.names - self._changed) if self._profile else []
         if lacking:
-            raise RuntimeError(
-                f"the weight update lacked {len(lacking)} tensors that the profile smooths: {lacking[0]}"
-            )
+            what = f"the weight update lacked {len(lacking)} tensors that the profile smooths, {lacking[0]} among them"
+            raise Unreadable(what)
         return len(self._changed)
 
 
