@@ -35,8 +35,8 @@ def saved_tensors(file: Path, **tensors: bytes) -> Path:
 
 def saved_profile(file: Path, scales: dict[str, list[float]], **about: object) -> Path:
     """A smoothing profile with these scales; `about` replaces what it says of itself."""
-    known = {"model": "m", "fingerprint": "f", "shape": {}, "data": "d", "alpha": None, "samples": 1, "tokens": 2}
-    told = {**known, "versions": {}, **about}
+    known: dict[str, object] = {"model": "m", "fingerprint": "f", "shape": {}, "versions": {}}
+    told = {**known, "data": "d", "alpha": None, "samples": 1, "tokens": 2, **about}
     entries: dict[str, object] = {"__metadata__": {"flashrl_profile": json.dumps(told)}}
     data = b""
     for name, values in scales.items():

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings("ignore")
 """Importing vLLM warns of much that is not ours."""
 
-KINDS = {
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 tied": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2 untied": ("Qwen2", {"tie_word_embeddings": False}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
@@ -142,6 +142,7 @@ def test_int8_loses_much_less(calibrated: tuple[Path, Calibrated]) -> None:
     assert all(layer.activation_max[1] < layer.activation_max[0] for layer in found.layers)
 
 
+@pytest.mark.parametrize("calibrated", ["llama with biases"], indirect=True)
 def test_the_document_tells_all_of_it(calibrated: tuple[Path, Calibrated]) -> None:
     folder, found = calibrated
     told = json.loads(json.dumps(found.document()))
@@ -221,6 +222,7 @@ def refitted(
     return model, received
 
 
+@pytest.mark.parametrize("calibrated", ["llama with biases"], indirect=True)
 def test_a_refit_smooths_what_the_profile_names(
     calibrated: tuple[Path, Calibrated], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +252,7 @@ def test_a_refit_without_a_profile(parquet: Path, tmp_path: Path, monkeypatch: p
     assert all((received[name] == tensor).all() for name, tensor in sent.items())
 
 
+@pytest.mark.parametrize("calibrated", ["llama with biases"], indirect=True)
 def test_half_a_refit_and_another_model_are_refused(
     calibrated: tuple[Path, Calibrated], monkeypatch: pytest.MonkeyPatch
 ) -> None:

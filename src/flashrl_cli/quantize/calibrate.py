@@ -169,6 +169,8 @@ def _choose(
     changes: list[LayerChange] = []
     for number, place in enumerate(places, start=1):
         one = seen.pop(place.readers[0])
+        if not one.peak.isfinite().all():
+            raise RunFailed(f"what {place.readers[0]} is given is not finite", hint="is the model whole?")
         weights = [model.get_submodule(name).weight.float() for name in place.readers]
         choice = scales.choose(place, one.rows(model.device), one.peak, weights, alpha)
         if choice.scales is not None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 ALPHAS = tuple(step / 10 for step in range(10))
 """What is tried where no alpha is given: 0.0 evens out weights alone, 0.9 activations nearly alone."""
+SHIFTS = (0.25, 0.5, 0.75)
+"""Of all logarithms before they are rounded: a common factor changes nothing in INT8, but which of them are rounded up and which down."""
 LEAST_GAIN = 0.01
 """Share of the error that scales must save to be kept: less is noise of the sample, and costs a multiplication a refit."""
 _TINY = 1e-5
@@ -46,27 +48,32 @@ def choose(
     `inputs` [T, K] and `weights` [N, K] are float32, `peak` [K] is max|X_j| over all that was seen.
     """
     exact = [inputs @ weight.T for weight in weights]
+
+    def tried(alpha: float, shift: float) -> Choice:
+        scales = balanced(junction, peak, weights, alpha, shift)
+        return Choice(alpha=alpha, scales=scales, before=before, after=errors(inputs, weights, exact, scales))
+
     before = errors(inputs, weights, exact, None)
-    found = Choice(alpha=None, scales=None, before=before, after=before)
-    least = float("inf") if alpha is not None else _total(before) * (1 - LEAST_GAIN) ** 2
-    for tried in ALPHAS if alpha is None else (alpha,):
-        scales = balanced(junction, peak, weights, tried)
-        after = errors(inputs, weights, exact, scales)
-        if _total(after) < least:
-            least = _total(after)
-            found = Choice(alpha=tried, scales=scales, before=before, after=after)
-    return found
+    plain = Choice(alpha=None, scales=None, before=before, after=before)
+    found = min((tried(one, 0.0) for one in (ALPHAS if alpha is None else (alpha,))), key=_total)
+    found = min((found, *(tried(found.alpha, shift) for shift in SHIFTS if found.alpha is not None)), key=_total)
+    return plain if alpha is None and _total(found) > _total(plain) * (1 - LEAST_GAIN) ** 2 else found
 
 
-def balanced(junction: Junction, peak: torch.Tensor, weights: Sequence[torch.Tensor], alpha: float) -> torch.Tensor:
-    """Scales [K], powers of two around 1, equal for the query heads that read one key-value head; 1 for channels that are never used."""
+def balanced(
+    junction: Junction, peak: torch.Tensor, weights: Sequence[torch.Tensor], alpha: float, shift: float = 0.0
+) -> torch.Tensor:
+    """Scales [K], powers of two around 1: equal for the query heads of one key-value head, 1 for channels that are never used.
+
+    `shift` is one of SHIFTS, or 0.
+    """
     import torch
 
     widest = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
     activation, weight = (_shared(junction, values.float()) for values in (peak, widest))
     used = (activation > 0) & (weight > 0)
     log = alpha * activation.clamp_min(_TINY).log2() - (1 - alpha) * weight.clamp_min(_TINY).log2()
-    log = torch.where(used, log - log[used].mean(), 0.0)
+    log = torch.where(used, log - log[used].mean() + shift, 0.0)
     return _spread(junction, torch.exp2(log.round().clamp(-_MOST, _MOST)))
 
 
@@ -109,5 +116,5 @@ def in_int8(values: torch.Tensor) -> torch.Tensor:
     return (values / step).round().mul_(step)
 
 
-def _total(found: Sequence[float]) -> float:
-    return sum(error * error for error in found)
+def _total(choice: Choice) -> float:
+    return sum(error * error for error in choice.after)

@@ -37,5 +37,5 @@ def test_what_cannot_be_smoothed(tmp_path: Path) -> None:
         check(tmp_path, file=tmp_path / "nothing")
     with pytest.raises(InputError, match="quantized already"):
         check(tmp_path, quantization_config={})
-    with pytest.raises(InputError, match="of another model than .*hidden_size = 64, and the model has 128"):
+    with pytest.raises(InputError, match=r"of another model than .*hidden_size = 64, and the model has 128"):
         check(tmp_path, hidden_size=128)

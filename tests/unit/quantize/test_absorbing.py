@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from flashrl_cli.errors import InputError
-from flashrl_cli.quantize.absorbing import FAMILIES, Junction, junctions
+from flashrl_cli.quantize.absorbing import FAMILIES, Junction, Shapes, junctions
 
 CONFIG = {"model_type": "qwen2", "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2}
-SHAPES = {"model.layers.0.self_attn.v_proj.weight": (4, 8), "model.layers.0.mlp.up_proj.weight": (4, 8)}
+SHAPES: Shapes = {"model.layers.0.self_attn.v_proj.weight": (4, 8), "model.layers.0.mlp.up_proj.weight": (4, 8)}
 
 
-def found(shapes: dict[str, tuple[int, ...]] = SHAPES, **config: Any) -> list[Junction]:
+def found(shapes: Shapes = SHAPES, **config: Any) -> list[Junction]:
     return junctions({**CONFIG, **config}, shapes)
 
 
@@ -52,7 +52,7 @@ def test_every_head_has_its_own_keys_where_none_are_named() -> None:
         ({}, {**SHAPES, "model.layers.0.input_layernorm.bias": (8,)}, "a norm with a bias"),
     ],
 )
-def test_models_that_are_refused(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], why: str) -> None:
+def test_models_that_are_refused(config: dict[str, Any], shapes: Shapes, why: str) -> None:
     with pytest.raises(InputError, match=why) as error:
         found(shapes, **config)
     assert error.value.hint

@@ -37,7 +37,7 @@ def test_a_profile_names_tensors_and_their_scales(tmp_path: Path) -> None:
 
 def test_what_it_writes_of_itself_is_what_is_read(tmp_path: Path) -> None:
     about = read(tmp_path).about
-    assert set(about.metadata()) == {"format", "flashrl_profile"}
+    assert set(about.metadata()) == {"flashrl_profile"}
     told = About(**{name: getattr(about, name) for name in About.__slots__})
     assert told == about
 
