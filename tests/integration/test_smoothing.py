@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from flashrl_cli import contract
 from flashrl_cli.data.rows import make_row
 from flashrl_cli.data.tiny_policy import make_tokenizer
-from flashrl_cli.errors import InputError, RunFailed
+from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
 from flashrl_cli.quantize import scales
 from flashrl_cli.quantize.calibrate import Calibrated, calibrate
 from flashrl_cli.weights import Unreadable, Weights
@@ -185,13 +186,14 @@ def test_nothing_to_gain(parquet: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_cannot_be_calibrated(parquet: Path, tmp_path: Path) -> None:
-    def refused(match: str, data: Path = parquet, alpha: float | None = None) -> None:
+    def refused(match: str, data: Path = parquet, alpha: float | None = None, samples: int = 2) -> None:
         with pytest.raises(InputError, match=match) as error:
-            calibrate(folder, data, samples=2, alpha=alpha, out=tmp_path / "p", say=lambda _: None)
+            calibrate(folder, data, samples=samples, alpha=alpha, out=tmp_path / "p", say=lambda _: None)
         assert error.value.hint or error.value.problems or data != parquet
 
     folder = planted("qwen2 tied", tmp_path / "model")
     refused("alpha is 1", alpha=1.0)
+    refused("nothing to calibrate on", samples=0)
     refused("no parquet file", data=folder / "config.json")
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"qwen2"', '"gemma3"'))
@@ -201,6 +203,13 @@ def test_what_cannot_be_calibrated(parquet: Path, tmp_path: Path) -> None:
     refused("no chat template")
     (folder / "model.safetensors").unlink()
     refused("cannot be read")
+
+
+def test_a_model_that_does_not_fit(parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = planted("qwen2 tied", tmp_path / "model")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(EnvironmentNotReady, match=r"takes 0\.0 GiB in float32, and 0\.0 GiB are free"):
+        calibrate(folder, parquet, samples=2, alpha=None, out=tmp_path / "p", say=lambda _: None)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ KEPT = 256
 
 def texts(questions: Sequence[Question], count: int) -> list[list[dict[str, str]]]:
     """`count` worked conversations, spread evenly over the data: the prompt and the solution, else the final answer."""
-    count = min(count, len(questions))
+    count = max(0, min(count, len(questions)))
     return [_worked(questions[number * len(questions) // count]) for number in range(count)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 SCHEMA_VERSION = 1
 _MADE_BY = ("torch", "transformers")
+_GIB = 2**30
 _LINES = 10
 """Lines of progress that a part of the work is told in."""
 
@@ -96,6 +98,9 @@ def calibrate(model: Path, parquet: Path, *, samples: int, alpha: float | None, 
     places = junctions(config, found)
     questions = read_questions(parquet, None)
     rows = activations.tokens(model, activations.texts(questions, samples))
+    if not rows:
+        raise InputError(f"{parquet} gives nothing to calibrate on", hint="--samples 64")
+    _room(sum(map(math.prod, found.values())))
     tensors, layers = _worked_out(model, places, rows, alpha, say)
     if not tensors:
         raise RunFailed("smoothing gains nothing for this model; no profile was written", hint="quantize without one")
@@ -119,6 +124,17 @@ def _described(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]
         return read_json(folder / "config.json"), shapes(folder)
     except Unreadable as error:
         raise InputError(str(error), hint="calibration takes an HF folder with safetensors") from None
+
+
+def _room(parameters: int) -> None:
+    """Raise EnvironmentNotReady where the CPU's memory cannot hold the model in float32; a GPU tells itself."""
+    import psutil
+    import torch
+
+    needed, free = 4 * parameters, psutil.virtual_memory().available
+    if not torch.cuda.is_available() and needed > free:
+        what = f"on the CPU the model takes {needed / _GIB:.1f} GiB in float32, and {free / _GIB:.1f} GiB are free"
+        raise EnvironmentNotReady(what, hint="calibrate it on a machine with a GPU")
 
 
 def _worked_out(

@@ -60,7 +60,7 @@ class Profile:
     path: Path
     about: About
     lengths: Mapping[str, tuple[int | None, int | None]]
-    _scales: dict[Any, dict[str, tuple[Any, Any]]] = field(default_factory=dict, compare=False, repr=False)
+    _scales: dict[Any, dict[str, tuple[Any, Any]]] = field(default_factory=dict, init=False, compare=False, repr=False)
     """Scales by name, for each device and dtype that tensors came in."""
 
     @classmethod
