@@ -40,16 +40,6 @@ def gpus() -> int:
     return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout.count("GPU ")
 
 
-@pytest.fixture(scope="session")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained tiny policy: that of FLASHRL_DATA, or one prepared here."""
-    data = Path(os.environ.get("FLASHRL_DATA") or tmp_path_factory.mktemp("data"))
-    if not (data / "tiny" / "model").is_dir():
-        env = {**os.environ, "FLASHRL_DATA": str(data)}
-        subprocess.run([sys.executable, "-m", "flashrl_cli", "prepare", "tiny"], env=env, check=True, timeout=500)
-    return data / "tiny" / "model"
-
-
 def engine(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Run one engine in a process of its own; what it found."""
     folder.mkdir()

@@ -86,7 +86,7 @@ def test_nothing_leaves_the_range_of_e4m3(family: str) -> None:
     weights = list(model.state_dict().items())
     for start in range(0, len(weights), 3):  # buckets that split layers, each in memory that is written anew
         bucket = [(name, tensor.clone()) for name, tensor in weights[start : start + 3]]
-        scales.see(bucket)
+        assert [name for name, _ in scales.bucket(bucket)] == [name for name, _ in bucket]
         for _, tensor in bucket:
             tensor.fill_(0)
     scales.set()
@@ -106,7 +106,7 @@ def test_a_model_of_other_names_is_refused() -> None:
 
     scales = KvScales(layers())
     weights = [(n.replace("q_proj", "query"), t) for n, t in make("Llama").state_dict().items()]
-    scales.see(weights)
+    list(scales.bucket(weights))
     with pytest.raises(RuntimeError, match=r"lacked 'q': take rollout\.kv_cache=auto"):
         scales.set()
 
@@ -117,12 +117,12 @@ def test_the_next_refit_sets_them_anew() -> None:
     model, held = make("Qwen2"), layers()
     scales = KvScales(held)
     weights = dict(model.state_dict())
-    scales.see(weights.items())
+    list(scales.bucket(weights.items()))
     scales.set()
     before = held[1]._v_scale_float
     weights["model.layers.1.self_attn.v_proj.weight"] = weights["model.layers.1.self_attn.v_proj.weight"] / 8
     weights["model.layers.1.self_attn.v_proj.bias"] = weights["model.layers.1.self_attn.v_proj.bias"] / 8
-    scales.see(weights.items())
+    list(scales.bucket(weights.items()))
     scales.set()
     assert held[1]._v_scale_float == before / 8
 
@@ -135,7 +135,8 @@ def test_waking_the_cache_leaves_the_scales(monkeypatch: pytest.MonkeyPatch) -> 
 
     from flashrl_cli.plugins import kv_scales
 
-    monkeypatch.setattr(GPUModelRunner, "init_fp8_kv_scales", GPUModelRunner.init_fp8_kv_scales)
+    current = GPUModelRunner.init_fp8_kv_scales  # patched by the first refit of this process
+    monkeypatch.setattr(GPUModelRunner, "init_fp8_kv_scales", getattr(current, "__wrapped__", current))
     layer = object.__new__(Attention)
     torch.nn.Module.__init__(layer)
     layer.kv_cache_dtype = "fp8"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashrl_cli import contract
+from flashrl_cli.verl.platform import rollout_options
 from flashrl_cli.verl.replicas import bf16_replicas, engine_devices
+from flashrl_cli.weights import Unreadable
+from flashrl_cli.weights.profile import Profile
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from flashrl_cli.contract import Handshake
     from flashrl_cli.launch.plan import LaunchPlan
 
@@ -20,6 +22,7 @@ class Expectation:
     """What must be proven: `workers` rollout workers that hold `precision` and a KV cache in `kv_cache`. No workers: nothing to prove.
 
     Exactly `bf16_workers` of them must hold bf16 instead; `lm_head` is the dtype in which all must compute logits, None for any.
+    `smoothed` counts the tensors that a profile must have changed at the last refit; None means some, where the file is not here.
     """
 
     precision: str
@@ -27,6 +30,7 @@ class Expectation:
     kv_cache: str = "auto"
     bf16_workers: int = 0
     lm_head: str | None = None
+    smoothed: int | None = 0
 
 
 def expectation(plan: LaunchPlan) -> Expectation:
@@ -39,12 +43,21 @@ def expectation(plan: LaunchPlan) -> Expectation:
         rollout.kv_cache,
         bf16_workers=bf16_replicas(plan.spec) * engine_devices(plan.spec),
         lm_head="fp32" if rollout.lm_head_fp32 else None,
+        smoothed=_smoothed(plan),
     )
+
+
+def _smoothed(plan: LaunchPlan) -> int | None:
+    profile = rollout_options(plan.spec).profile
+    try:
+        return len(Profile.read(Path(profile)).names) if profile else 0
+    except Unreadable:  # a cluster's nodes may see files that this machine does not
+        return None
 
 
 def refutation(expected: Expectation, shakes: list[Handshake]) -> str | None:
     """What the handshakes so far already disprove, or None. Every worker must hold its precision in some layer."""
-    reasons = (check(expected, shake) for shake in shakes for check in (_precision, _cache, _logits))
+    reasons = (check(expected, shake) for shake in shakes for check in (_precision, _cache, _logits, _smoothing))
     return next(filter(None, reasons), None) or _mix(expected, shakes)
 
 
@@ -74,6 +87,11 @@ def _logits(expected: Expectation, shake: Handshake) -> str | None:
     )
 
 
+def _smoothing(expected: Expectation, shake: Handshake) -> str | None:
+    unlike = _unlike(expected.smoothed, shake.smoothed)
+    return unlike and f"{unlike} were asked for, but worker {shake.pid} on {shake.host} smoothed {shake.smoothed}"
+
+
 def _mix(expected: Expectation, shakes: list[Handshake]) -> str | None:
     """Too many workers of one precision are too few of the other once all have written."""
     if not expected.bf16_workers:
@@ -86,6 +104,13 @@ def _mix(expected: Expectation, shakes: list[Handshake]) -> str | None:
         f"{expected.bf16_workers} of {expected.workers} rollout workers were to stay in bf16 and {quantized} to take "
         f"{expected.precision}, but {bf16} hold bf16 and {others} {expected.precision}"
     )
+
+
+def _unlike(asked: int | None, smoothed: int) -> str | None:
+    """What was asked for, unless this is it."""
+    if asked is None:
+        return None if smoothed else "tensors smoothed by rollout.profile"
+    return None if smoothed == asked else f"{asked} tensors smoothed by rollout.profile"
 
 
 def missing(expected: Expectation, shakes: list[Handshake]) -> str | None:

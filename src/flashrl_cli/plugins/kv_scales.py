@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.attention import Attention
 
+Bucket = Iterable[tuple[str, torch.Tensor]]
 LARGEST = 448.0
 """Of float8_e4m3fn."""
 MARGIN = 1.05
@@ -71,24 +72,27 @@ class KvScales:
         self._layers = layers
         self._seen: dict[int, _Seen] = {}
 
-    def see(self, bucket: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take note of (name, tensor) pairs, by the names of Hugging Face's Llama, Qwen2 and Qwen3."""
-        for name, tensor in bucket:
+    def bucket(self, weights: Bucket) -> Bucket:
+        """The bucket as it is, noted while it is read by the names of Hugging Face's Llama, Qwen2 and Qwen3."""
+        for name, tensor in weights:
             found = _NAME.search(name)
-            if found is None or int(found[1]) not in self._layers:
-                continue
-            seen = self._seen.setdefault(int(found[1]), _Seen())
-            _, part, kind, normed, before = found.groups()
-            if before:
-                seen.gain = tensor.clone()
-            elif normed:
-                seen.norms[normed] = tensor.clone()
-            elif kind == "bias":
-                seen.biases[part] = tensor.clone()
-            else:
-                seen.width = tensor.shape[1]
-                seen.weights[part] = tensor.clone()
-            seen.settle()
+            if found and int(found[1]) in self._layers:
+                self._note(found, tensor)
+            yield name, tensor
+
+    def _note(self, found: re.Match[str], tensor: torch.Tensor) -> None:
+        index, part, kind, normed, before = found.groups()
+        seen = self._seen.setdefault(int(index), _Seen())
+        if before:
+            seen.gain = tensor.clone()
+        elif normed:
+            seen.norms[normed] = tensor.clone()
+        elif kind == "bias":
+            seen.biases[part] = tensor.clone()
+        else:
+            seen.width = tensor.shape[1]
+            seen.weights[part] = tensor.clone()
+        seen.settle()
 
     def set(self) -> None:
         """Set the scales, to be called when all weights are loaded. Raises RuntimeError if a layer's did not arrive under known names."""
@@ -131,6 +135,7 @@ def keep_over_sleep() -> None:
                 for part in "kv":
                     _set(layer, part, getattr(layer, f"_{part}_scale_float"))
 
+    init_fp8_kv_scales.__wrapped__ = original  # type: ignore[attr-defined]
     setattr(init_fp8_kv_scales, _MARK, True)
     GPUModelRunner.init_fp8_kv_scales = init_fp8_kv_scales
 

@@ -19,10 +19,13 @@ from flashrl_cli import contract
 from flashrl_cli.plugins import in_place, kv_scales
 from flashrl_cli.plugins.float32_head import head_dtype
 from flashrl_cli.plugins.online_linear import OnlineLinearMethod
+from flashrl_cli.plugins.smoothing import Smoothing, profile_here
 
 Bucket = Iterable[tuple[str, torch.Tensor]]
 Load = Callable[[Bucket], None]
 Stream = Callable[[Load], None]
+SMOOTHED = "flashrl_smoothed"
+"""Attribute of a model: how many tensors the profile changed at its last refit."""
 
 
 def refit(
@@ -30,41 +33,35 @@ def refit(
 ) -> float:
     """Reload `model` in place; `stream(load)` must call `load(bucket)` for each bucket of (name, tensor). Returns seconds.
 
+    The profile of this process's RolloutOptions is applied to each tensor before it is quantized.
     `reused` says that a bucket's memory holds other weights after `load` has returned (and its device is synchronized).
     """
     import vllm
 
     contract.require_vllm(vllm.__version__)
     started = time.perf_counter()
-    cache = kv_scales.of(model)
-    if cache:
-        stream = _watched(stream, cache.see)
+    smoothing, cache = Smoothing(profile_here(), device), kv_scales.of(model)
+
+    def prepared(load: Load) -> None:
+        def each(bucket: Bucket) -> None:
+            smoothed = smoothing.bucket(bucket)
+            load(cache.bucket(smoothed) if cache else smoothed)
+
+        stream(each)
+
     within = device.type == "cuda" and in_place.possible(model)
     contract.logger().debug("refit %s begins", "in place" if within else "layer by layer")
     if within:
         with in_place.writable(model):
-            stream(model.load_weights)
+            prepared(model.load_weights)
     else:
-        layerwise(model, model_config, device, stream, reused=reused)
+        layerwise(model, model_config, device, prepared, reused=reused)
     if cache:  # after the layerwise reload, which sets them to 1
         cache.set()
+    setattr(model, SMOOTHED, smoothing.finish())
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
-
-
-def _watched(stream: Stream, see: Load) -> Stream:
-    """`stream` with every bucket shown to `see` before it is loaded."""
-
-    def watched(load: Load) -> None:
-        def both(bucket: Bucket) -> None:
-            listed = list(bucket)
-            see(listed)
-            load(listed)
-
-        stream(both)
-
-    return watched
 
 
 def layerwise(
@@ -122,6 +119,7 @@ def describe(model: torch.nn.Module, *, device: torch.device, refits: int, refit
         refit_s=round(refit_s, 4),
         lm_head=head_dtype(model),
         kv_cache=kv_scales.precision(model),
+        smoothed=getattr(model, SMOOTHED, 0),
     )
 
 

@@ -109,6 +109,20 @@ def table(file: Path) -> tuple[dict[str, Any], int]:
     return entries, 8 + length
 
 
+def shapes(hf: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in an HF folder's safetensors files. Raises Unreadable for one that lacks or is torn."""
+    tables = (table(file)[0] for file in model_files(hf))
+    return {name: tuple(entry["shape"]) for found in tables for name, entry in found.items()}
+
+
+def metadata(file: Path) -> dict[str, str]:
+    """What the writer of a whole safetensors file says beside its tensors."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        found: dict[str, str] = json.loads(stream.read(length)).get("__metadata__", {})
+    return found
+
+
 def samples(file: Path) -> bytes:
     """Digest of a safetensors file's table and of both ends of each tensor. Raises Unreadable if it is torn."""
     entries, start = table(file)

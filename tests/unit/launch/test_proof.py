@@ -11,6 +11,7 @@ from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.contract import Handshake, write_handshake
 from flashrl_cli.launch import proof
 from flashrl_cli.launch.plan import build_plan
+from tests.saved_files import saved_profile
 
 
 def expected(preset: str, rollout: str | None = None, *sets: str) -> proof.Expectation:
@@ -23,7 +24,7 @@ def expected(preset: str, rollout: str | None = None, *sets: str) -> proof.Expec
     )
 
 
-def shake(pid: int, precision: str = "int8") -> Handshake:
+def shake(pid: int, precision: str = "int8", smoothed: int = 0) -> Handshake:
     return Handshake(
         host="node-1",
         pid=pid,
@@ -37,6 +38,7 @@ def shake(pid: int, precision: str = "int8") -> Handshake:
         device="cpu",
         refits=1,
         refit_s=0.1,
+        smoothed=smoothed,
     )
 
 
@@ -92,6 +94,22 @@ def test_a_mixed_run_wants_so_many_of_each() -> None:
         told = str(proof.refutation(asked, held))
         assert "4 of 8 rollout workers were to stay in bf16 and 4 to take int8" in told
     assert "holds fp8" in str(proof.refutation(asked, [shake(1, "fp8")]))
+
+
+def test_a_profile_must_have_been_applied_whole(tmp_path: Path) -> None:
+    file = saved_profile(tmp_path / "p.safetensors", {"a.columns": [2.0], "b.rows": [0.5]})
+    asked = expected("tiny", "int8", f"rollout.profile={file}")
+    assert asked == proof.Expectation("int8", 1, smoothed=2)
+    assert proof.refutation(asked, [shake(1, smoothed=2)]) is None
+    told = proof.refutation(asked, [shake(1, smoothed=2), shake(2, smoothed=1)])
+    assert told == "2 tensors smoothed by rollout.profile were asked for, but worker 2 on node-1 smoothed 1"
+    assert "smoothed 3" in str(proof.refutation(proof.Expectation("int8", 1), [shake(1, smoothed=3)]))
+
+
+def test_a_profile_that_only_the_nodes_see(tmp_path: Path) -> None:
+    asked = expected("tiny", "int8", f"rollout.profile={tmp_path}/none")
+    assert proof.refutation(asked, [shake(1, smoothed=5)]) is None
+    assert "were asked for, but worker 1 on node-1 smoothed 0" in str(proof.refutation(asked, [shake(1)]))
 
 
 def test_missing_counts_workers() -> None:
