@@ -10,10 +10,10 @@ from flashrl_cli.quantize.scheme import INT8, Scheme
 if TYPE_CHECKING:
     import torch
 
-_PIECE = 2**18
+_PIECE = 2**17
 """Elements that are worked on at once."""
-_MAGNITUDE = 0x7FFF
-"""All bits of a float of 16 bits but its sign: as integers these are ordered as the absolute values are."""
+_NUMBER = 0x7F
+"""All bits of an e4m3 but its sign: 0 is stored as 0 and as -0."""
 _E4M3 = -0x78100000
 """Mask of an e4m3 that was moved into a float32: the sign, and the seven bits from 20 on."""
 _ROUNDING = 1 + 2.0**-20
@@ -37,7 +37,25 @@ class Losses:
         )
 
 
-def quantize(weight: torch.Tensor, scheme: Scheme, values: torch.Tensor, scales: torch.Tensor) -> Losses:
+class Room:
+    """Memory for one piece of a weight, which a thread uses again and again."""
+
+    def __init__(self) -> None:
+        self._columns = 0
+
+    def of(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Three tensors [rows, columns]: one of integers in 16 bits, two of float32."""
+        import torch
+
+        if columns != self._columns:
+            size = max(_PIECE, columns)
+            self._bits, self._floats = torch.empty(size, dtype=torch.int16), torch.empty(2, size)
+            self._columns = columns
+        bits, scaled, rounded = (one[: rows * columns].view(rows, columns) for one in (self._bits, *self._floats))
+        return bits, scaled, rounded
+
+
+def quantize(weight: torch.Tensor, scheme: Scheme, values: torch.Tensor, scales: torch.Tensor, room: Room) -> Losses:
     """Write the 8-bit values [N, K] and float32 scales [N, 1] of a weight [N, K] in 16 or 32 bits; float32 is rounded to bf16 first.
 
     scale = max|w| / scheme.largest, value = w / scale, rounded to even: what plugins/int8_linear.py computes on a CPU, and vLLM's kernel
@@ -46,7 +64,6 @@ def quantize(weight: torch.Tensor, scheme: Scheme, values: torch.Tensor, scales:
     import torch
 
     step = max(1, _PIECE // weight.shape[1])
-    room = _Room(min(step, len(weight)), weight.shape[1])
     norms = torch.empty(2, *scales.shape)
     zeros = clipped = 0
     for start in range(0, len(weight), step):
@@ -59,20 +76,10 @@ def quantize(weight: torch.Tensor, scheme: Scheme, values: torch.Tensor, scales:
     return Losses(square, error, zeros, clipped)
 
 
-class _Room:
-    """Memory for one piece of a weight."""
-
-    def __init__(self, rows: int, columns: int) -> None:
-        import torch
-
-        self.bits = torch.empty(rows, columns, dtype=torch.int16)
-        self.scaled, self.rounded = torch.empty(2, rows, columns)
-
-
 def _quantize(
     weight: torch.Tensor,
     scheme: Scheme,
-    room: _Room,
+    room: Room,
     values: torch.Tensor,
     scales: torch.Tensor,
     norms: torch.Tensor,
@@ -82,17 +89,18 @@ def _quantize(
 
     if weight.element_size() > 2:
         weight = weight.bfloat16()
-    bits, scaled, rounded = (one[: len(weight)] for one in (room.bits, room.scaled, room.rounded))
-    torch.bitwise_and(weight.view(torch.int16), _MAGNITUDE, out=bits)
+    bits, scaled, rounded = room.of(*weight.shape)
+    torch.abs(weight, out=bits.view(weight.dtype))
+    # positive floats are ordered as the integers of the same bits, whose largest is found sooner
     largest = bits.amax(dim=1, keepdim=True).view(weight.dtype).float()
     torch.div(largest, scheme.largest, out=scales).clamp_min_(scheme.least)
     torch.div(scaled.copy_(weight), scales, out=scaled)
     if scheme is INT8:
-        values.copy_(torch.round(scaled, out=rounded))
+        numbers = values.copy_(torch.round(scaled, out=rounded))
     else:
-        values.copy_(scaled)
+        numbers = values.copy_(scaled).view(torch.int8) & _NUMBER
         _widen(values, rounded)
-    zeros = rounded.numel() - int(rounded.count_nonzero())
+    zeros = numbers.numel() - int(numbers.count_nonzero())
     torch.linalg.vector_norm(scaled, dim=1, keepdim=True, out=norms[0])
     torch.linalg.vector_norm(rounded.sub_(scaled), dim=1, keepdim=True, out=norms[1])
     return zeros, _beyond(weight, largest, scheme.largest * _ROUNDING * scales)

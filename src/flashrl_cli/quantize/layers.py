@@ -130,7 +130,7 @@ def _refuse_halves(quantized: Iterable[str], modules: Iterable[str]) -> None:
 
 def _groups(modules: set[str]) -> Iterator[list[str]]:
     for parts in FUSED:
-        parents = {module.rpartition(".")[0] for module in modules if module.rpartition(".")[2] == parts[0]}
+        parents = sorted({module.rpartition(".")[0] for module in modules if module.rpartition(".")[2] == parts[0]})
         yield from ([f"{parent}.{part}" for part in parts if f"{parent}.{part}" in modules] for parent in parents)
 
 

@@ -221,8 +221,9 @@ class _Workers:
             losses = arithmetic.quantize(
                 desk.elements(move.tensor, span).view(rows, columns),
                 scheme,
-                desk.room(move.dtype, values).view(rows, columns),
-                desk.room("F32", scales).view(rows, 1),
+                desk.tensor(move.dtype, values).view(rows, columns),
+                desk.tensor("F32", scales).view(rows, 1),
+                desk.room,
             )
         except ValueError as error:
             raise Unreadable(f"{name}: {error}") from None

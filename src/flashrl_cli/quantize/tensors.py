@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashrl_cli.quantize.arithmetic import Room
 from flashrl_cli.quantize.shards import BYTES
 from flashrl_cli.weights import Stored, Unreadable, Weights, model_files, table, ties_head
 
@@ -97,20 +98,21 @@ class Desk(threading.local):
 
     def __init__(self) -> None:
         self._buffers: dict[str, bytearray] = {}
+        self.room = Room()
 
     def elements(self, tensor: Tensor, span: range) -> torch.Tensor:
         """Elements of a tensor [len(span)], until this thread asks again. Raises Unreadable."""
         if tensor.whole is not None:
             flat: torch.Tensor = tensor.whole.view(-1)[span.start : span.stop]
             return flat
-        return self.room(tensor.dtype, self._read(tensor, span))
+        return self.tensor(tensor.dtype, self._read(tensor, span))
 
     def converted(self, tensor: Tensor, span: range, dtype: str) -> memoryview:
         """The bytes of elements, in `dtype`."""
         if tensor.whole is None and tensor.dtype == dtype:
             return self._read(tensor, span)
         memory = self.memory("values", BYTES[dtype] * len(span))
-        self.room(dtype, memory).copy_(self.elements(tensor, span))
+        self.tensor(dtype, memory).copy_(self.elements(tensor, span))
         return memory
 
     def memory(self, use: str, size: int) -> memoryview:
@@ -121,7 +123,7 @@ class Desk(threading.local):
         return memoryview(buffer)[:size]
 
     @staticmethod
-    def room(dtype: str, memory: memoryview) -> torch.Tensor:
+    def tensor(dtype: str, memory: memoryview) -> torch.Tensor:
         """A tensor [elements] that lies in `memory`."""
         import torch
 
