@@ -33,6 +33,22 @@ def saved_tensors(file: Path, **tensors: bytes) -> Path:
     return file
 
 
+def saved_profile(file: Path, scales: dict[str, list[float]], **about: object) -> Path:
+    """A smoothing profile with these scales; `about` replaces what it says of itself."""
+    known: dict[str, object] = {"model": "m", "fingerprint": "f", "shape": {}, "versions": {}}
+    told = {**known, "data": "d", "alpha": None, "samples": 1, "tokens": 2, **about}
+    entries: dict[str, object] = {"__metadata__": {"flashrl_profile": json.dumps(told)}}
+    data = b""
+    for name, values in scales.items():
+        packed = struct.pack(f"<{len(values)}f", *values)
+        offsets = [len(data), len(data) + len(packed)]
+        entries[name] = {"dtype": "F32", "shape": [len(values)], "data_offsets": offsets}
+        data += packed
+    text = json.dumps(entries).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return file
+
+
 def saved_model(model: Path, *, world_size: int = 2, parts: tuple[str, ...] = tuple(layout.PARTS)) -> Path:
     """An `actor/` or `critic/` with all that verl writes there by default."""
     for file in layout.part_files(model, world_size, parts):

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flashrl_cli import paths
 from flashrl_cli.cli import eval_options as options
 from flashrl_cli.cli.options import Json
 
@@ -33,6 +34,7 @@ def evaluate(
     max_model_len: options.MaxModelLen = None,
     seed: options.Seed = 0,
     rollout: options.Precision = options.Rollout.bf16,
+    profile: options.Profile = None,
     tp: options.TensorParallel = 1,
     gpu_memory_utilization: options.MemoryShare = None,
     watch: options.Watch = False,
@@ -58,22 +60,22 @@ def evaluate(
         if merge is not None:
             _merge(output, patterns, merge)
             return
-        from flashrl_cli.evals.job import EngineSettings, Sampling
-        from flashrl_cli.evals.request import plan
+        from flashrl_cli.evals import job, request
 
         lookup = partial(
-            plan,
+            request.plan,
             patterns,
             base=base,
             baseline=baseline,
             dataset=dataset,
             limit=limit,
-            sampling=Sampling(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed),
-            engine=EngineSettings(
+            sampling=job.Sampling(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed),
+            engine=job.EngineSettings(
                 rollout=rollout.value,
                 max_model_len=max_model_len,
                 gpu_memory_utilization=gpu_memory_utilization,
                 tensor_parallel=tp,
+                profile=None if profile is None else str(paths.absolute(profile)),
             ),
             out=out,
         )
@@ -136,7 +138,6 @@ def _show(output: Output, finished: Finished, *, watch: bool, png: bool) -> None
 
 
 def _merge(output: Output, patterns: list[str], target: Path) -> None:
-    from flashrl_cli import paths
     from flashrl_cli.evals.merge import merged
     from flashrl_cli.runs.checkpoints import find
 

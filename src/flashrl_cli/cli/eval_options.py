@@ -48,6 +48,12 @@ MaxModelLen = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
 Precision = Annotated[Rollout, typer.Option("--rollout", help="int8 and fp8 show what such a rollout saw.")]
+Profile = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile", metavar="FILE", help="Smoothing profile to apply, as a rollout with it does (int8, fp8)."
+    ),
+]
 TensorParallel = Annotated[int, typer.Option("--tp", min=1, help="GPUs that share one engine (tensor parallel).")]
 MemoryShare = Annotated[
     float | None,

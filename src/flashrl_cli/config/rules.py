@@ -123,6 +123,19 @@ def engine_batches_its_sequences(spec: RunSpec) -> Iterator[Finding]:
         )
 
 
+def profile_is_applied(spec: RunSpec) -> Iterator[Finding]:
+    """Smoothing changes nothing but what is lost in quantizing, and verl's own weight update knows none."""
+    precision = spec.rollout.precision
+    if spec.rollout.profile is None or precision in {"int8", "fp8"}:
+        return
+    why = (
+        "quantize nothing that it could smooth"
+        if precision == "bf16"
+        else "take verl's own weight update, which smooths nothing"
+    )
+    yield Finding("rollout.profile", f"{precision} rollouts {why}", "--rollout int8, or --set rollout.profile=null")
+
+
 def no_secret_is_written_down(spec: RunSpec) -> Iterator[Finding]:
     """A preset is shared, and a plan is kept with the run: neither is a place for what lets somebody in."""
     named = {f"env.{name}": (name, value) for name, value in spec.env.items()}
@@ -148,6 +161,7 @@ RULES: tuple[Rule, ...] = (
     warmup_ends,
     engine_holds_a_sequence,
     engine_batches_its_sequences,
+    profile_is_applied,
     no_secret_is_written_down,
 )
 

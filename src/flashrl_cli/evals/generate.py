@@ -6,6 +6,7 @@ Imported in the engine process only.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,8 @@ class Generator:
         longest = max(len(self._tokens(prompt)) for prompt in prompts)
         self._limit = job.engine.max_model_len or _needed(job.start, longest + job.sampling.max_tokens)
         self._check_room(longest)
+        # read by the plugins in this process and in those that vLLM starts
+        os.environ[contract.ENV_ROLLOUT] = contract.RolloutOptions(profile=job.engine.profile).text()
         self._llm = LLM(
             model=str(job.start),
             skip_tokenizer_init=True,
@@ -82,6 +85,10 @@ class Generator:
         asked = self._job.engine.rollout
         if holds["precision"] != asked:
             raise EnvironmentNotReady(f"asked for a rollout in {asked}, the engine holds {holds['precision']}")
+        if bool(holds["smoothed"]) != bool(self._job.engine.profile):
+            raise EnvironmentNotReady(
+                f"the engine smoothed {holds['smoothed']} tensors, profile: {self._job.engine.profile}"
+            )
         if not self._llm.reset_prefix_cache():
             raise EnvironmentNotReady("vLLM kept its prefix cache, which belongs to the weights before")
         return holds

@@ -36,13 +36,15 @@ class Sampling:
 class EngineSettings:
     """How the engine runs: `rollout` is the precision of the linear layers, `max_model_len` (tokens) None means as the prompts need.
 
-    `gpu_memory_utilization` is the share of each GPU's memory that vLLM takes, None its default; `tensor_parallel` counts GPUs.
+    `gpu_memory_utilization` is the share of each GPU's memory that vLLM takes, None its default; `tensor_parallel` counts GPUs;
+    `profile` is the absolute path of a smoothing profile.
     """
 
     rollout: str = "bf16"
     max_model_len: int | None = None
     gpu_memory_utilization: float | None = None
     tensor_parallel: int = 1
+    profile: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import paths
-from flashrl_cli.evals import questions
+from flashrl_cli.evals import profiles, questions
 from flashrl_cli.runs.checkpoints import EVAL_FOLDER, Checkpoint, Skipped, find, hf_folder
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Request:
 
     def settings(self) -> dict[str, Any]:
         """How it was asked, as plain data."""
-        return {"sampling": asdict(self.sampling), "rollout": self.engine.rollout}
+        return {"sampling": asdict(self.sampling), "rollout": self.engine.rollout, "profile": self.engine.profile}
 
 
 def plan(
@@ -78,9 +78,11 @@ def plan(
     found = find(patterns)
     start, other = (hf_folder(path) if path else None for path in (base, baseline))
     runs = (c.source for c in found.checkpoints if c.step is not None)
+    checkpoints = _all(found.checkpoints, start, other)
+    profiles.check(engine, [one.hf for one in checkpoints])
     return Request(
         patterns=tuple(patterns),
-        checkpoints=_all(found.checkpoints, start, other),
+        checkpoints=checkpoints,
         base=start,
         baseline=other,
         skipped=found.skipped,

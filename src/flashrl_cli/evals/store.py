@@ -46,6 +46,8 @@ def units(
 ) -> Iterator[Unit | Skipped]:
     """Every checkpoint with every data set, those of one checkpoint together, or why a checkpoint cannot be read."""
     how = {"sampling": asdict(sampling), "rollout": engine.rollout, "max_model_len": engine.max_model_len}
+    if engine.profile:
+        how["profile"] = files.sha256(Path(engine.profile))
     common = json.dumps([how, _versions()], sort_keys=True)
     asked = [(one, _hash(common + "".join(q.line() for q in one.questions))) for one in data]
     for checkpoint in checkpoints:

@@ -1,4 +1,4 @@
-"""What a run reads from this machine: data files and model folders."""
+"""What a run reads from this machine: data files, model folders and a smoothing profile."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashrl_cli.verl.overrides import data_path, model_path
+from flashrl_cli.verl.platform import rollout_options
 
 if TYPE_CHECKING:
     from flashrl_cli.config.spec import RunSpec
+
+PROFILE = "rollout.profile"
 
 
 def local_inputs(spec: RunSpec, data_root: Path) -> dict[str, Path]:
@@ -21,6 +24,8 @@ def local_inputs(spec: RunSpec, data_root: Path) -> dict[str, Path]:
     }
     if spec.algorithm.advantage == "gae" and spec.critic.path:
         named["critic.path"] = model_path(spec.critic.path, data_root)
+    if profile := rollout_options(spec.rollout).profile:
+        named[PROFILE] = profile
     return {key: Path(path) for key, path in named.items() if path.startswith("/")}
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from flashrl_cli.doctor import network, space
 from flashrl_cli.doctor.finding import Finding, fail, ok
 from flashrl_cli.doctor.system import existing
-from flashrl_cli.launch.inputs import local_inputs
+from flashrl_cli.launch import smoothing
+from flashrl_cli.launch.inputs import PROFILE, local_inputs
 from flashrl_cli.paths import checkpoints_root
 from flashrl_cli.verl import needs
 
@@ -28,7 +29,9 @@ def findings(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
 
 def _inputs(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
     for key, path in local_inputs(spec, data_root).items():
-        if path.exists():
+        if key == PROFILE:
+            yield smoothing.judge(path, local_inputs(spec, data_root).get("model.path"))
+        elif path.exists():
             yield ok(key, str(path))
         else:
             yield fail(key, f"{path} does not exist", _how_to_make(path, data_root))

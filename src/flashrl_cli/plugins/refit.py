@@ -18,10 +18,13 @@ import torch
 from flashrl_cli import contract
 from flashrl_cli.plugins import in_place
 from flashrl_cli.plugins.online_linear import OnlineLinearMethod
+from flashrl_cli.plugins.smoothing import Smoothing, profile_here
 
 Bucket = Iterable[tuple[str, torch.Tensor]]
 Load = Callable[[Bucket], None]
 Stream = Callable[[Load], None]
+SMOOTHED = "flashrl_smoothed"
+"""Attribute of a model: how many tensors the profile changed at its last refit."""
 
 
 def refit(
@@ -29,17 +32,24 @@ def refit(
 ) -> float:
     """Reload `model` in place; `stream(load)` must call `load(bucket)` for each bucket of (name, tensor). Returns seconds.
 
+    The profile of this process's RolloutOptions is applied to each tensor before it is quantized.
     `reused` says that a bucket's memory holds other weights after `load` has returned (and its device is synchronized).
     """
     import vllm
 
     contract.require_vllm(vllm.__version__)
     started = time.perf_counter()
+    smoothing = Smoothing(profile_here(), device)
+
+    def smoothed(load: Load) -> None:
+        stream(lambda bucket: load(smoothing.bucket(bucket)))
+
     if device.type == "cuda" and in_place.possible(model):
         with in_place.writable(model):
-            stream(model.load_weights)
+            smoothed(model.load_weights)
     else:
-        layerwise(model, model_config, device, stream, reused=reused)
+        layerwise(model, model_config, device, smoothed, reused=reused)
+    setattr(model, SMOOTHED, smoothing.finish())
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
@@ -98,4 +108,5 @@ def describe(model: torch.nn.Module, *, device: torch.device, refits: int, refit
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         refits=refits,
         refit_s=round(refit_s, 4),
+        smoothed=getattr(model, SMOOTHED, 0),
     )

@@ -109,6 +109,12 @@ def table(file: Path) -> tuple[dict[str, Any], int]:
     return entries, 8 + length
 
 
+def shapes(hf: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in an HF folder's safetensors files. Raises Unreadable for one that lacks or is torn."""
+    tables = (table(file)[0] for file in model_files(hf))
+    return {name: tuple(entry["shape"]) for found in tables for name, entry in found.items()}
+
+
 def metadata(file: Path) -> dict[str, str]:
     """What the writer of a whole safetensors file says beside its tensors."""
     with file.open("rb") as stream:

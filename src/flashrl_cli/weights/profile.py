@@ -49,8 +49,8 @@ class About:
     schema_version: int = SCHEMA_VERSION
 
     def metadata(self) -> dict[str, str]:
-        """The metadata of the profile's file."""
-        return {"format": "pt", META: json.dumps(asdict(self))}
+        """The metadata of the profile's file: one key, because safetensors writes several in any order."""
+        return {META: json.dumps(asdict(self))}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -56,6 +56,20 @@ CASES = [
         "manager naive does not know it",
         "--set reward.manager=dapo",
     ),
+    (
+        "profile_is_applied",
+        GRPO,
+        ("rollout.profile=/p", "rollout.precision=bf16"),
+        "bf16 rollouts quantize nothing that it could smooth",
+        "--set rollout.profile=null",
+    ),
+    (
+        "profile_is_applied",
+        GRPO,
+        ("rollout.profile=/p", "rollout.precision=fp8-block"),
+        "fp8-block rollouts take verl's own weight update",
+        "--set rollout.profile=null",
+    ),
     ("dual_clip_bounds_from_above", GRPO, ("algorithm.clip_c=1",), "1 is not above 1", "--set algorithm.clip_c=3.0"),
     (
         "warmup_ends",

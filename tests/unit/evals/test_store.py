@@ -33,6 +33,7 @@ def test_the_key_names_what_an_answer_depends_on(tmp_path: Path, monkeypatch: py
         unit(one, data(), sampling=dataclasses.replace(SAMPLING, temperature=0.6)),
         unit(one, data(), engine=EngineSettings(rollout="int8")),
         unit(one, data(), engine=EngineSettings(max_model_len=64)),
+        unit(one, data(), engine=EngineSettings(rollout="int8", profile=str(one.hf / "config.json"))),
     ]
     monkeypatch.setattr(store, "_versions", lambda: {"vllm": "9"})
     others.append(unit(one, data()))

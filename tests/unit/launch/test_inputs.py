@@ -32,6 +32,12 @@ def test_paths_stay_paths() -> None:
     assert (found["model.path"], found["data.train"]) == (Path("/m"), Path("/x/t.parquet"))
 
 
+def test_a_profile_is_read_by_its_path() -> None:
+    assert local_inputs(spec("tiny", "rollout.profile=/p.safetensors"), Path("/d"))["rollout.profile"] == Path(
+        "/p.safetensors"
+    )
+
+
 @pytest.mark.parametrize("critic", ["/critic", "org/critic"])
 def test_critic_counts_where_there_is_one(critic: str) -> None:
     sets = [f"critic.path={critic}"]

@@ -10,6 +10,7 @@ from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.contract import Handshake, write_handshake
 from flashrl_cli.launch import proof
 from flashrl_cli.launch.plan import build_plan
+from tests.saved_files import saved_profile
 
 
 def expected(preset: str, rollout: str | None = None, *sets: str) -> proof.Expectation:
@@ -22,7 +23,7 @@ def expected(preset: str, rollout: str | None = None, *sets: str) -> proof.Expec
     )
 
 
-def shake(pid: int, precision: str = "int8") -> Handshake:
+def shake(pid: int, precision: str = "int8", smoothed: int = 0) -> Handshake:
     return Handshake(
         host="node-1",
         pid=pid,
@@ -36,6 +37,7 @@ def shake(pid: int, precision: str = "int8") -> Handshake:
         device="cpu",
         refits=1,
         refit_s=0.1,
+        smoothed=smoothed,
     )
 
 
@@ -60,6 +62,22 @@ def test_refutation_names_the_worker() -> None:
     assert proof.refutation(asked, [shake(1), shake(2)]) is None
     told = str(proof.refutation(asked, [shake(1), shake(2, "bf16")]))
     assert "int8 rollouts were asked for, but worker 2 on node-1 holds bf16" in told
+
+
+def test_a_profile_must_have_been_applied_whole(tmp_path: Path) -> None:
+    file = saved_profile(tmp_path / "p.safetensors", {"a.columns": [2.0], "b.rows": [0.5]})
+    asked = expected("tiny", "int8", f"rollout.profile={file}")
+    assert asked == proof.Expectation("int8", 1, smoothed=2)
+    assert proof.refutation(asked, [shake(1, smoothed=2)]) is None
+    told = proof.refutation(asked, [shake(1, smoothed=2), shake(2, smoothed=1)])
+    assert told == "2 tensors smoothed by rollout.profile were asked for, but worker 2 on node-1 smoothed 1"
+    assert "smoothed 3" in str(proof.refutation(proof.Expectation("int8", 1), [shake(1, smoothed=3)]))
+
+
+def test_a_profile_that_only_the_nodes_see(tmp_path: Path) -> None:
+    asked = expected("tiny", "int8", f"rollout.profile={tmp_path}/none")
+    assert proof.refutation(asked, [shake(1, smoothed=5)]) is None
+    assert "were asked for, but worker 1 on node-1 smoothed 0" in str(proof.refutation(asked, [shake(1)]))
 
 
 def test_missing_counts_workers() -> None:
