@@ -100,6 +100,18 @@ def lookup(model: str) -> Checkpoint:
     return hf_folder(model)
 
 
+def new_profile(model: str, out: Path | None) -> tuple[Path, Path]:
+    """The HF folder to calibrate, and the profile's new file. Raises InputError."""
+    checkpoint = lookup(model)
+    if checkpoint.shards or checkpoint.adapter:
+        hint = f"flashrl eval {model} --merge FOLDER, then calibrate FOLDER"
+        raise InputError(f"{model} is no whole model in Hugging Face's form, which calibration runs", hint=hint)
+    target = paths.absolute(out or f"{Path(checkpoint.run).name}-profile.safetensors")
+    if target.exists():
+        raise InputError(f"{target} exists already", hint="--profile FILE elsewhere, or remove it")
+    return checkpoint.hf, target
+
+
 def check_room(target: Path, size: int) -> None:
     """Raise EnvironmentNotReady where `size` bytes do not fit."""
     free = shutil.disk_usage(existing(target)).free
