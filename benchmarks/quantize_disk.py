@@ -127,8 +127,8 @@ def measured(argv: list[str]) -> dict[str, float]:
     }
 
 
-def quantize(model: str, out: str, scheme: str) -> None:
-    """What `flashrl quantize` does, timed without the start of Python and torch."""
+def quantize(model: str, out: str, scheme: str) -> float:
+    """Seconds of what `flashrl quantize` does after the start of Python and torch."""
     import torch
 
     from flashrl_cli.quantize.offline import quantize as write
@@ -137,7 +137,7 @@ def quantize(model: str, out: str, scheme: str) -> None:
     torch.ones(1).bfloat16()
     started = time.monotonic()
     write(plan(model, Path(out), scheme, [], None), lambda _: None)
-    print(json.dumps({"core_s": time.monotonic() - started}))
+    return time.monotonic() - started
 
 
 def case(model: Path, scheme: str, *, warm: bool, repeat: int) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--quantize", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quantize:
-        quantize(*args.quantize)
+        print(json.dumps({"core_s": quantize(*args.quantize)}))
         return
     cases = []
     for dtype, scheme in CASES:

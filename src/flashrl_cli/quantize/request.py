@@ -21,7 +21,7 @@ from flashrl_cli.weights.profile import Profile
 if TYPE_CHECKING:
     from flashrl_cli.quantize.scheme import Scheme
 
-_OTHER_FORMS = ("*.bin", "*.pt", "*.pth", "*.gguf")
+_OTHER_FORMS = ("*.bin", "*.pth", "*.gguf")
 _TRANSPOSED = frozenset({"gpt2", "openai-gpt"})
 """Families whose linear weights lie as [K, N] (transformers' Conv1D), which vLLM turns as it loads them."""
 _SENSES = ("vision_config", "audio_config")
@@ -92,7 +92,7 @@ def plan(model: str, out: Path | None, scheme_name: str, ignore: Sequence[str], 
 def lookup(model: str) -> Checkpoint:
     """The one model that is meant: a folder, a step of a run, an adapter, an id on the hub. Raises InputError."""
     folder = paths.absolute(model)
-    if folder.is_dir() and not list(folder.rglob("*.safetensors")):
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
         other = next((file.name for form in _OTHER_FORMS for file in sorted(folder.glob(form))), None)
         if other:
             hint = "save it with `save_pretrained` of Transformers, which writes safetensors"

@@ -19,6 +19,7 @@ BYTES = {
 """Size of one element, by safetensors' names of dtypes."""
 INDEX = "model.safetensors.index.json"
 _ALIGNED = 8
+_FORMAT = {"format": "pt"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +45,9 @@ class Layout:
     size: int
 
 
-def layout(entries: Iterable[Entry]) -> Layout:
+def layout(entries: Iterable[Entry], metadata: Mapping[str, str] = _FORMAT) -> Layout:
     """Place tensors as safetensors' own writer does: the largest elements first, so that all are aligned, then by name."""
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    table: dict[str, object] = {"__metadata__": dict(metadata)}
     starts, end = {}, 0
     for entry in sorted(entries, key=lambda entry: (-BYTES[entry.dtype], entry.name)):
         starts[entry.name] = end
