@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import paths
+from flashrl_cli.cli import quantize_options as options
 from flashrl_cli.cli.options import Json
 from flashrl_cli.errors import InputError
 
@@ -18,43 +17,15 @@ SCHEMA_VERSION = 1
 
 
 def quantize(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Folder with safetensors, a run's global_step_N, a LoRA adapter, or a hub id.",
-            show_default=False,
-        ),
-    ],
+    model: options.Model,
     *,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", "-o", metavar="DIR", help="New folder for the quantized model (default: ./MODEL-SCHEME)."
-        ),
-    ] = None,
-    scheme: Annotated[
-        str | None, typer.Option(metavar="int8|fp8", help="Precision of weights and activations (W8A8).")
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME|re:PATTERN", help="Leave these layers in 16 bits; repeatable."),
-    ] = None,
-    profile: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Smoothing profile: applied to the weights; with --calibrate, written."),
-    ] = None,
-    calibrate: Annotated[
-        Path | None,
-        typer.Option(metavar="PARQUET", help="Make a smoothing profile from the model's activations on these prompts."),
-    ] = None,
-    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts to calibrate on.")] = 64,
-    alpha: Annotated[
-        str,
-        typer.Option(
-            metavar="A|auto", help="Share of the activations' range that weights take over, 0 to 1, or by layer."
-        ),
-    ] = "auto",
+    out: options.Out = None,
+    scheme: options.Scheme = None,
+    ignore: options.Ignore = None,
+    profile: options.ProfileFile = None,
+    calibrate: options.Calibrate = None,
+    samples: options.Samples = 64,
+    alpha: options.Alpha = "auto",
     json: Json = False,
 ) -> None:
     """Quantize a model on disk: a W8A8 checkpoint that stock vLLM loads.
