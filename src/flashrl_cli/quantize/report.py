@@ -66,7 +66,7 @@ class Report:
                 "mean_error": sum(layer.error for layer in self.layers) / len(self.layers),
                 "worst_error": max(layer.error for layer in self.layers),
             },
-            "layers": [asdict(layer) for layer in self.layers],
+            "layers": [{**asdict(layer), "shape": list(layer.shape)} for layer in self.layers],
             "kept": list(self.kept),
         }
 
