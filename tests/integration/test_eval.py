@@ -60,7 +60,7 @@ def place(workshop: Workshop, saved: dict[int, Path], tmp_path_factory: pytest.T
     plan = workshop.root / "runs" / "lora" / "attempt_1" / "plan.json"
     plan.parent.mkdir(parents=True)
     plan.write_text(json.dumps({"overrides": [f"actor_rollout_ref.model.path={found.model}"]}))
-    quantized(found.model, root / "w8a8")
+    workshop.run("quantize", found.model, "--scheme", "int8", "-o", root / "w8a8")
     return found
 
 
@@ -105,30 +105,6 @@ def as_the_fork_saved_it(step: Path, target: Path) -> None:
     for file in (actor / "huggingface").iterdir():
         file.rename(actor / file.name)
     (actor / "huggingface").rmdir()
-
-
-def quantized(model: Path, folder: Path) -> None:
-    """The model in W8A8, as compressed-tensors keeps it: one scale for each output channel, activations by token."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(model, folder)
-    scheme = {"num_bits": 8, "type": "int", "symmetric": True}
-    group = {
-        "targets": ["Linear"],
-        "weights": {**scheme, "strategy": "channel", "dynamic": False},
-        "input_activations": {**scheme, "strategy": "token", "dynamic": True},
-    }
-    method = {"quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed"}
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {**method, "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = load_file(folder / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        weight = tensors[name].float()
-        scale = weight.abs().amax(dim=1, keepdim=True) / 127
-        tensors |= {name: (weight / scale).round().to(torch.int8), name.replace("weight", "weight_scale"): scale}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def texts(folder: Path, run: str, step: int | None, dataset: str) -> list[str]:
@@ -278,16 +254,19 @@ def test_sampling_and_precision(place: Place) -> None:
     assert (written["engine"]["precision"], written["engine"]["quantized_layers"]) == ("int8", 8)
 
     alone, w8a8 = run / "global_step_10", place.root / "w8a8"
-    document, said = place.eval(alone, w8a8, *int8[:-1], place.root / "alone")
+    document, said = place.eval(alone, place.model, w8a8, *int8[:-1], place.root / "alone")
     assert said.count("starting the vLLM engine") == 2
     assert {row["run"]: row["precision"] for row in document["results"]} == {
         "run": "int8",
+        "model": "int8",
         "w8a8": "compressed-tensors",
     }
     first = texts(place.root / "int8", "run", 10, "tiny")
     assert first == texts(place.root / "alone", "run", 10, "tiny")
     assert any(a != b for a, b in zip(first[::2], first[1::2], strict=True)), "samples of one prompt differ"
     assert next(row["accuracy"] for row in document["results"] if row["run"] == "w8a8") > 0.4
+    online, offline = (texts(place.root / "alone", run, None, "tiny") for run in ("model", "w8a8"))
+    assert online == offline, "weights quantized on disk and while they are loaded make the same engine"
 
 
 def test_interrupt_leaves_nothing_behind(place: Place) -> None:

@@ -14,6 +14,7 @@ from flashrl_cli.cli.eval import evaluate
 from flashrl_cli.cli.eval_show import show
 from flashrl_cli.cli.prepare import prepare
 from flashrl_cli.cli.presets import presets
+from flashrl_cli.cli.quantize import quantize
 from flashrl_cli.cli.runs import runs
 from flashrl_cli.cli.train import train
 from flashrl_cli.errors import ExitCode, FlashrlError
@@ -44,6 +45,7 @@ def root(
 
 
 app.command("prepare")(prepare)
+app.command("quantize")(quantize)
 app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("eval show")(show)

@@ -23,10 +23,11 @@ FILE_BYTES = 2**30
 Shapes = dict[str, tuple[int, ...]]
 
 _TRAINERS = {"dtype", "torch_dtype", "attn_implementation", "_attn_implementation"}
-_OTHER_FORMS = shutil.ignore_patterns(
+OTHER_FORMS = shutil.ignore_patterns(
     "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.gguf", "onnx", "original", ".*",
     layout.FSDP_CONFIG, layout.LORA,
 )  # fmt: skip
+"""What of a folder is no config, tokenizer or text: weights in any form, and what a checkpoint is kept by."""
 _GIB = 2**30
 
 
@@ -67,11 +68,11 @@ def write(weights: Weights, folder: Path) -> None:
     weights.check()
     if weights.shards or weights.adapter:
         logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)  # a warning about torch.compile
-        shutil.copytree(weights.hf, folder, ignore=_OTHER_FORMS)
+        shutil.copytree(weights.hf, folder, ignore=OTHER_FORMS)
         _save(folder, weights.tensors())
     else:
         shutil.copytree(weights.hf, folder)
-    _clean_config(folder / "config.json")
+    clean_config(folder / "config.json")
     readable = (folder / "config.json").stat().st_mode
     for file in folder.glob("*.safetensors"):
         file.chmod(readable)  # safetensors writes for its user alone
@@ -158,7 +159,7 @@ def _groups(tensors: Iterator[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
         yield group
 
 
-def _clean_config(config: Path) -> None:
+def clean_config(config: Path) -> None:
     """Leave out of config.json what was the trainer's: its float32, which a reader would make of the weights, its attention."""
     data = json.loads(config.read_text(encoding="utf-8"))
     if "quantization_config" not in data:

@@ -7,7 +7,7 @@ when tensors are read; `check` and `fingerprint` do without it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,22 @@ from flashrl_cli.weights.contents import (
     torn,
 )
 from flashrl_cli.weights.lora import PEFT_CONFIG, PEFT_WEIGHTS, VERL_META, Adapter, is_lora, unwrapped
-from flashrl_cli.weights.reading import Source, from_safetensors, from_shards
+from flashrl_cli.weights.reading import FLOATS, Source, Stored, from_safetensors, from_shards
 
 __all__ = [
+    "FLOATS",
     "PEFT_CONFIG",
     "PEFT_WEIGHTS",
     "VERL_META",
+    "Stored",
     "Unreadable",
     "Weights",
     "holds_adapter_alone",
     "model_files",
     "read_json",
     "stored_in_float32",
+    "table",
+    "ties_head",
     "torn",
 ]
 
@@ -77,9 +81,20 @@ class Weights:
         used is let go: memory for a few tensors, not for the model. Raises Unreadable for a torn file, a file with code in it, or
         parts that do not fit together.
         """
-        source = self._source()
+        source = self.source()
         for name in sorted(source):
-            yield name, source.pop(name)()
+            yield name, source.pop(name).read()
+
+    def source(self) -> Source:
+        """What `tensors` reads, by name, with the shape and dtype of each: nothing is read yet. Raises Unreadable."""
+        if self.adapter:
+            return self._adapted(self.adapter)
+        if not self.shards:
+            return from_safetensors(model_files(self.hf))
+        source = from_shards(self.shards)
+        if any(map(is_lora, source)):
+            raise Unreadable(f"{self.shards[0]} holds a LoRA adapter, and no {VERL_META} tells its alpha")
+        return self._without_tied(source)
 
     def check(self) -> None:
         """Raise Unreadable for what a look at the files' tables of contents shows to be torn; reads no tensors."""
@@ -104,16 +119,6 @@ class Weights:
             digest.update(file.name.encode() + hashlib.sha256(read_bytes(file)).digest())
         return digest.hexdigest()
 
-    def _source(self) -> Source:
-        if self.adapter:
-            return self._adapted(self.adapter)
-        if not self.shards:
-            return from_safetensors(model_files(self.hf))
-        source = from_shards(self.shards)
-        if any(map(is_lora, source)):
-            raise Unreadable(f"{self.shards[0]} holds a LoRA adapter, and no {VERL_META} tells its alpha")
-        return self._without_tied(source)
-
     def _adapted(self, folder: Path) -> Source:
         adapter = Adapter.read(folder)
         found = from_shards(self.shards, exact=True) if self.shards else from_safetensors([folder / PEFT_WEIGHTS])
@@ -131,8 +136,7 @@ class Weights:
         return from_safetensors(model_files(self.base))
 
     def _without_tied(self, source: Source) -> Source:
-        tied = "lm_head.weight" in source and any(name.endswith("embed_tokens.weight") for name in source)
-        if tied and _is_tied(self.hf):
+        if ties_head(self.hf, source):
             source.pop("lm_head.weight")
         return source
 
@@ -159,6 +163,12 @@ def holds_adapter_alone(shard: Path) -> bool:
 def stored_in_float32(shard: Path) -> bool:
     """Whether a shard holds tensors in float32, which take twice what they take in bf16. Raises Unreadable for a torn file."""
     return "torch FloatStorage" in texts(shard)
+
+
+def ties_head(hf: Path, names: Collection[str]) -> bool:
+    """Whether a model holds an lm_head that its config ties to the embedding, so that no reader looks at it."""
+    both = "lm_head.weight" in names and any(name.endswith("embed_tokens.weight") for name in names)
+    return both and _is_tied(hf)
 
 
 def _is_tied(hf: Path) -> bool:

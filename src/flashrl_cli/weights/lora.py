@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flashrl_cli.weights.contents import Unreadable, read_json
-from flashrl_cli.weights.reading import Source, in_bf16
+from flashrl_cli.weights.reading import Source, Stored, in_bf16
 
 VERL_META = "lora_train_meta.json"
 """Rank and alpha of LoRA shards (verl/utils/checkpoint/fsdp_checkpoint_manager.py:129)."""
@@ -60,20 +59,23 @@ class Adapter:
 
     def add(self, whole: Source, lora: Source) -> Source:
         """`whole` in bf16, and changed where `lora` has matrices. Raises Unreadable for a matrix without a weight."""
-        pairs: dict[str, dict[str, Callable[[], Any]]] = {}
-        for name, read in lora.items():
+        pairs: dict[str, dict[str, Stored]] = {}
+        for name, matrix in lora.items():
             match = _MATRIX.fullmatch(name)
             if not match:
                 raise Unreadable(f"{self.folder} holds {name}, which cannot be merged")
-            pairs.setdefault(f"{match['module']}.weight", {})[match["side"]] = read
+            pairs.setdefault(f"{match['module']}.weight", {})[match["side"]] = matrix
         for name, pair in pairs.items():
             if name not in whole or len(pair) != 2:
                 raise Unreadable(f"{self.folder} holds no pair of matrices for a weight that is there: {name}")
-        changed = {name: partial(self._added, name, whole[name], **pair) for name, pair in pairs.items()}
+        changed = {
+            name: replace(whole[name], dtype="BF16", read=partial(self._added, name, whole[name], **pair))
+            for name, pair in pairs.items()
+        }
         return in_bf16(whole) | changed
 
-    def _added(self, name: str, read: Callable[[], Any], A: Callable[[], Any], B: Callable[[], Any]) -> Any:  # noqa: N803
-        weight, down, up = (tensor().float() for tensor in (read, A, B))
+    def _added(self, name: str, whole: Stored, A: Stored, B: Stored) -> Any:  # noqa: N803
+        weight, down, up = (stored.read().float() for stored in (whole, A, B))
         delta = up @ down if down.ndim == up.ndim == 2 and down.shape[0] == up.shape[1] == self.rank else None
         if delta is not None and self.transposed:
             delta = delta.T

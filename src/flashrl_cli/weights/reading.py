@@ -9,14 +9,32 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flashrl_cli.weights.contents import Unreadable
 
-Source = dict[str, Callable[[], Any]]
-"""What reads each tensor, whole, by its name; it is called once."""
+_DTYPES = {
+    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.int64": "I64",
+    "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8", "torch.bool": "BOOL",
+}  # fmt: skip
+"""Dtypes of torch's to safetensors' names for them."""
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """A tensor that is still in its file: what it will be (`dtype` as safetensors names it), and what reads it, whole and once."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], Any]
+
+
+Source = dict[str, Stored]
+"""Tensors by their names."""
 _FORBIDDEN = re.compile(r"GLOBAL (\S+)")
 
 
@@ -30,8 +48,13 @@ def from_safetensors(files: Iterable[Path]) -> Source:
             opened: Any = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise Unreadable(f"{file} is torn: {error}") from error
-        source |= {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+        source |= {name: _sliced(opened, name) for name in opened.keys()}  # noqa: SIM118 - no mapping
     return source
+
+
+def _sliced(opened: Any, name: str) -> Stored:
+    found = opened.get_slice(name)
+    return Stored(shape=tuple(found.get_shape()), dtype=found.get_dtype(), read=partial(opened.get_tensor, name))
 
 
 def from_shards(shards: Sequence[Path], *, exact: bool = False) -> Source:
@@ -42,16 +65,30 @@ def from_shards(shards: Sequence[Path], *, exact: bool = False) -> Source:
     ranks = [_load(shard) for shard in shards]
     if any(rank.keys() != ranks[0].keys() for rank in ranks):
         raise Unreadable(f"the shards in {shards[0].parent} do not hold the same parameters")
-    return {name: partial(_join, name, ranks, exact=exact) for name in ranks[0]}
+    return {name: _in_parts(name, ranks, exact=exact) for name in ranks[0]}
+
+
+def _in_parts(name: str, ranks: list[dict[str, Any]], *, exact: bool) -> Stored:
+    first = ranks[0][name]
+    dtype = _DTYPES.get(str(first.dtype), str(first.dtype))
+    read = partial(_join, name, ranks, exact=exact)
+    return Stored(shape=tuple(first.shape), dtype=dtype if exact else _rounded_dtype(dtype), read=read)
 
 
 def in_bf16(source: Source) -> Source:
     """`source` whose tensors are in bf16, as far as they are floating-point."""
-    return {name: partial(_read_in_bf16, read) for name, read in source.items()}
+    return {
+        name: Stored(shape=one.shape, dtype=_rounded_dtype(one.dtype), read=partial(_read_in_bf16, one.read))
+        for name, one in source.items()
+    }
 
 
 def _read_in_bf16(read: Callable[[], Any]) -> Any:
     return _rounded(read())
+
+
+def _rounded_dtype(dtype: str) -> str:
+    return "BF16" if dtype in FLOATS else dtype
 
 
 def _rounded(tensor: Any) -> Any:

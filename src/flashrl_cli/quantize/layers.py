@@ -1,0 +1,139 @@
+"""Which of a model's tensors are linear layers to quantize, and which stay as they are: told by names and shapes alone."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from flashrl_cli.errors import InputError, Problem
+
+HEAD = "lm_head"
+PATTERN = "re:"
+"""Begins an entry of `ignore` that is a regular expression, matched from a name's start (compressed_tensors/utils/match.py)."""
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
+"""Layers that vLLM joins into one (`packed_modules_mapping` of its models), which then has one scheme."""
+TILE = 16
+"""What both sizes of a weight must be a multiple of for vLLM's CUTLASS kernels (vllm/_custom_ops.py:850 in 0.24, cutlass_scaled_mm)."""
+EXPERTS_HINT = "--ignore 're:.*experts.*'"
+
+_WEIGHT = ".weight"
+_IN_LAYER = re.compile(r"(^|\.)\d+\.")
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+_LISTED = 3
+Shapes = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Modules whose weight is quantized, linear modules that stay, and entries for config.json's `ignore` that say so.
+
+    `odd` are quantized modules whose shape CUTLASS does not take; `experts` those among the ones that stay.
+    """
+
+    quantized: tuple[str, ...]
+    kept: tuple[str, ...]
+    ignore: tuple[str, ...]
+    odd: tuple[str, ...]
+    experts: tuple[str, ...]
+
+
+def choose(shapes: Shapes, ignore: Sequence[str]) -> Choice:
+    """Divide a model's tensors. `ignore` holds names of layers and `re:` patterns.
+
+    Raises InputError for an entry that is no pattern or matches nothing, for experts that it does not cover, for layers that vLLM joins
+    and of which it covers some, and for a model without linear layers.
+    """
+    patterns = {entry: _pattern(entry) for entry in ignore}
+    modules = [name.removesuffix(_WEIGHT) for name in shapes if is_matrix(name, shapes[name])]
+    ignored = {module for module in (*modules, *_experts(shapes)) if any(p.match(module) for p in patterns.values())}
+    _refuse_useless(patterns, [*modules, *_experts(shapes), HEAD])
+    experts = _experts(shapes)
+    _refuse_experts([module for module in experts if module not in ignored])
+    quantized = [module for module in modules if module not in ignored and _is_layer(module)]
+    _refuse_halves(quantized, modules)
+    if not quantized:
+        raise InputError("no linear layer to quantize", hint="name a language model's folder, or ignore fewer layers")
+    kept = sorted({*modules, *experts} - set(quantized))
+    unmatched = [module for module in kept if module not in ignored and module != HEAD]
+    return Choice(
+        quantized=tuple(quantized),
+        kept=tuple(kept),
+        ignore=(HEAD, *(entry for entry in ignore if entry != HEAD), *unmatched),
+        odd=tuple(module for module in quantized if any(size % TILE for size in shapes[module + _WEIGHT])),
+        experts=tuple(experts),
+    )
+
+
+def is_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is the weight [N, K] of a linear module: no embedding, no expert's."""
+    module = name.removesuffix(_WEIGHT)
+    last = module.rsplit(".", 1)[-1]
+    embeds = "emb" in last or last in {"wte", "wpe"}
+    return name.endswith(_WEIGHT) and len(shape) == 2 and not embeds and not is_expert(name)
+
+
+def _is_layer(module: str) -> bool:
+    """Whether a linear module is one of a numbered layer's, and no router, whose choice decides for a whole expert."""
+    last = module.rsplit(".", 1)[-1]
+    return bool(_IN_LAYER.search(module)) and last not in _ROUTERS and ".router." not in module
+
+
+def is_expert(name: str) -> bool:
+    """Whether a tensor belongs to the experts of a mixture."""
+    return ".experts." in name
+
+
+def _experts(shapes: Shapes) -> list[str]:
+    """Modules, or fused tensors, that hold experts' matrices."""
+    return [name.removesuffix(_WEIGHT) for name in shapes if is_expert(name) and len(shapes[name]) > 1]
+
+
+def _pattern(entry: str) -> re.Pattern[str]:
+    """What matches the names that an entry of `ignore` means. Raises InputError."""
+    if not entry.startswith(PATTERN):
+        return re.compile(re.escape(entry) + r"\Z")
+    try:
+        return re.compile(entry.removeprefix(PATTERN))
+    except re.error as error:
+        raise InputError(f"--ignore {entry}: no regular expression ({error})", hint="quote it: 're:.*mlp.*'") from None
+
+
+def _refuse_useless(patterns: Mapping[str, re.Pattern[str]], modules: Sequence[str]) -> None:
+    """A pattern that matches nothing is a slip of the pen, and the layer that it meant would be quantized."""
+    problems = []
+    for entry, pattern in patterns.items():
+        if not any(map(pattern.match, modules)):
+            close = difflib.get_close_matches(entry, modules, n=1)
+            problems.append(Problem(f"--ignore {entry} matches no layer", hint=f"meant: {close[0]}" if close else None))
+    if problems:
+        example = next(iter(modules))
+        raise InputError("layers to ignore that are not there", problems=problems, hint=f"a layer is called {example}")
+
+
+def _refuse_experts(experts: Sequence[str]) -> None:
+    if experts:
+        what = f"{len(experts)} matrices of experts, {_some(experts)}: only dense layers are quantized here"
+        raise InputError(what, hint=f"{EXPERTS_HINT} leaves them in 16 bits")
+
+
+def _refuse_halves(quantized: Iterable[str], modules: Iterable[str]) -> None:
+    found, there = set(quantized), set(modules)
+    for group in _groups(there):
+        states = {module in found for module in group}
+        if len(states) > 1:
+            names = " and ".join(sorted(group))
+            hint = "ignore all of them or none"
+            raise InputError(f"vLLM joins {names} into one layer, which cannot be in two precisions", hint=hint)
+
+
+def _groups(modules: set[str]) -> Iterator[list[str]]:
+    for parts in FUSED:
+        parents = sorted({module.rpartition(".")[0] for module in modules if module.rpartition(".")[2] == parts[0]})
+        yield from ([f"{parent}.{part}" for part in parts if f"{parent}.{part}" in modules] for parent in parents)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

@@ -1,0 +1,238 @@
+"""A model's folder in 8 bits, written while the model is read: whole when it appears, or not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashrl_cli import files
+from flashrl_cli.errors import EnvironmentNotReady, InputError
+from flashrl_cli.evals import merge
+from flashrl_cli.quantize import arithmetic, manifest, request
+from flashrl_cli.quantize.arithmetic import Losses
+from flashrl_cli.quantize.report import Layer, Report
+from flashrl_cli.quantize.shards import BYTES, INDEX, Entry, ShardFile
+from flashrl_cli.quantize.tensors import Desk, Tensor
+from flashrl_cli.weights import FLOATS, Unreadable, Weights, read_json
+
+if TYPE_CHECKING:
+    from flashrl_cli.quantize.request import Request
+    from flashrl_cli.quantize.scheme import Scheme
+
+_THREADS = 16
+_WAITING = 8
+"""Tensors whose pieces may wait for a thread; each holds no memory."""
+_WIDE = ("F32", "F64")
+_WEIGHT, _SCALE = ".weight", ".weight_scale"
+
+Advance = Callable[[str], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """A tensor on its way from one folder to the other: as it is, in another dtype, or in 8 bits by `scheme`."""
+
+    tensor: Tensor
+    dtype: str
+    scheme: Scheme | None = None
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """What it becomes in the new file."""
+        whole = Entry(name=self.tensor.name, dtype=self.dtype, shape=self.tensor.shape)
+        if self.scheme is None:
+            return (whole,)
+        return whole, Entry(name=self.scale, dtype="F32", shape=(self.tensor.shape[0], 1))
+
+    @property
+    def scale(self) -> str:
+        """Name of its scales."""
+        return self.tensor.name.removesuffix(_WEIGHT) + _SCALE
+
+    @property
+    def bytes(self) -> int:
+        """What it takes in the new file."""
+        return sum(entry.bytes for entry in self.entries)
+
+
+Shards = dict[str, list[Move]]
+
+
+def quantize(wanted: Request, advance: Advance) -> tuple[dict[str, Any], bool]:
+    """The manifest of the quantized folder, and whether it was there already, made of the same. `advance` is told each tensor that is done.
+
+    Raises InputError for a folder that holds something else and for weights that cannot be read, EnvironmentNotReady where the result
+    does not fit or cannot be written.
+    """
+    path = wanted.profile.path if wanted.profile else None
+    try:
+        made_of = manifest.inputs(wanted.checkpoint.weights, wanted.scheme.name, wanted.asked, path)
+    except Unreadable as error:
+        raise InputError(str(error), hint="copy or save it again") from None
+    if document := manifest.found(wanted.target, made_of):
+        return document, True
+    merge.new_folder(wanted.target)
+    shards = sharded(wanted)
+    request.check_room(wanted.target, sum(move.bytes for moves in shards.values() for move in moves))
+    try:
+        with files.replacing(wanted.target) as folder:
+            report = _write(wanted, shards, folder, advance)
+            return manifest.write(folder, wanted.name, made_of, report.document()), False
+    except Unreadable as error:
+        raise InputError(f"{wanted.name} cannot be quantized: {error}", hint="nothing was written") from None
+    except OSError as error:
+        raise EnvironmentNotReady(f"{wanted.target} cannot be written: {error.strerror or error}") from None
+
+
+def sharded(wanted: Request) -> Shards:
+    """Each new file and what goes into it: the files that the model has, else some of about merge.FILE_BYTES."""
+    quantized = {module + _WEIGHT for module in wanted.choice.quantized}
+    wide = any(wanted.tensors[name].dtype in _WIDE for name in quantized)
+    moves = [
+        _move(tensor, wanted.scheme if tensor.name in quantized else None, wide) for tensor in wanted.tensors.values()
+    ]
+    found: Shards = {}
+    if all(move.tensor.file for move in moves):
+        for move in moves:
+            found.setdefault(move.tensor.file.name if move.tensor.file else "", []).append(move)
+        return found
+    size = 0
+    for move in moves:
+        found.setdefault(f"model-{size // merge.FILE_BYTES + 1:05d}.safetensors", []).append(move)
+        size += move.bytes
+    return found
+
+
+def _move(tensor: Tensor, scheme: Scheme | None, wide: bool) -> Move:
+    """Where one tensor goes. In a `wide` model, which engines round to bf16 anyway, everything else is rounded here."""
+    if scheme:
+        return Move(tensor=tensor, dtype=scheme.dtype, scheme=scheme)
+    return Move(tensor=tensor, dtype="BF16" if wide and tensor.dtype in FLOATS else tensor.dtype)
+
+
+def _write(wanted: Request, shards: Shards, folder: Path, advance: Advance) -> Report:
+    shutil.copytree(wanted.checkpoint.hf, folder, ignore=merge.OTHER_FORMS)
+    folder.chmod(folder.stat().st_mode | 0o700)  # a copy of a folder that is not writable is not writable
+    _write_config(wanted, folder / "config.json", narrowed=_is_narrowed(shards))
+    layers: list[Layer] = []
+    with _threads() as pool:
+        for name, moves in shards.items():
+            entries = [entry for move in moves for entry in move.entries]
+            with ShardFile(folder / name, entries) as out:
+                layers += _Workers(pool, out, wanted, advance).move(moves)
+    if set(shards) != {"model.safetensors"}:
+        _write_index(folder, shards)
+    Weights(hf=folder).check()
+    moves = [move for moves in shards.values() for move in moves]
+    return Report(
+        layers=tuple(layers),
+        kept=wanted.choice.kept,
+        before=sum(move.tensor.bytes for move in moves),
+        after=sum(move.bytes for move in moves),
+    )
+
+
+def _is_narrowed(shards: Shards) -> bool:
+    return any(move.tensor.dtype in _WIDE and move.scheme for moves in shards.values() for move in moves)
+
+
+def _write_config(wanted: Request, config: Path, *, narrowed: bool) -> None:
+    if narrowed or wanted.checkpoint.shards or wanted.checkpoint.adapter:
+        merge.clean_config(config)
+    data = read_json(config)
+    files.write_json(config, {**data, "quantization_config": wanted.scheme.config(wanted.choice.ignore)})
+
+
+def _write_index(folder: Path, shards: Shards) -> None:
+    names = {entry.name: name for name, moves in shards.items() for move in moves for entry in move.entries}
+    total = sum(move.bytes for moves in shards.values() for move in moves)
+    files.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads for all cores, each with torch's own parallelism off; what waits is dropped when something fails."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(min(_THREADS, len(os.sched_getaffinity(0))))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+class _Workers:
+    """Moves tensors into one file, by pieces, in all threads."""
+
+    def __init__(self, pool: ThreadPoolExecutor, out: ShardFile, wanted: Request, advance: Advance) -> None:
+        self._pool, self._out, self._advance = pool, out, advance
+        self._profile = wanted.profile
+        self._desk = Desk()
+
+    def move(self, moves: Sequence[Move]) -> Iterator[Layer]:
+        """Move all of them; yields a report on each that becomes 8-bit. Raises Unreadable and OSError."""
+        waiting: deque[tuple[Move, list[Future[Losses]]]] = deque()
+        for move in moves:
+            ready = self._prepared(move)
+            step = ready.tensor.shape[1] if ready.scheme else 1
+            put = partial(self._quantize, ready, ready.scheme) if ready.scheme else partial(self._copy, ready)
+            waiting.append((move, [self._pool.submit(put, span) for span in ready.tensor.spans(step)]))
+            # what is whole in memory goes before the next one comes
+            while len(waiting) > (0 if ready.tensor.whole is not None else _WAITING):
+                yield from self._finished(*waiting.popleft())
+        while waiting:
+            yield from self._finished(*waiting.popleft())
+
+    def _prepared(self, move: Move) -> Move:
+        smoothed = self._profile is not None and move.tensor.name in self._profile.names
+        if not (smoothed or move.tensor.stored):
+            return move
+        tensor = move.tensor.made()
+        if self._profile and smoothed:
+            tensor = replace(tensor, whole=self._profile.apply(tensor.name, tensor.whole))
+        return replace(move, tensor=tensor)
+
+    def _finished(self, move: Move, parts: list[Future[Losses]]) -> Iterator[Layer]:
+        losses = Losses()
+        for part in parts:
+            losses += part.result()
+        self._advance(move.tensor.name)
+        if move.scheme:
+            name, shape = move.tensor.name.removesuffix(_WEIGHT), move.tensor.shape
+            yield Layer.of(name, shape, losses, before=move.tensor.bytes, after=move.bytes)
+
+    def _quantize(self, move: Move, scheme: Scheme, span: range) -> Losses:
+        """Some rows of a weight, in 8 bits."""
+        columns, desk, name = move.tensor.shape[1], self._desk, move.tensor.name
+        rows = len(span) // columns
+        values, scales = desk.memory("values", len(span)), desk.memory("scales", 4 * rows)
+        try:
+            losses = arithmetic.quantize(
+                desk.elements(move.tensor, span).view(rows, columns),
+                scheme,
+                desk.tensor(move.dtype, values).view(rows, columns),
+                desk.tensor("F32", scales).view(rows, 1),
+                desk.room,
+            )
+        except ValueError as error:
+            raise Unreadable(f"{name}: {error}") from None
+        self._out.write(name, span.start, values)
+        self._out.write(move.scale, 4 * span.start // columns, scales)
+        return losses
+
+    def _copy(self, move: Move, span: range) -> Losses:
+        """Some elements of a tensor, as they are or rounded."""
+        data = self._desk.converted(move.tensor, span, move.dtype)
+        self._out.write(move.tensor.name, BYTES[move.dtype] * span.start, data)
+        return Losses()

@@ -1,0 +1,152 @@
+"""What a person asks to have quantized, looked up and judged before anything is written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashrl_cli import paths
+from flashrl_cli.doctor.system import existing
+from flashrl_cli.errors import EnvironmentNotReady, InputError
+from flashrl_cli.quantize import layers, scheme
+from flashrl_cli.quantize.tensors import Tensor, described
+from flashrl_cli.runs.checkpoints import Checkpoint, hf_folder
+from flashrl_cli.verl import checkpoints as layout
+from flashrl_cli.weights import Unreadable, read_json
+from flashrl_cli.weights.profile import Profile
+
+if TYPE_CHECKING:
+    from flashrl_cli.quantize.scheme import Scheme
+
+_OTHER_FORMS = ("*.bin", "*.pth", "*.gguf")
+_TRANSPOSED = frozenset({"gpt2", "openai-gpt"})
+"""Families whose linear weights lie as [K, N] (transformers' Conv1D), which vLLM turns as it loads them."""
+_SENSES = ("vision_config", "audio_config")
+_PACKED = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv")
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A model, what becomes of its tensors, and the folder to make. `name` is what a person calls the model."""
+
+    name: str
+    checkpoint: Checkpoint
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    scheme: Scheme
+    asked: tuple[str, ...]
+    choice: layers.Choice
+    profile: Profile | None
+    target: Path
+
+    def warnings(self) -> Iterator[str]:
+        """What a person should know before: layers that stay, and layers that run more slowly than others."""
+        if self.choice.experts:
+            size = sum(self.tensors[name].bytes for name in self.tensors if layers.is_expert(name))
+            whole = sum(tensor.bytes for tensor in self.tensors.values())
+            yield f"experts stay in 16 bits: {size / _GIB:.2f} GiB, {size / whole:.0%} of the weights"
+        if odd := self.choice.odd:
+            shape = " × ".join(map(str, self.tensors[f"{odd[0]}.weight"].shape))
+            yield (
+                f"{len(odd)} layers have sizes that are no multiples of {layers.TILE} ({odd[0]}: {shape}): vLLM runs these in INT8 by "
+                "Triton instead of CUTLASS, and pads them in FP8 at each call; --ignore NAME leaves them in 16 bits"
+            )
+
+
+def plan(model: str, out: Path | None, scheme_name: str, ignore: Sequence[str], profile: Path | None) -> Request:
+    """Look everything up. Raises InputError for a model that cannot be read or quantized."""
+    wanted = scheme.named(scheme_name)
+    checkpoint = lookup(model)
+    try:
+        config = read_json(checkpoint.hf / "config.json")
+        _refuse_kind(checkpoint, config)
+        tensors = described(checkpoint.weights)
+        smoothing = Profile.read(profile) if profile else None
+    except Unreadable as error:
+        raise InputError(str(error), hint="copy or save it again") from None
+    _refuse_packed(tensors)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if smoothing and (why := smoothing.suits(config) or smoothing.fits(shapes)):
+        hint = f"flashrl quantize {model} --calibrate PARQUET"
+        raise InputError(f"{smoothing.path} is no profile of {model}: {why}", hint=hint)
+    name = checkpoint.run if checkpoint.step is None else f"{checkpoint.run}-{layout.step_name(checkpoint.step)}"
+    target = paths.absolute(out or f"{Path(name).name}-{wanted.name}")
+    _refuse_inside(checkpoint, target)
+    return Request(
+        name=name,
+        checkpoint=checkpoint,
+        config=config,
+        tensors=tensors,
+        scheme=wanted,
+        asked=tuple(ignore),
+        choice=layers.choose(shapes, ignore),
+        profile=smoothing,
+        target=target,
+    )
+
+
+def lookup(model: str) -> Checkpoint:
+    """The one model that is meant: a folder, a step of a run, an adapter, an id on the hub. Raises InputError."""
+    folder = paths.absolute(model)
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        other = next((file.name for form in _OTHER_FORMS for file in sorted(folder.glob(form))), None)
+        if other:
+            hint = "save it with `save_pretrained` of Transformers, which writes safetensors"
+            raise InputError(f"{folder} has no safetensors, only {other}", hint=hint)
+    return hf_folder(model)
+
+
+def new_profile(model: str, out: Path | None) -> tuple[Path, Path]:
+    """The HF folder to calibrate, and the profile's new file. Raises InputError."""
+    checkpoint = lookup(model)
+    if checkpoint.shards or checkpoint.adapter:
+        hint = f"flashrl eval {model} --merge FOLDER, then calibrate FOLDER"
+        raise InputError(f"{model} is no whole model in Hugging Face's form, which calibration runs", hint=hint)
+    target = paths.absolute(out or f"{Path(checkpoint.run).name}-profile.safetensors")
+    if target.exists():
+        raise InputError(f"{target} exists already", hint="--profile FILE elsewhere, or remove it")
+    return checkpoint.hf, target
+
+
+def check_room(target: Path, size: int) -> None:
+    """Raise EnvironmentNotReady where `size` bytes do not fit."""
+    free = shutil.disk_usage(existing(target)).free
+    if size > free:
+        what = f"{size / _GIB:.2f} GiB of quantized weights, and {free / _GIB:.2f} GiB are free"
+        raise EnvironmentNotReady(f"{target} has no room for {what}", hint="-o FOLDER on another disk")
+
+
+def _refuse_kind(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+    method = checkpoint.quantized
+    if method is None and (checkpoint.hf / "quantize_config.json").is_file():
+        method = "gptq"
+    if method:
+        what = f"{checkpoint.hf} is quantized already: {method}"
+        raise InputError(what, hint="quantize the model in 16 bits that it was made of")
+    family = config.get("model_type")
+    if family in _TRANSPOSED:
+        raise InputError(f"{family} stores its weights transposed, which is not covered", hint="take another model")
+    if senses := [key for key in _SENSES if config.get(key)]:
+        raise InputError(
+            f"a model of more than text ({', '.join(senses)}) is not covered", hint="take its language model"
+        )
+
+
+def _refuse_packed(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if name.rpartition(".")[2] in _PACKED or (
+            name.endswith(".weight") and tensor.dtype.startswith(("F8", "I", "U"))
+        ):
+            what = f"the weights are quantized already: {name} ({tensor.dtype})"
+            raise InputError(what, hint="quantize the model in 16 bits that it was made of")
+
+
+def _refuse_inside(checkpoint: Checkpoint, target: Path) -> None:
+    """A folder within the model's would be taken for part of it, the model itself would be lost."""
+    sources = {one for one in (checkpoint.hf, checkpoint.adapter, checkpoint.path) if one}
+    if any(source.resolve() in {target.resolve(), *target.resolve().parents} for source in sources):
+        raise InputError(f"{target} lies in the model's own folder", hint="-o FOLDER elsewhere")

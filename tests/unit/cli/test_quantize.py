@@ -1,0 +1,47 @@
+"""`flashrl quantize` as it is typed, as far as it goes without torch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from flashrl_cli.cli.app import main
+from tests.unit.quantize.models import QWEN2, hf_model
+
+
+def flashrl(*words: object, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run the command in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["flashrl", *map(str, words)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "hint"),
+    [
+        ([], "nothing to do", "--scheme int8 or fp8, or --calibrate PARQUET"),
+        (["--scheme", "w4"], "--scheme w4: unknown", "int8 or fp8"),
+        (["--scheme", "int8", "--ignore", "up_proj"], "layers to ignore that are not there", "a layer is called "),
+        (["--calibrate", "x.parquet", "--alpha", "much"], "--alpha much: neither a number nor auto", "--alpha 0.5"),
+        (["--calibrate", "x.parquet", "--profile", "m/config.json"], "m/config.json exists already", "--profile FILE elsewhere"),
+    ],
+)  # fmt: skip
+def test_bad_input(
+    options: list[str],
+    error: str,
+    hint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hf_model(tmp_path / "m", QWEN2)
+    assert flashrl("quantize", "m", *options, monkeypatch=monkeypatch) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"{error}\n" in err
+    assert f"hint: {hint}" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
