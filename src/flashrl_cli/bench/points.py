@@ -54,6 +54,11 @@ def points(request: Request, variant: Variant) -> Iterator[Point]:
         yield _point(request, variant, REFIT, {"repeats": REFITS})
 
 
+def count(request: Request) -> int:
+    """Points of all variants."""
+    return sum(1 for variant in request.variants for _ in points(request, variant))
+
+
 def _point(request: Request, variant: Variant, kind: str, asked: dict[str, Any], more: Any = None) -> Point:
     depends = {
         "model": request.model.fingerprint,

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from flashrl_cli.bench.run import Measured
 
 SCHEMA_VERSION = 1
-_WIDTH = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +59,7 @@ class Report:
             "mean |Δ log p|",
             "KL (k3)",
             "share > 2",
-            "problem",
+            "",
         ]
         rows = [self._row(one) for one in self.measured]
         used = [n for n in range(len(columns)) if not n or any(row[n] is not None for row in rows)]
@@ -83,10 +82,9 @@ class Report:
 
     def _variant(self, one: Measured) -> dict[str, Any]:
         failure = one.failure
-        status = "ok" if not failure else "left out" if failure.left_out else "failed"
         return {
             "rollout": one.variant.name,
-            "status": status,
+            "status": _status(one),
             "problem": failure.message if failure else None,
             "hint": failure.hint if failure else None,
             "notes": one.notes,
@@ -103,7 +101,8 @@ class Report:
 
     def _speed_up(self, one: Measured, batch: int) -> verdict.SpeedUp | None:
         base, own = self.speeds.get(self.base or "", {}), self.speeds[one.variant.name]
-        return verdict.speed_up(own[batch], base[batch]) if batch in base and batch in own else None
+        compared = one.variant.name != self.base and batch in base and batch in own
+        return verdict.speed_up(own[batch], base[batch]) if compared else None
 
     def _row(self, one: Measured) -> list[object]:
         engine, refit, mismatch = (_first(one, kind) for kind in (START, REFIT, SCORE))
@@ -115,7 +114,7 @@ class Report:
         row += [engine["weights_bytes"] / 2**30, engine["kv_tokens"], engine["start_s"]] if engine else [None] * 3
         row.append(refit["seconds"] if refit else None)
         row += _mismatch_cells(mismatch) if mismatch else [None] * 3
-        row.append(_short(one.failure.message) if one.failure else None)
+        row.append(None if _status(one) == "ok" else _status(one))
         return row
 
     def _of_mismatch(self) -> Iterator[str]:
@@ -135,6 +134,8 @@ class Report:
     def _notes(self) -> Iterator[str]:
         for one in self.measured:
             yield from (f"{one.variant.name}: {note}" for note in one.notes)
+            if one.failure and one.failure.left_out:
+                yield f"{one.variant.name}: {one.failure.message}"
 
 
 def _first(one: Measured, kind: str) -> dict[str, Any] | None:
@@ -145,6 +146,7 @@ def _mismatch_cells(result: dict[str, Any]) -> list[object]:
     return [result["abs_difference"]["mean"], result["kl"]["k3"], result["token_weights"]["above_2"]]
 
 
-def _short(text: str) -> str:
-    line = text.splitlines()[0]
-    return line if len(line) <= _WIDTH else f"{line[: _WIDTH - 1]}…"
+def _status(one: Measured) -> str:
+    if one.failure is None:
+        return "ok"
+    return "left out" if one.failure.left_out else "failed"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +131,7 @@ def plan(asked: Asked) -> Request:
     prompt, response = asked.prompt or usual.prompt, asked.response or usual.response
     batches = batches or usual.batches
     options = _options(asked, found, max(batches), prompt + response + _SPARE)
+    options = replace(options, enforce_eager=options.enforce_eager or where.kind == "cpu")
     wanted = EngineSettings(
         gpu_memory_utilization=options.gpu_memory_utilization, tensor_parallel=options.tensor_parallel
     )
@@ -145,7 +146,7 @@ def plan(asked: Asked) -> Request:
         refit=asked.refit,
         mismatch=_mismatch(asked, usual) if asked.mismatch else None,
         options=options,
-        engine=EngineOptions(**{**asdict(options), "gpu_memory_utilization": settings.gpu_memory_utilization}),
+        engine=replace(options, gpu_memory_utilization=settings.gpu_memory_utilization),
         devices=visible,
         machine=where,
         versions=machine.versions(),

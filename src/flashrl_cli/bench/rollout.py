@@ -171,7 +171,7 @@ def _platform_options(job: EngineJob) -> dict[str, Any]:
 
     options = job.options
     if current_platform.is_cpu():
-        return {"enforce_eager": True, "gpu_memory_utilization": CPU_MEMORY}
+        return {"enforce_eager": options.enforce_eager, "gpu_memory_utilization": CPU_MEMORY}
     share, cache = options.gpu_memory_utilization, options.kv_memory
     return {
         "enforce_eager": options.enforce_eager,

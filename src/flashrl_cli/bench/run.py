@@ -142,7 +142,7 @@ class Session:
             raise EnvironmentNotReady(reason, hint="flashrl doctor tells which precisions run here")
         start = one.points[0]
         if not self._pace.fits(dict.fromkeys((start, wanted[0]))):
-            one.failure = Failure("left out: the budget has no room for its engine", left_out=True)
+            one.failure = Failure("left out, the budget has no room for its engine", left_out=True)
             return
         self.telling.say(f"{one.variant.name}: starting an engine{self._and_left()}")
         with self._engine(one.variant) as engine:
@@ -154,7 +154,7 @@ class Session:
     def _has_room(self, one: Measured, point: Point) -> bool:
         if self._pace.fits([point]):
             return True
-        one.notes.append(f"left out, the budget has no room: {point.label}")
+        one.notes.append(f"{point.label}: left out, the budget has no room for it")
         return False
 
     def _ask(self, one: Measured, point: Point, worker: process.Worker) -> None:

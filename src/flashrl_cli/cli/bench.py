@@ -87,6 +87,7 @@ def bench(
 
 def _bench(output: Output, lookup: Callable[[], Request], out: Path | None, png: Path | None) -> None:
     from flashrl_cli import paths
+    from flashrl_cli.bench import points
     from flashrl_cli.bench.report import Report
     from flashrl_cli.bench.run import Session, Telling
     from flashrl_cli.render import plots
@@ -97,24 +98,32 @@ def _bench(output: Output, lookup: Callable[[], Request], out: Path | None, png:
     if request.defaults:
         output.say(f"on {request.machine.device} by default: {', '.join(request.defaults)}")
     names = ", ".join(one.name for one in request.variants)
-    with output.progress(f"measuring {names}", None) as advance:
+    with output.progress(f"measuring {names}", points.count(request)) as advance:
         session = Session(request, Telling(say=output.say, advance=advance))
         session.work()
-    report = Report(request, session.measured, sys.argv)
+    report = Report(request, session.measured, ["flashrl", *sys.argv[1:]])
     _write(output, report, *(paths.absolute(file) if file else None for file in (out, png)))
     _show(output, report)
 
 
 def _write(output: Output, report: Report, out: Path | None, png: Path | None) -> None:
     from flashrl_cli import files
-    from flashrl_cli.render import bars
 
     if out:
         files.write_json(out, report.document())
         output.say(f"written to {out}")
     if png:
+        _draw(output, report, png)
+
+
+def _draw(output: Output, report: Report, png: Path) -> None:
+    from flashrl_cli.render import bars
+
+    if any(report.speeds.values()):
         bars.write_png(report.speeds, png)
         output.say(f"drawn to {png}")
+    else:
+        output.warn(f"no {png}: no speed was measured")
 
 
 def _show(output: Output, report: Report) -> None:

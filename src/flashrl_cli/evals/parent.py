@@ -8,7 +8,9 @@ import queue
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any
 
 from flashrl_cli.errors import ExitCode, FlashrlError
@@ -43,9 +45,13 @@ def _events() -> Emit:
     return emit
 
 
-def _end_with_traceback(*error: Any) -> None:
-    """A failure ends the process at once: what vLLM has started might hold it for ever."""
-    sys.__excepthook__(*error)
+def _end_with_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A failure ends the process at once: what vLLM has started might hold it for ever.
+
+    torch.distributed calls this with `sys.stderr` replaced by a buffer, to put the rank before each line
+    (torch/distributed/distributed_c10d.py, `_distributed_excepthook`).
+    """
+    traceback.print_exception(kind, error, trace, file=sys.__stderr__)
     os._exit(ExitCode.FAILED)
 
 

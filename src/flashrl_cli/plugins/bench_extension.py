@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from flashrl_cli.plugins.disk_refit import DiskRefitExtension
+from flashrl_cli.plugins.online_linear import OnlineLinearMethod
 from flashrl_cli.plugins.refit import Load, refit
 from flashrl_cli.weights import Weights
 
@@ -26,8 +27,7 @@ class BenchExtension(DiskRefitExtension):
     def bench_facts(self) -> dict[str, Any]:
         """What this worker holds (a Handshake), and the bytes of its weights."""
         model = self.model_runner.model  # type: ignore[attr-defined]
-        stored = {value.data_ptr(): value.nbytes for value in model.parameters()}
-        return {"holds": self.holds(), "weights_bytes": sum(stored.values())}
+        return {"holds": self.holds(), "weights_bytes": _weights_bytes(model)}
 
     def bench_fill(self) -> None:
         """Refit with random weights: vLLM's dummy loader leaves 8-bit ones unset, and zeros would run faster than a model does."""
@@ -59,6 +59,20 @@ class BenchExtension(DiskRefitExtension):
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         model_config = runner.vllm_config.model_config
         return refit(runner.model, model_config, self._device(), weights.stream, reused=True)
+
+
+def _weights_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters, each counted once; 8-bit weights by their number, because a kernel for the CPU hides its packed copy."""
+    stored: dict[int, int] = {}
+    hidden = 0
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        quantized = method.quantized_bytes if isinstance(method, OnlineLinearMethod) else 0
+        hidden += quantized
+        for name, value in layer.named_parameters(recurse=False):
+            if not (quantized and name == "weight"):
+                stored[value.data_ptr()] = value.nbytes
+    return hidden + sum(stored.values())
 
 
 class _Random:

@@ -23,6 +23,7 @@ def write_png(speeds: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
+    speeds = {label: by_batch for label, by_batch in speeds.items() if by_batch}
     batches = sorted({batch for by_batch in speeds.values() for batch in by_batch})
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
