@@ -14,8 +14,6 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Floats = NDArray[np.float64]
-
 CAPS = (2.0, 8.0)
 """Caps of TIS in use: verl's default, and that of recipes for large models."""
 _CLOSE_TO_UNIFORM = 0.9
@@ -28,7 +26,8 @@ def statistics(rollout: Any, train: Any, lengths: Any) -> dict[str, Any]:
     """
     before, after = (np.asarray(values, dtype=np.float64) for values in (rollout, train))
     counts = np.asarray(lengths, dtype=np.int64)
-    if before.shape != after.shape or before.ndim != 1 or counts.sum() != before.size or (counts < 1).any():
+    fits = before.shape == after.shape and before.ndim == 1 and counts.sum() == before.size > 0 and (counts > 0).all()
+    if not fits:
         raise ValueError(f"{before.shape} and {after.shape} log-probs in {counts.size} sequences do not fit")
     if not (np.isfinite(before).all() and np.isfinite(after).all()):
         raise ValueError("some log-probs are not finite")
@@ -50,7 +49,7 @@ def statistics(rollout: Any, train: Any, lengths: Any) -> dict[str, Any]:
     }
 
 
-def weights(log_ratios: Floats) -> dict[str, float]:
+def weights(log_ratios: NDArray[np.float64]) -> dict[str, float]:
     """Of weights r with these logarithms: mean, least and greatest, the shares above each cap, and the effective sample size."""
     ratios = np.exp(log_ratios)
     scaled = np.exp(log_ratios - log_ratios.max())  # their squares must not overflow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 class Pace:
     """Seconds of points by what they are like; `budget` in seconds counts from the beginning, None is no limit."""
 
-    def __init__(self, budget: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, budget: float | None, clock: Callable[[], float]) -> None:
         self._budget, self._clock = budget, clock
         self._began = clock()
         self._seconds: dict[tuple[str, int], float] = {}
@@ -40,10 +39,10 @@ class Pace:
         return self._clock() - self._began + sum(self.expected(point) or 0.0 for point in points) <= self._budget
 
     def left(self, points: Iterable[Point]) -> str:
-        """How long `points` will take, in words; empty as long as that is not known."""
+        """How long `points` will take, in words; empty where nothing is known of any."""
         expected = [self.expected(point) for point in points]
         known = [seconds for seconds in expected if seconds is not None]
-        if not expected or len(known) < len(expected):
+        if not known:
             return ""
-        seconds = sum(known)
-        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+        told = f"{sum(known) / 60:.0f} min" if sum(known) >= 90 else f"{sum(known):.0f} s"
+        return f"{'about' if len(known) == len(expected) else 'more than'} {told} left"

@@ -92,7 +92,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self._store = Store(self.request.folder, fresh=self.request.fresh)
-        self._pace = Pace(self.request.budget)
+        self._pace = Pace(self.request.budget, time.monotonic)
         self.measured = [Measured(one, tuple(points(self.request, one))) for one in self.request.variants]
 
     def work(self) -> None:

@@ -28,6 +28,11 @@ class Worker:
     def __init__(self, process: subprocess.Popen[bytes], log: Path, died: Died) -> None:
         self._process, self._log, self._died = process, log, died
 
+    @property
+    def pid(self) -> int:
+        """Its process id, which is that of its group."""
+        return self._process.pid
+
     def ask(self, order: str) -> Iterator[dict[str, Any]]:
         """Give an order, one line of JSON; its events as they come, up to `done` or `skipped`.
 
