@@ -14,7 +14,7 @@ from flashrl_cli.errors import InputError
 from flashrl_cli.fit.known import QWEN25, shape_of
 from flashrl_cli.runs.checkpoints import hf_folder
 from flashrl_cli.verl.overrides import model_path
-from flashrl_cli.weights import Weights, read_json
+from flashrl_cli.weights import Unreadable, Weights, read_json
 
 if TYPE_CHECKING:
     from flashrl_cli.fit.shape import ModelShape
@@ -68,12 +68,11 @@ def find(reference: str) -> Model:
     if found.quantized:
         hint = "name the model that it was made of: bench quantizes it as a rollout does"
         raise InputError(f"{reference} is quantized already ({found.quantized})", hint=hint)
-    return Model(
-        name=reference,
-        config=read_json(found.hf / "config.json"),
-        hf=found.hf,
-        fingerprint=found.weights.fingerprint(),
-    )
+    try:
+        config, fingerprint = read_json(found.hf / "config.json"), found.weights.fingerprint()
+    except Unreadable as error:
+        raise InputError(f"--model {reference} cannot be read: {error}") from None
+    return Model(name=reference, config=config, hf=found.hf, fingerprint=fingerprint)
 
 
 def _shape(text: str) -> ModelShape:
