@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.cli import bench_options as options
 from flashrl_cli.cli.options import Json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from flashrl_cli.bench.report import Report
@@ -46,64 +45,69 @@ def bench(
 ) -> None:
     """Measure kinds of rollouts: speed, refits, mismatch.
 
-    Output tokens a second, prefill included; with --refit the seconds of a weight update, with --mismatch how far the log-probs are
-    from the trainer's. What was measured before is not measured again.
+    Output tokens a second, prefill included; seconds of a weight update; log-probs against the trainer's. Goes on where it was.
 
     flashrl bench --model shape:7b --rollout bf16,int8,fp8 --refit
 
     flashrl bench --rollout bf16,int8,int8+kv8 --mismatch --data tiny
     """
+    _bench(
+        json,
+        (out, png),
+        model=model,
+        rollout=rollout,
+        batch=batch,
+        prompt=prompt,
+        response=response,
+        repeats=repeats,
+        refit=refit,
+        mismatch=mismatch,
+        data=data,
+        samples=samples,
+        trainer_dtype=trainer_dtype,
+        profile=profile,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        gpu_memory_utilization=gpu_memory_utilization,
+        enforce_eager=enforce_eager,
+        kv_memory=kv_memory,
+        budget=budget,
+        folder=folder,
+        fresh=fresh,
+        tensor_parallel=tp,
+    )
+
+
+def _bench(json_mode: bool, written: tuple[Path | None, Path | None], **asked: Any) -> None:
+    """Measure what was `asked` (request.Asked), and write the document and the figure where they are `written` to."""
+    from flashrl_cli import paths
     from flashrl_cli.bench.request import Asked, plan
     from flashrl_cli.launch import signals
+    from flashrl_cli.render import plots
     from flashrl_cli.render.output import Output
 
-    output = Output(json_mode=json)
+    output = Output(json_mode=json_mode)
+    out, png = (paths.absolute(file) if file else None for file in written)
+    if png:
+        plots.require("matplotlib")
     with signals.raised("the same command goes on from here"):
-        asked = Asked(
-            model=model,
-            rollout=rollout,
-            batch=batch,
-            prompt=prompt,
-            response=response,
-            repeats=repeats,
-            refit=refit,
-            mismatch=mismatch,
-            data=data,
-            samples=samples,
-            trainer_dtype=trainer_dtype,
-            profile=profile,
-            tensor_parallel=tp,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            gpu_memory_utilization=gpu_memory_utilization,
-            enforce_eager=enforce_eager,
-            kv_memory=kv_memory,
-            budget=budget,
-            folder=folder,
-            fresh=fresh,
-        )
-        _bench(output, lambda: plan(asked), out, png)
+        report = _measured(output, plan(Asked(**asked)))
+        _write(output, report, out, png)
+        _show(output, report)
 
 
-def _bench(output: Output, lookup: Callable[[], Request], out: Path | None, png: Path | None) -> None:
-    from flashrl_cli import paths
+def _measured(output: Output, request: Request) -> Report:
     from flashrl_cli.bench import points
     from flashrl_cli.bench.report import Report
     from flashrl_cli.bench.run import Session, Telling
-    from flashrl_cli.render import plots
 
-    if png:
-        plots.require("matplotlib")
-    request = lookup()
     if request.defaults:
         output.say(f"on {request.machine.device} by default: {', '.join(request.defaults)}")
     names = ", ".join(one.name for one in request.variants)
     with output.progress(f"measuring {names}", points.count(request)) as advance:
         session = Session(request, Telling(say=output.say, advance=advance))
         session.work()
-    report = Report(request, session.measured, ["flashrl", *sys.argv[1:]])
-    _write(output, report, *(paths.absolute(file) if file else None for file in (out, png)))
-    _show(output, report)
+    return Report(request, session.measured, ["flashrl", *sys.argv[1:]])
 
 
 def _write(output: Output, report: Report, out: Path | None, png: Path | None) -> None:
