@@ -148,5 +148,5 @@ def _mismatch_cells(result: dict[str, Any]) -> list[object]:
 
 def _status(one: Measured) -> str:
     if one.failure is None:
-        return "ok"
+        return "partial" if one.left else "ok"
     return "left out" if one.failure.left_out else "failed"

@@ -7,7 +7,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -74,10 +74,11 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Telling:
-    """How progress is told: in words, and by points that are done, with a note."""
+    """How progress is told: in words, by points that are done, with a note; `finished` is called after each that was measured."""
 
     say: Callable[[str], None]
     advance: Callable[[int, str], None]
+    finished: Callable[[Sequence[Measured]], None]
 
 
 @dataclass(slots=True)
@@ -175,6 +176,7 @@ class Session:
                 self._pace.note(point, time.monotonic() - started)
                 self._done(one, point, result)
                 self.telling.say(f"{point.label}: {_told(point, result)}{self._and_left()}")
+                self.telling.finished(self.measured)
 
     def _done(self, one: Measured, point: Point, result: dict[str, Any]) -> None:
         if point not in one.results:

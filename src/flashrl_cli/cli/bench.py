@@ -9,10 +9,12 @@ from flashrl_cli.cli import bench_options as options
 from flashrl_cli.cli.options import Json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from flashrl_cli.bench.report import Report
     from flashrl_cli.bench.request import Request
+    from flashrl_cli.bench.run import Measured
     from flashrl_cli.render.output import Output
 
 
@@ -91,33 +93,36 @@ def _bench(json_mode: bool, written: tuple[Path | None, Path | None], **asked: A
     if png:
         plots.require("matplotlib")
     with signals.raised("the same command goes on from here"):
-        report = _measured(output, plan(Asked(**asked)))
-        _write(output, report, out, png)
+        report = _measured(output, plan(Asked(**asked)), out)
+        if png:
+            _draw(output, report, png)
         _show(output, report)
 
 
-def _measured(output: Output, request: Request) -> Report:
+def _measured(output: Output, request: Request, out: Path | None) -> Report:
+    """The finished report; `out` has it after every point, so that an interruption leaves what there is."""
+    from flashrl_cli import files
     from flashrl_cli.bench import points
     from flashrl_cli.bench.report import Report
     from flashrl_cli.bench.run import Session, Telling
+
+    def report(measured: Sequence[Measured]) -> Report:
+        return Report(request, measured, ["flashrl", *sys.argv[1:]])
+
+    def write(measured: Sequence[Measured]) -> None:
+        if out:
+            files.write_json(out, report(measured).document())
 
     if request.defaults:
         output.say(f"on {request.machine.device} by default: {', '.join(request.defaults)}")
     names = ", ".join(one.name for one in request.variants)
     with output.progress(f"measuring {names}", points.count(request)) as advance:
-        session = Session(request, Telling(say=output.say, advance=advance))
+        session = Session(request, Telling(say=output.say, advance=advance, finished=write))
         session.work()
-    return Report(request, session.measured, ["flashrl", *sys.argv[1:]])
-
-
-def _write(output: Output, report: Report, out: Path | None, png: Path | None) -> None:
-    from flashrl_cli import files
-
+    write(session.measured)
     if out:
-        files.write_json(out, report.document())
         output.say(f"written to {out}")
-    if png:
-        _draw(output, report, png)
+    return report(session.measured)
 
 
 def _draw(output: Output, report: Report, png: Path) -> None:

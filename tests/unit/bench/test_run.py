@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 
 from flashrl_cli import contract
 from flashrl_cli.bench.report import Report
-from flashrl_cli.bench.run import Session, Telling
+from flashrl_cli.bench.run import Measured, Session, Telling
 from flashrl_cli.errors import RunFailed
 from flashrl_cli.evals import process
 from flashrl_cli.launch.signals import Interrupted
@@ -30,10 +30,14 @@ class Told:
     def __init__(self) -> None:
         self.words: list[str] = []
         self.done = 0
+        self.finished: list[int] = []
 
     @property
     def telling(self) -> Telling:
-        return Telling(say=self.words.append, advance=self._advance)
+        return Telling(say=self.words.append, advance=self._advance, finished=self._finished)
+
+    def _finished(self, measured: Sequence[Measured]) -> None:
+        self.finished.append(sum(len(one.results) for one in measured))
 
     def _advance(self, n: int, note: str) -> None:
         self.done += n
@@ -58,6 +62,7 @@ def test_each_variant_has_an_engine_and_the_scorer_comes_last(workers: Workers, 
     ]
     assert not report.failed
     assert told.done == 12
+    assert told.finished == list(range(1, 13))
     assert "int8, 4 sequences: 80 tokens/s; more than 0 s left" in told.words
 
 
@@ -155,14 +160,18 @@ def test_an_interruption_keeps_what_is_finished(workers: Workers, tmp_path: Path
     assert workers.asked == [("int8", "start"), ("int8", "speed")]
 
 
-def test_a_budget_leaves_out_and_says_so(workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("budget", "status", "speeds"), [(115.0, "ok", 2), (75.0, "partial", 1)])
+def test_a_budget_leaves_out_and_says_so(
+    budget: float, status: str, speeds: int, workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = iter(range(0, 10_000, 10))
     monkeypatch.setattr("time.monotonic", lambda: float(next(now)))
-    report = measure(tmp_path, "bf16,int8", budget=75.0)
+    report = measure(tmp_path, "bf16,int8", budget=budget)
     bf16, int8 = report.document()["variants"]
-    assert bf16["status"] == "ok"
+    assert (bf16["status"], len(bf16["speed"])) == (status, speeds)
     assert int8["status"] == "left out"
     assert not report.failed
+    assert ("bf16, 16 sequences: left out, the budget has no room for it" in bf16["notes"]) == (speeds == 1)
     assert any("int8: left out, the budget has no room" in line for line in report.sentences())
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +80,21 @@ def test_a_failure_is_shown_with_what_was_measured_and_ends_with_1(
     assert "error: 1 of 2 kinds of rollouts could not be measured in full\n  int8: a GPU ran out of memory" in err
     assert "hint: a smaller --batch" in err
     assert json.loads((tmp_path / "b.json").read_text())["variants"][1]["status"] == "failed"
+
+
+def test_an_interruption_leaves_what_there_is(workers: Workers, call: Call, tmp_path: Path) -> None:
+    def answer(precision: str, asked: dict[str, Any]) -> dict[str, Any]:
+        if precision == "int8" and asked.get("batch") == 16:
+            os.kill(os.getpid(), signal.SIGINT)
+        return obedient(precision, asked)
+
+    workers.answer = answer
+    code, out, err = call(*WORDS, "--out", "b.json", "--json")
+    assert (code, out) == (130, "")
+    assert "hint: the same command goes on from here" in err
+    bf16, int8 = json.loads((tmp_path / "b.json").read_text())["variants"]
+    assert (bf16["status"], int8["status"], len(int8["speed"])) == ("ok", "partial", 1)
+    assert workers.running == 0
 
 
 def test_nothing_to_draw_is_said(workers: Workers, call: Call, tmp_path: Path) -> None:
