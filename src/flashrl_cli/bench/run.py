@@ -142,14 +142,15 @@ class Session:
         if reason := self.request.machine.lacks(one.variant.precision):
             raise EnvironmentNotReady(reason, hint="flashrl doctor tells which precisions run here")
         start = one.points[0]
-        if not self._pace.fits(dict.fromkeys((start, wanted[0]))):
+        measures = [point for point in wanted if point != start]
+        if not self._pace.fits([start, *measures[:1]]):
             one.failure = Failure("left out, the budget has no room for its engine", left_out=True)
             return
         self.telling.say(f"{one.variant.name}: starting an engine{self._and_left()}")
         with self._engine(one.variant) as engine:
             self._ask(one, start, engine)
-            for point in wanted:
-                if point is not start and self._has_room(one, point):
+            for point in measures:
+                if self._has_room(one, point):
                     self._ask(one, point, engine)
 
     def _has_room(self, one: Measured, point: Point) -> bool:
