@@ -38,9 +38,7 @@ HINTS = {
     ),
 }
 """What helps here, by cause (verl.causes)."""
-NOT_REFITTED = (
-    "its weights are vLLM's dummies: verl's own code refits FP8 in blocks, so there is neither a refit nor a mismatch"
-)
+NOT_REFITTED = "its weights are vLLM's dummies, because verl's own code refits FP8 in blocks: its speed is all there is"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +132,7 @@ class Session:
 
     def _measure(self, one: Measured) -> None:
         """Everything of a variant that needs its engine."""
-        if not one.variant.refitted and (self.request.refit or self.request.mismatch or not self.request.model.hf):
+        if not one.variant.refitted:
             one.notes.append(NOT_REFITTED)
         wanted = [point for point in one.left if point.kind != SCORE]
         if not wanted:
