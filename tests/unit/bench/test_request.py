@@ -11,6 +11,7 @@ import pytest
 from flashrl_cli.bench import machine, model
 from flashrl_cli.bench.machine import Machine
 from flashrl_cli.bench.request import Asked, Request, plan
+from flashrl_cli.bench.variants import Variant
 from flashrl_cli.doctor import gpus, stacks
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.fit.shape import of_config
@@ -156,7 +157,8 @@ def test_the_cpu_stack_measures_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> N
     found = machine.here()
     assert found.kind == "cpu"
     assert found.device.endswith("cores")
-    assert (found.lacks("fp8-block"), found.lacks("int8")) == ("vLLM has no FP8 kernel for a CPU", None)
+    assert found.lacks(Variant(precision="fp8-block")) == "vLLM has no FP8 kernel for a CPU"
+    assert found.lacks(Variant(precision="int8")) is None
 
 
 def test_the_gpu_stack_measures_on_what_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,10 +168,20 @@ def test_the_gpu_stack_measures_on_what_is_visible(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(gpus, "probe", lambda: H100)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     found = machine.here()
-    assert (found.kind, found.device, found.lacks("fp8")) == ("cuda", "NVIDIA H100 80GB HBM3", None)
+    assert (found.kind, found.device, found.lacks(Variant(precision="fp8", kv8=True))) == (
+        "cuda",
+        "NVIDIA H100 80GB HBM3",
+        None,
+    )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(EnvironmentNotReady, match="no GPU"):
         machine.here()
+
+
+def test_an_older_gpu_has_no_fp8_in_its_cache_either() -> None:
+    found = Machine("cuda", "A100", tuple(gpus.parse("NVIDIA A100, 8.0, 580.65.06, 81559")))
+    assert found.lacks(Variant(precision="int8")) is None
+    assert "8.9 or newer" in (found.lacks(Variant(precision="int8", kv8=True)) or "")
 
 
 def test_without_vllm_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
