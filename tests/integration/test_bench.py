@@ -28,19 +28,27 @@ def document(workshop: Workshop) -> Any:
     return json.loads(out)
 
 
-def test_speed_refit_and_mismatch_of_int8_are_measured(document: dict[str, Any]) -> None:
+def test_speed_refit_and_mismatch_of_int8_are_measured(workshop: Workshop, document: dict[str, Any]) -> None:
     (int8,) = document["variants"]
     (holds,) = int8["engine"]["holds"]
     assert (int8["status"], holds["precision"], holds["quantized_layers"]) == ("ok", "int8", holds["linear_layers"])
     assert [(speed["batch"], len(speed["values"])) for speed in int8["speed"]] == [(2, 2), (3, 2)]
     assert all(value > 0 for speed in int8["speed"] for value in speed["values"])
-    assert len(int8["refit"]["values"]) == 5
+    assert int8["engine"]["weights_bytes"] > holds["quantized_bytes"]
+    model = workshop.root / "data" / "tiny" / "model" / "model.safetensors"
+    assert (len(int8["refit"]["values"]), int8["refit"]["bytes"]) == (5, tensor_bytes(model))
     mismatch = int8["mismatch"]
     assert mismatch["sequences"] == 16
     assert not mismatch["knows_nothing"]
     # quantization changes log-probs, and little: the weights on both sides are the same
     assert 0 < mismatch["abs_difference"]["mean"] < CLOSE
     assert abs(mismatch["token_weights"]["mean"] - 1) < CLOSE
+
+
+def tensor_bytes(file: Path) -> int:
+    """Of a safetensors file: what follows its table, whose length stands in the first 8 bytes."""
+    content = file.read_bytes()
+    return len(content) - 8 - int.from_bytes(content[:8], "little")
 
 
 def test_what_was_measured_is_not_measured_again(workshop: Workshop, document: dict[str, Any]) -> None:

@@ -34,9 +34,13 @@ def end(emit: Emit, error: FlashrlError) -> None:
 
 
 def _events() -> Emit:
-    """Keep stdout for events, and send what libraries print there to stderr, which is the log."""
+    """Keep stdout for events, and send what libraries print there to stderr, which is the log.
+
+    What vLLM forks must not hold it: the command line hears of this process's end by the end of its events.
+    """
     stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    os.register_at_fork(after_in_child=lambda: os.dup2(1, stream.fileno()))
 
     def emit(event: str, **data: Any) -> None:
         stream.write(json.dumps({"event": event, **data}) + "\n")
