@@ -44,6 +44,8 @@ WORKER_EXTENSION = "flashrl_cli.plugins.verl_refit.RefitWorkerExtension"
 """Class that verl's vLLM workers take their weight update from."""
 EVAL_EXTENSION = "flashrl_cli.plugins.disk_refit.DiskRefitExtension"
 """Class that evaluation engines take new weights from, read from disk."""
+BENCH_EXTENSION = "flashrl_cli.plugins.bench_extension.BenchExtension"
+"""Class that the engines of the benchmark are measured through."""
 
 SCHEMA_VERSION = 1
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from flashrl_cli import __version__
+from flashrl_cli.cli.bench import bench
 from flashrl_cli.cli.doctor import doctor
 from flashrl_cli.cli.eval import evaluate
 from flashrl_cli.cli.eval_show import show
@@ -49,6 +50,7 @@ app.command("quantize")(quantize)
 app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("eval show")(show)
+app.command("bench")(bench)
 app.add_typer(presets, name="presets")
 app.add_typer(runs, name="runs")
 app.command("doctor")(doctor)

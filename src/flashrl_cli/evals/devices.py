@@ -57,7 +57,7 @@ def freest(engine: EngineSettings, found: Sequence[Device]) -> tuple[EngineSetti
     if share < _LEAST:
         free = ", ".join(f"{device.index}: {device.free / 1024:.1f} GiB" for device in found)
         hint = "wait for what runs there (`nvidia-smi` names it), or CUDA_VISIBLE_DEVICES= for a CPU build of vLLM"
-        raise EnvironmentNotReady(f"no GPU has room for an evaluation; free memory by GPU: {free}", hint=hint)
+        raise EnvironmentNotReady(f"no GPU has room for an engine; free memory by GPU: {free}", hint=hint)
     if engine.gpu_memory_utilization is None:
         engine = dataclasses.replace(engine, gpu_memory_utilization=round(share, 2))
     return engine, ",".join(str(device.index) for device in sorted(chosen, key=lambda device: device.index))

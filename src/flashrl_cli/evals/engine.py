@@ -9,40 +9,31 @@ from __future__ import annotations
 
 import json
 import os
-import queue
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.errors import ExitCode, FlashrlError
-from flashrl_cli.evals import answers
+from flashrl_cli.evals import answers, parent
 from flashrl_cli.evals.job import Job, Order
 from flashrl_cli.weights import Unreadable
 
 if TYPE_CHECKING:
     from flashrl_cli.evals.generate import Generator
 
-Emit = Callable[..., None]
-
 
 def main() -> None:
     """Work through the orders on stdin, telling the progress on stdout."""
-    orders: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(orders,), daemon=True).start()
-    sys.excepthook = _end_with_traceback
-    emit = _events()
+    orders, emit = parent.begin()
     try:
         _serve(Job.read(Path(sys.argv[1])), orders, emit)
     except FlashrlError as error:
-        emit("error", kind=type(error).__name__, message=error.message, hint=error.hint)
-        os._exit(ExitCode.FAILED)
+        parent.end(emit, error)
 
 
-def _serve(job: Job, orders: queue.SimpleQueue[str], emit: Emit) -> None:
+def _serve(job: Job, orders: parent.Orders, emit: parent.Emit) -> None:
     """Fulfil orders until stdin closes, or until one has spoilt the engine."""
     from flashrl_cli.evals.generate import Generator, Spoilt
 
@@ -61,7 +52,7 @@ def _serve(job: Job, orders: queue.SimpleQueue[str], emit: Emit) -> None:
                 os._exit(ExitCode.OK)
 
 
-def _fulfil(order: Order, generator: Generator, prompts: list[Any], emit: Emit) -> None:
+def _fulfil(order: Order, generator: Generator, prompts: list[Any], emit: parent.Emit) -> None:
     started = time.perf_counter()
     emit("loaded", holds=generator.load(order.weights))
     left = {number: prompt for number, prompt in enumerate(prompts) if number not in set(order.answered)}
@@ -74,31 +65,6 @@ def _fulfil(order: Order, generator: Generator, prompts: list[Any], emit: Emit) 
 def _read_lines(path: Path) -> Iterator[Any]:
     with path.open(encoding="utf-8") as stream:
         yield from map(json.loads, stream)
-
-
-def _events() -> Emit:
-    """Keep stdout for events, and send what libraries print there to stderr, which is the log."""
-    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def emit(event: str, **data: Any) -> None:
-        stream.write(json.dumps({"event": event, **data}) + "\n")
-        stream.flush()
-
-    return emit
-
-
-def _end_with_traceback(*error: Any) -> None:
-    """A failure ends the process at once: what vLLM has started might hold it for ever."""
-    sys.__excepthook__(*error)
-    os._exit(ExitCode.FAILED)
-
-
-def _listen(orders: queue.SimpleQueue[str]) -> None:
-    """Pass orders on, and end with the other side: taking vLLM down politely takes seconds, and nothing of it is needed any more."""
-    for line in sys.stdin:
-        orders.put(line)
-    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from flashrl_cli.errors import RunFailed
@@ -26,13 +27,13 @@ _TAIL_LINES = 15
 _WIDTH = 300
 
 
-def died(code: int, log: Path) -> RunFailed:
-    """The error for an engine process that ended with exit code `code` before its work was done."""
+def died(code: int, log: Path, *, who: str = "the evaluation engine", hints: Mapping[str, str] = HINTS) -> RunFailed:
+    """The error for a process `who` that ended with exit code `code` before its work was done; `hints` by cause."""
     lines = last_lines(log, _READ_LINES)
-    cause = next((found for line in lines if (found := cause_in(line)) and found.what in HINTS), None)
+    cause = next((found for line in lines if (found := cause_in(line)) and found.what in hints), None)
     if cause:
-        return RunFailed(f"the evaluation engine died: {cause.what}", hint=f"{HINTS[cause.what]}; its log: {log}")
-    what = f"the evaluation engine ended with code {code}"
+        return RunFailed(f"{who} died: {cause.what}", hint=f"{hints[cause.what]}; its log: {log}")
+    what = f"{who} ended with code {code}"
     if root := root_error(lines):
         return RunFailed(f"{what}: {root}", hint=f"its whole log: {log}")
     tail = "\n".join(f"  {line[:_WIDTH]}" for line in telling(lines)[-_TAIL_LINES:])

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from flashrl_cli.weights import Weights
 
 Messages = list[dict[str, str]]
-_CPU_MEMORY = 0.2
+CPU_MEMORY = 0.2
 """Share of the machine's memory that vLLM's CPU worker insists on being free; the KV cache has its own size."""
 
 
@@ -41,7 +41,7 @@ class Generator:
 
         self._job = job
         self._loaded: Weights | None = None
-        self._tokenizer = _tokenizer(job.start)
+        self._tokenizer = tokenizer_of(job.start)
         self._requests = 0
         longest = max(len(self._tokens(prompt)) for prompt in prompts)
         self._limit = job.engine.max_model_len or _needed(job.start, longest + job.sampling.max_tokens)
@@ -69,7 +69,7 @@ class Generator:
         what was not quantized must not pass for it.
         """
         if weights != self._loaded:
-            self._tokenizer = _tokenizer(weights.hf)
+            self._tokenizer = tokenizer_of(weights.hf)
             self._holds = self._held() if self._job.quantized else self._refitted(weights)
             self._loaded = weights
         return self._holds
@@ -99,7 +99,7 @@ class Generator:
         Raises InputError for a prompt that leaves no room for a response.
         """
         engine = self._llm.llm_engine
-        stop = _stop_tokens(self._loaded.hf if self._loaded else self._job.start, self._tokenizer)
+        stop = stop_tokens(self._loaded.hf if self._loaded else self._job.start, self._tokenizer)
         numbers: dict[str, int] = {}
         for number, prompt in prompts.items():
             tokens = self._tokens(prompt)
@@ -162,12 +162,13 @@ def _platform_options(job: Job) -> dict[str, Any]:
             raise EnvironmentNotReady("vLLM has no FP8 kernel for a CPU", hint="--rollout bf16 or int8")
         # a seeded request whose prompt is split fails on a CPU: "CPU Generator does not use offset"
         # (vllm/v1/worker/gpu_model_runner.py:3825, vLLM 0.28)
-        return {"enforce_eager": True, "gpu_memory_utilization": _CPU_MEMORY, "enable_chunked_prefill": False}
+        return {"enforce_eager": True, "gpu_memory_utilization": CPU_MEMORY, "enable_chunked_prefill": False}
     share = job.engine.gpu_memory_utilization
     return {} if share is None else {"gpu_memory_utilization": share}
 
 
-def _tokenizer(folder: Path) -> Any:
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer in an HF folder. Raises Unreadable if it cannot be read or has no chat template."""
     from transformers import AutoTokenizer
 
     try:
@@ -179,7 +180,8 @@ def _tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _stop_tokens(folder: Path, tokenizer: Any) -> list[int]:
+def stop_tokens(folder: Path, tokenizer: Any) -> list[int]:
+    """Ids that end a response: the tokenizer's, and those of generation_config.json."""
     file = folder / "generation_config.json"
     listed = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
     ends = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}

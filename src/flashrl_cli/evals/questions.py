@@ -58,7 +58,7 @@ def _named(data: str) -> Path:
     if "/" in data or data.endswith(".parquet"):
         file = paths.absolute(data)
         if not file.is_file():
-            hint = "--dataset takes names of prepared data sets and parquet files"
+            hint = "name a prepared data set, or a parquet file"
             raise InputError(f"no such file: {file}", hint=hint)
         return file
     file = paths.DatasetPaths.named(data).split("test")

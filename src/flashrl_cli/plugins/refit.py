@@ -113,7 +113,7 @@ def describe(model: torch.nn.Module, *, device: torch.device, refits: int, refit
         quantized_bytes=sum(m.quantized_bytes for m in methods),
         kernel=type(methods[0].kernel if methods else linear[0].quant_method).__name__,
         vllm=vllm.__version__,
-        torch=torch.__version__,
+        torch=str(torch.__version__),  # a subclass of str, which vLLM does not send from process to process
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         refits=refits,
         refit_s=round(refit_s, 4),

@@ -26,12 +26,13 @@ CURVES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a
 VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", **{c: f"--curve-{n}" for n, c in enumerate(CURVES, 1)}}
 """Colour to the CSS variable that stands for it in an SVG, so that the page may be dark."""
 
+STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.unicode_minus": False, "svg.fonttype": "none"}
+"""What matplotlib is told for every figure."""
 _DASHES = ("-", "--", ":")
 _FEW = 40
 """Points up to which each of a curve is marked."""
 _MOST = 600
 """Points of a curve that are drawn; of more, the least and the greatest of each stretch."""
-_STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.unicode_minus": False, "svg.fonttype": "none"}
 _METADATA = ("Creator", "Date", "Format", "Type")
 
 Style = tuple[str, str]
@@ -54,7 +55,7 @@ def write_png(panels: Sequence[Panel], path: Path) -> None:
     rows = math.ceil(len(panels) / columns)
     size = (7, 4) if len(panels) == 1 else (11, 2.9 * rows)
     looks = styles(panels)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, dpi=150)
         figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12, wspace=0.02)
         for place, panel in enumerate(panels, 1):
@@ -79,7 +80,7 @@ def inline_svgs(panels: Sequence[Panel], prefix: str) -> Iterator[str]:
     for number, panel in enumerate(panels):
         stream = io.StringIO()
         with mpl.rc_context(
-            {**_STYLE, "svg.hashsalt": prefix}
+            {**STYLE, "svg.hashsalt": prefix}
         ):  # with a salt of ours the same curves give the same file
             figure = Figure(figsize=(5, 2.4), layout="constrained")
             _draw(figure.add_subplot(), panel, looks, span(panels))

@@ -1,0 +1,1 @@
+"""Throughput, refit time and train/rollout mismatch of rollout precisions."""

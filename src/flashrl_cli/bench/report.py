@@ -1,0 +1,152 @@
+"""A benchmark's results as a table, sentences, and one document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flashrl_cli.bench import verdict
+from flashrl_cli.bench.points import REFIT, SCORE, SPEED, START
+
+if TYPE_CHECKING:
+    from flashrl_cli.bench.request import Request
+    from flashrl_cli.bench.run import Measured
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was measured for a request; `command` is the command line that asked for it."""
+
+    request: Request
+    measured: Sequence[Measured]
+    command: Sequence[str]
+
+    @property
+    def base(self) -> str | None:
+        """The variant that others are compared with: the first plain bf16."""
+        return next((one.variant.name for one in self.measured if one.variant.name == "bf16"), None)
+
+    @property
+    def speeds(self) -> dict[str, dict[int, list[float]]]:
+        """Repeats by variant and batch."""
+        return {
+            one.variant.name: {point.asked["batch"]: result["values"] for point, result in one.of(SPEED)}
+            for one in self.measured
+        }
+
+    @property
+    def failed(self) -> list[Measured]:
+        """Variants that something went wrong with."""
+        return [one for one in self.measured if one.failure and not one.failure.left_out]
+
+    def sentences(self) -> list[str]:
+        """What the figures say, and how far they can be trusted."""
+        return [*verdict.sentences(self.speeds, self.base), *self._of_mismatch(), *self._notes()]
+
+    def table(self) -> tuple[list[str], list[list[object]]]:
+        """Columns and rows for people; columns that nobody has a value for are left out."""
+        columns = ["rollout"]
+        for batch in self.request.batches:
+            columns += [f"tok/s at {batch}", "x"]
+        columns += [
+            "weights GiB",
+            "KV tokens",
+            "start s",
+            "refit s",
+            "mean |Δ log p|",
+            "KL (k3)",
+            "share > 2",
+            "",
+        ]
+        rows = [self._row(one) for one in self.measured]
+        used = [n for n in range(len(columns)) if not n or any(row[n] is not None for row in rows)]
+        return [columns[n] for n in used], [[row[n] for n in used] for row in rows]
+
+    def document(self) -> dict[str, Any]:
+        """For programs: sizes in bytes and tokens, times in seconds, speeds in output tokens a second."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "command": list(self.command),
+            "versions": self.request.versions,
+            "device": self.request.machine.device,
+            "model": {"name": self.request.model.name, "fingerprint": self.request.model.fingerprint},
+            "settings": self.request.settings(),
+            "includes_prefill": True,
+            "base": self.base,
+            "variants": [self._variant(one) for one in self.measured],
+            "verdicts": self.sentences(),
+        }
+
+    def _variant(self, one: Measured) -> dict[str, Any]:
+        failure = one.failure
+        return {
+            "rollout": one.variant.name,
+            "status": _status(one),
+            "problem": failure.message if failure else None,
+            "hint": failure.hint if failure else None,
+            "notes": one.notes,
+            "engine": _first(one, START),
+            "speed": [self._speed(one, point.asked, result) for point, result in one.of(SPEED)],
+            "refit": _first(one, REFIT),
+            "mismatch": _first(one, SCORE),
+        }
+
+    def _speed(self, one: Measured, asked: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+        found = self._speed_up(one, asked["batch"])
+        bounds = {"least": round(found.least, 4), "greatest": round(found.greatest, 4)} if found else {}
+        return {**asked, **result, "speed_up": {"value": round(found.value, 4), **bounds} if found else None}
+
+    def _speed_up(self, one: Measured, batch: int) -> verdict.SpeedUp | None:
+        base, own = self.speeds.get(self.base or "", {}), self.speeds[one.variant.name]
+        compared = one.variant.name != self.base and batch in base and batch in own
+        return verdict.speed_up(own[batch], base[batch]) if compared else None
+
+    def _row(self, one: Measured) -> list[object]:
+        engine, refit, mismatch = (_first(one, kind) for kind in (START, REFIT, SCORE))
+        row: list[object] = [one.variant.name]
+        medians = {point.asked["batch"]: result["tokens_s"] for point, result in one.of(SPEED)}
+        for batch in self.request.batches:
+            found = self._speed_up(one, batch)
+            row += [round(medians[batch]) if batch in medians else None, f"{found.value:.2f}" if found else None]
+        row += [engine["weights_bytes"] / 2**30, engine["kv_tokens"], engine["start_s"]] if engine else [None] * 3
+        row.append(refit["seconds"] if refit else None)
+        row += _mismatch_cells(mismatch) if mismatch else [None] * 3
+        row.append(None if _status(one) == "ok" else _status(one))
+        return row
+
+    def _of_mismatch(self) -> Iterator[str]:
+        found = {one.variant.name: result for one in self.measured if (result := _first(one, SCORE))}
+        if any(result["knows_nothing"] for result in found.values()):
+            yield (
+                "warning: the model's entropy is near that of a uniform choice: it knows nothing, "
+                "and random weights hide what quantization does"
+            )
+        for name, result in found.items():
+            weights = result["token_weights"]
+            yield (
+                f"{name} against the trainer: KL {result['kl']['k3']:.2g} nats a token (k3), "
+                f"{100 * weights['above_2']:.2g} % of {result['tokens']:,} weights above 2, the largest {weights['max']:.3g}"
+            )
+
+    def _notes(self) -> Iterator[str]:
+        for one in self.measured:
+            yield from (f"{one.variant.name}: {note}" for note in one.notes)
+            if one.failure and one.failure.left_out:
+                yield f"{one.variant.name}: {one.failure.message}"
+
+
+def _first(one: Measured, kind: str) -> dict[str, Any] | None:
+    return next((result for _, result in one.of(kind)), None)
+
+
+def _mismatch_cells(result: dict[str, Any]) -> list[object]:
+    return [result["abs_difference"]["mean"], result["kl"]["k3"], result["token_weights"]["above_2"]]
+
+
+def _status(one: Measured) -> str:
+    if one.failure is None:
+        return "partial" if one.left else "ok"
+    return "left out" if one.failure.left_out else "failed"

@@ -1,0 +1,181 @@
+"""One vLLM engine under measurement, set up as a rollout of RL is: log-probs of what was sampled, no text, no prefix cache.
+
+Imported in the engine process only.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashrl_cli import contract
+from flashrl_cli.bench.samples import Samples
+from flashrl_cli.errors import EnvironmentNotReady, InputError
+from flashrl_cli.evals.generate import CPU_MEMORY, stop_tokens, tokenizer_of
+from flashrl_cli.weights import Unreadable
+
+if TYPE_CHECKING:
+    from flashrl_cli.bench.job import EngineJob
+
+BATCHED_TOKENS = 16384
+"""Tokens that a step on a GPU computes at most; vLLM's default depends on the GPU."""
+_WARM_UP = 24
+"""Tokens a response to warm up."""
+Advance = Callable[[str], None]
+
+
+class Rollout:
+    """The engine of a job, with its weights in it.
+
+    Raises InputError for prompts that leave no room, Unreadable for weights or a tokenizer that cannot be read.
+    """
+
+    def __init__(self, job: EngineJob) -> None:
+        self._job = job
+        self._folder = Path(job.model)
+        self._prompts = list(self._tokenized(job.questions)) if job.questions else []
+        self._check_room()
+        started = time.perf_counter()
+        from vllm import LLM
+
+        imported = time.perf_counter()
+        self._llm = LLM(
+            model=job.model,
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            dtype="bfloat16",
+            load_format="dummy",
+            logprobs_mode="processed_logprobs",
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+            worker_extension_cls=contract.BENCH_EXTENSION,
+            tensor_parallel_size=job.options.tensor_parallel,
+            max_num_seqs=job.options.max_num_seqs,
+            max_model_len=job.options.max_model_len,
+            **_platform_options(job),
+            **job.arguments,
+        )
+        self.import_s, self.start_s = imported - started, time.perf_counter() - imported
+        self._fill()
+
+    def facts(self) -> dict[str, Any]:
+        """What the engine is: seconds to import and to start it, tokens of its KV cache, and by GPU its weights' bytes and handshake."""
+        cache = self._llm.llm_engine.vllm_config.cache_config
+        workers = self._llm.collective_rpc("bench_facts")
+        return {
+            "import_s": round(self.import_s, 2),
+            "start_s": round(self.start_s, 2),
+            "kv_tokens": (cache.num_gpu_blocks or 0) * (cache.block_size or 0),
+            "weights_bytes": max(worker["weights_bytes"] for worker in workers),
+            "holds": [worker["holds"] for worker in workers],
+        }
+
+    def speed(self, *, batch: int, prompt: int, response: int, repeats: int, advance: Advance) -> dict[str, Any]:
+        """Output tokens a second, end to end, of `batch` random prompts at once; `prompt` and `response` are tokens of each."""
+        self._rate(batch, prompt, min(_WARM_UP, response), seed=repeats)
+        values = []
+        for seed in range(repeats):
+            values.append(round(self._rate(batch, prompt, response, seed=seed), 1))
+            advance(f"{values[-1]:,.0f} tokens/s")
+        return {"tokens_s": statistics.median(values), "values": values}
+
+    def refit(self, *, repeats: int) -> dict[str, Any]:
+        """Seconds of refits with random weights, after which the engine holds those; of several GPUs the slowest counts."""
+        ranks = self._llm.collective_rpc("bench_refit", args=(repeats, self._job.weights))
+        values = [round(max(times), 4) for times in zip(*(rank["seconds"] for rank in ranks), strict=True)]
+        extra = [rank["extra_bytes"] for rank in ranks if rank["extra_bytes"] is not None]
+        return {
+            "seconds": round(statistics.median(values), 4),
+            "values": values,
+            "extra_bytes": max(extra, default=None),
+            "bytes": ranks[0]["bytes"],
+            "buckets": ranks[0]["buckets"],
+        }
+
+    def sample(self, *, samples: int, response: int, out: str) -> dict[str, Any]:
+        """Write `samples` responses of at most `response` tokens, to the prompts in turn, with the log-probs that verl would get."""
+        from vllm import SamplingParams
+
+        prompts = [self._prompts[number % len(self._prompts)] for number in range(samples)]
+        asked = SamplingParams(
+            temperature=1.0,
+            max_tokens=response,
+            logprobs=0,
+            detokenize=False,
+            stop_token_ids=stop_tokens(self._folder, tokenizer_of(self._folder)),
+        )
+        outputs = [one.outputs[0] for one in self._generate(prompts, asked)]
+        found = Samples(
+            prompts=prompts,
+            responses=[list(output.token_ids) for output in outputs],
+            logprobs=[_logprobs(output) for output in outputs],
+        )
+        found.write(Path(out))
+        return {"tokens": sum(map(len, found.responses)), "sequences": samples}
+
+    def _fill(self) -> None:
+        """Real weights from disk, random ones for a shape; what is not refitted keeps vLLM's dummies."""
+        if not self._job.refitted:
+            return
+        if self._job.weights is None:
+            self._llm.collective_rpc("bench_fill")
+            return
+        for holds in self._llm.collective_rpc("load_from_disk", args=(self._job.weights,)):
+            if "unreadable" in holds:
+                raise Unreadable(holds["unreadable"])
+
+    def _rate(self, batch: int, prompt: int, response: int, *, seed: int) -> float:
+        import numpy as np
+        from vllm import SamplingParams
+
+        vocabulary = self._llm.llm_engine.vllm_config.model_config.get_vocab_size()
+        rows = np.random.default_rng(seed).integers(0, vocabulary, (batch, prompt)).tolist()
+        asked = SamplingParams(temperature=1.0, max_tokens=response, ignore_eos=True, logprobs=0, detokenize=False)
+        begun = time.perf_counter()
+        outputs = self._generate(rows, asked)
+        seconds = time.perf_counter() - begun
+        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        if tokens != batch * response:
+            raise EnvironmentNotReady(f"vLLM gave {tokens} tokens where {batch * response} were asked for")
+        return tokens / seconds
+
+    def _generate(self, prompts: list[list[int]], asked: Any) -> list[Any]:
+        outputs: list[Any] = self._llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], asked, use_tqdm=False
+        )
+        return outputs
+
+    def _tokenized(self, questions: str) -> Iterator[list[int]]:
+        tokenizer = tokenizer_of(self._folder)
+        for line in Path(questions).read_text(encoding="utf-8").splitlines():
+            yield tokenizer.apply_chat_template(json.loads(line), add_generation_prompt=True, return_dict=False)
+
+    def _check_room(self) -> None:
+        longest = max(map(len, self._prompts), default=0)
+        if longest >= self._job.options.max_model_len:
+            limit = self._job.options.max_model_len
+            raise InputError(f"a prompt has {longest} tokens, the limit is {limit}", hint="a larger --max-model-len")
+
+
+def _logprobs(output: Any) -> list[float]:
+    return [row[token].logprob for row, token in zip(output.logprobs, output.token_ids, strict=True)]
+
+
+def _platform_options(job: EngineJob) -> dict[str, Any]:
+    """Options of vLLM that depend on where it runs; on a CPU the KV cache's size is a variable of the environment."""
+    from vllm.platforms import current_platform
+
+    options = job.options
+    if current_platform.is_cpu():
+        return {"enforce_eager": options.enforce_eager, "gpu_memory_utilization": CPU_MEMORY}
+    share, cache = options.gpu_memory_utilization, options.kv_memory
+    return {
+        "enforce_eager": options.enforce_eager,
+        "max_num_batched_tokens": max(BATCHED_TOKENS, options.max_model_len),
+        **({} if share is None else {"gpu_memory_utilization": share}),
+        **({} if cache is None else {"kv_cache_memory_bytes": int(cache * 2**30)}),
+    }

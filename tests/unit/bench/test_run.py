@@ -1,0 +1,213 @@
+"""Every variant has its engine in turn; what fails, does not fit or is interrupted costs nothing that was measured."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashrl_cli import contract
+from flashrl_cli.bench.report import Report
+from flashrl_cli.bench.run import Measured, Session, Telling
+from flashrl_cli.errors import RunFailed
+from flashrl_cli.evals import process
+from flashrl_cli.launch.signals import Interrupted
+from tests.unit.bench.lab import HF, MISMATCH, Workers, facts, obedient, request
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workers]:
+    found = Workers()
+    monkeypatch.setattr(process, "worker", found)
+    yield found
+    assert found.running == 0
+
+
+class Told:
+    def __init__(self) -> None:
+        self.words: list[str] = []
+        self.done = 0
+        self.finished: list[int] = []
+
+    @property
+    def telling(self) -> Telling:
+        return Telling(say=self.words.append, advance=self._advance, finished=self._finished)
+
+    def _finished(self, measured: Sequence[Measured]) -> None:
+        self.finished.append(sum(len(one.results) for one in measured))
+
+    def _advance(self, n: int, note: str) -> None:
+        self.done += n
+
+
+def measure(folder: Path, rollout: str = "bf16,int8", told: Told | None = None, **changed: Any) -> Report:
+    asked = request(folder, rollout, **changed)
+    session = Session(asked, (told or Told()).telling)
+    session.work()
+    return Report(asked, session.measured, ["flashrl", "bench"])
+
+
+def test_each_variant_has_an_engine_and_the_scorer_comes_last(workers: Workers, tmp_path: Path) -> None:
+    told = Told()
+    report = measure(tmp_path, told=told, model=HF, mismatch=MISMATCH, refit=True)
+    engine = ["start", "speed", "speed", "sample", "refit"]
+    assert workers.asked == [
+        *(("bf16", kind) for kind in engine),
+        *(("int8", kind) for kind in engine),
+        ("scorer", "score"),
+        ("scorer", "score"),
+    ]
+    assert not report.failed
+    assert told.done == 12
+    assert told.finished == list(range(1, 13))
+    assert "int8, 4 sequences: 80 tokens/s; more than 0 s left" in told.words
+
+
+def test_engines_are_told_their_weights_prompts_and_options(workers: Workers, tmp_path: Path) -> None:
+    measure(tmp_path, "bf16,int8+head32", model=HF, mismatch=MISMATCH)
+    plain, changed, scorer = workers.jobs
+    assert plain["weights"]["hf"] == "/hf"
+    assert plain["questions"] is not None
+    assert (plain["arguments"], changed["arguments"]["quantization"]) == ({"quantization": None}, "flashrl_int8")
+    assert scorer == {"model": "/hf", "dtype": "bfloat16"}
+    options = [env.get(contract.ENV_ROLLOUT, "") for env in workers.environments]
+    assert '"lm_head_fp32": false' in options[0]
+    assert '"lm_head_fp32": true' in options[1]
+    assert all(env["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" for env in workers.environments[:2])
+
+
+def test_a_shape_has_no_weights_but_a_config(workers: Workers, tmp_path: Path) -> None:
+    measure(tmp_path, "int8")
+    assert (workers.jobs[0]["weights"], workers.jobs[0]["questions"]) == (None, None)
+    assert Path(workers.jobs[0]["model"]).name == "model"
+
+
+def test_what_is_kept_is_not_measured_again(workers: Workers, tmp_path: Path) -> None:
+    first = measure(tmp_path, model=HF, mismatch=MISMATCH).document()
+    workers.asked.clear()
+    assert measure(tmp_path, model=HF, mismatch=MISMATCH).document() == first
+    assert workers.asked == []
+    measure(tmp_path, fresh=True)
+    assert len(workers.asked) == 6
+
+
+def test_lost_samples_are_made_again(workers: Workers, tmp_path: Path) -> None:
+    measure(tmp_path, "int8", model=HF, mismatch=MISMATCH)
+    for file in tmp_path.glob("*.npz"):
+        file.unlink()
+    workers.asked.clear()
+    measure(tmp_path, "int8", model=HF, mismatch=MISMATCH)
+    assert workers.asked == [("int8", "start"), ("int8", "sample")]
+
+
+def test_a_failure_ends_its_variant_alone_and_keeps_its_points(workers: Workers, tmp_path: Path) -> None:
+    def answer(precision: str, asked: dict[str, Any]) -> dict[str, Any]:
+        if precision == "bf16" and asked.get("batch") == 16:
+            raise RunFailed("out of memory\nmore of it", hint="a smaller --batch")
+        return obedient(precision, asked)
+
+    workers.answer = answer
+    told = Told()
+    report = measure(tmp_path, told=told)
+    bf16, int8 = report.document()["variants"]
+    assert (bf16["status"], bf16["problem"], bf16["hint"]) == (
+        "failed",
+        "out of memory\nmore of it",
+        "a smaller --batch",
+    )
+    assert [speed["batch"] for speed in bf16["speed"]] == [4]
+    assert (int8["status"], len(int8["speed"])) == ("ok", 2)
+    assert [one.variant.name for one in report.failed] == ["bf16"]
+    assert "bf16 failed: out of memory" in told.words
+    workers.answer = obedient
+    workers.asked.clear()
+    measure(tmp_path)
+    assert workers.asked == [("bf16", "start"), ("bf16", "speed")]
+
+
+def test_an_engine_that_holds_something_else_gives_no_number(workers: Workers, tmp_path: Path) -> None:
+    workers.answer = lambda precision, asked: (
+        facts(precision="bf16") if asked["kind"] == "start" else obedient(precision, asked)
+    )
+    (int8,) = measure(tmp_path, "int8").document()["variants"]
+    assert int8["status"] == "failed"
+    assert "the engine holds bf16" in int8["problem"]
+    assert (int8["engine"], int8["speed"]) == (None, [])
+    assert list(tmp_path.glob("*.json")) == []
+
+
+def test_what_the_machine_lacks_starts_no_engine(workers: Workers, tmp_path: Path) -> None:
+    report = measure(tmp_path, "fp8,int8")
+    assert {name for name, _ in workers.asked} == {"int8"}
+    assert report.document()["variants"][0]["problem"] == "vLLM has no FP8 kernel for a CPU"
+
+
+def test_an_interruption_keeps_what_is_finished(workers: Workers, tmp_path: Path) -> None:
+    def answer(precision: str, asked: dict[str, Any]) -> dict[str, Any]:
+        if asked.get("batch") == 16:
+            raise Interrupted(signal.SIGINT, "again")
+        return obedient(precision, asked)
+
+    workers.answer = answer
+    with pytest.raises(Interrupted):
+        measure(tmp_path, "int8")
+    workers.answer = obedient
+    workers.asked.clear()
+    measure(tmp_path, "int8")
+    assert workers.asked == [("int8", "start"), ("int8", "speed")]
+
+
+@pytest.mark.parametrize(("budget", "status", "speeds"), [(115.0, "ok", 2), (75.0, "partial", 1)])
+def test_a_budget_leaves_out_and_says_so(
+    budget: float, status: str, speeds: int, workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(0, 10_000, 10))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(now)))
+    report = measure(tmp_path, "bf16,int8", budget=budget)
+    bf16, int8 = report.document()["variants"]
+    assert (bf16["status"], len(bf16["speed"])) == (status, speeds)
+    assert int8["status"] == "left out"
+    assert not report.failed
+    assert ("bf16, 16 sequences: left out, the budget has no room for it" in bf16["notes"]) == (speeds == 1)
+    assert any("int8: left out, the budget has no room" in line for line in report.sentences())
+
+
+def test_fp8_in_blocks_has_its_speed_alone_and_says_why(workers: Workers, tmp_path: Path) -> None:
+    from flashrl_cli.bench.machine import Machine
+
+    workers.answer = lambda precision, asked: (
+        facts(kernel="Fp8LinearMethod") if asked["kind"] == "start" else obedient(precision, asked)
+    )
+    report = measure(tmp_path, "fp8-block", machine=Machine("cuda", "H100"), refit=True)
+    assert [kind for _, kind in workers.asked] == ["start", "speed", "speed"]
+    assert any("verl's own code refits FP8 in blocks" in line for line in report.sentences())
+    assert workers.jobs[0]["refitted"] is False
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in workers.environments[0]
+
+
+def test_the_document_and_the_table_say_the_same(workers: Workers, tmp_path: Path) -> None:
+    report = measure(tmp_path, model=HF, mismatch=MISMATCH, refit=True)
+    document = report.document()
+    assert (document["schema_version"], document["base"], document["device"]) == (1, "bf16", "a CPU")
+    assert document["variants"][0]["speed"][0]["speed_up"] is None
+    assert document["variants"][1]["speed"][1]["speed_up"]["value"] == 2.0
+    columns, rows = report.table()
+    int8 = dict(zip(columns[1:], rows[1][1:], strict=True))
+    assert (int8["tok/s at 16"], int8["weights GiB"], int8["refit s"]) == (320, 1.0, 0.1)
+    assert (int8["mean |Δ log p|"], int8["KL (k3)"], int8["share > 2"]) == (0.01, 0.002, 0.025)
+    assert "at 16 sequences: int8 gives 2.00x (1.98 to 2.02) of bf16" in report.sentences()
+    assert "int8 against the trainer: KL 0.002 nats a token (k3), 2.5 % of 40 weights above 2, the largest 3" in (
+        report.sentences()
+    )
+
+
+def test_a_policy_that_knows_nothing_is_warned_of(workers: Workers, tmp_path: Path) -> None:
+    workers.answer = lambda precision, asked: {
+        **obedient(precision, asked),
+        **({"knows_nothing": True} if asked["kind"] == "score" else {}),
+    }
+    report = measure(tmp_path, "int8", model=HF, mismatch=MISMATCH)
+    assert any(line.startswith("warning: the model's entropy") for line in report.sentences())

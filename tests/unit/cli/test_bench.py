@@ -1,0 +1,112 @@
+"""`flashrl bench`, as people and programs call it; scripted engines answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashrl_cli.bench import machine
+from flashrl_cli.bench.machine import Machine
+from flashrl_cli.cli.app import main
+from flashrl_cli.errors import RunFailed
+from flashrl_cli.evals import process
+from tests.unit.bench.lab import Workers, obedient
+
+Call = Callable[..., tuple[int, str, str]]
+WORDS = ("bench", "--model", "shape:0.5b/2")
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
+    found = Workers()
+    monkeypatch.setattr(process, "worker", found)
+    monkeypatch.setattr(machine, "here", lambda: Machine("cpu", "a CPU"))
+    return found
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Exit code, stdout and stderr of `flashrl WORDS` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLASHRL_RUNS", str(tmp_path / "runs"))
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["flashrl", *words])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return int(caught.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+def test_a_table_a_verdict_and_what_was_taken_by_default(workers: Workers, call: Call) -> None:
+    code, out, err = call(*WORDS)
+    assert code == 0
+    assert "tok/s at 16" in out
+    assert "at 16 sequences: int8 gives 2.00x (1.98 to 2.02) of bf16" in out
+    assert "on a CPU by default: --batch 4,16, --prompt 64, --response 32" in err
+    assert "int8, 4 sequences: 80 tokens/s" in err
+
+
+def test_json_is_one_document_and_the_file_is_the_same(workers: Workers, call: Call, tmp_path: Path) -> None:
+    code, out, _ = call(*WORDS, "--json", "--out", "deep/b.json", "--png", "b.png")
+    assert code == 0
+    document = json.loads(out)
+    assert document == json.loads((tmp_path / "deep" / "b.json").read_text())
+    assert document["command"][:2] == ["flashrl", "bench"]
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failure_is_shown_with_what_was_measured_and_ends_with_1(
+    workers: Workers, call: Call, tmp_path: Path
+) -> None:
+    def answer(precision: str, asked: dict[str, Any]) -> dict[str, Any]:
+        if precision == "int8":
+            raise RunFailed("a GPU ran out of memory", hint="a smaller --batch")
+        return obedient(precision, asked)
+
+    workers.answer = answer
+    code, out, err = call(*WORDS, "--out", "b.json")
+    assert code == 1
+    assert "160" in out
+    assert "failed" in out
+    assert "error: 1 of 2 kinds of rollouts could not be measured in full\n  int8: a GPU ran out of memory" in err
+    assert "hint: a smaller --batch" in err
+    assert json.loads((tmp_path / "b.json").read_text())["variants"][1]["status"] == "failed"
+
+
+def test_an_interruption_leaves_what_there_is(workers: Workers, call: Call, tmp_path: Path) -> None:
+    def answer(precision: str, asked: dict[str, Any]) -> dict[str, Any]:
+        if precision == "int8" and asked.get("batch") == 16:
+            os.kill(os.getpid(), signal.SIGINT)
+        return obedient(precision, asked)
+
+    workers.answer = answer
+    code, out, err = call(*WORDS, "--out", "b.json", "--json")
+    assert (code, out) == (130, "")
+    assert "hint: the same command goes on from here" in err
+    bf16, int8 = json.loads((tmp_path / "b.json").read_text())["variants"]
+    assert (bf16["status"], int8["status"], len(int8["speed"])) == ("ok", "partial", 1)
+    assert workers.running == 0
+
+
+def test_nothing_to_draw_is_said(workers: Workers, call: Call, tmp_path: Path) -> None:
+    code, _, err = call(*WORDS, "--rollout", "fp8", "--png", "b.png")
+    assert code == 1
+    assert "no speed was measured" in err
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_bad_words_end_with_2_and_start_nothing(workers: Workers, call: Call, tmp_path: Path) -> None:
+    code, out, err = call("bench", "--batch", "0")
+    assert (code, out) == (2, "")
+    assert "hint: --batch 64,256" in err
+    assert workers.asked == []
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,81 @@
+"""The working process's side: lines of stdin become orders, nothing but events is on stdout, and it ends with its parent or an error."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.processes
+
+BEGIN = "import io, multiprocessing, sys, time\nfrom flashrl_cli.evals import parent\norders, emit = parent.begin()\n"
+ENOUGH_S = 30
+"""For an end that comes at once; what must not be waited for takes twice as long."""
+
+
+@contextlib.contextmanager
+def process(script: str, errors: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that runs `script` after its beginning, in a group of its own that ends with the test."""
+    command = [sys.executable, "-c", BEGIN + script]
+    pipe = subprocess.PIPE
+    with (
+        errors.open("wb") as stderr,
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=stderr, start_new_session=True) as running,
+    ):
+        try:
+            yield running
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
+
+
+def test_orders_come_line_by_line_and_the_end_of_stdin_ends_the_process(tmp_path: Path) -> None:
+    script = (
+        "print('words of a library', flush=True)\nfor _ in '12': emit('got', size=len(orders.get()))\ntime.sleep(60)"
+    )
+    with process(script, tmp_path / "log") as running:
+        assert running.stdin is not None
+        assert running.stdout is not None
+        running.stdin.write(b"first\n" + b"long" * 50_000 + b"\n")
+        running.stdin.flush()
+        assert running.stdout.readline() == b'{"event": "got", "size": 5}\n'
+        assert running.stdout.readline() == b'{"event": "got", "size": 200000}\n'
+        running.stdin.close()
+        assert running.wait(ENOUGH_S) == -signal.SIGKILL
+        assert (tmp_path / "log").read_text() == "words of a library\n"
+
+
+def test_the_end_is_heard_though_a_forked_process_lives_on(tmp_path: Path) -> None:
+    script = (
+        "fork = multiprocessing.get_context('fork')\n"
+        "fork.Process(target=time.sleep, args=(60,), daemon=True).start()\n"
+        "emit('begun')\n"
+        "raise ValueError"
+    )
+    with process(script, tmp_path / "log") as running:
+        began = time.monotonic()
+        assert running.stdout is not None
+        assert running.stdout.read() == b'{"event": "begun"}\n'
+        assert time.monotonic() - began < ENOUGH_S
+
+
+def test_a_traceback_is_told_though_a_library_has_replaced_stderr(tmp_path: Path) -> None:
+    """As torch.distributed does once a process group is there (torch/distributed/distributed_c10d.py, `_distributed_excepthook`)."""
+    script = (
+        "ours = sys.excepthook\n"
+        "def hook(*error):\n"
+        "    sys.stderr = io.StringIO()\n"
+        "    ours(*error)\n"
+        "sys.excepthook = hook\n"
+        "raise ValueError('what happened')"
+    )
+    with process(script, tmp_path / "log") as running:
+        assert running.wait(ENOUGH_S) == 1
+    assert "ValueError: what happened" in (tmp_path / "log").read_text()
