@@ -80,6 +80,8 @@ def _job(request: Request, variant: Variant, work: Path) -> EngineJob:
         arguments=variant.arguments(),
         options=request.engine,
         questions=str(questions) if questions else None,
+        response=request.response,
+        longest=request.longest,
     )
 
 
