@@ -31,7 +31,7 @@ class EngineJob:
     """One engine: `arguments` are vLLM's for the variant, `weights` (a Weights as plain data) None where random ones are wanted.
 
     `refitted` says that they come by a refit, else vLLM's dummy loader makes them. `questions` is a file of chat prompts, one a
-    line, that are sampled from later.
+    line, that get up to `response` tokens each later; for them the engine takes longer sequences than its options say, up to `longest`.
     """
 
     model: str
@@ -40,6 +40,8 @@ class EngineJob:
     arguments: dict[str, Any]
     options: EngineOptions
     questions: str | None
+    response: int
+    longest: int | None
 
     def write(self, path: Path) -> None:
         """Write the job to `path`."""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 CAPS = (2.0, 8.0)
 """Caps of TIS in use: verl's default, and that of recipes for large models."""
 _CLOSE_TO_UNIFORM = 0.9
+_LARGEST = 600.0
+"""Logarithm of a weight from which on it counts as no larger: products over a sequence must stay finite."""
 
 
 def statistics(rollout: Any, train: Any, lengths: Any) -> dict[str, Any]:
@@ -51,7 +53,7 @@ def statistics(rollout: Any, train: Any, lengths: Any) -> dict[str, Any]:
 
 def weights(log_ratios: NDArray[np.float64]) -> dict[str, float]:
     """Of weights r with these logarithms: mean, least and greatest, the shares above each cap, and the effective sample size."""
-    ratios = np.exp(log_ratios)
+    ratios = np.exp(np.minimum(log_ratios, _LARGEST))
     scaled = np.exp(log_ratios - log_ratios.max())  # their squares must not overflow
     above = {f"above_{cap:g}": float(np.mean(ratios > cap)) for cap in CAPS}
     effective = float(scaled.sum() ** 2 / (scaled**2).sum() / scaled.size)

@@ -11,7 +11,7 @@ from flashrl_cli.bench.points import REFIT, SCORE, SPEED, START
 
 if TYPE_CHECKING:
     from flashrl_cli.bench.request import Request
-    from flashrl_cli.bench.run import Measured
+    from flashrl_cli.bench.results import Measured
 
 SCHEMA_VERSION = 1
 

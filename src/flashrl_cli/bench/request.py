@@ -82,7 +82,10 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is complete: `options` as asked, `engine` the same with the share of memory that is free, `defaults` what was not asked."""
+    """What is complete: `options` as asked, `engine` the same with the share of memory that is free, `defaults` what was not asked.
+
+    `longest` is what sequences of the mismatch may have: the limit that was given, else the model's; None for no limit.
+    """
 
     model: Model
     variants: tuple[Variant, ...]
@@ -94,6 +97,7 @@ class Request:
     mismatch: Mismatch | None
     options: EngineOptions
     engine: EngineOptions
+    longest: int | None
     devices: str | None
     machine: Machine
     versions: dict[str, str]
@@ -147,6 +151,7 @@ def plan(asked: Asked) -> Request:
         mismatch=_mismatch(asked, usual) if asked.mismatch else None,
         options=options,
         engine=replace(options, gpu_memory_utilization=settings.gpu_memory_utilization),
+        longest=asked.max_model_len or found.positions,
         devices=visible,
         machine=where,
         versions=machine.versions(),

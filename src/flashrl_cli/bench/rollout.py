@@ -38,7 +38,7 @@ class Rollout:
         self._job = job
         self._folder = Path(job.model)
         self._prompts = list(self._tokenized(job.questions)) if job.questions else []
-        self._check_room()
+        limit = self._limit()
         started = time.perf_counter()
         from vllm import LLM
 
@@ -55,8 +55,8 @@ class Rollout:
             worker_extension_cls=contract.BENCH_EXTENSION,
             tensor_parallel_size=job.options.tensor_parallel,
             max_num_seqs=job.options.max_num_seqs,
-            max_model_len=job.options.max_model_len,
-            **_platform_options(job),
+            max_model_len=limit,
+            **_platform_options(job, limit),
             **job.arguments,
         )
         self.import_s, self.start_s = imported - started, time.perf_counter() - imported
@@ -154,18 +154,21 @@ class Rollout:
         for line in Path(questions).read_text(encoding="utf-8").splitlines():
             yield tokenizer.apply_chat_template(json.loads(line), add_generation_prompt=True, return_dict=False)
 
-    def _check_room(self) -> None:
-        longest = max(map(len, self._prompts), default=0)
-        if longest >= self._job.options.max_model_len:
-            limit = self._job.options.max_model_len
-            raise InputError(f"a prompt has {longest} tokens, the limit is {limit}", hint="a larger --max-model-len")
+    def _limit(self) -> int:
+        """Longest sequence: what the options say, or what the prompts need, so that no response is cut by it."""
+        usual, most = self._job.options.max_model_len, self._job.longest
+        needed = max(map(len, self._prompts)) + self._job.response if self._prompts else 0
+        if most and needed > most:
+            what = f"a prompt of --data and its response need {needed} tokens, the limit is {most}"
+            raise InputError(what, hint="a smaller --response, or a larger --max-model-len if the model can take it")
+        return max(usual, needed)
 
 
 def _logprobs(output: Any) -> list[float]:
     return [row[token].logprob for row, token in zip(output.logprobs, output.token_ids, strict=True)]
 
 
-def _platform_options(job: EngineJob) -> dict[str, Any]:
+def _platform_options(job: EngineJob, limit: int) -> dict[str, Any]:
     """Options of vLLM that depend on where it runs; on a CPU the KV cache's size is a variable of the environment."""
     from vllm.platforms import current_platform
 
@@ -175,7 +178,7 @@ def _platform_options(job: EngineJob) -> dict[str, Any]:
     share, cache = options.gpu_memory_utilization, options.kv_memory
     return {
         "enforce_eager": options.enforce_eager,
-        "max_num_batched_tokens": max(BATCHED_TOKENS, options.max_model_len),
+        "max_num_batched_tokens": max(BATCHED_TOKENS, limit),
         **({} if share is None else {"gpu_memory_utilization": share}),
         **({} if cache is None else {"kv_cache_memory_bytes": int(cache * 2**30)}),
     }

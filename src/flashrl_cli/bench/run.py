@@ -3,71 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import contract
-from flashrl_cli.bench import store
-from flashrl_cli.bench.job import EngineJob, ScorerJob, order
+from flashrl_cli.bench import child, store
+from flashrl_cli.bench.job import order
 from flashrl_cli.bench.pace import Pace
 from flashrl_cli.bench.points import SAMPLE, SCORE, START, Point, points
+from flashrl_cli.bench.results import Failure, Measured
 from flashrl_cli.bench.store import Store
 from flashrl_cli.errors import EnvironmentNotReady, FlashrlError
-from flashrl_cli.evals import failures, process
 from flashrl_cli.launch.signals import Interrupted
 
 if TYPE_CHECKING:
     from flashrl_cli.bench.request import Request
     from flashrl_cli.bench.variants import Variant
+    from flashrl_cli.evals import process
 
-ENGINE, SCORER = "flashrl_cli.bench.engine", "flashrl_cli.bench.scorer"
-HINTS = {
-    "a GPU ran out of memory": "a smaller --batch or --gpu-memory-utilization, or --tp over more GPUs",
-    "a GPU has less free memory than the rollout engine asks for": (
-        "a smaller --gpu-memory-utilization, or another GPU by CUDA_VISIBLE_DEVICES"
-    ),
-    "the rollout engine has no memory left for its KV cache": (
-        "a smaller --prompt or --response, or a larger --gpu-memory-utilization (on a CPU: --kv-memory)"
-    ),
-}
-"""What helps here, by cause (verl.causes)."""
 NOT_REFITTED = "its weights are vLLM's dummies, because verl's own code refits FP8 in blocks: its speed is all there is"
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a variant, or the rest of it, has no figures. `left_out` says that the budget had no room, which is no failure."""
-
-    message: str
-    hint: str | None = None
-    left_out: bool = False
-
-
-@dataclass(slots=True)
-class Measured:
-    """What is known of a variant: results by point, and what went wrong."""
-
-    variant: Variant
-    points: tuple[Point, ...]
-    results: dict[Point, dict[str, Any]] = field(default_factory=dict)
-    failure: Failure | None = None
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def left(self) -> list[Point]:
-        """Points without a result."""
-        return [point for point in self.points if point not in self.results]
-
-    def of(self, kind: str) -> list[tuple[Point, dict[str, Any]]]:
-        """Points of a kind that have a result."""
-        return [(point, result) for point, result in self.results.items() if point.kind == kind]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +100,7 @@ class Session:
             one.failure = Failure("left out, the budget has no room for its engine", left_out=True)
             return
         self.telling.say(f"{one.variant.name}: starting an engine{self._and_left()}")
-        with self._engine(one.variant) as engine:
+        with child.engine(self.request, one.variant) as engine:
             self._ask(one, start, engine)
             for point in measures:
                 if self._has_room(one, point):
@@ -186,6 +141,12 @@ class Session:
         left = self._pace.left(point for one in self.measured if not one.failure for point in one.left)
         return f"; {left}" if left else ""
 
+    @contextlib.contextmanager
+    def _scorer(self) -> Iterator[process.Worker]:
+        self.telling.say("computing the trainer's log-probs with Transformers")
+        with child.scorer(self.request) as worker:
+            yield worker
+
     def _to_score(self, one: Measured) -> tuple[Point, Point] | None:
         """The sampled and the unscored point of a variant, if it has both."""
         sampled = [point for point, _ in one.of(SAMPLE)]
@@ -195,61 +156,6 @@ class Session:
     def _score(self, one: Measured, scorer: process.Worker, sampled: Point, unscored: Point) -> None:
         if self._has_room(one, unscored):
             self._finish(one, unscored, scorer, order(SCORE, samples=str(self._store.samples(sampled))))
-
-    @contextlib.contextmanager
-    def _engine(self, variant: Variant) -> Iterator[process.Worker]:
-        died = partial(failures.died, who=f"the engine of {variant.name}", hints=HINTS)
-        with tempfile.TemporaryDirectory(prefix="flashrl-bench-") as folder:
-            work = Path(folder)
-            file = work / "job.json"
-            self._job(variant, work).write(file)
-            env = process.environment(work, self.request.devices, self._fixed(variant), self._usual())
-            with process.worker(ENGINE, file, self._log(variant.name), env, died) as worker:
-                yield worker
-
-    def _log(self, name: str) -> Path:
-        """A log with nothing in it yet."""
-        log = self.request.log(name)
-        log.unlink(missing_ok=True)
-        return log
-
-    def _job(self, variant: Variant, work: Path) -> EngineJob:
-        request = self.request
-        questions = None
-        if request.mismatch and variant.refitted:
-            questions = work / "questions.jsonl"
-            asked = request.mismatch.questions[: request.mismatch.samples]
-            questions.write_text("".join(json.dumps(one.prompt) + "\n" for one in asked), encoding="utf-8")
-        weights = request.model.weights
-        return EngineJob(
-            model=str(request.model.folder(work)),
-            weights=weights.plain() if weights and variant.refitted else None,
-            refitted=variant.refitted,
-            arguments=variant.arguments(),
-            options=request.engine,
-            questions=str(questions) if questions else None,
-        )
-
-    def _fixed(self, variant: Variant) -> dict[str, str]:
-        cache = self.request.engine.kv_memory
-        room = {"VLLM_CPU_KVCACHE_SPACE": str(math.ceil(cache))} if cache and self.request.machine.kind == "cpu" else {}
-        return {contract.ENV_ROLLOUT: variant.options().text(), **room}
-
-    def _usual(self) -> Mapping[str, str]:
-        """On a GPU vLLM keeps its scheduler in a process of its own, as in RL; on a CPU that only costs memory and time."""
-        return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if self.request.machine.kind == "cpu" else {}
-
-    @contextlib.contextmanager
-    def _scorer(self) -> Iterator[process.Worker]:
-        self.telling.say("computing the trainer's log-probs with Transformers")
-        mismatch, hf = self.request.mismatch, self.request.model.hf
-        with tempfile.TemporaryDirectory(prefix="flashrl-bench-") as folder:
-            file = Path(folder) / "job.json"
-            ScorerJob(model=str(hf), dtype=mismatch.dtype if mismatch else "bfloat16").write(file)
-            env = process.environment(Path(folder), self.request.devices, {})
-            died = partial(failures.died, who="the scorer", hints=HINTS)
-            with process.worker(SCORER, file, self._log("scorer"), env, died) as worker:
-                yield worker
 
 
 def _check(variant: Variant, facts: dict[str, Any]) -> None:

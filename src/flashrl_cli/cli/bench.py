@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from flashrl_cli.bench.report import Report
     from flashrl_cli.bench.request import Request
-    from flashrl_cli.bench.run import Measured
+    from flashrl_cli.bench.results import Measured
     from flashrl_cli.render.output import Output
 
 

@@ -51,7 +51,7 @@ MaxNumSeqs = Annotated[
 ]
 MaxModelLen = Annotated[
     int | None,
-    typer.Option(min=2, help="Longest prompt and response together.", show_default="what --prompt and --response need"),
+    typer.Option(min=2, help="Longest prompt and response together.", show_default="what is measured needs"),
 ]
 MemoryShare = Annotated[
     float | None,

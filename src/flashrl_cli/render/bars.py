@@ -39,7 +39,7 @@ def write_png(speeds: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -
         axes.tick_params(colors=MUTED, length=0)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(RULE)
-        figure.legend(loc="outside upper left", ncols=min(4, len(speeds)), frameon=False)
+        figure.legend(loc="outside upper left", ncols=min(6, len(speeds)), frameon=False)
         with files.replacing(path) as temporary:
             figure.savefig(temporary, format="png")
 

@@ -59,6 +59,7 @@ def request(folder: Path, rollout: str = "bf16,int8", **changed: Any) -> Request
         mismatch=None,
         options=OPTIONS,
         engine=OPTIONS,
+        longest=2048,
         devices=None,
         machine=Machine("cpu", "a CPU"),
         versions={"vllm": "0.28.0"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,18 @@ import pytest
 from flashrl_cli.bench import engine, rollout, scorer
 from flashrl_cli.bench.job import EngineJob, ScorerJob, order
 from flashrl_cli.bench.samples import Samples
+from flashrl_cli.errors import InputError
 from tests.unit.bench.lab import OPTIONS
 
 JOB = EngineJob(
-    model="/hf", weights=None, refitted=True, arguments={"quantization": None}, options=OPTIONS, questions=None
+    model="/hf",
+    weights=None,
+    refitted=True,
+    arguments={"quantization": None},
+    options=OPTIONS,
+    questions=None,
+    response=8,
+    longest=None,
 )
 SAMPLES = Samples(prompts=[[1, 2], [3]], responses=[[4], [5, 6, 7]], logprobs=[[-0.5], [-1.0, -2.0, -0.25]])
 
@@ -76,3 +85,18 @@ def test_one_engine_fulfils_all_orders(monkeypatch: pytest.MonkeyPatch) -> None:
         {"event": "done", "result": {"repeats": 2}},
         {"event": "done", "result": {"samples": 3, "out": "x"}},
     ]
+
+
+def limit(prompts: list[list[int]], longest: int | None) -> int:
+    """Longest sequence of an engine whose options say 112."""
+    made = object.__new__(rollout.Rollout)
+    made._job, made._prompts = replace(JOB, response=100, longest=longest), prompts
+    return made._limit()
+
+
+def test_no_response_is_cut_by_the_engines_limit() -> None:
+    assert limit([], 50) == 112
+    assert limit([[1] * 5], 2048) == 112
+    assert limit([[1] * 5, [1] * 40], None) == 140
+    with pytest.raises(InputError, match="need 140 tokens, the limit is 120"):
+        limit([[1] * 40], 120)

@@ -67,6 +67,12 @@ def test_large_ratios_do_not_overflow_the_effective_size() -> None:
     assert statistics([-600.0, 0.0], [0.0, 0.0], [2])["token_weights"]["effective"] == pytest.approx(0.5)
 
 
+def test_a_sequence_that_is_far_off_stays_finite() -> None:
+    found = statistics([-30.0] * 40, [0.0] * 40, [40])
+    assert math.isfinite(found["sequence_weights"]["mean"])
+    assert found["sequence_weights"]["above_8"] == 1.0
+
+
 @given(st.lists(st.tuples(st.floats(-20, 0), st.floats(-20, 0)), min_size=1, max_size=30))
 def test_k3_is_never_negative_and_shares_are_shares(pairs: list[tuple[float, float]]) -> None:
     found = statistics([a for a, _ in pairs], [b for _, b in pairs], [len(pairs)])

@@ -85,6 +85,7 @@ def test_points_are_kept_beside_the_runs(tmp_path: Path) -> None:
 def test_a_mismatch_has_its_prompts(hf: Path, prompts: Path) -> None:
     asked = ask(model=str(hf), mismatch=True, data=str(prompts), trainer_dtype="float32")
     assert asked.mismatch is not None
+    assert (asked.longest, ask(model=str(hf), max_model_len=300).longest) == (2048, 300)
     assert (len(asked.mismatch.questions), asked.mismatch.samples, asked.mismatch.dtype) == (3, 64, "float32")
     assert "--samples 64" in asked.defaults
     assert asked.settings()["mismatch"] == {"samples": 64, "trainer_dtype": "float32"}

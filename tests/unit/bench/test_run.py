@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 
 from flashrl_cli import contract
+from flashrl_cli.bench import child
 from flashrl_cli.bench.report import Report
-from flashrl_cli.bench.run import Measured, Session, Telling
+from flashrl_cli.bench.results import Measured
+from flashrl_cli.bench.run import Session, Telling
 from flashrl_cli.errors import RunFailed
 from flashrl_cli.evals import process
 from flashrl_cli.launch.signals import Interrupted
+from flashrl_cli.verl.causes import CAUSES
 from tests.unit.bench.lab import HF, MISMATCH, Workers, facts, obedient, request
 
 
@@ -211,3 +214,7 @@ def test_a_policy_that_knows_nothing_is_warned_of(workers: Workers, tmp_path: Pa
     }
     report = measure(tmp_path, "int8", model=HF, mismatch=MISMATCH)
     assert any(line.startswith("warning: the model's entropy") for line in report.sentences())
+
+
+def test_hints_are_for_causes_that_are_known() -> None:
+    assert set(child.HINTS) <= {cause.what for cause in CAUSES}

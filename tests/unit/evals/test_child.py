@@ -120,7 +120,7 @@ def test_killed_command_line_takes_the_engine_along(engine: Path, job: Job) -> N
         engine,
         """
         import queue, threading
-        from flashrl_cli.evals.engine import _listen
+        from flashrl_cli.evals.parent import _listen
         threading.Thread(target=_listen, args=(queue.SimpleQueue(),), daemon=True).start()
         print(json.dumps({"event": "stage", "pid": os.getpid()}), flush=True)
         time.sleep(60)

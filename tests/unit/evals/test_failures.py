@@ -49,3 +49,12 @@ def test_a_log_that_tells_nothing_is_quoted(tmp_path: Path) -> None:
     assert "ended with code -9:\n  last words" in failures.died(-9, log).message
     log.unlink()
     assert failures.died(-9, log).message.endswith("code -9")
+
+
+def test_another_process_has_its_own_name_and_hints(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    log.write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB\n")
+    error = failures.died(1, log, who="the scorer", hints={"a GPU ran out of memory": "a smaller batch"})
+    assert error.message == "the scorer died: a GPU ran out of memory"
+    assert error.hint == f"a smaller batch; its log: {log}"
+    assert failures.died(1, log, who="the scorer", hints={}).message.startswith("the scorer ended with code 1")
