@@ -15,7 +15,7 @@ from flashrl_cli.weights.profile import About
 from tests.saved_files import saved_step
 from tests.unit.quantize.models import LAYERS, QWEN2, hf_model
 
-EXPERTS = {f"model.layers.0.mlp.experts.{n}.up_proj.weight": (64, 32) for n in range(2)}
+EXPERTS: dict[str, tuple[int, ...]] = {f"model.layers.0.mlp.experts.{n}.up_proj.weight": (64, 32) for n in range(2)}
 
 
 @pytest.fixture(autouse=True)
