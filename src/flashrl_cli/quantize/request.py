@@ -151,6 +151,7 @@ def _refuse_tensors(tensors: dict[str, Tensor]) -> None:
 
 def _refuse_inside(checkpoint: Checkpoint, target: Path) -> None:
     """A folder within the model's would be taken for part of it, the model itself would be lost."""
-    sources = {one for one in (checkpoint.hf, checkpoint.adapter, checkpoint.path) if one}
+    shards = {shard.parent for shard in checkpoint.shards}
+    sources = shards | {one for one in (checkpoint.hf, checkpoint.adapter) if one}
     if any(source.resolve() in {target.resolve(), *target.resolve().parents} for source in sources):
         raise InputError(f"{target} lies in the model's own folder", hint="-o FOLDER elsewhere")
