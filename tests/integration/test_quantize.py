@@ -245,11 +245,11 @@ def test_a_profile_is_applied_first(tmp_path: Path) -> None:
 def test_a_step_of_a_run_is_quantized_as_its_merged_weights_are(
     saved: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FSDP shards of two ranks, and a LoRA checkpoint on its base."""
+    """FSDP shards of two ranks, a LoRA checkpoint with its base in the shards, and PEFT's adapter on a folder."""
     import torch
 
     monkeypatch.setattr(merge, "FILE_BYTES", 2**17)
-    for name in ("run/global_step_10", "lora/global_step_2"):
+    for name in ("run/global_step_10", "lora/global_step_1", "peft"):
         step, tag = saved[2] / name, name.partition("/")[0]
         wanted = plan(str(step), tmp_path / tag, "int8", [], None)
         document, _ = quantize(wanted, str)
