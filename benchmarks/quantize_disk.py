@@ -194,7 +194,7 @@ def main() -> None:
                 cases.append({"dtype": dtype, "scheme": scheme, "bytes": size, **found})
                 print(json.dumps({key: value for key, value in cases[-1].items() if key != "runs"}), flush=True)
     result = {
-        "command": " ".join(["python", "benchmarks/quantize_disk.py", *sys.argv[1:]]),
+        "command": f"python benchmarks/quantize_disk.py --layers {args.layers} --repeat {args.repeat}",
         "cores": os.cpu_count(),
         "machine": platform.machine(),
         "versions": {name: version(name) for name in PACKAGES},
