@@ -5,7 +5,7 @@
 Writes models of Qwen2.5-1.5B's shapes with random weights (28 layers: 3.1 GB in bf16) into a temporary folder under --work, which needs
 twice that. `cp` and the quantization take turns. Cold: all pages of the model are dropped from the cache before. Seconds are a command's
 own until it ends; `core` leaves out the start of Python and torch, which no `cp` has and which is told beside it. Neither side waits
-for the disk; `synced` counts until all is on it.
+for the disk; `synced` counts until all is on it. `cpu` is what a command took of the cores, its start included, whatever else runs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -103,7 +104,7 @@ def cache(folder: Path, *, warm: bool) -> None:
 
 def measured(argv: list[str]) -> dict[str, float]:
     """Seconds of a command, until its files are on the disk, and its peak memory in MiB: anonymous, and resident in all."""
-    started = time.monotonic()
+    started, used = time.monotonic(), _cpu()
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     peaks = {"RssAnon": 0, "VmHWM": 0}
     while process.poll() is None:
@@ -116,15 +117,23 @@ def measured(argv: list[str]) -> dict[str, float]:
     out, err = process.communicate()
     if process.returncode:
         sys.exit(f"{' '.join(argv)} ended with {process.returncode}:\n{err[-3000:]}")
+    cpu = _cpu() - used
     os.sync()
     core = json.loads(out)["core_s"] if out else seconds
     return {
         "seconds": seconds,
         "core_s": core,
+        "cpu_s": cpu,
         "synced_s": time.monotonic() - started,
         "anonymous_mib": peaks["RssAnon"] / 1024,
         "resident_mib": peaks["VmHWM"] / 1024,
     }
+
+
+def _cpu() -> float:
+    """Seconds of all processes that this one has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def quantize(model: str, out: str, scheme: str) -> float:
@@ -185,7 +194,7 @@ def main() -> None:
                 cases.append({"dtype": dtype, "scheme": scheme, "bytes": size, **found})
                 print(json.dumps({key: value for key, value in cases[-1].items() if key != "runs"}), flush=True)
     result = {
-        "command": " ".join(["python", "benchmarks/quantize_disk.py", *sys.argv[1:]]),
+        "command": f"python benchmarks/quantize_disk.py --layers {args.layers} --repeat {args.repeat}",
         "cores": os.cpu_count(),
         "machine": platform.machine(),
         "versions": {name: version(name) for name in PACKAGES},

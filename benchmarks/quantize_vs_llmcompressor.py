@@ -71,17 +71,17 @@ def errors(model: Path, quantized: Path) -> Errors:
     import torch
     from safetensors import safe_open
 
-    stored = [safe_open(file, framework="pt") for file in sorted(quantized.glob("*.safetensors"))]
+    stored: list[Any] = [safe_open(file, framework="pt") for file in sorted(quantized.glob("*.safetensors"))]
     place = {name: opened for opened in stored for name in opened.keys()}  # noqa: SIM118 - no mapping
     found = {}
     for file in sorted(model.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                if f"{name}_scale" in place:
-                    weight = opened.get_tensor(name).double()
-                    scale = place[f"{name}_scale"].get_tensor(f"{name}_scale").double()
-                    values = place[name].get_tensor(name).to(torch.float64)
-                    found[name] = float((weight - values * scale).norm() / weight.norm())
+        opened: Any = safe_open(file, framework="pt")
+        for name in opened.keys():  # noqa: SIM118
+            if f"{name}_scale" in place:
+                weight = opened.get_tensor(name).double()
+                scale = place[f"{name}_scale"].get_tensor(f"{name}_scale").double()
+                values = place[name].get_tensor(name).to(torch.float64)
+                found[name] = float((weight - values * scale).norm() / weight.norm())
     return found
 
 

@@ -150,6 +150,17 @@ def check_report(document: dict[str, Any], model: Tensors, found: Tensors) -> No
     assert document["totals"]["bytes_after"] == sum(tensor.nbytes for tensor in found.values())
 
 
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_very_small_and_very_large_rows(scheme: str, tmp_path: Path) -> None:
+    """A scale has a smallest value, below which everything is 0; nothing overflows at the other end."""
+    model = weights()
+    for power, row in ((-36, 2), (-12, 3), (-8, 4), (20, 5), (37, 6)):
+        model[f"{LAYERS[0]}.weight"][row] *= 10.0**power
+    out, document = done(written(tmp_path / "m", model), scheme)
+    assert_same(read(out), model, scheme)
+    assert all(0 < layer["error"] < 0.1 for layer in document["layers"])
+
+
 def test_two_files_a_tied_head_and_layers_left_alone(tmp_path: Path) -> None:
     """Files stay divided as they were, and the index names what is in them; a copy of the embedding under another name goes."""
     model = weights()
@@ -234,11 +245,11 @@ def test_a_profile_is_applied_first(tmp_path: Path) -> None:
 def test_a_step_of_a_run_is_quantized_as_its_merged_weights_are(
     saved: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FSDP shards of two ranks, and a LoRA checkpoint on its base."""
+    """FSDP shards of two ranks, a LoRA checkpoint with its base in the shards, and PEFT's adapter on a folder."""
     import torch
 
     monkeypatch.setattr(merge, "FILE_BYTES", 2**17)
-    for name in ("run/global_step_10", "lora/global_step_2"):
+    for name in ("run/global_step_10", "lora/global_step_1", "peft"):
         step, tag = saved[2] / name, name.partition("/")[0]
         wanted = plan(str(step), tmp_path / tag, "int8", [], None)
         document, _ = quantize(wanted, str)

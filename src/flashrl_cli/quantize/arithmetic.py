@@ -10,7 +10,7 @@ from flashrl_cli.quantize.scheme import INT8, Scheme
 if TYPE_CHECKING:
     import torch
 
-_PIECE = 2**17
+_PIECE = 2**18
 """Elements that are worked on at once."""
 _NUMBER = 0x7F
 """All bits of an e4m3 but its sign: 0 is stored as 0 and as -0."""

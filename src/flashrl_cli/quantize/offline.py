@@ -95,7 +95,7 @@ def quantize(wanted: Request, advance: Advance) -> tuple[dict[str, Any], bool]:
 def sharded(wanted: Request) -> Shards:
     """Each new file and what goes into it: the files that the model has, else some of about merge.FILE_BYTES."""
     quantized = {module + _WEIGHT for module in wanted.choice.quantized}
-    wide = any(wanted.tensors[name].dtype in _WIDE for name in quantized)
+    wide = _is_wide(wanted)
     moves = [
         _move(tensor, wanted.scheme if tensor.name in quantized else None, wide) for tensor in wanted.tensors.values()
     ]
@@ -121,7 +121,7 @@ def _move(tensor: Tensor, scheme: Scheme | None, wide: bool) -> Move:
 def _write(wanted: Request, shards: Shards, folder: Path, advance: Advance) -> Report:
     shutil.copytree(wanted.checkpoint.hf, folder, ignore=merge.OTHER_FORMS)
     folder.chmod(folder.stat().st_mode | 0o700)  # a copy of a folder that is not writable is not writable
-    _write_config(wanted, folder / "config.json", narrowed=_is_narrowed(shards))
+    _write_config(wanted, folder / "config.json")
     layers: list[Layer] = []
     with _threads() as pool:
         for name, moves in shards.items():
@@ -140,12 +140,13 @@ def _write(wanted: Request, shards: Shards, folder: Path, advance: Advance) -> R
     )
 
 
-def _is_narrowed(shards: Shards) -> bool:
-    return any(move.tensor.dtype in _WIDE and move.scheme for moves in shards.values() for move in moves)
+def _is_wide(wanted: Request) -> bool:
+    """Whether the model is in float32, as trainers keep it."""
+    return any(wanted.tensors[module + _WEIGHT].dtype in _WIDE for module in wanted.choice.quantized)
 
 
-def _write_config(wanted: Request, config: Path, *, narrowed: bool) -> None:
-    if narrowed or wanted.checkpoint.shards or wanted.checkpoint.adapter:
+def _write_config(wanted: Request, config: Path) -> None:
+    if _is_wide(wanted) or wanted.checkpoint.shards or wanted.checkpoint.adapter:
         merge.clean_config(config)
     data = read_json(config)
     files.write_json(config, {**data, "quantization_config": wanted.scheme.config(wanted.choice.ignore)})
@@ -184,24 +185,27 @@ class _Workers:
         """Move all of them; yields a report on each that becomes 8-bit. Raises Unreadable and OSError."""
         waiting: deque[tuple[Move, list[Future[Losses]]]] = deque()
         for move in moves:
-            ready = self._prepared(move)
-            step = ready.tensor.shape[1] if ready.scheme else 1
-            put = partial(self._quantize, ready, ready.scheme) if ready.scheme else partial(self._copy, ready)
-            waiting.append((move, [self._pool.submit(put, span) for span in ready.tensor.spans(step)]))
+            waiting.append((move, self._begun(move)))
             # what is whole in memory goes before the next one comes
-            while len(waiting) > (0 if ready.tensor.whole is not None else _WAITING):
+            while len(waiting) > (0 if self._is_made(move.tensor) else _WAITING):
                 yield from self._finished(*waiting.popleft())
         while waiting:
             yield from self._finished(*waiting.popleft())
 
-    def _prepared(self, move: Move) -> Move:
-        smoothed = self._profile is not None and move.tensor.name in self._profile.names
-        if not (smoothed or move.tensor.stored):
-            return move
-        tensor = move.tensor.made()
-        if self._profile and smoothed:
-            tensor = replace(tensor, whole=self._profile.apply(tensor.name, tensor.whole))
-        return replace(move, tensor=tensor)
+    def _begun(self, move: Move) -> list[Future[Losses]]:
+        if self._is_made(move.tensor):
+            move = replace(move, tensor=self._made(move.tensor))
+        step = move.tensor.shape[1] if move.scheme else 1
+        put = partial(self._quantize, move, move.scheme) if move.scheme else partial(self._copy, move)
+        return [self._pool.submit(put, span) for span in move.tensor.spans(step)]
+
+    def _is_made(self, tensor: Tensor) -> bool:
+        """Whether a tensor must be whole in memory: joined of parts, or smoothed."""
+        return tensor.stored is not None or (self._profile is not None and tensor.name in self._profile.names)
+
+    def _made(self, tensor: Tensor) -> Tensor:
+        made = tensor.made()
+        return replace(made, whole=self._profile.apply(made.name, made.whole)) if self._profile else made
 
     def _finished(self, move: Move, parts: list[Future[Losses]]) -> Iterator[Layer]:
         losses = Losses()

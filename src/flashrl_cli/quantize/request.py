@@ -26,6 +26,8 @@ _TRANSPOSED = frozenset({"gpt2", "openai-gpt"})
 """Families whose linear weights lie as [K, N] (transformers' Conv1D), which vLLM turns as it loads them."""
 _SENSES = ("vision_config", "audio_config")
 _PACKED = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv")
+_STATE = ".A_log"
+"""A tensor that every Mamba layer has, some of whose linear modules vLLM makes without quantization."""
 _GIB = 2**30
 
 
@@ -68,7 +70,7 @@ def plan(model: str, out: Path | None, scheme_name: str, ignore: Sequence[str], 
         smoothing = Profile.read(profile) if profile else None
     except Unreadable as error:
         raise InputError(str(error), hint="copy or save it again") from None
-    _refuse_packed(tensors)
+    _refuse_tensors(tensors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if smoothing and (why := smoothing.suits(config) or smoothing.fits(shapes)):
         hint = f"flashrl quantize {model} --calibrate PARQUET"
@@ -136,8 +138,10 @@ def _refuse_kind(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
         )
 
 
-def _refuse_packed(tensors: dict[str, Tensor]) -> None:
+def _refuse_tensors(tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
+        if name.endswith(_STATE):
+            raise InputError(f"state-space layers are not covered: {name}", hint="take a transformer")
         if name.rpartition(".")[2] in _PACKED or (
             name.endswith(".weight") and tensor.dtype.startswith(("F8", "I", "U"))
         ):
@@ -147,6 +151,7 @@ def _refuse_packed(tensors: dict[str, Tensor]) -> None:
 
 def _refuse_inside(checkpoint: Checkpoint, target: Path) -> None:
     """A folder within the model's would be taken for part of it, the model itself would be lost."""
-    sources = {one for one in (checkpoint.hf, checkpoint.adapter, checkpoint.path) if one}
+    shards = {shard.parent for shard in checkpoint.shards}
+    sources = shards | {one for one in (checkpoint.hf, checkpoint.adapter) if one}
     if any(source.resolve() in {target.resolve(), *target.resolve().parents} for source in sources):
         raise InputError(f"{target} lies in the model's own folder", hint="-o FOLDER elsewhere")

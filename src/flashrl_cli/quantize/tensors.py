@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import threading
@@ -89,6 +90,7 @@ def _in_files(hf: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _made(weights: Weights) -> Iterator[tuple[str, Tensor]]:
+    logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)  # a warning about torch.compile
     for name, stored in sorted(weights.source().items()):
         yield name, Tensor(name=name, shape=stored.shape, dtype=stored.dtype, stored=stored)
 

@@ -15,7 +15,7 @@ from flashrl_cli.weights.profile import About
 from tests.saved_files import saved_step
 from tests.unit.quantize.models import LAYERS, QWEN2, hf_model
 
-EXPERTS = {f"model.layers.0.mlp.experts.{n}.up_proj.weight": (64, 32) for n in range(2)}
+EXPERTS: dict[str, tuple[int, ...]] = {f"model.layers.0.mlp.experts.{n}.up_proj.weight": (64, 32) for n in range(2)}
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +100,8 @@ def test_families_that_are_not_covered(tmp_path: Path) -> None:
     assert refused(hf_model(tmp_path / "a", model_type="gpt2"))[0].startswith("gpt2 stores its weights transposed")
     message, _ = refused(hf_model(tmp_path / "b", vision_config={"depth": 1}))
     assert message == "a model of more than text (vision_config) is not covered"
+    message, _ = refused(hf_model(tmp_path / "c", QWEN2 | {"model.layers.1.mixer.A_log": (4, 4)}))
+    assert message == "state-space layers are not covered: model.layers.1.mixer.A_log"
 
 
 def test_experts(tmp_path: Path) -> None:
