@@ -64,8 +64,9 @@ class RolloutOptions:
     bf16_transfer: bool = False
 
     def text(self) -> str:
-        """The value of ENV_ROLLOUT."""
-        return json.dumps(asdict(self))
+        """The value of ENV_ROLLOUT: what differs from the defaults."""
+        usual = asdict(type(self)())
+        return json.dumps({key: value for key, value in asdict(self).items() if value != usual[key]})
 
     @classmethod
     def here(cls) -> RolloutOptions:

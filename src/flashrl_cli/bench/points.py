@@ -28,9 +28,10 @@ class Point:
     @property
     def label(self) -> str:
         """For people."""
-        return (
-            f"{self.variant}, {self.asked['batch']} sequences" if self.kind == SPEED else f"{self.variant}, {self.kind}"
-        )
+        if self.kind != SPEED:
+            return f"{self.variant}, {self.kind}"
+        batch = self.asked["batch"]
+        return f"{self.variant}, {f'{batch} sequences' if batch else 'as many as fit'}"
 
     @property
     def like(self) -> tuple[str, int]:

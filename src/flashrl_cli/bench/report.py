@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.bench import verdict
 from flashrl_cli.bench.points import REFIT, SCORE, SPEED, START
+from flashrl_cli.bench.request import FIT, FIT_WORD
 
 if TYPE_CHECKING:
     from flashrl_cli.bench.request import Request
@@ -50,7 +51,8 @@ class Report:
         """Columns and rows for people; columns that nobody has a value for are left out."""
         columns = ["rollout"]
         for batch in self.request.batches:
-            columns += [f"tok/s at {batch}", "x"]
+            columns += [f"tok/s at {batch or FIT_WORD}", "x"]
+        columns += ["sequences", "decode tok/s"] if FIT in self.request.batches else []
         columns += [
             "weights GiB",
             "KV tokens",
@@ -111,6 +113,9 @@ class Report:
         for batch in self.request.batches:
             found = self._speed_up(one, batch)
             row += [round(medians[batch]) if batch in medians else None, f"{found.value:.2f}" if found else None]
+        if FIT in self.request.batches:
+            fit = next((result for point, result in one.of(SPEED) if point.asked["batch"] == FIT), {})
+            row += [fit.get("batch"), round(fit["decode_tokens_s"]) if "decode_tokens_s" in fit else None]
         row += [engine["weights_bytes"] / 2**30, engine["kv_tokens"], engine["start_s"]] if engine else [None] * 3
         row.append(refit["seconds"] if refit else None)
         row += _mismatch_cells(mismatch) if mismatch else [None] * 3

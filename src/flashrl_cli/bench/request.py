@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 FOLDER = ".bench"
 """Folder of kept points in the runs folder; no run's name begins with a dot."""
+FIT, FIT_WORD = 0, "fit"
+"""As a batch: as many sequences as an engine's KV cache holds."""
+FITTING = 256
+"""Most of them; vLLM's own limit is 256 or 1,024, by GPU."""
 _SPARE = 16
 """Tokens of room beside prompt and response."""
 DTYPES = ("bfloat16", "float32")
@@ -134,7 +138,8 @@ def plan(asked: Asked) -> Request:
     usual = DEFAULTS[where.kind]
     prompt, response = asked.prompt or usual.prompt, asked.response or usual.response
     batches = batches or usual.batches
-    options = _options(asked, found, max(batches), prompt + response + _SPARE)
+    largest = max(*batches, FITTING) if FIT in batches else max(batches)
+    options = _options(asked, found, largest, prompt + response + _SPARE)
     options = replace(options, enforce_eager=options.enforce_eager or where.kind == "cpu")
     wanted = EngineSettings(
         gpu_memory_utilization=options.gpu_memory_utilization, tensor_parallel=options.tensor_parallel
@@ -164,9 +169,9 @@ def plan(asked: Asked) -> Request:
 
 def _batches(text: str | None) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",")] if text is not None else []
-    if any(not word.isdigit() or not int(word) for word in words):
-        raise InputError(f"--batch {text}: numbers of sequences, each at least 1", hint="--batch 64,256")
-    return tuple(dict.fromkeys(map(int, words)))
+    if any(word != FIT_WORD and (not word.isdigit() or not int(word)) for word in words):
+        raise InputError(f"--batch {text}: numbers of sequences, each at least 1, or fit", hint="--batch 64,256,fit")
+    return tuple(dict.fromkeys(FIT if word == FIT_WORD else int(word) for word in words))
 
 
 def _check_mismatch(asked: Asked) -> None:

@@ -75,13 +75,34 @@ class Rollout:
         }
 
     def speed(self, *, batch: int, prompt: int, response: int, repeats: int, advance: Advance) -> dict[str, Any]:
-        """Output tokens a second, end to end, of `batch` random prompts at once; `prompt` and `response` are tokens of each."""
-        self._rate(batch, prompt, min(_WARM_UP, response), seed=repeats)
-        values = []
+        """Output tokens a second, end to end, of `batch` random prompts at once; `prompt` and `response` are tokens of each.
+
+        FIT takes as many as the KV cache holds whole. Where all run at once, decoding alone is told too: the first tokens' time is off.
+        """
+        fitting = self._fitting(prompt + response)
+        batch = batch or fitting
+        self._seconds(batch, prompt, min(_WARM_UP, response), seed=repeats)
+        prefill = self._seconds(batch, prompt, 1, seed=repeats)
+        values, decoding = [], []
         for seed in range(repeats):
-            values.append(round(self._rate(batch, prompt, response, seed=seed), 1))
+            seconds = self._seconds(batch, prompt, response, seed=seed)
+            values.append(round(batch * response / seconds, 1))
+            decoding.append(round(batch * (response - 1) / (seconds - prefill), 1) if seconds > prefill else 0.0)
             advance(f"{values[-1]:,.0f} tokens/s")
-        return {"tokens_s": statistics.median(values), "values": values}
+        told = {"decode_tokens_s": statistics.median(decoding), "decode_values": decoding} if batch <= fitting else {}
+        return {
+            "batch": batch,
+            "tokens_s": statistics.median(values),
+            "values": values,
+            "prefill_s": round(prefill, 3),
+            **told,
+        }
+
+    def _fitting(self, length: int) -> int:
+        """Sequences of `length` tokens that the engine computes at once with all their keys and values, 1 at least."""
+        cache = self._llm.llm_engine.vllm_config.cache_config
+        tokens = (cache.num_gpu_blocks or 0) * (cache.block_size or 0)
+        return max(1, min(tokens // length, self._job.options.max_num_seqs))
 
     def refit(self, *, repeats: int) -> dict[str, Any]:
         """Seconds of refits with random weights, after which the engine holds those; of several GPUs the slowest counts."""
@@ -128,7 +149,7 @@ class Rollout:
             if "unreadable" in holds:
                 raise Unreadable(holds["unreadable"])
 
-    def _rate(self, batch: int, prompt: int, response: int, *, seed: int) -> float:
+    def _seconds(self, batch: int, prompt: int, response: int, *, seed: int) -> float:
         import numpy as np
         from vllm import SamplingParams
 
@@ -141,7 +162,7 @@ class Rollout:
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
         if tokens != batch * response:
             raise EnvironmentNotReady(f"vLLM gave {tokens} tokens where {batch * response} were asked for")
-        return tokens / seconds
+        return seconds
 
     def _generate(self, prompts: list[list[int]], asked: Any) -> list[Any]:
         outputs: list[Any] = self._llm.generate(

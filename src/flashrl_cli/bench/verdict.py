@@ -50,7 +50,7 @@ def sentences(speeds: Mapping[str, Speeds], base: str | None) -> Iterator[str]:
 
 def _sentence(batch: int, found: Mapping[str, SpeedUp], base: str, *, single: bool) -> str:
     best, fastest = max(found.items(), key=lambda one: one[1].value)
-    where = f"at {batch} sequence{'s' if batch > 1 else ''}"
+    where = f"at {batch} sequence{'s' if batch > 1 else ''}" if batch else "with as many sequences as fit"
     if single:
         told = ", ".join(f"{name} {one.value:.2f}x" for name, one in found.items())
         return f"{where}: {told}, measured once each, so that small differences mean nothing"

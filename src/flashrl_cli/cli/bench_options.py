@@ -26,7 +26,12 @@ Rollouts = Annotated[
 ]
 Batch = Annotated[
     str | None,
-    typer.Option("--batch", metavar="N,...", help="Sequences at once.", show_default="64,256; on a CPU 4,16"),
+    typer.Option(
+        "--batch",
+        metavar="N|fit,...",
+        help="Sequences at once; fit: as many as the KV cache holds.",
+        show_default="64,256; on a CPU 4,16",
+    ),
 ]
 Prompt = Annotated[
     int | None, typer.Option(min=1, help="Tokens of each random prompt.", show_default="512; on a CPU 64")

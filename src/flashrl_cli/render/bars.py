@@ -30,7 +30,7 @@ def write_png(speeds: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -
         axes = figure.add_subplot()
         for place, (label, by_batch) in enumerate(speeds.items()):
             _draw(axes, label, by_batch, batches, place, len(speeds))
-        axes.set_xticks(range(len(batches)), [f"{batch:,}" for batch in batches])
+        axes.set_xticks(range(len(batches)), [f"{batch:,}" if batch else "as fit" for batch in batches])
         axes.set_xlabel("sequences at once", color=MUTED)
         axes.set_title("output tokens a second, prefill included", loc="left", color=INK, weight="bold")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

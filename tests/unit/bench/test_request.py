@@ -10,7 +10,7 @@ import pytest
 
 from flashrl_cli.bench import machine, model
 from flashrl_cli.bench.machine import Machine
-from flashrl_cli.bench.request import Asked, Request, plan
+from flashrl_cli.bench.request import FIT, FITTING, Asked, Request, plan
 from flashrl_cli.bench.variants import Variant
 from flashrl_cli.doctor import gpus, stacks
 from flashrl_cli.errors import EnvironmentNotReady, InputError
@@ -62,6 +62,8 @@ def test_sizes_are_the_machines_unless_they_are_given() -> None:
     assert (usual.options.max_num_seqs, usual.options.max_model_len) == (16, 64 + 32 + 16)
     given = ask(batch="8, 2,8", prompt=10, response=20)
     assert (given.batches, given.defaults) == ((8, 2), ())
+    fitting = ask(batch="fit,8")
+    assert (fitting.batches, fitting.options.max_num_seqs) == ((FIT, 8), FITTING)
     assert given.options.max_num_seqs == 8
 
 

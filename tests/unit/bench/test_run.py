@@ -77,7 +77,7 @@ def test_engines_are_told_their_weights_prompts_and_options(workers: Workers, tm
     assert (plain["arguments"], changed["arguments"]["quantization"]) == ({"quantization": None}, "flashrl_int8")
     assert scorer == {"model": "/hf", "dtype": "bfloat16"}
     options = [env.get(contract.ENV_ROLLOUT, "") for env in workers.environments]
-    assert '"lm_head_fp32": false' in options[0]
+    assert "lm_head_fp32" not in options[0]
     assert '"lm_head_fp32": true' in options[1]
     assert all(env["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" for env in workers.environments[:2])
 

@@ -93,7 +93,7 @@ SETS = [
     ("data.train-batch-size=4", "did you mean data.train_batch_size?"),
     ("resources.gpus=8", "did you mean resources.gpus_per_node?"),
     ("algorithm.learning_rate=1", "keys of algorithm are advantage, normalize_by_std, lr, "),
-    ("rollout.tp=2", "keys of rollout are precision, n, ", "tensor_parallel"),
+    ("rollout.tp=2", "keys of rollout are precision, kv_cache, ", "tensor_parallel"),
     ("a=b=c", "unknown key a", "keys of a preset are name, "),
     ("extends=tiny", "extends stands at the top of a preset's file"),
     ("algorithm.lr", "not of the form key=value", "hint: --set algorithm.lr=…"),

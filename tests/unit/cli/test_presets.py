@@ -123,6 +123,9 @@ def test_diff():
         "rollout.precision  int8 → bf16  --rollout",
         "",
         "verl.data.seed  – → 3  --set verl.data.seed",
+        "",
+        "environment",
+        'FLASHRL_ROLLOUT  {"bf16_transfer": true} → –',
     ]
 
 
