@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test unit integration fmt lint type golden lock clean
+.PHONY: help setup demo test unit integration fmt lint type golden tables lock clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,9 @@ type: $(READY)  ## Check types.
 
 golden: $(READY)  ## Write the golden files anew; read the diff before you commit it.
 	$(PYTEST) --renew-golden tests/golden tests/unit/config/test_schema.py
+
+tables: $(READY)  ## Write the tables of the documentation anew, from benchmarks/results.
+	$(BIN)/python benchmarks/tables.py
 
 lock: $(READY)  ## Resolve requirements/*.txt anew (UPGRADE=1: to the newest versions).
 	UV=$(abspath $(BIN))/uv UPGRADE=$(UPGRADE) bash requirements/renew.sh

@@ -1,0 +1,335 @@
+"""Writes the tables of the documentation from benchmarks/results/*.json: what stands between `<!-- table: NAME -->` and `<!-- /table -->`.
+
+    python benchmarks/tables.py [--check]
+
+With `--check` nothing is written: pages whose tables are not what the results say are named, and 1 is returned. A table whose
+results are not there is empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from flashrl_cli import files
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/benchmarks.md", "docs/quantize.md", "docs/rollouts.md")
+_PART = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<text>.*?)(<!-- /table -->)", re.DOTALL)
+_GIB = 2**30
+Results = Callable[[str], dict[str, Any]]
+"""A document of benchmarks/results by its name without `.json`. Raises FileNotFoundError."""
+
+
+def read(name: str, folder: Path = RESULTS) -> dict[str, Any]:
+    """A document of results. Raises FileNotFoundError."""
+    document: dict[str, Any] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return document
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> str:
+    """A table whose first `words` columns are text and the others numbers."""
+    rules = ["---"] * words + ["--:"] * (len(columns) - words)
+    lines = [f"| {' | '.join(row)} |" for row in (columns, *rows)]
+    return "\n".join([lines[0], f"|{'|'.join(rules)}|", *lines[1:]]) + "\n"
+
+
+def code(text: str) -> str:
+    return f"`{text}`"
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    return min(values), max(values)
+
+
+# Speed at 7B: flashrl bench's own document.
+
+
+def speeds(one: dict[str, Any], *, bounds: bool) -> Iterator[str]:
+    """Tokens a second at each batch, with the speed-up over bf16 and, if asked for, what the repeats leave open of it."""
+    for found in one["speed"]:
+        up = found["speed_up"]
+        left_open = f": {up['least']:.2f} to {up['greatest']:.2f}" if up and bounds else ""
+        beside = f" ({up['value']:.2f}x{left_open})" if up else ""
+        yield f"{found['tokens_s']:,.0f}{beside}"
+
+
+def measured(document: dict[str, Any]) -> list[dict[str, Any]]:
+    return [one for one in document["variants"] if one["engine"]]
+
+
+def speed(results: Results) -> str:
+    """In short."""
+    document = results("bench_7b")
+    batches = document["settings"]["batches"]
+    columns = ["rollout", *(f"tok/s, {batch} sequences" for batch in batches), "weights, GiB", "KV cache, tokens"]
+    rows = []
+    for one in measured(document):
+        engine = one["engine"]
+        size = f"{engine['weights_bytes'] / _GIB:.2f}"
+        rows.append([code(one["rollout"]), *speeds(one, bounds=False), size, f"{engine['kv_tokens']:,}"])
+    return markdown(columns, rows)
+
+
+def speed_7b(results: Results) -> str:
+    """With what the repeats leave open, the refit and the kernel, and what was left out."""
+    document = results("bench_7b")
+    batches = document["settings"]["batches"]
+    columns = [
+        "rollout", "kernel", *(f"tok/s at {batch}" for batch in batches), "weights, GiB", "KV tokens", "refit, s",
+    ]  # fmt: skip
+    rows = []
+    for one in measured(document):
+        engine, refit = one["engine"], one["refit"]
+        size = f"{engine['weights_bytes'] / _GIB:.2f}"
+        last = f"{refit['seconds']:.3f}" if refit else "–"
+        kernel = code(engine["holds"][0]["kernel"])
+        rows.append([code(one["rollout"]), kernel, *speeds(one, bounds=True), size, f"{engine['kv_tokens']:,}", last])
+    missing = [
+        f"`{one['rollout']}` has no figures: {one['problem']}." for one in document["variants"] if one["problem"]
+    ]
+    return markdown(columns, rows, words=2) + "".join(f"\n{sentence}\n" for sentence in missing)
+
+
+def speed_earlier(results: Results) -> str:
+    """What an earlier measurement gave: calls (machines) apart, each against its own bf16."""
+    points = [point for point in results("refit_gpu")["points"] if point["point"].startswith("speed:")]
+    rows = []
+    for call in sorted({point["call"] for point in points}):
+        mine = {point["point"].split(":")[2]: point["tokens_s"] for point in points if point["call"] == call}
+        for kind, found in mine.items():
+            medians = {batch: statistics.median(values) for batch, values in found.items()}
+            base = {batch: statistics.median(mine["bf16"][batch]) for batch in found}
+            cells = [
+                f"{value:,.0f}" + ("" if kind == "bf16" else f" ({value / base[batch]:.2f}x)")
+                for batch, value in medians.items()
+            ]
+            rows.append([str(call), code(kind), *cells])
+    return markdown(["machine", "rollout", "tok/s at 64", "tok/s at 256"], rows, words=2)
+
+
+# New weights: the engine's part, and the whole way from the trainer.
+
+
+def refits(results: Results) -> str:
+    """Layerwise reload against refits in place."""
+    columns = [
+        "shape, rollout, weights sent",
+        "layerwise",
+        "in place",
+        "kernels on the GPU",
+        "memory beside the engine",
+    ]
+    rows = []
+    for point in results("refit_gpu")["points"]:
+        kind, size, rollout, *sent = point["point"].split(":")
+        if kind != "refit":
+            continue
+        old, new = point["layerwise"], point["in place"]
+        dtype = {"bfloat16": "bf16", "float32": "float32 (as verl itself sends)"}[sent[0]]
+        kernels = f"{old['profile']['gpu_ms']:.0f} → {new['profile']['gpu_ms']:.0f} ms"
+        memory = f"{old['extra_gib']:.2f} → {new['extra_gib']:.2f} GiB"
+        seconds = [f"{each['median_s']:.3f} s" for each in (old, new)]
+        rows.append([f"{size.upper()} {rollout}, {dtype}", *seconds, kernels, memory])
+    return markdown(columns, rows)
+
+
+def weight_updates(results: Results) -> str:
+    """Whole weight updates: seconds by machine, the median and its rounds' least and greatest."""
+    runs = results("weight_update")["runs"]
+    found = [{point["variant"]: point for point in run["points"]} for run in runs]
+    variants = dict.fromkeys(variant for points in found for variant in points)
+    machines = [f"{run['world']} × {run['device']}" for run in runs]
+    rows = []
+    for variant in variants:
+        rollout, sent = variant.split(":")
+        rows.append([code(rollout), sent, *(_update(points.get(variant)) for points in found)])
+    sentences = [
+        sentence for machine, points in zip(machines, found, strict=True) for sentence in _compared(machine, points)
+    ]
+    return markdown(["rollout", "weights sent in", *machines], rows, words=2) + "\n" + "".join(sentences)
+
+
+def _rounds(point: dict[str, Any]) -> list[float]:
+    return [each["seconds"] for each in point["rounds"]]
+
+
+def _update(point: dict[str, Any] | None) -> str:
+    if point is None:
+        return "–"
+    least, most = spread(_rounds(point))
+    return f"{point['median_s']:.2f} s ({least:.2f} to {most:.2f})"
+
+
+def _compared(machine: str, points: dict[str, Any]) -> Iterator[str]:
+    """Pairs that the text speaks of, with whether their rounds tell them apart."""
+    pairs = (("int8:float32", "int8:bf16"), ("fp8-block:float32", "int8:bf16"), ("fp8-block:float32", "fp8:bf16"))
+    for slow, fast in pairs:
+        if slow in points and fast in points:
+            ratio = points[slow]["median_s"] / points[fast]["median_s"]
+            apart = spread(_rounds(points[slow]))[0] > spread(_rounds(points[fast]))[1]
+            verdict = "no round of one is as fast as any of the other" if apart else "the rounds overlap"
+            names = [f"`{rollout}` sent in {sent}" for rollout, sent in (one.split(":") for one in (slow, fast))]
+            yield f"- {machine}: {names[0]} takes {ratio:.2f}x of {names[1]}; {verdict}.\n"
+
+
+# Runs on GPUs.
+
+
+def runs(results: Results) -> str:
+    """Runs of the tiny policy: how far they got, and how far the rollout was from the trainer."""
+    columns = ["rollout", "steps", "reward, each step", "largest \\|KL\\|", "mean prob_diff", "largest weight", "file"]
+    found = [
+        *((case["case"], case["steps"], "train_on_gpu") for case in results("train_on_gpu")["cases"]),
+        *((name.removeprefix("gpu_tiny_"), results(name)["steps"], name) for name in ("gpu_tiny_int8", "gpu_tiny_fp8")),
+    ]
+    rows = [[code(case), *_run(steps), f"[{name}](../benchmarks/results/{name}.json)"] for case, steps, name in found]
+    return markdown(columns, rows) + "".join(f"\n{sentence}\n" for sentence in _cut(results("train_on_gpu")["cases"]))
+
+
+def _run(steps: Sequence[dict[str, Any]]) -> list[str]:
+    if not steps:
+        return ["0", "–", "–", "–", "–"]
+    kl = max(abs(step["kl"]) for step in steps)
+    difference = statistics.fmean(step["prob_diff"] for step in steps)
+    rewards = ", ".join(f"{step['reward']:.2f}" for step in steps)
+    return [str(len(steps)), rewards, f"{kl:.4f}", f"{difference:.4f}", f"{max(s['weight_max'] for s in steps):.2f}"]
+
+
+def _cut(cases: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """What was not run to its end, and what its workers had proven by then."""
+    for case in cases:
+        if not case["passed"]:
+            held = case["workers"]
+            layers = sorted(
+                {f"{one['quantized_layers']} of {one['linear_layers']} layers by {one['kernel']}" for one in held}
+            )
+            yield (
+                f"`{case['case']}` in train_on_gpu.json was cut by its time ({case['seconds']:.0f} s) after {case['wrong'][0]}; "
+                f"workers that had proven {held[0]['precision']} by then: {len(held)}, each {' or '.join(layers)}."
+            )
+
+
+def two_ranks(results: Results) -> str:
+    """INT8 on two GPUs: what was equal, and how far from Transformers in float32."""
+    found = results("gpu_tp2")
+    same = {True: "equal, bit by bit", False: "different"}
+    rows = [
+        ["weights of all ranks, refitted with B, A, B against loaded with B", same[found["bits_equal"]]],
+        ["log-probs of given tokens", same[found["logprobs_equal"]]],
+        ["generated tokens", same[found["generated_equal"]]],
+        ["mean \\|Δ log p\\| against Transformers in float32, int8", f"{found['diff_fresh']:.4f}"],
+        ["the same with the KV cache in FP8", f"{found['diff_kv8']:.4f}"],
+    ]
+    return markdown([f"{found['ranks']} × {found['holds'][0]['device']}, tensor parallel", "found"], rows)
+
+
+# Quantizing on disk.
+
+
+def quantize_cp(results: Results) -> str:
+    """Against `cp -r` of the same folder."""
+    short = {"bfloat16": "bf16", "float32": "fp32"}
+    rows = [
+        [
+            f"{short[case['dtype']]}, {case['bytes'] / 1e9:.2f} GB",
+            case["scheme"],
+            case["cache"],
+            f"{case['cp']['core_s']:.1f}",
+            f"{case['quantize']['core_s']:.1f}",
+            f"{100 * case['of_cp_core_s']:.0f} %",
+        ]
+        for case in results("quantize_disk")["cases"]
+    ]
+    rows.sort(key=lambda row: row[2])
+    return markdown(["weights", "scheme", "page cache", "`cp`", "quantize, core", "speed of cp's"], rows, words=3)
+
+
+def quantize_others(results: Results) -> str:
+    """Against llmcompressor: seconds of whole commands, and errors of the layers."""
+    rows = []
+    for case in results("quantize_vs_llmcompressor")["cases"]:
+        seconds = [f"{case['medians'][tool]['seconds']:.1f} s" for tool in ("flashrl", "oneshot", "model_free_ptq")]
+        bounds = case["error_of_theirs"]
+        errors = f"{100 * bounds['least']:.1f} to {100 * bounds['most']:.1f} %"
+        rows.append([case["scheme"], *seconds, errors])
+    columns = ["scheme", "flashrl", "`oneshot`", "`model_free_ptq`", "our layers' errors, of theirs"]
+    return markdown(columns, rows)
+
+
+# How far a rollout is from the trainer.
+
+
+def mismatch(results: Results) -> str:
+    """Mismatch by kind of rollout, from a document of `flashrl bench --mismatch`."""
+    document = results("mismatch_cpu")
+    columns = [
+        "rollout", "tokens", "mean \\|Δ log p\\|", "99th percentile", "largest", "KL (k3)", "share of weights above 2",
+        "effective samples",
+    ]  # fmt: skip
+    rows = [[code(one["rollout"]), *_mismatch(one["mismatch"])] for one in document["variants"] if one["mismatch"]]
+    trainer, vllm = document["settings"]["mismatch"]["trainer_dtype"], document["versions"]["vllm"]
+    what = f"`{document['model']['name']}` on {document['device']} with vLLM {vllm}, the trainer in {trainer}"
+    return f"{what} ([mismatch_cpu.json](../benchmarks/results/mismatch_cpu.json)):\n\n" + markdown(columns, rows)
+
+
+def _mismatch(found: dict[str, Any]) -> list[str]:
+    apart, weights = found["abs_difference"], found["token_weights"]
+    distances = [f"{apart[key]:.2g}" for key in ("mean", "p99", "max")]
+    shares = [f"{100 * weights['above_2']:.2g} %", f"{100 * weights['effective']:.4g} %"]
+    return [f"{found['tokens']:,}", *distances, f"{found['kl']['k3']:.2g}", *shares]
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "speed": speed,
+    "speed-7b": speed_7b,
+    "speed-earlier": speed_earlier,
+    "refits": refits,
+    "weight-updates": weight_updates,
+    "runs": runs,
+    "two-ranks": two_ranks,
+    "quantize-cp": quantize_cp,
+    "quantize-others": quantize_others,
+    "mismatch": mismatch,
+}
+
+
+def renewed(page: str, results: Results = read) -> str:
+    """A page with its tables as the results say. Raises KeyError for a table that nobody makes."""
+
+    def part(found: re.Match[str]) -> str:
+        try:
+            text = TABLES[found["name"]](results)
+        except FileNotFoundError:
+            text = ""
+        return f"{found[1]}\n{text}\n{found[4]}" if text else f"{found[1]}{found[4]}"
+
+    return _PART.sub(part, page)
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(description="Write the tables of the documentation from benchmarks/results.")
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if a page is not as the results say")
+    check = parser.parse_args(arguments).check
+    stale = 0
+    for name in PAGES:
+        path = root / name
+        before = path.read_text(encoding="utf-8")
+        after = renewed(before)
+        if after != before:
+            stale += 1
+            print(f"{name}: {'stale, make tables renews it' if check else 'renewed'}")
+            if not check:
+                files.write_text(path, after)
+    return int(check and stale > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
