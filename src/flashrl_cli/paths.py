@@ -119,3 +119,11 @@ class RunPaths:
         """Numbers of the attempts on disk, in order."""
         found = (p.name.removeprefix("attempt_") for p in self.root.glob("attempt_*"))
         return sorted(int(n) for n in found if n.isdigit())
+
+
+def prepared_model(reference: str, root: Path | None = None) -> Path | None:
+    """Folder of the model that `prepared:NAME` means, below the data root (or `root`, when given); None for any other reference."""
+    name = reference.removeprefix("prepared:")
+    if name == reference:
+        return None
+    return DatasetPaths(name, (root or data_root()) / name).model

@@ -68,3 +68,10 @@ def test_files_of_an_attempt_are_its_own() -> None:
     assert [len(found) for found in places] == [4, 4]
     assert not places[0] & places[1]
     assert all(path.is_relative_to("/r/attempt_1") for path in places[0])
+
+
+def test_a_prepared_model_is_named_by_its_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHRL_DATA", str(tmp_path))
+    assert paths.prepared_model("prepared:tiny") == tmp_path / "tiny" / "model"
+    assert paths.prepared_model("prepared:tiny", Path("/d")) == Path("/d/tiny/model")
+    assert paths.prepared_model("Qwen/Qwen2.5-0.5B") is None

@@ -13,7 +13,6 @@ from flashrl_cli import files, paths
 from flashrl_cli.errors import InputError
 from flashrl_cli.fit.known import QWEN25, shape_of
 from flashrl_cli.runs.checkpoints import hf_folder
-from flashrl_cli.verl.overrides import model_path
 from flashrl_cli.weights import Unreadable, Weights, read_json
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def find(reference: str) -> Model:
     if reference.startswith(SHAPE):
         config = config_of(_shape(reference.removeprefix(SHAPE)))
         return Model(name=reference, config=config, hf=None, fingerprint=_hash(config))
-    found = hf_folder(model_path(reference, paths.data_root()))
+    found = hf_folder(reference)
     if found.shards or found.adapter:
         raise InputError(f"{reference} is no whole HF model", hint="flashrl runs export writes one; measure that")
     if found.quantized:

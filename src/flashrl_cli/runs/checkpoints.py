@@ -114,7 +114,7 @@ def _meant(pattern: str) -> Iterator[Checkpoint | Skipped]:
 
 
 def _expand(pattern: str) -> list[Path]:
-    path = paths.absolute(pattern)
+    path = paths.prepared_model(pattern) or paths.absolute(pattern)
     return [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
 
 

@@ -61,9 +61,8 @@ class Entry(NamedTuple):
 
 def model_path(reference: str, data: Path) -> str:
     """Absolute path of `prepared:NAME` or of a local folder; a Hugging Face id stays as it is."""
-    if reference.startswith("prepared:"):
-        name = reference.removeprefix("prepared:")
-        return str(paths.DatasetPaths(name, data / name).model)
+    if prepared := paths.prepared_model(reference, data):
+        return str(prepared)
     return str(paths.absolute(reference)) if reference.startswith(("/", "~", ".")) else reference
 
 

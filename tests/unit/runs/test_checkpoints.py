@@ -102,6 +102,14 @@ def test_hf_folder_has_no_step(tmp_path: Path) -> None:
     assert hf_folder(str(folder)).hf == folder
 
 
+def test_a_prepared_model_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHRL_DATA", str(tmp_path))
+    folder = model(tmp_path / "tiny" / "model")
+    assert hf_folder("prepared:tiny").hf == folder
+    with pytest.raises(InputError, match="prepared:none names nothing"):
+        hf_folder("prepared:none")
+
+
 def test_what_cannot_be_evaluated_is_named(tmp_path: Path) -> None:
     folder = run(tmp_path / "a", 1, 2, 3, 4, 5, 6)
     (folder / "latest_checkpointed_iteration.txt").write_text("5")
