@@ -71,7 +71,11 @@ def run_case(case: str, steps: int, extra: list[str], limit: float) -> dict[str,
             out, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGINT)
-            out, _ = process.communicate(timeout=60)
+            try:
+                out, _ = process.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                out, _ = process.communicate()
     events = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     told = [event for event in events if event["event"] == "step"]
     proof = [event["workers"] for event in events if event["event"] == "proof"]
