@@ -203,7 +203,7 @@ def _options(asked: Asked, found: Model, batch: int, length: int) -> EngineOptio
     limit = asked.max_model_len or length
     if limit < length:
         raise InputError(
-            f"--max-model-len {limit}: prompt and response need {length} tokens",
+            f"--max-model-len {limit}: prompt and response need {length} tokens, {_SPARE} of them spare",
             hint="a smaller --prompt or --response",
         )
     if found.positions and limit > found.positions:

@@ -114,7 +114,7 @@ def test_a_mismatch_has_its_prompts(hf: Path, prompts: Path) -> None:
         ({"samples": 3}, "--samples is for --mismatch", "add --mismatch"),
         ({"trainer_dtype": "half"}, "bfloat16 and float32", ""),
         ({"prompt": 40_000}, "longer than shape:7b/2 can take, 32768", "a smaller --prompt"),
-        ({"max_model_len": 20}, "prompt and response need", "a smaller --prompt"),
+        ({"max_model_len": 20}, "prompt and response need 112 tokens, 16 of them spare", "a smaller --prompt"),
     ],
 )
 def test_what_is_wrong_is_said(asked: dict[str, Any], message: str, hint: str) -> None:
