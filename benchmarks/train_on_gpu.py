@@ -23,10 +23,15 @@ from typing import Any
 from flashrl_cli import files
 
 CASES = ("bf16", "int8", "fp8", "int8+kv8")
+_TWO_GPUS = (
+    "resources.gpus_per_node=2",
+    "algorithm.micro_batch_size_per_gpu=64",
+    "rollout.log_prob_micro_batch_size_per_gpu=128",
+)
 OPTIONS = {
     "kv8": ("rollout.kv_cache=fp8",),
-    "tp2": ("resources.gpus_per_node=2", "rollout.tensor_parallel=2"),
-    "dp2": ("resources.gpus_per_node=2",),
+    "tp2": ("rollout.tensor_parallel=2", *_TWO_GPUS),
+    "dp2": _TWO_GPUS,
 }
 SHOWN = (
     "step", "reward", "kl", "kl_k3", "weight_mean", "weight_max", "prob_correlation", "prob_diff", "step_s", "weight_update_s",
@@ -71,7 +76,11 @@ def run_case(case: str, steps: int, extra: list[str], limit: float) -> dict[str,
             out, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGINT)
-            out, _ = process.communicate(timeout=60)
+            try:
+                out, _ = process.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                out, _ = process.communicate()
     events = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     told = [event for event in events if event["event"] == "step"]
     proof = [event["workers"] for event in events if event["event"] == "proof"]

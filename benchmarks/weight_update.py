@@ -24,7 +24,7 @@ from typing import IO, Any
 from benchmarks.fit_on_gpu import ENVIRONMENT
 from benchmarks.fit_points import config, shape
 
-from flashrl_cli import files
+from flashrl_cli import contract, files
 
 VARIANTS = ("int8:bf16", "int8:float32", "fp8:bf16", "bf16:float32", "fp8-block:float32")
 ROUNDS = 5
@@ -107,7 +107,9 @@ def measure(variant: str, model: Path, trainers: list[Part], folder: Path) -> di
         rounds = [_round(engines, trainers, sent) for _ in range(ROUNDS + 1)][1:]
         for engine in engines:
             engine.order("holds")
-        held = answered(engines)
+        held = [engine.answer() for engine in engines]
+        if precision in contract.METHODS and any(one.get("precision") != precision for one in held):
+            raise RuntimeError(f"{precision} was asked for, and the engines hold {held}")
     finally:
         for engine in engines:
             engine.end()
@@ -118,7 +120,7 @@ def measure(variant: str, model: Path, trainers: list[Part], folder: Path) -> di
         "engine_s": round(engine_s, 1),
         "rounds": rounds,
         **facts,
-        **held,
+        **held[0],
     }
 
 

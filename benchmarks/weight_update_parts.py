@@ -118,11 +118,13 @@ def engine(model: str, precision: str) -> None:
         if line.strip() == "holds":
             folder = contract.plugin_dir()
             shakes = list(contract.read_handshakes(folder)) if folder else []
-            answer(**({"refit_s": shakes[0].refit_s, "received": shakes[0].received} if shakes else {}))
+            held = ("precision", "quantized_layers", "linear_layers", "refit_s", "received")
+            answer(**({name: getattr(shakes[0], name) for name in held} if shakes else {}))
         else:
             llm.collective_rpc("update_weights_from_ipc")
             answer()
 
 
 if __name__ == "__main__":
-    {"trainer": trainer, "engine": engine}[sys.argv[1]](*sys.argv[2:])
+    kind, *words = sys.argv[1:]
+    (trainer if kind == "trainer" else engine)(*words)

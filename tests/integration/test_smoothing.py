@@ -14,6 +14,7 @@ from flashrl_cli import contract
 from flashrl_cli.data.rows import make_row
 from flashrl_cli.data.tiny_policy import make_tokenizer
 from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
+from flashrl_cli.quantize import calibrate as calibrate_module
 from flashrl_cli.quantize import scales
 from flashrl_cli.quantize.calibrate import Calibrated, calibrate
 from flashrl_cli.weights import Unreadable, Weights
@@ -147,6 +148,7 @@ def test_int8_loses_much_less(calibrated: tuple[Path, Calibrated]) -> None:
     folder, found = calibrated
     exact = hidden(folder, None, torch.float32)
     plain, smoothed = (off(hidden(folder, one, torch.float32, int8=True), exact) for one in (None, found.profile))
+    assert found.error
     before, after = found.error
     assert smoothed < plain / 5, f"{plain} and {smoothed}"
     assert after < before / 5, f"{before} and {after}"
@@ -175,6 +177,23 @@ def test_the_same_input_gives_the_same_profile(parquet: Path, tmp_path: Path) ->
         calibrate(folder, parquet, samples=3, alpha=0.5, out=file, say=lambda _: None)
     assert files[0].read_bytes() == files[1].read_bytes()
     assert Profile.read(files[0]).about.alpha == 0.5
+
+
+def test_a_profile_made_of_the_same_is_taken_and_no_other(
+    parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, file = planted("qwen2 tied", tmp_path / "model"), tmp_path / "p"
+    first = calibrate(folder, parquet, samples=3, alpha=0.5, out=file, say=lambda _: None)
+    content = file.read_bytes()
+    monkeypatch.setattr(calibrate_module, "_worked_out", lambda *_: pytest.fail("the model was run again"))
+    again = calibrate(folder, parquet, samples=3, alpha=0.5, out=file, say=lambda _: None)
+    assert again.profile == first.profile
+    assert (again.document()["already_there"], again.document()["error"]) == (True, None)
+    assert "already there" in again.verdict()
+    for samples, alpha in ((2, 0.5), (3, None)):
+        with pytest.raises(InputError, match="exists already, and was made of another"):
+            calibrate(folder, parquet, samples=samples, alpha=alpha, out=file, say=lambda _: None)
+    assert file.read_bytes() == content
 
 
 def test_nothing_to_gain(parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,11 +37,6 @@ class Model:
         return Weights(hf=self.hf) if self.hf else None
 
     @property
-    def vocabulary(self) -> int:
-        """Rows of its embedding."""
-        return int(self.config["vocab_size"])
-
-    @property
     def positions(self) -> int | None:
         """Longest sequence that it knows, in tokens; None if its config does not say."""
         found = self.config.get("max_position_embeddings")
@@ -86,7 +81,7 @@ def _shape(text: str) -> ModelShape:
         raise InputError(f"--model {SHAPE}{text}: its config.json in the hub's cache is no plain decoder's")
     if not slash:
         return found
-    if not layers.isdigit() or not 1 <= int(layers) <= found.layers:
+    if not layers.isdecimal() or not 1 <= int(layers) <= found.layers:
         raise InputError(f"--model {SHAPE}{text}: {name} has 1 to {found.layers} layers", hint=f"{SHAPE}{name}/4")
     return replace(found, layers=int(layers))
 

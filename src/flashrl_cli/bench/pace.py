@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from flashrl_cli.bench.points import SPEED
+from flashrl_cli.bench.request import FIT
 
 if TYPE_CHECKING:
     from flashrl_cli.bench.points import Point
@@ -27,8 +28,10 @@ class Pace:
         """Seconds that a point will take at most; None if nothing like it was measured. A larger batch takes no more a sequence."""
         if point.like in self._seconds:
             return self._seconds[point.like]
-        batch = point.asked.get("batch", 0)
-        others = {size: seconds for (kind, size), seconds in self._seconds.items() if kind == point.kind == SPEED}
+        batch = point.asked.get("batch", FIT)
+        # how many sequences fit is known to the engine alone
+        speeds = ((size, seconds) for (kind, size), seconds in self._seconds.items() if kind == point.kind == SPEED)
+        others = {size: seconds for size, seconds in speeds if FIT not in {size, batch}}
         nearest = min(others, key=lambda size: abs(size - batch), default=None)
         return None if nearest is None else others[nearest] * max(1.0, batch / nearest)
 

@@ -169,7 +169,7 @@ def plan(asked: Asked) -> Request:
 
 def _batches(text: str | None) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",")] if text is not None else []
-    if any(word != FIT_WORD and (not word.isdigit() or not int(word)) for word in words):
+    if any(word != FIT_WORD and (not word.isdecimal() or not int(word)) for word in words):
         raise InputError(f"--batch {text}: numbers of sequences, each at least 1, or fit", hint="--batch 64,256,fit")
     return tuple(dict.fromkeys(FIT if word == FIT_WORD else int(word) for word in words))
 
@@ -203,7 +203,7 @@ def _options(asked: Asked, found: Model, batch: int, length: int) -> EngineOptio
     limit = asked.max_model_len or length
     if limit < length:
         raise InputError(
-            f"--max-model-len {limit}: prompt and response need {length} tokens",
+            f"--max-model-len {limit}: prompt and response need {length} tokens, {_SPARE} of them spare",
             hint="a smaller --prompt or --response",
         )
     if found.positions and limit > found.positions:

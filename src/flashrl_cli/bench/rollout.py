@@ -83,13 +83,12 @@ class Rollout:
         batch = batch or fitting
         self._seconds(batch, prompt, min(_WARM_UP, response), seed=repeats)
         prefill = self._seconds(batch, prompt, 1, seed=repeats)
-        values, decoding = [], []
+        seconds, values = [], []
         for seed in range(repeats):
-            seconds = self._seconds(batch, prompt, response, seed=seed)
-            values.append(round(batch * response / seconds, 1))
-            decoding.append(round(batch * (response - 1) / (seconds - prefill), 1) if seconds > prefill else 0.0)
+            seconds.append(self._seconds(batch, prompt, response, seed=seed))
+            values.append(round(batch * response / seconds[-1], 1))
             advance(f"{values[-1]:,.0f} tokens/s")
-        told = {"decode_tokens_s": statistics.median(decoding), "decode_values": decoding} if batch <= fitting else {}
+        told = _decoding(batch * (response - 1), [one - prefill for one in seconds]) if batch <= fitting else {}
         return {
             "batch": batch,
             "tokens_s": statistics.median(values),
@@ -183,6 +182,14 @@ class Rollout:
             what = f"a prompt of --data and its response need {needed} tokens, the limit is {most}"
             raise InputError(what, hint="a smaller --response, or a larger --max-model-len if the model can take it")
         return max(usual, needed)
+
+
+def _decoding(tokens: int, seconds: list[float]) -> dict[str, Any]:
+    """Speed of decoding `tokens` in what is left of each repeat's seconds without the prefill; nothing where nothing is left to tell."""
+    if not tokens or min(seconds) <= 0:
+        return {}
+    values = [round(tokens / one, 1) for one in seconds]
+    return {"decode_tokens_s": statistics.median(values), "decode_values": values}
 
 
 def _logprobs(output: Any) -> list[float]:

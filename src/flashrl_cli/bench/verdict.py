@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ Speeds = Mapping[int, Sequence[float]]
 
 def speed_up(values: Sequence[float], base: Sequence[float]) -> SpeedUp:
     """Of repeats over those of the base."""
-    return SpeedUp(_median(values) / _median(base), min(values) / max(base), max(values) / min(base))
+    return SpeedUp(median(values) / median(base), min(values) / max(base), max(values) / min(base))
 
 
 def sentences(speeds: Mapping[str, Speeds], base: str | None) -> Iterator[str]:
@@ -49,24 +50,19 @@ def sentences(speeds: Mapping[str, Speeds], base: str | None) -> Iterator[str]:
 
 
 def _sentence(batch: int, found: Mapping[str, SpeedUp], base: str, *, single: bool) -> str:
-    best, fastest = max(found.items(), key=lambda one: one[1].value)
     where = f"at {batch} sequence{'s' if batch > 1 else ''}" if batch else "with as many sequences as fit"
     if single:
         told = ", ".join(f"{name} {one.value:.2f}x" for name, one in found.items())
         return f"{where}: {told}, measured once each, so that small differences mean nothing"
-    if not fastest.sure:
+    faster = {name: one for name, one in found.items() if one.least > 1}
+    best, fastest = max((faster or found).items(), key=lambda one: one[1].value)
+    same = [name for name, one in found.items() if not one.sure]
+    if same and not faster:
         slower = [f"{name} is slower, {one.told}" for name, one in found.items() if one.sure]
-        same = [name for name, one in found.items() if not one.sure]
         lies = f"what lies between {base} and {', '.join(same)} is within the spread of the repeats"
         return f"{where}: {'; '.join([lies, *slower])}: take {base}"
-    if fastest.value < 1:
+    if not faster:
         return f"{where}: take {base}; the closest is {best}, {fastest.told}"
     rivals = [name for name, one in found.items() if name != best and one.greatest >= fastest.least]
     close = f"; {', '.join(rivals)} within the spread of the repeats" if rivals else ""
     return f"{where}: {best} gives {fastest.told} of {base}{close}"
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

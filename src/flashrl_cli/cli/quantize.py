@@ -43,7 +43,7 @@ def quantize(
     output = Output(json_mode=json)
     if calibrate is None and scheme is None:
         raise InputError("nothing to do", hint="--scheme int8 or fp8, or --calibrate PARQUET")
-    with signals.raised("nothing was written; the same command begins again"):
+    with signals.raised("nothing half-written is left; the same command goes on after what is whole"):
         document: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
         if calibrate is not None:
             profile, made = _calibrate(output, model, calibrate, samples, _alpha(alpha), profile)

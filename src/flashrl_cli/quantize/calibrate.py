@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +18,7 @@ from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
 from flashrl_cli.evals.questions import read as read_questions
 from flashrl_cli.quantize import activations, scales
 from flashrl_cli.quantize.absorbing import Junction, junctions
+from flashrl_cli.quantize.request import ELSEWHERE, there
 from flashrl_cli.weights import Unreadable, Weights, read_json
 from flashrl_cli.weights.contents import shapes
 from flashrl_cli.weights.profile import SHAPE, About, Profile
@@ -50,19 +53,23 @@ class LayerChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibrated:
-    """A profile that was written, and what it does to each linear layer."""
+    """A profile that was written, and what it does to each linear layer; without `layers` it was there already, made of the same."""
 
     profile: Profile
     layers: tuple[LayerChange, ...]
     seconds: float
 
     @property
-    def error(self) -> tuple[float, float]:
+    def error(self) -> tuple[float, float] | None:
         """Mean relative error of the layers' outputs in INT8, before and after."""
+        if not self.layers:
+            return None
         return fmean(one.error[0] for one in self.layers), fmean(one.error[1] for one in self.layers)
 
     def verdict(self) -> str:
         """What it brought, in a sentence."""
+        if self.error is None:
+            return "the profile is already there, made of the same"
         before, after = self.error
         changed = sum(one.alpha is not None for one in self.layers)
         return (
@@ -72,13 +79,13 @@ class Calibrated:
 
     def document(self) -> dict[str, Any]:
         """All of it as plain data."""
-        before, after = self.error
         return {
             "schema_version": SCHEMA_VERSION,
             "profile": str(self.profile.path),
             "tensors": len(self.profile.names),
             "about": asdict(self.profile.about),
-            "error": {"before": before, "after": after},
+            "already_there": not self.layers,
+            "error": dict(zip(("before", "after"), self.error, strict=True)) if self.error else None,
             "layers": [asdict(one) for one in self.layers],
             "seconds": round(self.seconds, 2),
         }
@@ -87,9 +94,10 @@ class Calibrated:
 def calibrate(model: Path, parquet: Path, *, samples: int, alpha: float | None, out: Path, say: Say) -> Calibrated:
     """Write to `out` the smoothing profile of the HF folder `model`, calibrated on `samples` rows of a prepared data set.
 
-    `alpha` None chooses, layer by layer, what gives the least error; `say` is told the progress. The same input gives the same profile.
-    Nothing is written before the end. Raises InputError for a model, data or an alpha that cannot be used, RunFailed if nothing is gained,
-    EnvironmentNotReady if the model does not fit into memory.
+    `alpha` None chooses, layer by layer, what gives the least error; `say` is told the progress. The same input gives the same profile,
+    and one that is there already is taken. Nothing is written before the end. Raises InputError for a model, data or an alpha that cannot
+    be used and for an `out` made of something else, RunFailed if nothing is gained, EnvironmentNotReady if the model does not fit into
+    memory.
     """
     if alpha is not None and not 0 <= alpha < 1:
         raise InputError(f"alpha is {alpha}, and should be from 0 to less than 1", hint="--alpha auto")
@@ -100,11 +108,19 @@ def calibrate(model: Path, parquet: Path, *, samples: int, alpha: float | None, 
     rows = activations.tokens(model, activations.texts(questions, samples))
     if not rows:
         raise InputError(f"{parquet} gives nothing to calibrate on", hint="--samples 64")
+    about = _about(model, config, parquet, rows, alpha)
+    if kept := _kept(out, about):
+        return Calibrated(profile=kept, layers=(), seconds=time.perf_counter() - started)
     _room(sum(map(math.prod, found.values())))
     tensors, layers = _worked_out(model, places, rows, alpha, say)
     if not tensors:
         raise RunFailed("smoothing gains nothing for this model; no profile was written", hint="quantize without one")
-    about = About(
+    _save(tensors, about, out)
+    return Calibrated(profile=Profile.read(out), layers=layers, seconds=time.perf_counter() - started)
+
+
+def _about(model: Path, config: dict[str, Any], parquet: Path, rows: Sequence[list[int]], alpha: float | None) -> About:
+    return About(
         model="/".join(model.parts[-2:]),
         fingerprint=Weights(hf=model).fingerprint(),
         shape={key: config[key] for key in SHAPE if config.get(key) is not None},
@@ -113,9 +129,17 @@ def calibrate(model: Path, parquet: Path, *, samples: int, alpha: float | None, 
         samples=len(rows),
         tokens=sum(map(len, rows)),
         versions={name: metadata.version(name) for name in _MADE_BY},
+        rows=hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
     )
-    _save(tensors, about, out)
-    return Calibrated(profile=Profile.read(out), layers=layers, seconds=time.perf_counter() - started)
+
+
+def _kept(out: Path, about: About) -> Profile | None:
+    """The profile of before, if there is one. Raises InputError where it was made of something else."""
+    found = there(out)
+    if found and found.about != about:
+        what = f"{out} exists already, and was made of another model, other data or with other options"
+        raise InputError(what, hint=ELSEWHERE)
+    return found
 
 
 def _described(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:

@@ -28,6 +28,7 @@ _SENSES = ("vision_config", "audio_config")
 _PACKED = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv")
 _STATE = ".A_log"
 """A tensor that every Mamba layer has, some of whose linear modules vLLM makes without quantization."""
+ELSEWHERE = "--profile FILE elsewhere, or remove it"
 _GIB = 2**30
 
 
@@ -103,15 +104,22 @@ def lookup(model: str) -> Checkpoint:
 
 
 def new_profile(model: str, out: Path | None) -> tuple[Path, Path]:
-    """The HF folder to calibrate, and the profile's new file. Raises InputError."""
+    """The HF folder to calibrate, and the profile's file. Raises InputError."""
     checkpoint = lookup(model)
     if checkpoint.shards or checkpoint.adapter:
         hint = f"flashrl eval {model} --merge FOLDER, then calibrate FOLDER"
         raise InputError(f"{model} is no whole model in Hugging Face's form, which calibration runs", hint=hint)
     target = paths.absolute(out or f"{Path(checkpoint.run).name}-profile.safetensors")
-    if target.exists():
-        raise InputError(f"{target} exists already", hint="--profile FILE elsewhere, or remove it")
+    there(target)
     return checkpoint.hf, target
+
+
+def there(profile: Path) -> Profile | None:
+    """What was calibrated to a file before; None where nothing is. Raises InputError for a file that is no profile."""
+    try:
+        return Profile.read(profile) if profile.exists() else None
+    except Unreadable:
+        raise InputError(f"{profile} exists already", hint=ELSEWHERE) from None
 
 
 def check_room(target: Path, size: int) -> None:

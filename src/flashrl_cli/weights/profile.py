@@ -35,7 +35,8 @@ Shapes = Mapping[str, Sequence[int]]
 class About:
     """What a profile was made of. `alpha` None means chosen layer by layer; `tokens` and `samples` count what was run through the model.
 
-    `shape` holds the model's SHAPE keys, `fingerprint` is `Weights.fingerprint`'s of it, `versions` those of the packages that made it.
+    `shape` holds the model's SHAPE keys, `fingerprint` is `Weights.fingerprint`'s of it, `versions` those of the packages that made it,
+    `rows` the SHA-256 of the token ids that were run; profiles of before have none.
     """
 
     model: str
@@ -46,6 +47,7 @@ class About:
     samples: int
     tokens: int
     versions: dict[str, str]
+    rows: str = ""
     schema_version: int = SCHEMA_VERSION
 
     def metadata(self) -> dict[str, str]:

@@ -100,3 +100,9 @@ def test_no_response_is_cut_by_the_engines_limit() -> None:
     assert limit([[1] * 5, [1] * 40], None) == 140
     with pytest.raises(InputError, match="need 140 tokens, the limit is 120"):
         limit([[1] * 40], 120)
+
+
+def test_decoding_has_a_speed_only_where_it_took_time() -> None:
+    assert rollout._decoding(60, [2.0, 3.0, 4.0]) == {"decode_tokens_s": 20.0, "decode_values": [30.0, 20.0, 15.0]}
+    assert rollout._decoding(0, [0.1]) == {}, "a response of one token is prefill alone"
+    assert rollout._decoding(60, [2.0, -0.001]) == {}

@@ -12,6 +12,7 @@ import pytest
 from flashrl_cli import contract
 from flashrl_cli.bench import child
 from flashrl_cli.bench.report import Report
+from flashrl_cli.bench.request import FIT
 from flashrl_cli.bench.results import Measured
 from flashrl_cli.bench.run import Session, Telling
 from flashrl_cli.errors import RunFailed
@@ -176,6 +177,16 @@ def test_a_budget_leaves_out_and_says_so(
     assert not report.failed
     assert ("bf16, 16 sequences: left out, the budget has no room for it" in bf16["notes"]) == (speeds == 1)
     assert any("int8: left out, the budget has no room" in line for line in report.sentences())
+
+
+@pytest.mark.parametrize("batches", [(FIT, 4), (4, FIT), (FIT,)])
+def test_how_many_sequences_fit_tells_nothing_of_other_batches(
+    batches: tuple[int, ...], workers: Workers, tmp_path: Path
+) -> None:
+    told = Told()
+    report = measure(tmp_path, "int8", told=told, batches=batches)
+    assert len(report.document()["variants"][0]["speed"]) == len(batches)
+    assert not any("left" in words for words in told.words)
 
 
 def test_fp8_in_blocks_has_its_speed_alone_and_says_why(workers: Workers, tmp_path: Path) -> None:

@@ -185,6 +185,8 @@ def test_profiles(tmp_path: Path) -> None:
 def test_where_a_new_profile_goes(tmp_path: Path) -> None:
     folder = hf_model(tmp_path / "m")
     assert new_profile(str(folder), None) == (folder, tmp_path / "m-profile.safetensors")
+    made = profile(tmp_path / "made")
+    assert new_profile(str(folder), made) == (folder, made)
     with pytest.raises(InputError, match="exists already"):
         new_profile(str(folder), folder / "model.safetensors")
     step = saved_step(tmp_path / "run", 1)
