@@ -68,5 +68,5 @@ def rollout_options(spec: RunSpec) -> contract.RolloutOptions:
 
 
 def _engine_is_bf16(spec: RunSpec) -> bool:
-    """Whether an engine of a dense model (verl.demands refuses 8-bit experts) casts all its weights to bf16, which verl's own default is."""
+    """Whether an engine of a dense model (verl.demands refuses 8-bit experts) casts all its weights to bf16, verl's own default."""
     return spec.verl.get(DTYPE, "bfloat16") in {"bfloat16", "bf16"}
