@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.test_refit import engine, policy, pytestmark
+from tests.gpu.test_refit import engine, pytestmark
 from tests.integration.test_refit import answers, mean_difference, sequences
 
-__all__ = ["policy", "pytestmark"]
+__all__ = ["pytestmark"]
 NEAR = 0.01
 """Mean |Δ log-prob| in INT8: vLLM's kernel multiplies by 127 / max|w| instead of dividing, which shows where a value lies half-way."""
 
