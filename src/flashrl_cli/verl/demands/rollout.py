@@ -132,7 +132,7 @@ def experts_are_quantized(s: Settings) -> Iterator[Problem]:
 
 
 def cache_bound_is_known(s: Settings) -> Iterator[Problem]:
-    """The scales of an FP8 cache come of a bound that holds for some families; with another the first refit fails (plugins/kv_scales.py)."""
+    """The scales of an FP8 cache come of a bound known for some families; with another the first refit fails (plugins/kv_scales.py)."""
     if s.spec.rollout.kv_cache != "auto" and s.shape and s.shape.architecture not in contract.CACHE_FAMILIES:
         yield s.problem(
             f"an FP8 KV cache has no scales for a {s.shape.architecture} model, only for {', '.join(contract.CACHE_FAMILIES)}",
