@@ -40,6 +40,8 @@ METHODS = {"int8": INT8_METHOD, "fp8": FP8_METHOD}
 VLLM = ((0, 24), (0, 28))
 """First and last version of vLLM whose insides the plugins were read against: those of the two pinned stacks."""
 VLLM_NAMES = f"vLLM {VLLM[0][0]}.{VLLM[0][1]} to {VLLM[1][0]}.{VLLM[1][1]}"
+CACHE_FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+"""Values of `model_type` whose queries, keys and values are known to stay within the bound of an FP8 KV cache (plugins/kv_scales.py)."""
 WORKER_EXTENSION = "flashrl_cli.plugins.verl_refit.RefitWorkerExtension"
 """Class that verl's vLLM workers take their weight update from."""
 EVAL_EXTENSION = "flashrl_cli.plugins.disk_refit.DiskRefitExtension"

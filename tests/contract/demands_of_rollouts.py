@@ -77,6 +77,15 @@ ROLLOUTS = [
         legal_shape=SHAPE,
     ),
     case(
+        "cache_bound_is_known",
+        "rollout.kv_cache=fp8",
+        says="no scales for a gemma3_text model, only for llama",
+        hint="--set rollout.kv_cache=auto",
+        where="--set rollout.kv_cache",
+        shape=replace(SHAPE, architecture="gemma3_text"),
+        legal_shape=replace(SHAPE, architecture="qwen3"),
+    ),
+    case(
         "blocks_fill_shards",
         "rollout.tensor_parallel=4",
         says="blocks of 128 (fp8-block) do not fill a device's part of the queries, the keys",

@@ -24,13 +24,13 @@ SIZES = {
 }
 
 
-def make(family: str) -> Any:
+def make(family: str, **more: Any) -> Any:
     """A model with norms, biases and rows of very different size, in which a scale of 1 would not do."""
     import torch
     import transformers
 
     torch.manual_seed(3)
-    config = getattr(transformers, f"{family}Config")(**SIZES, head_dim=16)
+    config = getattr(transformers, f"{family}Config")(**SIZES, head_dim=16, **more)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -99,6 +99,55 @@ def test_nothing_leaves_the_range_of_e4m3(family: str) -> None:
             assert value / 1000 >= scale * 2**-6, (index, part)
     if family == "Qwen2":
         assert max(held[0]._k_scale_float, held[1]._k_scale_float) > 1, "with vLLM's scale of 1 keys would saturate"
+
+
+def test_yarn_multiplies_queries_and_keys() -> None:
+    """vLLM's table of cosines shows by how much, and Transformers multiplies by the same."""
+    import torch
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    from flashrl_cli.plugins.kv_scales import KvScales, _amplitude
+
+    rope = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+    with set_current_vllm_config(VllmConfig()):
+        table = get_rope(16, 64, rope_parameters=rope, dtype=torch.float32)
+    amplitude = _amplitude(torch.nn.ModuleList([table, torch.nn.Linear(2, 2)]))
+    model = make("Qwen3", rope_parameters=rope)
+    assert amplitude == pytest.approx(model.model.rotary_emb.attention_scaling) == pytest.approx(1.3466, abs=1e-3)
+    plain, held = layers(), layers()
+    for scales in (KvScales(plain), KvScales(held, 4.0)):
+        list(scales.bucket(model.state_dict().items()))
+        scales.set()
+    for part, factor in {"q": 4.0, "k": 4.0, "v": 1.0}.items():
+        name = f"_{part}_scale_float"
+        assert getattr(held[0], name) == factor * getattr(plain[0], name)
+    assert _amplitude(torch.nn.Linear(2, 2)) == 1.0
+
+
+def cached(backend: str) -> Any:
+    """A model of one attention layer of vLLM's with a cache in FP8."""
+    import torch
+    from vllm.model_executor.layers.attention import Attention
+
+    layer = object.__new__(Attention)
+    torch.nn.Module.__init__(layer)
+    layer.kv_cache_dtype, layer.layer_name = "fp8", "model.layers.0.self_attn.attn"
+    layer.attn_backend = SimpleNamespace(get_name=lambda: backend)
+    return torch.nn.ModuleList([layer])
+
+
+def test_what_would_hold_no_bound_or_read_no_scale_is_refused() -> None:
+    import torch
+
+    from flashrl_cli.plugins import kv_scales
+
+    assert kv_scales.of(cached("FLASH_ATTN"), "qwen2") is not None
+    assert kv_scales.of(torch.nn.Linear(2, 2), "gemma3_text") is None
+    with pytest.raises(RuntimeError, match=r"FP8 KV cache of gemma3_text .*take rollout\.kv_cache=auto"):
+        kv_scales.of(cached("FLASH_ATTN"), "gemma3_text")
+    with pytest.raises(RuntimeError, match=r"FLASHINFER does not read new scales .*take rollout\.kv_cache=auto"):
+        kv_scales.of(cached("FLASHINFER"), "qwen2")
 
 
 def test_a_model_of_other_names_is_refused() -> None:

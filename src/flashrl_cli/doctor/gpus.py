@@ -39,6 +39,10 @@ PRECISIONS = {
 }
 
 
+CACHE = Precision((9, 0), (10, 0))
+"""FP8 KV caches: elsewhere vLLM takes FlashInfer for them (platforms/cuda.py:142 in 0.24), which does not read new scales."""
+
+
 @dataclass(frozen=True, slots=True)
 class Gpu:
     """One GPU: name, compute capability, driver version and memory in MiB."""
@@ -134,13 +138,17 @@ def precisions(gpus: Sequence[Gpu]) -> Iterator[Finding]:
 
 def lacks(precision: str, gpus: Sequence[Gpu]) -> str | None:
     """Why some of these GPUs cannot compute in a precision; None if all can."""
-    bounds = PRECISIONS[precision]
+    return outside(PRECISIONS[precision], precision, gpus)
+
+
+def outside(bounds: Precision, what: str, gpus: Sequence[Gpu]) -> str | None:
+    """Why some of these GPUs are not within `bounds`; None if all are."""
     for gpu in gpus:
         have = f"{gpu.name} has {_dotted(gpu.capability)}"
         if gpu.capability < bounds.least:
-            return f"{precision} needs compute capability {_dotted(bounds.least)} or newer, {have}"
+            return f"{what} needs compute capability {_dotted(bounds.least)} or newer, {have}"
         if bounds.below and gpu.capability >= bounds.below:
-            return f"{precision} has kernels for compute capabilities below {_dotted(bounds.below)} only, {have}"
+            return f"{what} has kernels for compute capabilities below {_dotted(bounds.below)} only, {have}"
     return None
 
 

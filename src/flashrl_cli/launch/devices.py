@@ -46,7 +46,7 @@ def _gpu_precision(spec: RunSpec, found: Sequence[gpus.Gpu]) -> Iterator[Finding
     precision = spec.rollout.precision
     if reason := gpus.lacks(precision, found):
         yield fail("rollout.precision", reason, f"--rollout {gpus.PRECISIONS[precision].instead}")
-    if spec.rollout.kv_cache != "auto" and (reason := gpus.lacks("fp8", found)):
+    if spec.rollout.kv_cache != "auto" and (reason := gpus.outside(gpus.CACHE, "an FP8 KV cache", found)):
         yield fail("rollout.kv_cache", reason, "--set rollout.kv_cache=auto")
 
 

@@ -51,9 +51,16 @@ class LaunchPlan:
 
 
 def default_name(preset: str, spec: RunSpec) -> str:
-    """Name of a run that was given none: preset, precision and cap, such as `tiny-int8-tis2`."""
-    cap = spec.correction.cap
-    return f"{preset}-{spec.rollout.precision}" + (f"-tis{cap:g}" if cap is not None else "")
+    """Name of a run that was given none: preset, precision, what else changes the rollouts, and cap, such as `tiny-int8-kv8-tis2`."""
+    rollout, cap = spec.rollout, spec.correction.cap
+    parts = {
+        "kv8": rollout.kv_cache == "fp8",
+        "head32": rollout.lm_head_fp32,
+        "smooth": rollout.profile is not None,
+        f"mix{rollout.mix:g}": rollout.mix > 0,
+        f"tis{cap or 0:g}": cap is not None,
+    }
+    return "-".join((preset, rollout.precision, *(part for part, told in parts.items() if told)))
 
 
 def run_paths(name: str, spec: RunSpec, runs_root: Path, checkpoints_root: Path) -> RunPaths:

@@ -4,8 +4,9 @@ vLLM takes 1 for each scale that a checkpoint does not bring (`set_default_quant
 vllm/model_executor/layers/attention/attention.py), and what is larger than e4m3's 448 saturates without a word; its own calibration is
 deprecated and happens once, on an engine's first, dummy weights. Here a bound takes their place. Attention reads the output of an RMSNorm,
 g * u with |u| <= sqrt(H), so that row w of a projection with bias b gives at most sqrt(H) |g * w| + |b| (Cauchy-Schwarz); rotary
-embeddings mix two rows, at most sqrt(2) times that; and heads that are normed themselves (Qwen3) reach sqrt(d) max|g|. e4m3 is a floating
-format: within its range the relative error does not depend on the scale, which need not be tight but safe, and a power of two is exact.
+embeddings mix two rows, at most sqrt(2) times that, and YaRN multiplies both by more than 1; heads that are normed themselves (Qwen3) reach
+sqrt(d) max|g|. e4m3 is a floating format: within its range the relative error does not depend on the scale, which need not be tight but
+safe, and a power of two is exact. Families whose norms compute something else (Gemma's 1 + g, LayerNorm's bias) are refused.
 """
 
 from __future__ import annotations
@@ -19,11 +20,16 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.attention import Attention
 
+from flashrl_cli import contract
+
 Bucket = Iterable[tuple[str, torch.Tensor]]
 LARGEST = 448.0
 """Of float8_e4m3fn."""
-MARGIN = 1.05
-"""For what quantized weights and activations, and bf16, add to a product."""
+MARGIN = 1.15
+"""For what is added to a product by weights and activations in FP8, (1 + 2^-4)^2, and by bf16."""
+BACKENDS = {"FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN"}
+"""Attention that reads the scales at every step. FlashInfer keeps those of its first step, and CUDA graphs its numbers
+(vllm/v1/attention/backends/flashinfer.py:1476, :1806 in 0.24), while the cache is written with the new ones."""
 _FP8 = {"fp8", "fp8_e4m3"}
 _MARK = "_flashrl_patched"
 _NAME = re.compile(
@@ -53,9 +59,9 @@ class _Seen:
             self.squares[part] = weight.float().square() @ square
         self.weights.clear()
 
-    def bound(self, part: str) -> torch.Tensor:
+    def bound(self, part: str, amplitude: float) -> torch.Tensor:
         """Largest value that queries, keys or values can have, a float32 scalar. Raises KeyError for what did not arrive."""
-        rotated = 1.0 if part == "v" else math.sqrt(2)
+        rotated = 1.0 if part == "v" else math.sqrt(2) * amplitude
         if part in self.norms:
             gain = self.norms[part].float()
             return rotated * math.sqrt(gain.numel()) * gain.abs().max()
@@ -66,10 +72,13 @@ class _Seen:
 
 
 class KvScales:
-    """Watches the weights of one refit pass by, then sets the scales of `layers` (attention by layer number)."""
+    """Watches the weights of one refit pass by, then sets the scales of `layers` (attention by layer number).
 
-    def __init__(self, layers: dict[int, Any]) -> None:
-        self._layers = layers
+    `amplitude` is what rotary embeddings multiply queries and keys by.
+    """
+
+    def __init__(self, layers: dict[int, Any], amplitude: float = 1.0) -> None:
+        self._layers, self._amplitude = layers, amplitude
         self._seen: dict[int, _Seen] = {}
 
     def bucket(self, weights: Bucket) -> Bucket:
@@ -83,21 +92,23 @@ class KvScales:
     def _note(self, found: re.Match[str], tensor: torch.Tensor) -> None:
         index, part, kind, normed, before = found.groups()
         seen = self._seen.setdefault(int(index), _Seen())
+        # an evaluation's weights are read into the CPU's memory, but for those that a profile changed
+        tensor = tensor.to(self._layers[int(index)]._k_scale.device, copy=True)
         if before:
-            seen.gain = tensor.clone()
+            seen.gain = tensor
         elif normed:
-            seen.norms[normed] = tensor.clone()
+            seen.norms[normed] = tensor
         elif kind == "bias":
-            seen.biases[part] = tensor.clone()
+            seen.biases[part] = tensor
         else:
             seen.width = tensor.shape[1]
-            seen.weights[part] = tensor.clone()
+            seen.weights[part] = tensor
         seen.settle()
 
     def set(self) -> None:
         """Set the scales, to be called when all weights are loaded. Raises RuntimeError if a layer's did not arrive under known names."""
         try:
-            bounds = [[self._seen[index].bound(part) for part in "qkv"] for index in self._layers]
+            bounds = [[self._seen[index].bound(part, self._amplitude) for part in "qkv"] for index in self._layers]
         except KeyError as missing:
             message = (
                 f"no scale for the FP8 KV cache, as the weight update lacked {missing}: take rollout.kv_cache=auto"
@@ -148,15 +159,31 @@ def _set(layer: Any, part: str, value: float) -> None:
         getattr(layer, f"_{part}_scale_cpu").fill_(value)
 
 
-def of(model: torch.nn.Module) -> KvScales | None:
-    """The watcher of a model whose cache has one scale a layer; None for caches in 16 bits or with scales of their own."""
+def of(model: torch.nn.Module, family: str) -> KvScales | None:
+    """The watcher of a model whose cache has one scale a layer; None for caches in 16 bits or with scales of their own.
+
+    Raises RuntimeError for a `family` (model_type) whose bound is not known, and for attention that would not read new scales.
+    """
     layers = {
         int(found[1]): layer
         for layer in model.modules()
         if type(layer) is Attention and layer.kv_cache_dtype in _FP8
         if (found := _INDEX.search(layer.layer_name))
     }
-    return KvScales(layers) if layers else None
+    if not layers:
+        return None
+    if family not in contract.CACHE_FAMILIES:
+        known = ", ".join(contract.CACHE_FAMILIES)
+        raise RuntimeError(f"no scale for the FP8 KV cache of {family} (of {known} only): take rollout.kv_cache=auto")
+    if unlike := {layer.attn_backend.get_name() for layer in layers.values()} - BACKENDS:
+        raise RuntimeError(f"{min(unlike)} does not read new scales of an FP8 KV cache: take rollout.kv_cache=auto")
+    return KvScales(layers, _amplitude(model))
+
+
+def _amplitude(model: torch.nn.Module) -> float:
+    """Largest cosine in the model's rotary embeddings: YaRN multiplies them (vllm/.../rotary_embedding/yarn_scaling_rope.py:81)."""
+    tables = (getattr(layer, "cos_sin_cache", None) for layer in model.modules())
+    return max((float(table[0].abs().max()) for table in tables if table is not None), default=1.0)
 
 
 def precision(model: torch.nn.Module) -> str:

@@ -40,7 +40,7 @@ def refit(
 
     contract.require_vllm(vllm.__version__)
     started = time.perf_counter()
-    smoothing, cache = Smoothing(profile_here(), device), kv_scales.of(model)
+    smoothing, cache = Smoothing(profile_here(), device), kv_scales.of(model, model_config.hf_text_config.model_type)
 
     def prepared(load: Load) -> None:
         def each(bucket: Bucket) -> None:

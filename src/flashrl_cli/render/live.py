@@ -47,8 +47,17 @@ def describe(shakes: Sequence[Handshake]) -> str:
     layers = f"{first.quantized_layers} of {first.linear_layers} linear layers, " if first.precision != "bf16" else ""
     workers = f"{len(quantized)} rollout worker{'s' if len(quantized) != 1 else ''}"
     workers += f" and bf16 in {plain}" if plain else ""
-    logits = "logits in fp32, " if first.lm_head == "fp32" else ""
-    return f"{first.precision} in {workers}: {layers}{first.kernel}, {logits}refit {first.refit_s:.2f} s"
+    return f"{first.precision} in {workers}: {layers}{first.kernel}, {beside(first)}refit {first.refit_s:.2f} s"
+
+
+def beside(shake: Handshake) -> str:
+    """What a worker does beside its precision, each part with a comma behind it; empty for none."""
+    parts = {
+        f"KV cache in {shake.kv_cache}": shake.kv_cache != "auto",
+        "logits in fp32": shake.lm_head == "fp32",
+        f"{shake.smoothed} tensors smoothed": shake.smoothed > 0,
+    }
+    return "".join(f"{part}, " for part, told in parts.items() if told)
 
 
 def eta(seconds_a_step: list[float], left: int) -> str:

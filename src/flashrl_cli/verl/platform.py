@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from flashrl_cli.config.spec import RunSpec
     from flashrl_cli.paths import AttemptPaths
 
+DTYPE = "actor_rollout_ref.rollout.dtype"
 METRICS_PATH = "VERL_FILE_LOGGER_PATH"
 
 COMMON = {
@@ -62,5 +63,10 @@ def rollout_options(spec: RunSpec) -> contract.RolloutOptions:
         profile=profile,
         bf16_replicas=bf16_replicas(spec),
         lm_head_fp32=rollout.lm_head_fp32,
-        bf16_transfer=rollout.precision in contract.METHODS,  # dense models only: verl.demands refuses experts there
+        bf16_transfer=rollout.precision in contract.METHODS and _engine_is_bf16(spec),
     )
+
+
+def _engine_is_bf16(spec: RunSpec) -> bool:
+    """Whether an engine of a dense model (verl.demands refuses 8-bit experts) casts all its weights to bf16, verl's own default."""
+    return spec.verl.get(DTYPE, "bfloat16") in {"bfloat16", "bf16"}

@@ -24,6 +24,8 @@ _APART = {
     "trainer.resume_mode": "--resume",
     "trainer.resume_from_path": "--resume",
     "trainer.device": "--set resources.platform=…",
+    f"{ENGINE}.kv_cache_dtype": "--set rollout.kv_cache=fp8",
+    f"{ENGINE}.calculate_kv_scales": "drop it: --set rollout.kv_cache=fp8 makes scales at each weight update",
     f"{CORRECTION}.rollout_is": "--tis",
     f"{CORRECTION}.rollout_is_threshold": "--tis",
 }

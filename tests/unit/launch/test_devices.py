@@ -55,3 +55,6 @@ def test_the_cache_in_8_bits_needs_an_able_machine(monkeypatch: pytest.MonkeyPat
     assert finding.name == "rollout.kv_cache"
     assert "A100 has 8.0" in finding.text
     assert not list(devices._gpu_precision(on_gpu, [hopper]))
+    for other in (Gpu("L40S", (8, 9), "580", 1), Gpu("B200", (10, 0), "580", 1)):
+        (finding,) = devices._gpu_precision(on_gpu, [other])
+        assert (finding.level, finding.fix) == ("fail", "--set rollout.kv_cache=auto")

@@ -73,3 +73,9 @@ def test_document_is_plain_data():
 def test_default_names(preset, rollout, tis, name):
     resolved = load_spec(preset, rollout=rollout, tis=tis)
     assert default_name(resolved.spec.name, resolved.spec) == name
+
+
+def test_default_names_tell_what_else_changes_the_rollouts():
+    sets = ["kv_cache=fp8", "lm_head_fp32=true", "profile=/p.safetensors", "mix=0.25"]
+    spec = load_spec("tiny", sets=[f"rollout.{text}" for text in sets]).spec
+    assert default_name("tiny", spec) == "tiny-int8-kv8-head32-smooth-mix0.25-tis2"

@@ -60,6 +60,8 @@ def test_describe() -> None:
     assert describe([shake()]) == one
     assert describe([shake(), shake()]).startswith("int8 in 2 rollout workers: ")
     assert "Int8Kernel, logits in fp32, refit" in describe([replace(shake(), lm_head="fp32")])
+    more = replace(shake(), kv_cache="fp8", lm_head="fp32", smoothed=12)
+    assert "Int8Kernel, KV cache in fp8, logits in fp32, 12 tensors smoothed, refit" in describe([more])
     mixed = describe([shake("bf16"), shake(), shake()])
     assert mixed.startswith("int8 in 2 rollout workers and bf16 in 1: 14 of ")
     assert describe([shake("bf16")]) == "bf16 in 1 rollout worker: Int8Kernel, refit 0.12 s"

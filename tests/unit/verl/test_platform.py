@@ -43,6 +43,18 @@ def test_a_mixed_run_counts_its_replicas_and_compiles_for_each():
     assert "VLLM_DISABLE_COMPILE_CACHE" not in plain
 
 
+def test_weights_go_in_bf16_to_engines_that_hold_bf16():
+    def sent(*sets: str) -> bool:
+        text = environment(load_spec("tiny", sets=sets).spec, ATTEMPT).get(contract.ENV_ROLLOUT, "{}")
+        return contract.RolloutOptions(**json.loads(text)).bf16_transfer
+
+    dtype = "verl.actor_rollout_ref.rollout.dtype"
+    assert sent()
+    assert sent(f"{dtype}=bfloat16")
+    assert not sent(f"{dtype}=float16"), "bf16 has three bits less"
+    assert not sent("rollout.precision=bf16")
+
+
 def test_the_plugins_level_is_passed_on_and_a_preset_may_say_another():
     assert environment(load_spec("tiny").spec, ATTEMPT, logging="INFO")[contract.ENV_LOGGING] == "INFO"
     spec = load_spec("tiny", sets=["env.FLASHRL_LOGGING_LEVEL=DEBUG"]).spec

@@ -58,6 +58,8 @@ CASES = [
     ("no_owned_keys", f"verl.{R}.logprobs_mode=raw_logprobs", "is set twice", "drop it"),
     ("no_forced_keys", "verl.~trainer.val_only=1", "`++` and `~`", "verl.trainer.val_only"),
     ("no_owned_keys", "verl.trainer.v1.trainer_mode=colocate_async", "itself", "synchronous V1 trainer"),
+    ("no_owned_keys", f"verl.+{R}.engine_kwargs.vllm.kv_cache_dtype=fp8", "itself", "--set rollout.kv_cache=fp8"),
+    ("no_owned_keys", f"verl.+{R}.engine_kwargs.vllm.calculate_kv_scales=true", "itself", "drop it"),
     ("one_quantization", f"verl.{R}.quantization=torchao", "say it twice", "--rollout"),
     ("own_environment", "env.FLASHRL_PLUGIN_DIR=/x", "FLASHRL_PLUGIN_DIR is flashrl's own", "drop it"),
     ("own_environment", "env.VERL_FILE_LOGGER_PATH=/x", "VERL_FILE_LOGGER_PATH is flashrl's own", "drop it"),

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from flashrl_cli.paths import RunPaths
     from flashrl_cli.verl.compose import Tree
 
-NAMED_BY_DEFAULT = ("rollout", "tis", "rollout.precision", "correction.cap")
+NAMED_BY_DEFAULT = (
+    "rollout", "tis", "rollout.precision", "correction.cap", "rollout.kv_cache", "rollout.lm_head_fp32", "rollout.mix",
+)  # fmt: skip
 """Keys whose values stand in the name of a run that was given none."""
 TOLD = 3
 """Changed keys that an error names."""

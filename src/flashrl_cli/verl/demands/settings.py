@@ -32,6 +32,11 @@ class Shape(Protocol):
     """The numbers of a model's config.json that rules need (`fit.shape.ModelShape` has them)."""
 
     @property
+    def architecture(self) -> str:
+        """Its `model_type`."""
+        ...
+
+    @property
     def heads(self) -> int:
         """Query heads."""
         ...
