@@ -50,9 +50,8 @@ def saving(number: int) -> Moment:
 
 MOMENTS = [
     (after(0.5), INT),
-    (phase("starting verl"), TERM),
     (phase("starting the trainer"), HUP),
-    (saving(1), INT),
+    (saving(1), TERM),
 ]
 STRIKES_WITHIN_S = 50.0
 """The strikes of this suite meet the start; benchmarks/kill_resume.py meets steps and saves, too."""
