@@ -257,7 +257,8 @@ def refitted(
         load(pairs[:5])
         load(pairs[5:])
 
-    refit.refit(model, None, torch.device("cpu"), stream, reused=True)
+    config = SimpleNamespace(hf_text_config=SimpleNamespace(model_type="llama"))
+    refit.refit(model, config, torch.device("cpu"), stream, reused=True)
     return model, received
 
 
