@@ -1,6 +1,6 @@
 """The same model in data-free W8A8 by flashrl and by llmcompressor: seconds, and the error of each layer.
 
-    python benchmarks/quantize_vs_llmcompressor.py PYTHON [--layers 6] [--repeat 3]
+    PYTHONPATH=. python benchmarks/quantize_vs_llmcompressor.py PYTHON [--layers 6] [--repeat 3]
 
 PYTHON is the interpreter of an environment of llmcompressor's own: it cannot share flashrl's. The model has Qwen2.5-1.5B's shapes and
 random weights (6 layers: 1.0 GB in bf16). llmcompressor runs in its two ways: `oneshot` with a QuantizationModifier on the loaded model,
