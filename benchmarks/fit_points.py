@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import contract, files
+from flashrl_cli.bench.model import config_of
 from flashrl_cli.fit import passes, serving
 from flashrl_cli.fit.items import total
 from flashrl_cli.fit.known import QWEN25, shape_of
@@ -45,29 +46,6 @@ def shape(size: str) -> ModelShape:
     found = shape_of(f"Qwen/Qwen2.5-{name.upper()}", Path())
     assert found is not None, f"no shape {name}; there are {', '.join(QWEN25)}"
     return replace(found, layers=int(layers)) if layers else found
-
-
-def config(found: ModelShape) -> dict[str, Any]:
-    """config.json of a shape."""
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "dtype": "bfloat16",
-        "hidden_size": found.hidden,
-        "num_hidden_layers": found.layers,
-        "num_attention_heads": found.heads,
-        "num_key_value_heads": found.kv_heads,
-        "intermediate_size": found.intermediate,
-        "vocab_size": found.vocab,
-        "tie_word_embeddings": found.tied,
-        "max_position_embeddings": 32768,
-        "rope_theta": 1e6,
-        "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-        "use_sliding_window": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
 
 
 def engine_settings(precision: str) -> TrainerSettings:
@@ -117,7 +95,7 @@ def run_engine(size: str, precision: str, out: Path) -> None:
     from vllm import LLM
 
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(config(shape(size))))
+        Path(folder, "config.json").write_text(json.dumps(config_of(shape(size))))
         llm = LLM(
             model=folder,
             load_format="dummy",
@@ -224,7 +202,7 @@ def build(found: ModelShape, kind: str, device: str) -> Any:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    wanted = {k: v for k, v in config(found).items() if k not in {"architectures", "model_type", "dtype"}}
+    wanted = {k: v for k, v in config_of(found).items() if k not in {"architectures", "model_type", "dtype"}}
     with torch.device(device):
         model = Qwen2ForCausalLM(Qwen2Config(**wanted, attn_implementation="sdpa")).float()
     if kind != "plain":

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.fit_points import arguments, config, register, shape
+from benchmarks.fit_points import arguments, register, shape
 
 from flashrl_cli import files
+from flashrl_cli.bench.model import config_of
 
 if TYPE_CHECKING:
     import torch
@@ -214,7 +215,7 @@ def engine(size: str, precision: str, folder: str, **options: Any) -> Any:
     """vLLM with dummy weights and CUDA graphs."""
     from vllm import LLM
 
-    Path(folder, "config.json").write_text(json.dumps(config(shape(size))))
+    Path(folder, "config.json").write_text(json.dumps(config_of(shape(size))))
     return LLM(
         model=folder,
         load_format="dummy",

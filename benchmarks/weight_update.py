@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.fit_on_gpu import ENVIRONMENT
-from benchmarks.fit_points import config, shape
+from benchmarks.fit_points import shape
 
 from flashrl_cli import contract, files
+from flashrl_cli.bench.model import config_of
 
 VARIANTS = ("int8:bf16", "int8:float32", "fp8:bf16", "bf16:float32", "fp8-block:float32")
 ROUNDS = 5
@@ -149,7 +150,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, model = Path(name), Path(name, "model")
         model.mkdir()
-        (model / "config.json").write_text(json.dumps(config(shape(given.size))))
+        (model / "config.json").write_text(json.dumps(config_of(shape(given.size))))
         trainers = [
             Part("trainer", rank, folder, str(model), env=environment(rank, given.gpus)) for rank in range(given.gpus)
         ]

@@ -6,11 +6,10 @@ import importlib.util
 import os
 import platform
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashrl_cli.doctor import gpus, stacks
+from flashrl_cli.doctor import gpus, software, stacks
 from flashrl_cli.errors import EnvironmentNotReady
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ class Machine:
     def lacks(self, variant: Variant) -> str | None:
         """Why it cannot run a kind of rollouts; None if it can, or if only vLLM knows (an FP8 KV cache on a CPU)."""
         if self.kind == "cuda":
-            cache = gpus.lacks("fp8", self.gpus) if variant.kv8 else None
+            cache = gpus.outside(gpus.CACHE, "an FP8 KV cache", self.gpus) if variant.kv8 else None
             return gpus.lacks(variant.precision, self.gpus) or cache
         return "vLLM has no FP8 kernel for a CPU" if variant.precision.startswith("fp8") else None
 
@@ -51,13 +50,7 @@ def here() -> Machine:
 
 def versions() -> dict[str, str]:
     """Versions of the installed ones of PACKAGES."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return software.versions_of(PACKAGES)
 
 
 def _processor() -> str:

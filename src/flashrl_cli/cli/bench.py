@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.cli import bench_options as options
-from flashrl_cli.cli.options import Json
+from flashrl_cli.cli.options import Json, MemoryShare, TensorParallel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,10 +32,10 @@ def bench(
     samples: options.Samples = None,
     trainer_dtype: options.TrainerDtype = "bfloat16",
     profile: options.Profile = None,
-    tp: options.TensorParallel = 1,
+    tp: TensorParallel = 1,
     max_num_seqs: options.MaxNumSeqs = None,
     max_model_len: options.MaxModelLen = None,
-    gpu_memory_utilization: options.MemoryShare = None,
+    gpu_memory_utilization: MemoryShare = None,
     kv_memory: options.KvMemory = None,
     enforce_eager: options.Eager = False,
     budget: options.Budget = None,

@@ -49,7 +49,6 @@ Data = Annotated[
 Samples = Annotated[int | None, typer.Option(min=1, help="Responses to compare.", show_default="256; on a CPU 64")]
 TrainerDtype = Annotated[str, typer.Option(metavar="bfloat16|float32", help="What the trainer computes in.")]
 Profile = Annotated[Path | None, typer.Option(metavar="FILE", help="Smoothing profile for +smooth.")]
-TensorParallel = Annotated[int, typer.Option("--tp", min=1, help="GPUs that share one engine (tensor parallel).")]
 MaxNumSeqs = Annotated[
     int | None,
     typer.Option(min=1, help="Sequences that the engine computes at once.", show_default="the largest batch"),
@@ -57,16 +56,6 @@ MaxNumSeqs = Annotated[
 MaxModelLen = Annotated[
     int | None,
     typer.Option(min=2, help="Longest prompt and response together.", show_default="what is measured needs"),
-]
-MemoryShare = Annotated[
-    float | None,
-    typer.Option(
-        "--gpu-memory-utilization",
-        min=0.01,
-        max=1,
-        help="Share of each GPU's memory to take.",
-        show_default="what is free, to 0.9",
-    ),
 ]
 KvMemory = Annotated[
     float | None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from flashrl_cli import paths
 from flashrl_cli.cli import eval_options as options
-from flashrl_cli.cli.options import Json
+from flashrl_cli.cli.options import Json, MemoryShare, TensorParallel
 
 if TYPE_CHECKING:
     from flashrl_cli.evals.report import Report
@@ -35,8 +35,8 @@ def evaluate(
     seed: options.Seed = 0,
     rollout: options.Precision = options.Rollout.bf16,
     profile: options.Profile = None,
-    tp: options.TensorParallel = 1,
-    gpu_memory_utilization: options.MemoryShare = None,
+    tp: TensorParallel = 1,
+    gpu_memory_utilization: MemoryShare = None,
     watch: options.Watch = False,
     merge: options.Merge = None,
     out: options.Out = None,

@@ -54,17 +54,6 @@ Profile = Annotated[
         "--profile", metavar="FILE", help="Smoothing profile to apply, as a rollout with it does (int8, fp8)."
     ),
 ]
-TensorParallel = Annotated[int, typer.Option("--tp", min=1, help="GPUs that share one engine (tensor parallel).")]
-MemoryShare = Annotated[
-    float | None,
-    typer.Option(
-        "--gpu-memory-utilization",
-        min=0.01,
-        max=1,
-        help="Share of each GPU's memory to take.",
-        show_default="what is free, to 0.9",
-    ),
-]
 Watch = Annotated[
     bool, typer.Option("--watch", help="Evaluate each new checkpoint of a running training, until it ends.")
 ]

@@ -60,3 +60,14 @@ RayAddress = Annotated[
         help="The cluster's dashboard (default: RAY_ADDRESS, else http://127.0.0.1:8265).",
     ),
 ]
+TensorParallel = Annotated[int, typer.Option("--tp", min=1, help="GPUs that share one engine (tensor parallel).")]
+MemoryShare = Annotated[
+    float | None,
+    typer.Option(
+        "--gpu-memory-utilization",
+        min=0.01,
+        max=1,
+        help="Share of each GPU's memory to take.",
+        show_default="what is free, to 0.9",
+    ),
+]

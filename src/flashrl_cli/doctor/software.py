@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 
 from flashrl_cli import contract
@@ -18,8 +18,13 @@ BUILD_FLASH_ATTENTION = "pip install flash-attn --no-build-isolation"
 
 def probe_versions() -> dict[str, str]:
     """Versions of the distributions that are judged here, less those that are not installed."""
+    return versions_of((*DISTRIBUTIONS, *ATTENTION))
+
+
+def versions_of(names: Iterable[str]) -> dict[str, str]:
+    """Versions of the installed ones of some distributions."""
     found = {}
-    for name in (*DISTRIBUTIONS, *ATTENTION):
+    for name in names:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

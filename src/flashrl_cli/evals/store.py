@@ -9,11 +9,11 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import files
+from flashrl_cli.doctor import software
 from flashrl_cli.evals.results import DataSet, Evaluated, Grade, Response
 from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
 from flashrl_cli.weights import Unreadable
@@ -48,7 +48,7 @@ def units(
     how = {"sampling": asdict(sampling), "rollout": engine.rollout, "max_model_len": engine.max_model_len}
     if engine.profile:
         how["profile"] = files.sha256(Path(engine.profile))
-    common = json.dumps([how, _versions()], sort_keys=True)
+    common = json.dumps([how, software.versions_of(_MADE_BY)], sort_keys=True)
     asked = [(one, _hash(common + "".join(q.line() for q in one.questions))) for one in data]
     for checkpoint in checkpoints:
         try:
@@ -164,16 +164,6 @@ def _told(schema: Any) -> dict[str, Any]:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _MADE_BY:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _of(kind: type[Response | Grade], row: dict[str, Any]) -> dict[str, Any]:

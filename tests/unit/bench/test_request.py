@@ -183,10 +183,11 @@ def test_the_gpu_stack_measures_on_what_is_visible(monkeypatch: pytest.MonkeyPat
         machine.here()
 
 
-def test_an_older_gpu_has_no_fp8_in_its_cache_either() -> None:
-    found = Machine("cuda", "A100", tuple(gpus.parse("NVIDIA A100, 8.0, 580.65.06, 81559")))
+@pytest.mark.parametrize("gpu", ["NVIDIA A100, 8.0", "NVIDIA L40S, 8.9"])
+def test_an_older_gpu_has_no_fp8_in_its_cache_either(gpu: str) -> None:
+    found = Machine("cuda", "a GPU", tuple(gpus.parse(f"{gpu}, 580.65.06, 81559")))
     assert found.lacks(Variant(precision="int8")) is None
-    assert "8.9 or newer" in (found.lacks(Variant(precision="int8", kv8=True)) or "")
+    assert "an FP8 KV cache needs compute capability 9.0" in (found.lacks(Variant(precision="int8", kv8=True)) or "")
 
 
 def test_without_vllm_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flashrl_cli.doctor import software
 from flashrl_cli.evals import store
 from flashrl_cli.evals.job import EngineSettings, Sampling
 from flashrl_cli.evals.results import DataSet, Grade
@@ -35,7 +36,7 @@ def test_the_key_names_what_an_answer_depends_on(tmp_path: Path, monkeypatch: py
         unit(one, data(), engine=EngineSettings(max_model_len=64)),
         unit(one, data(), engine=EngineSettings(rollout="int8", profile=str(one.hf / "config.json"))),
     ]
-    monkeypatch.setattr(store, "_versions", lambda: {"vllm": "9"})
+    monkeypatch.setattr(software, "versions_of", lambda _: {"vllm": "9"})
     others.append(unit(one, data()))
     assert len({first.key, *(other.key for other in others)}) == 1 + len(others)
 
