@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from flashrl_cli.doctor import software
-from flashrl_cli.evals import store
 from flashrl_cli.evals.job import EngineSettings, Sampling
 from flashrl_cli.evals.results import DataSet, Grade
 from flashrl_cli.evals.store import Store, Unit, units
