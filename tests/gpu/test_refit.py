@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ KERNELS = {
 }
 TOLERANCE = {"bf16": 0.03, "int8": 0.15, "fp8": 0.25}
 """Mean |Δ log-prob| of the answers against Transformers in float32."""
+Engines = dict[str, dict[str, Any]]
+"""What was found in each of some engines (engine_state.run), by name."""
 
 
 def gpus() -> int:
@@ -62,65 +65,98 @@ def engine(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "out.json").read_text()))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policies:
+    """Folders of two policies A and B, worked sums as token ids, from how far to the end they are answers, and their true log-probs."""
+
+    tmp: Path
+    folders: dict[str, str]
+    rows: list[list[int]]
+    length: int
+    truth: dict[str, list[list[float]]]
+
+    def job(self, **more: Any) -> dict[str, Any]:
+        """Of an engine that starts with A; `more` of it."""
+        common = {"sequences": self.rows, "bucket": 24 << 10, "dtype": "bfloat16", "load_format": "dummy"}
+        return {**common, "model": self.folders["A"], **more}
+
+    def fresh(self, name: str, **more: Any) -> dict[str, Any]:
+        """Of an engine that loads a policy and is never refitted."""
+        return self.job(model=self.folders[name], load_format="auto", refits=[], **more)
+
+    def refits(self, names: str) -> list[str]:
+        """Folders of policies by their names."""
+        return [self.folders[name] for name in names]
+
+
 @pytest.fixture(scope="session", params=[True, False], ids=["tied", "untied"])
-def found(request: pytest.FixtureRequest, policy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """For each precision fresh engines with A and B, and refitted ones; those that sleep one by one, for vLLM counts what that frees."""
+def policies(request: pytest.FixtureRequest, policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Policies:
     from transformers import AutoTokenizer
 
     tmp = tmp_path_factory.mktemp("refit")
     folders = variants(policy, tmp, tied=request.param)
     rows, length = sequences(AutoTokenizer.from_pretrained(folders["A"]))
-    a, b = str(folders["A"]), str(folders["B"])
-    common = {"sequences": rows, "bucket": 24 << 10, "dtype": "bfloat16"}
-    jobs = {}
-    for precision in PRECISIONS:
-        kind = {**common, "precision": precision}
-        jobs[precision, "A"] = {**kind, "model": a, "load_format": "auto", "refits": []}
-        jobs[precision, "B"] = {**kind, "model": b, "load_format": "auto", "refits": []}
-        jobs[precision, "refitted"] = {
-            **kind, "model": a, "load_format": "dummy", "refits": [b, a] * 4 + [a, b], "sleeps": True,
-        }  # fmt: skip
-        jobs[precision, "float32"] = {
-            **kind, "model": a, "load_format": "dummy", "refits": [a, b], "dtype": "float32", "bucket": 1 << 30,
-        }  # fmt: skip
-    cache = {**common, "precision": "int8", "kv_cache": "fp8", "model": a, "load_format": "dummy"}
-    jobs["kv8", "once"] = {**cache, "refits": [b]}
-    jobs["kv8", "refitted"] = {**cache, "refits": [a, b], "sleeps": True}
-    if gpus() > 1:
-        halves = {**common, "precision": "int8", "model": a, "tensor_parallel": 2}
-        jobs["tp2", "B"] = {**halves, "model": b, "load_format": "auto", "refits": []}
-        jobs["tp2", "refitted"] = {**halves, "load_format": "dummy", "refits": [b, a, b], "sleeps": True}
-    engines: dict[tuple[str, str], dict[str, Any]] = {}
+    return Policies(
+        tmp=tmp,
+        folders={name: str(folder) for name, folder in folders.items()},
+        rows=rows,
+        length=length,
+        truth={name: independent(folder, rows) for name, folder in folders.items()},
+    )
+
+
+def results(jobs: dict[str, dict[str, Any]], folder: Path) -> Engines:
+    """What engines found, up to six at once; those that sleep one by one, for vLLM counts what that frees."""
+    found: Engines = {}
     for sleeps, at_once in ((False, 6), (True, 1)):
         keys = [key for key, job in jobs.items() if job.get("sleeps", False) is sleeps]
         with ThreadPoolExecutor(at_once) as pool:
-            found = pool.map(engine, [jobs[key] for key in keys], [tmp / "-".join(key) for key in keys])
-            engines.update(zip(keys, found, strict=True))
-    return {
-        "engines": engines,
-        "truth": {name: independent(folder, rows) for name, folder in folders.items()},
-        "length": length,
-    }
+            done = pool.map(engine, [jobs[key] for key in keys], [folder / key for key in keys])
+            found.update(zip(keys, done, strict=True))
+    return found
+
+
+@pytest.fixture(scope="session")
+def engines(policies: Policies) -> Engines:
+    """For each precision fresh engines with A and B, and refitted ones; INT8 with an 8-bit cache, refitted once and twice."""
+    jobs = {}
+    for precision in PRECISIONS:
+        kind = {"precision": precision}
+        jobs[f"{precision}-A"] = policies.fresh("A", **kind)
+        jobs[f"{precision}-B"] = policies.fresh("B", **kind)
+        jobs[f"{precision}-refitted"] = policies.job(**kind, refits=policies.refits("BABABABAAB"), sleeps=True)
+        whole = {"dtype": "float32", "bucket": 1 << 30}
+        jobs[f"{precision}-float32"] = policies.job(**kind, refits=policies.refits("AB"), **whole)
+    cache = {"precision": "int8", "kv_cache": "fp8"}
+    jobs["kv8-once"] = policies.job(**cache, refits=policies.refits("B"))
+    jobs["kv8-refitted"] = policies.job(**cache, refits=policies.refits("AB"), sleeps=True)
+    return results(jobs, policies.tmp)
+
+
+@pytest.fixture(scope="session")
+def halves(policies: Policies) -> Engines:
+    """Engines of two ranks: a fresh one with B, and a refitted one."""
+    kind = {"precision": "int8", "tensor_parallel": 2}
+    refitted = policies.job(**kind, refits=policies.refits("BAB"), sleeps=True)
+    return results({"tp2-B": policies.fresh("B", **kind), "tp2-refitted": refitted}, policies.tmp)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_refits_leave_what_a_fresh_engine_holds(found: dict[str, Any], precision: str) -> None:
-    engines = found["engines"]
-    (fresh_a,), (fresh_b,) = (engines[precision, name]["digests"] for name in "AB")
+def test_refits_leave_what_a_fresh_engine_holds(engines: Engines, precision: str) -> None:
+    (fresh_a,), (fresh_b,) = (engines[f"{precision}-{name}"]["digests"] for name in "AB")
     assert fresh_a != fresh_b
-    assert engines[precision, "refitted"]["digests"] == [fresh_b, fresh_a] * 4 + [fresh_a, fresh_b]
-    assert engines[precision, "float32"]["digests"] == [fresh_a, fresh_b]
+    assert engines[f"{precision}-refitted"]["digests"] == [fresh_b, fresh_a] * 4 + [fresh_a, fresh_b]
+    assert engines[f"{precision}-float32"]["digests"] == [fresh_a, fresh_b]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_refitted_engines_compute_what_a_fresh_one_does(found: dict[str, Any], precision: str) -> None:
-    engines = found["engines"]
-    fresh = engines[precision, "B"]
+def test_refitted_engines_compute_what_a_fresh_one_does(policies: Policies, engines: Engines, precision: str) -> None:
+    fresh = engines[f"{precision}-B"]
     for name in ("refitted", "float32"):
-        assert engines[precision, name]["logprobs"] == fresh["logprobs"]
-        assert engines[precision, name]["generated"] == fresh["generated"]
+        assert engines[f"{precision}-{name}"]["logprobs"] == fresh["logprobs"]
+        assert engines[f"{precision}-{name}"]["generated"] == fresh["generated"]
     got, wanted, other = (
-        answers(rows, found["length"]) for rows in (fresh["logprobs"], found["truth"]["B"], found["truth"]["A"])
+        answers(rows, policies.length) for rows in (fresh["logprobs"], policies.truth["B"], policies.truth["A"])
     )
     assert sum(wanted) / len(wanted) > -1.0, "the policy must know sums, or this test proves nothing"
     assert mean_difference(got, wanted) < TOLERANCE[precision]
@@ -128,30 +164,30 @@ def test_refitted_engines_compute_what_a_fresh_one_does(found: dict[str, Any], p
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_handshake_names_kernel_and_precision(found: dict[str, Any], precision: str) -> None:
-    for shake in found["engines"][precision, "refitted"]["holds"]:
+def test_the_handshake_names_kernel_and_precision(engines: Engines, precision: str) -> None:
+    for shake in engines[f"{precision}-refitted"]["holds"]:
         assert (shake["precision"], shake["kernel"]) == (precision, KERNELS[precision])
         assert shake["quantized_layers"] == (0 if precision == "bf16" else shake["linear_layers"])
 
 
-def test_the_cache_in_8_bits_gets_its_scales_at_each_refit(found: dict[str, Any]) -> None:
-    once, refitted = (found["engines"]["kv8", name] for name in ("once", "refitted"))
+def test_the_cache_in_8_bits_gets_its_scales_at_each_refit(policies: Policies, engines: Engines) -> None:
+    once, refitted = (engines[f"kv8-{name}"] for name in ("once", "refitted"))
     assert refitted["digests"][-1] == once["digests"][0], "scales are among the buffers"
     assert refitted["digests"][0] != once["digests"][0]
     assert (refitted["logprobs"], refitted["generated"]) == (once["logprobs"], once["generated"])
     assert {shake["kv_cache"] for shake in refitted["holds"]} == {"fp8"}
     got, wanted, plain = (
-        answers(rows, found["length"])
-        for rows in (once["logprobs"], found["truth"]["B"], found["engines"]["int8", "B"]["logprobs"])
+        answers(rows, policies.length)
+        for rows in (once["logprobs"], policies.truth["B"], engines["int8-B"]["logprobs"])
     )
     assert got != plain
     assert mean_difference(got, wanted) < 0.25
 
 
 @pytest.mark.skipif(gpus() < 2, reason="needs two GPUs")
-def test_two_ranks_are_refitted_as_fresh_ones_load(found: dict[str, Any]) -> None:
-    fresh, refitted = (found["engines"]["tp2", name] for name in ("B", "refitted"))
+def test_two_ranks_are_refitted_as_fresh_ones_load(policies: Policies, halves: Engines) -> None:
+    fresh, refitted = (halves[f"tp2-{name}"] for name in ("B", "refitted"))
     assert len(fresh["digests"][0]) == 2
     assert refitted["digests"][-1] == fresh["digests"][0]
     assert (refitted["logprobs"], refitted["generated"]) == (fresh["logprobs"], fresh["generated"])
-    assert mean_difference(*(answers(r, found["length"]) for r in (fresh["logprobs"], found["truth"]["B"]))) < 0.15
+    assert mean_difference(*(answers(r, policies.length) for r in (fresh["logprobs"], policies.truth["B"]))) < 0.15
