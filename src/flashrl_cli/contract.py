@@ -37,6 +37,8 @@ INT8_METHOD = "flashrl_int8"
 FP8_METHOD = "flashrl_fp8"
 METHODS = {"int8": INT8_METHOD, "fp8": FP8_METHOD}
 """Precision of rollouts to the name of its quantization method, which the vLLM plugin registers."""
+BLOCKS = "fp8-block"
+"""Precision of rollouts in FP8 whose weights verl's own code quantizes, in blocks of 128 x 128."""
 VLLM = ((0, 24), (0, 28))
 """First and last version of vLLM whose insides the plugins were read against: those of the two pinned stacks."""
 VLLM_NAMES = f"vLLM {VLLM[0][0]}.{VLLM[0][1]} to {VLLM[1][0]}.{VLLM[1][1]}"
@@ -48,6 +50,8 @@ EVAL_EXTENSION = "flashrl_cli.plugins.disk_refit.DiskRefitExtension"
 """Class that evaluation engines take new weights from, read from disk."""
 BENCH_EXTENSION = "flashrl_cli.plugins.bench_extension.BenchExtension"
 """Class that the engines of the benchmark are measured through."""
+BLOCKS_EXTENSION = "flashrl_cli.plugins.verl_blocks.BlocksExtension"
+"""The same for FP8 in blocks, whose weights come by verl's own code."""
 
 SCHEMA_VERSION = 1
 

@@ -96,6 +96,15 @@ ROLLOUTS = [
     ),
     case(
         "blocks_fill_shards",
+        "rollout.tensor_parallel=1",
+        says="part of the hidden state at",
+        hint="--rollout fp8",
+        rollout="fp8-block",
+        shape=replace(SHAPE, hidden=1800),
+        legal_shape=SHAPE,
+    ),
+    case(
+        "blocks_fill_shards",
         "rollout.tensor_parallel=2",
         says="part of the experts",
         hint="--set rollout.tensor_parallel=1",

@@ -68,15 +68,14 @@ def _log(request: Request, name: str) -> Path:
 
 def _job(request: Request, variant: Variant, work: Path) -> EngineJob:
     questions = None
-    if request.mismatch and variant.refitted:
+    if request.mismatch:
         questions = work / "questions.jsonl"
         asked = request.mismatch.questions[: request.mismatch.samples]
         questions.write_text("".join(json.dumps(one.prompt) + "\n" for one in asked), encoding="utf-8")
     weights = request.model.weights
     return EngineJob(
         model=str(request.model.folder(work)),
-        weights=weights.plain() if weights and variant.refitted else None,
-        refitted=variant.refitted,
+        weights=weights.plain() if weights else None,
         arguments=variant.arguments(),
         options=request.engine,
         questions=str(questions) if questions else None,

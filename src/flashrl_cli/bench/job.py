@@ -30,13 +30,12 @@ class EngineOptions:
 class EngineJob:
     """One engine: `arguments` are vLLM's for the variant, `weights` (a Weights as plain data) None where random ones are wanted.
 
-    `refitted` says that they come by a refit, else vLLM's dummy loader makes them. `questions` is a file of chat prompts, one a
-    line, that get up to `response` tokens each later; for them the engine takes longer sequences than its options say, up to `longest`.
+    `questions` is a file of chat prompts, one a line, that get up to `response` tokens each later; for them the engine takes longer
+    sequences than its options say, up to `longest`.
     """
 
     model: str
     weights: dict[str, Any] | None
-    refitted: bool
     arguments: dict[str, Any]
     options: EngineOptions
     questions: str | None

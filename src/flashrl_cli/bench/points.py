@@ -45,8 +45,6 @@ def points(request: Request, variant: Variant) -> Iterator[Point]:
     for batch in request.batches:
         sizes = {"batch": batch, "prompt": request.prompt, "response": request.response, "repeats": request.repeats}
         yield _point(request, variant, SPEED, sizes)
-    if not variant.refitted:
-        return
     if request.mismatch:
         asked = {"samples": request.mismatch.samples, "response": request.response}
         yield _point(request, variant, SAMPLE, asked, request.mismatch.fingerprint)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import paths
+from flashrl_cli import contract, paths
 from flashrl_cli.bench import machine, model, variants
 from flashrl_cli.bench.job import EngineOptions
 from flashrl_cli.errors import InputError
 from flashrl_cli.evals import devices, questions
 from flashrl_cli.evals.job import EngineSettings
+from flashrl_cli.fit.shape import of_config
+from flashrl_cli.verl.demands.rollout import BLOCK, unfilled
 
 if TYPE_CHECKING:
     from flashrl_cli.bench.machine import Machine
@@ -141,6 +144,7 @@ def plan(asked: Asked) -> Request:
     largest = max(*batches, FITTING) if FIT in batches else max(batches)
     options = _options(asked, found, largest, prompt + response + _SPARE)
     options = replace(options, enforce_eager=options.enforce_eager or where.kind == "cpu")
+    _check_blocks(chosen, found, options.tensor_parallel)
     wanted = EngineSettings(
         gpu_memory_utilization=options.gpu_memory_utilization, tensor_parallel=options.tensor_parallel
     )
@@ -187,6 +191,18 @@ def _check_mismatch(asked: Asked) -> None:
         raise InputError(what, hint="name a model that was trained: a folder, an id on the hub, prepared:tiny")
     if asked.data is None:
         raise InputError("--mismatch needs prompts to sample from", hint="--data gsm8k, or --data FILE.parquet")
+
+
+def _check_blocks(chosen: tuple[Variant, ...], found: Model, tensor_parallel: int) -> None:
+    """Raise InputError for FP8 in blocks of a model whose layers, or parts of them on a GPU, are no whole blocks."""
+    if not any(variant.precision == contract.BLOCKS for variant in chosen):
+        return
+    with contextlib.suppress(ValueError):  # of another kind of model only vLLM knows
+        if broken := unfilled(of_config(found.config), tensor_parallel):
+            part = f"a GPU's part of {', '.join(broken)} of {found.name} at --tp {tensor_parallel}"
+            raise InputError(
+                f"blocks of {BLOCK} ({contract.BLOCKS}) do not fill {part}", hint="--rollout fp8, or another --tp"
+            )
 
 
 def _mismatch(asked: Asked, usual: Defaults) -> Mismatch:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import contract
 from flashrl_cli.bench.samples import Samples
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.evals.generate import CPU_MEMORY, stop_tokens, tokenizer_of
@@ -52,7 +51,6 @@ class Rollout:
             logprobs_mode="processed_logprobs",
             enable_prefix_caching=False,
             disable_log_stats=True,
-            worker_extension_cls=contract.BENCH_EXTENSION,
             tensor_parallel_size=job.options.tensor_parallel,
             max_num_seqs=job.options.max_num_seqs,
             max_model_len=limit,
@@ -138,9 +136,7 @@ class Rollout:
         return {"tokens": sum(map(len, found.responses)), "sequences": samples}
 
     def _fill(self) -> None:
-        """Real weights from disk, random ones for a shape; what is not refitted keeps vLLM's dummies."""
-        if not self._job.refitted:
-            return
+        """Real weights from disk, random ones for a shape."""
         if self._job.weights is None:
             self._llm.collective_rpc("bench_fill")
             return

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from flashrl_cli.bench.variants import Variant
     from flashrl_cli.evals import process
 
-NOT_REFITTED = "its weights are vLLM's dummies, because verl's own code refits FP8 in blocks: its speed is all there is"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Telling:
@@ -87,8 +85,6 @@ class Session:
 
     def _measure(self, one: Measured) -> None:
         """Everything of a variant that needs its engine."""
-        if not one.variant.refitted:
-            one.notes.append(NOT_REFITTED)
         wanted = [point for point in one.left if point.kind != SCORE]
         if not wanted:
             return

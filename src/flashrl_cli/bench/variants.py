@@ -11,9 +11,9 @@ from flashrl_cli import contract, files, paths
 from flashrl_cli.contract import RolloutOptions
 from flashrl_cli.errors import InputError
 
-PRECISIONS = ("bf16", "int8", "fp8", "fp8-block")
+PRECISIONS = ("bf16", "int8", "fp8", contract.BLOCKS)
 SUFFIXES = ("kv8", "head32", "smooth")
-BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
+QUANTIZATION = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
 """What verl tells vLLM for FP8 in blocks (verl/workers/rollout/vllm_rollout/vllm_async_server.py:1254)."""
 _FLOAT32 = ("float32", "fp32")
 
@@ -33,17 +33,16 @@ class Variant:
         chosen = zip(SUFFIXES, (self.kv8, self.head32, self.profile is not None), strict=True)
         return "+".join([self.precision, *(suffix for suffix, on in chosen if on)])
 
-    @property
-    def refitted(self) -> bool:
-        """Whether its weights come by flashrl's refit; FP8 in blocks is refitted by verl's own code."""
-        return self.precision != "fp8-block"
-
     def arguments(self) -> dict[str, Any]:
         """What vLLM's engine is told of it."""
+        if self.precision == contract.BLOCKS:
+            return {
+                "worker_extension_cls": contract.BLOCKS_EXTENSION,
+                "hf_overrides": {"quantization_config": QUANTIZATION},
+            }
         cache = {"kv_cache_dtype": "fp8"} if self.kv8 else {}
-        if self.precision == "fp8-block":
-            return {"hf_overrides": {"quantization_config": BLOCKS}, **cache}
-        return {"quantization": contract.METHODS.get(self.precision), **cache}
+        method = contract.METHODS.get(self.precision)
+        return {"worker_extension_cls": contract.BENCH_EXTENSION, "quantization": method, **cache}
 
     def options(self) -> RolloutOptions:
         """What the plugins inside the engine are told."""
@@ -56,11 +55,10 @@ class Variant:
 
     def contradiction(self, holds: dict[str, Any]) -> str | None:
         """Where what an engine holds (a contract.Handshake) is something else; None if it is this variant."""
-        block = self.precision == "fp8-block"
-        found = "fp8-block" if block and "Fp8" in holds["kernel"] else holds["precision"]
-        if found != self.precision:
+        if holds["precision"] != self.precision:
             layers = f"{holds['quantized_layers']} of {holds['linear_layers']} linear layers are quantized"
-            return f"{self.name} was asked for, but the engine holds {found} ({layers}, kernel {holds['kernel']})"
+            told = f"{holds['precision']} ({layers}, kernel {holds['kernel']})"
+            return f"{self.name} was asked for, but the engine holds {told}"
         checks = (
             (self.kv8, holds["kv_cache"].startswith("fp8"), f"its KV cache is {holds['kv_cache']}"),
             (self.head32, holds["lm_head"] in _FLOAT32, f"its logits are computed in {holds['lm_head']}"),
@@ -83,6 +81,9 @@ def _variant(word: str, profile: Path | None) -> Variant:
     _known(precision, PRECISIONS, f"--rollout {word}: no precision {precision!r}")
     for suffix in suffixes:
         _known(suffix, SUFFIXES, f"--rollout {word}: no suffix {suffix!r}")
+    if precision == contract.BLOCKS and "kv8" in suffixes:
+        what = f"--rollout {word}: an FP8 KV cache takes flashrl's own weight update, and {contract.BLOCKS} has verl's"
+        raise InputError(what, hint="--rollout fp8+kv8")
     if "smooth" not in suffixes:
         return Variant(precision=precision, kv8="kv8" in suffixes, head32="head32" in suffixes)
     if precision not in contract.METHODS:

@@ -62,8 +62,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, *, tied: bool = True) -> Qwen2ForCausalLM:
-    """Untrained float32 Qwen2 of 0.4 M parameters whose embedding has exactly `len(tokenizer)` rows.
+def make_model(tokenizer: PreTrainedTokenizerFast, *, tied: bool = True, width: int = 128) -> Qwen2ForCausalLM:
+    """Untrained float32 Qwen2, of 0.4 M parameters at the usual `width`, whose embedding has exactly `len(tokenizer)` rows.
 
     verl masks the rows beyond the vocabulary in the rollout only, which would show up as a constant KL.
     """
@@ -72,8 +72,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, tied: bool = True) -> Qwen
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
+            hidden_size=width,
+            intermediate_size=2 * width,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=4,
@@ -162,7 +162,7 @@ def _teach(
 
 
 def warm_up(
-    *, seed: int, tied: bool = True, recipe: WarmUp | None = None, report: Report = lambda _: None
+    *, seed: int, tied: bool = True, width: int = 128, recipe: WarmUp | None = None, report: Report = lambda _: None
 ) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast, dict[str, float]]:
     """Teach a new policy until its sampled accuracy lies between `recipe.floor` and `recipe.careless`.
 
@@ -174,7 +174,7 @@ def warm_up(
     recipe = recipe or WarmUp()
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer, tied=tied)
+    model = make_model(tokenizer, tied=tied, width=width)
     demonstrations = Demonstrations(tokenizer, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.clean_lr, betas=(0.9, 0.98), weight_decay=0.01)
 

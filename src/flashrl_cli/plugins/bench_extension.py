@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flashrl_cli.plugins.disk_refit import DiskRefitExtension
 from flashrl_cli.plugins.online_linear import OnlineLinearMethod
-from flashrl_cli.plugins.refit import Load, refit
 from flashrl_cli.weights import Weights
+
+if TYPE_CHECKING:
+    from flashrl_cli.plugins.refit import Load
 
 BUCKET_BYTES = {"cuda": 2 << 30, "cpu": 1 << 28}
 """verl's default on a GPU (rollout.checkpoint_engine.update_weights_bucket_megabytes)."""
@@ -31,7 +33,7 @@ class BenchExtension(DiskRefitExtension):
 
     def bench_fill(self) -> None:
         """Refit with random weights: vLLM's dummy loader leaves 8-bit ones unset, and zeros would run faster than a model does."""
-        self._refit_from(_Random(_sizes_by_config(self._config()), self._device()))
+        self._renew(_Random(_sizes_by_config(self._config()), self._device()).stream, reused=True)
 
     def bench_refit(self, repeats: int, source: dict[str, Any] | None) -> dict[str, Any]:
         """Seconds of refits with random weights from this device's memory, after one to warm up; extra bytes of one (None on a CPU).
@@ -43,7 +45,7 @@ class BenchExtension(DiskRefitExtension):
         seconds, extra = [], None
         for _ in range(repeats + 1):
             before = _reset_peak(self._device())
-            seconds.append(self._refit_from(weights))
+            seconds.append(self._renew(weights.stream, reused=True))
             extra = _peak(self._device(), before)
         return {
             "seconds": seconds[1:],
@@ -54,11 +56,6 @@ class BenchExtension(DiskRefitExtension):
 
     def _config(self) -> Any:
         return self.model_runner.vllm_config.model_config.hf_config  # type: ignore[attr-defined]
-
-    def _refit_from(self, weights: _Random) -> float:
-        runner: Any = self.model_runner  # type: ignore[attr-defined]
-        model_config = runner.vllm_config.model_config
-        return refit(runner.model, model_config, self._device(), weights.stream, reused=True)
 
 
 def _weights_bytes(model: torch.nn.Module) -> int:

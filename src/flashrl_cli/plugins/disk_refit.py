@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flashrl_cli.plugins.refit import Load, describe, log, refit
+from flashrl_cli.plugins.refit import Load, Stream, describe, log, refit
 from flashrl_cli.weights import Unreadable, Weights
 
 if TYPE_CHECKING:
@@ -43,11 +43,14 @@ class DiskRefitExtension:
             for bucket in _buckets(tensors):
                 load(bucket)
 
-        runner: Any = self.model_runner  # type: ignore[attr-defined]
-        seconds = refit(runner.model, runner.vllm_config.model_config, self._device(), stream)
-        shake = self._describe(refits=1, seconds=seconds)
+        shake = self._describe(refits=1, seconds=self._renew(stream))
         log(shake)
         return asdict(shake)
+
+    def _renew(self, stream: Stream, *, reused: bool = False) -> float:
+        """Give the engine the weights of a stream, as `refit` takes it; seconds."""
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        return refit(runner.model, runner.vllm_config.model_config, self._device(), stream, reused=reused)
 
     def holds(self) -> dict[str, Any]:
         """What the engine holds (a Handshake as plain data) without a refit."""

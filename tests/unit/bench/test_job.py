@@ -18,7 +18,6 @@ from tests.unit.bench.lab import OPTIONS
 JOB = EngineJob(
     model="/hf",
     weights=None,
-    refitted=True,
     arguments={"quantization": None},
     options=OPTIONS,
     questions=None,

@@ -190,6 +190,35 @@ def test_an_older_gpu_has_no_fp8_in_its_cache_either(gpu: str) -> None:
     assert "an FP8 KV cache needs compute capability 9.0" in (found.lacks(Variant(precision="int8", kv8=True)) or "")
 
 
+@pytest.mark.parametrize(
+    ("sizes", "tensor_parallel", "broken"),
+    [
+        ({}, 1, None),
+        ({}, 2, None),
+        ({}, 8, "the queries, the keys, the MLP of"),
+        ({"num_key_value_heads": 1}, 1, "the keys of"),
+        ({"hidden_size": 448, "head_dim": 64}, 1, "the hidden state of"),
+        ({"intermediate_size": 1000}, 1, "the MLP of"),
+        ({"num_hidden_layers": None}, 8, None),
+    ],
+)
+def test_layers_must_be_whole_blocks(
+    sizes: dict[str, Any], tensor_parallel: int, broken: str | None, hf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flashrl_cli.evals.devices.choose", lambda wanted: (wanted, None))
+    usual = {"model_type": "qwen2", "hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8}
+    usual |= {"num_key_value_heads": 4, "intermediate_size": 1280, "vocab_size": 259, "max_position_embeddings": 2048}
+    (hf / "config.json").write_text(json.dumps({**usual, **sizes}))
+    asked = {"model": str(hf), "tensor_parallel": tensor_parallel}
+    ask(rollout="int8", **asked)
+    if broken is None:
+        ask(rollout="fp8-block", **asked)
+        return
+    with pytest.raises(InputError, match=f"blocks of 128 .fp8-block. do not fill a GPU's part of {broken}") as caught:
+        ask(rollout="int8,fp8-block", **asked)
+    assert caught.value.hint == "--rollout fp8, or another --tp"
+
+
 def test_without_vllm_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)

@@ -11,6 +11,7 @@ import pytest
 
 from flashrl_cli import contract
 from flashrl_cli.bench import child
+from flashrl_cli.bench.machine import Machine
 from flashrl_cli.bench.report import Report
 from flashrl_cli.bench.request import FIT
 from flashrl_cli.bench.results import Measured
@@ -20,6 +21,8 @@ from flashrl_cli.evals import process
 from flashrl_cli.launch.signals import Interrupted
 from flashrl_cli.verl.causes import CAUSES
 from tests.unit.bench.lab import HF, MISMATCH, Workers, facts, obedient, request
+
+CUDA = Machine("cuda", "H100")
 
 
 @pytest.fixture
@@ -75,7 +78,7 @@ def test_engines_are_told_their_weights_prompts_and_options(workers: Workers, tm
     plain, changed, scorer = workers.jobs
     assert plain["weights"]["hf"] == "/hf"
     assert plain["questions"] is not None
-    assert (plain["arguments"], changed["arguments"]["quantization"]) == ({"quantization": None}, "flashrl_int8")
+    assert [job["arguments"]["quantization"] for job in (plain, changed)] == [None, "flashrl_int8"]
     assert scorer == {"model": "/hf", "dtype": "bfloat16"}
     options = [env.get(contract.ENV_ROLLOUT, "") for env in workers.environments]
     assert "lm_head_fp32" not in options[0]
@@ -189,17 +192,24 @@ def test_how_many_sequences_fit_tells_nothing_of_other_batches(
     assert not any("left" in words for words in told.words)
 
 
-def test_fp8_in_blocks_has_its_speed_alone_and_says_why(workers: Workers, tmp_path: Path) -> None:
-    from flashrl_cli.bench.machine import Machine
-
-    workers.answer = lambda precision, asked: (
-        facts(kernel="Fp8LinearMethod") if asked["kind"] == "start" else obedient(precision, asked)
-    )
-    report = measure(tmp_path, "fp8-block", machine=Machine("cuda", "H100"), refit=True)
-    assert [kind for _, kind in workers.asked] == ["start", "speed", "speed"]
-    assert any("verl's own code refits FP8 in blocks" in line for line in report.sentences())
-    assert workers.jobs[0]["refitted"] is False
+def test_fp8_in_blocks_is_measured_as_any_other(workers: Workers, tmp_path: Path) -> None:
+    report = measure(tmp_path, "fp8-block", machine=CUDA, model=HF, mismatch=MISMATCH, refit=True)
+    assert [kind for _, kind in workers.asked] == ["start", "speed", "speed", "sample", "refit", "score"]
+    (blocks,) = report.document()["variants"]
+    assert (blocks["status"], blocks["refit"]["seconds"], blocks["mismatch"]["tokens"]) == ("ok", 0.1, 40)
+    assert workers.jobs[0]["weights"]["hf"] == "/hf"
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in workers.environments[0]
+
+
+def test_fp8_in_blocks_needs_verl_and_the_others_do_not(
+    workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "verl" else name)
+    report = measure(tmp_path, "fp8,fp8-block", machine=CUDA)
+    fp8, blocks = report.document()["variants"]
+    assert (fp8["status"], blocks["status"]) == ("ok", "failed")
+    assert "verl is not installed" in blocks["problem"]
+    assert {precision for precision, _ in workers.asked} == {"fp8"}
 
 
 def test_the_document_and_the_table_say_the_same(workers: Workers, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from tests.unit.bench.lab import HOLDS
 def test_variants_are_read_once_each_in_their_order(tmp_path: Path) -> None:
     profile = tmp_path / "profile"
     profile.touch()
-    found = parse("bf16, int8,int8+head32+kv8,bf16,int8+smooth,fp8-block+kv8", profile)
-    assert [one.name for one in found] == ["bf16", "int8", "int8+kv8+head32", "int8+smooth", "fp8-block+kv8"]
+    found = parse("bf16, int8,int8+head32+kv8,bf16,int8+smooth,fp8-block+head32", profile)
+    assert [one.name for one in found] == ["bf16", "int8", "int8+kv8+head32", "int8+smooth", "fp8-block+head32"]
     assert found[3].profile == profile
 
 
@@ -31,6 +31,7 @@ def test_variants_are_read_once_each_in_their_order(tmp_path: Path) -> None:
         ("int8+smooth", "needs a profile", "--profile FILE"),
         ("bf16+smooth", "for int8 and fp8", "--rollout int8+smooth"),
         ("fp8-block+smooth", "for int8 and fp8", "--rollout int8+smooth"),
+        ("fp8-block+kv8", "an FP8 KV cache takes flashrl's own weight update", "--rollout fp8+kv8"),
     ],
 )
 def test_bad_words_are_refused(text: str, message: str, hint: str) -> None:
@@ -47,12 +48,17 @@ def test_a_profile_must_be_there_and_used(tmp_path: Path) -> None:
 
 
 def test_what_vllm_and_the_plugins_are_told() -> None:
-    assert Variant(precision="bf16").arguments() == {"quantization": None}
+    ours = {"worker_extension_cls": "flashrl_cli.plugins.bench_extension.BenchExtension"}
+    assert Variant(precision="bf16").arguments() == {**ours, "quantization": None}
     assert Variant(precision="bf16").options() == PLAIN
-    assert Variant(precision="int8", kv8=True).arguments() == {"quantization": "flashrl_int8", "kv_cache_dtype": "fp8"}
+    assert Variant(precision="int8", kv8=True).arguments() == {
+        **ours,
+        "quantization": "flashrl_int8",
+        "kv_cache_dtype": "fp8",
+    }
     blocks = Variant(precision="fp8-block").arguments()
     assert blocks["hf_overrides"]["quantization_config"]["weight_block_size"] == [128, 128]
-    assert not Variant(precision="fp8-block").refitted
+    assert blocks["worker_extension_cls"] == "flashrl_cli.plugins.verl_blocks.BlocksExtension"
     options = Variant(precision="fp8", head32=True, profile=Path("/p")).options()
     assert (options.lm_head_fp32, options.profile) == (True, "/p")
 
@@ -71,8 +77,13 @@ def test_a_profile_is_known_by_its_content(tmp_path: Path) -> None:
     [
         (Variant(precision="bf16"), {}, None),
         (Variant(precision="int8"), {"precision": "bf16"}, "the engine holds bf16"),
-        (Variant(precision="fp8-block"), {"kernel": "Fp8LinearMethod"}, None),
-        (Variant(precision="fp8-block"), {"kernel": "UnquantizedLinearMethod"}, "the engine holds bf16"),
+        (Variant(precision="fp8-block"), {"precision": "fp8-block"}, None),
+        (Variant(precision="fp8-block"), {"precision": "fp8"}, "the engine holds fp8"),
+        (
+            Variant(precision="fp8-block"),
+            {},
+            "the engine holds bf16 (8 of 8 linear layers are quantized, kernel Kernel)",
+        ),
         (Variant(precision="bf16", kv8=True), {"kv_cache": "fp8_e4m3"}, None),
         (Variant(precision="bf16", kv8=True), {}, "its KV cache is auto"),
         (Variant(precision="bf16"), {"kv_cache": "fp8"}, "its KV cache is fp8"),

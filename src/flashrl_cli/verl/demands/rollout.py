@@ -143,17 +143,18 @@ def cache_bound_is_known(s: Settings) -> Iterator[Problem]:
 
 
 def blocks_fill_shards(s: Settings) -> Iterator[Problem]:
-    """Each device's part of a layer is whole FP8 blocks of 128, or vLLM refuses to build it.
+    """Each device's part of a layer is whole FP8 blocks of 128, or vLLM refuses to build or to run it, or mixes up its scales.
 
-    vllm/model_executor/layers/quantization/utils/fp8_utils.py:1193 (linear layers), fp8.py:534 (experts).
+    vllm/model_executor/layers/quantization/utils/fp8_utils.py:1193 (linear layers) and :595 (their input), fp8.py:534 (experts);
+    layers that are joined are let through and share a block's scale, of which the last one loaded stays (layers/linear.py:505).
     """
     tp = s.spec.rollout.tensor_parallel
     if s.spec.rollout.precision != "fp8-block" or s.shape is None or s.spec.resources.platform == "cpu":
         return
     whole = (s.size(f"{ROLLOUT}.expert_parallel_size") or 1) > 1
-    broken = [what for what, width in _widths(s.shape, tp, whole) if width % BLOCK]
+    broken = unfilled(s.shape, tp, whole_experts=whole)
     if broken:
-        fitting = [d for d in range(1, tp) if tp % d == 0 and not any(w % BLOCK for _, w in _widths(s.shape, d, whole))]
+        fitting = [d for d in range(1, tp) if tp % d == 0 and not unfilled(s.shape, d, whole_experts=whole)]
         yield s.problem(
             f"blocks of {BLOCK} (fp8-block) do not fill a device's part of {', '.join(broken)} at rollout.tensor_parallel = {tp}",
             s.fix(TENSOR_PARALLEL, max(fitting)) if fitting else "--rollout fp8",
@@ -162,8 +163,14 @@ def blocks_fill_shards(s: Settings) -> Iterator[Problem]:
         )
 
 
+def unfilled(shape: Shape, tp: int, *, whole_experts: bool = False) -> list[str]:
+    """What of a model on one device of `tp` is no whole FP8 blocks of 128, in words."""
+    return [what for what, width in _widths(shape, tp, whole_experts) if width % BLOCK]
+
+
 def _widths(shape: Shape, tp: int, whole_experts: bool) -> Iterator[tuple[str, int]]:
-    """Rows or columns of each kind of layer on one device of `tp`; key-value heads are never cut."""
+    """Rows or columns of each kind of layer on one device of `tp`; key-value heads and the hidden state are never cut."""
+    yield "the hidden state", shape.hidden
     yield "the queries", shape.heads * shape.head_dim // tp
     yield "the keys", max(shape.kv_heads // tp, 1) * shape.head_dim
     if not shape.experts or shape.dense_layers:

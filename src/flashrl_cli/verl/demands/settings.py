@@ -37,6 +37,11 @@ class Shape(Protocol):
         ...
 
     @property
+    def hidden(self) -> int:
+        """Width of the hidden state."""
+        ...
+
+    @property
     def heads(self) -> int:
         """Query heads."""
         ...
