@@ -65,7 +65,7 @@ def _worker(config: Any, patch: pytest.MonkeyPatch) -> Any:
     from flashrl_cli.bench.variants import QUANTIZATION
     from flashrl_cli.plugins.verl_blocks import BlocksExtension
 
-    class Anywhere(kernels.TritonFp8BlockScaledMMKernel):
+    class Anywhere(kernels.TritonFp8BlockScaledMMKernel):  # type: ignore[misc]
         @classmethod
         def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
             return True, None
@@ -87,7 +87,7 @@ def _model(quantized: Any) -> Any:
     import torch
     from vllm.model_executor.layers import linear
 
-    class Model(torch.nn.Module):
+    class Model(torch.nn.Module):  # type: ignore[misc]
         packed_modules_mapping = PACKED
 
         def load_weights(self, weights: Any) -> set[str]:

@@ -76,7 +76,7 @@ def _job(request: Request, variant: Variant, work: Path) -> EngineJob:
     return EngineJob(
         model=str(request.model.folder(work)),
         weights=weights.plain() if weights else None,
-        arguments=variant.arguments(),
+        arguments=variant.arguments(request.model.layers),
         options=request.engine,
         questions=str(questions) if questions else None,
         response=request.response,

@@ -37,6 +37,11 @@ class Model:
         return Weights(hf=self.hf) if self.hf else None
 
     @property
+    def layers(self) -> int:
+        """Its layers; 0 if its config does not say."""
+        return int(self.config.get("num_hidden_layers") or 0)
+
+    @property
     def positions(self) -> int | None:
         """Longest sequence that it knows, in tokens; None if its config does not say."""
         found = self.config.get("max_position_embeddings")

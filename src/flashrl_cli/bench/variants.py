@@ -14,7 +14,7 @@ from flashrl_cli.errors import InputError
 PRECISIONS = ("bf16", "int8", "fp8", contract.BLOCKS)
 SUFFIXES = ("kv8", "head32", "smooth")
 QUANTIZATION = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
-"""What verl tells vLLM for FP8 in blocks (verl/workers/rollout/vllm_rollout/vllm_async_server.py:1254)."""
+"""What verl tells vLLM for FP8 in blocks, beside the routers of experts (verl/workers/rollout/vllm_rollout/vllm_async_server.py:1245)."""
 _FLOAT32 = ("float32", "fp32")
 
 
@@ -33,12 +33,13 @@ class Variant:
         chosen = zip(SUFFIXES, (self.kv8, self.head32, self.profile is not None), strict=True)
         return "+".join([self.precision, *(suffix for suffix, on in chosen if on)])
 
-    def arguments(self) -> dict[str, Any]:
-        """What vLLM's engine is told of it."""
+    def arguments(self, layers: int) -> dict[str, Any]:
+        """What vLLM's engine is told of it for a model with so many layers."""
         if self.precision == contract.BLOCKS:
+            quantization = {**QUANTIZATION, "ignored_layers": [f"model.layers.{n}.mlp.gate" for n in range(layers)]}
             return {
                 "worker_extension_cls": contract.BLOCKS_EXTENSION,
-                "hf_overrides": {"quantization_config": QUANTIZATION},
+                "hf_overrides": {"quantization_config": quantization},
             }
         cache = {"kv_cache_dtype": "fp8"} if self.kv8 else {}
         method = contract.METHODS.get(self.precision)

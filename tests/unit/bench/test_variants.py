@@ -49,15 +49,17 @@ def test_a_profile_must_be_there_and_used(tmp_path: Path) -> None:
 
 def test_what_vllm_and_the_plugins_are_told() -> None:
     ours = {"worker_extension_cls": "flashrl_cli.plugins.bench_extension.BenchExtension"}
-    assert Variant(precision="bf16").arguments() == {**ours, "quantization": None}
+    assert Variant(precision="bf16").arguments(2) == {**ours, "quantization": None}
     assert Variant(precision="bf16").options() == PLAIN
-    assert Variant(precision="int8", kv8=True).arguments() == {
+    assert Variant(precision="int8", kv8=True).arguments(2) == {
         **ours,
         "quantization": "flashrl_int8",
         "kv_cache_dtype": "fp8",
     }
-    blocks = Variant(precision="fp8-block").arguments()
-    assert blocks["hf_overrides"]["quantization_config"]["weight_block_size"] == [128, 128]
+    blocks = Variant(precision="fp8-block").arguments(2)
+    quantization = blocks["hf_overrides"]["quantization_config"]
+    assert quantization["weight_block_size"] == [128, 128]
+    assert quantization["ignored_layers"] == ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
     assert blocks["worker_extension_cls"] == "flashrl_cli.plugins.verl_blocks.BlocksExtension"
     options = Variant(precision="fp8", head32=True, profile=Path("/p")).options()
     assert (options.lm_head_fp32, options.profile) == (True, "/p")
