@@ -15,7 +15,7 @@ from flashrl_cli.errors import InputError
 from flashrl_cli.evals import devices, questions
 from flashrl_cli.evals.job import EngineSettings
 from flashrl_cli.fit.shape import of_config
-from flashrl_cli.verl.demands.rollout import BLOCK, unfilled
+from flashrl_cli.verl.demands.rollout import BLOCK, single, unfilled
 
 if TYPE_CHECKING:
     from flashrl_cli.bench.machine import Machine
@@ -194,15 +194,19 @@ def _check_mismatch(asked: Asked) -> None:
 
 
 def _check_blocks(chosen: tuple[Variant, ...], found: Model, tensor_parallel: int) -> None:
-    """Raise InputError for FP8 in blocks of a model whose layers, or parts of them on a GPU, are no whole blocks."""
+    """Raise InputError for FP8 in blocks of a model whose layers, or parts of them on a GPU, are no whole blocks or a single one."""
     if not any(variant.precision == contract.BLOCKS for variant in chosen):
         return
     with contextlib.suppress(ValueError):  # of another kind of model only vLLM knows
-        if broken := unfilled(of_config(found.config), tensor_parallel):
+        shape = of_config(found.config)
+        if broken := unfilled(shape, tensor_parallel):
             part = f"a GPU's part of {', '.join(broken)} of {found.name} at --tp {tensor_parallel}"
             raise InputError(
                 f"blocks of {BLOCK} ({contract.BLOCKS}) do not fill {part}", hint="--rollout fp8, or another --tp"
             )
+        if narrow := single(shape):
+            what = f"layers of {found.name} whose input is one block of {BLOCK}: {', '.join(narrow)}"
+            raise InputError(f"verl cannot load {contract.BLOCKS} into {what}", hint="--rollout fp8")
 
 
 def _mismatch(asked: Asked, usual: Defaults) -> Mismatch:

@@ -219,6 +219,19 @@ def test_layers_must_be_whole_blocks(
     assert caught.value.hint == "--rollout fp8, or another --tp"
 
 
+def test_verl_loads_no_layers_of_a_single_block(hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashrl_cli.evals.devices.choose", lambda wanted: (wanted, None))
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 256}
+    sizes["max_position_embeddings"] = 2048
+    (hf / "config.json").write_text(
+        json.dumps({"model_type": "qwen2", "num_hidden_layers": 2, "vocab_size": 259, **sizes})
+    )
+    with pytest.raises(InputError, match=r"input is one block of 128: the hidden state, the heads$") as caught:
+        ask(rollout="bf16,fp8-block", model=str(hf))
+    assert caught.value.hint == "--rollout fp8"
+    ask(rollout="bf16,fp8", model=str(hf))
+
+
 def test_without_vllm_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)

@@ -168,6 +168,29 @@ def unfilled(shape: Shape, tp: int, *, whole_experts: bool = False) -> list[str]
     return [what for what, width in _widths(shape, tp, whole_experts) if width % BLOCK]
 
 
+def blocks_are_several(s: Settings) -> Iterator[Problem]:
+    """No layer's input is a single FP8 block: of its scales [rows, 1] verl drops a dimension, and vLLM refuses the first weights.
+
+    verl/utils/vllm/vllm_quant_utils.py:396 in 0.9.1; it quantizes a whole weight, whatever part of it a device takes.
+    """
+    if s.spec.rollout.precision != "fp8-block" or s.shape is None or s.spec.resources.platform == "cpu":
+        return
+    if narrow := single(s.shape):
+        yield s.problem(
+            f"verl cannot load FP8 blocks (fp8-block) into layers whose input is one block of {BLOCK}: {', '.join(narrow)}",
+            "--rollout fp8",
+            f"{ROLLOUT}.quantization",
+            f"{MODEL}.path",
+        )
+
+
+def single(shape: Shape) -> list[str]:
+    """What goes into a layer of a model as a single FP8 block (or less), in words."""
+    heads = ("the heads", shape.heads * shape.head_dim)
+    mlp = ("the experts", shape.expert_intermediate) if shape.experts else ("the MLP", shape.intermediate)
+    return [what for what, width in (("the hidden state", shape.hidden), heads, mlp) if width <= BLOCK]
+
+
 def _widths(shape: Shape, tp: int, whole_experts: bool) -> Iterator[tuple[str, int]]:
     """Rows or columns of each kind of layer on one device of `tp`; key-value heads and the hidden state are never cut."""
     yield "the hidden state", shape.hidden
@@ -279,6 +302,7 @@ RULES: tuple[Rule, ...] = (
     experts_are_quantized,
     cache_bound_is_known,
     blocks_fill_shards,
+    blocks_are_several,
     mix_leaves_both,
     adapter_reaches_the_engine,
     blocks_quantize_the_base,
