@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.gpu.test_refit import pytestmark
+import pytest
+
+from tests.gpu.test_refit import ROOT, pytestmark
 
 __all__ = ["pytestmark"]
 CLOSE = 0.05
@@ -19,9 +21,21 @@ ARGUMENTS = (
 )
 
 
-def test_bench_judges_fp8_in_blocks(policy: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="session")
+def wide(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy whose layers are several blocks, as verl needs it: `wide` beside tiny, or taught here in some minutes."""
+    ready = policy.parents[1] / "wide"
+    if ready.is_dir():
+        return ready
+    folder = tmp_path_factory.mktemp("wide") / "wide"
+    command = [sys.executable, "-m", "benchmarks.taught_policy", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=500)
+    return folder
+
+
+def test_bench_judges_fp8_in_blocks(policy: Path, wide: Path, tmp_path: Path) -> None:
     env = {**os.environ, "FLASHRL_DATA": str(policy.parents[1])}
-    command = [sys.executable, "-m", "flashrl_cli", *ARGUMENTS, "--model", str(policy), "--dir", str(tmp_path)]
+    command = [sys.executable, "-m", "flashrl_cli", *ARGUMENTS, "--model", str(wide), "--dir", str(tmp_path)]
     done = subprocess.run(command, check=False, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     (blocks,) = json.loads(done.stdout)["variants"]
