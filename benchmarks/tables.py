@@ -14,6 +14,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,21 +68,27 @@ def measured(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def speed(results: Results) -> str:
-    """In short."""
-    document = results("bench_7b")
+    """In short, with the mismatch of each kind's engine beside it."""
+    document = results("bench_7b_h200")
+    apart = {
+        one["rollout"]: one["mismatch"]["abs_difference"]["mean"] for one in results("mismatch_gpu_wide")["variants"]
+    }
     batches = document["settings"]["batches"]
-    columns = ["rollout", *(f"tok/s, {batch} sequences" for batch in batches), "weights, GiB", "KV cache, tokens"]
+    columns = [
+        "rollout", *(f"tok/s, {batch} sequences" for batch in batches), "weights, GiB", "KV cache, tokens", "refit, s",
+        "mismatch",
+    ]  # fmt: skip
     rows = []
     for one in measured(document):
-        engine = one["engine"]
-        size = f"{engine['weights_bytes'] / _GIB:.2f}"
-        rows.append([code(one["rollout"]), *speeds(one, bounds=False), size, f"{engine['kv_tokens']:,}"])
+        engine, kind = one["engine"], one["rollout"]
+        sizes = [f"{engine['weights_bytes'] / _GIB:.2f}", f"{engine['kv_tokens']:,}", f"{one['refit']['seconds']:.3f}"]
+        rows.append([code(kind), *speeds(one, bounds=False), *sizes, f"{apart[kind]:.4f}"])
     return markdown(columns, rows)
 
 
-def speed_7b(results: Results) -> str:
+def speed_7b(results: Results, name: str) -> str:
     """With what the repeats leave open, the refit and the kernel, and what was left out."""
-    document = results("bench_7b")
+    document = results(name)
     batches = document["settings"]["batches"]
     columns = [
         "rollout", "kernel", *(f"tok/s at {batch}" for batch in batches), "weights, GiB", "KV tokens", "refit, s",
@@ -97,6 +104,23 @@ def speed_7b(results: Results) -> str:
         f"`{one['rollout']}` has no figures: {one['problem']}." for one in document["variants"] if one["problem"]
     ]
     return markdown(columns, rows, words=2) + "".join(f"\n{sentence}\n" for sentence in missing)
+
+
+def speed_long(results: Results) -> str:
+    """Decoding with as many sequences as the KV cache holds."""
+    document = results("bench_32b_long")
+    found = {one["rollout"]: one["speed"][0] for one in document["variants"]}
+    base = found[document["base"]]["decode_tokens_s"]
+    columns = ["rollout", "sequences", "decoding, tok/s", "prefill, s", "weights, GiB", "KV tokens"]
+    rows = []
+    for one in document["variants"]:
+        fast, engine = found[one["rollout"]], one["engine"]
+        up = "" if one["rollout"] == document["base"] else f" ({fast['decode_tokens_s'] / base:.2f}x)"
+        speeds = [str(fast["batch"]), f"{fast['decode_tokens_s']:,.0f}{up}", f"{fast['prefill_s']:.1f}"]
+        rows.append(
+            [code(one["rollout"]), *speeds, f"{engine['weights_bytes'] / _GIB:.1f}", f"{engine['kv_tokens']:,}"]
+        )
+    return markdown(columns, rows)
 
 
 def speed_earlier(results: Results) -> str:
@@ -179,6 +203,29 @@ def _compared(machine: str, points: dict[str, Any]) -> Iterator[str]:
             verdict = "no round of one is as fast as any of the other" if apart else "the rounds overlap"
             names = [f"`{rollout}` sent in {sent}" for rollout, sent in (one.split(":") for one in (slow, fast))]
             yield f"- {machine}: {names[0]} takes {ratio:.2f}x of {names[1]}; {verdict}.\n"
+
+
+def smoothing(results: Results) -> str:
+    """What a profile adds to each refit."""
+    document = results("smoothing_cost")
+    columns = [
+        f"on one {document['device']}",
+        "tensors",
+        "GiB",
+        "smoothing, s",
+        "a copy of the same, s",
+        "the first, s",
+    ]
+    rows = [
+        [
+            point["size"].upper(),
+            str(point["tensors"]),
+            f"{point['gib']:.1f}",
+            *(f"{point[key]:.3f}" for key in ("smooth_s", "copy_s", "first_s")),
+        ]
+        for point in document["points"]
+    ]
+    return markdown(columns, rows)
 
 
 # Runs on GPUs.
@@ -268,9 +315,9 @@ def quantize_others(results: Results) -> str:
 # How far a rollout is from the trainer.
 
 
-def mismatch(results: Results) -> str:
+def mismatch(results: Results, name: str) -> str:
     """Mismatch by kind of rollout, from a document of `flashrl bench --mismatch`."""
-    document = results("mismatch_cpu")
+    document = results(name)
     columns = [
         "rollout", "tokens", "mean \\|Δ log p\\|", "99th percentile", "largest", "KL (k3)", "share of weights above 2",
         "effective samples",
@@ -280,7 +327,7 @@ def mismatch(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if name in VLLMS)
     trainer = f"{asked['samples']:,} responses, the trainer in {asked['trainer_dtype']}"
     what = f"`{document['model']['name']}` on {document['device']}, {versions}, {trainer}"
-    return f"{what} ([mismatch_cpu.json](../benchmarks/results/mismatch_cpu.json)):\n\n" + markdown(columns, rows)
+    return f"{what} ([{name}.json](../benchmarks/results/{name}.json)):\n\n" + markdown(columns, rows)
 
 
 def _mismatch(found: dict[str, Any]) -> list[str]:
@@ -292,15 +339,20 @@ def _mismatch(found: dict[str, Any]) -> list[str]:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "speed": speed,
-    "speed-7b": speed_7b,
+    "speed-7b": partial(speed_7b, name="bench_7b_h200"),
+    "speed-7b-h100": partial(speed_7b, name="bench_7b"),
+    "speed-long": speed_long,
     "speed-earlier": speed_earlier,
     "refits": refits,
+    "smoothing": smoothing,
     "weight-updates": weight_updates,
     "runs": runs,
     "two-ranks": two_ranks,
     "quantize-cp": quantize_cp,
     "quantize-others": quantize_others,
-    "mismatch": mismatch,
+    "mismatch-tiny": partial(mismatch, name="mismatch_gpu_tiny"),
+    "mismatch-wide": partial(mismatch, name="mismatch_gpu_wide"),
+    "mismatch-cpu": partial(mismatch, name="mismatch_cpu"),
 }
 
 

@@ -64,5 +64,5 @@ def _sentence(batch: int, found: Mapping[str, SpeedUp], base: str, *, single: bo
     if not faster:
         return f"{where}: take {base}; the closest is {best}, {fastest.told}"
     rivals = [name for name, one in found.items() if name != best and one.greatest >= fastest.least]
-    close = f"; {', '.join(rivals)} within the spread of the repeats" if rivals else ""
+    close = f"; {', '.join(rivals)} as fast within the spread of the repeats" if rivals else ""
     return f"{where}: {best} gives {fastest.told} of {base}{close}"
