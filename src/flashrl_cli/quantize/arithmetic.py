@@ -43,24 +43,28 @@ class Room:
     """Memory for one block of a weight and one piece of that, which a thread uses again and again."""
 
     def __init__(self) -> None:
-        self._bits = self._floats = None
+        self._tensors: dict[tuple[str, torch.Size], tuple[torch.Tensor, ...]] = {}
+        self._memory: dict[str, torch.Tensor] = {}
 
-    def bits(self, weight: torch.Tensor) -> torch.Tensor:
+    def bits(self, shape: torch.Size) -> torch.Tensor:
         """Integers in 16 bits, in the shape of a block."""
-        import torch
+        return self._of("int16", shape, 1)[0]
 
-        if self._bits is None or self._bits.numel() < weight.numel():
-            self._bits = torch.empty(weight.numel(), dtype=torch.int16)
-        return self._bits[: weight.numel()].view(weight.shape)
-
-    def floats(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def floats(self, shape: torch.Size) -> tuple[torch.Tensor, ...]:
         """Two tensors of float32, in the shape of a piece."""
+        return self._of("float32", shape, 2)
+
+    def _of(self, dtype: str, shape: torch.Size, count: int) -> tuple[torch.Tensor, ...]:
+        """The same tensors for the same shape, since making a view costs as much as ten thousand values."""
         import torch
 
-        if self._floats is None or self._floats.shape[1] < weight.numel():
-            self._floats = torch.empty(2, weight.numel())
-        first, second = self._floats[:, : weight.numel()].view(2, *weight.shape).unbind()
-        return first, second
+        if (dtype, shape) not in self._tensors:
+            size = count * shape.numel()
+            if dtype not in self._memory or self._memory[dtype].numel() < size:
+                self._memory[dtype] = torch.empty(size, dtype=getattr(torch, dtype))
+                self._tensors.clear()
+            self._tensors[dtype, shape] = self._memory[dtype][:size].view(count, *shape).unbind()
+        return self._tensors[dtype, shape]
 
 
 def quantize(weight: torch.Tensor, scheme: Scheme, values: torch.Tensor, scales: torch.Tensor, room: Room) -> Losses:
@@ -89,7 +93,7 @@ def _largest(weight: torch.Tensor, room: Room) -> torch.Tensor:
     """max|w| of each row [N, 1]: positive floats are ordered as the integers of the same bits, whose largest is found sooner."""
     import torch
 
-    bits = room.bits(weight)
+    bits = room.bits(weight.shape)
     torch.abs(weight, out=bits.view(weight.dtype))
     return bits.amax(dim=1, keepdim=True).view(weight.dtype).float()
 
@@ -109,7 +113,7 @@ def _quantize(
     """
     import torch
 
-    scaled, rounded = room.floats(weight)
+    scaled, rounded = room.floats(weight.shape)
     scaled.copy_(weight).div_(scales)
     torch.linalg.vector_norm(scaled, dim=1, keepdim=True, out=norms)
     if scheme is INT8:
@@ -125,12 +129,12 @@ def _halves(values: torch.Tensor, room: Room) -> torch.Tensor:
     """e4m3 as float16, _HALVES times too small: the bits moved into place, many times faster than torch's own conversion on a CPU."""
     import torch
 
-    moved = room.bits(values).copy_(values.view(torch.int8)).bitwise_left_shift_(7).bitwise_and_(_E4M3)
+    moved = room.bits(values.shape).copy_(values.view(torch.int8)).bitwise_left_shift_(7).bitwise_and_(_E4M3)
     return moved.view(torch.float16)
 
 
 def _zeros(values: torch.Tensor) -> int:
-    """How many are stored as 0. (numpy counts many times faster than torch.)"""
+    """How many are stored as 0; numpy counts many times faster than torch."""
     import numpy as np
     import torch
 
