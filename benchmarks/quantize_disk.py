@@ -110,13 +110,12 @@ def measured(argv: list[str], prepare: Callable[[], None], *, waits: bool) -> di
     `prepare` is called before; for a command that `waits` to be told to go on, when it has started and says so.
     """
     start, started = 0.0, time.monotonic()
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(argv, text=True, **pipes) if waits else None
+    process = _started(argv) if waits else None
     if process and process.stdout and process.stdout.readline():
         start = time.monotonic() - started
     prepare()
     used, started = _cpu(), time.monotonic()
-    process = process or subprocess.Popen(argv, text=True, **pipes)
+    process = process or _started(argv)
     out, err, peaks = _followed(process)
     seconds = time.monotonic() - started
     if process.returncode:
@@ -130,6 +129,11 @@ def measured(argv: list[str], prepare: Callable[[], None], *, waits: bool) -> di
         "synced_s": start + time.monotonic() - started,
         **peaks,
     }
+
+
+def _started(argv: list[str]) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
 def _followed(process: subprocess.Popen[str]) -> tuple[str, str, dict[str, float]]:
