@@ -6,6 +6,8 @@ Writes models of Qwen2.5-1.5B's shapes with random weights (28 layers: 3.1 GB in
 twice that. `cp` and the quantization take turns. Cold: all pages of the model are dropped from the cache before. Seconds are a command's
 own until it ends; `core` leaves out the start of Python and torch, which no `cp` has and which is told beside it. Neither side waits
 for the disk; `synced` counts until all is on it. `cpu` is what a command took of the cores, its start included, whatever else runs.
+A virtual machine gives free memory back to its host and pays seconds for each GB that it takes again, so both sides begin right after
+a copy of the model was made and removed, whose memory they find: the quantization with Python and torch started.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -102,10 +104,42 @@ def cache(folder: Path, *, warm: bool) -> None:
                 pass
 
 
-def measured(argv: list[str]) -> dict[str, float]:
-    """Seconds of a command, until its files are on the disk, and its peak memory in MiB: anonymous, and resident in all."""
-    started, used = time.monotonic(), _cpu()
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def measured(argv: list[str], prepare: Callable[[], None], *, waits: bool) -> dict[str, float]:
+    """Seconds of a command, until its files are on the disk, and its peak memory in MiB: anonymous, and resident in all.
+
+    `prepare` is called before; for a command that `waits` to be told to go on, when it has started and says so.
+    """
+    start, started = 0.0, time.monotonic()
+    process = _started(argv) if waits else None
+    if process and process.stdout and process.stdout.readline():
+        start = time.monotonic() - started
+    prepare()
+    used, started = _cpu(), time.monotonic()
+    process = process or _started(argv)
+    out, err, peaks = _followed(process)
+    seconds = time.monotonic() - started
+    if process.returncode:
+        sys.exit(f"{' '.join(argv)} ended with {process.returncode}:\n{err[-3000:]}")
+    cpu = _cpu() - used
+    os.sync()
+    return {
+        "seconds": start + seconds,
+        "core_s": json.loads(out)["core_s"] if out else seconds,
+        "cpu_s": cpu,
+        "synced_s": start + time.monotonic() - started,
+        **peaks,
+    }
+
+
+def _started(argv: list[str]) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def _followed(process: subprocess.Popen[str]) -> tuple[str, str, dict[str, float]]:
+    """What a command says after it was told to go on, and its peak memory."""
+    if process.stdin:
+        process.stdin.close()
     peaks = {"RssAnon": 0, "VmHWM": 0}
     while process.poll() is None:
         with suppress(OSError):
@@ -113,21 +147,8 @@ def measured(argv: list[str]) -> dict[str, float]:
             found = {line.split(":")[0]: line.split()[1] for line in status.splitlines() if "kB" in line}
             peaks = {key: max(value, int(found.get(key, 0))) for key, value in peaks.items()}
         time.sleep(0.01)
-    seconds = time.monotonic() - started
-    out, err = process.communicate()
-    if process.returncode:
-        sys.exit(f"{' '.join(argv)} ended with {process.returncode}:\n{err[-3000:]}")
-    cpu = _cpu() - used
-    os.sync()
-    core = json.loads(out)["core_s"] if out else seconds
-    return {
-        "seconds": seconds,
-        "core_s": core,
-        "cpu_s": cpu,
-        "synced_s": time.monotonic() - started,
-        "anonymous_mib": peaks["RssAnon"] / 1024,
-        "resident_mib": peaks["VmHWM"] / 1024,
-    }
+    streams = [stream.read() if stream else "" for stream in (process.stdout, process.stderr)]
+    return streams[0], streams[1], {"anonymous_mib": peaks["RssAnon"] / 1024, "resident_mib": peaks["VmHWM"] / 1024}
 
 
 def _cpu() -> float:
@@ -136,14 +157,17 @@ def _cpu() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def quantize(model: str, out: str, scheme: str) -> float:
-    """Seconds of what `flashrl quantize` does after the start of Python and torch."""
+def quantize(model: str, out: str, scheme: str, *, waits: bool = False) -> float:
+    """Seconds of what `flashrl quantize` does after the start of Python and torch, and when it is told to go on if it `waits`."""
     import torch
 
     from flashrl_cli.quantize.offline import quantize as write
     from flashrl_cli.quantize.request import plan
 
     torch.ones(1).bfloat16()
+    if waits:
+        print("started", flush=True)
+        sys.stdin.read()
     started = time.monotonic()
     write(plan(model, Path(out), scheme, [], None), lambda _: None)
     return time.monotonic() - started
@@ -152,6 +176,12 @@ def quantize(model: str, out: str, scheme: str) -> float:
 def case(model: Path, scheme: str, *, warm: bool, repeat: int) -> dict[str, Any]:
     """Medians of both sides, which take turns, and cp's share of our time."""
     out = model.parent / "out"
+
+    def prepare() -> None:
+        subprocess.run(["cp", "-r", str(model), str(out)], check=True)
+        shutil.rmtree(out)
+        cache(model, warm=warm)
+
     commands = {
         "cp": ["cp", "-r", str(model), str(out)],
         "quantize": [sys.executable, __file__, "--quantize", str(model), str(out), scheme],
@@ -159,8 +189,7 @@ def case(model: Path, scheme: str, *, warm: bool, repeat: int) -> dict[str, Any]
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for _ in range(repeat):
         for name, argv in commands.items():
-            cache(model, warm=warm)
-            runs[name].append(measured(argv))
+            runs[name].append(measured(argv, prepare, waits=name == "quantize"))
             shutil.rmtree(out)
     found = {name: {key: _median(some, key) for key in some[0]} for name, some in runs.items()}
     ratios = {f"of_cp_{key}": round(found["cp"][key] / found["quantize"][key], 3) for key in ("core_s", "synced_s")}
@@ -181,7 +210,7 @@ def main() -> None:
     parser.add_argument("--quantize", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quantize:
-        print(json.dumps({"core_s": quantize(*args.quantize)}))
+        print(json.dumps({"core_s": quantize(*args.quantize, waits=True)}))
         return
     cases = []
     for dtype, scheme in CASES:

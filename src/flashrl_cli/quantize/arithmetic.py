@@ -14,8 +14,10 @@ _PIECE = 2**18
 """Elements that are worked on at once."""
 _NUMBER = 0x7F
 """All bits of an e4m3 but its sign: 0 is stored as 0 and as -0."""
-_E4M3 = -0x78100000
-"""Mask of an e4m3 that was moved into a float32: the sign, and the seven bits from 20 on."""
+_E4M3 = ~0x4000
+"""Mask of an e4m3 that was moved into a float16 by 7 bits: all but the highest bit of the exponent, where its sign lies, too."""
+_HALVES = 2.0**8
+"""What evens out the exponents' biases, 7 and 15."""
 _ROUNDING = 1 + 2.0**-20
 
 
@@ -38,21 +40,31 @@ class Losses:
 
 
 class Room:
-    """Memory for one piece of a weight, which a thread uses again and again."""
+    """Memory for one block of a weight and one piece of that, which a thread uses again and again."""
 
     def __init__(self) -> None:
-        self._columns = 0
+        self._tensors: dict[tuple[str, torch.Size], tuple[torch.Tensor, ...]] = {}
+        self._memory: dict[str, torch.Tensor] = {}
 
-    def of(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Three tensors [rows, columns]: one of integers in 16 bits, two of float32."""
+    def bits(self, shape: torch.Size) -> torch.Tensor:
+        """Integers in 16 bits, in the shape of a block."""
+        return self._of("int16", shape, 1)[0]
+
+    def floats(self, shape: torch.Size) -> tuple[torch.Tensor, ...]:
+        """Two tensors of float32, in the shape of a piece."""
+        return self._of("float32", shape, 2)
+
+    def _of(self, dtype: str, shape: torch.Size, count: int) -> tuple[torch.Tensor, ...]:
+        """The same tensors for the same shape: to make views anew for every piece takes 5 % of all time."""
         import torch
 
-        if columns != self._columns:
-            size = max(_PIECE, columns)
-            self._bits, self._floats = torch.empty(size, dtype=torch.int16), torch.empty(2, size)
-            self._columns = columns
-        bits, scaled, rounded = (one[: rows * columns].view(rows, columns) for one in (self._bits, *self._floats))
-        return bits, scaled, rounded
+        if (dtype, shape) not in self._tensors:
+            size = count * shape.numel()
+            if dtype not in self._memory or self._memory[dtype].numel() < size:
+                self._memory[dtype] = torch.empty(size, dtype=getattr(torch, dtype))
+                self._tensors.clear()
+            self._tensors[dtype, shape] = self._memory[dtype][:size].view(count, *shape).unbind()
+        return self._tensors[dtype, shape]
 
 
 def quantize(weight: torch.Tensor, scheme: Scheme, values: torch.Tensor, scales: torch.Tensor, room: Room) -> Losses:
@@ -63,56 +75,71 @@ def quantize(weight: torch.Tensor, scheme: Scheme, values: torch.Tensor, scales:
     """
     import torch
 
-    step = max(1, _PIECE // weight.shape[1])
-    norms = torch.empty(2, *scales.shape)
-    zeros = clipped = 0
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
-        found = _quantize(weight[rows], scheme, room, values[rows], scales[rows], norms[:, rows])
-        zeros, clipped = zeros + found[0], clipped + found[1]
+    if weight.element_size() > 2:
+        weight = weight.bfloat16()
+    largest = _largest(weight, room)
+    torch.div(largest, scheme.largest, out=scales).clamp_min_(scheme.least)
     if not scales.isfinite().all():
         raise ValueError("it holds values that are no finite numbers")
+    norms = torch.empty(2, *scales.shape)
+    step = max(1, _PIECE // weight.shape[1])
+    for piece in zip(*(one.split(step) for one in (weight, scales, values, *norms)), strict=True):
+        _quantize(scheme, room, *piece)
     square, error = norms.mul_(scales).double().square_().sum(dim=(1, 2)).tolist()
-    return Losses(square, error, zeros, clipped)
+    return Losses(square, error, _zeros(values), _beyond(weight, largest, scheme.largest * _ROUNDING * scales))
+
+
+def _largest(weight: torch.Tensor, room: Room) -> torch.Tensor:
+    """max|w| of each row [N, 1]: positive floats are ordered as the integers of the same bits, whose largest is found sooner."""
+    import torch
+
+    bits = room.bits(weight.shape)
+    torch.abs(weight, out=bits.view(weight.dtype))
+    return bits.amax(dim=1, keepdim=True).view(weight.dtype).float()
 
 
 def _quantize(
-    weight: torch.Tensor,
     scheme: Scheme,
     room: Room,
-    values: torch.Tensor,
+    weight: torch.Tensor,
     scales: torch.Tensor,
+    values: torch.Tensor,
     norms: torch.Tensor,
-) -> tuple[int, int]:
-    """The values and scales of some rows, norms [2, N, 1] of w / scale and of its rounding error; counts of zeros and of clipped values."""
+    errors: torch.Tensor,
+) -> None:
+    """The values of some rows; `norms` [N, 1] of w / scale, and `errors` of what rounding it to 8 bits changes.
+
+    Each pass is one call for all rows, which costs as much as ten thousands of values.
+    """
     import torch
 
-    if weight.element_size() > 2:
-        weight = weight.bfloat16()
-    bits, scaled, rounded = room.of(*weight.shape)
-    torch.abs(weight, out=bits.view(weight.dtype))
-    # positive floats are ordered as the integers of the same bits, whose largest is found sooner
-    largest = bits.amax(dim=1, keepdim=True).view(weight.dtype).float()
-    torch.div(largest, scheme.largest, out=scales).clamp_min_(scheme.least)
-    torch.div(scaled.copy_(weight), scales, out=scaled)
+    scaled, rounded = room.floats(weight.shape)
+    scaled.copy_(weight).div_(scales)
+    torch.linalg.vector_norm(scaled, dim=1, keepdim=True, out=norms)
     if scheme is INT8:
-        numbers = values.copy_(torch.round(scaled, out=rounded))
+        values.copy_(torch.round(scaled, out=rounded))
+        rounded.sub_(scaled)
     else:
-        numbers = values.copy_(scaled).view(torch.int8) & _NUMBER
-        _widen(values, rounded)
-    zeros = numbers.numel() - int(numbers.count_nonzero())
-    torch.linalg.vector_norm(scaled, dim=1, keepdim=True, out=norms[0])
-    torch.linalg.vector_norm(rounded.sub_(scaled), dim=1, keepdim=True, out=norms[1])
-    return zeros, _beyond(weight, largest, scheme.largest * _ROUNDING * scales)
+        rounded.copy_(_halves(values.copy_(scaled), room))
+        torch.sub(scaled, rounded, alpha=_HALVES, out=rounded)
+    torch.linalg.vector_norm(rounded, dim=1, keepdim=True, out=errors)
 
 
-def _widen(values: torch.Tensor, out: torch.Tensor) -> None:
-    """e4m3 to float32, many times faster than torch's own conversion on a CPU: bits moved into place, the exponents' biases evened."""
+def _halves(values: torch.Tensor, room: Room) -> torch.Tensor:
+    """e4m3 as float16, _HALVES times too small: the bits moved into place, many times faster than torch's own conversion on a CPU."""
     import torch
 
-    moved = out.view(torch.int32)
-    moved.copy_(values.view(torch.int8)).bitwise_left_shift_(20).bitwise_and_(_E4M3)
-    out.mul_(2.0**120)
+    moved = room.bits(values.shape).copy_(values.view(torch.int8)).bitwise_left_shift_(7).bitwise_and_(_E4M3)
+    return moved.view(torch.float16)
+
+
+def _zeros(values: torch.Tensor) -> int:
+    """How many are stored as 0; numpy counts many times faster than torch."""
+    import numpy as np
+    import torch
+
+    numbers = values if values.dtype == torch.int8 else values.view(torch.int8) & _NUMBER
+    return int(numbers.numel() - np.count_nonzero(numbers.numpy()))
 
 
 def _beyond(weight: torch.Tensor, largest: torch.Tensor, limits: torch.Tensor) -> int:

@@ -18,7 +18,7 @@ from flashrl_cli.weights import Stored, Unreadable, Weights, model_files, table,
 if TYPE_CHECKING:
     import torch
 
-BLOCK = 4 * 2**20
+BLOCK = 2 * 2**20
 """Bytes that one thread holds of a tensor."""
 _TORCH = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
