@@ -21,6 +21,11 @@ from filelock import FileLock
 BY_VERL = Path(__file__).with_name("checkpoints_by_verl.py")
 STEPS = (2, 4, 10)
 WORLDS = (1, 2)
+SMALL = (
+    *("--set", "data.train_batch_size=16", "--set", "rollout.n=4"),
+    *("--set", "algorithm.micro_batch_size_per_gpu=32", "--set", "rollout.log_prob_micro_batch_size_per_gpu=32"),
+)
+"""A quarter of the tiny preset's responses a step, for a run that is about something else than what it learns."""
 ENDING_S = 5.0
 """A helper of Python's own (its fork server, its resource tracker) ends a moment after the command that it served."""
 

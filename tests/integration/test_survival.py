@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.runs import record
-from tests.integration.conftest import Workshop
+from tests.integration.conftest import SMALL, Workshop
 
 STEPS = 3
 TRAIN = ("train", "--preset", "tiny", "--rollout", "int8", "--tis", "2", "--json", "--resume", "auto")
-SHORT = ("--set", f"trainer.steps={STEPS}", "--set", "trainer.save_every=1")
+SHORT = (*SMALL, "--set", f"trainer.steps={STEPS}", "--set", "trainer.save_every=1")
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 Moment = Callable[[RunPaths, float], bool]
