@@ -6,8 +6,9 @@ READY := $(VENV)/.ready
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # No test takes that many seconds; one that hangs must not hide what the others found.
 PYTEST := $(BIN)/pytest --timeout 600 --durations 12
-# Two at once where each keeps to itself; the runs of the integration tests fill the machine themselves.
+# Two at once: a run of the real stack waits much, for one process after another to import it. Their order is the conftest's.
 QUICK := $(PYTEST) --numprocesses 2
+SLOW := $(QUICK) --dist loadfile --no-loadscope-reorder
 
 # Bytecode is worth having: every Ray actor imports flashrl, verl, vLLM and torch anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -31,13 +32,13 @@ demo: $(READY)  ## Prepare, train with INT8 rollouts and TIS, evaluate; results 
 
 test: lint type  ## Run all checks, and the tests of every layer that needs no GPU.
 	$(QUICK) tests/unit tests/golden tests/contract
-	$(PYTEST) tests/integration
+	$(SLOW) tests/integration
 
 unit: $(READY)  ## Run the unit tests.
 	$(QUICK) tests/unit
 
 integration: $(READY)  ## Run the tests on the real stack: verl, Ray, vLLM.
-	$(PYTEST) tests/integration
+	$(SLOW) tests/integration
 
 fmt: $(READY)  ## Format the code and fix what ruff can fix.
 	$(BIN)/ruff check --fix

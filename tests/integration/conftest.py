@@ -4,22 +4,41 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from filelock import FileLock
 
 BY_VERL = Path(__file__).with_name("checkpoints_by_verl.py")
 STEPS = (2, 4, 10)
+WORLDS = (1, 2)
+SMALL = (
+    *("--set", "data.train_batch_size=16", "--set", "rollout.n=4"),
+    *("--set", "algorithm.micro_batch_size_per_gpu=32", "--set", "rollout.log_prob_micro_batch_size_per_gpu=32"),
+)
+"""A quarter of the tiny preset's responses a step, for a run that is about something else than what it learns."""
 ENDING_S = 5.0
 """A helper of Python's own (its fork server, its resource tracker) ends a moment after the command that it served."""
+
+
+FIRST = (
+    "train", "reload", "kv_scales", "smoothing", "online_linear", "ray", "kill_resume", "survival", "eval", "refit", "bench",
+)  # fmt: skip
+"""Files in the order in which two processes take them: what needs no workshop while the first one prepares it, then the longest."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    names = [f"test_{name}.py" for name in FIRST]
+    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
 
 
 @dataclass(frozen=True)
@@ -75,11 +94,34 @@ def events(text: str, kind: str) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, text.splitlines()) if event["event"] == kind]
 
 
+def of_all_workers(factory: pytest.TempPathFactory) -> Path:
+    """The folder of this test session that the processes of pytest-xdist share."""
+    own = factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder` as `make` leaves it, by whichever process comes first; the others wait for it."""
+    done = folder.with_suffix(".done")
+    with FileLock(folder.with_suffix(".lock")):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
-    """A folder in which `flashrl prepare tiny` was run."""
+    """A folder with the result of `flashrl prepare tiny`, of this process alone: its runs are told by their folder."""
+
+    def prepare(folder: Path) -> None:
+        Workshop(folder).run("prepare", "tiny")
+
+    prepared = made_once(of_all_workers(tmp_path_factory) / "prepared", prepare)
     shop = Workshop(tmp_path_factory.mktemp("workshop"))
-    shop.run("prepare", "tiny")
+    shutil.copytree(prepared / "data", shop.root / "data")
     yield shop
     assert not shop.leftovers()
 
@@ -100,12 +142,16 @@ def start_ranks(out: Path, policy: Path, world_size: int) -> list[subprocess.Pop
     ]
 
 
-@pytest.fixture(scope="session")
-def saved(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Folders `model` (the tiny policy) and `run` of a world of one and of two ranks."""
-    root, policy = tmp_path_factory.mktemp("saved"), workshop.root / "data" / "tiny" / "model"
-    ranks = {world_size: start_ranks(root / f"w{world_size}", policy, world_size) for world_size in (1, 2)}
+def save_by_verl(root: Path, policy: Path) -> None:
+    ranks = {world_size: start_ranks(root / f"w{world_size}", policy, world_size) for world_size in WORLDS}
     for process in (p for processes in ranks.values() for p in processes):
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors.decode()[-2000:]
-    return {world_size: root / f"w{world_size}" for world_size in ranks}
+
+
+@pytest.fixture(scope="session")
+def saved(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Folders `model` (the tiny policy) and `run` of a world of one and of two ranks; they are read, never changed."""
+    policy = workshop.root / "data" / "tiny" / "model"
+    root = made_once(of_all_workers(tmp_path_factory) / "saved", lambda folder: save_by_verl(folder, policy))
+    return {world_size: root / f"w{world_size}" for world_size in WORLDS}

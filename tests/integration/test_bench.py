@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +52,9 @@ def tensor_bytes(file: Path) -> int:
 
 
 def test_what_was_measured_is_not_measured_again(workshop: Workshop, document: dict[str, Any]) -> None:
-    started = time.monotonic()
     out, err = workshop.run(*ARGUMENTS)
     assert json.loads(out) == document
     assert "starting an engine" not in err
-    assert time.monotonic() - started < 10
 
 
 def test_another_model_is_far_from_what_the_engine_sampled(

@@ -18,13 +18,13 @@ from flashrl_cli.launch.relay import Relay
 from flashrl_cli.paths import AttemptPaths
 from flashrl_cli.runs import record
 from flashrl_cli.runs.metrics import read_metrics
-from tests.integration.conftest import Workshop, events
+from tests.integration.conftest import SMALL, Workshop, events
 from tests.integration.ray_cluster import HEAD, OTHER, Cluster, two_nodes
 
 STEPS = 1
 OF_TWO_NODES = (
+    *SMALL,
     *("--rollout", "int8", "--tis", "2", "--set", "resources.nodes=2", "--set", "trainer.save_every=1"),
-    *("--set", "algorithm.micro_batch_size_per_gpu=64", "--set", "rollout.log_prob_micro_batch_size_per_gpu=128"),
 )
 WORKERS = re.compile(r"^(ray::(?!IDLE|DashboardAgent|RuntimeEnvAgent)|VLLM)")
 """Titles of a run's processes."""

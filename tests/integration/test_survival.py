@@ -1,27 +1,18 @@
-"""Runs that are interrupted and killed: whatever the moment, nothing stays behind, and the run goes on to its end."""
+"""A run that is interrupted again and again: whatever the moment, nothing stays behind, and the run can be gone on with."""
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
-import pytest
-from benchmarks import kill_resume
 
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.runs import record
-from flashrl_cli.runs.history import history, holes
-from flashrl_cli.runs.saved import saved_steps
-from tests.integration.conftest import Workshop, events
-from tests.integration.test_train import check_evaluation, check_plausible, check_proof
+from tests.integration.conftest import SMALL, Workshop
 
 STEPS = 3
 TRAIN = ("train", "--preset", "tiny", "--rollout", "int8", "--tis", "2", "--json", "--resume", "auto")
-SHORT = ("--set", f"trainer.steps={STEPS}", "--set", "trainer.save_every=1")
+SHORT = (*SMALL, "--set", f"trainer.steps={STEPS}", "--set", "trainer.save_every=1")
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 Moment = Callable[[RunPaths, float], bool]
@@ -53,8 +44,6 @@ MOMENTS = [
     (phase("starting the trainer"), HUP),
     (saving(1), TERM),
 ]
-STRIKES_WITHIN_S = 50.0
-"""The strikes of this suite meet the start; benchmarks/kill_resume.py meets steps and saves, too."""
 
 
 def interrupted(shop: Workshop, name: str, moments: list[tuple[Moment, signal.Signals]]) -> int:
@@ -80,22 +69,10 @@ def interrupted(shop: Workshop, name: str, moments: list[tuple[Moment, signal.Si
     return len(moments)
 
 
-@pytest.mark.timeout(1200)
-def test_interrupted_and_killed_at_many_moments(
-    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two runs side by side, each started again and again; the killed one then goes on to its end as if nothing had been."""
-    monkeypatch.setenv("FLASHRL_DATA", str(workshop.root / "data"))
-    with ThreadPoolExecutor(2) as pool:
-        asked = pool.submit(interrupted, workshop, "asked", MOMENTS)
-        killed = pool.submit(kill_resume.one_run, tmp_path, kills=1, steps=2, seed=11, latest_s=STRIKES_WITHIN_S)
-    assert asked.result() == len(MOMENTS)
-    result = killed.result()
-    assert result["strikes"]
-    assert result["problems"] == [], json.dumps(result, indent=2)
+def test_interrupted_at_many_moments(workshop: Workshop) -> None:
+    assert interrupted(workshop, "asked", MOMENTS) == len(MOMENTS)
     assert not workshop.leftovers()
     check_interruptions(RunPaths("asked", workshop.root / "runs/asked", workshop.root / "checkpoints/tiny/asked"))
-    check_end(workshop, kill_resume.Shop(tmp_path), result["steps"][-1])
 
 
 def check_interruptions(run: RunPaths) -> None:
@@ -106,27 +83,6 @@ def check_interruptions(run: RunPaths) -> None:
     assert {attempt.status for attempt in found.attempts} == {"stopped"}
     assert found.attempts[-1].phases[0].name == "starting verl"
     assert run.root.stat().st_mode & 0o777 == 0o700
-
-
-def check_end(workshop: Workshop, shop: kill_resume.Shop, steps: int) -> None:
-    """The last attempt did what was left, proven and plausible; every step is there, logged, saved and worth evaluating."""
-    run = shop.paths
-    logged = history(run)
-    assert [metrics.step for metrics in logged] == list(range(1, steps + 1))
-    assert holes(logged) == []
-    found = record.load(run.record)
-    assert found
-    last = found.attempts[-1]
-    assert (last.status, last.exit_code, last.last_step, last.total_steps) == ("done", 0, steps, steps)
-    assert last.proof[0]["precision"] == "int8"
-    assert [one.step for one in saved_steps(run.checkpoints, critic=False) if one.complete] == list(range(1, steps + 1))
-    said = shop.said.read_text(encoding="utf-8").splitlines()
-    lines = [line for line in said if line.startswith("{") and line.endswith("}")]
-    began = max(index for index, line in enumerate(lines) if '"doing": "starting verl"' in line)
-    out = "\n".join(lines[began:])
-    check_proof(out, run.attempt(last.number).root)
-    check_plausible(events(out, "step"))
-    check_evaluation(workshop, run.checkpoints, run.root.parent, steps)
 
 
 def test_a_used_name_is_refused(workshop: Workshop) -> None:

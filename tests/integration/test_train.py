@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 
 from flashrl_cli.contract import read_handshakes
-from tests.integration.conftest import Workshop, events
+from tests.integration.conftest import SMALL, Workshop, events
 
-STEPS = 3
-SHORT = ("--set", f"trainer.steps={STEPS}", "--set", "trainer.save_every=1")
 INT8 = ("--rollout", "int8", "--tis", "2")
 
 
@@ -64,7 +62,7 @@ def test_a_broken_refit_stops_the_run(workshop: Workshop, tmp_path: Path) -> Non
     """An engine left on its dummy weights looks healthy to everything but the comparison with the trainer."""
     (tmp_path / "broken_refit.py").write_text(Path(__file__).with_name("broken_refit.py").read_text())
     _, err = workshop.run(
-        "train", "--preset", "tiny", *INT8, *SHORT, "--name", "broken",
+        "train", "--preset", "tiny", *INT8, *SMALL, "--name", "broken",
         code=3, PYTHONPATH=str(tmp_path), VERL_USE_EXTERNAL_MODULES="broken_refit",
     )  # fmt: skip
     assert "step 1: the rollout engine does not sample from the policy" in err

@@ -1,0 +1,48 @@
+"""A run killed at a random moment: nothing stays behind, and it goes on to its end as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from benchmarks import kill_resume
+
+from flashrl_cli.runs import record
+from flashrl_cli.runs.history import history, holes
+from flashrl_cli.runs.saved import saved_steps
+from tests.integration.conftest import Workshop, events
+from tests.integration.test_train import check_evaluation, check_plausible, check_proof
+
+STRIKES_WITHIN_S = 50.0
+"""The strike of this suite meets the start; benchmarks/kill_resume.py meets steps and saves, too."""
+
+
+def test_killed_and_resumed_to_its_end(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHRL_DATA", str(workshop.root / "data"))
+    result = kill_resume.one_run(tmp_path, kills=1, steps=2, seed=11, latest_s=STRIKES_WITHIN_S)
+    assert result["strikes"]
+    assert result["problems"] == [], json.dumps(result, indent=2)
+    assert not workshop.leftovers()
+    check_end(workshop, kill_resume.Shop(tmp_path), result["steps"][-1])
+
+
+def check_end(workshop: Workshop, shop: kill_resume.Shop, steps: int) -> None:
+    """The last attempt did what was left, proven and plausible; every step is there, logged, saved and worth evaluating."""
+    run = shop.paths
+    logged = history(run)
+    assert [metrics.step for metrics in logged] == list(range(1, steps + 1))
+    assert holes(logged) == []
+    found = record.load(run.record)
+    assert found
+    last = found.attempts[-1]
+    assert (last.status, last.exit_code, last.last_step, last.total_steps) == ("done", 0, steps, steps)
+    assert last.proof[0]["precision"] == "int8"
+    assert [one.step for one in saved_steps(run.checkpoints, critic=False) if one.complete] == list(range(1, steps + 1))
+    said = shop.said.read_text(encoding="utf-8").splitlines()
+    lines = [line for line in said if line.startswith("{") and line.endswith("}")]
+    began = max(index for index, line in enumerate(lines) if '"doing": "starting verl"' in line)
+    out = "\n".join(lines[began:])
+    check_proof(out, run.attempt(last.number).root)
+    check_plausible(events(out, "step"))
+    check_evaluation(workshop, run.checkpoints, run.root.parent, steps)
