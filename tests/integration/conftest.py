@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from typing import Any
 import psutil
 import pytest
 from filelock import FileLock
+
+from tests.integration.ray_cluster import free_port
 
 BY_VERL = Path(__file__).with_name("checkpoints_by_verl.py")
 STEPS = (2, 4, 10)
@@ -126,15 +127,10 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
     assert not shop.leftovers()
 
 
-def free_port() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return str(sock.getsockname()[1])
-
-
 def start_ranks(out: Path, policy: Path, world_size: int) -> list[subprocess.Popen[bytes]]:
     out.mkdir()
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world_size)}
+    host = "127.0.0.1"
+    env = {**os.environ, "MASTER_ADDR": host, "MASTER_PORT": str(free_port(host)), "WORLD_SIZE": str(world_size)}
     argv = [sys.executable, str(BY_VERL), "make", str(out), str(policy), *map(str, STEPS)]
     return [
         subprocess.Popen(argv, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE)
