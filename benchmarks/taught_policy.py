@@ -4,7 +4,7 @@
     flashrl prepare tiny && flashrl bench --model FOLDER --rollout bf16,int8,fp8,fp8-block --mismatch --data tiny
 
 At the usual width of 128 a layer of attention is one block, and a scale for each block is one for the whole weight. A width of 256 has
-1.4 M parameters and 4 to 12 blocks a layer; it is taught on the CPU, in about three minutes of two cores.
+1.4 M parameters and 4 or 8 blocks a weight; it is taught on the CPU, in about three minutes of two cores.
 """
 
 from __future__ import annotations
