@@ -144,7 +144,8 @@ def plan(asked: Asked) -> Request:
     largest = max(*batches, FITTING) if FIT in batches else max(batches)
     options = _options(asked, found, largest, prompt + response + _SPARE)
     options = replace(options, enforce_eager=options.enforce_eager or where.kind == "cpu")
-    _check_blocks(chosen, found, options.tensor_parallel)
+    if any(one.precision == contract.BLOCKS and not where.lacks(one) for one in chosen):
+        _check_blocks(found, options.tensor_parallel)
     wanted = EngineSettings(
         gpu_memory_utilization=options.gpu_memory_utilization, tensor_parallel=options.tensor_parallel
     )
@@ -193,10 +194,8 @@ def _check_mismatch(asked: Asked) -> None:
         raise InputError("--mismatch needs prompts to sample from", hint="--data gsm8k, or --data FILE.parquet")
 
 
-def _check_blocks(chosen: tuple[Variant, ...], found: Model, tensor_parallel: int) -> None:
+def _check_blocks(found: Model, tensor_parallel: int) -> None:
     """Raise InputError for FP8 in blocks of a model whose layers, or parts of them on a GPU, are no whole blocks or a single one."""
-    if not any(variant.precision == contract.BLOCKS for variant in chosen):
-        return
     with contextlib.suppress(ValueError):  # of another kind of model only vLLM knows
         shape = of_config(found.config)
         if broken := unfilled(shape, tensor_parallel):

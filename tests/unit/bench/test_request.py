@@ -38,6 +38,14 @@ def hf(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with everything that FP8 in blocks needs."""
+    monkeypatch.setattr(machine, "here", lambda: Machine("cuda", "H100", tuple(gpus.parse(H100))))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("flashrl_cli.evals.devices.choose", lambda wanted: (wanted, None))
+
+
+@pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -202,10 +210,8 @@ def test_an_older_gpu_has_no_fp8_in_its_cache_either(gpu: str) -> None:
         ({"num_hidden_layers": None}, 8, None),
     ],
 )
-def test_layers_must_be_whole_blocks(
-    sizes: dict[str, Any], tensor_parallel: int, broken: str | None, hf: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("flashrl_cli.evals.devices.choose", lambda wanted: (wanted, None))
+@pytest.mark.usefixtures("hopper")
+def test_layers_must_be_whole_blocks(sizes: dict[str, Any], tensor_parallel: int, broken: str | None, hf: Path) -> None:
     usual = {"model_type": "qwen2", "hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8}
     usual |= {"num_key_value_heads": 4, "intermediate_size": 1280, "vocab_size": 259, "max_position_embeddings": 2048}
     (hf / "config.json").write_text(json.dumps({**usual, **sizes}))
@@ -219,17 +225,27 @@ def test_layers_must_be_whole_blocks(
     assert caught.value.hint == "--rollout fp8, or another --tp"
 
 
-def test_verl_loads_no_layers_of_a_single_block(hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashrl_cli.evals.devices.choose", lambda wanted: (wanted, None))
+def narrow(hf: Path) -> str:
+    """A model with layers whose input is one block."""
     sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 256}
     sizes["max_position_embeddings"] = 2048
     (hf / "config.json").write_text(
         json.dumps({"model_type": "qwen2", "num_hidden_layers": 2, "vocab_size": 259, **sizes})
     )
+    return str(hf)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_verl_loads_no_layers_of_a_single_block(hf: Path) -> None:
     with pytest.raises(InputError, match=r"input is one block of 128: the hidden state, the heads$") as caught:
-        ask(rollout="bf16,fp8-block", model=str(hf))
+        ask(rollout="bf16,fp8-block", model=narrow(hf))
     assert caught.value.hint == "--rollout fp8"
     ask(rollout="bf16,fp8", model=str(hf))
+
+
+def test_where_blocks_cannot_run_their_sizes_stop_nothing(hf: Path) -> None:
+    """The kind alone fails then, for the reason that counts: another model would not help."""
+    assert len(ask(rollout="bf16,fp8-block", model=narrow(hf)).variants) == 2
 
 
 def test_without_vllm_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
