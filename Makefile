@@ -55,7 +55,7 @@ golden: $(READY)  ## Write the golden files anew; read the diff before you commi
 	$(PYTEST) --renew-golden tests/golden tests/unit/config/test_schema.py
 
 tables: $(READY)  ## Write the tables of the documentation anew, from benchmarks/results.
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python -m benchmarks.tables
 
 lock: $(READY)  ## Resolve requirements/*.txt anew (UPGRADE=1: to the newest versions).
 	UV=$(abspath $(BIN))/uv UPGRADE=$(UPGRADE) bash requirements/renew.sh
