@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 # PyTorch publishes its CPU builds on an index of its own.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # No test takes that many seconds; one that hangs must not hide what the others found.
-PYTEST := $(BIN)/pytest --timeout 600 --durations 12
+PYTEST := $(BIN)/pytest --timeout 900 --durations 12
 # Two at once: a run of the real stack waits much, for one process after another to import it. Their order is the conftest's.
 QUICK := $(PYTEST) --numprocesses 2
 SLOW := $(QUICK) --dist loadfile --no-loadscope-reorder
