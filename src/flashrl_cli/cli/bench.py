@@ -137,12 +137,13 @@ def _draw(output: Output, report: Report, png: Path) -> None:
 
 def _show(output: Output, report: Report) -> None:
     """Print the result; raises RunFailed if a variant failed."""
+    from flashrl_cli.bench.report import TIMES
     from flashrl_cli.errors import Problem, RunFailed
 
     if output.json_mode:
         output.document(report.document())
     else:
-        output.table(*report.table())
+        output.wide_table(*report.table(), joined=TIMES)
         for sentence in report.sentences():
             output.text(sentence)
     if failed := report.failed:

@@ -38,7 +38,9 @@ def test_what_the_repeats_do_not_tell_apart_is_not_claimed() -> None:
 def test_what_is_surely_faster_counts_beside_what_varies_more() -> None:
     found = {"bf16": {8: [100.0, 100.0]}, "int8": {8: [118.0, 122.0]}, "fp8": {8: [90.0, 190.0]}}
     (one,) = sentences(found, "bf16")
-    assert one == ("at 8 sequences: int8 gives 1.20x (1.18 to 1.22) of bf16; fp8 as fast within the spread of the repeats")
+    assert one == (
+        "at 8 sequences: int8 gives 1.20x (1.18 to 1.22) of bf16; fp8 as fast within the spread of the repeats"
+    )
 
 
 def test_rivals_of_the_fastest_are_named() -> None:
