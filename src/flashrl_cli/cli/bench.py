@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,8 @@ def _bench(json_mode: bool, written: tuple[Path | None, Path | None], **asked: A
 
     output = Output(json_mode=json_mode)
     out, png = (paths.absolute(file) if file else None for file in written)
+    for option, file in (("--out", out), ("--png", png)):
+        _check_place(option, file)
     if png:
         plots.require("matplotlib")
     with signals.raised("the same command goes on from here"):
@@ -97,6 +100,19 @@ def _bench(json_mode: bool, written: tuple[Path | None, Path | None], **asked: A
         if png:
             _draw(output, report, png)
         _show(output, report)
+
+
+def _check_place(option: str, file: Path | None) -> None:
+    """Raise InputError for a file that cannot be written, before hours are spent on what stands in it."""
+    from flashrl_cli.errors import InputError
+
+    if file is None:
+        return
+    if file.is_dir():
+        raise InputError(f"{option} {file} is a folder", hint=f"{option} {file}/FILE")
+    above = next(folder for folder in file.parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise InputError(f"{option} {file}: {above} cannot be written to", hint=f"{option} FILE elsewhere")
 
 
 def _measured(output: Output, request: Request, out: Path | None) -> Report:
