@@ -232,7 +232,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    about = SimpleNamespace(metadata=dict)
+    about: Any = SimpleNamespace(metadata=dict)
     with pytest.raises(EnvironmentNotReady, match="cannot be written: I/O error: No space left") as caught:
         calibrate_module._save({"a": torch.ones(1)}, about, tmp_path / "p.safetensors")
     assert caught.value.hint == "--profile FILE elsewhere"
