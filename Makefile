@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 # PyTorch publishes its CPU builds on an index of its own.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # No test takes that many seconds; one that hangs must not hide what the others found.
-PYTEST := $(BIN)/pytest --timeout 600 --durations 12
+PYTEST := $(BIN)/pytest --timeout 900 --durations 12
 # Two at once: a run of the real stack waits much, for one process after another to import it. Their order is the conftest's.
 QUICK := $(PYTEST) --numprocesses 2
 SLOW := $(QUICK) --dist loadfile --no-loadscope-reorder
@@ -55,7 +55,7 @@ golden: $(READY)  ## Write the golden files anew; read the diff before you commi
 	$(PYTEST) --renew-golden tests/golden tests/unit/config/test_schema.py
 
 tables: $(READY)  ## Write the tables of the documentation anew, from benchmarks/results.
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python -m benchmarks.tables
 
 lock: $(READY)  ## Resolve requirements/*.txt anew (UPGRADE=1: to the newest versions).
 	UV=$(abspath $(BIN))/uv UPGRADE=$(UPGRADE) bash requirements/renew.sh

