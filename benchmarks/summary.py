@@ -11,7 +11,7 @@ Results = Callable[[str], dict[str, Any]]
 
 def rows(results: Results) -> list[list[str]]:
     """Question, answer, and the results that it is from."""
-    return [list(row(results)) for row in (_runs, _refit, _update, _long, _compressor)]
+    return [list(row(results)) for row in (_runs, _refit, _update, _long, _compressor, _copy)]
 
 
 def _runs(results: Results) -> tuple[str, str, str]:
@@ -56,5 +56,18 @@ def _compressor(results: Results) -> tuple[str, str, str]:
         seconds = {tool: found["seconds"] for tool, found in case["medians"].items()}
         times = [seconds[tool] / seconds["flashrl"] for tool in ("oneshot", "model_free_ptq")]
         told.append(f"{case['scheme']} {times[0]:.1f}x and {times[1]:.1f}x")
-    question = "`flashrl quantize` against llmcompressor's `oneshot` and `model_free_ptq`, whole commands"
-    return question, f"as fast: {'; '.join(told)}", "`quantize_vs_llmcompressor`"
+    question = (
+        "times that `flashrl quantize` is as fast as llmcompressor's `oneshot` and `model_free_ptq`, whole commands"
+    )
+    return question, "; ".join(told), "`quantize_vs_llmcompressor`"
+
+
+def _copy(results: Results) -> tuple[str, str, str]:
+    found = {
+        (case["scheme"], case["dtype"], case["cache"]): case["of_cp_core_s"]
+        for case in results("quantize_disk")["cases"]
+    }
+    told = [f"{scheme} {100 * found[scheme, 'bfloat16', 'cold']:.0f} %" for scheme in ("int8", "fp8")]
+    warm = [f"{100 * found[scheme, 'bfloat16', 'warm']:.0f} %" for scheme in ("int8", "fp8")]
+    answer = f"{', '.join(told)}; {' and '.join(warm)} with the model in memory already"
+    return "its speed of `cp`'s, bf16 weights from the disk, without imports, two cores", answer, "`quantize_disk`"

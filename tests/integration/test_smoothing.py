@@ -224,6 +224,21 @@ def test_what_cannot_be_calibrated(parquet: Path, tmp_path: Path) -> None:
     refused("cannot be read")
 
 
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from safetensors import SafetensorError
+
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    about: Any = SimpleNamespace(metadata=dict)
+    with pytest.raises(EnvironmentNotReady, match="cannot be written: I/O error: No space left") as caught:
+        calibrate_module._save({"a": torch.ones(1)}, about, tmp_path / "p.safetensors")
+    assert caught.value.hint == "--profile FILE elsewhere"
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_that_does_not_fit(parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = planted("qwen2 tied", tmp_path / "model")
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))

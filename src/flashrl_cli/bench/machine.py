@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashrl_cli import contract
-from flashrl_cli.doctor import gpus, software, stacks
+from flashrl_cli.doctor import gpus, software, stacks, system
 from flashrl_cli.errors import EnvironmentNotReady
 
 if TYPE_CHECKING:
@@ -29,11 +29,17 @@ class Machine:
     gpus: tuple[Gpu, ...] = ()
 
     def lacks(self, variant: Variant) -> str | None:
-        """Why it cannot run a kind of rollouts; None if it can, or if only vLLM knows (an FP8 KV cache on a CPU)."""
+        """Why it cannot run a kind of rollouts; None if it can."""
         if self.kind != "cuda":
-            return "vLLM has no FP8 kernel for a CPU" if variant.precision.startswith("fp8") else None
+            return _cpu_lacks(variant)
         cache = gpus.outside(gpus.CACHE, "an FP8 KV cache", self.gpus) if variant.kv8 else None
         return gpus.lacks(variant.precision, self.gpus) or cache or _without_verl(variant)
+
+
+def _cpu_lacks(variant: Variant) -> str | None:
+    if variant.precision.startswith("fp8"):
+        return "vLLM has no FP8 kernel for a CPU"
+    return "vLLM's FP8 KV cache needs AVX-512 on a CPU" if variant.kv8 and not system.has_avx512() else None
 
 
 def _without_verl(variant: Variant) -> str | None:

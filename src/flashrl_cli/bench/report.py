@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from flashrl_cli.bench.results import Measured
 
 SCHEMA_VERSION = 1
+TIMES = "x"
+"""Column of a speed-up, after that of the speed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class Report:
         """Columns and rows for people; columns that nobody has a value for are left out."""
         columns = ["rollout"]
         for batch in self.request.batches:
-            columns += [f"tok/s at {batch or FIT_WORD}", "x"]
+            columns += [f"tok/s at {batch or FIT_WORD}", TIMES]
         columns += ["sequences", "decode tok/s"] if FIT in self.request.batches else []
         columns += [
             "weights GiB",

@@ -18,10 +18,13 @@ from flashrl_cli.fit.shape import of_config
 from flashrl_cli.verl.demands.rollout import BLOCK, single, unfilled
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from flashrl_cli.bench.machine import Machine
     from flashrl_cli.bench.model import Model
     from flashrl_cli.bench.variants import Variant
     from flashrl_cli.evals.questions import Question
+    from flashrl_cli.fit.shape import ModelShape
 
 FOLDER = ".bench"
 """Folder of kept points in the runs folder; no run's name begins with a dot."""
@@ -144,8 +147,7 @@ def plan(asked: Asked) -> Request:
     largest = max(*batches, FITTING) if FIT in batches else max(batches)
     options = _options(asked, found, largest, prompt + response + _SPARE)
     options = replace(options, enforce_eager=options.enforce_eager or where.kind == "cpu")
-    if any(one.precision == contract.BLOCKS and not where.lacks(one) for one in chosen):
-        _check_blocks(found, options.tensor_parallel)
+    _check_kinds(chosen, where, found, options.tensor_parallel)
     wanted = EngineSettings(
         gpu_memory_utilization=options.gpu_memory_utilization, tensor_parallel=options.tensor_parallel
     )
@@ -194,18 +196,37 @@ def _check_mismatch(asked: Asked) -> None:
         raise InputError("--mismatch needs prompts to sample from", hint="--data gsm8k, or --data FILE.parquet")
 
 
-def _check_blocks(found: Model, tensor_parallel: int) -> None:
-    """Raise InputError for FP8 in blocks of a model whose layers, or parts of them on a GPU, are no whole blocks or a single one."""
+def _check_kinds(chosen: Sequence[Variant], where: Machine, found: Model, tensor_parallel: int) -> None:
+    """Raise InputError for kinds of rollouts that training refuses for such a model (verl.demands.rollout)."""
     with contextlib.suppress(ValueError):  # of another kind of model only vLLM knows
         shape = of_config(found.config)
-        if broken := unfilled(shape, tensor_parallel):
-            part = f"a GPU's part of {', '.join(broken)} of {found.name} at --tp {tensor_parallel}"
-            raise InputError(
-                f"blocks of {BLOCK} ({contract.BLOCKS}) do not fill {part}", hint="--rollout fp8, or another --tp"
-            )
-        if narrow := single(shape):
-            what = f"layers of {found.name} whose input is one block of {BLOCK}: {', '.join(narrow)}"
-            raise InputError(f"verl cannot load {contract.BLOCKS} into {what}", hint="--rollout fp8")
+        for variant in chosen:
+            _check_kind(variant, found.name, shape)
+        if any(variant.precision == contract.BLOCKS and not where.lacks(variant) for variant in chosen):
+            _check_blocks(shape, found.name, tensor_parallel)
+
+
+def _check_kind(variant: Variant, name: str, shape: ModelShape) -> None:
+    """Raise InputError for experts that would stay in bf16, and for an FP8 cache without a bound."""
+    if variant.precision in contract.METHODS and shape.experts:
+        what = f"--rollout {variant.name}: the {shape.experts} experts of {name} would stay in bf16"
+        raise InputError(what, hint=f"--rollout bf16,{contract.BLOCKS}")
+    if variant.kv8 and shape.architecture not in contract.CACHE_FAMILIES:
+        known = ", ".join(contract.CACHE_FAMILIES)
+        what = f"--rollout {variant.name}: an FP8 KV cache has no scales for a {shape.architecture} model, only for {known}"
+        raise InputError(what, hint=f"--rollout {replace(variant, kv8=False).name}")
+
+
+def _check_blocks(shape: ModelShape, name: str, tensor_parallel: int) -> None:
+    """Raise InputError for FP8 in blocks of a model whose layers, or parts of them on a GPU, are no whole blocks or a single one."""
+    if broken := unfilled(shape, tensor_parallel):
+        part = f"a GPU's part of {', '.join(broken)} of {name} at --tp {tensor_parallel}"
+        raise InputError(
+            f"blocks of {BLOCK} ({contract.BLOCKS}) do not fill {part}", hint="--rollout fp8, or another --tp"
+        )
+    if narrow := single(shape):
+        what = f"layers of {name} whose input is one block of {BLOCK}: {', '.join(narrow)}"
+        raise InputError(f"verl cannot load {contract.BLOCKS} into {what}", hint="--rollout fp8")
 
 
 def _mismatch(asked: Asked, usual: Defaults) -> Mismatch:

@@ -18,7 +18,7 @@ from flashrl_cli.cli.presets import presets
 from flashrl_cli.cli.quantize import quantize
 from flashrl_cli.cli.runs import runs
 from flashrl_cli.cli.train import train
-from flashrl_cli.errors import ExitCode, FlashrlError
+from flashrl_cli.errors import EnvironmentNotReady, ExitCode, FlashrlError
 
 app = typer.Typer(
     name="flashrl",
@@ -57,7 +57,7 @@ app.command("doctor")(doctor)
 
 
 def main() -> None:
-    """Run the command line; an error of the user's ends as `error:`, `hint:` and its exit code."""
+    """Run the command line; an error of the user's, or of a disk, ends as `error:`, `hint:` and its exit code."""
     try:
         app(_words(sys.argv[1:]))
     except FlashrlError as error:
@@ -67,6 +67,15 @@ def main() -> None:
 
         print_error(error)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if os.environ.get("FLASHRL_DEBUG"):
+            raise
+        from flashrl_cli.render.output import print_error
+
+        where = f"{error.filename2 or error.filename}: " if error.filename else ""
+        hint = "mend the disk, the path or its rights; FLASHRL_DEBUG=1 shows what was done with it"
+        print_error(EnvironmentNotReady(f"{where}{error.strerror or error}", hint=hint))
+        sys.exit(ExitCode.ENVIRONMENT)
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,8 @@ def _bench(json_mode: bool, written: tuple[Path | None, Path | None], **asked: A
 
     output = Output(json_mode=json_mode)
     out, png = (paths.absolute(file) if file else None for file in written)
+    for option, file in (("--out", out), ("--png", png)):
+        _check_place(option, file)
     if png:
         plots.require("matplotlib")
     with signals.raised("the same command goes on from here"):
@@ -97,6 +100,19 @@ def _bench(json_mode: bool, written: tuple[Path | None, Path | None], **asked: A
         if png:
             _draw(output, report, png)
         _show(output, report)
+
+
+def _check_place(option: str, file: Path | None) -> None:
+    """Raise InputError for a file that cannot be written, before hours are spent on what stands in it."""
+    from flashrl_cli.errors import InputError
+
+    if file is None:
+        return
+    if file.is_dir():
+        raise InputError(f"{option} {file} is a folder", hint=f"{option} {file}/FILE")
+    above = next(folder for folder in file.parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise InputError(f"{option} {file}: {above} cannot be written to", hint=f"{option} FILE elsewhere")
 
 
 def _measured(output: Output, request: Request, out: Path | None) -> Report:
@@ -137,12 +153,13 @@ def _draw(output: Output, report: Report, png: Path) -> None:
 
 def _show(output: Output, report: Report) -> None:
     """Print the result; raises RunFailed if a variant failed."""
+    from flashrl_cli.bench.report import TIMES
     from flashrl_cli.errors import Problem, RunFailed
 
     if output.json_mode:
         output.document(report.document())
     else:
-        output.table(*report.table())
+        output.wide_table(*report.table(), joined=TIMES)
         for sentence in report.sentences():
             output.text(sentence)
     if failed := report.failed:

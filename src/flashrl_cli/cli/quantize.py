@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from flashrl_cli.render.output import Output
 
 SCHEMA_VERSION = 1
+SAMPLES = 64
+"""Prompts of a calibration, if none are asked for."""
 
 
 def quantize(
@@ -24,8 +26,8 @@ def quantize(
     ignore: options.Ignore = None,
     profile: options.ProfileFile = None,
     calibrate: options.Calibrate = None,
-    samples: options.Samples = 64,
-    alpha: options.Alpha = "auto",
+    samples: options.Samples = None,
+    alpha: options.Alpha = None,
     json: Json = False,
 ) -> None:
     """Quantize a model on disk: a W8A8 checkpoint that stock vLLM loads.
@@ -43,10 +45,12 @@ def quantize(
     output = Output(json_mode=json)
     if calibrate is None and scheme is None:
         raise InputError("nothing to do", hint="--scheme int8 or fp8, or --calibrate PARQUET")
+    _refuse_without("--calibrate", calibrate, {"--samples": samples, "--alpha": alpha})
+    _refuse_without("--scheme", scheme, {"--out": out, "--ignore": ignore})
     with signals.raised("nothing half-written is left; the same command goes on after what is whole"):
         document: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
         if calibrate is not None:
-            profile, made = _calibrate(output, model, calibrate, samples, _alpha(alpha), profile)
+            profile, made = _calibrate(output, model, calibrate, samples or SAMPLES, _alpha(alpha), profile)
             document["calibration"] = made
         if scheme is not None:
             document |= _quantize(output, model, out, scheme, ignore or [], profile)
@@ -54,8 +58,15 @@ def quantize(
         output.document(document)
 
 
-def _alpha(text: str) -> float | None:
-    if text == "auto":
+def _refuse_without(needed: str, value: object, options: dict[str, object]) -> None:
+    """Raise InputError for options that say something of another one which is missing."""
+    for name, given in options.items():
+        if value is None and given:
+            raise InputError(f"{name} is for {needed}", hint=f"add {needed}, or leave {name} out")
+
+
+def _alpha(text: str | None) -> float | None:
+    if text is None or text == "auto":
         return None
     try:
         return float(text)

@@ -32,8 +32,12 @@ Calibrate = Annotated[
     Path | None,
     typer.Option(metavar="PARQUET", help="Make a smoothing profile from the model's activations on these prompts."),
 ]
-Samples = Annotated[int, typer.Option(metavar="N", min=1, help="Prompts to calibrate on.")]
+Samples = Annotated[int | None, typer.Option(metavar="N", min=1, help="Prompts to calibrate on.", show_default="64")]
 Alpha = Annotated[
-    str,
-    typer.Option(metavar="A|auto", help="Share of the activations' range that weights take over, 0 to 1, or by layer."),
+    str | None,
+    typer.Option(
+        metavar="A|auto",
+        help="Share of the activations' range that weights take over, 0 to 1, or by layer.",
+        show_default="auto",
+    ),
 ]

@@ -136,6 +136,17 @@ def precisions(gpus: Sequence[Gpu]) -> Iterator[Finding]:
         yield ok("precisions", text)
 
 
+def cpu_lacks(precision: str) -> Finding | None:
+    """That a CPU cannot compute in a precision, and what to take there; None if it can."""
+    if not precision.startswith("fp8"):
+        return None
+    return fail(
+        "rollout.precision",
+        "FP8 rollouts need a GPU (compute capability 8.9 or newer)",
+        "`--rollout int8` runs on a CPU",
+    )
+
+
 def lacks(precision: str, gpus: Sequence[Gpu]) -> str | None:
     """Why some of these GPUs cannot compute in a precision; None if all can."""
     return outside(PRECISIONS[precision], precision, gpus)

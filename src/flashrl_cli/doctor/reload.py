@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flashrl_cli import contract, cpu
+from flashrl_cli.doctor import gpus, software, stacks
 from flashrl_cli.doctor.finding import Finding, fail, ok
 from flashrl_cli.doctor.reload_engine import MEASURED
 from flashrl_cli.verl.tracebacks import root_error
@@ -38,6 +39,8 @@ _ENDING_S = 5.0
 
 def reload_test(precision: str) -> tuple[list[Finding], dict[str, Any] | None]:
     """Findings of the test at `precision`, and what was measured, None where the engine did not get so far."""
+    if lack := _lack(precision):
+        return [lack], None
     with tempfile.TemporaryDirectory(prefix="flashrl-reload-") as name:
         folder = Path(name)
         reason = _run(precision, folder)
@@ -45,6 +48,15 @@ def reload_test(precision: str) -> tuple[list[Finding], dict[str, Any] | None]:
             return [fail("reload engine", reason, TRAINS_WITHOUT if precision != "bf16" else None)], None
         measured: dict[str, Any] = json.loads((folder / MEASURED).read_text(encoding="utf-8"))
     return list(judge(precision, measured)), measured
+
+
+def _lack(precision: str) -> Finding | None:
+    """That this machine has no kernel for a precision, before an engine starts and ends in vLLM's own words; None if it has one."""
+    if stacks.installed_stack(software.probe_versions()) is stacks.CPU:
+        return gpus.cpu_lacks(precision)
+    found = gpus.visible(gpus.parse(gpus.probe()), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    reason = gpus.lacks(precision, found)
+    return fail("rollout.precision", reason, f"--rollout {gpus.PRECISIONS[precision].instead}") if reason else None
 
 
 def judge(precision: str, measured: Mapping[str, Any]) -> Iterator[Finding]:

@@ -101,7 +101,7 @@ def _rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
     try:
         table = pq.read_table(file)
     except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"{file} is no parquet file: {error}") from error
+        raise InputError(f"{file} is no parquet file: {error}", hint="flashrl prepare NAME writes one") from error
     if missing := [name for name in _COLUMNS if name not in table.column_names]:
         columns = ", ".join(table.column_names)
         hint = f"it has: {columns}; flashrl prepare writes verl's schema"

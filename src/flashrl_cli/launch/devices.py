@@ -31,12 +31,8 @@ def findings(spec: RunSpec, versions: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _cpu_precision(spec: RunSpec) -> Iterator[Finding]:
-    if spec.rollout.precision in {"fp8", "fp8-block"}:
-        yield fail(
-            "rollout.precision",
-            "FP8 rollouts need a GPU (compute capability 8.9 or newer)",
-            "`--rollout int8` runs on a CPU",
-        )
+    if lack := gpus.cpu_lacks(spec.rollout.precision):
+        yield lack
     if spec.rollout.kv_cache != "auto" and not system.has_avx512():
         # vllm/v1/attention/backends/cpu_attn.py:510 in 0.28
         yield fail("rollout.kv_cache", "vLLM's FP8 KV cache needs AVX-512 on a CPU", "--set rollout.kv_cache=auto")

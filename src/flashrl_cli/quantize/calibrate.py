@@ -101,6 +101,10 @@ def calibrate(model: Path, parquet: Path, *, samples: int, alpha: float | None, 
     """
     if alpha is not None and not 0 <= alpha < 1:
         raise InputError(f"alpha is {alpha}, and should be from 0 to less than 1", hint="--alpha auto")
+    if not parquet.is_file():
+        raise InputError(
+            f"there is no file {parquet}", hint="`flashrl prepare NAME` writes train.parquet and says where"
+        )
     started = time.perf_counter()
     config, found = _described(model)
     places = junctions(config, found)
@@ -239,13 +243,15 @@ def _changes(
 
 
 def _save(tensors: dict[str, torch.Tensor], about: About, out: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
         with files.replacing(out) as temporary:
             save_file({name: one.clone() for name, one in tensors.items()}, temporary, about.metadata())
-    except OSError as error:
-        raise EnvironmentNotReady(f"{out} cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:  # a full disk is the latter
+        reason = getattr(error, "strerror", None) or error
+        raise EnvironmentNotReady(f"{out} cannot be written: {reason}", hint="--profile FILE elsewhere") from None
 
 
 def _tell(say: Say, done: str, number: int, total: int, what: str) -> None:

@@ -72,6 +72,13 @@ class Output:
 
         self.stdout.print(table(columns, rows, title=title))
 
+    def wide_table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], *, joined: str = "") -> None:
+        """Print a table of many numbers on stdout: where its columns do not fit side by side, in parts (tables.parts)."""
+        from flashrl_cli.render.tables import parts
+
+        for part in parts(columns, rows, self.stdout, joined=joined):
+            self.stdout.print(part)
+
     def say(self, text: str) -> None:
         """Tell the person something on stderr (not part of the result)."""
         self.stderr.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -99,6 +99,8 @@ def hf_folder(path: str) -> Checkpoint:
             raise InputError(f"{item.path} is no model: {item.reason}", hint=hint)
     if len(items) != 1:
         what = f"{len(items)} checkpoints, and one is wanted" if items else "nothing"
+        if not items and (missing := paths.prepared_model(path)):
+            what, hint = f"{what}: no {missing}", f"flashrl prepare {path.removeprefix('prepared:')}"
         raise InputError(f"{path} names {what}", hint=hint)
     return _labelled([item for item in items if isinstance(item, Checkpoint)])[0]
 

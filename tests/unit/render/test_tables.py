@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
-from flashrl_cli.render.tables import table
+from flashrl_cli.render.tables import parts, table
 
 
 def drawn(columns: list[str], rows: list[list[object]], width: int = 80) -> list[str]:
@@ -40,3 +41,48 @@ def test_long_cells_are_folded_not_cut() -> None:
 
 def test_brackets_are_text_not_markup() -> None:
     assert drawn(["list"], [["[console, file]"]])[-1].strip() == "[console, file]"
+
+
+SPEEDS = ["rollout", "tok/s at 4", "x", "tok/s at 16", "x", "weights GiB", "KV tokens", "KL (k3)"]
+MEASURED: list[list[object]] = [
+    ["bf16", 368, None, 989, None, 14.19, 2089280, 2.7e-5],
+    ["int8+kv8+smooth", 447, "1.21", 1194, "1.21", 8.11, 4398304, 6.6e-4],
+]
+
+
+def apart(width: int) -> list[str]:
+    stream = io.StringIO()
+    console = Console(file=stream, width=width)
+    for part in parts(SPEEDS, MEASURED, console, joined="x"):
+        console.print(part)
+    assert all(len(line.rstrip()) <= width for line in stream.getvalue().splitlines())
+    return [line.strip() for line in stream.getvalue().splitlines() if line.strip()]
+
+
+def test_what_fits_is_one_table() -> None:
+    assert len(apart(160)) == 2 + len(MEASURED)
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_columns_that_do_not_fit_come_below_whole_and_with_the_first(width: int) -> None:
+    lines = apart(width)
+    heads = [line.split() for line in lines if line.startswith("rollout")]
+    assert len(lines) == len(heads) * (2 + len(MEASURED))
+    assert len(heads) > 1
+    assert sum(head.count("x") for head in heads) == 2
+    assert all(head[1] != "x" for head in heads)
+    shown = [line.split() for line in lines if line.startswith("int8+kv8+smooth")]
+    assert [word for words in shown for word in words[1:]] == [
+        "447",
+        "1.21",
+        "1,194",
+        "1.21",
+        "8.11",
+        "4,398,304",
+        "0.00066",
+    ]
+
+
+def test_a_single_column_that_is_too_wide_is_still_shown() -> None:
+    assert "368" in "".join(apart(22))
+    assert len([line for line in apart(22) if line.startswith("roll")]) >= 5

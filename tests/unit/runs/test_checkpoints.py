@@ -106,8 +106,9 @@ def test_a_prepared_model_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("FLASHRL_DATA", str(tmp_path))
     folder = model(tmp_path / "tiny" / "model")
     assert hf_folder("prepared:tiny").hf == folder
-    with pytest.raises(InputError, match="prepared:none names nothing"):
+    with pytest.raises(InputError, match=r"prepared:none names nothing: no .*/none/model") as caught:
         hf_folder("prepared:none")
+    assert caught.value.hint == "flashrl prepare none"
 
 
 def test_what_cannot_be_evaluated_is_named(tmp_path: Path) -> None:
