@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -68,7 +69,8 @@ def main() -> None:
         print_error(error)
         sys.exit(error.exit_code)
     except OSError as error:
-        if os.environ.get("FLASHRL_DEBUG"):
+        # one without a path, of a connection for instance, is nothing that a disk is mended for
+        if os.environ.get("FLASHRL_DEBUG") or not (error.filename or error.errno == errno.ENOSPC):
             raise
         from flashrl_cli.render.output import print_error
 

@@ -145,7 +145,9 @@ def _draw(output: Output, report: Report, png: Path) -> None:
     from flashrl_cli.render import bars
 
     if any(report.speeds.values()):
-        bars.write_png(report.speeds, png)
+        asked = report.request
+        lengths = f"{asked.prompt:,}-token prompts, {asked.response:,} new tokens"
+        bars.write_png(report.speeds, png, about=f"{asked.model.name}, {lengths}, {asked.machine.device}")
         output.say(f"drawn to {png}")
     else:
         output.warn(f"no {png}: no speed was measured")

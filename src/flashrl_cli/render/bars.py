@@ -17,8 +17,8 @@ _GROUP = 0.8
 """Width of a group of bars, of 1 between two groups."""
 
 
-def write_png(speeds: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -> None:
-    """Draw medians by label and batch to `path`, the spread of the repeats as thin lines; needs no display."""
+def write_png(speeds: Mapping[str, Mapping[int, Sequence[float]]], path: Path, *, about: str) -> None:
+    """Draw medians by label and batch to `path`, the spread of the repeats as thin lines, `about` what below; needs no display."""
     require("matplotlib")
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -31,7 +31,7 @@ def write_png(speeds: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -
         for place, (label, by_batch) in enumerate(speeds.items()):
             _draw(axes, label, by_batch, batches, place, len(speeds))
         axes.set_xticks(range(len(batches)), [f"{batch:,}" if batch else "as fit" for batch in batches])
-        axes.set_xlabel("sequences at once", color=MUTED)
+        axes.set_xlabel(f"sequences at once\n{about}", color=MUTED)
         axes.set_title("output tokens a second, prefill included", loc="left", color=INK, weight="bold")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.grid(axis="y", color=RULE, linewidth=0.7)

@@ -139,3 +139,12 @@ def test_what_a_disk_refuses_is_no_traceback(
     monkeypatch.setenv("FLASHRL_DEBUG", "1")
     with pytest.raises(OSError, match="file"):
         call(*WORDS, "--dir", "file/deep")
+
+
+def test_an_error_of_no_path_is_not_said_to_be_a_disk_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(words: list[str]) -> list[str]:
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr("flashrl_cli.cli.app._words", refused)
+    with pytest.raises(ConnectionRefusedError, match="refused"):
+        main()
