@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,17 +57,18 @@ class Strike:
 
 
 class Shop:
-    """A folder in which one run is started over and over."""
+    """A folder in which one run is started over and over, with the options `more` of `flashrl train`."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, more: Sequence[str] = ()) -> None:
         self.root = root
+        self.more = more
         self.paths = RunPaths(RUN, root / "runs" / RUN, root / "checkpoints" / "tiny" / RUN)
         self.said = root / "said"
 
     def start(self, steps: int) -> subprocess.Popen[bytes]:
         """Start the run, or go on with it, to the end of `steps`."""
         command = [sys.executable, "-m", "flashrl_cli", "train", "--preset", "tiny", "--name", RUN, "--resume", "auto"]
-        command += ["--json", "--set", f"trainer.steps={steps}", "--set", "trainer.save_every=1"]
+        command += ["--json", "--set", f"trainer.steps={steps}", "--set", "trainer.save_every=1", *self.more]
         places = {f"FLASHRL_{name.upper()}": str(self.root / name) for name in ("runs", "checkpoints")}
         with self.said.open("ab") as said:
             return subprocess.Popen(command, env={**os.environ, **places}, cwd=self.root, stdout=said, stderr=said)
@@ -176,12 +177,14 @@ def _told(shop: Shop, after: float, victim: str, outcome: str, taken: float) -> 
     )
 
 
-def one_run(root: Path, *, kills: int, steps: int, seed: int, latest_s: float = LATEST_S) -> dict[str, Any]:
+def one_run(
+    root: Path, *, kills: int, steps: int, seed: int, latest_s: float = LATEST_S, more: Sequence[str] = ()
+) -> dict[str, Any]:
     """A run that is struck `kills` times and then left in peace until it ends; `problems` is empty if all held.
 
     It ends at `steps`, or one step after the last one that it has done by then.
     """
-    shop, dice = Shop(root), random.Random(seed)
+    shop, dice = Shop(root, more), random.Random(seed)
     told: list[Strike] = []
     while len(told) < kills:
         for one in strikes(shop, dice, latest_s):

@@ -11,7 +11,7 @@ from benchmarks import kill_resume
 from flashrl_cli.runs import record
 from flashrl_cli.runs.history import history, holes
 from flashrl_cli.runs.saved import saved_steps
-from tests.integration.conftest import Workshop, events
+from tests.integration.conftest import SMALL, Workshop, events
 from tests.integration.test_train import check_evaluation, check_plausible, check_proof
 
 STRIKES_WITHIN_S = 50.0
@@ -21,7 +21,7 @@ STRIKES_WITHIN_S = 50.0
 @pytest.mark.timeout(1200)
 def test_killed_and_resumed_to_its_end(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHRL_DATA", str(workshop.root / "data"))
-    result = kill_resume.one_run(tmp_path, kills=1, steps=2, seed=11, latest_s=STRIKES_WITHIN_S)
+    result = kill_resume.one_run(tmp_path, kills=1, steps=2, seed=11, latest_s=STRIKES_WITHIN_S, more=SMALL)
     assert result["strikes"]
     assert result["problems"] == [], json.dumps(result, indent=2)
     assert not workshop.leftovers()

@@ -22,6 +22,8 @@ from tests.integration.conftest import SMALL, Workshop, events
 from tests.integration.ray_cluster import HEAD, OTHER, Cluster, two_nodes
 
 STEPS = 1
+PATIENCE_S = 780
+"""Two trainings share two cores, maybe with a third: only what stands still takes so long."""
 OF_TWO_NODES = (
     *SMALL,
     *("--rollout", "int8", "--tis", "2", "--set", "resources.nodes=2", "--set", "trainer.save_every=1"),
@@ -43,7 +45,7 @@ def train(cluster: Cluster, name: str, *more: str) -> tuple[str, ...]:
 
 def run(workshop: Workshop, cluster: Cluster, *words: str, code: int = 0) -> tuple[str, str]:
     process = workshop.start(*words, **cluster.env)
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == code, f"{out[-3000:]}\n{err[-6000:]}"
     return out, err
 
@@ -93,7 +95,7 @@ def job_of(workshop: Workshop, name: str) -> str | None:
 def test_ctrl_c_stops_the_job(workshop: Workshop, cluster: Cluster) -> None:
     process = workshop.start(*train(cluster, "stopped", "--set", "trainer.steps=500"), **cluster.env)
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE_S
         while not job_of(workshop, "stopped"):  # early is enough: the moments of a start are the local test's
             assert process.poll() is None, process.communicate()[1][-4000:]
             assert time.monotonic() < deadline
@@ -141,8 +143,8 @@ def test_two_nodes_train_together_until_one_is_lost(workshop: Workshop, cluster:
 
 
 def wait_for_step(number: int, attempt: AttemptPaths, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + PATIENCE_S
     while not any(metrics.step == number for metrics in read_metrics(attempt.metrics)):
         assert process.poll() is None, process.communicate()[1][-4000:]
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, attempt.log.read_text(errors="replace")[-4000:]
         time.sleep(0.5)
