@@ -27,6 +27,8 @@ SMALL = (
     *("--set", "algorithm.micro_batch_size_per_gpu=32", "--set", "rollout.log_prob_micro_batch_size_per_gpu=32"),
 )
 """A quarter of the tiny preset's responses a step, for a run that is about something else than what it learns."""
+PATIENCE_S = 780
+"""Runs share two cores: only what stands still takes so long. Less than pytest's own limit, which tells less."""
 ENDING_S = 5.0
 """A helper of Python's own (its fork server, its resource tracker) ends a moment after the command that it served."""
 
@@ -69,7 +71,7 @@ class Workshop:
     def run(self, *args: object, code: int = 0, **env: str) -> tuple[str, str]:
         """Outputs of `flashrl …`, which must end with `code`."""
         process = self.start(*args, **env)
-        out, err = process.communicate(timeout=500)
+        out, err = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == code, f"exit {process.returncode}\n{out[-3000:]}\n{err[-6000:]}"
         return out, err
 
@@ -141,7 +143,7 @@ def start_ranks(out: Path, policy: Path, world_size: int) -> list[subprocess.Pop
 def save_by_verl(root: Path, policy: Path) -> None:
     ranks = {world_size: start_ranks(root / f"w{world_size}", policy, world_size) for world_size in WORLDS}
     for process in (p for processes in ranks.values() for p in processes):
-        _, errors = process.communicate(timeout=240)
+        _, errors = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, errors.decode()[-2000:]
 
 

@@ -18,12 +18,10 @@ from flashrl_cli.launch.relay import Relay
 from flashrl_cli.paths import AttemptPaths
 from flashrl_cli.runs import record
 from flashrl_cli.runs.metrics import read_metrics
-from tests.integration.conftest import SMALL, Workshop, events
+from tests.integration.conftest import PATIENCE_S, SMALL, Workshop, events
 from tests.integration.ray_cluster import HEAD, OTHER, Cluster, two_nodes
 
 STEPS = 1
-PATIENCE_S = 780
-"""Two trainings share two cores, maybe with a third: only what stands still takes so long."""
 OF_TWO_NODES = (
     *SMALL,
     *("--rollout", "int8", "--tis", "2", "--set", "resources.nodes=2", "--set", "trainer.save_every=1"),

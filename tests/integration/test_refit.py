@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from flashrl_cli.data import arith
-from tests.integration.conftest import Workshop
+from tests.integration.conftest import PATIENCE_S, Workshop
 
 SUMS = arith.pairs(0)["test"][:32]
 PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -103,7 +103,7 @@ def test_refit_equals_a_fresh_engine(workshop: Workshop, tmp_path: Path, tied: b
         "FLASHRL_PLUGIN_DIR": str(tmp_path),
         "HF_HUB_OFFLINE": "1",
     }
-    subprocess.run([sys.executable, script, tmp_path / "job.json"], env=env, check=True, timeout=400)
+    subprocess.run([sys.executable, script, tmp_path / "job.json"], env=env, check=True, timeout=PATIENCE_S)
     results = json.loads((tmp_path / "out.json").read_text())
     check(results, independent(folders["A"], rows), independent(folders["B"], rows), length)
 

@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 from flashrl_cli.doctor import reload, reload_engine
+from tests.integration.conftest import PATIENCE_S
 
 
 def test_the_reload_test_tells_a_sound_engine_from_a_broken_one(tmp_path: Path) -> None:
     script = Path(__file__).with_name("reload_broken.py")
     subprocess.run(
-        [sys.executable, script, "int8", tmp_path], env=reload.environment(tmp_path), check=True, timeout=120
+        [sys.executable, script, "int8", tmp_path], env=reload.environment(tmp_path), check=True, timeout=PATIENCE_S
     )
     found = json.loads((tmp_path / reload_engine.MEASURED).read_text())
     levels = {name: [str(finding.level) for finding in reload.judge("int8", found[name])] for name in found}

@@ -20,7 +20,7 @@ from flashrl_cli.runs.checkpoints import Checkpoint, find
 from flashrl_cli.runs.saved import inspect
 from flashrl_cli.runs.stock import Stock
 from flashrl_cli.weights import Unreadable, Weights, holds_adapter_alone, stored_in_float32
-from tests.integration.conftest import BY_VERL
+from tests.integration.conftest import BY_VERL, PATIENCE_S
 
 Tensors = dict[str, Any]
 
@@ -51,7 +51,7 @@ def by_verl(saved: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) ->
     steps.append(saved[2] / "fsdp1" / "global_step_1")
     target = tmp_path_factory.mktemp("by_verl")
     argv = [sys.executable, str(BY_VERL), "merge", str(target), *(str(step / "actor") for step in steps)]
-    subprocess.run(argv, check=True, capture_output=True, timeout=240)
+    subprocess.run(argv, check=True, capture_output=True, timeout=PATIENCE_S)
     return {step: target / str(number) for number, step in enumerate(steps)}
 
 
