@@ -18,7 +18,6 @@ STRIKES_WITHIN_S = 50.0
 """The strike of this suite meets the start; benchmarks/kill_resume.py meets steps and saves, too."""
 
 
-@pytest.mark.timeout(1200)
 def test_killed_and_resumed_to_its_end(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHRL_DATA", str(workshop.root / "data"))
     result = kill_resume.one_run(tmp_path, kills=1, steps=2, seed=11, latest_s=STRIKES_WITHIN_S, more=SMALL)

@@ -31,15 +31,9 @@ class Machine:
     def lacks(self, variant: Variant) -> str | None:
         """Why it cannot run a kind of rollouts; None if it can."""
         if self.kind != "cuda":
-            return _cpu_lacks(variant)
+            return next((lack.text for lack in system.cpu_lacks(variant.precision, kv8=variant.kv8)), None)
         cache = gpus.outside(gpus.CACHE, "an FP8 KV cache", self.gpus) if variant.kv8 else None
         return gpus.lacks(variant.precision, self.gpus) or cache or _without_verl(variant)
-
-
-def _cpu_lacks(variant: Variant) -> str | None:
-    if variant.precision.startswith("fp8"):
-        return "vLLM has no FP8 kernel for a CPU"
-    return "vLLM's FP8 KV cache needs AVX-512 on a CPU" if variant.kv8 and not system.has_avx512() else None
 
 
 def _without_verl(variant: Variant) -> str | None:
@@ -55,7 +49,7 @@ def here() -> Machine:
     stack = stacks.installed_stack(versions())
     if stack is stacks.CPU:
         return Machine("cpu", _processor())
-    visible = gpus.visible(gpus.parse(gpus.probe()), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    visible = gpus.seen()
     if visible:
         return Machine("cuda", visible[0].name, tuple(visible))
     raise EnvironmentNotReady("no GPU to be seen, and vLLM is not built for a CPU", hint="flashrl doctor")

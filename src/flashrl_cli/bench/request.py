@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -198,12 +197,14 @@ def _check_mismatch(asked: Asked) -> None:
 
 def _check_kinds(chosen: Sequence[Variant], where: Machine, found: Model, tensor_parallel: int) -> None:
     """Raise InputError for kinds of rollouts that training refuses for such a model (verl.demands.rollout)."""
-    with contextlib.suppress(ValueError):  # of another kind of model only vLLM knows
+    try:
         shape = of_config(found.config)
-        for variant in chosen:
-            _check_kind(variant, found.name, shape)
-        if any(variant.precision == contract.BLOCKS and not where.lacks(variant) for variant in chosen):
-            _check_blocks(shape, found.name, tensor_parallel)
+    except ValueError:  # of another kind of model only vLLM knows
+        return
+    for variant in chosen:
+        _check_kind(variant, found.name, shape)
+    if any(variant.precision == contract.BLOCKS and not where.lacks(variant) for variant in chosen):
+        _check_blocks(shape, found.name, tensor_parallel)
 
 
 def _check_kind(variant: Variant, name: str, shape: ModelShape) -> None:

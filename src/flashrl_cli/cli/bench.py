@@ -104,13 +104,14 @@ def _bench(json_mode: bool, written: tuple[Path | None, Path | None], **asked: A
 
 def _check_place(option: str, file: Path | None) -> None:
     """Raise InputError for a file that cannot be written, before hours are spent on what stands in it."""
+    from flashrl_cli.doctor import system
     from flashrl_cli.errors import InputError
 
     if file is None:
         return
     if file.is_dir():
         raise InputError(f"{option} {file} is a folder", hint=f"{option} {file}/FILE")
-    above = next(folder for folder in file.parents if folder.exists())
+    above = system.existing(file.parent)
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise InputError(f"{option} {file}: {above} cannot be written to", hint=f"{option} FILE elsewhere")
 

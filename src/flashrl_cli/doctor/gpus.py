@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -80,6 +81,11 @@ def visible(gpus: Sequence[Gpu], allowed: str | None) -> list[Gpu]:
     return list(gpus[: len([name for name in names if not name.startswith("-")])])
 
 
+def seen() -> list[Gpu]:
+    """The GPUs of this machine that processes started here may use."""
+    return visible(parse(probe()), os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
 def devices(gpus: Sequence[Gpu], text: str | None, *, stack: str, joined: bool) -> Finding:
     """Which GPUs there are; the stack `gpu` needs some, unless runs here are `joined` to a cluster."""
     wanted = stack == "gpu" and not joined
@@ -134,17 +140,6 @@ def precisions(gpus: Sequence[Gpu]) -> Iterator[Finding]:
         )
     else:
         yield ok("precisions", text)
-
-
-def cpu_lacks(precision: str) -> Finding | None:
-    """That a CPU cannot compute in a precision, and what to take there; None if it can."""
-    if not precision.startswith("fp8"):
-        return None
-    return fail(
-        "rollout.precision",
-        "FP8 rollouts need a GPU (compute capability 8.9 or newer)",
-        "`--rollout int8` runs on a CPU",
-    )
 
 
 def lacks(precision: str, gpus: Sequence[Gpu]) -> str | None:

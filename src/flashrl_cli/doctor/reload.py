@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flashrl_cli import contract, cpu
-from flashrl_cli.doctor import gpus, software, stacks
+from flashrl_cli.doctor import gpus, software, stacks, system
 from flashrl_cli.doctor.finding import Finding, fail, ok
 from flashrl_cli.doctor.reload_engine import MEASURED
 from flashrl_cli.verl.tracebacks import root_error
@@ -53,9 +53,8 @@ def reload_test(precision: str) -> tuple[list[Finding], dict[str, Any] | None]:
 def _lack(precision: str) -> Finding | None:
     """That this machine has no kernel for a precision, before an engine starts and ends in vLLM's own words; None if it has one."""
     if stacks.installed_stack(software.probe_versions()) is stacks.CPU:
-        return gpus.cpu_lacks(precision)
-    found = gpus.visible(gpus.parse(gpus.probe()), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    reason = gpus.lacks(precision, found)
+        return next(system.cpu_lacks(precision), None)
+    reason = gpus.lacks(precision, gpus.seen())
     return fail("rollout.precision", reason, f"--rollout {gpus.PRECISIONS[precision].instead}") if reason else None
 
 

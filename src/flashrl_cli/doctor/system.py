@@ -1,4 +1,4 @@
-"""Disk, shared memory, memory and limits of this machine."""
+"""Processors, disk, shared memory, memory and limits of this machine."""
 
 from __future__ import annotations
 
@@ -57,6 +57,19 @@ def has_avx512(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
         return "avx512f" in cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
+
+
+def cpu_lacks(precision: str, *, kv8: bool = False) -> Iterator[Finding]:
+    """Yield what the engine has no code for on a CPU, of a precision and of an FP8 KV cache, and what to take there."""
+    if precision.startswith("fp8"):
+        yield fail(
+            "rollout.precision",
+            "FP8 rollouts need a GPU (compute capability 8.9 or newer)",
+            "`--rollout int8` runs on a CPU",
+        )
+    if kv8 and not has_avx512():
+        # vllm/v1/attention/backends/cpu_attn.py:510 in 0.28
+        yield fail("rollout.kv_cache", "vLLM's FP8 KV cache needs AVX-512 on a CPU", "--set rollout.kv_cache=auto")
 
 
 def probe_memory() -> int:

@@ -20,22 +20,14 @@ def findings(spec: RunSpec, versions: Mapping[str, str]) -> Iterator[Finding]:
     joined = ray_state.probe_cluster(os.environ)
     yield ray_state.cluster(joined, answers=ray_state.probe_answers(joined[0]) if joined else None)
     if spec.resources.platform == "cpu":
-        yield from _cpu_precision(spec)
+        yield from system.cpu_lacks(spec.rollout.precision, kv8=spec.rollout.kv_cache != "auto")
     elif joined is None:
-        found = gpus.visible(gpus.parse(gpus.probe()), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        found = gpus.seen()
         yield from enough(spec.resources, len(found))
         yield from _gpu_precision(spec, found)
         yield from gpus.driver(found, gpus.cuda_of(versions.get("torch", "")), compatible=gpus.COMPATIBLE.is_dir())
         if installed_stack(versions) is GPU:
             yield attention(spec, versions)
-
-
-def _cpu_precision(spec: RunSpec) -> Iterator[Finding]:
-    if lack := gpus.cpu_lacks(spec.rollout.precision):
-        yield lack
-    if spec.rollout.kv_cache != "auto" and not system.has_avx512():
-        # vllm/v1/attention/backends/cpu_attn.py:510 in 0.28
-        yield fail("rollout.kv_cache", "vLLM's FP8 KV cache needs AVX-512 on a CPU", "--set rollout.kv_cache=auto")
 
 
 def _gpu_precision(spec: RunSpec, found: Sequence[gpus.Gpu]) -> Iterator[Finding]:
@@ -74,5 +66,4 @@ def gpu_memory(spec: RunSpec) -> list[int]:
     """Bytes of each GPU of this machine; empty for a run on a CPU, or on a cluster, whose GPUs cannot be seen from here."""
     if spec.resources.platform == "cpu" or ray_state.probe_cluster(os.environ):
         return []
-    found = gpus.visible(gpus.parse(gpus.probe()), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    return [gpu.memory_mib << 20 for gpu in found if gpu.memory_mib]
+    return [gpu.memory_mib << 20 for gpu in gpus.seen() if gpu.memory_mib]

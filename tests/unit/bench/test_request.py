@@ -170,7 +170,7 @@ def test_the_cpu_stack_measures_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> N
     found = machine.here()
     assert found.kind == "cpu"
     assert found.device.endswith("cores")
-    assert found.lacks(Variant(precision="fp8-block")) == "vLLM has no FP8 kernel for a CPU"
+    assert found.lacks(Variant(precision="fp8-block")) == "FP8 rollouts need a GPU (compute capability 8.9 or newer)"
     assert found.lacks(Variant(precision="int8")) is None
 
 

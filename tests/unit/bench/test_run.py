@@ -149,7 +149,7 @@ def test_an_engine_that_holds_something_else_gives_no_number(workers: Workers, t
 def test_what_the_machine_lacks_starts_no_engine(workers: Workers, tmp_path: Path) -> None:
     report = measure(tmp_path, "fp8,int8")
     assert {name for name, _ in workers.asked} == {"int8"}
-    assert report.document()["variants"][0]["problem"] == "vLLM has no FP8 kernel for a CPU"
+    assert report.document()["variants"][0]["problem"] == "FP8 rollouts need a GPU (compute capability 8.9 or newer)"
 
 
 def test_an_interruption_keeps_what_is_finished(workers: Workers, tmp_path: Path) -> None:
