@@ -1,5 +1,6 @@
 # Everything that a checkout needs; `make` lists it. Only Python 3.11 or 3.12 and make must be there.
 VENV ?= .venv
+GPU_VENV ?= .venv-gpu
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # PyTorch publishes its CPU builds on an index of its own.
@@ -15,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test unit integration fmt lint type golden tables lock clean
+.PHONY: help setup gpu demo test unit integration fmt lint type golden tables lock clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -24,7 +25,14 @@ setup: $(READY)  ## Make .venv with the CPU stack, the test tools and flashrl (P
 	@echo "$(VENV) is ready"
 
 $(READY): requirements/install.sh requirements/cpu.txt requirements/dev.txt pyproject.toml
-	TORCH_INDEX=$(TORCH_INDEX) bash requirements/install.sh $(VENV)
+	TORCH_INDEX=$(TORCH_INDEX) bash requirements/install.sh $(VENV) cpu
+	@touch $@
+
+gpu: $(GPU_VENV)/.ready  ## Make .venv-gpu with the GPU stack (Linux, x86_64), the test tools and flashrl.
+	@echo "$(GPU_VENV) is ready: . $(GPU_VENV)/bin/activate; flashrl doctor tells what this machine lacks"
+
+$(GPU_VENV)/.ready: requirements/install.sh requirements/gpu.txt requirements/dev.txt pyproject.toml
+	bash requirements/install.sh $(GPU_VENV) gpu
 	@touch $@
 
 demo: $(READY)  ## Prepare, train with INT8 rollouts and TIS, evaluate; results in demo/.
@@ -61,4 +69,4 @@ lock: $(READY)  ## Resolve requirements/*.txt anew (UPGRADE=1: to the newest ver
 	UV=$(abspath $(BIN))/uv UPGRADE=$(UPGRADE) bash requirements/renew.sh
 
 clean:  ## Remove the virtual environment and the caches.
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf $(VENV) $(GPU_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Make a virtual environment with the CPU stack, the test tools and flashrl itself: install.sh FOLDER (`make setup` calls it).
+# Make a virtual environment with a stack, the test tools and flashrl itself: install.sh FOLDER cpu|gpu (`make setup` and
+# `make gpu` call it).
 #
-# Needs Python 3.11 or 3.12 ($PYTHON names one) and $TORCH_INDEX, where torch's CPU build lies. uv is used where it is
+# Needs Python 3.11 or 3.12 ($PYTHON names one); the CPU stack also needs $TORCH_INDEX, where torch's CPU build is.
+# The GPU stack comes from the package index alone, and needs no GPU to be installed. uv is used where it is
 # found, else fetched with pip, else done without. The lists are complete, so nothing is resolved; everything is
 # byte-compiled, because each Ray actor imports the stack anew.
 # Safe to run again: what is there is kept.
@@ -9,7 +11,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 VENV=$1
-TORCH=$(grep '^torch==' requirements/cpu.txt)
+STACK=$2
+TORCH=$(grep '^torch==' "requirements/$STACK.txt")
 SUITABLE='import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'
 
 # A name on the PATH proves nothing: version managers leave shims there for versions that they do not run.
@@ -23,7 +26,7 @@ find_python() {
     done
     cat >&2 <<EOF
 error: no Python 3.11 or 3.12 with venv and pip among: ${PYTHON:-python3.11 python3.12 python3}
-hint: install one (Debian, Ubuntu: apt install python3.11-venv), or name one: make setup PYTHON=/path/to/python3.11
+hint: install one (Debian, Ubuntu: apt install python3.11-venv), or name one with PYTHON=/path/to/python3.11
 EOF
     return 2
 }
@@ -57,15 +60,17 @@ torch_source() {
 }
 
 python=$(find_python)
-echo "Setting up $VENV: $("$python" --version), the CPU stack, flashrl"
+echo "Setting up $VENV: $("$python" --version), the ${STACK^^} stack, flashrl"
 "$python" -m venv "$VENV"
 UV=$(find_uv)
-# shellcheck disable=SC2046  # options and values, split on purpose
-if ! install $(torch_source) "$TORCH"; then
-    echo "hint: without that index, put the wheel of $TORCH into a folder and name it in PIP_FIND_LINKS" >&2
-    exit 3
+if [ "$STACK" = cpu ]; then
+    # shellcheck disable=SC2046  # options and values, split on purpose
+    if ! install $(torch_source) "$TORCH"; then
+        echo "hint: without that index, put the wheel of $TORCH into a folder and name it in PIP_FIND_LINKS" >&2
+        exit 3
+    fi
 fi
-install -r requirements/cpu.txt -r requirements/dev.txt
+install -r "requirements/$STACK.txt" -r requirements/dev.txt
 install --no-build-isolation --editable .
 if [ -z "$UV" ]; then
     # some packages ship templates that are no Python, which compileall counts as errors

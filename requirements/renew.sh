@@ -47,6 +47,7 @@ resolve dev dev.in --constraints cpu.txt
 headed dev '# made by requirements/renew.sh (`make lock`) from dev.in; not to be edited by hand' \
     '# what it is: the tools of `make test`, beside cpu.txt. Install it without resolving: `pip install --no-deps -r`'
 
-resolve gpu gpu.in "${EXTRAS[@]}"
+# constrained by the test tools, which `make gpu` installs beside it
+resolve gpu gpu.in "${EXTRAS[@]}" --constraints dev.txt
 headed gpu '# made by requirements/renew.sh (`make lock`) from gpu.in and pyproject.toml; not to be edited by hand' \
-    '# what it is: constraints for the GPU stack, `pip install "flashrl-cli[gpu]" -c requirements/gpu.txt` (Linux, x86_64, CUDA 13)'
+    '# what it is: the whole GPU stack (Linux, x86_64, CUDA 13). `make gpu` installs it; `pip install --no-deps -r` does, too'

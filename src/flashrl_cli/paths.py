@@ -44,6 +44,12 @@ def presets_root() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "presets"
 
 
+def checkout() -> Path | None:
+    """The folder of flashrl's repository where it runs from one (an editable install); None for a wheel."""
+    root = presets_root().parent
+    return root if (root / "pyproject.toml").is_file() else None
+
+
 @dataclass(frozen=True, slots=True)
 class DatasetPaths:
     """Files of one prepared data set under the data root (or under `root`, when given)."""

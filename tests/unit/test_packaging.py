@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import configparser
+import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -11,8 +13,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from flashrl_cli import paths
+from flashrl_cli.doctor import stacks
 
 ROOT = Path(__file__).parents[2]
 PINNED = re.compile(r"^([a-z0-9][a-z0-9._-]*)==([^ ;]+)(?: ; platform_machine == 'x86_64')?$")
@@ -97,19 +102,91 @@ def test_gpu_stack_is_the_stated_one() -> None:
     assert {name: gpu[name] for name in stated} == stated
 
 
-def test_lists_cover_what_the_package_depends_on() -> None:
+@pytest.mark.parametrize("stack", ["cpu", "gpu"])
+def test_lists_hold_what_the_package_and_its_extras_depend_on(stack: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = {re.split(r"[<>=\[]", text)[0] for text in [*project["dependencies"], *extras["data"], *extras["plot"]]}
-    assert wanted <= set(pins("cpu"))
-    assert wanted <= set(pins("gpu"))
+    texts = [*project["dependencies"], *extras["data"], *extras["plot"], *extras["eval"]]
+    found = pins(stack)
+    for requirement in map(Requirement, texts):
+        assert requirement.specifier.contains(found[canonicalize_name(requirement.name)]), requirement
 
 
-def test_test_tools_agree_with_the_cpu_stack() -> None:
-    cpu, dev = pins("cpu"), pins("dev")
-    assert {name: dev[name] for name in cpu.keys() & dev.keys()} == {
-        name: cpu[name] for name in cpu.keys() & dev.keys()
+@pytest.mark.parametrize("stack", LISTS)
+def test_lists_hold_what_they_were_made_for(stack: str) -> None:
+    """Installed without resolving, a list that lost a line would leave a stack without it."""
+    lines = (ROOT / "requirements" / f"{stack}.in").read_text(encoding="utf-8").splitlines()
+    found = pins(stack)
+    for requirement in (Requirement(line) for line in lines if line and not line.startswith("#")):
+        assert requirement.specifier.contains(found[canonicalize_name(requirement.name)]), requirement
+
+
+def test_the_gpu_extra_is_the_gpu_list_s_verl() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert f"verl[vllm]=={pins('gpu')['verl']}" in project["optional-dependencies"]["gpu"]
+
+
+@pytest.mark.parametrize("stack", ["cpu", "gpu"])
+def test_test_tools_agree_with_both_stacks(stack: str) -> None:
+    """Both are installed into one environment, the tools last."""
+    found, dev = pins(stack), pins("dev")
+    assert {name: dev[name] for name in found.keys() & dev.keys()} == {
+        name: found[name] for name in found.keys() & dev.keys()
     }
+
+
+PYTHON = """#!/bin/sh
+case "$1" in
+    -m) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    --version) echo Python 3.11.9 ;;
+    -c) case "$2" in *print*) echo cp311 ;; esac ;;
+esac
+"""
+UV = """#!/bin/sh
+echo "$@" >>"$UV_SAID"
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("target", "stack", "folder"), [("setup", "cpu", "VENV"), ("gpu", "gpu", "GPU_VENV")])
+def test_make_installs_a_whole_stack(target: str, stack: str, folder: str, tmp_path: Path) -> None:
+    """A Python and a uv that only note what they are asked: torch's CPU index is for the CPU stack alone."""
+    for name, text in (("python3.11", PYTHON), ("uv", UV)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    said = tmp_path / "said"
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "UV_SAID": str(said)}
+    command = ["make", "--no-print-directory", target, f"{folder}={tmp_path / 'venv'}", "TORCH_INDEX=index:cpu"]
+    made = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=60)
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "venv" / ".ready").is_file()
+    common = f"pip install --python {tmp_path / 'venv'}/bin/python --compile-bytecode --no-deps"
+    torch = [f"{common} --index-url index:cpu torch=={pins('cpu')['torch']}"] if stack == "cpu" else []
+    assert said.read_text().splitlines() == [
+        *torch,
+        f"{common} -r requirements/{stack}.txt -r requirements/dev.txt",
+        f"{common} --no-build-isolation --editable .",
+    ]
+
+
+def test_no_advice_installs_from_an_index_what_is_on_none() -> None:
+    """flashrl is installed from a checkout; a name of it that pip would look up is nobody's, or somebody else's."""
+    texts = [
+        *(ROOT / "src").rglob("*.py"),
+        *(ROOT / "docs").glob("*.md"),
+        *ROOT.glob("*.md"),
+        *(ROOT / "requirements").iterdir(),
+    ]
+    asked = re.compile(r"""install[^`\n]*["' ]flashrl-cli\b""")
+    assert not [(file.name, match[0]) for file in texts for match in asked.finditer(file.read_text(encoding="utf-8"))]
+
+
+def test_an_extra_is_installed_from_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert {"data", "plot", "eval"} <= extras.keys()
+    assert shlex.split(stacks.install_extra("plot")) == ["pip", "install", "-e", f"{ROOT}[plot]"]
+    monkeypatch.setattr(paths, "presets_root", lambda: tmp_path / "flashrl_cli" / "_presets")
+    assert stacks.install_extra("plot") == "pip install -e '.[plot]' in a checkout of flashrl"
 
 
 @pytest.mark.processes

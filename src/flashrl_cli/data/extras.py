@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from flashrl_cli.doctor import stacks
 from flashrl_cli.errors import EnvironmentNotReady
 
 
@@ -16,4 +17,4 @@ def require(module: str) -> Any:
         package = module.partition(".")[0]
         if error.name != package:
             raise
-        raise EnvironmentNotReady(f"{package} is not installed", hint="pip install 'flashrl-cli[data]'") from error
+        raise EnvironmentNotReady(f"{package} is not installed", hint=stacks.install_extra("data")) from error

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashrl_cli import __version__, paths
+from flashrl_cli import paths
 from flashrl_cli.doctor.stacks import GPU
 from flashrl_cli.errors import EnvironmentNotReady
 from flashrl_cli.fit import known
@@ -52,7 +52,7 @@ PASSED = (
 class Folders:
     """Folders that the container shares with this machine.
 
-    `source` is the checkout that is running, None for a released version; `read` are further ones that are only read.
+    `source` is the checkout that is running, which the container installs; `read` are further ones that are only read.
     """
 
     work: Path
@@ -60,7 +60,7 @@ class Folders:
     runs: Path
     checkpoints: Path
     hub: Path
-    source: Path | None = None
+    source: Path
     read: tuple[Path, ...] = ()
 
     @property
@@ -74,14 +74,23 @@ Words = tuple[tuple[str, ...], ...]
 
 
 def folders(inputs: Iterable[Path]) -> Folders:
-    """The folders of this shell, with those of the files and folders that a run reads."""
+    """The folders of this shell, with those of the files and folders that a run reads.
+
+    Raises EnvironmentNotReady where flashrl runs from no checkout: the container would have nothing to install.
+    """
+    source = paths.checkout()
+    if source is None:
+        raise EnvironmentNotReady(
+            "flashrl was not installed from a checkout, and the container installs the checkout",
+            hint="clone the repository and `pip install -e .` there",
+        )
     return Folders(
         work=Path.cwd(),
         data=paths.data_root(),
         runs=paths.runs_root(),
         checkpoints=paths.checkpoints_root(),
         hub=paths.absolute(known.hub_home(os.environ, Path.home())),
-        source=_checkout(),
+        source=source,
         read=tuple(path if path.is_dir() else path.parent for path in inputs),
     )
 
@@ -134,7 +143,7 @@ def _mounts(folders: Folders) -> Iterator[tuple[str, str]]:
     written = list(_outermost(folders.written))
     for path in written:
         yield "-v", f"{path}:{path}"
-    for path in _outermost([*folders.read, *filter(None, [folders.source])]):
+    for path in _outermost([*folders.read, folders.source]):
         if not any(path.is_relative_to(other) for other in written):
             yield "-v", f"{path}:{path}:ro"
 
@@ -157,12 +166,6 @@ def _variables(folders: Folders, environment: Mapping[str, str]) -> Iterator[tup
             yield "-e", name
 
 
-def _checkout() -> Path | None:
-    root = paths.presets_root().parent
-    return root if (root / "pyproject.toml").is_file() else None
-
-
-def _install(source: Path | None) -> str:
-    requirement = f"{source}[gpu]" if source else f"flashrl-cli[gpu]=={__version__}"
+def _install(source: Path) -> str:
     pins = [f"{name}=={version}" for name, version in GPU.pins.items()]
-    return shlex.join(["pip", "install", "-q", requirement, *pins])
+    return shlex.join(["pip", "install", "-q", f"{source}[gpu]", *pins])

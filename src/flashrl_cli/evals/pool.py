@@ -19,6 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar, TypeVarTuple
 
+from flashrl_cli.doctor import software, stacks
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
 from flashrl_cli.evals import grade, grader
 
@@ -51,7 +52,7 @@ class Graders:
     def __init__(self, *, workers: int) -> None:
         for package in _PACKAGES:
             if importlib.util.find_spec(package) is None:
-                raise EnvironmentNotReady(f"{package} is not installed", hint="pip install 'flashrl-cli[eval]' verl")
+                raise EnvironmentNotReady(f"{package} is not installed", hint=_install(package))
         self._workers = workers
         self._lock = threading.Lock()
         self._closed = False
@@ -168,3 +169,7 @@ def _why(lost: Exception) -> str:
     code = getattr(lost, "exitcode", None)
     how = signal.Signals(-code).name if isinstance(code, int) and code < 0 else f"code {code}"
     return f"its grader ended with {how}: was memory short?"
+
+
+def _install(package: str) -> str:
+    return software.INSTALL if package == "verl" else stacks.install_extra("eval")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flashrl_cli.doctor import stacks
 from flashrl_cli.errors import EnvironmentNotReady
 from flashrl_cli.runs import curves
 
@@ -60,7 +61,7 @@ def installed(package: str) -> bool:
 def require(package: str) -> None:
     """Raise EnvironmentNotReady if the plotting `package` is not installed."""
     if not installed(package):
-        raise EnvironmentNotReady(f"{package} is not installed", hint='pip install "flashrl-cli[plot]"')
+        raise EnvironmentNotReady(f"{package} is not installed", hint=stacks.install_extra("plot"))
 
 
 def panels(found: Mapping[str, Sequence[curves.Curve]], weight: float) -> list[Panel]:

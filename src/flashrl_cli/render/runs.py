@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from flashrl_cli.doctor import stacks
 from flashrl_cli.doctor.space import size
 from flashrl_cli.render import plots
 from flashrl_cli.render.live import describe
@@ -175,7 +176,7 @@ def _curve(out: Output, steps: Sequence[StepMetrics]) -> None:
     if len(points) < 2:
         return
     if not plots.installed("plotext"):
-        out.say('no curve: plotext is not installed (pip install "flashrl-cli[plot]")')
+        out.say(f"no curve: plotext is not installed; {stacks.install_extra('plot')}")
         return
     series = plots.Series(label="reward", xs=[step for step, _ in points], ys=[reward for _, reward in points])
     out.text(plots.text_curve([series], ylabel="reward") + "\n")

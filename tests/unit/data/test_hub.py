@@ -17,6 +17,7 @@ import pytest
 from flashrl_cli.data import hub
 from flashrl_cli.data.hub import HubSource
 from flashrl_cli.data.rows import BadRows
+from flashrl_cli.doctor import stacks
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 
 READ = """
@@ -138,4 +139,4 @@ def test_datasets_not_installed_is_the_environment(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(EnvironmentNotReady, match="datasets is not installed") as caught:
         HubSource("a/b", None, ("train",)).describe()
-    assert caught.value.hint == "pip install 'flashrl-cli[data]'"
+    assert caught.value.hint == stacks.install_extra("data")

@@ -78,9 +78,11 @@ def test_the_stack_is_installed_before_the_command() -> None:
     assert shlex.split(then) == ["flashrl", "train", "--set", "data.train=a b"]
 
 
-def test_a_released_version_is_installed_by_its_number() -> None:
-    folders = Folders(work=Path("/w"), data=Path("/d"), runs=Path("/r"), checkpoints=Path("/c"), hub=Path("/h"))
-    assert "'flashrl-cli[gpu]==" in command(folders)[-1][2]
+def test_without_a_checkout_there_is_nothing_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The distribution's name is on no package index."""
+    monkeypatch.setattr(paths, "presets_root", lambda: tmp_path / "flashrl_cli" / "_presets")
+    with pytest.raises(EnvironmentNotReady, match="not installed from a checkout"):
+        docker.folders([])
 
 
 def test_secrets_are_passed_by_name() -> None:
@@ -125,7 +127,12 @@ def test_run_makes_the_folders_and_becomes_docker(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(os, "execv", lambda program, argv: called.append((program, argv)))
     folders = Folders(
-        work=tmp_path, data=tmp_path / "d", runs=tmp_path / "r", checkpoints=tmp_path / "c", hub=tmp_path / "h"
+        work=tmp_path,
+        data=tmp_path / "d",
+        runs=tmp_path / "r",
+        checkpoints=tmp_path / "c",
+        hub=tmp_path / "h",
+        source=tmp_path,
     )
     words = command(folders)
     docker.run(words, folders)

@@ -31,7 +31,7 @@ def test_missing_modules() -> None:
     found = list(software.missing(lambda name: None if name in {"ray", "vllm"} else name))
     assert [(finding.name, finding.level) for finding in found] == [("ray", "fail"), ("vllm", "fail")]
     assert "make setup" in str(found[0].fix)
-    assert "flashrl-cli[gpu]" in str(found[0].fix)
+    assert "make gpu" in str(found[0].fix)
     assert not list(software.missing(lambda name: name))
 
 

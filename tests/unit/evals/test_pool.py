@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from flashrl_cli.doctor import software, stacks
 from flashrl_cli.errors import EnvironmentNotReady
 from flashrl_cli.evals.pool import Graders
 from tests.unit.evals import graders_at_work
@@ -108,8 +109,16 @@ def test_an_interrupt_ends_all_at_once_and_in_silence(tmp_path: Path) -> None:
     assert not remaining(started, 5)
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "math_verify" else object())
-    with pytest.raises(EnvironmentNotReady, match="math_verify is not installed") as caught:
+@pytest.mark.parametrize(
+    ("package", "hint"),
+    [
+        ("pebble", stacks.install_extra("eval")),
+        ("math_verify", stacks.install_extra("eval")),
+        ("verl", software.INSTALL),
+    ],
+)
+def test_a_missing_package_is_named(package: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else object())
+    with pytest.raises(EnvironmentNotReady, match=f"{package} is not installed") as caught:
         Graders(workers=1)
-    assert caught.value.hint == "pip install 'flashrl-cli[eval]' verl"
+    assert caught.value.hint == hint

@@ -111,7 +111,7 @@ def _node(plan: LaunchPlan, node: Mapping[str, Any], wanted: Mapping[str, str]) 
     if node["missing"]:
         yield Problem(f"not there: {', '.join(node['missing'])}", where, "put them on a disk that all nodes share")
     if absent := [group for group in ENTRY_POINTS if group not in node["plugins"]]:
-        fix = "pip install flashrl-cli on every node"
+        fix = "`pip install --no-deps -e .` in a checkout of flashrl, on every node"
         yield Problem(f"flashrl's entry points are missing: {', '.join(absent)}", where, fix)
     if reason := gpus.lacks(plan.spec.rollout.precision, gpus.parse(node["gpus"])):
         instead = gpus.PRECISIONS[plan.spec.rollout.precision].instead
