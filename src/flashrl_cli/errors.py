@@ -1,11 +1,13 @@
 """Everything that can go wrong for a user, and the exit code it ends with.
 
-An error says what happened and the one command or key that fixes it. Only `cli.app.main` catches these.
+An error says what happened and the one command or key that fixes it. Only `cli.app.main` catches these. What is no FlashrlError
+is an error of the disk or a bug; `exit_code_of` says the code of each, for the process and for the record of a run alike.
 """
 
 from __future__ import annotations
 
 import enum
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,7 +65,31 @@ class NothingMatched(FlashrlError):
     exit_code = ExitCode.NO_MATCH
 
 
+class BelowThreshold(FlashrlError):
+    """What was judged is below the threshold that was asked for; the judgement itself went well (exit 5)."""
+
+    exit_code = ExitCode.THRESHOLD
+
+
 class RunFailed(FlashrlError):
     """The launched work failed (exit 1)."""
 
     exit_code = ExitCode.FAILED
+
+
+def is_of_the_disk(error: BaseException) -> bool:
+    """Whether an error tells of a disk, a path or its rights; one without a path, of a connection for instance, does not."""
+    return isinstance(error, OSError) and bool(error.filename or error.errno == errno.ENOSPC)
+
+
+def exit_code_of(error: BaseException) -> ExitCode:
+    """The code that a command ends with when `error` ends it."""
+    if isinstance(error, FlashrlError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return ExitCode.INTERRUPTED
+    if is_of_the_disk(error):
+        return ExitCode.ENVIRONMENT
+    if isinstance(error, BrokenPipeError):  # typer's way with a reader that went away
+        return ExitCode.FAILED
+    return ExitCode.INTERNAL

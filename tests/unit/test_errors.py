@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
 from flashrl_cli.cli import app
 from flashrl_cli.errors import (
+    BelowThreshold,
     EnvironmentNotReady,
     ExitCode,
     FlashrlError,
@@ -15,9 +18,12 @@ from flashrl_cli.errors import (
     NothingMatched,
     Problem,
     RunFailed,
+    exit_code_of,
 )
+from flashrl_cli.launch.signals import Interrupted
 
-CODES = {FlashrlError: 1, RunFailed: 1, InputError: 2, EnvironmentNotReady: 3, NothingMatched: 4}
+CODES = {FlashrlError: 1, RunFailed: 1, InputError: 2, EnvironmentNotReady: 3, NothingMatched: 4, BelowThreshold: 5}
+README = Path(__file__).parents[2] / "README.md"
 
 
 def test_exit_codes_are_what_scripts_rely_on() -> None:
@@ -47,8 +53,12 @@ def test_error_ends_the_command_with_its_code(
     assert caught.value.code == CODES[kind]
     assert capsys.readouterr().err == "error: what\n  a:1: one\nhint: fix\n"
     monkeypatch.setenv("FLASHRL_DEBUG", "1")
-    with pytest.raises(kind):
+    with pytest.raises(SystemExit) as caught:
         app.main()
+    assert caught.value.code == CODES[kind], "a traceback changes no exit code"
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.endswith(f"{kind.__name__}: what\n")
 
 
 def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,10 +71,33 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.code == 130
 
 
-def test_other_exceptions_are_bugs_and_stay_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_exceptions_are_bugs_and_stay_visible(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(app, "app", lambda words: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(SystemExit) as caught:
         app.main()
+    assert caught.value.code == 70
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert err.endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_the_readme_lists_every_exit_code() -> None:
+    text = README.read_text(encoding="utf-8").partition("Exit codes: ")[2].partition("\n\n")[0]
+    told = {
+        int(code)
+        for codes in re.findall(r"(?:^|· )(\d+(?:/\d+)*)", text.replace("\n", " "))
+        for code in codes.split("/")
+    }
+    assert told == set(map(int, ExitCode))
+
+
+def test_every_exit_code_has_an_error_or_an_end() -> None:
+    """No code is documented that nothing raises."""
+    raised = {kind.exit_code for kind in CODES}
+    ended = [KeyboardInterrupt(), Interrupted(15, "fix"), OSError(2, "gone", "/x"), ZeroDivisionError()]
+    assert {ExitCode.OK, *raised, *map(exit_code_of, ended)} == set(ExitCode)
 
 
 @pytest.mark.parametrize("words", [["--version"], ["-h"]])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -19,7 +19,7 @@ from flashrl_cli.cli.presets import presets
 from flashrl_cli.cli.quantize import quantize
 from flashrl_cli.cli.runs import runs
 from flashrl_cli.cli.train import train
-from flashrl_cli.errors import EnvironmentNotReady, ExitCode, FlashrlError
+from flashrl_cli.errors import EnvironmentNotReady, FlashrlError, exit_code_of, is_of_the_disk
 
 app = typer.Typer(
     name="flashrl",
@@ -58,28 +58,32 @@ app.command("doctor")(doctor)
 
 
 def main() -> None:
-    """Run the command line; an error of the user's, or of a disk, ends as `error:`, `hint:` and its exit code."""
+    """Run the command line; whatever ends it is told, and ends the process with its exit code.
+
+    An error of the user's, or of a disk, is told as `error:` and `hint:`, anything else, a bug, with its traceback.
+    """
     try:
         app(_words(sys.argv[1:]))
-    except FlashrlError as error:
-        if os.environ.get("FLASHRL_DEBUG"):
-            raise
-        from flashrl_cli.render.output import print_error
+    except SystemExit:
+        raise
+    except BaseException as error:
+        _tell(error)
+        raise SystemExit(int(exit_code_of(error))) from error
 
+
+def _tell(error: BaseException) -> None:
+    from flashrl_cli.render.output import print_error
+
+    if isinstance(error, KeyboardInterrupt):
+        return
+    if os.environ.get("FLASHRL_DEBUG") or not (isinstance(error, FlashrlError) or is_of_the_disk(error)):
+        traceback.print_exception(error)
+    elif isinstance(error, FlashrlError):
         print_error(error)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        # one without a path, of a connection for instance, is nothing that a disk is mended for
-        if os.environ.get("FLASHRL_DEBUG") or not (error.filename or error.errno == errno.ENOSPC):
-            raise
-        from flashrl_cli.render.output import print_error
-
+    elif isinstance(error, OSError):
         where = f"{error.filename2 or error.filename}: " if error.filename else ""
-        hint = "mend the disk, the path or its rights; FLASHRL_DEBUG=1 shows what was done with it"
+        hint = "correct the disk, the path or its rights; FLASHRL_DEBUG=1 shows what was done with it"
         print_error(EnvironmentNotReady(f"{where}{error.strerror or error}", hint=hint))
-        sys.exit(ExitCode.ENVIRONMENT)
-    except KeyboardInterrupt:
-        sys.exit(ExitCode.INTERRUPTED)
 
 
 def _words(argv: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import __version__
 from flashrl_cli.doctor.software import probe_versions
-from flashrl_cli.errors import ExitCode, FlashrlError, InputError
+from flashrl_cli.errors import ExitCode, FlashrlError, InputError, exit_code_of
 from flashrl_cli.launch import changes, signals
 from flashrl_cli.launch.recording import Recording
 from flashrl_cli.launch.repository import git_state
@@ -110,12 +110,12 @@ def _attempt(plan: LaunchPlan, command: Sequence[str]) -> Attempt:
 
 def _ending(error: BaseException) -> dict[str, Any]:
     """How the record tells an attempt that `error` ended."""
+    code = int(exit_code_of(error))
     if isinstance(error, signals.Interrupted):
-        return {"status": "stopped", "exit_code": int(error.exit_code), "error": error.message}
+        return {"status": "stopped", "exit_code": code, "error": error.message}
     if isinstance(error, FlashrlError):
-        first = error.message.partition("\n")[0]
-        return {"status": "failed", "exit_code": int(error.exit_code), "error": first, "hint": error.hint}
-    return {"status": "failed", "exit_code": int(ExitCode.INTERNAL), "error": f"{type(error).__name__}: {error}"}
+        return {"status": "failed", "exit_code": code, "error": error.message.partition("\n")[0], "hint": error.hint}
+    return {"status": "failed", "exit_code": code, "error": f"{type(error).__name__}: {error}"}
 
 
 def _close(plan: LaunchPlan, **fields: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import socket
 import subprocess
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from flashrl_cli.cli import app
 from flashrl_cli.contract import Handshake
 from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
 from flashrl_cli.launch import run as run_module
@@ -103,6 +106,41 @@ def test_how_an_attempt_ended(error: BaseException, status: str, code: int, atte
     assert found.ended
     assert "\n" not in str(found.error)
     assert found.hint == ("mend it" if status == "failed" and code != 70 else None)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RunFailed("it broke"),
+        EnvironmentNotReady("it broke"),
+        Interrupted(2, "go on"),
+        Interrupted(15, "go on"),
+        Interrupted(1, "go on"),
+        KeyboardInterrupt(),
+        OSError(errno.EACCES, "Permission denied", "/runs/r"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        ZeroDivisionError("it broke"),
+        MemoryError(),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("debug", ["", "1"])
+def test_the_record_has_the_exit_code_of_the_process(
+    error: BaseException, debug: str, attempted: Callable[..., Attempt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHRL_DEBUG", debug)
+    command = typer.Typer(pretty_exceptions_enable=False)
+
+    @command.command()
+    def train() -> None:
+        raise error
+
+    monkeypatch.setattr(app, "app", lambda _words: command([]))
+    with pytest.raises(SystemExit) as caught:
+        app.main()
+    assert attempted(error).exit_code == caught.value.code
 
 
 def test_a_later_attempt_keeps_the_earlier(
