@@ -13,6 +13,7 @@ from flashrl_cli.cli import eval_options as options
 from flashrl_cli.cli.options import Json, MemoryShare, TensorParallel
 
 if TYPE_CHECKING:
+    from flashrl_cli.evals.job import EngineSettings
     from flashrl_cli.evals.report import Report
     from flashrl_cli.evals.request import Request
     from flashrl_cli.evals.run import Telling
@@ -37,6 +38,7 @@ def evaluate(
     profile: options.Profile = None,
     tp: TensorParallel = 1,
     gpu_memory_utilization: MemoryShare = None,
+    fail_under: options.FailUnder = None,
     watch: options.Watch = False,
     merge: options.Merge = None,
     out: options.Out = None,
@@ -52,16 +54,16 @@ def evaluate(
 
     flashrl eval checkpoints/flashrl/tiny --base ~/data/tiny/model --png
     """
+    from flashrl_cli.evals import job, request, verdicts
     from flashrl_cli.launch import signals
     from flashrl_cli.render.output import Output
 
     output = Output(json_mode=json)
+    least = verdicts.share("--fail-under", fail_under)
     with signals.raised("the same command goes on from here"):
         if merge is not None:
-            _merge(output, patterns, merge)
+            _merge(output, patterns, merge, least)
             return
-        from flashrl_cli.evals import job, request
-
         lookup = partial(
             request.plan,
             patterns,
@@ -70,16 +72,25 @@ def evaluate(
             dataset=dataset,
             limit=limit,
             sampling=job.Sampling(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed),
-            engine=job.EngineSettings(
-                rollout=rollout.value,
-                max_model_len=max_model_len,
-                gpu_memory_utilization=gpu_memory_utilization,
-                tensor_parallel=tp,
-                profile=None if profile is None else str(paths.absolute(profile)),
-            ),
+            engine=_engine(rollout, max_model_len, gpu_memory_utilization, tp, profile),
             out=out,
+            fail_under=least,
         )
         _evaluate(output, lookup, patterns, watch=watch, png=png)
+
+
+def _engine(
+    rollout: options.Rollout, max_model_len: int | None, memory: float | None, tp: int, profile: Path | None
+) -> EngineSettings:
+    from flashrl_cli.evals.job import EngineSettings
+
+    return EngineSettings(
+        rollout=rollout.value,
+        max_model_len=max_model_len,
+        gpu_memory_utilization=memory,
+        tensor_parallel=tp,
+        profile=None if profile is None else str(paths.absolute(profile)),
+    )
 
 
 def _evaluate(output: Output, lookup: Callable[[], Request], patterns: list[str], *, watch: bool, png: bool) -> None:
@@ -98,6 +109,8 @@ def _evaluate(output: Output, lookup: Callable[[], Request], patterns: list[str]
         with _telling(output, label, request.prompts) as telling:
             finished = session.evaluate(request, telling)
     _show(output, finished, watch=watch, png=png)
+    if finished.report.threshold:
+        finished.report.threshold.require()
 
 
 @contextlib.contextmanager
@@ -137,10 +150,13 @@ def _show(output: Output, finished: Finished, *, watch: bool, png: bool) -> None
     output.say(f"written to {folder}; `flashrl eval show {folder}` reads the responses")
 
 
-def _merge(output: Output, patterns: list[str], target: Path) -> None:
+def _merge(output: Output, patterns: list[str], target: Path, least: float | None) -> None:
+    from flashrl_cli.errors import InputError
     from flashrl_cli.evals.merge import merged
     from flashrl_cli.runs.checkpoints import find
 
+    if least is not None:
+        raise InputError("--fail-under is for an evaluation, and --merge evaluates nothing", hint="two commands")
     found = find(patterns)
     for one in found.skipped:
         output.warn(f"skipped {one.path}: {one.reason}")

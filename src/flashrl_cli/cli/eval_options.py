@@ -54,6 +54,14 @@ Profile = Annotated[
         "--profile", metavar="FILE", help="Smoothing profile to apply, as a rollout with it does (int8, fp8)."
     ),
 ]
+FailUnder = Annotated[
+    str | None,
+    typer.Option(
+        "--fail-under",
+        metavar="SHARE",
+        help="Exit with 5 if the newest step of a run, or a model, is less accurate (0 to 1).",
+    ),
+]
 Watch = Annotated[
     bool, typer.Option("--watch", help="Evaluate each new checkpoint of a running training, until it ends.")
 ]

@@ -16,6 +16,7 @@ from flashrl_cli.evals.compare import Comparison, Entry, compare
 
 if TYPE_CHECKING:
     from flashrl_cli.evals.results import DataSet, Evaluated, Grade
+    from flashrl_cli.evals.verdicts import Threshold
     from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
 
 SCHEMA_VERSION = 2
@@ -60,7 +61,7 @@ class Row:
 class Report:
     """An evaluation's rows by run, step and data set, comparisons of them, and what is needed to say how they came about.
 
-    `verdicts` are what the numbers allow to be said, a sentence each.
+    `verdicts` are what the numbers allow to be said, a sentence each; `threshold` is there where one was asked for.
     """
 
     rows: tuple[Row, ...]
@@ -71,6 +72,7 @@ class Report:
     skipped: tuple[Skipped, ...]
     settings: dict[str, Any]
     seconds: float
+    threshold: Threshold | None = None
 
     @classmethod
     def of(
@@ -82,17 +84,23 @@ class Report:
         skipped: Iterable[Skipped],
         settings: dict[str, Any],
         seconds: float,
+        fail_under: float | None = None,
     ) -> Report:
         """The report of results; `base` is shown as step 0 of every run that has steps, `baseline` is what the best are compared with.
 
-        `settings` become part of the document as they are; `seconds` is the wall clock's.
+        `settings` become part of the document as they are; `seconds` is the wall clock's; `fail_under` is the accuracy to be reached.
         """
         entries = tuple(_entries(evaluated, base))
         rows = tuple(map(_row, entries))
         comparisons = tuple(_comparisons(entries, evaluated, base, baseline))
         said = (*verdicts.on_steps(comparisons), *_understated(entries), *verdicts.without_verdict(rows))
         datasets = tuple({e.data.name: e.data for e in evaluated}.values())
-        return cls(rows, comparisons, said, datasets, entries, tuple(skipped), settings, seconds)
+        passed_over = tuple(skipped)
+        threshold = None
+        if fail_under is not None:
+            beside = [one.path for one in (base, baseline) if one]
+            threshold = verdicts.judge(fail_under, entries, beside=beside, skipped=passed_over)
+        return cls(rows, comparisons, said, datasets, entries, passed_over, settings, seconds, threshold)
 
     def document(self) -> dict[str, Any]:
         """The whole evaluation as one JSON document."""
@@ -104,6 +112,7 @@ class Report:
             "results": [asdict(row) for row in self.rows],
             "comparisons": [comparison.document() for comparison in self.comparisons],
             "verdicts": list(self.verdicts),
+            "threshold": self.threshold.document() if self.threshold else None,
             "skipped": [{"path": str(s.path), "reason": s.reason} for s in self.skipped],
             "wall_s": self.seconds,
         }

@@ -25,6 +25,7 @@ class Request:
     """Checkpoints (`base` and `baseline` among them, if given), what was passed over, questions and how to answer them.
 
     `base` is what the runs began with, `baseline` what the best is compared with. `folder` takes the results and the engine's log.
+    `fail_under` is the accuracy that is to be reached (verdicts.Threshold).
     """
 
     patterns: tuple[str, ...]
@@ -36,6 +37,7 @@ class Request:
     sampling: Sampling
     engine: EngineSettings
     folder: Path
+    fail_under: float | None = None
 
     @property
     def log(self) -> Path:
@@ -73,6 +75,7 @@ def plan(
     sampling: Sampling,
     engine: EngineSettings,
     out: Path | None,
+    fail_under: float | None = None,
 ) -> Request:
     """Look up checkpoints and questions; raises InputError or NothingMatched for what is not there."""
     found = find(patterns)
@@ -90,6 +93,7 @@ def plan(
         sampling=sampling,
         engine=engine,
         folder=paths.absolute(out) if out else _place(found.checkpoints),
+        fail_under=fail_under,
     )
 
 

@@ -149,6 +149,7 @@ def _look(request: Request, evaluation: Evaluation) -> Finished:
         skipped=skipped,
         settings=request.settings(),
         seconds=round(time.perf_counter() - started, 2),
+        fail_under=request.fail_under,
     )
     report.write(request.folder)
     return Finished(report, request.folder)

@@ -3,19 +3,122 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from flashrl_cli.errors import BelowThreshold, InputError, Problem
+from flashrl_cli.evals import stats
 from flashrl_cli.evals.paired import ALPHA, Difference, differences
+from flashrl_cli.runs.checkpoints import Skipped, model_or_step
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from flashrl_cli.evals.compare import Comparison, Entry
     from flashrl_cli.evals.report import Row
 
 _FINE = 0.05
 """A difference, as a share, that an evaluation should be able to tell."""
 _LISTED = 12
+_EQUAL = 1e-12
+"""An accuracy that is a mean of means may miss the number that it is by this much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """An accuracy that a threshold was asked of; the step is None for a model that is no step of a run."""
+
+    run: str
+    step: int | None
+    dataset: str
+    accuracy: float
+    passed: bool
+
+    @property
+    def where(self) -> str:
+        """What was judged, on what."""
+        return f"{self.run}{'' if self.step is None else f' step {self.step}'}, {self.dataset}"
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """What `--fail-under` says of an evaluation.
+
+    Judged are what training ended with, on every data set: the newest step of each run, and each model that is no step. Earlier steps
+    are not, nor are base and baseline unless nothing else was evaluated. What should have been judged and could not be evaluated
+    stands in `missing` and does not pass: an older step's accuracy says nothing of it.
+    """
+
+    least: float
+    judged: tuple[Judged, ...]
+    missing: tuple[Skipped, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything reaches the threshold."""
+        return not self.missing and all(one.passed for one in self.judged)
+
+    def document(self) -> dict[str, Any]:
+        """The judgement as plain data."""
+        return {
+            "fail_under": self.least,
+            "passed": self.passed,
+            "judged": [asdict(one) for one in self.judged],
+            "missing": [{"path": str(one.path), "reason": one.reason} for one in self.missing],
+        }
+
+    def require(self) -> None:
+        """Raise BelowThreshold with everything that does not pass."""
+        if self.passed:
+            return
+        problems = [
+            Problem(f"accuracy {one.accuracy:.6g} is below {self.least:g}", one.where)
+            for one in self.judged
+            if not one.passed
+        ]
+        problems += [Problem(f"was not evaluated: {one.reason}", str(one.path)) for one in self.missing]
+        raise BelowThreshold(f"--fail-under {self.least:g} is not reached", problems=problems)
+
+
+def share(option: str, text: str | None) -> float | None:
+    """The share of 1 that an option was given, if it was. Raises InputError for anything else, percentages among it."""
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if 0 <= value <= 1:
+        return value
+    bare = text.strip().removesuffix("%").strip()
+    percentage = bare.replace(".", "", 1).isdecimal() and 1 < float(bare) <= 100
+    raise InputError(
+        f"{option} {text}: a share between 0 and 1", hint=f"{option} {float(bare) / 100 if percentage else 0.5:g}"
+    )
+
+
+def judge(least: float, entries: Sequence[Entry], *, beside: Sequence[Path], skipped: Sequence[Skipped]) -> Threshold:
+    """Hold what was evaluated against a threshold; `beside` are the folders of base and baseline, `skipped` what was passed over."""
+    own = [entry for entry in entries if entry.result.checkpoint.path not in beside] or list(entries)
+    newest: dict[Path, int] = {}
+    for entry in own:
+        if entry.step is not None:
+            source = entry.result.checkpoint.source
+            newest[source] = max(entry.step, newest.get(source, entry.step))
+    judged = []
+    for entry in own:
+        if entry.step is None or entry.step == newest[entry.result.checkpoint.source]:
+            accuracy = stats.accuracy(entry.marks).value
+            passed = accuracy >= least - _EQUAL
+            judged.append(Judged(entry.run, entry.step, entry.result.data.name, accuracy, passed))
+    missing = []
+    for one in skipped:
+        meant = model_or_step(one.path)
+        if meant and (meant[1] is None or meant[1] >= newest.get(meant[0], -1)):
+            missing.append(one)
+    return Threshold(least, tuple(judged), tuple(missing))
 
 
 def on_steps(comparisons: Sequence[Comparison]) -> list[str]:

@@ -90,6 +90,18 @@ def nothing(patterns: Sequence[str], skipped: Iterable[Skipped]) -> NothingMatch
     return NothingMatched("\n".join([f"no checkpoint to evaluate in: {what}", *lines]), hint=hint)
 
 
+def model_or_step(path: Path) -> tuple[Path, int | None] | None:
+    """What a path that was passed over would have been: the run's folder and the step, a model's folder and None; None for neither.
+
+    Neither are a step's critic and what else is in its folder beside the policy.
+    """
+    policy = {layout.ACTOR, layout.HUGGINGFACE, layout.STEP_HUGGINGFACE}
+    for folder in (path, *path.parents):
+        if (step := layout.step_number(folder.name)) is not None:
+            return (folder.parent, step) if policy.issuperset(path.relative_to(folder).parts) else None
+    return (path, None) if (path / "config.json").is_file() or (path / PEFT_CONFIG).is_file() else None
+
+
 def hf_folder(path: str) -> Checkpoint:
     """The one model that `path` names: an HF or adapter folder, a step, or an id on the hub. Raises InputError if it is none."""
     hint = "name a folder with config.json and safetensors, a global_step_N, or a model on the hub"

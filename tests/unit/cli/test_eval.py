@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import pytest
 
 from flashrl_cli.cli import app as cli
 from flashrl_cli.cli.eval import evaluate
-from flashrl_cli.errors import FlashrlError, InputError, NothingMatched
+from flashrl_cli.errors import BelowThreshold, FlashrlError, InputError, NothingMatched
 from flashrl_cli.evals import child, session
 from flashrl_cli.evals.job import Job, Order
+from flashrl_cli.evals.questions import Question
+from flashrl_cli.evals.results import Grade, Response
 from tests.unit.evals.lab import Engines, answer, checkpoint
 from tests.unit.evals.test_session import Graders
 
@@ -85,6 +89,73 @@ def test_watching_gives_json_lines(
     evaluate([str(run)], dataset=data, json=True, watch=True)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [len(line["results"]) for line in lines] == [2, 2], "one when something was new, and the last"
+
+
+class HalfRight(Graders):
+    """Every second response is right."""
+
+    def grade(self, questions: Sequence[Question], responses: Sequence[Response]) -> list[Grade]:
+        found = super().grade(questions, responses)
+        return [dataclasses.replace(one, correct=number % 2 == 0) for number, one in enumerate(found)]
+
+
+def test_below_a_threshold_it_ends_with_5_after_everything_is_written(
+    run: Path, data: str, engines: Engines, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "Graders", HalfRight)
+    evaluate([str(run)], dataset=data, fail_under="0.5", json=True)
+    document = json.loads(capsys.readouterr().out)
+    judged = [{"run": "run", "step": 2, "dataset": "sums", "accuracy": 0.5, "passed": True}]
+    assert document["threshold"] == {"fail_under": 0.5, "passed": True, "judged": judged, "missing": []}
+    for as_json in (False, True):
+        with pytest.raises(BelowThreshold, match=r"--fail-under 0\.51 is not reached") as caught:
+            evaluate([str(run)], dataset=data, fail_under="0.51", json=as_json)
+        assert [(one.where, one.message) for one in caught.value.problems] == [
+            ("run step 2, sums", "accuracy 0.5 is below 0.51")
+        ]
+        out, _ = capsys.readouterr()
+        written = json.loads((run / "eval" / "eval.json").read_text())
+        assert written["threshold"]["passed"] is False
+        assert json.loads(out) == written if as_json else "95 % interval" in out
+    assert len(engines.orders) == 2, "what was evaluated is not evaluated again for another threshold"
+    evaluate([str(run)], dataset=data, json=True)
+    assert json.loads(capsys.readouterr().out)["threshold"] is None
+
+
+def test_a_newest_step_that_cannot_be_read_does_not_pass(
+    run: Path, data: str, engines: Engines, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = run / "global_step_2" / "actor" / "huggingface" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(BelowThreshold) as caught:
+        evaluate([str(run)], dataset=data, fail_under="0.5")
+    assert [one.where for one in caught.value.problems] == [str(weights.parent)]
+    assert "95 % interval" in capsys.readouterr().out
+
+
+def test_watching_judges_the_end_alone(
+    run: Path, data: str, engines: Engines, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy is not good at first; a threshold that ended the watching would never see what it becomes."""
+    monkeypatch.setattr(session, "looks", lambda patterns, say: iter([True, True, False]))
+    monkeypatch.setattr(session, "Graders", HalfRight)
+    with pytest.raises(BelowThreshold):
+        evaluate([str(run)], dataset=data, json=True, watch=True, fail_under="0.6")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["threshold"]["passed"] for line in lines] == [False, False], "told at each look, judged at the end"
+    evaluate([str(run)], dataset=data, json=True, watch=True, fail_under="0.4")
+
+
+def test_a_threshold_that_is_none_is_refused_before_anything_starts(
+    run: Path, data: str, engines: Engines, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="--fail-under 80%: a share between 0 and 1"):
+        evaluate([str(run)], dataset=data, fail_under="80%")
+    with pytest.raises(InputError, match="--merge evaluates nothing"):
+        evaluate([str(run)], fail_under="0.8", merge=tmp_path / "merged")
+    assert not engines.jobs
+    assert not (tmp_path / "merged").exists()
+    assert not (run / "eval").exists()
 
 
 def test_what_was_passed_over_is_told(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashrl_cli.errors import BelowThreshold, InputError, Problem
+from flashrl_cli.evals import verdicts
 from flashrl_cli.evals.compare import Entry, compare
 from flashrl_cli.evals.verdicts import on_steps, p_text, points, understated
+from flashrl_cli.runs.checkpoints import Skipped
 from tests.graded import checkpoint, entry, evaluated, single
 
 CORRECTED = "p-values and intervals are corrected for having picked the best of several steps"
@@ -142,3 +147,118 @@ def test_strict_does_not_understate() -> None:
 def test_strict_understates_in_one_of_several_runs() -> None:
     (said,) = understated([loosely(50, 52, 100), loosely(50, 90, 100, run="b")])
     assert "at b step 20" in said
+
+
+BEST_EARLY = (entry("a", 0, single(1, 3)), entry("a", 20, single(4, 0)), entry("a", 100, single(2, 2)))
+
+
+def judged(least: float, *entries: Entry, beside: tuple[Path, ...] = (), skipped: tuple[Skipped, ...] = ()) -> Any:
+    return verdicts.judge(least, entries, beside=beside, skipped=skipped)
+
+
+def shown(threshold: verdicts.Threshold) -> list[tuple[str, bool]]:
+    return [(one.where, one.passed) for one in threshold.judged]
+
+
+def test_a_threshold_judges_what_training_ended_with() -> None:
+    """Neither a base nor a step that was better once; steps by number, each run and each model by itself, every data set."""
+    other = (
+        entry("b", 7, single(4, 0)),
+        entry("model", None, single(1, 3)),
+        entry("model", None, single(3, 1), "math"),
+    )
+    found = judged(0.5, *BEST_EARLY, *other)
+    assert shown(found) == [
+        ("a step 100, gsm8k", True),
+        ("b step 7, gsm8k", True),
+        ("model, gsm8k", False),
+        ("model, math", True),
+    ]
+    assert not found.passed
+    with pytest.raises(BelowThreshold, match=r"--fail-under 0\.5 is not reached") as caught:
+        found.require()
+    assert list(caught.value.problems) == [Problem("accuracy 0.25 is below 0.5", "model, gsm8k")]
+    assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    ("least", "passed"), [(0, True), (0.5, True), (0.5 + 1e-13, True), (0.5001, False), (1, False)]
+)
+def test_equal_is_enough(least: float, passed: bool) -> None:
+    found = judged(least, *BEST_EARLY)
+    assert found.passed is passed
+    if passed:
+        found.require()
+
+
+def test_a_mean_of_means_is_not_below_the_number_it_is() -> None:
+    """0.1 + 0.7 and their like: 7 of 10 right, twice, sum to less than 0.7 times two in binary."""
+    thirds = [[True, True, False]] * 3
+    assert judged(2 / 3, entry("m", None, thirds)).passed
+    tenths = [[True] * 7 + [False] * 3, [True] * 7 + [False] * 3, [True] * 7 + [False] * 3]
+    assert judged(0.7, entry("m", None, tenths)).passed
+
+
+def test_base_and_baseline_are_not_judged_unless_they_are_all() -> None:
+    start = BEST_EARLY[0]
+    beside = (start.result.checkpoint.path,)
+    assert shown(judged(0.5, start, BEST_EARLY[2], beside=beside)) == [("a step 100, gsm8k", True)]
+    assert shown(judged(0.5, start, beside=beside)) == [("a step 0, gsm8k", False)]
+
+
+@pytest.mark.parametrize(
+    ("path", "missing"),
+    [
+        ("/checkpoints/a/global_step_101", True),
+        ("/checkpoints/a/global_step_101/actor/huggingface", True),
+        ("/checkpoints/a/global_step_100/actor", True),  # one of its data sets is missing
+        ("/checkpoints/other/global_step_1", True),
+        ("/checkpoints/a/global_step_99", False),  # pruned, or torn: a newer one was judged
+        ("/checkpoints/a/global_step_9", False),  # by number, not by name
+        ("/checkpoints/a/global_step_101/critic", False),
+        ("/checkpoints/a/global_step_101/data.pt", False),
+        ("/checkpoints/a/notes.txt", False),
+    ],
+)
+def test_what_should_have_been_judged_and_could_not_be_does_not_pass(path: str, missing: bool) -> None:
+    found = judged(0.5, *BEST_EARLY, skipped=(Skipped(Path(path), "torn"),))
+    assert found.passed is not missing
+    if missing:
+        with pytest.raises(BelowThreshold) as caught:
+            found.require()
+        assert list(caught.value.problems) == [Problem("was not evaluated: torn", path)]
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_a_model_that_could_not_be_evaluated_does_not_pass(name: str, tmp_path: Path) -> None:
+    skipped = Skipped(tmp_path, "no weights")
+    assert judged(0.5, *BEST_EARLY, skipped=(skipped,)).passed
+    (tmp_path / name).write_text("{}")
+    assert not judged(0.5, *BEST_EARLY, skipped=(skipped,)).passed
+
+
+@pytest.mark.parametrize("text", ["0", "1", "0.5", "1e-3", " 0.25 ", "1.0"])
+def test_a_share_is_taken(text: str) -> None:
+    assert verdicts.share("--fail-under", text) == float(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "instead"),
+    [
+        ("80", "0.8"),
+        ("80%", "0.8"),
+        ("62.5 %", "0.625"),
+        ("1.5", "0.015"),
+        ("101", "0.5"),
+        ("-0.1", "0.5"),
+        ("nan", "0.5"),
+        ("inf", "0.5"),
+        ("", "0.5"),
+        ("best", "0.5"),
+        ("0,5", "0.5"),
+    ],
+)
+def test_what_is_no_share_is_refused(text: str, instead: str) -> None:
+    with pytest.raises(InputError, match="a share between 0 and 1") as caught:
+        verdicts.share("--fail-under", text)
+    assert caught.value.hint == f"--fail-under {instead}"
