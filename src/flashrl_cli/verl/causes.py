@@ -77,7 +77,7 @@ GPU = (
     ),
     _cause(
         "the GPUs waited in vain for one of them",
-        "look for the rank that died or hung first; actor_rollout_ref.nccl_timeout (seconds) gives slow ones more time",
+        "look in the log for the rank that died or hung first: the others only waited, and verl has no key for how long",
         r"Watchdog caught collective operation timeout",
     ),
     _cause(
@@ -205,13 +205,13 @@ INPUTS = (
     ),
     _cause(
         "verl has no scorer for the data's data_source",
-        "`flashrl prepare` writes sources that verl scores; others need reward.custom_reward_function.path",
+        "`flashrl prepare` writes sources that verl scores; others need verl.reward.custom_reward_function.path",
         r"Reward function is not implemented for data_source=",
         fatal=False,  # verl goes on with the other prompts
     ),
     _cause(
         "the reward function could not be loaded",
-        "reward.custom_reward_function.path must name a file that every node reads",
+        "verl.reward.custom_reward_function.path must name a file that every node reads",
         r"Custom module file not found: module_path=",
         r"Error loading module from module_path=",
         r"Object not found in module: object_name=",
