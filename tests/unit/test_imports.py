@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,76 @@ def test_weights_import_only_the_standard_library(path: Path) -> None:
     names = set(imported(at_import_time(tree(path))))
     assert not {name.split(".")[0] for name in names} - {"flashrl_cli"} - sys.stdlib_module_names
     assert own_parts(iter(names)) <= {"weights"}
+
+
+STARTERS = {
+    *("launch", "evals/process.py", "evals/pool.py", "evals/grader.py"),
+    *("doctor/gpus.py", "doctor/reload.py", "doctor/docker.py"),
+}
+"""Modules, and one whole part, that may start processes."""
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+STARTING = re.compile(
+    r"os\.(?:exec\w+|fork\w*|spawn\w+|posix_spawn\w*|system|popen)|(?:asyncio\.)?create_subprocess_\w+"
+)
+
+
+def starts_processes(module: ast.Module) -> bool:
+    """Whether a module uses what starts processes; what libraries start on their own (Ray, vLLM) is not seen."""
+    names = set(imported(ast.walk(module)))
+    calls = {ast.unparse(node.func) for node in ast.walk(module) if isinstance(node, ast.Call)}
+    return (
+        any(name.split(".")[0] in {"subprocess", "multiprocessing", "pebble", "pty"} for name in names)
+        or any(name.startswith("concurrent.futures.ProcessPool") for name in names)
+        or any(STARTING.fullmatch(call) for call in calls)
+    )
+
+
+def test_few_modules_start_processes_and_contributing_names_them() -> None:
+    found = {str(path.relative_to(PACKAGE)) for path in SOURCES if starts_processes(tree(path))}
+    assert {"launch" if name.startswith("launch/") else name for name in found} == STARTERS
+    sentence = CONTRIBUTING.partition("Few modules start")[2].partition("\n- ")[0]
+    assert {word.rstrip("/") for word in re.findall(r"`([a-z]+/[a-z.]*)`", sentence)} == STARTERS
+
+
+@pytest.mark.parametrize(
+    ("code", "starts"),
+    [
+        ("import subprocess", True),
+        ("def f():\n    from multiprocessing import Process", True),
+        ("from concurrent.futures import ProcessPoolExecutor", True),
+        ("import os\nos.execv('a', [])", True),
+        ("import os\nos.fork()", True),
+        ("from concurrent.futures import ThreadPoolExecutor", False),
+        ("import os\nos.kill(1, 2)", False),
+    ],
+)
+def test_what_starts_a_process_is_seen(code: str, starts: bool) -> None:
+    assert starts_processes(ast.parse(code)) is starts
+
+
+def test_contributing_lists_every_folder() -> None:
+    rows = re.findall(r"^\| `([^`]+)/` \|", CONTRIBUTING, re.MULTILINE)
+    listed = []
+    for row in rows:
+        before, brace, rest = row.partition("{")
+        listed += [before + name for name in rest.rstrip("}").split(",")] if brace else [row]
+    assert len(listed) == len(set(listed))
+    parts = {f"src/flashrl_cli/{path.parent.name}" for path in PACKAGE.glob("*/__init__.py")}
+    top = {"presets", "benchmarks", "docs", "tests", "requirements"}
+    assert set(listed) == parts | top
+    assert all((ROOT / name).is_dir() for name in top)
+
+
+def test_contributing_states_the_rule_of_imports() -> None:
+    above, middle, base = (
+        set(part.replace("\n", " ").split(", "))
+        for part in re.findall(r"`(cli → [^`]+)`", CONTRIBUTING)[0].split(" → ")
+    )
+    assert above == {"cli"}
+    assert middle == CORE
+    assert base == BASE - {""}
+    plugins = re.findall(r"`plugins → ([^`]+)`", CONTRIBUTING)[0]
+    assert set(plugins.split(", ")) == ALLOWED["plugins"] - {"plugins"}
 
 
 def documentation(module: ast.Module) -> set[int]:
