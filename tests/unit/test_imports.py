@@ -170,8 +170,7 @@ def test_contributing_lists_every_folder() -> None:
 
 def test_contributing_states_the_rule_of_imports() -> None:
     above, middle, base = (
-        set(part.replace("\n", " ").split(", "))
-        for part in re.findall(r"`(cli → [^`]+)`", CONTRIBUTING)[0].split(" → ")
+        set(re.split(r",\s+", part)) for part in re.findall(r"`(cli → [^`]+)`", CONTRIBUTING)[0].split(" → ")
     )
     assert above == {"cli"}
     assert middle == CORE

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli.bench import child, store
+from flashrl_cli.bench import child
 from flashrl_cli.bench.job import order
 from flashrl_cli.bench.pace import Pace
 from flashrl_cli.bench.points import SAMPLE, SCORE, START, Point, points
@@ -49,19 +49,19 @@ class Session:
 
     def work(self) -> None:
         """Measure all that is left. What fails ends its variant, not the others."""
-        with store.alone(self.request.folder):
+        self.request.folder.mkdir(parents=True, exist_ok=True)
+        for one in self.measured:
+            self._take(one)
+        for one in self.measured:
+            with self._kept_apart(one):
+                self._measure(one)
+        with contextlib.ExitStack() as stack:
+            scorer: process.Worker | None = None
             for one in self.measured:
-                self._take(one)
-            for one in self.measured:
-                with self._kept_apart(one):
-                    self._measure(one)
-            with contextlib.ExitStack() as stack:
-                scorer: process.Worker | None = None
-                for one in self.measured:
-                    if ready := self._to_score(one):
-                        with self._kept_apart(one):
-                            scorer = scorer or stack.enter_context(self._scorer())
-                            self._score(one, scorer, *ready)
+                if ready := self._to_score(one):
+                    with self._kept_apart(one):
+                        scorer = scorer or stack.enter_context(self._scorer())
+                        self._score(one, scorer, *ready)
 
     def _take(self, one: Measured) -> None:
         """Take what is kept of a variant."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import files
-from flashrl_cli.errors import EnvironmentNotReady
 
 if TYPE_CHECKING:
     from flashrl_cli.bench.points import Point
@@ -47,20 +44,3 @@ class Store:
 
     def _file(self, point: Point) -> Path:
         return self._folder / f"{point.key}.json"
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Within, no other benchmark works in `folder`: two at once would measure each other. Raises EnvironmentNotReady if one does."""
-    import filelock
-
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise EnvironmentNotReady(f"another benchmark works in {folder}", hint="wait for it, or --dir DIR") from None
-    try:
-        yield
-    finally:
-        lock.release()

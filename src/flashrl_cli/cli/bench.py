@@ -83,7 +83,7 @@ def bench(
 
 def _bench(json_mode: bool, written: tuple[Path | None, Path | None], **asked: Any) -> None:
     """Measure what was `asked` (request.Asked), and write the document and the figure where they are `written` to."""
-    from flashrl_cli import paths
+    from flashrl_cli import files, paths
     from flashrl_cli.bench.request import Asked, plan
     from flashrl_cli.launch import signals
     from flashrl_cli.render import plots
@@ -96,10 +96,20 @@ def _bench(json_mode: bool, written: tuple[Path | None, Path | None], **asked: A
     if png:
         plots.require("matplotlib")
     with signals.raised("the same command goes on from here"):
-        report = _measured(output, plan(Asked(**asked)), out)
+        request = plan(Asked(**asked))
+        with files.alone(request.folder, lambda: _say_waiting(output, request.folder)) as waited:
+            # what memory is free, and on which GPU, is another answer once the other one has ended
+            report = _measured(output, plan(Asked(**asked)) if waited else request, out)
         if png:
             _draw(output, report, png)
         _show(output, report)
+
+
+def _say_waiting(output: Output, folder: Path) -> None:
+    output.say(
+        f"another benchmark works in {folder}: waiting for it, as two at once would measure each other; "
+        "--dir DIR works beside it, on other GPUs"
+    )
 
 
 def _check_place(option: str, file: Path | None) -> None:

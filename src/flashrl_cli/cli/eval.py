@@ -151,6 +151,7 @@ def _show(output: Output, finished: Finished, *, watch: bool, png: bool) -> None
 
 
 def _merge(output: Output, patterns: list[str], target: Path, least: float | None) -> None:
+    from flashrl_cli import files
     from flashrl_cli.errors import InputError
     from flashrl_cli.evals.merge import merged
     from flashrl_cli.runs.checkpoints import find
@@ -160,8 +161,12 @@ def _merge(output: Output, patterns: list[str], target: Path, least: float | Non
     found = find(patterns)
     for one in found.skipped:
         output.warn(f"skipped {one.path}: {one.reason}")
-    with output.progress(f"merging {len(found.checkpoints)} checkpoints", len(found.checkpoints)) as advance:
-        folders = merged(found.checkpoints, paths.absolute(target), advance)
+    place = paths.absolute(target)
+    with (
+        files.alone(place, lambda: output.say(f"another command writes to {place}: waiting for it")),
+        output.progress(f"merging {len(found.checkpoints)} checkpoints", len(found.checkpoints)) as advance,
+    ):
+        folders = merged(found.checkpoints, place, advance)
     if output.json_mode:
         output.document({"schema_version": 1, "merged": [str(folder) for folder in folders]})
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,11 +83,19 @@ def _calibrate(
     from flashrl_cli.quantize.request import new_profile
 
     folder, target = new_profile(model, out)
-    made = calibrate(folder, paths.absolute(parquet), samples=samples, alpha=alpha, out=target, say=output.say)
+    with _alone(output, target):
+        made = calibrate(folder, paths.absolute(parquet), samples=samples, alpha=alpha, out=target, say=output.say)
     if not output.json_mode:
         output.text(made.verdict())
         output.text(str(target))
     return target, made.document()
+
+
+def _alone(output: Output, target: Path) -> AbstractContextManager[bool]:
+    """Two commands that make one thing: the second waits, and finds it made."""
+    from flashrl_cli import files
+
+    return files.alone(target, lambda: output.say(f"another command makes {target}: waiting for it"))
 
 
 def _quantize(
@@ -101,7 +110,7 @@ def _quantize(
     for warning in wanted.warnings():
         output.warn(warning)
     label = f"quantizing {wanted.name} to {wanted.scheme.name}"
-    with output.progress(label, len(wanted.tensors)) as advance:
+    with _alone(output, wanted.target), output.progress(label, len(wanted.tensors)) as advance:
         document, there = write(wanted, lambda note: advance(1, note))
     if there:
         output.say(f"{wanted.target} is already there, made of the same")

@@ -98,6 +98,7 @@ def export(
 
     flashrl runs export tiny-int8-tis2 best ./tiny-math
     """
+    from flashrl_cli import files
     from flashrl_cli.evals import export as exports
     from flashrl_cli.evals import merge
     from flashrl_cli.evals import push as pushes
@@ -112,7 +113,8 @@ def export(
     stock = take_stock(_run(name))
     found = exports.choose(stock, step)
     output.say(f"exporting step {found.step} of {name} …")
-    made = exports.export(stock, found, target)
+    with files.alone(target, lambda: output.say(f"another command writes to {target}: waiting for it")):
+        made = exports.export(stock, found, merge.new_folder(target))
     url = hub.upload(target, private=not public, message=f"{name}, step {found.step}") if hub else None
     if json:
         output.document({"schema_version": SCHEMA_VERSION, **made.document(), "pushed": url})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import __version__
+from flashrl_cli import __version__, files
 from flashrl_cli.data import lengths, writing
 from flashrl_cli.data.build import Split, build_split
 from flashrl_cli.data.hub import go_offline, hide_progress
@@ -31,7 +31,9 @@ def prepare_dataset(request: Request, output: Output) -> dict[str, Any]:
         go_offline()
     if not output.live:
         hide_progress()
-    made = _prepare_tiny(request, output) if request.paths.name == TINY else _prepare_or_keep(request, output)
+    root = request.paths.root
+    with files.alone(root, lambda: output.say(f"another command prepares {root}: waiting for it")):
+        made = _prepare_tiny(request, output) if request.paths.name == TINY else _prepare_or_keep(request, output)
     output.say(f"{request.paths.name}: {made['status']} in {request.paths.root}")
     return {"path": str(request.paths.root), **made}
 

@@ -13,8 +13,7 @@ from flashrl_cli.bench import variants
 from flashrl_cli.bench.machine import Machine
 from flashrl_cli.bench.pace import Pace
 from flashrl_cli.bench.points import Point, count, points
-from flashrl_cli.bench.store import Store, alone
-from flashrl_cli.errors import EnvironmentNotReady
+from flashrl_cli.bench.store import Store
 from tests.unit.bench.lab import HF, MISMATCH, OPTIONS, request
 
 POINT = Point(variant="int8", kind="speed", asked={"batch": 4}, key="abc")
@@ -88,17 +87,6 @@ def test_what_cannot_be_read_counts_for_nothing(text: str, tmp_path: Path) -> No
 def test_what_was_asked_stands_beside_the_result(tmp_path: Path) -> None:
     Store(tmp_path).save(POINT, {"tokens_s": 5.0})
     assert json.loads((tmp_path / "abc.json").read_text())["asked"] == {"batch": 4}
-
-
-def test_two_benchmarks_do_not_measure_each_other(tmp_path: Path) -> None:
-    with (
-        alone(tmp_path / "new"),
-        pytest.raises(EnvironmentNotReady, match="another benchmark"),
-        alone(tmp_path / "new"),
-    ):
-        pass
-    with alone(tmp_path / "new"):
-        pass
 
 
 class Clock:

@@ -6,15 +6,19 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flashrl_cli import files
 from flashrl_cli.bench import machine
+from flashrl_cli.bench import request as requests
 from flashrl_cli.bench.machine import Machine
 from flashrl_cli.cli.app import main
+from flashrl_cli.cli.bench import _say_waiting as say
 from flashrl_cli.errors import RunFailed
 from flashrl_cli.evals import process
 from tests.unit.bench.lab import Workers, obedient
@@ -155,3 +159,45 @@ def test_an_error_of_no_path_is_not_said_to_be_a_disk_s(
     err = capsys.readouterr().err
     assert "ConnectionRefusedError: [Errno 111] Connection refused" in err
     assert "disk" not in err.splitlines()[-1]
+
+
+def test_a_second_benchmark_waits_for_the_first(
+    workers: Workers, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before an engine starts; what it planned while the first held the machine is planned anew."""
+    planned, inside, held = [], threading.Event(), threading.Event()
+    plan = requests.plan
+
+    def noted(asked: requests.Asked) -> requests.Request:
+        planned.append(len(workers.asked))
+        return plan(asked)
+
+    def first() -> None:
+        with files.alone(tmp_path / "runs" / ".bench", lambda: None):
+            inside.set()
+            held.wait(20)
+
+    monkeypatch.setattr(requests, "plan", noted)
+    monkeypatch.setattr("flashrl_cli.cli.bench._say_waiting", lambda output, folder: (say(output, folder), held.set()))
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert inside.wait(20)
+    code, out, err = call(*WORDS)
+    thread.join(20)
+    assert code == 0
+    assert "int8 gives" in out
+    waits = f"another benchmark works in {tmp_path / 'runs' / '.bench'}: waiting for it"
+    assert err.index(waits) < err.index("starting an engine")
+    assert planned == [0, 0]
+    planned.clear()
+    assert call(*WORDS)[0] == 0
+    assert len(planned) == 1
+    other = call("bench", "--model", "shape:0.5b/3", "--dir", "beside")
+    assert "waiting" not in other[2]
+
+
+def test_bad_input_is_refused_without_waiting(workers: Workers, call: Call, tmp_path: Path) -> None:
+    with files.alone(tmp_path / "runs" / ".bench", lambda: None):
+        code, _, err = call(*WORDS, "--rollout", "int9")
+    assert code == 2
+    assert "waiting" not in err

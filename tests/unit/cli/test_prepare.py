@@ -6,11 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flashrl_cli import files, paths
 from flashrl_cli.cli.app import main
 
 PROBE = """
@@ -131,3 +135,31 @@ def test_without_a_network_the_environment_is_not_ready(tmp_path: Path, monkeypa
     assert done.returncode == 3
     assert "error: cannot fetch openai/gsm8k from the hub" in done.stderr
     assert "hint: --source PATH" in done.stderr
+
+
+def test_a_second_command_waits_for_the_first(
+    raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And finds its work done; a set of another name is not waited for."""
+    inside, held = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with files.alone(paths.data_root() / "gsm8k", lambda: None):
+            inside.set()
+            held.wait(20)
+
+    def waiting(path: Path, told: Callable[[], None]) -> AbstractContextManager[bool]:
+        return alone(path, lambda: (told(), held.set())[0])
+
+    alone = files.alone
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert inside.wait(20)
+    monkeypatch.setattr(files, "alone", waiting)
+    beside = ("--out", str(raw.parent / "elsewhere"))
+    assert flashrl("prepare", "gsm8k", "--source", str(raw), *beside, monkeypatch=monkeypatch) == 0
+    assert "waiting" not in capsys.readouterr().err
+    assert flashrl("prepare", "gsm8k", "--source", str(raw), monkeypatch=monkeypatch) == 0
+    thread.join(20)
+    err = capsys.readouterr().err
+    assert err.index("another command prepares") < err.index("gsm8k: prepared in")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
+from flashrl_cli import files
 from flashrl_cli.cli.app import main
 from tests.unit.quantize.models import QWEN2, hf_model
 
@@ -50,3 +54,39 @@ def test_bad_input(
     assert f"error: {error}" in err
     assert f"hint: {hint}" in err
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize(
+    "words", [("--scheme", "int8", "--out", "new"), ("--calibrate", "x.parquet", "--profile", "new")]
+)
+def test_a_second_command_waits_for_the_first(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before it looks whether its work is done already."""
+    monkeypatch.chdir(tmp_path)
+    hf_model(tmp_path / "m", QWEN2)
+    inside, held = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with files.alone(tmp_path / "new", lambda: None):
+            inside.set()
+            held.wait(20)
+
+    def waiting(path: Path, told: Callable[[], None]) -> AbstractContextManager[bool]:
+        def tell() -> None:
+            told()
+            (tmp_path / "new").write_text("made by the first")
+            held.set()
+
+        return alone(path, tell)
+
+    alone = files.alone
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert inside.wait(20)
+    monkeypatch.setattr(files, "alone", waiting)
+    assert flashrl("quantize", "m", *words, monkeypatch=monkeypatch) == 2
+    thread.join(20)
+    err = capsys.readouterr().err
+    assert f"another command makes {tmp_path / 'new'}: waiting for it" in err
+    assert (tmp_path / "new").read_text() == "made by the first"
