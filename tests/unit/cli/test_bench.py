@@ -21,6 +21,7 @@ from flashrl_cli.cli.app import main
 from flashrl_cli.cli.bench import _say_waiting as say
 from flashrl_cli.errors import RunFailed
 from flashrl_cli.evals import process
+from flashrl_cli.render.output import Output
 from tests.unit.bench.lab import Workers, obedient
 
 Call = Callable[..., tuple[int, str, str]]
@@ -177,8 +178,12 @@ def test_a_second_benchmark_waits_for_the_first(
             inside.set()
             held.wait(20)
 
+    def waiting(output: Output, folder: Path) -> None:
+        say(output, folder)
+        held.set()
+
     monkeypatch.setattr(requests, "plan", noted)
-    monkeypatch.setattr("flashrl_cli.cli.bench._say_waiting", lambda output, folder: (say(output, folder), held.set()))
+    monkeypatch.setattr("flashrl_cli.cli.bench._say_waiting", waiting)
     thread = threading.Thread(target=first)
     thread.start()
     assert inside.wait(20)

@@ -149,7 +149,11 @@ def test_a_second_command_waits_for_the_first(
             held.wait(20)
 
     def waiting(path: Path, told: Callable[[], None]) -> AbstractContextManager[bool]:
-        return alone(path, lambda: (told(), held.set())[0])
+        def tell() -> None:
+            told()
+            held.set()
+
+        return alone(path, tell)
 
     alone = files.alone
     thread = threading.Thread(target=first)
