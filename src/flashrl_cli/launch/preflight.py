@@ -30,7 +30,7 @@ def check(plan: LaunchPlan, data_root: Path) -> None:
     found = list(problems(findings(plan.spec, data_root)))
     if found:
         raise EnvironmentNotReady(
-            f"this machine cannot run {plan.preset}",
+            f"this machine cannot run {plan.preset}: {', '.join(dict.fromkeys(str(problem.where) for problem in found))}",
             problems=found,
             hint="`--dry-run` prints the plan without running it; `flashrl doctor --preset` shows all that was checked",
         )

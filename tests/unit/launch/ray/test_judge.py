@@ -35,6 +35,7 @@ def node(address: str = "10.0.0.1", **changes: Any) -> dict[str, Any]:
         "tokens": {"runs": "s", "checkpoints": "s"},
         "plugins": ["verl.plugins", "vllm.general_plugins"],
         "gpus": "",
+        "variables": {},
         "error": None,
     }
     return whole | changes
@@ -65,6 +66,7 @@ def test_a_cluster_that_can(tiny_plan: Plan) -> None:
         ({"versions": STACK | {"python": "3.12.1"}}, "other versions there: python 3.12.1 (wanted 3.11.7)"),
         ({"missing": ["data.train (/d/train.parquet)"]}, "not there: data.train (/d/train.parquet)"),
         ({"plugins": ["verl.plugins"]}, "flashrl's entry points are missing: vllm.general_plugins"),
+        ({"variables": {"ROCR_VISIBLE_DEVICES": "0"}}, "ROCR_VISIBLE_DEVICES=0 beside CUDA_VISIBLE_DEVICES"),
         ({"error": "the worker died"}, "it does not answer: the worker died"),
     ],
 )
