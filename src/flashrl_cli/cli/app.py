@@ -58,6 +58,25 @@ app.command("doctor")(doctor)
 
 
 def main() -> None:
+    """The `flashrl` program: the command line with streams that end no work, and an error where a result was not written."""
+    from flashrl_cli.render.output import guard_streams, lost_result, print_error
+
+    guard_streams()
+    try:
+        _run()
+    except SystemExit as end:
+        lost = lost_result()
+        if lost is None or end.code:
+            raise
+        print_error(
+            EnvironmentNotReady(
+                f"the result could not be written to stdout: {lost.strerror}", hint="write it elsewhere"
+            )
+        )
+        sys.exit(ExitCode.ENVIRONMENT)
+
+
+def _run() -> None:
     """Run the command line; an error of the user's, or of a disk, ends as `error:`, `hint:` and its exit code."""
     try:
         app(_words(sys.argv[1:]))

@@ -82,6 +82,8 @@ def _bad_key(text: str, key: str, equals: str) -> Problem | None:
 def _bad_value(key: str, text: str, found: Sequence[Problem]) -> Problem | None:
     if not found:
         return None
+    if re.search("[\udc80-\udcff]", text):
+        return Problem(f"{text!a} is no text in this shell's encoding", hint="export LC_ALL=C.UTF-8")
     quoted = shlex.quote(f"{key}={json.dumps(text, ensure_ascii=False)}")
     hints = (found[0].hint, f"if that text is meant: --set {quoted}")
     return Problem(f"{text!r} is no value: {found[0].message}", hint="; ".join(filter(None, hints)))

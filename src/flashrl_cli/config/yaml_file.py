@@ -74,7 +74,9 @@ class _Loader(yaml.SafeLoader):
         if not self.check_event(yaml.AliasEvent):
             anchor = self.peek_event().anchor  # type: ignore[no-untyped-call]
             node = super().compose_node(parent, index)
-            return node if anchor is None else yaml.ScalarNode(_ANCHOR, anchor, node.start_mark, node.end_mark)
+            if node is None or anchor is None:
+                return node
+            return yaml.ScalarNode(_ANCHOR, anchor, node.start_mark, node.end_mark)
         event = self.get_event()  # type: ignore[no-untyped-call]
         return yaml.ScalarNode(_ALIAS, event.anchor, event.start_mark, event.end_mark)
 
@@ -129,7 +131,7 @@ def value(text: str, label: str, *, is_text: bool = False) -> Document:
     single = node is None or (isinstance(node, yaml.ScalarNode) and not quoted)
     if (is_text and (lossy or not quoted)) or (lossy and single):
         document = Document(label)
-        mark = yaml.Mark(label, 0, 0, 0, None, None)
+        mark = yaml.Mark(label, 0, 0, 0, None, 0)
         document.data = _Builder(document, ()).build(yaml.ScalarNode(f"{_TAG}str", written, mark, mark, style="'"), "")
     elif lossy and not document.problems:
         document.problems.append(Problem("a part of it would be lost: a comment, a marker or a line break", label))

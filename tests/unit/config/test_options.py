@@ -86,7 +86,7 @@ KEPT = [
 """Texts of which a file would drop or change a part (a comment, a marker, an empty block, a line break), and their neighbours."""
 REFUSED = [
     *('"a" #b', "'a' #b", "[1] #b", "{a: 1} #b", "a: b #c", "[1, #x\n 2]", '"a\nb"', "...", "%x"),
-    *("@x", "`x", "!tag x", "&anchor x", "*alias", "- a #b", '"a', "\0", "\udcc3", "\x1b[0m", ","),
+    *("@x", "`x", "!tag x", "&anchor x", "*alias", "- a #b", '"a', "\0", "\x1b[0m", ","),
 ]
 """Values that YAML gives another meaning, or no meaning at all: refused with the way to quote them."""
 
@@ -130,3 +130,9 @@ def test_quotes_around_all_of_a_value_are_not_part_of_it(text, value):
 @pytest.mark.parametrize("text", ["8 #x", "#8", "--- 8", "&x 8"])
 def test_a_cap_is_a_number_and_nothing_else(text):
     assert layers(tis=text)[0][0].data in ({"correction": {"cap": text}}, {"correction": {"cap": None}})
+
+
+def test_bytes_that_are_no_text_name_the_shells_encoding():
+    for key in ("env.NOTE", "description"):
+        _, (problem,) = layers(f"{key}=\udcc3\udca9")
+        assert (problem.message.isascii(), problem.hint) == (True, "export LC_ALL=C.UTF-8")

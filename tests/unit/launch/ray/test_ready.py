@@ -39,7 +39,7 @@ def cluster(**changes: Any) -> FakeJobs:
         request = json.loads(shlex.split(entrypoint)[-1])
         for path in request["made"].values():
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(request["secret"])
+            Path(path).write_text(request["secret"], encoding="utf-8")
         answer = {"nodes": [{**RESOURCES, **examine(request), "versions": STACK, **changes}], "refused": {}}
         return "SUCCEEDED", f"Ray's own line\n{MARK}{json.dumps(answer)}\nanother\n"
 
