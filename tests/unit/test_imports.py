@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "flashrl_cli"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALL_CODE = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
 
-BASE = {"", "errors", "paths", "contract", "files", "cpu", "secrets", "weights"}
+BASE = {"", "text", "errors", "paths", "contract", "files", "cpu", "secrets", "weights"}
 CORE = {"config", "verl", "launch", "runs", "data", "quantize", "evals", "bench", "render", "doctor", "fit"}
 ALLOWED = {
     **dict.fromkeys(BASE, BASE),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from flashrl_cli import paths
 from flashrl_cli.cli import eval_options as options
 from flashrl_cli.cli.options import Json, MemoryShare, TensorParallel
+from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
     from flashrl_cli.evals.report import Report
@@ -94,7 +95,7 @@ def _evaluate(output: Output, lookup: Callable[[], Request], patterns: list[str]
     else:
         request = lookup()
         sets = ", ".join(f"{one.name} ({len(one.questions):,})" for one in request.data)
-        label = f"evaluating {len(request.checkpoints)} checkpoints on {sets}"
+        label = f"evaluating {counted(len(request.checkpoints), 'checkpoint')} on {sets}"
         with _telling(output, label, request.prompts) as telling:
             finished = session.evaluate(request, telling)
     _show(output, finished, watch=watch, png=png)
@@ -144,7 +145,7 @@ def _merge(output: Output, patterns: list[str], target: Path) -> None:
     found = find(patterns)
     for one in found.skipped:
         output.warn(f"skipped {one.path}: {one.reason}")
-    with output.progress(f"merging {len(found.checkpoints)} checkpoints", len(found.checkpoints)) as advance:
+    with output.progress(f"merging {counted(len(found.checkpoints), 'checkpoint')}", len(found.checkpoints)) as advance:
         folders = merged(found.checkpoints, paths.absolute(target), advance)
     if output.json_mode:
         output.document({"schema_version": 1, "merged": [str(folder) for folder in folders]})

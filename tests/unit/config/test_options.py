@@ -102,7 +102,7 @@ def test_nothing_of_a_text_is_dropped(key, text):
 def test_what_would_lose_a_part_is_refused_with_the_way_to_quote_it(text):
     (layer,), (problem,) = layers(f"description={text}")
     assert layer.data == {}
-    assert "if that text is meant: --set" in problem.hint
+    assert "if that text is meant: --set" in str(problem.hint)
 
 
 @pytest.mark.parametrize(

@@ -87,8 +87,12 @@ class Guarded:
     def __init__(self, code: str, **options: Any) -> None:
         start = "import sys; from flashrl_cli.render.output import *; guard_streams(); o = Output()\n"
         argv = [sys.executable, "-c", (start + code).encode("ascii", "backslashreplace").decode()]
-        done = subprocess.run(argv, check=False, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options)
-        self.code, self.out, self.err = done.returncode, done.stdout or b"", done.stderr or b""
+        done: subprocess.CompletedProcess[Any] = subprocess.run(
+            argv, check=False, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        )
+        self.code = int(done.returncode)
+        self.out: bytes = done.stdout or b""
+        self.err: bytes = done.stderr or b""
 
 
 def variables(**changes: str) -> dict[str, str]:

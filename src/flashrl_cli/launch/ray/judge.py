@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli.doctor import finding, gpus, software
 from flashrl_cli.doctor.plugins import ENTRY_POINTS
 from flashrl_cli.errors import Problem
+from flashrl_cli.text import counted
 from flashrl_cli.verl.cluster import CPUS_A_DEVICE, worker_variables
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _resources(plan: LaunchPlan, nodes: Sequence[Mapping[str, Any]]) -> Iterator
         for n in nodes
     )
     yield Problem(
-        f"it needs {asked.nodes} nodes with {asked.gpus_per_node} free GPUs and {cpus} free CPUs each; {there}",
+        f"it needs {counted(asked.nodes, 'node')} with {counted(asked.gpus_per_node, 'free GPU')} and {cpus} free CPUs each; {there}",
         "resources",
         "wait for the jobs that hold them (`ray job list`), or --set resources.nodes=…"
         if sum(n["devices"] >= asked.gpus_per_node for n in nodes) >= asked.nodes

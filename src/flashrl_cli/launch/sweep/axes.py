@@ -13,6 +13,7 @@ from flashrl_cli.config.merge import leaves
 from flashrl_cli.config.options import is_text
 from flashrl_cli.config.text import text_of
 from flashrl_cli.errors import InputError, Problem
+from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
     from flashrl_cli.launch.review import Options
@@ -45,7 +46,7 @@ def read_axes(texts: Sequence[str], given: Options) -> list[Axis]:
         axes += _of_file(text, problems) if is_file(text) else _of_option(text, problems)
     problems += _misplaced(axes, given)
     if problems:
-        raise InputError(f"--sweep: {len(problems)} problem{'s' if len(problems) != 1 else ''}", problems=problems)
+        raise InputError(f"--sweep: {counted(len(problems), 'problem')}", problems=problems)
     return axes
 
 

@@ -106,7 +106,7 @@ def test_the_stack_must_be_the_platforms(tiny_plan: Plan) -> None:
 )
 def test_too_few_devices(tiny_plan: Plan, nodes: list[dict[str, Any]], hint: str) -> None:
     (problem,) = found(tiny_plan("resources.nodes=2"), *nodes)
-    assert problem.message.startswith("it needs 2 nodes with 1 free GPUs and 3 free CPUs each; 10.0.0.1: ")
+    assert problem.message.startswith("it needs 2 nodes with 1 free GPU and 3 free CPUs each; 10.0.0.1: ")
     assert hint in str(problem.hint)
 
 

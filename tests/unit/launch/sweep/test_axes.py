@@ -172,7 +172,7 @@ def test_a_folder(tmp_path: Path) -> None:
 def test_a_comment_in_a_list_of_values_is_refused(text):
     with pytest.raises(InputError) as caught:
         read_axes([f"env.NOTE={text}"], NOTHING)
-    assert "quote text that holds a comma, a bracket or #" in caught.value.problems[0].hint
+    assert "quote text that holds a comma, a bracket or #" in str(caught.value.problems[0].hint)
 
 
 def test_quoted_values_and_those_of_a_file_are_what_set_takes(tmp_path):
@@ -186,6 +186,7 @@ def test_quoted_values_and_those_of_a_file_are_what_set_takes(tmp_path):
 
 
 def option_value(key: str, text: str) -> object:
-    (layer,) = option_layers(None, None, [f"{key}={text}"], problems := [])
+    problems: list[Problem] = []
+    (layer,) = option_layers(None, None, [f"{key}={text}"], problems)
     assert not problems
     return layer.data["env"]["NOTE"]
