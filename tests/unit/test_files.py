@@ -67,3 +67,11 @@ def test_folder_replaces_a_missing_or_empty_one(tmp_path: Path) -> None:
 def test_sha256(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(content)
     assert files.sha256(tmp_path / "f") == hashlib.sha256(content).hexdigest()
+
+
+def test_json_holds_names_of_files_that_are_no_text(tmp_path: Path) -> None:
+    data = {"folder": "d\udce9\udcff", "é": "→"}
+    files.write_json(tmp_path / "f.json", data)
+    assert json.loads((tmp_path / "f.json").read_text(encoding="utf-8")) == data
+    files.write_json(tmp_path / "g.json", {"é": "→"})
+    assert "→" in (tmp_path / "g.json").read_text(encoding="utf-8")

@@ -94,7 +94,7 @@ def test_commands_import_only_typer_and_the_standard_library(path: Path) -> None
     names = set(imported(at_import_time(tree(path))))
     outside = {name.split(".")[0] for name in names} - {"flashrl_cli", "typer"} - sys.stdlib_module_names
     assert not outside
-    assert own_parts(iter(names)) <= {"cli", "errors", "paths", "contract", ""}
+    assert own_parts(iter(names)) <= {"cli", "errors", "paths", "contract", "text", ""}
 
 
 @pytest.mark.parametrize("name", ["errors.py", "paths.py", "contract.py", "files.py", "render/output.py"])

@@ -19,6 +19,8 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
+from flashrl_cli import files
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -141,12 +143,8 @@ def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:
 
 def _json(data: dict[str, Any], **form: Any) -> str:
     """JSON that any reader gets whole: escaped where the stream is not UTF-8, or a text is not."""
-    text = json.dumps(data, ensure_ascii=False, **form)
-    try:
-        is_whole = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8" and bool(text.encode("utf-8"))
-    except UnicodeEncodeError:
-        is_whole = False
-    return text if is_whole else json.dumps(data, **form)
+    is_utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
+    return files.json_text(data, **form) if is_utf8 else json.dumps(data, **form)
 
 
 class Output:
