@@ -32,7 +32,7 @@ def one_run(steps: int, folder: Path) -> dict[str, Any]:
     env = {**os.environ, "FLASHRL_RUNS": str(folder / "runs"), "FLASHRL_CHECKPOINTS": str(folder / "checkpoints")}
     started = time.monotonic()
     done: list[tuple[float, dict[str, Any]]] = []
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, encoding="utf-8") as process:
         assert process.stdout is not None
         for line in process.stdout:
             event = json.loads(line)

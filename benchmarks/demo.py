@@ -36,7 +36,7 @@ def flashrl(*args: str, capture: bool = False) -> tuple[str, float]:
     started = time.monotonic()
     command = [sys.executable, "-m", "flashrl_cli", *args]
     stdout = subprocess.PIPE if capture else None
-    done = subprocess.run(command, env={**os.environ, **ENV}, stdout=stdout, text=True, check=False)
+    done = subprocess.run(command, env={**os.environ, **ENV}, stdout=stdout, encoding="utf-8", check=False)
     if done.returncode:
         sys.exit(done.returncode)
     return done.stdout or "", time.monotonic() - started

@@ -109,7 +109,7 @@ class Memory:
 
 def _anonymous(pid: int) -> float:
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines():
             if line.startswith("Anonymous:"):
                 return int(line.split()[1]) / 2**20
     return 0.0
@@ -117,7 +117,7 @@ def _anonymous(pid: int) -> float:
 
 def _gpu() -> float:
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
-    return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]) / 1024
+    return float(subprocess.run(query, capture_output=True, encoding="utf-8", check=True).stdout.split()[0]) / 1024
 
 
 @contextlib.contextmanager

@@ -140,7 +140,7 @@ def timed(argv: list[str], env: dict[str, str], stdout: Path | None = None) -> f
     """Seconds of `python ARGV`; what it says is shown only if it fails, and ends this script then."""
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, *argv], check=False, env={**os.environ, **env}, capture_output=True, text=True
+        [sys.executable, *argv], check=False, env={**os.environ, **env}, capture_output=True, encoding="utf-8"
     )
     seconds = time.monotonic() - started
     if done.returncode:

@@ -82,7 +82,7 @@ def run_child(command: list[str], folder: Path, log: Path, limit: float) -> int:
     paths = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     caches = {f"{name}_DIR": str(folder / name.lower()) for name in ("TRITON_CACHE", "TORCHINDUCTOR_CACHE")}
     env = {**ENVIRONMENT, **caches, "VLLM_CACHE_ROOT": str(folder / "vllm"), **os.environ, "PYTHONPATH": paths}
-    with log.open("w") as stream:
+    with log.open("w", encoding="utf-8") as stream:
         child = subprocess.Popen(command, env=env, stdout=stream, stderr=stream, start_new_session=True)
         try:
             return child.wait(limit)

@@ -95,7 +95,7 @@ def run_engine(size: str, precision: str, out: Path) -> None:
     from vllm import LLM
 
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(config_of(shape(size))))
+        Path(folder, "config.json").write_text(json.dumps(config_of(shape(size))), encoding="utf-8")
         llm = LLM(
             model=folder,
             load_format="dummy",

@@ -133,7 +133,7 @@ def measured(argv: list[str], prepare: Callable[[], None], *, waits: bool) -> di
 
 def _started(argv: list[str]) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
-    return subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8")
 
 
 def _followed(process: subprocess.Popen[str]) -> tuple[str, str, dict[str, float]]:

@@ -92,7 +92,7 @@ def timed(python: str, way: str, model: Path, out: Path, scheme: str) -> dict[st
     env = {**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}", "HF_HUB_OFFLINE": "1"}
     started = time.monotonic()
     argv = [python, __file__, "--way", way, str(model), str(out), scheme]
-    done = subprocess.run(argv, env=env, check=False, capture_output=True, text=True)
+    done = subprocess.run(argv, env=env, check=False, capture_output=True, encoding="utf-8")
     seconds = time.monotonic() - started
     if done.returncode:
         sys.exit(f"{way} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -151,7 +151,9 @@ def main() -> int:
 
     probe = "import importlib.metadata as m, json; print(json.dumps({n: m.version(n) for n in %r}))"
     names = ("llmcompressor", "compressed-tensors", "transformers", "torch")
-    theirs = subprocess.run([args.python, "-c", probe % (names,)], check=True, capture_output=True, text=True).stdout
+    theirs = subprocess.run(
+        [args.python, "-c", probe % (names,)], check=True, capture_output=True, encoding="utf-8"
+    ).stdout
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         model = Path(folder) / "model"
         make(model, args.layers, "bfloat16")

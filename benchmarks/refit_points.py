@@ -215,7 +215,7 @@ def engine(size: str, precision: str, folder: str, **options: Any) -> Any:
     """vLLM with dummy weights and CUDA graphs."""
     from vllm import LLM
 
-    Path(folder, "config.json").write_text(json.dumps(config_of(shape(size))))
+    Path(folder, "config.json").write_text(json.dumps(config_of(shape(size))), encoding="utf-8")
     return LLM(
         model=folder,
         load_format="dummy",

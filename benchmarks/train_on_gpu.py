@@ -70,8 +70,10 @@ def run_case(case: str, steps: int, extra: list[str], limit: float) -> dict[str,
     """One run, ended after `limit` seconds; what it told."""
     argv = command(case, steps, extra)
     started = time.monotonic()
-    with Path(f"{case}.err").open("w") as errors:
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
+    with Path(f"{case}.err").open("w", encoding="utf-8") as errors:
+        process = subprocess.Popen(
+            argv, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", start_new_session=True
+        )
         try:
             out, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:

@@ -45,7 +45,7 @@ class Part:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,
-                text=True,
+                encoding="utf-8",
                 env={**ENVIRONMENT, **os.environ, **env, "VERL_REPLICA_RANK": str(rank)},
                 start_new_session=True,
             )

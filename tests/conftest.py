@@ -19,6 +19,8 @@ LAYERS = ("unit", "golden", "contract", "integration", "gpu")
 """Folders of tests, in the order in which they run: what fails fastest comes first."""
 MARKED = {"contract", "integration", "gpu"}
 PLACES = ("FLASHRL_DATA", "FLASHRL_RUNS", "FLASHRL_CHECKPOINTS")
+MACHINE = ("TMPDIR", "TEMP", "TMP", "RAY_TMPDIR", "VLLM_RPC_BASE_PATH", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+"""Variables of a machine that unit tests are not about."""
 TERMINAL = (
     "CI",
     "NO_COLOR",
@@ -68,7 +70,7 @@ def plain_environment(request: pytest.FixtureRequest, tmp_path: Path, monkeypatc
         return
     for name in PLACES:
         monkeypatch.setenv(name, str(tmp_path / name.removeprefix("FLASHRL_").lower()))
-    for name in TERMINAL:
+    for name in (*TERMINAL, *MACHINE):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -80,7 +80,17 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write `data` to `path` atomically as indented JSON."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(data, indent=2) + "\n")
+
+
+def json_text(data: Any, **form: Any) -> str:
+    """JSON that UTF-8 can hold: readable, or escaped where a text has bytes of a file name that are none (PEP 383)."""
+    text = json.dumps(data, ensure_ascii=False, **form)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(data, **form)
+    return text
 
 
 def sha256(path: Path) -> str:

@@ -131,5 +131,5 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    asked = json.loads(Path(sys.argv[1]).read_text())
-    Path(asked["out"]).write_text(json.dumps(run(asked)))
+    asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    Path(asked["out"]).write_text(json.dumps(run(asked)), encoding="utf-8")

@@ -50,6 +50,6 @@ def run(case: dict[str, Any], sequences: list[list[int]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    job = json.loads(Path(sys.argv[1]).read_text())
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     results = {name: run(case, job["sequences"]) for name, case in job["cases"].items()}
-    Path(job["out"]).write_text(json.dumps(results))
+    Path(job["out"]).write_text(json.dumps(results), encoding="utf-8")

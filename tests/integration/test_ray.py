@@ -80,7 +80,7 @@ def test_a_cluster_that_is_too_small(workshop: Workshop, cluster: Cluster) -> No
     words = train(cluster, "large", "--set", "resources.nodes=3", "--set", "data.train_batch_size=48")
     words += ("--set", "algorithm.mini_batch_size=24")
     _, err = run(workshop, cluster, *words, code=3)
-    assert f"it needs 3 nodes with 1 free GPUs and 3 free CPUs each; {HEAD}: 1 of 1 GPUs" in err
+    assert f"it needs 3 nodes with 1 free GPU and 3 free CPUs each; {HEAD}: 1 of 1 GPUs" in err
     assert not (workshop.root / "runs/large").exists()
 
 

@@ -183,7 +183,7 @@ def test_who_was_killed_is_not_waited_for(tmp_path: Path, locks: Path) -> None:
 
 
 def test_without_a_place_for_locks_nobody_is_waited_for(tmp_path: Path, locks: Path) -> None:
-    locks.write_text("somebody's file")
+    locks.write_text("somebody's file", encoding="utf-8")
     with (
         files.alone(tmp_path / "thing", lambda: None) as first,
         files.alone(tmp_path / "thing", lambda: None) as second,
@@ -195,3 +195,11 @@ def test_an_error_within_is_the_callers_and_frees_the_lock(tmp_path: Path, locks
     with pytest.raises(OSError, match="disk"), files.alone(tmp_path / "thing", lambda: None):
         raise OSError("disk")
     assert not list(locks.iterdir())
+
+
+def test_json_holds_names_of_files_that_are_no_text(tmp_path: Path) -> None:
+    data = {"folder": "d\udce9\udcff", "é": "→"}
+    files.write_json(tmp_path / "f.json", data)
+    assert json.loads((tmp_path / "f.json").read_text(encoding="utf-8")) == data
+    files.write_json(tmp_path / "g.json", {"é": "→"})
+    assert "→" in (tmp_path / "g.json").read_text(encoding="utf-8")

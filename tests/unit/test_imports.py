@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "flashrl_cli"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALL_CODE = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
 
-BASE = {"", "errors", "paths", "contract", "files", "cpu", "secrets", "weights"}
+BASE = {"", "text", "errors", "paths", "contract", "files", "cpu", "secrets", "weights"}
 CORE = {"config", "verl", "launch", "runs", "data", "quantize", "evals", "bench", "render", "doctor", "fit"}
 ALLOWED = {
     **dict.fromkeys(BASE, BASE),
@@ -95,7 +95,7 @@ def test_commands_import_only_typer_and_the_standard_library(path: Path) -> None
     names = set(imported(at_import_time(tree(path))))
     outside = {name.split(".")[0] for name in names} - {"flashrl_cli", "typer"} - sys.stdlib_module_names
     assert not outside
-    assert own_parts(iter(names)) <= {"cli", "errors", "paths", "contract", ""}
+    assert own_parts(iter(names)) <= {"cli", "errors", "paths", "contract", "text", ""}
 
 
 @pytest.mark.parametrize("name", ["errors.py", "paths.py", "contract.py", "files.py", "render/output.py"])

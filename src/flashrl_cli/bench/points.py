@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from flashrl_cli.text import counted
+
 if TYPE_CHECKING:
     from flashrl_cli.bench.request import Request
     from flashrl_cli.bench.variants import Variant
@@ -31,7 +33,7 @@ class Point:
         if self.kind != SPEED:
             return f"{self.variant}, {self.kind}"
         batch = self.asked["batch"]
-        return f"{self.variant}, {f'{batch} sequences' if batch else 'as many as fit'}"
+        return f"{self.variant}, {counted(batch, 'sequence') if batch else 'as many as fit'}"
 
     @property
     def like(self) -> tuple[str, int]:

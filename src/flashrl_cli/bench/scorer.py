@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli.bench.job import ScorerJob
 from flashrl_cli.errors import FlashrlError
 from flashrl_cli.evals import parent
+from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +66,7 @@ class Scorer:
             for number, (logprobs, entropies) in zip(numbers, self._judge(samples, numbers), strict=True):
                 train[number] = logprobs
                 entropy += entropies
-            emit("advance", note=f"{len(numbers)} responses scored")
+            emit("advance", note=f"{counted(len(numbers), 'response')} scored")
         lengths = [len(part) for part in samples.responses]
         mean_entropy = entropy / sum(lengths)
         vocabulary = int(self._model.config.get_text_config().vocab_size)

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from flashrl_cli.text import counted
+
 
 @dataclass(frozen=True, slots=True)
 class SpeedUp:
@@ -50,7 +52,7 @@ def sentences(speeds: Mapping[str, Speeds], base: str | None) -> Iterator[str]:
 
 
 def _sentence(batch: int, found: Mapping[str, SpeedUp], base: str, *, single: bool) -> str:
-    where = f"at {batch} sequence{'s' if batch > 1 else ''}" if batch else "with as many sequences as fit"
+    where = f"at {counted(batch, 'sequence')}" if batch else "with as many sequences as fit"
     if single:
         told = ", ".join(f"{name} {one.value:.2f}x" for name, one in found.items())
         return f"{where}: {told}, measured once each, so that small differences mean nothing"

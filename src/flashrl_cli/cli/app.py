@@ -19,7 +19,7 @@ from flashrl_cli.cli.presets import presets
 from flashrl_cli.cli.quantize import quantize
 from flashrl_cli.cli.runs import runs
 from flashrl_cli.cli.train import train
-from flashrl_cli.errors import EnvironmentNotReady, FlashrlError, exit_code_of, is_of_the_disk
+from flashrl_cli.errors import EnvironmentNotReady, ExitCode, FlashrlError, exit_code_of, is_of_the_disk
 
 app = typer.Typer(
     name="flashrl",
@@ -58,20 +58,39 @@ app.command("doctor")(doctor)
 
 
 def main() -> None:
-    """Run the command line; whatever ends it is told, and ends the process with its exit code.
+    """The `flashrl` program: the command line with streams that end no work, and an error where a result was not written."""
+    from flashrl_cli.render.output import guard_streams, lost_result, print_error
 
-    An error of the user's, or of a disk, is told as `error:` and `hint:`, anything else, a bug, with its traceback.
+    guard_streams()
+    try:
+        _run()
+    except SystemExit as end:
+        lost = lost_result()
+        if lost is None or end.code:
+            raise
+        print_error(
+            EnvironmentNotReady(
+                f"the result could not be written to stdout: {lost.strerror}", hint="write it elsewhere"
+            )
+        )
+        sys.exit(ExitCode.ENVIRONMENT)
+
+
+def _run() -> None:
+    """Run the command line; whatever ends it is reported, and ends the process with its exit code.
+
+    An error of the user's, or of a disk, is reported as `error:` and `hint:`, anything else, a bug, with its traceback.
     """
     try:
         app(_words(sys.argv[1:]))
     except SystemExit:
         raise
     except BaseException as error:
-        _tell(error)
+        _report(error)
         raise SystemExit(int(exit_code_of(error))) from error
 
 
-def _tell(error: BaseException) -> None:
+def _report(error: BaseException) -> None:
     from flashrl_cli.render.output import print_error
 
     if isinstance(error, KeyboardInterrupt):

@@ -122,7 +122,8 @@ def _show(report: Report, preset: str | None, out: Output) -> None:
     counts = [sum(finding.level == level for finding in report.findings) for level in ("fail", "warn")]
     what = f"{preset} can run here" if preset else f"ready ({report.stack} stack)"
     verdict = what if report.ok else f"{preset or 'a run'} cannot start here"
-    out.say(f"{verdict}: {counts[0]} ✗, {counts[1]} !")
+    failed = ", ".join(dict.fromkeys(finding.name for finding in report.findings if finding.level == "fail"))
+    out.say(f"{verdict}: {counts[0]} ✗, {counts[1]} !{f' ({failed})' if failed else ''}")
 
 
 def _show_findings(report: Report, out: Output) -> None:

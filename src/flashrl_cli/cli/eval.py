@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from flashrl_cli import paths
 from flashrl_cli.cli import eval_options as options
 from flashrl_cli.cli.options import Json, MemoryShare, TensorParallel
+from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
     from flashrl_cli.evals.job import EngineSettings
@@ -105,7 +106,7 @@ def _evaluate(output: Output, lookup: Callable[[], Request], patterns: list[str]
     else:
         request = lookup()
         sets = ", ".join(f"{one.name} ({len(one.questions):,})" for one in request.data)
-        label = f"evaluating {len(request.checkpoints)} checkpoints on {sets}"
+        label = f"evaluating {counted(len(request.checkpoints), 'checkpoint')} on {sets}"
         with _telling(output, label, request.prompts) as telling:
             finished = session.evaluate(request, telling)
     _show(output, finished, watch=watch, png=png)
@@ -161,10 +162,10 @@ def _merge(output: Output, patterns: list[str], target: Path, least: float | Non
     found = find(patterns)
     for one in found.skipped:
         output.warn(f"skipped {one.path}: {one.reason}")
-    place = paths.absolute(target)
+    place, count = paths.absolute(target), len(found.checkpoints)
     with (
         files.alone(place, lambda: output.say(f"another command writes to {place}: waiting for it")),
-        output.progress(f"merging {len(found.checkpoints)} checkpoints", len(found.checkpoints)) as advance,
+        output.progress(f"merging {counted(count, 'checkpoint')}", count) as advance,
     ):
         folders = merged(found.checkpoints, place, advance)
     if output.json_mode:

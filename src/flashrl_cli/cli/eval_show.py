@@ -9,6 +9,7 @@ import typer
 
 from flashrl_cli.cli.options import Json
 from flashrl_cli.errors import InputError
+from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
     from flashrl_cli.evals.examples import Changed, View
@@ -143,7 +144,8 @@ def _sections(seen: View, found: dict[str, Any]) -> list[tuple[str, list[dict[st
     match found["view"]:
         case "worst":
             count, total = found["wrong"], len(seen.marks[found["step"]])
-            heading = f"Of {total:,} questions {count:,} are not always answered right{_at(found['step'])}."
+            wrong = f"{count:,} {'is' if count == 1 else 'are'} not always answered right"
+            heading = f"Of {counted(total, 'question')} {wrong}{_at(found['step'])}."
             return [(f"{heading} The hardest {len(found['questions'])}:", found["questions"])]
         case "changed":
             return _changed_sections(found)
@@ -156,7 +158,9 @@ def _changed_sections(found: dict[str, Any]) -> list[tuple[str, list[dict[str, A
     from flashrl_cli.evals.verdicts import p_text
 
     counts, before, after = found["counts"], found["before"], found["after"]
-    head = f"From step {before} to step {after}: {counts['gained']:,} questions gained, {counts['lost']:,} lost, "
+    head = (
+        f"From step {before} to step {after}: {counted(counts['gained'], 'question')} gained, {counts['lost']:,} lost, "
+    )
     head += f"{counts['same']:,} as before ({p_text(found['p'])} for these two steps alone)."
     sections: list[tuple[str, list[dict[str, Any]]]] = [(head, [])]
     for kind, meaning in (("gained", "answered right more often"), ("lost", "answered right less often")):

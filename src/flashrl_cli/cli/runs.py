@@ -74,10 +74,11 @@ def watch(name: RunArgument, json: Json = False) -> None:
 
     Ends with the run's exit code. Ctrl-C ends only the watching.
     """
-    from flashrl_cli.render.output import Output
+    from flashrl_cli.render.output import Output, end_when_unread
     from flashrl_cli.runs.known import known
 
     out = Output(json_mode=json)
+    end_when_unread()
     try:
         code = _follow(out, known(name))
     except KeyboardInterrupt:

@@ -14,6 +14,7 @@ from flashrl_cli import paths
 from flashrl_cli.cli import complete
 from flashrl_cli.cli.options import Json
 from flashrl_cli.errors import InputError
+from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -120,7 +121,9 @@ def export(
         output.document({"schema_version": SCHEMA_VERSION, **made.document(), "pushed": url})
         return
     output.text(str(target))
-    output.say(f"{made.tensors} tensors, {made.parameters:,} parameters, {_size(made.bytes)}, {made.compared}")
+    output.say(
+        f"{counted(made.tensors, 'tensor')}, {counted(made.parameters, 'parameter')}, {_size(made.bytes)}, {made.compared}"
+    )
     if url:
         output.say(f"uploaded to {url}")
 

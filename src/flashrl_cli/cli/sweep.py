@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.errors import FlashrlError, InputError, RunFailed
+from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
@@ -43,7 +44,7 @@ class Sweep:
             raise InputError(f"--resume {self.resume}: a sweep has many runs", hint="it goes on with each by itself")
         found = points(read_axes(self.texts, self.options), many=self.many or dry_run)
         going = Going(resume=self.resume, force=self.force, look_only=dry_run)
-        with output.progress(f"judging {len(found)} runs", len(found)) as advance:
+        with output.progress(f"judging {counted(len(found), 'run')}", len(found)) as advance:
             return plan_jobs(self._read, found, self.options, self.name, going, advance)
 
     def _read(self, options: Options) -> Resolved:

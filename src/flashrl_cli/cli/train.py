@@ -11,6 +11,7 @@ from flashrl_cli import paths
 from flashrl_cli.cli import sweep as sweeps
 from flashrl_cli.cli.options import Executor, Json, Preset, RayAddress, Rollout, RunName, Sets, Tis
 from flashrl_cli.errors import InputError
+from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
@@ -76,7 +77,9 @@ def train(
     if dry_run:
         _show(resolved, plan, tree, output, place)
     elif plan.is_finished:
-        output.say(f"run {plan.name} is complete: {plan.resume.step} steps; a larger trainer.steps goes on with it")
+        output.say(
+            f"run {plan.name} is complete: {counted(plan.resume.step or 0, 'step')}; a larger trainer.steps goes on with it"
+        )
     else:
         start = _ready(resolved, plan, tree, output, place)
         _detach(plan, output) if detach else _run(plan, output, start)
@@ -137,7 +140,7 @@ def _run(plan: LaunchPlan, output: Output, start: Start) -> None:
     words = vocabulary(plan.spec, paths.data_root())
     with display_for(output, title=plan.name, total=plan.spec.trainer.steps) as display:
         steps = run_plan(plan, display, start=start, vocabulary=words, command=["flashrl", *sys.argv[1:]])
-    output.say(f"done: {steps} steps; checkpoints in {plan.paths.checkpoints}")
+    output.say(f"done: {counted(steps, 'step')}; checkpoints in {plan.paths.checkpoints}")
 
 
 def _detach(plan: LaunchPlan, output: Output) -> None:

@@ -32,13 +32,19 @@ def option_layers(
         yield _assignment(text, problems)
 
 
+def is_text(key: str) -> bool:
+    """Whether a key's value is a text whatever it looks like: that of a variable, `env.NAME`."""
+    head, dot, _ = key.partition(".")
+    return bool(dot) and head in VERBATIM
+
+
 def _flag(key: str, value: Any) -> Layer:
     return Layer(kind="option", label=FLAG_OF[key], data=nested(key, value))
 
 
 def _cap(text: str) -> Any:
     """Number of a `--tis` text, None for `off`; anything else as it is, for the spec to refuse."""
-    number = yaml_file.parse(text, "--tis").data
+    number = yaml_file.value(text, "--tis").data
     if isinstance(number, int | float) and not isinstance(number, bool):
         return number
     return None if text == "off" else text
@@ -51,8 +57,7 @@ def _assignment(text: str, problems: list[Problem]) -> Layer:
     label = f"--set {shown if shown.isprintable() else ascii(shown)}"
     problem, value = _bad_key(text, key, equals), None
     if problem is None:
-        is_text = key.partition(".")[0] in VERBATIM
-        document = yaml_file.parse(value_text, label, verbatim=("",) if is_text else ())
+        document = yaml_file.value(value_text, label, is_text=is_text(key))
         value = document.data
         problem = _bad_value(key, value_text, document.problems)
     if problem:
@@ -77,6 +82,8 @@ def _bad_key(text: str, key: str, equals: str) -> Problem | None:
 def _bad_value(key: str, text: str, found: Sequence[Problem]) -> Problem | None:
     if not found:
         return None
+    if re.search("[\udc80-\udcff]", text):
+        return Problem(f"{text!a} is no text in this shell's encoding", hint="export LC_ALL=C.UTF-8")
     quoted = shlex.quote(f"{key}={json.dumps(text, ensure_ascii=False)}")
     hints = (found[0].hint, f"if that text is meant: --set {quoted}")
     return Problem(f"{text!r} is no value: {found[0].message}", hint="; ".join(filter(None, hints)))

@@ -14,6 +14,7 @@ from flashrl_cli.config.options import option_layers
 from flashrl_cli.config.rules import findings
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.errors import InputError, Problem
+from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -135,8 +136,7 @@ def _without(data: Mapping[str, Any], keys: Sequence[tuple[int | str, ...]]) -> 
 
 def _refusal(preset: str, problems: Sequence[Problem], layers: Sequence[Layer]) -> InputError:
     told = list(dict.fromkeys(sorted(problems, key=lambda problem: _position(problem.where, layers))))
-    count = f"{len(told)} problem{'s' if len(told) != 1 else ''}"
-    return InputError(f"preset {preset}: {count}", problems=told)
+    return InputError(f"preset {preset}: {counted(len(told), 'problem')}", problems=told)
 
 
 def _position(where: str | None, layers: Sequence[Layer]) -> tuple[int, int]:

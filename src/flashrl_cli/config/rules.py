@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.secrets import looks_secret
+from flashrl_cli.text import counted
 
 
 class Finding(NamedTuple):
@@ -89,7 +90,7 @@ def warmup_ends(spec: RunSpec) -> Iterator[Finding]:
     if warmup and spec.algorithm.advantage != "gae":
         yield Finding(
             "trainer.critic_warmup",
-            f"nothing learns in these {warmup} steps: {spec.algorithm.advantage} has no critic",
+            f"nothing learns in the first {counted(warmup, 'step')}: {spec.algorithm.advantage} has no critic",
             "--set trainer.critic_warmup=0",
         )
     elif steps is not None and warmup > steps:

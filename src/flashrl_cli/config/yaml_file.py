@@ -32,7 +32,8 @@ class _Scalar(NamedTuple):
 
 
 _TAG = "tag:yaml.org,2002:"
-_ALIAS = "*"
+_ALIAS, _ANCHOR = "*", "&"
+_LINE_BREAK = re.compile("[\n\r\x85\u2028\u2029]")
 _REFUSED: Any = object()
 """Stands for a value that is refused: left out of the data, so that nothing is told about it twice."""
 _SCALARS = {
@@ -66,9 +67,16 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012  # PyYAML copies it before changing it
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """As PyYAML, but an alias is a node of its own: refused in its own line, and no way to a tree without end."""
+        """As PyYAML, but an alias is a node of its own: refused in its own line, and no way to a tree without end.
+
+        So is what has an anchor, which would be dropped where no alias is allowed.
+        """
         if not self.check_event(yaml.AliasEvent):
-            return super().compose_node(parent, index)
+            anchor = self.peek_event().anchor  # type: ignore[no-untyped-call]
+            node = super().compose_node(parent, index)
+            if node is None or anchor is None:
+                return node
+            return yaml.ScalarNode(_ANCHOR, anchor, node.start_mark, node.end_mark)
         event = self.get_event()  # type: ignore[no-untyped-call]
         return yaml.ScalarNode(_ALIAS, event.anchor, event.start_mark, event.end_mark)
 
@@ -106,6 +114,50 @@ def parse(text: str, label: str, *, verbatim: Collection[str] = ()) -> Document:
     return document
 
 
+def value(text: str, label: str, *, is_text: bool = False) -> Document:
+    """Parse one value as an option holds it: YAML of which nothing is dropped without a word, unlike in a file.
+
+    A single text stays as it was written, with what a file would take for a comment (`try #3`), a marker (`--- x`), a
+    block (`|`) or a line break to fold; only blanks around it, and quotes around all of it, do not count. A list, a map
+    or quoted text that would lose a part is a problem. With `is_text`, the value is a text whatever it looks like.
+    """
+    written = text.strip()
+    document = parse(written, label, verbatim=("",) if is_text else ())
+    try:
+        node, lossy = yaml.compose(written, Loader=_Loader), _loses(written)
+    except (yaml.YAMLError, RecursionError):
+        node, lossy = None, is_text
+    quoted = isinstance(node, yaml.ScalarNode) and node.style in ("'", '"')
+    single = node is None or (isinstance(node, yaml.ScalarNode) and not quoted)
+    if (is_text and (lossy or not quoted)) or (lossy and single):
+        document = Document(label)
+        mark = yaml.Mark(label, 0, 0, 0, None, 0)
+        document.data = _Builder(document, ()).build(yaml.ScalarNode(f"{_TAG}str", written, mark, mark, style="'"), "")
+    elif lossy and not document.problems:
+        document.problems.append(Problem("a part of it would be lost: a comment, a marker or a line break", label))
+    if document.data is _REFUSED or document.problems:
+        document.data = None
+    return document
+
+
+def _loses(text: str) -> bool:
+    """Whether YAML drops a part of `text`: comments, markers of documents, line breaks in a single text, an empty block."""
+    end = 0
+    for token in yaml.scan(text, Loader=_Loader):
+        start = token.start_mark.index
+        if text[end:start].strip() or isinstance(
+            token, yaml.DocumentStartToken | yaml.DocumentEndToken | yaml.DirectiveToken
+        ):
+            return True
+        end = max(end, token.end_mark.index)
+        if isinstance(token, yaml.ScalarToken):
+            head, *rest = _LINE_BREAK.split(text[start:end])
+            is_block = token.style in ("|", ">")
+            if (not rest or "#" in head) if is_block else rest:
+                return True
+    return bool(text[end:].strip())
+
+
 def items(text: str, label: str) -> tuple[list[str], list[Problem]]:
     """Texts of the items of a list that is written without its brackets, such as `1e-6, [a, b], "x, y"`."""
     source, no_list = f"[{text}]", f"{text[:40]!r} is no list of values"
@@ -118,7 +170,11 @@ def items(text: str, label: str) -> tuple[list[str], list[Problem]]:
         return [], [Problem(f"{no_list}: nested too deeply", label)]
     if not isinstance(node, yaml.SequenceNode) or node.end_mark.index != len(source) or text.rstrip().endswith(","):
         return [], [Problem(no_list, label)]
-    return [source[item.start_mark.index : item.end_mark.index] for item in node.value], []
+    bounds = [(item.start_mark.index, item.end_mark.index) for item in node.value]
+    gaps = zip([1, *(end for _, end in bounds)], [*(start for start, _ in bounds), len(source) - 1], strict=True)
+    if any(source[end:start].strip(" \t\n,") for end, start in gaps):
+        return [], [Problem(f"{no_list}: a part of it would be lost", label)]
+    return [source[start:end] for start, end in bounds], []
 
 
 def read(path: Path, label: str, *, verbatim: Collection[str] = (), kind: str = "preset") -> Document:
@@ -246,6 +302,8 @@ class _Builder:
             return self.refuse(
                 node, f"aliases (*{node.value}) are not supported", "write the value out, or use extends"
             )
+        if node.tag == _ANCHOR:
+            return self.refuse(node, f"anchors (&{node.value}) are not supported", "quote text that starts with &")
         tag = node.tag.replace(_TAG, "!!")
         return self.refuse(node, f"tag {tag} is not supported", "presets hold plain text, numbers, lists and maps")
 

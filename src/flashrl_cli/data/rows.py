@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypedDict
 
 from flashrl_cli.errors import InputError, Problem
+from flashrl_cli.text import counted
 
 SHOWN = 5
 Raw = Mapping[str, Any]
@@ -80,7 +81,7 @@ class BadRows:
         """Raise InputError if there was any."""
         if self.count:
             shown = f" (the first {SHOWN} are listed)" if self.count > SHOWN else ""
-            rows = "1 row" if self.count == 1 else f"{self.count:,} rows"
+            rows = counted(self.count, "row")
             raise InputError(
                 f"{name}: {rows} cannot be used{shown}; nothing was written",
                 hint="mend or remove them, then run the same command again",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from flashrl_cli.doctor.finding import Finding, fail, ok, warn
 
@@ -40,6 +41,8 @@ PRECISIONS = {
 }
 
 
+NOTHING: Mapping[str, str] = MappingProxyType({})
+AMD = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 CACHE = Precision((9, 0), (10, 0))
 """FP8 KV caches: elsewhere vLLM takes FlashInfer for them (platforms/cuda.py:142 in 0.24), which does not read new scales."""
 
@@ -60,7 +63,9 @@ def probe(query: Sequence[str] = QUERY) -> str | None:
     if command is None:
         return None
     try:
-        listing = subprocess.run([command, *query], capture_output=True, text=True, timeout=30, check=False)
+        listing = subprocess.run(
+            [command, *query], capture_output=True, encoding="utf-8", errors="replace", timeout=30, check=False
+        )
     except subprocess.TimeoutExpired:
         return "no answer within 30 s"
     return listing.stdout + listing.stderr
@@ -102,6 +107,25 @@ def devices(gpus: Sequence[Gpu], text: str | None, *, stack: str, joined: bool) 
             "GPUs", "none: no nvidia-smi", "install the NVIDIA driver, or run on a cluster: `train --executor ray`"
         )
     return ok("GPUs", "none; the cluster has its own" if joined else "none; the CPU stack needs none")
+
+
+def vendors(
+    environment: Mapping[str, str], count: int | None, *, preset: Mapping[str, str] = NOTHING
+) -> Iterator[Finding]:
+    """Yield what is left of an AMD environment and ends verl's workers (verl/single_controller/base/worker.py:231).
+
+    `count` is the number of devices of a run on a node, None where nobody knows; `preset` are the variables of its `env`. Ray sets
+    CUDA_VISIBLE_DEVICES for every worker that has a device, on the CPU stack, too. A variable that is empty does not count.
+    """
+    ray_sets = not environment.get("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES")
+    cuda = environment.get("CUDA_VISIBLE_DEVICES") or ("0" if ray_sets else "")
+    hip, rocr = (environment.get(name) for name in AMD)
+    for name, ends in zip(
+        AMD, (hip and cuda and (hip != cuda or "," in hip or (count or 1) > 1), rocr and (cuda or hip)), strict=True
+    ):
+        if ends:
+            text = f"{name}={environment[name]} beside CUDA_VISIBLE_DEVICES, which Ray sets for each worker, ends verl's workers"
+            yield fail(name, text, f"take env.{name} out of the preset" if name in preset else f"unset {name}")
 
 
 def driver(gpus: Sequence[Gpu], cuda: int, *, compatible: bool) -> Iterator[Finding]:

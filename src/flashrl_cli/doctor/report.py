@@ -52,6 +52,7 @@ def machine() -> Report:
         *plugins.findings(os.environ),
         gpus.devices(found, listing, stack=kind, joined=joined is not None),
         *(_gpus(found, versions) if kind == "gpu" else ()),
+        *gpus.vendors(os.environ, None),
         *_system(kind),
         *_ray(joined),
         *_network(),
@@ -112,6 +113,9 @@ def _system(kind: str) -> Iterator[Finding]:
 
 def _ray(joined: tuple[str, str] | None) -> Iterator[Finding]:
     yield ray_state.cluster(joined, answers=ray_state.probe_answers(joined[0]) if joined else None)
+    if joined is None:
+        yield from ray_state.folder_findings(os.environ)
+    yield from system.sockets(os.environ)
     yield from ray_state.daemons(ray_state.probe_daemons())
     yield ray_state.ports(ray_state.probe_ports())
 

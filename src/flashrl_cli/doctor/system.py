@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import sys
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flashrl_cli.doctor.finding import Finding, fail, ok, warn
+from flashrl_cli.errors import EnvironmentNotReady
 
 GIB = 2**30
+TMP = "/tmp"  # noqa: S108 - where Ray, Python and verl go without a variable
+PYTHON_TMP = ("TMPDIR", "TEMP", "TMP")
+SOCKET_BYTES = 107 if sys.platform == "linux" else 103
+"""Longest path of a socket (`sun_path` of unix(7), less its end); Ray asks for it in ray/_private/utils.py:1750."""
 SHM = Path("/dev/shm")  # noqa: S108 - where shared memory is mounted
 CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")
 DISK_GIB = {"gpu": 50, "cpu": 5}
@@ -92,6 +99,37 @@ def probe_shm() -> int:
 def probe_limits() -> tuple[int, int]:
     """Soft limits of this process: open files, and bytes of locked memory (-1 for none)."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0], resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+
+
+def sockets(environment: Mapping[str, str], *, training: bool = True) -> Iterator[Finding]:
+    """Yield what keeps vLLM, Python's pools of processes and, when `training`, verl's weight transfer from making their sockets.
+
+    Python makes them in its folder for temporary files (`pymp-…/listener-…`), vLLM there or in VLLM_RPC_BASE_PATH, named by a UUID
+    (vllm/utils/network_utils.py), verl in /tmp whatever is set (verl/workers/rollout/vllm_rollout/vllm_rollout.py:141).
+    """
+    name = next((name for name in PYTHON_TMP if (path := environment.get(name)) and _takes_files(path)), TMP)
+    places = {name: "/pymp-12345678/listener-12345678"}
+    places |= {"VLLM_RPC_BASE_PATH" if environment.get("VLLM_RPC_BASE_PATH") else name: f"/{uuid.UUID(int=0)}"}
+    for place, rest in places.items():
+        folder = environment.get(place, TMP)
+        longest = len(os.fsencode(folder + rest))
+        if longest > SOCKET_BYTES:
+            text = f"{folder} ({place}) is {longest - SOCKET_BYTES} bytes too long for the sockets of vLLM and of Python's processes"
+            yield fail("sockets", text, f"a shorter {place}, such as `export {place}=/tmp`")
+    if training and not _takes_files(TMP):
+        yield fail(
+            "sockets", f"verl sends weights through sockets in {TMP}, which cannot be written", f"make {TMP} writable"
+        )
+
+
+def check_sockets(environment: Mapping[str, str]) -> None:
+    """Raise EnvironmentNotReady if engines and graders that are started in `environment` could not make their sockets."""
+    for finding in sockets(environment, training=False):
+        raise EnvironmentNotReady(finding.text, hint=finding.fix)
+
+
+def _takes_files(folder: str) -> bool:
+    return Path(folder).is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 def disks(found: Sequence[Disk], stack: str) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from flashrl_cli.doctor import gpus
 from flashrl_cli.errors import EnvironmentNotReady
+from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
     from flashrl_cli.evals.job import EngineSettings
@@ -53,7 +54,7 @@ def freest(engine: EngineSettings, found: Sequence[Device]) -> tuple[EngineSetti
     chosen = sorted(found, key=lambda device: (-device.share, device.index))[: engine.tensor_parallel]
     share = min(device.share for device in chosen)
     if len(chosen) < engine.tensor_parallel:
-        raise EnvironmentNotReady(f"--tp {engine.tensor_parallel}: this machine has {len(found)} GPUs")
+        raise EnvironmentNotReady(f"--tp {engine.tensor_parallel}: this machine has {counted(len(found), 'GPU')}")
     if share < _LEAST:
         free = ", ".join(f"{device.index}: {device.free / 1024:.1f} GiB" for device in found)
         hint = "wait for what runs there (`nvidia-smi` names it), or CUDA_VISIBLE_DEVICES= for a CPU build of vLLM"

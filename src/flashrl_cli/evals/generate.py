@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli import contract
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.evals.results import Response
+from flashrl_cli.text import counted
 from flashrl_cli.weights import Unreadable
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Generator:
             raise EnvironmentNotReady(f"asked for a rollout in {asked}, the engine holds {holds['precision']}")
         if bool(holds["smoothed"]) != bool(self._job.engine.profile):
             raise EnvironmentNotReady(
-                f"the engine smoothed {holds['smoothed']} tensors, profile: {self._job.engine.profile}"
+                f"the engine smoothed {counted(holds['smoothed'], 'tensor')}, profile: {self._job.engine.profile}"
             )
         if not self._llm.reset_prefix_cache():
             raise EnvironmentNotReady("vLLM kept its prefix cache, which belongs to the weights before")
@@ -115,7 +116,7 @@ class Generator:
     def _check_room(self, tokens: int) -> None:
         if tokens >= self._limit:
             raise InputError(
-                f"a prompt has {tokens} tokens, the limit is {self._limit}", hint="a larger --max-model-len"
+                f"a prompt has {counted(tokens, 'token')}, the limit is {self._limit}", hint="a larger --max-model-len"
             )
 
     def _tokens(self, prompt: Messages) -> list[int]:

@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import math
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar, TypeVarTuple
 
-from flashrl_cli.doctor import software, stacks
+from flashrl_cli.doctor import software, stacks, system
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
 from flashrl_cli.evals import grade, grader
 
@@ -143,6 +144,7 @@ class Graders:
     def _new_pool(self) -> ProcessPool:
         from pebble import ProcessPool
 
+        system.check_sockets(os.environ)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([_SERVER])
         return ProcessPool(self._workers, initializer=grader.begin, context=context)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flashrl_cli import contract, cpu, errors
+from flashrl_cli.doctor import system
 
 LAST = frozenset({"done", "skipped"})
 """Events that end an order."""
@@ -55,7 +56,11 @@ class Worker:
 
 @contextlib.contextmanager
 def worker(module: str, job: Path, log: Path, env: Mapping[str, str], died: Died) -> Iterator[Worker]:
-    """`python -m module JOB`, with all other output going to the end of `log`. However the caller leaves, nothing stays running."""
+    """`python -m module JOB`, with all other output going to the end of `log`. However the caller leaves, nothing stays running.
+
+    Raises EnvironmentNotReady where it could not make its sockets.
+    """
+    system.check_sockets(env)
     with log.open("ab") as output, _process([sys.executable, "-m", module, str(job)], env, output.fileno()) as process:
         yield Worker(process, log, died)
 

@@ -16,6 +16,7 @@ from flashrl_cli.evals import answers, child
 from flashrl_cli.evals.job import Job, Order
 from flashrl_cli.evals.results import DataSet, Evaluated, Grade, Response
 from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
+from flashrl_cli.text import counted
 from flashrl_cli.weights import Unreadable, read_json
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ class Evaluation:
 
     def _say_done(self, unit: Unit, tokens: int, seconds: float) -> None:
         rate = f", {tokens / seconds:,.0f} tokens/s" if tokens and seconds else ""
-        self.telling.say(f"{_name(unit)}: {len(unit.data.questions):,} prompts in {seconds:.1f} s{rate}")
+        self.telling.say(f"{_name(unit)}: {counted(len(unit.data.questions), 'prompt')} in {seconds:.1f} s{rate}")
 
     def _engine_for(self, unit: Unit) -> child.Engine:
         """The engine that is up, or a new one if that is of another architecture."""

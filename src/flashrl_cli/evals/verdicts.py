@@ -12,6 +12,7 @@ from flashrl_cli.errors import BelowThreshold, InputError, Problem
 from flashrl_cli.evals import stats
 from flashrl_cli.evals.paired import ALPHA, Difference, differences
 from flashrl_cli.runs.checkpoints import Skipped, model_or_step
+from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -240,7 +241,9 @@ def _gaps(entries: Sequence[Entry], extractor: str) -> Iterator[tuple[Difference
 def _too_few(found: Sequence[Comparison]) -> Iterator[str]:
     reach = median((c.difference.hi - c.difference.lo) / 2 for c in found)
     if reach > _FINE:
+        questions = found[0].questions
+        what = f"{counted(questions, 'question')} {'is' if questions == 1 else 'are'} too few"
         yield (
-            f"{found[0].questions} questions are too few to tell a difference of {100 * _FINE:.0f} points: "
+            f"{what} to tell a difference of {100 * _FINE:.0f} points: "
             f"the intervals reach {points(reach)} points to either side"
         )

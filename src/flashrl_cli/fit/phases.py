@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from flashrl_cli.fit import passes, serving
 from flashrl_cli.fit.items import Item, item, total
 from flashrl_cli.fit.states import Model, model_of, resident
+from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
     from flashrl_cli.fit.serving import Engine
@@ -82,7 +83,7 @@ def phases(run: Run) -> tuple[Phase, ...]:
 def _awake(run: Run) -> tuple[Item, ...]:
     """The engine's budget, in its parts."""
     engine, rollout = run.engine, run.settings.rollout
-    gpus = f"{rollout.precision}, / {rollout.tensor_parallel} GPUs"
+    gpus = f"{rollout.precision}, / {counted(rollout.tensor_parallel, 'GPU')}"
     share = f"{rollout.gpu_memory_utilization:g} of the GPU, less weights and working memory"
     return (
         item("engine weights", engine.weights, gpus, margin=0),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from flashrl_cli.fit.items import Item, item
 from flashrl_cli.fit.shape import parameters
+from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
     from flashrl_cli.fit.shape import ModelShape
@@ -97,7 +98,7 @@ def resident(model: Model, role: str, *, training: bool = False, loaded: bool = 
     engine = model.engine
     if engine.offload_policy:
         return ()
-    per = f"/ {model.shards} GPUs"
+    per = f"/ {counted(model.shards, 'GPU')}"
     found = []
     if training or loaded or not engine.param_offload:
         found.append(

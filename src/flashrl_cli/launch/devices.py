@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from flashrl_cli.doctor import gpus, ray_state, software, system
 from flashrl_cli.doctor.finding import Finding, fail, ok
 from flashrl_cli.doctor.stacks import GPU, installed_stack
-from flashrl_cli.verl import needs
+from flashrl_cli.verl import cluster, needs
 
 if TYPE_CHECKING:
     from flashrl_cli.config.spec import ResourceSpec, RunSpec
@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 
 def findings(spec: RunSpec, versions: Mapping[str, str]) -> Iterator[Finding]:
     """Yield how this machine stands to what `spec` computes on; the GPUs of a Ray cluster cannot be seen from here."""
-    joined = ray_state.probe_cluster(os.environ)
-    yield ray_state.cluster(joined, answers=ray_state.probe_answers(joined[0]) if joined else None)
+    joined = _cluster(spec)
+    yield from _ray(spec, joined)
+    yield from system.sockets(_environment(spec))
+    yield from gpus.vendors(
+        _environment(spec) | cluster.worker_variables(spec.verl), spec.resources.gpus_per_node, preset=spec.env
+    )
     if spec.resources.platform == "cpu":
         yield from system.cpu_lacks(spec.rollout.precision, kv8=spec.rollout.kv_cache != "auto")
     elif joined is None:
@@ -28,6 +32,35 @@ def findings(spec: RunSpec, versions: Mapping[str, str]) -> Iterator[Finding]:
         yield from gpus.driver(found, gpus.cuda_of(versions.get("torch", "")), compatible=gpus.COMPATIBLE.is_dir())
         if installed_stack(versions) is GPU:
             yield attention(spec, versions)
+
+
+def _environment(spec: RunSpec) -> dict[str, str]:
+    """The environment of a run here: this process's, and the preset's `env` over it."""
+    return {**os.environ, **spec.env}
+
+
+def _cluster(spec: RunSpec) -> tuple[str, str] | None:
+    """The cluster that a run of `spec` joins, and the variable, key or file that says so."""
+    joined = ray_state.probe_cluster(_environment(spec), cluster.ray_arguments(spec.verl))
+    if joined and joined[1] in spec.env:
+        return joined[0], f"env.{joined[1]}"
+    return joined
+
+
+def _ray(spec: RunSpec, joined: tuple[str, str] | None) -> Iterator[Finding]:
+    """Yield whether the run finds the Ray that it joins, or can start its own."""
+    arguments = cluster.ray_arguments(spec.verl)
+    if joined is None:
+        yield ray_state.cluster(None, answers=None)
+        yield from ray_state.folder_findings(_environment(spec), arguments)
+        return
+    answers = ray_state.probe_answers(joined[0])
+    refused = [name for name in cluster.REFUSED_ON_A_CLUSTER if arguments.get(name)]
+    if answers is False or not refused:
+        yield ray_state.cluster(joined, answers=answers)
+    else:
+        text = f"a run joins {joined[0]} ({joined[1]}), where Ray refuses {', '.join(refused)} of the preset"
+        yield fail("Ray", text, "`train --executor ray` leaves them out, `RAY_ADDRESS=local` has a Ray of its own")
 
 
 def _gpu_precision(spec: RunSpec, found: Sequence[gpus.Gpu]) -> Iterator[Finding]:
@@ -64,6 +97,6 @@ def attention(spec: RunSpec, versions: Mapping[str, str]) -> Finding:
 
 def gpu_memory(spec: RunSpec) -> list[int]:
     """Bytes of each GPU of this machine; empty for a run on a CPU, or on a cluster, whose GPUs cannot be seen from here."""
-    if spec.resources.platform == "cpu" or ray_state.probe_cluster(os.environ):
+    if spec.resources.platform == "cpu" or _cluster(spec):
         return []
     return [gpu.memory_mib << 20 for gpu in gpus.seen() if gpu.memory_mib]

@@ -10,6 +10,7 @@ from flashrl_cli.errors import InputError
 from flashrl_cli.launch import devices, preflight
 from flashrl_cli.launch.ray import plan as ray_plan
 from flashrl_cli.runs import record
+from flashrl_cli.text import counted
 from flashrl_cli.verl import cluster
 
 if TYPE_CHECKING:
@@ -61,7 +62,9 @@ class Place:
         say(f"asking every node of the Ray cluster at {self.address} …")
         jobs = ray_client.connect(self.address)
         found = ray_ready.check(plan, data_root, jobs, self.address)
-        say(f"{found.nodes} nodes; metrics and proof come {'as files' if found.shared else 'from the job log'}")
+        say(
+            f"{counted(found.nodes, 'node')}; metrics and proof come {'as files' if found.shared else 'from the job log'}"
+        )
         return _recorded(ray_job.starter(jobs, self.address, shared=found.shared), self.address)
 
 

@@ -23,16 +23,19 @@ if TYPE_CHECKING:
     from flashrl_cli.launch.plan import LaunchPlan
 
 __all__ = ["ENTRY_POINTS", "check", "findings"]
+SHOWN = 2
+"""Fixes that the last line repeats, which is all that some logs keep."""
 
 
 def check(plan: LaunchPlan, data_root: Path) -> None:
     """Raise EnvironmentNotReady with every reason why this machine cannot run `plan`."""
     found = list(problems(findings(plan.spec, data_root)))
     if found:
+        fixes = list(dict.fromkeys(problem.hint for problem in found if problem.hint))
         raise EnvironmentNotReady(
-            f"this machine cannot run {plan.preset}",
+            f"this machine cannot run {plan.preset}: {', '.join(dict.fromkeys(str(problem.where) for problem in found))}",
             problems=found,
-            hint="`--dry-run` prints the plan without running it; `flashrl doctor --preset` shows all that was checked",
+            hint=f"{'; '.join(fixes[:SHOWN])}; `flashrl doctor --preset` shows all that was checked, `--dry-run` the plan alone",
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashrl_cli import contract
+from flashrl_cli.text import counted
 from flashrl_cli.verl.platform import rollout_options
 from flashrl_cli.verl.replicas import bf16_replicas, engine_devices
 from flashrl_cli.weights import Unreadable
@@ -110,7 +111,7 @@ def _unlike(asked: int | None, smoothed: int) -> str | None:
     """What was asked for, unless this is it."""
     if asked is None:
         return None if smoothed else "tensors smoothed by rollout.profile"
-    return None if smoothed == asked else f"{asked} tensors smoothed by rollout.profile"
+    return None if smoothed == asked else f"{counted(asked, 'tensor')} smoothed by rollout.profile"
 
 
 def missing(expected: Expectation, shakes: list[Handshake]) -> str | None:

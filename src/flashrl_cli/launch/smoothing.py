@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from flashrl_cli.doctor.finding import Finding, fail, ok, warn
 from flashrl_cli.launch.inputs import PROFILE
+from flashrl_cli.text import counted
 from flashrl_cli.weights import Unreadable, Weights, read_json
 from flashrl_cli.weights.contents import shapes
 from flashrl_cli.weights.profile import Profile
@@ -27,7 +28,7 @@ def judge(path: Path, model: Path | None) -> Finding:
         profile = Profile.read(path)
     except Unreadable as error:
         return fail(PROFILE, str(error), _MAKE)
-    told = f"{path}, of {profile.about.model}: {len(profile.names)} tensors"
+    told = f"{path}, of {profile.about.model}: {counted(len(profile.names), 'tensor')}"
     if model is None or not model.is_dir():
         return ok(PROFILE, told)
     try:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flashrl_cli.errors import InputError, Problem
+from flashrl_cli.text import counted
 
 HEAD = "lm_head"
 PATTERN = "re:"
@@ -114,7 +115,7 @@ def _refuse_useless(patterns: Mapping[str, re.Pattern[str]], modules: Sequence[s
 
 def _refuse_experts(experts: Sequence[str]) -> None:
     if experts:
-        what = f"{len(experts)} matrices of experts, {_some(experts)}: only dense layers are quantized here"
+        what = f"{counted(len(experts), 'matrix', 'matrices')} of experts, {_some(experts)}: only dense layers are quantized here"
         raise InputError(what, hint=f"{EXPERTS_HINT} leaves them in 16 bits")
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from flashrl_cli.text import counted
+
 if TYPE_CHECKING:
     from flashrl_cli.quantize.arithmetic import Losses
 
@@ -92,4 +94,6 @@ def summary(document: dict[str, Any]) -> str:
     totals = document["totals"]
     sizes = f"{totals['bytes_before'] / _MIB:,.1f} MiB of weights became {totals['bytes_after'] / _MIB:,.1f} MiB"
     errors = f"{100 * totals['mean_error']:.3f} % in the mean, {100 * totals['worst_error']:.3f} % at worst"
-    return f"{totals['layers']} layers in 8 bits, {totals['kept']} kept in 16; {sizes}; relative error {errors}"
+    return (
+        f"{counted(totals['layers'], 'layer')} in 8 bits, {totals['kept']} kept in 16; {sizes}; relative error {errors}"
+    )

@@ -14,6 +14,7 @@ from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.quantize import layers, scheme
 from flashrl_cli.quantize.tensors import Tensor, described
 from flashrl_cli.runs.checkpoints import Checkpoint, hf_folder
+from flashrl_cli.text import counted
 from flashrl_cli.verl import checkpoints as layout
 from flashrl_cli.weights import Unreadable, read_json
 from flashrl_cli.weights.profile import Profile
@@ -55,8 +56,9 @@ class Request:
         if odd := self.choice.odd:
             shape = " × ".join(map(str, self.tensors[f"{odd[0]}.weight"].shape))
             yield (
-                f"{len(odd)} layers have sizes that are no multiples of {layers.TILE} ({odd[0]}: {shape}): vLLM runs these in INT8 by "
-                "Triton instead of CUTLASS, and pads them in FP8 at each call; --ignore NAME leaves them in 16 bits"
+                f"{counted(len(odd), 'layer')} with a size that is no multiple of {layers.TILE} ({odd[0]}: {shape}): "
+                "vLLM runs such a layer in INT8 by Triton instead of CUTLASS, and pads it in FP8 at each call; "
+                "--ignore NAME leaves it in 16 bits"
             )
 
 

@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from flashrl_cli.text import counted
+
 _KEPT = 400
 """Characters at each end of a text that is shortened: answers stand at the end."""
 _INDENT = "    "
@@ -53,7 +55,7 @@ def _heading(response: Mapping[str, Any], samples: int) -> str:
     ]
     prediction = response["prediction"]
     parts.append("no answer found" if prediction is None else f"answer {_brief(prediction)}")
-    parts.append(f"{response['tokens']:,} tokens{', cut at the limit' if response['cut'] else ''}")
+    parts.append(f"{counted(response['tokens'], 'token')}{', cut at the limit' if response['cut'] else ''}")
     parts += [f"no verdict: {_brief(response['problem'])}"] if response["problem"] else []
     return " · ".join(parts)
 

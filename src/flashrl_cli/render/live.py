@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from flashrl_cli.text import counted
+
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
@@ -45,7 +47,7 @@ def describe(shakes: Sequence[Handshake]) -> str:
     quantized = [shake for shake in shakes if shake.precision != "bf16"] or shakes
     first, plain = quantized[0], len(shakes) - len(quantized)
     layers = f"{first.quantized_layers} of {first.linear_layers} linear layers, " if first.precision != "bf16" else ""
-    workers = f"{len(quantized)} rollout worker{'s' if len(quantized) != 1 else ''}"
+    workers = f"{counted(len(quantized), 'rollout worker')}"
     workers += f" and bf16 in {plain}" if plain else ""
     return f"{first.precision} in {workers}: {layers}{first.kernel}, {beside(first)}refit {first.refit_s:.2f} s"
 
@@ -55,7 +57,7 @@ def beside(shake: Handshake) -> str:
     parts = {
         f"KV cache in {shake.kv_cache}": shake.kv_cache != "auto",
         "logits in fp32": shake.lm_head == "fp32",
-        f"{shake.smoothed} tensors smoothed": shake.smoothed > 0,
+        f"{counted(shake.smoothed, 'tensor')} smoothed": shake.smoothed > 0,
     }
     return "".join(f"{part}, " for part, told in parts.items() if told)
 

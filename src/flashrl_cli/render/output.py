@@ -1,17 +1,25 @@
 """One door to the terminal: data on stdout, talk on stderr, in the form that the reader wants.
 
 Three readers: a person at a terminal (colour, live displays), a person reading a log (plain lines), a program (`--json`).
+
+A reader that goes away (`| head -1`), an encoding that lacks a character and a disk that is full end no work: see `guard_streams`.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import errno
+import io
 import json
 import os
+import select
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
+
+from flashrl_cli import files
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,6 +27,15 @@ if TYPE_CHECKING:
     from flashrl_cli.errors import FlashrlError
 
 PLAIN_WIDTH = 160
+ERRORS = "flashrl"
+"""Name of the error handler of our streams (`codecs.register_error`)."""
+PLAIN = str.maketrans(
+    {"…": "...", "→": "->", "±": "+-", "≤": "<=", "≥": ">=", "‖": "||"}
+    | dict(zip("–—−×·²✓✗─━│┊●★“”‘’", "---x*2+x--||**\"\"''", strict=True))
+)
+"""What flashrl writes beyond ASCII, for encodings that lack it."""
+GONE = frozenset({errno.EPIPE, errno.EIO})
+"""Errors of a stream that nobody reads any more: a pipe without a reader, a terminal that was closed."""
 
 
 class Advance(Protocol):
@@ -31,6 +48,103 @@ class Advance(Protocol):
 def is_live(stream: Any) -> bool:
     """Whether a live display makes sense on `stream`: a terminal, not CI, not switched off."""
     return bool(stream.isatty()) and not os.environ.get("CI") and not os.environ.get("FLASHRL_NO_PROGRESS")
+
+
+class Descriptor(io.RawIOBase):
+    """A file descriptor to which everything can be written: what cannot be is kept as `lost`, and the rest is dropped."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self.lost: OSError | None = None
+        self.ends_unread = False
+
+    def fileno(self) -> int:
+        """The descriptor's number."""
+        return self._number
+
+    def writable(self) -> bool:
+        """Always."""
+        return True
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        return os.isatty(self._number)
+
+    def write(self, data: Any) -> int:
+        """Write a part of `data`; returns its length. Raises SystemExit where nobody reads a command that only shows."""
+        while self.lost is None:
+            try:
+                return os.write(self._number, data)
+            except BlockingIOError:
+                select.select([], [self._number], [])
+            except OSError as error:
+                self.lost = error
+        if self.ends_unread and self.lost.errno in GONE:
+            self.ends_unread = False
+            raise SystemExit(0)
+        return len(data)
+
+
+def guard_streams() -> None:
+    """Give the process a stdout and a stderr that end no work.
+
+    Characters that the encoding lacks become plain ones or escapes, bytes of file names that are no text stay what they are, what nobody
+    reads is dropped, and where a stream is closed (`>&-`) it is /dev/null, before a file of ours gets its number.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    codecs.register_error(ERRORS, _replaced)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is not getattr(sys, f"__{name}__"):  # another program's own, such as pytest's
+            continue
+        text = io.TextIOWrapper(
+            io.BufferedWriter(Descriptor(number)),
+            encoding=getattr(stream, "encoding", None) or "utf-8",
+            errors=ERRORS,
+            line_buffering=name == "stderr" or os.isatty(number),
+        )
+        if stream is not None:
+            stream.flush()
+        setattr(sys, name, text)
+
+
+def end_when_unread() -> None:
+    """From now on, end in good order once nobody reads: for a command that shows what others do."""
+    for descriptor in _descriptors():
+        descriptor.ends_unread = True
+
+
+def lost_result() -> OSError | None:
+    """Why a part of the result did not reach its file, such as a full disk; None if it did, or if nobody wanted to read it."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    lost = next(iter(_descriptors())).lost if _descriptors() else None
+    return None if lost is None or lost.errno in GONE else lost
+
+
+def _descriptors() -> list[Descriptor]:
+    """Those of the guarded streams, stdout's first."""
+    raws = [getattr(getattr(stream, "buffer", None), "raw", None) for stream in (sys.stdout, sys.stderr)]
+    return [raw for raw in raws if isinstance(raw, Descriptor)]
+
+
+def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Stand-in for the first character that an encoding lacks."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    character = error.object[error.start]
+    if "\udc80" <= character <= "\udcff":  # a byte of a file name (PEP 383)
+        return bytes([ord(character) - 0xDC00]), error.start + 1
+    plain = character.translate(PLAIN)
+    return plain.encode("ascii", "backslashreplace").decode("ascii"), error.start + 1
+
+
+def _json(data: dict[str, Any], **form: Any) -> str:
+    """JSON that any reader gets whole: escaped where the stream is not UTF-8, or a text is not."""
+    is_utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
+    return files.json_text(data, **form) if is_utf8 else json.dumps(data, **form)
 
 
 class Output:
@@ -56,11 +170,11 @@ class Output:
 
     def document(self, data: dict[str, Any]) -> None:
         """Print one JSON document on stdout."""
-        print(json.dumps(data, indent=2, ensure_ascii=False), flush=True)
+        print(_json(data, indent=2), flush=True)
 
     def json_line(self, data: dict[str, Any]) -> None:
         """Print one JSON object on one line of stdout."""
-        print(json.dumps(data, ensure_ascii=False), flush=True)
+        print(_json(data), flush=True)
 
     def text(self, text: str) -> None:
         """Print a line of the result on stdout, as it is."""

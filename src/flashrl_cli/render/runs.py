@@ -9,6 +9,7 @@ from flashrl_cli.doctor import stacks
 from flashrl_cli.doctor.space import size
 from flashrl_cli.render import plots
 from flashrl_cli.render.live import describe
+from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -120,7 +121,7 @@ def _head(found: Detail) -> list[str]:
         rows.append(("record", row.problem))
     if found.holes:
         shown = ", ".join(map(str, found.holes[:_HOLES])) + (" …" if len(found.holes) > _HOLES else "")
-        rows.append(("holes", f"{len(found.holes)} steps below the last without metrics: {shown}"))
+        rows.append(("holes", f"{counted(len(found.holes), 'step')} below the last without metrics: {shown}"))
     rows += [("set aside", aside) for aside in found.set_aside]
     return aligned(rows)
 

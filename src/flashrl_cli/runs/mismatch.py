@@ -126,7 +126,8 @@ def _number(value: float) -> str:
 
 def _nothing(lost: int) -> Iterator[Finding]:
     if lost:
-        yield Finding(f"In all {lost} steps some ratio of trainer to rollout is beyond what a float holds.", ("verl",))
+        steps = "the only step" if lost == 1 else f"all {lost} steps"
+        yield Finding(f"In {steps} some ratio of trainer to rollout is beyond what a float holds.", ("verl",))
     else:
         yield Finding(
             "The metrics hold nothing about rollout against trainer: verl compares them unless bypass_mode is on."
@@ -148,7 +149,9 @@ def _distance(seen: Ratios, lost: int) -> Iterator[Finding]:
             "each choice, not which texts come up."
         )
     if lost:
-        yield Finding(f"{lost} more of these steps are left out: some ratio in them is beyond what a float holds.")
+        yield Finding(
+            f"{lost} more of these steps {'is' if lost == 1 else 'are'} left out: some ratio there is beyond what a float holds."
+        )
 
 
 def _judge(seen: Ratios, cap: float | None) -> tuple[Verdict, float | None, list[Finding]]:

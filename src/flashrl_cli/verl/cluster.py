@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.verl.platform import METRICS_PATH
 
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 RAY_INIT = "ray_kwargs.ray_init"
 ENV_VARS = f"{RAY_INIT}.runtime_env.env_vars"
+REFUSED_ON_A_CLUSTER = (
+    *("num_cpus", "num_gpus", "resources", "labels", "object_store_memory", "_system_config"),
+    *("_enable_object_reconstruction", "_node_name"),
+)
+"""Arguments with which `ray.init` raises ValueError where it finds a cluster to join (ray/_private/worker.py:1936)."""
 OWN_RAY = frozenset(
     {
         "num_cpus",
@@ -67,9 +72,25 @@ def on_cluster(resolved: Resolved) -> Resolved:
     )
 
 
+def ray_arguments(verl: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that `ray.init` gets of a preset's keys of verl, however deep they are written; null is none."""
+    found: dict[str, Any] = {}
+    for key, value in verl.items():
+        found.update(_below(RAY_INIT, key.removeprefix("+"), value))
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def worker_variables(verl: Mapping[str, Any]) -> dict[str, str]:
+    """Variables that a preset's keys of verl set for Ray's workers alone."""
+    found: dict[str, str] = {}
+    for key, value in verl.items():
+        found.update({name: str(text) for name, text in _below(ENV_VARS, key.removeprefix("+"), value).items()})
+    return found
+
+
 def driver_only(overrides: Iterable[Override]) -> frozenset[str]:
     """Variables that must be in the driver's environment alone: verl hands them on, and Ray refuses to be told twice."""
-    return VERL_VARIABLES.union(*(_variables(o.key, o.value) for o in overrides))
+    return VERL_VARIABLES.union(*(_below(ENV_VARS, o.key, o.value) for o in overrides))
 
 
 def without_shared_folder(env: Mapping[str, str], attempt: Path) -> dict[str, str]:
@@ -82,12 +103,14 @@ def _makes_own_ray(key: str) -> bool:
     return key.startswith(prefix) and key.removeprefix(prefix).partition(".")[0] in OWN_RAY
 
 
-def _variables(key: str, value: object) -> Iterator[str]:
-    """Names of the variables that an override of `ray_kwargs` sets for the workers, however deep it is written."""
-    if key.startswith(f"{ENV_VARS}."):
-        yield key.removeprefix(f"{ENV_VARS}.")
-    elif key == ENV_VARS and isinstance(value, Mapping):
-        yield from value
-    elif ENV_VARS.startswith(f"{key}.") and isinstance(value, Mapping):
-        name = ENV_VARS.removeprefix(f"{key}.").partition(".")[0]
-        yield from _variables(f"{key}.{name}", value.get(name))
+def _below(parent: str, key: str, value: object) -> dict[str, Any]:
+    """What a key and its value set directly below `parent`, which is written as a path of names or as maps."""
+    if key.startswith(f"{parent}."):
+        return {key.removeprefix(f"{parent}."): value}
+    if isinstance(value, Mapping):
+        if key == parent:
+            return dict(value)
+        if parent.startswith(f"{key}."):
+            name = parent.removeprefix(f"{key}.").partition(".")[0]
+            return _below(parent, f"{key}.{name}", value.get(name))
+    return {}

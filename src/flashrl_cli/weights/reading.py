@@ -97,7 +97,7 @@ def _rounded(tensor: Any) -> Any:
 
 def _load(file: Path) -> dict[str, Any]:
     import torch
-    import torch.distributed.tensor  # registers DTensor and its parts as safe to load
+    import torch.distributed.tensor  # noqa: F401 - registers DTensor and its parts as safe to load
 
     try:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)

@@ -111,7 +111,7 @@ class Workers:
         self.running += 1
         assert self.running == 1, "two engines at once measure each other"
         self.environments.append(env)
-        self.jobs.append(json.loads(job.read_text()))
+        self.jobs.append(json.loads(job.read_text(encoding="utf-8")))
         try:
             yield _Worker(self, log.stem)
         finally:

@@ -26,7 +26,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     monkeypatch.setattr(ray_state, "probe_daemons", list)
     monkeypatch.setattr(ray_state, "probe_ports", list)
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/no-ray-is-here")  # a path of pytest is too long for sockets
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("RAY_ADDRESS", "FLASHRL_CONFIG", "HF_HUB_OFFLINE", *docker.PASSED, *preflight.ENTRY_POINTS.values()):

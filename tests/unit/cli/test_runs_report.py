@@ -67,14 +67,14 @@ def test_pictures_are_written_and_told_on_stderr() -> None:
     assert (result.exit_code, result.stdout) == (0, "")
     assert "written to out/a.png" in result.stderr
     assert Path("out/a.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in Path("a.html").read_text()
+    assert "<svg" in Path("a.html").read_text(encoding="utf-8")
 
 
 def test_the_page_says_how_it_is_drawn() -> None:
     call("plot", "a", "--html", "a.html", "--smooth", "0.25")
-    assert "weight 0.25" in Path("a.html").read_text()
+    assert "weight 0.25" in Path("a.html").read_text(encoding="utf-8")
     call("plot", "a", "--html", "a.html", "--smooth", "0")
-    assert "moving average" not in Path("a.html").read_text()
+    assert "moving average" not in Path("a.html").read_text(encoding="utf-8")
 
 
 def test_what_a_run_lacks_is_a_warning() -> None:
@@ -121,7 +121,7 @@ def test_a_report_lies_in_the_runs_folder() -> None:
     path = Path(result.stdout.strip())
     assert path.name == "report.html"
     assert path.parent.name == "a"
-    assert "<h1>a</h1>" in path.read_text()
+    assert "<h1>a</h1>" in path.read_text(encoding="utf-8")
 
 
 def test_a_report_elsewhere() -> None:

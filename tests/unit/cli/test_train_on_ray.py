@@ -113,5 +113,5 @@ def test_the_supervisor_is_given_the_clusters_start(
     monkeypatch.setattr(run, "git_state", lambda _: None)
     assert train(monkeypatch, "--preset", "tiny", "--name", "r", *RAY) == 0
     assert "asking every node of the Ray cluster at http://127.0.0.1:8265" in capsys.readouterr().err
-    last = json.loads(Path("runs/r/run.json").read_text())["attempts"][-1]
+    last = json.loads(Path("runs/r/run.json").read_text(encoding="utf-8"))["attempts"][-1]
     assert (last["executor"], last["job_id"], last["status"]) == ("ray", started[0].id, "done")

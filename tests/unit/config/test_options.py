@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flashrl_cli.config.merge import Layer
+from flashrl_cli.config.merge import Layer, nested
 from flashrl_cli.config.options import option_layers
 from flashrl_cli.errors import Problem
 
@@ -46,7 +46,9 @@ def test_cap(text, cap):
         ("a=", {"a": None}),
         ("verl.+x.y=1", {"verl": {"+x.y": 1}}),
         ("env.A=010", {"env": {"A": "010"}}),
-        ("env.A=[010]", {"env": {"A": ["010"]}}),
+        ("env.A=[010]", {"env": {"A": "[010]"}}),
+        ("env.A=", {"env": {"A": ""}}),
+        ("env={A: 010}", {"env": {"A": 10}}),
         ("envy.A=010", {"envy": {"A": 10}}),
     ],
 )
@@ -60,3 +62,77 @@ def test_a_bad_one_is_an_empty_layer_that_holds_its_place(text):
     assert [layer.data for layer in found] == [{"x": 1}, {}, {"y": 2}]
     assert [problem.where for problem in problems] == [found[1].label]
     assert found[1].label.isprintable()
+
+
+KEPT = [
+    *(
+        "try #3",
+        "#3",
+        "#",
+        "é #x",
+        "a # b: c",
+        "x#y",
+        "https://x/#y",
+        "--- x",
+        "|",
+        ">",
+        "a\nb",
+        "a\u2028b",
+        "it's",
+        "| #x\n a",
+    ),
+    *("yes", "no", "on", "off", "a=b", "=", "a:b", "-x", "naïve"),
+]
+"""Texts of which a file would drop or change a part (a comment, a marker, an empty block, a line break), and their neighbours."""
+REFUSED = [
+    *('"a" #b', "'a' #b", "[1] #b", "{a: 1} #b", "a: b #c", "[1, #x\n 2]", '"a\nb"', "...", "%x"),
+    *("@x", "`x", "!tag x", "&anchor x", "*alias", "- a #b", '"a', "\0", "\x1b[0m", ","),
+]
+"""Values that YAML gives another meaning, or no meaning at all: refused with the way to quote them."""
+
+
+@pytest.mark.parametrize("text", KEPT)
+@pytest.mark.parametrize("key", ["env.NOTE", "description", "verl.data.seed"])
+def test_nothing_of_a_text_is_dropped(key, text):
+    (layer,), problems = layers(f"{key}= {text} ")
+    assert (layer.data, problems) == (nested(key, text), [])
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_would_lose_a_part_is_refused_with_the_way_to_quote_it(text):
+    (layer,), (problem,) = layers(f"description={text}")
+    assert layer.data == {}
+    assert "if that text is meant: --set" in str(problem.hint)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *KEPT,
+        *(text for text in REFUSED if text.isprintable() or "\n" in text),
+        *("{}", "[]", '{"a": 1}', "a: b", "- x", "null", "~", "007", "0x10", "1e-6", "true", "? x"),
+    ],
+)
+def test_a_variable_is_a_text_whatever_it_looks_like(text):
+    (layer,), problems = layers(f"env.NOTE={text}")
+    assert (layer.data, problems) == ({"env": {"NOTE": text}}, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [('"x"', "x"), ("'x'", "x"), ('" x "', " x "), ('"try #3"', "try #3"), ("''", ""), ('"a\\nb"', "a\nb")],
+)
+def test_quotes_around_all_of_a_value_are_not_part_of_it(text, value):
+    for key in ("env.NOTE", "description"):
+        assert layers(f"{key}={text}")[0][0].data == nested(key, value)
+
+
+@pytest.mark.parametrize("text", ["8 #x", "#8", "--- 8", "&x 8"])
+def test_a_cap_is_a_number_and_nothing_else(text):
+    assert layers(tis=text)[0][0].data in ({"correction": {"cap": text}}, {"correction": {"cap": None}})
+
+
+def test_bytes_that_are_no_text_name_the_shells_encoding():
+    for key in ("env.NOTE", "description"):
+        _, (problem,) = layers(f"{key}=\udcc3\udca9")
+        assert (problem.message.isascii(), problem.hint) == (True, "export LC_ALL=C.UTF-8")

@@ -82,7 +82,7 @@ CASES = [
         "warmup_ends",
         GRPO,
         ("trainer.critic_warmup=1",),
-        "nothing learns in these 1 steps: grpo has no critic",
+        "nothing learns in the first 1 step: grpo has no critic",
         "--set trainer.critic_warmup=0",
     ),
     (

@@ -144,3 +144,33 @@ def test_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(subprocess, "run", hang)
     assert gpus.parse(gpus.probe()) == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "count", "names"),
+    [
+        ({"ROCR_VISIBLE_DEVICES": "0", "CUDA_VISIBLE_DEVICES": "0"}, 1, ["ROCR"]),
+        ({"ROCR_VISIBLE_DEVICES": "0"}, 1, ["ROCR"]),
+        ({"ROCR_VISIBLE_DEVICES": "", "CUDA_VISIBLE_DEVICES": "0"}, 1, []),
+        ({"ROCR_VISIBLE_DEVICES": "0", "HIP_VISIBLE_DEVICES": "0"}, 1, ["ROCR"]),
+        ({"ROCR_VISIBLE_DEVICES": "0", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}, 1, []),
+        ({"HIP_VISIBLE_DEVICES": "0"}, 1, []),
+        ({"HIP_VISIBLE_DEVICES": "0"}, None, []),
+        ({"HIP_VISIBLE_DEVICES": "0"}, 2, ["HIP"]),
+        ({"HIP_VISIBLE_DEVICES": "0,1"}, 2, ["HIP"]),
+        ({"HIP_VISIBLE_DEVICES": "1"}, 1, ["HIP"]),
+        ({"HIP_VISIBLE_DEVICES": "3", "CUDA_VISIBLE_DEVICES": "3"}, 1, []),
+        ({"HIP_VISIBLE_DEVICES": "0", "CUDA_VISIBLE_DEVICES": "3"}, 1, ["HIP"]),
+        ({"HIP_VISIBLE_DEVICES": "1", "ROCR_VISIBLE_DEVICES": "0"}, 1, ["HIP", "ROCR"]),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, 2, []),
+    ],
+)
+def test_variables_of_amd_that_end_verls_workers(environment, count, names, monkeypatch):
+    """What verl's own worker does with them, given the CUDA_VISIBLE_DEVICES that Ray gives each worker with a device."""
+    found = list(gpus.vendors(environment, count))
+    assert [finding.name for finding in found] == [f"{name}_VISIBLE_DEVICES" for name in names]
+    assert [finding.fix for finding in found] == [f"unset {name}_VISIBLE_DEVICES" for name in names]
+    assert {finding.level for finding in found} <= {"fail"}
+    assert "memory" not in str(found)
+    (taken, *_) = [finding.fix for finding in gpus.vendors(environment, count, preset=environment)] or [""]
+    assert not taken or taken.startswith("take env.")

@@ -100,3 +100,90 @@ def test_ports(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = ray_state.ports([8265])
     assert finding.level == "warn"
     assert "8265 (Ray's dashboard)" in finding.text
+
+
+def test_a_cluster_is_found_where_ray_looks_for_its_note(tmp_path: Path) -> None:
+    """Also tried: a note that is empty, one that is no UTF-8, a folder of that name, RAY_ADDRESS=auto with and without a note."""
+    for folder in ("a", "b"):
+        (tmp_path / folder / "ray").mkdir(parents=True)
+        (tmp_path / folder / "ray/ray_current_cluster").write_text(f"{folder}:6379", encoding="utf-8")
+    a, b, empty = (str(tmp_path / name) for name in ("a", "b", "empty"))
+    note = f"{a}/ray/ray_current_cluster"
+    assert ray_state.probe_cluster({"TMPDIR": a}) == ("a:6379", note)
+    assert ray_state.probe_cluster({"TMPDIR": b, "RAY_TMPDIR": a}) == ("a:6379", note)
+    assert ray_state.probe_cluster({"TMPDIR": a, "RAY_TMPDIR": empty}) is None
+    assert ray_state.probe_cluster({"TMPDIR": b}, {"_temp_dir": f"{a}/ray"}) == ("a:6379", note)
+    assert ray_state.probe_cluster({"TMPDIR": a, "RAY_ADDRESS": "auto"}) == ("a:6379", note)
+    assert ray_state.probe_cluster({"TMPDIR": empty, "RAY_ADDRESS": "auto"}) == ("auto", "RAY_ADDRESS")
+    assert ray_state.probe_cluster({"TMPDIR": a, "RAY_ADDRESS": "local"}) is None
+    assert ray_state.probe_cluster({"TMPDIR": a}, {"address": "local"}) is None
+    assert ray_state.probe_cluster({"RAY_ADDRESS": "c:1"}, {"address": "d:2"}) == (
+        "d:2",
+        "verl.ray_kwargs.ray_init.address",
+    )
+    Path(note).write_bytes(b"\xff:6379")
+    assert ray_state.probe_cluster({"TMPDIR": a}) == ("\ufffd:6379", note)
+    Path(note).unlink()
+    Path(note).mkdir()
+    assert ray_state.probe_cluster({"TMPDIR": a}) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "path", "source"),
+    [
+        ({}, {}, "/tmp/ray", "/tmp"),
+        ({"TMPDIR": "/t"}, {}, "/t/ray", "TMPDIR"),
+        ({"TMPDIR": "/t", "RAY_TMPDIR": "/r"}, {}, "/r/ray", "RAY_TMPDIR"),
+        ({"TMPDIR": "/t", "RAY_TMPDIR": ""}, {}, "ray", "RAY_TMPDIR"),
+        ({"TEMP": "/t", "TMP": "/t"}, {}, "/tmp/ray", "/tmp"),
+        ({"RAY_TMPDIR": "/r"}, {"_temp_dir": "/a"}, "/a", "_temp_dir"),
+        ({"RAY_TMPDIR": "/r"}, {"_temp_dir": None}, "/r/ray", "RAY_TMPDIR"),
+    ],
+)
+def test_the_folder_is_the_one_that_ray_takes(environment, arguments, path, source, monkeypatch) -> None:
+    """`ray` is imported nowhere else in unit tests: its own function is what ours must agree with."""
+    from ray._common.utils import get_default_ray_temp_dir
+
+    for name in ("TMPDIR", "RAY_TMPDIR", "TEMP", "TMP"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert ray_state.folder(environment, arguments) == ray_state.Folder(path, source)
+    if not arguments.get("_temp_dir"):
+        assert get_default_ray_temp_dir() == path
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_folder_that_is_too_long_for_rays_sockets(tmp_path: Path, variable: str) -> None:
+    """The longest path that passes here also passes Ray's own check, and one byte more does not; a byte is no letter."""
+    from ray._private.utils import validate_socket_filepath
+
+    session = f"/ray/session_2026-11-28_09-20-00_123456_{os.getpid()}/sockets/plasma_store"
+    most = 107 - len(session)
+    for name in ("x" * (most - 1), "é" * ((most - 1) // 2)):
+        (found,) = ray_state.folder_findings({variable: f"/{name}"})
+        assert (found.level, "/" + name in found.text) == ("ok", True)
+        validate_socket_filepath(f"/{name}{session}")
+    for name in ("x" * most, "é" * (most // 2 + 1)):
+        (found,) = ray_state.folder_findings({variable: f"/{name}"})
+        assert found.level == "fail"
+        assert f"({variable})" in found.text
+        assert "export RAY_TMPDIR=/tmp" in str(found.fix)
+        with pytest.raises(OSError, match="AF_UNIX"):
+            validate_socket_filepath(f"/{name}{session}")
+    (found,) = ray_state.folder_findings({"TMPDIR": "/" + "x" * 200, "RAY_TMPDIR": "/tmp"})
+    assert found.level == "ok"
+    (found,) = ray_state.folder_findings({"RAY_TMPDIR": "/tmp"}, {"_temp_dir": "/" + "x" * 80})
+    assert (found.level, "_temp_dir=/tmp/ray" in str(found.fix)) == ("fail", True)
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray makes what is missing; it times out at a relative folder (tried with Ray 2.60: TMPDIR=rel/t, RAY_TMPDIR=)."""
+    (found,) = ray_state.folder_findings({"TMPDIR": "/tmp/is/not/there"})
+    assert found.level == "ok"
+    for value in ("rel/t", ""):
+        (found,) = ray_state.folder_findings({"TMPDIR": value})
+        assert (found.level, "not an absolute path" in found.text) == ("fail", True)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    (found,) = ray_state.folder_findings({"TMPDIR": "/tmp"})
+    assert (found.level, "cannot be written" in found.text) == ("fail", True)

@@ -16,7 +16,7 @@ from flashrl_cli.doctor.report import Report
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without GPUs and without Ray."""
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/no-ray-is-here")  # a path of pytest is too long for sockets
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray_state, "probe_daemons", list)
     monkeypatch.setattr(ray_state, "probe_ports", list)

@@ -9,6 +9,7 @@ import pytest
 
 from flashrl_cli.doctor import system
 from flashrl_cli.doctor.system import GIB, Disk
+from flashrl_cli.errors import EnvironmentNotReady
 
 
 @pytest.mark.parametrize(
@@ -110,3 +111,25 @@ def test_avx512_is_read_from_the_processors_flags(tmp_path: Path) -> None:
     assert not system.has_avx512(cpuinfo)
     cpuinfo.write_text("flags\t\t: fpu avx2 avx512f avx512bw\n")
     assert system.has_avx512(cpuinfo)
+
+
+def test_sockets_of_engines_and_graders_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python takes the first of TMPDIR, TEMP and TMP that exists; vLLM takes VLLM_RPC_BASE_PATH whether it exists or not."""
+    short, long = str(tmp_path / "s"), str(tmp_path / ("x" * 90))
+    for folder in (short, long):
+        Path(folder).mkdir()
+    fits = [{}, {"TMPDIR": "/nowhere" + "x" * 90}, {"TMPDIR": "/nowhere", "TEMP": "/tmp"}, {"TMPDIR": ""}]
+    for environment in fits:
+        assert list(system.sockets(environment)) == []
+        system.check_sockets(environment)
+    (found,) = system.sockets({"TMPDIR": long})
+    assert (found.level, "(TMPDIR)" in found.text, "a shorter TMPDIR" in str(found.fix)) == ("fail", True, True)
+    (found,) = system.sockets({"TMPDIR": "/nowhere", "TEMP": long, "VLLM_RPC_BASE_PATH": "/tmp"})
+    assert "(TEMP)" in found.text
+    (found,) = system.sockets({"VLLM_RPC_BASE_PATH": "/nowhere" + "x" * 90})
+    assert "(VLLM_RPC_BASE_PATH)" in found.text
+    with pytest.raises(EnvironmentNotReady, match="too long for the sockets"):
+        system.check_sockets({"TMPDIR": long})
+    monkeypatch.setattr(os, "access", lambda path, mode: path != "/tmp")
+    assert [found.fix for found in system.sockets({})] == ["make /tmp writable"]
+    system.check_sockets({})

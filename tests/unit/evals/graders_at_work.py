@@ -62,7 +62,7 @@ def main() -> None:
             _kill_graders()
         threading.Timer(0.5, lambda: print("grading", flush=True)).start()
         grades = graders.grade([question], responses)
-    Path(out).write_text(json.dumps([asdict(grade) for grade in grades]))
+    Path(out).write_text(json.dumps([asdict(grade) for grade in grades]), encoding="utf-8")
 
 
 def _copies(word: str) -> list[str]:

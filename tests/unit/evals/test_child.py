@@ -40,7 +40,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(engine: Path, script: str) -> None:
-    engine.write_text("import json, os, sys, time\n" + textwrap.dedent(script))
+    engine.write_text("import json, os, sys, time\n" + textwrap.dedent(script), encoding="utf-8")
 
 
 def gone(pid: int) -> bool:

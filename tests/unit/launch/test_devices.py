@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.config.spec import ResourceSpec
-from flashrl_cli.doctor import system
+from flashrl_cli.doctor import ray_state, system
 from flashrl_cli.doctor.gpus import Gpu
 from flashrl_cli.launch import devices
 from flashrl_cli.verl import needs
@@ -58,3 +60,37 @@ def test_the_cache_in_8_bits_needs_an_able_machine(monkeypatch: pytest.MonkeyPat
     for other in (Gpu("L40S", (8, 9), "580", 1), Gpu("B200", (10, 0), "580", 1)):
         (finding,) = devices._gpu_precision(on_gpu, [other])
         assert (finding.level, finding.fix) == ("fail", "--set rollout.kv_cache=auto")
+
+
+def failures(preset: str, *sets: str) -> dict[str, str | None]:
+    found = devices.findings(load_spec(preset, sets=list(sets)).spec, {})
+    return {finding.name: finding.fix for finding in found if finding.level == "fail"}
+
+
+def test_the_environment_of_a_preset_counts_as_the_shells_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tried by `env.`, by Ray's variables for workers, and by the arguments of `ray.init` that a preset sets."""
+    for name in ("RAY_ADDRESS", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    long = "/tmp/" + "x" * 90
+    init = "verl.+ray_kwargs.ray_init"
+    assert "Ray's folder" not in failures("tiny", "env.RAY_TMPDIR=/tmp")
+    assert failures("tiny", f"env.RAY_TMPDIR={long}").keys() == {"Ray's folder"}
+    assert failures("tiny", "env.RAY_TMPDIR=/tmp", f"{init}._temp_dir={long}").keys() == {"Ray's folder"}
+    assert failures("tiny", "env.RAY_TMPDIR=/tmp", "env.VLLM_RPC_BASE_PATH=" + long).keys() == {"sockets"}
+    rocr = "take env.ROCR_VISIBLE_DEVICES out of the preset"
+    assert failures("tiny", "env.RAY_TMPDIR=/tmp", "env.ROCR_VISIBLE_DEVICES=0") == {"ROCR_VISIBLE_DEVICES": rocr}
+    set_for_workers = f"{init}.runtime_env.env_vars.ROCR_VISIBLE_DEVICES=0"
+    assert failures("tiny", "env.RAY_TMPDIR=/tmp", set_for_workers).keys() == {"ROCR_VISIBLE_DEVICES"}
+    assert failures("tiny", "env.RAY_ADDRESS=127.0.0.1:9") == {"Ray": "take env.RAY_ADDRESS out of the preset"}
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    assert failures("tiny") == {"Ray": "unset RAY_ADDRESS"}
+    assert failures("tiny", "env.RAY_ADDRESS=local", "env.RAY_TMPDIR=/tmp") == {}
+
+
+def test_a_cluster_that_refuses_arguments_of_the_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ray.init` raises ValueError on a cluster that answers, if it is given the number of its CPUs, as presets for CPUs do."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    monkeypatch.setattr(ray_state, "probe_answers", lambda _: True)
+    assert "--executor ray" in str(failures("tiny")["Ray"])
+    assert "Ray" not in failures("dapo-32b")

@@ -40,7 +40,7 @@ def appears(path: Path) -> str:
     while not path.exists():
         assert time.monotonic() < deadline, f"no {path.name}"
         time.sleep(0.02)
-    return path.read_text()
+    return path.read_text(encoding="utf-8")
 
 
 def ended(tree: Tree) -> int:

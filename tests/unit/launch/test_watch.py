@@ -46,7 +46,7 @@ def watching(plan: LaunchPlan, seen: Any) -> supervise.Watch:
 
 
 def add(path: Path, text: str) -> None:
-    with path.open("a") as stream:
+    with path.open("a", encoding="utf-8") as stream:
         stream.write(f"{text}\n")
 
 

@@ -114,7 +114,7 @@ def test_experts(tmp_path: Path) -> None:
 def test_odd_shapes_are_told_before(tmp_path: Path) -> None:
     folder = hf_model(tmp_path / "m", QWEN2 | {"model.layers.0.mlp.down_proj.weight": (32, 20)})
     (warning,) = planned(folder).warnings()
-    assert warning.startswith("1 layers have sizes that are no multiples of 16 (model.layers.0.mlp.down_proj: 32 × 20)")
+    assert warning.startswith("1 layer with a size that is no multiple of 16 (model.layers.0.mlp.down_proj: 32 × 20)")
 
 
 def test_torn_files(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli.doctor import finding, gpus, software
 from flashrl_cli.doctor.plugins import ENTRY_POINTS
 from flashrl_cli.errors import Problem
-from flashrl_cli.verl.cluster import CPUS_A_DEVICE
+from flashrl_cli.text import counted
+from flashrl_cli.verl.cluster import CPUS_A_DEVICE, worker_variables
 
 if TYPE_CHECKING:
     from flashrl_cli.launch.plan import LaunchPlan
@@ -71,7 +72,7 @@ def _resources(plan: LaunchPlan, nodes: Sequence[Mapping[str, Any]]) -> Iterator
         for n in nodes
     )
     yield Problem(
-        f"it needs {asked.nodes} nodes with {asked.gpus_per_node} free GPUs and {cpus} free CPUs each; {there}",
+        f"it needs {counted(asked.nodes, 'node')} with {counted(asked.gpus_per_node, 'free GPU')} and {cpus} free CPUs each; {there}",
         "resources",
         "wait for the jobs that hold them (`ray job list`), or --set resources.nodes=…"
         if sum(n["devices"] >= asked.gpus_per_node for n in nodes) >= asked.nodes
@@ -113,6 +114,9 @@ def _node(plan: LaunchPlan, node: Mapping[str, Any], wanted: Mapping[str, str]) 
     if absent := [group for group in ENTRY_POINTS if group not in node["plugins"]]:
         fix = "`pip install --no-deps -e .` in a checkout of flashrl, on every node"
         yield Problem(f"flashrl's entry points are missing: {', '.join(absent)}", where, fix)
+    given = {**plan.spec.env, **worker_variables(plan.spec.verl)}
+    for found in gpus.vendors({**node["variables"], **given}, plan.spec.resources.gpus_per_node, preset=given):
+        yield Problem(found.text, where, found.fix)
     if reason := gpus.lacks(plan.spec.rollout.precision, gpus.parse(node["gpus"])):
         instead = gpus.PRECISIONS[plan.spec.rollout.precision].instead
         yield Problem(reason, where, f"--rollout {instead}")

@@ -18,8 +18,12 @@ ANSWER_S = 90.0
 
 
 def examine(request: dict[str, Any]) -> dict[str, Any]:
-    """Run on a node: versions of `distributions`, which of `paths` exist, what the `tokens` hold, where flashrl's plugins are."""
+    """Run on a node: versions of `distributions`, which of `paths` exist, what the `tokens` hold, where flashrl's plugins are.
+
+    `variables` are those of the node's environment that its workers would inherit.
+    """
     import contextlib  # by value, this function has the names of its own body only
+    import os
     import platform
     import subprocess
     from importlib import metadata
@@ -36,14 +40,15 @@ def examine(request: dict[str, Any]) -> dict[str, Any]:
     gpus = ""
     if request["gpu_query"]:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            query = subprocess.run(request["gpu_query"], capture_output=True, text=True, timeout=20, check=False)
-            gpus = query.stdout
+            query = subprocess.run(request["gpu_query"], capture_output=True, timeout=20, check=False)
+            gpus = query.stdout.decode("utf-8", "replace")
     return {
         "versions": versions,
         "missing": [key for key, path in request["paths"].items() if not Path(path).exists()],
         "tokens": tokens,
         "plugins": [group for group in request["plugins"] if metadata.entry_points(group=group, name="flashrl")],
         "gpus": gpus,
+        "variables": {name: os.environ[name] for name in request["variables"] if name in os.environ},
     }
 
 

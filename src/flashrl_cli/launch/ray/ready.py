@@ -71,6 +71,7 @@ def _request(plan: LaunchPlan, data_root: Path, token: Path, secret: str) -> dic
         "tokens": {"runs": str(token), "checkpoints": str(checkpoints)},
         "made": {"checkpoints": str(checkpoints)},
         "plugins": list(ENTRY_POINTS),
+        "variables": list(gpus.AMD),
         "gpu_query": ["nvidia-smi", *gpus.QUERY] if on_gpus else [],
     }
 

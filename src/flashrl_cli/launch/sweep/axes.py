@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli import paths
 from flashrl_cli.config import yaml_file
 from flashrl_cli.config.merge import leaves
-from flashrl_cli.config.presets import VERBATIM
+from flashrl_cli.config.options import is_text
 from flashrl_cli.config.text import text_of
 from flashrl_cli.errors import InputError, Problem
+from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
     from flashrl_cli.launch.review import Options
@@ -44,7 +46,7 @@ def read_axes(texts: Sequence[str], given: Options) -> list[Axis]:
         axes += _of_file(text, problems) if is_file(text) else _of_option(text, problems)
     problems += _misplaced(axes, given)
     if problems:
-        raise InputError(f"--sweep: {len(problems)} problem{'s' if len(problems) != 1 else ''}", problems=problems)
+        raise InputError(f"--sweep: {counted(len(problems), 'problem')}", problems=problems)
     return axes
 
 
@@ -60,7 +62,7 @@ def _of_option(text: str, problems: list[Problem]) -> Iterator[Axis]:
         problems.append(Problem("not of the form key=value,value", _option(text), EXAMPLE))
         return
     texts, wrong = yaml_file.items(values, _option(key))
-    hint = "between two commas stands a value; quote text that holds a comma or a bracket"
+    hint = "between two commas stands a value; quote text that holds a comma, a bracket or #"
     problems += [Problem(problem.message, problem.where, hint) for problem in wrong]
     if texts:
         yield Axis(keys=(key,), rows=tuple((value,) for value in texts), where=_option(key))
@@ -122,10 +124,15 @@ def _axis(
         problems.append(Problem(f"keys that go together need as many values each: {told}", where))
         return
     texts = [
-        [str(value) for value in as_written[key]] if key.partition(".")[0] in VERBATIM else list(map(text_of, values))
+        [_quoted(str(value)) for value in as_written[key]] if is_text(key) else list(map(text_of, values))
         for key, values in columns.items()
     ]
     yield Axis(keys=tuple(columns), rows=tuple(zip(*texts, strict=True)), where=where)
+
+
+def _quoted(text: str) -> str:
+    """A variable's value as `--set` reads it back."""
+    return text if yaml_file.value(text, "", is_text=True).data == text else json.dumps(text, ensure_ascii=False)
 
 
 def _misplaced(axes: Sequence[Axis], given: Options) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ from flashrl_cli.launch.sweep.complaints import Complaints
 from flashrl_cli.launch.sweep.points import run_names
 from flashrl_cli.launch.sweep.standing import standing
 from flashrl_cli.runs import record
+from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
@@ -91,8 +92,7 @@ def plan_jobs(
         jobs += [job] if job else []
         advance(1)
     if problems := wrong.problems():
-        count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
-        raise InputError(f"--sweep: {count}", problems=problems)
+        raise InputError(f"--sweep: {counted(len(problems), 'problem')}", problems=problems)
     return jobs
 
 

@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.config import yaml_file
-from flashrl_cli.config.presets import VERBATIM
+from flashrl_cli.config.options import is_text
 from flashrl_cli.config.text import text_of
 from flashrl_cli.errors import InputError
 
@@ -129,6 +129,5 @@ def _hash(point: Point) -> str:
 
 def _value(key: str, text: str) -> Any:
     """What a text is to `--set`, which keeps some keys' as they are; the text itself where it is no value."""
-    verbatim = ("",) if key.partition(".")[0] in VERBATIM else ()
-    document = yaml_file.parse(text, "", verbatim=verbatim)
+    document = yaml_file.value(text, "", is_text=is_text(key))
     return text if document.problems else document.data

@@ -35,6 +35,7 @@ def node(address: str = "10.0.0.1", **changes: Any) -> dict[str, Any]:
         "tokens": {"runs": "s", "checkpoints": "s"},
         "plugins": ["verl.plugins", "vllm.general_plugins"],
         "gpus": "",
+        "variables": {},
         "error": None,
     }
     return whole | changes
@@ -65,6 +66,7 @@ def test_a_cluster_that_can(tiny_plan: Plan) -> None:
         ({"versions": STACK | {"python": "3.12.1"}}, "other versions there: python 3.12.1 (wanted 3.11.7)"),
         ({"missing": ["data.train (/d/train.parquet)"]}, "not there: data.train (/d/train.parquet)"),
         ({"plugins": ["verl.plugins"]}, "flashrl's entry points are missing: vllm.general_plugins"),
+        ({"variables": {"ROCR_VISIBLE_DEVICES": "0"}}, "ROCR_VISIBLE_DEVICES=0 beside CUDA_VISIBLE_DEVICES"),
         ({"error": "the worker died"}, "it does not answer: the worker died"),
     ],
 )
@@ -104,7 +106,7 @@ def test_the_stack_must_be_the_platforms(tiny_plan: Plan) -> None:
 )
 def test_too_few_devices(tiny_plan: Plan, nodes: list[dict[str, Any]], hint: str) -> None:
     (problem,) = found(tiny_plan("resources.nodes=2"), *nodes)
-    assert problem.message.startswith("it needs 2 nodes with 1 free GPUs and 3 free CPUs each; 10.0.0.1: ")
+    assert problem.message.startswith("it needs 2 nodes with 1 free GPU and 3 free CPUs each; 10.0.0.1: ")
     assert hint in str(problem.hint)
 
 

@@ -39,7 +39,7 @@ def cluster(**changes: Any) -> FakeJobs:
         request = json.loads(shlex.split(entrypoint)[-1])
         for path in request["made"].values():
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(request["secret"])
+            Path(path).write_text(request["secret"], encoding="utf-8")
         answer = {"nodes": [{**RESOURCES, **examine(request), "versions": STACK, **changes}], "refused": {}}
         return "SUCCEEDED", f"Ray's own line\n{MARK}{json.dumps(answer)}\nanother\n"
 
@@ -101,7 +101,8 @@ def test_a_job_server_that_fails(plan: LaunchPlan, tmp_path: Path, error: Except
         check(plan, tmp_path / "data", jobs, ADDRESS)
 
 
-def test_a_node_answers_from_its_own_disk_and_packages(tmp_path: Path) -> None:
+def test_a_node_answers_from_its_own_disk_and_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHRL_TEST", "0")
     (tmp_path / "token").write_text("s")
     found = examine(
         {
@@ -109,6 +110,7 @@ def test_a_node_answers_from_its_own_disk_and_packages(tmp_path: Path) -> None:
             "paths": {"here": str(tmp_path), "gone": str(tmp_path / "gone")},
             "tokens": {"runs": str(tmp_path / "token"), "checkpoints": str(tmp_path / "none")},
             "plugins": ["verl.plugins", "no.such.group"],
+            "variables": ["FLASHRL_TEST", "FLASHRL_ABSENT"],
             "gpu_query": [],
         }
     )
@@ -117,9 +119,17 @@ def test_a_node_answers_from_its_own_disk_and_packages(tmp_path: Path) -> None:
     assert set(found["versions"]) == {"python", "typer"}
     assert "no.such.group" not in found["plugins"]
     assert found["gpus"] == ""
+    assert found["variables"] == {"FLASHRL_TEST": "0"}
 
 
 @pytest.mark.processes
 def test_a_node_without_nvidia_smi_has_no_gpus() -> None:
-    request = {"distributions": [], "paths": {}, "tokens": {}, "plugins": [], "gpu_query": ["/no/such/nvidia-smi"]}
+    request = {
+        "distributions": [],
+        "paths": {},
+        "tokens": {},
+        "plugins": [],
+        "variables": [],
+        "gpu_query": ["/no/such/nvidia-smi"],
+    }
     assert examine(request)["gpus"] == ""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from flashrl_cli.config.options import option_layers
 from flashrl_cli.errors import InputError, Problem
 from flashrl_cli.launch.review import Options
 from flashrl_cli.launch.sweep.axes import Axis, is_file, read_axes
@@ -165,3 +166,27 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_a_folder(tmp_path: Path) -> None:
     (problem,) = refused(str(tmp_path))
     assert problem.message == "this is a folder, not a sweep file"
+
+
+@pytest.mark.parametrize("text", ["try #1,try #2", "a #1\n,b", "a,#b", "a,b #c"])
+def test_a_comment_in_a_list_of_values_is_refused(text):
+    with pytest.raises(InputError) as caught:
+        read_axes([f"env.NOTE={text}"], NOTHING)
+    assert "quote text that holds a comma, a bracket or #" in str(caught.value.problems[0].hint)
+
+
+def test_quoted_values_and_those_of_a_file_are_what_set_takes(tmp_path):
+    (axis,) = read_axes(["env.NOTE=\"try #1\",'#2',c: d,&e"], NOTHING)
+    assert axis.rows == (('"try #1"',), ("'#2'",), ("c: d",), ("&e",))
+    file = tmp_path / "sweep.yaml"
+    file.write_text("""grid: {env.NOTE: ['try #1', '"q"', ' x ', 007]}\n""", encoding="utf-8")
+    (axis,) = read_axes([str(file)], NOTHING)
+    values = [value for (text,) in axis.rows for value in (option_value("env.NOTE", text),)]
+    assert values == ["try #1", '"q"', " x ", "007"]
+
+
+def option_value(key: str, text: str) -> object:
+    problems: list[Problem] = []
+    (layer,) = option_layers(None, None, [f"{key}={text}"], problems)
+    assert not problems
+    return layer.data["env"]["NOTE"]

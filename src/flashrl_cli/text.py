@@ -1,0 +1,8 @@
+"""Words for people that several parts need."""
+
+from __future__ import annotations
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """A count with its noun: `1 checkpoint`, `2 checkpoints`, `1,200 rows`; `many` is the plural where it is not `one` with an s."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
