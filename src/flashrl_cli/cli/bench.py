@@ -95,7 +95,7 @@ def _bench(json_mode: bool, written: tuple[Path | None, Path | None], **asked: A
         _check_place(option, file)
     if png:
         plots.require("matplotlib")
-    with signals.raised("the same command goes on from here"):
+    with signals.raised("the same command goes on from here", output.say):
         report = _measured(output, plan(Asked(**asked)), out)
         if png:
             _draw(output, report, png)

@@ -56,7 +56,7 @@ def evaluate(
     from flashrl_cli.render.output import Output
 
     output = Output(json_mode=json)
-    with signals.raised("the same command goes on from here"):
+    with signals.raised("the same command goes on from here", output.say):
         if merge is not None:
             _merge(output, patterns, merge)
             return
