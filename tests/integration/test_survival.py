@@ -58,9 +58,8 @@ def interrupted(shop: Workshop, name: str, moments: list[tuple[Moment, signal.Si
         while not moment(run, started) and process.poll() is None:
             time.sleep(0.1)
         assert process.poll() is None, process.communicate()
-        for one in (INT, HUP, number) if nohup else (number,):
+        for one in (HUP, INT, number) if nohup else (number,):  # several are handled in the order of their numbers
             process.send_signal(one)
-            time.sleep(1.0 if nohup else 0)  # three at once would be handled in the order of their numbers
         _, err = process.communicate(timeout=PATIENCE_S)
         assert err.count("Ctrl-C will not stop it") == nohup
         assert not nohup or "error: stopped by SIGTERM" in err

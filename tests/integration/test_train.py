@@ -67,16 +67,13 @@ def test_a_broken_refit_stops_the_run(workshop: Workshop, tmp_path: Path) -> Non
 
 
 def test_gsm8k_through_ppo_with_a_critic(workshop: Workshop, gsm8k: Path) -> None:
-    """GSM8K itself: prepare, two steps of PPO with GAE and INT8 rollouts, save, evaluate. The path counts, not the reward."""
+    """GSM8K itself: prepare, a step of PPO with GAE and INT8 rollouts, save. The path counts, not the reward."""
     workshop.run("prepare", "gsm8k", "--source", gsm8k)
-    out, _ = workshop.run("train", "--preset", "gsm8k-tiny-cpu", *INT8, "--name", "ppo", "--json")
-    steps = events(out, "step")
-    assert [step["step"] for step in steps] == [1, 2]
-    assert {"critic", "values", "actor", "refit"} <= steps[-1]["seconds"].keys()
+    short = ("--set", "trainer.steps=1", "--set", "trainer.save_every=1")
+    out, _ = workshop.run("train", "--preset", "gsm8k-tiny-cpu", *INT8, *short, "--name", "ppo", "--json")
+    (step,) = events(out, "step")
+    assert {"critic", "values", "actor", "refit"} <= step["seconds"].keys()
     assert events(out, "proof")[0]["workers"][0]["precision"] == "int8"
-    saved = workshop.root / "checkpoints" / "gsm8k-tiny-cpu" / "ppo" / "global_step_2"
+    saved = workshop.root / "checkpoints" / "gsm8k-tiny-cpu" / "ppo" / "global_step_1"
     assert (saved / "critic").is_dir()
-    out, _ = workshop.run("eval", saved, "--limit", 64, "--max-tokens", 32, "--json")
-    (row,) = json.loads(out)["results"]
-    assert (row["step"], row["n"]) == (2, 64)
     assert not workshop.leftovers()
