@@ -139,7 +139,7 @@ def test_hydra_keeps_to_the_attempts_folder(tmp_path):
         data_root=tmp_path,
     )
     command = [sys.executable, str(program), *plan.argv[3:]]
-    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout == f"{work} it's, a=name\n"
     assert list(work.iterdir()) == []
     assert [path.name for path in (plan.cwd / "hydra").iterdir()] == ["app.log"]

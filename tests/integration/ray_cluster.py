@@ -94,7 +94,7 @@ class Cluster:
         left = [process for node in self.nodes for process in self.processes(node)]
         for started in self.nodes.values():
             started.terminate()
-        _, left = psutil.wait_procs(left, timeout=60)
+        _, left = psutil.wait_procs(left, timeout=20)
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -36,7 +36,7 @@ def flashrl(*words: str, monkeypatch: pytest.MonkeyPatch) -> int:
 def fresh(*words: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     """Run the command in a fresh interpreter; returns what it printed, and its modules."""
     command = [sys.executable, "-c", PROBE, *words]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=300, check=False)
     return done, json.loads(done.stderr.splitlines()[-1])
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +53,25 @@ def test_it_is_said_that_ctrl_c_has_no_effect(ignored: tuple[signal.Signals, ...
         say_if_ignored(said.append)
     assert len(said) == (INT in ignored)
     assert all(f"Ctrl-C will not stop it, `kill {os.getpid()}` will" in line for line in said)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("background", [False, True])
+def test_long_commands_say_it_in_the_background_of_a_script(background: bool, tmp_path: Path) -> None:
+    """Each fails right after it, for want of its input. A dry run, a listing and help are over at once, and say nothing."""
+    long = [
+        "train --preset nothing", "eval nothing", "bench --model nothing", "quantize nothing --scheme int8",
+        "prepare gsm8k --source nothing", "runs watch nothing", "doctor --quant --docker",
+    ]  # fmt: skip
+    commands = [*long, "train --preset nothing --dry-run", "runs ls", "eval --help"]
+    flashrl = f"{shlex.quote(sys.executable)} -m flashrl_cli"
+    lines = [
+        f"{flashrl} {words} {f'2> {number} &' * background or f'2> {number}'}" for number, words in enumerate(commands)
+    ]
+    (tmp_path / "script").write_text("\n".join([*lines, "wait", ""]))
+    with starting_with(signal.SIG_DFL, INT, HUP):
+        subprocess.run(["sh", "script"], cwd=tmp_path, stdout=subprocess.DEVNULL, check=True, timeout=300)
+    said = [(tmp_path / str(number)).read_text() for number in range(len(commands))]
+    told = ["Ctrl-C will not stop it" in text for text in said]
+    assert told == [background and words in long for words in commands], said
+    assert all("error:" in text and "Traceback" not in text for text in said[: len(long)]), said
