@@ -23,8 +23,8 @@ PROMPTS = 24
 PREAMBLE = "Think step by step and end with the number after four hashes. " * 4
 """Longer than a block of vLLM's prefix cache, which must not outlive the weights that filled it."""
 TOKENS = 16
-NOISE = 4.0
-"""Two engines round differently. So many times what bf16 changes in a logit of one of them may lie between the tokens that they choose."""
+NOISE = 2
+"""Logits that rounding may change between two tokens: that of the one which an engine chose, and that of the best."""
 
 
 @dataclass(frozen=True)
