@@ -39,6 +39,8 @@ DEADLINE_S = 120.0
 """Within this time a struck attempt must have ended, and its processes be gone."""
 STUCK_S = 400.0
 """Whatever neither ends nor moves for so long would do so for ever."""
+LAST_S = 900.0
+"""The attempt that nothing strikes takes less."""
 RUN = "killed"
 ENDLESS = 1000
 """Steps of a run that only a strike ends; how many they are may change when it goes on."""
@@ -192,7 +194,7 @@ def one_run(
             print(json.dumps(asdict(one)), flush=True)
     before = shop.newest()
     asked = max(steps, max(shop.logged(), default=0) + 1)
-    code = shop.start(asked).wait(timeout=900)
+    code = shop.start(asked).wait(timeout=LAST_S)
     problems = [one.outcome for one in told if one.outcome not in {"ended", "harmless"}]
     problems += [f"exit {code} at the end"] * (code != 0)
     problems += [f"metrics of steps {shop.logged()}"] * (shop.logged() != list(range(1, asked + 1)))

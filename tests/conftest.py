@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("shared machine", deadline=None)  # a neighbour's load is no failure
+# a neighbour's load is no failure
+settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared machine")
 
 TESTS = Path(__file__).parent
@@ -74,17 +78,45 @@ def plain_environment(request: pytest.FixtureRequest, tmp_path: Path, monkeypatc
         monkeypatch.delenv(name, raising=False)
 
 
+@contextlib.contextmanager
+def starting_with(disposition: signal.Handlers, *numbers: signal.Signals) -> Iterator[None]:
+    """What is started inside begins with SIG_DFL or SIG_IGN for signals, whatever the tests themselves were started with.
+
+    Where that is SIG_DFL, nothing happens to the tests' own process: it has a handler, which no child inherits.
+    """
+    handler = disposition if disposition == signal.SIG_IGN else lambda *_: None
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_reaches_children() -> Iterator[None]:
+    """In the background of a script SIGINT is ignored, and would be in all that tests start and interrupt."""
+    ignored = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) == signal.SIG_IGN]
+    with starting_with(signal.SIG_DFL, *ignored):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unit and golden tests start no process, unless they are marked `processes`."""
     if _layer(request.node) not in {"unit", "golden"} or request.node.get_closest_marker("processes"):
         return
 
-    def refuse(*args: object, **kwargs: object) -> None:
+    start = subprocess.Popen.__init__
+
+    def refuse(self: Any, argv: Any = None, *args: Any, **kwargs: Any) -> None:
+        # matplotlib lists the fonts of a machine when it is imported there for the first time
+        if isinstance(argv, list) and argv[0] in {"fc-list", "system_profiler"}:
+            return start(self, argv, *args, **kwargs)
         pytest.fail("a unit test starts a process: mark it `processes`, or make the code under test pure")
 
     monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
-    monkeypatch.setattr(os, "fork", refuse)
+    monkeypatch.setattr(os, "fork", lambda: refuse(None))
 
 
 @pytest.fixture

@@ -102,9 +102,9 @@ def test_without_verl(monkeypatch):
         compose.attempt([])
 
 
-def test_neither_torch_nor_verl_is_imported_and_it_is_quick():
+def test_neither_torch_nor_verl_is_imported():
     code = (
-        "import sys, time; start = time.process_time()\n"
+        "import sys\n"
         "from pathlib import Path\n"
         "from flashrl_cli.config.resolve import load_spec\n"
         "from flashrl_cli.launch.plan import build_plan\n"
@@ -113,10 +113,8 @@ def test_neither_torch_nor_verl_is_imported_and_it_is_quick():
         "plan = build_plan(r, name='x', attempt=1, python='p', runs_root=p, checkpoints_root=p, data_root=p)\n"
         "check_overrides(r, plan.overrides)\n"
         "assert not {'torch', 'verl', 'ray', 'vllm', 'transformers'} & sys.modules.keys()\n"
-        "print(time.process_time() - start)"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert float(out) < 2.5
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_hydra_keeps_to_the_attempts_folder(tmp_path):
@@ -141,7 +139,7 @@ def test_hydra_keeps_to_the_attempts_folder(tmp_path):
         data_root=tmp_path,
     )
     command = [sys.executable, str(program), *plan.argv[3:]]
-    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout == f"{work} it's, a=name\n"
     assert list(work.iterdir()) == []
     assert [path.name for path in (plan.cwd / "hydra").iterdir()] == ["app.log"]

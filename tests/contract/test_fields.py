@@ -134,17 +134,15 @@ def test_what_flashrl_and_its_presets_add_is_known(name, precision):
     assert fields.problems(emitted, tree()) == []
 
 
-def test_it_is_quick_and_imports_neither_verl_nor_torch():
+def test_neither_verl_nor_torch_is_imported():
     code = (
-        "import sys, time\n"
+        "import sys\n"
         "from flashrl_cli.config.merge import DEFAULT\n"
         "from flashrl_cli.verl import compose, fields\n"
         "from flashrl_cli.verl.overrides import Override\n"
-        "tree = compose.tree([]); start = time.process_time()\n"
+        "tree = compose.tree([])\n"
         f"keys = {[*REFUSED, *ACCEPTED]!r}\n"
         "fields.problems([Override(key, 1, DEFAULT, added=True) for key in keys], tree)\n"
         "assert not {'torch', 'verl', 'ray', 'vllm', 'transformers'} & sys.modules.keys()\n"
-        "print(time.process_time() - start)"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert float(out) < 0.5
+    subprocess.run([sys.executable, "-c", code], check=True)

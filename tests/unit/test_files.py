@@ -137,7 +137,7 @@ def test_a_signal_ends_the_waiting(tmp_path: Path, turns: Turns) -> None:
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
     with (
         pytest.raises(signals.Interrupted, match="SIGTERM"),
-        signals.raised("again"),
+        signals.raised("again", print),
         files.alone(tmp_path / "thing", timer.start),
     ):
         pytest.fail("the first is still at it")

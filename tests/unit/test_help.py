@@ -35,7 +35,7 @@ def flashrl(report: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `flashrl ARGUMENTS` in a fresh interpreter, which leaves the names of its modules in `report`."""
     environment = os.environ | {"COLUMNS": "160", "NO_COLOR": "1"}
     command = [sys.executable, "-c", PROBE, str(report), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def walk(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

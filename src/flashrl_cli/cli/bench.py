@@ -95,7 +95,7 @@ def _bench(json_mode: bool, written: tuple[Path | None, Path | None], **asked: A
         _check_place(option, file)
     if png:
         plots.require("matplotlib")
-    with signals.raised("the same command goes on from here"):
+    with signals.raised("the same command goes on from here", output.say):
         request = plan(Asked(**asked))
         with files.alone(request.folder, lambda: _say_waiting(output, request.folder)) as waited:
             # what memory is free, and on which GPU, is another answer once the other one has ended

@@ -61,7 +61,7 @@ def evaluate(
 
     output = Output(json_mode=json)
     least = verdicts.share("--fail-under", fail_under)
-    with signals.raised("the same command goes on from here"):
+    with signals.raised("the same command goes on from here", output.say):
         if merge is not None:
             _merge(output, patterns, merge, least)
             return

@@ -59,9 +59,11 @@ def prepare(
     """
     from flashrl_cli.data.prepare import prepare_dataset
     from flashrl_cli.data.request import requests
+    from flashrl_cli.launch import signals
     from flashrl_cli.render.output import Output
 
     output = Output(json_mode=json)
+    signals.say_if_ignored(output.say)
     wanted = requests(
         datasets,
         source=source,

@@ -48,7 +48,7 @@ def quantize(
         raise InputError("nothing to do", hint="--scheme int8 or fp8, or --calibrate PARQUET")
     _refuse_without("--calibrate", calibrate, {"--samples": samples, "--alpha": alpha})
     _refuse_without("--scheme", scheme, {"--out": out, "--ignore": ignore})
-    with signals.raised("nothing half-written is left; the same command goes on after what is whole"):
+    with signals.raised("nothing half-written is left; the same command goes on after what is whole", output.say):
         document: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
         if calibrate is not None:
             profile, made = _calibrate(output, model, calibrate, samples or SAMPLES, _alpha(alpha), profile)

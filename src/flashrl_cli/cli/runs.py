@@ -74,11 +74,13 @@ def watch(name: RunArgument, json: Json = False) -> None:
 
     Ends with the run's exit code. Ctrl-C ends only the watching.
     """
+    from flashrl_cli.launch import signals
     from flashrl_cli.render.output import Output, end_when_unread
     from flashrl_cli.runs.known import known
 
     out = Output(json_mode=json)
     end_when_unread()
+    signals.say_if_ignored(out.say)
     try:
         code = _follow(out, known(name))
     except KeyboardInterrupt:

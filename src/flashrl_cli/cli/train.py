@@ -57,10 +57,12 @@ def train(
     `flashrl train --preset dapo-32b --rollout int8 --tis 8 --executor ray --dry-run` shows what a cluster would run;
     `flashrl train --preset tiny --sweep rollout=bf16,int8 --sweep tis=off,2` runs four, and compares them.
     """
-    from flashrl_cli.launch import executors, review
+    from flashrl_cli.launch import executors, review, signals
     from flashrl_cli.render.output import Output
 
     output = Output(json_mode=json)
+    if not (dry_run or detach):
+        signals.say_if_ignored(output.say)
     place = executors.chosen(executor, ray_address)
     options = review.Options(rollout=rollout, tis=tis, sets=sets or ())
     if sweep:

@@ -17,7 +17,8 @@ from flashrl_cli.doctor import system
 
 LAST = frozenset({"done", "skipped"})
 """Events that end an order."""
-_ENDING_S = 5.0
+_ENDING_S = 60.0
+"""Seconds that the kernel may take to free the memory of a killed process on a busy machine."""
 
 Died = Callable[[int, Path], errors.RunFailed]
 """The error for an exit code and a log."""

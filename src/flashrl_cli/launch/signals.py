@@ -1,8 +1,14 @@
-"""Signals that end a run in order instead of killing the process that watches it."""
+"""Signals that end a run in order instead of killing the process that watches it.
+
+One rule, the usual one of Unix: INT and HUP, which a terminal sends to all that it started, stay ignored if they were when flashrl
+was started. `nohup` ignores HUP and a shell INT (for `command &` in a script), so that a command outlives its terminal; Python, and
+with it every flashrl command without handlers of its own, keeps to that. TERM is sent to this very process, and always ends it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -11,6 +17,7 @@ from flashrl_cli.errors import ExitCode, FlashrlError
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C, `kill`, and a terminal that was closed."""
+_OF_A_TERMINAL = frozenset({signal.SIGINT, signal.SIGHUP})
 
 
 class Interrupted(FlashrlError):
@@ -21,9 +28,18 @@ class Interrupted(FlashrlError):
         self.exit_code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED
 
 
+def say_if_ignored(say: Callable[[str], None]) -> None:
+    """Say that Ctrl-C has no effect, if SIGINT was ignored when this process was started; for a command that takes long."""
+    if _stays_ignored(signal.SIGINT):
+        say(
+            "SIGINT was ignored when this command was started, as a shell does for `command &` in a script: "
+            f"Ctrl-C will not stop it, `kill {os.getpid()}` will"
+        )
+
+
 @contextlib.contextmanager
 def collected() -> Iterator[list[int]]:
-    """Collect INT, TERM and HUP in the list it yields, instead of dying of them."""
+    """Collect INT, TERM and HUP in the list it yields, instead of dying of them; INT and HUP may be ignored (see above)."""
     received: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
@@ -34,21 +50,29 @@ def collected() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def raised(hint: str) -> Iterator[None]:
-    """Let INT, TERM and HUP raise Interrupted where the program is, so that what it opened is closed in order."""
+def raised(hint: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Let INT, TERM and HUP raise Interrupted where the program is, so that what it opened is closed in order.
+
+    INT and HUP may be ignored (see above): of INT `say` is told.
+    """
 
     def end(number: int, _frame: FrameType | None) -> None:
         raise Interrupted(number, hint)
 
+    say_if_ignored(say)
     with _handled(end):
         yield
 
 
 @contextlib.contextmanager
 def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in ENDING}
+    before = {number: signal.signal(number, handler) for number in ENDING if not _stays_ignored(number)}
     try:
         yield
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+def _stays_ignored(number: signal.Signals) -> bool:
+    return number in _OF_A_TERMINAL and signal.getsignal(number) == signal.SIG_IGN

@@ -85,10 +85,12 @@ def _end(
     how = "at once" if at_once else f"and wait up to {limit:.0f} s (`--now` makes short work of it)"
     say(f"ending {run.name}, attempt {attempt.number}: ask process {process.pid} to stop {how}")
     began = time.monotonic()
-    _signal(process, signal.SIGINT, run)
+    # a run that was started in the background of a script ignores INT; TERM always reaches it
+    _signal(process, signal.SIGTERM, run)
     if at_once:
         time.sleep(BETWEEN_S)
-        # another number, because two equal signals may arrive as one
+        # another number, because two equal signals may arrive as one; and TERM, because the other may be ignored
+        _signal(process, signal.SIGINT, run)
         _signal(process, signal.SIGTERM, run)
     while record.is_alive(attempt.pid, attempt.pid_started):
         if time.monotonic() - began > limit:

@@ -21,7 +21,10 @@ rollout: {n: 8}
 trainer: {project: p}
 """
 QUICK = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    derandomize=True,
 )
 SCRAPS = st.sampled_from(
     ["\n", "\t", ": ", "- ", "[", "]", "{", "}", "'", '"', "*a", "&a ", "!x ", "<<: ", "---\n", "\0"]

@@ -156,7 +156,7 @@ def test_two_at_once_share_the_work(tmp_path: Path, engines: Engines) -> None:
 
     thread = threading.Thread(target=finish_elsewhere)
     thread.start()
-    assert claimed.wait(5)
+    assert claimed.wait(60)
     with evaluation(tmp_path, sets, told) as one:
         one.work(asked(checkpoints, sets))
     thread.join()

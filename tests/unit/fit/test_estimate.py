@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import cProfile
 import json
-import time
 from dataclasses import replace
 
 import pytest
@@ -148,13 +148,11 @@ def test_budgets_of_update_and_log_probs_are_advised_apart(settings: TrainerSett
     )
 
 
-def test_it_is_fast(settings: TrainerSettings, shape: ModelShape) -> None:
-    def seconds() -> float:
-        started = time.process_time()
+def test_it_takes_few_calls(settings: TrainerSettings, shape: ModelShape) -> None:
+    """A formula and no search: calls are counted, because seconds are the machine's."""
+    with cProfile.Profile() as profile:
         of_settings(settings, shape, None, 24 * GIB)
-        return time.process_time() - started
-
-    assert min(seconds() for _ in range(5)) < 0.05
+    assert sum(entry.callcount for entry in profile.getstats()) < 50_000
 
 
 def test_advice_is_possible(settings: TrainerSettings, shape: ModelShape) -> None:

@@ -128,7 +128,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="orphans are adopted 
 
 
 def gone(pid: int) -> bool:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         if time.monotonic() > deadline:
             return False

@@ -20,13 +20,15 @@ from flashrl_cli.runs import stopping
 from flashrl_cli.runs.known import known
 from flashrl_cli.runs.record import Attempt
 from flashrl_cli.runs.stopping import stop
+from tests.conftest import starting_with
 from tests.unit.runs import disk
 
 SUPERVISOR = """
 import signal, sys, time
 got = []
 for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, _: got.append(number))
+    if signal.getsignal(number) != signal.SIG_IGN:
+        signal.signal(number, lambda number, _: got.append(number))
 print("ready", flush=True)
 while len(got) < int(sys.argv[1]):
     time.sleep(0.02)
@@ -75,17 +77,24 @@ def test_it_is_asked_once_and_waited_for(start: Callable[[int], subprocess.Popen
     said: list[str] = []
     ended = stop(known("demo"), say=said.append)
     assert (ended.stopped, ended.attempt, ended.step) == (True, 1, 7)
-    assert process.communicate()[0] == f"{int(signal.SIGINT)}\n"
+    assert process.communicate()[0] == f"{int(signal.SIGTERM)}\n"
     assert str(process.pid) in said[0]
     assert "90 s" in said[0]
 
 
 @pytest.mark.processes
-def test_at_once_it_gets_a_second_signal(start: Callable[[int], subprocess.Popen[str]]) -> None:
-    process = start(2)
+@pytest.mark.parametrize("disposition", [signal.SIG_DFL, signal.SIG_IGN])
+def test_at_once_it_gets_a_second_signal(
+    start: Callable[[int], subprocess.Popen[str]], disposition: signal.Handlers
+) -> None:
+    """Also where it was started in the background of a script, and ignores INT."""
+    with starting_with(disposition, signal.SIGINT):
+        process = start(2)
     disk.make("demo", running(process))
     assert stop(known("demo"), at_once=True).stopped
-    assert process.communicate()[0] == f"{int(signal.SIGINT)} {int(signal.SIGTERM)}\n"
+    got = [signal.Signals(int(number)) for number in process.communicate()[0].split()]
+    assert (got[0], len(got) >= 2) == (signal.SIGTERM, True)
+    assert set(got) <= {signal.SIGTERM} | ({signal.SIGINT} if disposition == signal.SIG_DFL else set())
 
 
 @pytest.mark.processes
@@ -98,7 +107,7 @@ def test_one_that_goes_on_is_told_after_the_plans_grace(
     began = time.monotonic()
     with pytest.raises(RunFailed, match="still runs after") as caught:
         stop(known("demo"))
-    assert 0.5 <= time.monotonic() - began < 10
+    assert 0.5 <= time.monotonic() - began < stopping.GRACE_S
     assert caught.value.hint == "flashrl runs stop demo --now"
 
 

@@ -83,7 +83,7 @@ def end(jobs: FakeJobs, handle: RayJob, status: str, code: int | None, message: 
 
 
 def eventually(check: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while not check():
         assert time.monotonic() < deadline
         time.sleep(0.005)
