@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tests.contract.demands_case import ENGINE, MIXTURE, SHAPE, A, M, R, case
+from tests.contract.demands_case import CORRECTION, ENGINE, MIXTURE, SHAPE, A, M, R, case
 
 ROLLOUTS = [
     case(
@@ -232,5 +232,180 @@ ROLLOUTS = [
         says="= 0 is nothing that vLLM samples with",
         hint=f"verl.{R}.val_kwargs.top_p=1.0",
         legal=(f"verl.{R}.val_kwargs.top_p=0.1",),
+    ),
+    case(
+        "engine_arguments_are_said_once",
+        f"verl.+{ENGINE}.kv-cache-dtype=fp8",
+        says="go around what is known of kv_cache_dtype",
+        hint=f"write verl.+{ENGINE}.kv_cache_dtype",
+        legal=(f"verl.+{ENGINE}.block_size=32",),
+    ),
+    case(
+        "routes_are_read",
+        f"verl.{R}.enable_rollout_routing_replay=true",
+        says="replays no routes",
+        hint=f"verl.{R}.enable_rollout_routing_replay=false",
+        legal=(f"verl.{R}.enable_rollout_routing_replay=true", f"verl.{R}.moe_load_balance_metrics_interval=1"),
+    ),
+    case(
+        "routes_are_read",
+        f"verl.{R}.moe_load_balance_metrics_interval=1",
+        says="and it returns none",
+        hint=f"verl.{R}.enable_rollout_routing_replay=true",
+    ),
+    case(
+        "next_tokens_are_trained",
+        f"verl.{M}.mtp.enable_rollout=true",
+        says="no layers for multi-token prediction",
+        hint=f"verl.{M}.mtp.enable_rollout=false",
+        legal=(f"verl.{M}.mtp.num_speculative_tokens=2",),
+    ),
+    case(
+        "next_tokens_are_trained",
+        f"verl.{M}.mtp.enable=true",
+        says="no layers for multi-token prediction",
+        hint=f"verl.{M}.mtp.enable=false",
+    ),
+    case(
+        "transfers_are_direct",
+        f"verl.{R}.checkpoint_engine.backend=nccl",
+        says="= nccl is for the asynchronous trainers",
+        hint=f"verl.{R}.checkpoint_engine.backend=naive",
+        legal=(f"verl.{R}.checkpoint_engine.backend=naive",),
+    ),
+]
+
+TRUNCATED = "renormalized over the kept tokens"
+SAMPLING = [
+    case(
+        "weights_see_what_was_sampled",
+        "rollout.top_p=0.9",
+        "correction.cap=2",
+        says="rollout.top_p = 0.9 with truncated importance sampling: vLLM's log-probs are " + TRUNCATED,
+        hint="--set rollout.top_p=1.0, or --tis off",
+        legal=("rollout.top_p=0.9", "correction.cap=null"),
+    ),
+    case(
+        "weights_see_what_was_sampled",
+        "rollout.top_k=20",
+        "correction.cap=8",
+        says="rollout.top_k = 20 with truncated importance sampling",
+        hint="--set rollout.top_k=-1, or --tis off",
+        legal=("rollout.top_k=0", "correction.cap=8"),
+    ),
+    case(
+        "weights_see_what_was_sampled",
+        "rollout.top_p=0.999",
+        f"verl.{CORRECTION}.rollout_rs=token_k1",
+        f"verl.{CORRECTION}.rollout_rs_threshold=2.0",
+        says=f"with verl.{CORRECTION}.rollout_rs",
+        hint=f"--set rollout.top_p=1.0, or drop verl.{CORRECTION}.rollout_rs",
+        legal=(f"verl.{CORRECTION}.rollout_rs=token_k1", f"verl.{CORRECTION}.rollout_rs_threshold=2.0"),
+    ),
+    case(
+        "weights_see_what_was_sampled",
+        "rollout.top_p=0.9",
+        f"verl.{CORRECTION}.bypass_mode=true",
+        says=f"with verl.{CORRECTION}.bypass_mode",
+        hint=f"--set rollout.top_p=1.0, or drop verl.{CORRECTION}.bypass_mode",
+        legal=(f"verl.{CORRECTION}.bypass_mode=true",),
+    ),
+    case(
+        "weights_see_what_was_sampled",
+        "rollout.top_p=0.9",
+        "correction.cap=2",
+        f"verl.{R}.val_kwargs.temperature=1.0",
+        f"verl.{R}.val_kwargs.top_p=0.7",
+        says=TRUNCATED,
+        hint="validation may truncate",
+        legal=("correction.cap=2", f"verl.{R}.val_kwargs.temperature=1.0", f"verl.{R}.val_kwargs.top_p=0.7"),
+    ),
+    case(
+        "log_probs_are_of_the_samples",
+        f"verl.{R}.logprobs_mode=raw_logits",
+        says="are no log-probs",
+        hint=f"verl.{R}.logprobs_mode=processed_logprobs",
+        legal=(f"verl.{R}.logprobs_mode=raw_logits", f"verl.{R}.calculate_log_probs=false"),
+    ),
+    case(
+        "log_probs_are_of_the_samples",
+        f"verl.{R}.logprobs_mode=raw_logprobs",
+        "rollout.temperature=0.7",
+        says="taken before rollout.temperature = 0.7, by which the trainer divides",
+        hint=f"verl.{R}.logprobs_mode=processed_logprobs",
+        legal=(f"verl.{R}.logprobs_mode=raw_logprobs", "rollout.top_p=0.9"),
+    ),
+    case(
+        "log_probs_are_of_the_samples",
+        f"verl.{R}.logprobs_mode=null",
+        "rollout.temperature=1.3",
+        says="taken before rollout.temperature = 1.3",
+        hint=f"verl.{R}.logprobs_mode=processed_logprobs",
+    ),
+    case(
+        "temperature_is_the_engines",
+        "rollout.temperature=0.001",
+        says="would sample at 0.01 and the trainer divide by rollout.temperature = 0.001",
+        hint="--set rollout.temperature=0.01",
+        legal=("rollout.temperature=0.01",),
+    ),
+    *(
+        case(
+            "requests_are_not_engine_arguments",
+            f"verl.+{ENGINE}.{text}",
+            says="is an option of a request",
+            hint=f"drop verl.+{ENGINE}.{text.partition('=')[0].removesuffix('.7')}",
+            legal=(f"verl.+{ENGINE}.max_logprobs=20",),
+        )
+        for text in ("min_p=0.1", "repetition_penalty=1.1", "bad_words=[no]", "stop=[no]", "logit_bias.7=1.0", "n=2")
+    ),
+    case(
+        "requests_are_not_engine_arguments",
+        f"verl.+{ENGINE}.top_p=0.9",
+        says="top_p is an option of a request",
+        hint="--set rollout.top_p=0.9 instead",
+    ),
+    case(
+        "logits_are_not_processed",
+        f"verl.+{ENGINE}.logits_processors=[mine:Processor]",
+        "correction.cap=2",
+        says="logits processors with truncated importance sampling",
+        hint=f"drop verl.+{ENGINE}.logits_processors, or --tis off",
+        legal=(f"verl.+{ENGINE}.logits_processors=[mine:Processor]",),
+    ),
+    case(
+        "drafts_leave_the_distribution",
+        f"verl.+{ENGINE}.speculative_config.method=ngram",
+        f"verl.+{ENGINE}.speculative_config.num_speculative_tokens=3",
+        f"verl.+{ENGINE}.speculative_config.rejection_sample_method=synthetic",
+        says="only drafts by n-grams",
+        hint=f"drop verl.+{ENGINE}.speculative_config",
+        legal=(
+            f"verl.+{ENGINE}.speculative_config.method=ngram",
+            f"verl.+{ENGINE}.speculative_config.num_speculative_tokens=3",
+        ),
+    ),
+    case(
+        "drafts_leave_the_distribution",
+        f"verl.+{ENGINE}.spec_method=eagle3",
+        f"verl.+{ENGINE}.spec_model=/draft",
+        says="only drafts by n-grams",
+        hint=f"drop verl.+{ENGINE}.spec_method",
+        legal=(f"verl.+{ENGINE}.spec_method=ngram", f"verl.+{ENGINE}.spec_tokens=3"),
+    ),
+    case(
+        "drafts_leave_the_distribution",
+        f"""verl.+{ENGINE}.speculative_config='{{"method": "mtp"}}'""",
+        says="only drafts by n-grams",
+        hint=f"drop verl.+{ENGINE}.speculative_config",
+        legal=(f"""verl.+{ENGINE}.speculative_config='{{"method": "ngram"}}'""",),
+    ),
+    case(
+        "responses_of_a_group_differ",
+        f"verl.{R}.full_determinism=true",
+        "rollout.n=4",
+        says="the 4 responses to a prompt would be one",
+        hint=f"verl.{R}.full_determinism=false",
+        legal=(f"verl.{R}.full_determinism=true", "rollout.n=1"),
     ),
 ]
