@@ -408,4 +408,13 @@ SAMPLING = [
         hint=f"verl.{R}.full_determinism=false",
         legal=(f"verl.{R}.full_determinism=true", "rollout.n=1"),
     ),
+    case(
+        "responses_of_a_group_differ",
+        f"verl.{R}.full_determinism=true",
+        "rollout.n=1",
+        "resources.platform=cpu",
+        says="at which vLLM's CPU engine ends",
+        hint=f"verl.{R}.full_determinism=false",
+        legal=(f"verl.{R}.full_determinism=true", "rollout.n=1"),
+    ),
 ]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,17 +18,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 if TYPE_CHECKING:
     from tests.integration.conftest import Workshop
 
 ROLLOUT = "actor_rollout_ref.rollout"
 PROMPTS, COPIES = 64, 8
 TOKENS = 16
+ONE_SEED, SEEDED = "one seed", 8
+"""The case of full determinism, and its prompts."""
 ERRORS = 5.0
 """Standard errors that a mean may be off by: of the martingale sum of w - 1, whose terms are uncorrelated also within a response."""
 ROUNDING = 1e-5
 """What float32 log-probs may be off by, the engine's and the trainer's together."""
-DISHONEST = {
+RECOMMENDED = {
     "do_sample": True,
     "temperature": 0.3,
     "top_p": 0.5,
@@ -38,7 +41,7 @@ DISHONEST = {
     "repetition_penalty": 1.7,
 }
 """Sampling that a model folder recommends; vLLM's HTTP server would take it as its defaults."""
-CASES: dict[str, dict[str, Any]] = {
+WHOLE: dict[str, dict[str, Any]] = {
     "temperature 1": {},
     "temperature 0.7": {"config": {"temperature": 0.7}},
     "temperature 1.3": {"config": {"temperature": 1.3}},
@@ -116,44 +119,121 @@ def trainers(policy: Any, temperature: float, prompt: list[int], response: list[
     return logprobs_from_logits(logits, tokens[0, len(prompt) :])
 
 
+def prompts_of(job: dict[str, Any]) -> list[list[int]]:
+    """Token ids of the validation prompts, as verl's agent loop renders them."""
+    import pyarrow.parquet as pq
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    rows = pq.read_table(job["data"], columns=["prompt"]).slice(0, PROMPTS).to_pylist()
+    render = tokenizer.apply_chat_template
+    return [render(row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False) for row in rows]
+
+
+async def responses(server: Any, asked: dict[str, Any], prompts: list[list[int]], name: str) -> list[Any]:
+    """What the server answers to each prompt."""
+    return await asyncio.gather(
+        *(server.generate(prompt, dict(asked), f"{name}-{i}") for i, prompt in enumerate(prompts))
+    )
+
+
 async def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Mean weight, its standard error and more of each case, under the case's configuration and what else a request could ask for."""
     import torch
     from omegaconf import OmegaConf
     from transformers import AutoModelForCausalLM
 
-    tree = OmegaConf.create(job["tree"])
+    from flashrl_cli.verl import compose
+
+    tree = compose.tree(job["overrides"])._config
     server = rollout_server(tree)
     await server.launch_server()
     policy = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    prompts = [prompt for prompt in prompts_of(job) for _ in range(COPIES)]
     result: dict[str, Any] = {}
-    for name, case in job["cases"].items():
-        OmegaConf.update(tree, ROLLOUT, case.get("config", {}), merge=True)
-        given = {**await asked_for(tree), **case.get("sampling", {})}
-        object.__setattr__(server.config, "ignore_eos", tree.actor_rollout_ref.rollout.ignore_eos)
-        prompts = [prompt for prompt in job["prompts"] for _ in range(COPIES)]
-        calls = (server.generate(prompt, dict(given), f"{name}-{i}") for i, prompt in enumerate(prompts))
-        outputs = await asyncio.gather(*calls)
-        pairs = list(zip(prompts, outputs, strict=True))
-        temperature = tree.actor_rollout_ref.rollout.temperature
+    for name, case in {**WHOLE, **CUT}.items():
+        config = OmegaConf.merge(tree, {"actor_rollout_ref": {"rollout": case.get("config", {})}})
+        rollout = config.actor_rollout_ref.rollout
+        # the server reads it itself for each request
+        object.__setattr__(server.config, "ignore_eos", rollout.ignore_eos)
+        asked = {**await asked_for(config), **case.get("sampling", {})}
+        print("CASE", name, flush=True)
+        outputs = await responses(server, asked, prompts, name)
         logs = [
-            trainers(policy, temperature, prompt, list(out.token_ids)) - torch.tensor(out.log_probs)
-            for prompt, out in pairs
+            trainers(policy, rollout.temperature, prompt, list(output.token_ids)) - torch.tensor(output.log_probs)
+            for prompt, output in zip(prompts, outputs, strict=True)
         ]
         weights = torch.cat(logs).double().exp()
         result[name] = {
             "mean": weights.mean().item(),
             "error": (weights.std() / len(weights) ** 0.5).item(),
             "tokens": len(weights),
-            "longest": max(len(out.token_ids) for out in outputs),
-            "asked": given,
+            "asked": asked,
+            "responses": [list(output.token_ids) for output in outputs],
         }
-        OmegaConf.update(
-            tree, ROLLOUT, {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "ignore_eos": False}, merge=True
-        )
+    object.__setattr__(server.config, "full_determinism", True)
+    # few enough to be prefilled at once: a partial prefill of a request with a seed ends vLLM's CPU engine
+    few = await responses(server, {**result["temperature 1.3"]["asked"]}, prompts[: SEEDED * COPIES], ONE_SEED)
+    result[ONE_SEED] = {"responses": [list(output.token_ids) for output in few]}
     server.engine.shutdown()
     return result
 
 
+@pytest.fixture(scope="module")
+def measured(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Every case's numbers, of one engine of the tiny policy with another generation_config.json."""
+    folder = tmp_path_factory.mktemp("weights")
+    model, job, out = folder / "model", folder / "job.json", folder / "out.json"
+    shutil.copytree(workshop.root / "data/tiny/model", model)
+    generation = model / "generation_config.json"
+    generation.write_text(json.dumps({**json.loads(generation.read_text()), **RECOMMENDED}))
+    sets = (f"model.path={model}", f"verl.{ROLLOUT}.load_format=safetensors")
+    options = [word for text in sets for word in ("--set", text)]
+    command = ("train", "--preset", "tiny", "--rollout", "bf16", "--tis", "2", *options, "--dry-run", "--json")
+    plan = json.loads(workshop.run(*command)[0])
+    data = workshop.root / "data/tiny/test.parquet"
+    job.write_text(
+        json.dumps({"overrides": plan["overrides"], "model": str(model), "data": str(data), "out": str(out)})
+    )
+    env = {**workshop.env, **plan["env"]}
+    done = subprocess.run(
+        [sys.executable, __file__, str(job)], cwd=folder, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    found: dict[str, dict[str, Any]] = json.loads(out.read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_weights_have_mean_1(measured: dict[str, dict[str, Any]], name: str) -> None:
+    case = measured[name]
+    assert case["tokens"] > PROMPTS * COPIES
+    assert 0 < case["error"] < 2e-3
+    assert abs(case["mean"] - 1) < ERRORS * case["error"] + ROUNDING
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_where_tokens_are_cut_off_they_have_not(measured: dict[str, dict[str, Any]], name: str) -> None:
+    """What is refused with truncated importance sampling where a key asks for it, and that the test above can fail."""
+    case = measured[name]
+    assert 1 - case["mean"] > 10 * case["error"] + ROUNDING
+
+
+def test_a_training_request_says_its_sampling_itself(measured: dict[str, dict[str, Any]]) -> None:
+    """So that nothing of the model folder's generation_config.json is left to apply, and no key reaches another option."""
+    plain = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0, "logprobs": True}
+    assert measured["temperature 1"]["asked"] == plain
+    assert measured["top_p"]["asked"] == {**plain, "top_p": 0.9}
+
+
+def test_one_seed_for_all_requests_gives_a_group_one_response(measured: dict[str, dict[str, Any]]) -> None:
+    found = measured[ONE_SEED]["responses"]
+    groups = [found[start : start + COPIES] for start in range(0, len(found), COPIES)]
+    assert all(response == group[0] for group in groups for response in group)
+    others = measured["temperature 1.3"]["responses"]
+    assert any(response != others[0] for response in others[:COPIES])
+
+
 if __name__ == "__main__":
-    asked = json.loads(Path(sys.argv[1]).read_text())
-    Path(asked["out"]).write_text(json.dumps(asyncio.run(measure(asked))))
+    asked_job = json.loads(Path(sys.argv[1]).read_text())
+    Path(asked_job["out"]).write_text(json.dumps(asyncio.run(measure(asked_job))))

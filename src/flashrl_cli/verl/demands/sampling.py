@@ -154,14 +154,18 @@ def responses_of_a_group_differ(s: Settings) -> Iterator[Problem]:
 
     workers/rollout/vllm_rollout/vllm_async_server.py:627; V1 gives requests no priority that would tell them apart
     (experimental/agent_loop/single_turn_agent_loop.py:69), so that they all go to one replica, too (workers/rollout/router.py:193).
+    vLLM's CPU engine ends at the first partial prefill of a request with a seed (vllm/v1/worker/gpu_model_runner.py:3825).
     """
     key = f"{ROLLOUT}.full_determinism"
-    if s.get(key) and s.spec.rollout.n > 1:
-        yield s.problem(
-            f"verl.{key} gives every request the same seed: the {s.spec.rollout.n} responses to a prompt would be one",
-            s.fix(key, False),
-            key,
-        )
+    if not s.get(key):
+        return
+    if s.spec.rollout.n > 1:
+        why = f"gives every request the same seed: the {s.spec.rollout.n} responses to a prompt would be one"
+    elif s.spec.resources.platform == "cpu":
+        why = "gives requests a seed, at which vLLM's CPU engine ends: its generators have no offset"
+    else:
+        return
+    yield s.problem(f"verl.{key} {why}", s.fix(key, False), key)
 
 
 def notes(s: Settings) -> list[str]:
