@@ -1,10 +1,13 @@
 """Importance weights have mean 1 under the rollout's own sampling; where sampling cuts tokens off, they have not.
 
-With w = p_trainer / p_rollout of a sampled token, E[w] = 1 whatever the rollout's arithmetic is, if and only if the log-prob that
-comes back is that of the distribution which was sampled from, and this one leaves no token of the trainer's out. The child process
-below asks verl's own code for what is sampled with (`AgentLoopWorkerTQ`), for the engine and its answers (`vLLMHttpServer`, less Ray
-and HTTP), and for how the trainer scales logits. Neighbours tried: temperatures, the model folder's generation_config.json, ignore_eos,
-stop tokens and strings, a seed a request, penalties, logit_bias; and top-p, top-k, min-p, bad words, allowed tokens, min_tokens.
+With w = p_trainer / p_rollout of a sampled token, E[w] = 1 whatever the rollout's arithmetic is, if and only if the
+log-prob that comes back is that of the distribution which was sampled from, and this one leaves out no token of the
+trainer's. The child process below asks verl's own code for what is sampled with (`AgentLoopWorkerTQ`), for the engine
+and its answers (`vLLMHttpServer`, less Ray and HTTP), and for how the trainer scales logits.
+
+Neighbours tried: temperatures, the model folder's generation_config.json, ignore_eos, stop tokens and strings, one
+seed for all requests, penalties, logit_bias, drafts of n-grams; and top-p, top-k, min-p, bad words, allowed tokens,
+min_tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ TOKENS = 16
 ONE_SEED, SEEDED = "one seed", 8
 """The case of full determinism, and its prompts."""
 ERRORS = 5.0
-"""Standard errors that a mean may be off by: of the martingale sum of w - 1, whose terms are uncorrelated also within a response."""
+"""Standard errors that a mean may be off by; given its prefix w - 1 has mean 0, so that tokens are uncorrelated."""
 ROUNDING = 1e-5
 """What float32 log-probs may be off by, the engine's and the trainer's together."""
 RECOMMENDED = {
@@ -105,18 +108,23 @@ async def asked_for(config: Any) -> dict[str, Any]:
     return found[0]
 
 
-def trainers(policy: Any, temperature: float, prompt: list[int], response: list[int]) -> Any:
-    """Log-probs of a response, float32, as verl's FSDP engine computes them of its model's logits."""
+def trainers(policy: Any, temperature: float, pairs: list[tuple[list[int], list[int]]]) -> Any:
+    """Log-probs of all responses' tokens in a row, float32, as verl's FSDP engine computes them of logits."""
     import torch
     from verl.utils.torch_functional import logprobs_from_logits
     from verl.workers.engine.fsdp.transformer_impl import _is_scalar_unit_temperature, _scale_logits_by_temperature
 
-    tokens = torch.tensor([prompt + response])
+    sequences = [torch.tensor(prompt + response) for prompt, response in pairs]
+    # padded on the right, where nothing is seen from before it
+    padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     with torch.no_grad():
-        logits = policy(tokens).logits[0, len(prompt) - 1 : -1]
+        logits = policy(padded).logits
+    scale = torch.full((len(pairs), 1, 1), temperature)
     unit = _is_scalar_unit_temperature(temperature)
-    logits = _scale_logits_by_temperature(logits, torch.tensor([[temperature]]), is_unit_temperature=unit)
-    return logprobs_from_logits(logits, tokens[0, len(prompt) :])
+    logits = _scale_logits_by_temperature(logits, scale, is_unit_temperature=unit)
+    found = logprobs_from_logits(logits[:, :-1], padded[:, 1:])
+    spans = [(len(prompt) - 1, len(prompt) + len(response) - 1) for prompt, response in pairs]
+    return torch.cat([row[start:end] for row, (start, end) in zip(found, spans, strict=True)])
 
 
 def prompts_of(job: dict[str, Any]) -> list[list[int]]:
@@ -138,7 +146,7 @@ async def responses(server: Any, asked: dict[str, Any], prompts: list[list[int]]
 
 
 async def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Mean weight, its standard error and more of each case, under the case's configuration and what else a request could ask for."""
+    """Mean weight, its standard error and more of each case: a configuration, and what else a request asks for."""
     import torch
     from omegaconf import OmegaConf
     from transformers import AutoModelForCausalLM
@@ -159,11 +167,9 @@ async def measure(job: dict[str, Any]) -> dict[str, Any]:
         asked = {**await asked_for(config), **case.get("sampling", {})}
         print("CASE", name, flush=True)
         outputs = await responses(server, asked, prompts, name)
-        logs = [
-            trainers(policy, rollout.temperature, prompt, list(output.token_ids)) - torch.tensor(output.log_probs)
-            for prompt, output in zip(prompts, outputs, strict=True)
-        ]
-        weights = torch.cat(logs).double().exp()
+        pairs = [(prompt, list(output.token_ids)) for prompt, output in zip(prompts, outputs, strict=True)]
+        engines = torch.tensor([value for output in outputs for value in output.log_probs])
+        weights = (trainers(policy, rollout.temperature, pairs) - engines).double().exp()
         result[name] = {
             "mean": weights.mean().item(),
             "error": (weights.std() / len(weights) ** 0.5).item(),
@@ -220,7 +226,7 @@ def test_where_tokens_are_cut_off_they_have_not(measured: dict[str, dict[str, An
 
 
 def test_a_training_request_says_its_sampling_itself(measured: dict[str, dict[str, Any]]) -> None:
-    """So that nothing of the model folder's generation_config.json is left to apply, and no key reaches another option."""
+    """So that nothing of the model folder's generation_config.json is left to apply, and no key adds an option."""
     plain = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0, "logprobs": True}
     assert measured["temperature 1"]["asked"] == plain
     assert measured["top_p"]["asked"] == {**plain, "top_p": 0.9}

@@ -99,7 +99,7 @@ def log_probs_come_with_samples(s: Settings) -> Iterator[Problem]:
 
 
 def bypass_reads_its_settings(s: Settings) -> Iterator[Problem]:
-    """Bypass mode skips the correction (trainer/ppo/v1/trainer_base.py:1767) and leaves the loss as it is: V0 alone changes it.
+    """Bypass mode skips the correction (trainer/ppo/v1/trainer_base.py:1767) and leaves the loss as it is in V1.
 
     `loss_type` is read by the loss `bypass_mode`, out of the policy loss's own copy (trainer/ppo/core_algos.py:2484).
     """
@@ -160,7 +160,8 @@ def filter_sees_rewards(s: Settings) -> Iterator[Problem]:
 def teacher_exists(s: Settings) -> Iterator[Problem]:
     """Distillation needs devices of its own and a model on them, or ends in the driver's workers, after Ray has started.
 
-    trainer/ppo/v1/trainer_base.py:839; workers/config/distillation.py:164-168, and :308 for the entry that is dropped beside others.
+    trainer/ppo/v1/trainer_base.py:839; workers/config/distillation.py:164-168, and :308 for the entry that is dropped
+    beside others.
     """
     if not s.get(_DISTILLS):
         return

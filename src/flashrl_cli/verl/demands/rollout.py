@@ -303,10 +303,10 @@ def routes_are_read(s: Settings) -> Iterator[Problem]:
 
 
 def next_tokens_are_trained(s: Settings) -> Iterator[Problem]:
-    """Multi-token prediction is Megatron's: nothing below workers/engine/fsdp knows of `mtp`, whose layers thus get no weights.
+    """Multi-token prediction is Megatron's: nothing in workers/engine/fsdp knows of `mtp`, whose layers get no weights.
 
-    The engine starts with dummy weights and gets those of the trainer's model (workers/rollout/vllm_rollout/utils.py:395), so that
-    drafts would be random; without `enable` nothing happens (workers/rollout/vllm_rollout/vllm_async_server.py:377).
+    The engine starts with dummy weights and gets those of the trainer's model, so that drafts would be random
+    (workers/rollout/vllm_rollout/utils.py:395); without `enable` nothing happens (.../vllm_async_server.py:377).
     """
     for name in ("enable", "enable_rollout"):
         key = f"{MODEL}.mtp.{name}"

@@ -1,10 +1,13 @@
-"""Whether the log-probs that come with a response are those of the distribution that it was sampled from, and what draws responses.
+"""Whether a response's log-probs are those of the distribution that it was sampled from, and how responses are drawn.
 
-An importance weight w = p_trainer / p_rollout has mean 1 over sampled tokens if and only if p_rollout is what the engine sampled
-with, and that leaves out no token of the trainer's. Lines are verl 0.9.1's, where vLLM (0.28) is not named. In V1 a training
-request has temperature, top_p, top_k, repetition_penalty 1 and ignore_eos, and nothing else (trainer/ppo/v1/agent_loop_tq.py:64,
-workers/rollout/vllm_rollout/vllm_async_server.py:622-634): no key reaches min_p, other penalties, bad words, stop strings, a bias
-or a grammar, and a model folder's generation_config.json gives its stop tokens alone (vllm/sampling_params.py:656).
+An importance weight w = p_trainer / p_rollout has mean 1 over sampled tokens if and only if p_rollout is what the
+engine sampled with, and that leaves out no token of the trainer's. Lines are verl 0.9.1's, where vLLM (0.28) is not
+named.
+
+In V1 a training request has temperature, top_p, top_k, repetition_penalty 1 and ignore_eos, and nothing else
+(trainer/ppo/v1/agent_loop_tq.py:64, workers/rollout/vllm_rollout/vllm_async_server.py:622-634): no key reaches min_p,
+other penalties, bad words, stop strings, a bias or a grammar, and a model folder's generation_config.json gives its
+stop tokens alone (vllm/sampling_params.py:656).
 """
 
 from __future__ import annotations
@@ -28,10 +31,10 @@ PROCESSED, RAW = "processed_logprobs", "raw_logprobs"
 """vLLM's log-probs after temperature and truncation, as they were sampled from, and before both."""
 OF_A_REQUEST = frozenset(
     {
-        "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "stop",
-        "stop_token_ids", "ignore_eos", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "detokenize", "bad_words",
-        "skip_special_tokens", "include_stop_str_in_output", "structured_outputs", "logit_bias", "allowed_token_ids", "n",
-        "thinking_token_budget",
+        "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "n",
+        "stop", "stop_token_ids", "ignore_eos", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "detokenize",
+        "skip_special_tokens", "include_stop_str_in_output", "structured_outputs", "bad_words", "logit_bias",
+        "allowed_token_ids", "thinking_token_budget",
     }
 )  # fmt: skip
 """Options of a request to vLLM (vllm/sampling_params.py), none of which is an argument of its server."""
@@ -42,26 +45,27 @@ DRAFTS = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
 def weights_see_what_was_sampled(s: Settings) -> Iterator[Problem]:
     """Top-p and top-k are in vLLM's log-probs and not in the trainer's: E[w] is the kept mass, not 1.
 
-    vllm/v1/sample/ops/topk_topp_sampler.py renormalizes over the kept tokens; workers/engine/fsdp/transformer_impl.py:1386 over all.
-    Rejection sampling and bypass mode take the same ratio (trainer/ppo/rollout_corr_helper.py:849, trainer/ppo/v1/trainer_base.py:1640).
+    vllm/v1/sample/ops/topk_topp_sampler.py normalizes over the kept tokens,
+    workers/engine/fsdp/transformer_impl.py:1386 over all. Rejection sampling (trainer/ppo/rollout_corr_helper.py:849)
+    and bypass mode (trainer/ppo/v1/trainer_base.py:1640) take the same ratio.
     """
     reader = _reader(s)
     if reader is None or s.get(MODE) != PROCESSED:
         return
     for key, off in _truncations(s):
         yield s.problem(
-            f"{s.name(key)} = {s.get(key)} with {reader}: vLLM's log-probs are renormalized over the kept tokens and the"
-            " trainer's are not, so that every importance weight is off by the kept mass",
+            f"{s.name(key)} = {s.get(key)} with {reader}: vLLM's log-probs are renormalized over the kept tokens and"
+            " the trainer's are not, so that every importance weight is off by the kept mass",
             f"{s.fix(key, off)}, or {_without(s)} (validation may truncate: verl.{ROLLOUT}.val_kwargs)",
             key,
         )
 
 
 def log_probs_are_of_the_samples(s: Settings) -> Iterator[Problem]:
-    """Log-probs as sampled: the trainer divides by the temperature, which raw ones are taken before (vllm/v1/sample/sampler.py:91).
+    """Raw log-probs are before the temperature (vllm/v1/sample/sampler.py:88), by which the trainer divides.
 
-    Every comparison of rollout and trainer takes them for log-probs, which logits are not (trainer/ppo/rollout_corr_helper.py:941);
-    without a mode vLLM's own is raw (vllm/config/model.py).
+    Logits are no log-probs, as which verl compares them (trainer/ppo/rollout_corr_helper.py:941). Without a mode vLLM
+    takes its own, raw (vllm/config/model.py:250).
     """
     mode = s.get(MODE) or RAW
     if not s.get(LOG_PROBS) or mode == PROCESSED:
@@ -76,45 +80,56 @@ def log_probs_are_of_the_samples(s: Settings) -> Iterator[Problem]:
 
 
 def temperature_is_the_engines(s: Settings) -> Iterator[Problem]:
-    """vLLM samples at 0.01 at least (vllm/sampling_params.py:476), and the trainer divides by what is asked for (trainer_base.py:1655)."""
-    if s.spec.rollout.temperature < LEAST_TEMPERATURE:
+    """vLLM samples at 0.01 at least (vllm/sampling_params.py:476), and the trainer divides by what was asked for.
+
+    trainer/ppo/v1/trainer_base.py:1655.
+    """
+    asked = s.spec.rollout.temperature
+    if asked < LEAST_TEMPERATURE:
         yield s.problem(
-            f"vLLM would sample at {LEAST_TEMPERATURE} and the trainer divide by rollout.temperature = {s.spec.rollout.temperature:g}",
+            f"vLLM would sample at {LEAST_TEMPERATURE} and the trainer divide by rollout.temperature = {asked:g}",
             s.fix(TEMPERATURE, LEAST_TEMPERATURE),
             TEMPERATURE,
         )
 
 
 def requests_are_not_engine_arguments(s: Settings) -> Iterator[Problem]:
-    """vLLM's server ends at an unknown argument, minutes after the start (workers/rollout/vllm_rollout/vllm_async_server.py:470)."""
+    """vLLM's server ends at an unknown argument, minutes after the start.
+
+    workers/rollout/vllm_rollout/vllm_async_server.py:470.
+    """
     given = s.get(ENGINE) or {}
     for name in sorted(OF_A_REQUEST & given.keys()):
         key, typed = f"{ENGINE}.{name}", f"{ROLLOUT}.{name}"
-        told = typed in (TEMPERATURE, TOP_P, TOP_K)
+        is_typed = typed in (TEMPERATURE, TOP_P, TOP_K)
         yield s.problem(
             f"{name} is an option of a request, not of vLLM's engine, and verl passes no other than its own",
-            f"{s.fix(typed, given[name])} instead" if told else f"drop verl.+{key}",
+            f"{s.fix(typed, given[name])} instead" if is_typed else f"drop verl.+{key}",
             *_written(s, key),
         )
 
 
 def logits_are_not_processed(s: Settings) -> Iterator[Problem]:
-    """A logits processor may leave tokens out before the log-probs are taken (vllm/v1/sample/sampler.py:391); the trainer has none."""
+    """A logits processor may leave tokens out before the log-probs are taken, and the trainer has none.
+
+    vllm/v1/sample/sampler.py:401.
+    """
     key, reader = f"{ENGINE}.logits_processors", _reader(s)
     if s.get(key) and reader:
         yield s.problem(
-            f"logits processors with {reader}: the trainer's log-probs do not go through them, so that the importance weights"
-            " are off by the mass of what they leave out",
+            f"logits processors with {reader}: the trainer's log-probs do not go through them, so that the importance"
+            " weights are off by the mass of what they leave out",
             f"drop verl.+{key}, or {_without(s)}",
             key,
         )
 
 
 def drafts_leave_the_distribution(s: Settings) -> Iterator[Problem]:
-    """Speculative decoding with drafts of n-grams and exact rejection samples from the policy; of others that is not known here.
+    """Drafts of n-grams with exact rejection sample from the policy, as was measured; of others that is not known.
 
-    With `rejection_sample_method: synthetic` tokens are accepted at a rate of choice (vllm/v1/sample/rejection_sampler.py:66). A
-    drafting model would get dummy weights and no refit but for multi-token prediction (workers/rollout/vllm_rollout/utils.py:223).
+    With `rejection_sample_method: synthetic` tokens are accepted at a given rate
+    (vllm/v1/sample/rejection_sampler.py:80). A drafting model would get dummy weights, and a refit for multi-token
+    prediction alone (workers/rollout/vllm_rollout/utils.py:223).
     """
     drafts = _drafts(s)
     if drafts is None or (drafts.get("method"), drafts.get("rejection_sample_method", "standard")) == (
@@ -124,8 +139,8 @@ def drafts_leave_the_distribution(s: Settings) -> Iterator[Problem]:
         return
     written = [key for name in DRAFTS for key in _written(s, f"{ENGINE}.{name}")]
     yield s.problem(
-        "speculative decoding in training rollouts: only drafts by n-grams with vLLM's standard rejection are known to leave the"
-        " sampled distribution as it is",
+        "speculative decoding in training rollouts: only drafts by n-grams with vLLM's standard rejection are known to"
+        " leave the sampled distribution as it is",
         f"drop verl.+{written[0]}",
         *written,
     )
@@ -150,11 +165,12 @@ def _drafts(s: Settings) -> dict[str, Any] | None:
 
 
 def responses_of_a_group_differ(s: Settings) -> Iterator[Problem]:
-    """With full determinism every request of a replica has one seed: equal prompts get equal responses, and equal advantages.
+    """With full determinism every request of a replica has one seed: equal prompts get equal responses.
 
-    workers/rollout/vllm_rollout/vllm_async_server.py:627; V1 gives requests no priority that would tell them apart
-    (experimental/agent_loop/single_turn_agent_loop.py:69), so that they all go to one replica, too (workers/rollout/router.py:193).
-    vLLM's CPU engine ends at the first partial prefill of a request with a seed (vllm/v1/worker/gpu_model_runner.py:3825).
+    workers/rollout/vllm_rollout/vllm_async_server.py:627; V1 gives requests no priority that would distinguish them
+    (experimental/agent_loop/single_turn_agent_loop.py:69), so that all go to one replica, too
+    (workers/rollout/router.py:193). vLLM's CPU engine ends at the first partial prefill of a request with a seed
+    (vllm/v1/worker/gpu_model_runner.py:3825).
     """
     key = f"{ROLLOUT}.full_determinism"
     if not s.get(key):
@@ -173,12 +189,12 @@ def notes(s: Settings) -> list[str]:
     if _reader(s) or s.get(MODE) != PROCESSED or not s.get(LOG_PROBS):
         return []
     cut = " and ".join(f"{s.name(key)} = {s.get(key)}" for key, _ in _truncations(s))
-    told = (
-        f"{cut}: vLLM's log-probs are renormalized over the kept tokens and the trainer's are not, so the reported KL between"
-        " rollout and trainer is that of their arithmetic plus the mean of -ln(kept mass), and differences of probabilities"
-        " hold the kept mass, too"
+    meaning = (
+        f"{cut}: vLLM's log-probs are renormalized over the kept tokens and the trainer's are not, so the reported KL"
+        " between rollout and trainer is that of their arithmetic plus the mean of -ln(kept mass), and differences of"
+        " probabilities hold the kept mass, too"
     )
-    return [told] if cut else []
+    return [meaning] if cut else []
 
 
 def _truncations(s: Settings) -> Iterator[tuple[str, float]]:
