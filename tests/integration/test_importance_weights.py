@@ -6,8 +6,7 @@ trainer's. The child process below asks verl's own code for what is sampled with
 and its answers (`vLLMHttpServer`, less Ray and HTTP), and for how the trainer scales logits.
 
 Neighbours tried: temperatures, the model folder's generation_config.json, ignore_eos, stop tokens and strings, one
-seed for all requests, penalties, logit_bias, drafts of n-grams; and top-p, top-k, min-p, bad words, allowed tokens,
-min_tokens.
+seed for all requests, penalties, logit_bias; and top-p, top-k, min-p, bad words, allowed tokens, min_tokens.
 """
 
 from __future__ import annotations

@@ -125,25 +125,28 @@ def logits_are_not_processed(s: Settings) -> Iterator[Problem]:
 
 
 def drafts_leave_the_distribution(s: Settings) -> Iterator[Problem]:
-    """Drafts of n-grams with exact rejection sample from the policy, as was measured; of others that is not known.
+    """Speculative decoding: nobody has measured that weights keep their mean under it; made-up acceptance changes what is sampled.
 
-    With `rejection_sample_method: synthetic` tokens are accepted at a given rate
-    (vllm/v1/sample/rejection_sampler.py:80). A drafting model would get dummy weights, and a refit for multi-token
-    prediction alone (workers/rollout/vllm_rollout/utils.py:223).
+    Its log-probs are put together from target and bonus logits by code of their own
+    (vllm/v1/sample/rejection_sampler.py:205); with `rejection_sample_method: synthetic` tokens are accepted at a given rate
+    (:80). A drafting model would get dummy weights, and a refit for multi-token prediction alone
+    (workers/rollout/vllm_rollout/utils.py:223).
     """
-    drafts = _drafts(s)
-    if drafts is None or (drafts.get("method"), drafts.get("rejection_sample_method", "standard")) == (
-        "ngram",
-        "standard",
-    ):
+    drafts, reader = _drafts(s), _reader(s)
+    if drafts is None:
         return
     written = [key for name in DRAFTS for key in _written(s, f"{ENGINE}.{name}")]
-    yield s.problem(
-        "speculative decoding in training rollouts: only drafts by n-grams with vLLM's standard rejection are known to"
-        " leave the sampled distribution as it is",
-        f"drop verl.+{written[0]}",
-        *written,
-    )
+    drop = f"drop verl.+{written[0]}"
+    if drafts.get("rejection_sample_method") == "synthetic":
+        yield s.problem(
+            "speculative decoding with synthetic acceptance does not sample from the policy", drop, *written
+        )
+    elif reader:
+        yield s.problem(
+            f"speculative decoding with {reader}: that its log-probs are those of what it samples from is not known here",
+            f"{drop}, or {_without(s)}",
+            *written,
+        )
 
 
 def _written(s: Settings, key: str) -> list[str]:
