@@ -239,6 +239,21 @@ def test_one_seed_for_all_requests_gives_a_group_one_response(measured: dict[str
     assert any(response != others[0] for response in others[:COPIES])
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_fused_kernels_divide_by_the_temperature_too(temperature: float) -> None:
+    """With `model.use_fused_kernels` the trainer's log-probs come of another function of verl's."""
+    import torch
+    from verl.utils.experimental.torch_functional import FusedLinearForPPO
+
+    make = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(1, 600, 32, generator=make), torch.randn(259, 32, generator=make)
+    labels = torch.randint(259, (1, 600), generator=make)
+    found, _ = FusedLinearForPPO(impl_backend="torch")(hidden, head, labels, temperature)
+    exact = (hidden.double() @ head.double().T / temperature).log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    assert (found - exact).abs().max() < 1e-4
+
+
 if __name__ == "__main__":
     asked_job = json.loads(Path(sys.argv[1]).read_text())
     Path(asked_job["out"]).write_text(json.dumps(asyncio.run(measure(asked_job))))
