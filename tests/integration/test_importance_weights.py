@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tests.integration.conftest import Workshop
 
 ROLLOUT = "actor_rollout_ref.rollout"
-PROMPTS, COPIES = 64, 8
+PROMPTS, COPIES = 64, 4
 TOKENS = 16
 ONE_SEED, SEEDED = "one seed", 8
 """The case of full determinism, and its prompts."""
@@ -213,7 +213,7 @@ def measured(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> di
 def test_weights_have_mean_1(measured: dict[str, dict[str, Any]], name: str) -> None:
     case = measured[name]
     assert case["tokens"] > PROMPTS * COPIES
-    assert 0 < case["error"] < 2e-3
+    assert 0 < case["error"] < 5e-3
     assert abs(case["mean"] - 1) < ERRORS * case["error"] + ROUNDING
 
 
