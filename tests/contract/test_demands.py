@@ -19,8 +19,9 @@ from tests.contract.demands_of_batches import BATCHES, VALUES
 from tests.contract.demands_of_devices import DEVICES
 from tests.contract.demands_of_learning import LEARNING
 from tests.contract.demands_of_rollouts import ROLLOUTS
+from tests.contract.demands_of_sampling import SAMPLING
 
-CASES = [*VALUES, *BATCHES, *DEVICES, *ROLLOUTS, *LEARNING]
+CASES = [*VALUES, *BATCHES, *DEVICES, *ROLLOUTS, *SAMPLING, *LEARNING]
 RULES = {rule.__name__: rule for rule in demands.RULES}
 
 

@@ -110,24 +110,28 @@ def _show(resolved: Resolved, plan: LaunchPlan, tree: Tree, output: Output, plac
     from flashrl_cli.launch import memory
     from flashrl_cli.launch.plan import plan_document
     from flashrl_cli.launch.script import plan_script
+    from flashrl_cli.verl import demands
 
-    needed = memory.of_plan(resolved, tree)
+    needed, notes = memory.of_plan(resolved, tree), demands.notes(resolved, plan.overrides, tree)
     if output.json_mode:
-        output.document(plan_document(plan) | place.document(plan) | {"memory": needed.document()})
+        output.document(plan_document(plan) | place.document(plan) | {"memory": needed.document(), "notes": notes})
     else:
-        output.text(plan_script(plan, needed.lines, job=place.job(plan)))
+        output.text(plan_script(plan, [*needed.lines, *notes], job=place.job(plan)))
 
 
 def _ready(resolved: Resolved, plan: LaunchPlan, tree: Tree, output: Output, place: Place) -> Start:
     from flashrl_cli.launch import memory
     from flashrl_cli.launch.run import refuse_running
     from flashrl_cli.runs import record
+    from flashrl_cli.verl import demands
 
     refuse_running(record.load(plan.paths.record))
     start = place.ready(plan, paths.data_root(), output.say)
     warning = memory.of_plan(resolved, tree, place.gpu_memory(plan)).warning
     if warning:
         output.warn(f"memory: {warning}")
+    for note in demands.notes(resolved, plan.overrides, tree):
+        output.warn(note)
     return start
 
 

@@ -163,13 +163,22 @@ REMOVED = (
     DeadKey(f"{A}.router_replay", _NOTHING, _NO_REPLAY),
     DeadKey(f"{A}.sum_pi_squared_checkpointing", _NOTHING, "was removed"),
     DeadKey(f"{A}.tis_imp_ratio_cap", _TIS, "was renamed"),
+    DeadKey(
+        f"{A}.use_rollout_log_probs", f"verl.{CORRECTION}.bypass_mode", "no reader but the fully-async trainer's files"
+    ),
     DeadKey(f"{REF}.model", "model.path", "the reference policy is the actor's start (workers/engine_workers.py:556)"),
     DeadKey(f"{REF}.router_replay", _NOTHING, _NO_REPLAY),
     DeadKey(f"{R}.chat_scheduler", f"verl.{R}.agent.default_agent_loop", "agent loops replaced it"),
+    DeadKey(
+        f"{R}.engine_kwargs.vllm.override_generation_config",
+        "rollout.temperature, rollout.top_p and rollout.top_k",
+        "requests name their own sampling (trainer/ppo/v1/agent_loop_tq.py:63)",
+    ),
     DeadKey(f"{R}.multi_turn.completion_callback", f"verl.{R}.agent.default_agent_loop", "agent loops replaced it"),
     DeadKey(f"{R}.multi_turn.enable_tokenization_sanity_check", _NOTHING, "was removed"),
     DeadKey(f"{R}.multi_turn.interaction_config_path", _NOTHING, "interactions were removed"),
     DeadKey(f"{R}.multi_turn.max_turns", f"verl.{R}.multi_turn.max_assistant_turns", "was renamed"),
+    DeadKey(f"{R}.repetition_penalty", _NOTHING, "every request says 1.0 (trainer/ppo/v1/agent_loop_tq.py:68)"),
     DeadKey(f"{R}.skip_dump_dir", "verl.skip.rollout_tq.dump_dir", "was moved"),
     DeadKey(f"{R}.skip_rollout", "verl.skip.rollout_tq.enable", "was moved"),
     DeadKey(

@@ -19,6 +19,8 @@ from flashrl_cli.render.live import JsonDisplay, PlainDisplay
 from flashrl_cli.runs import record
 from tests.saved_files import saved_step
 
+ROLLOUT = "actor_rollout_ref.rollout"
+
 
 @pytest.fixture(autouse=True)
 def able(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +118,17 @@ def test_used_name(
         (["--preset", "tiny", "--set", "verl.trainer.no_such=1"], "verl has no key trainer.no_such"),
         (["--preset", "tiny", "--resume", "nowhere"], "--resume nowhere: no folder global_step_N"),
         ([], "--preset"),
+        (["--preset", "tiny", "--set", "rollout.top_p=0.9"], "--set rollout.top_p: rollout.top_p = 0.9 with truncated"),
+        (["--preset", "tiny", "--tis", "off", "--tis", "2", "--set", "rollout.top_k=5"], "off by the kept mass"),
+        (["--preset", "tiny", "--sweep", "rollout.top_p=1.0,0.9"], "off by the kept mass"),
+        (["--preset", "tiny", "--set", f"verl.{ROLLOUT}.top_p=0.9"], "hint: --set rollout.top_p=…"),
+        (["--preset", "tiny", "--set", f"verl.+{ROLLOUT}.min_p=0.1"], "verl's RolloutConfig has no min_p"),
+        (["--preset", "tiny", "--set", f"verl.+{ROLLOUT}.repetition_penalty=1.1"], "every request says 1.0"),
+        (["--preset", "tiny", "--set", f"verl.+{ROLLOUT}.engine_kwargs.vllm.min_p=0.1"], "an option of a request"),
+        (
+            ["--preset", "tiny", "--set", f"verl.+{ROLLOUT}.engine_kwargs.vllm.override_generation_config.min_p=0.1"],
+            "requests name their own sampling",
+        ),
     ],
 )
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
@@ -174,10 +187,44 @@ def test_dry_run_for_a_program(
         "spec",
         "origins",
         "memory",
+        "notes",
     ]
     assert (document["schema_version"], document["preset"], document["name"]) == (1, "tiny", "tiny-int8-tis4")
     assert document["argv"][:3] == [sys.executable, "-m", "verl.trainer.main_ppo"]
     assert document["cwd"] == f"{tmp_path}/runs/tiny-int8-tis4/attempt_1"
+
+
+def test_truncated_sampling_under_tis_is_told_by_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("extends: tiny\nrollout:\n  top_p: 0.9\n  top_k: 20\n")
+    assert train(monkeypatch, "--preset", str(preset), "--tis", "2", "--dry-run") == 2
+    err = capsys.readouterr().err
+    assert "mine.yaml:3: rollout.top_p = 0.9 with truncated importance sampling" in err
+    assert "mine.yaml:4: rollout.top_k = 20 with truncated importance sampling" in err
+
+
+@pytest.mark.parametrize(("cut", "told"), [("rollout.top_p=0.9", 1), ("rollout.top_p=1.0", 0)])
+def test_truncated_sampling_without_tis_is_noted_once(
+    cut: str,
+    told: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    launched: list[Any],
+) -> None:
+    prepared(tmp_path)
+    words = ("--preset", "tiny", "--tis", "off", "--set", cut)
+    note = "plus the mean of -ln(kept mass)"
+    assert train(monkeypatch, *words, "--dry-run") == 0
+    assert capsys.readouterr().out.count(note) == told
+    assert train(monkeypatch, *words, "--dry-run", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["notes"]) == told
+    assert launched == []
+    assert train(monkeypatch, *words) == 0
+    assert capsys.readouterr().err.count(note) == told
+    assert len(launched) == 1
 
 
 def test_dry_run_of_a_used_name_shows_the_next_attempt(

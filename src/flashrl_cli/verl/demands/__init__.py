@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from flashrl_cli.verl.demands import batches, devices, learning, rollout, values
+from flashrl_cli.verl.demands import batches, devices, learning, rollout, sampling, values
 from flashrl_cli.verl.demands.devices import trains_with_fsdp
 from flashrl_cli.verl.demands.settings import Rule, Settings, Shape
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FIRST: tuple[Rule, ...] = (values.values_have_types, trains_with_fsdp)
 """Rules that the others rely on: where one is broken, the others are not asked."""
-RULES: tuple[Rule, ...] = (*FIRST, *batches.RULES, *devices.RULES, *rollout.RULES, *learning.RULES)
+RULES: tuple[Rule, ...] = (*FIRST, *batches.RULES, *devices.RULES, *rollout.RULES, *sampling.RULES, *learning.RULES)
 
 
 def problems(
@@ -32,3 +32,8 @@ def problems(
     settings = Settings(resolved, overrides, tree, shape)
     wrong = [problem for rule in FIRST for problem in rule(settings)]
     return wrong or [problem for rule in RULES[len(FIRST) :] for problem in rule(settings)]
+
+
+def notes(resolved: Resolved, overrides: Sequence[Override], tree: Tree) -> list[str]:
+    """What a person should know of what the run will report, where nothing is wrong."""
+    return sampling.notes(Settings(resolved, overrides, tree))

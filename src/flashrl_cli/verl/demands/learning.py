@@ -64,6 +64,7 @@ REPORTED = ("reward", "score", "acc", "overlong_reward", "overlong")
 SAMPLER = "trainer.v1.sampler.custom_sampler.path"
 OWN_SAMPLER = "pkg://flashrl_cli.plugins.sampler"
 REWARD_FUNCTION = "reward.custom_reward_function.path"
+_DISTILLS = "distillation.enabled"
 
 
 def loss_is_known(s: Settings) -> Iterator[Problem]:
@@ -95,6 +96,18 @@ def log_probs_come_with_samples(s: Settings) -> Iterator[Problem]:
     for key in (f"{CORRECTION}.rollout_rs", f"{CORRECTION}.bypass_mode"):
         if s.get(key) and not s.get(known):
             yield s.problem(f"verl.{key} needs the log-probs of the rollout", s.fix(known, True), known, key)
+
+
+def bypass_reads_its_settings(s: Settings) -> Iterator[Problem]:
+    """Bypass mode skips the correction (trainer/ppo/v1/trainer_base.py:1767) and leaves the loss as it is in V1.
+
+    `loss_type` is read by the loss `bypass_mode`, out of the policy loss's own copy (trainer/ppo/core_algos.py:2484).
+    """
+    bypass, rejection, form = (f"{CORRECTION}.{name}" for name in ("bypass_mode", "rollout_rs", "loss_type"))
+    if s.get(bypass) and s.get(rejection):
+        yield s.problem(f"verl.{rejection} does nothing in bypass mode", s.fix(rejection, None), rejection, bypass)
+    if s.get(form) != "ppo_clip" and not s.get(f"{ACTOR}.policy_loss.rollout_correction"):
+        yield s.problem(f"nothing reads verl.{form} = {s.get(form)} in V1", s.fix(form, "ppo_clip"), form)
 
 
 def critic_follows_advantage(s: Settings) -> Iterator[Problem]:
@@ -142,6 +155,45 @@ def filter_sees_rewards(s: Settings) -> Iterator[Problem]:
             s.fix(pool, True),
             model,
         )
+
+
+def teacher_exists(s: Settings) -> Iterator[Problem]:
+    """Distillation needs devices of its own and a model on them, or ends in the driver's workers, after Ray has started.
+
+    trainer/ppo/v1/trainer_base.py:839; workers/config/distillation.py:164-168, and :308 for the entry that is dropped
+    beside others.
+    """
+    if not s.get(_DISTILLS):
+        return
+    for name in ("nnodes", "n_gpus_per_node"):
+        key = f"distillation.{name}"
+        if (s.size(key) or 0) < 1:
+            yield s.problem(f"distillation without devices: verl.{key} = {s.get(key)}", s.fix(key, 1), key, _DISTILLS)
+    teachers = dict(s.get("distillation.teacher_models") or {})
+    if len(teachers) > 1:
+        teachers.pop("teacher_model", None)
+    for name, teacher in teachers.items():
+        alone = name == "teacher_model"
+        for field in ("model_path",) if alone else ("model_path", "key"):
+            key = f"distillation.teacher_models.{name}.{field}"
+            if not teacher.get(field):
+                new = "" if alone else "+"
+                yield s.problem(
+                    f"distillation without a teacher: verl.{key} is not set", f"set verl.{new}{key}", key, _DISTILLS
+                )
+
+
+def reward_model_exists(s: Settings) -> Iterator[Problem]:
+    """Its tokenizer is loaded in each reward worker (experimental/reward_loop/reward_loop.py:128); a pool has devices.
+
+    The pool: trainer/ppo/v1/trainer_base.py:826.
+    """
+    enable, path, pool = (f"reward.reward_model.{name}" for name in ("enable", "model_path", "enable_resource_pool"))
+    nodes = "reward.reward_model.nnodes"
+    if s.get(enable) and not s.get(path):
+        yield s.problem(f"a reward model without a path: verl.{path} is not set", f"set verl.{path}", path, enable)
+    if s.get(pool) and (s.size(nodes) or 0) < 1:
+        yield s.problem(f"verl.{pool} without devices: verl.{nodes} = {s.get(nodes)}", s.fix(nodes, 1), nodes, pool)
 
 
 def workers_exist(s: Settings) -> Iterator[Problem]:
@@ -225,10 +277,13 @@ RULES: tuple[Rule, ...] = (
     loss_is_known,
     rejection_is_complete,
     log_probs_come_with_samples,
+    bypass_reads_its_settings,
     critic_follows_advantage,
     metric_is_reported,
     sampler_filters_groups,
     filter_sees_rewards,
+    teacher_exists,
+    reward_model_exists,
     workers_exist,
     reward_function_is_there,
     overlong_is_typed,

@@ -82,6 +82,13 @@ def positions_hold_a_sequence(s: Settings) -> Iterator[Problem]:
 def engine_arguments_are_said_once(s: Settings) -> Iterator[Problem]:
     """Engine arguments given directly win over verl's keys (vllm_async_server.py:349), and verl then counts with another value."""
     given = s.get(ENGINE) or {}
+    for name in (name for name in given if "-" in str(name)):
+        written = f"{ENGINE}.{name}"
+        yield s.problem(
+            f"verl.{written} would go around what is known of {name.replace('-', '_')}, which vLLM takes it for",
+            f"write verl.+{ENGINE}.{name.replace('-', '_')}",
+            written,
+        )
     for name, key in ARGUMENTS.items():
         if name in given:
             yield s.problem(
@@ -274,6 +281,57 @@ def adapter_is_well_formed(s: Settings) -> Iterator[Problem]:
         yield s.problem(f"verl.{layered} presumes the base model in the engine", s.fix(load, "safetensors"), layered)
 
 
+def routes_are_read(s: Settings) -> Iterator[Problem]:
+    """FSDP replays no routes of experts (workers/engine_workers.py:498-505): they are read for load metrics or not at all.
+
+    The metrics are skipped with a warning where the engine returns no routes (trainer/ppo/metric_utils.py:304).
+    """
+    replay, interval = f"{ROLLOUT}.enable_rollout_routing_replay", f"{ROLLOUT}.moe_load_balance_metrics_interval"
+    metrics = (s.size(interval) or 0) > 0
+    if s.get(replay) and not metrics:
+        yield s.problem(
+            f"verl.{replay}: the FSDP trainer replays no routes, so that the engine would return them for nothing",
+            s.fix(replay, False),
+            replay,
+        )
+    if metrics and not s.get(replay):
+        yield s.problem(
+            f"verl.{interval} counts the routes that the engine returns, and it returns none",
+            s.fix(replay, True),
+            interval,
+        )
+
+
+def next_tokens_are_trained(s: Settings) -> Iterator[Problem]:
+    """Multi-token prediction is Megatron's: nothing in workers/engine/fsdp knows of `mtp`, whose layers get no weights.
+
+    The engine starts with dummy weights and gets those of the trainer's model, so that drafts would be random
+    (workers/rollout/vllm_rollout/utils.py:395); without `enable` nothing happens (.../vllm_async_server.py:377).
+    """
+    for name in ("enable", "enable_rollout"):
+        key = f"{MODEL}.mtp.{name}"
+        if s.get(key):
+            yield s.problem(
+                f"verl.{key}: the FSDP trainer has no layers for multi-token prediction, so that the engine's get no weights",
+                s.fix(key, False),
+                key,
+            )
+
+
+def transfers_are_direct(s: Settings) -> Iterator[Problem]:
+    """The synchronous trainer hands weights over directly, whatever is asked for (trainer/ppo/v1/trainer_base.py:382).
+
+    Each worker would build the other backend for nothing, or fail at its packages (workers/engine_workers.py:686).
+    """
+    key = f"{ROLLOUT}.checkpoint_engine.backend"
+    if s.get(key) != "naive":
+        yield s.problem(
+            f"verl.{key} = {s.get(key)} is for the asynchronous trainers: weights are handed over directly here",
+            s.fix(key, "naive"),
+            key,
+        )
+
+
 def validation_samples(s: Settings) -> Iterator[Problem]:
     """V1 samples at `val_kwargs.temperature` and does not read `do_sample` (trainer/ppo/v1/agent_loop_tq.py:74).
 
@@ -307,5 +365,8 @@ RULES: tuple[Rule, ...] = (
     adapter_reaches_the_engine,
     blocks_quantize_the_base,
     adapter_is_well_formed,
+    routes_are_read,
+    next_tokens_are_trained,
+    transfers_are_direct,
     validation_samples,
 )

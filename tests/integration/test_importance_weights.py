@@ -1,0 +1,259 @@
+"""Importance weights have mean 1 under the rollout's own sampling; where sampling cuts tokens off, they have not.
+
+With w = p_trainer / p_rollout of a sampled token, E[w] = 1 whatever the rollout's arithmetic is, if and only if the
+log-prob that comes back is that of the distribution which was sampled from, and this one leaves out no token of the
+trainer's. The child process below asks verl's own code for what is sampled with (`AgentLoopWorkerTQ`), for the engine
+and its answers (`vLLMHttpServer`, less Ray and HTTP), and for how the trainer scales logits.
+
+Neighbours tried: temperatures, the model folder's generation_config.json, ignore_eos, stop tokens and strings, one
+seed for all requests, penalties, logit_bias; and top-p, top-k, min-p, bad words, allowed tokens, min_tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.integration.conftest import Workshop
+
+ROLLOUT = "actor_rollout_ref.rollout"
+PROMPTS, COPIES = 64, 4
+TOKENS = 16
+ONE_SEED, SEEDED = "one seed", 8
+"""The case of full determinism, and its prompts."""
+ERRORS = 5.0
+"""Standard errors that a mean may be off by; given its prefix w - 1 has mean 0, so that tokens are uncorrelated."""
+ROUNDING = 1e-5
+"""What float32 log-probs may be off by, the engine's and the trainer's together."""
+RECOMMENDED = {
+    "do_sample": True,
+    "temperature": 0.3,
+    "top_p": 0.5,
+    "top_k": 2,
+    "min_p": 0.3,
+    "repetition_penalty": 1.7,
+}
+"""Sampling that a model folder recommends; vLLM's HTTP server would take it as its defaults."""
+WHOLE: dict[str, dict[str, Any]] = {
+    "temperature 1": {},
+    "temperature 0.7": {"config": {"temperature": 0.7}},
+    "temperature 1.3": {"config": {"temperature": 1.3}},
+    "ignore_eos": {"config": {"temperature": 1.3, "ignore_eos": True}},
+    "a token that stops": {"sampling": {"stop_token_ids": [20, 21, 22]}},
+    "a text that stops": {"sampling": {"stop": ["1", "2"]}},
+    "repetition penalty": {"sampling": {"repetition_penalty": 1.1}},
+    "presence penalty": {"sampling": {"presence_penalty": 0.3}},
+    "frequency penalty": {"sampling": {"frequency_penalty": 0.3}},
+    "logit bias": {"sampling": {"logit_bias": {20: 0.5, 21: -0.5}}},
+}
+CUT: dict[str, dict[str, Any]] = {
+    "top_p": {"config": {"top_p": 0.9}},
+    "top_k": {"config": {"temperature": 1.3, "top_k": 2}},
+    "min_p": {"sampling": {"min_p": 0.1}},
+    "bad words": {"sampling": {"bad_words": ["1"]}},
+    "allowed tokens": {"sampling": {"allowed_token_ids": list(range(256))}},
+    "min_tokens": {"sampling": {"min_tokens": TOKENS}},
+}
+
+
+def rollout_server(tree: Any) -> Any:
+    """verl's server of one engine, launched as verl does, but without an actor around it and a socket before it."""
+    from verl.workers.rollout.vllm_rollout import vllm_async_server as verls
+
+    async def no_socket(*_: object) -> tuple[int, None]:
+        return 0, None
+
+    class Server(verls.vLLMHttpServer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.config = self._init_config(tree.actor_rollout_ref.rollout)
+            self.model_config = self._init_model_config(tree.actor_rollout_ref.model)
+            self._validate_configs()
+            self._disaggregation_role, self._server_address = "null", "127.0.0.1"
+            self.node_rank = self.replica_rank = self._admitting = self._dp_master_port = 0
+            self.nnodes = self.gpus_per_node = 1
+            self.global_steps, self._submission_paused = None, False
+
+        def _should_profile(self) -> bool:
+            return False
+
+    verls.run_uvicorn = no_socket
+    return Server()
+
+
+async def asked_for(config: Any) -> dict[str, Any]:
+    """What verl's agent loop worker asks the server for in a training step."""
+    import numpy as np
+    from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
+    from verl.utils import tensordict_utils as tu
+
+    found: list[dict[str, Any]] = []
+
+    async def note(_: object, sampling_params: dict[str, Any], **__: object) -> None:
+        found.append(sampling_params)
+
+    worker = SimpleNamespace(config=config, background_tasks=set(), _run_prompt=note)
+    batch = tu.get_tensordict({"index": np.arange(1)}, {"global_steps": 1})
+    await AgentLoopWorkerTQ.__ray_metadata__.modified_class.generate_sequences(worker, batch)
+    await asyncio.gather(*worker.background_tasks)
+    return found[0]
+
+
+def trainers(policy: Any, temperature: float, pairs: list[tuple[list[int], list[int]]]) -> Any:
+    """Log-probs of all responses' tokens in a row, float32, as verl's FSDP engine computes them of logits."""
+    import torch
+    from verl.utils.torch_functional import logprobs_from_logits
+    from verl.workers.engine.fsdp.transformer_impl import _is_scalar_unit_temperature, _scale_logits_by_temperature
+
+    sequences = [torch.tensor(prompt + response) for prompt, response in pairs]
+    # padded on the right, where nothing is seen from before it
+    padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    with torch.no_grad():
+        logits = policy(padded).logits
+    scale = torch.full((len(pairs), 1, 1), temperature)
+    unit = _is_scalar_unit_temperature(temperature)
+    logits = _scale_logits_by_temperature(logits, scale, is_unit_temperature=unit)
+    found = logprobs_from_logits(logits[:, :-1], padded[:, 1:])
+    spans = [(len(prompt) - 1, len(prompt) + len(response) - 1) for prompt, response in pairs]
+    return torch.cat([row[start:end] for row, (start, end) in zip(found, spans, strict=True)])
+
+
+def prompts_of(job: dict[str, Any]) -> list[list[int]]:
+    """Token ids of the validation prompts, as verl's agent loop renders them."""
+    import pyarrow.parquet as pq
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    rows = pq.read_table(job["data"], columns=["prompt"]).slice(0, PROMPTS).to_pylist()
+    render = tokenizer.apply_chat_template
+    return [render(row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False) for row in rows]
+
+
+async def responses(server: Any, asked: dict[str, Any], prompts: list[list[int]], name: str) -> list[Any]:
+    """What the server answers to each prompt."""
+    return await asyncio.gather(
+        *(server.generate(prompt, dict(asked), f"{name}-{i}") for i, prompt in enumerate(prompts))
+    )
+
+
+async def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Mean weight, its standard error and more of each case: a configuration, and what else a request asks for."""
+    import torch
+    from omegaconf import OmegaConf
+    from transformers import AutoModelForCausalLM
+
+    from flashrl_cli.verl import compose
+
+    tree = compose.tree(job["overrides"])._config
+    server = rollout_server(tree)
+    await server.launch_server()
+    policy = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    prompts = [prompt for prompt in prompts_of(job) for _ in range(COPIES)]
+    result: dict[str, Any] = {}
+    for name, case in {**WHOLE, **CUT}.items():
+        config = OmegaConf.merge(tree, {"actor_rollout_ref": {"rollout": case.get("config", {})}})
+        rollout = config.actor_rollout_ref.rollout
+        # the server reads it itself for each request
+        object.__setattr__(server.config, "ignore_eos", rollout.ignore_eos)
+        asked = {**await asked_for(config), **case.get("sampling", {})}
+        print("CASE", name, flush=True)
+        outputs = await responses(server, asked, prompts, name)
+        pairs = [(prompt, list(output.token_ids)) for prompt, output in zip(prompts, outputs, strict=True)]
+        engines = torch.tensor([value for output in outputs for value in output.log_probs])
+        weights = (trainers(policy, rollout.temperature, pairs) - engines).double().exp()
+        result[name] = {
+            "mean": weights.mean().item(),
+            "error": (weights.std() / len(weights) ** 0.5).item(),
+            "tokens": len(weights),
+            "asked": asked,
+            "responses": [list(output.token_ids) for output in outputs],
+        }
+    object.__setattr__(server.config, "full_determinism", True)
+    # few enough to be prefilled at once: a partial prefill of a request with a seed ends vLLM's CPU engine
+    few = await responses(server, {**result["temperature 1.3"]["asked"]}, prompts[: SEEDED * COPIES], ONE_SEED)
+    result[ONE_SEED] = {"responses": [list(output.token_ids) for output in few]}
+    server.engine.shutdown()
+    return result
+
+
+@pytest.fixture(scope="module")
+def measured(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Every case's numbers, of one engine of the tiny policy with another generation_config.json."""
+    folder = tmp_path_factory.mktemp("weights")
+    model, job, out = folder / "model", folder / "job.json", folder / "out.json"
+    shutil.copytree(workshop.root / "data/tiny/model", model)
+    generation = model / "generation_config.json"
+    generation.write_text(json.dumps({**json.loads(generation.read_text()), **RECOMMENDED}))
+    sets = (f"model.path={model}", f"verl.{ROLLOUT}.load_format=safetensors")
+    options = [word for text in sets for word in ("--set", text)]
+    command = ("train", "--preset", "tiny", "--rollout", "bf16", "--tis", "2", *options, "--dry-run", "--json")
+    plan = json.loads(workshop.run(*command)[0])
+    data = workshop.root / "data/tiny/test.parquet"
+    job.write_text(
+        json.dumps({"overrides": plan["overrides"], "model": str(model), "data": str(data), "out": str(out)})
+    )
+    env = {**workshop.env, **plan["env"]}
+    done = subprocess.run(
+        [sys.executable, __file__, str(job)], cwd=folder, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    found: dict[str, dict[str, Any]] = json.loads(out.read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_weights_have_mean_1(measured: dict[str, dict[str, Any]], name: str) -> None:
+    case = measured[name]
+    assert case["tokens"] > PROMPTS * COPIES
+    assert 0 < case["error"] < 5e-3
+    assert abs(case["mean"] - 1) < ERRORS * case["error"] + ROUNDING
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_where_tokens_are_cut_off_they_have_not(measured: dict[str, dict[str, Any]], name: str) -> None:
+    """What is refused with truncated importance sampling where a key asks for it, and that the test above can fail."""
+    case = measured[name]
+    assert 1 - case["mean"] > 10 * case["error"] + ROUNDING
+
+
+def test_a_training_request_says_its_sampling_itself(measured: dict[str, dict[str, Any]]) -> None:
+    """So that nothing of the model folder's generation_config.json is left to apply, and no key adds an option."""
+    plain = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0, "logprobs": True}
+    assert measured["temperature 1"]["asked"] == plain
+    assert measured["top_p"]["asked"] == {**plain, "top_p": 0.9}
+
+
+def test_one_seed_for_all_requests_gives_a_group_one_response(measured: dict[str, dict[str, Any]]) -> None:
+    found = measured[ONE_SEED]["responses"]
+    groups = [found[start : start + COPIES] for start in range(0, len(found), COPIES)]
+    assert all(response == group[0] for group in groups for response in group)
+    others = measured["temperature 1.3"]["responses"]
+    assert any(response != others[0] for response in others[:COPIES])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_fused_kernels_divide_by_the_temperature_too(temperature: float) -> None:
+    """With `model.use_fused_kernels` the trainer's log-probs come of another function of verl's."""
+    import torch
+    from verl.utils.experimental.torch_functional import FusedLinearForPPO
+
+    make = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(1, 600, 32, generator=make), torch.randn(259, 32, generator=make)
+    labels = torch.randint(259, (1, 600), generator=make)
+    found, _ = FusedLinearForPPO(impl_backend="torch")(hidden, head, labels, temperature)
+    exact = (hidden.double() @ head.double().T / temperature).log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    assert (found - exact).abs().max() < 1e-4
+
+
+if __name__ == "__main__":
+    asked_job = json.loads(Path(sys.argv[1]).read_text())
+    Path(asked_job["out"]).write_text(json.dumps(asyncio.run(measure(asked_job))))
