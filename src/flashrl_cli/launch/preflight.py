@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from flashrl_cli.doctor import plugins, software
 from flashrl_cli.doctor.finding import Finding, fail, ok, problems
 from flashrl_cli.doctor.plugins import ENTRY_POINTS
-from flashrl_cli.errors import EnvironmentNotReady
-from flashrl_cli.launch import devices, storage
+from flashrl_cli.errors import EnvironmentNotReady, InputError
+from flashrl_cli.launch import devices, inputs, storage
 from flashrl_cli.verl import loggers
 
 if TYPE_CHECKING:
@@ -26,18 +26,35 @@ __all__ = ["ENTRY_POINTS", "check", "findings"]
 
 
 def check(plan: LaunchPlan, data_root: Path) -> None:
-    """Raise EnvironmentNotReady with every reason why this machine cannot run `plan`."""
-    found = list(problems(findings(plan.spec, data_root)))
+    """Raise EnvironmentNotReady with every reason why this machine cannot run `plan`, InputError if it is the rows alone."""
+    found = list(problems(_machine(plan.spec, data_root)))
+    rows = list(problems(_rows(plan.spec, data_root)))
     if found:
         raise EnvironmentNotReady(
             f"this machine cannot run {plan.preset}",
-            problems=found,
+            problems=[*found, *rows],
             hint="`--dry-run` prints the plan without running it; `flashrl doctor --preset` shows all that was checked",
+        )
+    if rows:
+        raise InputError(
+            f"{plan.preset} cannot be trained on these rows; nothing was started",
+            problems=rows,
+            hint="`flashrl prepare` writes rows whose truths verl's scorer pays for",
         )
 
 
 def findings(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
-    """Yield how this machine stands to each thing that a run of `spec` needs."""
+    """Yield how this machine, and the rows on it, stand to each thing that a run of `spec` needs."""
+    yield from _machine(spec, data_root)
+    yield from _rows(spec, data_root)
+
+
+def _rows(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
+    for problem in inputs.row_problems(spec, data_root):
+        yield fail(problem.where or "rows", problem.message, problem.hint)
+
+
+def _machine(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
     versions = software.probe_versions()
     yield from software.missing(find_spec)
     yield from software.one_vllm(versions)

@@ -58,14 +58,14 @@ def test_missing_columns_are_named(tmp_path: Path) -> None:
 def test_every_bad_row_is_named(tmp_path: Path) -> None:
     rows = [ROW, {**ROW, "prompt": []}, {**ROW, "reward_model": {"style": "rule", "ground_truth": None}}]
     file = write(tmp_path / "test.parquet", rows)
-    with pytest.raises(InputError, match=r"2 of 3 rows of .*test\.parquet") as caught:
+    with pytest.raises(InputError, match=r"test\.parquet: 2 rows cannot be used") as caught:
         questions.read(file, None)
-    assert [p.where for p in caught.value.problems] == [f"{file}:row 1", f"{file}:row 2"]
+    assert [p.where for p in caught.value.problems] == [f"{file}:row 2", f"{file}:row 3"]
 
 
 def test_no_parquet_and_no_rows(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("no")
-    with pytest.raises(InputError, match="no parquet file"):
+    with pytest.raises(InputError, match="cannot read"):
         questions.read(tmp_path / "x.parquet", None)
     import pyarrow as pa
     import pyarrow.parquet as pq
