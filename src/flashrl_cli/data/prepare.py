@@ -127,8 +127,8 @@ def _build_all(request: Request, recipe: Recipe, source: Source, output: Talk) -
         if built.conflicts:
             output.warn(f"{name}: {built.conflicts:,} duplicates of {split} give another answer; the first is kept")
         if built.dropped:
-            what = ", ".join(f"{column} ({rows:,} rows)" for column, rows in built.dropped.items())
-            output.say(f"{name}: not taken into {split}: {what}")
+            what = ", ".join(f"{column} (in {rows:,})" for column, rows in built.dropped.items())
+            output.say(f"{name}: of {len(built.rows):,} rows of {split} these columns and keys are not kept: {what}")
     return splits
 
 

@@ -249,15 +249,15 @@ def _message_fault(turn: Mapping[str, Any], column: str) -> Fault | None:
 
 def _content_fault(turn: Mapping[str, Any], role: str, content: Any) -> Fault | None:
     if isinstance(content, list):
-        return Fault(f"the content of a {role} message is a list of parts, not text", "join the text of its parts")
+        return Fault(f"the content of the {role} message is a list of parts, not text", "join the text of its parts")
     calls = role == "assistant" and bool(turn.get("tool_calls"))
     if content is None and not calls:
         what = "is null" if "content" in turn else "is missing"
-        return Fault(f"the content of a {role} message {what}", "text in every message")
+        return Fault(f"the content of the {role} message {what}", "text in every message")
     if content is not None and not isinstance(content, str):
-        return Fault(f"the content of a {role} message is {kind(content)}, not text", None, shown(content))
+        return Fault(f"the content of the {role} message is {kind(content)}, not text", None, shown(content))
     if not (content or "").strip() and role == "user":  # an empty system message turns off a template's own
-        return Fault("the content of a user message is empty", "remove the row, or ask something")
+        return Fault("the content of the user message is empty", "remove the row, or ask something")
     return None
 
 

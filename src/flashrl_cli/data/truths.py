@@ -7,6 +7,7 @@ truth takes too long.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -75,10 +76,22 @@ def unpaid(claims: Sequence[Claim]) -> dict[int, str]:
             continue
         key = (scorer.module, json.dumps(truth))  # 5 and '5' are not paid alike
         if key not in verdicts:
-            verdicts[key] = verdict(source, truth)
+            rewards.require_verl()
+            verdicts[key] = _here(source, truth)
         if (why := verdicts[key]) is not None:
             found[number] = why
     return found | _heavy(claims, heavy) if heavy else found
+
+
+def _here(source: str, truth: Any) -> str | None:
+    try:
+        return verdict(source, truth)
+    except ImportError as error:
+        raise _not_ready(str(error)) from error
+
+
+def _not_ready(why: str) -> EnvironmentNotReady:
+    return EnvironmentNotReady(f"the truths cannot be scored: {why}", hint="flashrl doctor")
 
 
 def verdict(source: str, truth: Any) -> str | None:
@@ -145,7 +158,7 @@ def _ask(process: subprocess.Popen[str], chunk: Sequence[str]) -> list[str | Non
         return None
     told = json.loads(answer)
     if isinstance(told, str):
-        raise EnvironmentNotReady(f"the truths cannot be scored: {told}", hint="flashrl doctor")
+        raise _not_ready(told)
     verdicts: list[str | None] = told
     return verdicts
 
@@ -153,7 +166,7 @@ def _ask(process: subprocess.Popen[str], chunk: Sequence[str]) -> list[str | Non
 @contextlib.contextmanager
 def _process() -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-m", __name__],
+        [sys.executable, "-m", __name__, str(LIMIT_S)],
         env={**os.environ, **_ENVIRONMENT},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -173,15 +186,15 @@ def _process() -> Iterator[subprocess.Popen[str]]:
                     pipe.close()
 
 
-def _serve() -> None:
-    """Judge chunks of claims, lines of JSON on stdin, until it ends. The alarm of a chunk that takes too long ends this process."""
+def _serve(limit_s: float) -> None:
+    """Judge chunks of claims, lines of JSON on stdin, until it ends. The alarm of a claim that takes too long ends this process."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever scorers and libraries print
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    importlib_error = _imported()
+    missing = _imported()
     for line in sys.stdin:
         try:
-            told = importlib_error or [_timed(source, truth) for source, truth in json.loads(line)]
+            told = missing or [_timed(source, truth, limit_s) for source, truth in json.loads(line)]
         except ImportError as error:
             told = str(error)
         answers.write(json.dumps(told) + "\n")
@@ -190,8 +203,6 @@ def _serve() -> None:
 
 def _imported() -> str | None:
     """Import what scores, which has no time limit; what cannot be imported is told."""
-    import importlib
-
     try:
         importlib.import_module(_HEAVY_IMPORT)
     except ImportError as error:
@@ -199,12 +210,10 @@ def _imported() -> str | None:
     return None
 
 
-def _timed(source: str, truth: Any) -> str | None:
+def _timed(source: str, truth: Any, limit_s: float) -> str | None:
     if (scorer := rewards.scorer(source)) is not None:
-        import importlib
-
         importlib.import_module(f"{_HEAVY_IMPORT}.{scorer.module}")
-    signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
     try:
         return verdict(source, truth)
     finally:
@@ -212,4 +221,4 @@ def _timed(source: str, truth: Any) -> str | None:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(float(sys.argv[1]))
