@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashrl_cli.data import readers
-from flashrl_cli.data.rows import BadRows, Needs, Scoring, judge
+from flashrl_cli.data.rows import BadRows, Needs, Scoring, faults, judge
 from flashrl_cli.data.writing import Types
 from flashrl_cli.errors import InputError, Problem
 from flashrl_cli.verl import rewards
@@ -58,7 +58,7 @@ def row_problems(spec: RunSpec, data_root: Path) -> list[Problem]:
 def _problems(file: Path, needs: Needs) -> list[Problem]:
     bad = BadRows()
     try:
-        rows = judge(_uniform(readers.read_rows(file, needs, bad), bad), needs, bad)
+        rows = judge(_uniform(readers.read_rows(file, needs, bad), needs, bad), needs, bad)
     except InputError as error:
         return [Problem(error.message, str(file), error.hint)]
     if not rows and not bad.count:
@@ -66,11 +66,11 @@ def _problems(file: Path, needs: Needs) -> list[Problem]:
     return bad.problems()
 
 
-def _uniform(located: Iterator[Located], bad: BadRows) -> Iterator[Located]:
-    """Yield the rows; those of JSON that differ in types from the ones before, which Arrow would not load, go to `bad`, too."""
+def _uniform(located: Iterator[Located], needs: Needs, bad: BadRows) -> Iterator[Located]:
+    """Yield the rows; those of JSON that Arrow would not load with the ones before, because of their types, go to `bad`, too."""
     types = Types()
     for place, row in located:
-        if not place.unit:
+        if not place.unit and not any(faults(row, needs)):  # a line; Parquet has one type for each column
             for fault in types.faults(place, row):
                 bad.add(place, fault)
         yield place, row

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from flashrl_cli.doctor import plugins, software
 from flashrl_cli.doctor.finding import Finding, fail, ok, problems
 from flashrl_cli.doctor.plugins import ENTRY_POINTS
-from flashrl_cli.errors import EnvironmentNotReady, InputError
+from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
 from flashrl_cli.launch import devices, inputs, storage
 from flashrl_cli.verl import loggers
 
@@ -35,6 +35,15 @@ def check(plan: LaunchPlan, data_root: Path) -> None:
             problems=[*found, *rows],
             hint="`--dry-run` prints the plan without running it; `flashrl doctor --preset` shows all that was checked",
         )
+    _refuse(plan, rows)
+
+
+def check_rows(plan: LaunchPlan, data_root: Path) -> None:
+    """Raise InputError if the rows of a data file that is on this machine cannot be trained on."""
+    _refuse(plan, list(problems(_rows(plan.spec, data_root))))
+
+
+def _refuse(plan: LaunchPlan, rows: list[Problem]) -> None:
     if rows:
         raise InputError(
             f"{plan.preset} cannot be trained on these rows; nothing was started",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def test_a_truth_that_is_too_long_is_not_scored_at_all() -> None:
 
 def test_without_verl_nothing_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     rewards._light.cache_clear()
-    monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(EnvironmentNotReady, match="verl is not installed") as caught:
         unpaid([("openai/gsm8k", "1")])
     assert caught.value.hint == "pip install --no-deps verl==0.9.1"

@@ -146,7 +146,12 @@ def test_of_twenty_thousand_rows_each_truth_is_scored_once(
     """They take half a second."""
     scored: list[Any] = []
     verdict = truths.verdict
-    monkeypatch.setattr(truths, "verdict", lambda source, one: scored.append(one) or verdict(source, one))
+
+    def counted(source: str, one: Any) -> str | None:
+        scored.append(one)
+        return verdict(source, one)
+
+    monkeypatch.setattr(truths, "verdict", counted)
     file = write("a.parquet", *[row(n % 100) for n in range(20_000)])
     assert found(f"data.train={file}", f"data.val={file}") == []
     assert len(scored) == 100
