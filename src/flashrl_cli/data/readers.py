@@ -1,4 +1,4 @@
-"""Raw rows out of local files, each with the place it stands at: a line, or a row of Parquet; both are counted from 1."""
+"""Raw rows out of local files, each with its place: a line, or a row of Parquet, counted from 1."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read(path: Path, bad: BadRows, columns: Sequence[str] | None = None) -> Iter
 
 
 def read_rows(path: Path, needs: Needs, bad: BadRows) -> Iterator[Located]:
-    """Yield the rows of a file in verl's schema, with what is needed of them. InputError if it cannot be read or lacks a column."""
+    """Yield what is needed of the rows of a file in verl's schema. InputError if it cannot be read or lacks a column."""
     if path.suffix not in SUFFIXES:
         raise InputError(f"cannot read {path}", hint=f"known formats are {', '.join(SUFFIXES)}")
     if path.suffix != ".parquet":

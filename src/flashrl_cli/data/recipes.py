@@ -37,7 +37,8 @@ Convert = Callable[[Raw, str, int], Row]
 class Recipe:
     """One data set: the splits it writes, how a raw row is converted, and its home on the hub (None: made here).
 
-    `columns` are those that are read of a raw row. `repeats` marks sets whose published files hold every prompt many times over.
+    `columns` are those that are read of a raw row. `repeats` marks sets whose published files hold every prompt many
+    times over.
     """
 
     splits: tuple[str, ...]
@@ -97,9 +98,10 @@ def _number(raw: Raw, source: str) -> str:
 
 
 def _plain(source: str, truth: str) -> str:
-    """A truth as a response would write it: the scorers compare text, and a response says 73 where some sets say 073 or 73.0.
+    """A truth as a response would write it: scorers compare text, and a response says 73 where some sets say 073.
 
-    Formulas of MATH are taken as they are, as its scorer expects them. BadRow for a number in a form that no response has.
+    Formulas of MATH are taken as they are, as its scorer expects them. BadRow for a number in a form that no response
+    has.
     """
     scorer = rewards.scorer(source)
     number = truths.plain_number(truth) if scorer in {rewards.GSM8K, rewards.DAPO} else None
@@ -155,7 +157,7 @@ def _holds_empty(value: Any, depth: int = 0) -> bool:
 
 
 def dropped(raw: Raw, columns: tuple[str, ...]) -> Iterator[str]:
-    """Yield what a raw row holds beyond the `columns` that are read of it (or verl's, if it has these): columns, keys of messages."""
+    """Yield the columns and keys of a raw row that are not taken: all but `columns`, or, if it has verl's, but these."""
     adopted = "reward_model" in raw
     for name, value in raw.items():
         if name not in (VERL_COLUMNS if adopted else columns) and not _is_nothing(value):

@@ -1,7 +1,7 @@
-"""The row that verl trains on, and the one judge of rows: for `prepare`, `train`, `eval`, `bench` and `quantize --calibrate`.
+"""The row that verl trains on, and the one judge of rows: for `prepare`, `train`, `eval`, `bench` and `--calibrate`.
 
-A row that no answer can be paid for trains nothing and evaluates to zero, without an error anywhere: it is refused before anything
-starts, with file, row and fix.
+A row that no answer can be paid for trains nothing and evaluates to zero, without an error anywhere: it is refused
+before anything starts, with file, row and fix.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Row(TypedDict):
 
 
 class Place(NamedTuple):
-    """Where a row stands: `file:row 3`, or `file:3` for a line. Both are counted from 1; without a number, the file as a whole."""
+    """Where a row stands: `file:row 3`, or `file:3` for a line, both counted from 1; without a number, the whole file."""
 
     file: str
     number: int | None = None

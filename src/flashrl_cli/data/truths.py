@@ -1,7 +1,7 @@
 """Can a truth be matched? It is written as a right answer and scored by the reward function that training will use.
 
-verl's light scorers work here, on truths whose length is bounded; the others in a process of its own that the kernel ends when one
-truth takes too long.
+verl's light scorers work here, on truths whose length is bounded; the others in a process of its own that the kernel
+ends when one truth takes too long.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _ODD = re.compile(
 
 
 def plain_number(text: str) -> str | None:
-    """The number as a response would write it (`1,234`, `+5`, `007`, `12.0`: 1234, 5, 7, 12); None for anything else."""
+    """The number as a response would write it (`1,234`, `+5`, `007`, `12.0`: 1234, 5, 7, 12); None if it is none."""
     found = _NUMBER.fullmatch(text.strip())
     if found is None:
         return None
@@ -51,7 +51,7 @@ def plain_number(text: str) -> str | None:
 
 
 def is_odd_number(text: str) -> bool:
-    """Whether it is a number in a form that right answers are not written in: `$5`, `5%`, `1e3`, `1_234`, `½`, `１２`."""
+    """Whether it is a number in a form that right answers do not have: `$5`, `5%`, `1e3`, `1_234`, `½`, `１２`."""
     stripped = text.strip()
     if _ODD.fullmatch(stripped):
         return True
@@ -59,7 +59,7 @@ def is_odd_number(text: str) -> bool:
 
 
 def unpaid(claims: Sequence[Claim]) -> dict[int, str]:
-    """Why verl's scorers would not pay in full for truths, each written as a right answer, by their position in `claims`.
+    """Why verl's scorers would not pay in full for truths written as right answers, by their position in `claims`.
 
     Data sources without a scorer, and those whose truths do not say what a right answer is, are passed over. Raises
     EnvironmentNotReady if verl, or a library that one of its scorers needs, is not installed.
@@ -95,7 +95,10 @@ def _not_ready(why: str) -> EnvironmentNotReady:
 
 
 def verdict(source: str, truth: Any) -> str | None:
-    """Why the scorer of `source` would not pay in full for `truth`; None if it does. Raises ImportError if it lacks a library."""
+    """Why the scorer of `source` would not pay in full for `truth`; None if it does.
+
+    Raises ImportError if it lacks a library.
+    """
     scorer = rewards.scorer(source)
     most = scorer.reads if scorer else rewards.LONGEST_TRUTH
     length = len(truth) if isinstance(truth, str) else len(json.dumps(truth))
@@ -148,7 +151,7 @@ def _judged(lines: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def _ask(process: subprocess.Popen[str], chunk: Sequence[str]) -> list[str | None] | None:
-    """Verdicts of a chunk; None if its process ended. Raises EnvironmentNotReady for a library that is not installed."""
+    """Verdicts of a chunk; None if its process ended. Raises EnvironmentNotReady for a library that is missing."""
     with contextlib.suppress(BrokenPipeError):
         if process.stdin:
             process.stdin.write(f"[{','.join(chunk)}]\n")
@@ -187,7 +190,10 @@ def _process() -> Iterator[subprocess.Popen[str]]:
 
 
 def _serve(limit_s: float) -> None:
-    """Judge chunks of claims, lines of JSON on stdin, until it ends. The alarm of a claim that takes too long ends this process."""
+    """Judge chunks of claims, lines of JSON on stdin, until it ends.
+
+    The alarm of a claim that takes too long ends this process, in C code, too.
+    """
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever scorers and libraries print
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

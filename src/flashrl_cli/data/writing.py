@@ -121,7 +121,7 @@ def write_dataset(
 
 @contextlib.contextmanager
 def _leaving_no_folder(folder: Path) -> Iterator[None]:
-    """Remove `folder` and those above it again, as far as they were made meanwhile, when what is written to it fails."""
+    """Remove `folder` and those above it, as far as they were made meanwhile, when what is written to it fails."""
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         yield

@@ -34,9 +34,9 @@ class Question:
 def choose(
     names: str | None, run_folders: Iterable[Path], limit: int | None, *, scoring: Scoring = Scoring.VERL
 ) -> tuple[DataSet, ...]:
-    """Data sets of `--dataset` (names or files, with commas between), or the runs' own validation files when it is None.
+    """Data sets of `--dataset` (names or files, with commas between); when it is None, the runs' own validation files.
 
-    Raises InputError if that names nothing, or not the same for all runs, or holds rows that are not fit for what is scored.
+    Raises InputError if that names nothing, or not the same for all runs, or holds rows that are not fit for `scoring`.
     """
     asked = _recorded(run_folders) if names is None else [_named(name.strip()) for name in names.split(",")]
     files = list(dict.fromkeys(asked))
@@ -49,7 +49,7 @@ def choose(
 def read(file: Path, limit: int | None, *, scoring: Scoring = Scoring.VERL) -> list[Question]:
     """The first `limit` questions of a file of rows, all of which are judged.
 
-    Raises InputError naming missing columns and rows that are not fit for what is scored (by default: that verl could pay nothing for).
+    Raises InputError naming missing columns and rows that are not fit for `scoring`.
     """
     needs, bad = Needs(scoring=scoring, text_only=True), BadRows()
     rows = judge(readers.read_rows(file, needs, bad), needs, bad)

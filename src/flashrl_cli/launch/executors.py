@@ -48,7 +48,10 @@ class Place:
         return [] if self.address else devices.gpu_memory(plan.spec)
 
     def ready(self, plan: LaunchPlan, data_root: Path, say: Callable[[str], None]) -> Start:
-        """Check that `plan` can run there, and return how it is started. Raises EnvironmentNotReady, or InputError for bad rows."""
+        """Check that `plan` can run there, and return how it is started.
+
+        Raises EnvironmentNotReady, or InputError for bad rows.
+        """
         if self.address is None:
             from flashrl_cli.launch.supervise import locally
 

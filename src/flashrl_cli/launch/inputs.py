@@ -1,4 +1,4 @@
-"""What a run reads from this machine: data files, model folders and a smoothing profile; and whether it can train on the rows."""
+"""What a run reads from this machine: data files, whose rows are judged, model folders and a smoothing profile."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def local_inputs(spec: RunSpec, data_root: Path) -> dict[str, Path]:
 def row_problems(spec: RunSpec, data_root: Path) -> list[Problem]:
     """What is wrong with the rows of the files that are here, all of which are read.
 
-    Rows of a data set class of the person's own may have any form. Raises EnvironmentNotReady for a library that is not installed.
+    Rows of a data set class of the person's own may have any form. Raises EnvironmentNotReady for a missing library.
     """
     if rewards.own_rows(spec.verl):
         return []
@@ -67,7 +67,7 @@ def _problems(file: Path, needs: Needs) -> list[Problem]:
 
 
 def _uniform(located: Iterator[Located], needs: Needs, bad: BadRows) -> Iterator[Located]:
-    """Yield the rows; those of JSON that Arrow would not load with the ones before, because of their types, go to `bad`, too."""
+    """Yield the rows; those of JSON whose types Arrow would not load with those of the rows before go to `bad`, too."""
     types = Types()
     for place, row in located:
         if not place.unit and not any(faults(row, needs)):  # a line; Parquet has one type for each column

@@ -26,7 +26,7 @@ __all__ = ["ENTRY_POINTS", "check", "findings"]
 
 
 def check(plan: LaunchPlan, data_root: Path) -> None:
-    """Raise EnvironmentNotReady with every reason why this machine cannot run `plan`, InputError if it is the rows alone."""
+    """Raise EnvironmentNotReady with every reason why this machine cannot run `plan`, InputError for the rows alone."""
     found = list(problems(_machine(plan.spec, data_root)))
     rows = list(problems(_rows(plan.spec, data_root)))
     if found:

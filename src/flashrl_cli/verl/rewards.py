@@ -1,7 +1,7 @@
 """verl's reward functions: which scores a `data_source`, how a right answer is written for it, and what it pays.
 
-Spelled here so that `prepare`, `train` and `eval` need not import verl, which takes seconds. A row whose data source has no scorer
-passes every check until the first training step, and ends the run there.
+Spelled here so that `prepare`, `train` and `eval` need not import verl, which takes seconds. A row whose data source
+has no scorer would end a run at its first step.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ LONGEST_TRUTH = 10_000
 class Scorer:
     """One of verl's reward functions, and the data sources that its dispatch sends there.
 
-    `answer` is how a response gives the answer `{}`; None where a truth does not say what a right answer is (tests of programs).
-    `module` is imported from verl; a `light` one needs nothing but the standard library and is loaded by itself. `reads` is how many
-    characters at the end of a response are looked at.
+    `answer` is how a response gives the answer `{}`; None where a truth does not say what a right answer is (tests of
+    programs). `module` is imported from verl; a `light` one needs nothing but the standard library and is loaded by
+    itself. `reads` is how many characters at the end of a response are looked at.
     """
 
     module: str

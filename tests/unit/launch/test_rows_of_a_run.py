@@ -1,8 +1,9 @@
 """A training whose rows no answer can be paid for is refused before it starts.
 
-verl's scorers compare text: a truth of another type gives reward 0 for ever, without an error. Tried around it, in train and validation
-files, as Parquet, JSON lines and JSON: whole numbers, numbers, true and false, lists, objects, null, empty text, text with blanks at
-its end, a truth that is missing, several files that are wrong, and one that is both.
+verl's scorers compare text: a truth of another type gives reward 0 for ever, without an error. Tried around it, in
+train and validation files, as Parquet, JSON lines and JSON: whole numbers, numbers, true and false, lists, objects,
+null, empty text, blanks, text with blanks at its end, a truth that is missing, several files that are wrong, and one
+that is both.
 """
 
 from __future__ import annotations
