@@ -255,5 +255,5 @@ def test_fused_kernels_divide_by_the_temperature_too(temperature: float) -> None
 
 
 if __name__ == "__main__":
-    asked_job = json.loads(Path(sys.argv[1]).read_text())
-    Path(asked_job["out"]).write_text(json.dumps(asyncio.run(measure(asked_job))))
+    asked_job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    Path(asked_job["out"]).write_text(json.dumps(asyncio.run(measure(asked_job))), encoding="utf-8")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli import contract, paths
 from flashrl_cli.bench import machine, model, variants
 from flashrl_cli.bench.job import EngineOptions
+from flashrl_cli.data.rows import Scoring
 from flashrl_cli.errors import InputError
 from flashrl_cli.evals import devices, questions
 from flashrl_cli.evals.job import EngineSettings
@@ -231,7 +232,7 @@ def _check_blocks(shape: ModelShape, name: str, tensor_parallel: int) -> None:
 
 
 def _mismatch(asked: Asked, usual: Defaults) -> Mismatch:
-    sets = questions.choose(asked.data, (), None)
+    sets = questions.choose(asked.data, (), None, scoring=Scoring.NONE)
     found = tuple(question for one in sets for question in one.questions)
     digest = hashlib.sha256("".join(question.line() for question in found).encode()).hexdigest()
     return Mismatch(

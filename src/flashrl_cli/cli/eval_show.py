@@ -35,7 +35,7 @@ def show(
         typer.Option(metavar="A B", help="Questions right at step A and wrong at step B, and the other way."),
     ] = None,
     question: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="All responses to question number N.")
+        int | None, typer.Option(min=1, metavar="N", help="All responses to question N, counted from 1.")
     ] = None,
     step: Annotated[
         int | None, typer.Option(help="The step for --worst and --question.", show_default="the best; all")

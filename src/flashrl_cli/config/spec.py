@@ -45,7 +45,7 @@ class ModelSpec(Part):
 
 
 class DataSpec(Part):
-    """Prompts and lengths. `train` and `val` name a prepared data set, or a parquet file by path."""
+    """Prompts and lengths. `train` and `val` name a prepared data set, or a file by path (parquet, json, jsonl)."""
 
     train: Text
     """Training prompts: `gsm8k` means `train.parquet` of the prepared data set gsm8k."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.data.extras import require
-from flashrl_cli.data.readers import BATCH, Located
+from flashrl_cli.data.readers import BATCH
+from flashrl_cli.data.rows import Located, Place
 from flashrl_cli.data.stamps import stamp
 from flashrl_cli.doctor.network import resolves
 from flashrl_cli.errors import EnvironmentNotReady, InputError
@@ -37,7 +38,7 @@ class HubSource:
         for table in self._split(split).with_format("arrow").iter(BATCH):
             for row in table.to_pylist():
                 number += 1
-                yield f"{self.label}:{split}:row {number}", row
+                yield Place(f"{self.label}:{split}", number, "row"), row
 
     def count(self, split: str) -> int:
         """Rows of a split, downloading it first."""

@@ -15,14 +15,13 @@ from flashrl_cli.data.sources import LocalSource, Source, open_source
 from flashrl_cli.errors import InputError
 
 if TYPE_CHECKING:
-    from flashrl_cli.data.request import Request
+    from flashrl_cli.data.request import Request, Talk
     from flashrl_cli.paths import DatasetPaths
-    from flashrl_cli.render.output import Output
 
 Counts = dict[str, dict[str, Any]]
 
 
-def prepare_dataset(request: Request, output: Output) -> dict[str, Any]:
+def prepare_dataset(request: Request, output: Talk) -> dict[str, Any]:
     """Prepare one data set, unless what is there is up to date; returns `status`, `path` and its manifest.
 
     InputError lists the rows that cannot be used; then, and after any other failure, what was there is there still.
@@ -38,13 +37,13 @@ def prepare_dataset(request: Request, output: Output) -> dict[str, Any]:
     return {"path": str(request.paths.root), **made}
 
 
-def _prepare_tiny(request: Request, output: Output) -> dict[str, Any]:
+def _prepare_tiny(request: Request, output: Talk) -> dict[str, Any]:
     from flashrl_cli.data.tiny import prepare_tiny
 
     return prepare_tiny(request.paths, seed=request.seed, force=request.force, output=output)
 
 
-def _prepare_or_keep(request: Request, output: Output) -> dict[str, Any]:
+def _prepare_or_keep(request: Request, output: Talk) -> dict[str, Any]:
     recipe = RECIPES[request.paths.name]
     source = open_source(recipe, request.source, request.seed)
     _refuse_own_folder(source, request.paths)
@@ -98,7 +97,7 @@ def _refuse_loss(paths: DatasetPaths, source: Source, earlier: writing.Manifest)
         )
 
 
-def _prepare(request: Request, recipe: Recipe, source: Source, output: Output) -> writing.Manifest:
+def _prepare(request: Request, recipe: Recipe, source: Source, output: Talk) -> writing.Manifest:
     tokenizer = lengths.load_tokenizer(request.tokenizer) if request.tokenizer else None
     about = {"source": source.describe(), "options": _options(request, recipe), "tokenizer": request.tokenizer}
     splits = _build_all(request, recipe, source, output)
@@ -108,7 +107,7 @@ def _prepare(request: Request, recipe: Recipe, source: Source, output: Output) -
     return writing.write_dataset(request.paths, {s: built.rows for s, built in splits.items()}, about, counts)
 
 
-def _build_all(request: Request, recipe: Recipe, source: Source, output: Output) -> dict[str, Split]:
+def _build_all(request: Request, recipe: Recipe, source: Source, output: Talk) -> dict[str, Split]:
     """Every split in full, so that nothing is written unless all is well."""
     name, bad, splits = request.paths.name, BadRows(), {}
     for split in source.splits:
@@ -116,23 +115,26 @@ def _build_all(request: Request, recipe: Recipe, source: Source, output: Output)
         with output.progress(f"{name}: reading {split}", total) as advance:
             splits[split] = build_split(
                 split,
-                recipe.convert,
+                recipe,
                 source.rows(split, bad),
                 dedupe=recipe.repeats and request.dedupe,
                 limit=request.limit,
                 bad=bad,
                 advance=advance,
             )
-    bad.check(name)
+    bad.check(name, "; nothing was written")
     for split, built in splits.items():
         if not built.rows:
             raise InputError(f"{name}: {source.label} has no rows for {split}; nothing was written")
         if built.conflicts:
             output.warn(f"{name}: {built.conflicts:,} duplicates of {split} give another answer; the first is kept")
+        if built.dropped:
+            what = ", ".join(f"{column} (in {rows:,})" for column, rows in built.dropped.items())
+            output.say(f"{name}: of {len(built.rows):,} rows of {split} these columns and keys are not kept: {what}")
     return splits
 
 
-def _count_tokens(tokenizer: Any, splits: Mapping[str, Split], counts: Counts, output: Output) -> None:
+def _count_tokens(tokenizer: Any, splits: Mapping[str, Split], counts: Counts, output: Talk) -> None:
     for split, built in splits.items():
         with output.progress(f"counting tokens of {split}", len(built.rows)) as advance:
             counts[split]["prompt_tokens"] = lengths.summary(lengths.prompt_tokens(tokenizer, built.rows, advance))

@@ -1,32 +1,53 @@
-"""Raw rows out of local files, each with the place it stands at: `file:line`, or `file:row N` in Parquet."""
+"""Raw rows out of local files, each with its place: a line, or a row of Parquet, counted from 1."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from flashrl_cli.data.extras import require
-from flashrl_cli.data.rows import BadRows, Raw
+from flashrl_cli.data.rows import MEDIA, BadRows, Fault, Located, Needs, Place, kind, printable, shown
 from flashrl_cli.errors import InputError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 BATCH = 4096
+_BATCH_WITH_MEDIA = 64
+"""A row may hold megabytes of images."""
 GAP = re.compile(r"[\s,]*")
-Located = tuple[str, Raw]
 
 
-def read(path: Path, bad: BadRows) -> Iterator[Located]:
-    """Yield the rows of one file; what is no row at all goes to `bad`. InputError if the file cannot be read."""
+def read(path: Path, bad: BadRows, columns: Sequence[str] | None = None) -> Iterator[Located]:
+    """Yield the rows of one file; what is no row at all goes to `bad`. InputError if the file cannot be read.
+
+    Of Parquet only `columns` are read, if any are named; of images, videos and audios only whether a row has some.
+    """
     if path.suffix == ".parquet":
-        yield from _parquet(path)
+        yield from _parquet(path, columns)
     elif _is_array(path):
         yield from _array(path, bad)
     else:
         yield from _lines(path, bad)
+
+
+def read_rows(path: Path, needs: Needs, bad: BadRows) -> Iterator[Located]:
+    """Yield what is needed of the rows of a file in verl's schema. InputError if it cannot be read or lacks a column."""
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"cannot read {path}", hint=f"known formats are {', '.join(SUFFIXES)}")
+    if path.suffix != ".parquet":
+        return read(path, bad)
+    with readable(path):
+        there = require("pyarrow.parquet").read_schema(path).names
+    if missing := [name for name in needs.columns if name not in there]:
+        raise InputError(
+            f"{path} lacks the column {', '.join(missing)}",
+            hint=f"it has: {', '.join(map(printable, there)) or 'none'}; flashrl prepare writes verl's schema",
+        )
+    media = MEDIA if needs.text_only else ()
+    return read(path, bad, ("data_source", needs.prompt, "reward_model", "extra_info", *media))
 
 
 def count(path: Path) -> int | None:
@@ -45,7 +66,7 @@ def readable(path: Path) -> Iterator[None]:
     """Turn what a broken or forbidden file raises into InputError (Arrow's own errors are ValueErrors or OSErrors)."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError, NotImplementedError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
 
 
@@ -59,9 +80,9 @@ def _lines(path: Path, bad: BadRows) -> Iterator[Located]:
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                bad.add(f"{path}:{number}", f"not JSON: {error}")
+                bad.add(Place(str(path), number), _not_json(error))
                 continue
-            yield from _object(value, f"{path}:{number}", bad)
+            yield from _object(value, Place(str(path), number), bad)
 
 
 def _is_array(path: Path) -> bool:
@@ -81,10 +102,13 @@ def _array(path: Path, bad: BadRows) -> Iterator[Located]:
         try:
             value, position = decoder.raw_decode(content, position)
         except (ValueError, RecursionError) as error:
-            bad.add(f"{path}:{line}", f"not JSON: {error}")
+            bad.add(Place(str(path), line), _not_json(error))
             return
-        yield from _object(value, f"{path}:{line}", bad)
+        yield from _object(value, Place(str(path), line), bad)
         position = _after_gap(content, position)
+    if rest := content[position + 1 :].strip():
+        line += content.count("\n", seen, len(content) - len(content[position + 1 :].lstrip()))
+        bad.add(Place(str(path), line), Fault("text after the end of the array", value=shown(rest)))
 
 
 def _after_gap(content: str, position: int) -> int:
@@ -92,24 +116,52 @@ def _after_gap(content: str, position: int) -> int:
     return found.end() if found else position
 
 
-def _object(value: Any, where: str, bad: BadRows) -> Iterator[Located]:
+def _not_json(error: Exception) -> Fault:
+    if isinstance(error, RecursionError):
+        return Fault("nested too deep to be read")
+    return Fault("not JSON", value=str(error))
+
+
+def _object(value: Any, place: Place, bad: BadRows) -> Iterator[Located]:
     if isinstance(value, dict):
-        yield where, value
+        yield place, value
     else:
-        bad.add(where, f"not a JSON object but {type(value).__name__}")
+        bad.add(place, Fault(f"not a JSON object but {kind(value)}"))
 
 
-def _parquet(path: Path) -> Iterator[Located]:
+def _parquet(path: Path, columns: Sequence[str] | None) -> Iterator[Located]:
     parquet = require("pyarrow.parquet")
     with readable(path):
-        batches = parquet.ParquetFile(path).iter_batches(batch_size=BATCH)
+        file = parquet.ParquetFile(path)
+        there = [name for name in file.schema_arrow.names if columns is None or name in columns]
+        size = _BATCH_WITH_MEDIA if columns and set(there) & set(MEDIA) else BATCH
+        batches = file.iter_batches(batch_size=size, columns=there)
     number = 0
-    while (batch := _next(batches, path)) is not None:
-        for row in batch.to_pylist():
+    while (rows := _next(batches, path, shorten=columns is not None)) is not None:
+        for row in rows:
             number += 1
-            yield f"{path}:row {number}", row
+            yield Place(str(path), number, "row"), row
 
 
-def _next(batches: Iterator[Any], path: Path) -> Any:
+def _next(batches: Iterator[Any], path: Path, *, shorten: bool) -> list[dict[str, Any]] | None:
+    """Rows of the next batch; with `shorten` the media in it are replaced by whether there are any."""
     with readable(path):
-        return next(batches, None)
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        media = [name for name in batch.schema.names if name in MEDIA] if shorten else []
+        filled = {name: _filled(batch.column(name)) for name in media}
+        rows: list[dict[str, Any]] = batch.select([n for n in batch.schema.names if n not in media]).to_pylist()
+    for name, marks in filled.items():
+        for row, mark in zip(rows, marks, strict=True):
+            row[name] = mark
+    return rows
+
+
+def _filled(column: Any) -> list[bool]:
+    """Whether each value is there and, if it is a list, holds something."""
+    pa, compute = require("pyarrow"), require("pyarrow.compute")
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        column = compute.list_value_length(column)
+        return [bool(length) for length in column.to_pylist()]
+    return list(column.is_valid().to_pylist())

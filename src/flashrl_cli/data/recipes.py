@@ -6,14 +6,15 @@ for DAPO and AIME, those in BytedTsinghua-SIA/DAPO-Math-17k.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from flashrl_cli.data import arith
+from flashrl_cli.data import arith, truths
 from flashrl_cli.data.boxed import boxed_answer
-from flashrl_cli.data.rows import BadRow, Message, Raw, Reward, Row, make_row, text
+from flashrl_cli.data.rows import BadRow, Message, Needs, Raw, Reward, Row, faults, make_row, printable, text
+from flashrl_cli.data.writing import DEEPEST
+from flashrl_cli.verl import rewards
 
 GSM8K_SUFFIX = 'Let\'s think step by step and output the final answer after "####".'
 MATH_SUFFIX = "Let's think step by step and output the final answer within \\boxed{}."
@@ -22,7 +23,11 @@ DAPO_PREFIX = (
     "Answer: $Answer (without quotes) where $Answer is the answer to the problem."
 )
 DAPO_SUFFIX = 'Remember to put your answer on its own line after "Answer:".'
-GSM8K_ANSWER = re.compile(r"#### (-?[0-9.,]+)")
+GSM8K_MARK = "#### "
+VERL_COLUMNS = ("data_source", "prompt", "ability", "reward_model", "extra_info")
+_KEPT_KEYS = {"prompt": ("role", "content"), "reward_model": ("style", "ground_truth")}
+_FORMULA = "as a response would write it: 1000 for 1e3, 5 for $5, \\frac{1}{2} for ½"
+_NUMBER = "a plain number, such as 72, -5 or 0.25"
 
 Convert = Callable[[Raw, str, int], Row]
 """Raw row, split and index within the split's source to a row; raises BadRow."""
@@ -32,11 +37,13 @@ Convert = Callable[[Raw, str, int], Row]
 class Recipe:
     """One data set: the splits it writes, how a raw row is converted, and its home on the hub (None: made here).
 
-    `repeats` marks sets whose published files hold every prompt many times over.
+    `columns` are those that are read of a raw row. `repeats` marks sets whose published files hold every prompt many
+    times over.
     """
 
     splits: tuple[str, ...]
     convert: Convert
+    columns: tuple[str, ...]
     hub: str | None = None
     config: str | None = None
     repeats: bool = False
@@ -45,27 +52,27 @@ class Recipe:
 def gsm8k(raw: Raw, split: str, index: int) -> Row:
     """GSM8K: the number after `#### `, without thousands separators."""
     question, answer = text(raw, "question"), text(raw, "answer")
-    found = GSM8K_ANSWER.search(answer)
-    if found is None:
+    _, mark, final = answer.rpartition(GSM8K_MARK)
+    if not mark or not final.strip():
         raise BadRow("'answer' has no final answer after '#### '")
     extra = {"split": split, "index": index, "answer": answer, "question": question}
-    return make_row("openai/gsm8k", f"{question} {GSM8K_SUFFIX}", found[1].replace(",", ""), extra)
+    return make_row("openai/gsm8k", f"{question} {GSM8K_SUFFIX}", _plain("openai/gsm8k", final), extra)
 
 
 def math(raw: Raw, split: str, index: int) -> Row:
     r"""MATH: the content of the solution's last `\boxed{}`."""
     problem, answer = text(raw, "problem"), boxed_answer(text(raw, "solution"))
-    if not answer:
+    if not answer or not answer.strip():
         raise BadRow("'solution' has no answer in \\boxed{}")
-    extra = {"split": split, "index": index}
-    return make_row("DigitalLearningGmbH/MATH-lighteval", f"{problem} {MATH_SUFFIX}", answer, extra)
+    extra, source = {"split": split, "index": index}, "DigitalLearningGmbH/MATH-lighteval"
+    return make_row(source, f"{problem} {MATH_SUFFIX}", _plain(source, answer), extra)
 
 
 def math_500(raw: Raw, split: str, index: int) -> Row:
     """MATH-500: the answer has a column of its own."""
-    extra = {"split": split, "index": index}
+    extra, source = {"split": split, "index": index}, "HuggingFaceH4/MATH-500"
     prompt = f"{text(raw, 'problem')} {MATH_SUFFIX}"
-    return make_row("HuggingFaceH4/MATH-500", prompt, text(raw, "answer"), extra)
+    return make_row(source, prompt, _plain(source, text(raw, "answer")), extra)
 
 
 def competition(data_source: str) -> Convert:
@@ -75,52 +82,128 @@ def competition(data_source: str) -> Convert:
         if "reward_model" in raw:
             return adopt(raw, split, index)
         prompt = f"{DAPO_PREFIX}\n\n{text(raw, 'problem', 'Problem')}\n\n{DAPO_SUFFIX}"
-        return make_row(data_source, prompt, _number(raw), {"split": split, "index": index}, ability="MATH")
+        return make_row(
+            data_source, prompt, _number(raw, data_source), {"split": split, "index": index}, ability="MATH"
+        )
 
     return convert
 
 
-def _number(raw: Raw) -> str:
-    """The answer as digits alone: the scorer compares text, and a response says 73 where some sets say 073 or 73.0."""
+def _number(raw: Raw, source: str) -> str:
+    """The answer of a row, which may be a number of JSON's."""
     value = raw.get("answer", raw.get("Answer"))
     if type(value) is int or (isinstance(value, float) and value.is_integer()):
         return str(int(value))
-    answer = text(raw, "answer", "Answer").strip()
-    return str(int(answer)) if answer.isdecimal() else answer
+    return _plain(source, text(raw, "answer", "Answer"))
+
+
+def _plain(source: str, truth: str) -> str:
+    """A truth as a response would write it: scorers compare text, and a response says 73 where some sets say 073.
+
+    Formulas of MATH are taken as they are, as its scorer expects them. BadRow for a number in a form that no response
+    has.
+    """
+    scorer = rewards.scorer(source)
+    number = truths.plain_number(truth) if scorer in {rewards.GSM8K, rewards.DAPO} else None
+    if number is not None:
+        return number
+    if scorer is rewards.GSM8K:
+        raise BadRow("the final answer is not a number", fix=_NUMBER, value=truth)
+    if rewards.is_math(source) and truths.is_odd_number(truth):
+        raise BadRow("the answer is a number in a form that no response has", fix=_FORMULA, value=truth)
+    return truth.strip() if scorer is rewards.DAPO else truth
 
 
 def adopt(raw: Raw, split: str, index: int) -> Row:
     """A row that has verl's schema already, checked, with the split it is written to."""
-    reward, extra = raw["reward_model"], raw.get("extra_info") or {}
-    if not isinstance(reward, dict) or not isinstance(extra, dict):
-        raise BadRow("'reward_model' or 'extra_info' is not an object")
+    if fault := next(faults(raw, Needs()), None):
+        raise BadRow(fault.message, fix=fault.fix, value=fault.value)
+    source, reward, extra = raw["data_source"], raw["reward_model"], raw.get("extra_info") or {}
+    truth = reward["ground_truth"]
     return Row(
-        data_source=text(raw, "data_source"),
-        prompt=_messages(raw.get("prompt")),
+        data_source=source,
+        prompt=[_message(turn) for turn in raw["prompt"]],
         ability=text(raw, "ability") if raw.get("ability") else "MATH",
-        reward_model=Reward(style=text(reward, "style"), ground_truth=text(reward, "ground_truth")),
-        extra_info={"index": index, **extra, "split": split},
+        reward_model=Reward(
+            style=text(reward, "style") if reward.get("style") else "rule",
+            ground_truth=_plain(source, truth) if isinstance(truth, str) else truth,
+        ),
+        extra_info={"index": index, **_without_empty(extra), "split": split},
     )
 
 
-def _messages(prompt: Any) -> list[Message]:
-    if not isinstance(prompt, list) or not prompt or not all(isinstance(turn, dict) for turn in prompt):
-        raise BadRow("'prompt' is not a list of messages")
-    return [Message(role=text(turn, "role"), content=text(turn, "content")) for turn in prompt]
+def _message(turn: Raw) -> Message:
+    if turn["content"] is None:
+        raise BadRow("an assistant message has tool calls and no content", fix="rows of text alone")
+    return Message(role=turn["role"], content=turn["content"])
 
+
+def _without_empty(value: Any, depth: int = 0) -> Any:
+    """`value` with null for every empty object, which Parquet cannot hold; what is nested too deep is refused later."""
+    if depth > DEEPEST:
+        return value
+    if isinstance(value, dict):
+        return {key: _without_empty(one, depth + 1) for key, one in value.items()} if value or not depth else None
+    if isinstance(value, list):
+        return [_without_empty(one, depth + 1) for one in value]
+    return value
+
+
+def _holds_empty(value: Any, depth: int = 0) -> bool:
+    if not isinstance(value, dict | list) or depth > DEEPEST:
+        return False
+    parts = value.values() if isinstance(value, dict) else value
+    return (depth > 0 and value == {}) or any(_holds_empty(one, depth + 1) for one in parts)
+
+
+def dropped(raw: Raw, columns: tuple[str, ...]) -> Iterator[str]:
+    """Yield the columns and keys of a raw row that are not taken: all but `columns`, or, if it has verl's, but these."""
+    adopted = "reward_model" in raw
+    for name, value in raw.items():
+        if name not in (VERL_COLUMNS if adopted else columns) and not _is_nothing(value):
+            yield printable(name)
+    for name, kept in _KEPT_KEYS.items() if adopted else ():
+        held = raw.get(name)
+        parts = held if isinstance(held, list) else [held]
+        keys = {key for part in parts if isinstance(part, dict) for key in part if not _is_nothing(part[key])}
+        yield from sorted(f"{name}.{printable(key)}" for key in keys - set(kept))
+    if adopted and _holds_empty(raw.get("extra_info")):
+        yield "empty objects in extra_info"
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+_COMPETITION = ("problem", "Problem", "answer", "Answer")
 
 RECIPES: dict[str, Recipe] = {
-    "gsm8k": Recipe(splits=("train", "test"), convert=gsm8k, hub="openai/gsm8k", config="main"),
-    "math": Recipe(splits=("train", "test"), convert=math, hub="DigitalLearningGmbH/MATH-lighteval"),
-    "math-500": Recipe(splits=("test",), convert=math_500, hub="HuggingFaceH4/MATH-500"),
+    "gsm8k": Recipe(
+        splits=("train", "test"), convert=gsm8k, columns=("question", "answer"), hub="openai/gsm8k", config="main"
+    ),
+    "math": Recipe(
+        splits=("train", "test"),
+        convert=math,
+        columns=("problem", "solution"),
+        hub="DigitalLearningGmbH/MATH-lighteval",
+    ),
+    "math-500": Recipe(splits=("test",), convert=math_500, columns=("problem", "answer"), hub="HuggingFaceH4/MATH-500"),
     "dapo-math-17k": Recipe(
-        splits=("train",), convert=competition("math_dapo"), hub="BytedTsinghua-SIA/DAPO-Math-17k", repeats=True
+        splits=("train",),
+        convert=competition("math_dapo"),
+        columns=_COMPETITION,
+        hub="BytedTsinghua-SIA/DAPO-Math-17k",
+        repeats=True,
     ),
     "aime-2024": Recipe(
-        splits=("test",), convert=competition("aime_2024"), hub="BytedTsinghua-SIA/AIME-2024", repeats=True
+        splits=("test",),
+        convert=competition("aime_2024"),
+        columns=_COMPETITION,
+        hub="BytedTsinghua-SIA/AIME-2024",
+        repeats=True,
     ),
-    "aime-2025": Recipe(splits=("test",), convert=competition("aime_2025"), hub="math-ai/aime25"),
-    "arith": Recipe(splits=("train", "test"), convert=arith.row),
+    "aime-2025": Recipe(splits=("test",), convert=competition("aime_2025"), columns=_COMPETITION, hub="math-ai/aime25"),
+    "arith": Recipe(splits=("train", "test"), convert=arith.row, columns=("a", "b")),
 }
 TINY = "tiny"
 """The data set that brings its own policy; `data.tiny` makes both."""

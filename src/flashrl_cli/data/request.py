@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 from flashrl_cli.data.recipes import NAMES, RECIPES, TINY
 from flashrl_cli.errors import InputError, Problem
 from flashrl_cli.paths import DatasetPaths, absolute
+
+
+class Talk(Protocol):
+    """Whom `prepare` tells how it gets on."""
+
+    @property
+    def live(self) -> bool:
+        """Whether bars may be drawn."""
+
+    def say(self, text: str) -> None:
+        """Tell something."""
+
+    def warn(self, text: str) -> None:
+        """Tell something that deserves attention."""
+
+    def progress(self, label: str, total: int | None) -> AbstractContextManager[Callable[[int], None]]:
+        """Show how far something is; what it yields is called with the number of rows done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

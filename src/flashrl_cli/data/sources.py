@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from flashrl_cli.data import arith, readers
 from flashrl_cli.data.hub import HubSource
+from flashrl_cli.data.rows import Place
 from flashrl_cli.data.stamps import Stamp, stamp, unchanged
 from flashrl_cli.errors import InputError
 from flashrl_cli.paths import absolute
 
 if TYPE_CHECKING:
-    from flashrl_cli.data.readers import Located
     from flashrl_cli.data.recipes import Recipe
-    from flashrl_cli.data.rows import BadRows
+    from flashrl_cli.data.rows import BadRows, Located
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 SPLITS = ("train", "test")
@@ -107,7 +107,8 @@ class SumsSource:
 
     def rows(self, split: str, bad: BadRows) -> Iterator[Located]:  # noqa: ARG002
         """Yield the split's pairs."""
-        return ((f"{a}+{b}", {"a": a, "b": b}) for a, b in arith.pairs(self.seed)[split])
+        drawn = enumerate(arith.pairs(self.seed)[split], start=1)
+        return ((Place(split, number, "row"), {"a": a, "b": b}) for number, (a, b) in drawn)
 
     def count(self, split: str) -> int:
         """Rows of the split."""

@@ -12,13 +12,13 @@ from flashrl_cli.data.stamps import stamp, unchanged
 from flashrl_cli.data.tiny_policy import save, warm_up
 
 if TYPE_CHECKING:
+    from flashrl_cli.data.request import Talk
     from flashrl_cli.paths import DatasetPaths
-    from flashrl_cli.render.output import Output
 
 WEIGHTS = "model.safetensors"
 
 
-def prepare_tiny(paths: DatasetPaths, *, seed: int, force: bool, output: Output) -> dict[str, Any]:
+def prepare_tiny(paths: DatasetPaths, *, seed: int, force: bool, output: Talk) -> dict[str, Any]:
     """Make `arith` rows and a warmed-up policy in `paths`, unless they lie there already; returns status and manifest.
 
     Takes about a minute on two cores. RunFailed if the policy cannot be taught.

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import __version__, files
 from flashrl_cli.data.extras import require
+from flashrl_cli.data.rows import Fault, Place, kind_of, printable, shown
 from flashrl_cli.data.stamps import stamp, unchanged
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 
@@ -21,7 +23,74 @@ if TYPE_CHECKING:
     from flashrl_cli.paths import DatasetPaths
 
 SCHEMA_VERSION = 1
+DEEPEST = 16
+"""Lists and objects within each other: Arrow writes more, and then cannot open the file."""
+_INT64 = range(-(2**63), 2**63)
+_EXACT = 2**53
+"""From here on a double does not hold every whole number."""
+_SURROGATE = "a lone surrogate (\\ud800) cannot be written"
 Manifest = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Types:
+    """The one type that each place in a row has, which Parquet demands; null goes with any."""
+
+    _seen: dict[str, tuple[type, Place]] = field(default_factory=dict)
+    _large: set[str] = field(default_factory=set)
+
+    def faults(self, place: Place, row: Mapping[str, Any]) -> Iterator[Fault]:
+        """Yield what Parquet cannot hold of a row, beside the rows before it."""
+        for name, value in row.items():
+            yield from self._faults(place, name, value, depth=0)
+
+    def _faults(self, place: Place, path: str, value: Any, depth: int) -> Iterator[Fault]:
+        if value is None:
+            return
+        if depth > DEEPEST:
+            yield Fault(f"{path.partition('.')[0].partition('[')[0]} is nested more than {DEEPEST} deep", "flatten it")
+            return
+        yield from self._own_faults(place, path, value)
+        if isinstance(value, dict):
+            for key, one in value.items():
+                if isinstance(key, str) and _is_unicode(key):
+                    yield from self._faults(place, f"{path}.{printable(key)}", one, depth + 1)
+                else:
+                    yield Fault(f"a key of {path} is no Unicode text", _SURROGATE, shown(key))
+        elif isinstance(value, list):
+            for one in value:
+                yield from self._faults(place, f"{path}[]", one, depth + 1)
+
+    def _own_faults(self, place: Place, path: str, value: Any) -> Iterator[Fault]:
+        """Yield faults of a value, without those within it."""
+        if isinstance(value, str) and not _is_unicode(value):
+            yield Fault(f"{path} is no Unicode text", _SURROGATE, shown(value))
+        if isinstance(value, tuple):
+            yield Fault(f"{path} is a map", "an object with the same keys in every row")
+            return
+        if type(value) is int and value not in _INT64:
+            yield Fault(f"{path} is a whole number of more than 64 bits", "write it as text", shown(value))
+        known, where = self._seen.setdefault(path, (type(value), place))
+        if {known, type(value)} == {int, float}:
+            self._seen[path] = (float, where)
+        elif known is not type(value):
+            what = f"{path} is {kind_of(type(value))}, and {kind_of(known)} in {where}"
+            yield Fault(what, "one type in all rows; text can hold anything")
+        if type(value) is int and abs(value) > _EXACT:
+            self._large.add(path)
+        if path in self._large and self._seen[path][0] is float:
+            yield Fault(f"{path} mixes fractions with whole numbers beyond 2^53", "write them as text")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether there is no lone surrogate in it."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def write_dataset(
@@ -33,7 +102,7 @@ def write_dataset(
     and hash. EnvironmentNotReady if the folder cannot be written.
     """
     try:
-        with contextlib.ExitStack() as stack:
+        with _leaving_no_folder(paths.root), contextlib.ExitStack() as stack:
             # entered first, so it is the last to be moved into place
             manifest_file = stack.enter_context(files.replacing(paths.manifest))
             written = {}
@@ -50,13 +119,26 @@ def write_dataset(
     return manifest
 
 
+@contextlib.contextmanager
+def _leaving_no_folder(folder: Path) -> Iterator[None]:
+    """Remove `folder` and those above it, as far as they were made meanwhile, when what is written to it fails."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # it was not made, or something else is in it
+            for one in missing:
+                one.rmdir()
+        raise
+
+
 def _write_parquet(path: Path, rows: Sequence[Row]) -> None:
     pyarrow, parquet = require("pyarrow"), require("pyarrow.parquet")
     try:
         table = pyarrow.Table.from_pylist(rows)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+        parquet.write_table(table, path)
+    except (pyarrow.ArrowException, UnicodeError, OverflowError, RecursionError) as error:
         raise InputError(f"the rows do not share one schema: {error}", hint="look at their extra_info") from error
-    parquet.write_table(table, path)
 
 
 def read_manifest(paths: DatasetPaths) -> Manifest | None:

@@ -170,7 +170,7 @@ def _question(
     seen: View, number: int, rows: list[dict[str, Any]], steps: Sequence[Step], *, telling: bool
 ) -> dict[str, Any]:
     if not rows:
-        raise InputError(f"no question {number} in {seen.file}", hint=f"from 0 to {max(seen.marks[seen.best])}")
+        raise InputError(f"no question {number} in {seen.file}", hint=f"from 1 to {max(seen.marks[seen.best])}")
     by_step = {step: [row for row in rows if row["step"] == step] for step in steps}
     right = {step: _share([row["correct"] for row in answers]) for step, answers in by_step.items() if answers}
     shown = []

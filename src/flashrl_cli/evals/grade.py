@@ -7,12 +7,11 @@ Imported by graders (evals/pool.py); none of the functions keeps to a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING
 
-from flashrl_cli.errors import InputError
 from flashrl_cli.evals import extract
 from flashrl_cli.evals.results import Grade
 from flashrl_cli.verl import rewards
@@ -91,13 +90,6 @@ def read(question: Question, response: str) -> Reading:
         raise
     except Exception as error:  # noqa: BLE001  (as above)
         return unread(question, response, _problem("the answer could not be compared", error))
-
-
-def check_sources(questions: Iterable[Question]) -> None:
-    """Raise InputError if verl has no scorer for a data source of `questions`."""
-    for source in sorted({question.data_source for question in questions}):
-        if not rewards.is_scored(source):
-            raise InputError(f"verl has no scorer for data_source {source!r}", hint="see flashrl prepare --help")
 
 
 def _score(question: Question, response: str) -> tuple[float, bool]:

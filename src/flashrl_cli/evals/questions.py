@@ -1,4 +1,4 @@
-"""Questions in verl's row schema: a prepared data set, a parquet file, or the run's own validation set."""
+"""Questions in verl's row schema: a prepared data set, a file of rows, or the run's own validation set."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from flashrl_cli import paths
-from flashrl_cli.errors import InputError, Problem
+from flashrl_cli.data import readers
+from flashrl_cli.data.rows import BadRows, Needs, Raw, Scoring, judge
+from flashrl_cli.errors import InputError
 from flashrl_cli.evals.results import DataSet
 from flashrl_cli.verl import checkpoints as layout
-
-_COLUMNS = ("data_source", "prompt", "reward_model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,34 +31,39 @@ class Question:
         return json.dumps(asdict(self), ensure_ascii=False, default=str)
 
 
-def choose(names: str | None, run_folders: Iterable[Path], limit: int | None) -> tuple[DataSet, ...]:
-    """Data sets of `--dataset` (names or parquet files, with commas between), or the runs' own validation files when it is None.
+def choose(
+    names: str | None, run_folders: Iterable[Path], limit: int | None, *, scoring: Scoring = Scoring.VERL
+) -> tuple[DataSet, ...]:
+    """Data sets of `--dataset` (names or files, with commas between); when it is None, the runs' own validation files.
 
-    Raises InputError if that names nothing, or not the same for all runs, or what cannot be evaluated.
+    Raises InputError if that names nothing, or not the same for all runs, or holds rows that are not fit for `scoring`.
     """
     asked = _recorded(run_folders) if names is None else [_named(name.strip()) for name in names.split(",")]
     files = list(dict.fromkeys(asked))
     labels = _labels(files)
-    return tuple(DataSet(name=labels[file], file=file, questions=tuple(read(file, limit))) for file in files)
+    return tuple(
+        DataSet(name=labels[file], file=file, questions=tuple(read(file, limit, scoring=scoring))) for file in files
+    )
 
 
-def read(file: Path, limit: int | None) -> list[Question]:
-    """The first `limit` questions of a parquet file; raises InputError naming missing columns and bad rows."""
-    rows = _rows(file)
-    problems = [p for where, row in rows if (p := _problem(where, row))]
-    if problems:
-        what = f"{len(problems)} of {len(rows)} rows of {file} cannot be evaluated"
-        raise InputError(what, problems=problems[:10])
+def read(file: Path, limit: int | None, *, scoring: Scoring = Scoring.VERL) -> list[Question]:
+    """The first `limit` questions of a file of rows, all of which are judged.
+
+    Raises InputError naming missing columns and rows that are not fit for `scoring`.
+    """
+    needs, bad = Needs(scoring=scoring, text_only=True), BadRows()
+    rows = judge(readers.read_rows(file, needs, bad), needs, bad)
+    bad.check(str(file))
     if not rows:
         raise InputError(f"no rows in {file}")
-    return [_question(row) for _, row in rows[:limit]]
+    return [_question(row) for row in rows[:limit]]
 
 
 def _named(data: str) -> Path:
-    if "/" in data or data.endswith(".parquet"):
+    if "/" in data or data.endswith(readers.SUFFIXES):
         file = paths.absolute(data)
         if not file.is_file():
-            hint = "name a prepared data set, or a parquet file"
+            hint = "name a prepared data set, or a file of rows (parquet, json, jsonl)"
             raise InputError(f"no such file: {file}", hint=hint)
         return file
     file = paths.DatasetPaths.named(data).split("test")
@@ -94,28 +99,8 @@ def _labels(files: Sequence[Path]) -> dict[Path, str]:
     return {file: name if alike[name] == 1 else f"{file.parent.name}/{file.stem}" for file, name in names.items()}
 
 
-def _rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(file)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"{file} is no parquet file: {error}", hint="flashrl prepare NAME writes one") from error
-    if missing := [name for name in _COLUMNS if name not in table.column_names]:
-        columns = ", ".join(table.column_names)
-        hint = f"it has: {columns}; flashrl prepare writes verl's schema"
-        raise InputError(f"{file} lacks the column {', '.join(missing)}", hint=hint)
-    return [(f"{file}:row {n}", row) for n, row in enumerate(table.to_pylist())]
-
-
-def _problem(where: str, row: dict[str, Any]) -> Problem | None:
-    if not isinstance(row["prompt"], list) or not row["prompt"]:
-        return Problem("prompt is not a list of messages", where)
-    if not isinstance(row["reward_model"], dict) or row["reward_model"].get("ground_truth") is None:
-        return Problem("no reward_model.ground_truth", where)
-    return None
-
-
-def _question(row: dict[str, Any]) -> Question:
-    return Question(row["prompt"], row["data_source"], row["reward_model"]["ground_truth"], row.get("extra_info"))
+def _question(row: Raw) -> Question:
+    """A row that was judged; what it is not read for may be missing."""
+    reward = row.get("reward_model")
+    truth = reward.get("ground_truth") if isinstance(reward, dict) else None
+    return Question(row["prompt"], str(row.get("data_source") or ""), truth, row.get("extra_info"))

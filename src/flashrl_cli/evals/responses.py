@@ -1,4 +1,4 @@
-"""Every graded response of an evaluation, in one Parquet file."""
+"""Every graded response of an evaluation, in one Parquet file; its questions are counted from 1, as rows of a data set are."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _rows(entry: Entry) -> Iterator[dict[str, Any]]:
             "run": entry.run,
             "step": entry.step,
             "dataset": data.name,
-            "question": response.question,
+            "question": response.question + 1,
             "sample": response.sample,
             "prompt": text_of(question.prompt),
             "ground_truth": _text(question.ground_truth),

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from flashrl_cli.errors import NothingMatched
 from flashrl_cli.evals import devices
-from flashrl_cli.evals.grade import check_sources
 from flashrl_cli.evals.pool import Graders
 from flashrl_cli.evals.report import Report
 from flashrl_cli.evals.run import Evaluation, Telling
@@ -83,7 +82,6 @@ def _opened(request: Request, telling: Telling) -> Iterator[Evaluation]:
 
     Raises InputError for questions that nothing can grade, before anything is generated.
     """
-    check_sources(question for one in request.data for question in one.questions)
     request.folder.mkdir(parents=True, exist_ok=True)
     engine, visible = devices.choose(request.engine)
     with contextlib.ExitStack() as stack:

@@ -49,7 +49,10 @@ class Place:
         return [] if self.address else devices.gpu_memory(plan.spec)
 
     def ready(self, plan: LaunchPlan, data_root: Path, say: Callable[[str], None]) -> Start:
-        """Check that `plan` can run there, and return how it is started. Raises EnvironmentNotReady."""
+        """Check that `plan` can run there, and return how it is started.
+
+        Raises EnvironmentNotReady, or InputError for bad rows.
+        """
         if self.address is None:
             from flashrl_cli.launch.supervise import locally
 
@@ -59,6 +62,7 @@ class Place:
         from flashrl_cli.launch.ray import job as ray_job
         from flashrl_cli.launch.ray import ready as ray_ready
 
+        preflight.check_rows(plan, data_root)
         say(f"asking every node of the Ray cluster at {self.address} …")
         jobs = ray_client.connect(self.address)
         found = ray_ready.check(plan, data_root, jobs, self.address)

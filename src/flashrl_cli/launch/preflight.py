@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from flashrl_cli.doctor import plugins, software
 from flashrl_cli.doctor.finding import Finding, fail, ok, problems
 from flashrl_cli.doctor.plugins import ENTRY_POINTS
-from flashrl_cli.errors import EnvironmentNotReady
-from flashrl_cli.launch import devices, storage
+from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
+from flashrl_cli.launch import devices, inputs, storage
 from flashrl_cli.verl import loggers
 
 if TYPE_CHECKING:
@@ -28,19 +28,45 @@ SHOWN = 2
 
 
 def check(plan: LaunchPlan, data_root: Path) -> None:
-    """Raise EnvironmentNotReady with every reason why this machine cannot run `plan`."""
-    found = list(problems(findings(plan.spec, data_root)))
+    """Raise EnvironmentNotReady with every reason why this machine cannot run `plan`, InputError for the rows alone."""
+    found = list(problems(_machine(plan.spec, data_root)))
+    rows = list(problems(_rows(plan.spec, data_root)))
     if found:
         fixes = list(dict.fromkeys(problem.hint for problem in found if problem.hint))
         raise EnvironmentNotReady(
             f"this machine cannot run {plan.preset}: {', '.join(dict.fromkeys(str(problem.where) for problem in found))}",
-            problems=found,
+            problems=[*found, *rows],
             hint=f"{'; '.join(fixes[:SHOWN])}; `flashrl doctor --preset` shows all that was checked, `--dry-run` the plan alone",
+        )
+    _refuse(plan, rows)
+
+
+def check_rows(plan: LaunchPlan, data_root: Path) -> None:
+    """Raise InputError if the rows of a data file that is on this machine cannot be trained on."""
+    _refuse(plan, list(problems(_rows(plan.spec, data_root))))
+
+
+def _refuse(plan: LaunchPlan, rows: list[Problem]) -> None:
+    if rows:
+        raise InputError(
+            f"{plan.preset} cannot be trained on these rows; nothing was started",
+            problems=rows,
+            hint="`flashrl prepare` writes rows whose truths verl's scorer pays for",
         )
 
 
 def findings(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
-    """Yield how this machine stands to each thing that a run of `spec` needs."""
+    """Yield how this machine, and the rows on it, stand to each thing that a run of `spec` needs."""
+    yield from _machine(spec, data_root)
+    yield from _rows(spec, data_root)
+
+
+def _rows(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
+    for problem in inputs.row_problems(spec, data_root):
+        yield fail(problem.where or "rows", problem.message, problem.hint)
+
+
+def _machine(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
     versions = software.probe_versions()
     yield from software.missing(find_spec)
     yield from software.one_vllm(versions)

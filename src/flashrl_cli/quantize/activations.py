@@ -22,15 +22,15 @@ KEPT = 256
 
 
 def texts(questions: Sequence[Question], count: int) -> list[list[dict[str, str]]]:
-    """`count` worked conversations, spread evenly over the data: the prompt and the solution, else the final answer."""
+    """`count` worked conversations, spread evenly over the data: the prompt and the solution, else the final answer, if there is one."""
     count = max(0, min(count, len(questions)))
     return [_worked(questions[number * len(questions) // count]) for number in range(count)]
 
 
 def _worked(question: Question) -> list[dict[str, str]]:
     solution = (question.extra_info or {}).get("answer")
-    answer = solution if isinstance(solution, str) and solution.strip() else str(question.ground_truth)
-    return [*question.prompt, {"role": "assistant", "content": answer}]
+    answer = solution if isinstance(solution, str) and solution.strip() else question.ground_truth
+    return question.prompt if answer is None else [*question.prompt, {"role": "assistant", "content": str(answer)}]
 
 
 def tokens(folder: Path, conversations: Iterable[list[dict[str, str]]]) -> list[list[int]]:

@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import files
+from flashrl_cli.data.rows import Scoring
 from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
 from flashrl_cli.evals.questions import read as read_questions
 from flashrl_cli.quantize import activations, scales
@@ -108,7 +109,7 @@ def calibrate(model: Path, parquet: Path, *, samples: int, alpha: float | None, 
     started = time.perf_counter()
     config, found = _described(model)
     places = junctions(config, found)
-    questions = read_questions(parquet, None)
+    questions = read_questions(parquet, None, scoring=Scoring.OWN)
     rows = activations.tokens(model, activations.texts(questions, samples))
     if not rows:
         raise InputError(f"{parquet} gives nothing to calibrate on", hint="--samples 64")

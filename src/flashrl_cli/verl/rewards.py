@@ -1,60 +1,185 @@
-"""Which `data_source` values verl's reward dispatch can score: spelled here so that `prepare` need not import verl.
+"""verl's reward functions: which scores a `data_source`, how a right answer is written for it, and what it pays.
 
-A row with another value passes every check until the first training step, and ends the run there.
+Spelled here so that `prepare`, `train` and `eval` need not import verl, which takes seconds. A row whose data source
+has no scorer would end a run at its first step.
 """
 
 from __future__ import annotations
 
-NUMBERS = frozenset({"openai/gsm8k"})
-"""Graded by a number alone."""
-MATH = frozenset(
-    {
-        "lighteval/MATH",
-        "DigitalLearningGmbH/MATH-lighteval",
-        "HuggingFaceH4/MATH-500",
-        "math_dapo",
-        "math",
-        "math_dapo_reasoning",
-        "numina_aops_forum",
-        "numina_synthetic_math",
-        "numina_amc_aime",
-        "numina_synthetic_amc",
-        "numina_cn_k12",
-        "numina_olympiads",
-    }
+import contextlib
+import functools
+import importlib
+import importlib.util
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashrl_cli.errors import EnvironmentNotReady
+
+PAID_IN_FULL = 1.0
+"""What every scorer of verl's gives to a right answer."""
+LONGEST_TRUTH = 10_000
+"""Characters of a truth at most: scorers search it with patterns whose time grows with the square of its length."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scorer:
+    """One of verl's reward functions, and the data sources that its dispatch sends there.
+
+    `answer` is how a response gives the answer `{}`; None where a truth does not say what a right answer is (tests of
+    programs). `module` is imported from verl; a `light` one needs nothing but the standard library and is loaded by
+    itself. `reads` is how many characters at the end of a response are looked at.
+    """
+
+    module: str
+    sources: frozenset[str]
+    prefixes: tuple[str, ...] = ()
+    answer: str | None = None
+    light: bool = True
+    reads: int = LONGEST_TRUTH
+
+
+GSM8K = Scorer(module="gsm8k", sources=frozenset({"openai/gsm8k"}), answer="#### {}", reads=300)
+MATH_REWARD = Scorer(
+    module="math_reward",
+    sources=frozenset({"lighteval/MATH", "DigitalLearningGmbH/MATH-lighteval", "HuggingFaceH4/MATH-500"}),
+    answer=r"\boxed{{{}}}",
 )
-"""Graded by a formula, mostly in a box; so is whatever begins with one of PREFIXES."""
-NAMES = (
-    NUMBERS
-    | MATH
-    | {
-        "codecontests",
-        "apps",
-        "codeforces",
-        "taco",
-        "hiyouga/geometry3k",
-        "searchR1_nq",
-        "searchR1_triviaqa",
-        "searchR1_popqa",
-        "searchR1_hotpotqa",
-        "searchR1_2wikimultihopqa",
-        "searchR1_musique",
-        "searchR1_bamboogle",
-    }
+DAPO = Scorer(
+    module="math_dapo",
+    sources=frozenset({"math_dapo", "math", "math_dapo_reasoning"}),
+    prefixes=("aime",),
+    answer="Answer: {}",
+    reads=300,
 )
-PREFIXES = ("aime",)
+PRIME_MATH = Scorer(
+    module="prime_math",
+    sources=frozenset(
+        {
+            "numina_aops_forum",
+            "numina_synthetic_math",
+            "numina_amc_aime",
+            "numina_synthetic_amc",
+            "numina_cn_k12",
+            "numina_olympiads",
+        }
+    ),
+    answer=r"\boxed{{{}}}",
+    light=False,
+)
+PROGRAMS = Scorer(module="prime_code", sources=frozenset({"codecontests", "apps", "codeforces", "taco"}), light=False)
+GEOMETRY = Scorer(
+    module="geo3k",
+    sources=frozenset({"hiyouga/geometry3k"}),
+    answer="<think></think>\\boxed{{{}}}",
+    light=False,
+)
+SEARCH = Scorer(
+    module="search_r1_like_qa_em",
+    sources=frozenset(
+        f"searchR1_{name}"
+        for name in ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
+    ),
+    answer="<answer>{}</answer>",
+)
+SCORERS = (GSM8K, MATH_REWARD, DAPO, PRIME_MATH, PROGRAMS, GEOMETRY, SEARCH)
+"""In the order of verl 0.9.1's dispatch (verl/utils/reward_score/__init__.py:44-107)."""
+NAMES = frozenset[str]().union(*(scorer.sources for scorer in SCORERS))
+PREFIXES = tuple(prefix for scorer in SCORERS for prefix in scorer.prefixes)
+
+
+def scorer(data_source: str) -> Scorer | None:
+    """The scorer that verl 0.9.1 sends `data_source` to; None if it has none."""
+    return next((s for s in SCORERS if data_source in s.sources or data_source.startswith(s.prefixes)), None)
 
 
 def is_scored(data_source: str) -> bool:
-    """Whether verl 0.9.1 has a reward for `data_source` (verl/utils/reward_score/__init__.py:44-107)."""
-    return data_source in NAMES or data_source.startswith(PREFIXES)
+    """Whether verl 0.9.1 has a reward for `data_source`."""
+    return scorer(data_source) is not None
 
 
 def is_number(data_source: str) -> bool:
     """Whether the ground truth of `data_source` is a number."""
-    return data_source in NUMBERS
+    return scorer(data_source) is GSM8K
 
 
 def is_math(data_source: str) -> bool:
     """Whether the ground truth of `data_source` is a formula."""
-    return data_source in MATH or data_source.startswith(PREFIXES)
+    return scorer(data_source) in {MATH_REWARD, DAPO, PRIME_MATH}
+
+
+def points(data_source: str, truth: Any) -> float:
+    """What verl pays for `truth` itself, written as a right answer of a `data_source` whose scorer knows that form.
+
+    Raises what the scorer raises: ImportError if it lacks a library.
+    """
+    found = scorer(data_source)
+    if found is None or found.answer is None:
+        raise ValueError(f"no right answer can be written for {data_source!r}")
+    response = found.answer.format(_said(found, truth))
+    with contextlib.redirect_stdout(io.StringIO()):  # some scorers print what they read
+        if found.light:
+            result = _light(found.module)(response, truth)
+        else:
+            result = importlib.import_module("verl.utils.reward_score").default_compute_score(
+                data_source, response, truth
+            )
+    return float(result["score"] if isinstance(result, Mapping) else result)
+
+
+def require_verl() -> Path:
+    """Folder of the installed verl, which is not imported. Raises EnvironmentNotReady if there is none."""
+    spec = importlib.util.find_spec("verl")
+    if spec is None or not spec.submodule_search_locations:
+        raise EnvironmentNotReady(
+            "verl is not installed, and its reward functions judge the rows' truths",
+            hint="pip install --no-deps verl==0.9.1",
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def own_reward(keys: Mapping[str, Any]) -> bool:
+    """Whether responses are scored by something other than verl's functions, by a run's verbatim verl keys."""
+    given = _plain(keys)
+    return bool(
+        given.get("reward.custom_reward_function.path")
+        or given.get("reward.reward_model.enable")
+        or given.get("reward.reward_manager.source", "register") != "register"
+    )
+
+
+def own_rows(keys: Mapping[str, Any]) -> bool:
+    """Whether the data is read by a data set class of the person's own, by a run's verbatim verl keys."""
+    return bool(_plain(keys).get("data.custom_cls.path"))
+
+
+def prompt_column(keys: Mapping[str, Any]) -> str:
+    """The column that holds the prompt, by a run's verbatim verl keys."""
+    return str(_plain(keys).get("data.prompt_key") or "prompt")
+
+
+def _plain(keys: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.lstrip("+"): value for key, value in keys.items()}
+
+
+def _said(scorer: Scorer, truth: Any) -> Any:
+    """What a response would say of `truth`: of several golden answers the first."""
+    if scorer is not SEARCH:
+        return truth
+    target = truth["target"]
+    return target if isinstance(target, str) else target[0]
+
+
+@functools.cache
+def _light(module: str) -> Callable[[str, Any], Any]:
+    """verl's `compute_score` out of one file of plain Python, without importing the verl around it."""
+    file = require_verl() / "utils" / "reward_score" / f"{module}.py"
+    spec = importlib.util.spec_from_file_location(f"_verl_reward_{module}", file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"cannot load {file}")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    compute: Callable[[str, Any], Any] = loaded.compute_score
+    return compute

@@ -14,6 +14,7 @@ import pytest
 from flashrl_cli.cli.app import main
 from flashrl_cli.doctor import docker, finding, ray_state, reload, report, software
 from flashrl_cli.launch import preflight
+from tests import sample_rows
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +78,7 @@ def test_a_preset_that_can_run(
     tiny = tmp_path / "data/tiny"
     (tiny / "model").mkdir(parents=True)
     for split in ("train", "test"):
-        (tiny / f"{split}.parquet").write_text("")
+        sample_rows.write(tiny / f"{split}.parquet")
     assert doctor(monkeypatch, "--preset", "tiny") == 0
     assert "tiny can run here: 0 ✗" in capsys.readouterr().err
 

@@ -64,9 +64,9 @@ def test_what_is_there_and_what_changed(folder: Path, call: Call) -> None:
     gained, _, lost = out.partition("LOST (answered right less often at step 10)")
     assert "GAINED (answered right more often at step 10)" in gained
     assert [line for line in gained.splitlines() if line.startswith("──")] == [
-        f"── question {n}: step 2 wrong; step 10 right" for n in (0, 1, 2, 4)
+        f"── question {n}: step 2 wrong; step 10 right" for n in (1, 2, 3, 5)
     ]
-    assert "── question 3: step 2 right; step 10 wrong" in lost
+    assert "── question 4: step 2 right; step 10 wrong" in lost
     assert "truth: 6" in lost
 
 
@@ -74,8 +74,8 @@ def test_changed_as_data(folder: Path, call: Call) -> None:
     found = document(call, folder, "--changed", 10, 2, "--limit", 1, "--dataset", "math")
     assert (found["schema_version"], found["view"], found["dataset"]) == (1, "changed", "math")
     assert found["counts"] == {"gained": 1, "lost": 4, "same": 1}
-    assert [q["question"] for q in found["gained"]] == [3]
-    assert [q["question"] for q in found["lost"]] == [0], "one of each kind"
+    assert [q["question"] for q in found["gained"]] == [4]
+    assert [q["question"] for q in found["lost"]] == [1], "one of each kind"
     assert found["steps"][0] == {"step": 2, "accuracy": pytest.approx(1 / 6), "right": 1, "responses": 6, "cut": 0}
 
 
@@ -86,22 +86,22 @@ def test_only_some_are_shown(folder: Path, call: Call) -> None:
 def test_worst(folder: Path, call: Call) -> None:
     out = call("--worst", "--limit", 1)
     assert "Of 6 questions 2 are not always answered right at step 10. The hardest 1:" in out
-    assert "── question 5: step 10 wrong" in out
-    assert "question 3" not in out
+    assert "── question 6: step 10 wrong" in out
+    assert "question 4" not in out
     assert "accuracy" not in out
     found = document(call, "--worst", "--step", 2)
     assert (found["step"], found["wrong"]) == (2, 5)
-    assert [q["question"] for q in found["questions"]] == [5, 0, 1, 2, 4]
+    assert [q["question"] for q in found["questions"]] == [6, 1, 2, 3, 5]
 
 
 def test_question(folder: Path, call: Call) -> None:
-    out = call("--question", 3)
+    out = call("--question", 4)
     assert [line for line in out.splitlines() if line.startswith("step ")] == [
         "step 2: right · answer 6 · 2 tokens",
         "step 10: wrong · answer é · 2 tokens",
     ]
     assert "    I think\\u2028it is 6" in out
-    (only,) = document(call, "--question", 3, "--step", 10)["questions"]
+    (only,) = document(call, "--question", 4, "--step", 10)["questions"]
     assert [r["step"] for r in only["responses"]] == [10]
 
 
@@ -132,7 +132,7 @@ def test_models_without_steps(tmp_path: Path, call: Call) -> None:
         (("--changed", 2, 10, "--step", 2), "--step goes with"),
         (("--changed", 2, 3), "step 3 of a is not in"),
         (("--worst", "--step", 3), "step 3 of a is not in"),
-        (("--question", 6), "no question 6"),
+        (("--question", 7), "no question 7"),
         (("--run", "c"), "no run c"),
         (("--dataset", "c"), "no data set c"),
     ],

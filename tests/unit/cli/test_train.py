@@ -17,6 +17,7 @@ from flashrl_cli.launch import preflight, run, signals
 from flashrl_cli.launch.plan import LaunchPlan, plan_document
 from flashrl_cli.render.live import JsonDisplay, PlainDisplay
 from flashrl_cli.runs import record
+from tests import sample_rows
 from tests.saved_files import saved_step
 
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -59,7 +60,7 @@ def prepared(root: Path) -> None:
     (tiny / "model").mkdir(parents=True)
     (tiny / "model/config.json").write_text('{"vocab_size": 259}')
     for split in ("train", "test"):
-        (tiny / f"{split}.parquet").write_text("")
+        sample_rows.write(tiny / f"{split}.parquet")
 
 
 def tree(root: Path) -> dict[str, tuple[int, int]]:

@@ -16,7 +16,7 @@ import pytest
 
 from flashrl_cli.data import hub
 from flashrl_cli.data.hub import HubSource
-from flashrl_cli.data.rows import BadRows
+from flashrl_cli.data.rows import BadRows, Place
 from flashrl_cli.doctor import stacks
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 
@@ -38,7 +38,7 @@ def test_rows_come_through_load_dataset(gsm8k_folder: Path, tmp_path: Path) -> N
     )
     rows, count, files = json.loads(done.stdout.splitlines()[-1])
     first = {"question": "test 1?", "answer": "Count.\n#### 1,000"}
-    assert rows[0] == [f"{gsm8k_folder}:test:row 1", first]
+    assert rows[0] == [[f"{gsm8k_folder}:test", 1, "row"], first]
     assert (len(rows), count) == (2, 3)
     assert [len(files[split]) for split in ("train", "test")] == [1, 1]
     assert files["test"][0]["path"].endswith("-test.arrow")
@@ -85,7 +85,7 @@ def answer_with(result: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str,
 def test_a_set_of_one_split_takes_the_only_one_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = answer_with({"train": Table([{"n": 1}])}, monkeypatch)
     source = HubSource("a/b", "c", ("test",))
-    assert list(source.rows("test", BadRows())) == [("a/b:test:row 1", {"n": 1})]
+    assert list(source.rows("test", BadRows())) == [(Place("a/b:test", 1, "row"), {"n": 1})]
     assert source.count("test") == 1
     description = source.describe()
     assert description["files"]["test"][0]["path"] == __file__

@@ -129,7 +129,7 @@ def test_what_differs_is_prepared_again(
         ({"question": "q?", "answer": "no mark"}, "'answer' has no final answer after '#### '"),
         ({"question": "q?"}, "no column 'answer' (the row has: question)"),
         ("{oops", "not JSON"),
-        ("[1]", "not a JSON object but list"),
+        ("[1]", "not a JSON object but a list"),
     ],
 )
 def test_bad_rows_of_both_splits_are_told_and_nothing_is_written(

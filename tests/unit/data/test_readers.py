@@ -25,8 +25,8 @@ def write_parquet(path: Path) -> Path:
 
 def read(path: Path) -> tuple[list[tuple[str, Any]], list[tuple[str | None, str]]]:
     bad = BadRows()
-    rows = [(where.removeprefix(f"{path}:"), row) for where, row in readers.read(path, bad)]
-    return rows, [(problem.where, problem.message) for problem in bad.first]
+    rows = [(str(place).removeprefix(f"{path}:"), row) for place, row in readers.read(path, bad)]
+    return rows, [(problem.where, problem.message) for problem in bad.problems()]
 
 
 def test_lines_know_their_number(tmp_path: Path) -> None:
@@ -40,9 +40,10 @@ def test_lines_that_are_no_rows_are_told(tmp_path: Path) -> None:
     path.write_bytes(b'{"n": 1}\n{"n": \n"text"\n\xff\xfe\xfa\n' + b"[" * 100_000 + b'\n{"n": 2}\n')
     rows, bad = read(path)
     assert [row["n"] for _, row in rows] == [1, 2]
-    assert [where for where, _ in bad] == [f"{path}:{n}" for n in (2, 3, 4, 5)]
-    assert bad[0][1].startswith("not JSON: ")
-    assert bad[1][1] == "not a JSON object but str"
+    assert [where for where, _ in bad] == [f"{path}:{n}" for n in (2, 3, 5)]
+    assert bad[0][1].startswith("not JSON; 2 rows: 2 (")
+    assert bad[1][1] == "not a JSON object but text"
+    assert bad[2][1] == "nested too deep to be read"
 
 
 def test_an_array_knows_its_lines(tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_an_array_knows_its_lines(tmp_path: Path) -> None:
     path.write_text('[\n {"n": 1}, {"n":\n 2},\n\n 5, {"n": 3}]\n', encoding="utf-8")
     rows, bad = read(path)
     assert rows == [("2", {"n": 1}), ("2", {"n": 2}), ("5", {"n": 3})]
-    assert bad == [(f"{path}:5", "not a JSON object but int")]
+    assert bad == [(f"{path}:5", "not a JSON object but a whole number")]
 
 
 @pytest.mark.parametrize("text", ['[\n{"n": 1},\n{"n": 2', '[\n{"n": 1},\n', '[\n{"n": 1}\n{"n"}]'])
@@ -97,3 +98,29 @@ def test_rows_are_counted_where_that_is_cheap(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[{}, {}]")
     write_parquet(tmp_path / "a.parquet")
     assert [readers.count(tmp_path / name) for name in ("a.jsonl", "a.json", "a.parquet")] == [2, None, 3]
+
+
+def test_what_follows_an_array_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"n": 1}]\n\n{"n": 2}\n', encoding="utf-8")
+    assert read(path) == ([("1", {"n": 1})], [(f"{path}:3", "text after the end of the array: '{\"n\": 2}'")])
+
+
+def test_a_value_that_python_cannot_hold_is_an_input_error(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"n": pa.array([2**62], pa.timestamp("us"))}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="cannot read"):
+        read(tmp_path / "a.parquet")
+
+
+def test_of_media_only_their_presence_is_read(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images = pa.array([[b"png"], [], None])
+    pq.write_table(pa.table({"prompt": ["a", "b", "c"], "images": images, "other": [1, 2, 3]}), tmp_path / "a.parquet")
+    rows = [row for _, row in readers.read(tmp_path / "a.parquet", BadRows(), ("prompt", "images"))]
+    assert [row["images"] for row in rows] == [True, False, False]
+    assert list(rows[0]) == ["prompt", "images"]

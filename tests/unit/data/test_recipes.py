@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.data.recipes import RECIPES
+from flashrl_cli.data.recipes import RECIPES, dropped
 from flashrl_cli.data.rows import BadRow, Row
 from flashrl_cli.verl import rewards
 
@@ -127,6 +127,78 @@ def test_answers_are_written_as_a_response_would(answer: object, truth: str) -> 
     assert convert("aime-2025", {"problem": "p", "answer": answer})["reward_model"]["ground_truth"] == truth
 
 
+NUMBERS = [
+    ("73", "73"), ("073", "73"), ("000", "0"), ("-0", "0"), ("+5", "5"), ("-5", "-5"), ("1,234", "1234"),
+    ("-1,234,567", "-1234567"), ("12.0", "12"), ("12.", "12"), ("0.50", "0.5"), (".5", "0.5"), (" 7 ", "7"),
+]  # fmt: skip
+ODD = ["$5", "$1,234", "5%", "5 %", "5€", "1e3", "1E-3", "1_234", "½", "１２", "3½", "٣", "²"]
+NO_NUMBERS = ["12abc", "abc 12", "1,23", "1.2.3", "--5", "1 234", "5 dollars", "12\n13", "x", "\ud800", "1/2"]
+
+
+@pytest.mark.parametrize(("written", "truth"), NUMBERS)
+def test_numbers_are_written_in_the_one_form_that_a_response_has(written: str, truth: str) -> None:
+    """Also those of rows that are taken as they are, and what the scorer compares is that form, letter by letter."""
+    adopted = DAPO_ROW | {"reward_model": {"style": "rule", "ground_truth": written}}
+    taken = [
+        convert("gsm8k", {"question": "q", "answer": f"So.\n#### {written}"}),
+        convert("aime-2024", {"problem": "p", "answer": written}),
+        convert("dapo-math-17k", adopted),
+        convert("dapo-math-17k", adopted | {"data_source": "openai/gsm8k"}),
+    ]
+    assert [row["reward_model"]["ground_truth"] for row in taken] == [truth] * 4
+
+
+@pytest.mark.parametrize("written", ODD)
+def test_numbers_in_a_form_that_no_response_has_are_refused(written: str) -> None:
+    adopted = DAPO_ROW | {"reward_model": {"style": "rule", "ground_truth": written}}
+    for name, raw in (
+        ("gsm8k", {"question": "q", "answer": f"#### {written}"}),
+        ("aime-2024", {"problem": "p", "answer": written}),
+        ("math-500", {"problem": "p", "answer": written}),
+        ("math", {"problem": "p", "solution": rf"\boxed{{{written}}}"}),
+        ("dapo-math-17k", adopted),
+    ):
+        with pytest.raises(BadRow, match=r"not a number|no response has") as caught:
+            convert(name, raw)
+        assert caught.value.fault.value == repr(written)
+        assert caught.value.fault.fix
+
+
+@pytest.mark.parametrize("written", NO_NUMBERS)
+def test_a_final_answer_of_gsm8k_is_a_number_to_its_end(written: str) -> None:
+    with pytest.raises(BadRow, match="the final answer is not a number"):
+        convert("gsm8k", {"question": "q", "answer": f"1 + 1 = 2\n#### {written}"})
+
+
+@pytest.mark.parametrize(
+    "truth", [r"\frac{1}{2}", r"5\%", r"\$5", "2041_5", "x^2", "(1, 2)", r"1{,}234", "10,000", "90^\\circ", "0.50"]
+)
+def test_formulas_of_math_are_taken_as_they_are(truth: str) -> None:
+    assert convert("math-500", {"problem": "p", "answer": truth})["reward_model"]["ground_truth"] == truth
+    solved = {"problem": "p", "solution": rf"So $\boxed{{{truth}}}$."}
+    assert convert("math", solved)["reward_model"]["ground_truth"] == truth
+
+
+def test_the_last_of_several_final_answers_counts() -> None:
+    row = convert("gsm8k", {"question": "q", "answer": "#### 1, no:\n#### 2"})
+    assert row["reward_model"]["ground_truth"] == "2"
+
+
+def test_what_is_not_taken_of_a_row_is_named() -> None:
+    turn = {"role": "user", "content": "?", "name": "me", "tool_calls": None}
+    raw = DAPO_ROW | {"prompt": [turn], "images": [b"png"], "videos": [], "id": 3, "extra_info": {"a": {}, "b": [{}]}}
+    raw["reward_model"] = {"style": "rule", "ground_truth": "1", "solution": "s"}
+    recipe = RECIPES["dapo-math-17k"]
+    assert list(dropped(raw, recipe.columns)) == [
+        "images", "id", "prompt.name", "reward_model.solution", "empty objects in extra_info"
+    ]  # fmt: skip
+    assert recipe.convert(raw, "train", 0)["extra_info"] == {"index": 0, "a": None, "b": [None], "split": "train"}
+    assert list(dropped({"problem": "p", "solution": "s", "level": 3, "type": ""}, RECIPES["math"].columns)) == [
+        "level"
+    ]
+    assert list(dropped(DAPO_ROW, recipe.columns)) == []
+
+
 @pytest.mark.parametrize(
     ("name", "raw", "message"),
     [
@@ -135,20 +207,20 @@ def test_answers_are_written_as_a_response_would(answer: object, truth: str) -> 
         ("math", {"problem": "p", "solution": "42"}, "no answer in"),
         ("math", {"problem": "p", "solution": "\\boxed{}"}, "no answer in"),
         ("math-500", {"problem": "p", "answer": ""}, "'answer' is empty"),
-        ("aime-2025", {"problem": "p", "answer": True}, "'answer' is bool"),
-        ("aime-2025", {"problem": "p", "answer": 0.5}, "'answer' is float"),
-        ("aime-2025", {"problem": "p", "answer": float("nan")}, "'answer' is float"),
+        ("aime-2025", {"problem": "p", "answer": True}, "'answer' is true or false"),
+        ("aime-2025", {"problem": "p", "answer": 0.5}, "'answer' is a number"),
+        ("aime-2025", {"problem": "p", "answer": float("nan")}, "'answer' is a number"),
         ("aime-2024", {"Problem": "p"}, "no column 'answer'"),
         ("dapo-math-17k", DAPO_ROW | {"reward_model": None}, "not an object"),
         ("dapo-math-17k", DAPO_ROW | {"extra_info": "x"}, "not an object"),
         (
             "dapo-math-17k",
             DAPO_ROW | {"reward_model": {"style": "rule", "ground_truth": ""}},
-            "'ground_truth' is empty",
+            "ground_truth is empty",
         ),
         ("dapo-math-17k", DAPO_ROW | {"prompt": "Find x."}, "not a list of messages"),
-        ("dapo-math-17k", DAPO_ROW | {"prompt": []}, "not a list of messages"),
-        ("dapo-math-17k", DAPO_ROW | {"prompt": [{"role": "user"}]}, "no column 'content'"),
+        ("dapo-math-17k", DAPO_ROW | {"prompt": []}, "no messages"),
+        ("dapo-math-17k", DAPO_ROW | {"prompt": [{"role": "user"}]}, "content of the user message is missing"),
     ],
 )
 def test_rows_without_what_training_needs_are_refused(name: str, raw: dict[str, Any], message: str) -> None:

@@ -1,11 +1,31 @@
-"""Texts out of raw rows, and the account of those that cannot be used."""
+"""Texts out of raw rows, the judge of rows in verl's schema, and the account of those that cannot be used."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from flashrl_cli.data.rows import BadRow, BadRows, text
+from flashrl_cli.data.rows import BadRow, BadRows, Fault, Needs, Place, Scoring, judge, text
 from flashrl_cli.errors import InputError
+from tests.sample_rows import row, truth
+
+
+def found(*rows: dict[str, Any], needs: Needs | None = None) -> list[tuple[str | None, str]]:
+    """Where and what is wrong with rows that are numbered from 1."""
+    bad = BadRows()
+    located = ((Place("a.parquet", number, "row"), one) for number, one in enumerate(rows, start=1))
+    judge(located, needs or Needs(), bad)
+    assert all(problem.hint for problem in bad.problems() if "number" not in problem.message), "every fault has a fix"
+    return [(problem.where, problem.message) for problem in bad.problems()]
+
+
+def prompt(*turns: Any) -> dict[str, Any]:
+    return {"prompt": list(turns)}
+
+
+def user(content: Any = "?", **keys: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content, **keys}
 
 
 def test_the_first_column_that_is_there_is_taken() -> None:
@@ -16,9 +36,10 @@ def test_the_first_column_that_is_there_is_taken() -> None:
     ("raw", "message"),
     [
         ({"q": "x"}, r"no column 'question' \(the row has: q\)"),
+        ({"\ud800": "x"}, r"\(the row has: '\\ud800'\)"),
         ({}, "the row has: nothing"),
-        ({"question": None}, "'question' is NoneType, not text"),
-        ({"question": 3}, "'question' is int, not text"),
+        ({"question": None}, "'question' is null, not text"),
+        ({"question": 3}, "'question' is a whole number, not text"),
         ({"question": " \n"}, "'question' is empty"),
     ],
 )
@@ -27,21 +48,164 @@ def test_what_is_no_text_is_named(raw: dict[str, object], message: str) -> None:
         text(raw, "question")
 
 
+@pytest.mark.parametrize(
+    "good",
+    [
+        row(),
+        {key: value for key, value in row().items() if key in {"data_source", "prompt", "reward_model"}},
+        row(extra_info=None),
+        row(**prompt({"role": "system", "content": ""}, user())),  # turns off a template's own system message
+        row(**prompt(user("1?"), {"role": "assistant", "content": "1"}, user("2?"))),
+        row(
+            **prompt(
+                user(), {"role": "assistant", "content": None, "tool_calls": [{}]}, {"role": "tool", "content": ""}
+            )
+        ),
+        row(**prompt(user(name=None))),
+        row(**truth("-5")),
+        row(**truth("0.25")),
+        row(**truth(r"\frac{1}{2}", "HuggingFaceH4/MATH-500")),
+        row(**truth("34", "aime_2031")),
+        row(**truth({"target": ["Paris", "the city of Paris"]}, "searchR1_nq")),
+        row(**truth('{"inputs": ["1"], "outputs": ["2"]}', "apps")),
+    ],
+)
+def test_rows_that_can_be_paid_for(good: dict[str, Any]) -> None:
+    assert found(good) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (2, "is a whole number, not text"),
+        (2.0, "is a number, not text"),
+        (float("nan"), "is a number, not text"),
+        (True, "is true or false, not text"),
+        (["2"], "is a list, not text"),
+        ({"answer": "2"}, "is an object, not text"),
+        (None, "is null, not text"),
+        ("", "is empty"),
+        (" \n", "is empty"),
+        (..., "reward_model has no ground_truth"),
+        ("2 ", "is not paid in full"),
+        ("1,080", "is not paid in full"),
+        ("$5", "is not paid in full"),
+        ("#### 2", "is not paid in full"),
+        ("x" * 301, "is longer than the 300 characters"),
+        ("\ud800", "is not paid in full"),
+    ],
+)
+def test_truths_that_no_answer_can_be_paid_for(value: Any, message: str) -> None:
+    [(where, what)] = found(row(), row(**truth(value)))
+    assert where == "a.parquet:row 2"
+    assert message in what
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (truth("}", "lighteval/MATH"), "is not paid in full"),
+        (truth(r"\boxed{5}", "lighteval/MATH"), "is not paid in full"),
+        (truth(5, "lighteval/MATH"), "is a whole number, not text"),
+        (truth("5" * 300, "math_dapo"), "is longer than the 300 characters"),
+        (truth("x\ny", "math_dapo"), "is not paid in full"),
+        (truth("Paris", "searchR1_nq"), "holds no golden answers"),
+        (truth({"target": []}, "searchR1_nq"), "holds no golden answers"),
+        (truth({"target": [3]}, "searchR1_nq"), "holds no golden answers"),
+        (truth("print(1)", "apps"), "holds no test cases"),
+        (truth('{"inputs": ["1"], "outputs": []}', "apps"), "holds no test cases"),
+        (truth("2", "my/own"), "verl has no scorer for data_source 'my/own'"),
+        ({"data_source": None}, "data_source is null"),
+        ({"data_source": " "}, "data_source is empty"),
+        ({"data_source": 3}, "data_source is a whole number"),
+        ({"reward_model": None}, "reward_model is null"),
+        ({"reward_model": "2"}, "reward_model is text"),
+        ({"extra_info": "x"}, "extra_info is text, not an object"),
+        ({"prompt": "2 + 2?"}, "prompt is text, not a list of messages"),
+        ({"prompt": None}, "prompt is null"),
+        (prompt(), "prompt has no messages"),
+        (prompt("2 + 2?"), "a message of prompt is text, not an object"),
+        (prompt(None), "a message of prompt is null"),
+        (prompt(""), "a message of prompt is text"),
+        (prompt({"from": "human", "value": "?"}), "ShareGPT"),
+        (prompt({"from": "human", "value": "?", "role": None, "content": None}), "ShareGPT"),
+        (prompt({"content": "?"}), "has no role"),
+        (prompt({"role": "human", "content": "?"}), "has the role 'human'"),
+        (prompt({"role": "User", "content": "?"}), "has the role 'User'"),
+        (prompt({"role": ["user"], "content": "?"}), "has the role ['user']"),
+        (prompt({"role": "user"}), "the content of the user message is missing"),
+        (prompt(user(None)), "the content of the user message is null"),
+        (prompt(user(3)), "the content of the user message is a whole number"),
+        (prompt(user([{"type": "text", "text": "?"}])), "the content of the user message is a list of parts"),
+        (prompt(user(" \n")), "the content of the user message is empty"),
+        (prompt({"role": "assistant", "content": None}, user()), "the content of the assistant message is null"),
+        (prompt(user(), {"role": "assistant", "content": "4"}), "the last message of prompt is of role assistant"),
+        (prompt({"role": "system", "content": "Add."}), "the last message of prompt is of role system"),
+    ],
+)
+def test_rows_that_teach_nothing_or_end_a_run(columns: dict[str, Any], message: str) -> None:
+    [(where, what)] = found(row(), row(), row(**columns))
+    assert where == "a.parquet:row 3"
+    assert message in what
+
+
+@pytest.mark.parametrize("column", ["data_source", "prompt", "reward_model"])
+def test_a_column_that_is_missing(column: str) -> None:
+    [(_, what)] = found({key: value for key, value in row().items() if key != column})
+    assert what == f"no column {column}"
+
+
+def test_a_reward_of_ones_own_takes_any_source_and_truth() -> None:
+    needs = Needs(scoring=Scoring.OWN)
+    assert found(row(**truth(["2"], "my/own")), row(**truth(None)), needs=needs) == []
+    [(_, what)] = found(row(**truth(...)), needs=needs)
+    assert what == "reward_model has no ground_truth"
+
+
+def test_without_scoring_the_prompt_alone_counts() -> None:
+    needs = Needs(scoring=Scoring.NONE, text_only=True)
+    assert found(prompt(user()), needs=needs) == []
+    [(_, what)] = found(prompt(user()) | {"images": [b"png"]}, needs=needs)
+    assert what == "images are not shown to the model here"
+
+
+def test_another_column_of_prompts() -> None:
+    one = {**row(), "question": [user()]}
+    del one["prompt"]
+    assert found(one, needs=Needs(prompt="question")) == []
+
+
 def test_no_bad_row_is_no_error() -> None:
     BadRows().check("gsm8k")
 
 
-def test_all_bad_rows_are_counted_and_the_first_five_listed() -> None:
+def test_all_bad_rows_are_counted_and_the_first_five_of_each_kind_listed() -> None:
     bad = BadRows()
     for number in range(1, 1235):
-        bad.add(f"train.jsonl:{number}", "not JSON")
-    with pytest.raises(InputError, match=r"gsm8k: 1,234 rows cannot be used .*nothing was written") as caught:
-        bad.check("gsm8k")
-    assert [problem.where for problem in caught.value.problems] == [f"train.jsonl:{n}" for n in range(1, 6)]
+        bad.add(Place("train.jsonl", number), Fault("not JSON", "mend it", f"v{number}"))
+        if number in {2, 3}:
+            bad.add(Place("train.jsonl", number), Fault("no prompt"))
+    bad.add(Place("test.parquet", 7, "row"), Fault("not JSON", "mend it"))
+    with pytest.raises(InputError, match=r"^gsm8k: 1,235 rows cannot be used; nothing was written$") as caught:
+        bad.check("gsm8k", "; nothing was written")
+    assert [(problem.where, problem.message, problem.hint) for problem in caught.value.problems] == [
+        ("train.jsonl:1", "not JSON; 1,234 rows: 1 (v1), 2 (v2), 3 (v3), 4 (v4), 5 (v5), …", "mend it"),
+        ("train.jsonl:2", "no prompt; 2 rows: 2, 3", None),
+        ("test.parquet:row 7", "not JSON", "mend it"),
+    ]
 
 
 def test_one_bad_row_reads_well() -> None:
     bad = BadRows()
-    bad.add("train.jsonl:7", "not JSON")
-    with pytest.raises(InputError, match="gsm8k: 1 row cannot be used; nothing was written"):
+    bad.add(Place("train.jsonl", 7), Fault("not JSON", value="Extra data"))
+    with pytest.raises(InputError, match=r"^gsm8k: 1 row cannot be used$") as caught:
         bad.check("gsm8k")
+    assert caught.value.problems[0].message == "not JSON: Extra data"
+
+
+def test_many_kinds_are_cut_and_counted() -> None:
+    bad = BadRows()
+    for number in range(1, 31):
+        bad.add(Place("a", number), Fault(f"kind {number}"))
+    assert len(bad.problems()) == 13
+    assert bad.problems()[-1].message == "and 18 more kinds of faults"

@@ -67,14 +67,14 @@ def test_a_file_without_rows(tmp_path: Path) -> None:
 
 def test_the_worst_are_those_that_fewest_responses_get_right_there_and_then_anywhere(tmp_path: Path) -> None:
     view = seen(tmp_path, s1="+- -- ++ -- --", s2="-- -- ++ +- --", s3="-- -- ++ +- +-")
-    assert examples.worst(view, 3) == [1, 0, 4, 3]
-    assert examples.worst(view, 1) == [1, 4, 3, 0]
+    assert examples.worst(view, 3) == [2, 1, 5, 4]
+    assert examples.worst(view, 1) == [2, 5, 4, 1]
 
 
 def test_changed(tmp_path: Path) -> None:
     view = seen(tmp_path, s1="- - - - + + -", s2="+ + + + - + -")
     what = examples.changed(view, 1, 2)
-    assert (what.gained, what.lost, what.same) == ((0, 1, 2, 3), (4,), 2)
+    assert (what.gained, what.lost, what.same) == ((1, 2, 3, 4), (5,), 2)
     assert what.p == mcnemar(4, 1)
     back = examples.changed(view, 2, 1)
     assert (back.gained, back.lost, back.p) == (what.lost, what.gained, what.p)
@@ -83,7 +83,7 @@ def test_changed(tmp_path: Path) -> None:
 def test_the_largest_changes_come_first(tmp_path: Path) -> None:
     view = seen(tmp_path, s1="-- -- ++ ++", s2="+- ++ +- --")
     what = examples.changed(view, 1, 2)
-    assert (what.gained, what.lost) == ((1, 0), (3, 2))
+    assert (what.gained, what.lost) == ((2, 1), (4, 3))
 
 
 def test_other_questions_are_refused(tmp_path: Path) -> None:
@@ -95,23 +95,23 @@ def test_other_questions_are_refused(tmp_path: Path) -> None:
 def test_questions_show_what_tells_most(tmp_path: Path) -> None:
     """A right response where there are more of them, a wrong one where there are fewer."""
     view = seen(tmp_path, s1="+-- +++", s2="-++ ++-")
-    (first,) = examples.questions(view, [0], [1, 2], telling=True)
+    (first,) = examples.questions(view, [1], [1, 2], telling=True)
     assert first["prompt"] == "gsm8k: 0 + 0?"
     assert first["ground_truth"] == "0"
     assert first["right"] == [{"step": 1, "right": 1, "of": 3}, {"step": 2, "right": 2, "of": 3}]
     assert [(r["step"], r["sample"], r["correct"]) for r in first["responses"]] == [(1, 1, False), (2, 1, True)]
-    (second,) = examples.questions(view, [1], [2], telling=True)
+    (second,) = examples.questions(view, [2], [2], telling=True)
     assert [(r["sample"], r["correct"]) for r in second["responses"]] == [(2, False)], "of one step a wrong one"
-    (whole,) = examples.questions(view, [1], [1, 2], telling=False)
+    (whole,) = examples.questions(view, [2], [1, 2], telling=False)
     assert [(r["step"], r["sample"]) for r in whole["responses"]] == [(s, n) for s in (1, 2) for n in range(3)]
-    assert [q["question"] for q in examples.questions(view, [1, 0], [1], telling=True)] == [1, 0]
+    assert [q["question"] for q in examples.questions(view, [2, 1], [1], telling=True)] == [2, 1]
     assert examples.questions(view, [], [1], telling=True) == []
 
 
 def test_a_question_that_was_not_asked(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no question 9") as caught:
         examples.questions(seen(tmp_path, s1="+ -"), [9], [1], telling=False)
-    assert caught.value.hint == "from 0 to 1"
+    assert caught.value.hint == "from 1 to 2"
 
 
 def test_places(tmp_path: Path) -> None:

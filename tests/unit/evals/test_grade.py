@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashrl_cli.errors import InputError
 from flashrl_cli.evals import grade
 from flashrl_cli.evals.grade import Reading, Verdict
 from flashrl_cli.evals.questions import Question
@@ -188,9 +187,3 @@ def test_a_number_is_right_exactly_when_it_is_the_truth(truth: int, said: int) -
         assert (found.flexible, found.boxed) == (said == truth, said == truth)
         again = grade.read(question(GSM8K, str(said)), rf"Let us see: {truth} = {truth}. So \boxed{{{written}}}.")
         assert (again.flexible, again.boxed) == (True, True)
-
-
-def test_an_unknown_source_is_refused() -> None:
-    grade.check_sources([question(GSM8K), question("aime_2031")])
-    with pytest.raises(InputError, match="no scorer for data_source 's'"):
-        grade.check_sources([question(GSM8K), question("s"), question("s")])

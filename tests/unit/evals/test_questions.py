@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from flashrl_cli import paths
+from flashrl_cli.data.rows import Scoring
 from flashrl_cli.errors import InputError
 from flashrl_cli.evals import questions
+from tests import sample_rows
 
 ROW = {
     "data_source": "openai/gsm8k",
@@ -58,14 +60,14 @@ def test_missing_columns_are_named(tmp_path: Path) -> None:
 def test_every_bad_row_is_named(tmp_path: Path) -> None:
     rows = [ROW, {**ROW, "prompt": []}, {**ROW, "reward_model": {"style": "rule", "ground_truth": None}}]
     file = write(tmp_path / "test.parquet", rows)
-    with pytest.raises(InputError, match=r"2 of 3 rows of .*test\.parquet") as caught:
+    with pytest.raises(InputError, match=r"test\.parquet: 2 rows cannot be used") as caught:
         questions.read(file, None)
-    assert [p.where for p in caught.value.problems] == [f"{file}:row 1", f"{file}:row 2"]
+    assert [p.where for p in caught.value.problems] == [f"{file}:row 2", f"{file}:row 3"]
 
 
 def test_no_parquet_and_no_rows(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("no")
-    with pytest.raises(InputError, match="no parquet file"):
+    with pytest.raises(InputError, match="cannot read"):
         questions.read(tmp_path / "x.parquet", None)
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -116,3 +118,19 @@ def test_no_record_or_different_ones_need_a_choice() -> None:
         with pytest.raises(InputError, match="no run record") as caught:
             questions.choose(None, unknown, None)
         assert "--dataset" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl", "json"])
+def test_rows_that_would_evaluate_to_zero_are_refused(form: str, tmp_path: Path) -> None:
+    """By evaluation; a benchmark, which scores nothing, needs their prompts alone."""
+    good = sample_rows.write(tmp_path / f"good.{form}")
+    assert [one.ground_truth for one in questions.read(good, None)] == ["2", "4", "6", "8"]
+    file = sample_rows.write(tmp_path / f"bad.{form}", [sample_rows.row(**sample_rows.truth(2))] * 3)
+    with pytest.raises(InputError, match="3 rows cannot be used") as caught:
+        questions.read(file, 1)
+    assert "is a whole number, not text; 3 rows: " in caught.value.problems[0].message
+    assert len(questions.read(file, None, scoring=Scoring.NONE)) == 3
+    chat = [{"from": "human", "value": "?"}]
+    with pytest.raises(InputError) as caught:
+        questions.read(sample_rows.write(tmp_path / f"chat.{form}", [{"prompt": chat}]), None, scoring=Scoring.NONE)
+    assert "ShareGPT" in caught.value.problems[0].message

@@ -155,10 +155,10 @@ def test_responses_are_kept_under_the_run_and_step_that_they_are_shown_as(tmp_pa
     made.write(tmp_path)
     rows = responses.read(tmp_path / responses.FILE)
     assert [(r["run"], r["step"], r["question"], r["correct"]) for r in rows] == [
-        ("a", 0, 0, False), ("a", 0, 1, False), ("a", 2, 0, True), ("a", 2, 1, False),
+        ("a", 0, 1, False), ("a", 0, 2, False), ("a", 2, 1, True), ("a", 2, 2, False),
     ]  # fmt: skip
     assert rows[2] == {
-        "run": "a", "step": 2, "dataset": "gsm8k", "question": 0, "sample": 0, "prompt": "gsm8k: 0 + 0?",
+        "run": "a", "step": 2, "dataset": "gsm8k", "question": 1, "sample": 0, "prompt": "gsm8k: 0 + 0?",
         "ground_truth": "0", "response": "I think\u2028it is 0", "prediction": "0", "score": 1.0, "correct": True,
         "flexible": None, "boxed": None, "tokens": 2, "cut": False, "problem": None,
     }  # fmt: skip

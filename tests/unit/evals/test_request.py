@@ -16,7 +16,11 @@ def data(tmp_path: Path) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    row = {"data_source": "s", "prompt": [{"role": "user", "content": "?"}], "reward_model": {"ground_truth": "2"}}
+    row = {
+        "data_source": "openai/gsm8k",
+        "prompt": [{"role": "user", "content": "?"}],
+        "reward_model": {"ground_truth": "2"},
+    }
     pq.write_table(pa.Table.from_pylist([row] * 3), tmp_path / "test.parquet")
     return tmp_path / "test.parquet"
 

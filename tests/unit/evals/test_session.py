@@ -12,9 +12,8 @@ from typing import Any, Self
 
 import pytest
 
-from flashrl_cli.errors import InputError, NothingMatched
+from flashrl_cli.errors import NothingMatched
 from flashrl_cli.evals import child, session
-from flashrl_cli.evals.questions import Question
 from flashrl_cli.evals.report import Report
 from flashrl_cli.evals.request import Request
 from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
@@ -120,17 +119,6 @@ def test_what_is_torn_is_told_and_the_rest_goes_on(tmp_path: Path, engines: Engi
     assert [row.step for row in finished.report.rows] == [2]
     with pytest.raises(NothingMatched, match=r"model\.safetensors"):
         session.evaluate(request(tmp_path, torn), Told().telling)
-
-
-def test_what_cannot_be_graded_is_refused_before_anything_starts(tmp_path: Path, engines: Engines) -> None:
-    unknown = dataclasses.replace(
-        data(), questions=(Question([{"role": "user", "content": "?"}], "my/own", "1", None),)
-    )
-    asked = dataclasses.replace(request(tmp_path, checkpoint(tmp_path, 1)), data=(unknown,))
-    with pytest.raises(InputError, match="no scorer for data_source 'my/own'"):
-        session.evaluate(asked, Told().telling)
-    assert not engines.jobs
-    assert not asked.folder.exists()
 
 
 def test_another_evaluation_has_a_log_of_its_own(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from flashrl_cli.doctor import ray_state, software
 from flashrl_cli.errors import EnvironmentNotReady, Problem
 from flashrl_cli.launch import preflight
 from flashrl_cli.launch.plan import LaunchPlan, build_plan
+from tests import sample_rows
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,10 @@ def plan(data: Path, preset: str = "tiny", **options: Any) -> LaunchPlan:
 def prepare(data: Path, *files: str) -> None:
     for file in files:
         (data / file).parent.mkdir(parents=True, exist_ok=True)
-        (data / file).write_text("")
+        if file.endswith(".parquet"):
+            sample_rows.write(data / file)
+        else:
+            (data / file).write_text("")
 
 
 def problems(data: Path, preset: str = "tiny", **options: Any) -> tuple[Problem, ...]:
