@@ -145,7 +145,7 @@ def _merge(output: Output, patterns: list[str], target: Path) -> None:
     for one in found.skipped:
         output.warn(f"skipped {one.path}: {one.reason}")
     with output.progress(f"merging {len(found.checkpoints)} checkpoints", len(found.checkpoints)) as advance:
-        folders = merged(found.checkpoints, paths.absolute(target), advance)
+        folders = merged(found.checkpoints, paths.absolute(target), advance, output.warn)
     if output.json_mode:
         output.document({"schema_version": 1, "merged": [str(folder) for folder in folders]})
         return

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli import paths
 from flashrl_cli.doctor.system import existing
 from flashrl_cli.errors import EnvironmentNotReady, InputError
+from flashrl_cli.evals import merge
 from flashrl_cli.quantize import layers, scheme
 from flashrl_cli.quantize.tensors import Tensor, described
 from flashrl_cli.runs.checkpoints import Checkpoint, hf_folder
 from flashrl_cli.verl import checkpoints as layout
-from flashrl_cli.weights import Unreadable, read_json
+from flashrl_cli.weights import Unreadable, companions, read_json
 from flashrl_cli.weights.profile import Profile
 
 if TYPE_CHECKING:
@@ -45,9 +46,12 @@ class Request:
     choice: layers.Choice
     profile: Profile | None
     target: Path
+    left: tuple[str, ...]
 
     def warnings(self) -> Iterator[str]:
-        """What a person should know before: layers that stay, and layers that run more slowly than others."""
+        """What a person should know before: layers that stay, layers that run more slowly than others, files that are not copied."""
+        if self.left:
+            yield merge.left_behind(self.checkpoint.hf, self.left)
         if self.choice.experts:
             size = sum(self.tensors[name].bytes for name in self.tensors if layers.is_expert(name))
             whole = sum(tensor.bytes for tensor in self.tensors.values())
@@ -68,10 +72,12 @@ def plan(model: str, out: Path | None, scheme_name: str, ignore: Sequence[str], 
         config = read_json(checkpoint.hf / "config.json")
         _refuse_kind(checkpoint, config)
         tensors = described(checkpoint.weights)
+        _refuse_tensors(tensors)
+        checkpoint.weights.accounted()
         smoothing = Profile.read(profile) if profile else None
+        left = () if checkpoint.shards else companions(checkpoint.hf).left
     except Unreadable as error:
         raise InputError(str(error), hint="copy or save it again") from None
-    _refuse_tensors(tensors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if smoothing and (why := smoothing.suits(config) or smoothing.fits(shapes)):
         hint = f"flashrl quantize {model} --calibrate PARQUET"
@@ -89,6 +95,7 @@ def plan(model: str, out: Path | None, scheme_name: str, ignore: Sequence[str], 
         choice=layers.choose(shapes, ignore),
         profile=smoothing,
         target=target,
+        left=left,
     )
 
 
