@@ -98,6 +98,7 @@ def _evaluate(output: Output, lookup: Callable[[], Request], patterns: list[str]
         with _telling(output, label, request.prompts) as telling:
             finished = session.evaluate(request, telling)
     _show(output, finished, watch=watch, png=png)
+    finished.report.require_all()
 
 
 @contextlib.contextmanager

@@ -138,7 +138,7 @@ def _copy_weights(hf: Path, folder: Path) -> None:
     for file in model_files(hf):
         bad |= dict.fromkeys(copied(file, folder / file.name), file)
     if bad:
-        raise not_finite(hf, list(bad), bad)
+        raise not_finite(list(bad), bad)
     if (hf / INDEX).is_file():
         (folder / INDEX).write_bytes(read_bytes(hf / INDEX))
 

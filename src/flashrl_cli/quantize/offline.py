@@ -129,7 +129,7 @@ def _write(wanted: Request, shards: Shards, folder: Path, advance: Advance) -> R
             with ShardFile(folder / name, entries) as out:
                 layers += _Workers(pool, out, wanted, advance, bad).move(moves)
     if bad:
-        raise not_finite(wanted.checkpoint.hf, sorted(bad), bad)
+        raise not_finite(sorted(bad), bad)
     if set(shards) != {"model.safetensors"}:
         _write_index(folder, shards)
     Weights(hf=folder).check()

@@ -27,6 +27,7 @@ _TRANSPOSED = frozenset({"gpt2", "openai-gpt"})
 """Families whose linear weights lie as [K, N] (transformers' Conv1D), which vLLM turns as it loads them."""
 _SENSES = ("vision_config", "audio_config")
 _PACKED = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv")
+_IN_8_BITS = ("F8", "I8", "U8")
 _STATE = ".A_log"
 """A tensor that every Mamba layer has, some of whose linear modules vLLM makes without quantization."""
 ELSEWHERE = "--profile FILE elsewhere, or remove it"
@@ -77,7 +78,7 @@ def plan(model: str, out: Path | None, scheme_name: str, ignore: Sequence[str], 
         smoothing = Profile.read(profile) if profile else None
         left = () if checkpoint.shards else companions(checkpoint.hf).left
     except Unreadable as error:
-        raise InputError(str(error), hint="copy or save it again") from None
+        raise InputError(f"{model} cannot be quantized: {error}", hint="copy or save it again") from None
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if smoothing and (why := smoothing.suits(config) or smoothing.fits(shapes)):
         hint = f"flashrl quantize {model} --calibrate PARQUET"
@@ -157,9 +158,7 @@ def _refuse_tensors(tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if name.endswith(_STATE):
             raise InputError(f"state-space layers are not covered: {name}", hint="take a transformer")
-        if name.rpartition(".")[2] in _PACKED or (
-            name.endswith(".weight") and tensor.dtype.startswith(("F8", "I", "U"))
-        ):
+        if name.rpartition(".")[2] in _PACKED or (name.endswith(".weight") and tensor.dtype.startswith(_IN_8_BITS)):
             what = f"the weights are quantized already: {name} ({tensor.dtype})"
             raise InputError(what, hint="quantize the model in 16 bits that it was made of")
 

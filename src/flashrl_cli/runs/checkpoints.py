@@ -52,10 +52,11 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """Something that a pattern named and that cannot be evaluated, and why."""
+    """Something that a pattern named and that cannot be evaluated, and why; `refused` if it is a checkpoint whose weights are wrong."""
 
     path: Path
     reason: str
+    refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)

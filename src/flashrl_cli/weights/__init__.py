@@ -99,7 +99,7 @@ class Weights:
             tensor = source.pop(name).read()
             if not is_finite(tensor):
                 more = [other for other in sorted(source) if not is_finite(source.pop(other).read())]
-                raise not_finite(self.hf, [name, *more], files)
+                raise not_finite([name, *more], files)
             yield name, tensor
 
     def accounted(self) -> Source:
@@ -108,9 +108,7 @@ class Weights:
         It costs a look at the files' tables of contents, and for an architecture that was never seen the import of Transformers. Values
         are not read, but for those of an lm_head that config.json ties to the embedding: the two must be the same.
         """
-        plain = None if self.shards and not self.base else self.base or self.hf
-        if plain and (problems := index_problems(plain)):
-            raise Unreadable(f"{plain}: {'; '.join(problems)}")
+        self._check_index()
         source = self.source()
         account(self.hf, source, expected(self.hf))
         return source
@@ -133,8 +131,13 @@ class Weights:
         for shard in self.shards:
             if problem := torn(shard):
                 raise Unreadable(f"{shard} is torn: {problem}")
+        self._check_index()
         for file in self._safetensors():
             table(file)
+
+    def _check_index(self) -> None:
+        if (self.base or not self.shards) and (problems := index_problems(self.base or self.hf)):
+            raise Unreadable("; ".join(problems))
 
     def fingerprint(self) -> str:
         """Hex digest that changes with any tensor, the config or the tokenizer, and not with a copy or a date; in milliseconds.
@@ -179,7 +182,7 @@ class Weights:
         embedding = next(name for name in source if name.endswith(_EMBEDDING))
         if not equal(source[HEAD], source[embedding]):
             raise Unreadable(
-                f"{self.hf}: {HEAD} differs from {embedding}, and config.json ties them (tie_word_embeddings): set that to false "
+                f"{HEAD} differs from {embedding}, and config.json ties them (tie_word_embeddings): set that to false "
                 f"if the head was trained by itself, or remove {HEAD}"
             )
         return HEAD

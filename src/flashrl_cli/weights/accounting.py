@@ -41,7 +41,7 @@ def account(hf: Path, found: Found, expected: Expected | None) -> None:
         *(_compared(hf, found, expected) if expected else ()),
     ]
     if problems:
-        raise Unreadable(f"{hf}: {'; '.join(problems)}")
+        raise Unreadable("; ".join(problems))
 
 
 def index_problems(hf: Path) -> list[str]:
@@ -49,7 +49,7 @@ def index_problems(hf: Path) -> list[str]:
     if not (hf / INDEX).is_file():
         return []
     try:
-        named: dict[str, str] = dict(read_json(hf / INDEX)["weight_map"])
+        named: dict[str, str] = {**read_json(hf / INDEX)["weight_map"]}
         files = sorted(set(named.values()))
         missing = [file for file in files if is_missing(hf / file)]
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -120,10 +120,10 @@ def _elsewhere(hf: Path, missing: Sequence[str]) -> str:
     return ""
 
 
-def not_finite(hf: Path, names: Sequence[str], files: Mapping[str, Path | None]) -> Unreadable:
+def not_finite(names: Sequence[str], files: Mapping[str, Path | None]) -> Unreadable:
     """The error for tensors that hold NaN or infinite values."""
     placed = [_named(name, files.get(name)) for name in names[:_LISTED]]
-    return Unreadable(f"{hf}: {_count(names)} with NaN or infinite values: {', '.join(placed)}{_more(names)}")
+    return Unreadable(f"{_count(names)} with NaN or infinite values: {', '.join(placed)}{_more(names)}")
 
 
 def some(names: Sequence[str]) -> str:

@@ -141,18 +141,19 @@ def _local(part: Any) -> Any:
 
 def equal(one: Stored, other: Stored) -> bool:
     """Whether two tensors that were not read yet have the same values. Raises ValueError for tensors that are made while they are read."""
-    import torch
-
     if one.parts is None or other.parts is None:
         raise ValueError("only what is in a file can be compared before it is read")
-    pairs = list(zip(one.parts(), other.parts(), strict=True))
-    if any(first.shape != second.shape for first, second in pairs):
-        return False
-    # the same dtype is compared without a copy
-    return all(
-        torch.equal(first, second) if first.dtype == second.dtype else torch.equal(first.float(), second.float())
-        for first, second in pairs
-    )
+    return all(_same(first, second) for first, second in zip(one.parts(), other.parts(), strict=True))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two tensors are equal: bit by bit, so that NaN equals itself, or as numbers if their dtypes differ."""
+    import torch
+
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return one.shape == other.shape and torch.equal(one.float(), other.float())
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(one.itemsize, torch.uint8)
+    return torch.equal(one.view(bits), other.view(bits))
 
 
 def is_finite(tensor: Any) -> bool:
@@ -207,14 +208,13 @@ def _load(file: Path) -> dict[str, Any]:
 
 def _join(name: str, ranks: list[dict[str, Any]], *, exact: bool) -> Any:
     """One tensor from its parts, which the ranks let go: joined along the sharded dimension, else the first copy."""
-    import torch
     from torch.distributed.tensor import DTensor
 
     parts = [rank.pop(name) for rank in ranks]
     first = parts[0]
     if all(isinstance(part, DTensor) for part in parts):
         return _joined(name, parts, exact=exact)
-    if any(part.shape != first.shape or not torch.equal(part, first) for part in parts[1:]):
+    if any(not _same(part, first) for part in parts[1:]):
         raise Unreadable(f"{name} is not sharded, yet it differs between ranks")
     whole = first.contiguous()
     return whole if exact else _rounded(whole)
