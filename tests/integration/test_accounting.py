@@ -100,7 +100,7 @@ def has_no_number(found: Tensors) -> None:
     found["model.layers.0.self_attn.k_proj.bias"][1] = -math.inf
 
 
-WRONG = {
+WRONG: dict[Callable[[Tensors], None], str] = {
     lacks_a_layer: f"missing 1 tensor: {DOWN}",
     lacks_its_head: f"missing 1 tensor: {HEAD}",
     has_a_prefix: "all tensors are named _orig_mod.…",

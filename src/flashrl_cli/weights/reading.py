@@ -151,9 +151,9 @@ def _same(one: Any, other: Any) -> bool:
     import torch
 
     if one.shape != other.shape or one.dtype != other.dtype:
-        return one.shape == other.shape and torch.equal(one.float(), other.float())
+        return one.shape == other.shape and bool(torch.equal(one.float(), other.float()))
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(one.itemsize, torch.uint8)
-    return torch.equal(one.view(bits), other.view(bits))
+    return bool(torch.equal(one.view(bits), other.view(bits)))
 
 
 def is_finite(tensor: Any) -> bool:

@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 
 from flashrl_cli.weights.accounting import WRAPPERS, account, index_problems, not_finite
-from flashrl_cli.weights.architecture import Expected, expected
+from flashrl_cli.weights.architecture import Expected, Shapes, expected
 from flashrl_cli.weights.contents import Unreadable
 from flashrl_cli.weights.reading import Stored
 from tests.saved_files import saved_tensors
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
-DENSE = {EMBEDDING: (8, 4), DOWN: (4, 6), NORM: (4,), HEAD: (8, 4)}
-FUSED = {"model.layers.0.mlp.experts.down_proj": (2, 4, 6), NORM: (4,)}
-APART = {f"model.layers.0.mlp.experts.{one}.down_proj.weight": (4, 6) for one in (0, 1)} | {NORM: (4,)}
+DENSE: Shapes = {EMBEDDING: (8, 4), DOWN: (4, 6), NORM: (4,), HEAD: (8, 4)}
+FUSED: Shapes = {"model.layers.0.mlp.experts.down_proj": (2, 4, 6), NORM: (4,)}
+APART: Shapes = {f"model.layers.0.mlp.experts.{one}.down_proj.weight": (4, 6) for one in (0, 1)} | {NORM: (4,)}
 FILE = Path("m/model-00002-of-00002.safetensors")
 
 
-def architecture(*forms: dict[str, tuple[int, ...]], tied: bool = False) -> Expected:
+def architecture(*forms: Shapes, tied: bool = False) -> Expected:
     return Expected(
         forms=forms or (DENSE,),
         optional=frozenset({HEAD} if tied else ()),
@@ -96,7 +96,7 @@ def test_an_expert_that_lacks(tmp_path: Path) -> None:
 
 
 def test_many_names_are_counted(tmp_path: Path) -> None:
-    wanted = {f"model.layers.{layer}.weight": (1,) for layer in range(40)} | {NORM: (4,)}
+    wanted: Shapes = {f"model.layers.{layer}.weight": (1,) for layer in range(40)} | {NORM: (4,)}
     with pytest.raises(Unreadable, match=r"missing 40 tensors: .* and 36 more"):
         account(tmp_path, there({NORM: (4,)}), architecture(wanted))
 
