@@ -1,4 +1,4 @@
-"""Checkpoints with one thing wrong, refused by every command that reads weights; and good ones of every dtype, copied as they are."""
+"""Checkpoints with one thing wrong, refused by every command that reads weights; good ones, copied as they are."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_shards_that_lost_a_layer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", ["same", "differs", "of another dtype"])
 def test_a_head_that_the_config_ties(tied: str, tmp_path: Path) -> None:
-    """Left out if it is the embedding, whatever its dtype, else refused: in a folder, and in shards, which always hold it."""
+    """Left out if it is the embedding, whatever its dtype, else refused: in a folder, and in shards that hold it."""
     import torch
 
     folder = config(tmp_path / "m", tie_word_embeddings=True)

@@ -51,9 +51,10 @@ def merged(
 ) -> list[Path]:
     """Write one checkpoint to `target`, several to `target`/<run>/global_step_N, and tell where.
 
-    Each folder appears once it is whole, and its weights are what its config asks for; then `advance(1)` is called, and `warn` with what
-    of the source was left behind. A checkpoint that cannot be read does not stop the others. Raises InputError for a place where something
-    lies already, EnvironmentNotReady where it does not fit or cannot be written, and at the end RunFailed for all that cannot be read.
+    Each folder appears once it is whole, and its weights are what its config asks for; then `advance(1)` is called, and
+    `warn` with what of the source was left behind. A checkpoint that cannot be read does not stop the others. Raises
+    InputError for a place where something lies already, EnvironmentNotReady where it does not fit or cannot be written,
+    and at the end RunFailed for all that cannot be read.
     """
     places = _places(checkpoints, target)
     _room(checkpoints, target)
@@ -91,7 +92,7 @@ def new_folder(target: Path) -> Path:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """What was written: the shapes of its tensors, what they were compared with, and what of the source's folder was left behind."""
+    """What was written: shapes of its tensors, what they were compared with, what of the source was left behind."""
 
     shapes: Shapes
     compared: str
@@ -101,8 +102,8 @@ class Written:
 def write(weights: Weights, folder: Path) -> Written:
     """Make `folder`: the tensors of `weights` in safetensors, its tokenizer, and its config without what was the trainer's alone.
 
-    The weights of an HF folder are copied as they are, and its config names the dtype that it named. Raises Unreadable before the first
-    byte for tensors that are not those of the architecture, and for what is not finite.
+    The weights of an HF folder are copied as they are, and its config names the dtype that it named. Raises Unreadable
+    before the first byte for tensors that are not those of the architecture, and for what is not finite.
     """
     weights.check()
     source = weights.accounted()
@@ -124,7 +125,7 @@ def write(weights: Weights, folder: Path) -> Written:
 
 
 def take_along(hf: Path, folder: Path) -> tuple[str, ...]:
-    """Copy config, tokenizer and texts of an HF folder; the names of what was left behind. Raises Unreadable and OSError."""
+    """Copy config, tokenizer and texts of an HF folder; names of what was left behind. Raises Unreadable, OSError."""
     found = companions(hf, without=(layout.FSDP_CONFIG, layout.LORA))
     for name in found.taken:
         (folder / name).parent.mkdir(exist_ok=True)
@@ -133,7 +134,7 @@ def take_along(hf: Path, folder: Path) -> tuple[str, ...]:
 
 
 def _copy_weights(hf: Path, folder: Path) -> None:
-    """Copy the files that hold the model's tensors, and their index, looking at each value on its way. Raises Unreadable."""
+    """Copy the files of the model's tensors and their index, looking at each value on its way. Raises Unreadable."""
     bad: dict[str, Path | None] = {}
     for file in model_files(hf):
         bad |= dict.fromkeys(copied(file, folder / file.name), file)
@@ -202,7 +203,7 @@ def _groups(tensors: Iterator[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def clean_config(config: Path, dtype: str | None) -> None:
-    """Leave out of config.json what was the trainer's, and name `dtype` as that of the weights; None leaves what is named there."""
+    """Leave out of config.json what was the trainer's, and name `dtype` as the weights' (None: as it is named)."""
     data = read_json(config)
     if "quantization_config" in data:
         return
@@ -213,9 +214,10 @@ def clean_config(config: Path, dtype: str | None) -> None:
 
 
 def dtype_of(stored: Collection[str], hf: Path) -> str | None:
-    """The dtype that config.json should name where the one in `hf` is wider than all that is `stored` (safetensors' names); else None.
+    """The dtype to name in config.json where that in `hf` is wider than all `stored` (safetensors' names); else None.
 
-    A trainer names its float32, and a reader would make that of weights in 16 bits. Any other dtype is how the folder was read until now.
+    A trainer names its float32, and a reader would make that of weights in 16 bits. Any other dtype is how the folder
+    was read until now.
     """
     config = read_json(hf / "config.json")
     asked = next((str(config[key]) for key in _DTYPE if config.get(key)), "")

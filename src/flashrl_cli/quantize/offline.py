@@ -68,8 +68,8 @@ Shards = dict[str, list[Move]]
 def quantize(wanted: Request, advance: Advance) -> tuple[dict[str, Any], bool]:
     """The manifest of the quantized folder, and whether it was there already, made of the same. `advance` is told each tensor that is done.
 
-    Raises InputError for a folder that holds something else and for weights that cannot be read, EnvironmentNotReady where the result
-    does not fit or cannot be written.
+    Raises InputError for a folder that holds something else and for weights that cannot be read, EnvironmentNotReady
+    where the result does not fit or cannot be written.
     """
     path = wanted.profile.path if wanted.profile else None
     try:
@@ -176,7 +176,7 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
 
 
 class _Workers:
-    """Moves tensors into one file, by pieces, in all threads; `bad` gathers those with NaN or infinite values, and their files."""
+    """Moves tensors into one file, by pieces, in all threads; `bad` gathers those with NaN or infinite values."""
 
     def __init__(
         self, pool: ThreadPoolExecutor, out: ShardFile, wanted: Request, advance: Advance, bad: dict[str, Path | None]

@@ -50,7 +50,7 @@ class Request:
     left: tuple[str, ...]
 
     def warnings(self) -> Iterator[str]:
-        """What a person should know before: layers that stay, layers that run more slowly than others, files that are not copied."""
+        """What a person should know before: layers that stay or run more slowly, and files that are not copied."""
         if self.left:
             yield merge.left_behind(self.checkpoint.hf, self.left)
         if self.choice.experts:

@@ -1,7 +1,7 @@
 """Whole tensors out of what lies on disk: an HF folder, verl's FSDP shards, a LoRA adapter on its base.
 
-Used by the merge, and by the evaluation's vLLM worker, which must not import more of flashrl than this. torch is imported
-when tensors are read; `check` and `fingerprint` do without it.
+Used by the merge, and by the evaluation's vLLM worker, which must not import more of flashrl than this. torch is
+imported when tensors are read; `check` and `fingerprint` do without it.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ _EMBEDDING = "embed_tokens.weight"
 class Weights:
     """Where the weights of one checkpoint lie.
 
-    In `shards` (in order of rank), else in the safetensors of `hf`, which has config and tokenizer in any case. With `adapter` (a folder
-    as PEFT writes it, or the `actor/` of a LoRA run) the adapter is added to the weights of `base`, or to those in the shards.
+    In `shards` (in order of rank), else in the safetensors of `hf`, which has config and tokenizer in any case. With
+    `adapter` (a folder as PEFT writes it, or the `actor/` of a LoRA run) the adapter is added to the weights of `base`,
+    or to those in the shards.
     """
 
     hf: Path
@@ -89,9 +90,10 @@ class Weights:
     def tensors(self) -> Iterator[tuple[str, Any]]:
         """Name and whole tensor (on the CPU), one after another, under the names that Transformers gives them.
 
-        An HF folder's as they are stored, all others in bf16, and a tied lm_head left out of those. Files are mapped, and what was
-        used is let go: memory for a few tensors, not for the model. Raises Unreadable before the first tensor for what `accounted`
-        refuses, and where NaN or infinite values are met, after all that is left was looked through for more of them.
+        An HF folder's as they are stored, all others in bf16, and a tied lm_head left out of those. Files are mapped,
+        and what was used is let go: memory for a few tensors, not for the model. Raises Unreadable before the first
+        tensor for what `accounted` refuses, and where NaN or infinite values are met, after all that is left was looked
+        through for more of them.
         """
         source = self.accounted()
         files = {name: stored.file for name, stored in source.items()}
@@ -103,10 +105,11 @@ class Weights:
             yield name, tensor
 
     def accounted(self) -> Source:
-        """What `tensors` reads, with nothing missing or too much of what the architecture has. Raises Unreadable with all that is wrong.
+        """What `tensors` reads, held against what the architecture has. Raises Unreadable with all that is wrong.
 
-        It costs a look at the files' tables of contents, and for an architecture that was never seen the import of Transformers. Values
-        are not read, but for those of an lm_head that config.json ties to the embedding: the two must be the same.
+        It costs a look at the files' tables of contents, and for an architecture that was never seen the import of
+        Transformers. Values are not read, but for those of an lm_head that config.json ties to the embedding: the two
+        must be the same.
         """
         self._check_index()
         source = self.source()
@@ -142,8 +145,8 @@ class Weights:
     def fingerprint(self) -> str:
         """Hex digest that changes with any tensor, the config or the tokenizer, and not with a copy or a date; in milliseconds.
 
-        From the CRC-32s that torch.save leaves in the shards, else from both ends of each tensor: training changes all of a
-        tensor. Raises Unreadable for what is torn.
+        From the CRC-32s that torch.save leaves in the shards, else from both ends of each tensor: training changes all
+        of a tensor. Raises Unreadable for what is torn.
         """
         digest = hashlib.sha256()
         for shard in self.shards:
@@ -176,7 +179,7 @@ class Weights:
         return source
 
     def _tied_head(self, source: Source) -> str | None:
-        """Name of an lm_head that the config ties; None if there is none. Raises Unreadable if it is not the embedding."""
+        """Name of an lm_head that the config ties, None without one. Raises Unreadable if it is not the embedding."""
         if not ties_head(self.hf, source):
             return None
         embedding = next(name for name in source if name.endswith(_EMBEDDING))

@@ -1,8 +1,8 @@
 """Whether a checkpoint holds what its architecture expects, told by names, shapes and dtypes: no tensor is read.
 
-One rule for every command that reads weights: each tensor of the architecture is there, with its shape, in floating point, and nothing
-else is. All that is wrong is reported at once, by tensor and file. Names that a wrapper has changed are refused with the fix rather than
-changed back: the folder would stay unreadable for every other tool.
+One rule for every command that reads weights: each tensor of the architecture is there, with its shape, in floating
+point, and nothing else is. All that is wrong is reported at once, by tensor and file. Names that a wrapper has changed
+are refused with the fix rather than changed back: the folder would stay unreadable for every other tool.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ Found = Mapping[str, Stored]
 def account(hf: Path, found: Found, expected: Expected | None) -> None:
     """Compare the tensors that are there with those that the architecture has.
 
-    Raises Unreadable naming all tensors that lack, are too many or empty, or have another shape or kind of number. Where the architecture
-    is unknown (`expected` None), wrappers and empty tensors are looked for, and nothing else can be.
+    Raises Unreadable naming all tensors that lack, are too many or empty, or have another shape or kind of number.
+    Where the architecture is unknown (`expected` None), wrappers and empty tensors are looked for, and nothing else can
+    be.
     """
     problems = list(_wrapped(found, expected)) or [
         *_empty(found),
@@ -45,7 +46,7 @@ def account(hf: Path, found: Found, expected: Expected | None) -> None:
 
 
 def index_problems(hf: Path) -> list[str]:
-    """What an index and the files that it names do not agree in; nothing for a folder without an index. Raises Unreadable."""
+    """What an index and the files that it names do not agree in; nothing without an index. Raises Unreadable."""
     if not (hf / INDEX).is_file():
         return []
     try:

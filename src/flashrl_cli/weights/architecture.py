@@ -1,7 +1,8 @@
-"""The tensors that an architecture has, by its config alone: Transformers builds the model on torch's meta device, without memory.
+"""The tensors that an architecture has, by its config alone: Transformers builds the model without memory.
 
-Building costs some milliseconds, and importing torch and Transformers three to five seconds. So what was built is kept in the
-user's cache, under the config and the version of Transformers: an architecture that was seen before costs neither.
+Building costs some milliseconds, and importing torch and Transformers three to five seconds. So what was built is kept
+in the user's cache, under the config and the version of Transformers: an architecture that was seen before costs
+neither.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _FORMAT = 1
 _VOLATILE = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "attn_implementation"})
 """Keys of config.json that change no tensor's name or shape."""
 _PREFIX_OPTIONAL = frozenset({"gpt2", "bloom"})
-"""Families whose published weights lack the body's prefix, which Transformers and vLLM add (vllm/model_executor/models/gpt2.py)."""
+"""Families whose published weights lack the body's prefix, which readers add (vllm/model_executor/models/gpt2.py)."""
 _OLD_BUFFERS = r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
 """Buffers that older versions of Transformers saved, and that every reader computes for itself."""
 _NOT_BUILT = (
@@ -36,10 +37,10 @@ _NOT_BUILT = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """Names and shapes of a model's tensors, in each of the forms that its weights are saved in (experts fused, or one by one).
+    """Names and shapes of a model's tensors, in each form that its weights are saved in (experts fused or one by one).
 
-    `optional` are names that may lack, because they are tied to others; `ignored` are patterns of names that no reader looks at;
-    `integers` are names of the few tensors that hold no floating-point numbers.
+    `optional` are names that may lack, because they are tied to others; `ignored` are patterns of names that no reader
+    looks at; `integers` are names of the few tensors that hold no floating-point numbers.
     """
 
     forms: tuple[Shapes, ...]
@@ -79,7 +80,7 @@ class Expected:
 
 
 def expected(hf: Path) -> Expected | None:
-    """What the config of an HF folder asks for; None where Transformers knows no such architecture, or the weights are quantized.
+    """What the config of an HF folder asks for; None where the architecture is unknown or the weights are quantized.
 
     No code of the folder's is run. Raises Unreadable for a config that cannot be read.
     """
@@ -163,7 +164,7 @@ def _quietly(make: Callable[..., Any], *given: Any, **named: Any) -> Any:
 
 
 def _class(transformers: Any, config: Any) -> Any:
-    """The model's class: the one that its config names, else the causal language model of its family; None if it is unknown."""
+    """The model's class: the one that its config names, else its family's causal language model; None if unknown."""
     named = (getattr(config, "architectures", None) or [None])[0]
     if named:
         return getattr(transformers, named, None)

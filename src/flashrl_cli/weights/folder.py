@@ -1,4 +1,4 @@
-"""Which files of a Hugging Face folder are the model, which go with it, and which are left behind when it is written elsewhere."""
+"""Which files of a Hugging Face folder are the model, which go with it, and which stay when it is written anew."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TEMPLATES = "additional_chat_templates"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Companions:
-    """Files, relative to the folder, that a copy of the model takes along beside its weights, and names of what it leaves behind."""
+    """Files, relative to the folder, that a copy takes along beside the weights, and names of what it leaves behind."""
 
     taken: tuple[Path, ...]
     left: tuple[str, ...]
@@ -35,8 +35,8 @@ class Companions:
 def companions(hf: Path, without: Collection[str] = ()) -> Companions:
     """What goes with the model in `hf`: config, tokenizer, chat templates, code and texts, but for the names `without`.
 
-    Weights in other forms, what a trainer keeps and links that lead nowhere are left behind and named, unless they are hidden. Raises
-    Unreadable for a part of the model that is such a link.
+    Weights in other forms, what a trainer keeps and links that lead nowhere are left behind and named, unless they are
+    hidden. Raises Unreadable for a part of the model that is such a link.
     """
     weights = {file.name for file in model_files(hf)} | {INDEX}
     dead = [path.name for path in _parts(hf) if not path.exists()]

@@ -1,7 +1,7 @@
 """Tensors out of files, one at a time: a file is mapped, not read, and each tensor's part of it is let go when used.
 
-Shards are joined as `python -m verl.model_merger merge` joins them (verl/model_merger/fsdp_model_merger.py): along their
-placement, replicated copies taken once. Unlike there, files are read with `weights_only`.
+Shards are joined as `python -m verl.model_merger merge` joins them (verl/model_merger/fsdp_model_merger.py): along
+their placement, replicated copies taken once. Unlike there, files are read with `weights_only`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ _PIECE = 8 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """A tensor that is still in its file: what it will be (`dtype` as safetensors names it), and what reads it, whole and once.
+    """A tensor that is still in its file: what it will be (`dtype` as safetensors names it), and what reads it, once.
 
-    `file` is the file, or the folder of shards that hold it in parts; `parts` gives these as they are mapped, as often as it is called.
+    `file` is the file, or the folder of shards that hold it in parts; `parts` gives these as they are mapped, as often
+    as it is called.
     """
 
     shape: tuple[int, ...]
@@ -140,7 +141,7 @@ def _local(part: Any) -> Any:
 
 
 def equal(one: Stored, other: Stored) -> bool:
-    """Whether two tensors that were not read yet have the same values. Raises ValueError for tensors that are made while they are read."""
+    """Whether two tensors in files have the same values. Raises ValueError for those that are made while they are read."""
     if one.parts is None or other.parts is None:
         raise ValueError("only what is in a file can be compared before it is read")
     return all(_same(first, second) for first, second in zip(one.parts(), other.parts(), strict=True))
@@ -157,7 +158,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def is_finite(tensor: Any) -> bool:
-    """Whether a tensor holds neither NaN nor infinite values, in one pass without memory of its own; 8-bit ones and integers pass."""
+    """Whether a tensor holds neither NaN nor infinite values, in one pass; 8-bit ones and integers pass."""
     import torch
 
     if not tensor.is_floating_point() or tensor.itemsize < 2 or not tensor.numel():  # no minimum of 8-bit values

@@ -96,7 +96,7 @@ def test_an_expert_that_lacks(tmp_path: Path) -> None:
 
 
 def test_many_names_are_counted(tmp_path: Path) -> None:
-    wanted: Shapes = {f"model.layers.{layer}.weight": (1,) for layer in range(40)} | {NORM: (4,)}
+    wanted: Shapes = {NORM: (4,), **{f"model.layers.{layer}.weight": (1,) for layer in range(40)}}
     with pytest.raises(Unreadable, match=r"missing 40 tensors: .* and 36 more"):
         account(tmp_path, there({NORM: (4,)}), architecture(wanted))
 
