@@ -135,9 +135,16 @@ def take_along(hf: Path, folder: Path) -> tuple[str, ...]:
 
 def _copy_weights(hf: Path, folder: Path) -> None:
     """Copy the files of the model's tensors and their index, looking at each value on its way. Raises Unreadable."""
+    import torch
+
     bad: dict[str, Path | None] = {}
-    for file in model_files(hf):
-        bad |= dict.fromkeys(copied(file, folder / file.name), file)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a piece is small: threads that wait for each other took ten times as long
+    try:
+        for file in model_files(hf):
+            bad |= dict.fromkeys(copied(file, folder / file.name), file)
+    finally:
+        torch.set_num_threads(threads)
     if bad:
         raise not_finite(list(bad), bad)
     if (hf / INDEX).is_file():

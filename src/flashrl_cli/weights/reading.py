@@ -25,7 +25,7 @@ _DTYPES = {
 """Dtypes of torch's to safetensors' names for them."""
 _TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FLOATS = frozenset(_TORCH)
-_PIECE = 8 * 2**20
+_PIECE = 2 * 2**20
 """Bytes that are held of a file that is copied."""
 
 
@@ -84,20 +84,21 @@ def copied(file: Path, target: Path) -> list[str]:
     if any(first != before for (first, *_), before in zip(spans, [0, *(last for _, last, *_ in spans)], strict=False)):
         raise Unreadable(f"{file} is torn: its tensors overlap, or there are gaps between them")
     bad: dict[str, None] = {}
+    room = memoryview(bytearray(_PIECE))
     with file.open("rb", buffering=0) as source, target.open("xb") as out:
-        out.write(_next(source, bytearray(start), file))
+        out.write(_next(source, memoryview(bytearray(start)), file))
         for first, last, dtype, name in spans:
             for offset in range(first, last, _PIECE):
-                data = _next(source, bytearray(min(_PIECE, last - offset)), file)
+                data = _next(source, room[: min(_PIECE, last - offset)], file)
                 out.write(data)
                 if dtype in FLOATS and not is_finite(torch.frombuffer(data, dtype=getattr(torch, _TORCH[dtype]))):
                     bad[name] = None
     return list(bad)
 
 
-def _next(source: RawIOBase, data: bytearray, file: Path) -> bytearray:
-    """`data`, filled with the next bytes of a file."""
-    view, done = memoryview(data), 0
+def _next(source: RawIOBase, view: memoryview, file: Path) -> memoryview:
+    """`view`, filled with the next bytes of a file."""
+    done = 0
     while done < len(view):
         try:
             count = source.readinto(view[done:])
@@ -106,7 +107,7 @@ def _next(source: RawIOBase, data: bytearray, file: Path) -> bytearray:
         if not count:
             raise Unreadable(f"{file} is torn: it became shorter while it was read")
         done += count
-    return data
+    return view
 
 
 def from_shards(shards: Sequence[Path], *, exact: bool = False) -> Source:
