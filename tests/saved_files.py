@@ -21,11 +21,15 @@ def saved_file(file: Path, tensors: int = 3) -> Path:
     return file
 
 
-def saved_tensors(file: Path, **tensors: bytes) -> Path:
-    """A safetensors file of tensors with one byte a number."""
+def saved_tensors(file: Path, dtype: str = "U8", /, **tensors: bytes) -> Path:
+    """A safetensors file of tensors of one dimension, with one byte a number or, in another dtype, two."""
     entries, offset = {}, 0
     for name, data in tensors.items():
-        entries[name] = {"dtype": "U8", "shape": [len(data)], "data_offsets": [offset, offset + len(data)]}
+        entries[name] = {
+            "dtype": dtype,
+            "shape": [len(data) // (1 if dtype == "U8" else 2)],
+            "data_offsets": [offset, offset + len(data)],
+        }
         offset += len(data)
     text = json.dumps(entries).encode()
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -146,6 +146,7 @@ def test_worlds_of_any_size(mesh_shape: tuple[int, ...], tmp_path: Path) -> None
     """Uneven parts, ranks without any, and copies on other ranks; too few shards are no checkpoint."""
     ranks = range(mesh_shape[0] * (mesh_shape[1] if mesh_shape[1:] else 1))
     files = [tmp_path / f"{rank}.pt" for rank in ranks]
+    (tmp_path / "config.json").write_text("{}")
     *_, whole = (world(rank, mesh_shape, file) for rank, file in enumerate(files))
     assert_same(dict(Weights(hf=tmp_path, shards=tuple(files)).tensors()), whole)
     with pytest.raises(Unreadable, match="is spread over"):

@@ -69,6 +69,7 @@ def find(reference: str) -> Model:
         raise InputError(f"{reference} is quantized already ({found.quantized})", hint=hint)
     try:
         config, fingerprint = read_json(found.hf / "config.json"), found.weights.fingerprint()
+        found.weights.accounted()
     except Unreadable as error:
         raise InputError(f"--model {reference} cannot be read: {error}") from None
     return Model(name=reference, config=config, hf=found.hf, fingerprint=fingerprint)

@@ -112,6 +112,7 @@ def _evaluate(output: Output, lookup: Callable[[], Request], patterns: list[str]
     _show(output, finished, watch=watch, png=png)
     if finished.report.threshold:
         finished.report.threshold.require()
+    finished.report.require_all()
 
 
 @contextlib.contextmanager
@@ -167,7 +168,7 @@ def _merge(output: Output, patterns: list[str], target: Path, least: float | Non
         files.alone(place, lambda: output.say(f"another command writes to {place}: waiting for it")),
         output.progress(f"merging {counted(count, 'checkpoint')}", count) as advance,
     ):
-        folders = merged(found.checkpoints, place, advance)
+        folders = merged(found.checkpoints, place, advance, output.warn)
     if output.json_mode:
         output.document({"schema_version": 1, "merged": [str(folder) for folder in folders]})
         return

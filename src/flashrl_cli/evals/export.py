@@ -65,8 +65,7 @@ def export(stock: Stock, saved: Saved, target: Path) -> Exported:
     weights = _weights(saved)
     try:
         with files.replacing(target) as temporary:
-            merge.write(weights, temporary)
-            shapes, compared = merge.check(temporary)
+            written = merge.write(weights, temporary)
             (temporary / "README.md").write_text(_card(stock, saved), encoding="utf-8")
             size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
     except Unreadable as error:
@@ -77,10 +76,10 @@ def export(stock: Stock, saved: Saved, target: Path) -> Exported:
         run=stock.run.name,
         step=saved.step,
         path=target,
-        tensors=len(shapes),
-        parameters=sum(map(math.prod, shapes.values())),
+        tensors=len(written.shapes),
+        parameters=sum(map(math.prod, written.shapes.values())),
         bytes=size,
-        compared=compared,
+        compared=written.compared,
     )
 
 

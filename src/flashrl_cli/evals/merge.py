@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,19 @@ from flashrl_cli import files
 from flashrl_cli.doctor.system import existing
 from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
 from flashrl_cli.verl import checkpoints as layout
-from flashrl_cli.weights import Unreadable, Weights, model_files, stored_in_float32
+from flashrl_cli.weights import (
+    INDEX,
+    Unreadable,
+    Weights,
+    companions,
+    copied,
+    expected,
+    model_files,
+    not_finite,
+    read_bytes,
+    read_json,
+    stored_in_float32,
+)
 
 if TYPE_CHECKING:
     from flashrl_cli.runs.checkpoints import Checkpoint
@@ -22,35 +34,53 @@ FILE_BYTES = 2**30
 """Size of one file of merged weights, which is in memory until it is written."""
 Shapes = dict[str, tuple[int, ...]]
 
-_TRAINERS = {"dtype", "torch_dtype", "attn_implementation", "_attn_implementation"}
-OTHER_FORMS = shutil.ignore_patterns(
-    "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.gguf", "onnx", "original", ".*",
-    layout.FSDP_CONFIG, layout.LORA,
-)  # fmt: skip
-"""What of a folder is no config, tokenizer or text: weights in any form, and what a checkpoint is kept by."""
+_TRAINERS = {"attn_implementation", "_attn_implementation"}
+_DTYPE = ("dtype", "torch_dtype")
+"""Keys of config.json for the dtype of the weights; the second is that of Transformers before 5."""
+_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SAFETENSORS = {name: dtype for dtype, name in _NAMES.items()}
+_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _GIB = 2**30
 
 
-def merged(checkpoints: Sequence[Checkpoint], target: Path, advance: Callable[[int], object]) -> list[Path]:
+def merged(
+    checkpoints: Sequence[Checkpoint],
+    target: Path,
+    advance: Callable[[int], object],
+    warn: Callable[[str], object] = lambda _: None,
+) -> list[Path]:
     """Write one checkpoint to `target`, several to `target`/<run>/global_step_N, and tell where.
 
-    Each folder appears once it is whole and its weights are what its config asks for; then `advance(1)` is called.
-    Raises InputError for a place where something lies already, EnvironmentNotReady where it does not fit or cannot be written,
-    RunFailed for weights that cannot be read.
+    Each folder appears once it is whole, and its weights are what its config asks for; then `advance(1)` is called, and
+    `warn` with what of the source was left behind. A checkpoint that cannot be read does not stop the others. Raises
+    InputError for a place where something lies already, EnvironmentNotReady where it does not fit or cannot be written,
+    and at the end RunFailed for all that cannot be read.
     """
     places = _places(checkpoints, target)
     _room(checkpoints, target)
+    refused = []
     for checkpoint, place in zip(checkpoints, places, strict=True):
         try:
             with files.replacing(place) as temporary:
-                write(checkpoint.weights, temporary)
-                check(temporary)
+                written = write(checkpoint.weights, temporary)
         except Unreadable as error:
-            raise RunFailed(f"{checkpoint.path} cannot be merged: {error}") from None
+            refused.append(f"{checkpoint.path} cannot be merged: {error}")
         except OSError as error:
             raise EnvironmentNotReady(f"{place} cannot be written: {error.strerror or error}") from None
+        else:
+            if written.left:
+                warn(left_behind(checkpoint.hf, written.left))
         advance(1)
+    if refused:
+        done = len(checkpoints) - len(refused)
+        hint = f"the other {done} are written to {target}" if done else "copy or save it again; nothing was written"
+        raise RunFailed("\n".join(refused), hint=hint)
     return places
+
+
+def left_behind(hf: Path, names: Sequence[str]) -> str:
+    """A sentence on what of an HF folder does not go with its weights."""
+    return f"not copied from {hf}: {', '.join(names)}"
 
 
 def new_folder(target: Path) -> Path:
@@ -60,43 +90,65 @@ def new_folder(target: Path) -> Path:
     return target
 
 
-def write(weights: Weights, folder: Path) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What was written: shapes of its tensors, what they were compared with, what of the source was left behind."""
+
+    shapes: Shapes
+    compared: str
+    left: tuple[str, ...]
+
+
+def write(weights: Weights, folder: Path) -> Written:
     """Make `folder`: the tensors of `weights` in safetensors, its tokenizer, and its config without what was the trainer's alone.
 
-    Raises Unreadable. The weights of an HF folder are copied as they are.
+    The weights of an HF folder are copied as they are, and its config names the dtype that it named. Raises Unreadable
+    before the first byte for tensors that are not those of the architecture, and for what is not finite.
     """
     weights.check()
+    source = weights.accounted()
+    shapes = {name: stored.shape for name, stored in source.items()}
+    folder.mkdir()
     if weights.shards or weights.adapter:
         logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)  # a warning about torch.compile
-        shutil.copytree(weights.hf, folder, ignore=OTHER_FORMS)
+        left = take_along(weights.hf, folder)
         _save(folder, weights.tensors())
+        clean_config(folder / "config.json", "bfloat16")
     else:
-        shutil.copytree(weights.hf, folder)
-    clean_config(folder / "config.json")
-    readable = (folder / "config.json").stat().st_mode
-    for file in folder.glob("*.safetensors"):
-        file.chmod(readable)  # safetensors writes for its user alone
+        left = take_along(weights.hf, folder)
+        _copy_weights(weights.hf, folder)
+        clean_config(folder / "config.json", dtype_of({stored.dtype for stored in source.values()}, weights.hf))
+    known = expected(weights.hf) is not None
+    compared = "the config" if known else "the index (transformers has no such architecture, or it is quantized)"
+    # what lies beside shards is the trainer's, and is no other form of the weights
+    return Written(shapes=shapes, compared=f"compared with {compared}", left=() if weights.shards else left)
 
 
-def check(folder: Path) -> tuple[Shapes, str]:
-    """Shapes of the tensors in `folder`, compared with its index and with what its config makes, and a word on that.
+def take_along(hf: Path, folder: Path) -> tuple[str, ...]:
+    """Copy config, tokenizer and texts of an HF folder; names of what was left behind. Raises Unreadable, OSError."""
+    found = companions(hf, without=(layout.FSDP_CONFIG, layout.LORA))
+    for name in found.taken:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(read_bytes(hf / name))
+    return found.left
 
-    Raises Unreadable naming the tensors that lack, are too many or have another shape.
-    """
-    shapes = _shapes(folder)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file() and set(json.loads(index.read_text(encoding="utf-8"))["weight_map"]) != set(shapes):
-        raise Unreadable(f"{index.name} does not name the tensors that are there")
-    expected = _expected(folder)
-    if expected is None:
-        return shapes, "compared with the index (transformers has no such architecture, or it is quantized)"
-    wanted, tied = expected
-    wrong = sorted(name for name in shapes if wanted.get(name) != shapes[name])
-    wrong += sorted(wanted.keys() - shapes.keys() - tied)
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise Unreadable(f"the weights are not what config.json asks for: {', '.join(wrong[:3])}{more}")
-    return shapes, "compared with the config"
+
+def _copy_weights(hf: Path, folder: Path) -> None:
+    """Copy the files of the model's tensors and their index, looking at each value on its way. Raises Unreadable."""
+    import torch
+
+    bad: dict[str, Path | None] = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a piece is small: threads that wait for each other took ten times as long
+    try:
+        for file in model_files(hf):
+            bad |= dict.fromkeys(copied(file, folder / file.name), file)
+    finally:
+        torch.set_num_threads(threads)
+    if bad:
+        raise not_finite(list(bad), bad)
+    if (hf / INDEX).is_file():
+        (folder / INDEX).write_bytes(read_bytes(hf / INDEX))
 
 
 def _places(checkpoints: Sequence[Checkpoint], target: Path) -> list[Path]:
@@ -141,9 +193,7 @@ def _save(folder: Path, tensors: Iterator[tuple[str, Any]]) -> None:
         save_file(group, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(group, name)
         total += sum(tensor.nbytes for tensor in group.values())
-    files.write_json(
-        folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-    )
+    files.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _groups(tensors: Iterator[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -159,33 +209,26 @@ def _groups(tensors: Iterator[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
         yield group
 
 
-def clean_config(config: Path) -> None:
-    """Leave out of config.json what was the trainer's: its float32, which a reader would make of the weights, its attention."""
-    data = json.loads(config.read_text(encoding="utf-8"))
-    if "quantization_config" not in data:
-        own = {key: value for key, value in data.items() if key not in _TRAINERS}
-        files.write_json(config, {**own, "dtype": "bfloat16"})
+def clean_config(config: Path, dtype: str | None) -> None:
+    """Leave out of config.json what was the trainer's, and name `dtype` as the weights' (None: as it is named)."""
+    data = read_json(config)
+    if "quantization_config" in data:
+        return
+    own = {key: value for key, value in data.items() if key not in _TRAINERS}
+    if dtype:
+        own = {key: value for key, value in own.items() if key not in _DTYPE} | {"dtype": dtype}
+    files.write_json(config, own)
 
 
-def _shapes(folder: Path) -> Shapes:
-    from safetensors import safe_open
+def dtype_of(stored: Collection[str], hf: Path) -> str | None:
+    """The dtype to name in config.json where that in `hf` is wider than all `stored` (safetensors' names); else None.
 
-    shapes: Shapes = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="np") as opened:
-            shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    return shapes
-
-
-def _expected(folder: Path) -> tuple[Shapes, set[str]] | None:
-    """Shapes that the config makes, without their memory, and the names that are tied to others; None for a foreign model."""
-    import torch
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(folder)
-    kind = getattr(transformers, (config.architectures or [""])[0], None)
-    if kind is None or getattr(config, "quantization_config", None):
-        return None
-    with torch.device("meta"):
-        model = kind(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, set(model.all_tied_weights_keys)
+    A trainer names its float32, and a reader would make that of weights in 16 bits. Any other dtype is how the folder
+    was read until now.
+    """
+    config = read_json(hf / "config.json")
+    asked = next((str(config[key]) for key in _DTYPE if config.get(key)), "")
+    widest = max((dtype for dtype in stored if dtype in _WIDTHS), key=lambda dtype: _WIDTHS[dtype], default=None)
+    if widest and _WIDTHS[widest] < _WIDTHS.get(_SAFETENSORS.get(asked, ""), 0):
+        return _NAMES[widest]
+    return None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import files
+from flashrl_cli.errors import RunFailed
 from flashrl_cli.evals import responses, stats, tables, verdicts
 from flashrl_cli.evals.compare import Comparison, Entry, compare
 
@@ -135,6 +136,19 @@ class Report:
                 label = f"{run} {dataset}" if len(self.datasets) > 1 else run
                 curves.append({"label": label, "xs": xs, "ys": ys, "los": los, "his": his})
         return curves
+
+    def require_all(self) -> None:
+        """Raise RunFailed if checkpoints were refused for their weights: they are no part of what was shown."""
+        refused = [str(one.path) for one in self.skipped if one.refused]
+        if refused:
+            what = (
+                "1 checkpoint was refused and has"
+                if len(refused) == 1
+                else f"{len(refused)} checkpoints were refused and have"
+            )
+            raise RunFailed(
+                f"{what} no result: {', '.join(refused)}", hint="save or copy it again; all others are evaluated"
+            )
 
     def write(self, folder: Path) -> None:
         """Write `eval.csv`, `eval.json` and `responses.parquet` (every response with its grade) to `folder`."""

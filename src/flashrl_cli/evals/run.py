@@ -206,7 +206,8 @@ class Evaluation:
 
     def _skip(self, unit: Unit, reason: str, *, done: int) -> None:
         """Give up a checkpoint of whose prompts `done` are told already."""
-        skipped = Skipped(unit.checkpoint.path, reason)
+        path = unit.checkpoint.path
+        skipped = Skipped(path, reason, refused=path.is_dir())
         self.skipped[skipped.path] = skipped
         self.pass_over([skipped])
         self.telling.advance(len(unit.data.questions) - done, 0)

@@ -55,7 +55,7 @@ def units(
             checkpoint.weights.check()
             weights = checkpoint.weights.fingerprint()
         except (Unreadable, OSError) as error:  # a training run may remove an old step at any time
-            yield Skipped(checkpoint.path, str(error))
+            yield Skipped(checkpoint.path, str(error), refused=checkpoint.path.is_dir())
             continue
         for one, how_asked in asked:
             yield Unit(checkpoint=checkpoint, data=one, asked=how_asked, key=_hash(weights + how_asked))

@@ -126,7 +126,7 @@ def _sizes_by_config(config: Any) -> Iterator[Sizes]:
 
 
 def _sizes_on_disk(source: dict[str, Any]) -> Iterator[Sizes]:
-    yield from ((name, tuple(tensor.shape)) for name, tensor in Weights.of(source).tensors())
+    yield from ((name, stored.shape) for name, stored in Weights.of(source).accounted().items())
 
 
 def _reset_peak(device: torch.device) -> int:

@@ -150,9 +150,12 @@ def _kept(out: Path, about: About) -> Profile | None:
 def _described(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     """config.json of an HF folder, and the shapes of its tensors. Raises InputError."""
     try:
+        Weights(hf=folder).accounted()
         return read_json(folder / "config.json"), shapes(folder)
     except Unreadable as error:
-        raise InputError(str(error), hint="calibration takes an HF folder with safetensors") from None
+        raise InputError(
+            f"{folder} cannot be calibrated: {error}", hint="calibration takes an HF folder with safetensors"
+        ) from None
 
 
 def _room(parameters: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +20,7 @@ from flashrl_cli.quantize.arithmetic import Losses
 from flashrl_cli.quantize.report import Layer, Report
 from flashrl_cli.quantize.shards import BYTES, INDEX, Entry, ShardFile
 from flashrl_cli.quantize.tensors import Desk, Tensor
-from flashrl_cli.weights import FLOATS, Unreadable, Weights, read_json
+from flashrl_cli.weights import FLOATS, Unreadable, Weights, is_finite, not_finite, read_json
 
 if TYPE_CHECKING:
     from flashrl_cli.quantize.request import Request
@@ -69,8 +68,8 @@ Shards = dict[str, list[Move]]
 def quantize(wanted: Request, advance: Advance) -> tuple[dict[str, Any], bool]:
     """The manifest of the quantized folder, and whether it was there already, made of the same. `advance` is told each tensor that is done.
 
-    Raises InputError for a folder that holds something else and for weights that cannot be read, EnvironmentNotReady where the result
-    does not fit or cannot be written.
+    Raises InputError for a folder that holds something else and for weights that cannot be read, EnvironmentNotReady
+    where the result does not fit or cannot be written.
     """
     path = wanted.profile.path if wanted.profile else None
     try:
@@ -119,15 +118,18 @@ def _move(tensor: Tensor, scheme: Scheme | None, wide: bool) -> Move:
 
 
 def _write(wanted: Request, shards: Shards, folder: Path, advance: Advance) -> Report:
-    shutil.copytree(wanted.checkpoint.hf, folder, ignore=merge.OTHER_FORMS)
-    folder.chmod(folder.stat().st_mode | 0o700)  # a copy of a folder that is not writable is not writable
+    folder.mkdir()
+    merge.take_along(wanted.checkpoint.hf, folder)
     _write_config(wanted, folder / "config.json")
     layers: list[Layer] = []
+    bad: dict[str, Path | None] = {}
     with _threads() as pool:
         for name, moves in shards.items():
             entries = [entry for move in moves for entry in move.entries]
             with ShardFile(folder / name, entries) as out:
-                layers += _Workers(pool, out, wanted, advance).move(moves)
+                layers += _Workers(pool, out, wanted, advance, bad).move(moves)
+    if bad:
+        raise not_finite(sorted(bad), bad)
     if set(shards) != {"model.safetensors"}:
         _write_index(folder, shards)
     Weights(hf=folder).check()
@@ -147,7 +149,7 @@ def _is_wide(wanted: Request) -> bool:
 
 def _write_config(wanted: Request, config: Path) -> None:
     if _is_wide(wanted) or wanted.checkpoint.shards or wanted.checkpoint.adapter:
-        merge.clean_config(config)
+        merge.clean_config(config, "bfloat16")
     data = read_json(config)
     files.write_json(config, {**data, "quantization_config": wanted.scheme.config(wanted.choice.ignore)})
 
@@ -174,10 +176,13 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
 
 
 class _Workers:
-    """Moves tensors into one file, by pieces, in all threads."""
+    """Moves tensors into one file, by pieces, in all threads; `bad` gathers those with NaN or infinite values."""
 
-    def __init__(self, pool: ThreadPoolExecutor, out: ShardFile, wanted: Request, advance: Advance) -> None:
+    def __init__(
+        self, pool: ThreadPoolExecutor, out: ShardFile, wanted: Request, advance: Advance, bad: dict[str, Path | None]
+    ) -> None:
         self._pool, self._out, self._advance = pool, out, advance
+        self._bad = bad
         self._profile = wanted.profile
         self._desk = Desk()
 
@@ -229,8 +234,9 @@ class _Workers:
                 desk.tensor("F32", scales).view(rows, 1),
                 desk.room,
             )
-        except ValueError as error:
-            raise Unreadable(f"{name}: {error}") from None
+        except ValueError:
+            self._bad[name] = move.tensor.origin
+            return Losses()
         self._out.write(name, span.start, values)
         self._out.write(move.scale, 4 * span.start // columns, scales)
         return losses
@@ -238,5 +244,7 @@ class _Workers:
     def _copy(self, move: Move, span: range) -> Losses:
         """Some elements of a tensor, as they are or rounded."""
         data = self._desk.converted(move.tensor, span, move.dtype)
+        if move.dtype in FLOATS and not is_finite(self._desk.tensor(move.dtype, data)):
+            self._bad[move.tensor.name] = move.tensor.origin
         self._out.write(move.tensor.name, BYTES[move.dtype] * span.start, data)
         return Losses()

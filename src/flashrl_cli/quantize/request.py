@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli import paths
 from flashrl_cli.doctor.system import existing
 from flashrl_cli.errors import EnvironmentNotReady, InputError
+from flashrl_cli.evals import merge
 from flashrl_cli.quantize import layers, scheme
 from flashrl_cli.quantize.tensors import Tensor, described
 from flashrl_cli.runs.checkpoints import Checkpoint, hf_folder
 from flashrl_cli.text import counted
 from flashrl_cli.verl import checkpoints as layout
-from flashrl_cli.weights import Unreadable, read_json
+from flashrl_cli.weights import Unreadable, companions, read_json
 from flashrl_cli.weights.profile import Profile
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ _TRANSPOSED = frozenset({"gpt2", "openai-gpt"})
 """Families whose linear weights lie as [K, N] (transformers' Conv1D), which vLLM turns as it loads them."""
 _SENSES = ("vision_config", "audio_config")
 _PACKED = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv")
+_IN_8_BITS = ("F8", "I8", "U8")
 _STATE = ".A_log"
 """A tensor that every Mamba layer has, some of whose linear modules vLLM makes without quantization."""
 ELSEWHERE = "--profile FILE elsewhere, or remove it"
@@ -46,9 +48,12 @@ class Request:
     choice: layers.Choice
     profile: Profile | None
     target: Path
+    left: tuple[str, ...]
 
     def warnings(self) -> Iterator[str]:
-        """What a person should know before: layers that stay, and layers that run more slowly than others."""
+        """What a person should know before: layers that stay or run more slowly, and files that are not copied."""
+        if self.left:
+            yield merge.left_behind(self.checkpoint.hf, self.left)
         if self.choice.experts:
             size = sum(self.tensors[name].bytes for name in self.tensors if layers.is_expert(name))
             whole = sum(tensor.bytes for tensor in self.tensors.values())
@@ -70,10 +75,12 @@ def plan(model: str, out: Path | None, scheme_name: str, ignore: Sequence[str], 
         config = read_json(checkpoint.hf / "config.json")
         _refuse_kind(checkpoint, config)
         tensors = described(checkpoint.weights)
+        _refuse_tensors(tensors)
+        checkpoint.weights.accounted()
         smoothing = Profile.read(profile) if profile else None
+        left = () if checkpoint.shards else companions(checkpoint.hf).left
     except Unreadable as error:
-        raise InputError(str(error), hint="copy or save it again") from None
-    _refuse_tensors(tensors)
+        raise InputError(f"{model} cannot be quantized: {error}", hint="copy or save it again") from None
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if smoothing and (why := smoothing.suits(config) or smoothing.fits(shapes)):
         hint = f"flashrl quantize {model} --calibrate PARQUET"
@@ -91,6 +98,7 @@ def plan(model: str, out: Path | None, scheme_name: str, ignore: Sequence[str], 
         choice=layers.choose(shapes, ignore),
         profile=smoothing,
         target=target,
+        left=left,
     )
 
 
@@ -152,9 +160,7 @@ def _refuse_tensors(tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if name.endswith(_STATE):
             raise InputError(f"state-space layers are not covered: {name}", hint="take a transformer")
-        if name.rpartition(".")[2] in _PACKED or (
-            name.endswith(".weight") and tensor.dtype.startswith(("F8", "I", "U"))
-        ):
+        if name.rpartition(".")[2] in _PACKED or (name.endswith(".weight") and tensor.dtype.startswith(_IN_8_BITS)):
             what = f"the weights are quantized already: {name} ({tensor.dtype})"
             raise InputError(what, hint="quantize the model in 16 bits that it was made of")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.quantize.arithmetic import Room
 from flashrl_cli.quantize.shards import BYTES
-from flashrl_cli.weights import Stored, Unreadable, Weights, model_files, table, ties_head
+from flashrl_cli.weights import HEAD, Stored, Unreadable, Weights, model_files, table, ties_head
 
 if TYPE_CHECKING:
     import torch
@@ -49,10 +49,15 @@ class Tensor:
         """Its size as it is read."""
         return BYTES[self.dtype] * self.elements
 
+    @property
+    def origin(self) -> Path | None:
+        """What it is read from, to name it."""
+        return self.stored.file if self.stored else self.file
+
     def made(self) -> Tensor:
         """The same, in memory. Raises Unreadable."""
         if self.stored:
-            return replace(self, stored=None, whole=self.stored.read().contiguous())
+            return replace(self, stored=None, file=self.stored.file, whole=self.stored.read().contiguous())
         return replace(self, whole=Desk().elements(self, range(self.elements)).view(self.shape))
 
     def spans(self, step: int = 1) -> Iterator[range]:
@@ -72,7 +77,7 @@ def described(weights: Weights) -> dict[str, Tensor]:
                 f"{tensor.file or weights.hf}: {tensor.name} has the dtype {tensor.dtype}, which is unknown here"
             )
     if plain and ties_head(weights.hf, found):
-        del found["lm_head.weight"]
+        del found[HEAD]
     return found
 
 

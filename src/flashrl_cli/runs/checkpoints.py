@@ -26,8 +26,9 @@ _LISTED = 8
 class Checkpoint:
     """Weights that can be evaluated: an HF folder `hf`, or config and tokenizer in `hf` and the weights elsewhere (see `Weights`).
 
-    `source` is what it belongs to: the run's folder, or the model's own folder when it is no step of a run (`step` None).
-    `run` is the shortest name that tells the sources apart. `quantized` is the method by which the HF folder's weights are quantized.
+    `source` is what it belongs to: the run's folder, or the model's own folder when it is no step of a run (`step`
+    None). `run` is the shortest name that tells the sources apart. `quantized` is the method by which the HF folder's
+    weights are quantized.
     """
 
     source: Path
@@ -52,10 +53,11 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """Something that a pattern named and that cannot be evaluated, and why."""
+    """What a pattern named and cannot be evaluated, and why; `refused` if it is a checkpoint whose weights are wrong."""
 
     path: Path
     reason: str
+    refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +71,8 @@ class Found:
 def find(patterns: Sequence[str]) -> Found:
     """Look up globs and paths of project folders, runs, steps, `actor`, HF or adapter folders, and ids of models on the hub.
 
-    Raises NothingMatched if none of it can be evaluated, saying what lies there instead; InputError for a hub model that is not
-    to be had.
+    Raises NothingMatched if none of it can be evaluated, saying what lies there instead; InputError for a hub model
+    that is not to be had.
     """
     found: dict[str, Checkpoint | Skipped] = {}
     for item in (item for pattern in patterns for item in _meant(pattern)):

@@ -1,7 +1,7 @@
 """Whole tensors out of what lies on disk: an HF folder, verl's FSDP shards, a LoRA adapter on its base.
 
-Used by the merge, and by the evaluation's vLLM worker, which must not import more of flashrl than this. torch is imported
-when tensors are read; `check` and `fingerprint` do without it.
+Used by the merge, and by the evaluation's vLLM worker, which must not import more of flashrl than this. torch is
+imported when tensors are read; `check` and `fingerprint` do without it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashrl_cli.weights.accounting import account, index_problems, not_finite
+from flashrl_cli.weights.architecture import Expected, expected
 from flashrl_cli.weights.contents import (
+    INDEX,
     Unreadable,
     checksums,
     model_files,
@@ -23,19 +26,30 @@ from flashrl_cli.weights.contents import (
     texts,
     torn,
 )
+from flashrl_cli.weights.folder import Companions, beside, companions
 from flashrl_cli.weights.lora import PEFT_CONFIG, PEFT_WEIGHTS, VERL_META, Adapter, is_lora, unwrapped
-from flashrl_cli.weights.reading import FLOATS, Source, Stored, from_safetensors, from_shards
+from flashrl_cli.weights.reading import FLOATS, Source, Stored, copied, equal, from_safetensors, from_shards, is_finite
 
 __all__ = [
     "FLOATS",
+    "HEAD",
+    "INDEX",
     "PEFT_CONFIG",
     "PEFT_WEIGHTS",
     "VERL_META",
+    "Companions",
+    "Expected",
     "Stored",
     "Unreadable",
     "Weights",
+    "companions",
+    "copied",
+    "expected",
     "holds_adapter_alone",
+    "is_finite",
     "model_files",
+    "not_finite",
+    "read_bytes",
     "read_json",
     "stored_in_float32",
     "table",
@@ -43,19 +57,18 @@ __all__ = [
     "torn",
 ]
 
-_BESIDE = (
-    "config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*", "*processor_config.json", "*.model", "*.tiktoken", "*.py",
-)  # fmt: skip
-"""Files of an HF folder that change answers as the weights do."""
+
+HEAD = "lm_head.weight"
+_EMBEDDING = "embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
     """Where the weights of one checkpoint lie.
 
-    In `shards` (in order of rank), else in the safetensors of `hf`, which has config and tokenizer in any case. With `adapter` (a folder
-    as PEFT writes it, or the `actor/` of a LoRA run) the adapter is added to the weights of `base`, or to those in the shards.
+    In `shards` (in order of rank), else in the safetensors of `hf`, which has config and tokenizer in any case. With
+    `adapter` (a folder as PEFT writes it, or the `actor/` of a LoRA run) the adapter is added to the weights of `base`,
+    or to those in the shards.
     """
 
     hf: Path
@@ -77,20 +90,40 @@ class Weights:
     def tensors(self) -> Iterator[tuple[str, Any]]:
         """Name and whole tensor (on the CPU), one after another, under the names that Transformers gives them.
 
-        An HF folder's as they are stored, all others in bf16, and a tied lm_head left out of those. Files are mapped, and what was
-        used is let go: memory for a few tensors, not for the model. Raises Unreadable for a torn file, a file with code in it, or
-        parts that do not fit together.
+        An HF folder's as they are stored, all others in bf16, and a tied lm_head left out of those. Files are mapped,
+        and what was used is let go: memory for a few tensors, not for the model. Raises Unreadable before the first
+        tensor for what `accounted` refuses, and where NaN or infinite values are met, after all that is left was looked
+        through for more of them.
         """
-        source = self.source()
+        source = self.accounted()
+        files = {name: stored.file for name, stored in source.items()}
         for name in sorted(source):
-            yield name, source.pop(name).read()
+            tensor = source.pop(name).read()
+            if not is_finite(tensor):
+                more = [other for other in sorted(source) if not is_finite(source.pop(other).read())]
+                raise not_finite([name, *more], files)
+            yield name, tensor
+
+    def accounted(self) -> Source:
+        """What `tensors` reads, held against what the architecture has. Raises Unreadable with all that is wrong.
+
+        It costs a look at the files' tables of contents, and for an architecture that was never seen the import of
+        Transformers. Values are not read, but for those of an lm_head that config.json ties to the embedding: the two
+        must be the same.
+        """
+        self._check_index()
+        source = self.source()
+        account(self.hf, source, expected(self.hf))
+        return source
 
     def source(self) -> Source:
         """What `tensors` reads, by name, with the shape and dtype of each: nothing is read yet. Raises Unreadable."""
         if self.adapter:
             return self._adapted(self.adapter)
         if not self.shards:
-            return from_safetensors(model_files(self.hf))
+            source = from_safetensors(model_files(self.hf))
+            self._tied_head(source)
+            return source
         source = from_shards(self.shards)
         if any(map(is_lora, source)):
             raise Unreadable(f"{self.shards[0]} holds a LoRA adapter, and no {VERL_META} tells its alpha")
@@ -101,14 +134,19 @@ class Weights:
         for shard in self.shards:
             if problem := torn(shard):
                 raise Unreadable(f"{shard} is torn: {problem}")
+        self._check_index()
         for file in self._safetensors():
             table(file)
+
+    def _check_index(self) -> None:
+        if (self.base or not self.shards) and (problems := index_problems(self.base or self.hf)):
+            raise Unreadable("; ".join(problems))
 
     def fingerprint(self) -> str:
         """Hex digest that changes with any tensor, the config or the tokenizer, and not with a copy or a date; in milliseconds.
 
-        From the CRC-32s that torch.save leaves in the shards, else from both ends of each tensor: training changes all of a
-        tensor. Raises Unreadable for what is torn.
+        From the CRC-32s that torch.save leaves in the shards, else from both ends of each tensor: training changes all
+        of a tensor. Raises Unreadable for what is torn.
         """
         digest = hashlib.sha256()
         for shard in self.shards:
@@ -136,9 +174,21 @@ class Weights:
         return from_safetensors(model_files(self.base))
 
     def _without_tied(self, source: Source) -> Source:
-        if ties_head(self.hf, source):
-            source.pop("lm_head.weight")
+        if head := self._tied_head(source):
+            source.pop(head)
         return source
+
+    def _tied_head(self, source: Source) -> str | None:
+        """Name of an lm_head that the config ties, None without one. Raises Unreadable if it is not the embedding."""
+        if not ties_head(self.hf, source):
+            return None
+        embedding = next(name for name in source if name.endswith(_EMBEDDING))
+        if not equal(source[HEAD], source[embedding]):
+            raise Unreadable(
+                f"{HEAD} differs from {embedding}, and config.json ties them (tie_word_embeddings): set that to false "
+                f"if the head was trained by itself, or remove {HEAD}"
+            )
+        return HEAD
 
     def _safetensors(self) -> Iterator[Path]:
         if self.adapter and not self.shards:
@@ -148,7 +198,7 @@ class Weights:
 
     def _beside(self) -> Iterator[Path]:
         """Small files that change answers: those of `hf`, the adapter's, and the base's config."""
-        yield from sorted({file for pattern in _BESIDE for file in self.hf.glob(pattern) if file.is_file()})
+        yield from beside(self.hf)
         if self.adapter:
             yield from (file for name in (PEFT_CONFIG, VERL_META) if (file := self.adapter / name).is_file())
         if self.base and self.base != self.hf:
@@ -167,7 +217,7 @@ def stored_in_float32(shard: Path) -> bool:
 
 def ties_head(hf: Path, names: Collection[str]) -> bool:
     """Whether a model holds an lm_head that its config ties to the embedding, so that no reader looks at it."""
-    both = "lm_head.weight" in names and any(name.endswith("embed_tokens.weight") for name in names)
+    both = HEAD in names and any(name.endswith(_EMBEDDING) for name in names)
     return both and _is_tied(hf)
 
 

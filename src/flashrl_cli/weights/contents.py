@@ -18,6 +18,8 @@ _NO_ARCHIVE = (
 )  # fmt: skip
 """What zipfile raises for bytes that are no whole archive."""
 _SAMPLE = 4096
+INDEX = "model.safetensors.index.json"
+"""File of an HF folder that names the file of each tensor, where there are several."""
 
 
 class Unreadable(Exception):
@@ -26,13 +28,18 @@ class Unreadable(Exception):
 
 def model_files(hf: Path) -> list[Path]:
     """The safetensors files of an HF folder: those that its index names, else the one there is. Raises Unreadable."""
-    index = hf / "model.safetensors.index.json"
+    index = hf / INDEX
     if not index.is_file():
         return [hf / "model.safetensors"]
     try:
         return [hf / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     except (KeyError, AttributeError, TypeError):
         raise Unreadable(f"{index} is damaged") from None
+
+
+def is_missing(file: Path) -> bool:
+    """Whether a file is not there or empty; a link that leads nowhere, or in a circle, is not there."""
+    return not file.is_file() or not file.stat().st_size
 
 
 def torn(file: Path) -> str | None:

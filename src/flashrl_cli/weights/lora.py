@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flashrl_cli.weights.contents import Unreadable, read_json
-from flashrl_cli.weights.reading import Source, Stored, in_bf16
+from flashrl_cli.weights.reading import Source, Stored, in_bf16, is_finite
 
 VERL_META = "lora_train_meta.json"
 """Rank and alpha of LoRA shards (verl/utils/checkpoint/fsdp_checkpoint_manager.py:129)."""
@@ -52,9 +52,17 @@ class Adapter:
             raise Unreadable(f"{file} asks for what cannot be merged: {', '.join(refused)}")
         try:
             rank, alpha = int(config["r"]), float(config["lora_alpha"])
-            scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError):
-            raise Unreadable(f"{file} names no rank and alpha") from None
+        except (KeyError, TypeError, ValueError):
+            rank, alpha = 0, math.nan
+        if rank < 1 or not math.isfinite(alpha):
+            raise Unreadable(
+                f"{file} names no rank and alpha: r is {config.get('r')}, lora_alpha {config.get('lora_alpha')}"
+            )
+        if not alpha:
+            raise Unreadable(
+                f"{file} has lora_alpha 0: the adapter changes nothing; write the alpha that it was trained with"
+            )
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         return cls(folder, rank, scale, bool(config.get("fan_in_fan_out")))
 
     def add(self, whole: Source, lora: Source) -> Source:
@@ -65,17 +73,22 @@ class Adapter:
             if not match:
                 raise Unreadable(f"{self.folder} holds {name}, which cannot be merged")
             pairs.setdefault(f"{match['module']}.weight", {})[match["side"]] = matrix
+        if not pairs:
+            raise Unreadable(f"{self.folder} holds no matrices of an adapter")
         for name, pair in pairs.items():
             if name not in whole or len(pair) != 2:
                 raise Unreadable(f"{self.folder} holds no pair of matrices for a weight that is there: {name}")
         changed = {
-            name: replace(whole[name], dtype="BF16", read=partial(self._added, name, whole[name], **pair))
+            name: replace(whole[name], dtype="BF16", read=partial(self._added, name, whole[name], **pair), parts=None)
             for name, pair in pairs.items()
         }
         return in_bf16(whole) | changed
 
     def _added(self, name: str, whole: Stored, A: Stored, B: Stored) -> Any:  # noqa: N803
         weight, down, up = (stored.read().float() for stored in (whole, A, B))
+        for side, matrix in (("A", down), ("B", up)):
+            if not is_finite(matrix):
+                raise Unreadable(f"{self.folder}: lora_{side} of {name} holds NaN or infinite values")
         delta = up @ down if down.ndim == up.ndim == 2 and down.shape[0] == up.shape[1] == self.rank else None
         if delta is not None and self.transposed:
             delta = delta.T

@@ -1,36 +1,47 @@
 """Tensors out of files, one at a time: a file is mapped, not read, and each tensor's part of it is let go when used.
 
-Shards are joined as `python -m verl.model_merger merge` joins them (verl/model_merger/fsdp_model_merger.py): along their
-placement, replicated copies taken once. Unlike there, files are read with `weights_only`.
+Shards are joined as `python -m verl.model_merger merge` joins them (verl/model_merger/fsdp_model_merger.py): along
+their placement, replicated copies taken once. Unlike there, files are read with `weights_only`.
 """
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
-from flashrl_cli.weights.contents import Unreadable
+from flashrl_cli.weights.contents import Unreadable, table
 
 _DTYPES = {
     "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.int64": "I64",
     "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8", "torch.bool": "BOOL",
 }  # fmt: skip
 """Dtypes of torch's to safetensors' names for them."""
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOATS = frozenset(_TORCH)
+_PIECE = 2 * 2**20
+"""Bytes that are held of a file that is copied."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """A tensor that is still in its file: what it will be (`dtype` as safetensors names it), and what reads it, whole and once."""
+    """A tensor that is still in its file: what it will be (`dtype` as safetensors names it), and what reads it, once.
+
+    `file` is the file, or the folder of shards that hold it in parts; `parts` gives these as they are mapped, as often
+    as it is called.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], Any]
+    file: Path | None = None
+    parts: Callable[[], list[Any]] | None = None
 
 
 Source = dict[str, Stored]
@@ -48,13 +59,55 @@ def from_safetensors(files: Iterable[Path]) -> Source:
             opened: Any = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise Unreadable(f"{file} is torn: {error}") from error
-        source |= {name: _sliced(opened, name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+        for name in opened.keys():  # noqa: SIM118 - no mapping
+            if name in source:
+                raise Unreadable(f"{name} is in two files: {source[name].file} and {file}")
+            source[name] = _sliced(opened, name, file)
     return source
 
 
-def _sliced(opened: Any, name: str) -> Stored:
+def _sliced(opened: Any, name: str, file: Path) -> Stored:
     found = opened.get_slice(name)
-    return Stored(shape=tuple(found.get_shape()), dtype=found.get_dtype(), read=partial(opened.get_tensor, name))
+    read = partial(opened.get_tensor, name)
+    return Stored(shape=tuple(found.get_shape()), dtype=found.get_dtype(), read=read, file=file, parts=lambda: [read()])
+
+
+def copied(file: Path, target: Path) -> list[str]:
+    """Copy a safetensors file to a new one; the names of its tensors with NaN or infinite values, seen while they pass.
+
+    Raises Unreadable where `file` cannot be read, OSError where `target` cannot be written.
+    """
+    import torch
+
+    entries, start = table(file)
+    spans = sorted((*entry["data_offsets"], entry["dtype"], name) for name, entry in entries.items())
+    if any(first != before for (first, *_), before in zip(spans, [0, *(last for _, last, *_ in spans)], strict=False)):
+        raise Unreadable(f"{file} is torn: its tensors overlap, or there are gaps between them")
+    bad: dict[str, None] = {}
+    room = memoryview(bytearray(_PIECE))
+    with file.open("rb", buffering=0) as source, target.open("xb") as out:
+        out.write(_next(source, memoryview(bytearray(start)), file))
+        for first, last, dtype, name in spans:
+            for offset in range(first, last, _PIECE):
+                data = _next(source, room[: min(_PIECE, last - offset)], file)
+                out.write(data)
+                if dtype in FLOATS and not is_finite(torch.frombuffer(data, dtype=getattr(torch, _TORCH[dtype]))):
+                    bad[name] = None
+    return list(bad)
+
+
+def _next(source: RawIOBase, view: memoryview, file: Path) -> memoryview:
+    """`view`, filled with the next bytes of a file."""
+    done = 0
+    while done < len(view):
+        try:
+            count = source.readinto(view[done:])
+        except OSError as error:
+            raise Unreadable(f"{file} cannot be read: {error.strerror or error}") from None
+        if not count:
+            raise Unreadable(f"{file} is torn: it became shorter while it was read")
+        done += count
+    return view
 
 
 def from_shards(shards: Sequence[Path], *, exact: bool = False) -> Source:
@@ -63,22 +116,62 @@ def from_shards(shards: Sequence[Path], *, exact: bool = False) -> Source:
     Raises Unreadable, here or when one is read.
     """
     ranks = [_load(shard) for shard in shards]
-    if any(rank.keys() != ranks[0].keys() for rank in ranks):
-        raise Unreadable(f"the shards in {shards[0].parent} do not hold the same parameters")
-    return {name: _in_parts(name, ranks, exact=exact) for name in ranks[0]}
+    everywhere = set.intersection(*map(set, ranks))
+    for shard, rank in zip(shards, ranks, strict=True):
+        if uneven := sorted(rank.keys() - everywhere):
+            what = f"{uneven[0]} is in {shard.name} and not in all of them"
+            raise Unreadable(f"the shards in {shard.parent} do not hold the same parameters: {what}")
+    return {name: _in_parts(name, ranks, shards[0], exact=exact) for name in ranks[0]}
 
 
-def _in_parts(name: str, ranks: list[dict[str, Any]], *, exact: bool) -> Stored:
+def _in_parts(name: str, ranks: list[dict[str, Any]], shard: Path, *, exact: bool) -> Stored:
     first = ranks[0][name]
     dtype = _DTYPES.get(str(first.dtype), str(first.dtype))
-    read = partial(_join, name, ranks, exact=exact)
-    return Stored(shape=tuple(first.shape), dtype=dtype if exact else _rounded_dtype(dtype), read=read)
+    return Stored(
+        shape=tuple(first.shape),
+        dtype=dtype if exact else _rounded_dtype(dtype),
+        read=partial(_join, name, ranks, exact=exact),
+        file=shard if len(ranks) == 1 else shard.parent,
+        parts=lambda: [_local(rank[name]) for rank in ranks],
+    )
+
+
+def _local(part: Any) -> Any:
+    """What one rank holds of a tensor."""
+    return part.to_local() if hasattr(part, "to_local") else part
+
+
+def equal(one: Stored, other: Stored) -> bool:
+    """Whether two tensors in files have the same values. Raises ValueError for those that are made while they are read."""
+    if one.parts is None or other.parts is None:
+        raise ValueError("only what is in a file can be compared before it is read")
+    return all(_same(first, second) for first, second in zip(one.parts(), other.parts(), strict=True))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two tensors are equal: bit by bit, so that NaN equals itself, or as numbers if their dtypes differ."""
+    import torch
+
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return one.shape == other.shape and bool(torch.equal(one.float(), other.float()))
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(one.itemsize, torch.uint8)
+    return bool(torch.equal(one.view(bits), other.view(bits)))
+
+
+def is_finite(tensor: Any) -> bool:
+    """Whether a tensor holds neither NaN nor infinite values, in one pass; 8-bit ones and integers pass."""
+    import torch
+
+    if not tensor.is_floating_point() or tensor.itemsize < 2 or not tensor.numel():  # no minimum of 8-bit values
+        return True
+    # NaN is passed on by minimum and maximum; isfinite().all() takes 20 times as long
+    return all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(tensor)).tolist())
 
 
 def in_bf16(source: Source) -> Source:
     """`source` whose tensors are in bf16, as far as they are floating-point."""
     return {
-        name: Stored(shape=one.shape, dtype=_rounded_dtype(one.dtype), read=partial(_read_in_bf16, one.read))
+        name: replace(one, dtype=_rounded_dtype(one.dtype), read=partial(_read_in_bf16, one.read), parts=None)
         for name, one in source.items()
     }
 
@@ -117,14 +210,13 @@ def _load(file: Path) -> dict[str, Any]:
 
 def _join(name: str, ranks: list[dict[str, Any]], *, exact: bool) -> Any:
     """One tensor from its parts, which the ranks let go: joined along the sharded dimension, else the first copy."""
-    import torch
     from torch.distributed.tensor import DTensor
 
     parts = [rank.pop(name) for rank in ranks]
     first = parts[0]
     if all(isinstance(part, DTensor) for part in parts):
         return _joined(name, parts, exact=exact)
-    if any(part.shape != first.shape or not torch.equal(part, first) for part in parts[1:]):
+    if any(not _same(part, first) for part in parts[1:]):
         raise Unreadable(f"{name} is not sharded, yet it differs between ranks")
     whole = first.contiguous()
     return whole if exact else _rounded(whole)

@@ -10,13 +10,21 @@ from pathlib import Path
 import pytest
 
 from flashrl_cli.errors import EnvironmentNotReady, InputError, NothingMatched, RunFailed
-from flashrl_cli.evals import merge
 from flashrl_cli.evals.export import choose, export
 from flashrl_cli.runs.stock import Stock, take_stock
+from flashrl_cli.weights import architecture
 from tests.run_lab import Lab
 
 SHAPES = {"a.weight": (2, 3), "b.weight": (4,)}
-CONFIG = {"architectures": ["Qwen2ForCausalLM"], "dtype": "float32", "attn_implementation": "flash_attention_2"}
+EXPECTED = architecture.Expected(
+    forms=({**SHAPES, "tied.weight": (2, 3)},), optional=frozenset({"tied.weight"}), ignored=(), integers=frozenset()
+)
+CONFIG = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "dtype": "float32",
+    "attn_implementation": "flash_attention_2",
+}
 
 
 def safetensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -33,7 +41,7 @@ def safetensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 @pytest.fixture(autouse=True)
 def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge, "_expected", lambda folder: ({**SHAPES, "tied.weight": (2, 3)}, {"tied.weight"}))
+    monkeypatch.setattr(architecture, "_of_config", lambda text: EXPECTED)
 
 
 @pytest.fixture
@@ -86,7 +94,7 @@ def test_an_export(stock: Stock, tmp_path: Path) -> None:
     assert {path.name for path in target.iterdir()} == names
     assert made.bytes == sum(path.stat().st_size for path in target.iterdir())
     config = json.loads((target / "config.json").read_text())
-    assert config == {"architectures": ["Qwen2ForCausalLM"], "dtype": "bfloat16"}
+    assert config == {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "dtype": "bfloat16"}
     assert (target / "model.safetensors").stat().st_mode == (target / "config.json").stat().st_mode
     card = (target / "README.md").read_text()
     assert "| mean reward of the step's own training batch (nothing was held out) | 0.9 |" in card
@@ -97,17 +105,20 @@ def test_an_export(stock: Stock, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shapes", "names"),
     [
-        ({"a.weight": (2, 3)}, "b.weight"),
-        ({**SHAPES, "a.weight": (3, 2)}, "a.weight"),
-        ({**SHAPES, "c.weight": (1,)}, "c.weight"),
-        ({str(n): (1,) for n in range(5)}, "0, 1, 2 and 4 more"),
+        ({"a.weight": (2, 3)}, "missing 1 tensor: b.weight"),
+        ({**SHAPES, "a.weight": (3, 2)}, r"other shapes .*: a.weight \(in model.safetensors\) \[3, 2\], not \[2, 3\]"),
+        ({**SHAPES, "c.weight": (1,)}, "1 tensor that the architecture does not have: c.weight"),
+        (
+            {str(n): (1,) for n in range(6)},
+            "missing 2 tensors: a.weight, b.weight; 6 tensors .*: 0 .*, 3 .* and 2 more",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_not_exported(
     shapes: dict[str, tuple[int, ...]], names: str, stock: Stock, lab: Lab, tmp_path: Path
 ) -> None:
     safetensors(lab.hf(1) / "model.safetensors", shapes)
-    with pytest.raises(RunFailed, match=f"step 1 cannot be exported: .*asks for: {names}"):
+    with pytest.raises(RunFailed, match=f"step 1 cannot be exported: .*{names}"):
         export(stock, choose(stock, "1"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -115,12 +126,12 @@ def test_weights_that_do_not_fit_are_not_exported(
 def test_an_index_that_lies(stock: Stock, lab: Lab, tmp_path: Path) -> None:
     index = {"weight_map": {"a.weight": "model.safetensors"}}
     (lab.hf(1) / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(RunFailed, match=r"index\.json does not name"):
+    with pytest.raises(RunFailed, match=r"holds what model\.safetensors\.index\.json does not place in it: b\.weight"):
         export(stock, choose(stock, "1"), tmp_path / "out")
 
 
 def test_an_architecture_that_is_unknown(stock: Stock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge, "_expected", lambda folder: None)
+    monkeypatch.setattr(architecture, "_of_config", lambda text: None)
     assert "index" in export(stock, choose(stock, "1"), tmp_path / "out").compared
 
 

@@ -13,18 +13,22 @@ from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
 from flashrl_cli.evals import merge
 from flashrl_cli.evals.merge import merged, new_folder
 from flashrl_cli.runs.checkpoints import Checkpoint
+from flashrl_cli.weights import Weights, architecture
 from tests.saved_files import saved_model, saved_tensors
 
 
 @pytest.fixture(autouse=True)
 def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge, "_expected", lambda folder: ({"a": (4,), "tied": (4,)}, {"tied"}))
+    expected = architecture.Expected(
+        forms=({"a": (2,), "tied": (2,)},), optional=frozenset({"tied"}), ignored=(), integers=frozenset()
+    )
+    monkeypatch.setattr(architecture, "_of_config", lambda text: expected)
 
 
 def checkpoint(folder: Path, run: str, step: int | None, data: bytes = b"1234") -> Checkpoint:
     hf = folder / run / str(step)
-    saved_tensors(hf / "model.safetensors", a=data)
-    (hf / "config.json").write_text('{"dtype": "float32", "hidden_size": 4}')
+    saved_tensors(hf / "model.safetensors", "BF16", a=data)
+    (hf / "config.json").write_text('{"dtype": "float32", "model_type": "qwen2"}')
     (hf / "tokenizer.json").write_text("{}")
     return Checkpoint(source=hf.parent, step=step, hf=hf, run=run)
 
@@ -39,7 +43,7 @@ def test_one_checkpoint_is_the_folder(tmp_path: Path) -> None:
     (folder,) = merged([one], tmp_path / "out" / "model", done.append)
     assert (folder, done) == (tmp_path / "out" / "model", [1])
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
-    assert json.loads((folder / "config.json").read_text()) == {"hidden_size": 4, "dtype": "bfloat16"}
+    assert json.loads((folder / "config.json").read_text()) == {"model_type": "qwen2", "dtype": "bfloat16"}
     assert (folder / "model.safetensors").read_bytes() == (one.hf / "model.safetensors").read_bytes()
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
@@ -80,12 +84,12 @@ def test_nothing_is_replaced(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_leaves_nothing(tmp_path: Path) -> None:
-    torn, foreign = checkpoint(tmp_path, "a", 1), checkpoint(tmp_path, "a", 2, b"12345")
+    torn, foreign = checkpoint(tmp_path, "a", 1), checkpoint(tmp_path, "a", 2, b"123456")
     file = torn.hf / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(RunFailed, match=r"a/1 cannot be merged: .*model\.safetensors is torn"):
         merged([torn], tmp_path / "out" / "model", count)
-    with pytest.raises(RunFailed, match=r"cannot be merged: the weights are not what config\.json asks for: a"):
+    with pytest.raises(RunFailed, match=r"cannot be merged: .*other shapes than config\.json asks for: a"):
         merged([foreign], tmp_path / "out" / "model", count)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -106,8 +110,12 @@ def test_room_for_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     shards = tuple(sorted(actor.glob("model_*.pt")))
     one = Checkpoint(source=tmp_path, step=1, hf=actor / "huggingface", shards=shards, run="a")
     size = sum(shard.stat().st_size for shard in shards)
-    monkeypatch.setattr(merge, "write", lambda weights, folder: folder.mkdir())
-    monkeypatch.setattr(merge, "check", lambda folder: None)
+
+    def write(weights: Weights, folder: Path) -> merge.Written:
+        folder.mkdir()
+        return merge.Written(shapes={}, compared="", left=())
+
+    monkeypatch.setattr(merge, "write", write)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size - 1))
     with pytest.raises(EnvironmentNotReady, match="no room"):
         merged([one], tmp_path / "out", count)

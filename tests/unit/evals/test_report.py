@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from flashrl_cli.errors import RunFailed
 from flashrl_cli.evals import responses
 from flashrl_cli.evals.report import Report
 from flashrl_cli.evals.results import Evaluated
@@ -35,6 +37,17 @@ def test_row_of_several_samples() -> None:
     assert row.pass_at == {1: pytest.approx(0.5), 2: pytest.approx(2 / 3)}
     assert row.maj == pytest.approx(1.5 / 3)
     assert (row.flexible, row.boxed, row.problems) == (None, None, 0)
+
+
+def test_a_checkpoint_that_was_refused_makes_the_command_fail() -> None:
+    """Those that were passed over for other reasons (a critic, a save that goes on) do not."""
+    found = report(evaluated(checkpoint("a", 4), single(1, 3)))
+    found.require_all()
+    refused = (Skipped(Path("/a"), "missing 1 tensor", refused=True), Skipped(Path("/b"), "torn", refused=True))
+    with pytest.raises(RunFailed, match="2 checkpoints were refused and have no result: /a, /b"):
+        dataclasses.replace(found, skipped=refused).require_all()
+    with pytest.raises(RunFailed, match="1 checkpoint was refused and has no result: /a"):
+        dataclasses.replace(found, skipped=(refused[0], *found.skipped)).require_all()
 
 
 def test_row_of_one_sample() -> None:

@@ -103,7 +103,7 @@ def test_what_cannot_be_read_is_skipped_with_all_its_data_sets(tmp_path: Path, e
         folder = tmp_path / name
         checkpoints = [checkpoint(folder, 1), checkpoint(folder, 2)]
         done, wanted, told = work(folder, checkpoints, [data("sums", 3), data("products", 2)])
-        assert [s.reason for s in done.skipped.values()] == ["torn"]
+        assert [(s.reason, s.refused) for s in done.skipped.values()] == [("torn", True)]
         assert set(done.results) == {one.key for one in wanted[2:]}
         assert told.prompts == 10
     assert len(engines.jobs) == 1 + 2, "an engine that was spoilt is replaced"
@@ -116,6 +116,7 @@ def test_what_training_removed_meanwhile_is_skipped(tmp_path: Path, engines: Eng
     with evaluation(tmp_path, [data()], told) as one:
         one.work(wanted)
     assert list(one.skipped) == [first.path]
+    assert not one.skipped[first.path].refused
     assert set(one.results) == {wanted[1].key}
     assert told.prompts == 6
     lock = Store(tmp_path / "kept").claim(wanted[0])

@@ -15,16 +15,24 @@ QWEN2: dict[str, tuple[int, ...]] = {
     "model.layers.0.self_attn.q_proj.weight": (32, 32),
     "model.layers.0.self_attn.q_proj.bias": (32,),
     "model.layers.0.self_attn.k_proj.weight": (16, 32),
+    "model.layers.0.self_attn.k_proj.bias": (16,),
     "model.layers.0.self_attn.v_proj.weight": (16, 32),
+    "model.layers.0.self_attn.v_proj.bias": (16,),
     "model.layers.0.self_attn.o_proj.weight": (32, 32),
     "model.layers.0.mlp.gate_proj.weight": (64, 32),
     "model.layers.0.mlp.up_proj.weight": (64, 32),
     "model.layers.0.mlp.down_proj.weight": (32, 64),
     "model.layers.0.input_layernorm.weight": (32,),
+    "model.layers.0.post_attention_layernorm.weight": (32,),
     "model.norm.weight": (32,),
     "lm_head.weight": (48, 32),
 }
 """A Qwen2 of one layer."""
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 48,
+}  # fmt: skip
+"""Its sizes, as its config.json names them."""
 LAYERS = [name.removesuffix(".weight") for name in QWEN2 if name.endswith("_proj.weight")]
 
 

@@ -122,7 +122,7 @@ def test_torn_files(tmp_path: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     message, hint = refused(folder)
-    assert message == f"{file} is torn: truncated or damaged"
+    assert message == f"{folder} cannot be quantized: {file} is torn: truncated or damaged"
     assert hint == "copy or save it again"
 
 
