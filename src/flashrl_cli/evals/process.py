@@ -14,7 +14,7 @@ from typing import Any
 
 from flashrl_cli import contract, cpu, errors
 
-LAST = frozenset({"done", "skipped"})
+LAST = frozenset({"done", "skipped", "restart"})
 """Events that end an order."""
 _ENDING_S = 5.0
 
@@ -34,7 +34,7 @@ class Worker:
         return self._process.pid
 
     def ask(self, order: str) -> Iterator[dict[str, Any]]:
-        """Give an order, one line of JSON; its events as they come, up to `done` or `skipped`.
+        """Give an order, one line of JSON; its events as they come, up to one of LAST.
 
         Raises the error that the process reports, or what tells why it died.
         """
