@@ -31,6 +31,7 @@ Bucket = Iterable[tuple[str, torch.Tensor]]
 Sent = frozenset[tuple[str, tuple[int, ...]]]
 COMPLETE = "flashrl_complete"
 """Attribute of a model: names and shapes of the updates that were found complete."""
+_MARK = "_flashrl_patched"
 _SHOWN = 4
 _WRITES = (
     torch.ops.aten.copy_.default,
@@ -99,16 +100,20 @@ class Coverage:
         if not self._sent:
             raise Incomplete("the weight update brought no tensor")
         if torn := [f"{name}.weight" for name, rows in self.rows.items() if rows.written < rows.shape[0]]:
-            raise self._unwritten(torn)
+            raise _unwritten(torn)
         sent = frozenset(self._sent)
         if self._writes is None:
             self._compare(sent)
             return
-        if missing := sorted(self._missing(self._writes)):
-            raise self._unwritten(missing)
+        self.check_written()
         self._refuse_biases()
         self._say_unused()
         self._complete.add(sent)
+
+    def check_written(self) -> None:
+        """Raise Incomplete unless all parameters were written while this noted it, whatever they were called."""
+        if missing := sorted(self._missing()):
+            raise _unwritten(missing)
 
     def _compare(self, sent: Sent) -> None:
         """What complete updates brought must have come again."""
@@ -118,9 +123,9 @@ class Coverage:
             what = f"the weight update lacked {len(names)} tensors that the one before it brought"
             raise Incomplete(f"{what}: {_first(names)}")
 
-    def _missing(self, writes: _Writes) -> Iterator[str]:
+    def _missing(self) -> Iterator[str]:
         for storage, named in self._named.items():
-            parts = writes.parts[storage]
+            parts = self._writes.parts[storage] if self._writes else {}
             if sum(parts.values()) < max(parameter.numel() for parameter in named.values()):
                 yield from (name for name, one in named.items() if not _padded_experts(one, parts))
 
@@ -144,7 +149,7 @@ class Coverage:
             return True
         if isinstance(method, OnlineLinearMethod):
             return name in {"weight", "bias"}
-        return name.endswith(("weight", "bias", "packed"))
+        return name.endswith(("weight", "bias", "packed", "weight_scale", "weight_scale_inv"))
 
     def _refuse_biases(self) -> None:
         """vLLM's loaders drop biases that a layer has not, for the sake of GPTQ's zeros (models/utils.py, `AutoWeightsLoader`)."""
@@ -171,9 +176,6 @@ class Coverage:
             contract.logger().warning(
                 "the engine uses %d tensors of the weight update not: %s", len(names), _first(names)
             )
-
-    def _unwritten(self, names: list[str]) -> Incomplete:
-        return Incomplete(f"the weight update left {len(names)} parameters of the engine unwritten: {_first(names)}")
 
     def _refused(self, error: Exception) -> Incomplete:
         near = f" near {self._current}" if self._current else ""
@@ -204,6 +206,28 @@ class _Writes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def check_first_load() -> None:
+    """Have vLLM's own loader fail for a model's folder that leaves a parameter unwritten (idempotent).
+
+    It compares names, not shards, and none of quantized layers (`track_weights_loading`,
+    vllm/model_executor/model_loader/default_loader.py:327 in 0.24): those keep what lay in their memory before.
+    """
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    original = DefaultModelLoader.load_weights
+    if getattr(original, _MARK, False):
+        return
+
+    def load_weights(self: Any, model: torch.nn.Module, model_config: Any) -> None:
+        coverage = Coverage(model, ties_head=ties_head(model_config), watched=True)
+        with coverage.noting():
+            original(self, model, model_config)
+        coverage.check_written()
+
+    setattr(load_weights, _MARK, True)
+    DefaultModelLoader.load_weights = load_weights
+
+
 def ties_head(model_config: Any) -> bool:
     """Whether a model's lm_head is its embedding, by vLLM's ModelConfig."""
     configs = (getattr(model_config, name, None) for name in ("hf_config", "hf_text_config"))
@@ -220,7 +244,7 @@ def _is_part(source: Any, storage: int) -> bool:
 
 
 def _padded_experts(parameter: torch.nn.Parameter, parts: Mapping[tuple[int, tuple[int, ...]], int]) -> bool:
-    """Whether each expert of a fused weight [experts, rows, columns] got all of its shards, for kernels that want more room than these fill.
+    """Whether each expert of a fused weight [experts, rows, columns] got its shards, where a kernel wants more room than these fill.
 
     Gate and up projection are shards of at most half the rows; a down projection is one.
     """
@@ -231,6 +255,10 @@ def _padded_experts(parameter: torch.nn.Parameter, parts: Mapping[tuple[int, tup
         counts[offset // parameter.stride(0)] += 1
     halves = all(shape[0] <= parameter.shape[1] // 2 for _, shape in parts)
     return min(counts) >= (2 if halves else 1)
+
+
+def _unwritten(names: list[str]) -> Incomplete:
+    return Incomplete(f"the weight update left {len(names)} parameters of the engine unwritten: {_first(names)}")
 
 
 def _first(names: list[str]) -> str:
