@@ -52,6 +52,10 @@ def noisy(share: float, seed: int) -> Callable[[str, Any], Any]:
     return lambda _, tensor: (tensor * (1 + share * torch.randn(tensor.shape, generator=generator))).to(tensor.dtype)
 
 
+def doubled_without(left_out: str) -> Callable[[str, Any], Any]:
+    return lambda name, tensor: None if name == left_out else tensor * 2
+
+
 def ends_in_config(folder: Path) -> None:
     """The ends stand in config.json alone."""
     (folder / "generation_config.json").unlink()
@@ -140,7 +144,7 @@ def checkpoints(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) ->
         if name in ODD:
             ODD[name](folder)
         else:
-            rewrite(folder, lambda tensor, value, name=name: None if tensor == TORN[name][0] else value * 2)
+            rewrite(folder, doubled_without(TORN[name][0]))
         found[name] = Weights(hf=folder)
     adapter = root / "adapter"
     write_adapter(source, adapter)
@@ -156,7 +160,7 @@ def write_adapter(source: Path, folder: Path) -> None:
     torch.manual_seed(3)
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    get_peft_model(base, lora).save_pretrained(folder)
+    get_peft_model(base, lora).save_pretrained(str(folder))
 
 
 def in_one_engine(folder: Path, checkpoints: dict[str, Weights], order: list[str], rollout: str) -> list[Any]:
@@ -179,11 +183,8 @@ def in_one_engine(folder: Path, checkpoints: dict[str, Weights], order: list[str
         "FLASHRL_PLUGIN_DIR": str(folder),
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, "-m", "tests.integration.shared_engine", str(folder / "job.json")]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        command, env=env, cwd=root, check=False, timeout=PATIENCE_S, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, str(Path(__file__).with_name("shared_engine.py")), str(folder / "job.json")]
+    done = subprocess.run(command, env=env, check=False, timeout=PATIENCE_S, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return list(json.loads((folder / "out.json").read_text()))
 

@@ -63,6 +63,7 @@ class Generator:
         self._job, self._prompts = job, prompts
         self._loaded: tuple[Weights, str] | None = None
         self._speech = _Speech.of(job.start, prompts)
+        self._holds: dict[str, Any] = {}
         self._requests = 0
         self._limit = self._needed(job.start, self._speech)
         self._check_room(self._speech.longest)
