@@ -245,7 +245,7 @@ ENGINE = (
     _cause(
         "a weight update left parameters of the rollout engine without their new weights",
         "the rollouts would not be the policy's: the log names the parameters; vLLM's model of this architecture and the trainer's "
-        "must have the same weights (look at model.path's config.json), and `flashrl doctor --reload` tests the engine itself",
+        "must have the same weights (look at model.path's config.json), and `flashrl doctor --quant` tests the engine itself",
         r"coverage\.Incomplete: the weight update (left|lacked|brought)",
         r"coverage\.Incomplete: (the engine refused|\d+ tensors of) the weight update",
     ),
