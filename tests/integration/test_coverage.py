@@ -273,3 +273,24 @@ def test_counting_ends_with_the_load(refit: Any) -> None:
     model.qkv_proj.weight.data.copy_(torch.zeros_like(model.qkv_proj.weight))
     with pytest.raises(Incomplete, match=r"qkv_proj\.weight"):
         coverage.check()
+
+
+def test_vllms_own_load_of_a_folder_is_checked(refit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loads quantized folders, whose tensors it does not compare itself."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    from flashrl_cli.plugins.coverage import Incomplete, check_first_load
+
+    def load(self: Any, model: Any, model_config: Any) -> None:
+        model.load_weights(model_config.tensors.items())
+
+    monkeypatch.setattr(DefaultModelLoader, "load_weights", load)
+    check_first_load()
+    checked = DefaultModelLoader.load_weights
+    check_first_load()
+    assert DefaultModelLoader.load_weights is checked
+    whole = trained(1)
+    checked(None, engine_model(quantized=False), SimpleNamespace(tensors=whole))
+    torn = {name: tensor for name, tensor in whole.items() if name != "up_proj.weight"}
+    with pytest.raises(Incomplete, match=r"unwritten: gate_up_proj\.weight$"):
+        checked(None, engine_model(quantized=False), SimpleNamespace(tensors=torn))
