@@ -46,6 +46,8 @@ CACHE_FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", 
 """Values of `model_type` whose queries, keys and values are known to stay within the bound of an FP8 KV cache (plugins/kv_scales.py)."""
 WORKER_EXTENSION = "flashrl_cli.plugins.verl_refit.RefitWorkerExtension"
 """Class that verl's vLLM workers take their weight update from."""
+CHECKED_EXTENSION = "flashrl_cli.plugins.verl_refit.CheckedWorkerExtension"
+"""The same where verl's own weight update is taken as it is, but for a check that every parameter was written."""
 EVAL_EXTENSION = "flashrl_cli.plugins.disk_refit.DiskRefitExtension"
 """Class that evaluation engines take new weights from, read from disk."""
 BENCH_EXTENSION = "flashrl_cli.plugins.bench_extension.BenchExtension"

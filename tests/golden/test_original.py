@@ -12,17 +12,19 @@ from flashrl_cli.verl.overrides import Places, overrides
 
 FOLDER = Path(__file__).parent / "original"
 CAPS = {"gsm8k-0.5b": "2", "dapo-32b": "8"}
+EXTENSION = "actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls"
 PLACES = {
     "data.train_files",
     "data.val_files",
     "actor_rollout_ref.model.path",
     "trainer.experiment_name",
     "trainer.default_local_dir",
-    "actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls",
+    EXTENSION,
 }
 """Paths, the run's name, and where flashrl's own class lies."""
-ADDED = {"gsm8k-0.5b": {"trainer.default_local_dir", "trainer.resume_mode"}, "dapo-32b": set[str]()}
-"""What flashrl always says and a list leaves to verl: absolute checkpoints, and to go on after an interruption."""
+ADDED = {"gsm8k-0.5b": {"trainer.default_local_dir", "trainer.resume_mode", EXTENSION}, "dapo-32b": {EXTENSION}}
+"""What flashrl always says and a list leaves to verl: absolute checkpoints, to go on after an interruption, and that weight updates are
+checked."""
 OURS = {"fp8": "fp8-block"}
 """The lists' precisions under flashrl's names: verl's `quantization=fp8` has a scale for each block."""
 

@@ -24,20 +24,44 @@ class StateExtension:
 
     def send(self, folder: str, bucket: int, dtype: str) -> dict[str, Any]:
         """Refit with all weights of an HF folder as `dtype`, `bucket` bytes at a time; returns the handshake."""
-        from flashrl_cli.plugins.refit import describe, refit
+        from flashrl_cli.plugins.refit import describe
+
+        seconds = self._refit(folder, bucket, dtype)
+        return asdict(describe(self.model_runner.model, device=self.device, refits=1, refit_s=seconds))
+
+    def send_torn(self, folder: str, bucket: int, dtype: str, left_out: str, how: str) -> str:
+        """Why the same without one tensor is refused: `in place`, `layerwise`, or `by name`, held against the refit before."""
+        from unittest.mock import patch
+
+        from flashrl_cli.plugins import in_place
+        from flashrl_cli.plugins.coverage import COMPLETE, Incomplete
+
+        if how != "by name":
+            vars(self.model_runner.model).pop(COMPLETE, None)
+        possible = in_place.possible
+        with patch.object(in_place, "possible", lambda model: how != "layerwise" and possible(model)):
+            try:
+                self._refit(folder, bucket, dtype, left_out)
+            except Incomplete as error:
+                return str(error)
+        return "taken"
+
+    def _refit(self, folder: str, bucket: int, dtype: str, left_out: str = "") -> float:
+        from flashrl_cli.plugins.refit import refit
 
         runner = self.model_runner
         arguments = (runner.model, runner.vllm_config.model_config, self.device)
-        seconds = refit(*arguments, lambda load: self._stream(load, Path(folder), bucket, dtype), reused=True)
-        return asdict(describe(runner.model, device=self.device, refits=1, refit_s=seconds))
+        return refit(*arguments, lambda load: self._stream(load, Path(folder), bucket, dtype, left_out), reused=True)
 
-    def _stream(self, load: Any, folder: Path, bucket: int, dtype: str) -> None:
+    def _stream(self, load: Any, folder: Path, bucket: int, dtype: str, left_out: str) -> None:
         import torch
         from safetensors.torch import load_file
 
         kind: torch.dtype = getattr(torch, dtype)
         weights = {
-            name: weight.to(self.device, kind) for name, weight in load_file(folder / "model.safetensors").items()
+            name: weight.to(self.device, kind)
+            for name, weight in load_file(folder / "model.safetensors").items()
+            if name != left_out
         }
         largest = max(weight.numel() for weight in weights.values())
         buffer = torch.empty(max(bucket // kind.itemsize, largest), dtype=kind, device=self.device)
@@ -125,6 +149,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         result["holds"] += engine.collective_rpc("send", args=(folder, job["bucket"], job["dtype"]))
         if sleeps:
             engine.wake_up(tags=["kv_cache"])
+        result["digests"].append(engine.collective_rpc("digests"))
+    for torn in job.get("torn", []):
+        asked = (job["model"], job["bucket"], job["dtype"], *torn)
+        result["torn"] = [*result.get("torn", []), *engine.collective_rpc("send_torn", args=asked)]
+    if job.get("torn"):
+        engine.collective_rpc("send", args=(job["refits"][-1], job["bucket"], job["dtype"]))
         result["digests"].append(engine.collective_rpc("digests"))
     rows = job["sequences"]
     return {**result, "logprobs": logprobs(engine, rows), "generated": generated(engine, rows)}

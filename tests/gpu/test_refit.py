@@ -32,6 +32,15 @@ KERNELS = {
 }
 TOLERANCE = {"bf16": 0.03, "int8": 0.15, "fp8": 0.25}
 """Mean |Δ log-prob| of the answers against Transformers in float32."""
+LEFT_OUT = {
+    "model.layers.0.self_attn.k_proj.weight": "model.layers.0.self_attn.qkv_proj.weight",
+    "model.layers.1.self_attn.v_proj.bias": "model.layers.1.self_attn.qkv_proj.bias",
+    "model.layers.1.mlp.down_proj.weight": "model.layers.1.mlp.down_proj.weight",
+    "model.layers.0.input_layernorm.weight": "model.layers.0.input_layernorm.weight",
+    "model.embed_tokens.weight": "model.embed_tokens.weight",
+}
+"""Tensors that an update may lack, and the engine's parameters that are not written then."""
+HOW = ("by name", "in place", "layerwise")
 Engines = dict[str, dict[str, Any]]
 """What was found in each of some engines (engine_state.run), by name."""
 
@@ -125,6 +134,8 @@ def engines(policies: Policies) -> Engines:
         jobs[f"{precision}-A"] = policies.fresh("A", **kind)
         jobs[f"{precision}-B"] = policies.fresh("B", **kind)
         jobs[f"{precision}-refitted"] = policies.job(**kind, refits=policies.refits("BABABABAAB"), sleeps=True)
+        torn = [(name, how) for how in HOW for name in LEFT_OUT]
+        jobs[f"{precision}-torn"] = policies.job(**kind, refits=policies.refits("AB"), torn=torn)
         whole = {"dtype": "float32", "bucket": 1 << 30}
         jobs[f"{precision}-float32"] = policies.job(**kind, refits=policies.refits("AB"), **whole)
     cache = {"precision": "int8", "kv_cache": "fp8"}
@@ -161,6 +172,22 @@ def test_refitted_engines_compute_what_a_fresh_one_does(policies: Policies, engi
     assert sum(wanted) / len(wanted) > -1.0, "the policy must know sums, or this test proves nothing"
     assert mean_difference(got, wanted) < TOLERANCE[precision]
     assert mean_difference(got, wanted) < mean_difference(got, other)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_update_that_leaves_a_parameter_unwritten_fails(engines: Engines, precision: str) -> None:
+    """And the engine is whole again after the next complete one."""
+    found = engines[f"{precision}-torn"]
+    unwritten = [f"the weight update left 1 parameters of the engine unwritten: {one}" for one in LEFT_OUT.values()]
+    lacking = "the weight update lacked 1 tensors that the one before it brought: "
+    rows = {"model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.down_proj.weight"}
+    by_name = [
+        whole if precision != "bf16" and name in rows else lacking + name
+        for name, whole in zip(LEFT_OUT, unwritten, strict=True)
+    ]
+    assert found["torn"] == [*by_name, *unwritten, *unwritten]
+    assert found["digests"][-1] == engines[f"{precision}-B"]["digests"][0]
+    assert found["logprobs"] == engines[f"{precision}-B"]["logprobs"]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -164,6 +164,18 @@ def test_an_engine_holds_every_weight_in_blocks(worker: Any, seed: int, sent: An
         assert (off.abs().amax((1, 3)) > 0).all(), f"{name} was not quantized"
 
 
+def test_an_update_that_lacks_a_shard_fails(worker: Any) -> None:
+    """Counted where it is loaded, and later by the names that a complete one had."""
+    from flashrl_cli.plugins.coverage import Incomplete
+
+    torn = [(name, weight) for name, weight in weights(2) if name != "k_proj.weight"]
+    with pytest.raises(Incomplete, match=r"left 2 parameters .*: qkv_proj\.weight, qkv_proj\.weight_scale_inv$"):
+        worker._renew(in_one(torn), watched=True)
+    worker._renew(in_one(weights(2)))
+    with pytest.raises(Incomplete, match=r"lacked 1 tensors that the one before it brought: k_proj\.weight$"):
+        worker._renew(in_one(torn))
+
+
 def test_what_it_holds_is_told(worker: Any) -> None:
     from flashrl_cli.bench.variants import Variant
 

@@ -89,6 +89,8 @@ def measure(engine: Any, folder: Path, models: dict[str, Qwen2ForCausalLM]) -> d
     holds, answers = [], []
     for name in "ABA":
         holds.append(engine.collective_rpc("load_from_disk", args=(Weights(hf=folder / name).plain(),))[0])
+        if "unreadable" in holds[-1]:
+            raise RuntimeError(holds[-1]["unreadable"])
         answers.append(answer(engine))
     found, rows = answers[1]["logprobs"], answers[1]["tokens"]
     old, new = (truth(models[name], rows) for name in "AB")

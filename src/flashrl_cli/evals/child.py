@@ -24,7 +24,7 @@ class Engine:
         self._process = process
 
     def fulfil(self, order: Order) -> Iterator[dict[str, Any]]:
-        """Give an order; its events as they come, up to `done` or `skipped`.
+        """Give an order; its events as they come, up to `done`, `skipped` or `restart`.
 
         Raises the error that the engine reports, or RunFailed with the end of its log if it died.
         """

@@ -34,8 +34,8 @@ def main() -> None:
 
 
 def _serve(job: Job, orders: parent.Orders, emit: parent.Emit) -> None:
-    """Fulfil orders until stdin closes, or until one has spoilt the engine."""
-    from flashrl_cli.evals.generate import Generator, Spoilt
+    """Fulfil orders until stdin closes, or until one has spoilt the engine or needs another."""
+    from flashrl_cli.evals.generate import Generator, Outgrown, Spoilt
 
     emit("stage", text="starting the vLLM engine")
     prompts = [[q["prompt"] for q in _read_lines(job.questions(number))] for number in range(job.data_sets)]
@@ -45,6 +45,9 @@ def _serve(job: Job, orders: parent.Orders, emit: parent.Emit) -> None:
         try:
             generator = generator or Generator(job, [prompt for data in prompts for prompt in data])
             _fulfil(order, generator, prompts[order.data], emit)
+        except Outgrown:
+            emit("restart")
+            os._exit(ExitCode.OK)
         except Unreadable as error:
             ends = generator is None or isinstance(error, Spoilt)
             emit("skipped", reason=str(error), ends=ends)

@@ -5,9 +5,9 @@ Imported in the engine process only.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,10 @@ from flashrl_cli import contract
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.evals.results import Response
 from flashrl_cli.text import counted
-from flashrl_cli.weights import Unreadable
+from flashrl_cli.weights import Unreadable, Weights, read_json
 
 if TYPE_CHECKING:
     from flashrl_cli.evals.job import Job
-    from flashrl_cli.weights import Weights
 
 Messages = list[dict[str, str]]
 CPU_MEMORY = 0.2
@@ -30,23 +29,46 @@ class Spoilt(Unreadable):
     """Weights that turned out to be unreadable when some of them were in the engine already."""
 
 
+class Outgrown(Exception):
+    """A checkpoint that the running engine cannot answer for as an engine of its own would."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Speech:
+    """How a checkpoint is spoken to: its tokenizer, the tokens that end a response, and tokens of the longest prompt and in all of them."""
+
+    tokenizer: Any
+    stop: list[int]
+    longest: int
+    largest: int
+
+    @classmethod
+    def of(cls, folder: Path, prompts: Sequence[Messages]) -> _Speech:
+        """That of an HF folder. Raises Unreadable."""
+        tokenizer = tokenizer_of(folder)
+        rows = [tokens_of(tokenizer, prompt) for prompt in prompts]
+        largest = max((max(row, default=0) for row in rows), default=0)
+        return cls(tokenizer, stop_tokens(folder, tokenizer), max(map(len, rows)), largest)
+
+
 class Generator:
     """One vLLM engine for the architecture of `job.start`, which takes the weights of checkpoints in place.
 
     `prompts` are all that will be asked: they say how long a sequence gets. Raises InputError before vLLM starts if one leaves no
-    room for a response, Unreadable for a tokenizer that cannot be used.
+    room for a response, Unreadable for a tokenizer that cannot be used or quantized weights that are not complete.
     """
 
     def __init__(self, job: Job, prompts: Sequence[Messages]) -> None:
         from vllm import LLM
 
-        self._job = job
-        self._loaded: Weights | None = None
-        self._tokenizer = tokenizer_of(job.start)
+        self._job, self._prompts = job, prompts
+        self._loaded: tuple[Weights, str] | None = None
+        self._speech = _Speech.of(job.start, prompts)
+        self._holds: dict[str, Any] = {}
         self._requests = 0
-        longest = max(len(self._tokens(prompt)) for prompt in prompts)
-        self._limit = job.engine.max_model_len or _needed(job.start, longest + job.sampling.max_tokens)
-        self._check_room(longest)
+        self._limit = self._needed(job.start, self._speech)
+        self._check_room(self._speech.longest)
+        self._started_with = Weights(hf=job.start).fingerprint() if job.quantized else ""
         # read by the plugins in this process and in those that vLLM starts
         os.environ[contract.ENV_ROLLOUT] = contract.RolloutOptions(profile=job.engine.profile).text()
         self._llm = LLM(
@@ -64,25 +86,49 @@ class Generator:
         )
 
     def load(self, weights: Weights) -> dict[str, Any]:
-        """Take `weights` and their tokenizer, unless they are held already; what the engine holds then (a contract.Handshake).
+        """Take `weights`, their tokenizer and stop tokens, unless held already; what the engine holds then (a contract.Handshake).
 
-        Raises Unreadable for weights that cannot be read, and EnvironmentNotReady if they are not held in the precision asked for:
-        what was not quantized must not pass for it.
+        Raises Unreadable for weights that cannot be read and a tokenizer that does not fit them, Spoilt if the engine holds no policy
+        after that, Outgrown if another engine must answer for them, and EnvironmentNotReady if they are not held in the precision asked
+        for: what was not quantized must not pass for it.
         """
-        if weights != self._loaded:
-            self._tokenizer = tokenizer_of(weights.hf)
-            self._holds = self._held() if self._job.quantized else self._refitted(weights)
-            self._loaded = weights
+        if self._is_held(weights):
+            return self._holds
+        # told by content: a run that starts over writes other weights to the same place
+        content = weights.fingerprint()
+        speech = _Speech.of(weights.hf, self._prompts)
+        if self._needed(weights.hf, speech) > self._limit or (self._job.quantized and content != self._started_with):
+            raise Outgrown
+        self._check_vocabulary(weights.hf, speech)
+        self._holds = self._held() if self._job.quantized else self._refitted(weights)
+        self._loaded, self._speech = (weights, content), speech
         return self._holds
+
+    def _is_held(self, weights: Weights) -> bool:
+        if self._loaded is None or self._loaded[0] != weights:
+            return False
+        try:
+            return self._loaded[1] == weights.fingerprint()
+        except (Unreadable, OSError):  # removed since it was loaded
+            return True
+
+    def _check_vocabulary(self, folder: Path, speech: _Speech) -> None:
+        size = self._llm.llm_engine.vllm_config.model_config.get_vocab_size()
+        if speech.largest >= size:
+            what = f"the tokenizer in {folder} gives token {speech.largest}, the model has tokens up to {size - 1}"
+            raise Unreadable(what)
 
     def _held(self) -> dict[str, Any]:
         holds: dict[str, Any] = self._llm.collective_rpc("holds")[0]
         return {**holds, "precision": self._job.quantized}
 
     def _refitted(self, weights: Weights) -> dict[str, Any]:
-        holds: dict[str, Any] = self._llm.collective_rpc("load_from_disk", args=(weights.plain(),))[0]
-        if "unreadable" in holds:
-            raise (Spoilt if holds["spoilt"] else Unreadable)(holds["unreadable"])
+        ranks: list[dict[str, Any]] = self._llm.collective_rpc("load_from_disk", args=(weights.plain(),))
+        failed = [rank for rank in ranks if "unreadable" in rank]
+        if failed:
+            untouched = len(failed) == len(ranks) and not any(rank["spoilt"] for rank in failed)
+            raise (Unreadable if untouched else Spoilt)(failed[0]["unreadable"])
+        holds = ranks[0]
         asked = self._job.engine.rollout
         if holds["precision"] != asked:
             raise EnvironmentNotReady(f"asked for a rollout in {asked}, the engine holds {holds['precision']}")
@@ -100,14 +146,13 @@ class Generator:
         Raises InputError for a prompt that leaves no room for a response.
         """
         engine = self._llm.llm_engine
-        stop = stop_tokens(self._loaded.hf if self._loaded else self._job.start, self._tokenizer)
         numbers: dict[str, int] = {}
         for number, prompt in prompts.items():
-            tokens = self._tokens(prompt)
+            tokens = tokens_of(self._speech.tokenizer, prompt)
             self._check_room(len(tokens))
             self._requests += 1
             numbers[str(self._requests)] = number
-            engine.add_request(str(self._requests), {"prompt_token_ids": tokens}, self._parameters(number, stop))
+            engine.add_request(str(self._requests), {"prompt_token_ids": tokens}, self._parameters(number))
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
@@ -119,11 +164,14 @@ class Generator:
                 f"a prompt has {counted(tokens, 'token')}, the limit is {self._limit}", hint="a larger --max-model-len"
             )
 
-    def _tokens(self, prompt: Messages) -> list[int]:
-        tokens: list[int] = self._tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-        return tokens
+    def _needed(self, folder: Path, speech: _Speech) -> int:
+        """Tokens of the longest sequence: what is asked for, or what the prompts need if the model knows that many."""
+        if self._job.engine.max_model_len:
+            return self._job.engine.max_model_len
+        needed = speech.longest + self._job.sampling.max_tokens
+        return min(needed, int(read_json(folder / "config.json").get("max_position_embeddings", needed)))
 
-    def _parameters(self, number: int, stop: list[int]) -> Any:
+    def _parameters(self, number: int) -> Any:
         """Parameters of prompt `number`: a seed of its own makes its responses independent of the batch it is in."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -135,7 +183,7 @@ class Generator:
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
             seed=sampling.seed + number * sampling.n if sampling.temperature else None,
-            stop_token_ids=stop,
+            stop_token_ids=self._speech.stop,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -146,7 +194,7 @@ class Generator:
             Response(
                 question=number,
                 sample=place,
-                response=self._tokenizer.decode(sample.token_ids, skip_special_tokens=True),
+                response=self._speech.tokenizer.decode(sample.token_ids, skip_special_tokens=True),
                 tokens=len(sample.token_ids),
                 cut=sample.finish_reason == "length",
             )
@@ -181,15 +229,21 @@ def tokenizer_of(folder: Path) -> Any:
     return tokenizer
 
 
+def tokens_of(tokenizer: Any, prompt: Messages) -> list[int]:
+    """A prompt in the words of a tokenizer's chat template, up to where the response begins."""
+    tokens: list[int] = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    return tokens
+
+
 def stop_tokens(folder: Path, tokenizer: Any) -> list[int]:
-    """Ids that end a response: the tokenizer's, and those of generation_config.json."""
+    """Ids that end a response: the tokenizer's, and those of generation_config.json or else of config.json. Raises Unreadable.
+
+    Transformers and vLLM take the file as it is where there is one; what the model's config names as its ends is taken here even if
+    the file names none.
+    """
     file = folder / "generation_config.json"
-    listed = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+    config = read_json(folder / "config.json")
+    places = (read_json(file) if file.is_file() else {}, config, config.get("text_config") or {})
+    listed = next((found for place in places if (found := place.get("eos_token_id")) is not None), None)
     ends = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
     return sorted(end for end in ends if end is not None)
-
-
-def _needed(folder: Path, tokens: int) -> int:
-    """`tokens`, or the longest that the model knows if that is less."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return min(tokens, int(config.get("max_position_embeddings", tokens)))

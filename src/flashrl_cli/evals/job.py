@@ -2,8 +2,9 @@
 
 A job is a file, written before the process starts. Orders are JSON objects, one a line, on its stdin; the process ends itself when that
 closes. Events are JSON objects, one a line, on its stdout, with a key `event`: `stage` (text), `loaded` (holds: a contract.Handshake),
-`advance` (prompts, tokens), and one that ends the order: `done` (seconds), `skipped` (reason; ends: whether the process ends with it) or
-`error` (kind: a class in `errors`, message, hint), with which the process ends.
+`advance` (prompts, tokens), and one that ends the order: `done` (seconds), `skipped` (reason; ends: whether the process ends with it),
+`restart`, with which the process ends and the order is given to one that starts with its checkpoint, or `error` (kind: a class in `errors`,
+message, hint), with which the process ends.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any
 from flashrl_cli import contract, cpu, errors
 from flashrl_cli.doctor import system
 
-LAST = frozenset({"done", "skipped"})
+LAST = frozenset({"done", "skipped", "restart"})
 """Events that end an order."""
 _ENDING_S = 60.0
 """Seconds that the kernel may take to free the memory of a killed process on a busy machine."""
@@ -36,7 +36,7 @@ class Worker:
         return self._process.pid
 
     def ask(self, order: str) -> Iterator[dict[str, Any]]:
-        """Give an order, one line of JSON; its events as they come, up to `done` or `skipped`.
+        """Give an order, one line of JSON; its events as they come, up to one of LAST.
 
         Raises the error that the process reports, or what tells why it died.
         """

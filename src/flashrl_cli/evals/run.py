@@ -6,7 +6,7 @@ import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,7 +163,7 @@ class Evaluation:
         before = answers.read(file)
         self.telling.advance(len(before), 0)
         try:
-            engine = self._engine_for(unit)
+            self._engine_for(unit)
         except Unreadable as error:  # a training run may have removed it since we looked
             self._skip(unit, str(error), done=len(before))
             self._release(lock)
@@ -173,7 +173,7 @@ class Evaluation:
         )
         holds: dict[str, Any] = {}
         counted, tokens = len(before), 0
-        for event in engine.fulfil(order):
+        for event in self._events(unit, order):
             match event["event"]:
                 case "stage":
                     self.telling.say(event["text"])
@@ -221,13 +221,24 @@ class Evaluation:
         rate = f", {tokens / seconds:,.0f} tokens/s" if tokens and seconds else ""
         self.telling.say(f"{_name(unit)}: {counted(len(unit.data.questions), 'prompt')} in {seconds:.1f} s{rate}")
 
-    def _engine_for(self, unit: Unit) -> child.Engine:
-        """The engine that is up, or a new one if that is of another architecture."""
+    def _events(self, unit: Unit, order: Order) -> Iterator[dict[str, Any]]:
+        """Events of an order, from an engine that starts with its checkpoint where the one that is up asks for that."""
+        while up := self._up:
+            for event in up.engine.fulfil(order):
+                if event["event"] == "restart":
+                    self._stop_engine()
+                    self._up = self._start(unit.checkpoint, up.architecture)
+                    break
+                yield event
+            else:
+                return
+
+    def _engine_for(self, unit: Unit) -> None:
+        """Have an engine up that is of the unit's architecture."""
         wanted = architecture(unit.checkpoint)
         if self._up is None or self._up.architecture != wanted:
             self._stop_engine()
             self._up = self._start(unit.checkpoint, wanted)
-        return self._up.engine
 
     def _start(self, checkpoint: Checkpoint, wanted: str) -> _Running:
         self.graders()

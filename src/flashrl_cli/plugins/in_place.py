@@ -50,10 +50,10 @@ def _rows(layer: torch.nn.Module) -> Rows | None:
 
 
 @contextmanager
-def writable(model: torch.nn.Module) -> Iterator[None]:
+def writable(model: torch.nn.Module, landed: Callable[[], None]) -> Iterator[dict[str, Rows]]:
     """Within, `model.load_weights` writes into the weights that the engine computes with.
 
-    Raises RuntimeError at the end if a quantized layer got only some of its rows: the engine then holds a mixture of two policies.
+    Yields the 8-bit ones by the name of their layer; `landed` is called whenever rows of one were written.
     """
     open_rows: dict[str, Rows] = {}
     for name, layer in model.named_modules():
@@ -62,23 +62,21 @@ def writable(model: torch.nn.Module) -> Iterator[None]:
                 parameter.weight_loader = loader
         if rows := _rows(layer):
             open_rows[name] = rows
-            layer.weight.weight_loader = _into(rows, layer.weight_loader)
+            layer.weight.weight_loader = _into(rows, layer.weight_loader, landed)
     try:
         with _named_once(model):
-            yield
+            yield open_rows
     finally:
         for name in open_rows:
             del model.get_submodule(name).weight.weight_loader
-    torn = [name for name, rows in open_rows.items() if rows.written != rows.shape[0]]
-    if torn:
-        raise RuntimeError(f"the weight update left {len(torn)} layers without their new weights, {torn[0]} among them")
 
 
-def _into(rows: Rows, loader: Loader) -> Loader:
+def _into(rows: Rows, loader: Loader, landed: Callable[[], None]) -> Loader:
     """A weight loader that has vLLM's own copy into `rows` instead of the parameter."""
 
     def load(parameter: torch.Tensor, loaded: torch.Tensor, *shard: object) -> None:
         loader(rows, loaded, *shard)
+        landed()
 
     return load
 

@@ -120,7 +120,12 @@ class Rows:
         self._method, self._dtype = method, dtype
         self._weight, self._scales = weight, scales
         self.shape = weight.shape
-        self.written = 0
+        self._parts: dict[int, int] = {}
+
+    @property
+    def written(self) -> int:
+        """How many rows were written, each counted once."""
+        return sum(self._parts.values())
 
     @property
     def data(self) -> Rows:
@@ -147,7 +152,7 @@ class Rows:
         source = source.to(self._weight.device, self._dtype).contiguous()
         rows = slice(start, start + count)
         self._method.quantize(source, self._weight[rows], self._scales[rows])
-        self.written += count
+        self._parts[start] = count
 
 
 class _Part:

@@ -17,6 +17,7 @@ import torch
 
 from flashrl_cli import contract
 from flashrl_cli.plugins import in_place, kv_scales
+from flashrl_cli.plugins.coverage import Coverage, ties_head
 from flashrl_cli.plugins.float32_head import head_dtype
 from flashrl_cli.plugins.online_linear import OnlineLinearMethod
 from flashrl_cli.plugins.smoothing import Smoothing, profile_here
@@ -29,33 +30,43 @@ SMOOTHED = "flashrl_smoothed"
 
 
 def refit(
-    model: torch.nn.Module, model_config: Any, device: torch.device, stream: Stream, *, reused: bool = False
+    model: torch.nn.Module,
+    model_config: Any,
+    device: torch.device,
+    stream: Stream,
+    *,
+    reused: bool = False,
+    watched: bool | None = None,
 ) -> float:
     """Reload `model` in place; `stream(load)` must call `load(bucket)` for each bucket of (name, tensor). Returns seconds.
 
     The profile of this process's RolloutOptions is applied to each tensor before it is quantized.
     `reused` says that a bucket's memory holds other weights after `load` has returned (and its device is synchronized).
+    `watched` is as Coverage takes it. Raises Incomplete if a parameter was not written: the engine holds no policy then.
     """
     import vllm
 
     contract.require_vllm(vllm.__version__)
     started = time.perf_counter()
     smoothing, cache = Smoothing(profile_here(), device), kv_scales.of(model, model_config.hf_text_config.model_type)
+    coverage = Coverage(model, ties_head=ties_head(model_config), watched=watched)
 
     def prepared(load: Load) -> None:
         def each(bucket: Bucket) -> None:
-            smoothed = smoothing.bucket(bucket)
-            load(cache.bucket(smoothed) if cache else smoothed)
+            smoothed = smoothing.bucket(coverage.bucket(bucket))
+            with coverage.noting():
+                load(cache.bucket(smoothed) if cache else smoothed)
 
         stream(each)
 
     within = device.type == "cuda" and in_place.possible(model)
     contract.logger().debug("refit %s begins", "in place" if within else "layer by layer")
     if within:
-        with in_place.writable(model):
+        with in_place.writable(model, coverage.landed) as coverage.rows:
             prepared(model.load_weights)
     else:
         layerwise(model, model_config, device, prepared, reused=reused)
+    coverage.check()
     if cache:  # after the layerwise reload, which sets them to 1
         cache.set()
     setattr(model, SMOOTHED, smoothing.finish())
@@ -71,7 +82,8 @@ def layerwise(
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     def load(bucket: Bucket) -> None:
-        model.load_weights([(name, tensor.clone() if reused else tensor) for name, tensor in bucket])
+        # read one by one, as coverage notes which tensor is written where
+        model.load_weights((name, tensor.clone() if reused else tensor) for name, tensor in bucket)
 
     with torch.device(device):
         initialize_layerwise_reload(model)

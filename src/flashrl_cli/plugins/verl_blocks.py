@@ -19,6 +19,7 @@ from vllm.model_executor.layers.quantization.fp8 import Fp8LinearMethod
 
 from flashrl_cli import contract
 from flashrl_cli.plugins.bench_extension import BenchExtension
+from flashrl_cli.plugins.coverage import Coverage, ties_head
 
 if TYPE_CHECKING:
     from flashrl_cli.plugins.refit import Bucket, Stream
@@ -27,20 +28,23 @@ if TYPE_CHECKING:
 class BlocksExtension(BenchExtension, vLLMColocateWorkerExtension):
     """vLLM worker extension (`worker_extension_cls`) of the benchmark's engines with FP8 in blocks."""
 
-    def _renew(self, stream: Stream, *, reused: bool = False) -> float:
+    def _renew(self, stream: Stream, *, reused: bool = False, watched: bool | None = None) -> float:
         """verl's weight update without its transfer; it keeps no tensor of a bucket, so `reused` changes nothing."""
         contract.require_vllm(vllm.__version__)
         model, device = self.model_runner.model, self._device()
+        coverage = Coverage(model, ties_head=ties_head(self.model_runner.vllm_config.model_config), watched=watched)
         started = time.perf_counter()
 
         def load(bucket: Bucket) -> None:
             # verl receives them on the device, where its kernel quantizes them
-            here = [(name, tensor.to(device)) for name, tensor in bucket]
-            self._update_weights(here, peft_config=None, base_sync_done=False)
+            here = [(name, tensor.to(device)) for name, tensor in coverage.bucket(bucket)]
+            with coverage.noting():
+                self._update_weights(here, peft_config=None, base_sync_done=False)
 
         state = prepare_quanted_weights_for_loading(model)
         stream(load)
         process_quanted_weights_after_loading(model, state)
+        coverage.check()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - started

@@ -13,10 +13,42 @@ import torch
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
 from flashrl_cli import contract
+from flashrl_cli.plugins.coverage import Coverage, ties_head
 from flashrl_cli.plugins.refit import Load, describe, log, refit
 
 
-class RefitWorkerExtension(vLLMColocateWorkerExtension):
+class CheckedWorkerExtension(vLLMColocateWorkerExtension):
+    """verl's worker extension and its own weight update, which fails unless every parameter of the engine was written."""
+
+    _coverage: Coverage | None = None
+
+    def update_weights_from_ipc(
+        self, peft_config: dict[str, Any] | None = None, base_sync_done: bool = False, use_shm: bool = False
+    ) -> None:
+        """Receive all buckets of a weight update. Raises Incomplete if they leave a parameter as it was."""
+        adapter_alone = peft_config and base_sync_done
+        self._coverage = None if adapter_alone else self._new_coverage()
+        super().update_weights_from_ipc(peft_config=peft_config, base_sync_done=base_sync_done, use_shm=use_shm)
+        if self._coverage:
+            self._coverage.check()
+
+    def _update_weights(
+        self, weights: list[tuple[str, torch.Tensor]], peft_config: dict[str, Any] | None, base_sync_done: bool
+    ) -> None:
+        """Load a bucket by verl's code, noting what is written."""
+        if self._coverage is None:
+            super()._update_weights(weights, peft_config=peft_config, base_sync_done=base_sync_done)
+            return
+        noted = list(self._coverage.bucket(weights))
+        with self._coverage.noting():
+            super()._update_weights(noted, peft_config=peft_config, base_sync_done=base_sync_done)
+
+    def _new_coverage(self) -> Coverage:
+        runner = self.model_runner
+        return Coverage(runner.model, ties_head=ties_head(runner.vllm_config.model_config))
+
+
+class RefitWorkerExtension(CheckedWorkerExtension):
     """verl's worker extension with another `update_weights_from_ipc`; adapters (LoRA) still take verl's way."""
 
     refits = 0

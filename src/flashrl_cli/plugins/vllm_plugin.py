@@ -1,7 +1,7 @@
 """Entry point `vllm.general_plugins`: vLLM calls `register` in every process that it starts.
 
-It registers the quantization methods `flashrl_int8` and `flashrl_fp8`, and the float32 head where a run asks for it; nothing in runs that
-are not flashrl's.
+It registers the quantization methods `flashrl_int8` and `flashrl_fp8`, has the load of a model's folder checked, and registers the float32
+head where a run asks for it; nothing in runs that are not flashrl's.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ def register() -> None:
         return
     from vllm.model_executor.layers.quantization import register_quantization_config
 
+    from flashrl_cli.plugins import coverage
     from flashrl_cli.plugins.fp8_linear import Fp8OnlineConfig
     from flashrl_cli.plugins.int8_linear import Int8OnlineConfig
 
     for config in (Int8OnlineConfig, Fp8OnlineConfig):
         register_quantization_config(config.get_name())(config)
+    coverage.check_first_load()
     if contract.RolloutOptions.here().lm_head_fp32:
         from flashrl_cli.plugins import float32_head
 

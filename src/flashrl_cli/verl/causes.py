@@ -243,6 +243,13 @@ SETUP = (
 
 ENGINE = (
     _cause(
+        "a weight update left parameters of the rollout engine without their new weights",
+        "the rollouts would not be the policy's: the log names the parameters; vLLM's model of this architecture and the trainer's "
+        "must have the same weights (look at model.path's config.json), and `flashrl doctor --quant` tests the engine itself",
+        r"coverage\.Incomplete: the weight update (left|lacked|brought)",
+        r"coverage\.Incomplete: (the engine refused|\d+ tensors of) the weight update",
+    ),
+    _cause(
         "the rollout engine has no memory left for its KV cache",
         "raise rollout.gpu_memory_utilization (VLLM_CPU_KVCACHE_SPACE on a CPU) or lower data.max_response_length",
         r"No available memory for the cache blocks",

@@ -183,7 +183,8 @@ def _overlong(resolved: Resolved) -> Iterator[Override]:
 def _precision(resolved: Resolved) -> Iterator[Override]:
     """fp8-block is verl's own; int8 and fp8 are flashrl's vLLM methods, whose weights come through flashrl's worker extension.
 
-    vLLM's CPU build packs weights away after loading, so that every precision needs the extension there.
+    With bf16 and fp8-block on CUDA the extension takes verl's own update, and checks that it was complete. vLLM's CPU build packs weights
+    away after loading, so that every precision needs flashrl's there.
     """
     origin = resolved.origins["rollout.precision"]
     precision = resolved.spec.rollout.precision
@@ -196,12 +197,15 @@ def _precision(resolved: Resolved) -> Iterator[Override]:
     if rollout.kv_cache != "auto":
         yield Override(f"{ENGINE}.kv_cache_dtype", rollout.kv_cache, resolved.origins["rollout.kv_cache"], added=True)
     why = _extension_reason(resolved)
-    if why:
-        yield Override(f"{ENGINE}.worker_extension_cls", contract.WORKER_EXTENSION, resolved.origins[why], added=True)
+    extension = contract.WORKER_EXTENSION if why else contract.CHECKED_EXTENSION
+    because = (
+        resolved.origins[why] if why else Origin("derived", "every parameter must be written at each weight update")
+    )
+    yield Override(f"{ENGINE}.worker_extension_cls", extension, because, added=True)
 
 
 def _extension_reason(resolved: Resolved) -> str | None:
-    """The field because of which rollout workers take flashrl's weight update, None where verl's own does."""
+    """The field because of which rollout workers take flashrl's weight update, None where verl's own does, checked."""
     rollout = resolved.spec.rollout
     if rollout.precision in contract.METHODS:
         return "rollout.precision"

@@ -26,7 +26,7 @@ class Ended(Exception):
 
 
 class Generator:
-    """Answers all prompts; weights called `torn` or `spoilt` cannot be taken, nor can a start called `bad`."""
+    """Answers all prompts; weights called `torn`, `spoilt` or `longer` cannot be taken, nor can a start called `bad`."""
 
     started = 0
 
@@ -41,6 +41,8 @@ class Generator:
             raise Unreadable("torn")
         if weights.hf.name == "spoilt":
             raise generate.Spoilt("half of it is in the engine")
+        if weights.hf.name == "longer":
+            raise generate.Outgrown
         return {"precision": "bf16"}
 
     def answer(self, prompts: dict[int, Any]) -> Iterator[list[Response]]:
@@ -109,4 +111,10 @@ def test_what_spoils_the_engine_ends_it(serve: Any, tmp_path: Path) -> None:
 def test_a_start_that_cannot_be_read_is_skipped_and_ends_it(serve: Any, tmp_path: Path) -> None:
     events, code = serve("bad", order("a", tmp_path))
     assert events[-1] == {"event": "skipped", "reason": "no tokenizer", "ends": True}
+    assert code == ExitCode.OK
+
+
+def test_what_needs_an_engine_of_its_own_ends_it(serve: Any, tmp_path: Path) -> None:
+    events, code = serve("good", order("longer", tmp_path), order("a", tmp_path))
+    assert events[-1] == {"event": "restart"}
     assert code == ExitCode.OK

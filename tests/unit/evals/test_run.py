@@ -109,6 +109,22 @@ def test_what_cannot_be_read_is_skipped_with_all_its_data_sets(tmp_path: Path, e
     assert len(engines.jobs) == 1 + 2, "an engine that was spoilt is replaced"
 
 
+def test_an_engine_that_a_checkpoint_has_outgrown_is_replaced(tmp_path: Path, engines: Engines) -> None:
+    def only_at_the_start(job: Job, order: Order) -> Any:
+        if order.weights.hf.name == "2" and job.start.name != "2":
+            yield {"event": "restart"}
+        else:
+            yield from answer(job, order)
+
+    engines.script = only_at_the_start
+    checkpoints = [checkpoint(tmp_path, step) for step in (1, 2, 3)]
+    done, wanted, told = work(tmp_path, checkpoints, [data("sums", 3), data("products", 2)])
+    assert [job.start.name for job in engines.jobs] == ["1", "2"]
+    assert set(done.results) == {one.key for one in wanted}
+    assert not done.skipped
+    assert told.prompts == 15
+
+
 def test_what_training_removed_meanwhile_is_skipped(tmp_path: Path, engines: Engines) -> None:
     first, second = checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)
     told, wanted = Told(), asked([first, second], [data()])

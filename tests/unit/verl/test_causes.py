@@ -33,6 +33,7 @@ SHOWN = {
     "engine_memory": "the machine has less memory than the rollout engine's KV cache asks for",
     "engine_length": "prompt and response are longer than the model can take",
     "engine_quantization": "the rollout engine does not know the quantization",
+    "engine_unwritten": "a weight update left parameters of the rollout engine without their new weights",
     "engine_worker_died": "a worker of the rollout engine died",
     "files_open": "too many open files",
     "gpu_busy": "a GPU is taken by another process",

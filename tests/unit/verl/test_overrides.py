@@ -34,16 +34,16 @@ def test_every_field_is_in_the_table_or_handled_apart():
 @pytest.mark.parametrize(
     ("precision", "quantization", "extension"),
     [
-        ("bf16", {}, False),
-        ("fp8", {f"+{ENGINE}.quantization": contract.FP8_METHOD}, True),
-        ("fp8-block", {f"{ROLLOUT}.quantization": "fp8"}, False),
-        ("int8", {f"+{ENGINE}.quantization": contract.INT8_METHOD}, True),
+        ("bf16", {}, contract.CHECKED_EXTENSION),
+        ("fp8", {f"+{ENGINE}.quantization": contract.FP8_METHOD}, contract.WORKER_EXTENSION),
+        ("fp8-block", {f"{ROLLOUT}.quantization": "fp8"}, contract.CHECKED_EXTENSION),
+        ("int8", {f"+{ENGINE}.quantization": contract.INT8_METHOD}, contract.WORKER_EXTENSION),
     ],
 )
 def test_precision_on_gpus_leaves_verls_own_path_alone_but_for_flashrls_methods(precision, quantization, extension):
     found = values("dapo-32b", rollout=precision)
     assert {key: value for key, value in found.items() if key.endswith(".quantization")} == quantization
-    assert (found.get(f"+{EXTENSION}") == contract.WORKER_EXTENSION) is extension
+    assert found[f"+{EXTENSION}"] == extension
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8-block", "int8"])
