@@ -183,6 +183,9 @@ class Generator:
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
             seed=sampling.seed + number * sampling.n if sampling.temperature else None,
+            # vLLM's own are those of the folder that the engine started with, whichever weights it holds
+            # (`update_from_generation_config`, vllm/sampling_params.py)
+            ignore_eos=True,
             stop_token_ids=self._speech.stop,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,

@@ -61,6 +61,7 @@ class LLM:
 
     def step(self) -> list[Any]:
         number, prompt, parameters = self.requests.pop(0)
+        assert parameters["ignore_eos"], "vLLM's own ends are those of the folder that it started with"
         answer = SimpleNamespace(index=0, token_ids=parameters["stop_token_ids"], finish_reason="stop")
         return [SimpleNamespace(finished=True, request_id=number, outputs=[answer], prompt=prompt)]
 
