@@ -214,6 +214,9 @@ def test_what_is_set_can_be_set() -> None:
             if not re.fullmatch(r"[\w.+-]+", key) or not key.islower() or key == "key":
                 continue  # KEY=VALUE, key=value, env.NAME
             count += 1
+            if "." not in key:
+                assert key in ours(), (file.name, key)
+                continue
             found_keys = list(keys_in(key))
             assert found_keys, (file.name, key)
             prefix, _, name = found_keys[0]

@@ -178,8 +178,8 @@ def test_refitted_engines_compute_what_a_fresh_one_does(policies: Policies, engi
 def test_an_update_that_leaves_a_parameter_unwritten_fails(engines: Engines, precision: str) -> None:
     """And the engine is whole again after the next complete one."""
     found = engines[f"{precision}-torn"]
-    unwritten = [f"the weight update left 1 parameters of the engine unwritten: {one}" for one in LEFT_OUT.values()]
-    lacking = "the weight update lacked 1 tensors that the one before it brought: "
+    unwritten = [f"the weight update left 1 parameter of the engine unwritten: {one}" for one in LEFT_OUT.values()]
+    lacking = "the weight update lacked 1 tensor that the one before it brought: "
     rows = {"model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.down_proj.weight"}
     by_name = [
         whole if precision != "bf16" and name in rows else lacking + name

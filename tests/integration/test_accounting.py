@@ -149,7 +149,7 @@ def test_an_engine_takes_nothing_of_what_is_refused(tmp_path: Path, monkeypatch:
     taken: list[str] = []
 
     class Worker(DiskRefitExtension):
-        def _renew(self, stream: Any, *, reused: bool = False) -> float:
+        def _renew(self, stream: Any, *, reused: bool = False, watched: bool | None = None) -> float:
             stream(lambda bucket: taken.extend(name for name, _ in bucket))
             return 0.0
 

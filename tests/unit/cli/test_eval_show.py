@@ -119,7 +119,7 @@ def test_no_rise(tmp_path: Path, call: Call) -> None:
 
 def test_models_without_steps(tmp_path: Path, call: Call) -> None:
     responses.write(tmp_path / responses.FILE, [entry("hf", None, [[True, False]])])
-    assert "Of 1 questions 1 are not always answered right. The hardest 1:" in call(tmp_path, "--worst")
+    assert "Of 1 question 1 is not always answered right. The hardest 1:" in call(tmp_path, "--worst")
     assert "the model, sample 1: wrong" in call(tmp_path, "--worst")
 
 

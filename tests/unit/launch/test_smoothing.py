@@ -30,7 +30,7 @@ def judged(folder: Path, model: Path | None, rows: int = 3, **about: object) -> 
 def test_a_profile_of_the_model(tmp_path: Path, model: Path) -> None:
     finding = judged(tmp_path, model, fingerprint=Weights(hf=model).fingerprint(), shape={"hidden_size": 3})
     assert finding.level is Level.OK
-    assert "of m: 1 tensors" in finding.text
+    assert "of m: 1 tensor" in finding.text
 
 
 def test_a_profile_of_other_weights_holds(tmp_path: Path, model: Path) -> None:

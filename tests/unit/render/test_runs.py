@@ -115,7 +115,7 @@ def test_a_run_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = shown("demo", capsys)
     assert "demo (demo), done, step 4/?" in out
     assert "(5 kB)" in out
-    assert "holes        1 steps below the last without metrics: 3" in out
+    assert "holes        1 step below the last without metrics: 3" in out
     assert "set aside    global_step_3: torn" in out
     table = [line.split() for line in out.splitlines()]
     assert ["1", "failed", "2026-03-01", "1", "h", "30", "min", "2", "–", "1"] in [

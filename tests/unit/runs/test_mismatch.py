@@ -203,7 +203,7 @@ def test_nothing_logged_is_said() -> None:
 def test_steps_beyond_a_floats_range_are_counted() -> None:
     data = sampled.logged(sampled.sample(0.1), 2)
     beyond = data | {"rollout_corr/k3_kl": None}
-    assert "all 1 steps" in advise([read_step(1, beyond)], 2).lines[0]
+    assert "In the only step" in advise([read_step(1, beyond)], 2).lines[0]
     assert any(
         line.startswith("1 more of these") for line in advise([read_step(1, beyond), read_step(2, data)], 2).lines
     )

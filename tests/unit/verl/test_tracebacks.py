@@ -40,6 +40,10 @@ ROOTS = {
     "threads": "RuntimeError: can't start new thread (/srv/user/probe.py:8)",
 }
 PARTS = {
+    "engine_unwritten": (
+        "flashrl_cli.plugins.coverage.Incomplete: the weight update left 1 parameter",
+        "coverage.py:116)",
+    ),
     "checkpoint_damaged": (
         "RuntimeError: PytorchStreamReader failed reading zip archive: failed",
         "(torch/serialization.py:807)",
