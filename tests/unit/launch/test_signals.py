@@ -22,7 +22,7 @@ IGNORED = [(), (INT,), (HUP,), (INT, HUP), (INT, TERM, HUP)]
 
 @pytest.mark.parametrize("ignored", IGNORED)
 def test_int_and_hup_stay_ignored_and_term_never_is(ignored: tuple[signal.Signals, ...]) -> None:
-    with starting_with(signal.SIG_IGN, *ignored):
+    with starting_with(signal.SIG_DFL, INT, HUP), starting_with(signal.SIG_IGN, *ignored):
         before = {number: signal.getsignal(number) for number in (INT, TERM, HUP)}
         with collected() as received:
             for number in (INT, HUP, TERM):
@@ -49,7 +49,7 @@ def test_an_ignored_one_raises_nothing(number: signal.Signals) -> None:
 @pytest.mark.parametrize("ignored", IGNORED)
 def test_it_is_said_that_ctrl_c_has_no_effect(ignored: tuple[signal.Signals, ...]) -> None:
     said: list[str] = []
-    with starting_with(signal.SIG_IGN, *ignored):
+    with starting_with(signal.SIG_DFL, INT, HUP), starting_with(signal.SIG_IGN, *ignored):
         say_if_ignored(said.append)
     assert len(said) == (INT in ignored)
     assert all(f"Ctrl-C will not stop it, `kill {os.getpid()}` will" in line for line in said)
