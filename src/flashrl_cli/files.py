@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -33,43 +32,22 @@ def alone(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
     `waiting` is called before another is waited for. The lock is kept in the folder of temporary files: `path` may be on a disk that is
     only read, and nothing is made beside it. Where no lock can be kept, nobody is waited for.
     """
+    from filelock import FileLock, Timeout
+
     name = hashlib.sha256(os.path.realpath(path).encode(errors="surrogateescape")).hexdigest()[:24]
     with contextlib.ExitStack() as stack:
         waited = False
         with contextlib.suppress(OSError):
             folder = Path(tempfile.gettempdir()) / f"flashrl-{os.getuid()}"
             folder.mkdir(mode=0o700, exist_ok=True)
-            waited = stack.enter_context(_locked(folder / f"{name}.lock", waiting))
-        yield waited
-
-
-@contextlib.contextmanager
-def _locked(lock: Path, waiting: Callable[[], None]) -> Iterator[bool]:
-    """Hold a lock file, which is there as long as somebody holds it; yields whether somebody else did before."""
-    waited = False
-    while True:
-        with lock.open("ab") as stream:
+            lock = FileLock(folder / f"{name}.lock")
             try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not waited:
-                    waited = True
-                    waiting()
-                fcntl.flock(stream, fcntl.LOCK_EX)
-            if _is_at(lock, stream.fileno()):
-                try:
-                    yield waited
-                finally:
-                    lock.unlink(missing_ok=True)
-                return
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file still has its name: who held a lock has removed it, and somebody may hold the next one already."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+                stack.enter_context(lock.acquire(blocking=False))
+            except Timeout:
+                waited = True
+                waiting()
+                stack.enter_context(lock.acquire())
+        yield waited
 
 
 def write_text(path: Path, text: str) -> None:

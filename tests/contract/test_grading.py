@@ -82,6 +82,6 @@ def test_graders_grade_as_one_process_does(gsm8k: Path) -> None:
         flexible=False,
         boxed=False,
         prediction="9^{9^{9^{9}}}",
-        problem="grading took longer than 5 s",
+        problem="grading took more than 5 s of a CPU",
     )
     assert found == alone

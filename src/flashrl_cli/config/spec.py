@@ -140,9 +140,9 @@ class RolloutSpec(Part):
     temperature: Positive = 1.0
     """Sampling temperature."""
     top_p: Fraction = 1.0
-    """Nucleus sampling; 1 samples from the whole distribution."""
+    """Nucleus sampling; 1 samples from the whole distribution, as importance sampling (`--tis`) needs it."""
     top_k: Annotated[int, Field(ge=-1)] = -1
-    """Sample among the k likeliest tokens; -1 for all."""
+    """Sample among the k likeliest tokens; -1 for all, as importance sampling (`--tis`) needs it."""
     tensor_parallel: Count = 1
     """GPUs an engine (verl's own default is 2)."""
     gpu_memory_utilization: Fraction = 0.5

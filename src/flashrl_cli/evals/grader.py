@@ -61,9 +61,12 @@ def begin() -> None:
 
 
 def run(most_cpu_s: float, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call `function`; the kernel ends this process after `most_cpu_s`, should nobody be left to keep the time."""
+    """Call `function`; the kernel ends this process with SIGVTALRM once that has taken `most_cpu_s` of a CPU, in C code too."""
     signal.setitimer(signal.ITIMER_VIRTUAL, most_cpu_s)
-    return function(*args, **kwargs)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
 def _import() -> None:

@@ -36,11 +36,13 @@ A = TypeVarTuple("A")
 _PACKAGES = ("pebble", "math_verify", "verl")
 _SERVER = "flashrl_cli.evals.grader_server"
 LIMIT_S = 5.0
-"""What grading one response may take."""
+"""Seconds of a CPU that grading one response may take."""
 _CHUNK = 32
 """Responses in one message to a grader; also how many are graded again, one by one, for one that hangs."""
 _CHUNK_LIMIT_S = 2.0
-"""A chunk takes milliseconds. One that a busy machine keeps for longer is graded one by one, which loses nothing but time."""
+"""The same for a chunk, which takes milliseconds; one that takes longer is graded one by one, which loses nothing but time."""
+_BY_THE_CLOCK = 12
+"""How many times as long it may take by the clock: a busy machine must not make a right answer wrong."""
 _TRIES = 3
 
 
@@ -139,7 +141,7 @@ class Graders:
         return future
 
     def _ask(self, limit_s: float, function: Callable[[*A], R], call: tuple[*A]) -> Future[R]:
-        return self._pool.schedule(grader.run, args=(2 * limit_s, function, *call), timeout=limit_s)
+        return self._pool.schedule(grader.run, args=(limit_s, function, *call), timeout=_BY_THE_CLOCK * limit_s)
 
     def _new_pool(self) -> ProcessPool:
         from pebble import ProcessPool
@@ -167,8 +169,10 @@ def _stop(pool: ProcessPool) -> None:
 
 def _why(lost: Exception) -> str:
     if isinstance(lost, TimeoutError):
-        return f"grading took longer than {LIMIT_S:g} s"
+        return f"grading took longer than {_BY_THE_CLOCK * LIMIT_S:g} s"
     code = getattr(lost, "exitcode", None)
+    if code == -signal.SIGVTALRM:
+        return f"grading took more than {LIMIT_S:g} s of a CPU"
     how = signal.Signals(-code).name if isinstance(code, int) and code < 0 else f"code {code}"
     return f"its grader ended with {how}: was memory short?"
 

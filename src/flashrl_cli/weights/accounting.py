@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flashrl_cli.text import counted
 from flashrl_cli.weights.contents import INDEX, Unreadable, is_missing, read_json, table
 from flashrl_cli.weights.reading import FLOATS, Stored
 
@@ -83,7 +84,7 @@ def _wrapped(found: Found, expected: Expected | None) -> Iterator[str]:
 def _empty(found: Found) -> Iterator[str]:
     empty = sorted(name for name, one in found.items() if not math.prod(one.shape))
     if empty:
-        what = "1 tensor is" if len(empty) == 1 else f"{len(empty)} tensors are"
+        what = counted(len(empty), "tensor is", "tensors are")
         yield f"{what} empty, as DeepSpeed's ZeRO-3 leaves what it did not gather before saving: {_placed(empty, found)}"
 
 
@@ -91,16 +92,16 @@ def _compared(hf: Path, found: Found, expected: Expected) -> Iterator[str]:
     wanted = expected.form(found)
     missing = sorted(wanted.keys() - found.keys() - expected.optional)
     if missing:
-        yield f"missing {_count(missing)}: {some(missing)}{_elsewhere(hf, missing)}"
+        yield f"missing {counted(len(missing), 'tensor')}: {some(missing)}{_elsewhere(hf, missing)}"
     unknown = sorted(name for name in found.keys() - wanted.keys() if not expected.ignores(name))
     if unknown:
-        yield f"{_count(unknown)} that the architecture does not have: {_placed(unknown, found)}"
+        yield f"{counted(len(unknown), 'tensor')} that the architecture does not have: {_placed(unknown, found)}"
     shared = sorted(wanted.keys() & found.keys())
     yield from _misshapen([name for name in shared if math.prod(found[name].shape)], found, wanted)
     integers = [name for name in shared if found[name].dtype not in FLOATS and name not in expected.integers]
     if integers:
         kinds = ", ".join(sorted({found[name].dtype for name in integers}))
-        yield f"{_count(integers)} in {kinds} and not in floating point: {_placed(integers, found)}"
+        yield f"{counted(len(integers), 'tensor')} in {kinds} and not in floating point: {_placed(integers, found)}"
 
 
 def _misshapen(names: Sequence[str], found: Found, wanted: Shapes) -> Iterator[str]:
@@ -124,7 +125,7 @@ def _elsewhere(hf: Path, missing: Sequence[str]) -> str:
 def not_finite(names: Sequence[str], files: Mapping[str, Path | None]) -> Unreadable:
     """The error for tensors that hold NaN or infinite values."""
     placed = [_named(name, files.get(name)) for name in names[:_LISTED]]
-    return Unreadable(f"{_count(names)} with NaN or infinite values: {', '.join(placed)}{_more(names)}")
+    return Unreadable(f"{counted(len(names), 'tensor')} with NaN or infinite values: {', '.join(placed)}{_more(names)}")
 
 
 def some(names: Sequence[str]) -> str:
@@ -146,7 +147,3 @@ def _named(name: str, file: Path | None) -> str:
 
 def _more(names: Sequence[str]) -> str:
     return f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-
-
-def _count(names: Sequence[str]) -> str:
-    return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"

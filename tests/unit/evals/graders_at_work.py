@@ -52,7 +52,7 @@ def main() -> None:
     from flashrl_cli.evals.results import Response
 
     out, *words = sys.argv[1:]
-    pool.LIMIT_S, pool._CHUNK_LIMIT_S = 3.0, 1.0
+    pool.LIMIT_S, pool._CHUNK_LIMIT_S, pool._BY_THE_CLOCK = 1.0, 0.5, 12
     texts = [text for word in words for text in _copies(word)]
     question = Question([], "codecontests", "right", None)
     responses = [Response(question=0, sample=n, response=text, tokens=1, cut=False) for n, text in enumerate(texts)]

@@ -23,7 +23,8 @@ from tests.unit.evals import graders_at_work
 pytestmark = pytest.mark.processes
 RIGHT = {"score": 1.0, "correct": True, "flexible": None, "boxed": None, "prediction": None, "problem": None}
 WRONG = {**RIGHT, "score": 0.0, "correct": False}
-SLOW = {**WRONG, "problem": "grading took longer than 3 s"}
+BUSY = {**WRONG, "problem": "grading took more than 1 s of a CPU"}
+WAITING = {**WRONG, "problem": "grading took longer than 12 s"}
 ENOUGH_S = 120
 
 
@@ -79,7 +80,7 @@ def test_what_hangs_or_is_killed_costs_its_grader(tmp_path: Path) -> None:
     script = Script(tmp_path, "@5:right", "hang", "@30:right", "killed", "fork", "right")
     killed = {**WRONG, "problem": "its grader ended with SIGKILL: was memory short?"}
     started = script.at_work()
-    assert script.grades() == [*[RIGHT] * 5, SLOW, *[RIGHT] * 30, killed, SLOW, RIGHT]
+    assert script.grades() == [*[RIGHT] * 5, BUSY, *[RIGHT] * 30, killed, WAITING, RIGHT]
     assert not remaining(started, ENOUGH_S)
 
 
