@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from flashrl_cli.evals.generate import Generator
 from flashrl_cli.evals.job import EngineSettings, Job, Sampling
@@ -52,7 +53,8 @@ def run(job: dict[str, Any]) -> list[Any]:
     for name in order:
         if name in job["torn"]:
             # what an evaluation would end the engine for: here it goes on, and must be whole again after a complete refit
-            refused = engine._llm.collective_rpc("load_from_disk", args=(weights[name].plain(),))[0]
+            with mock.patch("flashrl_cli.weights.account"):  # which refuses it before the engine is touched
+                refused = engine._llm.collective_rpc("load_from_disk", args=(weights[name].plain(),))[0]
             engine._loaded = None
             found.append(refused)
         else:

@@ -232,11 +232,12 @@ def test_a_training_request_says_its_sampling_itself(measured: dict[str, dict[st
 
 
 def test_one_seed_for_all_requests_gives_a_group_one_response(measured: dict[str, dict[str, Any]]) -> None:
-    found = measured[ONE_SEED]["responses"]
-    groups = [found[start : start + COPIES] for start in range(0, len(found), COPIES)]
-    assert all(response == group[0] for group in groups for response in group)
-    others = measured["temperature 1.3"]["responses"]
-    assert any(response != others[0] for response in others[:COPIES])
+    def in_groups(case: str) -> list[list[Any]]:
+        found = measured[case]["responses"]
+        return [found[start : start + COPIES] for start in range(0, len(found), COPIES)]
+
+    assert all(response == group[0] for group in in_groups(ONE_SEED) for response in group)
+    assert any(response != group[0] for group in in_groups("temperature 1.3") for response in group)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -213,7 +213,7 @@ def test_what_cannot_be_calibrated(parquet: Path, tmp_path: Path) -> None:
     folder = planted("qwen2 tied", tmp_path / "model")
     refused("alpha is 1", alpha=1.0)
     refused("nothing to calibrate on", samples=0)
-    refused("no parquet file", data=folder / "config.json")
+    refused("rows cannot be used", data=folder / "config.json")
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"qwen2"', '"gemma3"'))
     refused("not known for model_type gemma3")
@@ -221,7 +221,7 @@ def test_what_cannot_be_calibrated(parquet: Path, tmp_path: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     refused("no chat template")
     (folder / "model.safetensors").unlink()
-    refused("cannot be read")
+    refused(r"model\.safetensors is missing")
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

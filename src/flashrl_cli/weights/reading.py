@@ -57,6 +57,8 @@ def from_safetensors(files: Iterable[Path]) -> Source:
     for file in files:
         try:
             opened: Any = safe_open(file, framework="pt")
+        except FileNotFoundError as error:
+            raise Unreadable(f"{file} is missing") from error
         except (SafetensorError, OSError) as error:
             raise Unreadable(f"{file} is torn: {error}") from error
         for name in opened.keys():  # noqa: SIM118 - no mapping
