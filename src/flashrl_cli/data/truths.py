@@ -160,10 +160,10 @@ def _ask(process: subprocess.Popen[str], chunk: Sequence[str]) -> list[str | Non
     answer = process.stdout.readline() if process.stdout else ""
     if not answer:
         return None
-    told = json.loads(answer)
-    if isinstance(told, str):
-        raise _not_ready(told)
-    verdicts: list[str | None] = told
+    found = json.loads(answer)
+    if isinstance(found, str):
+        raise _not_ready(found)
+    verdicts: list[str | None] = found
     return verdicts
 
 
@@ -201,15 +201,15 @@ def _serve(limit_s: float) -> None:
     missing = _imported()
     for line in sys.stdin:
         try:
-            told = missing or [_timed(source, truth, limit_s) for source, truth in json.loads(line)]
+            found = missing or [_timed(source, truth, limit_s) for source, truth in json.loads(line)]
         except ImportError as error:
-            told = str(error)
-        answers.write(json.dumps(told) + "\n")
+            found = str(error)
+        answers.write(json.dumps(found) + "\n")
         answers.flush()
 
 
 def _imported() -> str | None:
-    """Import what scores, which has no time limit; what cannot be imported is told."""
+    """Import what scores, which has no time limit; returns what cannot be imported."""
     try:
         importlib.import_module(_HEAVY_IMPORT)
     except ImportError as error:

@@ -94,7 +94,7 @@ class Generator:
         """
         if self._is_held(weights):
             return self._holds
-        # told by content: a run that starts over writes other weights to the same place
+        # compared by content: a run that starts over writes other weights to the same place
         content = weights.fingerprint()
         speech = _Speech.of(weights.hf, self._prompts)
         if self._needed(weights.hf, speech) > self._limit or (self._job.quantized and content != self._started_with):

@@ -53,7 +53,7 @@ def collected() -> Iterator[list[int]]:
 def raised(hint: str, say: Callable[[str], None]) -> Iterator[None]:
     """Let INT, TERM and HUP raise Interrupted where the program is, so that what it opened is closed in order.
 
-    INT and HUP may be ignored (see above): of INT `say` is told.
+    INT and HUP may be ignored (see above): `say` is called where INT is.
     """
 
     def end(number: int, _frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint holds what its architecture expects, told by names, shapes and dtypes: no tensor is read.
+"""Whether a checkpoint holds what its architecture expects, judged by names, shapes and dtypes: no tensor is read.
 
 One rule for every command that reads weights: each tensor of the architecture is there, with its shape, in floating
 point, and nothing else is. All that is wrong is reported at once, by tensor and file. Names that a wrapper has changed
@@ -106,9 +106,9 @@ def _compared(hf: Path, found: Found, expected: Expected) -> Iterator[str]:
 
 def _misshapen(names: Sequence[str], found: Found, wanted: Shapes) -> Iterator[str]:
     wrong = [name for name in names if found[name].shape != wanted[name]]
-    told = [f"{_in_file(name, found)} {list(found[name].shape)}, not {list(wanted[name])}" for name in wrong[:_LISTED]]
+    shown = [f"{_in_file(name, found)} {list(found[name].shape)}, not {list(wanted[name])}" for name in wrong[:_LISTED]]
     if wrong:
-        yield f"other shapes than config.json asks for: {', '.join(told)}{_more(wrong)}"
+        yield f"other shapes than config.json asks for: {', '.join(shown)}{_more(wrong)}"
 
 
 def _elsewhere(hf: Path, missing: Sequence[str]) -> str:
