@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-# a neighbour's load is no failure
-settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("shared machine")
+# a neighbour's load is no failure, and the same examples on every machine: `--hypothesis-profile explore` draws others
+settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("same", settings.get_profile("explore"), derandomize=True)
+settings.load_profile("same")
 
 TESTS = Path(__file__).parent
 LAYERS = ("unit", "golden", "contract", "integration", "gpu")
