@@ -58,6 +58,7 @@ NO_KEYS = {
 }
 """What looks like a key and is an entry point, a module, a tensor or a column."""
 FOREIGN = {
+    "--hypothesis-profile",  # pytest
     *("--address", "--metadata-json", "--no-wait", "--runtime-env-json", "--submission-id"),  # ray job
     *("--gpus", "--ipc", "--net", "--rm", "--shm-size", "--ulimit"),  # docker
     *("--no-build-isolation", "--no-deps"),  # pip
