@@ -16,7 +16,7 @@ import pytest
 
 from flashrl_cli import contract
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
-from flashrl_cli.evals import child
+from flashrl_cli.evals import job as child
 from flashrl_cli.evals.job import EngineSettings, Job, Order, Sampling
 from flashrl_cli.weights import Weights
 
@@ -120,7 +120,7 @@ def test_killed_command_line_takes_the_engine_along(engine: Path, job: Job) -> N
         engine,
         """
         import queue, threading
-        from flashrl_cli.evals.parent import _listen
+        from flashrl_cli.worker.server import _listen
         threading.Thread(target=_listen, args=(queue.SimpleQueue(),), daemon=True).start()
         print(json.dumps({"event": "stage", "pid": os.getpid()}), flush=True)
         time.sleep(60)
