@@ -139,11 +139,11 @@ def test_neither_verl_nor_torch_is_imported():
     code = (
         "import sys\n"
         "from flashrl_cli.config.layers import DEFAULT\n"
-        "from flashrl_cli.verl import compose, fields\n"
+        "from flashrl_cli.verl import compose\nfrom flashrl_cli.verl.lint.keys import added_key_problems\n"
         "from flashrl_cli.verl.overrides import Override\n"
         "tree = compose.tree([])\n"
         f"keys = {[*REFUSED, *ACCEPTED]!r}\n"
-        "fields.problems([Override(key, 1, DEFAULT, added=True) for key in keys], tree)\n"
+        "added_key_problems([Override(key, 1, DEFAULT, added=True) for key in keys], tree)\n"
         "assert not {'torch', 'verl', 'ray', 'vllm', 'transformers'} & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,10 +3,6 @@
 Three readers: a person at a terminal (colour, live displays), a person reading a log (plain lines), a program (`--json`).
 
 A reader that goes away (`| head -1`), an encoding that lacks a character and a disk that is full end no work: see `guard_streams`.
-
-Plain data to rich tables.
-
-Progress bars for people.
 """
 
 from __future__ import annotations
@@ -20,14 +16,8 @@ import os
 import select
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
-
-from rich import box
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from flashrl_cli import files
 
@@ -35,81 +25,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from flashrl_cli.errors import FlashrlError
-
-_UNBOUND = 10_000
-"""A width in which nothing is folded."""
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> Table:
-    """Table of `rows`; None is shown as "–", floats with four digits; number columns are right-aligned."""
-    out = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for index, name in enumerate(columns):
-        numeric = all(isinstance(row[index], int | float) or row[index] is None for row in rows)
-        out.add_column(name, justify="right" if numeric and rows else "left", overflow="fold")
-    for row in rows:
-        out.add_row(*map(_cell, row))
-    return out
-
-
-def parts(
-    columns: Sequence[str], rows: Sequence[Sequence[object]], console: Console, *, joined: str = ""
-) -> Iterator[Table]:
-    """One table where `console` is wide enough for it, else as many as it takes; each begins with the first column.
-
-    Columns that are called `joined` stay with the one before them.
-    """
-    whole = [n for n in range(1, len(columns)) if columns[n] != joined or n == 1]
-    groups = [list(range(start, end)) for start, end in zip(whole, [*whole[1:], len(columns)], strict=True)]
-    shown: list[int] = []
-    for group in groups:
-        if shown and not _fits(_part(columns, rows, [*shown, *group]), console):
-            yield _part(columns, rows, shown)
-            shown = []
-        shown += group
-    yield _part(columns, rows, shown)
-
-
-def _part(columns: Sequence[str], rows: Sequence[Sequence[object]], chosen: Sequence[int]) -> Table:
-    found = [0, *chosen]
-    return table([columns[n] for n in found], [[row[n] for n in found] for row in rows])
-
-
-def _fits(one: Table, console: Console) -> bool:
-    options = replace(console.options, max_width=_UNBOUND)
-    return one.__rich_measure__(console, options).maximum <= console.width
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return escape(str(value))
-
-
-@contextlib.contextmanager
-def bar(console: Console, label: str, total: int | None) -> Iterator[Advance]:
-    """Draw a bar with count, ETA and a note on `console`; yields `advance(n, note)`."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(label, total=total, note="")
-
-        def advance(n: int, note: str = "") -> None:
-            progress.update(task, advance=n, note=note)
-
-        yield advance
-
 
 PLAIN_WIDTH = 160
 ERRORS = "flashrl"
@@ -267,10 +182,14 @@ class Output:
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> None:
         """Print a table on stdout; numbers are right-aligned."""
+        from flashrl_cli.render.tables import table
+
         self.stdout.print(table(columns, rows, title=title))
 
     def wide_table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], *, joined: str = "") -> None:
         """Print a table of many numbers on stdout: where its columns do not fit side by side, in parts (tables.parts)."""
+        from flashrl_cli.render.tables import parts
+
         for part in parts(columns, rows, self.stdout, joined=joined):
             self.stdout.print(part)
 
@@ -310,3 +229,25 @@ def print_error(error: FlashrlError) -> None:
     if error.hint:
         lines.append(f"hint: {error.hint}")
     print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def bar(console: Console, label: str, total: int | None) -> Iterator[Advance]:
+    """Draw a bar with count, remaining time and a note on `console`; yields `advance(n, note)`."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(label, total=total, note="")
+
+        def advance(n: int, note: str = "") -> None:
+            progress.update(task, advance=n, note=note)
+
+        yield advance

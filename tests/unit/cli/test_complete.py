@@ -58,7 +58,7 @@ def test_a_shell_gets_them(typed, found):
 @pytest.mark.processes
 def test_nothing_heavy_is_imported():
     code = (
-        "import sys; from flashrl_cli.cli import complete; complete.preset_and_run_names('');"
+        "import sys; from flashrl_cli.cli import options; options.preset_and_run_names('');"
         f"print(*({HEAVY!r} & sys.modules.keys()))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from flashrl_cli.evals.report import Report
 from flashrl_cli.evals.results import Evaluated
-from flashrl_cli.render.output import table as rich_table
+from flashrl_cli.render.tables import table as rich_table
 from tests.graded import checkpoint, evaluated, single
 
 SETS = ("gsm8k", "math500", "aime24", "amc23", "olympiad", "minerva", "hellaswag")

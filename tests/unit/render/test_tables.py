@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from flashrl_cli.render.output import parts, table
+from flashrl_cli.render.tables import parts, table
 
 
 def drawn(columns: list[str], rows: list[list[object]], width: int = 80) -> list[str]:

@@ -22,7 +22,7 @@ import os, sys, time
 from pathlib import Path
 from typing import Any
 from flashrl_cli.paths import RunPaths
-from flashrl_cli.runs import record
+from flashrl_cli.runs import store as record
 root = Path(sys.argv[1])
 own = record.own_process()
 attempt = record.Attempt(number=1, status="running", started="", updated="", **own)
