@@ -18,12 +18,11 @@ from flashrl_cli.errors import FlashrlError, InputError, RunFailed
 from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
-    from flashrl_cli.config.resolve import Resolved
+    from flashrl_cli.config.resolve import Options, Resolved
     from flashrl_cli.render.output import Output
     from flashrl_cli.train.executors import Place
     from flashrl_cli.train.plan import LaunchPlan
     from flashrl_cli.train.process import Start
-    from flashrl_cli.train.review import Options
     from flashrl_cli.train.sweep import Job, Launch
     from flashrl_cli.verl.compose import Tree
 
@@ -187,6 +186,7 @@ def train(
     `flashrl train --preset dapo-32b --rollout int8 --tis 8 --executor ray --dry-run` shows what a cluster would run;
     `flashrl train --preset tiny --sweep rollout=bf16,int8 --sweep tis=off,2` runs four, and compares them.
     """
+    from flashrl_cli.config.resolve import Options
     from flashrl_cli.render.output import Output
     from flashrl_cli.train import executors, process, review
 
@@ -194,7 +194,7 @@ def train(
     if not (dry_run or detach):
         process.say_if_ignored(output.say)
     place = executors.chosen(executor, ray_address)
-    options = review.Options(rollout=rollout, tis=tis, sets=sets or ())
+    options = Options(rollout=rollout, tis=tis, sets=sets or ())
     if sweep:
         asked = Sweep(
             preset=preset, place=place, texts=sweep, options=options, name=name, resume=resume, force=force, many=yes

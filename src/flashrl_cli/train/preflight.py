@@ -418,7 +418,7 @@ def findings(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
 
 def _rows(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
     for problem in row_problems(spec, data_root):
-        yield fail(problem.where or "rows", problem.message, problem.hint)
+        yield fail(str(problem.where or "rows"), problem.message, problem.hint)
 
 
 def _machine(spec: RunSpec, data_root: Path) -> Iterator[Finding]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flashrl_cli import contract
-from flashrl_cli.errors import Problem
+from flashrl_cli.errors import Location, Problem
 from flashrl_cli.verl.overrides import ACTOR, ENGINE, TABLE, Override, quote
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Settings:
         value = self.get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
-    def where(self, *keys: str) -> str | None:
+    def where(self, *keys: str) -> Location | None:
         """Where the first of these keys (or fields) that a person set was written; an option given for this run before any preset."""
         written = {**self.resolved.origins, **{override.key: override.origin for override in self.overrides}}
         origins = [written[key] for key in keys if key in written]
@@ -134,8 +134,7 @@ class Settings:
     def fix(self, key: str, value: Any, *, new: bool = False) -> str:
         """The option that sets the key; `new` for one that verl's tree lacks."""
         name = FIELDS.get(key, f"verl.{'+' if new else ''}{key}")
-        text = str(value).lower() if isinstance(value, bool) else quote(value)
-        return f"--set '{name}={text}'" if "[" in text else f"--set {name}={text}"
+        return self.resolved.option(name, str(value).lower() if isinstance(value, bool) else quote(value))
 
     def problem(self, message: str, hint: str, *keys: str) -> Problem:
         """A problem that was written at the first of `keys` that a person set."""

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from flashrl_cli import files, paths
+from flashrl_cli.config.resolve import Options
 from flashrl_cli.errors import InputError
-from flashrl_cli.train.review import Options, compare, document_of, preview
+from flashrl_cli.train.review import compare, document_of, preview
 
 NONE = Options()
 

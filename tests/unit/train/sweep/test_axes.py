@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flashrl_cli.config.resolve import option_layers
-from flashrl_cli.errors import InputError, Problem
-from flashrl_cli.train.review import Options
+from flashrl_cli.config.resolve import Options, option_layers
+from flashrl_cli.errors import InputError, Location, Problem
 from flashrl_cli.train.sweep_axes import Axis, is_file, read_axes
 
 NOTHING = Options()
@@ -44,7 +43,7 @@ def write(folder: Path, text: str) -> str:
 def test_option(text: str, key: str, values: tuple[str, ...]) -> None:
     (axis,) = read_axes([text], NOTHING)
     assert rows(axis) == {key: values}
-    assert axis.where == f"--sweep {key}"
+    assert axis.where == Location("--sweep", key=key)
 
 
 def test_options_keep_their_order() -> None:
@@ -72,7 +71,7 @@ def test_bad_option(text: str, message: str) -> None:
     (problem,) = refused(text)
     assert message in problem.message
     assert problem.hint
-    assert (problem.where or "").startswith("--sweep ")
+    assert str(problem.where).startswith("--sweep ")
 
 
 def test_everything_wrong_is_told_at_once() -> None:
@@ -131,7 +130,7 @@ zip:
         {"env.A": ("010", "x y")},
         {"trainer.steps": ("3",)},
     ]
-    assert axes[1].where == f"{path}:3"
+    assert axes[1].where == Location(path, 3)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +154,7 @@ def test_bad_file(text: str, message: str, line: str, tmp_path: Path) -> None:
     path = write(tmp_path, text)
     (problem,) = refused(path)
     assert message in problem.message
-    assert problem.where == f"{path}{line}"
+    assert str(problem.where) == f"{path}{line}"
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -187,6 +186,6 @@ def test_quoted_values_and_those_of_a_file_are_what_set_takes(tmp_path):
 
 def option_value(key: str, text: str) -> object:
     problems: list[Problem] = []
-    (layer,) = option_layers(None, None, [f"{key}={text}"], problems)
+    (layer,) = option_layers(Options(point=[(key, text)]), problems)
     assert not problems
     return layer.data["env"]["NOTE"]

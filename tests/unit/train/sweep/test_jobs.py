@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 
 from flashrl_cli import files, paths
-from flashrl_cli.config.resolve import Resolved
+from flashrl_cli.config.resolve import Options, Resolved
 from flashrl_cli.errors import InputError, Problem
 from flashrl_cli.runs import store
 from flashrl_cli.runs.store import Attempt, RunRecord
 from flashrl_cli.train import review
 from flashrl_cli.train.plan import LaunchPlan, plan_document
-from flashrl_cli.train.review import Options
 from flashrl_cli.train.sweep import Going, Job, plan_jobs
 from flashrl_cli.train.sweep_axes import points, read_axes
 from tests.saved_files import saved_step
@@ -83,7 +82,7 @@ def test_names_of_their_own_as_single_runs_have_them(judged: list[str]) -> None:
 
 def test_every_error_of_every_point_at_once(judged: list[str]) -> None:
     found = problems("rollout=int8,int4", "tis=2,x", "rollout.nn=1,2", "algorithm.mini_batch_size=7,16")
-    assert [(problem.where, problem.message.split(":")[0]) for problem in found] == [
+    assert [(str(problem.where), problem.message.split(":")[0]) for problem in found] == [
         ("--sweep tis=x", "correction.cap = x"),
         ("--sweep rollout.nn", "unknown key rollout.nn"),
         ("--sweep rollout=int4", "rollout.precision = int4"),
@@ -93,7 +92,8 @@ def test_every_error_of_every_point_at_once(judged: list[str]) -> None:
 
 def test_broken_rules_name_the_value(judged: list[str]) -> None:
     (problem,) = problems("rollout=int8,bf16", "algorithm.mini_batch_size=7,16")
-    assert problem.where == "--sweep algorithm.mini_batch_size=7"
+    assert str(problem.where) == "--sweep algorithm.mini_batch_size=7"
+    assert problem.hint == "--sweep algorithm.mini_batch_size=4"
     assert judged == ["s-int8-mini_batch_size16", "s-bf16-mini_batch_size16"]
 
 

@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashrl_cli.config.spec import FOLDER_NAME
+from flashrl_cli.config.resolve import Options
 from flashrl_cli.config.yaml_file import text_of
-from flashrl_cli.errors import InputError
-from flashrl_cli.train.review import Options
+from flashrl_cli.errors import InputError, Location
+from flashrl_cli.paths import FOLDER_NAME
 from flashrl_cli.train.sweep_axes import Axis, Point, points, run_names
 
 
 def axis(*columns: tuple[str, list[str]]) -> Axis:
     keys, values = zip(*columns, strict=True)
-    return Axis(keys=tuple(keys), rows=tuple(zip(*values, strict=True)), where="")
+    return Axis(keys=tuple(keys), rows=tuple(zip(*values, strict=True)), where=Location(""))
 
 
 def names(*values: tuple[tuple[str, str], ...]) -> list[str]:
@@ -48,9 +48,8 @@ def test_a_product_without_end_is_refused_at_once() -> None:
 
 def test_options_of_a_point() -> None:
     point = Point((("rollout", "'int8'"), ("algorithm.lr", "1e-4"), ("tis", "off")))
-    assert point.options(Options(sets=["a=1"])) == Options(rollout="int8", tis="off", sets=("a=1", "algorithm.lr=1e-4"))
+    assert point.options(Options(sets=["a=1"])) == Options(sets=["a=1"], point=point.values)
     assert point.data() == {"rollout": "int8", "algorithm.lr": 1e-4, "tis": "off"}
-    assert Point((("tis", "2"),)).options(Options(rollout="bf16")) == Options(rollout="bf16", tis="2")
     assert Point((("env.A", "010"),)).data() == {"env.A": "010"}
 
 
