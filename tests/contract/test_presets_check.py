@@ -6,7 +6,7 @@ import pytest
 
 from flashrl_cli.config.presets import names
 from flashrl_cli.config.resolve import Options
-from flashrl_cli.train.review import check
+from flashrl_cli.train.launch import check
 
 
 @pytest.fixture(autouse=True)

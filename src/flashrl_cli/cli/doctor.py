@@ -113,7 +113,7 @@ def _check(resolved: Resolved | None, out: Output) -> None:
 
     report = machine()
     if resolved:
-        report = report.with_preset(list(preflight.findings(resolved.spec, paths.data_root())))
+        report = report.with_preset(list(preflight.findings(resolved.spec)))
     name = resolved.spec.name if resolved else None
     if out.json_mode:
         out.document(document(report, name))
@@ -171,4 +171,4 @@ def _read(resolved: Resolved, options: list[str]) -> list[Path]:
     from flashrl_cli.train.preflight import local_inputs
 
     preset = paths.absolute(options[options.index("--preset") + 1])
-    return [*local_inputs(resolved.spec, paths.data_root()).values(), *([preset] if preset.is_file() else [])]
+    return [*local_inputs(resolved.spec).values(), *([preset] if preset.is_file() else [])]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Summary
     from flashrl_cli.errors import Problem
     from flashrl_cli.render.output import Output
-    from flashrl_cli.train.review import Comparison
+    from flashrl_cli.train.diff import Comparison
 
 SCHEMA_VERSION = 1
 
@@ -57,7 +57,7 @@ def show(
     from flashrl_cli.config.resolve import Options
     from flashrl_cli.config.yaml_file import text_of
     from flashrl_cli.render.output import Output
-    from flashrl_cli.train.review import preview
+    from flashrl_cli.train.launch import preview
 
     out = Output(json_mode=json)
     resolved, plan = preview(preset, Options(rollout=rollout, tis=tis, sets=sets or ()))
@@ -104,7 +104,7 @@ def diff(
     """
     from flashrl_cli.config.resolve import NO_OPTIONS, Options
     from flashrl_cli.render.output import Output
-    from flashrl_cli.train.review import compare, document_of
+    from flashrl_cli.train.diff import compare, document_of
 
     out = Output(json_mode=json)
     options = Options(rollout=rollout, tis=tis, sets=sets or ())
@@ -155,13 +155,13 @@ def check(
     from flashrl_cli.config import presets as files
     from flashrl_cli.config.resolve import Options
     from flashrl_cli.render.output import Output
-    from flashrl_cli.train import review
+    from flashrl_cli.train import launch
 
     out = Output(json_mode=json)
     options = Options(rollout=rollout, tis=tis, sets=sets or ())
     found: dict[str, list[Problem]] = {}
     for name in names or files.names():
-        found[name] = review.check(name, options)
+        found[name] = launch.check(name, options)
         if not json:
             _print_verdict(out, name, found[name])
     if json:

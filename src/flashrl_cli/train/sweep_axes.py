@@ -1,7 +1,4 @@
-"""What `--sweep` says: the keys that vary and the values that they take, from the command line and from files.
-
-The points of a sweep: every combination of values, and what its run is called.
-"""
+"""What varies in a sweep: keys and values of `--sweep`, from the command line and from files; their combinations, and their names."""
 
 from __future__ import annotations
 
@@ -27,113 +24,11 @@ from flashrl_cli.text import counted
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Options
 
-MANY, MOST = 64, 1000
-"""Runs that are started without being asked for twice, and runs that a sweep can have at all."""
-LONGEST_WORD = 40
-LONGEST_NAME = 190
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One combination: a text of each key that varies, in the order of the axes."""
-
-    values: tuple[tuple[str, str], ...]
-
-    def __str__(self) -> str:
-        return " ".join(f"{key}={text}" for key, text in self.values)
-
-    def texts(self) -> list[str]:
-        """The values as they were written."""
-        return [text for _, text in self.values]
-
-    def data(self) -> dict[str, Any]:
-        """The values as plain data."""
-        return {key: _value(key, text) for key, text in self.values}
-
-    def options(self, given: Options) -> Options:
-        """The options of its run; `given` are those that all points share."""
-        return replace(given, point=self.values)
-
-
-def points(axes: Sequence[Axis], *, many: bool = False) -> list[Point]:
-    """Every combination of the axes' rows, the last axis varying fastest.
-
-    Raises InputError for more than 64 unless `many`, and for more than 1000.
-    """
-    count = math.prod(len(axis.rows) for axis in axes)
-    if count > MOST:
-        raise InputError(f"a sweep of {count:,} runs", hint=f"{MOST:,} at most; keys that go together stand in zip")
-    if count > MANY and not many:
-        raise InputError(f"a sweep of {count:,} runs", hint=f"--yes starts more than {MANY}")
-    return [
-        Point(tuple(pair for axis, row in zip(axes, rows, strict=True) for pair in zip(axis.keys, row, strict=True)))
-        for rows in itertools.product(*(axis.rows for axis in axes))
-    ]
-
-
-def run_names(bases: Sequence[str], found: Sequence[Point], *, said: Sequence[str] = ()) -> list[str]:
-    """A name for each point's run: its base and a word for each value, but for the keys that `said` says are in the base.
-
-    Two points of the same words (paths that end alike) get a hash of their values, too; names depend on nothing else.
-    """
-    keys = [key for key, _ in found[0].values if key not in said]
-    heads = _heads(keys)
-    plain = ["-".join([base, *_words(point, heads)]) for base, point in zip(bases, found, strict=True)]
-    often = Counter(plain)
-    return [
-        name if often[name] == 1 and len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{_hash(point)}"
-        for name, point in zip(plain, found, strict=True)
-    ]
-
-
-def _heads(keys: Sequence[str]) -> dict[str, str]:
-    """What stands for a key in names: as few of its last parts as tell it from the other keys."""
-    parts = {key: re.sub(r"[^\w.-]+", "", key, flags=re.ASCII).split(".") for key in keys}
-    heads = {}
-    for key in keys:
-        tails = (".".join(parts[key][-count:]) for count in range(1, len(parts[key])))
-        others = [".".join(parts[other]) for other in keys if other != key]
-        unique = (tail for tail in tails if not any(f".{other}".endswith(f".{tail}") for other in others))
-        heads[key] = next(unique, ".".join(parts[key]))
-    return heads
-
-
-def _words(point: Point, heads: dict[str, str]) -> list[str]:
-    return [_word(heads[key], key, text) for key, text in point.values if key in heads]
-
-
-def _word(head: str, key: str, text: str) -> str:
-    said = _short(_value(key, text))
-    if key == "rollout":
-        return said
-    return f"{head}{said}" if key == "tis" or not said[:1].isalpha() else f"{head}_{said}"
-
-
-def _short(value: Any) -> str:
-    """A value as a part of a name: the shorter form of a number, the last part of a path, letters and digits only."""
-    text = value if isinstance(value, str) else text_of(value)
-    if isinstance(value, float) and math.isfinite(value):
-        scientific = f"{Decimal(repr(value)).normalize():e}".replace("e+", "e")
-        text = min(text.removesuffix(".0"), scientific, key=len)
-    last = text.rstrip("/").rpartition("/")[2]
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", last).lstrip(".")[:LONGEST_WORD].rstrip("-.")
-
-
-def _hash(point: Point) -> str:
-    return hashlib.sha256(str(point.values).encode()).hexdigest()[:6]
-
-
-def _value(key: str, text: str) -> Any:
-    """What a text is to `--set`, which keeps some keys' as they are; the text itself where it is no value."""
-    document = yaml_file.value(text, is_text=is_text(key))
-    return text if document.problems else document.data
-
-
 EXAMPLE = "--sweep rollout=bf16,int8, or --sweep FILE.yaml"
 SAME = {key: name for name, key in SWEPT.items()}
-"""Keys that have an option, and what a sweep calls them."""
+"""Keys that have an option of their own, and the name of each in a sweep."""
 PLACES = ("name", "description", "trainer.project")
-"""Keys that say what a run is called or where its checkpoints lie."""
+"""Keys that name a run or the folder of its checkpoints."""
 PARTS = ("grid", "zip")
 
 
@@ -173,7 +68,7 @@ def _of_option(text: str, problems: list[Problem]) -> Iterator[Axis]:
         problems.append(Problem("not of the form key=value,value", _option(text), EXAMPLE))
         return
     texts, wrong = yaml_file.items(values, _option(key))
-    hint = "between two commas stands a value; quote text that holds a comma, a bracket or #"
+    hint = "write a value between two commas; quote text that holds a comma, a bracket or #"
     problems += [Problem(problem.message, problem.where, hint) for problem in wrong]
     if texts:
         yield Axis(keys=(key,), rows=tuple((value,) for value in texts), where=_option(key))
@@ -228,8 +123,8 @@ def _axis(
         return
     lengths = {key: len(values) for key, values in columns.items()}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{key} {length}" for key, length in lengths.items())
-        problems.append(Problem(f"keys that go together need as many values each: {told}", where))
+        listed = ", ".join(f"{key} {length}" for key, length in lengths.items())
+        problems.append(Problem(f"keys that go together need as many values each: {listed}", where))
         return
     texts = [
         [_quoted(str(value)) for value in as_written[key]] if is_text(key) else list(map(text_of, values))
@@ -244,7 +139,7 @@ def _quoted(text: str) -> str:
 
 
 def _misplaced(axes: Sequence[Axis], given: Options) -> Iterator[Problem]:
-    """Yield what is wrong with keys: given twice, in another option too, or of a run's place."""
+    """Yield what is wrong with keys: given twice, by another option too, or naming a run's place."""
     taken = {SAME.get(key, key): f"--set {key}" for key in (text.partition("=")[0].strip() for text in given.sets)}
     taken |= {"rollout": "--rollout"} if given.rollout is not None else {}
     taken |= {"tis": "--tis"} if given.tis is not None else {}
@@ -254,5 +149,107 @@ def _misplaced(axes: Sequence[Axis], given: Options) -> Iterator[Problem]:
             if name in taken:
                 yield Problem(f"{key} is given by {taken[name]}, too", axis.where, "a key varies in one place")
             if name in PLACES:
-                yield Problem(f"{key} says where a run lies, not what it trains", axis.where, "--name names the runs")
+                yield Problem(f"{key} names a run's place, not what it trains", axis.where, "--name names the runs")
             taken.setdefault(name, str(axis.where))
+
+
+MANY, MOST = 64, 1000
+"""Runs that are started without being asked for twice, and runs that a sweep can have at all."""
+LONGEST_WORD = 40
+LONGEST_NAME = 190
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One combination: a text of each key that varies, in the order of the axes."""
+
+    values: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        return " ".join(f"{key}={text}" for key, text in self.values)
+
+    def texts(self) -> list[str]:
+        """The values as they were written."""
+        return [text for _, text in self.values]
+
+    def data(self) -> dict[str, Any]:
+        """The values as plain data."""
+        return {key: _value(key, text) for key, text in self.values}
+
+    def options(self, given: Options) -> Options:
+        """The options of its run; `given` are those that all points share."""
+        return replace(given, point=self.values)
+
+
+def points(axes: Sequence[Axis], *, many: bool = False) -> list[Point]:
+    """Every combination of the axes' rows, the last axis varying fastest.
+
+    Raises InputError for more than 64 unless `many`, and for more than 1000.
+    """
+    count = math.prod(len(axis.rows) for axis in axes)
+    if count > MOST:
+        raise InputError(f"a sweep of {count:,} runs", hint=f"{MOST:,} at most; keys that go together belong in zip")
+    if count > MANY and not many:
+        raise InputError(f"a sweep of {count:,} runs", hint=f"--yes starts more than {MANY}")
+    return [
+        Point(tuple(pair for axis, row in zip(axes, rows, strict=True) for pair in zip(axis.keys, row, strict=True)))
+        for rows in itertools.product(*(axis.rows for axis in axes))
+    ]
+
+
+def run_names(bases: Sequence[str], found: Sequence[Point], *, in_bases: Sequence[str] = ()) -> list[str]:
+    """A name for each point's run: its base and a word for each value, but for the keys that are `in_bases` already.
+
+    Two points of the same words (paths that end alike) get a hash of their values, too; names depend on nothing else.
+    """
+    keys = [key for key, _ in found[0].values if key not in in_bases]
+    heads = _heads(keys)
+    plain = ["-".join([base, *_words(point, heads)]) for base, point in zip(bases, found, strict=True)]
+    often = Counter(plain)
+    return [
+        name if often[name] == 1 and len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{_hash(point)}"
+        for name, point in zip(plain, found, strict=True)
+    ]
+
+
+def _heads(keys: Sequence[str]) -> dict[str, str]:
+    """Each key as it is written in names: as few of its last parts as distinguish it from the other keys."""
+    parts = {key: re.sub(r"[^\w.-]+", "", key, flags=re.ASCII).split(".") for key in keys}
+    heads = {}
+    for key in keys:
+        tails = (".".join(parts[key][-count:]) for count in range(1, len(parts[key])))
+        others = [".".join(parts[other]) for other in keys if other != key]
+        unique = (tail for tail in tails if not any(f".{other}".endswith(f".{tail}") for other in others))
+        heads[key] = next(unique, ".".join(parts[key]))
+    return heads
+
+
+def _words(point: Point, heads: dict[str, str]) -> list[str]:
+    return [_word(heads[key], key, text) for key, text in point.values if key in heads]
+
+
+def _word(head: str, key: str, text: str) -> str:
+    word = _short(_value(key, text))
+    if key == "rollout":
+        return word
+    return f"{head}{word}" if key == "tis" or not word[:1].isalpha() else f"{head}_{word}"
+
+
+def _short(value: Any) -> str:
+    """A value as a part of a name: the shorter form of a number, the last part of a path, letters and digits only."""
+    text = value if isinstance(value, str) else text_of(value)
+    if isinstance(value, float) and math.isfinite(value):
+        scientific = f"{Decimal(repr(value)).normalize():e}".replace("e+", "e")
+        text = min(text.removesuffix(".0"), scientific, key=len)
+    last = text.rstrip("/").rpartition("/")[2]
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", last).lstrip(".")[:LONGEST_WORD].rstrip("-.")
+
+
+def _hash(point: Point) -> str:
+    return hashlib.sha256(str(point.values).encode()).hexdigest()[:6]
+
+
+def _value(key: str, text: str) -> Any:
+    """What a text is to `--set`, which keeps some keys' as they are; the text itself where it is no value."""
+    document = yaml_file.value(text, is_text=is_text(key))
+    return text if document.problems else document.data

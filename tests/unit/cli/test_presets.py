@@ -13,7 +13,7 @@ from flashrl_cli.cli.app import app
 from flashrl_cli.config.presets import names
 from flashrl_cli.config.resolve import Options
 from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
-from flashrl_cli.train import review
+from flashrl_cli.train import diff, launch
 
 RUNNER = CliRunner()
 
@@ -152,7 +152,7 @@ def test_diff_of_nothing():
 
 
 def recorded(run: str, **changes: Any) -> None:
-    plan = review.document_of("tiny", Options()) | changes
+    plan = diff.document_of("tiny", Options()) | changes
     files.write_json(paths.runs_root() / run / "attempt_1" / "plan.json", plan)
 
 
@@ -163,7 +163,7 @@ def test_diff_with_a_run():
 
 
 def test_diff_says_when_overrides_alone_differ():
-    plan = review.document_of("tiny", Options())
+    plan = diff.document_of("tiny", Options())
     recorded("demo", overrides=plan["overrides"][1:])
     result = RUNNER.invoke(app, ["presets", "diff", "demo", "tiny"], catch_exceptions=False)
     assert result.stdout.startswith("no difference")
@@ -193,7 +193,7 @@ def verdicts(monkeypatch):
         asked.append((preset, options))
         return [Problem("wrong", "f.yaml:1", "right"), Problem("bare")] if preset.startswith("bad") else []
 
-    monkeypatch.setattr(review, "check", check)
+    monkeypatch.setattr(launch, "check", check)
     return asked
 
 
