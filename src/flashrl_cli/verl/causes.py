@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from flashrl_cli.precision import BY_METHOD, PRECISIONS, joined
+
 
 @dataclass(frozen=True, slots=True)
 class Cause:
@@ -262,7 +264,8 @@ ENGINE = (
     ),
     _cause(
         "the rollout engine does not know the quantization",
-        "rollout.precision takes bf16, int8, fp8 or fp8-block; int8 and fp8 need flashrl installed beside vLLM on every node",
+        f"rollout.precision takes {joined(PRECISIONS, 'or')}; {joined(BY_METHOD, 'and')} need flashrl installed beside vLLM "
+        "on every node",
         r"Unknown quantization method",
     ),
     _cause(
