@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from flashrl_cli.paths import FOLDER_NAME
+from flashrl_cli.precision import PrecisionName
 
 Count = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -125,7 +126,7 @@ class CriticSpec(Part):
 class RolloutSpec(Part):
     """How responses are sampled."""
 
-    precision: Literal["bf16", "fp8", "fp8-block", "int8"] = "bf16"
+    precision: PrecisionName = "bf16"
     """Arithmetic of the linear layers in the rollout engine (fp8-block is verl's own); the policy is trained in its own."""
     kv_cache: Literal["auto", "fp8"] = "auto"
     """Arithmetic of the rollout engine's KV cache: `auto` is the model's, `fp8` holds twice as many tokens in the same memory."""

@@ -26,6 +26,7 @@ from flashrl_cli.machine import gpus, ray_state, software, system
 from flashrl_cli.machine.finding import Finding, fail, ok, problems, warn
 from flashrl_cli.memory import estimate
 from flashrl_cli.memory import model as models
+from flashrl_cli.precision import KV8_GPUS, PRECISIONS
 from flashrl_cli.text import counted
 from flashrl_cli.verl import environment, rewards
 from flashrl_cli.verl.overrides import data_path, model_path
@@ -139,8 +140,8 @@ def _ray(spec: RunSpec, joined: tuple[str, str] | None) -> Iterator[Finding]:
 def _gpu_precision(spec: RunSpec, found: Sequence[gpus.Gpu]) -> Iterator[Finding]:
     precision = spec.rollout.precision
     if reason := gpus.lacks(precision, found):
-        yield fail("rollout.precision", reason, f"--rollout {gpus.PRECISIONS[precision].instead}")
-    if spec.rollout.kv_cache != "auto" and (reason := gpus.outside(gpus.CACHE, "an FP8 KV cache", found)):
+        yield fail("rollout.precision", reason, f"--rollout {PRECISIONS[precision].instead}")
+    if spec.rollout.kv_cache != "auto" and (reason := gpus.outside(KV8_GPUS, "an FP8 KV cache", found)):
         yield fail("rollout.kv_cache", reason, "--set rollout.kv_cache=auto")
 
 
