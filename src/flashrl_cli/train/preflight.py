@@ -51,9 +51,9 @@ if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
     from flashrl_cli.config.spec import ResourceSpec, RunSpec
     from flashrl_cli.data.rows import Located
-    from flashrl_cli.memory.model import ModelShape
     from flashrl_cli.train.plan import LaunchPlan
     from flashrl_cli.verl.compose import Tree
+    from flashrl_cli.weights.shape import ModelShape
 
 PROFILE = "rollout.profile"
 DATA = ("data.train", "data.val")
@@ -355,7 +355,7 @@ def hub_models(spec: RunSpec, data_root: Path) -> dict[str, str]:
 def parameters(model: str, data_root: Path) -> int | None:
     """Parameter count of a model, as far as this machine knows its shape."""
     from flashrl_cli.memory import model as known
-    from flashrl_cli.memory import model as shape
+    from flashrl_cli.weights import shape
 
     try:
         found = known.shape_of(model, data_root)
