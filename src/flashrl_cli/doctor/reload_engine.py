@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import contract, files
+from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.weights import Weights
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def start(folder: Path, precision: str) -> Any:
     return LLM(
         model=str(folder),
         load_format="dummy",
-        quantization=contract.METHODS.get(precision),
+        quantization=PRECISIONS[precision].method,
         worker_extension_cls=contract.EVAL_EXTENSION,
         skip_tokenizer_init=True,
         dtype="bfloat16",

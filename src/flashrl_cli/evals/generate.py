@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli import contract
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.evals.results import Response
+from flashrl_cli.precision import ON_CPU, PRECISIONS, joined
 from flashrl_cli.text import counted
 from flashrl_cli.weights import Unreadable, Weights, read_json
 
@@ -77,7 +78,7 @@ class Generator:
             generation_config="vllm",
             dtype="bfloat16",
             load_format="auto" if job.quantized else "dummy",
-            quantization=None if job.quantized else contract.METHODS.get(job.engine.rollout),
+            quantization=None if job.quantized else PRECISIONS[job.engine.rollout].method,
             worker_extension_cls=contract.EVAL_EXTENSION,
             max_model_len=self._limit,
             tensor_parallel_size=job.engine.tensor_parallel,
@@ -210,8 +211,11 @@ def _platform_options(job: Job) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        if job.engine.rollout == "fp8":
-            raise EnvironmentNotReady("vLLM has no FP8 kernel for a CPU", hint="--rollout bf16 or int8")
+        row = PRECISIONS[job.engine.rollout]
+        if not row.cpu:
+            raise EnvironmentNotReady(
+                f"vLLM has no {row.number} kernel for a CPU", hint=f"--rollout {joined(ON_CPU, 'or')}"
+            )
         # a seeded request whose prompt is split fails on a CPU: "CPU Generator does not use offset"
         # (vllm/v1/worker/gpu_model_runner.py:3825, vLLM 0.28)
         return {"enforce_eager": True, "gpu_memory_utilization": CPU_MEMORY, "enable_chunked_prefill": False}

@@ -116,27 +116,25 @@ class Order:
 
 
 HINTS = {
-    "a GPU ran out of memory": "a smaller --max-model-len or --gpu-memory-utilization, or --tp over more GPUs",
-    "a GPU has less free memory than the rollout engine asks for": (
-        "a smaller --gpu-memory-utilization, or another GPU by CUDA_VISIBLE_DEVICES"
-    ),
-    "the rollout engine has no memory left for its KV cache": (
+    "gpu-memory": "a smaller --max-model-len or --gpu-memory-utilization, or --tp over more GPUs",
+    "gpu-occupied": ("a smaller --gpu-memory-utilization, or another GPU by CUDA_VISIBLE_DEVICES"),
+    "kv-memory": (
         "a smaller --max-model-len, or a larger --gpu-memory-utilization (on a CPU: VLLM_CPU_KVCACHE_SPACE, in GiB)"
     ),
-    "prompt and response are longer than the model can take": "a smaller --max-tokens or --max-model-len",
+    "model-length": "a smaller --max-tokens or --max-model-len",
 }
-"""What helps here, where verl.causes names a key of a training run."""
+"""What helps here, by a cause's id; verl.causes has the hints for a training run."""
 _READ_LINES = 400
 _TAIL_LINES = 15
 _WIDTH = 300
 
 
 def died(code: int, log: Path, *, who: str = "the evaluation engine", hints: Mapping[str, str] = HINTS) -> RunFailed:
-    """The error for a process `who` that ended with exit code `code` before its work was done; `hints` by cause."""
+    """The error for a process `who` that ended with exit code `code` before its work was done; `hints` by the cause's id."""
     lines = last_lines(log, _READ_LINES)
-    cause = next((found for line in lines if (found := cause_in(line)) and found.what in hints), None)
+    cause = next((found for line in lines if (found := cause_in(line)) and found.id in hints), None)
     if cause:
-        return RunFailed(f"{who} died: {cause.what}", hint=f"{hints[cause.what]}; its log: {log}")
+        return RunFailed(f"{who} died: {cause.what}", hint=f"{hints[cause.id]}; its log: {log}")
     what = f"{who} ended with code {code}"
     if root := root_error(lines):
         return RunFailed(f"{what}: {root}", hint=f"its whole log: {log}")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from flashrl_cli.errors import EnvironmentNotReady
 from flashrl_cli.machine.finding import Finding, fail, ok, warn
+from flashrl_cli.precision import PRECISIONS
 
 GIB = 2**30
 TMP = "/tmp"  # noqa: S108 - where Ray, Python and verl go without a variable
@@ -71,11 +72,12 @@ def has_avx512(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 def cpu_lacks(precision: str, *, kv8: bool = False) -> Iterator[Finding]:
     """Yield what the engine has no code for on a CPU, of a precision and of an FP8 KV cache, and what to take there."""
-    if precision.startswith("fp8"):
+    row = PRECISIONS[precision]
+    if not row.cpu:
         yield fail(
             "rollout.precision",
-            "FP8 rollouts need a GPU (compute capability 8.9 or newer)",
-            "`--rollout int8` runs on a CPU",
+            f"{row.number} rollouts need a GPU (compute capability {'.'.join(map(str, row.gpus.least))} or newer)",
+            f"`--rollout {row.instead}` runs on a CPU",
         )
     if kv8 and not has_avx512():
         # vllm/v1/attention/backends/cpu_attn.py:510 in 0.28

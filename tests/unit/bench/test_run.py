@@ -237,4 +237,4 @@ def test_a_policy_that_knows_nothing_is_warned_of(workers: Workers, tmp_path: Pa
 
 
 def test_hints_are_for_causes_that_are_known() -> None:
-    assert set(run.HINTS) <= {cause.what for cause in CAUSES}
+    assert set(run.HINTS) <= {cause.id for cause in CAUSES}

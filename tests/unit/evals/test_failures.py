@@ -33,7 +33,7 @@ def test_memory_is_named_with_the_option_that_helps(tmp_path: Path, line: str, o
 
 
 def test_the_hints_are_for_causes_that_exist() -> None:
-    assert set(job.HINTS) <= {cause.what for cause in CAUSES}
+    assert set(job.HINTS) <= {cause.id for cause in CAUSES}
 
 
 def test_any_other_exception_is_named_with_its_place(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_log_that_tells_nothing_is_quoted(tmp_path: Path) -> None:
 def test_another_process_has_its_own_name_and_hints(tmp_path: Path) -> None:
     log = tmp_path / "engine.log"
     log.write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB\n")
-    error = job.died(1, log, who="the scorer", hints={"a GPU ran out of memory": "a smaller batch"})
+    error = job.died(1, log, who="the scorer", hints={"gpu-memory": "a smaller batch"})
     assert error.message == "the scorer died: a GPU ran out of memory"
     assert error.hint == f"a smaller batch; its log: {log}"
     assert job.died(1, log, who="the scorer", hints={}).message.startswith("the scorer ended with code 1")
