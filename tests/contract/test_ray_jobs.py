@@ -149,7 +149,7 @@ def test_the_given_address_is_asked_and_no_other(server: Server, monkeypatch: py
 
 
 def test_a_job_server_that_hangs_is_not_waited_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_client, "TIMEOUT_S", (1.0, 0.2))
+    monkeypatch.setattr(ray_client, "REQUEST_TIMEOUT_S", (1.0, 0.2))
     jobs = ray_client.connect(server.url)
     with pytest.raises(OSError, match="timed out"):
         jobs.get_job_info("slow")

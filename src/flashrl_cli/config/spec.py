@@ -61,6 +61,11 @@ class DataSpec(Part):
     filter_overlong: bool = False
     """Drop prompts longer than `max_prompt_length` before training."""
 
+    @property
+    def max_length(self) -> int:
+        """Longest prompt and response together, in tokens."""
+        return self.max_prompt_length + self.max_response_length
+
 
 class FilterGroups(Part):
     """DAPO's dynamic sampling: a group of responses that all score the same teaches nothing and is sampled anew."""
@@ -219,6 +224,11 @@ class ResourceSpec(Part):
     """GPUs on each (verl's own default is 8); on `cpu` the number of trainer processes."""
     gpu_memory_gib: Positive | None = None
     """Memory of each GPU, GiB, for the estimate of what fits; null means what the driver says, or 80 GB where there is none."""
+
+    @property
+    def devices(self) -> int:
+        """Trainer processes of the run, one a GPU."""
+        return self.nodes * self.gpus_per_node
 
 
 class WatchSpec(Part):

@@ -21,14 +21,14 @@ from flashrl_cli.memory import parts as serving
 from flashrl_cli.memory.parts import GIB, Item, Model, item, model_of, resident, total
 from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.text import counted
-from flashrl_cli.verl.config import TrainerSettings, settings_of
+from flashrl_cli.verl.config import Settings, TrainerSettings, trainer_settings
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
     from flashrl_cli.memory.advise import Advice
-    from flashrl_cli.memory.model import ModelShape
     from flashrl_cli.memory.parts import Engine
     from flashrl_cli.verl.compose import Tree
+    from flashrl_cli.weights.shape import ModelShape
 
 TRAINER_CONTEXT = 1480 << 20
 """Bytes of a trainer process outside torch: 1,473 MiB measured under FSDP1 on two GPUs, of which 523 are the CUDA context."""
@@ -229,7 +229,7 @@ def estimate(
 
     Without `critic_shape` a critic starts from the policy. Raises ValueError for a training engine other than FSDP.
     """
-    return of_settings(settings_of(resolved.spec, tree), shape, critic_shape, gpu_bytes)
+    return of_settings(trainer_settings(Settings(resolved, (), tree)), shape, critic_shape, gpu_bytes)
 
 
 def of_settings(

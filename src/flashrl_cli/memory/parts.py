@@ -22,13 +22,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flashrl_cli.memory.model import parameters
 from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.text import counted
+from flashrl_cli.weights.shape import parameters
 
 if TYPE_CHECKING:
-    from flashrl_cli.memory.model import ModelShape
     from flashrl_cli.verl.config import Batch, EngineSettings, RolloutSettings, TrainerSettings
+    from flashrl_cli.weights.shape import ModelShape
 
 GIB = 1 << 30
 MARGIN = 0.1

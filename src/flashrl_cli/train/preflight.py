@@ -25,7 +25,7 @@ from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
 from flashrl_cli.machine import gpus, ray_state, software, system
 from flashrl_cli.machine.finding import Finding, fail, ok, problems, warn
 from flashrl_cli.memory import estimate
-from flashrl_cli.memory import model as models
+from flashrl_cli.memory.model import shape_of
 from flashrl_cli.precision import KV8_GPUS, PRECISIONS
 from flashrl_cli.text import counted
 from flashrl_cli.verl import environment, rewards
@@ -33,14 +33,15 @@ from flashrl_cli.verl.overrides import data_path, model_path
 from flashrl_cli.weights import Unreadable, Weights, read_json
 from flashrl_cli.weights.contents import shapes
 from flashrl_cli.weights.profile import Profile
+from flashrl_cli.weights.shape import parameters
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
     from flashrl_cli.config.spec import RunSpec
     from flashrl_cli.data.rows import Located
-    from flashrl_cli.memory.model import ModelShape
     from flashrl_cli.train.plan import LaunchPlan
     from flashrl_cli.verl.compose import Tree
+    from flashrl_cli.weights.shape import ModelShape
 
 MOST_FIXES = 2
 """Fixes that the last line repeats, which is all that some logs keep."""
@@ -375,8 +376,8 @@ def memory_of(resolved: Resolved, tree: Tree, gpus: Sequence[int] = ()) -> Memor
     if spec.resources.platform == "cpu":
         return Memory(unknown="it is estimated for GPUs only")
     try:
-        policy = models.shape_of(spec.model.path, paths.data_root())
-        critic = models.shape_of(spec.critic.path, paths.data_root()) if spec.critic.path else None
+        policy = shape_of(spec.model.path, paths.data_root())
+        critic = shape_of(spec.critic.path, paths.data_root()) if spec.critic.path else None
         if policy is None:
             return Memory(unknown=f"no config.json of {spec.model.path} on this machine")
         size, source = _gpu(spec, gpus)
@@ -398,14 +399,14 @@ def _gpu(spec: RunSpec, gpus: Sequence[int]) -> tuple[int, str]:
 def shape(model: str) -> ModelShape | None:
     """Shape of a model, from what is on this machine; None where that does not say, or for anything but a decoder."""
     with contextlib.suppress(ValueError):
-        return models.shape_of(model, paths.data_root())
+        return shape_of(model, paths.data_root())
     return None
 
 
 def _parameters(model: str) -> int | None:
     """Parameter count of a model, as far as this machine knows its shape."""
     found = shape(model)
-    return models.parameters(found).total if found else None
+    return parameters(found).total if found else None
 
 
 def gpu_memory(spec: RunSpec) -> list[int]:

@@ -131,7 +131,7 @@ def _check_world_size(spec: RunSpec, chosen: Saved) -> None:
     Each loads the shards of its own rank and world size, or fails in a worker minutes after the start
     (verl/utils/checkpoint/fsdp_checkpoint_manager.py:213).
     """
-    nodes, world = spec.resources.nodes, spec.resources.nodes * spec.resources.gpus_per_node
+    nodes, world = spec.resources.nodes, spec.resources.devices
     saved_by = chosen.world_size
     if saved_by is None or saved_by == world:
         return

@@ -13,7 +13,7 @@ from flashrl_cli.bench.job import Variant
 from flashrl_cli.bench.request import FIT, FITTING, Asked, Machine, Request, plan
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.machine import gpus, software, system
-from flashrl_cli.memory.model import of_config
+from flashrl_cli.weights.shape import of_config
 from tests.saved_files import saved_tensors
 
 H100 = "NVIDIA H100 80GB HBM3, 9.0, 580.65.06, 81559"

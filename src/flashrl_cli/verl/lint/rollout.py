@@ -11,13 +11,22 @@ from typing import TYPE_CHECKING
 
 from flashrl_cli import contract
 from flashrl_cli.precision import BY_METHOD, PRECISIONS, WITH_EXPERTS, Precision
-from flashrl_cli.verl.config import MODEL, Rule, Settings, Shape, bf16_replicas
+from flashrl_cli.verl.config import (
+    MODEL,
+    TENSOR_PARALLEL,
+    Rule,
+    Settings,
+    bf16_replicas,
+    engine_devices,
+    replicas,
+    written,
+)
 from flashrl_cli.verl.overrides import ACTOR, ENGINE, ROLLOUT
 
 if TYPE_CHECKING:
     from flashrl_cli.errors import Problem
+    from flashrl_cli.weights.shape import ModelShape
 
-TENSOR_PARALLEL = f"{ROLLOUT}.tensor_model_parallel_size"
 OVERRIDE_CONFIG = f"{MODEL}.override_config"
 VALIDATION = f"{ROLLOUT}.val_kwargs"
 ARGUMENTS = {
@@ -81,16 +90,16 @@ def engine_arguments_are_said_once(s: Settings) -> Iterator[Problem]:
     """Engine arguments given directly win over verl's keys (vllm_async_server.py:349), and verl then counts with another value."""
     given = s.get(ENGINE) or {}
     for name in (name for name in given if "-" in str(name)):
-        written = f"{ENGINE}.{name}"
+        key = f"{ENGINE}.{name}"
         yield s.problem(
-            f"verl.{written} would go around what is known of {name.replace('-', '_')}, which vLLM takes it for",
+            f"verl.{key} would go around what is known of {name.replace('-', '_')}, which vLLM takes it for",
             f"write verl.+{ENGINE}.{name.replace('-', '_')}",
-            written,
+            key,
         )
     for name, key in ARGUMENTS.items():
         if name in given:
             yield s.problem(
-                f"verl.{ENGINE}.{name} would silently win over {s.name(key)}",
+                f"verl.{ENGINE}.{name} would silently win over {written(key)}",
                 s.fix(key, given[name]),
                 f"{ENGINE}.{name}",
             )
@@ -169,7 +178,7 @@ def blocks_fill_shards(s: Settings) -> Iterator[Problem]:
         )
 
 
-def unfilled(row: Precision, shape: Shape, tp: int, *, whole_experts: bool = False) -> list[str]:
+def unfilled(row: Precision, shape: ModelShape, tp: int, *, whole_experts: bool = False) -> list[str]:
     """What of a model on one device of `tp` is not made of complete blocks of a precision, in words."""
     return [what for what, width in _widths(shape, tp, whole_experts) if row.block and width % row.block]
 
@@ -192,7 +201,7 @@ def blocks_are_several(s: Settings) -> Iterator[Problem]:
         )
 
 
-def single(row: Precision, shape: Shape) -> list[str]:
+def single(row: Precision, shape: ModelShape) -> list[str]:
     """What goes into a layer of a model as a single block of a precision (or less), in words."""
     heads = ("the heads", shape.heads * shape.head_dim)
     mlp = ("the experts", shape.expert_intermediate) if shape.experts else ("the MLP", shape.intermediate)
@@ -201,7 +210,7 @@ def single(row: Precision, shape: Shape) -> list[str]:
     ]
 
 
-def _widths(shape: Shape, tp: int, whole_experts: bool) -> Iterator[tuple[str, int]]:
+def _widths(shape: ModelShape, tp: int, whole_experts: bool) -> Iterator[tuple[str, int]]:
     """Rows or columns of each kind of layer on one device of `tp`; key-value heads and the hidden state are never cut."""
     yield "the hidden state", shape.hidden
     yield "the queries", shape.heads * shape.head_dim // tp
@@ -216,13 +225,14 @@ def _widths(shape: Shape, tp: int, whole_experts: bool) -> Iterator[tuple[str, i
 
 def mix_leaves_both(s: Settings) -> Iterator[Problem]:
     """At least one replica in each precision; a replica is told by its number (plugins/replica.py)."""
-    mix, engines = s.spec.rollout.mix, s.gpus // s.engine_gpus
+    mix, engines = s.spec.rollout.mix, replicas(s.spec)
     if not mix or bf16_replicas(s.spec) < engines:
         return
     precision = s.spec.rollout.precision
     if engines < 2:
         yield s.problem(
-            f"rollout.mix = {mix:g} wants two replicas or more, and {s.gpus} devices with {s.engine_gpus} an engine make {engines}",
+            f"rollout.mix = {mix:g} wants two replicas or more, and {s.devices} devices with {engine_devices(s.spec)} "
+            f"an engine make {engines}",
             "--set rollout.mix=0, or more devices",
             "rollout.mix",
             TENSOR_PARALLEL,
