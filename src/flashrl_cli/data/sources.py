@@ -1,8 +1,6 @@
-"""Where a data set's raw rows come from: local files, the hub, or numbers drawn here.
+"""Where a data set's raw rows come from: local files, the Hugging Face hub, or sums drawn by a seed.
 
 The three have the same few methods, and describe themselves in a form that the manifest keeps and is compared with.
-
-Raw rows from the Hugging Face hub, through `datasets.load_dataset` only.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from flashrl_cli.data import readers, recipes
+from flashrl_cli.data import arith, readers
 from flashrl_cli.data.readers import BATCH, require
 from flashrl_cli.data.rows import Located, Place
 from flashrl_cli.data.writing import Stamp, stamp, unchanged
@@ -193,12 +191,12 @@ class SumsSource:
 
     def rows(self, split: str, bad: BadRows) -> Iterator[Located]:  # noqa: ARG002
         """Yield the split's pairs."""
-        drawn = enumerate(recipes.pairs(self.seed)[split], start=1)
+        drawn = enumerate(arith.pairs(self.seed)[split], start=1)
         return ((Place(split, number, "row"), {"a": a, "b": b}) for number, (a, b) in drawn)
 
     def count(self, split: str) -> int:
         """Rows of the split."""
-        return recipes.SIZES[split]
+        return arith.SIZES[split]
 
     def describe(self) -> dict[str, Any]:
         """Nothing but that it is made here."""

@@ -1,10 +1,8 @@
-"""`flashrl prepare tiny`: data and policy of the embedded default, made here from nothing but a seed.
+"""`flashrl prepare tiny`: sums and a small Qwen2 that can add, made here from nothing but a seed, in about a minute.
 
-A small Qwen2 that can add, made on this machine in under a minute: the policy of the embedded default.
-
-Reinforcement learning on it must have something to improve and must show when a rollout engine is broken, so the policy is neither
-random nor perfect: it first learns sums digit by digit from clean demonstrations, then picks up carelessness from demonstrations
-of which half are wrong. The skill stays underneath, and training takes the carelessness out again.
+Reinforcement learning on it must have something to improve and must show when a rollout engine is broken, so the policy
+is neither random nor perfect: it first learns sums digit by digit from clean demonstrations, then picks up carelessness
+from demonstrations of which half are wrong. The skill stays underneath, and training takes the carelessness out again.
 """
 
 from __future__ import annotations
@@ -18,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import __version__, contract, files
-from flashrl_cli.data import recipes, writing
-from flashrl_cli.data.recipes import Pair, pairs, question, solution
+from flashrl_cli.data import arith, writing
+from flashrl_cli.data.arith import Pair, pairs, question, solution
 from flashrl_cli.data.writing import stamp, unchanged
 from flashrl_cli.errors import RunFailed
 
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-    from flashrl_cli.data.prepare import Talk
     from flashrl_cli.paths import DatasetPaths
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -36,6 +33,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 MAX_NEW_TOKENS = 16
+WEIGHTS = "model.safetensors"
 Report = Callable[[str], None]
 
 
@@ -239,29 +237,26 @@ def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     tokenizer.save_pretrained(folder)
 
 
-WEIGHTS = "model.safetensors"
-
-
-def prepare_tiny(paths: DatasetPaths, *, seed: int, force: bool, output: Talk) -> dict[str, Any]:
-    """Make `arith` rows and a warmed-up policy in `paths`, unless they lie there already; returns status and manifest.
+def prepare_tiny(paths: DatasetPaths, *, seed: int, force: bool, report: Report) -> dict[str, Any]:
+    """Make `arith` rows and a warmed-up policy in `paths`, unless they are there already; returns status and manifest.
 
     Takes about a minute on two cores. RunFailed if the policy cannot be taught.
     """
     there = writing.read_manifest(paths)
     if not force and there is not None and _up_to_date(paths, there, seed):
         return {"status": "up to date", **there}
-    output.say("tiny: teaching a policy of 0.4 M parameters to add …")
+    report("tiny: teaching a policy of 0.4 M parameters to add …")
     for key, value in contract.THREADS.items():
         os.environ.setdefault(key, value)
-    model, tokenizer, taught = warm_up(seed=seed, report=output.say)
+    model, tokenizer, taught = warm_up(seed=seed, report=report)
     with files.replacing(paths.model) as folder:
         save(model, tokenizer, folder)
         weights = stamp(folder / WEIGHTS, name=f"{paths.model.name}/{WEIGHTS}")
         if paths.model.exists():
             shutil.rmtree(paths.model)
     rows = {
-        split: [recipes.row({"a": a, "b": b}, split, index) for index, (a, b) in enumerate(drawn)]
-        for split, drawn in recipes.pairs(seed).items()
+        split: [arith.row({"a": a, "b": b}, split, index) for index, (a, b) in enumerate(drawn)]
+        for split, drawn in arith.pairs(seed).items()
     }
     about = {"source": None, "options": {"seed": seed}, "tokenizer": None, "model": {**taught, "weights": weights}}
     manifest = writing.write_dataset(paths, rows, about, {split: {} for split in rows})

@@ -219,7 +219,7 @@ def test_files_of_another_source_or_set_are_not_lost_without_force(
 
 
 def test_tiny_is_made_elsewhere(run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def prepare_tiny(paths: DatasetPaths, *, seed: int, force: bool, output: Output) -> dict[str, Any]:
+    def prepare_tiny(paths: DatasetPaths, *, seed: int, force: bool, report: object) -> dict[str, Any]:
         return {"status": "up to date", "dataset": paths.name, "seed": seed, "force": force, "splits": {}}
 
     monkeypatch.setitem(sys.modules, "flashrl_cli.data.tiny", types.SimpleNamespace(prepare_tiny=prepare_tiny))
