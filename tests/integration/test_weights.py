@@ -104,7 +104,7 @@ def test_adapters_that_do_not_fit(saved: dict[int, Path], tmp_path: Path) -> Non
     base, step = saved[2] / "model", saved[2] / "lora" / "global_step_2"
     with pytest.raises(Unreadable, match="holds an adapter alone, and its base model is unknown"):
         dict(of_step(step, adapter=step / "actor").tensors())
-    with pytest.raises(Unreadable, match=r"no lora_train_meta\.json tells its alpha"):
+    with pytest.raises(Unreadable, match=r"no lora_train_meta\.json says its alpha"):
         dict(of_step(step).tensors())
     adapter = shutil.copytree(saved[2] / "peft", tmp_path / "peft")
     config = json.loads((adapter / "adapter_config.json").read_text())

@@ -21,6 +21,10 @@ from flashrl_cli.data.writing import Types
 from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
 from flashrl_cli.paths import DatasetPaths, absolute
 
+BATCH = 512
+TICK = 500
+TOKENS = {"p50": "tokens p50", "p99": "tokens p99", "longest": "longest"}
+
 
 class Reporter(Protocol):
     """Where progress is reported."""
@@ -105,9 +109,6 @@ def _misused(names: Sequence[str], given: set[str]) -> Iterator[Problem]:
         yield Problem("tiny comes as it is, with its own tokenizer", where=option)
 
 
-BATCH = 512
-
-
 def load_tokenizer(name: str) -> Any:
     """Tokenizer of a local folder or a hub id. EnvironmentNotReady if it is neither here nor to be had."""
     local = absolute(name)
@@ -143,7 +144,6 @@ def summary(lengths: Sequence[int]) -> dict[str, int]:
     return {name: ordered[math.ceil(part * len(ordered)) - 1] for name, part in ranks.items()}
 
 
-TICK = 500
 Built = tuple[Place, Row]
 
 
@@ -230,9 +230,6 @@ def _converted(
             continue
         left_out.update(dropped(raw, recipe.columns))
         yield place, row
-
-
-TOKENS = {"p50": "tokens p50", "p99": "tokens p99", "longest": "longest"}
 
 
 def summary_table(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[object]]]:

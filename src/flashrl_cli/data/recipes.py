@@ -31,6 +31,9 @@ _NUMBER = "a plain number, such as 72, -5 or 0.25"
 
 Convert = Callable[[Raw, str, int], Row]
 """Raw row, split and index within the split's source to a row; raises BadRow."""
+_COMPETITION = ("problem", "Problem", "answer", "Answer")
+TINY = "tiny"
+"""The data set that brings its own policy; `data.tiny` makes both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,8 +203,6 @@ def _is_nothing(value: Any) -> bool:
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
-_COMPETITION = ("problem", "Problem", "answer", "Answer")
-
 RECIPES: dict[str, Recipe] = {
     "gsm8k": Recipe(
         splits=("train", "test"), convert=gsm8k, columns=("question", "answer"), hub="openai/gsm8k", config="main"
@@ -230,6 +231,4 @@ RECIPES: dict[str, Recipe] = {
     "aime-2025": Recipe(splits=("test",), convert=competition("aime_2025"), columns=_COMPETITION, hub="math-ai/aime25"),
     "arith": Recipe(splits=("train", "test"), convert=arith.row, columns=("a", "b")),
 }
-TINY = "tiny"
-"""The data set that brings its own policy; `data.tiny` makes both."""
 NAMES = (*RECIPES, TINY)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 NO_PROGRESS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 LOCAL = "--source PATH takes a file or folder that was fetched elsewhere"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
+SPLITS = ("train", "test")
 
 
 @dataclass(slots=True)
@@ -107,10 +109,6 @@ def hide_progress() -> None:
     os.environ.update(dict.fromkeys(NO_PROGRESS, "1"))
 
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
-SPLITS = ("train", "test")
-
-
 class Source(Protocol):
     """Raw rows by split of the data set that is to be written."""
 
@@ -179,7 +177,7 @@ def _stamp(path: Path) -> Stamp:
 
 @dataclass(frozen=True, slots=True)
 class SumsSource:
-    """The sums of `arith`, drawn by a seed (which stands among the manifest's options)."""
+    """The sums of `arith`, drawn by a seed, which is among the manifest's options."""
 
     seed: int
     label: str = "numbers drawn here"

@@ -1,9 +1,8 @@
-"""The arithmetic of weights in 8 bits on a CPU, and what it loses: each row by itself, in pieces that a core's cache holds.
+"""The two schemes of a W8A8 checkpoint, and the arithmetic of 8-bit weights on a CPU with the error that it causes.
 
-The two schemes of a W8A8 checkpoint, and how compressed-tensors describes them to a reader.
-
-Weights: symmetric, one scale per output channel, max|w| / 127 or / 448; activations: symmetric, one scale per token, made by the engine.
-That is what `--rollout int8` and `--rollout fp8` make of weights as they are loaded (plugins/int8_linear.py, plugins/fp8_linear.py).
+Weights: symmetric, one scale per output channel, max|w| / 127 or max|w| / 448; activations: symmetric, one scale per
+token, computed by the engine. That is what `--rollout int8` and `--rollout fp8` make of weights as they are loaded
+(plugins/linear.py). Each row is quantized by itself, in pieces that a core's cache holds.
 """
 
 from __future__ import annotations
@@ -17,12 +16,22 @@ from flashrl_cli.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+_PIECE = 2**18
+"""Elements that are worked on at once."""
+_NUMBER = 0x7F
+"""All bits of an e4m3 but its sign: 0 is stored as 0 and as -0."""
+_E4M3 = ~0x4000
+"""Mask of an e4m3 that was moved into a float16 by 7 bits: all but the highest bit of the exponent, which holds its sign."""
+_HALVES = 2.0**8
+"""What evens out the exponents' biases, 7 and 15."""
+_ROUNDING = 1 + 2.0**-20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
     """How a weight is stored: `largest` is the largest value of its `dtype` (safetensors' name), `least` the smallest scale.
 
-    `kind` is compressed-tensors' type, `format` its name for how the values lie in the file.
+    `kind` is compressed-tensors' type, `format` its name for the layout of the values in the file.
     """
 
     name: str
@@ -69,17 +78,6 @@ def named(name: str) -> Scheme:
     if name in SCHEMES:
         return SCHEMES[name]
     raise InputError(f"--scheme {name}: unknown", hint="int8 or fp8")
-
-
-_PIECE = 2**18
-"""Elements that are worked on at once."""
-_NUMBER = 0x7F
-"""All bits of an e4m3 but its sign: 0 is stored as 0 and as -0."""
-_E4M3 = ~0x4000
-"""Mask of an e4m3 that was moved into a float16 by 7 bits: all but the highest bit of the exponent, where its sign lies, too."""
-_HALVES = 2.0**8
-"""What evens out the exponents' biases, 7 and 15."""
-_ROUNDING = 1 + 2.0**-20
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,8 @@
-"""A smoothing profile for a model, from what it computes on a data set.
+"""A smoothing profile for a model, from the activations of its linear layers while it reads worked answers.
 
-What linear layers are given when a model reads worked answers: the largest value of each channel, and some rows of it.
-
-Scales for one junction, chosen by what they do to the INT8 error of the layers that read there.
-
-s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) (SmoothQuant, arXiv 2211.10438, equation 4), rounded to powers of two, so that the division is
-exact in bf16. That costs little beside what an outlier costs: with planted ones an error of 14.2 % falls to 1.00 %, and to 0.88 % with
-scales that are not rounded.
+s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) (SmoothQuant, arXiv 2211.10438, equation 4), rounded to powers of two, so
+that the division is exact in bf16. Rounding costs little beside what an outlier costs: with planted ones an error of
+14.2 % falls to 1.00 %, and to 0.88 % with scales that are not rounded.
 """
 
 from __future__ import annotations
@@ -42,6 +38,18 @@ MAX_TOKENS = 1024
 """A sample is cut here."""
 KEPT = 256
 """Rows of a layer's input that errors are measured on, from all samples alike."""
+SHIFTS = (0.25, 0.5, 0.75)
+"""Of all logarithms before they are rounded: a common factor changes nothing in INT8, but which of them are rounded up and which down."""
+LEAST_GAIN = 0.01
+"""Share of the error that scales must save to be kept: less is noise of the sample, and costs a multiplication a refit."""
+_TINY = 1e-5
+_MOST = 12
+"""Largest exponent: beyond 2^12 a channel is not evened out but lost."""
+SCHEMA_VERSION = 1
+_MADE_BY = ("torch", "transformers")
+_GIB = 2**30
+_LINES = 10
+"""Lines of progress of each part of the work."""
 
 
 def texts(questions: Sequence[Question], count: int) -> list[list[dict[str, str]]]:
@@ -116,13 +124,6 @@ def _adder(seen: Seen) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
 
 ALPHAS = tuple(step / 10 for step in range(10))
 """What is tried where no alpha is given: 0.0 evens out weights alone, 0.9 activations nearly alone."""
-SHIFTS = (0.25, 0.5, 0.75)
-"""Of all logarithms before they are rounded: a common factor changes nothing in INT8, but which of them are rounded up and which down."""
-LEAST_GAIN = 0.01
-"""Share of the error that scales must save to be kept: less is noise of the sample, and costs a multiplication a refit."""
-_TINY = 1e-5
-_MOST = 12
-"""Largest exponent: beyond 2^12 a channel is not evened out but lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,11 +220,6 @@ def _total(choice: Choice) -> float:
 
 
 Say = Callable[[str], None]
-SCHEMA_VERSION = 1
-_MADE_BY = ("torch", "transformers")
-_GIB = 2**30
-_LINES = 10
-"""Lines of progress that a part of the work is told in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,7 +279,7 @@ class Calibrated:
 def calibrate(model: Path, parquet: Path, *, samples: int, alpha: float | None, out: Path, say: Say) -> Calibrated:
     """Write to `out` the smoothing profile of the HF folder `model`, calibrated on `samples` rows of a prepared data set.
 
-    `alpha` None chooses, layer by layer, what gives the least error; `say` is told the progress. The same input gives the same profile,
+    `alpha` None chooses, layer by layer, what gives the least error; `say` prints the progress. The same input gives the same profile,
     and one that is there already is taken. Nothing is written before the end. Raises InputError for a model, data or an alpha that cannot
     be used and for an `out` made of something else, RunFailed if nothing is gained, EnvironmentNotReady if the model does not fit into
     memory.
@@ -347,7 +343,7 @@ def _described(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]
 
 
 def _room(parameters: int) -> None:
-    """Raise EnvironmentNotReady where the CPU's memory cannot hold the model in float32; a GPU tells itself."""
+    """Raise EnvironmentNotReady where the CPU's memory cannot hold the model in float32; a GPU raises an error of its own."""
     import psutil
     import torch
 

@@ -1,10 +1,9 @@
-"""Which of a model's tensors are linear layers to quantize, and which stay as they are: told by names and shapes alone.
+"""Which of a model's tensors are linear layers to quantize, and which may be scaled against each other, by their names.
 
-Which tensors may be scaled against each other: what a linear layer reads, and what makes it.
-
-SmoothQuant (Xiao et al. 2022, arXiv 2211.10438, section 4): column j of a weight is multiplied by s_j, and channel j of its input divided
-by it. The division costs nothing where a tensor makes that channel alone: the weight of a norm, the rows of v_proj (attention mixes
-positions, not channels) and of up_proj (the activation of gate_proj is multiplied by its output). What is computed stays the same.
+SmoothQuant (Xiao et al. 2022, arXiv 2211.10438, section 4): column j of a weight is multiplied by s_j, and channel j of
+its input divided by it. The division costs nothing where a tensor makes that channel alone: the weight of a norm, the
+rows of v_proj (attention mixes positions, not channels) and of up_proj (the activation of gate_proj is multiplied by
+its output). What is computed stays the same.
 """
 
 from __future__ import annotations
@@ -21,6 +20,18 @@ from flashrl_cli.text import counted
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Values of `model_type` whose layers are named and wired as `_layer` says (transformers/models/*/modeling_*.py)."""
 Shapes = Mapping[str, Sequence[int]]
+HEAD = "lm_head"
+PATTERN = "re:"
+"""Begins an entry of `ignore` that is a regular expression, matched from a name's start (compressed_tensors/utils/match.py)."""
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
+"""Layers that vLLM joins into one (`packed_modules_mapping` of its models), which then has one scheme."""
+TILE = 16
+"""What both sizes of a weight must be a multiple of for vLLM's CUTLASS kernels (vllm/_custom_ops.py:850 in 0.24, cutlass_scaled_mm)."""
+EXPERTS_HINT = "--ignore 're:.*experts.*'"
+_WEIGHT = ".weight"
+_IN_LAYER = re.compile(r"(^|\.)\d+\.")
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+_LISTED = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,21 +90,6 @@ def _layer(layer: str, shapes: Shapes, kv_heads: int, heads: int) -> Iterator[Ju
 def _rows(module: str, shapes: Shapes) -> tuple[str, ...]:
     """Weight of a linear module, and its bias if it has one."""
     return tuple(name for name in (f"{module}.weight", f"{module}.bias") if name in shapes)
-
-
-HEAD = "lm_head"
-PATTERN = "re:"
-"""Begins an entry of `ignore` that is a regular expression, matched from a name's start (compressed_tensors/utils/match.py)."""
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
-"""Layers that vLLM joins into one (`packed_modules_mapping` of its models), which then has one scheme."""
-TILE = 16
-"""What both sizes of a weight must be a multiple of for vLLM's CUTLASS kernels (vllm/_custom_ops.py:850 in 0.24, cutlass_scaled_mm)."""
-EXPERTS_HINT = "--ignore 're:.*experts.*'"
-
-_WEIGHT = ".weight"
-_IN_LAYER = re.compile(r"(^|\.)\d+\.")
-_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
-_LISTED = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
-"""A model's folder in 8 bits, written while the model is read: whole when it appears, or not there.
+"""A model's folder in 8 bits, written while the model is read: the folder appears complete or not at all.
 
-What a quantized folder was made of, kept in it: with it the same command finds that there is nothing to do.
+A manifest in it records what it was made of, so that the same command finds that there is nothing to do.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 FILE = "flashrl_quantize.json"
 SCHEMA_VERSION = 1
 _PACKAGES = ("torch", "safetensors")
+_THREADS = 16
+_WAITING = 8
+"""Tensors whose pieces may wait for a thread; each holds no memory."""
+_WIDE = ("F32", "F64")
+_WEIGHT, _SCALE = ".weight", ".weight_scale"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,12 +88,6 @@ def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in _PACKAGES}
 
 
-_THREADS = 16
-_WAITING = 8
-"""Tensors whose pieces may wait for a thread; each holds no memory."""
-_WIDE = ("F32", "F64")
-_WEIGHT, _SCALE = ".weight", ".weight_scale"
-
 Advance = Callable[[str], object]
 
 
@@ -123,7 +122,7 @@ Shards = dict[str, list[Move]]
 
 
 def quantize(wanted: Request, advance: Advance) -> tuple[dict[str, Any], bool]:
-    """The manifest of the quantized folder, and whether it was there already, made of the same. `advance` is told each tensor that is done.
+    """The manifest of the quantized folder, and whether it was there already, made of the same. `advance` is called with the name of each tensor that is done.
 
     Raises InputError for a folder that holds something else and for weights that cannot be read, EnvironmentNotReady
     where the result does not fit or cannot be written.

@@ -1,6 +1,6 @@
-"""A model's tensors in pieces: read out of their files by several threads, without mapping these, so that memory stays small.
+"""A model's tensors in pieces, read and written by several threads, so that memory stays small.
 
-safetensors files that are written in any order, by several threads: where each tensor goes is settled before the first byte.
+Files are read without mapping them. Of a new file, the place of each tensor is settled before the first byte is written.
 """
 
 from __future__ import annotations
@@ -29,6 +29,14 @@ _TORCH = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
     "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
+BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+"""Size of one element, by safetensors' names of dtypes."""
+INDEX = "model.safetensors.index.json"
+_ALIGNED = 8
+_FORMAT = {"format": "pt"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +144,7 @@ class Desk(threading.local):
 
     @staticmethod
     def tensor(dtype: str, memory: memoryview) -> torch.Tensor:
-        """A tensor [elements] that lies in `memory`."""
+        """A tensor [elements] over `memory`."""
         import torch
 
         return torch.frombuffer(memory, dtype=getattr(torch, _TORCH[dtype]))
@@ -154,7 +162,7 @@ class Desk(threading.local):
 
 
 def _fill(view: memoryview, file: Path, start: int) -> None:
-    """Read what lies in a file from byte `start` on. Raises OSError, and Unreadable where the file ends too early."""
+    """Read a file from byte `start` on. Raises OSError, and Unreadable where the file ends too early."""
     with file.open("rb", buffering=0) as stream:
         done = 0
         while done < len(view):
@@ -162,16 +170,6 @@ def _fill(view: memoryview, file: Path, start: int) -> None:
             if not count:
                 raise Unreadable(f"{file} is torn: it became shorter while it was read")
             done += count
-
-
-BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-"""Size of one element, by safetensors' names of dtypes."""
-INDEX = "model.safetensors.index.json"
-_ALIGNED = 8
-_FORMAT = {"format": "pt"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

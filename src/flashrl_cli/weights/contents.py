@@ -1,4 +1,4 @@
-"""What lies in the files of a checkpoint, told without torch and without reading the tensors: is it whole, is it another one."""
+"""What is in the files of a checkpoint, read without torch and without the tensors: complete or torn, changed or not."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def is_missing(file: Path) -> bool:
 def torn(file: Path) -> str | None:
     """What is wrong with a file that torch.save wrote: `missing`, `empty`, `truncated or damaged`; None if it is whole.
 
-    Such a file is a zip whose list of contents stands at its end, so that a cut is found in milliseconds. Zeros in the middle of
+    Such a file is a zip whose list of contents is at its end, so that a cut is found in milliseconds. Zeros in the middle of
     a file of the right length are not found.
     """
     try:

@@ -1,8 +1,8 @@
-"""A smoothing profile: what the rows and columns of a model's tensors are multiplied by before they are quantized.
+"""A smoothing profile: factors by which rows and columns of a model's tensors are multiplied before quantization.
 
-It knows names and no architecture: for tensor NAME, `NAME.columns` [K] and `NAME.rows` [N] in float32, in a safetensors file whose
-metadata say what it was made of. Every scale is a power of two, so that smoothing changes exponents alone: it is exact in bf16 and in
-float32, and a model that is smoothed and not quantized computes what it did before, to the last bit.
+It knows names and no architecture: for tensor NAME, `NAME.columns` [K] and `NAME.rows` [N] in float32, in a safetensors
+file whose metadata record what it was made of. Every scale is a power of two, so that smoothing changes exponents
+alone: it is exact in bf16 and in float32, and a model that is smoothed and not quantized computes the same bits.
 
 torch is imported when tensors are smoothed; reading and checking do without it.
 """

@@ -229,14 +229,14 @@ def test_a_shard_that_is_not_there(tmp_path: Path) -> None:
 def test_into_the_model_itself(place: str, tmp_path: Path) -> None:
     folder = hf_model(tmp_path / "m")
     message, hint = refused(folder, out=folder / place)
-    assert message.endswith("lies in the model's own folder")
+    assert message.endswith("is in the model's own folder")
     assert hint == "-o FOLDER elsewhere"
 
 
 def test_into_the_model_through_a_link(tmp_path: Path) -> None:
     folder = hf_model(tmp_path / "m")
     (tmp_path / "link").symlink_to(folder)
-    assert refused(folder, out=tmp_path / "link" / "x")[0].endswith("lies in the model's own folder")
+    assert refused(folder, out=tmp_path / "link" / "x")[0].endswith("is in the model's own folder")
 
 
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
