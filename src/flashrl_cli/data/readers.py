@@ -49,7 +49,10 @@ def read(path: Path, bad: BadRows, columns: Sequence[str] | None = None) -> Iter
 
 
 def read_rows(path: Path, needs: Needs, bad: BadRows) -> Iterator[Located]:
-    """Yield what is needed of the rows of a file in verl's schema. InputError if it cannot be read or lacks a column."""
+    """Yield what is needed of the rows of a file in verl's schema.
+
+    InputError if it cannot be read or lacks a column.
+    """
     if path.suffix not in SUFFIXES:
         raise InputError(f"cannot read {path}", hint=f"known formats are {', '.join(SUFFIXES)}")
     if path.suffix != ".parquet":

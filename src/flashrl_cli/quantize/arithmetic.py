@@ -21,7 +21,9 @@ _PIECE = 2**18
 _NUMBER = 0x7F
 """All bits of an e4m3 but its sign: 0 is stored as 0 and as -0."""
 _E4M3 = ~0x4000
-"""Mask of an e4m3 that was moved into a float16 by 7 bits: all but the highest bit of the exponent, which holds its sign."""
+"""Mask of an e4m3 that was moved into a float16 by 7 bits: all but the highest bit of the exponent, which holds its
+sign.
+"""
 _HALVES = 2.0**8
 """What evens out the exponents' biases, 7 and 15."""
 _ROUNDING = 1 + 2.0**-20
@@ -44,7 +46,8 @@ class Scheme:
     def config(self, ignore: Sequence[str]) -> dict[str, Any]:
         """config.json's `quantization_config`: all linear layers but those that `ignore` names or matches.
 
-        As compressed-tensors writes it (compressed_tensors/quantization/quant_config.py), and as vLLM reads it since 0.24
+        As compressed-tensors writes it (compressed_tensors/quantization/quant_config.py), and as vLLM reads it since
+        0.24
         (vllm/model_executor/layers/quantization/compressed_tensors/compressed_tensors.py:_quantization_scheme_map_from_config).
         """
         bits = {"num_bits": 8, "type": self.kind, "symmetric": True}

@@ -39,7 +39,9 @@ MAX_TOKENS = 1024
 KEPT = 256
 """Rows of a layer's input that errors are measured on, from all samples alike."""
 SHIFTS = (0.25, 0.5, 0.75)
-"""Of all logarithms before they are rounded: a common factor changes nothing in INT8, but which of them are rounded up and which down."""
+"""Of all logarithms before they are rounded: a common factor changes nothing in INT8, but which of them are rounded up
+and which down.
+"""
 LEAST_GAIN = 0.01
 """Share of the error that scales must save to be kept: less is noise of the sample, and costs a multiplication a refit."""
 _TINY = 1e-5
@@ -81,8 +83,9 @@ def tokens(folder: Path, conversations: Iterable[list[dict[str, str]]]) -> list[
 class Seen:
     """Inputs of one layer: `peak` [K] is max|X_j| of all tokens, `rows` [about KEPT, K] are those of some; float32.
 
-    A sample's first token is left out: its activations are huge in many models and like no other token's (Sun et al. 2024,
-    arXiv 2402.17762), and scales that even them out spoil the weights for all others. Per-token scales keep it to itself.
+    A sample's first token is left out: its activations are huge in many models and like no other token's (Sun et al.
+    2024, arXiv 2402.17762), and scales that even them out spoil the weights for all others. Per-token scales keep it to
+    itself.
     """
 
     def __init__(self, samples: int) -> None:

@@ -22,11 +22,15 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 Shapes = Mapping[str, Sequence[int]]
 HEAD = "lm_head"
 PATTERN = "re:"
-"""Begins an entry of `ignore` that is a regular expression, matched from a name's start (compressed_tensors/utils/match.py)."""
+"""Begins an entry of `ignore` that is a regular expression, matched from a name's start
+(compressed_tensors/utils/match.py).
+"""
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
 """Layers that vLLM joins into one (`packed_modules_mapping` of its models), which then has one scheme."""
 TILE = 16
-"""What both sizes of a weight must be a multiple of for vLLM's CUTLASS kernels (vllm/_custom_ops.py:850 in 0.24, cutlass_scaled_mm)."""
+"""What both sizes of a weight must be a multiple of for vLLM's CUTLASS kernels (vllm/_custom_ops.py:850 in 0.24,
+cutlass_scaled_mm).
+"""
 EXPERTS_HINT = "--ignore 're:.*experts.*'"
 _WEIGHT = ".weight"
 _IN_LAYER = re.compile(r"(^|\.)\d+\.")
@@ -109,8 +113,8 @@ class Choice:
 def choose(shapes: Shapes, ignore: Sequence[str]) -> Choice:
     """Divide a model's tensors. `ignore` holds names of layers and `re:` patterns.
 
-    Raises InputError for an entry that is no pattern or matches nothing, for experts that it does not cover, for layers that vLLM joins
-    and of which it covers some, and for a model without linear layers.
+    Raises InputError for an entry that is no pattern or matches nothing, for experts that it does not cover, for layers
+    that vLLM joins and of which it covers some, and for a model without linear layers.
     """
     patterns = {entry: _pattern(entry) for entry in ignore}
     modules = [name.removesuffix(_WEIGHT) for name in shapes if is_matrix(name, shapes[name])]

@@ -122,7 +122,9 @@ Shards = dict[str, list[Move]]
 
 
 def quantize(wanted: Request, advance: Advance) -> tuple[dict[str, Any], bool]:
-    """The manifest of the quantized folder, and whether it was there already, made of the same. `advance` is called with the name of each tensor that is done.
+    """The manifest of the quantized folder, and whether it was there already, made of the same.
+
+    `advance` is called with the name of each tensor that is done.
 
     Raises InputError for a folder that holds something else and for weights that cannot be read, EnvironmentNotReady
     where the result does not fit or cannot be written.

@@ -1,6 +1,7 @@
 """A model's tensors in pieces, read and written by several threads, so that memory stays small.
 
-Files are read without mapping them. Of a new file, the place of each tensor is settled before the first byte is written.
+Files are read without mapping them. Of a new file, the place of each tensor is settled before the first byte is
+written.
 """
 
 from __future__ import annotations
@@ -81,7 +82,10 @@ class Tensor:
 
 
 def described(weights: Weights) -> dict[str, Tensor]:
-    """All tensors of a model by name; a tied lm_head is left out. Reads no tensor. Raises Unreadable for what is torn or unknown."""
+    """All tensors of a model by name; a tied lm_head is left out. Reads no tensor.
+
+    Raises Unreadable for what is torn or unknown.
+    """
     plain = not (weights.shards or weights.adapter)
     found = dict(_in_files(weights.hf)) if plain else dict(_made(weights))
     for tensor in found.values():

@@ -264,7 +264,10 @@ def holds_adapter_alone(shard: Path) -> bool:
 
 
 def stored_in_float32(shard: Path) -> bool:
-    """Whether a shard holds tensors in float32, which take twice what they take in bf16. Raises Unreadable for a torn file."""
+    """Whether a shard holds tensors in float32, which take twice what they take in bf16.
+
+    Raises Unreadable for a torn file.
+    """
     return "torch FloatStorage" in texts(shard)
 
 

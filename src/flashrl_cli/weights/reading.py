@@ -144,7 +144,10 @@ def _local(part: Any) -> Any:
 
 
 def equal(one: Stored, other: Stored) -> bool:
-    """Whether two tensors in files have the same values. Raises ValueError for those that are made while they are read."""
+    """Whether two tensors in files have the same values.
+
+    Raises ValueError for those that are made while they are read.
+    """
     if one.parts is None or other.parts is None:
         raise ValueError("only what is in a file can be compared before it is read")
     return all(_same(first, second) for first, second in zip(one.parts(), other.parts(), strict=True))
