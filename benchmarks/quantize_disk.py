@@ -161,8 +161,8 @@ def quantize(model: str, out: str, scheme: str, *, waits: bool = False) -> float
     """Seconds of what `flashrl quantize` does after the start of Python and torch, and when it is told to go on if it `waits`."""
     import torch
 
+    from flashrl_cli.quantize.inputs import plan
     from flashrl_cli.quantize.offline import quantize as write
-    from flashrl_cli.quantize.request import plan
 
     torch.ones(1).bfloat16()
     if waits:

@@ -13,8 +13,8 @@ import pytest
 
 from flashrl_cli.bench import request as bench
 from flashrl_cli.errors import FlashrlError, InputError, RunFailed
+from flashrl_cli.quantize.inputs import plan
 from flashrl_cli.quantize.offline import quantize
-from flashrl_cli.quantize.request import plan
 from flashrl_cli.runs import merge
 from flashrl_cli.runs.checkpoints import Checkpoint, find
 from flashrl_cli.weights import Unreadable, Weights, expected, read_json

@@ -13,8 +13,8 @@ import pytest
 
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.quantize import arithmetic, tensors
+from flashrl_cli.quantize.inputs import plan
 from flashrl_cli.quantize.offline import quantize
-from flashrl_cli.quantize.request import plan
 from flashrl_cli.runs import merge
 from flashrl_cli.weights import read_json
 from flashrl_cli.weights.profile import About

@@ -23,8 +23,8 @@ from flashrl_cli import files
 from flashrl_cli.data.rows import Scoring
 from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
 from flashrl_cli.evals.questions import read as read_questions
+from flashrl_cli.quantize.inputs import ELSEWHERE, there
 from flashrl_cli.quantize.layers import Junction, junctions
-from flashrl_cli.quantize.request import ELSEWHERE, there
 from flashrl_cli.weights import Unreadable, Weights, read_json
 from flashrl_cli.weights.contents import shapes
 from flashrl_cli.weights.profile import SHAPE, About, Profile

@@ -19,16 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import __version__, files
 from flashrl_cli.errors import EnvironmentNotReady, InputError
-from flashrl_cli.quantize import arithmetic, request
+from flashrl_cli.quantize import arithmetic
 from flashrl_cli.quantize.arithmetic import Losses
-from flashrl_cli.quantize.report import Layer, Report
+from flashrl_cli.quantize.inputs import check_room
+from flashrl_cli.quantize.layer_errors import Layer, Report
 from flashrl_cli.quantize.tensors import BYTES, INDEX, Desk, Entry, ShardFile, Tensor
 from flashrl_cli.runs import merge
 from flashrl_cli.weights import FLOATS, Unreadable, Weights, is_finite, not_finite, read_json
 
 if TYPE_CHECKING:
     from flashrl_cli.quantize.arithmetic import Scheme
-    from flashrl_cli.quantize.request import Request
+    from flashrl_cli.quantize.inputs import Request
 
 FILE = "flashrl_quantize.json"
 SCHEMA_VERSION = 1
@@ -138,7 +139,7 @@ def quantize(wanted: Request, advance: Advance) -> tuple[dict[str, Any], bool]:
         return document, True
     merge.new_folder(wanted.target)
     shards = sharded(wanted)
-    request.check_room(wanted.target, sum(move.bytes for moves in shards.values() for move in moves))
+    check_room(wanted.target, sum(move.bytes for moves in shards.values() for move in moves))
     try:
         with files.replacing(wanted.target) as folder:
             report = _write(wanted, shards, folder, advance)

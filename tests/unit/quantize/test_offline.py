@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from flashrl_cli.errors import EnvironmentNotReady, InputError
-from flashrl_cli.quantize import offline, report
+from flashrl_cli.quantize import layer_errors, offline
 from flashrl_cli.quantize.arithmetic import FP8, INT8, SCHEMES, Losses, named
+from flashrl_cli.quantize.inputs import Request, check_room, new_profile, plan
+from flashrl_cli.quantize.layer_errors import Layer, Report
 from flashrl_cli.quantize.offline import Inputs
-from flashrl_cli.quantize.report import Layer, Report
-from flashrl_cli.quantize.request import Request, check_room, new_profile, plan
 from flashrl_cli.weights import Weights
 from flashrl_cli.weights.profile import About
 from tests.saved_files import saved_step
@@ -85,11 +85,11 @@ def test_a_report() -> None:
     assert math.isclose(document["totals"]["worst_error"], 0.12)
     assert math.isclose(document["totals"]["mean_error"], 0.065)
     assert document["kept"] == ["lm_head"]
-    columns, rows = report.table(json.loads(json.dumps(document)))
+    columns, rows = layer_errors.table(json.loads(json.dumps(document)))
     assert len(rows) == 10
     assert len(rows[0]) == len(columns)
     assert rows[0][:2] == ("l12", "4 × 2")
-    assert report.summary(document) == (
+    assert layer_errors.summary(document) == (
         "12 layers in 8 bits, 1 kept in 16; 1.0 MiB of weights became 0.5 MiB; relative error 6.500 % in the mean, 12.000 % at worst"
     )
 
