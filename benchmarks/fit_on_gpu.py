@@ -1,11 +1,12 @@
-"""The memory estimate against a GPU: weights and KV tokens that vLLM reports, and the peak of a training step under FSDP.
+"""The memory estimate against a GPU: weights and KV tokens that vLLM reports, and the peak of a training step under
+FSDP.
 
     PYTHONPATH=src:SITE python benchmarks/fit_on_gpu.py --out benchmarks/results/fit_on_gpu.json [--points POINT,POINT] [--budget 520]
 
-A point is `train:SIZE:STRATEGY:TOKENS:KIND` or `engine:SIZE:PRECISION`: SIZE one of Qwen2.5's (7b/4: its first four layers), STRATEGY
-fsdp or fsdp2, KIND ckpt (gradient checkpointing), plain (without) or fused (with verl's fused head), PRECISION one of rollouts.
-Weights are random. Every point runs in a process of its own (fit_points.py) and is written as soon as it is known; one that no longer
-fits into the budget is left out.
+A point is `train:SIZE:STRATEGY:TOKENS:KIND` or `engine:SIZE:PRECISION`: SIZE one of Qwen2.5's (7b/4: its first four
+layers), STRATEGY fsdp or fsdp2, KIND ckpt (gradient checkpointing), plain (without) or fused (with verl's fused head),
+PRECISION one of rollouts. Weights are random. Every point runs in a process of its own (fit_points.py) and is written
+as soon as it is known; one that no longer fits into the budget is left out.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Writes the tables of the documentation from benchmarks/results/*.json: what stands between `<!-- table: NAME -->` and `<!-- /table -->`.
+"""Writes the tables of the documentation from benchmarks/results/*.json: what stands between `<!-- table: NAME -->` and
+`<!-- /table -->`.
 
     python -m benchmarks.tables [--check]
 
-With `--check` nothing is written: pages whose tables are not what the results say are named, and 1 is returned. A table whose
-results are not there is empty.
+With `--check` nothing is written: pages whose tables are not what the results say are named, and 1 is returned. A table
+whose results are not there is empty.
 """
 
 from __future__ import annotations

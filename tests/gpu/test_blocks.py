@@ -14,7 +14,9 @@ from tests.gpu.test_refit import ROOT, pytestmark
 
 __all__ = ["pytestmark"]
 CLOSE = 0.05
-"""Mean |Δ log-prob| of FP8 against bf16 stays below it; that of other weights lies above 0.5 (tests/integration/test_bench.py)."""
+"""Mean |Δ log-prob| of FP8 against bf16 stays below it; that of other weights lies above 0.5
+(tests/integration/test_bench.py).
+"""
 ARGUMENTS = (
     *("bench", "--rollout", "fp8-block", "--refit", "--mismatch", "--data", "tiny", "--samples", "64"),
     *("--batch", "8", "--prompt", "8", "--response", "16", "--repeats", "1", "--enforce-eager", "--json"),

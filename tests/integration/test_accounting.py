@@ -334,7 +334,9 @@ MOE = {
 
 
 def test_architectures_and_the_forms_of_their_experts(tmp_path: Path) -> None:
-    """One by one as they are published, or fused as Transformers holds them and a trainer's shards do; one that lacks is named."""
+    """One by one as they are published, or fused as Transformers holds them and a trainer's shards do; one that lacks
+    is named.
+    """
     folder = config(tmp_path / "m", **MOE)
     wanted = expected(folder)
     assert wanted
@@ -351,7 +353,9 @@ def test_architectures_and_the_forms_of_their_experts(tmp_path: Path) -> None:
 
 
 def test_an_architecture_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For all folders with its sizes, and kept for later processes; what is unknown or cannot be built is compared with nothing."""
+    """For all folders with its sizes, and kept for later processes; what is unknown or cannot be built is compared with
+    nothing.
+    """
     from flashrl_cli.weights import accounting
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -1,4 +1,6 @@
-"""FP8 in blocks, brought in by verl's own code through vLLM's own layers; only the kernel that multiplies is missing on a CPU."""
+"""FP8 in blocks, brought in by verl's own code through vLLM's own layers; only the kernel that multiplies is missing on
+a CPU.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ SHARDS: dict[str, tuple[str, Any, int]] = {
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A worker without an engine: the extension as vLLM makes it, and three kinds of parallel layers, loaded with nothing yet."""
+    """A worker without an engine: the extension as vLLM makes it, and three kinds of parallel layers, loaded with
+    nothing yet.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.metadata, "version", importlib.metadata.version)
         from flashrl_cli.plugins import cpu

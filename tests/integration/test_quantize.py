@@ -162,7 +162,9 @@ def test_very_small_and_very_large_rows(scheme: str, tmp_path: Path) -> None:
 
 
 def test_two_files_a_tied_head_and_layers_left_alone(tmp_path: Path) -> None:
-    """Files stay divided as they were, and the index names what is in them; a copy of the embedding under another name goes."""
+    """Files stay divided as they were, and the index names what is in them; a copy of the embedding under another name
+    goes.
+    """
     model = weights()
     model["lm_head.weight"] = model["model.embed_tokens.weight"].clone()
     folder = written(tmp_path / "m", model, files=2, tie_word_embeddings=True)

@@ -52,7 +52,9 @@ def sequences(tokenizer: Any) -> tuple[list[list[int]], int]:
 def independent(
     folder: Path, rows: list[list[int]], dtype: str = "float32", *, int8: bool = False
 ) -> list[list[float]]:
-    """The same log-probs by Transformers, one sequence at a time; `int8` rounds weights and inputs of the layers to 8 bits."""
+    """The same log-probs by Transformers, one sequence at a time; `int8` rounds weights and inputs of the layers to 8
+    bits.
+    """
     import torch
     from transformers import Qwen2ForCausalLM
 
@@ -123,7 +125,8 @@ def check(
 ) -> None:
     """Refits equal fresh engines bit for bit; all are near the independent computation, and nearer to B than to A.
 
-    How near is what bf16 and 8 bits change in that computation: a few times that is another order of sums, and not other weights.
+    How near is what bf16 and 8 bits change in that computation: a few times that is another order of sums, and not
+    other weights.
     """
     assert sum(wanted) / len(wanted) > -math.log(259) / 2, "the policy must know sums, or this test proves nothing"
     for precision, tolerance in tolerances.items():

@@ -1,4 +1,6 @@
-"""Pairs of odd checkpoints in one engine: each answers bit for bit as it does in any other company, and as Transformers does."""
+"""Pairs of odd checkpoints in one engine: each answers bit for bit as it does in any other company, and as Transformers
+does.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from flashrl_cli.weights import Weights
 from tests.integration.conftest import PATIENCE_S, Workshop
 
 NEAR = 0.5
-"""Nats by which a greedy token may be less likely than the likeliest, in float32: in bf16 a sum's order decides between near ones."""
+"""Nats by which a greedy token may be less likely than the likeliest, in float32: in bf16 a sum's order decides between
+near ones.
+"""
 PREAMBLE = "Add with care. " * 2
 """Longer than a block of vLLM's prefix cache, which must not outlive the weights that filled it."""
 PROMPTS = [[{"role": "user", "content": f"{PREAMBLE}{arith.question(*pair)}"}] for pair in arith.pairs(0)["test"][:8]]
@@ -190,7 +194,9 @@ def in_one_engine(folder: Path, checkpoints: dict[str, Weights], order: list[str
 
 
 def check_by_transformers(weights: Weights, rows: list[list[int]], name: str) -> None:
-    """Each answer is greedy to Transformers' own reading of the folder, and ends where that, or the tokenizer, says and nowhere else."""
+    """Each answer is greedy to Transformers' own reading of the folder, and ends where that, or the tokenizer, says and
+    nowhere else.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -213,7 +219,9 @@ def check_by_transformers(weights: Weights, rows: list[list[int]], name: str) ->
 
 
 def test_every_pair_of_checkpoints_in_one_engine(checkpoints: dict[str, Weights], tmp_path: Path) -> None:
-    """All ordered pairs in one engine and the reverse in another, which starts with another one; torn ones in between change nothing."""
+    """All ordered pairs in one engine and the reverse in another, which starts with another one; torn ones in between
+    change nothing.
+    """
     whole = [name for name in checkpoints if name not in TORN]
     walk = list(pairs(whole))
     assert {(a, b) for a, b in itertools.pairwise(walk)} == {(a, b) for a in whole for b in whole}

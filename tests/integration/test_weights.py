@@ -1,4 +1,6 @@
-"""Weights in every form that verl 0.9.1 and PEFT write them, tensor by tensor against what their own tools make of them."""
+"""Weights in every form that verl 0.9.1 and PEFT write them, tensor by tensor against what their own tools make of
+them.
+"""
 
 from __future__ import annotations
 

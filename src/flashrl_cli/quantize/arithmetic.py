@@ -132,8 +132,9 @@ class Room:
 def quantize(weight: torch.Tensor, scheme: Scheme, values: torch.Tensor, scales: torch.Tensor, room: Room) -> Losses:
     """Write the 8-bit values [N, K] and float32 scales [N, 1] of a weight [N, K] in 16 or 32 bits; float32 is rounded to bf16 first.
 
-    scale = max|w| / scheme.largest, value = w / scale, rounded to even: what plugins/int8_linear.py computes on a CPU, and vLLM's kernel
-    for fp8 (csrc/quantization/w8a8/fp8/common.cu, dynamic_per_token_scaled_fp8_quant). Raises ValueError for what is no number.
+    scale = max|w| / scheme.largest, value = w / scale, rounded to even: what plugins/int8_linear.py computes on a CPU,
+    and vLLM's kernel for fp8 (csrc/quantization/w8a8/fp8/common.cu, dynamic_per_token_scaled_fp8_quant). Raises
+    ValueError for what is no number.
     """
     import torch
 

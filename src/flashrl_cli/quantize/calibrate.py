@@ -229,7 +229,8 @@ Say = Callable[[str], None]
 class LayerChange:
     """One linear layer: alpha (None: its columns stay as they are), and before and after smoothing max|X|, max|W| and its output's error.
 
-    max|W| is of the columns' scales alone: those of rows cancel in a weight with one scale per row. The error is `scales.errors`'.
+    max|W| is of the columns' scales alone: those of rows cancel in a weight with one scale per row. The error is
+    `scales.errors`'.
     """
 
     name: str
@@ -282,10 +283,10 @@ class Calibrated:
 def calibrate(model: Path, parquet: Path, *, samples: int, alpha: float | None, out: Path, say: Say) -> Calibrated:
     """Write to `out` the smoothing profile of the HF folder `model`, calibrated on `samples` rows of a prepared data set.
 
-    `alpha` None chooses, layer by layer, what gives the least error; `say` prints the progress. The same input gives the same profile,
-    and one that is there already is taken. Nothing is written before the end. Raises InputError for a model, data or an alpha that cannot
-    be used and for an `out` made of something else, RunFailed if nothing is gained, EnvironmentNotReady if the model does not fit into
-    memory.
+    `alpha` None chooses, layer by layer, what gives the least error; `say` prints the progress. The same input gives
+    the same profile, and one that is there already is taken. Nothing is written before the end. Raises InputError for a
+    model, data or an alpha that cannot be used and for an `out` made of something else, RunFailed if nothing is gained,
+    EnvironmentNotReady if the model does not fit into memory.
     """
     if alpha is not None and not 0 <= alpha < 1:
         raise InputError(f"alpha is {alpha}, and should be from 0 to less than 1", hint="--alpha auto")
