@@ -46,7 +46,7 @@ def flashrl(*args: str, capture: bool = False) -> tuple[str, float]:
 
 
 def summary(evaluation: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
-    """What the demo proves: accuracy by step, the precision that the rollout workers really held, and the time it took."""
+    """What the demo proves: accuracy by step, the precision that the rollout workers held, and the seconds it took."""
     shake = next(read_handshakes(ROOT / "runs" / RUN / "attempt_1" / "plugins"))
     return {
         "schema_version": 1,

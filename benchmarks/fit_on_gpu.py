@@ -79,7 +79,7 @@ def run_point(point: str, folder: Path, limit: float) -> dict[str, Any]:
 
 
 def run_child(command: list[str], folder: Path, log: Path, limit: float) -> int:
-    """Run a command in a process group of its own with its output in `log`; the exit code, negative when it was killed."""
+    """Run a command in its own process group with its output in `log`; its exit code, negative when it was killed."""
     paths = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     caches = {f"{name}_DIR": str(folder / name.lower()) for name in ("TRITON_CACHE", "TORCHINDUCTOR_CACHE")}
     env = {**ENVIRONMENT, **caches, "VLLM_CACHE_ROOT": str(folder / "vllm"), **os.environ, "PYTHONPATH": paths}

@@ -217,7 +217,7 @@ def build(found: ModelShape, kind: str, device: str) -> Any:
 
 
 def sharded(model: Any, strategy: str, device: str) -> Any:
-    """The model in the FSDP units that verl makes: its layers, under FSDP2 an untied embedding and head, and the rest."""
+    """The model in verl's FSDP units: its layers, under FSDP2 an untied embedding and head, and the rest."""
     import functools
 
     import torch

@@ -60,7 +60,7 @@ def make_profile(size: str, file: Path) -> Profile:
 
 
 def measure(size: str, file: Path, device: str) -> dict[str, Any]:
-    """Median seconds of a smoothing of all tensors and of a copy of those that are smoothed, and the first smoothing's."""
+    """Median seconds of smoothing all tensors and of copying those that are smoothed, and of the first smoothing."""
     import torch
 
     profile = make_profile(size, file)

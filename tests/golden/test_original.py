@@ -78,7 +78,7 @@ def test_values_are_the_originals(preset: str, precision: str, cap: str | None) 
 
 
 def test_all_lists_are_used() -> None:
-    """Eleven: nine of training, and two of evaluation, which test_recipes.py compares with what stands in their place."""
+    """Eleven: nine of training, and two of evaluation, whose replacements test_recipes.py compares."""
     files = {file.name for file in FOLDER.iterdir()}
     names = {f"{preset}.{precision}{f'.tis{cap}' if cap else ''}.txt" for preset, precision, cap in COMBINATIONS}
     assert len(files & names) == 9

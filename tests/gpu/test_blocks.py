@@ -25,7 +25,7 @@ ARGUMENTS = (
 
 @pytest.fixture(scope="session")
 def wide(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy whose layers are several blocks, as verl needs it: `wide` beside tiny, or taught here in some minutes."""
+    """A policy whose layers have several blocks, as verl needs it: `wide` beside tiny, or trained here in minutes."""
     ready = policy.parents[1] / "wide"
     if ready.is_dir():
         return ready

@@ -94,7 +94,7 @@ def make(out: Path, policy: Path, steps: list[int]) -> None:
 
 
 def make_lora(out: Path, mesh: Any) -> None:
-    """The steps of a run of adapters, one saved with its base and one without, and the same adapter as PEFT saves it."""
+    """The steps of a run of adapters, one saved with its base and one without, and the adapter as PEFT saves it."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -264,7 +264,7 @@ def test_a_copy_of_a_folder_reads_as_the_folder_does(
 
 
 def test_a_merge_holds_one_set_of_weights(tmp_path: Path) -> None:
-    """What the index does not name stays and is named: a single file of an earlier save, Mistral's own form, PyTorch's."""
+    """Files that the index does not list stay and are named: of an earlier save, in Mistral's or PyTorch's form."""
     folder = config(tmp_path / "m")
     found = tensors_of(folder)
     names = sorted(found)

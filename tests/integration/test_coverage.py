@@ -237,7 +237,7 @@ def test_later_updates_are_held_against_a_complete_one_by_name_and_shape(refit: 
 
 @HOW
 def test_what_has_no_place_in_the_engine_is_refused(refit: Any, how: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A bias that vLLM would drop, names that no layer has, another shape; a warning for what is left aside by design."""
+    """A bias that vLLM would drop, names that no layer has, another shape; a warning for what is skipped by design."""
     import torch
 
     from flashrl_cli.plugins.coverage import Incomplete

@@ -44,7 +44,7 @@ def variants(source: Path, out: Path, *, tied: bool) -> dict[str, Path]:
 
 
 def sequences(tokenizer: Any) -> tuple[list[list[int]], int]:
-    """Worked sums as token ids; all log-probs from the last prompt token on belong to the answer (at least that many)."""
+    """Worked sums as token ids; log-probs from the last prompt token on belong to the answer (at least that many)."""
     texts = [(PROMPT.format(arith.question(*pair)), arith.solution(*pair)) for pair in SUMS]
     return [tokenizer(prompt + answer).input_ids for prompt, answer in texts], min(len(answer) for _, answer in texts)
 

@@ -70,7 +70,7 @@ def interrupted(shop: Workshop, name: str, moments: list[tuple[Moment, signal.Si
         _, err = process.communicate(timeout=PATIENCE_S)
         assert err.count("Ctrl-C will not stop it") == nohup
         assert not nohup or "error: stopped by SIGTERM" in err
-        # before flashrl's own handlers stand, Python's and the system's defaults end it: by the signal, which shells tell as 128 + n
+        # before flashrl installs its handlers, the defaults end it: by the signal, which shells report as 128 + n
         codes = {130 if number == INT else 143, -number}
         if err.rstrip().endswith("KeyboardInterrupt"):  # while it starts, Python itself ends with 1
             codes.add(1)

@@ -121,7 +121,7 @@ def test_adapters_that_do_not_fit(saved: dict[int, Path], tmp_path: Path) -> Non
 
 
 def world(rank: int, mesh_shape: tuple[int, ...], file: Path) -> Tensors:
-    """Save to `file` what one rank of a world holds of a small model, sharded by FSDP2 without other ranks; the model."""
+    """Save to `file` one rank's shard of a small model, sharded by FSDP2 without other ranks; returns the model."""
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -73,8 +73,8 @@ def quantize(
 ) -> None:
     """Quantize a model on disk: a W8A8 checkpoint that stock vLLM loads.
 
-    Weights symmetric with one scale per output channel, activations per token: what a rollout in int8 or fp8 computes. The table
-    shows what was lost, layer by layer.
+    Weights symmetric with one scale per output channel, activations per token: what a rollout in int8 or fp8 computes.
+    The table shows what was lost, layer by layer.
 
     flashrl quantize Qwen/Qwen2.5-0.5B-Instruct --scheme int8
 

@@ -1,4 +1,7 @@
-"""`flashrl prepare`: one data set from its source to verl's files: read, convert, check, measure, write; or find it up to date."""
+"""`flashrl prepare`: one data set from its source to verl's files, or found up to date.
+
+All rows are read, converted, checked and measured before anything is written.
+"""
 
 from __future__ import annotations
 

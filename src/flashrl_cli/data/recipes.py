@@ -79,7 +79,7 @@ def math_500(raw: Raw, split: str, index: int) -> Row:
 
 
 def boxed_answer(solution: str) -> str | None:
-    r"""Content of the last `\boxed{…}` (or `\boxed …` up to the next dollar sign); None if there is none that closes.
+    r"""Content of the last `\boxed{…}` (or `\boxed …` up to the next dollar sign); None if none closes.
 
     Gives what verl's `remove_boxed(last_boxed_only_string(solution))` gives, and None where that fails
     (verl/utils/reward_score/math_reward.py:51-93): a ground truth must be cut the way the scorer cuts a response.
@@ -185,7 +185,7 @@ def _holds_empty(value: Any, depth: int = 0) -> bool:
 
 
 def dropped(raw: Raw, columns: tuple[str, ...]) -> Iterator[str]:
-    """Yield the columns and keys of a raw row that are not taken: all but `columns`, or, if it has verl's, but these."""
+    """Yield the columns and keys of a raw row that are not taken: all but `columns`, or but verl's if it has these."""
     adopted = "reward_model" in raw
     for name, value in raw.items():
         if name not in (VERL_COLUMNS if adopted else columns) and not _is_nothing(value):

@@ -39,7 +39,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """How the policy is taught: sizes in demonstrations, learning rates of AdamW, sampled accuracies that end a phase."""
+    """How the policy is trained: sizes in demonstrations, learning rates of AdamW, accuracies that end a phase."""
 
     batch: int = 48
     clean_lr: float = 2e-3
@@ -54,7 +54,7 @@ class WarmUp:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level tokenizer without merges: 256 byte tokens (a newline is one, as verl insists) and three control tokens."""
+    """Byte-level tokenizer without merges: 256 bytes (a newline is one, as verl insists) and three control tokens."""
     from tokenizers import Tokenizer, decoders, models
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import PreTrainedTokenizerFast
@@ -71,7 +71,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, *, tied: bool = True, width: int = 128) -> Qwen2ForCausalLM:
-    """Untrained float32 Qwen2, of 0.4 M parameters at the usual `width`, whose embedding has exactly `len(tokenizer)` rows.
+    """Untrained float32 Qwen2, 0.4 M parameters at the usual `width`; its embedding has `len(tokenizer)` rows.
 
     verl masks the rows beyond the vocabulary in the rollout only, which would show up as a constant KL.
     """
@@ -137,7 +137,7 @@ class Demonstrations:
 
 
 def sampled_accuracy(model: Qwen2ForCausalLM, demonstrations: Demonstrations, *, repeats: int = 1) -> float:
-    """Share of the 256 held-out sums answered right at temperature 1, `repeats` times each, by Transformers (not by vLLM)."""
+    """Share of the 256 held-out sums answered right at temperature 1, `repeats` times each, by Transformers."""
     import torch
 
     tokenizer, asked = demonstrations.tokenizer, demonstrations.pairs["test"] * repeats

@@ -31,9 +31,9 @@ _ROUNDING = 1 + 2.0**-20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
-    """How a weight is stored: `largest` is the largest value of its `dtype` (safetensors' name), `least` the smallest scale.
+    """How a weight is stored: `largest` is the largest value of its `dtype`, `least` the smallest scale.
 
-    `kind` is compressed-tensors' type, `format` its name for the layout of the values in the file.
+    `dtype` is safetensors' name, `kind` compressed-tensors' type, `format` its name for the layout in the file.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Scheme:
 
         As compressed-tensors writes it (compressed_tensors/quantization/quant_config.py), and as vLLM reads it since
         0.24
-        (vllm/model_executor/layers/quantization/compressed_tensors/compressed_tensors.py:_quantization_scheme_map_from_config).
+        (vllm/model_executor/layers/quantization/compressed_tensors/, _quantization_scheme_map_from_config).
         """
         bits = {"num_bits": 8, "type": self.kind, "symmetric": True}
         group = {
@@ -85,7 +85,7 @@ def named(name: str) -> Scheme:
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """Sums over the values of a weight: W², (W − its 8-bit values × scales)², stored zeros, and values beyond the range."""
+    """Sums over a weight: W², (W − its 8-bit values × scales)², stored zeros, and values beyond the range."""
 
     square: float = 0.0
     error: float = 0.0
@@ -130,9 +130,11 @@ class Room:
 
 
 def quantize(weight: torch.Tensor, scheme: Scheme, values: torch.Tensor, scales: torch.Tensor, room: Room) -> Losses:
-    """Write the 8-bit values [N, K] and float32 scales [N, 1] of a weight [N, K] in 16 or 32 bits; float32 is rounded to bf16 first.
+    """Write the 8-bit values [N, K] and float32 scales [N, 1] of a weight [N, K].
 
-    scale = max|w| / scheme.largest, value = w / scale, rounded to even: what plugins/int8_linear.py computes on a CPU,
+    The weight has 16 or 32 bits; float32 is rounded to bf16 first.
+
+    scale = max|w| / scheme.largest, value = w / scale, rounded to even: what plugins/linear.py computes on a CPU,
     and vLLM's kernel for fp8 (csrc/quantization/w8a8/fp8/common.cu, dynamic_per_token_scaled_fp8_quant). Raises
     ValueError for what is no number.
     """
@@ -153,7 +155,7 @@ def quantize(weight: torch.Tensor, scheme: Scheme, values: torch.Tensor, scales:
 
 
 def _largest(weight: torch.Tensor, room: Room) -> torch.Tensor:
-    """max|w| of each row [N, 1]: positive floats are ordered as the integers of the same bits, whose largest is found sooner."""
+    """max|w| of each row [N, 1], by the integers of the same bits, which order positive floats alike, and faster."""
     import torch
 
     bits = room.bits(weight.shape)
@@ -189,7 +191,7 @@ def _quantize(
 
 
 def _halves(values: torch.Tensor, room: Room) -> torch.Tensor:
-    """e4m3 as float16, _HALVES times too small: the bits moved into place, many times faster than torch's own conversion on a CPU."""
+    """e4m3 as float16, _HALVES times too small, by moving bits: many times faster on a CPU than torch's conversion."""
     import torch
 
     moved = room.bits(values.shape).copy_(values.view(torch.int8)).bitwise_left_shift_(7).bitwise_and_(_E4M3)

@@ -43,7 +43,7 @@ SHIFTS = (0.25, 0.5, 0.75)
 and which down.
 """
 LEAST_GAIN = 0.01
-"""Share of the error that scales must save to be kept: less is noise of the sample, and costs a multiplication a refit."""
+"""Share of the error that scales must save to be kept: less is noise of the sample."""
 _TINY = 1e-5
 _MOST = 12
 """Largest exponent: beyond 2^12 a channel is not evened out but lost."""
@@ -55,7 +55,7 @@ _LINES = 10
 
 
 def texts(questions: Sequence[Question], count: int) -> list[list[dict[str, str]]]:
-    """`count` worked conversations, spread evenly over the data: the prompt and the solution, else the final answer, if there is one."""
+    """`count` conversations, spread evenly over the data: prompt and solution, else the final answer if any."""
     count = max(0, min(count, len(questions)))
     return [_worked(questions[number * len(questions) // count]) for number in range(count)]
 
@@ -165,7 +165,7 @@ def choose(
 def balanced(
     junction: Junction, peak: torch.Tensor, weights: Sequence[torch.Tensor], alpha: float, shift: float = 0.0
 ) -> torch.Tensor:
-    """Scales [K], powers of two around 1: equal for the query heads of one key-value head, 1 for channels that are never used.
+    """Scales [K], powers of two around 1: equal for the query heads of one key-value head, 1 for unused channels.
 
     `shift` is one of SHIFTS, or 0.
     """
@@ -197,7 +197,7 @@ def _spread(junction: Junction, values: torch.Tensor) -> torch.Tensor:
 def errors(
     inputs: torch.Tensor, weights: Sequence[torch.Tensor], exact: Sequence[torch.Tensor], scales: torch.Tensor | None
 ) -> tuple[float, ...]:
-    """Relative error of each weight's output in INT8: |y_int8 - y| / |y| of each token, and of those the root mean square.
+    """Relative error of each weight's output in INT8: the root mean square over tokens of |y_int8 - y| / |y|.
 
     Weights have a scale per output channel, activations one per token, both symmetric, as the kernels have.
     """
@@ -227,10 +227,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerChange:
-    """One linear layer: alpha (None: its columns stay as they are), and before and after smoothing max|X|, max|W| and its output's error.
+    """One linear layer before and after smoothing: max|X|, max|W| and its output's error; alpha None: unchanged.
 
     max|W| is of the columns' scales alone: those of rows cancel in a weight with one scale per row. The error is
-    `scales.errors`'.
+    that of `errors`.
     """
 
     name: str
@@ -242,7 +242,7 @@ class LayerChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibrated:
-    """A profile that was written, and what it does to each linear layer; without `layers` it was there already, made of the same."""
+    """A profile that was written and its effect on each linear layer; without `layers` it was there already."""
 
     profile: Profile
     layers: tuple[LayerChange, ...]
@@ -281,7 +281,7 @@ class Calibrated:
 
 
 def calibrate(model: Path, parquet: Path, *, samples: int, alpha: float | None, out: Path, say: Say) -> Calibrated:
-    """Write to `out` the smoothing profile of the HF folder `model`, calibrated on `samples` rows of a prepared data set.
+    """Write to `out` the smoothing profile of the HF folder `model`, calibrated on `samples` rows of a data set.
 
     `alpha` None chooses, layer by layer, what gives the least error; `say` prints the progress. The same input gives
     the same profile, and one that is there already is taken. Nothing is written before the end. Raises InputError for a
@@ -347,7 +347,7 @@ def _described(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]
 
 
 def _room(parameters: int) -> None:
-    """Raise EnvironmentNotReady where the CPU's memory cannot hold the model in float32; a GPU raises an error of its own."""
+    """Raise EnvironmentNotReady where the CPU's memory cannot hold the model in float32; a GPU raises its own error."""
     import psutil
     import torch
 

@@ -50,7 +50,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """All quantized layers, names of the linear modules that stay in 16 bits, and the model's size in bytes before and after."""
+    """All quantized layers, the linear modules that stay in 16 bits, and the model's bytes before and after."""
 
     layers: tuple[Layer, ...]
     kept: tuple[str, ...]

@@ -40,8 +40,9 @@ _LISTED = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Junction:
-    """A place in a model where scales can be moved: `readers` are linear modules with one input [K], `makers` tensors of K rows.
+    """A place in a model where scales can be moved.
 
+    `readers` are linear modules with one input [K], `makers` tensors of K rows.
     With `copies` above 1 each of `heads` key-value heads is read by that many query heads: makers have K / copies rows.
     """
 
@@ -185,7 +186,8 @@ def _refuse_useless(patterns: Mapping[str, re.Pattern[str]], modules: Sequence[s
 
 def _refuse_experts(experts: Sequence[str]) -> None:
     if experts:
-        what = f"{counted(len(experts), 'matrix', 'matrices')} of experts, {_some(experts)}: only dense layers are quantized here"
+        matrices = counted(len(experts), "matrix", "matrices")
+        what = f"{matrices} of experts, {_some(experts)}: only dense layers are quantized here"
         raise InputError(what, hint=f"{EXPERTS_HINT} leaves them in 16 bits")
 
 

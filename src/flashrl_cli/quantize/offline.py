@@ -43,7 +43,7 @@ _WEIGHT, _SCALE = ".weight", ".weight_scale"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """All that decides what is written: the weights' fingerprint, the scheme, what is left out, and the profile's SHA-256."""
+    """All that decides what is written: fingerprint of the weights, scheme, ignored layers, hash of the profile."""
 
     fingerprint: str
     scheme: str

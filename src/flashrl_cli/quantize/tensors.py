@@ -42,7 +42,7 @@ _FORMAT = {"format": "pt"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tensor:
-    """A tensor of the model, `dtype` as safetensors names it: in `file` from byte `start` on, or made whole by `stored`."""
+    """A tensor of the model, in `file` from byte `start` on, or made by `stored`; `dtype` in safetensors' names."""
 
     name: str
     shape: tuple[int, ...]
@@ -200,7 +200,7 @@ class Layout:
 
 
 def layout(entries: Iterable[Entry], metadata: Mapping[str, str] = _FORMAT) -> Layout:
-    """Place tensors as safetensors' own writer does: the largest elements first, so that all are aligned, then by name."""
+    """Place tensors as safetensors' own writer does: the largest elements first, so that all are aligned."""
     table: dict[str, object] = {"__metadata__": dict(metadata)}
     starts, end = {}, 0
     for entry in sorted(entries, key=lambda entry: (-BYTES[entry.dtype], entry.name)):

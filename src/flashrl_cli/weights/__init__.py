@@ -196,7 +196,7 @@ class Weights:
             raise Unreadable("; ".join(problems))
 
     def fingerprint(self) -> str:
-        """Hex digest that changes with any tensor, the config or the tokenizer, and not with a copy or a date; in milliseconds.
+        """Hex digest that changes with any tensor, the config or the tokenizer, and not with a copy or a date.
 
         From the CRC-32s that torch.save leaves in the shards, else from both ends of each tensor: training changes all
         of a tensor. Raises Unreadable for what is torn.

@@ -253,7 +253,8 @@ def _empty(found: Found) -> Iterator[str]:
     empty = sorted(name for name, one in found.items() if not math.prod(one.shape))
     if empty:
         what = counted(len(empty), "tensor is", "tensors are")
-        yield f"{what} empty, as DeepSpeed's ZeRO-3 leaves what it did not gather before saving: {_placed(empty, found)}"
+        why = "as DeepSpeed's ZeRO-3 leaves what it did not gather before saving"
+        yield f"{what} empty, {why}: {_placed(empty, found)}"
 
 
 def _compared(hf: Path, found: Found, expected: Expected) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What is in the files of a checkpoint, read without torch and without the tensors: complete or torn, changed or not."""
+"""What is in the files of a checkpoint, read without torch or the tensors: complete or torn, changed or not."""
 
 from __future__ import annotations
 

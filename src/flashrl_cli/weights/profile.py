@@ -167,7 +167,7 @@ def _about(path: Path) -> About:
 
 
 def _check_scales(path: Path, start: int) -> None:
-    """Raise Unreadable unless every scale is a positive power of two: all bytes of the file beyond its table are scales."""
+    """Raise Unreadable unless every scale, that is all bytes beyond the file's table, is a positive power of two."""
     scales = array("f")
     scales.frombytes(path.read_bytes()[start:])
     for scale in set(scales):
