@@ -1,14 +1,24 @@
-"""From preset and options to a spec: values, origins, and every mistake with its place and hint."""
+"""From preset and options to a spec: values, origins, and mistakes with their place and hint.
+
+The mistakes that people type are in tests/unit/cli/test_bad_input.py.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from flashrl_cli.config.diagnose import Suggestion
-from flashrl_cli.config.layers import Origin
+from flashrl_cli.config import diagnose
+from flashrl_cli.config.diagnose import Suggestion, keys_of
+from flashrl_cli.config.layers import Layer, Origin
 from flashrl_cli.config.resolve import load_spec
+from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.errors import InputError, Location, Problem
+from flashrl_cli.render.output import print_error
 
 BASE = """\
 model: {path: Qwen/Qwen3-0.6B}
@@ -297,3 +307,89 @@ def test_an_unknown_map_is_told_key_by_key(preset):
         "unknown key foo",
     ]
     assert [str(p.where)[-2:] for p in found[:2]] == [":7", ":8"]
+
+
+ORIGINS = {
+    "a.b": Origin("preset", Location("p", 1)),
+    "a.c.d": Origin("preset", Location("p", 2)),
+    "ab": Origin("default"),
+}
+
+
+@pytest.mark.parametrize(("key", "line"), [("a.b", 1), ("a", 1), ("a.c", 2), ("a.b.0.x", 1), ("ab", None), ("z", None)])
+def test_where(key, line):
+    assert diagnose.origin_of(key, ORIGINS).where == (line and Location("p", line))
+
+
+def test_keys_of_sub_parts_are_dotted():
+    keys = list(diagnose.keys_of(RunSpec))
+    assert {"name", "algorithm.filter_groups.enable", "reward.overlong.buffer_len", "verl"} <= set(keys)
+    assert "algorithm.filter_groups" not in keys
+    assert len(keys) == len(set(keys))
+
+
+def shaped(**data: object) -> tuple[object, list[Problem]]:
+    problems: list[Problem] = []
+    layer = Layer(Origin("preset", Location("p")), data, {"rollout": 3})
+    return diagnose.well_shaped(layer, problems).data, problems
+
+
+def test_values_where_maps_belong_are_taken_out():
+    data, problems = shaped(rollout=[1], critic={"lr": 1}, env=None, algorithm={"filter_groups": 2, "lr": 3})
+    assert data == {"critic": {"lr": 1}, "algorithm": {"lr": 3}}
+    assert [(str(p.where), p.message.partition(":")[0]) for p in problems] == [
+        ("p:3", "rollout = [1]"),
+        ("p", "env = null"),
+        ("p", "algorithm.filter_groups = 2"),
+    ]
+
+
+def test_what_is_no_part_or_may_be_null_stays():
+    data = {"name": "x", "unknown": 1, "reward": {"overlong": None}, "verl": {"a": 1}, "trainer": {"logger": ["file"]}}
+    assert shaped(**data) == (data, [])
+    assert len(shaped(reward={"overlong": 3})[1]) == 1
+
+
+QUICK = settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    derandomize=True,
+)
+SCRAPS = st.sampled_from(
+    ["\n", "\t", ": ", "- ", "[", "]", "{", "}", "'", '"', "*a", "&a ", "!x ", "<<: ", "---\n", "\0"]
+)
+TEXT = st.text(max_size=20) | SCRAPS
+EDITS = st.lists(st.tuples(st.integers(0, len(BASE)), TEXT, st.integers(0, 3)), min_size=1, max_size=4)
+
+
+def told(preset: Path, *sets: str) -> None:
+    """Load a preset; the only thing that may come of it is an InputError, and it can be printed."""
+    try:
+        load_spec(str(preset), sets=sets)
+    except InputError as error:
+        print_error(error)
+
+
+@given(EDITS)
+@QUICK
+def test_a_preset_edited_at_random(tmp_path: Path, edits: list[tuple[int, str, int]]) -> None:
+    text = BASE
+    for start, new, dropped in edits:
+        text = text[:start] + new + text[start + dropped :]
+    (tmp_path / "p.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
+    told(tmp_path / "p.yaml")
+
+
+@given(st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass")))
+@QUICK
+def test_a_random_file(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / "p.yaml").write_bytes(raw)
+    told(tmp_path / "p.yaml")
+
+
+@given(st.text(max_size=30) | st.tuples(st.sampled_from([*keys_of(RunSpec), "env.A", "verl.a"]), TEXT).map("=".join))
+@QUICK
+def test_a_random_assignment(tmp_path: Path, text: str) -> None:
+    (tmp_path / "p.yaml").write_text(BASE)
+    told(tmp_path / "p.yaml", text)
