@@ -14,10 +14,10 @@ from flashrl_cli.errors import FlashrlError, InputError, RunFailed
 from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
-    from flashrl_cli.config.resolve import Resolved
+    from flashrl_cli.config.resolve import Options, Resolved
     from flashrl_cli.render.output import Output
     from flashrl_cli.train.executors import Place
-    from flashrl_cli.train.launch import Launch, Options
+    from flashrl_cli.train.launch import Launch
     from flashrl_cli.train.plan import LaunchPlan
     from flashrl_cli.train.process import Start
     from flashrl_cli.train.sweep import Job, UsedNames
@@ -59,6 +59,7 @@ def train(
     `flashrl train --preset dapo-32b --rollout int8 --tis 8 --executor ray --dry-run` shows what a cluster would run;
     `flashrl train --preset tiny --sweep rollout=bf16,int8 --sweep tis=off,2` runs four, and compares them.
     """
+    from flashrl_cli.config.resolve import Options
     from flashrl_cli.render.output import Output
     from flashrl_cli.train import executors, launch, process
     from flashrl_cli.train.sweep import UsedNames
@@ -67,7 +68,7 @@ def train(
     if not (dry_run or detach):
         process.say_if_ignored(output.say)
     place = executors.chosen(executor, ray_address)
-    options = launch.Options(rollout=rollout, tis=tis, sets=sets or ())
+    options = Options(rollout=rollout, tis=tis, sets=sets or ())
     starter = Starter(output, place)
 
     def read(options: Options) -> Resolved:

@@ -17,7 +17,7 @@ from flashrl_cli.verl.overrides import quote
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from flashrl_cli.train.launch import Options
+    from flashrl_cli.config.resolve import Options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli import contract, paths
 from flashrl_cli.config.layers import Difference, differences, leaves
 from flashrl_cli.config.resolve import read_spec
-from flashrl_cli.config.spec import FOLDER_NAME
 from flashrl_cli.errors import InputError, Problem
+from flashrl_cli.paths import FOLDER_NAME
 from flashrl_cli.runs.store import read_plan
 from flashrl_cli.train.plan import LaunchPlan, build_plan, default_name, run_paths
 from flashrl_cli.train.preflight import shape
@@ -26,23 +26,11 @@ from flashrl_cli.verl.lint import check_overrides
 from flashrl_cli.verl.lint.keys import translation
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
-    from flashrl_cli.config.resolve import Resolved
+    from flashrl_cli.config.resolve import Options, Resolved
     from flashrl_cli.paths import RunPaths
     from flashrl_cli.verl.compose import Tree
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """The command line's part of a configuration."""
-
-    rollout: str | None = None
-    tis: str | None = None
-    sets: Sequence[str] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.rollout or self.tis or self.sets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +44,7 @@ class Launch:
 
 def read(preset: str, options: Options) -> Resolved:
     """A preset under options, with hints from verl's keys to flashrl's. Raises InputError where it is no valid spec."""
-    return read_spec(preset, rollout=options.rollout, tis=options.tis, sets=options.sets, translate=translation)
+    return read_spec(preset, options, translation)
 
 
 def next_plan(
@@ -87,9 +75,7 @@ def judge(resolved: Resolved, plan: LaunchPlan) -> Tree:
 
 def preview(preset: str, options: Options) -> tuple[Resolved, LaunchPlan]:
     """A preset and the plan of its first run under its default name. Raises InputError with what the spec has against it."""
-    resolved = read(preset, options)
-    if resolved.broken:
-        raise resolved.refusal(resolved.broken)
+    resolved = read(preset, options).checked()
     return resolved, _first_plan(resolved)
 
 

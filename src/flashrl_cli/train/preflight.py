@@ -74,7 +74,7 @@ def findings(spec: RunSpec) -> Iterator[Finding]:
     """Yield a finding for each thing that a run of `spec` needs of this machine, and for each kind of bad row."""
     yield from _machine(spec)
     for problem in row_problems(spec):
-        yield fail(problem.where or "rows", problem.message, problem.hint)
+        yield fail(str(problem.where or "rows"), problem.message, problem.hint)
 
 
 def _machine(spec: RunSpec) -> Iterator[Finding]:

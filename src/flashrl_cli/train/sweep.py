@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from flashrl_cli import paths
-from flashrl_cli.errors import EnvironmentNotReady, FlashrlError, InputError, Problem, RunFailed
+from flashrl_cli.errors import EnvironmentNotReady, FlashrlError, InputError, Location, Problem, RunFailed
 from flashrl_cli.runs import store
 from flashrl_cli.runs.metrics import history
 from flashrl_cli.text import counted
@@ -22,11 +22,11 @@ from flashrl_cli.train.launch import Launch
 from flashrl_cli.train.plan import default_name, run_paths
 from flashrl_cli.train.process import Interrupted
 from flashrl_cli.train.run import refuse_running
-from flashrl_cli.train.sweep_axes import FLAGS, run_names
+from flashrl_cli.train.sweep_axes import run_names
 from flashrl_cli.verl.metrics import SWEEP
 
 if TYPE_CHECKING:
-    from flashrl_cli.config.resolve import Resolved
+    from flashrl_cli.config.resolve import Options, Resolved
     from flashrl_cli.paths import RunPaths
     from flashrl_cli.train.plan import LaunchPlan
     from flashrl_cli.train.sweep_axes import Point
@@ -73,9 +73,9 @@ class UsedNames:
 
 
 def plan_jobs(
-    read: Callable[[launch.Options], Resolved],
+    read: Callable[[Options], Resolved],
     points: Sequence[Point],
-    given: launch.Options,
+    given: Options,
     name: str | None,
     used: UsedNames,
     advance: Callable[[int], None] = lambda _: None,
@@ -169,7 +169,7 @@ class PointProblems:
 
     def note(self, point: Point, problem: Problem) -> None:
         """Keep one problem of one point."""
-        self._found.setdefault(_as_sweep(problem, point), []).append(point)
+        self._found.setdefault(problem, []).append(point)
 
     def problems(self) -> list[Problem]:
         """Every problem once."""
@@ -181,8 +181,8 @@ class PointProblems:
             return problem
         for key, text in points[0].values:
             if self._are_all(points, (key, text)):
-                if problem.where == f"--sweep {key}":
-                    return replace(problem, where=f"--sweep {key}={text}")
+                if problem.where == Location("--sweep", key=key):
+                    return replace(problem, where=Location("--sweep", key=f"{key}={text}"))
                 return replace(problem, message=f"{problem.message} (with {key}={text})")
         named = "; ".join(map(str, points[:SHOWN]))
         more = f" and {len(points) - SHOWN} more" if len(points) > SHOWN else ""
@@ -195,17 +195,6 @@ class PointProblems:
             for among in (self.points, self.readable)
         ]
         return set(points) in of_value
-
-
-def _as_sweep(problem: Problem, point: Point) -> Problem:
-    """A problem of one run's options as one of `--sweep`, where the point gave the option."""
-    where, hint = problem.where or "", problem.hint
-    for key, _ in point.values:
-        option = f"--{key}" if key in FLAGS else f"--set {key}"
-        where = f"--sweep {key}" if where == option else where
-        for said in (f"--set {key}=", f"--set '{key}=", f"mean --{key} "):
-            hint = hint and hint.replace(said, said.replace(option, f"--sweep {key}").replace(f"{key} ", f"{key}="))
-    return Problem(problem.message, where or None, hint)
 
 
 class Progress(Protocol):

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli import paths
 from flashrl_cli.config import yaml_file
 from flashrl_cli.config.layers import leaves
-from flashrl_cli.config.resolve import is_text
+from flashrl_cli.config.resolve import SWEPT, is_text
 from flashrl_cli.config.yaml_file import text_of
-from flashrl_cli.errors import InputError, Problem
+from flashrl_cli.errors import InputError, Location, Problem
 from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
-    from flashrl_cli.train.launch import Options
+    from flashrl_cli.config.resolve import Options
 
 EXAMPLE = "--sweep rollout=bf16,int8, or --sweep FILE.yaml"
-SAME = {"rollout.precision": "rollout", "correction.cap": "tis"}
+SAME = {key: name for name, key in SWEPT.items()}
 """Keys that have an option of their own, and the name of each in a sweep."""
 PLACES = ("name", "description", "trainer.project")
 """Keys that name a run or the folder of its checkpoints."""
@@ -38,7 +38,7 @@ class Axis:
 
     keys: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    where: str
+    where: Location
 
 
 def read_axes(texts: Sequence[str], given: Options) -> list[Axis]:
@@ -76,8 +76,8 @@ def _of_option(text: str, problems: list[Problem]) -> Iterator[Axis]:
         problems.append(Problem("no value", _option(key), f"--sweep {key}=value,value"))
 
 
-def _option(text: str) -> str:
-    return f"--sweep {text if text.isprintable() else ascii(text)}"
+def _option(text: str) -> Location:
+    return Location("--sweep", key=text if text.isprintable() else ascii(text))
 
 
 def _of_file(text: str, problems: list[Problem]) -> Iterator[Axis]:
@@ -94,31 +94,28 @@ def _of_parts(document: yaml_file.Document, as_written: Mapping[str, Any], probl
     """Axes of a file's parts: each key of `grid` by itself, the keys of each map in the list `zip` together."""
     unknown = [part for part in document.data if part not in PARTS]
     hint = "a sweep's keys are grid and zip"
-    problems += [Problem(f"unknown key {part}", _line(document, part), hint) for part in unknown]
+    problems += [Problem(f"unknown key {part}", document.line_of(part), hint) for part in unknown]
     grid, zipped = document.data.get("grid") or {}, document.data.get("zip") or []
     if not isinstance(grid, dict):
-        problems.append(Problem("grid should be a map of keys", _line(document, "grid"), "rollout: [bf16, int8]"))
+        problems.append(Problem("grid should be a map of keys", document.line_of("grid"), "rollout: [bf16, int8]"))
     else:
         for key, values in leaves(grid):
-            where = _line(document, f"grid.{key}")
+            where = document.line_of(f"grid.{key}")
             yield from _axis({key: values}, dict(leaves(as_written["grid"])), where, problems)
     if not isinstance(zipped, list) or not all(isinstance(group, dict) for group in zipped):
         problems.append(
-            Problem("zip should be a list of maps", _line(document, "zip"), "zip: [{a: [1, 2], b: [3, 4]}]")
+            Problem("zip should be a list of maps", document.line_of("zip"), "zip: [{a: [1, 2], b: [3, 4]}]")
         )
         return
     for number, group in enumerate(zipped):
-        yield from _axis(dict(leaves(group)), dict(leaves(as_written["zip"][number])), _line(document, "zip"), problems)
+        where = document.line_of("zip")
+        yield from _axis(dict(leaves(group)), dict(leaves(as_written["zip"][number])), where, problems)
     if not problems and not (grid or zipped):
-        problems.append(Problem("nothing varies", document.label, "grid: {rollout: [bf16, int8]}"))
-
-
-def _line(document: yaml_file.Document, key: str) -> str:
-    return f"{document.label}:{document.lines.get(key, 1)}"
+        problems.append(Problem("nothing varies", document.where, "grid: {rollout: [bf16, int8]}"))
 
 
 def _axis(
-    columns: Mapping[str, Any], as_written: Mapping[str, Any], where: str, problems: list[Problem]
+    columns: Mapping[str, Any], as_written: Mapping[str, Any], where: Location, problems: list[Problem]
 ) -> Iterator[Axis]:
     wrong = [key for key, values in columns.items() if not isinstance(values, list) or not values]
     problems += [Problem(f"{key} should be a list of values", where, f"{key}: [value, value]") for key in wrong]
@@ -138,7 +135,7 @@ def _axis(
 
 def _quoted(text: str) -> str:
     """A variable's value as `--set` reads it back."""
-    return text if yaml_file.value(text, "", is_text=True).data == text else json.dumps(text, ensure_ascii=False)
+    return text if yaml_file.value(text, is_text=True).data == text else json.dumps(text, ensure_ascii=False)
 
 
 def _misplaced(axes: Sequence[Axis], given: Options) -> Iterator[Problem]:
@@ -153,13 +150,11 @@ def _misplaced(axes: Sequence[Axis], given: Options) -> Iterator[Problem]:
                 yield Problem(f"{key} is given by {taken[name]}, too", axis.where, "a key varies in one place")
             if name in PLACES:
                 yield Problem(f"{key} names a run's place, not what it trains", axis.where, "--name names the runs")
-            taken.setdefault(name, axis.where)
+            taken.setdefault(name, str(axis.where))
 
 
 MANY, MOST = 64, 1000
 """Runs that are started without being asked for twice, and runs that a sweep can have at all."""
-FLAGS = ("rollout", "tis")
-"""Keys that are the names of options."""
 LONGEST_WORD = 40
 LONGEST_NAME = 190
 
@@ -183,9 +178,7 @@ class Point:
 
     def options(self, given: Options) -> Options:
         """The options of its run; `given` are those that all points share."""
-        flags = {key: _flag(key, text) for key, text in self.values if key in FLAGS}
-        sets = [f"{key}={text}" for key, text in self.values if key not in FLAGS]
-        return replace(given, sets=(*given.sets, *sets), **flags)
+        return replace(given, point=self.values)
 
 
 def points(axes: Sequence[Axis], *, many: bool = False) -> list[Point]:
@@ -252,17 +245,11 @@ def _short(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", last).lstrip(".")[:LONGEST_WORD].rstrip("-.")
 
 
-def _flag(key: str, text: str) -> str:
-    """Text of an option, which takes no quotes as a list's item may have them."""
-    value = _value(key, text)
-    return value if isinstance(value, str) else text
-
-
 def _hash(point: Point) -> str:
     return hashlib.sha256(str(point.values).encode()).hexdigest()[:6]
 
 
 def _value(key: str, text: str) -> Any:
     """What a text is to `--set`, which keeps some keys' as they are; the text itself where it is no value."""
-    document = yaml_file.value(text, "", is_text=is_text(key))
+    document = yaml_file.value(text, is_text=is_text(key))
     return text if document.problems else document.data

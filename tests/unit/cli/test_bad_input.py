@@ -95,7 +95,7 @@ SETS = [
     ("algorithm.learning_rate=1", "keys of algorithm are advantage, normalize_by_std, lr, "),
     ("rollout.tp=2", "keys of rollout are precision, kv_cache, ", "tensor_parallel"),
     ("a=b=c", "unknown key a", "keys of a preset are name, "),
-    ("extends=tiny", "extends stands at the top of a preset's file"),
+    ("extends=tiny", "extends belongs at the top of a preset's file"),
     ("algorithm.lr", "not of the form key=value", "hint: --set algorithm.lr=…"),
     ("algorithm.lr:1e-6", "not of the form key=value", "hint: --set algorithm.lr=1e-6"),
     ("=5", "not of the form key=value"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flashrl_cli.config.catalog import catalog
+from flashrl_cli.config.resolve import catalog
 
 
 def test_shipped_presets_and_a_broken_one(tmp_path, monkeypatch):

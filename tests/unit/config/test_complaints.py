@@ -7,16 +7,18 @@ import pytest
 from flashrl_cli.config import diagnose
 from flashrl_cli.config.layers import Layer, Origin
 from flashrl_cli.config.spec import RunSpec
-from flashrl_cli.errors import Problem
+from flashrl_cli.errors import Location, Problem
 
-ORIGINS = {"a.b": Origin("preset", "p:1"), "a.c.d": Origin("preset", "p:2"), "ab": Origin("default")}
+ORIGINS = {
+    "a.b": Origin("preset", Location("p", 1)),
+    "a.c.d": Origin("preset", Location("p", 2)),
+    "ab": Origin("default"),
+}
 
 
-@pytest.mark.parametrize(
-    ("key", "place"), [("a.b", "p:1"), ("a", "p:1"), ("a.c", "p:2"), ("a.b.0.x", "p:1"), ("ab", None), ("z", None)]
-)
-def test_where(key, place):
-    assert diagnose.where(key, ORIGINS) == place
+@pytest.mark.parametrize(("key", "line"), [("a.b", 1), ("a", 1), ("a.c", 2), ("a.b.0.x", 1), ("ab", None), ("z", None)])
+def test_where(key, line):
+    assert diagnose.origin_of(key, ORIGINS).where == (line and Location("p", line))
 
 
 def test_keys_of_sub_parts_are_dotted():
@@ -28,14 +30,14 @@ def test_keys_of_sub_parts_are_dotted():
 
 def shaped(**data: object) -> tuple[object, list[Problem]]:
     problems: list[Problem] = []
-    layer = Layer(kind="preset", label="p", data=data, lines={"rollout": 3})
+    layer = Layer(Origin("preset", Location("p")), data, {"rollout": 3})
     return diagnose.well_shaped(layer, problems).data, problems
 
 
 def test_values_where_maps_belong_are_taken_out():
     data, problems = shaped(rollout=[1], critic={"lr": 1}, env=None, algorithm={"filter_groups": 2, "lr": 3})
     assert data == {"critic": {"lr": 1}, "algorithm": {"lr": 3}}
-    assert [(p.where, p.message.partition(":")[0]) for p in problems] == [
+    assert [(str(p.where), p.message.partition(":")[0]) for p in problems] == [
         ("p:3", "rollout = [1]"),
         ("p", "env = null"),
         ("p", "algorithm.filter_groups = 2"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashrl_cli.config.layers import DEFAULT, Layer, Origin, leaves, merge, nested
+from flashrl_cli.config.layers import DEFAULT, Layer, Origin, leaves, merge, nested, option
+from flashrl_cli.errors import Location
 
 NAMES = st.sampled_from("abc")
 TREES = st.recursive(
@@ -19,7 +21,7 @@ MAPS = st.dictionaries(NAMES, TREES, max_size=3)
 
 
 def layer(data: dict[str, Any], label: str = "x") -> Layer:
-    return Layer(kind="preset", label=label, data=data)
+    return Layer(Origin("preset", Location(label)), data)
 
 
 def merged(*maps: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def test_every_leaf_has_the_origin_of_its_value(first, last):
     assert set(origins) == {key for key, _ in leaves(data)}
     sources = {"first": dict(leaves(first)), "last": dict(leaves(last))}
     for key, value in leaves(data):
-        assert sources[origins[key].where][key] == value
+        assert sources[str(origins[key])][key] == value
 
 
 def test_inputs_stay_as_they_are():
@@ -59,17 +61,35 @@ def test_lists_replace():
 def test_a_value_over_a_map_and_a_map_over_a_value():
     data, origins = merge([layer({"a": {"b": 1, "c": 2}, "d": 3}, "x"), layer({"a": None, "d": {"e": 4}}, "y")])
     assert data == {"a": None, "d": {"e": 4}}
-    assert origins == {"a": Origin("preset", "y"), "d.e": Origin("preset", "y")}
+    assert origins == {"a": Origin("preset", Location("y")), "d.e": Origin("preset", Location("y"))}
 
 
 def test_origins_carry_lines_and_read_well():
-    numbered = Layer(kind="preset", label="p.yaml", data={"a": 1, "b": 2}, lines={"a": 7})
-    assert merge([numbered])[1] == {"a": Origin("preset", "p.yaml:7"), "b": Origin("preset", "p.yaml")}
-    assert [str(o) for o in (DEFAULT, Origin("derived", "why"), Origin("set", "--set a"))] == [
-        "default",
-        "derived: why",
-        "--set a",
-    ]
+    file = Location("p.yaml")
+    assert merge([Layer(Origin("preset", file), {"a": 1, "b": 2}, lines={"a": 7})])[1] == {
+        "a": Origin("preset", Location("p.yaml", 7)),
+        "b": Origin("preset", file),
+    }
+    origins = (
+        *(DEFAULT, Origin("derived", reason="why"), Origin("set", Location("--set", key="a"))),
+        *(Origin("option", Location("--tis")), Origin("preset", Location("p.yaml", 7))),
+    )
+    assert [str(origin) for origin in origins] == ["default", "derived: why", "--set a", "--tis", "p.yaml:7"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "where", "option_text"),
+    [
+        ("rollout.n", 8, None, "--set rollout.n=8"),
+        ("rollout.n", 8, Location("p.yaml", 3), "--set rollout.n=8"),
+        ("rollout.n", 8, Location("--sweep", key="rollout.n"), "--sweep rollout.n=8"),
+        ("rollout.precision", "fp8", Location("--rollout"), "--rollout fp8"),
+        ("rollout.precision", "fp8", Location("--sweep", key="rollout"), "--sweep rollout=fp8"),
+        ("trainer.logger", ["file"], None, "--set 'trainer.logger=[file]'"),
+    ],
+)
+def test_the_option_that_gives_a_key_another_value(key, value, where, option_text):
+    assert option(key, value, where) == option_text
 
 
 def test_nested_keeps_names_of_verl_and_env_whole():

@@ -94,7 +94,7 @@ def test_name_and_description_are_not_inherited(folder):
 def test_bad_extends(folder, files, message, where):
     write(folder, **files)
     (problem,) = read("top")[1]
-    assert (problem.message, problem.where) == (message, where)
+    assert (problem.message, str(problem.where)) == (message, where)
 
 
 def test_four_files_in_a_chain_are_fine(folder):
@@ -168,7 +168,7 @@ def test_a_folder_is_no_preset(folder):
     assert refusal("./presets") == ("./presets is a folder, not a preset file", "it holds mine.yaml")
     write(folder, top="extends: ./")
     (problem,) = read("top")[1]
-    assert (problem.message, problem.where) == ("extends: ./ is a folder, not a preset file", "presets/top.yaml:1")
+    assert (problem.message, str(problem.where)) == ("extends: ./ is a folder, not a preset file", "presets/top.yaml:1")
 
 
 def test_links_that_lead_nowhere(folder):

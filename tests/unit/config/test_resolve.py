@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from flashrl_cli.config.diagnose import Suggestion
 from flashrl_cli.config.layers import Origin
 from flashrl_cli.config.resolve import load_spec
-from flashrl_cli.errors import InputError, Problem
+from flashrl_cli.errors import InputError, Location, Problem
 
 BASE = """\
 model: {path: Qwen/Qwen3-0.6B}
@@ -45,12 +46,12 @@ def test_values_and_origins(preset):
     assert (spec.name, spec.algorithm.lr, spec.rollout.n) == ("mine", 1e-6, 4)
     assert (spec.rollout.precision, spec.correction.cap) == ("int8", 2.0)
     assert (spec.env, spec.verl) == ({"A": "1"}, {"trainer.x.y": [1, "b"]})
-    assert origins["algorithm.lr"].where.endswith("mine.yaml:3")
-    assert origins["rollout.n"] == Origin("set", "--set rollout.n")
-    assert origins["rollout.precision"] == Origin("option", "--rollout")
-    assert origins["correction.cap"] == Origin("option", "--tis")
+    assert str(origins["algorithm.lr"]).endswith("mine.yaml:3")
+    assert origins["rollout.n"] == Origin("set", Location("--set", key="rollout.n"))
+    assert origins["rollout.precision"] == Origin("option", Location("--rollout"))
+    assert origins["correction.cap"] == Origin("option", Location("--tis"))
     assert origins["rollout.top_p"] == Origin("default")
-    assert origins["verl.trainer.x.y"].where.endswith("mine.yaml:7")
+    assert str(origins["verl.trainer.x.y"]).endswith("mine.yaml:7")
     assert resolved.value("rollout.max_model_len") == 128
     assert str(origins["rollout.max_model_len"]).startswith("derived: data.max_prompt_length")
 
@@ -89,12 +90,12 @@ def test_tis(preset, text, cap):
 @pytest.mark.parametrize("text", ["two", "-1", "0", "true", "", "[2]", ".inf", "null"])
 def test_bad_tis(preset, text):
     (problem,) = problems(preset(), tis=text)
-    assert (problem.where, problem.hint) == ("--tis", "--tis takes a cap above 0, or off")
+    assert (str(problem.where), problem.hint) == ("--tis", "--tis takes a cap above 0, or off")
 
 
 def test_bad_precision(preset):
     (problem,) = problems(preset(), rollout="int4")
-    assert problem.where == "--rollout"
+    assert problem.where == Location("--rollout")
     assert "'bf16', 'fp8', 'fp8-block' or 'int8'" in problem.message
 
 
@@ -108,7 +109,7 @@ def test_bad_precision(preset):
         ("rollouts.n=2", "--set rollouts.n", "rollout.n?"),
         ("reward_model.reward_manager=dapo", "--set reward_model.reward_manager", "reward.manager"),
         ("foo={a: 1}", "--set foo", "keys of a preset are"),
-        ("extends=tiny", "--set extends", "stands at the top of a preset's file"),
+        ("extends=tiny", "--set extends", "belongs at the top of a preset's file"),
         ("novalue", "--set novalue", "--set algorithm.lr=1e-6"),
         ("=3", "--set =3", "--set algorithm.lr=1e-6"),
         ("data..train=3", "--set data..train=3", "--set data.train=…"),
@@ -121,7 +122,7 @@ def test_bad_precision(preset):
 )
 def test_bad_set(preset, text, where, hint):
     (problem,) = problems(preset(), sets=[text])
-    assert problem.where == where
+    assert str(problem.where) == where
     assert hint in (problem.hint or "")
 
 
@@ -153,13 +154,13 @@ def test_bad_set(preset, text, where, hint):
 def test_bad_values(preset, text, part):
     (problem,) = problems(preset(), sets=[text])
     assert part in problem.message
-    assert (problem.where or "").startswith("--set ")
+    assert str(problem.where).startswith("--set ")
 
 
 def test_everything_wrong_is_told_at_once(preset):
     path = preset("critic: {lr: 1, lr: 2}\nfoo: {a: 1}\nreward: [dapo]\n", base=BASE.replace("64", "many"))
     found = problems(path, rollout="int4", tis="two", sets=["rollout.m=3", "what"])
-    places = [(problem.where or "").rsplit("/", 1)[-1] for problem in found]
+    places = [str(problem.where).rsplit("/", 1)[-1] for problem in found]
     assert places == [
         "mine.yaml:2",
         "mine.yaml:6",
@@ -233,7 +234,7 @@ def test_no_guess_where_none_would_fit(preset, text):
 
 def test_a_value_over_a_part_is_told_though_another_layer_covers_it(preset):
     found = problems(preset(), sets=["rollout=8", "rollout.n=4", "algorithm=null"])
-    assert [(p.where, p.message) for p in found] == [
+    assert [(str(p.where), p.message) for p in found] == [
         ("--set rollout", "rollout = 8: should be a map of keys"),
         ("--set algorithm", "algorithm = null: should be a map of keys"),
     ]
@@ -256,12 +257,14 @@ def test_environment_values_are_the_text_that_was_written(preset):
 
 def test_nested_keys_of_verl_are_written_out(preset):
     found = problems(preset("verl:\n  trainer: {x: 1, y: {z: a b}}\n"))
-    assert [(p.where or "")[-2:] for p in found] == [":7"]
+    assert [str(p.where)[-2:] for p in found] == [":7"]
     assert found[0].hint == "write `trainer.x: 1`, `trainer.y.z: a b`"
 
 
 def test_keys_of_another_program_are_translated(preset):
-    found = problems(preset("other: {x: 1}\n"), sets=["foo=1"], translate={"other.x": "it is rollout.n"}.get)
+    found = problems(
+        preset("other: {x: 1}\n"), sets=["foo=1"], translate={"other.x": Suggestion("it is rollout.n")}.get
+    )
     assert [p.hint for p in found] == ["it is rollout.n", found[1].hint]
     assert (found[1].hint or "").startswith("keys of a preset are")
 
@@ -276,7 +279,7 @@ def test_rules_are_told_with_their_place(preset):
     (problem,) = problems(preset(), sets=["algorithm.mini_batch_size=30"])
     assert problem == Problem(
         "algorithm.mini_batch_size: 30 does not divide data.train_batch_size = 64",
-        "--set algorithm.mini_batch_size",
+        Location("--set", key="algorithm.mini_batch_size"),
         "--set algorithm.mini_batch_size=16",
     )
 
@@ -293,4 +296,4 @@ def test_an_unknown_map_is_told_key_by_key(preset):
         "unknown key reward_model.overlong.enable",
         "unknown key foo",
     ]
-    assert [(p.where or "")[-2:] for p in found[:2]] == [":7", ":8"]
+    assert [str(p.where)[-2:] for p in found[:2]] == [":7", ":8"]

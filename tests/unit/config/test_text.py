@@ -17,7 +17,7 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False,
 @settings(deadline=None)
 @given(SCALARS | st.lists(SCALARS, max_size=4))
 def test_read_back_it_is_equal_and_of_the_same_type(value):
-    document = parse(text_of(value), "")
+    document = parse(text_of(value))
     assert not document.problems
     assert (document.data, repr(document.data)) == (value, repr(value))
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from flashrl_cli import files, paths
+from flashrl_cli.config.resolve import Options
 from flashrl_cli.errors import InputError
 from flashrl_cli.train.diff import compare, document_of
-from flashrl_cli.train.launch import Options
 
 NONE = Options()
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from flashrl_cli import paths
-from flashrl_cli.config.resolve import load_spec
+from flashrl_cli.config.resolve import Options, load_spec
 from flashrl_cli.errors import InputError
 from flashrl_cli.paths import RunPaths
-from flashrl_cli.train.launch import Options, next_attempt, plan_hash, preview
+from flashrl_cli.train.launch import next_attempt, plan_hash, preview
 from flashrl_cli.verl.environment import on_cluster
 from tests.unit.train.builders import plan_of, planned
 

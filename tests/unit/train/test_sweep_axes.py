@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashrl_cli.config.resolve import option_layers
-from flashrl_cli.config.spec import FOLDER_NAME
+from flashrl_cli.config.resolve import Options, option_layers
 from flashrl_cli.config.yaml_file import text_of
-from flashrl_cli.errors import InputError, Problem
-from flashrl_cli.train.launch import Options
+from flashrl_cli.errors import InputError, Location, Problem
+from flashrl_cli.paths import FOLDER_NAME
 from flashrl_cli.train.sweep_axes import Axis, Point, is_file, points, read_axes, run_names
 
 NOTHING = Options()
@@ -49,7 +48,7 @@ def write(folder: Path, text: str) -> str:
 def test_option(text: str, key: str, values: tuple[str, ...]) -> None:
     (axis,) = read_axes([text], NOTHING)
     assert rows(axis) == {key: values}
-    assert axis.where == f"--sweep {key}"
+    assert axis.where == Location("--sweep", key=key)
 
 
 def test_options_keep_their_order() -> None:
@@ -77,7 +76,7 @@ def test_bad_option(text: str, message: str) -> None:
     (problem,) = refused(text)
     assert message in problem.message
     assert problem.hint
-    assert (problem.where or "").startswith("--sweep ")
+    assert str(problem.where).startswith("--sweep ")
 
 
 def test_everything_wrong_is_reported_at_once() -> None:
@@ -131,7 +130,7 @@ zip:
         {"env.A": ("010", "x y")},
         {"trainer.steps": ("3",)},
     ]
-    assert axes[1].where == f"{path}:3"
+    assert axes[1].where == Location(path, 3)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +154,7 @@ def test_bad_file(text: str, message: str, line: str, tmp_path: Path) -> None:
     path = write(tmp_path, text)
     (problem,) = refused(path)
     assert message in problem.message
-    assert problem.where == f"{path}{line}"
+    assert str(problem.where) == f"{path}{line}"
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
@@ -183,14 +182,14 @@ def test_quoted_values_and_those_of_a_file_are_what_set_takes(tmp_path):
 
 def option_value(key: str, text: str) -> object:
     problems: list[Problem] = []
-    (layer,) = option_layers(None, None, [f"{key}={text}"], problems)
+    (layer,) = option_layers(Options(point=[(key, text)]), problems)
     assert not problems
     return layer.data["env"]["NOTE"]
 
 
 def axis(*columns: tuple[str, list[str]]) -> Axis:
     keys, values = zip(*columns, strict=True)
-    return Axis(keys=tuple(keys), rows=tuple(zip(*values, strict=True)), where="")
+    return Axis(keys=tuple(keys), rows=tuple(zip(*values, strict=True)), where=Location(""))
 
 
 def names(*values: tuple[tuple[str, str], ...]) -> list[str]:
@@ -221,9 +220,8 @@ def test_a_product_without_end_is_refused_at_once() -> None:
 
 def test_options_of_a_point() -> None:
     point = Point((("rollout", "'int8'"), ("algorithm.lr", "1e-4"), ("tis", "off")))
-    assert point.options(Options(sets=["a=1"])) == Options(rollout="int8", tis="off", sets=("a=1", "algorithm.lr=1e-4"))
+    assert point.options(Options(sets=["a=1"])) == Options(sets=["a=1"], point=point.values)
     assert point.data() == {"rollout": "int8", "algorithm.lr": 1e-4, "tis": "off"}
-    assert Point((("tis", "2"),)).options(Options(rollout="bf16")) == Options(rollout="bf16", tis="2")
     assert Point((("env.A", "010"),)).data() == {"env.A": "010"}
 
 
