@@ -1,8 +1,7 @@
-"""A benchmark's results as a table, sentences, and one document.
+"""The report of a benchmark: a table, sentences, and one document.
 
-What the measured speeds say in sentences, no more exactly than repeats of the same measurement agree.
-
-A speed-up lies between the slowest repeat over the fastest of bf16 and the other way round; where that includes 1, nothing is claimed.
+Sentences claim no more than repeats of the same measurement allow: a speed-up lies between the slowest repeat over the fastest of bf16
+and the other way round; where that includes 1, nothing is claimed.
 """
 
 from __future__ import annotations
@@ -10,15 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from flashrl_cli.bench.job import REFIT, SCORE, SPEED, START
-from flashrl_cli.bench.request import FIT, FIT_WORD
+from flashrl_cli.bench.request import FIT, FIT_WORD, Request
+from flashrl_cli.bench.run import REFIT, SCORE, SPEED, START, Measured
 from flashrl_cli.text import counted
-
-if TYPE_CHECKING:
-    from flashrl_cli.bench.job import Measured
-    from flashrl_cli.bench.request import Request
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,6 @@
-"""What a person asks to have measured, looked up and complete: after it, nothing is guessed and no engine was started yet.
+"""A request for a benchmark: the options that were given, and everything they name looked up, before an engine is started.
 
-What measures: a CPU or the visible GPUs, and the versions of what a figure depends on.
-
-The model that is measured: one on disk or on the hub, or the shape of a known one with random weights.
+The model is one on disk or on the hub, or the shape of a known one with random weights. The machine is a CPU or the visible GPUs.
 """
 
 from __future__ import annotations
@@ -67,18 +65,13 @@ def here() -> Machine:
     """This machine. Raises EnvironmentNotReady if vLLM or the GPU that it is built for is missing."""
     if importlib.util.find_spec("vllm") is None:
         raise EnvironmentNotReady("vLLM is not installed", hint="flashrl doctor tells how to install a stack")
-    stack = software.installed_stack(versions())
+    stack = software.installed_stack(software.probe_versions())
     if stack is software.CPU:
         return Machine("cpu", _processor())
     visible = gpus.seen()
     if visible:
         return Machine("cuda", visible[0].name, tuple(visible))
     raise EnvironmentNotReady("no GPU to be seen, and vLLM is not built for a CPU", hint="flashrl doctor")
-
-
-def versions() -> dict[str, str]:
-    """Versions of the installed ones of PACKAGES."""
-    return software.versions_of(PACKAGES)
 
 
 def _processor() -> str:
@@ -230,29 +223,29 @@ class Mismatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """Options of the command as they were given; None is the default of the machine."""
+    """Options of the command (cli/bench.py) as they were given; None is the default of the machine."""
 
     model: str
     rollout: str
-    batch: str | None = None
-    prompt: int | None = None
-    response: int | None = None
-    repeats: int = 3
-    refit: bool = False
-    mismatch: bool = False
-    data: str | None = None
-    samples: int | None = None
-    trainer_dtype: str = "bfloat16"
-    profile: Path | None = None
-    tensor_parallel: int = 1
-    max_num_seqs: int | None = None
-    max_model_len: int | None = None
-    gpu_memory_utilization: float | None = None
-    enforce_eager: bool = False
-    kv_memory: float | None = None
-    budget: float | None = None
-    folder: Path | None = None
-    fresh: bool = False
+    batch: str | None
+    prompt: int | None
+    response: int | None
+    repeats: int
+    refit: bool
+    mismatch: bool
+    data: str | None
+    samples: int | None
+    trainer_dtype: str
+    profile: Path | None
+    tensor_parallel: int
+    max_num_seqs: int | None
+    max_model_len: int | None
+    gpu_memory_utilization: float | None
+    enforce_eager: bool
+    kv_memory: float | None
+    budget: float | None
+    folder: Path | None
+    fresh: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,7 +324,7 @@ def plan(asked: Asked) -> Request:
         longest=asked.max_model_len or found.positions,
         devices=visible,
         machine=where,
-        versions=versions(),
+        versions=software.versions_of(PACKAGES),
         defaults=tuple(_defaults(asked, usual)),
         budget=asked.budget,
         folder=paths.absolute(asked.folder) if asked.folder else paths.runs_root() / FOLDER,

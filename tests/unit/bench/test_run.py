@@ -11,10 +11,9 @@ import pytest
 
 from flashrl_cli import contract
 from flashrl_cli.bench import run
-from flashrl_cli.bench.job import Measured
 from flashrl_cli.bench.report import Report
 from flashrl_cli.bench.request import FIT, Machine
-from flashrl_cli.bench.run import Session, Telling
+from flashrl_cli.bench.run import Measured, Progress, Session
 from flashrl_cli.errors import RunFailed
 from flashrl_cli.train.process import Interrupted
 from flashrl_cli.verl.causes import CAUSES
@@ -39,8 +38,8 @@ class Told:
         self.finished: list[int] = []
 
     @property
-    def telling(self) -> Telling:
-        return Telling(say=self.words.append, advance=self._advance, finished=self._finished)
+    def telling(self) -> Progress:
+        return Progress(say=self.words.append, advance=self._advance, finished=self._finished)
 
     def _finished(self, measured: Sequence[Measured]) -> None:
         self.finished.append(sum(len(one.results) for one in measured))

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.bench import job
-from flashrl_cli.bench.job import Point, count, points
+from flashrl_cli.bench.job import parse
 from flashrl_cli.bench.request import Machine
-from flashrl_cli.bench.run import Pace, Store
+from flashrl_cli.bench.run import Pace, Point, Store, count, points
 from tests.unit.bench.lab import HF, MISMATCH, OPTIONS, request
 
 POINT = Point(variant="int8", kind="speed", asked={"batch": 4}, key="abc")
@@ -36,7 +35,7 @@ def test_points_come_in_their_order_and_refits_last(tmp_path: Path) -> None:
     "changed",
     [
         {"model": HF},
-        {"variants": job.parse("int8+kv8", None)},
+        {"variants": parse("int8+kv8", None)},
         {"options": dataclasses.replace(OPTIONS, max_num_seqs=17)},
         {"versions": {"vllm": "0.24.0"}},
         {"machine": Machine("cuda", "H100")},
