@@ -147,14 +147,14 @@ def _say_waiting(output: Output, folder: Path) -> None:
 
 def _check_place(option: str, file: Path | None) -> None:
     """Raise InputError for a file that cannot be written, before hours are spent on its content."""
+    from flashrl_cli import paths
     from flashrl_cli.errors import InputError
-    from flashrl_cli.machine import system
 
     if file is None:
         return
     if file.is_dir():
         raise InputError(f"{option} {file} is a folder", hint=f"{option} {file}/FILE")
-    above = system.existing(file.parent)
+    above = paths.existing(file.parent)
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise InputError(f"{option} {file}: {above} cannot be written to", hint=f"{option} FILE elsewhere")
 

@@ -33,7 +33,6 @@ from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
 from flashrl_cli.machine import gpus, ray_state, software, system
 from flashrl_cli.machine.finding import Finding, fail, ok, problems, warn
 from flashrl_cli.machine.software import ENTRY_POINTS, GPU, installed_stack
-from flashrl_cli.machine.system import existing
 from flashrl_cli.memory import estimate
 from flashrl_cli.memory import model as known
 from flashrl_cli.paths import checkpoints_root
@@ -338,7 +337,7 @@ def _models(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
             )
         else:
             size = parameters(model, data_root)
-            free = shutil.disk_usage(existing(cache)).free
+            free = shutil.disk_usage(paths.existing(cache)).free
             yield system.download(key, model, size and 2 * size, free, str(cache))
 
 
@@ -370,7 +369,7 @@ def _checkpoints(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
         yield system.checkpoints(
             environment.checkpoint_bytes(spec, size),
             environment.checkpoints_kept(spec),
-            shutil.disk_usage(existing(root)).free,
+            shutil.disk_usage(paths.existing(root)).free,
             nodes=spec.resources.nodes,
             folder=str(root),
             keep_fewer=environment.KEEP_ONE,
@@ -428,7 +427,7 @@ def _machine(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
     yield from software.verl_version(versions)
     yield from software.vllm_version(versions)
     yield from software.stack_for(spec.resources.platform, versions)
-    yield from software.findings(os.environ)
+    yield from software.entry_points(os.environ)
     yield from device_findings(spec, versions)
     yield from storage_findings(spec, data_root)
     yield from _loggers(spec)
