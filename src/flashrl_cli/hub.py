@@ -1,4 +1,4 @@
-"""HF models on disk and on the Hugging Face hub: the hub's cache and offline switch, and what makes a folder a complete model.
+"""HF models on disk and on the Hugging Face hub: its cache and offline switch, and what makes a folder a model.
 
 Only `resolves` and `from_hub` use the network.
 """
@@ -96,7 +96,7 @@ def tokenizer_problem(folder: Path) -> str | None:
 
 
 def quantization(hf: Path) -> str | None:
-    """Method by which the weights of the model `hf` are quantized (`compressed-tensors`, `fp8`, …); None if they are not."""
+    """Method by which the weights of the model `hf` are quantized (`fp8`, …); None if they are not."""
     found = _config(hf).get("quantization_config")
     return str(found.get("quant_method") or "an unnamed method") if isinstance(found, dict) else None
 
@@ -117,7 +117,7 @@ def model_folder(name: str) -> Path:
 
 
 def from_hub(name: str) -> Path:
-    """Folder of the model or adapter `name` in the hub's cache, downloaded unless this machine is offline. Raises InputError naming it."""
+    """Folder of the model or adapter `name` in the hub's cache, downloaded unless offline. Raises InputError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

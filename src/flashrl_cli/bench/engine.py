@@ -63,7 +63,7 @@ class Rollout:
         self._fill()
 
     def facts(self) -> dict[str, Any]:
-        """What the engine is: seconds to import and to start it, tokens of its KV cache, and by GPU its weights' bytes and handshake."""
+        """Seconds to import vLLM and to start the engine, its KV cache in tokens, its weights in bytes, its handshakes."""
         cache = self._llm.llm_engine.vllm_config.cache_config
         workers = self._llm.collective_rpc("bench_facts")
         return {
@@ -75,9 +75,10 @@ class Rollout:
         }
 
     def speed(self, *, batch: int, prompt: int, response: int, repeats: int, advance: Advance) -> dict[str, Any]:
-        """Output tokens a second, end to end, of `batch` random prompts at once; `prompt` and `response` are tokens of each.
+        """Output tokens a second, end to end, of `batch` random prompts at once.
 
-        FIT takes as many as the KV cache holds whole. Where all run at once, so does decoding alone: without the first tokens' time.
+        `prompt` and `response` are tokens of each. FIT takes as many as the KV cache holds whole. Where all run at
+        once, so does decoding alone: without the first tokens' time.
         """
         fitting = self._fitting(prompt + response)
         batch = batch or fitting
@@ -104,7 +105,7 @@ class Rollout:
         return max(1, min(tokens // length, self._job.options.max_num_seqs))
 
     def refit(self, *, repeats: int) -> dict[str, Any]:
-        """Seconds of refits with random weights, after which the engine holds those; of several GPUs the slowest counts."""
+        """Seconds of refits with random weights, which the engine then holds; of several GPUs the slowest counts."""
         ranks = self._llm.collective_rpc("bench_refit", args=(repeats, self._job.weights))
         values = [round(max(times), 4) for times in zip(*(rank["seconds"] for rank in ranks), strict=True)]
         extra = [rank["extra_bytes"] for rank in ranks if rank["extra_bytes"] is not None]
@@ -117,7 +118,7 @@ class Rollout:
         }
 
     def sample(self, *, samples: int, response: int, out: str) -> dict[str, Any]:
-        """Write `samples` responses of at most `response` tokens, to the prompts in turn, with the log-probs that verl would get."""
+        """Write `samples` responses of at most `response` tokens to the prompts in turn, with log-probs as verl gets them."""
         from vllm import SamplingParams
 
         prompts = [self._prompts[number % len(self._prompts)] for number in range(samples)]
@@ -181,7 +182,7 @@ class Rollout:
 
 
 def _decoding(tokens: int, seconds: list[float]) -> dict[str, Any]:
-    """Speed of decoding `tokens` in what is left of each repeat's seconds without the prefill; nothing where nothing is left to tell."""
+    """Speed of decoding `tokens` in each repeat's seconds without the prefill; nothing where no time is left."""
     if not tokens or min(seconds) <= 0:
         return {}
     values = [round(tokens / one, 1) for one in seconds]

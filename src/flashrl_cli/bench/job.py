@@ -1,7 +1,8 @@
-"""What the processes of a benchmark get and give: a variant of rollouts, the job of its engine, and the responses that it sampled.
+"""What the processes of a benchmark get and give: a variant of rollouts, its engine's job, and sampled responses.
 
-An engine gets an EngineJob, the scorer the keys `model` (an HF folder) and `dtype` (what the trainer computes in: bfloat16 or float32).
-Orders have a key `kind` (run.KINDS); events are `advance` (note), and `done` (result), which ends the order (worker.protocol).
+An engine gets an EngineJob, the scorer the keys `model` (an HF folder) and `dtype` (what the trainer computes in:
+bfloat16 or float32). Orders have a key `kind` (run.KINDS); events are `advance` (note), and `done` (result), which ends
+the order (worker.protocol).
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Variant:
 
 
 def parse(text: str, profile: Path | None) -> tuple[Variant, ...]:
-    """Variants of `bf16,int8+kv8`, each once. Raises InputError for an unknown word or a profile that is missing or useless."""
+    """Variants of `bf16,int8+kv8`, each once. Raises InputError for unknown words and unusable profiles."""
     found = tuple(dict.fromkeys(_variant(word.strip(), profile) for word in text.split(",")))
     if profile and not any(variant.profile for variant in found):
         raise InputError(f"--profile {profile}: no variant uses it", hint="--rollout int8,int8+smooth")
@@ -121,7 +122,7 @@ def _known(word: str, words: tuple[str, ...], what: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How engines run: `kv_memory` in GiB (None: what is left of the memory), lengths in tokens, `tensor_parallel` in GPUs."""
+    """How engines run: `kv_memory` in GiB (None: what is left), lengths in tokens, `tensor_parallel` in GPUs."""
 
     tensor_parallel: int
     max_num_seqs: int
@@ -133,10 +134,11 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineJob:
-    """One engine: `arguments` are vLLM's for the variant, `weights` (a Weights as plain data) None where random ones are wanted.
+    """One engine: `arguments` are vLLM's for the variant.
 
-    `questions` is a file of chat prompts, one a line, that get up to `response` tokens each later; for them the engine takes longer
-    sequences than its options say, up to `longest`.
+    `weights` (a Weights as plain data) are None where random ones are wanted. `questions` is a file of chat prompts,
+    one a line, that get up to `response` tokens each later; for them the engine takes longer sequences than its options
+    say, up to `longest`.
     """
 
     model: str

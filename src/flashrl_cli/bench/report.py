@@ -1,7 +1,7 @@
 """The report of a benchmark: a table, sentences, and one document.
 
-Sentences claim no more than repeats of the same measurement allow: a speed-up lies between the slowest repeat over the fastest of bf16
-and the other way round; where that includes 1, nothing is claimed.
+Sentences claim no more than repeats of the same measurement allow: a speed-up lies between the slowest repeat over the
+fastest of bf16 and the other way round; where that includes 1, nothing is claimed.
 """
 
 from __future__ import annotations

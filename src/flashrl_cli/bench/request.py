@@ -1,6 +1,7 @@
-"""A request for a benchmark: the options that were given, and everything they name looked up, before an engine is started.
+"""A request for a benchmark: the options that were given, and all that they name, looked up before an engine starts.
 
-The model is one on disk or on the hub, or the shape of a known one with random weights. The machine is a CPU or the visible GPUs.
+The model is one on disk or on the hub, or the shape of a known one with random weights. The machine is a CPU or the
+visible GPUs.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ SHAPES = tuple(name.lower() for name in QWEN25)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """`config` is its config.json; `hf` its folder, None for a shape. `fingerprint` changes with anything that is measured of it."""
+    """`config` is its config.json, `hf` its folder (None for a shape); `fingerprint` changes with what is measured."""
 
     name: str
     config: dict[str, Any]
@@ -213,7 +214,7 @@ DEFAULTS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mismatch:
-    """What rollout and trainer are compared on: `samples` responses to `questions` in turn; the trainer computes in `dtype`."""
+    """`samples` responses to `questions` in turn, which rollout and trainer score; the trainer computes in `dtype`."""
 
     questions: tuple[Question, ...]
     samples: int
@@ -250,9 +251,10 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is complete: `options` as asked, `engine` the same with the share of memory that is free, `defaults` what was not asked.
+    """A complete request: `options` as asked, `engine` the same with the share of memory that is free.
 
-    `longest` is what sequences of the mismatch may have: the limit that was given, else the model's; None for no limit.
+    `defaults` are options that were not given. `longest` is what sequences of the mismatch may have: the limit that was
+    given, else the model's; None for no limit.
     """
 
     model: Model
@@ -293,7 +295,10 @@ class Request:
 
 
 def plan(asked: Asked) -> Request:
-    """Look up everything; raises InputError for what cannot be measured, EnvironmentNotReady where there is nothing to measure on."""
+    """Look up everything that the options name.
+
+    Raises InputError for what cannot be measured, EnvironmentNotReady where there is nothing to measure on.
+    """
     chosen = job.parse(asked.rollout, asked.profile)
     batches = _batches(asked.batch)
     _check_mismatch(asked)
@@ -378,7 +383,7 @@ def _check_kind(variant: Variant, name: str, shape: ModelShape) -> None:
 
 
 def _check_blocks(shape: ModelShape, name: str, tensor_parallel: int) -> None:
-    """Raise InputError for FP8 in blocks of a model whose layers, or parts of them on a GPU, are no whole blocks or a single one."""
+    """Raise InputError for a model whose layers, or a GPU's parts of them, are not several whole blocks."""
     if broken := unfilled(shape, tensor_parallel):
         part = f"a GPU's part of {', '.join(broken)} of {name} at --tp {tensor_parallel}"
         raise InputError(
@@ -399,7 +404,7 @@ def _mismatch(asked: Asked, usual: Defaults) -> Mismatch:
 
 
 def _options(asked: Asked, found: Model, batch: int, length: int) -> EngineOptions:
-    """Options of the engine. Raises InputError for sequences that are longer than the model or the limit that was given."""
+    """Options of the engine. Raises InputError for sequences longer than the model or the given limit allows."""
     limit = asked.max_model_len or length
     if limit < length:
         raise InputError(

@@ -1,7 +1,7 @@
 """Measure what was asked for: an engine for each variant in turn, then one scorer for what they sampled.
 
-Each finished point is one file, so that an interrupted benchmark goes on where it was. How long the points that are left will take is
-estimated from those that are done; a budget of time leaves out what it has no room for.
+Each finished point is one file, so that an interrupted benchmark goes on where it was. How long the points that are
+left will take is estimated from those that are done; a budget of time leaves out what it has no room for.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _point(request: Request, variant: Variant, kind: str, asked: dict[str, Any],
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a variant, or the rest of it, has no figures. `left_out` says that the budget had no room, which is no failure."""
+    """Why a variant, or the rest of it, has no figures; `left_out`: the budget had no room, which is no failure."""
 
     message: str
     hint: str | None = None
@@ -129,7 +129,10 @@ class Pace:
         self._seconds[point.like] = seconds
 
     def expected(self, point: Point) -> float | None:
-        """Seconds that a point will take at most; None if nothing like it was measured. A larger batch takes no more a sequence."""
+        """Seconds that a point will take at most; None if nothing like it was measured.
+
+        A sequence of a larger batch takes no longer than one of a smaller.
+        """
         if point.like in self._seconds:
             return self._seconds[point.like]
         batch = point.asked.get("batch", FIT)
@@ -266,7 +269,7 @@ def _usual(request: Request) -> Mapping[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How progress is reported: in words, by points that are done, with a note; `finished` is called after each that was measured."""
+    """How progress is reported: in words, and by points that are done; `finished` is called after each measured one."""
 
     say: Callable[[str], None]
     advance: Callable[[int, str], None]
@@ -396,7 +399,7 @@ class Session:
 
 
 def _check(variant: Variant, facts: dict[str, Any]) -> None:
-    """Raise EnvironmentNotReady if some worker holds something else than the variant: its figures would be another one's."""
+    """Raise EnvironmentNotReady if some GPU holds something else than the variant."""
     for holds in facts["holds"]:
         if problem := variant.contradiction(holds):
             raise EnvironmentNotReady(problem, hint="the engine's log tells more; `flashrl doctor` checks the plugins")

@@ -1,12 +1,13 @@
-"""How far the trainer's probabilities are from the rollout's: `python -m flashrl_cli.bench.scorer JOB.json` scores sampled responses.
+"""The mismatch of rollout and trainer: `python -m flashrl_cli.bench.scorer JOB.json` scores sampled responses.
 
-The trainer's are a forward pass of Transformers over whole sequences, as verl's trainer computes them: weights and activations in bf16
-(or float32), the log-softmax of the logits in float32 (as flash-attn's cross entropy does for
+The trainer's are a forward pass of Transformers over whole sequences, as verl's trainer computes them: weights and
+activations in bf16 (or float32), the log-softmax of the logits in float32 (as flash-attn's cross entropy does for
 verl/utils/torch_functional.py:logprobs_from_logits).
 
-r = p_train / p_rollout is the weight that truncated importance sampling gives a token. KL(rollout || train) is estimated from samples
-of the rollout by k1 = -log r and by k3 = r - 1 - log r, which is never negative and varies less (J. Schulman, Approximating KL
-Divergence, 2020). The effective sample size is Kish's, (sum r)² / sum r², as a share of the samples (L. Kish, Survey Sampling, 1965).
+r = p_train / p_rollout is the weight that truncated importance sampling gives a token. KL(rollout || train) is
+estimated from samples of the rollout by k1 = -log r and by k3 = r - 1 - log r, which is never negative and varies less
+(J. Schulman, Approximating KL Divergence, 2020). The effective sample size is Kish's, (sum r)² / sum r², as a share of
+the samples (L. Kish, Survey Sampling, 1965).
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ _LARGEST = 600.0
 
 
 def statistics(rollout: Any, train: Any, lengths: Any) -> dict[str, Any]:
-    """Statistics of natural log-probs [T] of sampled tokens by rollout and trainer; `lengths` [S] of the sequences that they make up.
+    """Statistics of natural log-probs [T] of sampled tokens by rollout and trainer.
 
-    Raises ValueError for shapes that do not fit, and for values that are no log-probs.
+    `lengths` [S] are those of the sequences that the tokens make up. Raises ValueError for shapes that do not fit, and
+    for values that are no log-probs.
     """
     before, after = (np.asarray(values, dtype=np.float64) for values in (rollout, train))
     counts = np.asarray(lengths, dtype=np.int64)
@@ -63,7 +65,7 @@ def statistics(rollout: Any, train: Any, lengths: Any) -> dict[str, Any]:
 
 
 def weights(log_ratios: NDArray[np.float64]) -> dict[str, float]:
-    """Of weights r with these logarithms: mean, least and greatest, the shares above each cap, and the effective sample size."""
+    """Of weights r, given as log r: mean, least, greatest, the shares above each cap, and the effective sample size."""
     ratios = np.exp(np.minimum(log_ratios, _LARGEST))
     scaled = np.exp(log_ratios - log_ratios.max())  # their squares must not overflow
     above = {f"above_{cap:g}": float(np.mean(ratios > cap)) for cap in CAPS}
@@ -108,7 +110,7 @@ class Scorer:
         self._dtype = dtype
 
     def score(self, file: Path, emit: server.Emit) -> dict[str, Any]:
-        """Mismatch of the samples in `file`: `statistics`, the mean entropy in nats, and whether that is a random policy's."""
+        """`statistics` of the samples in `file`, the mean entropy in nats, and whether that is a random policy's."""
         samples = Samples.read(file)
         train: list[list[float]] = [[] for _ in samples.responses]
         entropy = 0.0

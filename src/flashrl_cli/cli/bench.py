@@ -103,7 +103,8 @@ def bench(
 ) -> None:
     """Measure kinds of rollouts: speed, refits, mismatch.
 
-    Output tokens a second, prefill included; seconds of a weight update; log-probs against the trainer's. Goes on where it was.
+    Output tokens a second, prefill included; seconds of a weight update; log-probs against the trainer's. Goes on where
+    it was.
 
     flashrl bench --model shape:7b --rollout bf16,int8,fp8 --refit
 

@@ -1,4 +1,4 @@
-"""What `flashrl doctor` alone judges of a machine: probes read without changing anything, and checks judge what they found.
+"""Checks that only `flashrl doctor` makes: `probe_*` read the machine, without changing it, and the others judge.
 
 The original system (distribution `flash-llm-rl`) installs a command `flashrl` too, and appends `import flash_rl` to
 `usercustomize.py` in site-packages (its setup.py and flash_rl/commands.py), which changes vLLM in every process.
@@ -124,7 +124,7 @@ def other_scripts(found: Sequence[Script], claims: Mapping[str, str]) -> Iterato
 
 
 def leftovers(files: Iterable[str], *, importable: bool, variables: Iterable[str]) -> Iterator[Finding]:
-    """Yield what is left of the original system; with its package `importable`, a startup file changes vLLM in every process."""
+    """Yield what is left of the original; a startup file changes vLLM where the original's package is `importable`."""
     for file in files:
         fix = f"delete the line with {PATCH} in {file}"
         if importable:
@@ -280,7 +280,7 @@ def probe_limits() -> tuple[int, int]:
 
 
 def limits(open_files: int, locked: int, stack: str) -> Iterator[Finding]:
-    """Yield whether the limits of this shell, which everything that it starts inherits, are high enough (-1 for no limit)."""
+    """Yield whether this shell's limits, which all that it starts inherits, are high enough (-1 for no limit)."""
     wanted = OPEN_FILES[stack]
     if open_files == resource.RLIM_INFINITY or open_files >= wanted:
         yield ok("open files", "no limit" if open_files == resource.RLIM_INFINITY else f"{open_files}")

@@ -1,6 +1,7 @@
-"""The reload test: does an engine on this machine take new weights, and answer with them? doctor.reload_engine measures, this judges.
+"""The reload test: whether an engine on this machine takes new weights, and answers with them.
 
-It is what a run's rollouts rest on: an engine that keeps its old weights, or mixes two policies, trains towards nothing unnoticed.
+doctor.reload_engine measures, this judges. A run's rollouts rest on it: an engine that keeps its old weights, or mixes
+two policies, trains towards nothing unnoticed.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ LIMIT_S = 180.0
 LARGEST_ERROR = 0.3
 """Share of the change between two policies by which log-probs may miss the new one's.
 
-By fake quantization in PyTorch INT8 takes 0.02 of it and FP8 0.08, oneDNN's INT8 on a CPU without VNNI 0.1 (its 16-bit sums saturate);
-one projection that kept its old weights takes 0.54 or more.
+By fake quantization in PyTorch INT8 takes 0.02 of it and FP8 0.08, oneDNN's INT8 on a CPU without VNNI 0.1 (its 16-bit
+sums saturate); one projection that kept its old weights takes 0.54 or more.
 """
 TRAINS_WITHOUT = "`flashrl train --rollout bf16` trains without 8 bits"
 
@@ -43,7 +44,7 @@ def reload_test(precision: str) -> tuple[list[Finding], dict[str, Any] | None]:
 
 
 def _lack(precision: str) -> Finding | None:
-    """That this machine has no kernel for a precision, found before an engine starts and dies of it; None if it has one."""
+    """The finding that this machine has no kernel for a precision, before an engine starts; None if it has one."""
     if software.installed_stack(software.probe_versions()) is software.CPU:
         return next(system.cpu_lacks(precision), None)
     reason = gpus.lacks(precision, gpus.seen())
@@ -51,7 +52,7 @@ def _lack(precision: str) -> Finding | None:
 
 
 def judge(precision: str, measured: Mapping[str, Any]) -> Iterator[Finding]:
-    """Findings from what `reload_engine` measured: what the engine holds, reads, makes, and that it comes back to where it was."""
+    """Findings from what reload_engine measured: what the engine holds, reads and makes, and whether it returns."""
     yield _holds(precision, measured)
     for name, key, what in (
         ("refit", "read_error", "log-probs of given tokens"),
@@ -95,7 +96,7 @@ def environment(folder: Path) -> dict[str, str]:
     """One process, offline, with our plugin for vLLM, and nothing of a run's."""
     fixed = {
         contract.ENV_ROLLOUT: contract.PLAIN.text(),
-        # vLLM compiles what counts ranks of log-probs, which takes longer than all the rest (vllm/v1/sample/ops/logprobs.py)
+        # vLLM compiles what counts ranks of log-probs, which takes longer than all else (vllm/v1/sample/ops/logprobs.py)
         "TORCHDYNAMO_DISABLE": "1",
     }
     return client.environment(folder, None, client.ONE_PROCESS | fixed)

@@ -1,8 +1,8 @@
 """The engine process of the reload test: `python -m flashrl_cli.doctor.reload_engine JOB.json`.
 
-A tiny Qwen2 is loaded with dummy weights, as training loads it, and takes two policies in turn: A, B, and A again. What it answers with B
-is compared with Transformers on the CPU, in float32. Random weights of usual size would sample about uniformly and hide a broken refit;
-these are large, so that the two policies differ by nats.
+A tiny Qwen2 is loaded with dummy weights, as training loads it, and takes two policies in turn: A, B, and A again. What
+it answers with B is compared with Transformers on the CPU, in float32. Random weights of usual size would sample about
+uniformly and hide a broken refit; these are large, so that the two policies differ by nats.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VOCABULARY = 512
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 """Shapes that every 8-bit kernel takes; heads of 64."""
 SPREAD, EMBEDDING_SPREAD = 0.05, 0.1
-"""Standard deviations of the layers' weights and of the embedding's, which is the head; those of an untrained Qwen2 are 0.02.
+"""Standard deviations of the weights of layers and of the embedding, which is the head; an untrained Qwen2 has 0.02.
 
 With a larger embedding each token would be followed by itself, whatever the layers say.
 """
@@ -63,7 +63,7 @@ def policy(folder: Path, seed: int) -> Qwen2ForCausalLM:
 
 
 def start(folder: Path, precision: str) -> Any:
-    """An engine for the architecture in `folder`, with dummy weights. On CUDA with graphs for decoding, which a refit must not break."""
+    """An engine for the architecture in `folder`; on CUDA with graphs for decoding, which a refit must not break."""
     graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, SEQUENCES]}
     memory = {"gpu_memory_utilization": MEMORY}
     return engine.start(
@@ -79,7 +79,10 @@ def start(folder: Path, precision: str) -> Any:
 
 
 def measure(llm: Any, folder: Path, models: dict[str, Qwen2ForCausalLM]) -> dict[str, Any]:
-    """What the engine holds after three refits, and mean |difference| of log-probs, nats, of the tokens it reads and of those it makes."""
+    """What the engine holds after three refits, and how far its log-probs are from Transformers'.
+
+    Mean |difference| in nats, of the tokens that it reads and of those that it makes.
+    """
     holds, answers = [], []
     for name in "ABA":
         holds.append(engine.refit(llm, Weights(hf=folder / name).plain()))

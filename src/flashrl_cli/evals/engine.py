@@ -1,7 +1,7 @@
-"""The engine process of an evaluation: `python -m flashrl_cli.evals.engine JOB.json` answers questions with one checkpoint after another.
+"""The engine process of an evaluation: `python -m flashrl_cli.evals.engine JOB.json`.
 
-One vLLM engine serves all checkpoints of an architecture, and takes their weights in place. Tokens go in and tokens come out, so that
-each checkpoint is read with its own tokenizer and chat template.
+One vLLM engine serves all checkpoints of an architecture, and takes their weights in place. Tokens go in and tokens
+come out, so that each checkpoint is read with its own tokenizer and chat template.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Outgrown(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """How prompts become tokens for a checkpoint: its tokenizer, ids that end a response, the longest prompt's tokens, the largest id."""
+    """A checkpoint's tokenizer, the ids that end a response, tokens of the longest prompt, the largest id of all."""
 
     tokenizer: Any
     stop: list[int]
@@ -49,8 +49,9 @@ class _Text:
 class Generator:
     """One vLLM engine for the architecture of `job.start`, which takes the weights of checkpoints in place.
 
-    `prompts` are all that will be asked: they say how long a sequence gets. Raises InputError before vLLM starts if one leaves no
-    room for a response, Unreadable for a tokenizer that cannot be used or quantized weights that are not complete.
+    `prompts` are all that will be asked: they say how long a sequence gets. Raises InputError before vLLM starts if one
+    leaves no room for a response, Unreadable for a tokenizer that cannot be used or quantized weights that are not
+    complete.
     """
 
     def __init__(self, job: Job, prompts: Sequence[engine.Messages]) -> None:
@@ -83,11 +84,11 @@ class Generator:
         )
 
     def load(self, weights: Weights) -> dict[str, Any]:
-        """Take `weights`, their tokenizer and stop tokens, unless held already; what the engine holds then (a contract.Handshake).
+        """Take `weights`, their tokenizer and stop tokens, unless held already; the engine's contract.Handshake.
 
-        Raises Unreadable for weights that cannot be read and a tokenizer that does not fit them, Spoilt if the engine holds no policy
-        after that, Outgrown if another engine must answer for them, and EnvironmentNotReady if they are not held in the precision asked
-        for: what was not quantized must not pass for it.
+        Raises Unreadable for weights that cannot be read and a tokenizer that does not fit them, Spoilt if the engine
+        holds no policy after that, Outgrown if another engine must answer for them, and EnvironmentNotReady if they are
+        not held in the precision asked for: what was not quantized must not pass for it.
         """
         if self._is_held(weights):
             return self._holds

@@ -1,8 +1,8 @@
-"""What an evaluation asks of its engine process (worker.protocol): the job, and an order for each checkpoint and data set.
+"""What an evaluation asks of its engine process: the job, and an order for each checkpoint and data set.
 
-Events are `stage` (text), `loaded` (holds: a contract.Handshake), `advance` (prompts, tokens), and one that ends the order: `done`
-(seconds), `skipped` (reason; ends: whether the process ends with it), or `restart`, with which the process ends and the order is given
-to one that starts with its checkpoint.
+Events (worker.protocol) are `stage` (text), `loaded` (holds: a contract.Handshake), `advance` (prompts, tokens), and
+one that ends the order: `done` (seconds), `skipped` (reason; ends: whether the process ends with it), or `restart`,
+with which the process ends and the order is given to one that starts with its checkpoint.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """How the engine runs: `rollout` is the precision of the linear layers, `max_model_len` (tokens) None means as the prompts need.
+    """How the engine runs: `rollout` is the precision of the linear layers.
 
-    `gpu_memory_utilization` is the share of each GPU's memory that vLLM takes, None its default; `tensor_parallel` counts GPUs;
-    `profile` is the absolute path of a smoothing profile.
+    `max_model_len` is in tokens, None as many as the prompts need. `gpu_memory_utilization` is the share of each GPU's
+    memory that vLLM takes, None its default; `tensor_parallel` counts GPUs; `profile` is the absolute path of a
+    smoothing profile.
     """
 
     rollout: str = "bf16"
@@ -48,7 +49,7 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One engine: `start` is the HF folder of its architecture; `quantized` the method, if its weights are quantized already.
+    """One engine: `start` is an HF folder with its architecture; `quantized` is the method of quantized weights.
 
     `work` is a folder for the questions, one file for each of `data_sets` data sets.
     """
@@ -82,7 +83,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """Answer the questions of data set `data` with the checkpoint `weights`, except the `answered` ones; append to the file `answers`."""
+    """Answer the questions of data set `data`, except the `answered` ones, with `weights`, into the file `answers`."""
 
     weights: Weights
     data: int
@@ -117,9 +118,9 @@ HINTS = {
 
 @contextlib.contextmanager
 def engine(job: Job, log: Path, devices: str | None = None) -> Iterator[client.Worker]:
-    """An engine for `job`, on the GPUs `devices` (as in CUDA_VISIBLE_DEVICES) if given, which takes Orders; its output goes to `log`.
+    """An engine for `job`, which takes Orders; its output goes to `log`.
 
-    However the caller leaves, nothing stays running.
+    `devices` are as in CUDA_VISIBLE_DEVICES, None for all. However the caller leaves, nothing stays running.
     """
     env = client.environment(job.work, devices, client.ONE_PROCESS)
     who = "the evaluation engine"

@@ -20,7 +20,7 @@ PINNED_CUDA = 13
 
 
 COMPATIBLE = Path("/usr/local/cuda/compat")
-"""NVIDIA's cuda-compat, with which an older driver of a data centre's GPU serves a newer CUDA; its images have it here."""
+"""NVIDIA's cuda-compat, with which an older driver of a data centre's GPU serves a newer CUDA."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ PRECISIONS = {
 NOTHING: Mapping[str, str] = MappingProxyType({})
 AMD = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 CACHE = Precision((9, 0), (10, 0))
-"""FP8 KV caches: elsewhere vLLM takes FlashInfer for them (platforms/cuda.py:142 in 0.24), which does not read new scales."""
+"""FP8 KV caches: elsewhere vLLM uses FlashInfer for them (platforms/cuda.py:142 in 0.24), which reads no new scales."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +96,9 @@ def vendors(
 ) -> Iterator[Finding]:
     """Yield variables of an AMD environment that end verl's workers (verl/single_controller/base/worker.py:231).
 
-    `count` is the number of devices of a run on a node, None if unknown; `preset` are the variables of its `env`. Ray sets
-    CUDA_VISIBLE_DEVICES for every worker that has a device, on the CPU stack, too. A variable that is empty does not count.
+    `count` is the number of devices of a run on a node, None if unknown; `preset` are the variables of its `env`. Ray
+    sets CUDA_VISIBLE_DEVICES for every worker that has a device, on the CPU stack, too. A variable that is empty does
+    not count.
     """
     ray_sets = not environment.get("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES")
     cuda = environment.get("CUDA_VISIBLE_DEVICES") or ("0" if ray_sets else "")
@@ -128,7 +129,7 @@ def driver(gpus: Sequence[Gpu], cuda: int, *, compatible: bool) -> Iterator[Find
 
 
 def cuda_of(torch: str) -> int:
-    """Major version of CUDA that a version of torch is built for: `2.11.0+cu128` says 12, no local part is the pinned one's."""
+    """Major version of CUDA that a torch is built for: 12 for `2.11.0+cu128`, the pinned one without a local part."""
     _, _, local = torch.partition("+cu")
     return int(local[:2]) if local[:2].isdigit() else PINNED_CUDA
 

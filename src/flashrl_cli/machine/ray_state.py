@@ -1,8 +1,8 @@
 """Ray on this machine: a cluster that a run would join, the folder of its own Ray, daemons left behind, ports in use.
 
-`ray.init()` without an address, as verl calls it, joins the cluster of `RAY_ADDRESS`, else the one that `ray start` noted in
-`ray_current_cluster` of Ray's folder, whether it still runs or not (ray/_private/services.py:413). That folder is its argument
-`_temp_dir`, or `ray` below RAY_TMPDIR, else below TMPDIR, else below /tmp (ray/_common/utils.py:327).
+`ray.init()` without an address, as verl calls it, joins the cluster of `RAY_ADDRESS`, else the one that `ray start`
+noted in `ray_current_cluster` of Ray's folder, whether it still runs or not (ray/_private/services.py:413). That folder
+is its argument `_temp_dir`, or `ray` below RAY_TMPDIR, else below TMPDIR, else below /tmp (ray/_common/utils.py:327).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Folder:
 
 
 def folder(environment: Mapping[str, str], arguments: Mapping[str, object] = NOTHING) -> Folder:
-    """Ray's folder in an environment; `arguments` are those of `ray.init`. A variable that is set and empty counts, too."""
+    """Ray's folder in an environment; `arguments` are those of `ray.init`. An empty variable counts, too."""
     if given := arguments.get("_temp_dir"):
         return Folder(str(given), "_temp_dir")
     name = next((name for name in FOLDER_VARIABLES if name in environment), None)

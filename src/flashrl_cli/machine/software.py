@@ -1,9 +1,9 @@
 """The two pinned stacks, what is installed of them, and flashrl's entry points in verl and vLLM.
 
-The tables say what requirements/gpu.txt and requirements/cpu.txt pin (a test compares them). Versions are read from the metadata of
-distributions: importing torch to ask it would take longer than all other checks together. Both verl and vLLM swallow a failure to load
-an entry point (verl/__init__.py at DEBUG level, vllm/plugins/__init__.py with a log line), so that a broken plugin would be found only
-when a rollout worker fails to prove its precision.
+The tables say what requirements/gpu.txt and requirements/cpu.txt pin (a test compares them). Versions are read from the
+metadata of distributions: importing torch to ask it would take longer than all other checks together. Both verl and
+vLLM swallow a failure to load an entry point (verl/__init__.py at DEBUG level, vllm/plugins/__init__.py with a log
+line), so that a broken plugin would be found only when a rollout worker fails to prove its precision.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def installed_stack(versions: Mapping[str, str]) -> Stack | None:
 
 
 def install_extra(name: str) -> str:
-    """The command that installs an optional part of flashrl (an extra of pyproject.toml): flashrl is on no package index."""
+    """The command that installs an extra of pyproject.toml; flashrl is on no package index."""
     root = paths.checkout()
     where = "" if root else " in a checkout of flashrl"
     return f"pip install -e {shlex.quote(f'{root or Path()}[{name}]')}{where}"
@@ -144,8 +144,9 @@ def stack_for(platform: str, versions: Mapping[str, str]) -> Iterator[Finding]:
 def flash_attention(versions: Mapping[str, str], instead: str) -> Finding:
     """Whether flash-attn is installed on a machine with GPUs; `instead` are the options of a run that does without.
 
-    verl 0.9.1 asks for flash_attention_2 unless told otherwise (verl/workers/config/model.py:185) and falls back to nothing.
-    Transformers takes a kernel from the hub if the package `kernels` is installed (transformers/modeling_utils.py:1936).
+    verl 0.9.1 asks for flash_attention_2 unless told otherwise (verl/workers/config/model.py:185) and falls back to
+    nothing. Transformers takes a kernel from the hub if the package `kernels` is installed
+    (transformers/modeling_utils.py:1936).
     """
     if "flash-attn" in versions:
         return ok("flash-attn", versions["flash-attn"])

@@ -27,7 +27,7 @@ def has_avx512(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def cpu_lacks(precision: str, *, kv8: bool = False) -> Iterator[Finding]:
-    """Yield what vLLM has no kernel for on a CPU, of a precision and of an FP8 KV cache, and what runs there instead."""
+    """Yield that vLLM has no kernel for a precision or an FP8 KV cache on a CPU, and what runs there instead."""
     if precision.startswith("fp8"):
         yield fail(
             "rollout.precision",
@@ -40,10 +40,11 @@ def cpu_lacks(precision: str, *, kv8: bool = False) -> Iterator[Finding]:
 
 
 def sockets(environment: Mapping[str, str], *, training: bool = True) -> Iterator[Finding]:
-    """Yield what keeps vLLM, Python's pools of processes and, when `training`, verl's weight transfer from making their sockets.
+    """Yield what keeps vLLM, Python's process pools and, when `training`, verl's weight transfer from making sockets.
 
-    Python makes them in its folder for temporary files (`pymp-…/listener-…`), vLLM there or in VLLM_RPC_BASE_PATH, named by a UUID
-    (vllm/utils/network_utils.py), verl in /tmp whatever is set (verl/workers/rollout/vllm_rollout/vllm_rollout.py:141).
+    Python makes them in its folder for temporary files (`pymp-…/listener-…`), vLLM there or in VLLM_RPC_BASE_PATH,
+    named by a UUID (vllm/utils/network_utils.py), verl in /tmp whatever is set
+    (verl/workers/rollout/vllm_rollout/vllm_rollout.py:141).
     """
     name = next((name for name in PYTHON_TMP if (path := environment.get(name)) and _takes_files(path)), TMP)
     places = {name: "/pymp-12345678/listener-12345678"}
@@ -61,7 +62,7 @@ def sockets(environment: Mapping[str, str], *, training: bool = True) -> Iterato
 
 
 def check_sockets(environment: Mapping[str, str]) -> None:
-    """Raise EnvironmentNotReady if engines and graders that are started in `environment` could not make their sockets."""
+    """Raise EnvironmentNotReady if engines and graders in this `environment` could not make their sockets."""
     for finding in sockets(environment, training=False):
         raise EnvironmentNotReady(finding.text, hint=finding.fix)
 
@@ -73,7 +74,8 @@ def _takes_files(folder: str) -> bool:
 def checkpoints(one: int, kept: int | None, free: int, *, nodes: int, folder: str, keep_fewer: str) -> Finding:
     """Whether checkpoints of `one` byte size fit into `free` bytes; `kept` is their number, None for an unknown one.
 
-    Each node writes its own share; whether to one disk or its own cannot be seen here, so only a share that does not fit is certain.
+    Each node writes its own share; whether to one disk or its own cannot be seen here, so only a share that does not
+    fit is certain.
     """
     if kept == 0:
         return ok("checkpoints", "none are saved")

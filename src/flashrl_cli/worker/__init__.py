@@ -1,1 +1,1 @@
-"""Child processes that hold an engine for the command line: their protocol, both of its sides, and the factory of vLLM engines."""
+"""Child processes that hold an engine for the command line: protocol, client, server, and the factory of engines."""

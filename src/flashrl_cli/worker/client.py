@@ -1,4 +1,4 @@
-"""The command line's side of a worker process: start it in a group of its own, give it orders, and end it with all that it started."""
+"""The command line's side of a worker process: start it, give it orders, and end it with all that it started."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class Worker:
     def ask(self, order: Mapping[str, Any], *, limit_s: float | None = None) -> Iterator[dict[str, Any]]:
         """Give an order; its events as they come, up to one of protocol.LAST.
 
-        Raises the error that the process reports, and RunFailed if it died or did not end the order within `limit_s` seconds.
+        Raises the error that the process reports, and RunFailed if it died or did not end the order within `limit_s`
+        seconds.
         """
         orders, events = self._process.stdin, self._process.stdout
         with contextlib.suppress(BrokenPipeError):  # a process that died says why below
@@ -105,9 +106,10 @@ def worker(
 def environment(
     plugins: Path, devices: str | None, fixed: Mapping[str, str], defaults: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Environment of a process with a vLLM engine: offline, with our plugin for vLLM, whose handshakes go to the folder `plugins`.
+    """Environment of a process with a vLLM engine: offline, and with flashrl's plugin for vLLM.
 
-    `devices` are as in CUDA_VISIBLE_DEVICES; `fixed` variables are set whatever the user's environment says, `defaults` are not.
+    The plugin's handshakes go to the folder `plugins`. `devices` are as in CUDA_VISIBLE_DEVICES; `fixed` variables are
+    set whatever the user's environment says, `defaults` are not.
     """
     ours = {contract.ENV_PLUGIN_DIR: str(plugins), "HF_HUB_OFFLINE": "1"}
     visible = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
@@ -117,7 +119,7 @@ def environment(
 
 @contextlib.contextmanager
 def group(argv: Sequence[str], env: Mapping[str, str], stderr: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A process with pipes to its stdin and stdout, in a group of its own, all of which is killed when the caller leaves."""
+    """A process with pipes to its stdin and stdout, in a group of its own, which is killed when the caller leaves."""
     process = subprocess.Popen(
         argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, start_new_session=True
     )

@@ -41,9 +41,9 @@ def is_cpu() -> bool:
 
 
 def refit(llm: Any, source: Mapping[str, Any]) -> dict[str, Any]:
-    """Have all workers read the weights `source` (a Weights as plain data) from disk; what the first holds then (a contract.Handshake).
+    """Have all ranks read `source` (a Weights as plain data); the first's contract.Handshake, as plain data.
 
-    Raises Unreadable for weights that no worker took, Spoilt if the engine holds no complete policy after that.
+    Raises Unreadable for weights that no rank took, Spoilt if the engine holds no complete policy after that.
     """
     ranks: list[dict[str, Any]] = llm.collective_rpc("load_from_disk", args=(source,))
     failed = [rank for rank in ranks if "unreadable" in rank]
@@ -73,10 +73,10 @@ def tokens_of(tokenizer: Any, prompt: Messages) -> list[int]:
 
 
 def stop_tokens(folder: Path, tokenizer: Any) -> list[int]:
-    """Ids that end a response: the tokenizer's, and those of generation_config.json or else of config.json. Raises Unreadable.
+    """Ids that end a response: the tokenizer's, and those of generation_config.json or else of config.json.
 
-    Transformers and vLLM take the file as it is where there is one; what the model's config names as its ends is taken here even if
-    the file names none.
+    Raises Unreadable. Transformers and vLLM take the file as it is where there is one; what the model's config names as
+    its ends is taken here even if the file names none.
     """
     file = folder / "generation_config.json"
     config = read_json(folder / "config.json")

@@ -1,8 +1,9 @@
 """What the command line and a worker process say to each other.
 
-A worker is `python -m MODULE JOB.json`. The job is one JSON object in a file that is written before the process starts. Orders are JSON
-objects, one a line, on its stdin; the process ends itself when that closes. Events are JSON objects, one a line, on its stdout, with a
-key `event`. Any number of them answers an order, up to one of LAST, or up to `error`, with which the process ends.
+A worker is `python -m MODULE JOB.json`. The job is one JSON object in a file that is written before the process starts.
+Orders are JSON objects, one a line, on its stdin; the process ends itself when that closes. Events are JSON objects,
+one a line, on its stdout, with a key `event`. Any number of them answers an order, up to one of LAST, or up to `error`,
+with which the process ends.
 """
 
 from __future__ import annotations

@@ -43,7 +43,10 @@ def run(serve: Callable[[dict[str, Any], Orders, Emit], None]) -> None:
 
 
 def begin() -> tuple[Orders, Emit]:
-    """Orders as they come, and how to send events. From here on the process ends with its parent, and at once with any error."""
+    """Orders as they come, and how to send events.
+
+    From here on the process ends with its parent, and at once with any error.
+    """
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(lines,), daemon=True).start()
     sys.excepthook = _end_with_traceback
@@ -51,7 +54,7 @@ def begin() -> tuple[Orders, Emit]:
 
 
 def end_with_parent(number: int) -> None:
-    """Have the kernel send signal `number` to this process when its parent dies; Linux only, nothing happens elsewhere."""
+    """Have the kernel send signal `number` to this process when its parent dies; only Linux does."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
@@ -83,9 +86,10 @@ def _end_with_traceback(kind: type[BaseException], error: BaseException, trace: 
 
 
 def _listen(lines: queue.SimpleQueue[bytes]) -> None:
-    """Pass orders on, and end with the other side: taking vLLM down politely takes seconds, and nothing of it is needed any more.
+    """Pass orders on, and end with the other side.
 
-    Without `sys.stdin`: its lock, held by a waiting reader, would be held for ever in what vLLM forks.
+    Taking vLLM down in order takes seconds, and nothing of it is needed any more. Without `sys.stdin`: its lock, held
+    by a waiting reader, would be held for ever in what vLLM forks.
     """
     rest = b""
     while chunk := os.read(0, 1 << 16):

@@ -96,7 +96,8 @@ def obedient(precision: str, asked: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Workers:
-    """Stands in for `client.worker`: `asked` are kinds of orders by variant (or "scorer"), `running` counts those that are up."""
+    """Stands in for `client.worker`: `asked` are kinds of orders by variant (or "scorer"), `running` counts those that
+    are up."""
 
     answer: Answer = obedient
     asked: list[tuple[str, str]] = field(default_factory=list)

@@ -1,4 +1,5 @@
-"""What processes that measure are told, and what they sampled, comes back as it was written; the engine's loop, without vLLM."""
+"""What processes that measure are told, and what they sampled, comes back as it was written; the engine's loop, without
+vLLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What the doctor alone judges: commands of the same name, packages, GPUs, disk, memory, limits, Ray's leftovers, the hub."""
+"""What the doctor alone judges: commands of the same name, packages, GPUs, disk, memory, limits, Ray's leftovers, the
+hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The engine process of an evaluation, without vLLM: what ends an order and the process, and one engine for several checkpoints."""
+"""The engine process of an evaluation, without vLLM: what ends an order and the process, and one engine for several
+checkpoints."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def test_the_hints_are_for_causes_that_exist() -> None:
 
 
 class Scripted:
-    """Answers all prompts; weights called `torn`, `spoilt` or `longer` cannot be taken, nor can a start called `bad`."""
+    """Answers all prompts; weights called `torn`, `spoilt` or `longer` cannot be taken, nor can a start called
+    `bad`."""
 
     started = 0
 
@@ -229,7 +231,8 @@ def test_what_cannot_be_taken_leaves_the_one_before(started: Any, tmp_path: Path
 
 
 def test_other_weights_in_the_same_place_are_loaded(started: Any, tmp_path: Path) -> None:
-    """A run that starts over writes its steps anew; a step that was removed stays in the engine until another is loaded."""
+    """A run that starts over writes its steps anew; a step that was removed stays in the engine until another is
+    loaded."""
     one = say(checkpoint(tmp_path, 1), shift=3)
     found = started(one)
     found.load(one.weights)

@@ -120,7 +120,8 @@ def test_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_variables_of_amd_that_end_verls_workers(environment, count, names, monkeypatch):
-    """What verl's own worker does with them, given the CUDA_VISIBLE_DEVICES that Ray gives each worker with a device."""
+    """What verl's own worker does with them, given the CUDA_VISIBLE_DEVICES that Ray gives each worker with a
+    device."""
     found = list(gpus.vendors(environment, count))
     assert [finding.name for finding in found] == [f"{name}_VISIBLE_DEVICES" for name in names]
     assert [finding.fix for finding in found] == [f"unset {name}_VISIBLE_DEVICES" for name in names]

@@ -80,7 +80,8 @@ def test_an_address_without_a_port_is_not_judged(address: str) -> None:
 
 
 def test_a_cluster_is_found_where_ray_looks_for_its_note(tmp_path: Path) -> None:
-    """Also tried: a note that is empty, one that is no UTF-8, a folder of that name, RAY_ADDRESS=auto with and without a note."""
+    """Also tried: a note that is empty, one that is no UTF-8, a folder of that name, RAY_ADDRESS=auto with and without
+    a note."""
     for folder in ("a", "b"):
         (tmp_path / folder / "ray").mkdir(parents=True)
         (tmp_path / folder / "ray/ray_current_cluster").write_text(f"{folder}:6379", encoding="utf-8")
@@ -132,7 +133,8 @@ def test_the_folder_is_the_one_that_ray_takes(environment, arguments, path, sour
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
 def test_a_folder_that_is_too_long_for_rays_sockets(tmp_path: Path, variable: str) -> None:
-    """The longest path that passes here also passes Ray's own check, and one byte more does not; a byte is no letter."""
+    """The longest path that passes here also passes Ray's own check, and one byte more does not; a byte is no
+    letter."""
     from ray._private.utils import validate_socket_filepath
 
     session = f"/ray/session_2026-11-28_09-20-00_123456_{os.getpid()}/sockets/plasma_store"
@@ -176,7 +178,8 @@ def test_avx512_is_read_from_the_processors_flags(tmp_path: Path) -> None:
 
 
 def test_sockets_of_engines_and_graders_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python takes the first of TMPDIR, TEMP and TMP that exists; vLLM takes VLLM_RPC_BASE_PATH whether it exists or not."""
+    """Python takes the first of TMPDIR, TEMP and TMP that exists; vLLM takes VLLM_RPC_BASE_PATH whether it exists or
+    not."""
     short, long = str(tmp_path / "s"), str(tmp_path / ("x" * 90))
     for folder in (short, long):
         Path(folder).mkdir()

@@ -1,4 +1,5 @@
-"""A worker gets its job and orders, its events and failures come back, and its end is certain; small scripts stand in for engines."""
+"""A worker gets its job and orders, its events and failures come back, and its end is certain; small scripts stand in
+for engines."""
 
 from __future__ import annotations
 

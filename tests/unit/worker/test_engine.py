@@ -1,4 +1,5 @@
-"""Every engine starts by one factory: the literal arguments that vLLM gets of each user, and what becomes of weights and tokenizers."""
+"""Every engine starts by one factory: the literal arguments that vLLM gets of each user, and what becomes of weights
+and tokenizers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The worker's side: lines of stdin become orders, nothing but events is on stdout, and it ends with its parent or an error."""
+"""The worker's side: lines of stdin become orders, nothing but events is on stdout, and it ends with its parent or an
+error."""
 
 from __future__ import annotations
 
@@ -105,7 +106,8 @@ def test_the_end_is_heard_though_a_forked_process_lives_on(tmp_path: Path) -> No
 
 
 def test_a_traceback_is_logged_though_a_library_has_replaced_stderr(tmp_path: Path) -> None:
-    """As torch.distributed does once a process group is there (torch/distributed/distributed_c10d.py, `_distributed_excepthook`)."""
+    """As torch.distributed does once a process group is there (torch/distributed/distributed_c10d.py,
+    `_distributed_excepthook`)."""
     script = (
         "ours = sys.excepthook\n"
         "def hook(*error):\n"
