@@ -119,7 +119,7 @@ def test_weights_import_only_the_standard_library(path: Path) -> None:
 
 STARTERS = {
     *("train", "worker/client.py", "evals/graders.py"),
-    *("data/truths.py", "machine/gpus.py", "doctor/docker.py"),
+    *("machine/gpus.py", "doctor/docker.py"),
 }
 """Modules, and one whole part, that may start processes."""
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -29,10 +29,13 @@ _TAIL_LINES = 15
 _WIDTH = 300
 
 
+Process = subprocess.Popen[bytes]
+
+
 class Worker:
     """A running worker process, `who` in messages; `hints` are fixes by cause (verl.causes), for when it dies."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path, who: str, hints: Mapping[str, str]) -> None:
+    def __init__(self, process: Process, log: Path, who: str, hints: Mapping[str, str]) -> None:
         self._process, self._log, self._who, self._hints = process, log, who, hints
 
     @property
@@ -118,7 +121,7 @@ def environment(
 
 
 @contextlib.contextmanager
-def group(argv: Sequence[str], env: Mapping[str, str], stderr: int) -> Iterator[subprocess.Popen[bytes]]:
+def group(argv: Sequence[str], env: Mapping[str, str], stderr: int = subprocess.DEVNULL) -> Iterator[Process]:
     """A process with pipes to its stdin and stdout, in a group of its own, which is killed when the caller leaves."""
     process = subprocess.Popen(
         argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, start_new_session=True
@@ -134,7 +137,7 @@ def group(argv: Sequence[str], env: Mapping[str, str], stderr: int) -> Iterator[
                     pipe.close()
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
+def _kill_group(process: Process) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
