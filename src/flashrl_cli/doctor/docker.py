@@ -71,7 +71,7 @@ class Folders:
 
 
 Words = tuple[tuple[str, ...], ...]
-"""A command line, cut into lines: an option stands with its value."""
+"""A command line, cut into lines: an option is on one line with its value."""
 
 
 def folders(inputs: Iterable[Path]) -> Folders:

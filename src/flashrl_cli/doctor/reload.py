@@ -96,7 +96,8 @@ def environment(folder: Path) -> dict[str, str]:
     """One process, offline, with our plugin for vLLM, and nothing of a run's."""
     fixed = {
         contract.ENV_ROLLOUT: contract.PLAIN.text(),
-        # vLLM compiles what counts ranks of log-probs, which takes longer than all else (vllm/v1/sample/ops/logprobs.py)
+        # vLLM compiles what counts ranks of log-probs (vllm/v1/sample/ops/logprobs.py), and that takes longer than
+        # all else
         "TORCHDYNAMO_DISABLE": "1",
     }
     return client.environment(folder, None, client.ONE_PROCESS | fixed)

@@ -34,14 +34,14 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workers]:
     assert found.running == 0
 
 
-class Told:
+class Heard:
     def __init__(self) -> None:
         self.words: list[str] = []
         self.done = 0
         self.finished: list[int] = []
 
     @property
-    def telling(self) -> Progress:
+    def progress(self) -> Progress:
         return Progress(say=self.words.append, advance=self._advance, finished=self._finished)
 
     def _finished(self, measured: Sequence[Measured]) -> None:
@@ -51,16 +51,16 @@ class Told:
         self.done += n
 
 
-def measure(folder: Path, rollout: str = "bf16,int8", told: Told | None = None, **changed: Any) -> Report:
+def measure(folder: Path, rollout: str = "bf16,int8", heard: Heard | None = None, **changed: Any) -> Report:
     asked = request(folder, rollout, **changed)
-    session = Session(asked, (told or Told()).telling)
+    session = Session(asked, (heard or Heard()).progress)
     session.work()
     return Report(asked, session.measured, ["flashrl", "bench"])
 
 
 def test_each_variant_has_an_engine_and_the_scorer_comes_last(workers: Workers, tmp_path: Path) -> None:
-    told = Told()
-    report = measure(tmp_path, told=told, model=HF, mismatch=MISMATCH, refit=True)
+    heard = Heard()
+    report = measure(tmp_path, heard=heard, model=HF, mismatch=MISMATCH, refit=True)
     engine = ["start", "speed", "speed", "sample", "refit"]
     assert workers.asked == [
         *(("bf16", kind) for kind in engine),
@@ -69,9 +69,9 @@ def test_each_variant_has_an_engine_and_the_scorer_comes_last(workers: Workers, 
         ("scorer", "score"),
     ]
     assert not report.failed
-    assert told.done == 12
-    assert told.finished == list(range(1, 13))
-    assert "int8, 4 sequences: 80 tokens/s; more than 0 s left" in told.words
+    assert heard.done == 12
+    assert heard.finished == list(range(1, 13))
+    assert "int8, 4 sequences: 80 tokens/s; more than 0 s left" in heard.words
 
 
 def test_engines_are_told_their_weights_prompts_and_options(workers: Workers, tmp_path: Path) -> None:
@@ -118,8 +118,8 @@ def test_a_failure_ends_its_variant_alone_and_keeps_its_points(workers: Workers,
         return obedient(precision, asked)
 
     workers.answer = answer
-    told = Told()
-    report = measure(tmp_path, told=told)
+    heard = Heard()
+    report = measure(tmp_path, heard=heard)
     bf16, int8 = report.document()["variants"]
     assert (bf16["status"], bf16["problem"], bf16["hint"]) == (
         "failed",
@@ -129,7 +129,7 @@ def test_a_failure_ends_its_variant_alone_and_keeps_its_points(workers: Workers,
     assert [speed["batch"] for speed in bf16["speed"]] == [4]
     assert (int8["status"], len(int8["speed"])) == ("ok", 2)
     assert [one.variant.name for one in report.failed] == ["bf16"]
-    assert "bf16 failed: out of memory" in told.words
+    assert "bf16 failed: out of memory" in heard.words
     workers.answer = obedient
     workers.asked.clear()
     measure(tmp_path)
@@ -187,10 +187,10 @@ def test_a_budget_leaves_out_and_says_so(
 def test_how_many_sequences_fit_tells_nothing_of_other_batches(
     batches: tuple[int, ...], workers: Workers, tmp_path: Path
 ) -> None:
-    told = Told()
-    report = measure(tmp_path, "int8", told=told, batches=batches)
+    heard = Heard()
+    report = measure(tmp_path, "int8", heard=heard, batches=batches)
     assert len(report.document()["variants"][0]["speed"]) == len(batches)
-    assert not any("left" in words for words in told.words)
+    assert not any("left" in words for words in heard.words)
 
 
 def test_fp8_in_blocks_is_measured_as_any_other(workers: Workers, tmp_path: Path) -> None:

@@ -122,13 +122,13 @@ def test_a_file_that_cannot_be_written_is_told_before_an_engine_starts(
     workers: Workers, call: Call, tmp_path: Path, option: str
 ) -> None:
     (tmp_path / "file").touch()
-    for place, told in (
+    for place, text in (
         ("file/b", f"{tmp_path / 'file'} cannot be written to"),
         (".", f"{option} {tmp_path} is a folder"),
     ):
         code, _, err = call(*WORDS, option, place)
         assert code == 2
-        assert told in err
+        assert text in err
         assert f"hint: {option} " in err
     assert not workers.asked
 

@@ -115,7 +115,7 @@ def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "text"),
     [
         (["--tis", "2"], "--tis without --preset"),
         (["--rollout", "int8"], "--rollout without --preset"),
@@ -130,12 +130,12 @@ def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_misuse_ends_with_2(
-    words: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert doctor(monkeypatch, *words) == 2
     out, err = capsys.readouterr()
     assert not out
-    assert told in err
+    assert text in err
     assert "hint: " in err
 
 
