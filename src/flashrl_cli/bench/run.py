@@ -195,15 +195,11 @@ class Store:
 
 ENGINE, SCORER = "flashrl_cli.bench.engine", "flashrl_cli.bench.scorer"
 HINTS = {
-    "a GPU ran out of memory": "a smaller --batch or --gpu-memory-utilization, or --tp over more GPUs",
-    "a GPU has less free memory than the rollout engine asks for": (
-        "a smaller --gpu-memory-utilization, or another GPU by CUDA_VISIBLE_DEVICES"
-    ),
-    "the rollout engine has no memory left for its KV cache": (
-        "a smaller --prompt or --response, or a larger --gpu-memory-utilization (on a CPU: --kv-memory)"
-    ),
+    "gpu-memory": "a smaller --batch or --gpu-memory-utilization, or --tp over more GPUs",
+    "gpu-occupied": ("a smaller --gpu-memory-utilization, or another GPU by CUDA_VISIBLE_DEVICES"),
+    "kv-memory": ("a smaller --prompt or --response, or a larger --gpu-memory-utilization (on a CPU: --kv-memory)"),
 }
-"""What helps here, by cause (verl.causes)."""
+"""What helps here, by a cause's id (verl.causes)."""
 
 
 @contextlib.contextmanager

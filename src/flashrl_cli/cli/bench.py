@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashrl_cli.cli.options import Json, MemoryShare, TensorParallel
+from flashrl_cli.precision import PRECISIONS, joined
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +35,7 @@ def bench(
         typer.Option(
             "--rollout",
             metavar="KIND,...",
-            help="bf16, int8, fp8 or fp8-block, each with any of +kv8 (FP8 KV cache), +head32 (float32 logits), +smooth.",
+            help=f"{joined(PRECISIONS, 'or')}, each with any of +kv8 (FP8 KV cache), +head32 (float32 logits), +smooth.",
         ),
     ] = "bf16,int8",
     batch: Annotated[

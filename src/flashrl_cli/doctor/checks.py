@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from flashrl_cli import contract, hub, paths
 from flashrl_cli.machine import gpus, ray_state, software
 from flashrl_cli.machine.finding import Finding, fail, ok, warn
+from flashrl_cli.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from flashrl_cli.machine.gpus import Gpu
@@ -162,8 +163,8 @@ def precisions(found: Sequence[Gpu]) -> Iterator[Finding]:
     """Yield which precisions rollouts can have on these GPUs."""
     if not found:
         return
-    lacking = {name: reason for name in gpus.PRECISIONS if (reason := gpus.lacks(name, found))}
-    able = [name for name in gpus.PRECISIONS if name not in lacking]
+    lacking = {name: reason for name in PRECISIONS if (reason := gpus.lacks(name, found))}
+    able = [name for name in PRECISIONS if name not in lacking]
     text = ", ".join(able) or "none"
     if lacking:
         yield warn(

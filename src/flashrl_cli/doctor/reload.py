@@ -16,11 +16,10 @@ from flashrl_cli import contract
 from flashrl_cli.errors import FlashrlError
 from flashrl_cli.machine import gpus, software, system
 from flashrl_cli.machine.finding import Finding, fail, ok
+from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.worker import client
 
 ENGINE = "flashrl_cli.doctor.reload_engine"
-PRECISIONS = ("bf16", *contract.METHODS)
-"""What flashrl refits; fp8-block is verl's own."""
 LIMIT_S = 180.0
 LARGEST_ERROR = 0.3
 """Share of the change between two policies by which log-probs may miss the new one's.
@@ -48,7 +47,7 @@ def _lack(precision: str) -> Finding | None:
     if software.installed_stack(software.probe_versions()) is software.CPU:
         return next(system.cpu_lacks(precision), None)
     reason = gpus.lacks(precision, gpus.seen())
-    return fail("rollout.precision", reason, f"--rollout {gpus.PRECISIONS[precision].instead}") if reason else None
+    return fail("rollout.precision", reason, f"--rollout {PRECISIONS[precision].instead}") if reason else None
 
 
 def judge(precision: str, measured: Mapping[str, Any]) -> Iterator[Finding]:

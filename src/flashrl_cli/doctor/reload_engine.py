@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import contract
+from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.weights import Weights
 from flashrl_cli.worker import engine, server
 
@@ -68,7 +69,7 @@ def start(folder: Path, precision: str) -> Any:
     memory = {"gpu_memory_utilization": MEMORY}
     return engine.start(
         str(folder),
-        quantization=contract.METHODS.get(precision),
+        quantization=PRECISIONS[precision].method,
         worker_extension_cls=contract.EVAL_EXTENSION,
         max_model_len=PROMPT + NEW,
         max_num_seqs=SEQUENCES,

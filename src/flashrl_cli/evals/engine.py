@@ -19,6 +19,7 @@ from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.evals import results
 from flashrl_cli.evals.job import Job, Order
 from flashrl_cli.evals.results import Response
+from flashrl_cli.precision import ON_CPU, PRECISIONS, joined
 from flashrl_cli.text import counted
 from flashrl_cli.weights import Unreadable, Weights, read_json
 from flashrl_cli.worker import engine, server
@@ -63,8 +64,10 @@ class Generator:
         self._limit = self._needed(job.start, self._text)
         self._check_room(self._text.longest)
         self._started_with = Weights(hf=job.start).fingerprint() if job.quantized else ""
-        if job.engine.rollout == "fp8" and engine.is_cpu():
-            raise EnvironmentNotReady("vLLM has no FP8 kernel for a CPU", hint="--rollout bf16 or int8")
+        row = PRECISIONS[job.engine.rollout]
+        if not row.cpu and engine.is_cpu():
+            hint = f"--rollout {joined(ON_CPU, 'or')}"
+            raise EnvironmentNotReady(f"vLLM has no {row.number} kernel for a CPU", hint=hint)
         # read by the plugins in this process and in those that vLLM starts
         os.environ[contract.ENV_ROLLOUT] = contract.RolloutOptions(profile=job.engine.profile).text()
         share = job.engine.gpu_memory_utilization
@@ -73,7 +76,7 @@ class Generator:
             worker_extension_cls=contract.EVAL_EXTENSION,
             generation_config="vllm",
             load_format="auto" if job.quantized else "dummy",
-            quantization=None if job.quantized else contract.METHODS.get(job.engine.rollout),
+            quantization=None if job.quantized else row.method,
             max_model_len=self._limit,
             tensor_parallel_size=job.engine.tensor_parallel,
             seed=job.sampling.seed,

@@ -104,16 +104,14 @@ class Order:
 
 MODULE = "flashrl_cli.evals.engine"
 HINTS = {
-    "a GPU ran out of memory": "a smaller --max-model-len or --gpu-memory-utilization, or --tp over more GPUs",
-    "a GPU has less free memory than the rollout engine asks for": (
-        "a smaller --gpu-memory-utilization, or another GPU by CUDA_VISIBLE_DEVICES"
-    ),
-    "the rollout engine has no memory left for its KV cache": (
+    "gpu-memory": "a smaller --max-model-len or --gpu-memory-utilization, or --tp over more GPUs",
+    "gpu-occupied": ("a smaller --gpu-memory-utilization, or another GPU by CUDA_VISIBLE_DEVICES"),
+    "kv-memory": (
         "a smaller --max-model-len, or a larger --gpu-memory-utilization (on a CPU: VLLM_CPU_KVCACHE_SPACE, in GiB)"
     ),
-    "prompt and response are longer than the model can take": "a smaller --max-tokens or --max-model-len",
+    "model-length": "a smaller --max-tokens or --max-model-len",
 }
-"""What helps here, where verl.causes names a key of a training run."""
+"""What helps here, by a cause's id; verl.causes has the hints for a training run."""
 
 
 @contextlib.contextmanager

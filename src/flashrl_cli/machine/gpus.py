@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from flashrl_cli.machine.finding import Finding, fail, ok, warn
+from flashrl_cli.precision import PRECISIONS, Capabilities
 
 QUERY = ("--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader,nounits")
 DRIVERS = {13: 580, 12: 525}
@@ -23,28 +24,8 @@ COMPATIBLE = Path("/usr/local/cuda/compat")
 """NVIDIA's cuda-compat, with which an older driver of a data centre's GPU serves a newer CUDA."""
 
 
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """Compute capabilities on which a precision runs, from `least` to below `below`."""
-
-    least: tuple[int, int]
-    below: tuple[int, int] | None = None
-    instead: str = "bf16"
-
-
-PRECISIONS = {
-    "bf16": Precision((8, 0), instead="int8"),
-    # vLLM's CUTLASS kernels for INT8 end with Hopper (docs/features/quantization/int8.md of vLLM)
-    "int8": Precision((7, 5), (10, 0), instead="fp8"),
-    "fp8": Precision((8, 9), instead="int8"),
-    "fp8-block": Precision((8, 9), instead="int8"),
-}
-
-
 NOTHING: Mapping[str, str] = MappingProxyType({})
 AMD = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-CACHE = Precision((9, 0), (10, 0))
-"""FP8 KV caches: elsewhere vLLM uses FlashInfer for them (platforms/cuda.py:142 in 0.24), which reads no new scales."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +117,10 @@ def cuda_of(torch: str) -> int:
 
 def lacks(precision: str, gpus: Sequence[Gpu]) -> str | None:
     """Why some of these GPUs cannot compute in a precision; None if all can."""
-    return outside(PRECISIONS[precision], precision, gpus)
+    return outside(PRECISIONS[precision].gpus, precision, gpus)
 
 
-def outside(bounds: Precision, what: str, gpus: Sequence[Gpu]) -> str | None:
+def outside(bounds: Capabilities, what: str, gpus: Sequence[Gpu]) -> str | None:
     """Why some of these GPUs are not within `bounds`; None if all are."""
     for gpu in gpus:
         have = f"{gpu.name} has {dotted(gpu.capability)}"

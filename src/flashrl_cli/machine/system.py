@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flashrl_cli.errors import EnvironmentNotReady
 from flashrl_cli.machine.finding import Finding, fail, ok, warn
+from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.text import size
 
 TMP = "/tmp"  # noqa: S108 - where Ray, Python and verl go without a variable
@@ -28,11 +29,12 @@ def has_avx512(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 def cpu_lacks(precision: str, *, kv8: bool = False) -> Iterator[Finding]:
     """Yield that vLLM has no kernel for a precision or an FP8 KV cache on a CPU, and what runs there instead."""
-    if precision.startswith("fp8"):
+    row = PRECISIONS[precision]
+    if not row.cpu:
         yield fail(
             "rollout.precision",
-            "FP8 rollouts need a GPU (compute capability 8.9 or newer)",
-            "`--rollout int8` runs on a CPU",
+            f"{row.number} rollouts need a GPU (compute capability {'.'.join(map(str, row.gpus.least))} or newer)",
+            f"`--rollout {row.instead}` runs on a CPU",
         )
     if kv8 and not has_avx512():
         # vllm/v1/attention/backends/cpu_attn.py:510 in 0.28

@@ -33,7 +33,7 @@ Process = subprocess.Popen[bytes]
 
 
 class Worker:
-    """A running worker process, `who` in messages; `hints` are fixes by cause (verl.causes), for when it dies."""
+    """A running worker process, `who` in messages; `hints` are fixes by a cause's id (verl.causes), for when it dies."""
 
     def __init__(self, process: Process, log: Path, who: str, hints: Mapping[str, str]) -> None:
         self._process, self._log, self._who, self._hints = process, log, who, hints
@@ -143,11 +143,11 @@ def _kill_group(process: Process) -> None:
 
 
 def died(code: int, log: Path, *, who: str, hints: Mapping[str, str]) -> RunFailed:
-    """The error for a process `who` that ended with exit code `code` before its work was done; `hints` by cause."""
+    """The error for a process `who` that ended with exit code `code` before its work was done; `hints` by a cause's id."""
     lines = files.last_lines(log, _READ_LINES)
-    cause = next((found for line in lines if (found := cause_in(line)) and found.what in hints), None)
+    cause = next((found for line in lines if (found := cause_in(line)) and found.id in hints), None)
     if cause:
-        return RunFailed(f"{who} died: {cause.what}", hint=f"{hints[cause.what]}; its log: {log}")
+        return RunFailed(f"{who} died: {cause.what}", hint=f"{hints[cause.id]}; its log: {log}")
     what = f"{who} ended with code {code}"
     if root := root_error(lines):
         return RunFailed(f"{what}: {root}", hint=f"its whole log: {log}")

@@ -15,7 +15,7 @@ from flashrl_cli.bench.request import FIT, FITTING, Asked, Machine, Request, pla
 from flashrl_cli.cli.bench import bench
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.machine import gpus, software, system
-from flashrl_cli.memory.model import of_config
+from flashrl_cli.weights.shape import of_config
 from tests.saved_files import saved_tensors
 from tests.unit.bench.lab import HOLDS
 

@@ -214,7 +214,7 @@ def test_fp8_in_blocks_needs_verl_and_the_others_do_not(
 
 
 def test_hints_are_for_causes_that_are_known() -> None:
-    assert set(run.HINTS) <= {cause.what for cause in CAUSES}
+    assert set(run.HINTS) <= {cause.id for cause in CAUSES}
 
 
 def test_the_document_and_the_table_say_the_same(workers: Workers, tmp_path: Path) -> None:

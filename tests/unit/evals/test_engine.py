@@ -43,7 +43,7 @@ def test_job_and_order_come_back_as_they_were_written() -> None:
 
 
 def test_the_hints_are_for_causes_that_exist() -> None:
-    assert set(job.HINTS) <= {cause.what for cause in CAUSES}
+    assert set(job.HINTS) <= {cause.id for cause in CAUSES}
 
 
 class Scripted:

@@ -139,7 +139,7 @@ ValueError: so and so
     [
         (
             f"starting\n{OUT_OF_MEMORY}",
-            {"a GPU ran out of memory": "less"},
+            {"gpu-memory": "less"},
             "E died: a GPU ran out of memory",
             "less; ",
         ),
