@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from flashrl_cli.errors import RunFailed
-from flashrl_cli.evals.export import export
+from flashrl_cli.runs.export import export
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.runs import merge
 from flashrl_cli.runs.checkpoints import Checkpoint, Stock, find

@@ -12,7 +12,7 @@ from flashrl_cli.errors import InputError
 from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
-    from flashrl_cli.evals.examples import Changed, View
+    from flashrl_cli.evals.responses import Changed, View
     from flashrl_cli.render.output import Output
 
 SCHEMA_VERSION = 1
@@ -54,24 +54,24 @@ def show(
 
     flashrl eval show checkpoints/flashrl/tiny --changed 20 40
     """
-    from flashrl_cli.evals import examples
+    from flashrl_cli.evals import responses
     from flashrl_cli.render.output import Output
 
     if sum((worst, changed is not None, question is not None)) > 1:
         raise InputError("--worst, --changed and --question are three views", hint="give one of them")
     if step is not None and not (worst or question is not None):
         raise InputError("--step goes with --worst or --question", hint="--changed names both steps")
-    seen = examples.view(examples.find(where), run, dataset)
+    seen = responses.view(responses.find(where), run, dataset)
     at = None if step is None else seen.checked(step)
     if worst:
         found = _worst(seen, seen.best if at is None else at, limit)
     elif question is not None:
         steps = list(seen.marks) if at is None else [at]
-        found = {"view": "question", "questions": examples.questions(seen, [question], steps, telling=False)}
+        found = {"view": "question", "questions": responses.questions(seen, [question], steps, brief=False)}
     elif changed:
-        found = _changed(seen, examples.changed(seen, *map(seen.checked, changed)), limit)
+        found = _changed(seen, responses.changed(seen, *map(seen.checked, changed)), limit)
     elif seen.first != seen.best:
-        found = _changed(seen, examples.changed(seen, seen.first, seen.best), limit)
+        found = _changed(seen, responses.changed(seen, seen.first, seen.best), limit)
     else:
         found = {"view": "summary"}
     output = Output(json_mode=json)
@@ -82,15 +82,15 @@ def show(
 
 
 def _worst(seen: View, step: int | None, limit: int) -> dict[str, Any]:
-    from flashrl_cli.evals import examples
+    from flashrl_cli.evals import responses
 
-    numbers = examples.worst(seen, step)
-    shown = examples.questions(seen, numbers[:limit], [step], telling=True)
+    numbers = responses.worst(seen, step)
+    shown = responses.questions(seen, numbers[:limit], [step], brief=True)
     return {"view": "worst", "step": step, "wrong": len(numbers), "questions": shown}
 
 
 def _changed(seen: View, what: Changed, limit: int) -> dict[str, Any]:
-    from flashrl_cli.evals import examples
+    from flashrl_cli.evals import responses
 
     steps = [what.before, what.after]
     return {
@@ -99,8 +99,8 @@ def _changed(seen: View, what: Changed, limit: int) -> dict[str, Any]:
         "after": what.after,
         "counts": {"gained": len(what.gained), "lost": len(what.lost), "same": what.same},
         "p": what.p,
-        "gained": examples.questions(seen, what.gained[:limit], steps, telling=True),
-        "lost": examples.questions(seen, what.lost[:limit], steps, telling=True),
+        "gained": responses.questions(seen, what.gained[:limit], steps, brief=True),
+        "lost": responses.questions(seen, what.lost[:limit], steps, brief=True),
     }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 from rich.console import Console
 
-from flashrl_cli.evals.report import Report
+from flashrl_cli.evals.accuracy import Report
 from flashrl_cli.evals.results import Evaluated
 from flashrl_cli.render.tables import table as rich_table
 from tests.graded import checkpoint, evaluated, single

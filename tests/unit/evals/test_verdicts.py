@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from flashrl_cli.errors import BelowThreshold, InputError, Problem
 from flashrl_cli.evals import verdicts
-from flashrl_cli.evals.verdicts import Entry, compare, on_steps, p_text, points, understated
+from flashrl_cli.evals.results import Entry
+from flashrl_cli.evals.verdicts import compare, on_steps, p_text, points, understated
 from flashrl_cli.runs.checkpoints import Skipped
 from tests.graded import checkpoint, entry, evaluated, single
 
