@@ -254,9 +254,7 @@ def test_killed_in_the_middle_two_go_on_together(place: Place) -> None:
     assert documents[0]["results"] == documents[1]["results"]
     said = first[1] + second[1]
     assert [said.count(f"step {step}, tiny: {PROMPTS} prompts") for step in STEPS] == [0, 1, 1]
-    rows = [
-        row for row in responses.read(place.root / "killed" / responses.FILE, dataset="tiny") if row["step"] == 10
-    ]
+    rows = [row for row in responses.read(place.root / "killed" / responses.FILE, dataset="tiny") if row["step"] == 10]
     check_greedy(step_10(place), [row["prompt"] for row in rows], [row["response"] for row in rows])
 
 

@@ -93,8 +93,8 @@ def evaluate(
 ) -> None:
     """Evaluate checkpoints: accuracy by step, with intervals.
 
-    A table with 95 % intervals, what of it is more than chance, and CSV, JSON and every response beside the checkpoints.
-    What was evaluated before is not generated again. `flashrl eval show` reads the responses.
+    A table with 95 % intervals, what of it is more than chance, and CSV, JSON and every response beside the
+    checkpoints. What was evaluated before is not generated again. `flashrl eval show` reads the responses.
 
     flashrl eval "checkpoints/*"
 

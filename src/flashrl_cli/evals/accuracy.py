@@ -130,7 +130,7 @@ class Report:
         """The report of results.
 
         `base` is shown as step 0 of every run that has steps; the best steps are compared with `baseline`. `settings`
-        become part of the document as they are; `seconds` is the wall clock's; `fail_under` is the accuracy to be reached.
+        become part of the document as they are; `seconds` is the wall clock's; `fail_under` is the accuracy to reach.
         """
         entries = tuple(_entries(evaluated, base))
         comparisons = tuple(_comparisons(entries, evaluated, base, baseline))

@@ -36,7 +36,7 @@ _NO_UNIT = (OSError, KeyError, TypeError, ValueError)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """One checkpoint on one data set; `key` is a hash of all that its results depend on, `asked` of that but the weights."""
+    """One checkpoint on one data set; `key` is a hash of all that results depend on, `asked` of that but the weights."""
 
     checkpoint: Checkpoint
     data: DataSet
@@ -110,9 +110,10 @@ class Cache:
         self.answers(unit).unlink(missing_ok=True)
 
     def pruned(self, folders: Iterable[Path], asked: Mapping[str, DataSet]) -> list[Unit]:
-        """Finished units of checkpoints that were in `folders` and are gone; `asked` are data sets by their units' `asked`.
+        """Finished units of checkpoints that were in `folders` and are gone.
 
-        Of several that were in the same place the one that was finished last.
+        `asked` are data sets by their units' `asked`. Of several units that were in the same place it is the one that
+        was finished last.
         """
         import pyarrow.parquet as pq
 

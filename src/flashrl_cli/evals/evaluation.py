@@ -262,8 +262,8 @@ class _Running:
 class Evaluation:
     """An engine and graders that stay up from checkpoint to checkpoint; leaving this context ends both.
 
-    Both start when there is something to do for them. `results` (by a unit's key) and `skipped` (by a checkpoint's path)
-    grow as units are finished.
+    Both start when there is something to do for them. `results` (by a unit's key) and `skipped` (by a checkpoint's
+    path) grow as units are finished.
     """
 
     def __init__(self, request: Request, progress: Progress) -> None:
@@ -466,7 +466,7 @@ class Evaluation:
                 return
 
     def _ensure_engine(self, checkpoint: Checkpoint) -> None:
-        """Have an engine up for the checkpoint's architecture. Raises Unreadable for weights that no engine would take."""
+        """Have an engine up for the checkpoint's architecture. Raises Unreadable for weights that none would take."""
         wanted = architecture(checkpoint)
         if self._up is None or self._up.architecture != wanted:
             checkpoint.weights.accounted()  # an engine would find the same, after half a minute of starting
@@ -507,7 +507,8 @@ class Evaluation:
 def architecture(checkpoint: Checkpoint) -> str:
     """What two checkpoints must share to run in one engine: config.json but for what saving it again changes.
 
-    Quantized weights are loaded by the engine's start, each by an engine of its own. Raises Unreadable without a config.
+    Quantized weights are loaded by the engine's start, each by an engine of its own. Raises Unreadable without a
+    config.
     """
     config = read_json(checkpoint.hf / "config.json")
     alone = str(checkpoint.hf) if checkpoint.quantized else ""

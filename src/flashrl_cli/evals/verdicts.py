@@ -175,7 +175,7 @@ class Threshold:
 
 
 def share(option: str, text: str | None) -> float | None:
-    """The value of an option that takes a share of 1; None if it was not given. Raises InputError for any other value."""
+    """The value of an option that takes a share, None if it is not given. Raises InputError for any other value."""
     if text is None:
         return None
     try:
