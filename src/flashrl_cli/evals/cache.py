@@ -36,7 +36,7 @@ _NO_UNIT = (OSError, KeyError, TypeError, ValueError)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """One checkpoint on one data set; `key` is a hash of all that results depend on, `asked` of that but the weights."""
+    """One checkpoint on one data set; `key` hashes all that results depend on, `asked` that but the weights."""
 
     checkpoint: Checkpoint
     data: DataSet

@@ -92,7 +92,7 @@ def _elected(votes: Sequence[tuple[str | None, bool]]) -> float:
 
 
 def _plain(answer: str) -> str:
-    """An answer as it is counted: a number without separators, dollar signs and trailing zeros, a text without spaces."""
+    """An answer as it is counted: a number without separators, dollar signs, trailing zeros; a text without spaces."""
     text = "".join(answer.split())
     try:
         return str(Decimal(text.replace(",", "").replace("$", "")).normalize())
