@@ -65,10 +65,11 @@ def units(
 
 
 class Cache:
-    """Files of finished and of half-finished units in one folder."""
+    """Files of finished and of half-finished units in one folder, and claims on units that are being worked on."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._claims: dict[str, FileLock] = {}
 
     def load(self, unit: Unit) -> Evaluated | None:
         """The finished unit; None if there is none, or none that can be read."""
@@ -135,8 +136,8 @@ class Cache:
         """File of the answers to a unit that is being worked on (`results.append`)."""
         return self._folder / f"{unit.key}.jsonl"
 
-    def claim(self, unit: Unit, *, wait: bool = False) -> FileLock | None:
-        """A lock on the unit, to be released; None if another evaluation holds it, unless this one is to `wait`."""
+    def claim(self, unit: Unit, *, wait: bool = False) -> bool:
+        """Claim a unit until `release`; False if another evaluation holds it, unless this one is to `wait`."""
         import filelock
 
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -144,8 +145,19 @@ class Cache:
         try:
             lock.acquire(timeout=-1 if wait else 0)
         except filelock.Timeout:
-            return None
-        return lock
+            return False
+        self._claims[unit.key] = lock
+        return True
+
+    def release(self, unit: Unit) -> None:
+        """Give up the claim on a unit, if there is one."""
+        if lock := self._claims.pop(unit.key, None):
+            lock.release()
+
+    def release_all(self) -> None:
+        """Give up all claims."""
+        while self._claims:
+            self._claims.popitem()[1].release()
 
     def _finished(self, unit: Unit) -> Path:
         return self._folder / f"{unit.key}.parquet"

@@ -36,8 +36,6 @@ from flashrl_cli.weights import Unreadable, read_json
 from flashrl_cli.weights.profile import Profile
 
 if TYPE_CHECKING:
-    from filelock import FileLock
-
     from flashrl_cli.evals.questions import DataSet
     from flashrl_cli.runs.store import Known
 
@@ -274,7 +272,6 @@ class Evaluation:
         self._cache = Cache(request.folder / _CACHE)
         self._closing = contextlib.ExitStack()
         self._warned: set[Path] = set()
-        self._claims: set[FileLock] = set()
         self._up: _Running | None = None
         self._graders: Graders | None = None
         self._thread = ThreadPoolExecutor(1)
@@ -287,7 +284,7 @@ class Evaluation:
         self._devices, share = gpus.choose_free(engine.tensor_parallel, engine.gpu_memory_utilization)
         self._engine = dataclasses.replace(engine, gpu_memory_utilization=share)
         self._log = self._closing.enter_context(_log(self._request.folder))
-        self._closing.callback(self._release_all)
+        self._closing.callback(self._cache.release_all)
         self._closing.callback(self._thread.shutdown, wait=False, cancel_futures=True)
         self._closing.callback(self._stop_engine)
         return self
@@ -340,15 +337,16 @@ class Evaluation:
         different = {unit.key: unit for unit in units}.values()
         elsewhere = []
         for unit in [unit for unit in different if not self._is_finished(unit)]:
-            if lock := self._claim(unit):
-                self._do(unit, lock)
+            if self._cache.claim(unit):
+                self._do(unit)
             else:
                 elsewhere.append(unit)
         if elsewhere:
             self._progress.say(f"waiting for another evaluation: {'; '.join(map(_name, elsewhere))}")
         for unit in elsewhere:
             if not self._is_finished(unit):
-                self._do(unit, self._claim(unit, wait=True))
+                self._cache.claim(unit, wait=True)
+                self._do(unit)
         for future in self._grading:
             future.result()
         self._grading.clear()
@@ -373,25 +371,10 @@ class Evaluation:
         self._progress.advance(len(unit.data.questions), 0)
         return True
 
-    def _claim(self, unit: Unit, *, wait: bool = False) -> FileLock | None:
-        lock = self._cache.claim(unit, wait=wait)
-        if lock:
-            self._claims.add(lock)
-        return lock
-
-    def _release(self, lock: FileLock | None) -> None:
-        if lock:
-            lock.release()
-            self._claims.discard(lock)
-
-    def _release_all(self) -> None:
-        for lock in list(self._claims):
-            self._release(lock)
-
-    def _do(self, unit: Unit, lock: FileLock | None) -> None:
+    def _do(self, unit: Unit) -> None:
         """Have a claimed unit answered; it is graded in a thread, which then releases the claim."""
         if self._is_finished(unit):  # by another evaluation since we looked
-            self._release(lock)
+            self._cache.release(unit)
             return
         file = self._cache.answers(unit)
         answered = tuple(results.read_answers(file))
@@ -401,7 +384,6 @@ class Evaluation:
             self._ensure_engine(unit.checkpoint)
         except (Unreadable, OSError) as error:  # a training run may have removed it since we looked
             self._skip(unit, str(error), done=done)
-            self._release(lock)
             return
         order = Order(
             weights=unit.checkpoint.weights, data=self._request.data.index(unit.data), answers=file, answered=answered
@@ -420,15 +402,14 @@ class Evaluation:
                     self._skip(unit, event["reason"], done=done)
                     if event["ends"]:
                         self._stop_engine()
-                    self._release(lock)
                 case "done":
                     seconds = event["seconds"]
                     rate = f", {tokens / seconds:,.0f} tokens/s" if tokens and seconds else ""
                     prompts = counted(len(unit.data.questions), "prompt")
                     self._progress.say(f"{_name(unit)}: {prompts} in {seconds:.1f} s{rate}")
-                    self._grading.append(self._thread.submit(self._grade, unit, holds, seconds, lock))
+                    self._grading.append(self._thread.submit(self._grade, unit, holds, seconds))
 
-    def _grade(self, unit: Unit, holds: dict[str, Any], seconds: float, lock: FileLock | None) -> None:
+    def _grade(self, unit: Unit, holds: dict[str, Any], seconds: float) -> None:
         """Grade what was answered, and keep it (in a thread of its own, while the engine goes on)."""
         found = results.read_answers(self._cache.answers(unit))
         responses = tuple(sample for number in sorted(found) for sample in found[number])
@@ -438,14 +419,15 @@ class Evaluation:
         )
         self._cache.save(unit, evaluated)
         self.results[unit.key] = evaluated
-        self._release(lock)
+        self._cache.release(unit)
 
     def _skip(self, unit: Unit, reason: str, *, done: int) -> None:
-        """Give up a checkpoint; `done` of the unit's prompts are reported already."""
+        """Give up a claimed unit's checkpoint; `done` of the unit's prompts are reported already."""
         path = unit.checkpoint.path
         self.skipped[path] = Skipped(path, reason, refused=path.is_dir())
         self._warn(self.skipped[path])
         self._progress.advance(len(unit.data.questions) - done, 0)
+        self._cache.release(unit)
 
     def _warn(self, skipped: Skipped) -> None:
         """Say what is not evaluated, once, and as soon as it is known: the rest may take hours."""

@@ -131,13 +131,11 @@ class View:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changed:
-    """Questions answered right more often at step `after` than at step `before` (`gained`), and less often (`lost`).
+    """Questions answered right more often at one step than at another (`gained`), and less often (`lost`).
 
     `p` is that of these two steps alone. `same` counts the other questions.
     """
 
-    before: Step
-    after: Step
     gained: tuple[int, ...]
     lost: tuple[int, ...]
     same: int
@@ -213,8 +211,6 @@ def changed(seen: View, before: Step, after: Step) -> Changed:
     columns = [[_share(marks[q]) for q in one] for marks in (one, other)]
     single = all(len(samples) == 1 for marks in (one, other) for samples in marks.values())
     return Changed(
-        before=before,
-        after=after,
         gained=tuple(q for q in ranked if moves[q] > 0),
         lost=tuple(q for q in ranked if moves[q] < 0),
         same=sum(move == 0 for move in moves.values()),

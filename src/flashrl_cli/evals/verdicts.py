@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
     from flashrl_cli.evals.results import Entry, Evaluated
 
+_FINE = 0.05
+"""A difference, as a share, that an evaluation should be able to detect."""
+_LISTED = 12
+_EQUAL = 1e-12
+"""An accuracy that is a mean of means may miss the number that it is by this much."""
+
 Against = Literal["first", "baseline", "step"]
 Method = Literal["mcnemar", "bootstrap"]
 
@@ -111,11 +117,134 @@ def _families(entries: Sequence[Entry], best: int, baseline: Entry | None) -> It
     yield "step", list(combinations(steps[1:] if best > 0 else steps, 2))
 
 
-_FINE = 0.05
-"""A difference, as a share, that an evaluation should be able to detect."""
-_LISTED = 12
-_EQUAL = 1e-12
-"""An accuracy that is a mean of means may miss the number that it is by this much."""
+def on_steps(comparisons: Sequence[Comparison]) -> list[str]:
+    """Sentences on each run and data set, and once what the numbers are corrected for."""
+    several = len({c.run for c in comparisons}) > 1
+    said = []
+    for (run, dataset), group in groupby(comparisons, key=lambda c: (c.run, c.dataset)):
+        where = f"{run}, {dataset}" if several else dataset
+        said += [f"{where}: {sentence}" for sentence in _on_one(list(group))]
+    if any(c.among > 1 for c in comparisons):
+        said.append("p-values and intervals are corrected for having picked the best of several steps")
+    return said
+
+
+def _on_one(found: Sequence[Comparison]) -> Iterator[str]:
+    """Sentences on one run and data set."""
+    against = {kind: [c for c in found if c.against == kind] for kind in ("first", "baseline", "step")}
+    yield from map(_against_first, against["first"])
+    if against["step"] and not against["first"]:
+        yield f"{found[0].best}, the first, has the highest accuracy"
+    yield from map(_against_baseline, against["baseline"])
+    beaten = {c.other for kind in ("first", "baseline") for c in against[kind] if c.difference.significant}
+    yield from _among_steps(against["step"], beaten)
+    yield from _too_few(found)
+
+
+def _against_first(c: Comparison) -> str:
+    if c.difference.significant:
+        return f"{c.best} beats {c.other} by {_amount(c.difference)}"
+    return f"{c.best}, the best, is not distinguishable from {c.other}: {_amount(c.difference)}"
+
+
+def _against_baseline(c: Comparison) -> str:
+    what = f"the baseline ({c.other})"
+    if not c.difference.significant:
+        return f"{c.best}, the best, is not distinguishable from {what}: {_amount(c.difference)}"
+    if c.difference.value > 0:
+        return f"{c.best} beats {what} by {_amount(c.difference)}"
+    return f"{c.best}, the best, falls short of {what} by {_amount(c.difference.turned())}"
+
+
+def _among_steps(found: Sequence[Comparison], beaten: set[str]) -> Iterator[str]:
+    """Which steps may be as good as the best, without those that another sentence says are `beaten`."""
+    if not found:
+        return
+    best, clear = found[0].best, [c.difference.adjusted for c in found if c.difference.significant]
+    alike = [c.other for c in found if not c.difference.significant and c.other not in beaten]
+    shown = ", ".join(name.removeprefix("step ") for name in alike[:_LISTED]) + (", …" if len(alike) > _LISTED else "")
+    if clear and len(found) == 1:
+        yield f"{best} beats {found[0].other} by {_amount(found[0].difference)}"
+    elif clear and not alike:
+        yield f"{best} beats every other step, {p_text(max(clear))}"
+    elif len(alike) == 1:
+        yield f"{alike[0]} and {best} are not distinguishable"
+    elif alike:
+        yield f"{len(alike)} steps are within noise of the best ({best.removeprefix('step ')}): {shown}"
+
+
+def _too_few(found: Sequence[Comparison]) -> Iterator[str]:
+    reach = median((c.difference.hi - c.difference.lo) / 2 for c in found)
+    if reach > _FINE:
+        questions = found[0].questions
+        what = f"{counted(questions, 'question')} {'is' if questions == 1 else 'are'} too few"
+        yield (
+            f"{what} to tell a difference of {100 * _FINE:.0f} points: "
+            f"the intervals reach {points(reach)} points to either side"
+        )
+
+
+def _amount(d: Difference) -> str:
+    return f"{points(d.value)} points (95 % {points(d.lo)} to {points(d.hi)}), {p_text(d.adjusted)}"
+
+
+def p_text(p: float) -> str:
+    """A p-value as it is written in a sentence."""
+    if p < 0.001:
+        return "p < 0.001"
+    digits = 2 if p >= 0.1 else 3
+    if round(p, digits) == ALPHA:
+        digits = 4  # what is below the threshold is not shown as the threshold
+    return f"p = {p:.{digits}f}"
+
+
+def points(share: float) -> str:
+    """A difference in percentage points."""
+    return f"{round(100 * share, 1) + 0.0:.1f}"
+
+
+def understated(entries: Sequence[Entry]) -> Iterator[str]:
+    """A sentence on each data set and extractor that finds significantly more right answers than the strict scorer."""
+    for dataset in dict.fromkeys(entry.result.data.name for entry in entries):
+        of_data = [entry for entry in entries if entry.result.data.name == dataset]
+        distinct = list({id(entry.result): entry for entry in of_data}.values())
+        runs = {entry.run for entry in of_data}
+        run = runs.pop() if len(runs) == 1 else ""
+        for extractor in ("flexible", "boxed"):
+            gaps = [(d, entry) for d, entry in _gaps(distinct, extractor) if d.significant and d.value > 0]
+            if gaps:
+                gap, entry = max(gaps, key=lambda pair: pair[0].value)
+                yield (
+                    f"{dataset}: the strict accuracy understates: at {entry.called_in(run)} the right answer is given "
+                    f"{points(gap.value)} points more often ({extractor}) than in the form that the scorer asks for"
+                )
+
+
+def _gaps(entries: Sequence[Entry], extractor: str) -> Iterator[tuple[Difference, Entry]]:
+    """Share of right answers by an extractor minus the strict one, over the questions that the extractor applies to."""
+    strict, loose = [], []
+    for entry in entries:
+        graded = [[grade for _, grade in samples] for samples in entry.result.by_question()]
+        known = [[g for g in grades if getattr(g, extractor) is not None] for grades in graded]
+        known = [grades for grades in known if grades]
+        strict.append([sum(g.correct for g in grades) / len(grades) for grades in known])
+        loose.append([sum(getattr(g, extractor) for g in grades) / len(grades) for grades in known])
+    if strict and strict[0] and len({len(column) for column in strict}) == 1:
+        pairs = [(len(entries) + index, index) for index in range(len(entries))]
+        single = all(len(marks) == 1 for entry in entries for marks in entry.marks)
+        yield from zip(differences([*strict, *loose], pairs, single=single), entries, strict=True)
+
+
+def without_verdict(entries: Sequence[Entry]) -> Iterator[str]:
+    """A sentence on each data set with responses that a scorer (verl's, or that of another extractor) did not judge."""
+    for dataset in dict.fromkeys(entry.result.data.name for entry in entries):
+        # a base is an entry of every run
+        results = {id(e.result): e.result for e in entries if e.result.data.name == dataset}.values()
+        if count := sum(grade.problem is not None for result in results for grade in result.grades):
+            yield (
+                f"{dataset}: {count:,} of {sum(len(result.grades) for result in results):,} responses got no verdict "
+                "from a scorer, for which they count as wrong"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,23 +303,6 @@ class Threshold:
         raise BelowThreshold(f"--fail-under {self.least:g} is not reached", problems=problems)
 
 
-def share(option: str, text: str | None) -> float | None:
-    """The value of an option that takes a share, None if it is not given. Raises InputError for any other value."""
-    if text is None:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if 0 <= value <= 1:
-        return value
-    bare = text.strip().removesuffix("%").strip()
-    percentage = bare.replace(".", "", 1).isdecimal() and 1 < float(bare) <= 100
-    raise InputError(
-        f"{option} {text}: a share between 0 and 1", hint=f"{option} {float(bare) / 100 if percentage else 0.5:g}"
-    )
-
-
 def judge(least: float, entries: Sequence[Entry], *, beside: Sequence[Path], skipped: Sequence[Skipped]) -> Threshold:
     """Judge what was evaluated by a threshold; `beside` are the folders of base and baseline."""
     own = [entry for entry in entries if entry.result.checkpoint.path not in beside] or list(entries)
@@ -213,131 +325,18 @@ def judge(least: float, entries: Sequence[Entry], *, beside: Sequence[Path], ski
     return Threshold(least, tuple(judged), tuple(missing))
 
 
-def on_steps(comparisons: Sequence[Comparison]) -> list[str]:
-    """Sentences on each run and data set, and once what the numbers are corrected for."""
-    several = len({c.run for c in comparisons}) > 1
-    said = []
-    for (run, dataset), group in groupby(comparisons, key=lambda c: (c.run, c.dataset)):
-        where = f"{run}, {dataset}" if several else dataset
-        said += [f"{where}: {sentence}" for sentence in _on_one(list(group))]
-    if any(c.among > 1 for c in comparisons):
-        said.append("p-values and intervals are corrected for having picked the best of several steps")
-    return said
-
-
-def p_text(p: float) -> str:
-    """A p-value as it is written in a sentence."""
-    if p < 0.001:
-        return "p < 0.001"
-    digits = 2 if p >= 0.1 else 3
-    if round(p, digits) == ALPHA:
-        digits = 4  # what is below the threshold is not shown as the threshold
-    return f"p = {p:.{digits}f}"
-
-
-def points(share: float) -> str:
-    """A difference in percentage points."""
-    return f"{round(100 * share, 1) + 0.0:.1f}"
-
-
-def understated(entries: Sequence[Entry]) -> Iterator[str]:
-    """A sentence on each data set and extractor that finds significantly more right answers than the strict scorer."""
-    for dataset in dict.fromkeys(entry.result.data.name for entry in entries):
-        of_data = [entry for entry in entries if entry.result.data.name == dataset]
-        distinct = list({id(entry.result): entry for entry in of_data}.values())
-        runs = {entry.run for entry in of_data}
-        run = runs.pop() if len(runs) == 1 else ""
-        for extractor in ("flexible", "boxed"):
-            gaps = [(d, entry) for d, entry in _gaps(distinct, extractor) if d.significant and d.value > 0]
-            if gaps:
-                gap, entry = max(gaps, key=lambda pair: pair[0].value)
-                yield (
-                    f"{dataset}: the strict accuracy understates: at {entry.called_in(run)} the right answer is given "
-                    f"{points(gap.value)} points more often ({extractor}) than in the form that the scorer asks for"
-                )
-
-
-def without_verdict(entries: Sequence[Entry]) -> Iterator[str]:
-    """A sentence on each data set with responses that a scorer (verl's, or that of another extractor) did not judge."""
-    for dataset in dict.fromkeys(entry.result.data.name for entry in entries):
-        # a base is an entry of every run
-        results = {id(e.result): e.result for e in entries if e.result.data.name == dataset}.values()
-        if count := sum(grade.problem is not None for result in results for grade in result.grades):
-            yield (
-                f"{dataset}: {count:,} of {sum(len(result.grades) for result in results):,} responses got no verdict "
-                "from a scorer, for which they count as wrong"
-            )
-
-
-def _on_one(found: Sequence[Comparison]) -> Iterator[str]:
-    """Sentences on one run and data set."""
-    against = {kind: [c for c in found if c.against == kind] for kind in ("first", "baseline", "step")}
-    yield from map(_against_first, against["first"])
-    if against["step"] and not against["first"]:
-        yield f"{found[0].best}, the first, has the highest accuracy"
-    yield from map(_against_baseline, against["baseline"])
-    beaten = {c.other for kind in ("first", "baseline") for c in against[kind] if c.difference.significant}
-    yield from _among_steps(against["step"], beaten)
-    yield from _too_few(found)
-
-
-def _against_first(c: Comparison) -> str:
-    if c.difference.significant:
-        return f"{c.best} beats {c.other} by {_amount(c.difference)}"
-    return f"{c.best}, the best, is not distinguishable from {c.other}: {_amount(c.difference)}"
-
-
-def _against_baseline(c: Comparison) -> str:
-    what = f"the baseline ({c.other})"
-    if not c.difference.significant:
-        return f"{c.best}, the best, is not distinguishable from {what}: {_amount(c.difference)}"
-    if c.difference.value > 0:
-        return f"{c.best} beats {what} by {_amount(c.difference)}"
-    return f"{c.best}, the best, falls short of {what} by {_amount(c.difference.turned())}"
-
-
-def _amount(d: Difference) -> str:
-    return f"{points(d.value)} points (95 % {points(d.lo)} to {points(d.hi)}), {p_text(d.adjusted)}"
-
-
-def _among_steps(found: Sequence[Comparison], beaten: set[str]) -> Iterator[str]:
-    """Which steps may be as good as the best, without those that another sentence says are `beaten`."""
-    if not found:
-        return
-    best, clear = found[0].best, [c.difference.adjusted for c in found if c.difference.significant]
-    alike = [c.other for c in found if not c.difference.significant and c.other not in beaten]
-    shown = ", ".join(name.removeprefix("step ") for name in alike[:_LISTED]) + (", …" if len(alike) > _LISTED else "")
-    if clear and len(found) == 1:
-        yield f"{best} beats {found[0].other} by {_amount(found[0].difference)}"
-    elif clear and not alike:
-        yield f"{best} beats every other step, {p_text(max(clear))}"
-    elif len(alike) == 1:
-        yield f"{alike[0]} and {best} are not distinguishable"
-    elif alike:
-        yield f"{len(alike)} steps are within noise of the best ({best.removeprefix('step ')}): {shown}"
-
-
-def _gaps(entries: Sequence[Entry], extractor: str) -> Iterator[tuple[Difference, Entry]]:
-    """Share of right answers by an extractor minus the strict one, over the questions that the extractor applies to."""
-    strict, loose = [], []
-    for entry in entries:
-        graded = [[grade for _, grade in samples] for samples in entry.result.by_question()]
-        known = [[g for g in grades if getattr(g, extractor) is not None] for grades in graded]
-        known = [grades for grades in known if grades]
-        strict.append([sum(g.correct for g in grades) / len(grades) for grades in known])
-        loose.append([sum(getattr(g, extractor) for g in grades) / len(grades) for grades in known])
-    if strict and strict[0] and len({len(column) for column in strict}) == 1:
-        pairs = [(len(entries) + index, index) for index in range(len(entries))]
-        single = all(len(marks) == 1 for entry in entries for marks in entry.marks)
-        yield from zip(differences([*strict, *loose], pairs, single=single), entries, strict=True)
-
-
-def _too_few(found: Sequence[Comparison]) -> Iterator[str]:
-    reach = median((c.difference.hi - c.difference.lo) / 2 for c in found)
-    if reach > _FINE:
-        questions = found[0].questions
-        what = f"{counted(questions, 'question')} {'is' if questions == 1 else 'are'} too few"
-        yield (
-            f"{what} to tell a difference of {100 * _FINE:.0f} points: "
-            f"the intervals reach {points(reach)} points to either side"
-        )
+def share(option: str, text: str | None) -> float | None:
+    """The value of an option that takes a share, None if it is not given. Raises InputError for any other value."""
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if 0 <= value <= 1:
+        return value
+    bare = text.strip().removesuffix("%").strip()
+    percentage = bare.replace(".", "", 1).isdecimal() and 1 < float(bare) <= 100
+    raise InputError(
+        f"{option} {text}: a share between 0 and 1", hint=f"{option} {float(bare) / 100 if percentage else 0.5:g}"
+    )

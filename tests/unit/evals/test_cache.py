@@ -87,14 +87,12 @@ def test_a_damaged_file_is_no_result(tmp_path: Path) -> None:
 
 def test_a_unit_has_one_worker(tmp_path: Path) -> None:
     one, other = unit(checkpoint(tmp_path, 1), data()), unit(checkpoint(tmp_path, 2), data())
-    kept = Cache(tmp_path / "kept")
-    lock = kept.claim(one)
-    assert lock
-    assert kept.claim(one) is None
-    second = kept.claim(other)
-    assert second
-    lock.release()
-    again = kept.claim(one, wait=True)
-    assert again
-    again.release()
-    second.release()
+    first, second = Cache(tmp_path / "kept"), Cache(tmp_path / "kept")
+    assert first.claim(one)
+    assert not second.claim(one)
+    assert second.claim(other)
+    first.release(one)
+    assert second.claim(one, wait=True)
+    second.release_all()
+    assert first.claim(one)
+    assert first.claim(other)

@@ -36,6 +36,7 @@ from tests.unit.evals.lab import (
     answer,
     checkpoint,
     data,
+    evaluated,
     response,
     scripted,
 )
@@ -72,9 +73,9 @@ def units_of(request: Request) -> list[Unit]:
 
 
 def assert_unclaimed(request: Request, unit: Unit) -> None:
-    lock = Cache(request.folder / "results").claim(unit)
-    assert lock
-    lock.release()
+    cache = Cache(request.folder / "results")
+    assert cache.claim(unit)
+    cache.release_all()
 
 
 def test_one_engine_for_each_architecture_and_everything_is_ended(tmp_path: Path, engines: Engines) -> None:
@@ -211,20 +212,22 @@ def test_architectures(tmp_path: Path) -> None:
     assert len({evaluation.architecture(one) for one in different}) == 4
 
 
-def test_two_at_once_share_the_work(tmp_path: Path, engines: Engines) -> None:
-    """What another evaluation holds comes last, and is taken from it when it is finished."""
+@pytest.mark.parametrize(("finishes", "ours"), [(True, ["2"]), (False, ["2", "1"])])
+def test_two_at_once_share_the_work(finishes: bool, ours: list[str], tmp_path: Path, engines: Engines) -> None:
+    """What another evaluation holds comes last, and is taken from it when it is finished, or done if it gives up."""
     request = asked(tmp_path, checkpoint(tmp_path, 1), checkpoint(tmp_path, 2))
     held, _ = units_of(request)
     reported, claimed = Reported(), threading.Event()
 
     def finish_elsewhere() -> None:
-        lock = Cache(request.folder / "results").claim(held)
+        cache = Cache(request.folder / "results")
+        cache.claim(held)
         claimed.set()
         while not any("waiting for another evaluation: a step 1, sums" in text for text in reported.said):
             time.sleep(0.01)
-        with Evaluation(request, Reported().progress) as other:
-            other._do(held, lock)
-            other.work([])
+        if finishes:
+            cache.save(held, evaluated(held.checkpoint, held.data))
+        cache.release(held)
 
     thread = threading.Thread(target=finish_elsewhere)
     thread.start()
@@ -232,7 +235,7 @@ def test_two_at_once_share_the_work(tmp_path: Path, engines: Engines) -> None:
     with Evaluation(request, reported.progress) as one:
         one.report(request)
     thread.join()
-    assert [order.weights.hf.name for order in engines.orders] == ["2", "1"]
+    assert [order.weights.hf.name for order in engines.orders] == ours
     assert len(one.results) == 2
 
 
