@@ -70,7 +70,8 @@ def show(
         steps = list(seen.marks) if at is None else [at]
         found = {"view": "question", "questions": responses.questions(seen, [question], steps, brief=False)}
     elif changed:
-        found = _changed(seen, *map(seen.checked, changed), limit)
+        before, after = map(seen.checked, changed)
+        found = _changed(seen, before, after, limit)
     elif seen.first != seen.best:
         found = _changed(seen, seen.first, seen.best, limit)
     else:

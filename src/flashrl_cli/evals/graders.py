@@ -144,7 +144,11 @@ class Graders:
     def _call_all(self, limit_s: float, function: Callable[[*A], R], calls: Sequence[tuple[*A]]) -> list[R | Exception]:
         """What `function` returns for each of `calls`, or the exception that says why its grader was ended."""
         queued = [(call, self._queue(limit_s, function, call)) for call in calls]
-        return [self._outcome(future, limit_s, function, call) for call, future in queued]
+        found: list[R | Exception] = []
+        for call, future in queued:
+            outcome = self._outcome(future, limit_s, function, call)
+            found.append(outcome)
+        return found
 
     def _outcome(
         self, future: Future[R], limit_s: float, function: Callable[[*A], R], call: tuple[*A]
