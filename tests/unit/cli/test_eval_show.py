@@ -12,7 +12,7 @@ import typer
 
 from flashrl_cli import paths
 from flashrl_cli.cli.eval_show import show
-from flashrl_cli.errors import FlashrlError, InputError, NothingMatched
+from flashrl_cli.errors import FlashrlError, InputError
 from flashrl_cli.evals import responses
 from tests.graded import entry
 
@@ -123,25 +123,24 @@ def test_models_without_steps(tmp_path: Path, call: Call) -> None:
     assert "the model, sample 1: wrong" in call(tmp_path, "--worst")
 
 
+STEPS = "steps there: 2, 10"
+
+
 @pytest.mark.parametrize(
-    ("words", "match"),
+    ("words", "match", "hint"),
     [
-        (("--worst", "--question", 1), "three views"),
-        (("--worst", "--changed", 2, 10), "three views"),
-        (("--step", 2), "--step goes with"),
-        (("--changed", 2, 10, "--step", 2), "--step goes with"),
-        (("--changed", 2, 3), "step 3 of a is not in"),
-        (("--worst", "--step", 3), "step 3 of a is not in"),
-        (("--question", 7), "no question 7"),
-        (("--run", "c"), "no run c"),
-        (("--dataset", "c"), "no data set c"),
+        ("--worst --question 1", "three views", "give one of them"),
+        ("--worst --changed 2 10", "three views", "give one of them"),
+        ("--step 2", "--step goes with", "--changed names both steps"),
+        ("--changed 2 10 --step 2", "--step goes with", "--changed names both steps"),
+        ("--changed 2 3", "step 3 of a is not in", STEPS),
+        ("--worst --step 3", "step 3 of a is not in", STEPS),
+        ("--question 7", "no question 7", "from 1 to 6"),
+        ("--run c", "no run c", "there: a, b"),
+        ("--dataset c", "no data set c", "there: gsm8k, math"),
     ],
 )
-def test_bad_input(words: tuple[object, ...], match: str, folder: Path, call: Call) -> None:
-    with pytest.raises(InputError, match=match):
-        call(folder, *words)
-
-
-def test_nothing_to_read(tmp_path: Path, call: Call) -> None:
-    with pytest.raises(NothingMatched, match=r"no responses\.parquet"):
-        call(tmp_path)
+def test_bad_input(words: str, match: str, hint: str, folder: Path, call: Call) -> None:
+    with pytest.raises(InputError, match=match) as caught:
+        call(folder, *words.split())
+    assert caught.value.hint == hint
