@@ -76,8 +76,8 @@ def main() -> None:
 
 def report(evaluation: dict[str, Any], result: dict[str, Any]) -> None:
     """Print table and curve, keep the curve as text and PNG, and end with 5 if accuracy did not rise enough."""
+    from flashrl_cli.render.figure import Series, text_curve
     from flashrl_cli.render.output import Output
-    from flashrl_cli.render.plots import Series, text_curve
 
     rows = evaluation["results"]
     columns = ("step", "accuracy", "lo", "hi", "n", "mean_length")

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from flashrl_cli import files
-from flashrl_cli.evals import answers, child
+from flashrl_cli.evals import job as child
+from flashrl_cli.evals import results
 from flashrl_cli.evals.job import EngineSettings, Job, Order, Sampling
 from flashrl_cli.evals.questions import Question
 from flashrl_cli.runs.checkpoints import find
@@ -149,7 +150,7 @@ def take(running: child.Engine, job: Job, weights: Weights, name: str) -> tuple[
             raise SystemExit(event["reason"])
         if event["event"] == "loaded":
             loaded, holds = time.monotonic(), event["holds"]
-    found = answers.read(file)
+    found = results.read_answers(file)
     seconds = {
         "until_loaded_s": round(loaded - started, 3),
         "refit_s": holds["refit_s"],

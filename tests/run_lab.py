@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from flashrl_cli import paths
-from flashrl_cli.runs import record
-from flashrl_cli.runs.record import Attempt, RunRecord
+from flashrl_cli.runs import store
 from flashrl_cli.runs.saved import point_tracker
+from flashrl_cli.runs.store import Attempt, RunRecord
 from tests.saved_files import saved_step
 
 
@@ -31,16 +31,16 @@ class Lab:
         point_tracker(self.run.checkpoints, max(steps))
 
     def recorded(self, **attempt: Any) -> RunRecord:
-        given = {"status": "done", "started": record.now(), "updated": record.now(), **attempt}
+        given = {"status": "done", "started": store.now(), "updated": store.now(), **attempt}
         whole = RunRecord(
             name=self.run.name,
             project="p",
             preset="tiny",
-            created=record.now(),
+            created=store.now(),
             checkpoints=str(self.run.checkpoints),
             attempts=(Attempt(number=1, **given),),
         )
-        return record.change(self.run, lambda _: whole)
+        return store.change(self.run, lambda _: whole)
 
     def log(self, steps: Mapping[int, Mapping[str, float]]) -> None:
         file = self.run.attempt(1).metrics

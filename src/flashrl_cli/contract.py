@@ -1,6 +1,8 @@
 """What the launcher and the plugins inside verl and vLLM agree on: environment names and handshake files.
 
 Standard library only: the plugins import it in every worker, and nothing else of flashrl but `files`.
+
+Environment of everything that computes on a CPU: policy warm-up, training, evaluation.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ CHECKED_EXTENSION = "flashrl_cli.plugins.verl_refit.CheckedWorkerExtension"
 """The same where verl's own weight update is taken as it is, but for a check that every parameter was written."""
 EVAL_EXTENSION = "flashrl_cli.plugins.disk_refit.DiskRefitExtension"
 """Class that evaluation engines take new weights from, read from disk."""
-BENCH_EXTENSION = "flashrl_cli.plugins.bench_extension.BenchExtension"
+BENCH_EXTENSION = "flashrl_cli.plugins.disk_refit.BenchExtension"
 """Class that the engines of the benchmark are measured through."""
 BLOCKS_EXTENSION = "flashrl_cli.plugins.verl_blocks.BlocksExtension"
 """The same for FP8 in blocks, whose weights come by verl's own code."""
@@ -178,3 +180,13 @@ def read_handshakes(folder: Path) -> Iterator[Handshake]:
 
 def _handshake(data: dict[str, Any]) -> Handshake | None:
     return Handshake(**data) if data.get("schema_version") == SCHEMA_VERSION else None
+
+
+THREADS = {"GOMP_SPINCOUNT": "1000"}
+"""Waiting OpenMP threads spin shortly, then sleep. Several processes share the cores here, and a thread that spins keeps the one it
+waits for from running: on two cores with one busy process beside it, training the tiny policy took 14 times as long with
+libgomp's own count, and not longer than its share with this one. To be set before torch is imported."""
+KV_CACHE_GIB = 1
+"""vLLM's KV cache on a CPU, in GiB: its default is far more than small models need."""
+ENGINE = {**THREADS, "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB)}
+"""For processes that start a vLLM engine."""

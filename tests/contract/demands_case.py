@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from flashrl_cli.config.resolve import load_spec
-from flashrl_cli.fit.shape import ModelShape
+from flashrl_cli.memory.model import ModelShape
 from flashrl_cli.verl import compose
-from flashrl_cli.verl.demands.settings import Settings
+from flashrl_cli.verl.config import Settings
 from flashrl_cli.verl.overrides import Places, overrides
 
 PLACES = Places(name="run", data=Path("/data"), checkpoints=Path("/ckpt/run"))

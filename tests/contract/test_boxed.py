@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashrl_cli.data.boxed import boxed_answer
+from flashrl_cli.data.recipes import boxed_answer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PIECES = ["\\boxed{", "\\boxed ", "\\boxed", "\\frac", "{", "}", "$", " ", "x", "\\"]

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from flashrl_cli.config import presets
-from flashrl_cli.config.complaints import keys_of
-from flashrl_cli.config.merge import DEFAULT
+from flashrl_cli.config.diagnose import keys_of
+from flashrl_cli.config.layers import DEFAULT
 from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.config.spec import RunSpec
-from flashrl_cli.verl import compose, fields
+from flashrl_cli.verl import compose
+from flashrl_cli.verl.dead_keys import DEAD_KEYS, IGNORED, REMOVED, dead_key
+from flashrl_cli.verl.lint import keys
 from flashrl_cli.verl.overrides import Override, Places, overrides
-from flashrl_cli.verl.versions import DEAD_KEYS, IGNORED, REMOVED, dead_key
 
 pytestmark = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not installed")
 
@@ -66,7 +67,7 @@ def test_living_names_with_a_plus_are_fields_of_verls():
     added = [Override(key, 1, DEFAULT, added=True) for plus, key in named(VERLS) if plus]
     assert len(added) >= 4
     assert [key.key for key in added if key.key in tree_keys()] == []
-    assert fields.problems(added, compose.tree([])) == []
+    assert keys.added_key_problems(added, compose.tree([])) == []
 
 
 def test_our_living_names_are_fields_of_the_spec():

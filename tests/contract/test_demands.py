@@ -10,10 +10,10 @@ import pytest
 
 from flashrl_cli.config import presets
 from flashrl_cli.errors import Problem
-from flashrl_cli.fit.known import shape_of
-from flashrl_cli.verl import compose, demands
-from flashrl_cli.verl.demands.devices import cpus_needed
-from flashrl_cli.verl.demands.learning import LOGGERS, LOSSES, REJECTIONS
+from flashrl_cli.memory.model import shape_of
+from flashrl_cli.verl import compose, lint
+from flashrl_cli.verl.lint.devices import cpus_needed
+from flashrl_cli.verl.lint.learning import LOGGERS, LOSSES, REJECTIONS
 from tests.contract.demands_case import A, Case, settings
 from tests.contract.demands_of_batches import BATCHES, VALUES
 from tests.contract.demands_of_devices import DEVICES
@@ -22,7 +22,7 @@ from tests.contract.demands_of_rollouts import ROLLOUTS
 from tests.contract.demands_of_sampling import SAMPLING
 
 CASES = [*VALUES, *BATCHES, *DEVICES, *ROLLOUTS, *SAMPLING, *LEARNING]
-RULES = {rule.__name__: rule for rule in demands.RULES}
+RULES = {rule.__name__: rule for rule in lint.RULES}
 
 
 def test_the_shortcut_gives_the_composed_tree():
@@ -37,7 +37,7 @@ def test_shipped_presets_demand_nothing_that_verl_lacks(name, tmp_path):
         for cap in ("correction.cap=null", "correction.cap=2", "correction.cap=8"):
             s = settings(name, (cap,), precision)
             shape = shape_of(s.spec.model.path, tmp_path)
-            if demands.problems(s.resolved, s.overrides, s.tree, shape):
+            if lint.problems(s.resolved, s.overrides, s.tree, shape):
                 refused.add((precision, bool(shape and shape.experts), s.has_adapter))
     # INT8 takes neither experts nor adapters that are not merged; FP8 no adapters
     assert all(adapter or (precision in {"int8", "fp8"} and experts) for precision, experts, adapter in refused)
@@ -86,20 +86,20 @@ def test_every_rule_has_a_case():
 
 
 def test_rules_say_where_they_are_known_from():
-    for rule in demands.RULES:
+    for rule in lint.RULES:
         assert ".py:" in (rule.__doc__ or "") or "plugins/" in (rule.__doc__ or ""), rule.__name__
 
 
 def test_what_the_others_rely_on_is_told_alone():
     s = settings("gsm8k-0.5b", (f"verl.{A}.strategy=megatron", "algorithm.micro_batch_size_per_gpu=5"))
-    (problem,) = demands.problems(s.resolved, s.overrides, s.tree)
+    (problem,) = lint.problems(s.resolved, s.overrides, s.tree)
     assert "megatron" in problem.message
 
 
 def test_all_mistakes_are_told_at_once():
     sets = ("algorithm.micro_batch_size_per_gpu=5", "rollout.tensor_parallel=3", "trainer.logger=[file,x]")
     s = settings("gsm8k-0.5b", sets)
-    assert len(demands.problems(s.resolved, s.overrides, s.tree)) == 3
+    assert len(lint.problems(s.resolved, s.overrides, s.tree)) == 3
 
 
 def test_one_cause_is_told_once():
@@ -107,7 +107,7 @@ def test_one_cause_is_told_once():
     dynamic = (f"verl.{A}.use_dynamic_bsz=true", f"verl.{A}.ppo_max_token_len_per_gpu=99")
     sets = ("algorithm.kl_loss=true", *dynamic, f"verl.{A}.ulysses_sequence_parallel_size=2")
     s = settings("gsm8k-0.5b", sets)
-    told = [problem.where for problem in demands.problems(s.resolved, s.overrides, s.tree)]
+    told = [problem.where for problem in lint.problems(s.resolved, s.overrides, s.tree)]
     assert told == [f"--set verl.{A}.ppo_max_token_len_per_gpu", f"--set verl.{A}.ulysses_sequence_parallel_size"]
 
 
@@ -115,7 +115,7 @@ def test_a_file_that_exists_scores(tmp_path):
     file = tmp_path / "reward.py"
     file.touch()
     s = settings("gsm8k-0.5b", (f"verl.reward.custom_reward_function.path={file}",))
-    assert demands.problems(s.resolved, s.overrides, s.tree) == []
+    assert lint.problems(s.resolved, s.overrides, s.tree) == []
 
 
 def test_the_remote_reward_manager_takes_cpus_in_every_worker():

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from flashrl_cli.config import presets
-from flashrl_cli.config.merge import Origin
+from flashrl_cli.config.layers import Origin
 from flashrl_cli.config.resolve import load_spec
-from flashrl_cli.verl import compose, fields
+from flashrl_cli.verl import compose
+from flashrl_cli.verl.lint import keys as fields
 from flashrl_cli.verl.overrides import Override, Places, overrides
 
 pytestmark = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not installed")
@@ -93,7 +94,7 @@ def tree() -> compose.Tree:
 
 def refused(keys: tuple[str, ...]) -> list[str]:
     added = [Override(key, 1, Origin("set", key), added=True) for key in keys]
-    return [problem.where or "" for problem in fields.problems(added, tree())]
+    return [problem.where or "" for problem in fields.added_key_problems(added, tree())]
 
 
 def test_the_verdicts_are_verls():
@@ -106,7 +107,7 @@ def test_names_that_verl_would_take_and_never_read_are_refused_too():
 
 def test_the_tree_may_hold_the_added_keys():
     wrong = Override(f"{A}.optimm.lr", 1, Origin("set", "--set x"), added=True)
-    (problem,) = fields.problems([wrong], compose.tree([str(wrong)]))
+    (problem,) = fields.added_key_problems([wrong], compose.tree([str(wrong)]))
     assert problem.message == "verl's FSDPActorConfig has no optimm"
     assert f"did you mean {A}.optim" in (problem.hint or "")
 
@@ -131,18 +132,18 @@ def test_every_class_that_the_tree_names_is_found_and_knows_its_node():
 @pytest.mark.parametrize("name", presets.names())
 def test_what_flashrl_and_its_presets_add_is_known(name, precision):
     emitted = overrides(load_spec(name, rollout=precision, tis="2"), PLACES)
-    assert fields.problems(emitted, tree()) == []
+    assert fields.added_key_problems(emitted, tree()) == []
 
 
 def test_neither_verl_nor_torch_is_imported():
     code = (
         "import sys\n"
-        "from flashrl_cli.config.merge import DEFAULT\n"
-        "from flashrl_cli.verl import compose, fields\n"
+        "from flashrl_cli.config.layers import DEFAULT\n"
+        "from flashrl_cli.verl import compose\nfrom flashrl_cli.verl.lint.keys import added_key_problems\n"
         "from flashrl_cli.verl.overrides import Override\n"
         "tree = compose.tree([])\n"
         f"keys = {[*REFUSED, *ACCEPTED]!r}\n"
-        "fields.problems([Override(key, 1, DEFAULT, added=True) for key in keys], tree)\n"
+        "added_key_problems([Override(key, 1, DEFAULT, added=True) for key in keys], tree)\n"
         "assert not {'torch', 'verl', 'ray', 'vllm', 'transformers'} & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,7 +9,7 @@ import pytest
 
 from flashrl_cli.data.recipes import RECIPES
 from flashrl_cli.evals import grade
-from flashrl_cli.evals.pool import Graders
+from flashrl_cli.evals.graders import Graders
 from flashrl_cli.evals.questions import Question
 from flashrl_cli.evals.results import Grade, Response
 

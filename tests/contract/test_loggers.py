@@ -6,7 +6,7 @@ import ast
 import importlib.util
 from pathlib import Path
 
-from flashrl_cli.verl.loggers import LOGGERS
+from flashrl_cli.verl.environment import LOGGERS
 
 
 def test_the_loggers_are_verl_s() -> None:

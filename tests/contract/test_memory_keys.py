@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from flashrl_cli.config.resolve import Resolved, load_spec
-from flashrl_cli.fit.estimate import estimate
-from flashrl_cli.fit.items import GIB
-from flashrl_cli.fit.known import shape_of
+from flashrl_cli.memory.estimate import estimate
+from flashrl_cli.memory.model import shape_of
+from flashrl_cli.memory.parts import GIB
 from flashrl_cli.verl import compose
-from flashrl_cli.verl.memory_keys import SET_KEYS, Batch, TrainerSettings, settings_of
+from flashrl_cli.verl.config import SET_KEYS, Batch, TrainerSettings, settings_of
 from flashrl_cli.verl.overrides import Places, overrides
 
 pytestmark = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not installed")

@@ -21,14 +21,15 @@ import pytest
 import typer
 
 from flashrl_cli.cli import app
-from flashrl_cli.config.complaints import keys_of
-from flashrl_cli.config.merge import DEFAULT
+from flashrl_cli.config.diagnose import keys_of
+from flashrl_cli.config.layers import DEFAULT
 from flashrl_cli.config.spec import RunSpec
-from flashrl_cli.verl import compose, fields
+from flashrl_cli.verl import compose
 from flashrl_cli.verl.causes import CAUSES
+from flashrl_cli.verl.dead_keys import dead_key
+from flashrl_cli.verl.lint import keys as fields
+from flashrl_cli.verl.lint.keys import OWNED
 from flashrl_cli.verl.overrides import Override
-from flashrl_cli.verl.rules import OWNED
-from flashrl_cli.verl.versions import dead_key
 
 pytestmark = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not installed")
 
@@ -157,7 +158,7 @@ def wrong_with(prefix: str, plus: str, key: str) -> str | None:
         if prefix and key in OWNED:
             return "flashrl's own"
         if plus and key not in verls():
-            return "refused" if fields.problems([Override(key, 1, DEFAULT, added=True)], tree()) else None
+            return "refused" if fields.added_key_problems([Override(key, 1, DEFAULT, added=True)], tree()) else None
         return None if key in verls() | MADE_BY_ADDING else "not in verl's tree"
     if key in ours():
         return None

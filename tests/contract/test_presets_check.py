@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flashrl_cli.config.presets import names
-from flashrl_cli.launch.review import Options, check
+from flashrl_cli.train.review import Options, check
 
 
 @pytest.fixture(autouse=True)

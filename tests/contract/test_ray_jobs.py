@@ -18,11 +18,11 @@ import pytest
 from flashrl_cli.config import presets
 from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.errors import EnvironmentNotReady
-from flashrl_cli.launch import review
-from flashrl_cli.launch.plan import LaunchPlan, build_plan
-from flashrl_cli.launch.ray import client as ray_client
-from flashrl_cli.launch.ray import plan as ray_plan
-from flashrl_cli.verl import cluster
+from flashrl_cli.train import plan as ray_plan
+from flashrl_cli.train import review
+from flashrl_cli.train.executors import ray_job as ray_client
+from flashrl_cli.train.plan import LaunchPlan, build_plan
+from flashrl_cli.verl import environment
 
 TOKEN = "a-token-of-more-than-thirty-two-characters"
 
@@ -35,7 +35,7 @@ def verl_source(file: str) -> str:
 
 
 def plan(preset: str, root: Path) -> LaunchPlan:
-    resolved = cluster.on_cluster(load_spec(preset))
+    resolved = environment.on_cluster(load_spec(preset))
     found = build_plan(
         resolved,
         name="r",
@@ -54,16 +54,16 @@ def test_the_variables_that_verl_hands_on_itself() -> None:
     loops = re.findall(r"for key in \(([^)]*)\):", text[text.index("def get_ppo_ray_runtime_env") :])
     names = {name for loop in loops for name in re.findall(r'"(\w+)"', loop)}
     names |= set(re.findall(r'setdefault\("env_vars", \{\}\)\["(\w+)"\]', verl_source("trainer/main_ppo.py")))
-    assert names == cluster.VERL_VARIABLES
+    assert names == environment.VERL_VARIABLES
 
 
 @pytest.mark.parametrize("preset", presets.names())
 def test_ray_joins_the_jobs_environment_with_verls(preset: str, tmp_path: Path) -> None:
     from ray.runtime_env.runtime_env import RuntimeEnv, _merge_runtime_env
 
-    job = ray_plan.job(plan(preset, tmp_path), "http://h")
+    job = ray_plan.job_request(plan(preset, tmp_path), "http://h")
     RuntimeEnv(**job.runtime_env)
-    verls = {"env_vars": dict.fromkeys(cluster.VERL_VARIABLES, "0"), "working_dir": None}
+    verls = {"env_vars": dict.fromkeys(environment.VERL_VARIABLES, "0"), "working_dir": None}
     merged = _merge_runtime_env(dict(job.runtime_env), verls)
     assert merged is not None
     assert merged["env_vars"].items() >= job.runtime_env["env_vars"].items()
@@ -73,16 +73,16 @@ def test_what_makes_a_ray_of_ones_own_are_arguments_of_ray_init() -> None:
     import ray
 
     source = inspect.getsource(ray.init)
-    assert [name for name in cluster.OWN_RAY if f'"{name}"' not in source and f"{name}:" not in source] == []
+    assert [name for name in environment.OWN_RAY if f'"{name}"' not in source and f"{name}:" not in source] == []
     refused = set(re.findall(r"if (\w+) is not None:\s+raise ValueError\(\s+\"When connecting", source))
-    assert {"resources", "labels", "object_store_memory"} <= refused <= cluster.OWN_RAY
+    assert {"resources", "labels", "object_store_memory"} <= refused <= environment.OWN_RAY
 
 
 def test_cpus_that_verl_takes_with_a_device() -> None:
     pool = r"class ResourcePoolManager.*?max_colocate_count: int = (\d+)"
     found = re.search(pool, verl_source("single_controller/ray/base.py"), re.DOTALL)
     assert found
-    assert int(found[1]) == cluster.CPUS_A_DEVICE
+    assert int(found[1]) == environment.CPUS_A_DEVICE
 
 
 class Server(ThreadingHTTPServer):

@@ -13,8 +13,8 @@ import pytest
 from flashrl_cli import paths
 from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.errors import InputError
-from flashrl_cli.launch import memory
-from flashrl_cli.verl.check import check_overrides
+from flashrl_cli.train import preflight
+from flashrl_cli.verl.lint import check_overrides
 from flashrl_cli.verl.overrides import Override, Places, overrides
 
 FOLDER = Path(__file__).parent / "overrides"
@@ -70,7 +70,7 @@ def test_all_lists_are_there_and_no_others(request: pytest.FixtureRequest) -> No
 def refusal(preset: str, precision: str) -> InputError | None:
     try:
         resolved = load_spec(str(PRESETS[preset]), rollout=precision, tis=cap(preset))
-        check_overrides(resolved, overrides(resolved, PLACES), memory.shape(resolved.spec.model.path))
+        check_overrides(resolved, overrides(resolved, PLACES), preflight.shape(resolved.spec.model.path))
     except InputError as error:
         return error
     return None

@@ -33,7 +33,7 @@ class StateExtension:
         """Why the same without one tensor is refused: `in place`, `layerwise`, or `by name`, held against the refit before."""
         from unittest.mock import patch
 
-        from flashrl_cli.plugins import in_place
+        from flashrl_cli.plugins import refit as in_place
         from flashrl_cli.plugins.coverage import COMPLETE, Incomplete
 
         if how != "by name":

@@ -52,7 +52,7 @@ def head(weight: torch.Tensor) -> Any:
 def test_the_bf16_kernel_gives_float32_logits_without_a_float32_copy(record_property: Any) -> None:
     import torch
 
-    from flashrl_cli.plugins.float32_head import float32_logits
+    from flashrl_cli.plugins.linear import float32_logits
 
     torch.manual_seed(0)
     weight = torch.randn(VOCABULARY, HIDDEN, device="cuda", dtype=torch.bfloat16) / 60

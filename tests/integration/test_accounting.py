@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from flashrl_cli.bench import model as bench
+from flashrl_cli.bench import request as bench
 from flashrl_cli.errors import FlashrlError, InputError, RunFailed
-from flashrl_cli.evals import merge
 from flashrl_cli.quantize.offline import quantize
 from flashrl_cli.quantize.request import plan
+from flashrl_cli.runs import merge
 from flashrl_cli.runs.checkpoints import Checkpoint, find
 from flashrl_cli.weights import Unreadable, Weights, expected, read_json
 
@@ -352,19 +352,19 @@ def test_architectures_and_the_forms_of_their_experts(tmp_path: Path) -> None:
 
 def test_an_architecture_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For all folders with its sizes, and kept for later processes; what is unknown or cannot be built is compared with nothing."""
-    from flashrl_cli.weights import architecture
+    from flashrl_cli.weights import accounting
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    architecture._of_config.cache_clear()
+    accounting._of_config.cache_clear()
     first = expected(config(tmp_path / "m", dtype="float32"))
-    monkeypatch.setattr(architecture, "_built", lambda config: pytest.fail("built again"))
+    monkeypatch.setattr(accounting, "_built", lambda config: pytest.fail("built again"))
     assert expected(config(tmp_path / "again", torch_dtype="bfloat16", transformers_version="4.1")) is first
-    architecture._of_config.cache_clear()
+    accounting._of_config.cache_clear()
     assert expected(tmp_path / "m") == first
     monkeypatch.undo()
     for unknown in ({"model_type": "of_nobody"}, {"architectures": ["Qwen2ForNothing"]}, {"num_attention_heads": "x"}):
         assert expected(config(tmp_path / "unknown", **unknown)) is None
-    architecture._of_config.cache_clear()
+    accounting._of_config.cache_clear()
 
 
 def test_a_step_is_merged_from_folders_that_nobody_may_write(tmp_path: Path) -> None:

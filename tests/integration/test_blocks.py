@@ -35,9 +35,9 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A worker without an engine: the extension as vLLM makes it, and three kinds of parallel layers, loaded with nothing yet."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.metadata, "version", importlib.metadata.version)
-        from flashrl_cli.plugins import cpu_patches
+        from flashrl_cli.plugins import cpu
 
-        cpu_patches.answer_vllm_version()
+        cpu.answer_vllm_version()
         from verl.utils.vllm.vllm_quant_utils import fp8_state
         from verl.workers.rollout.vllm_rollout import utils
         from vllm.config import VllmConfig, set_current_vllm_config
@@ -62,7 +62,7 @@ def _worker(config: Any, patch: pytest.MonkeyPatch) -> Any:
     from vllm.model_executor.layers.quantization.fp8 import Fp8Config
     from vllm.platforms import PlatformEnum
 
-    from flashrl_cli.bench.variants import QUANTIZATION
+    from flashrl_cli.bench.job import QUANTIZATION
     from flashrl_cli.plugins.verl_blocks import BlocksExtension
 
     class Anywhere(kernels.TritonFp8BlockScaledMMKernel):  # type: ignore[misc]
@@ -177,7 +177,7 @@ def test_an_update_that_lacks_a_shard_fails(worker: Any) -> None:
 
 
 def test_what_it_holds_is_told(worker: Any) -> None:
-    from flashrl_cli.bench.variants import Variant
+    from flashrl_cli.bench.job import Variant
 
     holds = {**worker.holds(), "lm_head": "bf16"}  # the layers have no head
     counted = [holds[name] for name in ("precision", "quantized_layers", "linear_layers", "kernel")]

@@ -59,7 +59,7 @@ def engine_model(*, quantized: bool, tied: bool = False) -> Any:
     from vllm.model_executor.layers import vocab_parallel_embedding as vocabulary
     from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
-    from flashrl_cli.plugins.int8_linear import Int8OnlineConfig
+    from flashrl_cli.plugins.linear import Int8OnlineConfig
 
     options: dict[str, Any] = {
         "params_dtype": torch.bfloat16,
@@ -120,10 +120,10 @@ def refit(config: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`refit(model, tensors, how=...)`: one weight update, a tensor a bucket unless said otherwise."""
     import torch
 
-    from flashrl_cli.plugins import in_place
+    from flashrl_cli.plugins import refit as in_place
     from flashrl_cli.plugins import refit as module
     from flashrl_cli.plugins.coverage import Coverage
-    from flashrl_cli.plugins.int8_linear import Int8OnlineLinearMethod
+    from flashrl_cli.plugins.linear import Int8OnlineLinearMethod
 
     # as on CUDA: a CPU's packed copy takes the place of a floating weight
     for method in in_place.AS_LOADED:

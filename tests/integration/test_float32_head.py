@@ -25,7 +25,7 @@ class Model:
         from vllm.model_executor.layers.logits_processor import LogitsProcessor
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-        from flashrl_cli.plugins.int8_linear import Int8OnlineConfig
+        from flashrl_cli.plugins.linear import Int8OnlineConfig
 
         options: dict[str, Any] = {"params_dtype": torch.bfloat16}
         options["quant_config"] = Int8OnlineConfig() if quantized else None
@@ -78,10 +78,10 @@ def layers(config: None) -> Iterator[dict[str, Any]]:
 @pytest.fixture
 def float32(layers: dict[str, Any]) -> None:
     """What the plugin does in the processes of a run that asks for it."""
-    from flashrl_cli.plugins import float32_head
+    from flashrl_cli.plugins import linear
 
-    float32_head.register()
-    float32_head.register()
+    linear.register()
+    linear.register()
 
 
 def numbers(seed: int, rows: int) -> torch.Tensor:
@@ -94,7 +94,7 @@ def numbers(seed: int, rows: int) -> torch.Tensor:
 def test_logits_are_those_of_float32(float32: None, tied: bool, quantized: bool) -> None:
     import torch
 
-    from flashrl_cli.plugins.float32_head import head_dtype
+    from flashrl_cli.plugins.linear import head_dtype
 
     model = Model(tied=tied, quantized=quantized)
     assert head_dtype(model.module) == "fp32"
@@ -110,7 +110,7 @@ def test_logits_are_those_of_float32(float32: None, tied: bool, quantized: bool)
 
 def test_without_it_logits_are_rounded(layers: dict[str, Any]) -> None:
     """What the float32 head is for: bf16 has 8 bits, so that logits of size 30 are off by up to 0.06."""
-    from flashrl_cli.plugins.float32_head import head_dtype
+    from flashrl_cli.plugins.linear import head_dtype
 
     assert "LogitsProcessor" not in layers
     model = Model(tied=False, quantized=False)

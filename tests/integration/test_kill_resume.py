@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from benchmarks import kill_resume
 
-from flashrl_cli.runs import record
-from flashrl_cli.runs.history import history, holes
+from flashrl_cli.runs import store
+from flashrl_cli.runs.metrics import history, holes
 from flashrl_cli.runs.saved import saved_steps
 from tests.integration.conftest import PATIENCE_S, SMALL, Workshop, events
 from tests.integration.test_train import check_evaluation, check_plausible, check_proof
@@ -37,7 +37,7 @@ def check_end(workshop: Workshop, shop: kill_resume.Shop, steps: int) -> None:
     logged = history(run)
     assert [metrics.step for metrics in logged] == list(range(1, steps + 1))
     assert holes(logged) == []
-    found = record.load(run.record)
+    found = store.load(run.record)
     assert found
     last = found.attempts[-1]
     assert (last.status, last.exit_code, last.last_step, last.total_steps) == ("done", 0, steps, steps)

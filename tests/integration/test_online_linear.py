@@ -56,7 +56,7 @@ def model(config: Any, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
     import torch
     from vllm.model_executor.layers import linear
 
-    from flashrl_cli.plugins.int8_linear import Int8OnlineConfig, Int8OnlineLinearMethod
+    from flashrl_cli.plugins.linear import Int8OnlineConfig, Int8OnlineLinearMethod
 
     monkeypatch.setattr(Int8OnlineLinearMethod, "choose_kernel", lambda self, layer: Plain())
     monkeypatch.setattr(Int8OnlineLinearMethod, "row_kernels", frozenset({"Plain"}))
@@ -113,14 +113,14 @@ def same(left: Held, right: Held) -> bool:
 
 
 def test_shards_in_any_order_give_what_whole_layers_do(model: torch.nn.Module) -> None:
-    from flashrl_cli.plugins import in_place
+    from flashrl_cli.plugins import refit
 
     assert same(held(model), expected(weights(0)))
-    assert in_place.possible(model)
+    assert refit.possible(model)
     places = [model.get_submodule(name).weight.data_ptr() for name in SHARDS]
     for seed in (1, 2):
         new = weights(seed)
-        with in_place.writable(model, lambda: None) as written:
+        with refit.writable(model, lambda: None) as written:
             load(model, dict(reversed(new.items())))
         assert all(rows.written == rows.shape[0] for rows in written.values())
         assert same(held(model), expected(new))
@@ -129,11 +129,11 @@ def test_shards_in_any_order_give_what_whole_layers_do(model: torch.nn.Module) -
 
 
 def test_rows_that_come_twice_do_not_stand_for_others(model: torch.nn.Module) -> None:
-    from flashrl_cli.plugins import in_place
+    from flashrl_cli.plugins import refit
 
     new = weights(1)
     del new["qkv_proj", "k"]
-    with in_place.writable(model, lambda: None) as written:
+    with refit.writable(model, lambda: None) as written:
         load(model, new)
         load(model, new)
     torn = {name: rows.shape[0] - rows.written for name, rows in written.items()}
@@ -158,20 +158,20 @@ def test_what_cannot_be_written_in_place_is_left_to_the_layerwise_reload(
 ) -> None:
     import torch
 
-    from flashrl_cli.plugins import in_place
+    from flashrl_cli.plugins import refit
 
     layer = model.get_submodule("down_proj")
     with monkeypatch.context() as patch:
         patch.setattr(type(layer.quant_method), "row_kernels", frozenset())
-        assert not in_place.possible(model)
-    assert in_place.possible(model)
+        assert not refit.possible(model)
+    assert refit.possible(model)
     plain = layer.weight.data
     layer.weight.data = torch.nn.functional.pad(plain.t(), (0, 16)).t()
-    assert not in_place.possible(model)
+    assert not refit.possible(model)
     layer.weight.data = plain
     model.experts = torch.nn.Module()
     vars(model.experts)["process_weights_after_loading"] = lambda: None
-    assert not in_place.possible(model)
+    assert not refit.possible(model)
 
 
 @pytest.mark.parametrize(("rank", "kept"), [("0", "bf16"), ("1", "bf16"), ("2", "int8"), (None, None)])
@@ -182,9 +182,8 @@ def test_the_first_replicas_of_a_mixed_run_stay_in_bf16(
     from vllm.model_executor.layers.linear import ReplicatedLinear
 
     from flashrl_cli import contract
-    from flashrl_cli.plugins.int8_linear import Int8OnlineConfig
+    from flashrl_cli.plugins.linear import RANK, Int8OnlineConfig
     from flashrl_cli.plugins.refit import describe
-    from flashrl_cli.plugins.replica import RANK
 
     monkeypatch.setenv(contract.ENV_ROLLOUT, contract.RolloutOptions(bf16_replicas=2).text())
     monkeypatch.delenv(RANK, raising=False)
@@ -204,7 +203,7 @@ def test_the_first_replicas_of_a_mixed_run_stay_in_bf16(
 def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
 
-    from flashrl_cli.plugins.int8_linear import Int8OnlineLinearMethod
+    from flashrl_cli.plugins.linear import Int8OnlineLinearMethod
 
     monkeypatch.setattr(vllm, "__version__", "0.30.1")
     with pytest.raises(RuntimeError, match=r"made for vLLM 0\.24 to 0\.28, and this is 0\.30\.1"):

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flashrl_cli.errors import EnvironmentNotReady, InputError
-from flashrl_cli.evals import merge
 from flashrl_cli.quantize import arithmetic, tensors
 from flashrl_cli.quantize.offline import quantize
 from flashrl_cli.quantize.request import plan
+from flashrl_cli.runs import merge
 from flashrl_cli.weights import read_json
 from flashrl_cli.weights.profile import About
 from tests.unit.quantize.models import LAYERS, QWEN2, SIZES
@@ -82,7 +82,7 @@ def read(folder: Path) -> Tensors:
 def by_the_online_method(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
-    from flashrl_cli.plugins.int8_linear import Int8OnlineLinearMethod
+    from flashrl_cli.plugins.linear import Int8OnlineLinearMethod
 
     rows, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight), 1)
     Int8OnlineLinearMethod().quantize(weight, rows, scales)

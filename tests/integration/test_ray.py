@@ -14,10 +14,10 @@ import psutil
 import pytest
 
 from flashrl_cli.contract import read_handshakes
-from flashrl_cli.launch.relay import Relay
 from flashrl_cli.paths import AttemptPaths
-from flashrl_cli.runs import record
+from flashrl_cli.runs import store
 from flashrl_cli.runs.metrics import read_metrics
+from flashrl_cli.train.executors.ray_job import Relay
 from tests.integration.conftest import PATIENCE_S, SMALL, Workshop, events
 from tests.integration.ray_cluster import HEAD, OTHER, Cluster, two_nodes
 
@@ -86,7 +86,7 @@ def test_a_cluster_that_is_too_small(workshop: Workshop, cluster: Cluster) -> No
 
 def job_of(workshop: Workshop, name: str) -> str | None:
     """The Ray job of a run's newest attempt, once it is submitted."""
-    found = record.load(workshop.root / "runs" / name / "run.json")
+    found = store.load(workshop.root / "runs" / name / "run.json")
     return found.last.job_id if found and found.last else None
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.data import arith
+from flashrl_cli.data import recipes
 from tests.integration.conftest import PATIENCE_S, Workshop
 
-SUMS = arith.pairs(0)["test"][:32]
+SUMS = recipes.pairs(0)["test"][:32]
 PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -45,7 +45,7 @@ def variants(source: Path, out: Path, *, tied: bool) -> dict[str, Path]:
 
 def sequences(tokenizer: Any) -> tuple[list[list[int]], int]:
     """Worked sums as token ids; all log-probs from the last prompt token on belong to the answer (at least that many)."""
-    texts = [(PROMPT.format(arith.question(*pair)), arith.solution(*pair)) for pair in SUMS]
+    texts = [(PROMPT.format(recipes.question(*pair)), recipes.solution(*pair)) for pair in SUMS]
     return [tokenizer(prompt + answer).input_ids for prompt, answer in texts], min(len(answer) for _, answer in texts)
 
 

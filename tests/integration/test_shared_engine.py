@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.data import arith
+from flashrl_cli.data import recipes
 from flashrl_cli.weights import Weights
 from tests.integration.conftest import PATIENCE_S, Workshop
 
@@ -22,7 +22,9 @@ NEAR = 0.5
 """Nats by which a greedy token may be less likely than the likeliest, in float32: in bf16 a sum's order decides between near ones."""
 PREAMBLE = "Add with care. " * 2
 """Longer than a block of vLLM's prefix cache, which must not outlive the weights that filled it."""
-PROMPTS = [[{"role": "user", "content": f"{PREAMBLE}{arith.question(*pair)}"}] for pair in arith.pairs(0)["test"][:8]]
+PROMPTS = [
+    [{"role": "user", "content": f"{PREAMBLE}{recipes.question(*pair)}"}] for pair in recipes.pairs(0)["test"][:8]
+]
 NINE, HASH, SPACE = 24, 2, 220
 """Tokens of the tiny policy that are common in its answers."""
 ENGLISH = "{% for m in messages %}Q: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}A: {% endif %}"

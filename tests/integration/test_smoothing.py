@@ -12,10 +12,10 @@ import pytest
 
 from flashrl_cli import contract
 from flashrl_cli.data.rows import make_row
-from flashrl_cli.data.tiny_policy import make_tokenizer
+from flashrl_cli.data.tiny import make_tokenizer
 from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
 from flashrl_cli.quantize import calibrate as calibrate_module
-from flashrl_cli.quantize import scales
+from flashrl_cli.quantize import calibrate as scales
 from flashrl_cli.quantize.calibrate import Calibrated, calibrate
 from flashrl_cli.weights import Unreadable, Weights
 from flashrl_cli.weights.profile import Profile

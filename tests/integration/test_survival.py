@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from flashrl_cli.paths import RunPaths
-from flashrl_cli.runs import record
+from flashrl_cli.runs import store
 from tests.conftest import starting_with
 from tests.integration.conftest import PATIENCE_S, SMALL, Workshop
 
@@ -28,7 +28,7 @@ def phase(name: str) -> Moment:
     """When the attempt that was just started is doing `name`."""
 
     def reached(run: RunPaths, started: float) -> bool:
-        found = record.load(run.record)
+        found = store.load(run.record)
         last = found.last if found else None
         return bool(last and last.pid_started >= started - 1 and any(one.name == name for one in last.phases))
 
@@ -80,7 +80,7 @@ def test_interrupted_at_many_moments(workshop: Workshop) -> None:
 
 def check_interruptions(run: RunPaths) -> None:
     """Every attempt that began has its entry; the last one was stopped in mid-run."""
-    found = record.load(run.record)
+    found = store.load(run.record)
     assert found
     assert [attempt.number for attempt in found.attempts] == run.attempts()
     assert {attempt.status for attempt in found.attempts} == {"stopped"}

@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 
 from flashrl_cli.errors import RunFailed
-from flashrl_cli.evals import merge
 from flashrl_cli.evals.export import export
 from flashrl_cli.paths import RunPaths
-from flashrl_cli.runs.checkpoints import Checkpoint, find
+from flashrl_cli.runs import merge
+from flashrl_cli.runs.checkpoints import Checkpoint, Stock, find
 from flashrl_cli.runs.saved import inspect
-from flashrl_cli.runs.stock import Stock
 from flashrl_cli.weights import Unreadable, Weights, holds_adapter_alone, stored_in_float32
 from tests.integration.conftest import BY_VERL, PATIENCE_S
 
@@ -188,7 +187,7 @@ def test_plain_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from safetensors.torch import load_file
 
-    monkeypatch.setattr("flashrl_cli.evals.merge.FILE_BYTES", 16)
+    monkeypatch.setattr("flashrl_cli.runs.merge.FILE_BYTES", 16)
     hf = tmp_path / "hf"
     hf.mkdir()
     (hf / "config.json").write_text("{}")

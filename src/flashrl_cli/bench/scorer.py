@@ -2,6 +2,12 @@
 
 A forward pass of Transformers over whole sequences, as verl's trainer computes them: weights and activations in bf16 (or float32), the
 log-softmax of the logits in float32 (as flash-attn's cross entropy does for verl/utils/torch_functional.py:logprobs_from_logits).
+
+How far two distributions over the same tokens are apart: those were sampled by the rollout engine, and the trainer judges them.
+
+r = p_train / p_rollout is the weight that truncated importance sampling gives a token. KL(rollout || train) is estimated from samples
+of the rollout by k1 = -log r and by k3 = r - 1 - log r, which is never negative and varies less (J. Schulman, Approximating KL
+Divergence, 2020). The effective sample size is Kish's, (sum r)² / sum r², as a share of the samples (L. Kish, Survey Sampling, 1965).
 """
 
 from __future__ import annotations
@@ -12,15 +18,75 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from flashrl_cli.bench.job import ScorerJob
 from flashrl_cli.errors import FlashrlError
-from flashrl_cli.evals import parent
 from flashrl_cli.text import counted
+from flashrl_cli.worker import server
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
-    from flashrl_cli.bench.samples import Samples
+    from flashrl_cli.bench.job import Samples
+
+CAPS = (2.0, 8.0)
+"""Caps of TIS in use: verl's default, and that of recipes for large models."""
+_CLOSE_TO_UNIFORM = 0.9
+_LARGEST = 600.0
+"""Logarithm of a weight from which on it counts as no larger: products over a sequence must stay finite."""
+
+
+def statistics(rollout: Any, train: Any, lengths: Any) -> dict[str, Any]:
+    """Statistics of natural log-probs [T] of sampled tokens by rollout and trainer; `lengths` [S] of the sequences that they make up.
+
+    Raises ValueError for shapes that do not fit, and for values that are no log-probs.
+    """
+    before, after = (np.asarray(values, dtype=np.float64) for values in (rollout, train))
+    counts = np.asarray(lengths, dtype=np.int64)
+    fits = before.shape == after.shape and before.ndim == 1 and counts.sum() == before.size > 0 and (counts > 0).all()
+    if not fits:
+        raise ValueError(f"{before.shape} and {after.shape} log-probs in {counts.size} sequences do not fit")
+    if not (np.isfinite(before).all() and np.isfinite(after).all()):
+        raise ValueError("some log-probs are not finite")
+    difference = after - before
+    absolute = np.abs(difference)
+    sums = np.add.reduceat(difference, np.concatenate(([0], np.cumsum(counts)[:-1])))
+    return {
+        "tokens": before.size,
+        "sequences": counts.size,
+        "abs_difference": {
+            "mean": float(absolute.mean()),
+            "p99": float(np.quantile(absolute, 0.99)),
+            "max": float(absolute.max()),
+        },
+        "kl": {"k1": float(-difference.mean()), "k3": float(np.mean(np.expm1(difference) - difference))},
+        "token_weights": weights(difference),
+        "sequence_weights": weights(sums),
+        "sequence_geometric": weights(sums / counts),
+    }
+
+
+def weights(log_ratios: NDArray[np.float64]) -> dict[str, float]:
+    """Of weights r with these logarithms: mean, least and greatest, the shares above each cap, and the effective sample size."""
+    ratios = np.exp(np.minimum(log_ratios, _LARGEST))
+    scaled = np.exp(log_ratios - log_ratios.max())  # their squares must not overflow
+    above = {f"above_{cap:g}": float(np.mean(ratios > cap)) for cap in CAPS}
+    effective = float(scaled.sum() ** 2 / (scaled**2).sum() / scaled.size)
+    return {
+        "mean": float(ratios.mean()),
+        "min": float(ratios.min()),
+        "max": float(ratios.max()),
+        **above,
+        "effective": effective,
+    }
+
+
+def knows_nothing(entropy: float, vocabulary: int) -> bool:
+    """Whether a mean entropy in nats is that of a policy with random weights, which hides what quantization does."""
+    return entropy > _CLOSE_TO_UNIFORM * float(np.log(vocabulary))
+
 
 TOKENS = {"cuda": 8192, "cpu": 2048}
 """Of one forward pass, padding included: logits of a large vocabulary in bf16 take 2.5 GB then."""
@@ -30,14 +96,14 @@ _ROWS = 1024
 
 def main() -> None:
     """Fulfil orders until stdin closes: each names a file of samples."""
-    orders, emit = parent.begin()
+    orders, emit = server.begin()
     try:
         scorer = Scorer(ScorerJob.read(Path(sys.argv[1])))
         while True:
             asked = json.loads(orders.get())
             emit("done", result=scorer.score(Path(asked["samples"]), emit))
     except FlashrlError as error:
-        parent.end(emit, error)
+        server.end(emit, error)
 
 
 class Scorer:
@@ -54,10 +120,9 @@ class Scorer:
         self._model = model.to(self._device).eval()
         self._job = job
 
-    def score(self, file: Path, emit: parent.Emit) -> dict[str, Any]:
+    def score(self, file: Path, emit: server.Emit) -> dict[str, Any]:
         """Mismatch of the samples in `file`: `mismatch.statistics`, the mean entropy in nats, and whether that is a random policy's."""
-        from flashrl_cli.bench import mismatch
-        from flashrl_cli.bench.samples import Samples
+        from flashrl_cli.bench.job import Samples
 
         samples = Samples.read(file)
         train: list[list[float]] = [[] for _ in samples.responses]
@@ -71,11 +136,11 @@ class Scorer:
         mean_entropy = entropy / sum(lengths)
         vocabulary = int(self._model.config.get_text_config().vocab_size)
         return {
-            **mismatch.statistics(_flat(samples.logprobs), _flat(train), lengths),
+            **statistics(_flat(samples.logprobs), _flat(train), lengths),
             "trainer_dtype": self._job.dtype,
             "entropy": mean_entropy,
             "vocabulary": vocabulary,
-            "knows_nothing": mismatch.knows_nothing(mean_entropy, vocabulary),
+            "knows_nothing": knows_nothing(mean_entropy, vocabulary),
         }
 
     def _judge(self, samples: Samples, numbers: list[int]) -> Iterator[tuple[list[float], float]]:

@@ -1,49 +1,123 @@
-"""`flashrl bench`: what each kind of rollout costs and gives on this machine."""
+"""`flashrl bench`: what each kind of rollout costs and gives on this machine.
+
+Options of `flashrl bench`.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from flashrl_cli.cli import bench_options as options
+import typer
+
 from flashrl_cli.cli.options import Json, MemoryShare, TensorParallel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
+    from flashrl_cli.bench.job import Measured
     from flashrl_cli.bench.report import Report
     from flashrl_cli.bench.request import Request
-    from flashrl_cli.bench.results import Measured
     from flashrl_cli.render.output import Output
+
+MACHINE = "the machine's"
+
+Model = Annotated[
+    str,
+    typer.Option(
+        metavar="PATH|HUB_ID|prepared:NAME|shape:SIZE",
+        help="A model, or only the shape of Qwen2.5 with random weights: shape:7b, its first layers: shape:7b/4.",
+    ),
+]
+Rollouts = Annotated[
+    str,
+    typer.Option(
+        "--rollout",
+        metavar="KIND,...",
+        help="bf16, int8, fp8 or fp8-block, each with any of +kv8 (FP8 KV cache), +head32 (float32 logits), +smooth.",
+    ),
+]
+Batch = Annotated[
+    str | None,
+    typer.Option(
+        "--batch",
+        metavar="N|fit,...",
+        help="Sequences at once; fit: as many as the KV cache holds.",
+        show_default="64,256; on a CPU 4,16",
+    ),
+]
+Prompt = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of each random prompt.", show_default="512; on a CPU 64")
+]
+Response = Annotated[int | None, typer.Option(min=1, help="Tokens of each response.", show_default="512; on a CPU 32")]
+Repeats = Annotated[int, typer.Option(min=1, help="Measurements of each speed; the median counts.")]
+Refit = Annotated[bool, typer.Option("--refit", help="Also time the update of all weights.")]
+Mismatch = Annotated[
+    bool, typer.Option("--mismatch", help="Also compare log-probs with the trainer's (Transformers); needs --data.")
+]
+Data = Annotated[
+    str | None,
+    typer.Option(metavar="NAME|PARQUET,...", help="Prompts for --mismatch: prepared data sets or parquet files."),
+]
+Samples = Annotated[int | None, typer.Option(min=1, help="Responses to compare.", show_default="256; on a CPU 64")]
+TrainerDtype = Annotated[str, typer.Option(metavar="bfloat16|float32", help="What the trainer computes in.")]
+Profile = Annotated[Path | None, typer.Option(metavar="FILE", help="Smoothing profile for +smooth.")]
+MaxNumSeqs = Annotated[
+    int | None,
+    typer.Option(min=1, help="Sequences that the engine computes at once.", show_default="the largest batch"),
+]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(min=2, help="Longest prompt and response together.", show_default="what is measured needs"),
+]
+KvMemory = Annotated[
+    float | None,
+    typer.Option(
+        "--kv-memory", metavar="GIB", min=0.1, help="KV cache of each GPU.", show_default="what is left; on a CPU 1"
+    ),
+]
+Eager = Annotated[bool, typer.Option("--enforce-eager", help="No CUDA graphs.")]
+Budget = Annotated[
+    float | None, typer.Option(metavar="SECONDS", min=1, help="Leave out what does not fit into this time.")
+]
+Folder = Annotated[
+    Path | None,
+    typer.Option(
+        "--dir", metavar="DIR", help="Where finished points are kept.", show_default=".bench in the runs folder"
+    ),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what is kept.")]
+Out = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Also write the JSON document to a file.")]
+Png = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw the speeds.")]
 
 
 def bench(
     *,
-    model: options.Model = "prepared:tiny",
-    rollout: options.Rollouts = "bf16,int8",
-    batch: options.Batch = None,
-    prompt: options.Prompt = None,
-    response: options.Response = None,
-    repeats: options.Repeats = 3,
-    refit: options.Refit = False,
-    mismatch: options.Mismatch = False,
-    data: options.Data = None,
-    samples: options.Samples = None,
-    trainer_dtype: options.TrainerDtype = "bfloat16",
-    profile: options.Profile = None,
+    model: Model = "prepared:tiny",
+    rollout: Rollouts = "bf16,int8",
+    batch: Batch = None,
+    prompt: Prompt = None,
+    response: Response = None,
+    repeats: Repeats = 3,
+    refit: Refit = False,
+    mismatch: Mismatch = False,
+    data: Data = None,
+    samples: Samples = None,
+    trainer_dtype: TrainerDtype = "bfloat16",
+    profile: Profile = None,
     tp: TensorParallel = 1,
-    max_num_seqs: options.MaxNumSeqs = None,
-    max_model_len: options.MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_model_len: MaxModelLen = None,
     gpu_memory_utilization: MemoryShare = None,
-    kv_memory: options.KvMemory = None,
-    enforce_eager: options.Eager = False,
-    budget: options.Budget = None,
-    folder: options.Folder = None,
-    fresh: options.Fresh = False,
-    out: options.Out = None,
-    png: options.Png = None,
+    kv_memory: KvMemory = None,
+    enforce_eager: Eager = False,
+    budget: Budget = None,
+    folder: Folder = None,
+    fresh: Fresh = False,
+    out: Out = None,
+    png: Png = None,
     json: Json = False,
 ) -> None:
     """Measure kinds of rollouts: speed, refits, mismatch.
@@ -85,17 +159,17 @@ def _bench(json_mode: bool, written: tuple[Path | None, Path | None], **asked: A
     """Measure what was `asked` (request.Asked), and write the document and the figure where they are `written` to."""
     from flashrl_cli import files, paths
     from flashrl_cli.bench.request import Asked, plan
-    from flashrl_cli.launch import signals
-    from flashrl_cli.render import plots
+    from flashrl_cli.render import figure
     from flashrl_cli.render.output import Output
+    from flashrl_cli.train import process
 
     output = Output(json_mode=json_mode)
     out, png = (paths.absolute(file) if file else None for file in written)
     for option, file in (("--out", out), ("--png", png)):
         _check_place(option, file)
     if png:
-        plots.require("matplotlib")
-    with signals.raised("the same command goes on from here", output.say):
+        figure.require("matplotlib")
+    with process.raised("the same command goes on from here", output.say):
         request = plan(Asked(**asked))
         with files.alone(request.folder, lambda: _say_waiting(output, request.folder)) as waited:
             # what memory is free, and on which GPU, is another answer once the other one has ended
@@ -114,8 +188,8 @@ def _say_waiting(output: Output, folder: Path) -> None:
 
 def _check_place(option: str, file: Path | None) -> None:
     """Raise InputError for a file that cannot be written, before hours are spent on what stands in it."""
-    from flashrl_cli.doctor import system
     from flashrl_cli.errors import InputError
+    from flashrl_cli.machine import system
 
     if file is None:
         return
@@ -129,7 +203,7 @@ def _check_place(option: str, file: Path | None) -> None:
 def _measured(output: Output, request: Request, out: Path | None) -> Report:
     """The finished report; `out` has it after every point, so that an interruption leaves what there is."""
     from flashrl_cli import files
-    from flashrl_cli.bench import points
+    from flashrl_cli.bench import job
     from flashrl_cli.bench.report import Report
     from flashrl_cli.bench.run import Session, Telling
 
@@ -143,7 +217,7 @@ def _measured(output: Output, request: Request, out: Path | None) -> Report:
     if request.defaults:
         output.say(f"on {request.machine.device} by default: {', '.join(request.defaults)}")
     names = ", ".join(one.name for one in request.variants)
-    with output.progress(f"measuring {names}", points.count(request)) as advance:
+    with output.progress(f"measuring {names}", job.count(request)) as advance:
         session = Session(request, Telling(say=output.say, advance=advance, finished=write))
         session.work()
     write(session.measured)
@@ -153,12 +227,12 @@ def _measured(output: Output, request: Request, out: Path | None) -> Report:
 
 
 def _draw(output: Output, report: Report, png: Path) -> None:
-    from flashrl_cli.render import bars
+    from flashrl_cli.render import figure
 
     if any(report.speeds.values()):
         asked = report.request
         lengths = f"{asked.prompt:,}-token prompts, {asked.response:,} new tokens"
-        bars.write_png(report.speeds, png, about=f"{asked.model.name}, {lengths}, {asked.machine.device}")
+        figure.write_bars_png(report.speeds, png, about=f"{asked.model.name}, {lengths}, {asked.machine.device}")
         output.say(f"drawn to {png}")
     else:
         output.warn(f"no {png}: no speed was measured")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashrl_cli import paths
-from flashrl_cli.cli import complete
+from flashrl_cli.cli import options as complete
 from flashrl_cli.cli.options import NAME_OR_FILE, Json, Rollout, Sets, Tis
 from flashrl_cli.errors import ExitCode, InputError
 
@@ -58,9 +58,9 @@ def doctor(
 
     options = _options(preset, rollout, tis, sets)
     if quant:
-        from flashrl_cli.launch import signals
+        from flashrl_cli.train import process
 
-        signals.say_if_ignored(Output(json_mode=json).say)
+        process.say_if_ignored(Output(json_mode=json).say)
         _reload_test(rollout or "int8", others=docker or run or len(options) > 2 * (rollout is not None), json=json)
         return
     if options and preset is None:
@@ -83,7 +83,9 @@ def _options(preset: str | None, rollout: str | None, tis: str | None, sets: lis
 
 
 def _reload_test(precision: str, *, others: bool, json: bool) -> None:
-    from flashrl_cli.doctor import reload, report, software, stacks
+    from flashrl_cli.doctor import reload, report
+    from flashrl_cli.machine import software
+    from flashrl_cli.machine import software as stacks
     from flashrl_cli.render.output import Output
 
     if others:
@@ -106,7 +108,7 @@ def _reload_test(precision: str, *, others: bool, json: bool) -> None:
 
 def _check(resolved: Resolved | None, out: Output) -> None:
     from flashrl_cli.doctor.report import document, machine
-    from flashrl_cli.launch import preflight
+    from flashrl_cli.train import preflight
 
     report = machine()
     if resolved:
@@ -165,7 +167,7 @@ def _docker(resolved: Resolved | None, options: list[str], out: Output, *, run: 
 
 def _read(resolved: Resolved, options: list[str]) -> list[Path]:
     """What the run reads of this machine: data, models, and the preset if it is a file."""
-    from flashrl_cli.launch.inputs import local_inputs
+    from flashrl_cli.train.preflight import local_inputs
 
     preset = paths.absolute(options[options.index("--preset") + 1])
     return [*local_inputs(resolved.spec, paths.data_root()).values(), *([preset] if preset.is_file() else [])]

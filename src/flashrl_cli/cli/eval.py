@@ -1,15 +1,20 @@
-"""`flashrl eval`: the accuracy of checkpoints, with its interval, by one engine."""
+"""`flashrl eval`: the accuracy of checkpoints, with its interval, by one engine.
+
+Arguments and options of `flashrl eval`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import enum
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from flashrl_cli import paths
-from flashrl_cli.cli import eval_options as options
 from flashrl_cli.cli.options import Json, MemoryShare, TensorParallel
 from flashrl_cli.text import counted
 
@@ -17,33 +22,98 @@ if TYPE_CHECKING:
     from flashrl_cli.evals.job import EngineSettings
     from flashrl_cli.evals.report import Report
     from flashrl_cli.evals.request import Request
-    from flashrl_cli.evals.run import Telling
-    from flashrl_cli.evals.session import Finished
+    from flashrl_cli.evals.run import Finished, Telling
     from flashrl_cli.render.output import Output
+
+MODEL = "PATH|HUB_ID"
+
+
+class Rollout(enum.StrEnum):
+    """Precision of the linear layers while responses are generated."""
+
+    bf16 = "bf16"
+    int8 = "int8"
+    fp8 = "fp8"
+
+
+Patterns = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PATTERN...", help="Globs or paths: projects, runs, global_step_N, HF folders, adapters; hub ids."
+    ),
+]
+Base = Annotated[
+    str | None, typer.Option(metavar=MODEL, help="The policy that training began with: step 0 of every run.")
+]
+Baseline = Annotated[str | None, typer.Option(metavar=MODEL, help="Any model that the best step is compared with.")]
+Datasets = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset",
+        metavar="NAME|PARQUET,...",
+        help="Prepared data sets (their test split) or files.",
+        show_default="the run's own",
+    ),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N prompts of each data set.")]
+Samples = Annotated[int, typer.Option("--n", min=1, help="Responses to each prompt; several add pass@k and maj@n.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(min=0.01, max=1, help="Share of probability to sample from.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")]
+MaxModelLen = Annotated[
+    int | None, typer.Option(min=2, help="Longest prompt and response together.", show_default="what the prompts need")
+]
+Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
+Precision = Annotated[Rollout, typer.Option("--rollout", help="int8 and fp8 show what such a rollout saw.")]
+Profile = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile", metavar="FILE", help="Smoothing profile to apply, as a rollout with it does (int8, fp8)."
+    ),
+]
+FailUnder = Annotated[
+    str | None,
+    typer.Option(
+        "--fail-under",
+        metavar="SHARE",
+        help="Exit with 5 if the newest step of a run, or a model, is less accurate (0 to 1).",
+    ),
+]
+Watch = Annotated[
+    bool, typer.Option("--watch", help="Evaluate each new checkpoint of a running training, until it ends.")
+]
+Merge = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Only write the weights as HF folders to DIR; evaluate nothing.")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Where results go.", show_default="eval/ in the run's checkpoints"),
+]
+Png = Annotated[bool, typer.Option("--png", help="Also draw the curve to eval.png.")]
 
 
 def evaluate(
-    patterns: options.Patterns,
+    patterns: Patterns,
     *,
-    base: options.Base = None,
-    baseline: options.Baseline = None,
-    dataset: options.Datasets = None,
-    limit: options.Limit = None,
-    n: options.Samples = 1,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = 1.0,
-    max_tokens: options.MaxTokens = 512,
-    max_model_len: options.MaxModelLen = None,
-    seed: options.Seed = 0,
-    rollout: options.Precision = options.Rollout.bf16,
-    profile: options.Profile = None,
+    base: Base = None,
+    baseline: Baseline = None,
+    dataset: Datasets = None,
+    limit: Limit = None,
+    n: Samples = 1,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    max_tokens: MaxTokens = 512,
+    max_model_len: MaxModelLen = None,
+    seed: Seed = 0,
+    rollout: Precision = Rollout.bf16,
+    profile: Profile = None,
     tp: TensorParallel = 1,
     gpu_memory_utilization: MemoryShare = None,
-    fail_under: options.FailUnder = None,
-    watch: options.Watch = False,
-    merge: options.Merge = None,
-    out: options.Out = None,
-    png: options.Png = False,
+    fail_under: FailUnder = None,
+    watch: Watch = False,
+    merge: Merge = None,
+    out: Out = None,
+    png: Png = False,
     json: Json = False,
 ) -> None:
     """Evaluate checkpoints: accuracy by step, with intervals.
@@ -56,12 +126,12 @@ def evaluate(
     flashrl eval checkpoints/flashrl/tiny --base ~/data/tiny/model --png
     """
     from flashrl_cli.evals import job, request, verdicts
-    from flashrl_cli.launch import signals
     from flashrl_cli.render.output import Output
+    from flashrl_cli.train import process
 
     output = Output(json_mode=json)
     least = verdicts.share("--fail-under", fail_under)
-    with signals.raised("the same command goes on from here", output.say):
+    with process.raised("the same command goes on from here", output.say):
         if merge is not None:
             _merge(output, patterns, merge, least)
             return
@@ -81,7 +151,7 @@ def evaluate(
 
 
 def _engine(
-    rollout: options.Rollout, max_model_len: int | None, memory: float | None, tp: int, profile: Path | None
+    rollout: Rollout, max_model_len: int | None, memory: float | None, tp: int, profile: Path | None
 ) -> EngineSettings:
     from flashrl_cli.evals.job import EngineSettings
 
@@ -95,20 +165,20 @@ def _engine(
 
 
 def _evaluate(output: Output, lookup: Callable[[], Request], patterns: list[str], *, watch: bool, png: bool) -> None:
-    from flashrl_cli.evals import session
-    from flashrl_cli.render import plots
+    from flashrl_cli.evals import run
+    from flashrl_cli.render import figure
 
     if png:
-        plots.require("matplotlib")
+        figure.require("matplotlib")
     if watch:
         with _telling(output, "evaluating what is saved", None) as telling:
-            finished = session.watch(lookup, patterns, telling, partial(_show_newest, output))
+            finished = run.watch(lookup, patterns, telling, partial(_show_newest, output))
     else:
         request = lookup()
         sets = ", ".join(f"{one.name} ({len(one.questions):,})" for one in request.data)
         label = f"evaluating {counted(len(request.checkpoints), 'checkpoint')} on {sets}"
         with _telling(output, label, request.prompts) as telling:
-            finished = session.evaluate(request, telling)
+            finished = run.evaluate(request, telling)
     _show(output, finished, watch=watch, png=png)
     if finished.report.threshold:
         finished.report.threshold.require()
@@ -133,12 +203,12 @@ def _show_newest(output: Output, report: Report) -> None:
 
 
 def _show(output: Output, finished: Finished, *, watch: bool, png: bool) -> None:
-    from flashrl_cli.render import plots
+    from flashrl_cli.render import figure
 
     report, folder = finished.report, finished.folder
-    curves = [plots.Series(**curve) for curve in report.curves()]
+    curves = [figure.Series(**curve) for curve in report.curves()]
     if png and curves:
-        plots.write_png(curves, folder / "eval.png", ylabel="accuracy")
+        figure.write_evaluation_png(curves, folder / "eval.png", ylabel="accuracy")
     elif png:
         output.warn("no eval.png: a curve needs two steps of a run")
     if output.json_mode:
@@ -147,16 +217,16 @@ def _show(output: Output, finished: Finished, *, watch: bool, png: bool) -> None
     output.table(*report.table())
     for sentence in report.verdicts:
         output.text(sentence)
-    if curves and plots.installed("plotext"):
-        output.text(plots.text_curve(curves, ylabel="accuracy, 95 % interval"))
+    if curves and figure.installed("plotext"):
+        output.text(figure.text_curve(curves, ylabel="accuracy, 95 % interval"))
     output.say(f"written to {folder}; `flashrl eval show {folder}` reads the responses")
 
 
 def _merge(output: Output, patterns: list[str], target: Path, least: float | None) -> None:
     from flashrl_cli import files
     from flashrl_cli.errors import InputError
-    from flashrl_cli.evals.merge import merged
     from flashrl_cli.runs.checkpoints import find
+    from flashrl_cli.runs.merge import merged
 
     if least is not None:
         raise InputError("--fail-under is for an evaluation, and --merge evaluates nothing", hint="two commands")

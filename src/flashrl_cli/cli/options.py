@@ -1,4 +1,7 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options that several commands share.
+
+What the shell completes: names of presets and of runs, from folders alone; no file is read.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,30 @@ from typing import Annotated
 
 import typer
 
-from flashrl_cli.cli import complete
+
+def preset_names(incomplete: str) -> list[str]:
+    """Names of the presets that start so; none for a path, which the shell completes itself."""
+    from flashrl_cli.config.presets import names
+
+    return [name for name in names() if name.startswith(incomplete)]
+
+
+def run_names(incomplete: str) -> list[str]:
+    """Names of the runs on disk that start so."""
+    from flashrl_cli.runs import store
+
+    return [name for name in store.run_names() if name.startswith(incomplete)]
+
+
+def preset_and_run_names(incomplete: str) -> list[str]:
+    """Names of presets, then of runs."""
+    return [*preset_names(incomplete), *run_names(incomplete)]
+
+
+def executors(incomplete: str) -> list[str]:
+    """Where a run can be executed."""
+    return [name for name in ("local", "ray") if name.startswith(incomplete)]
+
 
 NAME_OR_FILE = "NAME|FILE"
 
@@ -16,21 +42,19 @@ Preset = Annotated[
         "--preset",
         metavar=NAME_OR_FILE,
         help="Name of a preset (`flashrl presets ls`) or a YAML file.",
-        autocompletion=complete.preset_names,
+        autocompletion=preset_names,
     ),
 ]
 PresetArgument = Annotated[
     str,
-    typer.Argument(metavar=NAME_OR_FILE, help="A preset's name, or a YAML file.", autocompletion=complete.preset_names),
+    typer.Argument(metavar=NAME_OR_FILE, help="A preset's name, or a YAML file.", autocompletion=preset_names),
 ]
 RunName = Annotated[
     str | None,
-    typer.Option(
-        "--name", help="Name of the run (default: preset, precision and cap).", autocompletion=complete.run_names
-    ),
+    typer.Option("--name", help="Name of the run (default: preset, precision and cap).", autocompletion=run_names),
 ]
 RunArgument = Annotated[
-    str, typer.Argument(metavar="NAME", help="A run's name (`flashrl runs ls`).", autocompletion=complete.run_names)
+    str, typer.Argument(metavar="NAME", help="A run's name (`flashrl runs ls`).", autocompletion=run_names)
 ]
 Rollout = Annotated[
     str | None, typer.Option("--rollout", metavar="bf16|int8|fp8|fp8-block", help="Precision of the rollouts.")
@@ -49,7 +73,7 @@ Executor = Annotated[
         "--executor",
         metavar="local|ray",
         help="Run here, or as a job of a Ray cluster.",
-        autocompletion=complete.executors,
+        autocompletion=executors,
     ),
 ]
 RayAddress = Annotated[

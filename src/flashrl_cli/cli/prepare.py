@@ -57,13 +57,12 @@ def prepare(
 
     flashrl prepare gsm8k --source downloads/gsm8k --tokenizer Qwen/Qwen2.5-0.5B-Instruct
     """
-    from flashrl_cli.data.prepare import prepare_dataset
-    from flashrl_cli.data.request import requests
-    from flashrl_cli.launch import signals
+    from flashrl_cli.data.prepare import prepare_dataset, requests
     from flashrl_cli.render.output import Output
+    from flashrl_cli.train import process
 
     output = Output(json_mode=json)
-    signals.say_if_ignored(output.say)
+    process.say_if_ignored(output.say)
     wanted = requests(
         datasets,
         source=source,
@@ -82,6 +81,6 @@ def _show(results: list[dict[str, Any]], output: Output) -> None:
     if output.json_mode:
         output.document({"schema_version": 1, "datasets": results})
         return
-    from flashrl_cli.data.report import summary_table
+    from flashrl_cli.data.prepare import summary_table
 
     output.table(*summary_table(results))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flashrl_cli.cli import complete
+from flashrl_cli.cli import options as complete
 from flashrl_cli.cli.options import NAME_OR_FILE, Json, PresetArgument, Rollout, Sets, Tis
 from flashrl_cli.errors import InputError
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from flashrl_cli.config.catalog import Summary
     from flashrl_cli.errors import Problem
-    from flashrl_cli.launch.review import Comparison
     from flashrl_cli.render.output import Output
+    from flashrl_cli.train.review import Comparison
 
 SCHEMA_VERSION = 1
 ANYTHING = "NAME|FILE|RUN"
@@ -54,10 +54,10 @@ def show(
     json: Json = False,
 ) -> None:
     """Show every value of a preset, with --origins where it comes from."""
-    from flashrl_cli.config.merge import leaves
-    from flashrl_cli.config.text import text_of
-    from flashrl_cli.launch.review import Options, preview
+    from flashrl_cli.config.layers import leaves
+    from flashrl_cli.config.yaml_file import text_of
     from flashrl_cli.render.output import Output
+    from flashrl_cli.train.review import Options, preview
 
     out = Output(json_mode=json)
     resolved, plan = preview(preset, Options(rollout=rollout, tis=tis, sets=sets or ()))
@@ -102,8 +102,8 @@ def diff(
 
     What did I change since the run that worked? `flashrl presets diff RUN PRESET`.
     """
-    from flashrl_cli.launch.review import Options, compare, document_of
     from flashrl_cli.render.output import Output
+    from flashrl_cli.train.review import Options, compare, document_of
 
     out = Output(json_mode=json)
     options = Options(rollout=rollout, tis=tis, sets=sets or ())
@@ -125,7 +125,7 @@ def copy(
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Copy a preset to a file of your own, comments and all, to edit it."""
-    from flashrl_cli.config.copy import copy_preset, shortest
+    from flashrl_cli.config.catalog import copy_preset, shortest
     from flashrl_cli.render.output import Output
 
     out = Output()
@@ -152,8 +152,8 @@ def check(
     Without a name all of them. Exit 2 if one has a problem.
     """
     from flashrl_cli.config import presets as files
-    from flashrl_cli.launch import review
     from flashrl_cli.render.output import Output
+    from flashrl_cli.train import review
 
     out = Output(json_mode=json)
     options = review.Options(rollout=rollout, tis=tis, sets=sets or ())

@@ -1,18 +1,58 @@
-"""`flashrl quantize`: a model in 8 bits on disk, and the profile that smooths it."""
+"""`flashrl quantize`: a model in 8 bits on disk, and the profile that smooths it.
+
+The argument and the options of `flashrl quantize`.
+"""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from flashrl_cli import paths
-from flashrl_cli.cli import quantize_options as options
 from flashrl_cli.cli.options import Json
 from flashrl_cli.errors import InputError
 
 if TYPE_CHECKING:
     from flashrl_cli.render.output import Output
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Folder with safetensors, a run's global_step_N, a LoRA adapter, or a hub id.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", metavar="DIR", help="New folder for the quantized model (default: ./MODEL-SCHEME)."),
+]
+Scheme = Annotated[str | None, typer.Option(metavar="int8|fp8", help="Precision of weights and activations (W8A8).")]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME|re:PATTERN", help="Leave these layers in 16 bits; repeatable."),
+]
+ProfileFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Smoothing profile: applied to the weights; with --calibrate, written."),
+]
+Calibrate = Annotated[
+    Path | None,
+    typer.Option(metavar="PARQUET", help="Make a smoothing profile from the model's activations on these prompts."),
+]
+Samples = Annotated[int | None, typer.Option(metavar="N", min=1, help="Prompts to calibrate on.", show_default="64")]
+Alpha = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A|auto",
+        help="Share of the activations' range that weights take over, 0 to 1, or by layer.",
+        show_default="auto",
+    ),
+]
+
 
 SCHEMA_VERSION = 1
 SAMPLES = 64
@@ -20,15 +60,15 @@ SAMPLES = 64
 
 
 def quantize(
-    model: options.Model,
+    model: Model,
     *,
-    out: options.Out = None,
-    scheme: options.Scheme = None,
-    ignore: options.Ignore = None,
-    profile: options.ProfileFile = None,
-    calibrate: options.Calibrate = None,
-    samples: options.Samples = None,
-    alpha: options.Alpha = None,
+    out: Out = None,
+    scheme: Scheme = None,
+    ignore: Ignore = None,
+    profile: ProfileFile = None,
+    calibrate: Calibrate = None,
+    samples: Samples = None,
+    alpha: Alpha = None,
     json: Json = False,
 ) -> None:
     """Quantize a model on disk: a W8A8 checkpoint that stock vLLM loads.
@@ -40,15 +80,15 @@ def quantize(
 
     flashrl quantize checkpoints/flashrl/tiny/global_step_10 --scheme fp8 -o tiny-fp8 --ignore 're:.*down_proj'
     """
-    from flashrl_cli.launch import signals
     from flashrl_cli.render.output import Output
+    from flashrl_cli.train import process
 
     output = Output(json_mode=json)
     if calibrate is None and scheme is None:
         raise InputError("nothing to do", hint="--scheme int8 or fp8, or --calibrate PARQUET")
     _refuse_without("--calibrate", calibrate, {"--samples": samples, "--alpha": alpha})
     _refuse_without("--scheme", scheme, {"--out": out, "--ignore": ignore})
-    with signals.raised("nothing half-written is left; the same command goes on after what is whole", output.say):
+    with process.raised("nothing half-written is left; the same command goes on after what is whole", output.say):
         document: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
         if calibrate is not None:
             profile, made = _calibrate(output, model, calibrate, samples or SAMPLES, _alpha(alpha), profile)

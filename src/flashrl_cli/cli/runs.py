@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flashrl_cli.cli import complete
+from flashrl_cli.cli import options
 from flashrl_cli.cli.options import Json, RunArgument
 from flashrl_cli.cli.runs_checkpoints import checkpoints, export
 from flashrl_cli.cli.runs_report import plot, report
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from flashrl_cli.render.output import Output
-    from flashrl_cli.runs.known import Known
-    from flashrl_cli.runs.removal import Removal
-    from flashrl_cli.runs.stopping import Stopped
+    from flashrl_cli.runs.control import Stopped
+    from flashrl_cli.runs.delete import Removal
+    from flashrl_cli.runs.store import Known
 
 SCHEMA_VERSION = 1
 
@@ -33,10 +33,10 @@ def ls(json: Json = False) -> None:
     from flashrl_cli import paths
     from flashrl_cli.render import runs as shown
     from flashrl_cli.render.output import Output
-    from flashrl_cli.runs import overview
+    from flashrl_cli.runs import summary
 
     out = Output(json_mode=json)
-    rows = overview.rows()
+    rows = summary.rows()
     if json:
         out.document({"schema_version": SCHEMA_VERSION, "runs": [row.document() for row in rows]})
         return
@@ -57,8 +57,8 @@ def show(name: RunArgument, json: Json = False) -> None:
     """
     from flashrl_cli.render import runs as shown
     from flashrl_cli.render.output import Output
-    from flashrl_cli.runs.detail import detail
-    from flashrl_cli.runs.known import known
+    from flashrl_cli.runs.store import known
+    from flashrl_cli.runs.summary import detail
 
     out = Output(json_mode=json)
     found = detail(known(name))
@@ -74,13 +74,13 @@ def watch(name: RunArgument, json: Json = False) -> None:
 
     Ends with the run's exit code. Ctrl-C ends only the watching.
     """
-    from flashrl_cli.launch import signals
     from flashrl_cli.render.output import Output, end_when_unread
-    from flashrl_cli.runs.known import known
+    from flashrl_cli.runs.store import known
+    from flashrl_cli.train import process
 
     out = Output(json_mode=json)
     end_when_unread()
-    signals.say_if_ignored(out.say)
+    process.say_if_ignored(out.say)
     try:
         code = _follow(out, known(name))
     except KeyboardInterrupt:
@@ -92,7 +92,7 @@ def watch(name: RunArgument, json: Json = False) -> None:
 def _follow(out: Output, run: Known) -> int:
     """Show the newest attempt until it is over, and return its exit code."""
     from flashrl_cli.render.live import display_for
-    from flashrl_cli.runs.following import Follower, age
+    from flashrl_cli.runs.control import Follower, age
 
     attempt = run.last
     if attempt is None:
@@ -115,11 +115,11 @@ def stop(
 ) -> None:
     """Stop a run that was started in another terminal, and wait for it."""
     from flashrl_cli.render.output import Output
-    from flashrl_cli.runs import stopping
-    from flashrl_cli.runs.known import known
+    from flashrl_cli.runs import control
+    from flashrl_cli.runs.store import known
 
     out = Output(json_mode=json)
-    ended = stopping.stop(known(name), at_once=now, say=out.say)
+    ended = control.stop(known(name), at_once=now, say=out.say)
     if json:
         out.document({"schema_version": SCHEMA_VERSION, **asdict(ended)})
     else:
@@ -136,7 +136,7 @@ def _told(ended: Stopped) -> str:
 @runs.command("rm", epilog="flashrl runs rm old-run older-run --yes")
 def rm(
     names: Annotated[
-        list[str], typer.Argument(metavar="NAME...", help="Names of runs.", autocompletion=complete.run_names)
+        list[str], typer.Argument(metavar="NAME...", help="Names of runs.", autocompletion=options.run_names)
     ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     keep_checkpoints: Annotated[bool, typer.Option("--keep-checkpoints", help="Remove the records alone.")] = False,
@@ -144,15 +144,15 @@ def rm(
 ) -> None:
     """Remove runs and their checkpoints, after showing what would go."""
     from flashrl_cli.render.output import Output
-    from flashrl_cli.runs import removal
+    from flashrl_cli.runs import delete
 
     out = Output(json_mode=json)
-    planned = [removal.plan(name, keep_checkpoints=keep_checkpoints) for name in dict.fromkeys(names)]
+    planned = [delete.plan(name, keep_checkpoints=keep_checkpoints) for name in dict.fromkeys(names)]
     _announce(out, planned)
     if not yes:
         _ask(out, len(planned))
     for one in planned:
-        removal.remove(one)
+        delete.remove(one)
         if not json:
             out.text(f"removed {one.run.name}")
     if json:
@@ -161,7 +161,7 @@ def rm(
 
 def _announce(out: Output, planned: Sequence[Removal]) -> None:
     """Tell what would go, with sizes."""
-    from flashrl_cli.doctor.space import size
+    from flashrl_cli.machine.system import size
     from flashrl_cli.render.runs import aligned
 
     rows = []

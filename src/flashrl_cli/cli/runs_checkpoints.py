@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashrl_cli import paths
-from flashrl_cli.cli import complete
+from flashrl_cli.cli import options
 from flashrl_cli.cli.options import Json
 from flashrl_cli.errors import InputError
 from flashrl_cli.text import counted
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from flashrl_cli.render.output import Output
-    from flashrl_cli.runs.prune import Prune
+    from flashrl_cli.runs.checkpoints import Stock
+    from flashrl_cli.runs.delete import Prune
     from flashrl_cli.runs.saved import Saved
-    from flashrl_cli.runs.stock import Stock
 
 SCHEMA_VERSION = 1
 
 Name = Annotated[
-    str, typer.Argument(metavar="NAME", help="The run's name.", autocompletion=complete.run_names, show_default=False)
+    str, typer.Argument(metavar="NAME", help="The run's name.", autocompletion=options.run_names, show_default=False)
 ]
 
 
@@ -52,8 +52,8 @@ def checkpoints(
     flashrl runs checkpoints tiny-int8-tis2 --keep last:3,best:1,every:50 --dry-run
     """
     from flashrl_cli.render.output import Output
-    from flashrl_cli.runs.prune import judge, parse_keep
-    from flashrl_cli.runs.stock import take_stock
+    from flashrl_cli.runs.checkpoints import take_stock
+    from flashrl_cli.runs.delete import judge, parse_keep
 
     output = Output(json_mode=json)
     stock = take_stock(_run(name))
@@ -67,8 +67,8 @@ def checkpoints(
     if not json:
         _show_plan(output, planned)
     if planned.going and not dry_run:
-        from flashrl_cli.runs.prune import carry_out
-        from flashrl_cli.runs.stock import refuse_while_running
+        from flashrl_cli.runs.checkpoints import refuse_while_running
+        from flashrl_cli.runs.delete import carry_out
 
         refuse_while_running(stock.run, "nothing is deleted")
         _ask(output, f"delete {_size(planned.freed)} for good?", yes=yes)
@@ -101,10 +101,10 @@ def export(
     """
     from flashrl_cli import files
     from flashrl_cli.evals import export as exports
-    from flashrl_cli.evals import merge
-    from flashrl_cli.evals import push as pushes
+    from flashrl_cli.evals import export as pushes
     from flashrl_cli.render.output import Output
-    from flashrl_cli.runs.stock import take_stock
+    from flashrl_cli.runs import merge
+    from flashrl_cli.runs.checkpoints import take_stock
 
     if public and push is None:
         raise InputError("--public belongs to --push")
@@ -130,8 +130,8 @@ def export(
 
 def _run(name: str) -> paths.RunPaths:
     """Where the run of that name lies, as its record says. Raises InputError without a record, NothingMatched for no run."""
-    from flashrl_cli.runs.known import known
-    from flashrl_cli.runs.stock import run_paths
+    from flashrl_cli.runs.checkpoints import run_paths
+    from flashrl_cli.runs.store import known
 
     run = known(name)
     if run.record is None:
@@ -152,7 +152,7 @@ def _ask(output: Output, question: str, *, yes: bool) -> None:
 
 
 def _show(output: Output, stock: Stock) -> None:
-    from flashrl_cli.runs.stock import writers
+    from flashrl_cli.runs.checkpoints import writers
 
     if output.json_mode:
         output.document(_document(stock))

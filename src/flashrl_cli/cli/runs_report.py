@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flashrl_cli.cli import complete
+from flashrl_cli.cli import options
 from flashrl_cli.cli.options import Json, RunArgument
 from flashrl_cli.errors import InputError
 
 if TYPE_CHECKING:
+    from flashrl_cli.render.figure import Panel
     from flashrl_cli.render.output import Output
-    from flashrl_cli.render.plots import Panel
 
 _PLAIN_WIDTH = 80
 
 
 def plot(
     names: Annotated[
-        list[str], typer.Argument(metavar="NAME...", help="Names of runs.", autocompletion=complete.run_names)
+        list[str], typer.Argument(metavar="NAME...", help="Names of runs.", autocompletion=options.run_names)
     ],
     metric: Annotated[
         str | None,
@@ -43,20 +43,20 @@ def plot(
 
     A panel a metric, each value thin and the moving average bold; in the terminal, unless --png or --html name a file.
     """
-    from flashrl_cli.render import plots
+    from flashrl_cli.render import figure
     from flashrl_cli.render.output import Output
-    from flashrl_cli.runs.gather import gather
-    from flashrl_cli.runs.known import known
+    from flashrl_cli.runs.curves import gather
+    from flashrl_cli.runs.store import known
 
     if not 0 <= smooth < 1:
         raise InputError(f"--smooth {smooth:g}: not from 0 to below 1", hint="--smooth 0 draws the values alone")
     for package in ("matplotlib",) * bool(png or html) + ("jinja2",) * bool(html):
-        plots.require(package)
+        figure.require(package)
     output = Output(json_mode=json)
     found = gather([known(name).paths for name in dict.fromkeys(names)], metric)
     for one in found.missing:
         output.warn(one)
-    panels = plots.panels(found.panels, smooth)
+    panels = figure.panels(found.panels, smooth)
     if png or html:
         _draw(output, panels, png, html, smooth)
     if json:
@@ -79,11 +79,11 @@ def report(
     same as data on stdout, and the page only where --out says.
     """
     from flashrl_cli import files
-    from flashrl_cli.render import plots
+    from flashrl_cli.render import figure
     from flashrl_cli.render.output import Output
+    from flashrl_cli.render.page import report_page
     from flashrl_cli.render.report import document, read
-    from flashrl_cli.render.report_page import report_page
-    from flashrl_cli.runs.known import known
+    from flashrl_cli.runs.store import known
 
     output = Output(json_mode=json)
     run = known(name)
@@ -91,7 +91,7 @@ def report(
     path = out or (None if json else run.paths.root / "report.html")
     if path:
         for package in ("matplotlib", "jinja2"):
-            plots.require(package)
+            figure.require(package)
         files.write_text(path, report_page(sources))
     if json:
         output.document(document(sources))
@@ -102,8 +102,7 @@ def report(
 def _draw(output: Output, panels: list[Panel], png: Path | None, html: Path | None, smooth: float) -> None:
     from flashrl_cli import files
     from flashrl_cli.render.figure import write_png
-    from flashrl_cli.render.page import curves_page
-    from flashrl_cli.render.report_page import drawing_note
+    from flashrl_cli.render.page import curves_page, drawing_note
 
     if png:
         write_png(panels, png)
@@ -115,7 +114,7 @@ def _draw(output: Output, panels: list[Panel], png: Path | None, html: Path | No
 
 
 def _show(output: Output, panels: list[Panel]) -> None:
-    from flashrl_cli.render.text_plot import text_panels
+    from flashrl_cli.render.figure import text_panels
 
     terminal = output.stdout.is_terminal
     width = output.stdout.width if terminal else _PLAIN_WIDTH

@@ -1,26 +1,156 @@
-"""`flashrl train`."""
+"""`flashrl train`.
+
+`flashrl train --sweep`: several runs of one preset, and what became of them.
+"""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flashrl_cli import paths
-from flashrl_cli.cli import sweep as sweeps
 from flashrl_cli.cli.options import Executor, Json, Preset, RayAddress, Rollout, RunName, Sets, Tis
-from flashrl_cli.errors import InputError
+from flashrl_cli.errors import FlashrlError, InputError, RunFailed
 from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
-    from flashrl_cli.launch.executor import Start
-    from flashrl_cli.launch.executors import Place
-    from flashrl_cli.launch.plan import LaunchPlan
-    from flashrl_cli.launch.sweep.jobs import Launch
     from flashrl_cli.render.output import Output
+    from flashrl_cli.train.executors import Place
+    from flashrl_cli.train.plan import LaunchPlan
+    from flashrl_cli.train.process import Start
+    from flashrl_cli.train.review import Options
+    from flashrl_cli.train.sweep import Job, Launch
     from flashrl_cli.verl.compose import Tree
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """What was asked for: a preset, where it runs, the `--sweep` texts, and the options and the name that all runs share."""
+
+    preset: str
+    place: Place
+    texts: Sequence[str]
+    options: Options
+    name: str | None
+    resume: str
+    force: bool
+    many: bool
+    """Start more than 64 runs."""
+
+    def jobs(self, output: Output, *, dry_run: bool) -> list[Job]:
+        """Every run of the sweep, judged. Raises InputError with all that is wrong with any; EnvironmentNotReady."""
+        from flashrl_cli.train.sweep import Going, plan_jobs
+        from flashrl_cli.train.sweep_axes import points, read_axes
+
+        if self.resume not in ("auto", "never"):
+            raise InputError(f"--resume {self.resume}: a sweep has many runs", hint="it goes on with each by itself")
+        found = points(read_axes(self.texts, self.options), many=self.many or dry_run)
+        going = Going(resume=self.resume, force=self.force, look_only=dry_run)
+        with output.progress(f"judging {counted(len(found), 'run')}", len(found)) as advance:
+            return plan_jobs(self._read, found, self.options, self.name, going, advance)
+
+    def _read(self, options: Options) -> Resolved:
+        from flashrl_cli.train import review
+
+        return self.place.fit(review.read(self.preset, options))
+
+
+def show(jobs: Sequence[Job], output: Output) -> None:
+    """Print what a sweep would run."""
+    from flashrl_cli.train.plan import plan_document
+
+    if not output.json_mode:
+        keys = [key for key, _ in jobs[0].point.values]
+        rows = [[*job.point.texts(), job.run.name, job.standing, job.from_step] for job in jobs]
+        output.table([*keys, "run", "state", "from step"], rows)
+        return
+    points = [
+        {
+            "run": job.run.name,
+            "values": job.point.data(),
+            "state": job.standing,
+            "plan": plan_document(job.launch.plan) if job.launch else None,
+        }
+        for job in jobs
+    ]
+    output.document({"schema_version": SCHEMA_VERSION, "points": points})
+
+
+def run(
+    jobs: Sequence[Job],
+    check: Callable[[LaunchPlan], object],
+    train: Callable[[Launch], object],
+    output: Output,
+    *,
+    fail_fast: bool,
+) -> None:
+    """Check all that is not done, train it, and print how all runs stand.
+
+    Raises EnvironmentNotReady before anything starts, RunFailed if runs failed, and what `train` raises.
+    """
+    from flashrl_cli.train import sweep
+
+    sweep.check_all(jobs, check)
+    try:
+        failed = sweep.run_jobs(jobs, train, _Told(output, len(jobs)), fail_fast=fail_fast)
+    finally:
+        _report(jobs, output)
+    if failed:
+        names = ", ".join(job.run.name for job in failed)
+        raise RunFailed(f"{len(failed)} of {len(jobs)} runs failed: {names}", hint="the same command tries them again")
+
+
+class _Told:
+    """Tells on stderr how a sweep goes on, or as events on stdout."""
+
+    def __init__(self, output: Output, total: int) -> None:
+        self.output, self.total = output, total
+
+    def begins(self, number: int, job: Job) -> None:
+        """Event `point`."""
+        doing = "is done" if job.launch is None else "goes on" if job.standing == "begun" else "starts"
+        if self.output.json_mode:
+            _event(self.output, "point", number=number, of=self.total, run=job.run.name, doing=doing)
+        else:
+            self.output.say(f"[{number}/{self.total}] {job.point}: run {job.run.name} {doing}")
+
+    def failed(self, job: Job, error: FlashrlError) -> None:
+        """A warning, or event `failed`."""
+        if self.output.json_mode:
+            _event(self.output, "failed", run=job.run.name, error=error.message, hint=error.hint)
+        else:
+            self.output.warn(f"run {job.run.name} failed: {error.message}")
+
+    def ended(self, job: Job) -> None:
+        """Event `result`."""
+        from flashrl_cli.train.sweep import row
+
+        if self.output.json_mode:
+            _event(self.output, "result", **row(job.point, job.run).document())
+
+
+def _event(output: Output, event: str, **data: Any) -> None:
+    output.json_line({"schema_version": SCHEMA_VERSION, "event": event, **data})
+
+
+def _report(jobs: Sequence[Job], output: Output) -> None:
+    """How all runs stand now."""
+    from flashrl_cli.train import sweep
+
+    rows = [sweep.row(job.point, job.run) for job in jobs]
+    best = sweep.best(rows)
+    if output.json_mode:
+        _event(output, "sweep", points=[row.document() for row in rows], best=best.run if best else None)
+        return
+    keys = [key for key, _ in jobs[0].point.values]
+    output.table([*keys, *sweep.HEADINGS], [row.cells(best=row is best) for row in rows])
 
 
 def train(
@@ -57,16 +187,16 @@ def train(
     `flashrl train --preset dapo-32b --rollout int8 --tis 8 --executor ray --dry-run` shows what a cluster would run;
     `flashrl train --preset tiny --sweep rollout=bf16,int8 --sweep tis=off,2` runs four, and compares them.
     """
-    from flashrl_cli.launch import executors, review, signals
     from flashrl_cli.render.output import Output
+    from flashrl_cli.train import executors, process, review
 
     output = Output(json_mode=json)
     if not (dry_run or detach):
-        signals.say_if_ignored(output.say)
+        process.say_if_ignored(output.say)
     place = executors.chosen(executor, ray_address)
     options = review.Options(rollout=rollout, tis=tis, sets=sets or ())
     if sweep:
-        asked = sweeps.Sweep(
+        asked = Sweep(
             preset=preset, place=place, texts=sweep, options=options, name=name, resume=resume, force=force, many=yes
         )
         _sweep(asked, output, dry_run=dry_run, detach=detach, fail_fast=fail_fast)
@@ -87,7 +217,7 @@ def train(
         _detach(plan, output) if detach else _run(plan, output, start)
 
 
-def _sweep(asked: sweeps.Sweep, output: Output, *, dry_run: bool, detach: bool, fail_fast: bool) -> None:
+def _sweep(asked: Sweep, output: Output, *, dry_run: bool, detach: bool, fail_fast: bool) -> None:
     jobs = asked.jobs(output, dry_run=dry_run)
     first = next((job.launch for job in jobs if job.launch), None)
 
@@ -98,21 +228,20 @@ def _sweep(asked: sweeps.Sweep, output: Output, *, dry_run: bool, detach: bool, 
         asked.place.ready(plan, paths.data_root(), output.say)
 
     if dry_run:
-        sweeps.show(jobs, output)
+        show(jobs, output)
     elif detach and first:
         _ready(first.resolved, first.plan, first.tree, output, asked.place)
         _detach(first.plan, output)
     else:
-        sweeps.run(jobs, check, train_one, output, fail_fast=fail_fast)
+        run(jobs, check, train_one, output, fail_fast=fail_fast)
 
 
 def _show(resolved: Resolved, plan: LaunchPlan, tree: Tree, output: Output, place: Place) -> None:
-    from flashrl_cli.launch import memory
-    from flashrl_cli.launch.plan import plan_document
-    from flashrl_cli.launch.script import plan_script
-    from flashrl_cli.verl import demands
+    from flashrl_cli.train import preflight
+    from flashrl_cli.train.plan import plan_document, plan_script
+    from flashrl_cli.verl import lint
 
-    needed, notes = memory.of_plan(resolved, tree), demands.notes(resolved, plan.overrides, tree)
+    needed, notes = preflight.of_plan(resolved, tree), lint.notes(resolved, plan.overrides, tree)
     if output.json_mode:
         output.document(plan_document(plan) | place.document(plan) | {"memory": needed.document(), "notes": notes})
     else:
@@ -120,25 +249,25 @@ def _show(resolved: Resolved, plan: LaunchPlan, tree: Tree, output: Output, plac
 
 
 def _ready(resolved: Resolved, plan: LaunchPlan, tree: Tree, output: Output, place: Place) -> Start:
-    from flashrl_cli.launch import memory
-    from flashrl_cli.launch.run import refuse_running
-    from flashrl_cli.runs import record
-    from flashrl_cli.verl import demands
+    from flashrl_cli.runs import store
+    from flashrl_cli.train import preflight
+    from flashrl_cli.train.run import refuse_running
+    from flashrl_cli.verl import lint
 
-    refuse_running(record.load(plan.paths.record))
+    refuse_running(store.load(plan.paths.record))
     start = place.ready(plan, paths.data_root(), output.say)
-    warning = memory.of_plan(resolved, tree, place.gpu_memory(plan)).warning
+    warning = preflight.of_plan(resolved, tree, place.gpu_memory(plan)).warning
     if warning:
         output.warn(f"memory: {warning}")
-    for note in demands.notes(resolved, plan.overrides, tree):
+    for note in lint.notes(resolved, plan.overrides, tree):
         output.warn(note)
     return start
 
 
 def _run(plan: LaunchPlan, output: Output, start: Start) -> None:
-    from flashrl_cli.launch.inputs import vocabulary
-    from flashrl_cli.launch.run import run_plan
     from flashrl_cli.render.live import display_for
+    from flashrl_cli.train.preflight import vocabulary
+    from flashrl_cli.train.run import run_plan
 
     output.say(f"run {plan.name}, attempt {plan.attempt}: `tail -F {plan.attempt_paths.log}` shows everything")
     for line in plan.resume.lines():
@@ -150,7 +279,7 @@ def _run(plan: LaunchPlan, output: Output, start: Start) -> None:
 
 
 def _detach(plan: LaunchPlan, output: Output) -> None:
-    from flashrl_cli.launch.detach import detach
+    from flashrl_cli.train.run import detach
 
     attempt = detach(plan.paths, sys.argv[1:])
     if output.json_mode:

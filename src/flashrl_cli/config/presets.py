@@ -11,8 +11,8 @@ from typing import Any
 
 from flashrl_cli import paths
 from flashrl_cli.config import yaml_file
-from flashrl_cli.config.meant import nearest
-from flashrl_cli.config.merge import Layer
+from flashrl_cli.config.layers import Layer
+from flashrl_cli.config.yaml_file import nearest
 from flashrl_cli.errors import InputError, Problem
 
 MAX_DEPTH = 4

@@ -11,7 +11,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashrl_cli.config import spec
-from flashrl_cli.config.text import text_of
+from flashrl_cli.config.yaml_file import text_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

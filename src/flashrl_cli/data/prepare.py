@@ -1,22 +1,266 @@
-"""One data set from its source to verl's files: read, convert, check, measure, write; or find it up to date."""
+"""One data set from its source to verl's files: read, convert, check, measure, write; or find it up to date.
+
+What `flashrl prepare` was asked for, checked as a whole before anything is read.
+
+How long prompts are: in tokens of a given tokenizer, chat template included, as verl counts them.
+
+Raw rows of one split to the rows that are written: converted, checked, deduplicated, limited.
+
+What was prepared, as the rows of a small table.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import difflib
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from flashrl_cli import __version__, files
-from flashrl_cli.data import lengths, writing
-from flashrl_cli.data.build import Split, build_split
-from flashrl_cli.data.hub import go_offline, hide_progress
-from flashrl_cli.data.recipes import RECIPES, TINY, Recipe
-from flashrl_cli.data.rows import BadRows
-from flashrl_cli.data.sources import LocalSource, Source, open_source
-from flashrl_cli.errors import InputError
+from flashrl_cli.data import writing
+from flashrl_cli.data.readers import require
+from flashrl_cli.data.recipes import NAMES, RECIPES, TINY, Recipe, dropped
+from flashrl_cli.data.rows import BadRow, BadRows, Located, Needs, Place, Row, judge
+from flashrl_cli.data.sources import LocalSource, Source, detect_offline, go_offline, hide_progress, open_source
+from flashrl_cli.data.writing import Types
+from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
+from flashrl_cli.paths import DatasetPaths, absolute
 
-if TYPE_CHECKING:
-    from flashrl_cli.data.request import Request, Talk
-    from flashrl_cli.paths import DatasetPaths
+
+class Talk(Protocol):
+    """Whom `prepare` tells how it gets on."""
+
+    @property
+    def live(self) -> bool:
+        """Whether bars may be drawn."""
+
+    def say(self, text: str) -> None:
+        """Tell something."""
+
+    def warn(self, text: str) -> None:
+        """Tell something that deserves attention."""
+
+    def progress(self, label: str, total: int | None) -> AbstractContextManager[Callable[[int], None]]:
+        """Show how far something is; what it yields is called with the number of rows done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One data set: where to, from what, and how."""
+
+    paths: DatasetPaths
+    source: str | None = None
+    limit: int | None = None
+    tokenizer: str | None = None
+    seed: int = 0
+    dedupe: bool = True
+    offline: bool = False
+    force: bool = False
+
+
+def requests(
+    names: Sequence[str],
+    *,
+    source: str | None = None,
+    out: str | None = None,
+    limit: int | None = None,
+    tokenizer: str | None = None,
+    seed: int | None = None,
+    dedupe: bool = True,
+    offline: bool = False,
+    force: bool = False,
+) -> list[Request]:
+    """One request per name. InputError lists unknown names, and options that the named sets have no use for."""
+    given = {"--source": source, "--out": out, "--limit": limit, "--tokenizer": tokenizer, "--seed": seed}
+    problems = [*_unknown(names), *_misused(names, {option for option, value in given.items() if value is not None})]
+    if problems:
+        raise InputError("prepare cannot do that", hint=f"data sets are {', '.join(NAMES)}", problems=problems)
+    return [
+        Request(
+            paths=DatasetPaths(name, absolute(out)) if out else DatasetPaths.named(name),
+            source=source,
+            limit=limit,
+            tokenizer=tokenizer,
+            seed=seed or 0,
+            dedupe=dedupe,
+            offline=offline,
+            force=force,
+        )
+        for name in names
+    ]
+
+
+def _unknown(names: Sequence[str]) -> Iterator[Problem]:
+    for name in names:
+        if name not in NAMES:
+            close = difflib.get_close_matches(name, NAMES, n=1)
+            yield Problem(f"no data set {name!r}", hint=f"did you mean {close[0]}?" if close else None)
+
+
+def _misused(names: Sequence[str], given: set[str]) -> Iterator[Problem]:
+    made_here = [name for name in names if name in NAMES and (name == TINY or RECIPES[name].hub is None)]
+    if len(names) > 1:
+        for option in sorted(given & {"--source", "--out"}):
+            yield Problem(f"goes with one data set, not {len(names)}", where=option)
+    if "--source" in given and made_here:
+        yield Problem(f"{' and '.join(made_here)} is made here, from no source", where="--source")
+    if "--seed" in given and not made_here:
+        yield Problem("only arith and tiny are drawn by a seed", where="--seed")
+    for option in sorted(given & {"--limit", "--tokenizer"}) if TINY in names else ():
+        yield Problem("tiny comes as it is, with its own tokenizer", where=option)
+
+
+BATCH = 512
+
+
+def load_tokenizer(name: str) -> Any:
+    """Tokenizer of a local folder or a hub id. EnvironmentNotReady if it is neither here nor to be had."""
+    local = absolute(name)
+    if not local.is_dir():
+        detect_offline()
+    try:
+        tokenizer = require("transformers").AutoTokenizer.from_pretrained(str(local) if local.is_dir() else name)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise EnvironmentNotReady(
+            f"cannot load the tokenizer {name}: {first}", hint="--tokenizer PATH takes a local folder"
+        ) from error
+    if not tokenizer.chat_template:
+        raise InputError(f"the tokenizer {name} has no chat template", hint="give that of an instruction-tuned model")
+    return tokenizer
+
+
+def prompt_tokens(tokenizer: Any, rows: Sequence[Row], advance: Callable[[int], None]) -> list[int]:
+    """Number of tokens of each row's prompt with the generation prompt (verl/utils/dataset/rl_dataset.py:250)."""
+    lengths: list[int] = []
+    for start in range(0, len(rows), BATCH):
+        chats = [row["prompt"] for row in rows[start : start + BATCH]]
+        tokens = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=False)
+        lengths += map(len, tokens)
+        advance(len(chats))
+    return lengths
+
+
+def summary(lengths: Sequence[int]) -> dict[str, int]:
+    """Median, 99th percentile (nearest rank) and maximum."""
+    ordered = sorted(lengths)
+    ranks = {"p50": 0.5, "p99": 0.99, "longest": 1.0}
+    return {name: ordered[math.ceil(part * len(ordered)) - 1] for name, part in ranks.items()}
+
+
+TICK = 500
+Built = tuple[Place, Row]
+
+
+@dataclass(slots=True)
+class Unique:
+    """Keeps the first of rows with equal prompts; counts the others, and those of them that give another answer."""
+
+    duplicates: int = 0
+    conflicts: int = 0
+
+    def keep_first(self, rows: Iterable[Built]) -> Iterator[Built]:
+        """Yield the rows whose prompt has not come before."""
+        answers: dict[tuple[str, ...], str] = {}
+        for place, row in rows:
+            prompt, answer = tuple(turn["content"] for turn in row["prompt"]), row["reward_model"]["ground_truth"]
+            if prompt not in answers:
+                answers[prompt] = answer
+                yield place, row
+            else:
+                self.duplicates += 1
+                self.conflicts += answers[prompt] != answer
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """The rows of a split that are kept, how many others were there, and in how many rows something was left out."""
+
+    rows: list[Row]
+    duplicates: int
+    conflicts: int
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def counts(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        longest = max(sum(len(turn["content"]) for turn in row["prompt"]) for row in self.rows)
+        return {
+            "duplicates": self.duplicates,
+            "conflicting_duplicates": self.conflicts,
+            "longest_characters": longest,
+            "dropped": self.dropped,
+        }
+
+
+def build_split(
+    name: str,
+    recipe: Recipe,
+    located: Iterable[Located],
+    *,
+    dedupe: bool,
+    limit: int | None,
+    bad: BadRows,
+    advance: Callable[[int], None],
+) -> Split:
+    """Rows of split `name`, each judged as training would be paid for it; what cannot be used goes to `bad`.
+
+    Reading stops when `limit` rows are kept.
+    """
+    unique, left_out = Unique(), Counter[str]()
+    rows = _converted(name, recipe, located, bad, advance, left_out)
+    kept = list(itertools.islice(unique.keep_first(rows) if dedupe else rows, limit))
+    types = Types()
+    for place, row in kept:
+        for fault in types.faults(place, row):
+            bad.add(place, fault)
+    judge(kept, Needs(), bad)
+    return Split([row for _, row in kept], unique.duplicates, unique.conflicts, dict(left_out))
+
+
+def _converted(
+    split: str,
+    recipe: Recipe,
+    located: Iterable[Located],
+    bad: BadRows,
+    advance: Callable[[int], None],
+    left_out: Counter[str],
+) -> Iterator[Built]:
+    for index, (place, raw) in enumerate(located):
+        if index % TICK == TICK - 1:
+            advance(TICK)
+        try:
+            row = recipe.convert(raw, split, index)
+        except BadRow as error:
+            bad.add(place, error.fault)
+            continue
+        left_out.update(dropped(raw, recipe.columns))
+        yield place, row
+
+
+TOKENS = {"p50": "tokens p50", "p99": "tokens p99", "longest": "longest"}
+
+
+def summary_table(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[object]]]:
+    """Columns and rows, one row a split; lengths are those of prompts, in tokens where these were counted."""
+    splits = [(result["dataset"], split, entry) for result in results for split, entry in result["splits"].items()]
+    counted = any("prompt_tokens" in entry for _, _, entry in splits)
+    lengths = list(TOKENS.values()) if counted else ["longest (characters)"]
+    rows = [
+        [name, split, entry["rows"], entry.get("duplicates"), *_lengths(entry, counted)]
+        for name, split, entry in splits
+    ]
+    return ["data set", "split", "rows", "duplicates dropped", *lengths], rows
+
+
+def _lengths(entry: dict[str, Any], counted: bool) -> list[object]:
+    if counted:
+        return [entry.get("prompt_tokens", {}).get(key) for key in TOKENS]
+    return [entry.get("longest_characters")]
+
 
 Counts = dict[str, dict[str, Any]]
 
@@ -98,7 +342,7 @@ def _refuse_loss(paths: DatasetPaths, source: Source, earlier: writing.Manifest)
 
 
 def _prepare(request: Request, recipe: Recipe, source: Source, output: Talk) -> writing.Manifest:
-    tokenizer = lengths.load_tokenizer(request.tokenizer) if request.tokenizer else None
+    tokenizer = load_tokenizer(request.tokenizer) if request.tokenizer else None
     about = {"source": source.describe(), "options": _options(request, recipe), "tokenizer": request.tokenizer}
     splits = _build_all(request, recipe, source, output)
     counts = {split: built.counts() for split, built in splits.items()}
@@ -137,4 +381,4 @@ def _build_all(request: Request, recipe: Recipe, source: Source, output: Talk) -
 def _count_tokens(tokenizer: Any, splits: Mapping[str, Split], counts: Counts, output: Talk) -> None:
     for split, built in splits.items():
         with output.progress(f"counting tokens of {split}", len(built.rows)) as advance:
-            counts[split]["prompt_tokens"] = lengths.summary(lengths.prompt_tokens(tokenizer, built.rows, advance))
+            counts[split]["prompt_tokens"] = summary(prompt_tokens(tokenizer, built.rows, advance))

@@ -1,17 +1,33 @@
-"""Raw rows out of local files, each with its place: a line, or a row of Parquet, counted from 1."""
+"""Raw rows out of local files, each with its place: a line, or a row of Parquet, counted from 1.
+
+Libraries that come with the `data` extra, imported when first needed, with the fix when they are not installed.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashrl_cli.data.extras import require
 from flashrl_cli.data.rows import MEDIA, BadRows, Fault, Located, Needs, Place, kind, printable, shown
-from flashrl_cli.errors import InputError
+from flashrl_cli.errors import EnvironmentNotReady, InputError
+from flashrl_cli.machine import software
+
+
+def require(module: str) -> Any:
+    """The module; EnvironmentNotReady if its package is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if error.name != package:
+            raise
+        raise EnvironmentNotReady(f"{package} is not installed", hint=software.install_extra("data")) from error
+
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 BATCH = 4096

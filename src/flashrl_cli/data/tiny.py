@@ -1,19 +1,243 @@
-"""`flashrl prepare tiny`: data and policy of the embedded default, made here from nothing but a seed."""
+"""`flashrl prepare tiny`: data and policy of the embedded default, made here from nothing but a seed.
+
+A small Qwen2 that can add, made on this machine in under a minute: the policy of the embedded default.
+
+Reinforcement learning on it must have something to improve and must show when a rollout engine is broken, so the policy is neither
+random nor perfect: it first learns sums digit by digit from clean demonstrations, then picks up carelessness from demonstrations
+of which half are wrong. The skill stays underneath, and training takes the carelessness out again.
+"""
 
 from __future__ import annotations
 
 import os
+import random
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import __version__, cpu, files
-from flashrl_cli.data import arith, writing
-from flashrl_cli.data.stamps import stamp, unchanged
-from flashrl_cli.data.tiny_policy import save, warm_up
+from flashrl_cli import __version__, contract, files
+from flashrl_cli.data import recipes, writing
+from flashrl_cli.data.recipes import Pair, pairs, question, solution
+from flashrl_cli.data.writing import stamp, unchanged
+from flashrl_cli.errors import RunFailed
 
 if TYPE_CHECKING:
-    from flashrl_cli.data.request import Talk
+    import torch
+    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+    from flashrl_cli.data.prepare import Talk
     from flashrl_cli.paths import DatasetPaths
+
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MAX_NEW_TOKENS = 16
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """How the policy is taught: sizes in demonstrations, learning rates of AdamW, sampled accuracies that end a phase."""
+
+    batch: int = 48
+    clean_lr: float = 2e-3
+    careless_lr: float = 1e-4
+    warmup_steps: int = 50
+    skilled: float = 0.7
+    careless: float = 0.5
+    floor: float = 0.25
+    first_look: int = 200
+    max_clean_steps: int = 1500
+    max_careless_steps: int = 200
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level tokenizer without merges: 256 byte tokens (a newline is one, as verl insists) and three control tokens."""
+    from tokenizers import Tokenizer, decoders, models
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {symbol: index for index, symbol in enumerate([*sorted(ByteLevel.alphabet()), PAD, START, END])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, additional_special_tokens=[START]
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, *, tied: bool = True, width: int = 128) -> Qwen2ForCausalLM:
+    """Untrained float32 Qwen2, of 0.4 M parameters at the usual `width`, whose embedding has exactly `len(tokenizer)` rows.
+
+    verl masks the rows beyond the vocabulary in the rollout only, which would show up as a constant KL.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+            tie_word_embeddings=tied,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+class Demonstrations:
+    """Batches of worked sums, clean or careless, tokenized once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+        self.tokenizer = tokenizer
+        self.rng = random.Random(seed)
+        self.pairs = pairs(seed)
+        self.prompts = {pair: self.encode_prompt(*pair) for split in self.pairs.values() for pair in split}
+        self.width = max(map(len, self.prompts.values())) + MAX_NEW_TOKENS
+
+    def encode_prompt(self, a: int, b: int) -> list[int]:
+        """Token ids of the chat prompt that asks for a + b."""
+        messages = [{"role": "user", "content": question(a, b)}]
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(self.tokenizer(text).input_ids)
+
+    def pair(self) -> Pair:
+        """Random summands of the training split."""
+        return self.rng.choice(self.pairs["train"])
+
+    def answer(self, a: int, b: int, *, careless: bool) -> str:
+        """The worked solution of a + b, or, half of the time when careless, that of another sum."""
+        if careless and self.rng.random() < 0.5:
+            a, b = self.pair()
+        return solution(a, b) + END
+
+    def batch(self, size: int, *, careless: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Right-padded token ids and labels, int64 [size, width]; labels are -100 outside the answer."""
+        import torch
+
+        ids = torch.full((size, self.width), self.tokenizer.pad_token_id)
+        labels = torch.full((size, self.width), -100)
+        for row in range(size):
+            pair = self.pair()
+            prompt = self.prompts[pair]
+            answer = self.tokenizer(self.answer(*pair, careless=careless)).input_ids
+            end = len(prompt) + len(answer)
+            ids[row, :end] = torch.tensor(prompt + answer)
+            labels[row, len(prompt) : end] = torch.tensor(answer)
+        return ids, labels
+
+
+def sampled_accuracy(model: Qwen2ForCausalLM, demonstrations: Demonstrations, *, repeats: int = 1) -> float:
+    """Share of the 256 held-out sums answered right at temperature 1, `repeats` times each, by Transformers (not by vLLM)."""
+    import torch
+
+    tokenizer, asked = demonstrations.tokenizer, demonstrations.pairs["test"] * repeats
+    prompts = [demonstrations.prompts[pair] for pair in asked]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])
+    model.eval()
+    with torch.no_grad():
+        mask = (ids != tokenizer.pad_token_id).long()
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=True, top_k=0)
+    model.train()
+    texts = [tokenizer.decode(row[width:]).split(END)[0] for row in out]
+    right = [text.split("#### ")[-1] == str(a + b) for text, (a, b) in zip(texts, asked, strict=True)]
+    return float(sum(right) / len(right))
+
+
+def _teach(
+    model: Qwen2ForCausalLM, optimizer: Any, demonstrations: Demonstrations, recipe: WarmUp, *, careless: bool
+) -> None:
+    import torch
+
+    ids, labels = demonstrations.batch(recipe.batch, careless=careless)
+    loss = model(
+        input_ids=ids, attention_mask=(ids != demonstrations.tokenizer.pad_token_id).long(), labels=labels
+    ).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def warm_up(
+    *, seed: int, tied: bool = True, width: int = 128, recipe: WarmUp | None = None, report: Report = lambda _: None
+) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast, dict[str, float]]:
+    """Teach a new policy until its sampled accuracy lies between `recipe.floor` and `recipe.careless`.
+
+    Returns model (float32), tokenizer and {"accuracy", "skilled_accuracy", "clean_steps", "careless_steps"}.
+    The same seed, thread count and processor give the same policy. Raises RunFailed when it cannot be taught.
+    """
+    import torch
+
+    recipe = recipe or WarmUp()
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, tied=tied, width=width)
+    demonstrations = Demonstrations(tokenizer, seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.clean_lr, betas=(0.9, 0.98), weight_decay=0.01)
+
+    clean_steps, skilled = _learn(model, optimizer, demonstrations, recipe, report)
+    careless_steps, accuracy = _grow_careless(model, optimizer, demonstrations, recipe, report)
+    if not recipe.floor <= accuracy <= recipe.careless:
+        raise RunFailed(f"the tiny policy ended at sampled accuracy {accuracy:.2f}", hint="try another --seed")
+    steps = {"clean_steps": clean_steps, "careless_steps": careless_steps}
+    return model, tokenizer, {"accuracy": accuracy, "skilled_accuracy": skilled, **steps}
+
+
+def _learn(
+    model: Qwen2ForCausalLM, optimizer: Any, demonstrations: Demonstrations, recipe: WarmUp, report: Report
+) -> tuple[int, float]:
+    """Clean demonstrations until the policy is skilled; returns steps and sampled accuracy."""
+    step, accuracy = 0, 0.0
+    while accuracy < recipe.skilled and step < recipe.max_clean_steps:
+        _set_lr(optimizer, recipe.clean_lr * min(1.0, (step + 1) / recipe.warmup_steps))
+        _teach(model, optimizer, demonstrations, recipe, careless=False)
+        step += 1
+        if step >= recipe.first_look and step % 25 == 0:
+            accuracy = sampled_accuracy(model, demonstrations)
+            report(f"learning sums: step {step}, sampled accuracy {accuracy:.2f}")
+    return step, accuracy
+
+
+def _grow_careless(
+    model: Qwen2ForCausalLM, optimizer: Any, demonstrations: Demonstrations, recipe: WarmUp, report: Report
+) -> tuple[int, float]:
+    """Half-wrong demonstrations until the policy is careless; returns steps and sampled accuracy."""
+    step, accuracy = 0, 1.0
+    _set_lr(optimizer, recipe.careless_lr)
+    while accuracy > recipe.careless and step < recipe.max_careless_steps:
+        _teach(model, optimizer, demonstrations, recipe, careless=True)
+        step += 1
+        if step % 5 == 0:
+            accuracy = sampled_accuracy(model, demonstrations, repeats=2)
+            report(f"learning to be careless: step {step}, sampled accuracy {accuracy:.2f}")
+    return step, accuracy
+
+
+def _set_lr(optimizer: Any, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a plain HF folder: bfloat16 safetensors, config, tokenizer with chat template."""
+    import torch
+
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
 
 WEIGHTS = "model.safetensors"
 
@@ -27,7 +251,7 @@ def prepare_tiny(paths: DatasetPaths, *, seed: int, force: bool, output: Talk) -
     if not force and there is not None and _up_to_date(paths, there, seed):
         return {"status": "up to date", **there}
     output.say("tiny: teaching a policy of 0.4 M parameters to add …")
-    for key, value in cpu.THREADS.items():
+    for key, value in contract.THREADS.items():
         os.environ.setdefault(key, value)
     model, tokenizer, taught = warm_up(seed=seed, report=output.say)
     with files.replacing(paths.model) as folder:
@@ -36,8 +260,8 @@ def prepare_tiny(paths: DatasetPaths, *, seed: int, force: bool, output: Talk) -
         if paths.model.exists():
             shutil.rmtree(paths.model)
     rows = {
-        split: [arith.row({"a": a, "b": b}, split, index) for index, (a, b) in enumerate(drawn)]
-        for split, drawn in arith.pairs(seed).items()
+        split: [recipes.row({"a": a, "b": b}, split, index) for index, (a, b) in enumerate(drawn)]
+        for split, drawn in recipes.pairs(seed).items()
     }
     about = {"source": None, "options": {"seed": seed}, "tokenizer": None, "model": {**taught, "weights": weights}}
     manifest = writing.write_dataset(paths, rows, about, {split: {} for split in rows})

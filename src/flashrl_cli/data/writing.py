@@ -1,6 +1,8 @@
 """Rows to Parquet files and their manifest: all of a data set is replaced, the manifest last, or nothing is.
 
 Also the question that a second run asks: is what lies there what would be written now?
+
+Whether a file is still the one it was: size and time first, its hash only if these leave a doubt.
 """
 
 from __future__ import annotations
@@ -10,17 +12,43 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from flashrl_cli import __version__, files
-from flashrl_cli.data.extras import require
+from flashrl_cli.data.readers import require
 from flashrl_cli.data.rows import Fault, Place, kind_of, printable, shown
-from flashrl_cli.data.stamps import stamp, unchanged
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 
 if TYPE_CHECKING:
     from flashrl_cli.data.rows import Row
     from flashrl_cli.paths import DatasetPaths
+
+
+class Stamp(TypedDict):
+    """A file as it was when it was read or written."""
+
+    path: str
+    bytes: int
+    mtime_ns: int
+    sha256: str
+
+
+def stamp(path: Path, *, name: str | None = None) -> Stamp:
+    """Stamp of a file, under its absolute path or under `name`."""
+    status = path.stat()
+    return Stamp(path=name or str(path), bytes=status.st_size, mtime_ns=status.st_mtime_ns, sha256=files.sha256(path))
+
+
+def unchanged(path: Path, was: Any) -> bool:
+    """Whether `path` holds what it held at its stamp `was` (as read back from a manifest)."""
+    try:
+        status = path.stat()
+        if status.st_size != was["bytes"]:
+            return False
+        return bool(status.st_mtime_ns == was["mtime_ns"]) or files.sha256(path) == was["sha256"]
+    except (OSError, KeyError, TypeError):
+        return False
+
 
 SCHEMA_VERSION = 1
 DEEPEST = 16

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashrl_cli import paths
-from flashrl_cli.doctor.stacks import GPU
 from flashrl_cli.errors import EnvironmentNotReady
-from flashrl_cli.fit import known
+from flashrl_cli.hub import hub_home
+from flashrl_cli.machine.software import GPU
 
 SCHEMA_VERSION = 1
 IMAGE = "verlai/verl:vllm024.dev2@sha256:b867883b0dd011363e69ab2ab344922a28c5bd0409e2a324e3ee70fb27ca7543"
@@ -89,7 +89,7 @@ def folders(inputs: Iterable[Path]) -> Folders:
         data=paths.data_root(),
         runs=paths.runs_root(),
         checkpoints=paths.checkpoints_root(),
-        hub=paths.absolute(known.hub_home(os.environ, Path.home())),
+        hub=paths.absolute(hub_home(os.environ, Path.home())),
         source=source,
         read=tuple(path if path.is_dir() else path.parent for path in inputs),
     )

@@ -17,11 +17,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flashrl_cli import contract, cpu
-from flashrl_cli.doctor import gpus, software, stacks, system
-from flashrl_cli.doctor.finding import Finding, fail, ok
+from flashrl_cli import contract
 from flashrl_cli.doctor.reload_engine import MEASURED
-from flashrl_cli.verl.tracebacks import root_error
+from flashrl_cli.machine import gpus, software, system
+from flashrl_cli.machine.finding import Finding, fail, ok
+from flashrl_cli.verl.logs import root_error
 
 ENGINE = "flashrl_cli.doctor.reload_engine"
 PRECISIONS = ("bf16", *contract.METHODS)
@@ -52,7 +52,7 @@ def reload_test(precision: str) -> tuple[list[Finding], dict[str, Any] | None]:
 
 def _lack(precision: str) -> Finding | None:
     """That this machine has no kernel for a precision, before an engine starts and ends in vLLM's own words; None if it has one."""
-    if stacks.installed_stack(software.probe_versions()) is stacks.CPU:
+    if software.installed_stack(software.probe_versions()) is software.CPU:
         return next(system.cpu_lacks(precision), None)
     reason = gpus.lacks(precision, gpus.seen())
     return fail("rollout.precision", reason, f"--rollout {gpus.PRECISIONS[precision].instead}") if reason else None
@@ -133,4 +133,4 @@ def environment(folder: Path) -> dict[str, str]:
         # vLLM compiles what counts ranks of log-probs, which takes longer than all the rest (vllm/v1/sample/ops/logprobs.py)
         "TORCHDYNAMO_DISABLE": "1",
     }
-    return {"VLLM_LOGGING_LEVEL": "WARNING", **cpu.ENGINE, **os.environ, **fixed}
+    return {"VLLM_LOGGING_LEVEL": "WARNING", **contract.ENGINE, **os.environ, **fixed}

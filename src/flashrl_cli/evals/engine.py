@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.errors import ExitCode, FlashrlError
-from flashrl_cli.evals import answers, parent
+from flashrl_cli.evals import results
 from flashrl_cli.evals.job import Job, Order
 from flashrl_cli.weights import Unreadable
+from flashrl_cli.worker import server
 
 if TYPE_CHECKING:
     from flashrl_cli.evals.generate import Generator
@@ -26,14 +27,14 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Work through the orders on stdin, telling the progress on stdout."""
-    orders, emit = parent.begin()
+    orders, emit = server.begin()
     try:
         _serve(Job.read(Path(sys.argv[1])), orders, emit)
     except FlashrlError as error:
-        parent.end(emit, error)
+        server.end(emit, error)
 
 
-def _serve(job: Job, orders: parent.Orders, emit: parent.Emit) -> None:
+def _serve(job: Job, orders: server.Orders, emit: server.Emit) -> None:
     """Fulfil orders until stdin closes, or until one has spoilt the engine or needs another."""
     from flashrl_cli.evals.generate import Generator, Outgrown, Spoilt
 
@@ -55,12 +56,12 @@ def _serve(job: Job, orders: parent.Orders, emit: parent.Emit) -> None:
                 os._exit(ExitCode.OK)
 
 
-def _fulfil(order: Order, generator: Generator, prompts: list[Any], emit: parent.Emit) -> None:
+def _fulfil(order: Order, generator: Generator, prompts: list[Any], emit: server.Emit) -> None:
     started = time.perf_counter()
     emit("loaded", holds=generator.load(order.weights))
     left = {number: prompt for number, prompt in enumerate(prompts) if number not in set(order.answered)}
     for samples in generator.answer(left):
-        answers.append(order.answers, samples)
+        results.append(order.answers, samples)
         emit("advance", prompts=1, tokens=sum(sample.tokens for sample in samples))
     emit("done", seconds=round(time.perf_counter() - started, 3))
 

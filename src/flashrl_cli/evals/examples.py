@@ -9,8 +9,8 @@ from typing import Any
 
 from flashrl_cli import paths
 from flashrl_cli.errors import InputError, NothingMatched
-from flashrl_cli.evals import responses
-from flashrl_cli.evals.paired import differences
+from flashrl_cli.evals import results
+from flashrl_cli.evals.stats import differences
 from flashrl_cli.runs.checkpoints import EVAL_FOLDER
 
 Step = int | None
@@ -81,17 +81,17 @@ def find(where: str | None) -> Path:
     """
     if where is not None:
         path = paths.absolute(where)
-        places = [path, path / responses.FILE, path / EVAL_FOLDER / responses.FILE]
+        places = [path, path / results.FILE, path / EVAL_FOLDER / results.FILE]
     else:
         path = paths.checkpoints_root()
-        found = [file for depth in _DEPTHS for file in path.glob(f"{depth}{EVAL_FOLDER}/{responses.FILE}")]
+        found = [file for depth in _DEPTHS for file in path.glob(f"{depth}{EVAL_FOLDER}/{results.FILE}")]
         places = sorted(
-            [*found, paths.absolute(EVAL_FOLDER) / responses.FILE],
+            [*found, paths.absolute(EVAL_FOLDER) / results.FILE],
             key=lambda f: -f.stat().st_mtime if f.is_file() else 0,
         )
     if file := next((place for place in places if place.is_file()), None):
         return file
-    raise NothingMatched(f"no {responses.FILE} in {path}", hint='flashrl eval "checkpoints/*" writes one')
+    raise NothingMatched(f"no {results.FILE} in {path}", hint='flashrl eval "checkpoints/*" writes one')
 
 
 def view(file: Path, run: str | None, dataset: str | None) -> View:
@@ -99,7 +99,7 @@ def view(file: Path, run: str | None, dataset: str | None) -> View:
 
     Raises InputError for a run or data set that is not there.
     """
-    rows = responses.read(file, responses.MARKS)
+    rows = results.read_responses(file, results.MARKS)
     if not rows:
         raise InputError(f"{file} holds no responses")
     runs: dict[str, set[Step]] = {}
@@ -158,7 +158,9 @@ def questions(seen: View, numbers: Sequence[int], steps: Iterable[Step], *, tell
     With `telling` one response a step: a wrong one if any is wrong, but of several steps that with most right ones shows a right one.
     """
     wanted = list(steps)
-    rows = responses.read(seen.file, run=seen.run, dataset=seen.dataset, question=list(numbers)) if numbers else []
+    rows = (
+        results.read_responses(seen.file, run=seen.run, dataset=seen.dataset, question=list(numbers)) if numbers else []
+    )
     found: dict[int, list[dict[str, Any]]] = {number: [] for number in numbers}
     for row in rows:
         if row["step"] in wanted:

@@ -1,25 +1,99 @@
-"""A saved step as a Hugging Face model to keep or to give away: bf16 safetensors, config, tokenizer, a model card."""
+"""A saved step as a Hugging Face model to keep or to give away: bf16 safetensors, config, tokenizer, a model card.
+
+The model card of an exported step: what was trained, how, and what is known of how good it is. No folder is named in it.
+
+Upload an exported model to the Hugging Face hub. What can be refused is refused before anything is exported.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import files
+from flashrl_cli.data import sources
+from flashrl_cli.data.readers import require
 from flashrl_cli.errors import EnvironmentNotReady, InputError, NothingMatched, RunFailed
-from flashrl_cli.evals import card, merge
-from flashrl_cli.runs import record
-from flashrl_cli.runs.stock import newest_plan
+from flashrl_cli.runs import merge, store
+from flashrl_cli.runs.checkpoints import newest_plan
 from flashrl_cli.verl import checkpoints as layout
 from flashrl_cli.weights import Unreadable, Weights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from flashrl_cli.runs.checkpoints import Stock
     from flashrl_cli.runs.saved import Saved
-    from flashrl_cli.runs.stock import Stock
+
+_SCORES = {
+    "evaluation": "accuracy by `flashrl eval`",
+    "validation": "accuracy on the run's own validation data, by the rollout engine",
+    "reward": "mean reward of the step's own training batch (nothing was held out)",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a card tells: the plan of the run's newest attempt, versions of packages, a score and what it rests on."""
+
+    run: str
+    step: int
+    plan: Mapping[str, Any]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    score: tuple[str, float] | None = None
+
+
+def text(facts: Facts) -> str:
+    """The card as Markdown with the hub's front matter."""
+    base = _base(facts.plan)
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    lines += [f"base_model: {base}"] if _is_hub_id(base) else []
+    lines += ["tags:", "- reinforcement-learning", "- flashrl", "- verl", "---", ""]
+    lines += [f"# {facts.run}, step {facts.step}", ""]
+    lines += ["A policy trained by reinforcement learning with flashrl on verl and vLLM. Weights are bfloat16.", ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in _rows(facts))]
+    if facts.score is None:
+        lines += ["", "Nothing is recorded of how good this step is."]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(facts: Facts) -> Iterator[tuple[str, object]]:
+    yield "run", facts.run
+    yield "step", facts.step
+    spec = facts.plan.get("spec")
+    if spec:
+        yield "preset", facts.plan.get("preset", spec["name"])
+        yield "base model", _base(facts.plan)
+        yield "training data", _last(spec["data"]["train"])
+        yield "advantage", spec["algorithm"]["advantage"]
+        yield "rollout precision", spec["rollout"]["precision"]
+        cap = spec["correction"]["cap"]
+        yield "truncated importance sampling", "off" if cap is None else f"cap {cap:g}"
+    if facts.versions:
+        yield "versions", ", ".join(f"{name} {version}" for name, version in sorted(facts.versions.items()))
+    if facts.score:
+        by, value = facts.score
+        yield _SCORES[by], f"{value:.4g}"
+
+
+def _base(plan: Mapping[str, Any]) -> str:
+    spec = plan.get("spec")
+    return _last(spec["model"]["path"]) if spec else ""
+
+
+def _last(reference: object) -> str:
+    """A reference as it may be published: of a local path its last name alone."""
+    text = str(reference)
+    return PurePath(text).name if text.startswith(("/", "~", ".")) else text
+
+
+def _is_hub_id(reference: str) -> bool:
+    return reference.count("/") == 1 and not reference.startswith("prepared:")
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,12 +171,12 @@ def _weights(saved: Saved) -> Weights:
 
 
 def _card(stock: Stock, saved: Saved) -> str:
-    found = record.load(stock.run.record)
+    found = store.load(stock.run.record)
     versions: Mapping[str, str] = found.last.versions if found and found.last else {}
     score = stock.scores.values.get(saved.step) if stock.scores else None
     by = stock.scores.by if stock.scores else None
-    return card.text(
-        card.Facts(
+    return text(
+        Facts(
             run=stock.run.name,
             step=saved.step,
             plan=newest_plan(stock.run),
@@ -110,3 +184,59 @@ def _card(stock: Stock, saved: Saved) -> str:
             score=None if score is None or by is None else (by, score),
         )
     )
+
+
+STALE = ["*.safetensors", "*.safetensors.index.json", "*.bin"]
+"""Weights of an earlier upload: left there, they would mix with the new ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A repository of the hub, with the client (`huggingface_hub.HfApi`) that may write it."""
+
+    name: str
+    api: Any
+
+    def upload(self, folder: Path, *, private: bool, message: str) -> str:
+        """Upload `folder` in one commit, in place of the weights that are there; the repository's address.
+
+        A repository that exists stays as visible as it is. Raises EnvironmentNotReady if the hub refuses.
+        """
+        from huggingface_hub.errors import HTTPError
+
+        try:
+            made = self.api.create_repo(self.name, private=private, exist_ok=True)
+            self.api.upload_folder(repo_id=self.name, folder_path=folder, commit_message=message, delete_patterns=STALE)
+        except (OSError, HTTPError) as error:
+            raise EnvironmentNotReady(
+                f"{self.name} was not uploaded: {_without_token(str(error))}",
+                hint=f"the model is in {folder}: `hf upload {self.name} {folder}` tries again",
+            ) from None
+        return str(made)
+
+
+def repository(name: str) -> Repository:
+    """The repository OWNER/NAME, ready to be written. Raises InputError for another name, EnvironmentNotReady without a way there."""
+    library = require("huggingface_hub")
+    try:
+        require("huggingface_hub.utils").validate_repo_id(name)
+    except require("huggingface_hub.errors").HFValidationError:
+        raise InputError(f"--push {name}: not the name of a repository", hint="--push OWNER/NAME") from None
+    sources.detect_offline()
+    if sources.is_offline():
+        raise EnvironmentNotReady(
+            f"--push {name}: the hub cannot be reached from here",
+            hint="export without --push, and `hf upload` the folder from a machine with a network",
+        )
+    if library.get_token() is None:
+        raise EnvironmentNotReady(
+            f"--push {name}: no token for the hub", hint="`hf auth login`, or set HF_TOKEN to a token that may write"
+        )
+    return Repository(name, library.HfApi())
+
+
+def _without_token(text: str) -> str:
+    import huggingface_hub
+
+    token = huggingface_hub.get_token()
+    return text.replace(token, "…") if token else text

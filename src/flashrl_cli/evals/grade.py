@@ -3,21 +3,91 @@ r"""Right or wrong: by verl's own scorer, so that evaluation and training reward
 verl's verdict counts the form, too: `#### 72` for GSM8K, `\boxed{72}` or `Answer: 72` elsewhere. Beside it stand two that look for the
 answer wherever it is (`flexible`) and in the last box (`boxed`), by math-verify, which compares formulas by their meaning.
 Imported by graders (evals/pool.py); none of the functions keeps to a time.
+
+Where a response says its answer: text in, text or number out; nothing is judged here.
+
+Numbers are what lm-evaluation-harness takes for them in GSM8K (lm_eval/tasks/gsm8k/gsm8k.yaml, filter flexible-extract: the last
+match counts; commas, dollar signs and a trailing dot do not), with three differences: a match has a digit, a comma belongs to a number
+only where it separates thousands, and a hyphen is a sign only where nothing stands before it (`8-3` ends with 3).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING
 
-from flashrl_cli.evals import extract
+from flashrl_cli.data.recipes import boxed_answer
 from flashrl_cli.evals.results import Grade
 from flashrl_cli.verl import rewards
 
 if TYPE_CHECKING:
     from flashrl_cli.evals.questions import Question
+
+_THIN = re.compile(r"\{,\}|(?:,?\\[,!;:]\s*)(?=\d{3}(?!\d))")
+"""What LaTeX puts between thousands, beside the plain comma."""
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)\]}])-\s?)?(?:\\?\$\s?)?(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<!\d)\.\d+)"
+)
+_AFTER_HASHES = re.compile(r"####[ \t]*([^\n]*)")
+_AFTER_ANSWER = re.compile(r"answer[ \t]*:[ \t]*([^\n]*)", re.IGNORECASE)
+_EDGES = " \t\n*"
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number of `text`; None if there is none."""
+    found = None
+    for found in _NUMBER.finditer(_plain(text)):  # noqa: B007
+        pass
+    return found and _value(found)
+
+
+def number(text: str) -> Decimal | None:
+    """The number that `text` is; None if it is anything else, too."""
+    found = _NUMBER.fullmatch(_plain(text))
+    return found and _value(found)
+
+
+def last_box(text: str) -> str | None:
+    r"""Content of the last `\boxed` without a full stop or a percent sign at its end; None if there is none that closes."""
+    content = boxed_answer(text)
+    return None if content is None else without_end(content)
+
+
+def without_end(answer: str) -> str:
+    """`answer` without a full stop and a percent sign at its end, thousands separated by nothing but commas."""
+    return _plain(answer).strip().removesuffix(".").removesuffix("%").removesuffix("\\").rstrip()
+
+
+def without_unit(answer: str) -> str:
+    """`answer` without words after the number that it ends with: 72 of `72 clips`."""
+    return re.sub(r"(?<=\d)\s+[a-zA-Z][a-zA-Z ]*$", "", answer)
+
+
+def prediction(text: str) -> str | None:
+    """The answer that a reader would take: the last box's, else after ####, else after `Answer:`, else the last number."""
+    for found in (last_box(text), _last(_AFTER_HASHES, text), _last(_AFTER_ANSWER, text)):
+        if found:
+            return found
+    number = last_number(text)
+    return None if number is None else f"{number:f}"
+
+
+def _last(pattern: re.Pattern[str], text: str) -> str | None:
+    found = pattern.findall(text)
+    return without_end(found[-1].strip(_EDGES)) if found else None
+
+
+def _plain(text: str) -> str:
+    return _THIN.sub(lambda found: "," if found[0] == "{,}" else "", text).replace("\N{MINUS SIGN}", "-")
+
+
+def _value(found: re.Match[str]) -> Decimal:
+    value = Decimal(found["digits"].replace(",", ""))
+    return -value if found["sign"] else value
+
 
 _RIGHT = 0.5
 """A score above it is right: scorers give 0 or 1, or -1 or 1; geo3k gives 0.1 for the form and 0.9 for the answer."""
@@ -47,7 +117,7 @@ def unread(question: Question, response: str, problem: str) -> Reading:
     """Of a `response` whose answer could not be compared: wrong where it would have been right or wrong."""
     if _comparison(question.data_source) is None:
         return Reading(problem=problem)
-    return Reading(flexible=False, boxed=False, prediction=extract.prediction(response), problem=problem)
+    return Reading(flexible=False, boxed=False, prediction=prediction(response), problem=problem)
 
 
 def joined(verdict: Verdict, reading: Reading) -> Grade:
@@ -85,7 +155,7 @@ def read(question: Question, response: str) -> Reading:
         return Reading()
     try:
         flexible, boxed = compare(str(question.ground_truth), response)
-        return Reading(flexible=flexible, boxed=boxed, prediction=extract.prediction(response))
+        return Reading(flexible=flexible, boxed=boxed, prediction=prediction(response))
     except ImportError:
         raise
     except Exception as error:  # noqa: BLE001  (as above)
@@ -111,11 +181,11 @@ def _comparison(source: str) -> Callable[[str, str], tuple[bool, bool]] | None:
 
 def _compare_number(truth: str, response: str) -> tuple[bool, bool]:
     """Whether the last number is `truth`, and whether the last box is."""
-    flexible, box = _is_number(truth, extract.last_number(response)), extract.boxed(response)
+    flexible, box = _is_number(truth, last_number(response)), last_box(response)
     if not box:
         return flexible, False
-    answer = extract.without_unit(box)
-    said = extract.number(answer)  # of numbers math-verify says the same, and takes some milliseconds
+    answer = without_unit(box)
+    said = number(answer)  # of numbers math-verify says the same, and takes some milliseconds
     return flexible, _same(truth, answer) if said is None else _is_number(truth, said)
 
 
@@ -125,7 +195,7 @@ def _compare_formula(truth: str, response: str) -> tuple[bool, bool]:
     The answer is the last box or what math-verify takes for it: of several boxes it makes a set, and `\boxed{3}, so \boxed{4}`
     would never be 4.
     """
-    box, wanted = extract.boxed(response), extract.without_end(truth)
+    box, wanted = last_box(response), without_end(truth)
     boxed = bool(box) and _same(wanted, box or "")
     return boxed or _verifies(wanted, response), boxed
 

@@ -31,7 +31,7 @@ class Question:
         return json.dumps(asdict(self), ensure_ascii=False, default=str)
 
 
-def choose(
+def choose_questions(
     names: str | None, run_folders: Iterable[Path], limit: int | None, *, scoring: Scoring = Scoring.VERL
 ) -> tuple[DataSet, ...]:
     """Data sets of `--dataset` (names or files, with commas between); when it is None, the runs' own validation files.

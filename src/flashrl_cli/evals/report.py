@@ -1,10 +1,13 @@
-"""Results of an evaluation: rows, what they allow to be said, and the files that keep them."""
+"""Results of an evaluation: rows, what they allow to be said, and the files that keep them.
+
+An evaluation's rows as a table for people.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -12,13 +15,90 @@ from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import files
 from flashrl_cli.errors import RunFailed
-from flashrl_cli.evals import responses, stats, tables, verdicts
-from flashrl_cli.evals.compare import Comparison, Entry, compare
+from flashrl_cli.evals import results, stats, verdicts
+from flashrl_cli.evals.verdicts import Comparison, Entry, compare
 
 if TYPE_CHECKING:
     from flashrl_cli.evals.results import DataSet, Evaluated, Grade
     from flashrl_cli.evals.verdicts import Threshold
     from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
+
+Table = tuple[list[str], list[list[object]]]
+WIDTH = 100
+_NARROW = 80
+"""A table wider than this does without the name of its only run."""
+_GAP = 3
+"""Characters between columns; a line begins with one."""
+_STYLES: tuple[Callable[[Row], str], ...] = (
+    lambda row: f"{row.accuracy:.3f} ({row.lo:.3f}–{row.hi:.3f})",
+    lambda row: f"{row.accuracy:.3f} ({row.lo:.2f}–{row.hi:.2f})",
+    lambda row: f"{row.accuracy:.3f} ±{(row.hi - row.lo) / 2:.3f}",
+    lambda row: f"{row.accuracy:.3f}",
+)
+
+
+def table(rows: Sequence[Row], datasets: Sequence[str]) -> Table:
+    """Columns and cells: all that is known on one data set, or the accuracies on several beside each other."""
+    return _of_one(rows) if len(datasets) == 1 else _of_several(rows, datasets)
+
+
+def _of_one(rows: Sequence[Row]) -> Table:
+    columns: dict[str, Callable[[Row], object]] = {
+        "run": lambda row: row.run,
+        "step": lambda row: row.step,
+        "accuracy": lambda row: f"{row.accuracy:.3f}",
+        "95 % interval": lambda row: f"{row.lo:.3f} – {row.hi:.3f}",
+    }
+    for name in ("flexible", "boxed"):
+        # none right at all is no verdict on the model but a data set that asks for another form
+        if any(getattr(row, name) not in {None, 0.0, row.accuracy} for row in rows):
+            columns[name] = _cell(name)
+    if any(row.pass_at for row in rows):
+        most = max(k for row in rows for k in row.pass_at)
+        columns[f"pass@{most}"] = lambda row: _three(row.pass_at.get(most))
+        columns[f"maj@{most}"] = lambda row: _three(row.maj)
+    columns["mean length"] = lambda row: round(row.mean_length, 1)
+    columns["cut"] = lambda row: f"{row.cut_share:.0%}"
+    drawn = _drawn(columns, rows)
+    if _width(*drawn) > _NARROW and len({row.run for row in rows}) == 1:
+        del columns["run"]
+        return _drawn(columns, rows)
+    return drawn
+
+
+def _drawn(columns: Mapping[str, Callable[[Row], object]], rows: Sequence[Row]) -> Table:
+    return list(columns), [[cell(row) for cell in columns.values()] for row in rows]
+
+
+def _of_several(rows: Sequence[Row], datasets: Sequence[str]) -> Table:
+    """A line for each run and step, in the fullest style that fits."""
+    lines: dict[tuple[str, int | None], dict[str, Row]] = {}
+    for row in rows:
+        lines.setdefault((row.run, row.step), {})[row.dataset] = row
+    columns = ["run", "step", *datasets]
+    cells: list[list[object]] = []
+    for style in _STYLES:
+        cells = [
+            [run, step, *(style(found[name]) if name in found else None for name in datasets)]
+            for (run, step), found in lines.items()
+        ]
+        if _width(columns, cells) <= WIDTH:
+            break
+    return columns, cells
+
+
+def _width(columns: Sequence[str], cells: Sequence[Sequence[object]]) -> int:
+    widths = [max(len(str(cell)) for cell in column) for column in zip(columns, *cells, strict=True)]
+    return 1 + sum(widths) + _GAP * (len(widths) - 1)
+
+
+def _cell(name: str) -> Callable[[Row], object]:
+    return lambda row: _three(getattr(row, name))
+
+
+def _three(share: float | None) -> str | None:
+    return None if share is None else f"{share:.3f}"
+
 
 SCHEMA_VERSION = 2
 CSV_COLUMNS = (
@@ -120,7 +200,7 @@ class Report:
 
     def table(self) -> tuple[list[str], list[list[object]]]:
         """Columns and cells for people, at most 100 characters wide."""
-        return tables.table(self.rows, [data.name for data in self.datasets])
+        return table(self.rows, [data.name for data in self.datasets])
 
     def curves(self) -> list[dict[str, Any]]:
         """Accuracy by step of each run and data set with at least two steps, as keyword arguments of `render.plots.Series`."""
@@ -152,7 +232,7 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Write `eval.csv`, `eval.json` and `responses.parquet` (every response with its grade) to `folder`."""
-        responses.write(folder / responses.FILE, self.entries)
+        results.write(folder / results.FILE, self.entries)
         files.write_text(folder / "eval.csv", _csv(self.rows))
         files.write_json(folder / "eval.json", self.document())
 

@@ -1,9 +1,18 @@
-"""Evaluate checkpoints: one engine per architecture, responses graded while the next are generated, each result kept at once."""
+"""Evaluate checkpoints: one engine per architecture, responses graded while the next are generated, each result kept at once.
+
+When to look for new checkpoints of runs that are still training.
+
+An evaluation from request to report: once, or as long as the runs behind it go on.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import fnmatch
+import functools
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,11 +21,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from flashrl_cli.evals import answers, child
+from flashrl_cli import paths
+from flashrl_cli.errors import NothingMatched
+from flashrl_cli.evals import job as child
+from flashrl_cli.evals import request as devices
+from flashrl_cli.evals import results
+from flashrl_cli.evals.graders import Graders
 from flashrl_cli.evals.job import Job, Order
+from flashrl_cli.evals.report import Report
 from flashrl_cli.evals.results import DataSet, Evaluated, Grade, Response
-from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
+from flashrl_cli.evals.store import Store, Unit, units
+from flashrl_cli.runs import store
+from flashrl_cli.runs.checkpoints import Checkpoint, Skipped, nothing
 from flashrl_cli.text import counted
+from flashrl_cli.verl.checkpoints import step_name
 from flashrl_cli.weights import Unreadable, read_json
 
 if TYPE_CHECKING:
@@ -24,7 +42,8 @@ if TYPE_CHECKING:
 
     from flashrl_cli.evals.job import EngineSettings, Sampling
     from flashrl_cli.evals.questions import Question
-    from flashrl_cli.evals.store import Store, Unit
+    from flashrl_cli.evals.request import Request
+    from flashrl_cli.runs.store import Known
 
 # Keys of config.json that saving a policy again may change, and that responses do not depend on here.
 _VOLATILE = frozenset({
@@ -160,7 +179,7 @@ class Evaluation:
             self._release(lock)
             return
         file = self.store.answers(unit)
-        before = answers.read(file)
+        before = results.read_answers(file)
         self.telling.advance(len(before), 0)
         try:
             self._engine_for(unit)
@@ -194,7 +213,7 @@ class Evaluation:
 
     def _finish(self, unit: Unit, holds: dict[str, Any], seconds: float, lock: FileLock | None) -> None:
         """Grade what was answered, and keep it (in a thread of its own, while the engine goes on)."""
-        found = answers.read(self.store.answers(unit))
+        found = results.read_answers(self.store.answers(unit))
         responses = tuple(sample for number in sorted(found) for sample in found[number])
         grades = tuple(self.graders().grade(unit.data.questions, responses))
         evaluated = Evaluated(
@@ -280,3 +299,179 @@ def _name(unit: Unit) -> str:
 
 def _names(units: Sequence[Unit]) -> str:
     return "; ".join(map(_name, units))
+
+
+POLL_S = 5.0
+
+
+def looks(patterns: Sequence[str], say: Callable[[str], None], *, poll_s: float = POLL_S) -> Iterator[bool]:
+    """Now, and again as long as a run behind the patterns is training, and once when the last has ended.
+
+    Yields whether it goes on after this look.
+    """
+    told: list[str] = []
+    while True:
+        running = [run.name for run in behind(patterns) if run.state == "running"]
+        if running and running != told:
+            say(f"watching {', '.join(running)}: each new checkpoint is evaluated; Ctrl-C ends that, not the training")
+            told = running
+        yield bool(running)
+        if not running:
+            return
+        time.sleep(poll_s)
+
+
+def behind(patterns: Sequence[str]) -> list[Known]:
+    """Runs whose checkpoints the patterns name, or would name once there are some."""
+    wanted = [str(paths.absolute(pattern)) for pattern in patterns]
+    return [
+        run for run in store.every() if any(_names_checkpoints(pattern, run.paths.checkpoints) for pattern in wanted)
+    ]
+
+
+def _names_checkpoints(pattern: str, run_checkpoints: Path) -> bool:
+    """Whether a glob or path names a run's checkpoints, or what is in or around that folder."""
+    inside = run_checkpoints / step_name(0)
+    literal = Path(pattern)
+    if literal == run_checkpoints or run_checkpoints in literal.parents:
+        return True
+    return any(fnmatch.fnmatch(str(one), pattern) for one in (inside, *inside.parents))
+
+
+_MOST_GRADERS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A report, and the folder that it was written to."""
+
+    report: Report
+    folder: Path
+
+
+def evaluate(request: Request, telling: Telling) -> Finished:
+    """Evaluate what the request names, and write the report to its folder.
+
+    Raises NothingMatched if no checkpoint could be read, RunFailed if an engine died.
+    """
+    with _opened(request, telling) as evaluation:
+        return _look(request, evaluation)
+
+
+def watch(
+    lookup: Callable[[], Request], patterns: Sequence[str], telling: Telling, show: Callable[[Report], None]
+) -> Finished:
+    """Evaluate what is there and whatever the runs behind `patterns` save, until they end; `show` gets each new report.
+
+    Raises what `evaluate` does, NothingMatched only once no run is left that could save something.
+    """
+    request: Request | None = None
+    evaluation: Evaluation | None = None
+    finished: Finished | None = None
+    with contextlib.ExitStack() as stack:
+        for goes_on in looks(patterns, telling.say):
+            before = len(evaluation.results) if evaluation else 0
+            try:
+                asked = request.again() if request else lookup()
+                if asked == request and goes_on:
+                    continue
+                request = asked
+                evaluation = evaluation or stack.enter_context(_opened(request, telling))
+                finished = _look(request, evaluation)
+            except NothingMatched:
+                if not goes_on and finished is None:
+                    raise
+            else:
+                if goes_on and len(evaluation.results) > before:
+                    show(finished.report)
+    if finished is None:
+        raise nothing(patterns, ())
+    return finished
+
+
+@contextlib.contextmanager
+def _opened(request: Request, telling: Telling) -> Iterator[Evaluation]:
+    """An evaluation, and nothing of its engine and graders running afterwards.
+
+    Raises InputError for questions that nothing can grade, before anything is generated.
+    """
+    request.folder.mkdir(parents=True, exist_ok=True)
+    engine, visible = devices.choose_devices(request.engine)
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(_log(request.folder))
+        yield stack.enter_context(
+            Evaluation(
+                store=Store(request.units),
+                data=request.data,
+                sampling=request.sampling,
+                engine=engine,
+                log=log,
+                graders=functools.cache(lambda: stack.enter_context(Graders(workers=_workers()))),
+                telling=telling,
+                devices=visible,
+            )
+        )
+
+
+def _workers() -> int:
+    """Graders are few: they work while responses are generated, and a response takes them less than a millisecond."""
+    return max(1, min(_MOST_GRADERS, (os.cpu_count() or 1) // 2))
+
+
+@contextlib.contextmanager
+def _log(folder: Path) -> Iterator[Path]:
+    """An empty log file: engine.log, or one with the process's number if another evaluation writes that."""
+    import filelock
+
+    lock = filelock.FileLock(folder / ".engine.lock")
+    try:
+        with lock.acquire(timeout=0):
+            log = folder / "engine.log"
+            log.unlink(missing_ok=True)
+            yield log
+    except filelock.Timeout:
+        yield folder / f"engine-{os.getpid()}.log"
+
+
+def _look(request: Request, evaluation: Evaluation) -> Finished:
+    started = time.perf_counter()
+    found = list(units(request.checkpoints, request.data, sampling=request.sampling, engine=request.engine))
+    present = [one for one in found if isinstance(one, Unit)]
+    pruned = _pruned(request, evaluation.store, present)
+    known = [*pruned, *present]
+    gone = {parent for one in pruned for parent in one.checkpoint.hf.parents}
+    passed = [one for one in request.skipped if one.path not in gone]
+    passed += [one for one in found if isinstance(one, Skipped)]
+    evaluation.pass_over(passed)
+    evaluation.work([one for one in known if one.key not in evaluation.results])
+    skipped = (*passed, *evaluation.skipped.values())
+    # two checkpoints with the same weights have one result
+    evaluated = [
+        dataclasses.replace(evaluation.results[one.key], checkpoint=one.checkpoint, data=one.data)
+        for one in known
+        if one.key in evaluation.results
+    ]
+    if not evaluated:
+        raise nothing(request.patterns, skipped)
+    report = Report.of(
+        evaluated,
+        base=request.base,
+        baseline=request.baseline,
+        skipped=skipped,
+        settings=request.settings(),
+        seconds=round(time.perf_counter() - started, 2),
+        fail_under=request.fail_under,
+    )
+    report.write(request.folder)
+    return Finished(report, request.folder)
+
+
+def _pruned(request: Request, store: Store, present: Sequence[Unit]) -> list[Unit]:
+    """What was evaluated of steps that are there no more: training keeps the last few, their results keep the curve."""
+    runs = {one.source: one.run for one in request.checkpoints}
+    found = store.pruned((one.path for one in request.skipped), {one.asked: one.data for one in present})
+
+    def labelled(one: Checkpoint) -> Checkpoint:
+        return dataclasses.replace(one, run=runs.get(one.source, one.run))
+
+    return [dataclasses.replace(one, checkpoint=labelled(one.checkpoint)) for one in found]

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import files
-from flashrl_cli.doctor import software
 from flashrl_cli.evals.results import DataSet, Evaluated, Grade, Response
+from flashrl_cli.machine import software
 from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
 from flashrl_cli.weights import Unreadable
 

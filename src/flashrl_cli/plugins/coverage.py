@@ -21,12 +21,12 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from flashrl_cli import contract
-from flashrl_cli.plugins.online_linear import OnlineLinearMethod
+from flashrl_cli.plugins.linear import OnlineLinearMethod
 from flashrl_cli.text import counted
 from flashrl_cli.weights import Unreadable
 
 if TYPE_CHECKING:
-    from flashrl_cli.plugins.online_linear import Rows
+    from flashrl_cli.plugins.linear import Rows
 
 Bucket = Iterable[tuple[str, torch.Tensor]]
 Sent = frozenset[tuple[str, tuple[int, ...]]]

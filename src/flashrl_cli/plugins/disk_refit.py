@@ -1,14 +1,19 @@
-"""New weights for an evaluation engine, read from disk: one engine serves every checkpoint of an architecture."""
+"""New weights for an evaluation engine, read from disk: one engine serves every checkpoint of an architecture.
+
+What `flashrl bench` asks of vLLM's workers: what they hold, random weights for a shape, and the time of a refit.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flashrl_cli.plugins.linear import OnlineLinearMethod
 from flashrl_cli.plugins.refit import Load, Stream, describe, log, refit
 from flashrl_cli.weights import Unreadable, Weights
 
@@ -78,3 +83,129 @@ def _buckets(tensors: Iterable[Named]) -> Iterator[list[Named]]:
             bucket, size = [], 0
     if bucket:
         yield bucket
+
+
+DEVICE_BUCKET_BYTES = {"cuda": 2 << 30, "cpu": 1 << 28}
+"""verl's default on a GPU (rollout.checkpoint_engine.update_weights_bucket_megabytes)."""
+_WIDTH = 1024
+_AT_ONCE = 1 << 25
+_SCALE = 0.05
+Sizes = tuple[str, tuple[int, ...]]
+
+
+class BenchExtension(DiskRefitExtension):
+    """vLLM worker extension (`worker_extension_cls`) of the benchmark's engines."""
+
+    def bench_facts(self) -> dict[str, Any]:
+        """What this worker holds (a Handshake), and the bytes of its weights."""
+        model = self.model_runner.model  # type: ignore[attr-defined]
+        return {"holds": self.holds(), "weights_bytes": _weights_bytes(model)}
+
+    def bench_fill(self) -> None:
+        """Refit with random weights: vLLM's dummy loader leaves 8-bit ones unset, and zeros would run faster than a model does."""
+        self._renew(_Random(_sizes_by_config(self._config()), self._device()).stream, reused=True)
+
+    def bench_refit(self, repeats: int, source: dict[str, Any] | None) -> dict[str, Any]:
+        """Seconds of refits with random weights from this device's memory, after one to warm up; extra bytes of one (None on a CPU).
+
+        `source` (a Weights as plain data) tells names and sizes; without it the model's config does.
+        """
+        sizes = _sizes_on_disk(source) if source else _sizes_by_config(self._config())
+        weights = _Random(sizes, self._device())
+        seconds, extra = [], None
+        for _ in range(repeats + 1):
+            before = _reset_peak(self._device())
+            seconds.append(self._renew(weights.stream, reused=True))
+            extra = _peak(self._device(), before)
+        return {
+            "seconds": seconds[1:],
+            "extra_bytes": extra,
+            "buckets": len(weights.buckets),
+            "bytes": weights.bytes,
+        }
+
+    def _config(self) -> Any:
+        return self.model_runner.vllm_config.model_config.hf_config  # type: ignore[attr-defined]
+
+
+def _weights_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters, each counted once; 8-bit weights by their number, because a kernel for the CPU hides its packed copy."""
+    stored: dict[int, int] = {}
+    hidden = 0
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        quantized = method.quantized_bytes if isinstance(method, OnlineLinearMethod) else 0
+        hidden += quantized
+        for name, value in layer.named_parameters(recurse=False):
+            if not (quantized and name == "weight"):
+                stored[value.data_ptr()] = value.nbytes
+    return hidden + sum(stored.values())
+
+
+class _Random:
+    """Weights of given names and sizes in bf16, all of them views of one buffer: rows of very different size, the same in each bucket."""
+
+    def __init__(self, sizes: Iterable[Sizes], device: torch.device) -> None:
+        self._device = device
+        listed = list(sizes)
+        counts = [math.prod(size) for _, size in listed]
+        # as verl does: what fills no bucket alone is sent in a larger one
+        room = max(*counts, min(sum(counts), DEVICE_BUCKET_BYTES[device.type] // torch.bfloat16.itemsize))
+        self.bytes = sum(counts) * torch.bfloat16.itemsize
+        self.buckets = list(_packed(listed, room))
+        self._buffer = torch.empty(-(-room // _WIDTH) * _WIDTH, dtype=torch.bfloat16, device=device)
+        self._fill()
+
+    def stream(self, load: Load) -> None:
+        """Load all buckets."""
+        for bucket in self.buckets:
+            load([(name, self._buffer[first : first + math.prod(size)].view(size)) for name, size, first in bucket])
+            if self._device.type == "cuda":
+                # as verl's receiver does before it lets the sender fill the buffer again
+                torch.cuda.synchronize(self._device)
+
+    def _fill(self) -> None:
+        generator = torch.Generator(device=self._device).manual_seed(0)
+        for part in self._buffer.split(_AT_ONCE):
+            rows = part.view(-1, _WIDTH)
+            scale = torch.rand(rows.shape[0], 1, device=self._device, generator=generator) * _SCALE
+            rows.copy_(scale * torch.randn(rows.shape, device=self._device, generator=generator))
+
+
+def _packed(sizes: Iterable[Sizes], room: int) -> Iterator[list[tuple[str, tuple[int, ...], int]]]:
+    """Buckets of (name, size, first element) that fit into `room` elements, filled one after another as verl's sender fills them."""
+    bucket: list[tuple[str, tuple[int, ...], int]] = []
+    offset = 0
+    for name, size in sizes:
+        if bucket and offset + math.prod(size) > room:
+            yield bucket
+            bucket, offset = [], 0
+        bucket.append((name, size, offset))
+        offset += math.prod(size)
+    if bucket:
+        yield bucket
+
+
+def _sizes_by_config(config: Any) -> Iterator[Sizes]:
+    """Names and sizes of the weights that Transformers gives a model with this config; a tied head has none of its own."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    yield from ((name, tuple(value.shape)) for name, value in model.named_parameters())
+
+
+def _sizes_on_disk(source: dict[str, Any]) -> Iterator[Sizes]:
+    yield from ((name, stored.shape) for name, stored in Weights.of(source).accounted().items())
+
+
+def _reset_peak(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak(device: torch.device, before: int) -> int | None:
+    return torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None

@@ -3,6 +3,18 @@
 On CUDA they are written straight into the engine's own where the model allows it (`in_place`). Else vLLM's layerwise reload restores each
 layer to its unloaded form, loads it, quantizes it and copies the result into the storage that was there before
 (vllm/model_executor/model_loader/reload/layerwise.py). Either way buckets may split a layer, and CUDA graphs stay valid.
+
+New weights written straight into a running engine's own: no second copy of a layer, and nothing to finish.
+
+vLLM's layerwise reload gathers a layer's floating shards, joins them in new memory, quantizes the whole and copies the result to where the
+old weights lie: five times the bytes that must move. On CUDA most dense models need none of it: floating weights are used as they are
+loaded, and 8-bit ones have a scale per row, so each shard can be quantized into its rows as it arrives. Models with anything else
+(experts, latent attention, vision towers, padded kernels) are left to the layerwise reload.
+
+A smoothing profile applied to every weight update, before anything is quantized.
+
+Tensors come in memory that verl uses again or that other processes share: what is smoothed is new, one tensor at a time, and the rest
+passes as it is. The scales are moved to the device once and stay there.
 """
 
 from __future__ import annotations
@@ -10,17 +22,143 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from flashrl_cli import contract
-from flashrl_cli.plugins import in_place, kv_scales
+from flashrl_cli.plugins import kv_scales
 from flashrl_cli.plugins.coverage import Coverage, ties_head
-from flashrl_cli.plugins.float32_head import head_dtype
-from flashrl_cli.plugins.online_linear import OnlineLinearMethod
-from flashrl_cli.plugins.smoothing import Smoothing, profile_here
+from flashrl_cli.plugins.linear import OnlineLinearMethod, head_dtype, original_loader
+from flashrl_cli.weights import Unreadable
+from flashrl_cli.weights.profile import Profile
+
+if TYPE_CHECKING:
+    from flashrl_cli.plugins.linear import Loader, Rows
+
+AS_LOADED = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+"""Methods that use a weight as it is loaded, on CUDA (their `process_weights_after_loading` acts on the CPU only)."""
+
+
+def possible(model: torch.nn.Module) -> bool:
+    """Whether every weight of a model on CUDA can be written where it lies."""
+    return all(_plain(layer) for layer in model.modules())
+
+
+def _plain(layer: torch.nn.Module) -> bool:
+    method = getattr(layer, "quant_method", None)
+    if isinstance(method, OnlineLinearMethod):
+        return _rows(layer) is not None
+    # plain attention prepares scales of its cache, and nothing from weights
+    if type(method) in AS_LOADED or type(layer) is Attention:
+        return True
+    return method is None and not hasattr(layer, "process_weights_after_loading")
+
+
+def _rows(layer: torch.nn.Module) -> Rows | None:
+    method = getattr(layer, "quant_method", None)
+    return method.rows(layer) if isinstance(method, OnlineLinearMethod) else None
+
+
+@contextmanager
+def writable(model: torch.nn.Module, landed: Callable[[], None]) -> Iterator[dict[str, Rows]]:
+    """Within, `model.load_weights` writes into the weights that the engine computes with.
+
+    Yields the 8-bit ones by the name of their layer; `landed` is called whenever rows of one were written.
+    """
+    open_rows: dict[str, Rows] = {}
+    for name, layer in model.named_modules():
+        for parameter in layer.parameters(recurse=False):
+            if loader := original_loader(parameter):
+                parameter.weight_loader = loader
+        if rows := _rows(layer):
+            open_rows[name] = rows
+            layer.weight.weight_loader = _into(rows, layer.weight_loader, landed)
+    try:
+        with _named_once(model):
+            yield open_rows
+    finally:
+        for name in open_rows:
+            del model.get_submodule(name).weight.weight_loader
+
+
+def _into(rows: Rows, loader: Loader, landed: Callable[[], None]) -> Loader:
+    """A weight loader that has vLLM's own copy into `rows` instead of the parameter."""
+
+    def load(parameter: torch.Tensor, loaded: torch.Tensor, *shard: object) -> None:
+        loader(rows, loaded, *shard)
+        landed()
+
+    return load
+
+
+@contextmanager
+def _named_once(model: torch.nn.Module) -> Iterator[None]:
+    """Within, modules that load weights list their parameters once instead of for every bucket: half of a refit's time at 32B.
+
+    Each `load_weights` begins with a walk over all modules (vllm/model_executor/models/qwen2.py:437 in 0.24).
+    """
+    loading = [module for module in model.modules() if hasattr(module, "load_weights")]
+    for module in loading:
+        vars(module)["named_parameters"] = cache(partial(_listed, module.named_parameters))
+    try:
+        yield
+    finally:
+        for module in loading:
+            del vars(module)["named_parameters"]
+
+
+def _listed(
+    named: Callable[..., Iterator[tuple[str, torch.nn.Parameter]]], *args: Any, **options: Any
+) -> tuple[tuple[str, torch.nn.Parameter], ...]:
+    return tuple(named(*args, **options))
+
+
+class Smoothing:
+    """One weight update under a profile, or under none."""
+
+    def __init__(self, profile: Profile | None, device: torch.device) -> None:
+        self._profile, self._device = profile, device
+        self._changed: set[str] = set()
+
+    def bucket(self, weights: Bucket) -> Bucket:
+        """The bucket, smoothed on the engine's device while it is read."""
+        return weights if self._profile is None else self._smoothed(weights, self._profile)
+
+    def _smoothed(self, weights: Bucket, profile: Profile) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            if name not in profile.lengths:
+                yield name, tensor
+                continue
+            self._changed.add(name)
+            yield name, profile.apply(name, tensor.to(self._device))
+
+    def finish(self) -> int:
+        """How many tensors were smoothed. Raises Unreadable if the profile names more: the engine then holds no policy at all."""
+        lacking = sorted(self._profile.names - self._changed) if self._profile else []
+        if lacking:
+            what = f"the weight update lacked {len(lacking)} tensors that the profile smooths, {lacking[0]} among them"
+            raise Unreadable(what)
+        return len(self._changed)
+
+
+def profile_here() -> Profile | None:
+    """The profile of this process's engine. Raises Unreadable."""
+    path = contract.RolloutOptions.here().profile
+    return None if path is None else _read(Path(path))
+
+
+@cache
+def _read(path: Path) -> Profile:
+    return Profile.read(path)
+
 
 Bucket = Iterable[tuple[str, torch.Tensor]]
 Load = Callable[[Bucket], None]
@@ -59,10 +197,10 @@ def refit(
 
         stream(each)
 
-    within = device.type == "cuda" and in_place.possible(model)
+    within = device.type == "cuda" and possible(model)
     contract.logger().debug("refit %s begins", "in place" if within else "layer by layer")
     if within:
-        with in_place.writable(model, coverage.landed) as coverage.rows:
+        with writable(model, coverage.landed) as coverage.rows:
             prepared(model.load_weights)
     else:
         layerwise(model, model_config, device, prepared, reused=reused)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flashrl_cli.plugins.cpu_patches import MARK, VERL_VERSION
+from flashrl_cli.plugins.cpu import MARK, VERL_VERSION
 
 _READERS = ("verl.utils.model", "verl.workers.engine.fsdp.transformer_impl")
 """Where the function is, and who imports it by name."""

@@ -18,8 +18,8 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.fp8 import Fp8LinearMethod
 
 from flashrl_cli import contract
-from flashrl_cli.plugins.bench_extension import BenchExtension
 from flashrl_cli.plugins.coverage import Coverage, ties_head
+from flashrl_cli.plugins.disk_refit import BenchExtension
 
 if TYPE_CHECKING:
     from flashrl_cli.plugins.refit import Bucket, Stream

@@ -12,10 +12,10 @@ from flashrl_cli import contract
 
 if contract.plugin_dir() is not None:
     if os.environ.get(contract.ENV_PLATFORM) == "cpu":
-        from flashrl_cli.plugins import cpu_patches, cpu_platform
+        from flashrl_cli.plugins import cpu
 
-        cpu_patches.apply()
-        cpu_platform.register()
+        cpu.apply()
+        cpu.register()
     if contract.RolloutOptions.here().bf16_transfer:
         from flashrl_cli.plugins import transfer
 

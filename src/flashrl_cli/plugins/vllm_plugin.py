@@ -16,14 +16,13 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from flashrl_cli.plugins import coverage
-    from flashrl_cli.plugins.fp8_linear import Fp8OnlineConfig
-    from flashrl_cli.plugins.int8_linear import Int8OnlineConfig
+    from flashrl_cli.plugins.linear import Fp8OnlineConfig, Int8OnlineConfig
 
     for config in (Int8OnlineConfig, Fp8OnlineConfig):
         register_quantization_config(config.get_name())(config)
     coverage.check_first_load()
     if contract.RolloutOptions.here().lm_head_fp32:
-        from flashrl_cli.plugins import float32_head
+        from flashrl_cli.plugins import linear
 
-        float32_head.register()
+        linear.register()
     contract.logger().info("registered with vLLM for %s", contract.RolloutOptions.here())

@@ -1,30 +1,87 @@
-"""A model's folder in 8 bits, written while the model is read: whole when it appears, or not there."""
+"""A model's folder in 8 bits, written while the model is read: whole when it appears, or not there.
+
+What a quantized folder was made of, kept in it: with it the same command finds that there is nothing to do.
+"""
 
 from __future__ import annotations
 
 import os
+import platform
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import files
+from flashrl_cli import __version__, files
 from flashrl_cli.errors import EnvironmentNotReady, InputError
-from flashrl_cli.evals import merge
-from flashrl_cli.quantize import arithmetic, manifest, request
+from flashrl_cli.quantize import arithmetic, request
 from flashrl_cli.quantize.arithmetic import Losses
 from flashrl_cli.quantize.report import Layer, Report
-from flashrl_cli.quantize.shards import BYTES, INDEX, Entry, ShardFile
-from flashrl_cli.quantize.tensors import Desk, Tensor
+from flashrl_cli.quantize.tensors import BYTES, INDEX, Desk, Entry, ShardFile, Tensor
+from flashrl_cli.runs import merge
 from flashrl_cli.weights import FLOATS, Unreadable, Weights, is_finite, not_finite, read_json
 
 if TYPE_CHECKING:
+    from flashrl_cli.quantize.arithmetic import Scheme
     from flashrl_cli.quantize.request import Request
-    from flashrl_cli.quantize.scheme import Scheme
+
+FILE = "flashrl_quantize.json"
+SCHEMA_VERSION = 1
+_PACKAGES = ("torch", "safetensors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """All that decides what is written: the weights' fingerprint, the scheme, what is left out, and the profile's SHA-256."""
+
+    fingerprint: str
+    scheme: str
+    ignore: tuple[str, ...]
+    profile: str | None
+
+
+def inputs(weights: Weights, scheme: str, ignore: Sequence[str], profile: Path | None) -> Inputs:
+    """The inputs of one quantization. Raises Unreadable."""
+    return Inputs(
+        fingerprint=weights.fingerprint(),
+        scheme=scheme,
+        ignore=tuple(sorted(set(ignore))),
+        profile=files.sha256(profile) if profile else None,
+    )
+
+
+def write(folder: Path, source: str, made_of: Inputs, report: dict[str, Any]) -> dict[str, Any]:
+    """Write the manifest of a quantized `folder`, and return it. `source` names the model as a person does."""
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "source": source,
+        "inputs": {**asdict(made_of), "ignore": list(made_of.ignore)},
+        "versions": {"flashrl-cli": __version__, "python": platform.python_version(), **_versions()},
+        **report,
+    }
+    files.write_json(folder / FILE, document)
+    return document
+
+
+def found(folder: Path, made_of: Inputs) -> dict[str, Any] | None:
+    """The manifest of a whole folder that was made of the same inputs; None for any other."""
+    try:
+        document = read_json(folder / FILE)
+        Weights(hf=folder).check()
+        same = document["inputs"] == {**asdict(made_of), "ignore": list(made_of.ignore)}
+    except (Unreadable, KeyError):
+        return None
+    return document if same and document.get("schema_version") == SCHEMA_VERSION else None
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in _PACKAGES}
+
 
 _THREADS = 16
 _WAITING = 8
@@ -73,10 +130,10 @@ def quantize(wanted: Request, advance: Advance) -> tuple[dict[str, Any], bool]:
     """
     path = wanted.profile.path if wanted.profile else None
     try:
-        made_of = manifest.inputs(wanted.checkpoint.weights, wanted.scheme.name, wanted.asked, path)
+        made_of = inputs(wanted.checkpoint.weights, wanted.scheme.name, wanted.asked, path)
     except Unreadable as error:
         raise InputError(str(error), hint="copy or save it again") from None
-    if document := manifest.found(wanted.target, made_of):
+    if document := found(wanted.target, made_of):
         return document, True
     merge.new_folder(wanted.target)
     shards = sharded(wanted)
@@ -84,7 +141,7 @@ def quantize(wanted: Request, advance: Advance) -> tuple[dict[str, Any], bool]:
     try:
         with files.replacing(wanted.target) as folder:
             report = _write(wanted, shards, folder, advance)
-            return manifest.write(folder, wanted.name, made_of, report.document()), False
+            return write(folder, wanted.name, made_of, report.document()), False
     except Unreadable as error:
         raise InputError(f"{wanted.name} cannot be quantized: {error}", hint="nothing was written") from None
     except OSError as error:

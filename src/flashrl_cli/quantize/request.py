@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import paths
-from flashrl_cli.doctor.system import existing
 from flashrl_cli.errors import EnvironmentNotReady, InputError
-from flashrl_cli.evals import merge
-from flashrl_cli.quantize import layers, scheme
+from flashrl_cli.machine.system import existing
+from flashrl_cli.quantize import arithmetic, layers
 from flashrl_cli.quantize.tensors import Tensor, described
+from flashrl_cli.runs import merge
 from flashrl_cli.runs.checkpoints import Checkpoint, hf_folder
 from flashrl_cli.text import counted
 from flashrl_cli.verl import checkpoints as layout
@@ -21,7 +21,7 @@ from flashrl_cli.weights import Unreadable, companions, read_json
 from flashrl_cli.weights.profile import Profile
 
 if TYPE_CHECKING:
-    from flashrl_cli.quantize.scheme import Scheme
+    from flashrl_cli.quantize.arithmetic import Scheme
 
 _OTHER_FORMS = ("*.bin", "*.pth", "*.gguf")
 _TRANSPOSED = frozenset({"gpt2", "openai-gpt"})
@@ -69,7 +69,7 @@ class Request:
 
 def plan(model: str, out: Path | None, scheme_name: str, ignore: Sequence[str], profile: Path | None) -> Request:
     """Look everything up. Raises InputError for a model that cannot be read or quantized."""
-    wanted = scheme.named(scheme_name)
+    wanted = arithmetic.named(scheme_name)
     checkpoint = lookup(model)
     try:
         config = read_json(checkpoint.hf / "config.json")

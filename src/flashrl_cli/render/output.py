@@ -208,7 +208,6 @@ class Output:
             self.say(f"{label} …")
             yield lambda *_: None
             return
-        from flashrl_cli.render.progress import bar
 
         with bar(self.stderr, label, total) as advance:
             yield advance
@@ -230,3 +229,25 @@ def print_error(error: FlashrlError) -> None:
     if error.hint:
         lines.append(f"hint: {error.hint}")
     print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def bar(console: Console, label: str, total: int | None) -> Iterator[Advance]:
+    """Draw a bar with count, remaining time and a note on `console`; yields `advance(n, note)`."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(label, total=total, note="")
+
+        def advance(n: int, note: str = "") -> None:
+            progress.update(task, advance=n, note=note)
+
+        yield advance

@@ -10,25 +10,23 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import contract
-from flashrl_cli.config.merge import leaves
-from flashrl_cli.config.text import text_of
+from flashrl_cli.config.layers import leaves
+from flashrl_cli.config.yaml_file import text_of
 from flashrl_cli.errors import InputError
-from flashrl_cli.runs import history as histories
-from flashrl_cli.runs import record as records
+from flashrl_cli.runs import metrics as histories
+from flashrl_cli.runs import store as records
 from flashrl_cli.runs.curves import starts
-from flashrl_cli.runs.detail import advice
 from flashrl_cli.runs.metrics import read_metrics
-from flashrl_cli.runs.recorded import read_plan
-from flashrl_cli.runs.totals import ran_s, start_shares, step_shares, totals
+from flashrl_cli.runs.store import read_plan
+from flashrl_cli.runs.summary import advice, ran_s, start_shares, step_shares, totals
 from flashrl_cli.secrets import HIDDEN, looks_secret, without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from flashrl_cli.paths import RunPaths
-    from flashrl_cli.runs.known import Known
     from flashrl_cli.runs.mismatch import Advice
-    from flashrl_cli.runs.record import Attempt, RunRecord
+    from flashrl_cli.runs.store import Attempt, Known, RunRecord
     from flashrl_cli.verl.metrics import StepMetrics
 
 SCHEMA_VERSION = 1
@@ -186,7 +184,7 @@ def _configuration(plan: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _changes(sources: Sources) -> list[dict[str, Any]]:
     """What each attempt's plan, versions and git state changed from the attempt before."""
-    from flashrl_cli.launch.review import compare
+    from flashrl_cli.train.review import compare
 
     changes = []
     for before, after in pairwise(sorted(sources.plans)):

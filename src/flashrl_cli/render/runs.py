@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from flashrl_cli.doctor import stacks
-from flashrl_cli.doctor.space import size
-from flashrl_cli.render import plots
+from flashrl_cli.machine import software
+from flashrl_cli.machine.system import size
+from flashrl_cli.render import figure
 from flashrl_cli.render.live import describe
 from flashrl_cli.text import counted
 
@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from flashrl_cli.render.output import Output
-    from flashrl_cli.runs.detail import AttemptRow, Detail
-    from flashrl_cli.runs.overview import Row
-    from flashrl_cli.runs.totals import Spent
+    from flashrl_cli.runs.summary import AttemptRow, Detail, Row, Spent
     from flashrl_cli.verl.metrics import StepMetrics
 
 COLUMNS = ("name", "preset", "state", "step", "reward", "acc.", "att.", "changed", "disk")
@@ -176,11 +174,11 @@ def _curve(out: Output, steps: Sequence[StepMetrics]) -> None:
     points = [(step.step, reward) for step in steps if (reward := step["reward"]) is not None]
     if len(points) < 2:
         return
-    if not plots.installed("plotext"):
-        out.say(f"no curve: plotext is not installed; {stacks.install_extra('plot')}")
+    if not figure.installed("plotext"):
+        out.say(f"no curve: plotext is not installed; {software.install_extra('plot')}")
         return
-    series = plots.Series(label="reward", xs=[step for step, _ in points], ys=[reward for _, reward in points])
-    out.text(plots.text_curve([series], ylabel="reward") + "\n")
+    series = figure.Series(label="reward", xs=[step for step, _ in points], ys=[reward for _, reward in points])
+    out.text(figure.text_curve([series], ylabel="reward") + "\n")
 
 
 def _paragraphs(out: Output, lines: Sequence[str], end: str = "\n") -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from flashrl_cli import files
 from flashrl_cli.errors import EnvironmentNotReady, InputError
-from flashrl_cli.runs.models import hf_problem
+from flashrl_cli.hub import hf_problem
 from flashrl_cli.verl import checkpoints as layout
 from flashrl_cli.weights import torn
 

@@ -2,22 +2,60 @@
 
 A field is emitted when someone set it (or it was derived); an untouched default is verl's own and stays unsaid, except
 where flashrl's default differs (`always`).
+
+Values as Hydra's command line reads them back.
+
+verl's keys by what they are about, for people who read a list of overrides.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from flashrl_cli import contract, paths
-from flashrl_cli.config.merge import Origin
-from flashrl_cli.verl.quoting import Value, quote
+from flashrl_cli.config.layers import Origin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from flashrl_cli.config.resolve import Resolved
+
+Value = bool | int | float | str | None | Sequence["Value"]
+
+# Text that Hydra's lexer takes as it is. Anything that could be a number, a keyword or an operator is quoted instead.
+_PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_/.+%@-]*")
+_KEYWORD = re.compile(r"null|true|false|inf|nan", re.IGNORECASE)
+
+
+def quote(value: Value) -> str:
+    """Text of `value` in Hydra's override grammar; parsing it gives an equal value of the same type."""
+    match value:
+        case None:
+            return "null"
+        case bool() | int():
+            return str(value)
+        case float():
+            return _float(value)
+        case str():
+            return value if _PLAIN.fullmatch(value) and not _KEYWORD.fullmatch(value) else _quoted(value)
+        case _:
+            return f"[{','.join(quote(item) for item in value)}]"
+
+
+def _float(value: float) -> str:
+    """Shortest text, `1e-6` rather than Python's `1e-06`."""
+    return re.sub(r"e([-+]?)0+(\d)", r"e\1\2", repr(value))
+
+
+def _quoted(text: str) -> str:
+    """Single-quoted; backslashes count only before a quote (hydra/core/override_parser/types.py, QuotedString)."""
+    escaped = re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
+    return f"'{escaped}'"
+
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -249,3 +287,39 @@ def _verbatim(resolved: Resolved) -> Iterator[Override]:
     for written, value in resolved.spec.verl.items():
         key = written.removeprefix("+")
         yield Override(key, value, resolved.origins[f"verl.{written}"], added=key != written)
+
+
+THEMES: Mapping[str, tuple[str, ...]] = {
+    "data": ("data",),
+    "model": ("actor_rollout_ref.model", "actor_rollout_ref.model_engine", "model_engine"),
+    "importance sampling": (
+        CORRECTION,
+        f"{ACTOR}.policy_loss",
+        f"{ROLLOUT}.calculate_log_probs",
+        f"{ROLLOUT}.logprobs_mode",
+    ),
+    "algorithm": ("algorithm",),
+    "policy": (ACTOR, "actor_rollout_ref.ref"),
+    "critic": ("critic",),
+    "rollout": (ROLLOUT,),
+    "reward": ("reward",),
+    "trainer": ("trainer",),
+}
+"""Starts of keys, by theme in the order of reading; the first theme that covers a key has it."""
+OTHER = "machine"
+
+
+def by_theme(overrides: Iterable[Override]) -> dict[str, list[Override]]:
+    """The overrides by theme, in the order of `THEMES` and, within one, of the list; no empty themes."""
+    groups: dict[str, list[Override]] = {theme: [] for theme in (*THEMES, OTHER)}
+    for override in overrides:
+        groups[_theme(override.key)].append(override)
+    return {theme: group for theme, group in groups.items() if group}
+
+
+def _theme(key: str) -> str:
+    return next((theme for theme, starts in THEMES.items() if any(_covers(start, key) for start in starts)), OTHER)
+
+
+def _covers(start: str, key: str) -> bool:
+    return key == start or key.startswith(f"{start}.")

@@ -9,11 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flashrl_cli.bench import variants
+from flashrl_cli.bench import job as variants
 from flashrl_cli.bench.job import EngineOptions
-from flashrl_cli.bench.machine import Machine
-from flashrl_cli.bench.model import Model
-from flashrl_cli.bench.request import Mismatch, Request
+from flashrl_cli.bench.request import Machine, Mismatch, Model, Request
 from flashrl_cli.evals.questions import Question
 
 OPTIONS = EngineOptions(

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.bench import engine, rollout, scorer
-from flashrl_cli.bench.job import EngineJob, ScorerJob, order
-from flashrl_cli.bench.samples import Samples
+from flashrl_cli.bench import engine, scorer
+from flashrl_cli.bench.job import EngineJob, Samples, ScorerJob, order
 from flashrl_cli.errors import InputError
 from tests.unit.bench.lab import OPTIONS
 
@@ -70,7 +69,7 @@ class Rollout:
 
 
 def test_one_engine_fulfils_all_orders(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout, "Rollout", Rollout)
+    monkeypatch.setattr(engine, "Rollout", Rollout)
     asked = [order("start"), order("speed", batch=4), order("refit", repeats=2), order("sample", samples=3, out="x")]
     events: list[dict[str, Any]] = []
     orders = SimpleNamespace(get=iter(asked).__next__)
@@ -88,7 +87,7 @@ def test_one_engine_fulfils_all_orders(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def limit(prompts: list[list[int]], longest: int | None) -> int:
     """Longest sequence of an engine whose options say 112."""
-    made = object.__new__(rollout.Rollout)
+    made = object.__new__(engine.Rollout)
     made._job, made._prompts = replace(JOB, response=100, longest=longest), prompts
     return made._limit()
 
@@ -102,6 +101,6 @@ def test_no_response_is_cut_by_the_engines_limit() -> None:
 
 
 def test_decoding_has_a_speed_only_where_it_took_time() -> None:
-    assert rollout._decoding(60, [2.0, 3.0, 4.0]) == {"decode_tokens_s": 20.0, "decode_values": [30.0, 20.0, 15.0]}
-    assert rollout._decoding(0, [0.1]) == {}, "a response of one token is prefill alone"
-    assert rollout._decoding(60, [2.0, -0.001]) == {}
+    assert engine._decoding(60, [2.0, 3.0, 4.0]) == {"decode_tokens_s": 20.0, "decode_values": [30.0, 20.0, 15.0]}
+    assert engine._decoding(0, [0.1]) == {}, "a response of one token is prefill alone"
+    assert engine._decoding(60, [2.0, -0.001]) == {}

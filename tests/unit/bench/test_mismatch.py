@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashrl_cli.bench.mismatch import knows_nothing, statistics
+from flashrl_cli.bench.scorer import knows_nothing, statistics
 
 LOG2 = math.log(2)
 # ratios p_train / p_rollout: 1, 2, 1/2 in a first sequence, 4 in a second

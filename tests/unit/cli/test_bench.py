@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from flashrl_cli import files
-from flashrl_cli.bench import machine
+from flashrl_cli.bench import request
 from flashrl_cli.bench import request as requests
-from flashrl_cli.bench.machine import Machine
+from flashrl_cli.bench.request import Machine
 from flashrl_cli.cli.app import main
 from flashrl_cli.cli.bench import _say_waiting as say
 from flashrl_cli.errors import RunFailed
-from flashrl_cli.evals import process
 from flashrl_cli.render.output import Output
+from flashrl_cli.worker import client
 from tests.unit.bench.lab import Workers, obedient
 
 Call = Callable[..., tuple[int, str, str]]
@@ -31,8 +31,8 @@ WORDS = ("bench", "--model", "shape:0.5b/2")
 @pytest.fixture
 def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
     found = Workers()
-    monkeypatch.setattr(process, "worker", found)
-    monkeypatch.setattr(machine, "here", lambda: Machine("cpu", "a CPU"))
+    monkeypatch.setattr(client, "worker", found)
+    monkeypatch.setattr(request, "here", lambda: Machine("cpu", "a CPU"))
     return found
 
 

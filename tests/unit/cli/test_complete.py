@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from flashrl_cli import paths
-from flashrl_cli.cli import complete
+from flashrl_cli.cli import options
 
 HEAVY = {"pydantic", "rich", "torch", "verl", "vllm", "ray", "hydra", "omegaconf"}
 
@@ -24,13 +24,13 @@ def folders(tmp_path, monkeypatch):
 
 
 def test_names_that_start_so():
-    assert complete.preset_names("ti") == ["tide", "tiny", "tiny-gpu"]
-    assert complete.run_names("") == ["demo", "tidal"]
-    assert complete.preset_and_run_names("tid") == ["tide", "tidal"]
+    assert options.preset_names("ti") == ["tide", "tiny", "tiny-gpu"]
+    assert options.run_names("") == ["demo", "tidal"]
+    assert options.preset_and_run_names("tid") == ["tide", "tidal"]
 
 
 def test_paths_are_left_to_the_shell():
-    assert complete.preset_and_run_names("./") == []
+    assert options.preset_and_run_names("./") == []
 
 
 @pytest.mark.processes
@@ -58,7 +58,7 @@ def test_a_shell_gets_them(typed, found):
 @pytest.mark.processes
 def test_nothing_heavy_is_imported():
     code = (
-        "import sys; from flashrl_cli.cli import complete; complete.preset_and_run_names('');"
+        "import sys; from flashrl_cli.cli import options; options.preset_and_run_names('');"
         f"print(*({HEAVY!r} & sys.modules.keys()))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from flashrl_cli.cli.app import main
-from flashrl_cli.doctor import docker, finding, ray_state, reload, report, software
-from flashrl_cli.launch import preflight
+from flashrl_cli.doctor import docker, reload, report
+from flashrl_cli.machine import finding, ray_state, software
+from flashrl_cli.train import preflight
 from tests import sample_rows
 
 

@@ -15,7 +15,8 @@ import pytest
 from flashrl_cli.cli import app as cli
 from flashrl_cli.cli.eval import evaluate
 from flashrl_cli.errors import BelowThreshold, FlashrlError, InputError, NothingMatched, RunFailed
-from flashrl_cli.evals import child, session
+from flashrl_cli.evals import job as child
+from flashrl_cli.evals import run as session
 from flashrl_cli.evals.job import Job, Order
 from flashrl_cli.evals.questions import Question
 from flashrl_cli.evals.results import Grade, Response

@@ -13,7 +13,7 @@ import typer
 from flashrl_cli import paths
 from flashrl_cli.cli.eval_show import show
 from flashrl_cli.errors import FlashrlError, InputError, NothingMatched
-from flashrl_cli.evals import responses
+from flashrl_cli.evals import results
 from tests.graded import entry
 
 Call = Callable[..., str]
@@ -48,7 +48,7 @@ def folder() -> Path:
     place = paths.checkpoints_root() / "p" / "a" / "eval"
     marks = {step: [[mark == "+"] for mark in text.split()] for step, text in ((2, FIRST), (10, SECOND))}
     entries = [entry("a", step, marks[step], name) for step in marks for name in ("gsm8k", "math")]
-    responses.write(place / responses.FILE, [*entries, entry("b", 4, marks[2])])
+    results.write(place / results.FILE, [*entries, entry("b", 4, marks[2])])
     return place
 
 
@@ -112,13 +112,13 @@ def test_another_run(folder: Path, call: Call) -> None:
 
 
 def test_no_rise(tmp_path: Path, call: Call) -> None:
-    responses.write(tmp_path / responses.FILE, [entry("a", 1, [[True]]), entry("a", 2, [[False]])])
+    results.write(tmp_path / results.FILE, [entry("a", 1, [[True]]), entry("a", 2, [[False]])])
     assert "No later step has a higher accuracy than the first." in call(tmp_path)
     assert document(call, tmp_path)["view"] == "summary"
 
 
 def test_models_without_steps(tmp_path: Path, call: Call) -> None:
-    responses.write(tmp_path / responses.FILE, [entry("hf", None, [[True, False]])])
+    results.write(tmp_path / results.FILE, [entry("hf", None, [[True, False]])])
     assert "Of 1 question 1 is not always answered right. The hardest 1:" in call(tmp_path, "--worst")
     assert "the model, sample 1: wrong" in call(tmp_path, "--worst")
 

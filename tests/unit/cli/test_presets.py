@@ -12,7 +12,7 @@ from flashrl_cli import files, paths
 from flashrl_cli.cli.app import app
 from flashrl_cli.config.presets import names
 from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
-from flashrl_cli.launch import review
+from flashrl_cli.train import review
 
 RUNNER = CliRunner()
 

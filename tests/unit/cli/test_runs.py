@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from flashrl_cli.cli.app import app
 from flashrl_cli.errors import EnvironmentNotReady, InputError, NothingMatched
-from flashrl_cli.runs.following import Follower
+from flashrl_cli.runs.control import Follower
 from tests.unit.runs import disk, sampled
 
 RUNNER = CliRunner()

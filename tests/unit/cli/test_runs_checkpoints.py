@@ -12,7 +12,7 @@ import pytest
 
 from flashrl_cli.cli import runs_checkpoints
 from flashrl_cli.cli.app import main
-from flashrl_cli.runs import record
+from flashrl_cli.runs import store
 from flashrl_cli.runs.saved import DOOMED, hide, set_aside
 from tests.run_lab import Lab, lab
 from tests.saved_files import saved_step
@@ -141,7 +141,7 @@ def test_a_person_is_asked(answer: str, gone: bool, trained: Lab, call: Any, mon
 
 
 def test_a_running_run_is_left_alone(trained: Lab, call: Any) -> None:
-    trained.recorded(status="running", **record.own_process())
+    trained.recorded(status="running", **store.own_process())
     code, _, err = call("checkpoints", "r", "--keep", "last:1", "--yes")
     assert code == 2
     assert "is running" in err

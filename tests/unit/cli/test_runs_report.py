@@ -12,9 +12,9 @@ import typer
 from typer.testing import CliRunner, Result
 
 from flashrl_cli.cli import runs_report
-from flashrl_cli.doctor import stacks
 from flashrl_cli.errors import EnvironmentNotReady, InputError, NothingMatched
-from flashrl_cli.render import plots
+from flashrl_cli.machine import software
+from flashrl_cli.render import figure
 from flashrl_cli.runs.curves import DEFAULTS, SMOOTHING
 from tests.unit.runs.on_disk import a_run, an_attempt, log, training, write_record
 
@@ -149,15 +149,15 @@ def test_a_report_as_data_writes_a_page_only_where_it_is_told(tmp_path: Path) ->
     ],
 )
 def test_a_missing_package_is_told(missing: str, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "installed", lambda package: package != missing)
+    monkeypatch.setattr(figure, "installed", lambda package: package != missing)
     with pytest.raises(EnvironmentNotReady, match=f"{missing} is not installed") as caught:
         call(*arguments)
-    assert caught.value.hint == stacks.install_extra("plot")
+    assert caught.value.hint == software.install_extra("plot")
 
 
 @pytest.mark.parametrize("arguments", [("plot", "a"), ("report", "a")])
 def test_data_needs_no_plotting_package(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "installed", lambda _: False)
+    monkeypatch.setattr(figure, "installed", lambda _: False)
     assert document(*arguments)
 
 

@@ -13,13 +13,12 @@ import pytest
 from flashrl_cli import files, paths
 from flashrl_cli.config.resolve import Resolved
 from flashrl_cli.errors import FlashrlError, RunFailed
-from flashrl_cli.launch import detach, preflight, review, run
-from flashrl_cli.launch.plan import LaunchPlan, plan_document
-from flashrl_cli.launch.signals import Interrupted
-from flashrl_cli.launch.sweep import points
 from flashrl_cli.paths import RunPaths
-from flashrl_cli.runs import record
-from flashrl_cli.runs.record import Attempt, RunRecord
+from flashrl_cli.runs import store
+from flashrl_cli.runs.store import Attempt, RunRecord
+from flashrl_cli.train import preflight, review, run, sweep_axes
+from flashrl_cli.train.plan import LaunchPlan, plan_document
+from flashrl_cli.train.process import Interrupted
 from flashrl_cli.verl.metrics import NAMES
 from tests.unit.cli.test_train import prepared, train, tree
 
@@ -79,7 +78,7 @@ class Trainer:
             total_steps=3,
             error=error.message if error else None,
         )
-        record.change(plan.paths, lambda found: _with(found, plan, attempt))
+        store.change(plan.paths, lambda found: _with(found, plan, attempt))
         if error:
             raise error
         return steps
@@ -248,7 +247,7 @@ def test_misuse_ends_with_2(
 def test_many_runs_are_started_when_meant(
     words: list[str], code: int, started: int, monkeypatch: pytest.MonkeyPatch, trainer: Trainer
 ) -> None:
-    monkeypatch.setattr(points, "MANY", 1)
+    monkeypatch.setattr(sweep_axes, "MANY", 1)
     assert train(monkeypatch, *SWEEP, *words) == code
     assert len(trainer.plans) == started
 
@@ -261,7 +260,7 @@ def test_detached(monkeypatch: pytest.MonkeyPatch, trainer: Trainer, capsys: pyt
         assert command[:3] == ["train", "--preset", "tiny"]
         return Attempt(number=1, status="running", started="t", updated="t", pid=7)
 
-    monkeypatch.setattr(detach, "detach", fake)
+    monkeypatch.setattr(run, "detach", fake)
     assert train(monkeypatch, *SWEEP, "--detach") == 0
     assert (asked, trainer.plans) == (["s-bf16-tis2"], [])
     assert "goes on as process 7" in capsys.readouterr().err

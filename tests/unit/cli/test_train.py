@@ -13,10 +13,10 @@ import pytest
 from flashrl_cli import files
 from flashrl_cli.cli.app import main
 from flashrl_cli.errors import RunFailed
-from flashrl_cli.launch import preflight, run, signals
-from flashrl_cli.launch.plan import LaunchPlan, plan_document
 from flashrl_cli.render.live import JsonDisplay, PlainDisplay
-from flashrl_cli.runs import record
+from flashrl_cli.runs import store
+from flashrl_cli.train import preflight, process, run
+from flashrl_cli.train.plan import LaunchPlan, plan_document
 from tests import sample_rows
 from tests.saved_files import saved_step
 
@@ -279,7 +279,7 @@ def test_resumed_launch(
     assert (auto.attempt, path.attempt) == (2, 3)
     for plan in (auto, path):
         assert f"trainer.resume_from_path={step}" in plan.argv
-    found = record.load(tmp_path / "runs/r/run.json")
+    found = store.load(tmp_path / "runs/r/run.json")
     assert found
     assert [(one.number, one.status, one.resumed_from) for one in found.attempts] == [(2, "done", 5), (3, "done", 5)]
     assert found.attempts[0].set_aside == ("global_step_10: incomplete: data.pt: missing",)
@@ -320,12 +320,12 @@ def test_a_run_under_way_is_not_started_twice(
 ) -> None:
     prepared(tmp_path)
     assert train(monkeypatch, "--preset", "tiny", "--name", "r") == 0
-    record.renew(launched[0][0].paths, 1, status="running")
+    store.renew(launched[0][0].paths, 1, status="running")
     assert train(monkeypatch, "--preset", "tiny", "--name", "r", "--resume", "auto") == 2
     err = capsys.readouterr().err
     assert "run r is under way: attempt 1, process" in err
     assert "flashrl runs stop r" in err
-    record.renew(launched[0][0].paths, 1, pid_started=1.0)
+    store.renew(launched[0][0].paths, 1, pid_started=1.0)
     assert train(monkeypatch, "--preset", "tiny", "--name", "r", "--resume", "auto") == 0, "its process is gone"
 
 
@@ -333,8 +333,8 @@ def test_a_run_under_way_is_not_started_twice(
     ("error", "code"),
     [
         (RunFailed("it broke", hint="mend it"), 1),
-        (signals.Interrupted(2, "go on"), 130),
-        (signals.Interrupted(15, "go on"), 143),
+        (process.Interrupted(2, "go on"), 130),
+        (process.Interrupted(15, "go on"), 143),
     ],
 )
 def test_exit_codes(

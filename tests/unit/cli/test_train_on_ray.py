@@ -12,10 +12,10 @@ import pytest
 
 from flashrl_cli.cli.app import main
 from flashrl_cli.errors import EnvironmentNotReady
-from flashrl_cli.launch import run
-from flashrl_cli.launch.ray import client as ray_client
-from flashrl_cli.launch.ray import ready as ray_ready
-from tests.unit.launch.fake_jobs import FakeJobs
+from flashrl_cli.train import run
+from flashrl_cli.train.executors import ray_job as ray_client
+from flashrl_cli.train.executors import ray_ready
+from tests.unit.train.fake_jobs import FakeJobs
 
 RAY = ("--executor", "ray")
 

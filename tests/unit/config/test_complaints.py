@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flashrl_cli.config import complaints
-from flashrl_cli.config.merge import Layer, Origin
+from flashrl_cli.config import diagnose
+from flashrl_cli.config.layers import Layer, Origin
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.errors import Problem
 
@@ -16,11 +16,11 @@ ORIGINS = {"a.b": Origin("preset", "p:1"), "a.c.d": Origin("preset", "p:2"), "ab
     ("key", "place"), [("a.b", "p:1"), ("a", "p:1"), ("a.c", "p:2"), ("a.b.0.x", "p:1"), ("ab", None), ("z", None)]
 )
 def test_where(key, place):
-    assert complaints.where(key, ORIGINS) == place
+    assert diagnose.where(key, ORIGINS) == place
 
 
 def test_keys_of_sub_parts_are_dotted():
-    keys = list(complaints.keys_of(RunSpec))
+    keys = list(diagnose.keys_of(RunSpec))
     assert {"name", "algorithm.filter_groups.enable", "reward.overlong.buffer_len", "verl"} <= set(keys)
     assert "algorithm.filter_groups" not in keys
     assert len(keys) == len(set(keys))
@@ -29,7 +29,7 @@ def test_keys_of_sub_parts_are_dotted():
 def shaped(**data: object) -> tuple[object, list[Problem]]:
     problems: list[Problem] = []
     layer = Layer(kind="preset", label="p", data=data, lines={"rollout": 3})
-    return complaints.well_shaped(layer, problems).data, problems
+    return diagnose.well_shaped(layer, problems).data, problems
 
 
 def test_values_where_maps_belong_are_taken_out():

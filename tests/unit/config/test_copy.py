@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flashrl_cli import __version__, paths
-from flashrl_cli.config.copy import copy_preset
+from flashrl_cli.config.catalog import copy_preset
 from flashrl_cli.config.presets import names
 from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.errors import InputError

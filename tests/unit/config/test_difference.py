@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flashrl_cli.config.difference import Verbatim, differences
+from flashrl_cli.config.layers import Verbatim, differences
 
 
 def test_changed_missing_and_new_keys_in_order():

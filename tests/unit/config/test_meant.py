@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flashrl_cli.config import meant
+from flashrl_cli.config import yaml_file
 
 KEYS = ["data.train", "data.train_batch_size", "algorithm.lr", "algorithm.mini_batch_size", "critic.lr", "rollout.n"]
 
@@ -21,13 +21,13 @@ KEYS = ["data.train", "data.train_batch_size", "algorithm.lr", "algorithm.mini_b
     ],
 )
 def test_nearest(text, names):
-    assert meant.nearest(text, ["bf16", "fp8", "int8"]) == names
+    assert yaml_file.nearest(text, ["bf16", "fp8", "int8"]) == names
 
 
 def test_nearest_folds_before_it_compares():
-    assert meant.nearest("A1", ["a-1", "a-2"]) == ["a-1"]
-    assert set(meant.nearest("name-3", ["name-1", "name-2"])) == {"name-1", "name-2"}
-    assert len(meant.nearest("name-3", ["name-1", "name-2"], 1)) == 1
+    assert yaml_file.nearest("A1", ["a-1", "a-2"]) == ["a-1"]
+    assert set(yaml_file.nearest("name-3", ["name-1", "name-2"])) == {"name-1", "name-2"}
+    assert len(yaml_file.nearest("name-3", ["name-1", "name-2"], 1)) == 1
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_nearest_folds_before_it_compares():
     ],
 )
 def test_same_key(text, key):
-    assert meant.same_key(text, KEYS) == key
+    assert yaml_file.same_key(text, KEYS) == key
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_same_key(text, key):
     ],
 )
 def test_nearest_keys(text, keys):
-    assert meant.nearest_keys(text, KEYS) == keys
+    assert yaml_file.nearest_keys(text, KEYS) == keys
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_nearest_keys(text, keys):
     ],
 )
 def test_readings(value, readings):
-    assert list(meant.readings(value)) == readings
+    assert list(yaml_file.readings(value)) == readings
 
 
 def test_a_name_where_a_list_belongs_is_added_to_its_usual_items():
-    assert next(meant.readings("wandb", ("console", "file"))) == ["console", "file", "wandb"]
-    assert next(meant.readings("file, wandb", ("console", "file"))) == ["console", "file", "wandb"]
+    assert next(yaml_file.readings("wandb", ("console", "file"))) == ["console", "file", "wandb"]
+    assert next(yaml_file.readings("file, wandb", ("console", "file"))) == ["console", "file", "wandb"]

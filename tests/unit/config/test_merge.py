@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashrl_cli.config.merge import DEFAULT, Layer, Origin, leaves, merge, nested
+from flashrl_cli.config.layers import DEFAULT, Layer, Origin, leaves, merge, nested
 
 NAMES = st.sampled_from("abc")
 TREES = st.recursive(

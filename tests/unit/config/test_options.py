@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flashrl_cli.config.merge import Layer, nested
-from flashrl_cli.config.options import option_layers
+from flashrl_cli.config.layers import Layer, nested
+from flashrl_cli.config.resolve import option_layers
 from flashrl_cli.errors import Problem
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from flashrl_cli import paths
 from flashrl_cli.config import presets
-from flashrl_cli.config.merge import Layer, merge
+from flashrl_cli.config.layers import Layer, merge
 from flashrl_cli.errors import InputError, Problem
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flashrl_cli.config.complaints import keys_of
+from flashrl_cli.config.diagnose import keys_of
 from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.errors import InputError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from flashrl_cli.config.merge import Origin
+from flashrl_cli.config.layers import Origin
 from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.errors import InputError, Problem
 

@@ -7,8 +7,7 @@ import shlex
 import pytest
 
 from flashrl_cli.config import presets
-from flashrl_cli.config.resolve import load_spec
-from flashrl_cli.config.rules import RULES
+from flashrl_cli.config.resolve import RULES, load_spec
 from flashrl_cli.errors import InputError
 
 

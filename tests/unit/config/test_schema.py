@@ -10,7 +10,7 @@ import yaml
 
 from flashrl_cli import paths
 from flashrl_cli.config import schema
-from flashrl_cli.config.complaints import keys_of
+from flashrl_cli.config.diagnose import keys_of
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.config.yaml_file import read
 

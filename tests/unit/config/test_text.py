@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashrl_cli.config.text import text_of
-from flashrl_cli.config.yaml_file import parse
+from flashrl_cli.config.yaml_file import parse, text_of
 
 TEXTS = st.text(alphabet=string.ascii_letters + string.digits + string.punctuation + " \n\té", max_size=12)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashrl_cli.config import yaml_file
-from flashrl_cli.config.text import text_of
+from flashrl_cli.config.yaml_file import text_of
 
 TEXT = st.text(st.characters(min_codepoint=32, max_codepoint=126) | st.sampled_from("é→€"), max_size=12)
 NUMBERS = st.integers(-(10**12), 10**12) | st.floats(allow_nan=False, allow_infinity=False)

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.data import hub
+from flashrl_cli.data import sources
 
 
 @pytest.fixture(autouse=True)
 def hub_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `prepare` sets for the hub's libraries ends with the test."""
-    for name in (*hub.OFFLINE, *hub.NO_PROGRESS):
+    for name in (*sources.OFFLINE, *sources.NO_PROGRESS):
         monkeypatch.setenv(name, "0")
 
 

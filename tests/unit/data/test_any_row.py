@@ -11,8 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from flashrl_cli.data import readers
-from flashrl_cli.data.prepare import prepare_dataset
-from flashrl_cli.data.request import Request
+from flashrl_cli.data.prepare import Request, prepare_dataset
 from flashrl_cli.data.rows import BadRows, Needs, judge
 from flashrl_cli.errors import InputError
 from flashrl_cli.evals import questions

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashrl_cli.data.boxed import boxed_answer
+from flashrl_cli.data.recipes import boxed_answer
 
 plain = st.text(st.characters(exclude_characters="{}\\"), max_size=5)
 balanced = st.recursive(plain, lambda inner: st.tuples(plain, inner, plain).map(lambda t: f"{t[0]}{{{t[1]}}}{t[2]}"))

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashrl_cli.data.build import TICK, Split, Unique, build_split
+from flashrl_cli.data.prepare import TICK, Split, Unique, build_split
 from flashrl_cli.data.recipes import Recipe
 from flashrl_cli.data.rows import BadRow, BadRows, Place, Raw, Row, make_row
 

@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.data import hub
-from flashrl_cli.data.hub import HubSource
+from flashrl_cli.data import sources
 from flashrl_cli.data.rows import BadRows, Place
-from flashrl_cli.doctor import stacks
+from flashrl_cli.data.sources import HubSource
 from flashrl_cli.errors import EnvironmentNotReady, InputError
+from flashrl_cli.machine import software
 
 READ = """
 import json, sys
-from flashrl_cli.data.hub import HubSource
+from flashrl_cli.data.sources import HubSource
 from flashrl_cli.data.rows import BadRows
 source = HubSource(sys.argv[1], None, ("train", "test"))
 rows = list(source.rows("test", BadRows()))
@@ -130,8 +130,8 @@ def test_without_a_network_only_the_cache_is_asked(monkeypatch: pytest.MonkeyPat
 def test_a_proxy_resolves_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy:3128"})
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: pytest.fail("asked for a name"))
-    hub.detect_offline()
-    assert not hub.is_offline()
+    sources.detect_offline()
+    assert not sources.is_offline()
 
 
 def test_datasets_not_installed_is_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,4 +139,4 @@ def test_datasets_not_installed_is_the_environment(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(EnvironmentNotReady, match="datasets is not installed") as caught:
         HubSource("a/b", None, ("train",)).describe()
-    assert caught.value.hint == stacks.install_extra("data")
+    assert caught.value.hint == software.install_extra("data")

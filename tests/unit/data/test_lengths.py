@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashrl_cli.data import lengths
+from flashrl_cli.data import prepare
 from flashrl_cli.data.rows import make_row
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 
@@ -26,16 +26,16 @@ class Words:
 
 
 def test_prompts_are_counted_with_their_template(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lengths, "BATCH", 2)
+    monkeypatch.setattr(prepare, "BATCH", 2)
     rows = [make_row("math", prompt, "1", {}) for prompt in ("a", "a b c", "a b")]
     ticks: list[int] = []
-    assert lengths.prompt_tokens(Words(), rows, ticks.append) == [3, 5, 4]
+    assert prepare.prompt_tokens(Words(), rows, ticks.append) == [3, 5, 4]
     assert ticks == [2, 1]
 
 
 @given(values=st.lists(st.integers(1, 10_000), min_size=1, max_size=200))
 def test_percentiles_are_values_that_enough_stay_below(values: list[int]) -> None:
-    summary = lengths.summary(values)
+    summary = prepare.summary(values)
     assert summary["longest"] == max(values)
     for name, share in (("p50", 0.5), ("p99", 0.99)):
         assert summary[name] in values
@@ -51,16 +51,16 @@ def answer_with(result: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
     fake = types.SimpleNamespace(AutoTokenizer=types.SimpleNamespace(from_pretrained=from_pretrained))
     monkeypatch.setitem(sys.modules, "transformers", fake)
-    monkeypatch.setattr(lengths, "detect_offline", lambda: None)
+    monkeypatch.setattr(prepare, "detect_offline", lambda: None)
 
 
 def test_a_tokenizer_that_is_not_to_be_had_is_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(OSError("We couldn't connect.\nLong story."), monkeypatch)
     with pytest.raises(EnvironmentNotReady, match=r"cannot load the tokenizer a/b: We couldn't connect\.$"):
-        lengths.load_tokenizer("a/b")
+        prepare.load_tokenizer("a/b")
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(types.SimpleNamespace(chat_template=None), monkeypatch)
     with pytest.raises(InputError, match="no chat template"):
-        lengths.load_tokenizer("a/b")
+        prepare.load_tokenizer("a/b")

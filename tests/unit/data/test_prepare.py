@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.data import lengths, prepare
-from flashrl_cli.data.prepare import prepare_dataset
-from flashrl_cli.data.request import Request
+from flashrl_cli.data import prepare
+from flashrl_cli.data.prepare import Request, prepare_dataset
 from flashrl_cli.errors import InputError
 from flashrl_cli.paths import DatasetPaths
 from flashrl_cli.render.output import Output
@@ -190,8 +189,8 @@ def test_arith_is_drawn_by_its_seed(run: Callable[..., Any], tmp_path: Path) -> 
 def test_tokens_are_counted_once_for_a_tokenizer(
     run: Callable[..., Any], gsm8k_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lengths, "load_tokenizer", lambda name: name)
-    monkeypatch.setattr(lengths, "prompt_tokens", lambda tokenizer, rows, advance: [5, 6, 7][: len(rows)])
+    monkeypatch.setattr(prepare, "load_tokenizer", lambda name: name)
+    monkeypatch.setattr(prepare, "prompt_tokens", lambda tokenizer, rows, advance: [5, 6, 7][: len(rows)])
     run("gsm8k", gsm8k_folder)
     counted = run("gsm8k", gsm8k_folder, tokenizer="a/b")
     assert (counted["status"], counted["tokenizer"]) == ("prepared", "a/b")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flashrl_cli.data.report import summary_table
+from flashrl_cli.data.prepare import summary_table
 
 PLAIN: dict[str, Any] = {
     "dataset": "gsm8k",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.data.request import requests
+from flashrl_cli.data.prepare import requests
 from flashrl_cli.errors import InputError
 
 

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.data.hub import HubSource
 from flashrl_cli.data.recipes import RECIPES
 from flashrl_cli.data.rows import BadRows
-from flashrl_cli.data.sources import LocalSource, SumsSource, open_source
+from flashrl_cli.data.sources import HubSource, LocalSource, SumsSource, open_source
 from flashrl_cli.errors import InputError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from flashrl_cli.data.stamps import stamp, unchanged
+from flashrl_cli.data.writing import stamp, unchanged
 
 
 def test_an_untouched_file_is_not_hashed_again(tmp_path: Path) -> None:

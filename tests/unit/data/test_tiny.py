@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli import cpu
-from flashrl_cli.data import arith, tiny
+from flashrl_cli import contract
+from flashrl_cli.data import recipes, tiny
 from flashrl_cli.errors import RunFailed
 from flashrl_cli.paths import DatasetPaths
 from flashrl_cli.render.output import Output
@@ -41,7 +41,7 @@ def seeds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(tiny, "warm_up", warm_up)
     monkeypatch.setattr(tiny, "save", save)
-    for key in cpu.THREADS:
+    for key in contract.THREADS:
         monkeypatch.setenv(key, "1")
     return taught
 
@@ -58,14 +58,14 @@ def test_everything_is_made(
 ) -> None:
     result = prepare(paths)
     assert result["status"] == "prepared"
-    assert {split: entry["rows"] for split, entry in result["splits"].items()} == arith.SIZES
+    assert {split: entry["rows"] for split, entry in result["splits"].items()} == recipes.SIZES
     assert result["options"] == {"seed": 1}
     assert result["model"].items() >= TAUGHT.items()
     assert result["model"]["weights"]["path"] == "model/model.safetensors"
     assert json.loads(paths.manifest.read_text()) == {key: value for key, value in result.items() if key != "status"}
     assert (paths.model / tiny.WEIGHTS).read_text() == "weights of 1"
     asked = [row["extra_info"]["question"] for row in parquet(paths.split("test"))]
-    assert asked == [arith.question(a, b) for a, b in arith.pairs(1)["test"]]
+    assert asked == [recipes.question(a, b) for a, b in recipes.pairs(1)["test"]]
     out, err = capsys.readouterr()
     assert not out
     assert "learning sums" in err

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from flashrl_cli.data import arith
-from flashrl_cli.data.tiny_policy import END, MAX_NEW_TOKENS, Demonstrations
+from flashrl_cli.data import recipes
+from flashrl_cli.data.tiny import END, MAX_NEW_TOKENS, Demonstrations
 
 
 class Characters:
@@ -27,21 +27,21 @@ def demonstrations() -> Demonstrations:
 
 
 def test_every_answer_fits(demonstrations: Demonstrations) -> None:
-    longest = max(len(arith.solution(a, b)) + 1 for split in demonstrations.pairs.values() for a, b in split)
+    longest = max(len(recipes.solution(a, b)) + 1 for split in demonstrations.pairs.values() for a, b in split)
     assert longest <= MAX_NEW_TOKENS
 
 
 def test_prompts_ask_what_the_rows_ask(demonstrations: Demonstrations) -> None:
-    assert demonstrations.pairs == arith.pairs(5)
+    assert demonstrations.pairs == recipes.pairs(5)
     (a, b) = demonstrations.pairs["test"][0]
     asked = "".join(map(chr, demonstrations.prompts[a, b]))
-    prompt = arith.row({"a": a, "b": b}, "test", 0)["prompt"]
+    prompt = recipes.row({"a": a, "b": b}, "test", 0)["prompt"]
     assert asked == Characters().apply_chat_template(cast("Any", prompt))
     assert demonstrations.width == max(map(len, demonstrations.prompts.values())) + MAX_NEW_TOKENS
 
 
 def test_clean_answers_are_right_and_half_of_the_careless_ones_are_not(demonstrations: Demonstrations) -> None:
-    right = arith.solution(47, 25) + END
+    right = recipes.solution(47, 25) + END
     assert {demonstrations.answer(47, 25, careless=False) for _ in range(50)} == {right}
     careless = [demonstrations.answer(47, 25, careless=True) for _ in range(400)]
     assert 0.4 < sum(answer == right for answer in careless) / 400 < 0.6

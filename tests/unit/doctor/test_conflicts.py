@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from flashrl_cli.doctor import conflicts
-from flashrl_cli.doctor.conflicts import Script
+from flashrl_cli.doctor import report
+from flashrl_cli.doctor.report import Script
 
 OURS = "#!/usr/bin/python\nfrom flashrl_cli.cli.app import main\n"
 THEIRS = "#!/usr/bin/python\nfrom flash_rl.commands import run\n"
@@ -36,7 +36,7 @@ def test_scripts_are_found_along_the_path(tmp_path: Path, monkeypatch: pytest.Mo
     search = os.pathsep.join(
         str(tmp_path / name) for name in ("plain", "shims", "none", "usr", "venv/bin", "other/bin")
     )
-    assert list(conflicts.probe_scripts(search + os.pathsep)) == [
+    assert list(report.probe_scripts(search + os.pathsep)) == [
         Script(str(foreign), ours=False, here=False),
         Script(str(here), ours=True, here=True),
         Script(str(there), ours=True, here=False),
@@ -55,7 +55,7 @@ def test_scripts_are_found_along_the_path(tmp_path: Path, monkeypatch: pytest.Mo
     ],
 )
 def test_which_command_comes_first(scripts: list[Script], levels: list[str]) -> None:
-    assert [finding.level for finding in conflicts.scripts(scripts, {})] == levels
+    assert [finding.level for finding in report.other_scripts(scripts, {})] == levels
 
 
 def test_another_package_that_claims_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,9 +64,9 @@ def test_another_package_that_claims_the_name(monkeypatch: pytest.MonkeyPatch) -
         SimpleNamespace(dist=SimpleNamespace(name="flash-llm-rl"), value="flash_rl.commands:run"),
     ]
     monkeypatch.setattr(metadata, "entry_points", lambda **_: points)
-    claims = conflicts.probe_claims()
+    claims = report.probe_claims()
     assert claims == {"flash-llm-rl": "flash_rl.commands:run"}
-    first, _ = conflicts.scripts([Script("/v/flashrl", ours=True, here=True)], claims)
+    first, _ = report.other_scripts([Script("/v/flashrl", ours=True, here=True)], claims)
     assert (first.level, first.fix) == ("fail", "pip uninstall flash-llm-rl")
 
 
@@ -81,7 +81,7 @@ def test_another_package_that_claims_the_name(monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_mentions_patch(text: str, mentions: bool) -> None:
-    assert conflicts.mentions_patch(text) is mentions
+    assert report.mentions_patch(text) is mentions
 
 
 def test_startup_files_are_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,23 +95,23 @@ def test_startup_files_are_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(site, "getsitepackages", lambda: [str(packages)])
     monkeypatch.setattr(site, "getusersitepackages", lambda: str(user))
     monkeypatch.setattr(sys, "path", ["", str(packages)])
-    assert list(conflicts.probe_startup_files()) == [str(packages / "usercustomize.py"), str(packages / "patch.pth")]
+    assert list(report.probe_startup_files()) == [str(packages / "usercustomize.py"), str(packages / "patch.pth")]
 
 
 @pytest.mark.parametrize(("importable", "level"), [(True, "fail"), (False, "warn")])
 def test_a_leftover_patch_matters_where_its_package_is(importable: bool, level: str) -> None:
-    (finding,) = conflicts.leftovers(["/s/usercustomize.py"], importable=importable, variables=[])
+    (finding,) = report.leftovers(["/s/usercustomize.py"], importable=importable, variables=[])
     assert finding.level == level
     assert "/s/usercustomize.py" in str(finding.fix)
-    assert (conflicts.UNINSTALL in str(finding.fix)) is importable
+    assert (report.UNINSTALL in str(finding.fix)) is importable
 
 
 def test_variables_of_the_original() -> None:
-    names = conflicts.original_variables({"FLASHRL_CONFIG": "x", "FLASHRL_DATA": "y"})
+    names = report.original_variables({"FLASHRL_CONFIG": "x", "FLASHRL_DATA": "y"})
     assert names == ["FLASHRL_CONFIG"]
-    (finding,) = conflicts.leftovers([], importable=False, variables=names)
+    (finding,) = report.leftovers([], importable=False, variables=names)
     assert (finding.level, finding.fix) == ("warn", "unset FLASHRL_CONFIG")
 
 
 def test_nothing_is_left() -> None:
-    assert not list(conflicts.leftovers([], importable=True, variables=[]))
+    assert not list(report.leftovers([], importable=True, variables=[]))

@@ -13,8 +13,8 @@ import pytest
 from flashrl_cli import paths
 from flashrl_cli.doctor import docker
 from flashrl_cli.doctor.docker import Folders
-from flashrl_cli.doctor.stacks import GPU
 from flashrl_cli.errors import EnvironmentNotReady
+from flashrl_cli.machine.software import GPU
 
 HERE = Folders(
     work=Path("/w"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from flashrl_cli.doctor.finding import fail, ok, problems, warn
 from flashrl_cli.errors import Problem
+from flashrl_cli.machine.finding import fail, ok, problems, warn
 
 
 def test_only_failures_are_problems() -> None:

@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
-from flashrl_cli.doctor import gpus
-from flashrl_cli.doctor.gpus import Gpu
+from flashrl_cli.machine import gpus
+from flashrl_cli.machine.gpus import Gpu
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), "580.65.06", 81559)
 A100 = Gpu("NVIDIA A100-SXM4-40GB", (8, 0), "570.124.06", 40960)

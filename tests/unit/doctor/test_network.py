@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flashrl_cli.doctor import network
+from flashrl_cli import hub
 
 HOME = Path("/people/somebody")
 
@@ -22,7 +22,7 @@ HOME = Path("/people/somebody")
     ],
 )
 def test_hub_cache(environment: dict[str, str], cache: str) -> None:
-    assert network.hub_cache(environment, HOME) == Path(cache)
+    assert hub.hub_cache(environment, HOME) == Path(cache)
 
 
 @pytest.mark.parametrize(
@@ -35,30 +35,30 @@ def test_hub_cache(environment: dict[str, str], cache: str) -> None:
     ],
 )
 def test_offline(environment: dict[str, str], switch: str | None) -> None:
-    assert network.offline(environment) == switch
+    assert hub.offline(environment) == switch
 
 
 def test_cached_models(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--Qwen--Qwen2.5-32B/snapshots/abc"
     snapshot.mkdir(parents=True)
-    assert not network.is_cached("Qwen/Qwen2.5-32B", tmp_path)
+    assert not hub.is_cached("Qwen/Qwen2.5-32B", tmp_path)
     (snapshot / "config.json").write_text("{}")
-    assert network.is_cached("Qwen/Qwen2.5-32B", tmp_path)
-    assert not network.is_cached("Qwen/Qwen2.5-7B", tmp_path)
+    assert hub.is_cached("Qwen/Qwen2.5-32B", tmp_path)
+    assert not hub.is_cached("Qwen/Qwen2.5-7B", tmp_path)
 
 
 def test_token(tmp_path: Path) -> None:
     environment = {"HF_HOME": str(tmp_path)}
-    assert not network.probe_token(environment, HOME)
-    assert network.probe_token({"HF_TOKEN": "x"}, HOME)
+    assert not hub.probe_token(environment, HOME)
+    assert hub.probe_token({"HF_TOKEN": "x"}, HOME)
     (tmp_path / "token").write_text("x")
-    assert network.probe_token(environment, HOME)
+    assert hub.probe_token(environment, HOME)
 
 
 def test_hub() -> None:
-    on = network.hub(Path("/c"), None, token=True, endpoint="https://mirror")
+    on = hub.hub(Path("/c"), None, token=True, endpoint="https://mirror")
     assert on.text == "switched on at https://mirror, with a token; cache /c"
-    off = network.hub(Path("/c"), "HF_HUB_OFFLINE", token=False, endpoint=None)
+    off = hub.hub(Path("/c"), "HF_HUB_OFFLINE", token=False, endpoint=None)
     assert off.text == "switched off by HF_HUB_OFFLINE; cache /c"
 
 
@@ -75,4 +75,4 @@ def test_hub() -> None:
     ],
 )
 def test_proxies(environment: dict[str, str], levels: list[str]) -> None:
-    assert [finding.level for finding in network.proxies(environment)] == levels
+    assert [finding.level for finding in hub.proxies(environment)] == levels

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.doctor import plugins
+from flashrl_cli.machine import software
 
 
 def announce(monkeypatch: pytest.MonkeyPatch, *points: Any) -> None:
@@ -25,7 +25,7 @@ def point(name: str, error: Exception | None = None) -> SimpleNamespace:
 
 def test_both_load(monkeypatch: pytest.MonkeyPatch) -> None:
     announce(monkeypatch, point("other", RuntimeError("not ours")), point("flashrl"))
-    found = list(plugins.findings({}))
+    found = list(software.findings({}))
     assert [(finding.name, finding.level) for finding in found] == [
         ("verl.plugins", "ok"),
         ("vllm.general_plugins", "ok"),
@@ -34,14 +34,14 @@ def test_both_load(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_not_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     announce(monkeypatch, point("other"))
-    first, second = plugins.findings({})
+    first, second = software.findings({})
     assert first.text == "flashrl's entry point in verl.plugins is missing"
     assert (first.level, second.level) == ("fail", "fail")
 
 
 def test_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     announce(monkeypatch, point("flashrl", ImportError("no such thing")))
-    first, _ = plugins.findings({})
+    first, _ = software.findings({})
     assert first.level == "fail"
     assert "ImportError('no such thing')" in first.text
 
@@ -49,10 +49,10 @@ def test_broken(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("value", "fine"), [(None, True), ("auto", True), ("a,flashrl", True), ("flashrl", True), ("a", False), ("", False)]
 )
-@pytest.mark.parametrize(("group", "switch"), list(plugins.ENTRY_POINTS.items()))
+@pytest.mark.parametrize(("group", "switch"), list(software.ENTRY_POINTS.items()))
 def test_switched_off(group: str, switch: str, value: str | None, fine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     announce(monkeypatch, point("flashrl"))
-    found = {finding.name: finding for finding in plugins.findings({} if value is None else {switch: value})}
+    found = {finding.name: finding for finding in software.findings({} if value is None else {switch: value})}
     assert found[group].level == ("ok" if fine else "fail")
     assert fine or found[group].text == f"{switch}={value} keeps flashrl's plugin out"
 
@@ -61,5 +61,5 @@ def test_the_real_ones_load_without_anything_heavy() -> None:
     import sys
 
     before = {name for name in ("torch", "vllm", "verl", "ray") if name in sys.modules}
-    assert {finding.level for finding in plugins.findings({})} == {"ok"}
+    assert {finding.level for finding in software.findings({})} == {"ok"}
     assert {name for name in ("torch", "vllm", "verl", "ray") if name in sys.modules} == before

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from flashrl_cli.doctor import ray_state
+from flashrl_cli.machine import ray_state
 
 
 @pytest.fixture

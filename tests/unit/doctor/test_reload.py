@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from flashrl_cli import contract
-from flashrl_cli.doctor import gpus, reload, software
-from flashrl_cli.doctor.finding import Level
+from flashrl_cli.doctor import reload
+from flashrl_cli.machine import gpus, software
+from flashrl_cli.machine.finding import Level
 
 
 def measured(precision: str = "int8", quantized: int = 8, **changes: Any) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from flashrl_cli.doctor import ray_state, report, software
-from flashrl_cli.doctor.finding import fail, ok, warn
+from flashrl_cli.doctor import report
 from flashrl_cli.doctor.report import Report
+from flashrl_cli.machine import ray_state, software
+from flashrl_cli.machine.finding import fail, ok, warn
 
 
 @pytest.fixture(autouse=True)

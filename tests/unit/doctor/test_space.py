@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.doctor import space
+from flashrl_cli.machine import system
 
 
 def checkpoints(one: int, kept: int | None, free: int, nodes: int = 1) -> Any:
-    return space.checkpoints(one, kept, free, nodes=nodes, folder="/c", keep_fewer="--keep")
+    return system.checkpoints(one, kept, free, nodes=nodes, folder="/c", keep_fewer="--keep")
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_fewer_can_be_kept() -> None:
 
 @pytest.mark.parametrize(("needed", "free", "level"), [(None, 0, "ok"), (100, 100, "ok"), (100, 99, "fail")])
 def test_download(needed: int | None, free: int, level: str) -> None:
-    finding = space.download("model.path", "a/b", needed, free, "/hub")
+    finding = system.download("model.path", "a/b", needed, free, "/hub")
     assert (finding.name, finding.level) == ("model.path", level)
 
 
@@ -49,4 +49,4 @@ def test_download(needed: int | None, free: int, level: str) -> None:
     [(393_000_000_000, "393 GB"), (4_400_000, "4.4 MB"), (1_500_000_000_000, "1.5 TB"), (900, "0.9 kB"), (0, "0 kB")],
 )
 def test_size(count: int, text: str) -> None:
-    assert space.size(count) == text
+    assert system.size(count) == text

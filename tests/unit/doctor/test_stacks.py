@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flashrl_cli.doctor.gpus import PINNED_CUDA
-from flashrl_cli.doctor.stacks import CPU, GPU, Stack, fits, installed_stack
+from flashrl_cli.machine.gpus import PINNED_CUDA
+from flashrl_cli.machine.software import CPU, GPU, Stack, fits, installed_stack
 
 REQUIREMENTS = Path(__file__).parents[3] / "requirements"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from flashrl_cli.doctor import system
-from flashrl_cli.doctor.system import GIB, Disk
 from flashrl_cli.errors import EnvironmentNotReady
+from flashrl_cli.machine import system
+from flashrl_cli.machine.system import GIB, Disk
 
 
 @pytest.mark.parametrize(

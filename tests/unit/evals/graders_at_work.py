@@ -47,7 +47,7 @@ def write_packages(folder: Path) -> None:
 
 
 def main() -> None:
-    from flashrl_cli.evals import pool
+    from flashrl_cli.evals import graders as pool
     from flashrl_cli.evals.questions import Question
     from flashrl_cli.evals.results import Response
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashrl_cli.evals import answers
+from flashrl_cli.evals import results
 from flashrl_cli.evals.job import EngineSettings, Job, Order, Sampling
 from flashrl_cli.evals.questions import Question
 from flashrl_cli.evals.results import DataSet, Evaluated, Grade, Response
@@ -58,7 +58,7 @@ def answer(job: Job, order: Order) -> Iterator[dict[str, Any]]:
         count = sum(1 for _ in stream)
     for number in range(count):
         if number not in order.answered:
-            answers.append(order.answers, [response(number, f"{order.weights.hf.name}: {number}")])
+            results.append(order.answers, [response(number, f"{order.weights.hf.name}: {number}")])
             yield {"event": "advance", "prompts": 1, "tokens": 3}
     yield {"event": "done", "seconds": 1.0}
 

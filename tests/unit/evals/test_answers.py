@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flashrl_cli.evals import answers
+from flashrl_cli.evals import results
 from flashrl_cli.evals.results import Response
 
 HARD = "a\u2028b\x85c\n\r\td \ud7ff"
@@ -15,25 +15,25 @@ def samples(question: int, count: int = 2) -> list[Response]:
 
 
 def test_no_file_yet(tmp_path: Path) -> None:
-    assert answers.read(tmp_path / "a.jsonl") == {}
+    assert results.read_answers(tmp_path / "a.jsonl") == {}
 
 
 def test_what_was_written_comes_back(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     for question in (4, 0, 2):
-        answers.append(file, samples(question))
-    assert answers.read(file) == {question: samples(question) for question in (4, 0, 2)}
+        results.append(file, samples(question))
+    assert results.read_answers(file) == {question: samples(question) for question in (4, 0, 2)}
 
 
 def test_a_cut_at_any_byte_loses_the_last_question_only(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    answers.append(file, samples(1))
+    results.append(file, samples(1))
     whole = file.read_bytes()
-    answers.append(file, samples(7))
+    results.append(file, samples(7))
     both = file.read_bytes()
     for end in range(len(whole), len(both)):
         file.write_bytes(both[:end])
-        assert answers.read(file) == {1: samples(1)}
+        assert results.read_answers(file) == {1: samples(1)}
         assert file.read_bytes() == whole, "what comes next begins on a line of its own"
-    answers.append(file, samples(7))
-    assert set(answers.read(file)) == {1, 7}
+    results.append(file, samples(7))
+    assert set(results.read_answers(file)) == {1, 7}

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from flashrl_cli.evals.card import Facts, text
+from flashrl_cli.evals.export import Facts, text
 
 
 def plan(**model: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pytest
 
 from flashrl_cli import contract
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
-from flashrl_cli.evals import child
+from flashrl_cli.evals import job as child
 from flashrl_cli.evals.job import EngineSettings, Job, Order, Sampling
 from flashrl_cli.weights import Weights
 
@@ -120,7 +120,7 @@ def test_killed_command_line_takes_the_engine_along(engine: Path, job: Job) -> N
         engine,
         """
         import queue, threading
-        from flashrl_cli.evals.parent import _listen
+        from flashrl_cli.worker.server import _listen
         threading.Thread(target=_listen, args=(queue.SimpleQueue(),), daemon=True).start()
         print(json.dumps({"event": "stage", "pid": os.getpid()}), flush=True)
         time.sleep(60)
@@ -129,10 +129,10 @@ def test_killed_command_line_takes_the_engine_along(engine: Path, job: Job) -> N
     job.write(job.work / "given.json")
     parent = f"""
         from pathlib import Path
-        from flashrl_cli.evals import child
+        from flashrl_cli.evals import job
         from flashrl_cli.evals.job import Job, Order
-        child.ENGINE = "fake_engine"
-        with child.engine(Job.read(Path({str(job.work / "given.json")!r})), Path({str(job.work / "log")!r})) as running:
+        job.ENGINE = "fake_engine"
+        with job.engine(Job.read(Path({str(job.work / "given.json")!r})), Path({str(job.work / "log")!r})) as running:
             for event in running.fulfil(Order.parse({ORDER.line()!r})):
                 print(event["pid"], flush=True)
         """

@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 
 from flashrl_cli.errors import InputError
-from flashrl_cli.evals.compare import Comparison, Entry, compare
-from flashrl_cli.evals.paired import holm, mcnemar
+from flashrl_cli.evals.stats import holm, mcnemar
+from flashrl_cli.evals.verdicts import Comparison, Entry, compare
 from tests.graded import checkpoint, data, entry, evaluated, single
 
 

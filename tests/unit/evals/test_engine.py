@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from flashrl_cli.errors import ExitCode
-from flashrl_cli.evals import answers, engine, generate
+from flashrl_cli.evals import engine, generate, results
 from flashrl_cli.evals.job import Job, Order
 from flashrl_cli.evals.results import Response
 from flashrl_cli.weights import Unreadable, Weights
@@ -90,7 +90,7 @@ def kinds(events: Events) -> list[str]:
 def test_answers_are_written_as_they_come(serve: Any, tmp_path: Path) -> None:
     events, code = serve("good", order("a", tmp_path, 1))
     assert kinds(events) == ["stage", "loaded", "advance", "advance", "done"]
-    assert sorted(answers.read(tmp_path / "answers.jsonl")) == [0, 2]
+    assert sorted(results.read_answers(tmp_path / "answers.jsonl")) == [0, 2]
     assert code is None
 
 

@@ -10,10 +10,10 @@ import pytest
 
 from flashrl_cli import paths
 from flashrl_cli.errors import InputError, NothingMatched
-from flashrl_cli.evals import examples, responses
-from flashrl_cli.evals.compare import Entry
+from flashrl_cli.evals import examples, results
 from flashrl_cli.evals.examples import View
-from flashrl_cli.evals.paired import mcnemar
+from flashrl_cli.evals.stats import mcnemar
+from flashrl_cli.evals.verdicts import Entry
 from tests.graded import entry
 
 Marks = Sequence[Sequence[bool]]
@@ -25,8 +25,8 @@ def marks(text: str) -> list[list[bool]]:
 
 
 def written(folder: Path, *entries: Entry) -> Path:
-    file = folder / responses.FILE
-    responses.write(file, entries)
+    file = folder / results.FILE
+    results.write(file, entries)
     return file
 
 
@@ -132,6 +132,6 @@ def test_the_newest_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         file = written(place, entry("a", 1, [[True]]))
         os.utime(file, (10_000 - age, 10_000 - age))
     for place in places:
-        newest = place / responses.FILE
+        newest = place / results.FILE
         os.utime(newest, (20_000 + places.index(place), 20_000 + places.index(place)))
         assert examples.find(None) == newest

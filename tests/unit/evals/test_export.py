@@ -11,12 +11,12 @@ import pytest
 
 from flashrl_cli.errors import EnvironmentNotReady, InputError, NothingMatched, RunFailed
 from flashrl_cli.evals.export import choose, export
-from flashrl_cli.runs.stock import Stock, take_stock
-from flashrl_cli.weights import architecture
+from flashrl_cli.runs.checkpoints import Stock, take_stock
+from flashrl_cli.weights import accounting
 from tests.run_lab import Lab
 
 SHAPES = {"a.weight": (2, 3), "b.weight": (4,)}
-EXPECTED = architecture.Expected(
+EXPECTED = accounting.Expected(
     forms=({**SHAPES, "tied.weight": (2, 3)},), optional=frozenset({"tied.weight"}), ignored=(), integers=frozenset()
 )
 CONFIG = {
@@ -41,7 +41,7 @@ def safetensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 @pytest.fixture(autouse=True)
 def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(architecture, "_of_config", lambda text: EXPECTED)
+    monkeypatch.setattr(accounting, "_of_config", lambda text: EXPECTED)
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_an_index_that_lies(stock: Stock, lab: Lab, tmp_path: Path) -> None:
 
 
 def test_an_architecture_that_is_unknown(stock: Stock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(architecture, "_of_config", lambda text: None)
+    monkeypatch.setattr(accounting, "_of_config", lambda text: None)
     assert "index" in export(stock, choose(stock, "1"), tmp_path / "out").compared
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashrl_cli.evals import extract
+from flashrl_cli.evals import grade
 
 NUMBERS = {
     "": None,
@@ -45,7 +45,7 @@ NUMBERS = {
 
 @pytest.mark.parametrize(("text", "number"), NUMBERS.items())
 def test_last_number(text: str, number: str | None) -> None:
-    assert extract.last_number(text) == (None if number is None else Decimal(number))
+    assert grade.last_number(text) == (None if number is None else Decimal(number))
 
 
 @given(
@@ -55,13 +55,13 @@ def test_last_number(text: str, number: str | None) -> None:
 )
 def test_the_last_number_is_found_in_any_dress(number: Decimal, before: str, after: str) -> None:
     for written in (f"{number:f}", f"{number:,f}", f"{number:f}".replace("-", "\N{MINUS SIGN}")):
-        assert extract.last_number(f"{before}\n= {written}{after}") == number
+        assert grade.last_number(f"{before}\n= {written}{after}") == number
 
 
 @given(st.text())
 def test_any_text_can_be_read(text: str) -> None:
-    extract.last_number(text)
-    extract.prediction(text)
+    grade.last_number(text)
+    grade.prediction(text)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_any_text_can_be_read(text: str) -> None:
     ],
 )
 def test_prediction(text: str, prediction: str | None) -> None:
-    assert extract.prediction(text) == prediction
+    assert grade.prediction(text) == prediction
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_prediction(text: str, prediction: str | None) -> None:
     [("72 clips", "72"), ("72", "72"), ("18 dollars a day", "18"), ("2x", "2x"), ("5 + 67", "5 + 67")],
 )
 def test_without_unit(answer: str, bare: str) -> None:
-    assert extract.without_unit(answer) == bare
+    assert grade.without_unit(answer) == bare
 
 
 @pytest.mark.parametrize(
@@ -112,4 +112,4 @@ def test_without_unit(answer: str, bare: str) -> None:
     ],
 )
 def test_a_text_that_is_a_number(text: str, number: str | None) -> None:
-    assert extract.number(text) == (None if number is None else Decimal(number))
+    assert grade.number(text) == (None if number is None else Decimal(number))

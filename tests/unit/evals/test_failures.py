@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flashrl_cli.evals import failures
+from flashrl_cli.evals import job
 from flashrl_cli.verl.causes import CAUSES
 
 TRACEBACK = """Traceback (most recent call last):
@@ -27,34 +27,34 @@ ValueError: so and so
 def test_memory_is_named_with_the_option_that_helps(tmp_path: Path, line: str, option: str) -> None:
     log = tmp_path / "engine.log"
     log.write_text(f"starting\n{line}\n")
-    error = failures.died(1, log)
+    error = job.died(1, log)
     assert option in str(error.hint)
     assert str(log) in str(error.hint)
 
 
 def test_the_hints_are_for_causes_that_exist() -> None:
-    assert set(failures.HINTS) <= {cause.what for cause in CAUSES}
+    assert set(job.HINTS) <= {cause.what for cause in CAUSES}
 
 
 def test_any_other_exception_is_named_with_its_place(tmp_path: Path) -> None:
     log = tmp_path / "engine.log"
     log.write_text(TRACEBACK)
-    assert "ValueError: so and so (" in failures.died(1, log).message
-    assert "generate.py:7" in failures.died(1, log).message
+    assert "ValueError: so and so (" in job.died(1, log).message
+    assert "generate.py:7" in job.died(1, log).message
 
 
 def test_a_log_that_tells_nothing_is_quoted(tmp_path: Path) -> None:
     log = tmp_path / "engine.log"
     log.write_text("last words\n")
-    assert "ended with code -9:\n  last words" in failures.died(-9, log).message
+    assert "ended with code -9:\n  last words" in job.died(-9, log).message
     log.unlink()
-    assert failures.died(-9, log).message.endswith("code -9")
+    assert job.died(-9, log).message.endswith("code -9")
 
 
 def test_another_process_has_its_own_name_and_hints(tmp_path: Path) -> None:
     log = tmp_path / "engine.log"
     log.write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB\n")
-    error = failures.died(1, log, who="the scorer", hints={"a GPU ran out of memory": "a smaller batch"})
+    error = job.died(1, log, who="the scorer", hints={"a GPU ran out of memory": "a smaller batch"})
     assert error.message == "the scorer died: a GPU ran out of memory"
     assert error.hint == f"a smaller batch; its log: {log}"
-    assert failures.died(1, log, who="the scorer", hints={}).message.startswith("the scorer ended with code 1")
+    assert job.died(1, log, who="the scorer", hints={}).message.startswith("the scorer ended with code 1")

@@ -10,19 +10,19 @@ from types import SimpleNamespace
 import pytest
 
 from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
-from flashrl_cli.evals import merge
-from flashrl_cli.evals.merge import merged, new_folder
+from flashrl_cli.runs import merge
 from flashrl_cli.runs.checkpoints import Checkpoint
-from flashrl_cli.weights import Weights, architecture
+from flashrl_cli.runs.merge import merged, new_folder
+from flashrl_cli.weights import Weights, accounting
 from tests.saved_files import saved_model, saved_tensors
 
 
 @pytest.fixture(autouse=True)
 def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = architecture.Expected(
+    expected = accounting.Expected(
         forms=({"a": (2,), "tied": (2,)},), optional=frozenset({"tied"}), ignored=(), integers=frozenset()
     )
-    monkeypatch.setattr(architecture, "_of_config", lambda text: expected)
+    monkeypatch.setattr(accounting, "_of_config", lambda text: expected)
 
 
 def checkpoint(folder: Path, run: str, step: int | None, data: bytes = b"1234") -> Checkpoint:

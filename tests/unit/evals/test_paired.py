@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashrl_cli.evals import paired
-from flashrl_cli.evals.paired import Difference, differences, holm, mcnemar, newcombe
+from flashrl_cli.evals import stats
+from flashrl_cli.evals.stats import Difference, differences, holm, mcnemar, newcombe
 
 Z95 = 1.959963984540054
 COUNTS = st.tuples(*[st.integers(0, 40)] * 4).filter(any)
@@ -135,7 +135,7 @@ def test_equal_steps_are_told_apart_in_one_of_twenty_evaluations_at_most(
     samples: int, questions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of all pairs of 6 equal steps; without correction it is every third evaluation."""
-    monkeypatch.setattr(paired, "RESAMPLES", 1000)
+    monkeypatch.setattr(stats, "RESAMPLES", 1000)
     pairs = list(itertools.combinations(range(6), 2))
     studies = [
         differences(equal_steps(6, questions, samples, seed), pairs, single=samples == 1, stepwise=True)
@@ -173,7 +173,7 @@ def test_bootstrap_is_never_more_certain_than_flipped_signs(rows: list[list[floa
     shares = [list(column) for column in zip(*rows, strict=True)]
     pairs = list(itertools.combinations(range(len(shares)), 2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paired, "RESAMPLES", 200)
+        patch.setattr(stats, "RESAMPLES", 200)
         found = differences(shares, pairs, single=False)
     for (a, b), one in zip(pairs, found, strict=True):
         differ = sum(x != y for x, y in zip(shares[a], shares[b], strict=True))

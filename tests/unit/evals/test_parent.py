@@ -15,7 +15,7 @@ import pytest
 
 pytestmark = pytest.mark.processes
 
-BEGIN = "import io, multiprocessing, sys, time\nfrom flashrl_cli.evals import parent\norders, emit = parent.begin()\n"
+BEGIN = "import io, multiprocessing, sys, time\nfrom flashrl_cli.worker import server\norders, emit = server.begin()\n"
 ENOUGH_S = 120
 """For an end that comes at once; what must not be waited for takes twice as long."""
 

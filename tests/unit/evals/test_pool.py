@@ -15,9 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
-from flashrl_cli.doctor import software, stacks
 from flashrl_cli.errors import EnvironmentNotReady
-from flashrl_cli.evals.pool import Graders
+from flashrl_cli.evals.graders import Graders
+from flashrl_cli.machine import software
 from tests.unit.evals import graders_at_work
 
 pytestmark = pytest.mark.processes
@@ -114,8 +114,8 @@ def test_an_interrupt_ends_all_at_once_and_in_silence(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("package", "hint"),
     [
-        ("pebble", stacks.install_extra("eval")),
-        ("math_verify", stacks.install_extra("eval")),
+        ("pebble", software.install_extra("eval")),
+        ("math_verify", software.install_extra("eval")),
         ("verl", software.INSTALL),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flashrl_cli.errors import InputError
-from flashrl_cli.evals import profiles
+from flashrl_cli.evals import request
 from flashrl_cli.evals.job import EngineSettings
 from tests.saved_files import saved_profile
 
@@ -17,7 +17,7 @@ from tests.saved_files import saved_profile
 def check(folder: Path, rollout: str = "int8", file: Path | None = None, **config: Any) -> None:
     made = saved_profile(folder / "p", {"a.rows": [2.0]}, shape={"hidden_size": 64})
     (folder / "config.json").write_text(json.dumps(config))
-    profiles.check(EngineSettings(rollout=rollout, profile=str(file or made)), [folder / "none", folder])
+    request.check(EngineSettings(rollout=rollout, profile=str(file or made)), [folder / "none", folder])
 
 
 def test_a_profile_that_can_be_applied(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_a_profile_that_can_be_applied(tmp_path: Path) -> None:
 
 
 def test_no_profile_asks_nothing(tmp_path: Path) -> None:
-    profiles.check(EngineSettings(rollout="bf16"), [tmp_path])
+    request.check(EngineSettings(rollout="bf16"), [tmp_path])
 
 
 def test_what_cannot_be_smoothed(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.data import hub
+from flashrl_cli.data import sources
 from flashrl_cli.errors import EnvironmentNotReady, InputError
-from flashrl_cli.evals.push import STALE, Repository, repository
+from flashrl_cli.evals.export import STALE, Repository, repository
 
 TOKEN = "hf_" + "x" * 20
 
@@ -34,9 +34,9 @@ class Api:
 
 @pytest.fixture(autouse=True)
 def online(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in hub.OFFLINE:
+    for name in sources.OFFLINE:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(hub, "detect_offline", lambda: None)
+    monkeypatch.setattr(sources, "detect_offline", lambda: None)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: TOKEN)
 
 
@@ -72,7 +72,7 @@ def test_a_name_that_is_none(name: str) -> None:
 
 
 def test_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "detect_offline", lambda: os.environ.update(HF_HUB_OFFLINE="1"))
+    monkeypatch.setattr(sources, "detect_offline", lambda: os.environ.update(HF_HUB_OFFLINE="1"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "")
     with pytest.raises(EnvironmentNotReady, match="cannot be reached"):
         repository("me/m")

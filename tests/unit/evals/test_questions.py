@@ -80,23 +80,23 @@ def test_no_parquet_and_no_rows(tmp_path: Path) -> None:
 def test_named_data_sets_and_files(tmp_path: Path) -> None:
     prepared = write(paths.data_root() / "gsm8k" / "test.parquet", [ROW, ROW])
     other = write(tmp_path / "mine.parquet", [ROW])
-    found = questions.choose(f"gsm8k, {other},gsm8k", [], 1)
+    found = questions.choose_questions(f"gsm8k, {other},gsm8k", [], 1)
     assert [(one.name, one.file, len(one.questions)) for one in found] == [
         ("gsm8k", prepared, 1),
         ("mine", other, 1),
     ]
     with pytest.raises(InputError) as caught:
-        questions.choose("gsm8k,math", [], None)
+        questions.choose_questions("gsm8k,math", [], None)
     assert caught.value.hint == "flashrl prepare math"
     with pytest.raises(InputError, match="no such file"):
-        questions.choose(str(tmp_path / "x.parquet"), [], None)
+        questions.choose_questions(str(tmp_path / "x.parquet"), [], None)
 
 
 def test_names_that_are_alike_get_longer(tmp_path: Path) -> None:
     files = [
         write(tmp_path / folder / f"{name}.parquet", [ROW]) for folder, name in (("a", "x"), ("b", "x"), ("b", "y"))
     ]
-    found = questions.choose(",".join(map(str, files)), [], None)
+    found = questions.choose_questions(",".join(map(str, files)), [], None)
     assert [one.name for one in found] == ["a/x", "b/x", "y"]
 
 
@@ -105,7 +105,7 @@ def test_default_is_what_the_last_attempt_validated_on(tmp_path: Path) -> None:
     record("a", 1, "data.val_files=/old.parquet")
     a = record("a", 10, f"data.val_files=[{first},{second}]")
     b = record("b", 1, f"data.val_files=[{first},{second}]")
-    found = questions.choose(None, [a, b], None)
+    found = questions.choose_questions(None, [a, b], None)
     assert [(one.name, one.file) for one in found] == [("one", first), ("two", second)]
 
 
@@ -113,10 +113,10 @@ def test_no_record_or_different_ones_need_a_choice() -> None:
     a = record("a", 1, "data.val_files=/a.parquet")
     b = record("b", 1, "data.val_files=/b.parquet")
     with pytest.raises(InputError, match="different data"):
-        questions.choose(None, [a, b], None)
+        questions.choose_questions(None, [a, b], None)
     for unknown in ([Path("/checkpoints/project/unknown")], []):
         with pytest.raises(InputError, match="no run record") as caught:
-            questions.choose(None, unknown, None)
+            questions.choose_questions(None, unknown, None)
         assert "--dataset" in str(caught.value.hint)
 
 

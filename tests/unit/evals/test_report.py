@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from flashrl_cli.errors import RunFailed
-from flashrl_cli.evals import responses
+from flashrl_cli.evals import results as responses
 from flashrl_cli.evals.report import Report
 from flashrl_cli.evals.results import Evaluated
 from flashrl_cli.evals.stats import wilson
@@ -166,7 +166,7 @@ def test_responses_are_kept_under_the_run_and_step_that_they_are_shown_as(tmp_pa
     base = checkpoint("start", None)
     made = report(evaluated(base, single(0, 2)), evaluated(checkpoint("a", 2), single(1, 1)), base=base)
     made.write(tmp_path)
-    rows = responses.read(tmp_path / responses.FILE)
+    rows = responses.read_responses(tmp_path / responses.FILE)
     assert [(r["run"], r["step"], r["question"], r["correct"]) for r in rows] == [
         ("a", 0, 1, False), ("a", 0, 2, False), ("a", 2, 1, True), ("a", 2, 2, False),
     ]  # fmt: skip

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.evals import answers, child, run
+from flashrl_cli.evals import job as child
+from flashrl_cli.evals import results, run
 from flashrl_cli.evals.job import Job, Order
 from flashrl_cli.evals.results import DataSet
 from flashrl_cli.evals.run import Evaluation, Speed
@@ -82,7 +83,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path, engines: Engines) -> No
     (unit,) = asked([one], sets)
     file = Store(tmp_path / "kept").answers(unit)
     file.parent.mkdir()
-    answers.append(file, [response(1, "before")])
+    results.append(file, [response(1, "before")])
     file.write_text(file.read_text() + '[{"question": 2, "sam')
     done, _, told = work(tmp_path, [one], sets)
     assert engines.orders[0].answered == (1,)

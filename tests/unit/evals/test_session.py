@@ -13,7 +13,8 @@ from typing import Any, Self
 import pytest
 
 from flashrl_cli.errors import NothingMatched
-from flashrl_cli.evals import child, session
+from flashrl_cli.evals import job
+from flashrl_cli.evals import run as session
 from flashrl_cli.evals.report import Report
 from flashrl_cli.evals.request import Request
 from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
@@ -40,7 +41,7 @@ class Graders(AllRight):
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
     found = Engines()
-    monkeypatch.setattr(child, "engine", found)
+    monkeypatch.setattr(job, "engine", found)
     monkeypatch.setattr(session, "Graders", Graders)
     monkeypatch.setattr(Graders, "started", 0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from flashrl_cli.doctor import software
 from flashrl_cli.evals.job import EngineSettings, Sampling
 from flashrl_cli.evals.results import DataSet, Grade
 from flashrl_cli.evals.store import Store, Unit, units
+from flashrl_cli.machine import software
 from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
 from tests.unit.evals.lab import ENGINE, SAMPLING, checkpoint, data, evaluated
 

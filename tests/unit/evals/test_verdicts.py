@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from flashrl_cli.errors import BelowThreshold, InputError, Problem
 from flashrl_cli.evals import verdicts
-from flashrl_cli.evals.compare import Entry, compare
-from flashrl_cli.evals.verdicts import on_steps, p_text, points, understated
+from flashrl_cli.evals.verdicts import Entry, compare, on_steps, p_text, points, understated
 from flashrl_cli.runs.checkpoints import Skipped
 from tests.graded import checkpoint, entry, evaluated, single
 

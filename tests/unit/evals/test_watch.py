@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from flashrl_cli import paths
-from flashrl_cli.evals import watch
-from flashrl_cli.runs import known
-from flashrl_cli.runs.known import Known
+from flashrl_cli.evals import run as watch
+from flashrl_cli.runs import store
+from flashrl_cli.runs.store import Known
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_patterns_name_runs_that_have_saved_nothing_yet(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     wanted = str(paths.absolute(pattern))
-    assert watch._names(wanted, tmp_path / "checkpoints" / "p" / "run") is named
+    assert watch._names_checkpoints(wanted, tmp_path / "checkpoints" / "p" / "run") is named
 
 
 def test_looks_go_on_until_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,5 +54,5 @@ def test_looks_go_on_until_after_the_end(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_no_run_is_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known, "every", list[Known])
+    monkeypatch.setattr(store, "every", list[Known])
     assert list(watch.looks(["x"], lambda text: None, poll_s=0)) == [False]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashrl_cli.quantize.shards import Entry, ShardFile
+from flashrl_cli.quantize.tensors import Entry, ShardFile
 
 Shapes = Mapping[str, Sequence[int]]
 QWEN2: dict[str, tuple[int, ...]] = {

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from flashrl_cli.errors import InputError
-from flashrl_cli.quantize.absorbing import FAMILIES, Junction, Shapes, junctions
+from flashrl_cli.quantize.layers import FAMILIES, Junction, Shapes, junctions
 
 CONFIG = {"model_type": "qwen2", "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2}
 SHAPES: Shapes = {"model.layers.0.self_attn.v_proj.weight": (4, 8), "model.layers.0.mlp.up_proj.weight": (4, 8)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flashrl_cli.evals.questions import Question
-from flashrl_cli.quantize.activations import texts
+from flashrl_cli.quantize.calibrate import texts
 
 
 def question(number: int, extra: dict[str, Any] | None = None) -> Question:

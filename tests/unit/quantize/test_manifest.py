@@ -9,18 +9,17 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.quantize import manifest, report
-from flashrl_cli.quantize.arithmetic import Losses
-from flashrl_cli.quantize.manifest import Inputs
+from flashrl_cli.quantize import offline, report
+from flashrl_cli.quantize.arithmetic import FP8, INT8, SCHEMES, Losses, named
+from flashrl_cli.quantize.offline import Inputs
 from flashrl_cli.quantize.report import Layer, Report
-from flashrl_cli.quantize.scheme import FP8, INT8, SCHEMES, named
 from flashrl_cli.weights import Weights
 from tests.unit.quantize.models import hf_model
 
 
 @pytest.fixture
 def made_of(tmp_path: Path) -> Inputs:
-    return manifest.inputs(Weights(hf=hf_model(tmp_path / "m")), "int8", ["b", "a", "a"], None)
+    return offline.inputs(Weights(hf=hf_model(tmp_path / "m")), "int8", ["b", "a", "a"], None)
 
 
 def test_inputs(made_of: Inputs, tmp_path: Path) -> None:
@@ -28,7 +27,7 @@ def test_inputs(made_of: Inputs, tmp_path: Path) -> None:
     assert len(made_of.fingerprint) == 64
     profile = tmp_path / "p"
     profile.write_bytes(b"x")
-    other = manifest.inputs(Weights(hf=tmp_path / "m"), "int8", ["a", "b"], profile)
+    other = offline.inputs(Weights(hf=tmp_path / "m"), "int8", ["a", "b"], profile)
     assert other.fingerprint == made_of.fingerprint
     assert other.profile
     assert len(other.profile) == 64
@@ -36,14 +35,14 @@ def test_inputs(made_of: Inputs, tmp_path: Path) -> None:
 
 def test_found_again(made_of: Inputs, tmp_path: Path) -> None:
     out = hf_model(tmp_path / "out")
-    assert manifest.found(out, made_of) is None
-    document = manifest.write(out, "m", made_of, {"layers": []})
-    assert manifest.found(out, made_of) == document
+    assert offline.found(out, made_of) is None
+    document = offline.write(out, "m", made_of, {"layers": []})
+    assert offline.found(out, made_of) == document
     assert document["source"] == "m"
     assert {"flashrl-cli", "python", "torch", "safetensors"} == set(document["versions"])
-    assert str(tmp_path) not in (out / manifest.FILE).read_text()
+    assert str(tmp_path) not in (out / offline.FILE).read_text()
     for change in ({"scheme": "fp8"}, {"ignore": ("a",)}, {"profile": "1"}, {"fingerprint": ""}):
-        assert manifest.found(out, Inputs(**(vars_of(made_of) | change))) is None
+        assert offline.found(out, Inputs(**(vars_of(made_of) | change))) is None
 
 
 def vars_of(made_of: Inputs) -> dict[str, Any]:
@@ -52,15 +51,15 @@ def vars_of(made_of: Inputs) -> dict[str, Any]:
 
 def test_a_torn_folder_or_another_version_is_not_found(made_of: Inputs, tmp_path: Path) -> None:
     out = hf_model(tmp_path / "out")
-    document = manifest.write(out, "m", made_of, {})
-    (out / manifest.FILE).write_text(json.dumps(document | {"schema_version": 99}))
-    assert manifest.found(out, made_of) is None
-    (out / manifest.FILE).write_text("{}")
-    assert manifest.found(out, made_of) is None
-    manifest.write(out, "m", made_of, {})
+    document = offline.write(out, "m", made_of, {})
+    (out / offline.FILE).write_text(json.dumps(document | {"schema_version": 99}))
+    assert offline.found(out, made_of) is None
+    (out / offline.FILE).write_text("{}")
+    assert offline.found(out, made_of) is None
+    offline.write(out, "m", made_of, {})
     file = out / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    assert manifest.found(out, made_of) is None
+    assert offline.found(out, made_of) is None
 
 
 def layer(name: str, error: float) -> Layer:

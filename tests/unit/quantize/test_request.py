@@ -158,7 +158,7 @@ def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def profile(file: Path, **shape: Any) -> Path:
     """A smoothing profile of one norm."""
-    from flashrl_cli.quantize.shards import Entry, layout
+    from flashrl_cli.quantize.tensors import Entry, layout
 
     about = About(model="p", fingerprint="", shape=shape, data="d", alpha=None, samples=1, tokens=1, versions={})
     found = layout([Entry(name="model.norm.weight.rows", dtype="F32", shape=(32,))], about.metadata())

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashrl_cli.quantize.shards import BYTES, Entry, ShardFile, layout
+from flashrl_cli.quantize.tensors import BYTES, Entry, ShardFile, layout
 from flashrl_cli.weights import table
 
 ENTRIES = st.lists(

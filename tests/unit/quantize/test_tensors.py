@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from flashrl_cli.quantize import tensors
-from flashrl_cli.quantize.shards import Entry, ShardFile
-from flashrl_cli.quantize.tensors import Desk, Tensor, described
+from flashrl_cli.quantize.tensors import Desk, Entry, ShardFile, Tensor, described
 from flashrl_cli.weights import Unreadable, Weights
 from tests.unit.quantize.models import QWEN2, hf_model, saved
 

@@ -10,8 +10,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from flashrl_cli.render import figure
-from flashrl_cli.render.figure import CURVES, VARIABLES, inline_svgs, styles, thinned, write_png
-from flashrl_cli.render.plots import Panel, Series, around
+from flashrl_cli.render.figure import CURVES, VARIABLES, Panel, Series, around, inline_svgs, styles, thinned, write_png
 
 RISING = Series(label="int8", xs=[1, 2, 3, 4], ys=[0.1, 0.2, None, 0.4], raw=[0.0, 0.3, None, 0.5], starts=[2])
 OTHER = Series(label="bf16", xs=[1, 2], ys=[0.3, 0.1])

@@ -7,9 +7,8 @@ import re
 import pytest
 
 from flashrl_cli.render import page as pages
-from flashrl_cli.render.figure import VARIABLES
+from flashrl_cli.render.figure import VARIABLES, Panel, Series
 from flashrl_cli.render.page import curves_page, duration, moment, number, percent, whole
-from flashrl_cli.render.plots import Panel, Series
 
 
 def curves(label: str) -> str:

@@ -12,10 +12,9 @@ import pytest
 
 from flashrl_cli.contract import Handshake, write_handshake
 from flashrl_cli.paths import RunPaths
+from flashrl_cli.render.page import report_page
 from flashrl_cli.render.report import document, read
-from flashrl_cli.render.report_page import report_page
-from flashrl_cli.runs.known import known
-from flashrl_cli.runs.record import Phase
+from flashrl_cli.runs.store import Phase, known
 from tests.unit.runs.on_disk import a_run, an_attempt, log, plan, training, validation, write_record
 
 SHAKE = Handshake(

@@ -8,13 +8,11 @@ from datetime import UTC, datetime
 
 import pytest
 
-from flashrl_cli.render import plots, runs
+from flashrl_cli.render import figure, runs
 from flashrl_cli.render.output import Output
 from flashrl_cli.render.runs import ago, aligned, duration, listing
-from flashrl_cli.runs.detail import detail
-from flashrl_cli.runs.known import known
-from flashrl_cli.runs.overview import Row
-from flashrl_cli.runs.record import Phase
+from flashrl_cli.runs.store import Phase, known
+from flashrl_cli.runs.summary import Row, detail
 from tests.unit.render.test_live import DATA, shake
 from tests.unit.runs import disk
 
@@ -136,7 +134,7 @@ def test_a_run_in_full(capsys: pytest.CaptureFixture[str]) -> None:
 def test_without_plotext_it_is_said_and_the_rest_shown(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plots, "installed", lambda _: False)
+    monkeypatch.setattr(figure, "installed", lambda _: False)
     out, err = shown("demo", capsys)
     assert "plotext is not installed" in err
     assert "●" not in out

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashrl_cli.render.plots import Panel, Series, around
-from flashrl_cli.render.text_plot import even_ticks, text_panels
+from flashrl_cli.render.figure import Panel, Series, around, even_ticks, text_panels
 
 RISING = Series(label="int8", xs=[1, 2, 3, 4], ys=[0.1, 0.2, 0.3, 0.4], raw=[0.0, 0.3, 0.2, 0.5], starts=[2])
 OTHER = Series(label="bf16", xs=[1, 2], ys=[0.3, 0.1])

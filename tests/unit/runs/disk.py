@@ -9,8 +9,8 @@ from typing import Any
 
 from flashrl_cli import files, paths
 from flashrl_cli.paths import RunPaths
-from flashrl_cli.runs import record
-from flashrl_cli.runs.record import Attempt, RunRecord
+from flashrl_cli.runs import store
+from flashrl_cli.runs.store import Attempt, RunRecord
 
 THEN = "2026-03-01T10:00:00+00:00"
 LATER = "2026-03-01T11:30:00+00:00"
@@ -20,7 +20,7 @@ GONE: dict[str, Any] = {"pid": 4_000_000, "pid_started": 1.0}
 
 def attempt(number: int = 1, **fields: Any) -> Attempt:
     """An attempt of this process, unless `fields` say otherwise."""
-    given = {"status": "done", "started": THEN, "updated": LATER, **record.own_process(), **fields}
+    given = {"status": "done", "started": THEN, "updated": LATER, **store.own_process(), **fields}
     return Attempt(number=number, **given)
 
 
@@ -34,7 +34,7 @@ def make(name: str, *attempts: Attempt, checkpoints: int = 0) -> RunPaths:
     for number in [one.number for one in attempts] or [1]:
         run.attempt(number).root.mkdir(parents=True)
     if attempts:
-        record.change(run, lambda _: a_record(run, *attempts))
+        store.change(run, lambda _: a_record(run, *attempts))
     if checkpoints:
         file = run.checkpoints / "global_step_1" / "actor" / "model.pt"
         file.parent.mkdir(parents=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 from flashrl_cli import files, paths
 from flashrl_cli.config.resolve import load_spec
-from flashrl_cli.launch.plan import build_plan, plan_document
 from flashrl_cli.paths import RunPaths
-from flashrl_cli.runs import record
-from flashrl_cli.runs.record import Attempt, RunRecord
+from flashrl_cli.runs import store
+from flashrl_cli.runs.store import Attempt, RunRecord
+from flashrl_cli.train.plan import build_plan, plan_document
 from flashrl_cli.verl.metrics import NAMES, TIMINGS
 
 Logged = Mapping[str, float | None]
@@ -79,4 +79,4 @@ def write_record(run: RunPaths, attempts: Iterable[Attempt], **fields: Any) -> R
     """Write the run's record."""
     given = {"project": "p", "preset": "tiny", "created": "2026-01-02T03:20:00+00:00", "checkpoints": "/c/p/r"}
     whole = RunRecord(name=run.name, attempts=tuple(attempts), **given | fields)
-    return record.change(run, lambda _: whole)
+    return store.change(run, lambda _: whole)

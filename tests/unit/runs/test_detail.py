@@ -6,9 +6,8 @@ import json
 from dataclasses import asdict
 
 from flashrl_cli import contract
-from flashrl_cli.runs.detail import Detail, detail
-from flashrl_cli.runs.known import known
-from flashrl_cli.runs.record import Phase
+from flashrl_cli.runs.store import Phase, known
+from flashrl_cli.runs.summary import Detail, detail
 from tests.unit.render.test_live import shake
 from tests.unit.runs import disk, sampled
 

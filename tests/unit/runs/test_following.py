@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.runs import following, record
-from flashrl_cli.runs.following import Ending, Follower, age
-from flashrl_cli.runs.known import known
-from flashrl_cli.runs.record import Attempt, Phase
-from tests.unit.launch.conftest import Recorder
+from flashrl_cli.runs import control, store
+from flashrl_cli.runs.control import Ending, Follower, age
+from flashrl_cli.runs.store import Attempt, Phase, known
 from tests.unit.render.test_live import shake
 from tests.unit.runs import disk
+from tests.unit.train.conftest import Recorder
 
 REWARD = {"critic/score/mean": 0.5}
 
@@ -35,8 +34,8 @@ class Screen(Recorder):
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(following, "POLL_S", 0.01)
-    monkeypatch.setattr(following, "RECORD_S", 0.02)
+    monkeypatch.setattr(control, "FOLLOW_POLL_S", 0.01)
+    monkeypatch.setattr(control, "RECORD_S", 0.02)
 
 
 def follow(name: str, screen: Screen) -> Ending:
@@ -99,15 +98,15 @@ def test_a_run_under_way_is_followed_to_its_end() -> None:
     thread = threading.Thread(target=lambda: endings.append(follow("demo", screen)))
     thread.start()
     wait_for(lambda: screen.phases == ["starting Ray"])
-    record.renew(run, 1, phases=phases("starting Ray", "loading the policy"), total_steps=2, proof=(asdict(shake()),))
+    store.renew(run, 1, phases=phases("starting Ray", "loading the policy"), total_steps=2, proof=(asdict(shake()),))
     wait_for(lambda: screen.phases == ["starting Ray", "loading the policy"] and screen.total == 2)
     run.record.write_text("{")  # a damaged record tells nothing, and ends nothing
     disk.log(run, 1, REWARD)
     wait_for(lambda: screen.steps == [1])
     run.record.unlink()
-    record.change(run, lambda _: disk.a_record(run, disk.attempt(status="running", phases=phases("a", "b", "c"))))
+    store.change(run, lambda _: disk.a_record(run, disk.attempt(status="running", phases=phases("a", "b", "c"))))
     disk.log(run, 1, REWARD, first=2)
-    record.renew(run, 1, status="done", exit_code=0)
+    store.renew(run, 1, status="done", exit_code=0)
     thread.join(10)
     assert endings == [Ending("done", 0, None)]
     assert screen.steps == [1, 2]
@@ -117,16 +116,16 @@ def test_a_run_under_way_is_followed_to_its_end() -> None:
 
 def test_what_was_written_just_before_the_end_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     run = disk.make("demo", disk.attempt(status="running"))
-    real = record.state
+    real = store.state
 
-    def ends_meanwhile(attempt: Attempt) -> record.Status:
+    def ends_meanwhile(attempt: Attempt) -> store.Status:
         state = real(attempt)
         if not run.attempt(1).metrics.exists():
             disk.log(run, 1, REWARD)
-            record.renew(run, 1, status="done", exit_code=0)
+            store.renew(run, 1, status="done", exit_code=0)
         return state
 
-    monkeypatch.setattr(record, "state", ends_meanwhile)
+    monkeypatch.setattr(store, "state", ends_meanwhile)
     screen = Screen()
     assert follow("demo", screen).state == "done"
     assert screen.steps == [1]
@@ -137,7 +136,7 @@ def test_one_that_ended_since_the_last_look_is_not_lost() -> None:
     found = known("demo")
     assert found.last
     follower = Follower(found, found.last, Screen())
-    record.renew(run, 1, status="stopped", exit_code=130)
+    store.renew(run, 1, status="stopped", exit_code=130)
     assert follower.follow() == Ending("stopped", 130, None)
 
 
@@ -146,7 +145,7 @@ def test_a_new_attempt_is_another_run_to_watch() -> None:
     found = known("demo")
     assert found.last
     follower = Follower(found, found.last, Screen())
-    record.change(run, lambda _: disk.a_record(run, disk.attempt(1, exit_code=0), disk.attempt(2, status="running")))
+    store.change(run, lambda _: disk.a_record(run, disk.attempt(1, exit_code=0), disk.attempt(2, status="running")))
     assert follower.follow().state == "done"
 
 

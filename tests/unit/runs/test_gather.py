@@ -8,7 +8,7 @@ import math
 import pytest
 
 from flashrl_cli.errors import InputError, NothingMatched
-from flashrl_cli.runs.gather import gather
+from flashrl_cli.runs.curves import gather
 from tests.unit.runs.on_disk import a_run, an_attempt, log, training, validation, write_record
 
 

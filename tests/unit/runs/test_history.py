@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashrl_cli.paths import RunPaths
-from flashrl_cli.runs import history, record
-from flashrl_cli.runs.history import holes, merge
+from flashrl_cli.runs import metrics as history
+from flashrl_cli.runs import store
+from flashrl_cli.runs.metrics import holes, merge
 from flashrl_cli.verl.metrics import StepMetrics, read_step
 from tests.unit.runs.test_record import a_record, attempt, run  # noqa: F401
 
@@ -67,7 +68,7 @@ def test_any_chain_of_resumes_gives_each_step_once_in_order(lengths: list[tuple[
 
 
 def test_history_reads_the_attempts_on_disk(run: RunPaths) -> None:  # noqa: F811
-    record.change(run, lambda _: a_record(attempt(1), attempt(2, resumed_from=1)))
+    store.change(run, lambda _: a_record(attempt(1), attempt(2, resumed_from=1)))
     for number, logged in ((1, "12"), (2, "2")):
         folder = run.attempt(number)
         folder.root.mkdir()

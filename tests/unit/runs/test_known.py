@@ -6,7 +6,7 @@ import pytest
 
 from flashrl_cli import paths
 from flashrl_cli.errors import InputError, NothingMatched
-from flashrl_cli.runs.known import every, known
+from flashrl_cli.runs.store import every, known
 from tests.unit.runs import disk
 
 

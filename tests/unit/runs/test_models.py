@@ -9,16 +9,9 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.doctor import network
+from flashrl_cli import hub
 from flashrl_cli.errors import InputError
-from flashrl_cli.runs.models import (
-    config_problem,
-    hf_problem,
-    is_hub_id,
-    model_folder,
-    quantization,
-    tokenizer_problem,
-)
+from flashrl_cli.hub import config_problem, hf_problem, is_hub_id, model_folder, quantization, tokenizer_problem
 from tests.saved_files import cached_model, saved_tensors
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -30,9 +23,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", *network.OFFLINE):
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", *hub.OFFLINE):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(network, "resolves", lambda _: False)
+    monkeypatch.setattr(hub, "resolves", lambda _: False)
     return tmp_path / "hf" / "hub"
 
 
@@ -103,12 +96,12 @@ def test_a_model_in_the_hubs_cache(cache: Path) -> None:
     assert model_folder("Qwen/Qwen2.5-0.5B") == folder
 
 
-@pytest.mark.parametrize("switch", [None, *network.OFFLINE])
+@pytest.mark.parametrize("switch", [None, *hub.OFFLINE])
 def test_a_model_that_is_not_to_be_had(switch: str | None, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if switch:
         monkeypatch.setenv(switch, "1")
         monkeypatch.setattr(
-            network, "resolves", lambda _: pytest.fail("a machine that is to stay offline asked for a name")
+            hub, "resolves", lambda _: pytest.fail("a machine that is to stay offline asked for a name")
         )
     with pytest.raises(
         InputError, match=r"a/b is no folder here .* \(it is not there\), and this machine is off"
@@ -133,7 +126,7 @@ def test_a_model_is_downloaded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     kept = huggingface_hub.snapshot_download
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.setattr(network, "resolves", lambda environment: environment is os.environ)
+    monkeypatch.setattr(hub, "resolves", lambda environment: environment is os.environ)
     assert model_folder("a/b") == cache / "models--a--b" / "snapshots" / COMMIT
 
 
@@ -148,6 +141,6 @@ def test_a_model_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> 
         raise huggingface_hub.errors.HfHubHTTPError("404 Client Error\n\nmore", response=answer)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    monkeypatch.setattr(network, "resolves", lambda _: True)
+    monkeypatch.setattr(hub, "resolves", lambda _: True)
     with pytest.raises(InputError, match=r"a/b is no folder here, and cannot be fetched: 404 Client Error$"):
         model_folder("a/b")

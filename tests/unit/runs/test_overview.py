@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.runs.known import known
 from flashrl_cli.runs.metrics import LOOK_BACK, read_last
-from flashrl_cli.runs.overview import Row, row, rows
+from flashrl_cli.runs.store import known
+from flashrl_cli.runs.summary import Row, row, rows
 from tests.unit.runs import disk
 
 

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.paths import RunPaths
-from flashrl_cli.runs import record
-from flashrl_cli.runs.prune import Keep, carry_out, judge, parse_keep
+from flashrl_cli.runs import store
+from flashrl_cli.runs.checkpoints import Scores, Stock, take_stock
+from flashrl_cli.runs.delete import Keep, carry_out, judge, parse_keep
 from flashrl_cli.runs.saved import DOOMED, SET_ASIDE, Saved, point_tracker, set_aside
-from flashrl_cli.runs.scores import Scores
-from flashrl_cli.runs.stock import Stock, take_stock
 from tests.run_lab import Lab
 from tests.saved_files import saved_step
 
@@ -193,7 +192,7 @@ def test_a_run_that_started_meanwhile_loses_nothing(lab: Lab) -> None:
     lab.recorded()
     lab.save(1, 2)
     shown = judge(take_stock(lab.run), Keep(last=1), set_aside=False)
-    lab.recorded(status="running", **record.own_process())
+    lab.recorded(status="running", **store.own_process())
     with pytest.raises(InputError, match="is running"):
         carry_out(lab.run, Keep(last=1), set_aside=False, shown=shown)
     assert "global_step_1" in lab.names()

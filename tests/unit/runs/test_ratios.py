@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashrl_cli.runs.ratios import Moments, pool, usable
+from flashrl_cli.runs.mismatch import Moments, pool, usable_ratios
 from flashrl_cli.verl.metrics import read_step
 from tests.unit.runs import sampled
 from tests.unit.runs.sampled import Batch, mean
@@ -93,5 +93,5 @@ def test_no_response_at_all_divides_nothing_by_zero() -> None:
 @pytest.mark.parametrize("name", ["rollout_corr/kl", "rollout_corr/k3_kl", "rollout_corr/chi2_token"])
 def test_a_step_without_a_finite_value_is_of_no_use(name: str) -> None:
     data = sampled.logged(sampled.sample(0.1, responses=1), 2)
-    assert usable(read_step(1, data))
-    assert not usable(read_step(1, data | {name: None}))
+    assert usable_ratios(read_step(1, data))
+    assert not usable_ratios(read_step(1, data | {name: None}))

@@ -13,12 +13,12 @@ import pytest
 
 from flashrl_cli.errors import InputError
 from flashrl_cli.paths import RunPaths
-from flashrl_cli.runs import record
-from flashrl_cli.runs.record import Attempt, Phase, RunRecord
+from flashrl_cli.runs import store
+from flashrl_cli.runs.store import Attempt, Phase, RunRecord
 
 
 def attempt(number: int = 1, **fields: object) -> Attempt:
-    given = {"status": "running", "started": record.now(), "updated": "then", **record.own_process(), **fields}
+    given = {"status": "running", "started": store.now(), "updated": "then", **store.own_process(), **fields}
     return Attempt(number=number, **given)
 
 
@@ -42,13 +42,13 @@ def test_what_is_written_is_read(run: RunPaths) -> None:
             last_step=3,
         )
     )
-    record.change(run, lambda _: whole)
-    assert record.load(run.record) == whole
+    store.change(run, lambda _: whole)
+    assert store.load(run.record) == whole
     assert stat.S_IMODE(run.root.stat().st_mode) == 0o700
 
 
 def test_no_record_is_none(run: RunPaths) -> None:
-    assert record.load(run.record) is None
+    assert store.load(run.record) is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 1}', '{"schema_version": 2}', "\x00"])
@@ -56,13 +56,13 @@ def test_a_damaged_or_newer_record_is_an_error_that_names_it(text: str, run: Run
     run.root.mkdir(parents=True)
     run.record.write_text(text)
     with pytest.raises(InputError, match=r"run\.json"):
-        record.load(run.record)
+        store.load(run.record)
 
 
 def test_renewing_one_attempt_leaves_the_others(run: RunPaths) -> None:
-    record.change(run, lambda _: a_record(attempt(1, status="failed"), attempt(2)))
-    record.renew(run, 2, last_step=7)
-    found = record.load(run.record)
+    store.change(run, lambda _: a_record(attempt(1, status="failed"), attempt(2)))
+    store.renew(run, 2, last_step=7)
+    found = store.load(run.record)
     assert found
     first, second = found.attempts
     assert (first.status, first.last_step, first.updated) == ("failed", None, "then")
@@ -72,35 +72,35 @@ def test_renewing_one_attempt_leaves_the_others(run: RunPaths) -> None:
 
 def test_a_lost_record_is_told(run: RunPaths) -> None:
     with pytest.raises(InputError, match="gone"):
-        record.renew(run, 1, last_step=1)
+        store.renew(run, 1, last_step=1)
 
 
 def test_changes_at_once_lose_nothing(run: RunPaths) -> None:
-    record.change(run, lambda _: a_record())
+    store.change(run, lambda _: a_record())
 
     def add(number: int) -> None:
         def edit(found: RunRecord | None) -> RunRecord:
             assert found
             return dataclasses.replace(found, attempts=(*found.attempts, attempt(number)))
 
-        record.change(run, edit)
+        store.change(run, edit)
 
     threads = [threading.Thread(target=add, args=(n,)) for n in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    found = record.load(run.record)
+    found = store.load(run.record)
     assert found
     assert sorted(one.number for one in found.attempts) == list(range(8))
 
 
 def test_running_is_believed_only_while_the_process_lives() -> None:
-    assert record.state(attempt()) == "running"
-    assert record.state(attempt(pid_started=1.0)) == "lost", "another process has that pid now"
-    assert record.state(attempt(pid=2**22 + 1)) == "lost"
-    assert record.state(attempt(status="done", pid=2**22 + 1)) == "done"
+    assert store.state(attempt()) == "running"
+    assert store.state(attempt(pid_started=1.0)) == "lost", "another process has that pid now"
+    assert store.state(attempt(pid=2**22 + 1)) == "lost"
+    assert store.state(attempt(status="done", pid=2**22 + 1)) == "done"
 
 
 def test_another_machine_is_believed() -> None:
-    assert record.state(attempt(host=f"not-{socket.gethostname()}", pid=os.getpid(), pid_started=1.0)) == "running"
+    assert store.state(attempt(host=f"not-{socket.gethostname()}", pid=os.getpid(), pid_started=1.0)) == "running"

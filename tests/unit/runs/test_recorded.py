@@ -10,7 +10,7 @@ import pytest
 
 from flashrl_cli import files, paths
 from flashrl_cli.errors import InputError
-from flashrl_cli.runs.recorded import find_plan, read_plan, run_names
+from flashrl_cli.runs.store import find_plan, read_plan, run_names
 
 PLAN: dict[str, Any] = {"schema_version": 1, "overrides": [], "env": {}, "files": {}}
 

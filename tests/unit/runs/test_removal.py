@@ -14,14 +14,14 @@ import pytest
 from flashrl_cli import paths
 from flashrl_cli.errors import InputError, NothingMatched
 from flashrl_cli.paths import RunPaths
-from flashrl_cli.runs import record, recorded
-from flashrl_cli.runs.removal import plan, remove
+from flashrl_cli.runs import store
+from flashrl_cli.runs.delete import plan, remove
 from tests.unit.runs import disk
 
 
 def recording(run: RunPaths, **fields: Any) -> None:
     """Change the record of `run`."""
-    record.change(run, lambda found: dataclasses.replace(found or pytest.fail("no record"), **fields))
+    store.change(run, lambda found: dataclasses.replace(found or pytest.fail("no record"), **fields))
 
 
 def test_both_folders_go_and_the_neighbours_stay() -> None:
@@ -189,7 +189,7 @@ def test_a_killed_removal_leaves_no_half_run(monkeypatch: pytest.MonkeyPatch) ->
         patched.setattr(shutil, "rmtree", die)
         with pytest.raises(KeyboardInterrupt):
             remove(plan("demo"))
-    assert recorded.run_names() == []
+    assert store.run_names() == []
     assert not run.checkpoints.exists()
     assert any(run.root.parent.iterdir())
     disk.make("next", disk.attempt(), checkpoints=5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flashrl_cli.runs.sizes import size
+from flashrl_cli.runs.delete import size
 
 
 def test_files_at_any_depth(tmp_path: Path) -> None:

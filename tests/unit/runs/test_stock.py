@@ -12,9 +12,9 @@ import pytest
 
 from flashrl_cli import paths
 from flashrl_cli.errors import InputError
-from flashrl_cli.runs import record
+from flashrl_cli.runs import store
+from flashrl_cli.runs.checkpoints import hidden_steps, refuse_while_running, run_paths, take_stock, writers
 from flashrl_cli.runs.saved import SET_ASIDE, set_aside
-from flashrl_cli.runs.stock import hidden_steps, refuse_while_running, run_paths, take_stock, writers
 from tests.run_lab import Lab
 from tests.saved_files import saved_step
 
@@ -76,7 +76,7 @@ def test_a_record_says_where_the_run_lies(lab: Lab) -> None:
 
 
 def test_a_running_run_is_refused_on_any_machine(lab: Lab) -> None:
-    lab.recorded(status="running", **record.own_process())
+    lab.recorded(status="running", **store.own_process())
     with pytest.raises(InputError, match=r"nothing is deleted: r \(on .*\) is running"):
         refuse_while_running(lab.run, "nothing is deleted")
     lab.recorded(status="running", host="elsewhere", pid=1)
@@ -108,7 +108,7 @@ def test_another_runs_damaged_record_is_in_nobodys_way(lab: Lab) -> None:
 def test_a_trainer_that_outlived_flashrl_counts(lab: Lab) -> None:
     argv = psutil.Process().cmdline()
     assert argv[0] == sys.argv[0] or argv
-    lab.recorded(status="running", **{**record.own_process(), "pid_started": 1.0})
+    lab.recorded(status="running", **{**store.own_process(), "pid_started": 1.0})
     lab.plan(argv=tuple(argv))
     with pytest.raises(InputError, match="verl is not"):
         refuse_while_running(lab.run, "nothing is deleted")

@@ -16,10 +16,9 @@ import pytest
 
 from flashrl_cli import paths
 from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
-from flashrl_cli.runs import stopping
-from flashrl_cli.runs.known import known
-from flashrl_cli.runs.record import Attempt
-from flashrl_cli.runs.stopping import stop
+from flashrl_cli.runs import control
+from flashrl_cli.runs.control import stop
+from flashrl_cli.runs.store import Attempt, known
 from tests.conftest import starting_with
 from tests.unit.runs import disk
 
@@ -103,11 +102,11 @@ def test_one_that_goes_on_is_told_after_the_plans_grace(
 ) -> None:
     run = disk.make("demo", running(start(9)))
     disk.planned(run, 1, watch={"stop_grace_s": 0.3})
-    monkeypatch.setattr(stopping, "MORE_S", 0.2)
+    monkeypatch.setattr(control, "MORE_S", 0.2)
     began = time.monotonic()
     with pytest.raises(RunFailed, match="still runs after") as caught:
         stop(known("demo"))
-    assert 0.5 <= time.monotonic() - began < stopping.GRACE_S
+    assert 0.5 <= time.monotonic() - began < control.GRACE_S
     assert caught.value.hint == "flashrl runs stop demo --now"
 
 

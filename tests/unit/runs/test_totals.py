@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flashrl_cli.runs.record import Phase
-from flashrl_cli.runs.totals import OTHER, Point, start_shares, step_shares, totals
+from flashrl_cli.runs.store import Phase
+from flashrl_cli.runs.summary import OTHER, Point, start_shares, step_shares, totals
 from flashrl_cli.verl.metrics import StepMetrics, read_step
 from tests.unit.runs.on_disk import Logged, a_run, an_attempt, training, validation, write_record
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flashrl_cli.verl.causes import CAUSES, Cause, cause_in
-from flashrl_cli.verl.log_lines import plain
+from flashrl_cli.verl.logs import plain
 
 LOGS = Path(__file__).parent / "logs"
 HEALTHY = ("healthy", "resumed", "interrupted", "two_nodes")

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from flashrl_cli.config.merge import Origin
+from flashrl_cli.config.layers import Origin
 from flashrl_cli.config.resolve import Resolved, load_spec
-from flashrl_cli.verl.cluster import VERL_VARIABLES, driver_only, on_cluster, without_shared_folder
-from flashrl_cli.verl.overrides import Override, Places, overrides
-from flashrl_cli.verl.quoting import Value
+from flashrl_cli.verl.environment import VERL_VARIABLES, driver_only, on_cluster, without_shared_folder
+from flashrl_cli.verl.overrides import Override, Places, Value, overrides
 
 WHY = Origin("option", "--set")
 PLACES = Places(name="r", data=Path("/data"), checkpoints=Path("/c"))

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashrl_cli.verl.console import read_line
-from flashrl_cli.verl.log_lines import plain
+from flashrl_cli.verl.logs import plain, read_line
 
 VERLS = (
     "\x1b[36m(TaskRunnerV1 pid=9, ip=10.0.0.2)\x1b[0m step:3 - critic/score/mean:0.5 - actor/pg_loss:np.float64(0.0123) - "

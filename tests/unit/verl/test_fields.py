@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from flashrl_cli.config.merge import Origin
+from flashrl_cli.config.layers import Origin
 from flashrl_cli.errors import Problem
-from flashrl_cli.verl import compose, fields
+from flashrl_cli.verl import compose
+from flashrl_cli.verl.lint import keys
 from flashrl_cli.verl.overrides import Override
 
 FILES = {
@@ -38,7 +39,7 @@ class OptimConfig(Base):
     momentum: float = 0.9
 """,
 }
-CACHES = (fields.find, fields._body, fields._text, fields._file, fields._root)
+CACHES = (keys.find, keys._body, keys._text, keys._file, keys._root)
 
 
 class Tree(compose.Tree):
@@ -67,7 +68,7 @@ def package(tmp_path, monkeypatch):
 
 def found(key: str, *, added: bool = True, target: str = "verl.config.FSDPActorConfig") -> list[Problem]:
     override = Override(key, 1, Origin("set", f"--set verl.+{key}"), added)
-    return fields.problems([override], Tree(**{"a.actor._target_": target}))
+    return keys.added_key_problems([override], Tree(**{"a.actor._target_": target}))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_refused(key, message, hint):
 
 def test_only_added_keys_are_judged_and_nothing_is_read_without():
     assert found("a.actor.nonsense", added=False) == []
-    assert fields._text.cache_info().currsize == 0
+    assert keys._text.cache_info().currsize == 0
 
 
 @pytest.mark.parametrize("target", ["torch.nn.Linear", "verl.config.Missing", "verl.missing.ActorConfig", "Bare"])
@@ -123,6 +124,6 @@ def test_a_class_that_is_not_found_takes_any_name(target):
 
 
 def test_an_import_under_another_name():
-    optim = fields.find("verl.config", "Optim")
+    optim = keys.find("verl.config", "Optim")
     assert optim
     assert list(optim.fields) == ["_target_", "momentum"]

@@ -8,9 +8,9 @@ import pytest
 
 from flashrl_cli.errors import EnvironmentNotReady
 from flashrl_cli.verl import compose as tree
-from flashrl_cli.verl import hints
-from flashrl_cli.verl.rules import OWNED
-from flashrl_cli.verl.versions import DEAD_KEYS
+from flashrl_cli.verl.dead_keys import DEAD_KEYS
+from flashrl_cli.verl.lint import keys
+from flashrl_cli.verl.lint.keys import OWNED
 
 
 @pytest.fixture
@@ -19,25 +19,25 @@ def no_verl(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise EnvironmentNotReady("no verl")
 
     monkeypatch.setattr(tree, "compose", compose)
-    hints._living.cache_clear()
+    keys._living.cache_clear()
     yield
-    hints._living.cache_clear()
+    keys._living.cache_clear()
 
 
 @pytest.fixture
 def small_verl(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(tree, "compose", lambda _: {"ray_kwargs": {"timeline": None}, "data": {"shuffle": True}})
-    hints._living.cache_clear()
+    keys._living.cache_clear()
     yield
-    hints._living.cache_clear()
+    keys._living.cache_clear()
 
 
 @pytest.mark.usefixtures("no_verl")
 def test_what_is_known_without_verl():
-    assert all(OWNED[key] in (hints.translation(key) or "") for key in OWNED)
-    assert all(dead.instead in (hints.translation(dead.key) or "") for dead in DEAD_KEYS)
-    assert hints.translation("data.shuffle") is None
-    assert hints.translation("foo") is None
+    assert all(OWNED[key] in (keys.translation(key) or "") for key in OWNED)
+    assert all(dead.instead in (keys.translation(dead.key) or "") for dead in DEAD_KEYS)
+    assert keys.translation("data.shuffle") is None
+    assert keys.translation("foo") is None
 
 
 @pytest.mark.usefixtures("small_verl")
@@ -55,5 +55,5 @@ def test_what_is_known_without_verl():
     ],
 )
 def test_translation(key, hint):
-    found = hints.translation(key)
+    found = keys.translation(key)
     assert found == hint if hint is None else (found or "").startswith(hint)

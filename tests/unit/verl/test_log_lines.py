@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flashrl_cli.verl.causes import cause_in
-from flashrl_cli.verl.log_lines import CLOCKS, ORDER, PHASES, phase_after, plain, telling, total_steps
+from flashrl_cli.verl.logs import CLOCKS, ORDER, PHASES, phase_after, plain, telling, total_steps
 
 
 def test_plain() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flashrl_cli.errors import Problem
-from flashrl_cli.verl import loggers
+from flashrl_cli.verl import environment as loggers
 
 
 def problems(

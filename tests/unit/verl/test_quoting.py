@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from flashrl_cli.verl.quoting import quote
+from flashrl_cli.verl.overrides import quote
 
 SCALARS = (
     st.none()

@@ -8,7 +8,7 @@ import pytest
 
 from flashrl_cli.config import presets
 from flashrl_cli.config.resolve import load_spec
-from flashrl_cli.verl import rules
+from flashrl_cli.verl.lint import keys
 from flashrl_cli.verl.overrides import Places, overrides
 
 PLACES = Places(name="run", data=Path("/data"), checkpoints=Path("/ckpt/run"))
@@ -17,7 +17,7 @@ R = "actor_rollout_ref.rollout"
 
 def found(preset: str, *sets: str, rollout: str | None = None):
     resolved = load_spec(preset, rollout=rollout, sets=sets)
-    return rules.problems(resolved, overrides(resolved, PLACES))
+    return keys.verbatim_key_problems(resolved, overrides(resolved, PLACES))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8-block", "int8"])
@@ -114,4 +114,4 @@ def test_verls_own_quantizations_are_free_in_bf16_but_fp8_has_its_switch():
 
 def test_every_rule_has_a_case():
     named = {rule for rule, *_ in CASES} | {"no_bypass_with_correction"}
-    assert {rule.__name__ for rule in rules.RULES} == named
+    assert {rule.__name__ for rule in keys.RULES} == named

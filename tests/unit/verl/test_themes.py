@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from flashrl_cli.config import presets
-from flashrl_cli.config.merge import DEFAULT
+from flashrl_cli.config.layers import DEFAULT
 from flashrl_cli.config.resolve import load_spec
-from flashrl_cli.verl.overrides import Override, Places, overrides
-from flashrl_cli.verl.themes import by_theme
+from flashrl_cli.verl.overrides import Override, Places, by_theme, overrides
 
 PLACES = Places(name="run", data=Path("/data"), checkpoints=Path("/ckpt/run"))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flashrl_cli.verl.tracebacks import MAX_LENGTH, root_error
+from flashrl_cli.verl.logs import MAX_LENGTH, root_error
 
 LOGS = Path(__file__).parent / "logs"
 ROOTS = {

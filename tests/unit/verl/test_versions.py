@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flashrl_cli.verl.versions import DEAD_KEYS, IGNORED, REMOVED, dead_key
+from flashrl_cli.verl.dead_keys import DEAD_KEYS, IGNORED, REMOVED, dead_key
 
 
 @pytest.mark.parametrize(

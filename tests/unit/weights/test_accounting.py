@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flashrl_cli.weights.accounting import WRAPPERS, account, index_problems, not_finite
-from flashrl_cli.weights.architecture import Expected, Shapes, expected
+from flashrl_cli.weights.accounting import WRAPPERS, Expected, Shapes, account, expected, index_problems, not_finite
 from flashrl_cli.weights.contents import Unreadable
 from flashrl_cli.weights.reading import Stored
 from tests.saved_files import saved_tensors

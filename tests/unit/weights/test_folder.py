@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from flashrl_cli.weights import beside, companions
 from flashrl_cli.weights.contents import Unreadable
-from flashrl_cli.weights.folder import beside, companions
 from tests.saved_files import saved_tensors
 
 TAKEN = (

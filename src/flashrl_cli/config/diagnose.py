@@ -1,0 +1,232 @@
+"""What is wrong with a configuration, told as problems: where it was written, what is wrong, and what was probably meant."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+from pydantic import ValidationError
+
+from flashrl_cli.config import yaml_file
+from flashrl_cli.config.layers import DEFAULT, Layer, Origin, leaves, nested
+from flashrl_cli.config.spec import Part, RunSpec
+from flashrl_cli.config.yaml_file import text_of
+from flashrl_cli.errors import Problem
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+    from pydantic_core import ErrorDetails
+
+Translate = Callable[[str], str | None]
+"""What a key that the spec lacks is called elsewhere, as a hint; None for one that means nothing there either."""
+
+KINDS = {
+    "tuple_type": "a list",
+    "string_type": "text",
+    "string_too_short": "text that is not empty",
+    "string_pattern_mismatch": "the name of a folder, without / or a dot in front",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+}
+HINTS = {"correction.cap": "--tis takes a cap above 0, or off"}
+"""Hints to values of keys whose option says it best."""
+IN_FILES = ("extends",)
+"""Keys of a preset's file that are not the spec's."""
+SHOWN = 60
+"""Characters of a value that a message shows."""
+
+
+def well_shaped(layer: Layer, problems: list[Problem]) -> Layer:
+    """`layer` less the values that stand where a map belongs, each told; they would hide what other layers say."""
+    return replace(layer, data=_shaped(layer.data, RunSpec, "", layer, problems))
+
+
+def problems_of(
+    errors: Sequence[ErrorDetails], origins: Mapping[str, Origin], translate: Translate = lambda _: None
+) -> list[Problem]:
+    """The problems that pydantic's errors stand for; an unknown map is one for each of its keys.
+
+    Keys that are missing are one problem, less those that another problem's hint names: they were probably misspelled.
+    """
+    found: list[Problem] = []
+    missing: list[str] = []
+    for error in errors:
+        key = ".".join(str(step) for step in error["loc"])
+        if error["type"] == "missing":
+            missing += _required(key)
+        elif error["type"] == "extra_forbidden":
+            unknown = [name for name, _ in leaves({key: error["input"]})] or [key]
+            found += [_unknown(name, origin_of(name, origins), translate) for name in unknown]
+        else:
+            found.append(_bad_value(key, error, origin_of(key, origins)))
+    named = {name for problem in found for name in re.findall(r"[\w.]*\w", problem.hint or "")}
+    return [*found, *_missing([key for key in missing if key not in named])]
+
+
+def where(key: str, origins: Mapping[str, Origin]) -> str | None:
+    """Where a key was written: itself, the first key in it (for a map), or what it lies in (for a list's item)."""
+    return origin_of(key, origins).where or None
+
+
+def origin_of(key: str, origins: Mapping[str, Origin]) -> Origin:
+    """Origin of what `where` tells of."""
+    inside = (origin for other, origin in origins.items() if other == key or other.startswith(f"{key}."))
+    outside = (origins[other] for other in _ancestors(key) if other in origins)
+    return next(inside, None) or next(outside, DEFAULT)
+
+
+def keys_of(part: type[Part], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a part of the spec, those of its sub-parts included."""
+    for name, info in part.model_fields.items():
+        sub = _part_in(info.annotation)
+        if sub:
+            yield from keys_of(sub, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _ancestors(key: str) -> Iterator[str]:
+    while key := key.rpartition(".")[0]:
+        yield key
+
+
+def _part_in(annotation: Any) -> type[Part] | None:
+    candidates = [annotation, *get_args(annotation)]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Part)), None)
+
+
+def _field(key: str) -> FieldInfo | None:
+    """Field of a dotted key; None for an item in a list or a map."""
+    part: type[Part] | None = RunSpec
+    info = None
+    for name in key.split("."):
+        info = part.model_fields.get(name) if part else None
+        part = _part_in(info.annotation) if info else None
+    return info
+
+
+def _shaped(
+    data: Mapping[str, Any], part: type[Part], prefix: str, layer: Layer, problems: list[Problem]
+) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, value in data.items():
+        info = part.model_fields.get(name)
+        sub = _part_in(info.annotation) if info else None
+        if sub and isinstance(value, Mapping):
+            kept[name] = _shaped(value, sub, f"{prefix}{name}.", layer, problems)
+        elif info and _is_map(info) and not _may_be(value, info):
+            problems.append(_no_map(f"{prefix}{name}", value, layer.origin(f"{prefix}{name}")))
+        else:
+            kept[name] = value
+    return kept
+
+
+def _is_map(info: FieldInfo) -> bool:
+    return _part_in(info.annotation) is not None or get_origin(info.annotation) is dict
+
+
+def _may_be(value: Any, info: FieldInfo) -> bool:
+    return isinstance(value, Mapping) or (value is None and type(None) in get_args(info.annotation))
+
+
+def _no_map(key: str, value: Any, origin: Origin) -> Problem:
+    info = _field(key)
+    sub = _part_in(info.annotation) if info else None
+    names = f": {', '.join(sub.model_fields)}" if sub else ""
+    if isinstance(value, str) and (run_together := re.match(r"([\w.]+)\s*[:=]\s*(\S+)$", value)):
+        hint = f"a colon and a space: `{run_together[1]}: {run_together[2]}`"
+    elif origin.layer == "set":
+        hint = f"--set {key}.KEY=… takes one of its keys{names}"
+    else:
+        hint = f"{'drop the line, or ' if value is None else ''}write its keys below it{names}"
+    return Problem(f"{_assigned(key, value)}: should be a map of keys", origin.where, hint)
+
+
+def _required(key: str) -> list[str]:
+    """The keys that have to be set for `key`: itself, or those in it."""
+    info = _field(key)
+    sub = _part_in(info.annotation) if info else None
+    if sub is None:
+        return [key]
+    inside = [name for name, field in sub.model_fields.items() if field.is_required()]
+    return [leaf for name in inside for leaf in _required(f"{key}.{name}")]
+
+
+def _missing(keys: Sequence[str]) -> Iterator[Problem]:
+    if len(keys) == 1:
+        yield Problem(f"{keys[0]} is not set", None, f"set it in the preset, or --set {keys[0]}=…")
+    elif keys:
+        yield Problem(f"not set: {', '.join(keys)}", None, "set them in the preset, or extend one that does")
+
+
+def _unknown(key: str, origin: Origin, translate: Translate) -> Problem:
+    return Problem(f"unknown key {key}", origin.where or None, _instead(key, translate))
+
+
+def _instead(key: str, translate: Translate) -> str:
+    """Hint to an unknown key: another program's name for it, the nearest known keys, or the keys of its part."""
+    known = [*keys_of(RunSpec), *IN_FILES]
+    same = yaml_file.same_key(key, known)
+    if same == key:
+        head, _, name = key.rpartition(".")
+        return f"write `{name}:` below `{head}:`" if head else f"{key} stands at the top of a preset's file"
+    if not same and (translated := translate(key)):
+        return translated
+    if near := [same] if same else yaml_file.nearest_keys(key, known):
+        return f"did you mean {' or '.join(near)}?"
+    for parent in _ancestors(key):
+        info = _field(parent)
+        if info and (part := _part_in(info.annotation)):
+            return f"keys of {parent} are {', '.join(part.model_fields)}"
+    return f"keys of a preset are {', '.join(RunSpec.model_fields)} (keys of verl's own go under the last)"
+
+
+def _bad_value(key: str, error: ErrorDetails, origin: Origin) -> Problem:
+    kind, value = error["type"], error["input"]
+    expected = KINDS.get(kind) or (f"one of {error['ctx']['expected']}" if kind == "literal_error" else None)
+    text = f"should be {expected}" if expected else error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return Problem(f"{_assigned(key, value)}: {text}", origin.where or None, HINTS.get(key) or _fix(key, value, origin))
+
+
+def _fix(key: str, value: Any, origin: Origin) -> str | None:
+    if isinstance(value, Mapping):
+        dotted = [f"`{name}: {text_of(inner)}`" for name, inner in leaves(value, f"{key.partition('.')[2]}.")]
+        return f"write {', '.join(dotted)}" if key.startswith("verl.") and dotted else None
+    info = _field(key)
+    if info is None:
+        return None
+    fitting = [reading for reading in _readings(value, info) if _fits(key, reading)]
+    return f"did you mean {_written(key, fitting[0], origin)}?" if fitting else None
+
+
+def _readings(value: Any, info: FieldInfo) -> Iterator[Any]:
+    if get_origin(info.annotation) is Literal:
+        yield from yaml_file.nearest(str(value), get_args(info.annotation), 1)
+    yield from yaml_file.readings(value, info.default)
+
+
+def _fits(key: str, value: Any) -> bool:
+    path = tuple(key.split("."))
+    try:
+        RunSpec.model_validate(nested(key, value))
+    except ValidationError as error:
+        return not any(refused["loc"][: len(path)] == path for refused in error.errors(include_url=False))
+    return True
+
+
+def _written(key: str, value: Any, origin: Origin) -> str:
+    """A value as it is written where the refused one was."""
+    if origin.layer == "option":
+        return f"{origin.where} {text_of(value)}"
+    if origin.layer == "set":
+        return f"--set {shlex.quote(f'{key}={text_of(value)}')}"
+    return f"{key.rpartition('.')[2]}: {text_of(value)}"
+
+
+def _assigned(key: str, value: Any) -> str:
+    text = text_of(value)
+    return f"{key} = {text if len(text) <= SHOWN else text[: SHOWN - 1] + '…'}"

@@ -1,0 +1,137 @@
+"""What differs between two sets of values.
+
+Layers of configuration merged into one, with the origin of every value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, NamedTuple
+
+from flashrl_cli.config.yaml_file import text_of
+
+
+class Origin(NamedTuple):
+    """Where a value came from: the kind of layer, and `file:line`, the option, or why it was derived."""
+
+    layer: Literal["default", "preset", "option", "set", "derived"]
+    where: str = ""
+
+    def __str__(self) -> str:
+        if self.layer == "default":
+            return "default"
+        return f"derived: {self.where}" if self.layer == "derived" else self.where
+
+
+DEFAULT = Origin("default")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One source of values: a preset file (with lines), an option, one `--set`, or a reason to derive."""
+
+    kind: Literal["preset", "option", "set", "derived"]
+    label: str
+    data: Mapping[str, Any]
+    lines: Mapping[str, int] = field(default_factory=dict)
+
+    def origin(self, key: str) -> Origin:
+        """Origin of the dotted `key` in this layer."""
+        return Origin(self.kind, f"{self.label}:{self.lines[key]}" if key in self.lines else self.label)
+
+
+def merge(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, Origin]]:
+    """Merge maps deeply, later layers win, lists replace; returns the data and the origin of every dotted leaf."""
+    data: dict[str, Any] = {}
+    origins: dict[str, Origin] = {}
+    for layer in layers:
+        _merge_into(data, layer.data, "", layer, origins)
+    return data, origins
+
+
+def leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of everything that is not a map."""
+    for name, value in data.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """Map that holds `value` at a dotted RunSpec key; names under `verl` and `env` may contain dots themselves."""
+    head, _, rest = key.partition(".")
+    if not rest:
+        return {head: value}
+    return {head: {rest: value} if head in ("verl", "env") else nested(rest, value)}
+
+
+def _merge_into(
+    data: dict[str, Any], new: Mapping[str, Any], prefix: str, layer: Layer, origins: dict[str, Origin]
+) -> None:
+    for name, value in new.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            if not isinstance(data.get(name), dict):
+                _forget(origins, key)
+                data[name] = {}
+            _merge_into(data[name], value, f"{key}.", layer, origins)
+        else:
+            _forget(origins, key)
+            data[name] = value
+            origins[key] = layer.origin(key)
+
+
+def _forget(origins: dict[str, Origin], key: str) -> None:
+    for stale in [k for k in origins if k == key or k.startswith(f"{key}.")]:
+        del origins[stale]
+
+
+ABSENT: Final = object()
+"""The value of a key on the side that does not have it."""
+
+
+class Verbatim(str):
+    """Text that is shown as it is: a value in another language than a preset's."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A key whose values differ; `origin` is the second one's, empty where nobody recorded it."""
+
+    key: str
+    a: Any
+    b: Any
+    origin: str = ""
+
+    def shown(self) -> tuple[str, str]:
+        """Both values as text; a side that lacks the key is "–"."""
+        return _shown(self.a), _shown(self.b)
+
+    def data(self) -> dict[str, Any]:
+        """The same as plain data; the side that lacks the key is left out."""
+        sides = {name: value for name, value in (("a", self.a), ("b", self.b)) if value is not ABSENT}
+        return {"key": self.key, **sides, "origin": self.origin}
+
+
+def differences(
+    a: Mapping[str, Any], b: Mapping[str, Any], origins: Mapping[str, str] | None = None
+) -> Iterator[Difference]:
+    """Yield the keys that differ, in `a`'s order, then those that `b` alone has; `origins` are those of `b`'s values.
+
+    Values differ when their texts do: 1, 1.0 and true are three values to verl.
+    """
+    for key in {**a, **b}:
+        difference = Difference(key, a.get(key, ABSENT), b.get(key, ABSENT), (origins or {}).get(key, ""))
+        if len(set(difference.shown())) == 2:
+            yield difference
+
+
+def _shown(value: Any) -> str:
+    if value is ABSENT:
+        return "–"
+    return value if isinstance(value, Verbatim) else text_of(value)

@@ -1,1 +1,0 @@
-"""Several runs of one preset, one for each combination of values."""

@@ -1,0 +1,206 @@
+"""The NVIDIA GPUs of this machine, as `nvidia-smi` lists them, and the versions that they ask for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from flashrl_cli.machine.finding import Finding, fail, ok, warn
+
+QUERY = ("--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader,nounits")
+DRIVERS = {13: 580, 12: 525}
+"""Oldest driver for each major version of CUDA (NVIDIA's CUDA compatibility guide, minor version compatibility)."""
+PINNED_CUDA = 13
+"""CUDA of the pinned torch wheel (its nvidia-cuda-runtime in requirements/gpu.txt)."""
+
+
+COMPATIBLE = Path("/usr/local/cuda/compat")
+"""NVIDIA's cuda-compat, with which an older driver of a data centre's GPU serves a newer CUDA; its images have it here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Compute capabilities on which a precision runs, from `least` to below `below`."""
+
+    least: tuple[int, int]
+    below: tuple[int, int] | None = None
+    instead: str = "bf16"
+
+
+PRECISIONS = {
+    "bf16": Precision((8, 0), instead="int8"),
+    # vLLM's CUTLASS kernels for INT8 end with Hopper (docs/features/quantization/int8.md of vLLM)
+    "int8": Precision((7, 5), (10, 0), instead="fp8"),
+    "fp8": Precision((8, 9), instead="int8"),
+    "fp8-block": Precision((8, 9), instead="int8"),
+}
+
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
+AMD = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+CACHE = Precision((9, 0), (10, 0))
+"""FP8 KV caches: elsewhere vLLM takes FlashInfer for them (platforms/cuda.py:142 in 0.24), which does not read new scales."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU: name, compute capability, driver version and memory in MiB."""
+
+    name: str
+    capability: tuple[int, int]
+    driver: str
+    memory_mib: int
+
+
+def probe(query: Sequence[str] = QUERY) -> str | None:
+    """What `nvidia-smi` answers to `query`, or why it says nothing; None where it is not installed."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    try:
+        listing = subprocess.run(
+            [command, *query], capture_output=True, encoding="utf-8", errors="replace", timeout=30, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "no answer within 30 s"
+    return listing.stdout + listing.stderr
+
+
+def parse(text: str | None) -> list[Gpu]:
+    """GPUs in the answer of `nvidia-smi`; lines that describe none (errors, MIG slices) are passed over."""
+    return [gpu for line in (text or "").splitlines() if (gpu := _gpu(line)) is not None]
+
+
+def visible(gpus: Sequence[Gpu], allowed: str | None) -> list[Gpu]:
+    """The GPUs that `CUDA_VISIBLE_DEVICES` leaves: by index; by UUID only their number is known."""
+    if allowed is None:
+        return list(gpus)
+    names = [name.strip() for name in allowed.split(",") if name.strip()]
+    if all(name.isdigit() for name in names):
+        return [gpus[int(name)] for name in names if int(name) < len(gpus)]
+    return list(gpus[: len([name for name in names if not name.startswith("-")])])
+
+
+def seen() -> list[Gpu]:
+    """The GPUs of this machine that processes started here may use."""
+    return visible(parse(probe()), os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def devices(gpus: Sequence[Gpu], text: str | None, *, stack: str, joined: bool) -> Finding:
+    """Which GPUs there are; the stack `gpu` needs some, unless runs here are `joined` to a cluster."""
+    wanted = stack == "gpu" and not joined
+    if gpus:
+        found = ", ".join({f"{sum(other == gpu for other in gpus)} x {_describe(gpu)}": None for gpu in gpus})
+        if stack == "gpu":
+            return ok("GPUs", found)
+        return warn("GPUs", f"{found}; the CPU stack does not use them", "install the GPU stack, requirements/gpu.txt")
+    if text is not None:
+        reason = next((line for line in text.splitlines() if line.strip()), "nothing")
+        return (fail if wanted else warn)("GPUs", f"none; nvidia-smi says: {reason}", "mend the NVIDIA driver")
+    if wanted:
+        return fail(
+            "GPUs", "none: no nvidia-smi", "install the NVIDIA driver, or run on a cluster: `train --executor ray`"
+        )
+    return ok("GPUs", "none; the cluster has its own" if joined else "none; the CPU stack needs none")
+
+
+def vendors(
+    environment: Mapping[str, str], count: int | None, *, preset: Mapping[str, str] = NOTHING
+) -> Iterator[Finding]:
+    """Yield what is left of an AMD environment and ends verl's workers (verl/single_controller/base/worker.py:231).
+
+    `count` is the number of devices of a run on a node, None where nobody knows; `preset` are the variables of its `env`. Ray sets
+    CUDA_VISIBLE_DEVICES for every worker that has a device, on the CPU stack, too. A variable that is empty does not count.
+    """
+    ray_sets = not environment.get("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES")
+    cuda = environment.get("CUDA_VISIBLE_DEVICES") or ("0" if ray_sets else "")
+    hip, rocr = (environment.get(name) for name in AMD)
+    for name, ends in zip(
+        AMD, (hip and cuda and (hip != cuda or "," in hip or (count or 1) > 1), rocr and (cuda or hip)), strict=True
+    ):
+        if ends:
+            text = f"{name}={environment[name]} beside CUDA_VISIBLE_DEVICES, which Ray sets for each worker, ends verl's workers"
+            yield fail(name, text, f"take env.{name} out of the preset" if name in preset else f"unset {name}")
+
+
+def driver(gpus: Sequence[Gpu], cuda: int, *, compatible: bool) -> Iterator[Finding]:
+    """Yield whether the driver is new enough for torch's CUDA; `compatible` says that NVIDIA's cuda-compat is there."""
+    if not gpus:
+        return
+    version, least = gpus[0].driver, DRIVERS.get(cuda, DRIVERS[PINNED_CUDA])
+    if _number(version) >= least:
+        yield ok("driver", version)
+    elif compatible:
+        yield warn(
+            "driver", f"{version} is older than {least}; cuda-compat has to bridge it", f"driver {least} or newer"
+        )
+    else:
+        yield fail(
+            "driver", f"{version}: torch's CUDA {cuda} needs {least} or newer", f"install driver {least} or newer"
+        )
+
+
+def cuda_of(torch: str) -> int:
+    """Major version of CUDA that a version of torch is built for: `2.11.0+cu128` says 12, no local part is the pinned one's."""
+    _, _, local = torch.partition("+cu")
+    return int(local[:2]) if local[:2].isdigit() else PINNED_CUDA
+
+
+def precisions(gpus: Sequence[Gpu]) -> Iterator[Finding]:
+    """Yield which precisions rollouts can have on these GPUs."""
+    if not gpus:
+        return
+    lacking = {name: reason for name in PRECISIONS if (reason := lacks(name, gpus))}
+    able = [name for name in PRECISIONS if name not in lacking]
+    text = ", ".join(able) or "none"
+    if lacking:
+        yield warn(
+            "precisions", f"{text}; {'; '.join(lacking.values())}", f"--rollout {'|'.join(able)}" if able else None
+        )
+    else:
+        yield ok("precisions", text)
+
+
+def lacks(precision: str, gpus: Sequence[Gpu]) -> str | None:
+    """Why some of these GPUs cannot compute in a precision; None if all can."""
+    return outside(PRECISIONS[precision], precision, gpus)
+
+
+def outside(bounds: Precision, what: str, gpus: Sequence[Gpu]) -> str | None:
+    """Why some of these GPUs are not within `bounds`; None if all are."""
+    for gpu in gpus:
+        have = f"{gpu.name} has {_dotted(gpu.capability)}"
+        if gpu.capability < bounds.least:
+            return f"{what} needs compute capability {_dotted(bounds.least)} or newer, {have}"
+        if bounds.below and gpu.capability >= bounds.below:
+            return f"{what} has kernels for compute capabilities below {_dotted(bounds.below)} only, {have}"
+    return None
+
+
+def _gpu(line: str) -> Gpu | None:
+    fields = [field.strip() for field in line.rsplit(",", 3)]
+    if len(fields) != 4 or not fields[3].isdigit():
+        return None
+    major, _, minor = fields[1].partition(".")
+    if not (major.isdigit() and minor.isdigit()):
+        return None
+    return Gpu(fields[0], (int(major), int(minor)), fields[2], int(fields[3]))
+
+
+def _describe(gpu: Gpu) -> str:
+    return f"{gpu.name} ({gpu.memory_mib / 1024:.0f} GiB, compute capability {_dotted(gpu.capability)})"
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+def _number(version: str) -> int:
+    """Branch of a driver: 580 of 580.65.06."""
+    branch = version.partition(".")[0]
+    return int(branch) if branch.isdigit() else 0

@@ -1,0 +1,151 @@
+"""Ray on this machine: a cluster that a run would join, the folder of its own Ray, daemons left behind, ports in use.
+
+`ray.init()` without an address, as verl calls it, joins the cluster of `RAY_ADDRESS`, else the one that `ray start` noted in
+`ray_current_cluster` of Ray's folder, whether it still runs or not (ray/_private/services.py:413). That folder is its argument
+`_temp_dir`, or `ray` below RAY_TMPDIR, else below TMPDIR, else below /tmp (ray/_common/utils.py:327).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from urllib.parse import urlsplit
+
+from flashrl_cli.machine.finding import Finding, fail, ok, warn
+from flashrl_cli.machine.system import SOCKET_BYTES, TMP, existing
+
+NOTHING: Mapping[str, object] = MappingProxyType({})
+DAEMON = "raylet"
+FOLDER_VARIABLES = ("RAY_TMPDIR", "TMPDIR")
+PORTS = {6379: "Ray's head", 8265: "Ray's dashboard"}
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """Where a Ray of one's own keeps its sessions, and the variable or key that says so."""
+
+    path: str
+    source: str
+
+
+def folder(environment: Mapping[str, str], arguments: Mapping[str, object] = NOTHING) -> Folder:
+    """Ray's folder in an environment; `arguments` are those of `ray.init`. A variable that is set and empty counts, too."""
+    if given := arguments.get("_temp_dir"):
+        return Folder(str(given), "_temp_dir")
+    name = next((name for name in FOLDER_VARIABLES if name in environment), None)
+    return Folder(os.path.join(environment[name] if name else TMP, "ray"), name or TMP)
+
+
+def probe_cluster(environment: Mapping[str, str], arguments: Mapping[str, object] = NOTHING) -> tuple[str, str] | None:
+    """Address of the cluster that a run here joins, and where that is written; None if it starts its own Ray."""
+    address, source = str(arguments.get("address") or "auto"), "verl.ray_kwargs.ray_init.address"
+    if address == "auto":
+        address, source = environment.get("RAY_ADDRESS") or "auto", "RAY_ADDRESS"
+    if address != "auto":
+        return None if address == "local" else (address, source)
+    note = Path(folder(environment, arguments).path) / "ray_current_cluster"
+    try:
+        noted = note.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        noted = ""
+    if not noted and environment.get("RAY_ADDRESS") == "auto":
+        return "auto", "RAY_ADDRESS"
+    return (noted, str(note)) if noted else None
+
+
+def folder_findings(environment: Mapping[str, str], arguments: Mapping[str, object] = NOTHING) -> Iterator[Finding]:
+    """Yield what keeps Ray of one's own from making its sockets in its folder, and vLLM from making its own."""
+    found = folder(environment, arguments)
+    fix = (
+        "--set verl.+ray_kwargs.ray_init._temp_dir=/tmp/ray"
+        if found.source == "_temp_dir"
+        else "export RAY_TMPDIR=/tmp"
+    )
+    longest = len(os.fsencode(found.path)) + len(
+        f"/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    )
+    if not found.path.startswith("/"):
+        yield fail("Ray's folder", f"{found.path} ({found.source}) is not an absolute path", fix)
+    elif longest > SOCKET_BYTES:
+        yield fail(
+            "Ray's folder",
+            f"{found.path} ({found.source}) is {longest - SOCKET_BYTES} bytes too long: the sockets that Ray makes there "
+            f"would have paths of {longest} bytes, and the system takes {SOCKET_BYTES}",
+            f"{fix}, or a shorter {found.source}",
+        )
+    elif not os.access(existing(Path(found.path)), os.W_OK | os.X_OK):
+        yield fail("Ray's folder", f"{found.path} ({found.source}) cannot be written", fix)
+    else:
+        yield ok("Ray's folder", f"{found.path} ({found.source})")
+
+
+def probe_answers(address: str) -> bool | None:
+    """Whether something listens at `host:port`; None for an address that names no port here."""
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return None
+    if not host or not port:
+        return None
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def probe_daemons() -> list[int]:
+    """Process ids of this user's Ray daemons."""
+    import psutil
+
+    processes = psutil.process_iter(["name", "uids"])
+    return [
+        p.pid for p in processes if p.info["name"] == DAEMON and p.info["uids"] and p.info["uids"].real == os.getuid()
+    ]
+
+
+def probe_ports() -> list[int]:
+    """Those of Ray's ports that something listens on."""
+    return [port for port in PORTS if probe_answers(f"127.0.0.1:{port}")]
+
+
+def cluster(joined: tuple[str, str] | None, *, answers: bool | None) -> Finding:
+    """Which Ray a run uses."""
+    if joined is None:
+        return ok("Ray", "a run starts its own")
+    address, source = joined
+    if answers is False:
+        fix = f"rm {source}" if source.startswith("/") else unset(source)
+        return fail("Ray", f"a run joins {address} ({source}), and nothing answers there", fix)
+    if source.startswith("/"):
+        return warn("Ray", f"a run joins {address}, which `ray start` left running", "`ray stop` to have its own")
+    text = f"a local run joins {address} ({source}), whose other nodes do not get flashrl's environment"
+    return warn("Ray", text, "`train --executor ray` submits it as a job")
+
+
+def unset(source: str) -> str:
+    """How to be rid of a variable of the shell, or of a key of the preset (which has a dot)."""
+    return f"take {source} out of the preset" if "." in source else f"unset {source}"
+
+
+def daemons(pids: Sequence[int]) -> Iterator[Finding]:
+    """Yield a warning for daemons of this user's: another run, or what a killed one left."""
+    if pids:
+        listed = ", ".join(map(str, pids))
+        yield warn(
+            "Ray daemons",
+            f"{len(pids)} running (pid {listed}): another run, or one that was killed",
+            "`ray stop` ends them all",
+        )
+
+
+def ports(used: Sequence[int]) -> Finding:
+    """Whether Ray's ports are free; Ray takes others where it can."""
+    if not used:
+        return ok("ports", f"{', '.join(map(str, PORTS))} are free")
+    return warn("ports", f"in use: {', '.join(f'{port} ({PORTS[port]})' for port in used)}: another Ray?", "`ray stop`")

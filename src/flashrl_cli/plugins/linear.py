@@ -1,0 +1,412 @@
+"""Logits in float32: what `rollout.lm_head_fp32` asks for.
+
+vLLM computes them in the model's dtype and converts them afterwards (vllm/v1/sample/sampler.py:97), so that bf16 leaves 8 bits of each
+logit. vLLM's own `head_dtype` does this for generation from 0.28 on; in 0.24 it is for pooling models only (vllm/config/model.py:1671).
+The logits processor is replaced through vLLM's hook for layers from outside (vllm/model_executor/custom_op.py, `register_oot`), so that
+the head and its weights stay what they are: tied or not, packed or not, refitted in place or layer by layer.
+
+Which of a run's replicas this process serves, and whether it is one of those that stay in bf16 (`rollout.mix`).
+
+verl gives all replicas the same engine arguments (verl/workers/rollout/vllm_rollout/vllm_async_server.py:1310). What differs is a variable
+that each server actor sets before it starts its engine, for the sockets that weights come through; all processes of the engine inherit it.
+
+Linear layers whose 8-bit weights are made of floating ones while these are loaded: what INT8 and FP8 have in common.
+
+Weights: symmetric, one scale per output channel. Activations: symmetric, one scale per token, computed by the kernel. Shaped after
+vLLM's online FP8 methods (vllm/model_executor/layers/quantization/online/fp8.py), so that loading and reloading work layer by layer;
+the GEMM is vLLM's own.
+
+INT8 W8A8 linear layers, quantized while the weights are loaded: the method that vLLM has for experts but not for dense layers.
+
+scale = max|w| / 127 per output channel; weights and activations both follow LLM.int8()'s vector-wise quantization (Dettmers et al., 2022,
+arXiv 2208.07339, section 2) without its outlier path. The GEMM is CUTLASS on CUDA, oneDNN or AMX on the CPU.
+
+FP8 W8A8 linear layers with one scale per output channel, quantized while the weights are loaded.
+
+float8_e4m3, scale = max|w| / 448: the scheme of vLLM's own online method `fp8_per_channel` (Fp8PtpcOnlineLinearMethod,
+vllm/model_executor/layers/quantization/online/fp8.py:283 in 0.24). vLLM's later versions make the scale in several passes and share it
+among tensor-parallel ranks; here it is one pass over each rank's rows, so that a refit can write them as they arrive.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+import vllm
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.kernels.linear import init_fp8_linear_kernel, init_int8_linear_kernel
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
+from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym, kFp8StaticChannelSym
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+from vllm.model_executor.parameter import ModelWeightParameter
+
+from flashrl_cli import contract
+
+RANK = "VERL_REPLICA_RANK"
+"""The replica's number, from 0 (vllm_async_server.py:136; read by verl's own workers in vllm_rollout/utils.py:424)."""
+
+
+def stays_in_bf16() -> bool:
+    """Whether this process's engine keeps its linear layers in bf16; raises RuntimeError where a mixed run's replica has no number."""
+    count = contract.RolloutOptions.here().bf16_replicas
+    if count == 0:
+        return False
+    rank = os.environ.get(RANK)
+    if rank is None:
+        raise RuntimeError(f"{count} replicas are to stay in bf16, and {RANK} does not say which this is")
+    return int(rank) < count
+
+
+DONE = "_already_called_process_weights_after_loading"
+"""vLLM's own marker that a layer is processed (vllm/model_executor/model_loader/reload/layerwise.py)."""
+
+Loader = Callable[..., None]
+
+
+class OnlineLinearMethod(LinearMethodBase):
+    """Loads a floating weight on the meta device, and holds it in 8 bits once the layer is complete."""
+
+    uses_meta_device = True
+    precision: ClassVar[str]
+    dtype: ClassVar[torch.dtype]
+    row_kernels: ClassVar[frozenset[str]] = frozenset()
+    """Kernels that keep weight and scales as `quantize` writes them, transposed at most: those can be written in place."""
+
+    def __init__(self) -> None:
+        contract.require_vllm(vllm.__version__)
+        self.quantized_bytes = 0
+        self.kernel: Any = None
+        self._shape: torch.Size | None = None
+        """[N, K] of a weight whose rows may be written one shard at a time."""
+
+    @abstractmethod
+    def choose_kernel(self, layer: torch.nn.Module) -> Any:
+        """vLLM's kernel for the layer, whose weight is there but not loaded."""
+
+    @abstractmethod
+    def quantize(self, weight: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor) -> None:
+        """Write the 8-bit values [N, K] of a contiguous floating weight [N, K] and their float32 scales [N, 1]."""
+
+    @abstractmethod
+    def hand_over(self, layer: torch.nn.Module, rows: torch.Tensor, scales: torch.Tensor) -> None:
+        """Register weight and scales with the layer as the kernel wants them."""
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the unloaded weight [sum(output sizes), input size] and choose the kernel."""
+        layer.logical_widths = output_partition_sizes
+        layer.orig_dtype = params_dtype
+        data = torch.empty(sum(output_partition_sizes), input_size_per_partition, device="meta", dtype=params_dtype)
+        loader = extra_weight_attrs.get("weight_loader")
+        weight = ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
+        layer.register_parameter("weight", weight)
+        self.kernel = self.choose_kernel(layer)
+        initialize_online_processing(layer)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Replace the floating weight by 8-bit rows and hand it to the kernel; a second call does nothing."""
+        if getattr(layer, DONE, False):
+            return
+        weight = layer.weight.data.contiguous()
+        # a model may have put a loader of its own in its place, which could ask more of a weight than rows
+        self._shape = weight.shape if original_loader(layer.weight) == layer.weight_loader else None
+        rows = torch.empty_like(weight, dtype=self.dtype)
+        scales = torch.empty(weight.shape[0], 1, dtype=torch.float32, device=weight.device)
+        self.quantize(weight, rows, scales)
+        self.quantized_bytes = rows.numel()
+        del layer.weight
+        self.hand_over(layer, rows, scales)
+        setattr(layer, DONE, True)
+
+    def rows(self, layer: torch.nn.Module) -> Rows | None:
+        """The layer's weight to write new rows into, None where the kernel keeps it in another form."""
+        weight, scales = layer.weight.data.t(), layer.weight_scale.data
+        plain = (
+            type(self.kernel).__name__ in self.row_kernels and weight.shape == self._shape and weight.is_contiguous()
+        )
+        return Rows(self, layer.orig_dtype, weight, scales) if plain else None
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K] times the 8-bit weight: [..., N], in x's dtype."""
+        return self.kernel.apply_weights(layer, x, bias)
+
+
+class Rows:
+    """Output channels of an 8-bit weight [N, K], dressed as the parameter that vLLM's loaders copy shards into.
+
+    A loader narrows the weight to the rows of its shard and copies (vllm/model_executor/layers/linear.py, `weight_loader` of each
+    layer); here that copy quantizes. A scale belongs to one row, so that the shards of a fused layer may come one by one.
+    """
+
+    output_dim = 0
+    input_dim = 1
+
+    def __init__(
+        self, method: OnlineLinearMethod, dtype: torch.dtype, weight: torch.Tensor, scales: torch.Tensor
+    ) -> None:
+        self._method, self._dtype = method, dtype
+        self._weight, self._scales = weight, scales
+        self.shape = weight.shape
+        self._parts: dict[int, int] = {}
+
+    @property
+    def written(self) -> int:
+        """How many rows were written, each counted once."""
+        return sum(self._parts.values())
+
+    @property
+    def data(self) -> Rows:
+        """Itself: there is nothing below it that a loader may write to."""
+        return self
+
+    def size(self) -> torch.Size:
+        """[N, K]."""
+        return self.shape
+
+    def narrow(self, dim: int, start: int, length: int) -> _Part:
+        """Rows `start` to `start + length`; columns cannot be written alone, because a scale spans its row."""
+        if dim != self.output_dim:
+            raise RuntimeError("a loader wants columns of a weight with one scale per row")
+        return _Part(self, start, length)
+
+    def copy_(self, source: torch.Tensor) -> None:
+        """Quantize all rows from `source` [N, K]."""
+        self.write(0, source)
+
+    def write(self, start: int, source: torch.Tensor) -> None:
+        """Quantize `source` [M, K] into the rows from `start` on, in the dtype that a loaded weight would have had."""
+        count = source.shape[0]
+        source = source.to(self._weight.device, self._dtype).contiguous()
+        rows = slice(start, start + count)
+        self._method.quantize(source, self._weight[rows], self._scales[rows])
+        self._parts[start] = count
+
+
+class _Part:
+    """Some rows of a weight; what a loader gets when it narrows one."""
+
+    def __init__(self, whole: Rows, start: int, length: int) -> None:
+        self._whole, self._start = whole, start
+        self.shape = torch.Size((length, whole.shape[1]))
+
+    def copy_(self, source: torch.Tensor) -> None:
+        """Quantize these rows from `source`."""
+        self._whole.write(self._start, source)
+
+
+def original_loader(parameter: torch.Tensor) -> Loader | None:
+    """A parameter's loader without the wrappers of the layerwise reload, which drop what they get outside of one."""
+    loader: Any = getattr(parameter, "weight_loader", None)
+    while getattr(loader, "__name__", "") == "online_process_loader":
+        loader = loader.__wrapped__
+    return cast("Loader | None", loader)
+
+
+class OnlineConfig(QuantizationConfig):
+    """Every linear layer in 8 bits, except `ignore` patterns; lm_head, embeddings and experts stay as they are."""
+
+    method: ClassVar[type[OnlineLinearMethod]]
+
+    def __init__(self, ignore: list[str] | None = None) -> None:
+        super().__init__()
+        self.ignore = ignore or []
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Activation dtypes that the kernels take."""
+        return [torch.bfloat16, torch.half]
+
+    @classmethod
+    def get_config_filenames(cls) -> list[str]:
+        """None: the method needs no file beside the checkpoint."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> OnlineConfig:
+        """Build from `hf_overrides.quantization_config`; `ignore` lists layer names or `re:` patterns."""
+        return cls(ignore=list(config.get("ignore", [])))
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> LinearMethodBase | None:
+        """8 bits for linear layers, vLLM's default for the rest, and for all in a replica that stays in bf16."""
+        if not isinstance(layer, LinearBase):
+            return None
+        plain = stays_in_bf16() or should_ignore_layer(
+            prefix, ignore=self.ignore, fused_mapping=self.packed_modules_mapping
+        )
+        contract.logger().debug("%s: %s", prefix, "as it is" if plain else self.method.precision)
+        return UnquantizedLinearMethod() if plain else self.method()
+
+
+class Int8OnlineLinearMethod(OnlineLinearMethod):
+    """INT8 weights with vLLM's kernel for the platform."""
+
+    precision = "int8"
+    dtype = torch.int8
+    row_kernels = frozenset({"CutlassInt8ScaledMMLinearKernel"})
+
+    def choose_kernel(self, layer: torch.nn.Module) -> Any:
+        """The INT8 kernel for channel-wise weights and dynamic activations."""
+        return init_int8_linear_kernel(
+            is_channelwise=True,
+            is_static_input_scheme=False,
+            input_symmetric=True,
+            module_name=type(self).__name__,
+        )
+
+    def quantize(self, weight: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor) -> None:
+        """One pass of vLLM's kernel for activations on CUDA, the same in PyTorch elsewhere; an all-zero row gets a tiny scale."""
+        if weight.is_cuda:
+            # what vllm/_custom_ops.py:scaled_int8_quant calls, which allocates its outputs
+            torch.ops._C.dynamic_scaled_int8_quant(rows, weight, scales, None)
+            return
+        scales.copy_((weight.abs().amax(dim=1, keepdim=True).float() / 127).clamp_min(1e-8))
+        rows.copy_((weight.float() / scales).round_().clamp_(-127, 127))
+
+    def hand_over(self, layer: torch.nn.Module, rows: torch.Tensor, scales: torch.Tensor) -> None:
+        """Weight [N, K], which the kernel transposes (CUTLASS) or packs (oneDNN)."""
+        layer.register_parameter("weight", torch.nn.Parameter(rows, requires_grad=False))
+        layer.register_parameter("weight_scale", torch.nn.Parameter(scales, requires_grad=False))
+        for name in ("input_scale", "input_zero_point", "azp_adj"):
+            layer._parameters.pop(name, None)
+            layer.register_parameter(name, None)
+        self.kernel.process_weights_after_loading(layer)
+        # oneDNN's handle keeps a raw pointer to these, and a reload puts other tensors in their place:
+        # without a reference of our own all log-probs are NaN after the second refit
+        self._kernel_operands = [scales, layer.weight_scale, layer.azp_adj]
+
+
+class Int8OnlineConfig(OnlineConfig):
+    """INT8 for every linear layer."""
+
+    method = Int8OnlineLinearMethod
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Name to pass as vLLM's `quantization`."""
+        return contract.INT8_METHOD
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Turing (7.5): the first with INT8 tensor cores."""
+        return 75
+
+
+class Fp8OnlineLinearMethod(OnlineLinearMethod):
+    """FP8 weights per channel, FP8 activations per token."""
+
+    precision = "fp8"
+    dtype = torch.float8_e4m3fn
+    row_kernels = frozenset({"CutlassFP8ScaledMMLinearKernel"})
+
+    def choose_kernel(self, layer: torch.nn.Module) -> Any:
+        """The FP8 kernel; Marlin's would compute with 16-bit activations, which is not what was asked for."""
+        kernel = init_fp8_linear_kernel(
+            activation_quant_key=kFp8DynamicTokenSym,
+            weight_quant_key=kFp8StaticChannelSym,
+            weight_shape=layer.weight.shape,
+            input_dtype=layer.orig_dtype,
+            out_dtype=layer.orig_dtype,
+            module_name=type(self).__name__,
+        )
+        if "Marlin" in type(kernel).__name__:
+            raise ValueError("FP8 activations need compute capability 8.9 or newer; vLLM offers 16-bit ones only here")
+        return kernel
+
+    def quantize(self, weight: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor) -> None:
+        """One pass of vLLM's kernel for activations, which vllm/_custom_ops.py:scaled_fp8_quant calls; CUDA only."""
+        torch.ops._C.dynamic_per_token_scaled_fp8_quant(rows, weight, scales, None)
+
+    def hand_over(self, layer: torch.nn.Module, rows: torch.Tensor, scales: torch.Tensor) -> None:
+        """Weight [K, N], column-major; the kernel pads odd shapes itself."""
+        layer.register_parameter("weight", torch.nn.Parameter(rows.t(), requires_grad=False))
+        layer.register_parameter("weight_scale", torch.nn.Parameter(scales, requires_grad=False))
+        layer.input_scale = None
+        self.kernel.process_weights_after_loading(layer)
+
+
+class Fp8OnlineConfig(OnlineConfig):
+    """FP8 for every linear layer."""
+
+    method = Fp8OnlineLinearMethod
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Name to pass as vLLM's `quantization`."""
+        return contract.FP8_METHOD
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Ada (8.9): the first with FP8 tensor cores."""
+        return 89
+
+
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class Float32LogitsProcessor(LogitsProcessor):
+    """vLLM's logits processor, multiplying into float32. Scale and soft cap come after it, in float32, too."""
+
+    def _get_logits(
+        self, hidden_states: torch.Tensor, lm_head: VocabParallelEmbedding, embedding_bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """As the base's (logits_processor.py:86 in 0.24, :182 in 0.28): gathered over ranks, without the vocabulary's padding."""
+        logits: torch.Tensor | None = float32_logits(lm_head, hidden_states, embedding_bias)
+        if lm_head.tp_size > 1:
+            logits = self._gather_logits(logits)
+        return None if logits is None else logits[..., : self.org_vocab_size]
+
+
+def float32_logits(
+    head: VocabParallelEmbedding, hidden: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Hidden states [..., H] times the head's weight [V, H]: float32 logits [..., V].
+
+    A product of two bf16 numbers is exact in float32, so that the GPU's kernel for bf16 computes in float32 already and only its output
+    was rounded: it reads the bf16 weights, where a float32 copy of them takes 2 GiB at 7B. Elsewhere both are converted at each step.
+    """
+    if not isinstance(head.quant_method, UnquantizedEmbeddingMethod):
+        raise TypeError(f"logits in float32 need floating weights, and the lm_head has {type(head.quant_method)}")
+    if hidden.is_cuda and hidden.dtype == head.weight.dtype != torch.float32:
+        # for bf16 and fp16 only (torch 2.8 and newer); vLLM 0.24 has it in fused_moe/router/gate_linear.py:142
+        logits = torch.mm(hidden.reshape(-1, hidden.shape[-1]), head.weight.t(), out_dtype=torch.float32)
+        logits = logits.reshape(*hidden.shape[:-1], -1)
+        return logits if bias is None else logits + bias.float()
+    return torch.nn.functional.linear(hidden.float(), head.weight.float(), None if bias is None else bias.float())
+
+
+def register() -> None:
+    """Have every model that is built from now on compute its logits in float32 (idempotent)."""
+    contract.require_vllm(vllm.__version__)
+    if LogitsProcessor.__name__ not in op_registry_oot:
+        LogitsProcessor.register_oot(Float32LogitsProcessor)
+
+
+def head_dtype(model: torch.nn.Module) -> str:
+    """The dtype in which a model computes logits, `fp32` for one whose every logits processor does."""
+    processors = [layer for layer in model.modules() if isinstance(layer, LogitsProcessor)]
+    embeddings = (layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding))
+    weights = next((layer.weight.dtype for layer in embeddings), torch.get_default_dtype())
+    if processors and all(_is_float32(processor) for processor in processors):
+        return NAMES[torch.float32]
+    return NAMES.get(weights, str(weights))
+
+
+def _is_float32(processor: LogitsProcessor) -> bool:
+    """Ours, or one that `hf_overrides` told so (0.25 and newer may have the attribute)."""
+    return isinstance(processor, Float32LogitsProcessor) or getattr(processor, "head_dtype", None) == torch.float32

@@ -1,0 +1,265 @@
+"""End a run from another terminal: its supervising process is asked, and it ends what it started.
+
+Who is told what happens in a run: `render.live` shows it, `launch.recording` writes it down.
+
+Follow a run that another process supervises: its record and its metrics, read as they are written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Protocol
+
+from flashrl_cli.contract import Handshake
+from flashrl_cli.errors import EnvironmentNotReady, ExitCode, InputError, RunFailed
+from flashrl_cli.paths import runs_root
+from flashrl_cli.runs import store
+from flashrl_cli.runs.metrics import MetricsTail
+from flashrl_cli.runs.store import known
+
+if TYPE_CHECKING:
+    import psutil
+
+    from flashrl_cli.runs.store import Attempt, Known, Status
+    from flashrl_cli.verl.metrics import StepMetrics
+
+
+class Display(Protocol):
+    """Who is told what happens."""
+
+    def expect(self, total: int) -> None:
+        """The run will have `total` steps."""
+
+    def phase(self, text: str) -> None:
+        """Something else is being done now."""
+
+    def proven(self, shakes: list[Handshake]) -> None:
+        """The rollout workers proved their precision."""
+
+    def step(self, metrics: StepMetrics) -> None:
+        """A step is done."""
+
+    def tick(self) -> None:
+        """Time passes."""
+
+
+FOLLOW_POLL_S = 0.2
+RECORD_S = 1.0
+"""Time between two looks at the record; the metrics are looked at with every poll."""
+
+
+class Watching(Display, Protocol):
+    """A display that also shows the end."""
+
+    def over(self, state: str, *, exit_code: int, error: str | None = None) -> None:
+        """The run is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How the attempt ended, with the exit code that its command had."""
+
+    state: Status
+    exit_code: int
+    hint: str | None
+
+
+def age(attempt: Attempt) -> float:
+    """Seconds since an attempt started, up to its end."""
+    end = datetime.fromisoformat(attempt.ended) if attempt.ended else datetime.now(UTC)
+    return max(0.0, (end - datetime.fromisoformat(attempt.started)).total_seconds())
+
+
+class Follower:
+    """One attempt of a run, shown on a display as far as it got and while it goes on."""
+
+    def __init__(self, run: Known, attempt: Attempt, display: Watching) -> None:
+        self.run, self.attempt, self.display = run, attempt, display
+        self._metrics = MetricsTail(run.paths.attempt(attempt.number).metrics)
+        self._phases = 0
+        self._stepped = self._proven = False
+        self._looked = time.monotonic()
+
+    def follow(self) -> Ending:
+        """Show the attempt until it is over."""
+        while True:
+            # before the metrics are read, so that none written before the end is missed
+            state = self._state()
+            self._show()
+            if state != "running":
+                return self._end(state)
+            time.sleep(FOLLOW_POLL_S)
+            if time.monotonic() - self._looked > RECORD_S:
+                self._look()
+
+    def _state(self) -> Status:
+        state = store.state(self.attempt)
+        if state == "lost":  # or it ended in order, and said so after the last look at its record
+            self._look()
+            state = store.state(self.attempt)
+        return state
+
+    def _look(self) -> None:
+        """Read the record anew; one that is gone or damaged tells nothing."""
+        self._looked = time.monotonic()
+        with contextlib.suppress(InputError, OSError):
+            found = store.load(self.run.paths.record)
+            same = [a for a in found.attempts if a.number == self.attempt.number] if found else []
+            self.attempt = same[0] if same else self.attempt
+
+    def _show(self) -> None:
+        if self.attempt.total_steps is not None:
+            self.display.expect(self.attempt.total_steps)
+        steps = list(self._metrics.poll())
+        self._stepped = self._stepped or any(step.trained for step in steps)
+        for phase in self.attempt.phases[self._phases :]:
+            if not self._stepped:
+                self.display.phase(phase.name)
+        self._phases = len(self.attempt.phases)
+        if self.attempt.proof and not self._proven:
+            self._proven = True
+            with contextlib.suppress(TypeError):
+                self.display.proven([Handshake(**shake) for shake in self.attempt.proof])
+        for step in steps:
+            self.display.step(step)
+        self.display.tick()
+
+    def _end(self, state: Status) -> Ending:
+        code = self.attempt.exit_code
+        if code is None:
+            code = ExitCode.OK if state == "done" else ExitCode.FAILED
+        error = self.attempt.error or ("the process that supervised it is gone" if state == "lost" else None)
+        self.display.over(state, exit_code=code, error=error)
+        return Ending(state, code, self.attempt.hint)
+
+
+GRACE_S = 60.0
+"""Time that verl gets to end where the plan does not say: the default of `watch.stop_grace_s`."""
+MORE_S = 30.0
+"""Time beyond it for the processes that verl leaves, and for the record."""
+BETWEEN_S = 0.5
+"""Time between the two signals of an immediate end."""
+POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stopped:
+    """What was done: `stopped` is False if nothing ran any more. `state` is the attempt's state afterwards."""
+
+    name: str
+    attempt: int
+    stopped: bool
+    state: Status
+    seconds: float = 0.0
+    step: int | None = None
+
+
+def stop(run: Known, *, at_once: bool = False, say: Callable[[str], None] = lambda _: None) -> Stopped:
+    """End the newest attempt of `run` and wait until its supervisor is gone; nothing to do if it does not run.
+
+    Raises InputError without a record, EnvironmentNotReady where it cannot be ended from here, RunFailed if it goes on.
+    """
+    attempt = run.last
+    if attempt is None:
+        raise InputError(
+            f"run {run.name} has no record of its process: {run.damage or 'it was started before records were kept'}",
+            hint="if it still runs, Ctrl-C in its terminal ends it",
+        )
+    if attempt.status == "running" and attempt.host != socket.gethostname():
+        raise EnvironmentNotReady(f"run {run.name} runs on {attempt.host}", hint=_over_there(run, attempt, at_once))
+    process = supervisor(attempt)
+    if process is None:
+        _check_job(run, attempt)
+        return Stopped(
+            name=run.name, attempt=attempt.number, stopped=False, state=store.state(attempt), step=attempt.last_step
+        )
+    return _end(run, attempt, process, at_once=at_once, say=say)
+
+
+def supervisor(attempt: Attempt) -> psutil.Process | None:
+    """The process that supervises `attempt` on this machine, if it is the very one that was recorded and lives."""
+    import psutil
+
+    if attempt.status != "running" or not store.is_alive(attempt.pid, attempt.pid_started):
+        return None
+    try:
+        process = psutil.Process(attempt.pid)  # from now on psutil itself refuses to signal another process of this pid
+        return process if abs(process.create_time() - attempt.pid_started) < 1 else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _end(
+    run: Known, attempt: Attempt, process: psutil.Process, *, at_once: bool, say: Callable[[str], None]
+) -> Stopped:
+    grace = run.setting(attempt.number, "watch", "stop_grace_s")
+    limit = (float(grace) if isinstance(grace, int | float) else GRACE_S) + MORE_S
+    how = "at once" if at_once else f"and wait up to {limit:.0f} s (`--now` makes short work of it)"
+    say(f"ending {run.name}, attempt {attempt.number}: ask process {process.pid} to stop {how}")
+    began = time.monotonic()
+    # a run that was started in the background of a script ignores INT; TERM always reaches it
+    _signal(process, signal.SIGTERM, run)
+    if at_once:
+        time.sleep(BETWEEN_S)
+        # another number, because two equal signals may arrive as one; and TERM, because the other may be ignored
+        _signal(process, signal.SIGINT, run)
+        _signal(process, signal.SIGTERM, run)
+    while store.is_alive(attempt.pid, attempt.pid_started):
+        if time.monotonic() - began > limit:
+            raise RunFailed(
+                f"run {run.name} still runs after {limit:.0f} s: process {process.pid}",
+                hint=f"flashrl runs stop {shlex.quote(run.name)} --now",
+            )
+        time.sleep(POLL_S)
+    after = known(run.name).last or attempt
+    return Stopped(
+        name=run.name,
+        attempt=attempt.number,
+        stopped=True,
+        state=store.state(after),
+        seconds=time.monotonic() - began,
+        step=after.last_step,
+    )
+
+
+def _signal(process: psutil.Process, number: int, run: Known) -> None:
+    import psutil
+
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return
+    except psutil.AccessDenied:
+        raise EnvironmentNotReady(
+            f"run {run.name} belongs to another user: process {process.pid}", hint="stop it as the user who started it"
+        ) from None
+
+
+def _over_there(run: Known, attempt: Attempt, at_once: bool) -> str:
+    now = ["--now"] if at_once else []
+    command = ["env", f"FLASHRL_RUNS={runs_root()}", "flashrl", "runs", "stop", run.name, *now]
+    return shlex.join(["ssh", attempt.host, shlex.join(command)])
+
+
+def _check_job(run: Known, attempt: Attempt) -> None:
+    """Raise EnvironmentNotReady if a Ray job may go on although its supervisor is gone."""
+    if command := orphan(attempt):
+        raise EnvironmentNotReady(
+            f"the process that supervised {run.name} is gone, its Ray job {attempt.job_id} may still run",
+            hint=shlex.join(command),
+        )
+
+
+def orphan(attempt: Attempt) -> list[str] | None:
+    """The command that ends the attempt's Ray job, if that may go on although its supervisor is gone."""
+    if store.state(attempt) != "lost" or attempt.executor != "ray" or not attempt.job_id:
+        return None
+    address = ["--address", attempt.ray_address] if attempt.ray_address else []
+    return ["ray", "job", "stop", *address, attempt.job_id]

@@ -1,0 +1,407 @@
+"""A launch plan under way as a Ray job: submitted, followed and ended through Ray's job server.
+
+Ray's job client with a time limit on every request, at the address that flashrl was given and no other.
+
+The log of a Ray job, followed into a file here as it grows.
+
+Notices when a Ray cluster loses a node on which a job has actors: verl and vLLM may wait for ever for those.
+
+Metrics and handshakes out of a job's log, for runs whose workers cannot write into the attempt's folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from flashrl_cli import contract
+from flashrl_cli.errors import EnvironmentNotReady, RunFailed
+from flashrl_cli.runs.metrics import Tail, last_lines
+from flashrl_cli.train import plan as ray_plan
+from flashrl_cli.verl.logs import plain, read_line
+
+if TYPE_CHECKING:
+    from flashrl_cli.paths import AttemptPaths
+    from flashrl_cli.train.plan import LaunchPlan
+
+TIMEOUT_S = (5.0, 30.0)
+"""Seconds to connect, and to wait for an answer."""
+LIMIT = 10_000
+"""Most rows that Ray's state API gives."""
+OVERRULING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+"""Variables that Ray's client takes for the address whatever it is given (ray/dashboard/utils.py)."""
+
+
+class Jobs(Protocol):
+    """What flashrl uses of `ray.job_submission.JobSubmissionClient`; requests raise RuntimeError or OSError."""
+
+    def submit_job(self, **job: Any) -> str:
+        """Submit a job and return its id."""
+
+    def get_job_info(self, job_id: str) -> Any:
+        """State of a job: `status`, `message`, `driver_exit_code`."""
+
+    def get_job_logs(self, job_id: str) -> str:
+        """All of a job's log so far."""
+
+    def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        """The job's log from its start, in pieces as it grows, until the job has ended."""
+
+    def stop_job(self, job_id: str) -> bool:
+        """Ask a job to end."""
+
+    def list_jobs(self) -> list[Any]:
+        """All jobs that the cluster knows."""
+
+    def listed(self, what: str, **filters: str) -> list[dict[str, Any]]:
+        """Ray's `nodes` or `actors`, those whose fields are as `filters` say."""
+
+
+def connect(address: str) -> Jobs:
+    """A client of the job server at `address` (its dashboard's http://host:8265, or a cluster's host:6379).
+
+    Raises EnvironmentNotReady where none answers.
+    """
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):  # type: ignore[misc]  # Ray has no types here
+        """Stock requests wait for ever for a host that is gone."""
+
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            try:
+                return super()._do_request(method, endpoint, **{"timeout": TIMEOUT_S, **options})
+            except AuthenticationError as error:
+                raise PermissionError(str(error)) from error
+
+        def listed(self, what: str, **filters: str) -> Any:
+            """From the state API, as `ray list nodes` asks it (ray/util/state/api.py)."""
+            params = {
+                "limit": LIMIT,
+                "timeout": int(TIMEOUT_S[1]),  # Ray answers 500 to a number with a point
+                "filter_keys": list(filters),
+                "filter_predicates": ["="] * len(filters),
+                "filter_values": list(filters.values()),
+            }
+            response = self._do_request("GET", f"/api/v0/{what}", params=params)
+            response.raise_for_status()
+            return response.json()["data"]["result"]["result"]
+
+    try:
+        with _without(*OVERRULING):
+            return _authenticated(lambda: Client(address))
+    except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and requests' own
+        raise EnvironmentNotReady(
+            f"no Ray job server answers at {address}: {_first_line(error)}",
+            hint="--ray-address http://HEAD:8265, the dashboard of a cluster with ray[default]; "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN where it asks for a token (`ray get-auth-token` there)",
+        ) from error
+
+
+def _authenticated(make: Callable[[], Jobs]) -> Jobs:
+    """A client; where the cluster asks for a token, with the one that `ray start` and `ray.init` take by themselves."""
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+    try:
+        return make()
+    except PermissionError:
+        if not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
+            raise
+        return make()
+
+
+@contextlib.contextmanager
+def _without(*names: str) -> Iterator[None]:
+    saved = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(saved)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+SILENCE_S = 300.0
+"""A connection that brought nothing for so long is made anew: it may be dead without either side knowing."""
+LOG_PAUSES_S = (5.0, 1.0, 2.0, 5.0, 10.0, 20.0)
+"""Before the next connection: after a stream that ended, after the first failure, the second …"""
+
+
+class Follower(threading.Thread):
+    """Appends a job's log to a file until the job has ended. Ray streams it from its start: what is here already is passed over."""
+
+    def __init__(self, jobs: Jobs, job_id: str, file: Path) -> None:
+        super().__init__(name=f"log of {job_id}", daemon=True)
+        self._jobs, self._id, self._file = jobs, job_id, file
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._taken = 0
+        """Characters written so far."""
+
+    def run(self) -> None:
+        """Follow, over as many connections as it takes."""
+        failures = 0
+        while not self._ended.is_set():
+            before = self._taken
+            try:
+                asyncio.run(self._follow())
+                failures = 0  # Ray closes the stream when the job has ended, and when its agent is replaced
+            except Exception:  # noqa: BLE001 - aiohttp and Ray raise many; the job's state is asked for elsewhere
+                failures = 1 if self._taken > before else failures + 1
+            self._ended.wait(LOG_PAUSES_S[min(failures, len(LOG_PAUSES_S) - 1)])
+
+    def finish(self, patience_s: float) -> None:
+        """Called once the job has ended: wait for the rest of the stream, and fetch what it does not bring."""
+        self._ended.set()
+        self.join(patience_s)
+        if self.is_alive():
+            with contextlib.suppress(Exception):
+                self._take(self._jobs.get_job_logs(self._id), start=0)
+
+    async def _follow(self) -> None:
+        position = 0
+        stream = cast("AsyncGenerator[str]", self._jobs.tail_job_logs(self._id))
+        async with contextlib.aclosing(stream) as chunks:
+            while True:
+                chunk = await asyncio.wait_for(anext(chunks, None), SILENCE_S)
+                if chunk is None:
+                    return
+                self._take(chunk, start=position)
+                position += len(chunk)
+
+    def _take(self, text: str, *, start: int) -> None:
+        """Append what of `text`, which begins at character `start` of the log, is new."""
+        with self._lock:
+            new = text[max(self._taken - start, 0) :]
+            if new:
+                with self._file.open("a", encoding="utf-8", newline="") as stream:
+                    stream.write(new)
+                self._taken += len(new)
+
+
+PAUSE_S = 5.0
+LATE_S = 45.0
+"""Ray declares a node dead after five lost health checks, 3 s apart and more; the job itself may fail at once."""
+SIGNS = re.compile(
+    r"ActorDiedError|ActorUnavailableError|NodeDiedError|WorkerCrashedError|Connection (reset|closed|refused)|Broken pipe"
+    r"|NCCL|[Gg]loo|died|unreachable|RpcError"
+)
+"""What a log shows where a failure may come from a lost node."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A node that is gone: its address, and what Ray says of it."""
+
+    address: str
+    reason: str
+
+
+class NodeWatch:
+    """Asks for the cluster's nodes now and then."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+        self._alive: set[str] = set()
+        self._due = 0.0
+
+    def lost(self, job_id: str | None) -> Lost | None:
+        """The node that died since the first call and held actors of Ray's job `job_id`; None if none, or nobody answers."""
+        now = time.monotonic()
+        if job_id is None or now < self._due:
+            return None
+        self._due = now + PAUSE_S
+        try:
+            return self._look(job_id)
+        except (RuntimeError, OSError, KeyError, ValueError):
+            return None  # whether the job server answers at all is watched elsewhere
+
+    def lost_in_the_end(self, job_id: str | None, log: Path) -> Lost | None:
+        """The lost node that made a job fail, waited for where the log shows that something broke off."""
+        suspect = len(self._alive) > 1 and SIGNS.search("\n".join(last_lines(log, 300)))
+        deadline = time.monotonic() + (LATE_S if suspect else 0.0)
+        while True:
+            self._due = 0.0
+            found = self.lost(job_id)
+            if found or time.monotonic() >= deadline:
+                return found
+            time.sleep(1.0)
+
+    def _look(self, job_id: str) -> Lost | None:
+        for node in self._jobs.listed("nodes"):
+            name = node["node_id"]
+            if node["state"] == "ALIVE":
+                self._alive.add(name)
+            elif name in self._alive and self._jobs.listed("actors", job_id=job_id, node_id=name):
+                return Lost(node["node_ip"], node.get("state_message") or "no reason given")
+        return None
+
+
+class Relay:
+    """Follows the attempt's log and writes `metrics.jsonl` and `plugins/` as verl and the plugins would."""
+
+    def __init__(self, attempt: AttemptPaths) -> None:
+        self._attempt = attempt
+        self._tail = Tail(attempt.log)
+        # nodes that share Ray's own folder, such as two on one machine, each send all lines of it
+        self._written: deque[tuple[int, dict[str, float | None]]] = deque(maxlen=8)
+
+    def poll(self, *, ended: bool = False) -> None:
+        """Take in the lines that came since the last call."""
+        for line in self._tail.poll(ended=ended):
+            self._take(plain(line))
+
+    def _take(self, line: str) -> None:
+        shake = contract.told_handshake(line)
+        if shake is not None:
+            contract.write_handshake(self._attempt.plugins, shake)
+            return
+        found = read_line(line)
+        if found is not None and found not in self._written:
+            self._written.append(found)
+            step, data = found
+            with self._attempt.metrics.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"step": step, "data": data}) + "\n")
+
+
+STATUS_PAUSES_S = (1.5, 3.0, 6.0, 12.0, 20.0)
+"""Between two questions for the job's state: the first while it answers, the others after each failure to."""
+PATIENCE_S = 120.0
+"""How long the job server may stay silent."""
+LOG_PATIENCE_S = 15.0
+STOP_PATIENCE_S = 60.0
+"""How long a job may take to stop: Ray itself kills its driver after 3 s."""
+ENDED = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": -signal.SIGTERM}
+
+
+class RayJob:
+    """An `executor.Handle`. Where the attempt's folder is not shared, metrics and handshakes come out of the log."""
+
+    def __init__(self, jobs: Jobs, plan: LaunchPlan, job_id: str, *, shared: bool) -> None:
+        self.id = job_id
+        self._jobs, self._log = jobs, plan.attempt_paths.log
+        self._relay = None if shared else Relay(plan.attempt_paths)
+        self._follower = Follower(jobs, job_id, self._log)
+        self._follower.start()
+        self._nodes = NodeWatch(jobs)
+        self._ray_id: str | None = None
+        self._lost = False
+        self._code: int | None = None
+        self._answered = time.monotonic()
+        self._due = 0.0
+        self._failures = 0
+
+    def poll(self) -> int | None:
+        """Exit code, None while the job runs.
+
+        Raises RunFailed when the job server is silent for two minutes, and, once, when a lost node made the job fail.
+        """
+        if self._code is None and time.monotonic() >= self._due:
+            self._ask()
+        return self._code
+
+    def tend(self) -> None:
+        """Take metrics and handshakes out of what the log brought. Raises RunFailed, once, when a node of the job is lost."""
+        if self._relay:
+            self._relay.poll()
+        if self._code is None and not self._lost:
+            self._tell(self._nodes.lost(self._ray_id))
+
+    def terminate(self) -> None:
+        """Ask Ray to stop the job; a server that does not answer is asked again by `kill`."""
+        try:
+            self._jobs.stop_job(self.id)
+        except (RuntimeError, OSError):
+            return
+        self._due = 0.0
+
+    def kill(self, *, grace_s: float = 0.0) -> None:
+        """Stop the job and wait until it has ended. Raises RunFailed if it does not, or nobody answers."""
+        deadline = time.monotonic() + max(grace_s, STOP_PATIENCE_S)
+        while self.poll() is None:
+            self.terminate()
+            if time.monotonic() > deadline:
+                raise RunFailed(f"Ray job {self.id} does not end", hint=f"ray job stop {self.id}")
+            time.sleep(0.5)
+
+    def _ask(self) -> None:
+        try:
+            info = self._jobs.get_job_info(self.id)
+        except (RuntimeError, OSError) as error:
+            self._failed(error)
+            return
+        self._answered, self._failures = time.monotonic(), 0
+        self._due = self._answered + STATUS_PAUSES_S[0]
+        self._ray_id = info.job_id or self._ray_id
+        state = str(getattr(info.status, "value", info.status))
+        if state in ENDED:
+            self._end(state, info)
+
+    def _failed(self, error: Exception) -> None:
+        now = time.monotonic()
+        if now - self._answered > PATIENCE_S:
+            raise RunFailed(
+                f"Ray's job server has not answered for {now - self._answered:.0f} s: {str(error)[:300]}",
+                hint=f"job {self.id} may still run: `ray job status {self.id}`; go on with --resume auto",
+            ) from error
+        self._failures = min(self._failures + 1, len(STATUS_PAUSES_S) - 1)
+        self._due = now + STATUS_PAUSES_S[self._failures]
+
+    def _end(self, state: str, info: Any) -> None:
+        self._follower.finish(LOG_PATIENCE_S)
+        code = info.driver_exit_code
+        if state == "FAILED" and code is None:
+            # there was no driver to say why: its environment failed, or its node was lost
+            with self._log.open("a", encoding="utf-8") as stream:
+                stream.write(f"\nRay: {info.message}\n")
+        if self._relay:
+            self._relay.poll(ended=True)
+        self._code = code or ENDED[state]
+        if state == "FAILED" and not self._lost:
+            self._tell(self._nodes.lost_in_the_end(self._ray_id, self._log))
+
+    def _tell(self, lost: Lost | None) -> None:
+        if lost is None:
+            return
+        self._lost = True
+        raise RunFailed(
+            f"the Ray cluster lost node {lost.address}, on which workers of the run were: {lost.reason[:300]}",
+            hint="`--resume auto` goes on from the newest checkpoint, once the cluster has nodes enough again",
+        )
+
+
+def starter(jobs: Jobs, address: str, *, shared: bool) -> Callable[[LaunchPlan], RayJob]:
+    """How a plan is started as a job of `jobs`."""
+
+    def start(plan: LaunchPlan) -> RayJob:
+        job = ray_plan.job_request(plan, address, shared=shared)
+        try:
+            job_id = _submit(jobs, job)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise EnvironmentNotReady(
+                f"Ray does not take the job: {str(error)[:1000]}", hint="`--dry-run` shows what is submitted"
+            ) from error
+        return RayJob(jobs, plan, job_id, shared=shared)
+
+    return start
+
+
+def _submit(jobs: Jobs, job: ray_plan.Job) -> str:
+    """Submit under the job's name, or the first free one after it: a cluster remembers the names of runs that were removed."""
+    used = {known.submission_id for known in jobs.list_jobs()}
+    names = (job.submission_id, *(f"{job.submission_id}-{n}" for n in range(2, len(used) + 2)))
+    free = next(name for name in names if name not in used)
+    return jobs.submit_job(**ray_plan.submission(job) | {"submission_id": free})

@@ -1,0 +1,444 @@
+"""Can this machine run a preset? Found out before anything starts, every reason at once.
+
+`train` refuses to start over the failures; `flashrl doctor --preset` shows the same findings, the good ones too.
+
+What a run reads from this machine: data files, whose rows are judged, model folders and a smoothing profile.
+
+Will a plan fit on the GPUs that it is meant for?
+
+Does a run find the GPUs, the precision and the attention that it asks for?
+
+Is the smoothing profile of a run one, and of the run's model?
+
+Is there what a run reads, and room for what it writes?
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashrl_cli import hub, paths
+from flashrl_cli.data import readers
+from flashrl_cli.data.rows import BadRows, Needs, Scoring, faults, judge
+from flashrl_cli.data.writing import Types
+from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
+from flashrl_cli.machine import gpus, ray_state, software, system
+from flashrl_cli.machine.finding import Finding, fail, ok, problems, warn
+from flashrl_cli.machine.software import ENTRY_POINTS, GPU, installed_stack
+from flashrl_cli.machine.system import existing
+from flashrl_cli.memory import estimate
+from flashrl_cli.memory import model as known
+from flashrl_cli.paths import checkpoints_root
+from flashrl_cli.text import counted
+from flashrl_cli.verl import environment, rewards
+from flashrl_cli.verl import environment as loggers
+from flashrl_cli.verl.environment import rollout_options
+from flashrl_cli.verl.overrides import data_path, model_path
+from flashrl_cli.weights import Unreadable, Weights, read_json
+from flashrl_cli.weights.contents import shapes
+from flashrl_cli.weights.profile import Profile
+
+if TYPE_CHECKING:
+    from flashrl_cli.config.resolve import Resolved
+    from flashrl_cli.config.spec import ResourceSpec, RunSpec
+    from flashrl_cli.data.rows import Located
+    from flashrl_cli.memory.model import ModelShape
+    from flashrl_cli.train.plan import LaunchPlan
+    from flashrl_cli.verl.compose import Tree
+
+PROFILE = "rollout.profile"
+DATA = ("data.train", "data.val")
+
+
+def local_inputs(spec: RunSpec, data_root: Path) -> dict[str, Path]:
+    """Spec keys to the files and folders that they name on this machine; a hub id names none."""
+    named = {
+        "data.train": data_path("train")(spec.data.train, data_root),
+        "data.val": data_path("test")(spec.data.val, data_root),
+        "model.path": model_path(spec.model.path, data_root),
+    }
+    if spec.algorithm.advantage == "gae" and spec.critic.path:
+        named["critic.path"] = model_path(spec.critic.path, data_root)
+    if profile := rollout_options(spec).profile:
+        named[PROFILE] = profile
+    return {key: Path(path) for key, path in named.items() if path.startswith("/")}
+
+
+def row_problems(spec: RunSpec, data_root: Path) -> list[Problem]:
+    """What is wrong with the rows of the files that are here, all of which are read.
+
+    Rows of a data set class of the person's own may have any form. Raises EnvironmentNotReady for a missing library.
+    """
+    if rewards.own_rows(spec.verl):
+        return []
+    scoring = Scoring.OWN if rewards.own_reward(spec.verl) else Scoring.VERL
+    needs = Needs(scoring=scoring, prompt=rewards.prompt_column(spec.verl))
+    here = local_inputs(spec, data_root)
+    found: list[Problem] = []
+    for file in dict.fromkeys(here[key] for key in DATA if key in here):
+        if file.exists():
+            found += _problems(file, needs)
+    return found
+
+
+def _problems(file: Path, needs: Needs) -> list[Problem]:
+    bad = BadRows()
+    try:
+        rows = judge(_uniform(readers.read_rows(file, needs, bad), needs, bad), needs, bad)
+    except InputError as error:
+        return [Problem(error.message, str(file), error.hint)]
+    if not rows and not bad.count:
+        return [Problem("holds no rows", str(file), "flashrl prepare writes rows as verl reads them")]
+    return bad.problems()
+
+
+def _uniform(located: Iterator[Located], needs: Needs, bad: BadRows) -> Iterator[Located]:
+    """Yield the rows; those of JSON whose types Arrow would not load with those of the rows before go to `bad`, too."""
+    types = Types()
+    for place, row in located:
+        if not place.unit and not any(faults(row, needs)):  # a line; Parquet has one type for each column
+            for fault in types.faults(place, row):
+                bad.add(place, fault)
+        yield place, row
+
+
+def vocabulary(spec: RunSpec, data_root: Path) -> int | None:
+    """Rows of the policy's embedding, from its config.json; None for a policy that is not on this machine."""
+    folder = local_inputs(spec, data_root).get("model.path")
+    try:
+        size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"] if folder else None
+    except (OSError, ValueError, KeyError):
+        return None
+    return size if isinstance(size, int) else None
+
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What is known of a run's memory: an estimate on GPUs of some size, or why there is none."""
+
+    gpu: str = ""
+    """Where the GPU's size is from."""
+    estimate: estimate.Estimate | None = None
+    unknown: str = ""
+
+    @property
+    def lines(self) -> list[str]:
+        """For people."""
+        if self.estimate is None:
+            return [f"memory: not estimated, {self.unknown}"]
+        return [f"memory of each GPU ({self.gpu}), estimated:", *estimate.block(self.estimate)]
+
+    @property
+    def warning(self) -> str | None:
+        """What deserves attention before a launch."""
+        if self.estimate is None or self.estimate.verdict == "fits":
+            return None
+        return "; ".join(estimate.summary(self.estimate))
+
+    def document(self) -> dict[str, Any]:
+        """For programs."""
+        if self.estimate is None:
+            return {"unknown": self.unknown}
+        return {"gpu": self.gpu, **estimate.document(self.estimate)}
+
+
+def shape(model: str) -> ModelShape | None:
+    """Shape of a model, from what is on this machine; None where that tells nothing, or of something else than a decoder."""
+    with contextlib.suppress(ValueError):
+        return known.shape_of(model, paths.data_root())
+    return None
+
+
+def of_plan(resolved: Resolved, tree: Tree, gpus: Sequence[int] = ()) -> Memory:
+    """Memory of a run on this machine's `gpus` (bytes of each), or as `resources.gpu_memory_gib` says, or on 80 GB GPUs."""
+    spec = resolved.spec
+    if spec.resources.platform == "cpu":
+        return Memory(unknown="it is estimated for GPUs only")
+    try:
+        policy = known.shape_of(spec.model.path, paths.data_root())
+        critic = known.shape_of(spec.critic.path, paths.data_root()) if spec.critic.path else None
+        if policy is None:
+            return Memory(unknown=f"no config.json of {spec.model.path} on this machine")
+        size, source = _gpu(spec, gpus)
+        return Memory(gpu=source, estimate=estimate.estimate(resolved, tree, policy, critic, size))
+    except ValueError as error:
+        return Memory(unknown=str(error))
+
+
+def _gpu(spec: RunSpec, gpus: Sequence[int]) -> tuple[int, str]:
+    given = spec.resources.gpu_memory_gib
+    if given is not None:
+        return round(given * GIB), "resources.gpu_memory_gib"
+    if gpus:
+        return min(gpus), "this machine's"
+    return estimate.H100_BYTES, "80 GB assumed"
+
+
+def device_findings(spec: RunSpec, versions: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield how this machine stands to what `spec` computes on; the GPUs of a Ray cluster cannot be seen from here."""
+    joined = _cluster(spec)
+    yield from _ray(spec, joined)
+    yield from system.sockets(_environment(spec))
+    yield from gpus.vendors(
+        _environment(spec) | environment.worker_variables(spec.verl), spec.resources.gpus_per_node, preset=spec.env
+    )
+    if spec.resources.platform == "cpu":
+        yield from system.cpu_lacks(spec.rollout.precision, kv8=spec.rollout.kv_cache != "auto")
+    elif joined is None:
+        found = gpus.seen()
+        yield from enough(spec.resources, len(found))
+        yield from _gpu_precision(spec, found)
+        yield from gpus.driver(found, gpus.cuda_of(versions.get("torch", "")), compatible=gpus.COMPATIBLE.is_dir())
+        if installed_stack(versions) is GPU:
+            yield attention(spec, versions)
+
+
+def _environment(spec: RunSpec) -> dict[str, str]:
+    """The environment of a run here: this process's, and the preset's `env` over it."""
+    return {**os.environ, **spec.env}
+
+
+def _cluster(spec: RunSpec) -> tuple[str, str] | None:
+    """The cluster that a run of `spec` joins, and the variable, key or file that says so."""
+    joined = ray_state.probe_cluster(_environment(spec), environment.ray_arguments(spec.verl))
+    if joined and joined[1] in spec.env:
+        return joined[0], f"env.{joined[1]}"
+    return joined
+
+
+def _ray(spec: RunSpec, joined: tuple[str, str] | None) -> Iterator[Finding]:
+    """Yield whether the run finds the Ray that it joins, or can start its own."""
+    arguments = environment.ray_arguments(spec.verl)
+    if joined is None:
+        yield ray_state.cluster(None, answers=None)
+        yield from ray_state.folder_findings(_environment(spec), arguments)
+        return
+    answers = ray_state.probe_answers(joined[0])
+    refused = [name for name in environment.REFUSED_ON_A_CLUSTER if arguments.get(name)]
+    if answers is False or not refused:
+        yield ray_state.cluster(joined, answers=answers)
+    else:
+        text = f"a run joins {joined[0]} ({joined[1]}), where Ray refuses {', '.join(refused)} of the preset"
+        yield fail("Ray", text, "`train --executor ray` leaves them out, `RAY_ADDRESS=local` has a Ray of its own")
+
+
+def _gpu_precision(spec: RunSpec, found: Sequence[gpus.Gpu]) -> Iterator[Finding]:
+    precision = spec.rollout.precision
+    if reason := gpus.lacks(precision, found):
+        yield fail("rollout.precision", reason, f"--rollout {gpus.PRECISIONS[precision].instead}")
+    if spec.rollout.kv_cache != "auto" and (reason := gpus.outside(gpus.CACHE, "an FP8 KV cache", found)):
+        yield fail("rollout.kv_cache", reason, "--set rollout.kv_cache=auto")
+
+
+def enough(resources: ResourceSpec, found: int) -> Iterator[Finding]:
+    """Yield whether a machine with `found` GPUs, and no cluster, has what a run on GPUs asks for."""
+    wanted = f"{resources.nodes} x {resources.gpus_per_node} CUDA GPUs"
+    if resources.nodes > 1 or found < resources.gpus_per_node:
+        yield fail(
+            "resources",
+            f"it needs {wanted}; this machine has {found}",
+            "`--executor ray` on a cluster that has them, or extend base/cpu with a small model",
+        )
+    else:
+        yield ok("resources", f"{wanted} of {found}")
+
+
+def attention(spec: RunSpec, versions: Mapping[str, str]) -> Finding:
+    """How a run on GPUs gets its attention: a run that asks for flash-attn dies without it."""
+    finding = software.flash_attention(versions, environment.WITHOUT_FLASH)
+    if "flash-attn" in versions or "kernels" in versions:
+        return finding
+    if not environment.needs_flash(spec):
+        return ok(finding.name, "not installed, and the preset goes without")
+    fix = software.BUILD_FLASH_ATTENTION if environment.cannot_do_without_flash(spec) else finding.fix
+    return fail(finding.name, finding.text, fix)
+
+
+def gpu_memory(spec: RunSpec) -> list[int]:
+    """Bytes of each GPU of this machine; empty for a run on a CPU, or on a cluster, whose GPUs cannot be seen from here."""
+    if spec.resources.platform == "cpu" or _cluster(spec):
+        return []
+    return [gpu.memory_mib << 20 for gpu in gpus.seen() if gpu.memory_mib]
+
+
+_MAKE = "`flashrl quantize MODEL --calibrate PARQUET` makes one, --set rollout.profile=null goes without"
+
+
+def judge_profile(path: Path, model: Path | None) -> Finding:
+    """How the profile in `path` stands to the HF folder that training begins with (None for one on the hub, which is not looked at).
+
+    Smoothing preserves what any weights of that shape compute, so that a profile of other weights helps less and harms nothing.
+    """
+    if not path.is_file():
+        return fail(PROFILE, f"{path} does not exist", _MAKE)
+    try:
+        profile = Profile.read(path)
+    except Unreadable as error:
+        return fail(PROFILE, str(error), _MAKE)
+    told = f"{path}, of {profile.about.model}: {counted(len(profile.names), 'tensor')}"
+    if model is None or not model.is_dir():
+        return ok(PROFILE, told)
+    try:
+        unlike = profile.suits(read_json(model / "config.json")) or profile.fits(shapes(model))
+        same = Weights(hf=model).fingerprint() == profile.about.fingerprint
+    except Unreadable:
+        return ok(PROFILE, told)  # not in safetensors: shapes are held against the profile at each refit
+    if unlike:
+        return fail(PROFILE, f"{path} is of another model: {unlike}", _MAKE)
+    return (
+        ok(PROFILE, told)
+        if same
+        else warn(PROFILE, f"{told}, calibrated on other weights than those in {model}", _MAKE)
+    )
+
+
+def storage_findings(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
+    """Yield how data, models and the disk for checkpoints stand to what `spec` asks for."""
+    yield from _inputs(spec, data_root)
+    yield from _models(spec, data_root)
+    yield from _checkpoints(spec, data_root)
+
+
+def _inputs(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
+    for key, path in local_inputs(spec, data_root).items():
+        if key == PROFILE:
+            yield judge_profile(path, local_inputs(spec, data_root).get("model.path"))
+        elif path.exists():
+            yield ok(key, str(path))
+        else:
+            yield fail(key, f"{path} does not exist", _how_to_make(path, data_root))
+
+
+def _how_to_make(path: Path, data_root: Path) -> str:
+    if path.is_relative_to(data_root):
+        return f"`flashrl prepare {path.relative_to(data_root).parts[0]}`"
+    return "check the path"
+
+
+def _models(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
+    """Models that come from the hub: in its cache, or to be downloaded."""
+    cache, switch = hub.hub_cache(os.environ, Path.home()), hub.offline(os.environ)
+    for key, model in hub_models(spec, data_root).items():
+        if hub.is_cached(model, cache):
+            yield ok(key, f"{model}, from {cache}")
+        elif switch:
+            yield fail(
+                key, f"{model} is not in {cache}, and {switch} is set", f"unset {switch}, or copy the model there"
+            )
+        else:
+            size = parameters(model, data_root)
+            free = shutil.disk_usage(existing(cache)).free
+            yield system.download(key, model, size and 2 * size, free, str(cache))
+
+
+def hub_models(spec: RunSpec, data_root: Path) -> dict[str, str]:
+    """Spec keys to the models that they name on the hub."""
+    named = {"model.path": spec.model.path}
+    if spec.algorithm.advantage == "gae" and spec.critic.path:
+        named["critic.path"] = spec.critic.path
+    here = local_inputs(spec, data_root)
+    return {key: model for key, model in named.items() if key not in here}
+
+
+def parameters(model: str, data_root: Path) -> int | None:
+    """Parameter count of a model, as far as this machine knows its shape."""
+    from flashrl_cli.memory import model as known
+    from flashrl_cli.memory import model as shape
+
+    try:
+        found = known.shape_of(model, data_root)
+    except ValueError:
+        return None
+    return shape.parameters(found).total if found else None
+
+
+def _checkpoints(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
+    size = parameters(spec.model.path, data_root)
+    if size is not None and not os.environ.get("RAY_ADDRESS"):
+        root = checkpoints_root()
+        yield system.checkpoints(
+            environment.checkpoint_bytes(spec, size),
+            environment.checkpoints_kept(spec),
+            shutil.disk_usage(existing(root)).free,
+            nodes=spec.resources.nodes,
+            folder=str(root),
+            keep_fewer=environment.KEEP_ONE,
+        )
+
+
+__all__ = ["ENTRY_POINTS", "check", "findings"]
+SHOWN = 2
+"""Fixes that the last line repeats, which is all that some logs keep."""
+
+
+def check(plan: LaunchPlan, data_root: Path) -> None:
+    """Raise EnvironmentNotReady with every reason why this machine cannot run `plan`, InputError for the rows alone."""
+    found = list(problems(_machine(plan.spec, data_root)))
+    rows = list(problems(_rows(plan.spec, data_root)))
+    if found:
+        fixes = list(dict.fromkeys(problem.hint for problem in found if problem.hint))
+        raise EnvironmentNotReady(
+            f"this machine cannot run {plan.preset}: {', '.join(dict.fromkeys(str(problem.where) for problem in found))}",
+            problems=[*found, *rows],
+            hint=f"{'; '.join(fixes[:SHOWN])}; `flashrl doctor --preset` shows all that was checked, `--dry-run` the plan alone",
+        )
+    _refuse(plan, rows)
+
+
+def check_rows(plan: LaunchPlan, data_root: Path) -> None:
+    """Raise InputError if the rows of a data file that is on this machine cannot be trained on."""
+    _refuse(plan, list(problems(_rows(plan.spec, data_root))))
+
+
+def _refuse(plan: LaunchPlan, rows: list[Problem]) -> None:
+    if rows:
+        raise InputError(
+            f"{plan.preset} cannot be trained on these rows; nothing was started",
+            problems=rows,
+            hint="`flashrl prepare` writes rows whose truths verl's scorer pays for",
+        )
+
+
+def findings(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
+    """Yield how this machine, and the rows on it, stand to each thing that a run of `spec` needs."""
+    yield from _machine(spec, data_root)
+    yield from _rows(spec, data_root)
+
+
+def _rows(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
+    for problem in row_problems(spec, data_root):
+        yield fail(problem.where or "rows", problem.message, problem.hint)
+
+
+def _machine(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
+    versions = software.probe_versions()
+    yield from software.missing(find_spec)
+    yield from software.one_vllm(versions)
+    yield from software.verl_version(versions)
+    yield from software.vllm_version(versions)
+    yield from software.stack_for(spec.resources.platform, versions)
+    yield from software.findings(os.environ)
+    yield from device_findings(spec, versions)
+    yield from storage_findings(spec, data_root)
+    yield from _loggers(spec)
+
+
+def _loggers(spec: RunSpec) -> Iterator[Finding]:
+    names, environment = tuple(dict.fromkeys(spec.trainer.logger)), {**os.environ, **spec.env}
+    broken = list(loggers.problems(names, environment, lambda module: find_spec(module) is not None, Path.home()))
+    for problem in broken:
+        yield fail(f"logger {problem.where}", problem.message, problem.hint)
+    for name in loggers.demanding(names):
+        if name not in {problem.where for problem in broken}:
+            yield ok(f"logger {name}", "ready")

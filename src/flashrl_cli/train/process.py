@@ -1,0 +1,250 @@
+"""A command with everything it starts, so that all of it can be ended, whoever dies first.
+
+Ray puts its daemons into sessions of their own and rewrites process titles, so neither process groups nor environments find
+them again. On Linux this process becomes the "subreaper" instead: whatever loses its parent becomes a child of ours. Between
+us and the command stands a guardian (`launch.guardian`) of the same kind: when we are killed, it ends the command, and
+when it is killed, we do.
+
+Where a plan runs: something that was started, is watched, and can be ended. `process.Tree` and `ray.job.RayJob` are such.
+
+Signals that end a run in order instead of killing the process that watches it.
+
+One rule, the usual one of Unix: INT and HUP, which a terminal sends to all that it started, stay ignored if they were when flashrl
+was started. `nohup` ignores HUP and a shell INT (for `command &` in a script), so that a command outlives its terminal; Python, and
+with it every flashrl command without handlers of its own, keeps to that. TERM is sent to this very process, and always ends it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Protocol
+
+import psutil
+
+from flashrl_cli.errors import ExitCode, FlashrlError
+
+if TYPE_CHECKING:
+    from flashrl_cli.train.plan import LaunchPlan
+
+
+class Handle(Protocol):
+    """A plan under way. Its log, metrics and handshakes appear in the attempt's folder while `tend` is called."""
+
+    def poll(self) -> int | None:
+        """Exit code of the command, None while it runs; a signal's number negative."""
+
+    def tend(self) -> None:
+        """Do what keeps the handle true; called several times a second."""
+
+    def terminate(self) -> None:
+        """Ask the command to end."""
+
+    def kill(self, *, grace_s: float = 0.0) -> None:
+        """End everything that it started, at the latest after `grace_s` by force, and wait until none is left."""
+
+
+Start = Callable[["LaunchPlan"], Handle]
+"""Starts a plan; raises EnvironmentNotReady where it cannot."""
+
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, `kill`, and a terminal that was closed."""
+_OF_A_TERMINAL = frozenset({signal.SIGINT, signal.SIGHUP})
+
+
+class Interrupted(FlashrlError):
+    """A signal ended the run; the exit code is the signal's."""
+
+    def __init__(self, number: int, hint: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}", hint=hint)
+        self.exit_code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED
+
+
+def say_if_ignored(say: Callable[[str], None]) -> None:
+    """Say that Ctrl-C has no effect, if SIGINT was ignored when this process was started; for a command that takes long."""
+    if _stays_ignored(signal.SIGINT):
+        say(
+            "SIGINT was ignored when this command was started, as a shell does for `command &` in a script: "
+            f"Ctrl-C will not stop it, `kill {os.getpid()}` will"
+        )
+
+
+@contextlib.contextmanager
+def collected() -> Iterator[list[int]]:
+    """Collect INT, TERM and HUP in the list it yields, instead of dying of them; INT and HUP may be ignored (see above)."""
+    received: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+
+    with _handled(note):
+        yield received
+
+
+@contextlib.contextmanager
+def raised(hint: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Let INT, TERM and HUP raise Interrupted where the program is, so that what it opened is closed in order.
+
+    INT and HUP may be ignored (see above): `say` is called where INT is.
+    """
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        raise Interrupted(number, hint)
+
+    say_if_ignored(say)
+    with _handled(end):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in ENDING if not _stays_ignored(number)}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def _stays_ignored(number: signal.Signals) -> bool:
+    return number in _OF_A_TERMINAL and signal.getsignal(number) == signal.SIG_IGN
+
+
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_PDEATHSIG = 1
+GUARDIAN = "flashrl_cli.train.guardian"
+
+
+class Descendants:
+    """What this process starts from now on, with all that it starts in turn, also what has lost its parent."""
+
+    def __init__(self) -> None:
+        adopt_orphans()
+        self._before = set(psutil.Process().children(recursive=True))
+        self._known: set[psutil.Process] = set()
+
+    def note(self) -> None:
+        """Keep in mind what runs now, where orphans are adopted by others; on Linux they come to us, and are found at any time."""
+        if sys.platform != "linux":
+            self.alive()
+
+    def alive(self) -> list[psutil.Process]:
+        """Those that still run."""
+        # a psutil.Process is equal to another of the same pid only if it started at the same time
+        self._known.update(set(psutil.Process().children(recursive=True)) - self._before)
+        return [process for process in self._known if _alive(process)]
+
+    def kill(self, *, grace_s: float = 0.0, unasked: int | None = None) -> None:
+        """End every one of them, at the latest after `grace_s` by KILL, until none is left.
+
+        The process `unasked` is not asked first: it ends by itself when the others do.
+        """
+        if grace_s:
+            _signal_all([process for process in self.alive() if process.pid != unasked], signal.SIGTERM)
+            _wait(self.alive(), grace_s)
+        for _ in range(50):
+            left = self.alive()
+            if not left:
+                break
+            _signal_all(left, signal.SIGKILL)
+            _wait(left, 0.2)
+
+
+class Tree:
+    """A started command and all its descendants (`executor.Handle`)."""
+
+    def __init__(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path) -> None:
+        """Start `argv` under a guardian, in its own session, with both outputs appended to `log`."""
+        self._descendants = Descendants()
+        theirs, self._lifeline = os.pipe()
+        with log.open("ab") as stream:
+            self._guardian = subprocess.Popen(
+                [sys.executable, "-m", GUARDIAN, str(theirs), *argv],
+                env=dict(env),
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=(theirs,),
+            )
+        os.close(theirs)
+        self.pid = self._guardian.pid
+
+    def poll(self) -> int | None:
+        """Exit code of the command, None while it runs; a signal's number negative."""
+        return self._guardian.poll()
+
+    def tend(self) -> None:
+        """Note what has been started."""
+        self._descendants.note()
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything that was started and that still runs."""
+        return self._descendants.alive()
+
+    def terminate(self) -> None:
+        """Ask the command to end; the guardian passes it on."""
+        with contextlib.suppress(ProcessLookupError):
+            self._guardian.send_signal(signal.SIGTERM)
+
+    def kill(self, *, grace_s: float = 0.0) -> None:
+        """End every process of the tree, at the latest after `grace_s` by KILL, until none is left."""
+        # the guardian would pass TERM on, and the command be asked twice
+        self._descendants.kill(grace_s=grace_s, unasked=self.pid)
+        self._guardian.wait()
+        with contextlib.suppress(OSError):  # a second kill finds it closed
+            os.close(self._lifeline)
+        _reap()
+
+
+def adopt_orphans() -> None:
+    """Become the parent of whatever loses its own below this process; Linux only, nothing happens elsewhere."""
+    if sys.platform == "linux":
+        _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end_with_parent() -> None:
+    """Have the kernel ask this process to end when its parent is killed; for `preexec_fn`."""
+    if sys.platform == "linux":
+        _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _signal_all(processes: Iterable[psutil.Process], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            process.send_signal(number)
+
+
+def _wait(processes: Sequence[psutil.Process], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(map(_alive, processes)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _reap() -> None:
+    """Collect adopted children that have ended, or they stay as zombies until this process ends."""
+    for process in psutil.Process().children():
+        if not _alive(process):
+            with contextlib.suppress(psutil.Error, psutil.TimeoutExpired):
+                process.wait(0)

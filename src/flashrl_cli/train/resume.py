@@ -1,0 +1,139 @@
+"""Where a run goes on: from its newest step that is complete, from the one that was asked for, or from the start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashrl_cli.errors import InputError, Problem
+from flashrl_cli.paths import absolute
+from flashrl_cli.runs import saved
+from flashrl_cli.runs.metrics import history
+from flashrl_cli.verl import checkpoints
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from flashrl_cli.config.spec import RunSpec
+    from flashrl_cli.paths import RunPaths
+    from flashrl_cli.runs.saved import Saved
+
+MODES = "auto|never|PATH"
+WORTH_REDOING_S = 600.0
+"""A curve without a hole is worth ten minutes of training, not more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resume:
+    """What an attempt goes on from, and what it moves out of the way before.
+
+    verl would load what its tracker names, whole or not, and later steps of an abandoned branch would stay among the new ones.
+    """
+
+    folder: Path | None = None
+    """A `global_step_N`; None for a start from nothing."""
+    aside: tuple[tuple[Path, str], ...] = ()
+    """Steps to be set aside, and why."""
+    checkpoints: Path | None = None
+    """The run's checkpoints, if it has any."""
+
+    @property
+    def step(self) -> int | None:
+        """Number of the step that is gone on from."""
+        return checkpoints.step_number(self.folder.name) if self.folder else None
+
+    def lines(self) -> list[str]:
+        """For people: where it goes on, and what is set aside."""
+        start = [f"going on from step {self.step}: {self.folder}"] if self.folder else []
+        return [*start, *(f"setting {path.name} aside: {why}" for path, why in self.aside)]
+
+    def prepare(self) -> None:
+        """Set steps aside and have verl's tracker name what is gone on from."""
+        for path, why in self.aside:
+            saved.set_aside(path, why)
+        if self.aside and self.checkpoints:
+            inside = self.folder is not None and self.folder.parent == self.checkpoints
+            saved.point_tracker(self.checkpoints, self.step if inside else None)
+
+
+FROM_NOTHING = Resume()
+
+
+def choose(spec: RunSpec, run: RunPaths, mode: str, contents: checkpoints.Loaded | None = None) -> Resume:
+    """Where a run of `spec` goes on under `--resume MODE`; `contents` is what it loads from a checkpoint.
+
+    Raises InputError where the step cannot be loaded: not there, incomplete, or saved by another number of processes.
+    """
+    if mode == "never":
+        return FROM_NOTHING
+    critic = spec.algorithm.advantage == "gae"
+    own = saved.saved_steps(run.checkpoints, critic=critic, loaded=contents)
+    if mode == "auto":
+        chosen = _newest(own, run)
+    else:
+        chosen = saved.inspect(_folder(mode), critic=critic, loaded=contents)
+        if chosen.problems:
+            raise InputError(
+                f"--resume {mode} cannot be loaded",
+                problems=[Problem(problem) for problem in chosen.problems],
+                hint="`--resume auto` takes the newest step that is complete",
+            )
+    if chosen:
+        _check_world_size(spec, chosen)
+    step = chosen.step if chosen else 0
+    later = [one for one in own if one.step > step or (one.problems and one.step == step)]
+    aside = tuple((one.path, _why(one, step, mode)) for one in later)
+    return Resume(folder=chosen.path if chosen else None, aside=aside, checkpoints=run.checkpoints if own else None)
+
+
+def _folder(mode: str) -> Path:
+    path = absolute(mode)
+    if not path.is_dir() or checkpoints.step_number(path.name) is None:
+        raise InputError(f"--resume {mode}: no folder global_step_N", hint=f"--resume takes {MODES}")
+    return path
+
+
+def _newest(steps: Sequence[Saved], run: RunPaths) -> Saved | None:
+    """The newest complete step; the one before it if only the metrics of the newest are missing and the way is short.
+
+    verl saves a step before it validates and logs it (trainer/ppo/v1/trainer_base.py:480-515).
+    """
+    complete = [one for one in steps if one.complete]
+    if not complete:
+        return None
+    newest = complete[-1]
+    logged = {metrics.step: metrics["step_s"] for metrics in history(run) if metrics.trained}
+    if not logged or newest.step in logged:
+        return newest
+    before = [one for one in complete if one.step in logged]
+    paces = [seconds for seconds in logged.values() if seconds]
+    way = newest.step - (before[-1].step if before else 0)
+    if paces and way * sum(paces) / len(paces) <= WORTH_REDOING_S:
+        return before[-1] if before else None
+    return newest
+
+
+def _why(one: Saved, step: int, mode: str) -> str:
+    if one.problems:
+        return f"incomplete: {'; '.join(one.problems)}"
+    reason = "its metrics were not written" if mode == "auto" else f"--resume {mode}"
+    return f"{reason}: the run goes on from step {step}"
+
+
+def _check_world_size(spec: RunSpec, chosen: Saved) -> None:
+    """Raise InputError if as many processes as the run has cannot load the step.
+
+    Each loads the shards of its own rank and world size, or fails in a worker minutes after the start
+    (verl/utils/checkpoint/fsdp_checkpoint_manager.py:213).
+    """
+    nodes, world = spec.resources.nodes, spec.resources.nodes * spec.resources.gpus_per_node
+    by = chosen.world_size
+    if by is None or by == world:
+        return
+    fits = by % nodes == 0
+    fix = f"--set resources.gpus_per_node={by // nodes}" if fits else "the resources it was saved with"
+    raise InputError(
+        f"{chosen.path} was saved by {by} trainer processes, this run has {world}",
+        hint=f"{fix}, or another step: --resume PATH",
+    )

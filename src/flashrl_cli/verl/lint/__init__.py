@@ -1,0 +1,70 @@
+"""The last word before a launch: are these overrides what verl will act on?
+
+What verl 0.9.1, vLLM or Ray would refuse or silently do otherwise LATER, judged on verl's composed tree before a start.
+
+verl checks a part of its configuration at the start of its driver, another in workers, minutes later, and some not at all. A
+rule is a generator over `Settings`; its docstring states the consequence and where it is known from. Add one to the RULES of
+the module it belongs to. Rules judge what is certain: a setting that works is never refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from flashrl_cli.errors import EnvironmentNotReady
+from flashrl_cli.verl import compose
+from flashrl_cli.verl.config import Rule, Settings, Shape
+from flashrl_cli.verl.dead_keys import dead_key
+from flashrl_cli.verl.lint import batches, devices, keys, learning, rollout, sampling
+from flashrl_cli.verl.lint.devices import trains_with_fsdp
+
+if TYPE_CHECKING:
+    from flashrl_cli.config.resolve import Resolved
+    from flashrl_cli.errors import Problem
+    from flashrl_cli.verl.compose import Tree
+    from flashrl_cli.verl.overrides import Override
+
+FIRST: tuple[Rule, ...] = (keys.values_have_types, trains_with_fsdp)
+"""Rules that the others rely on: where one is broken, the others are not asked."""
+RULES: tuple[Rule, ...] = (*FIRST, *batches.RULES, *devices.RULES, *rollout.RULES, *sampling.RULES, *learning.RULES)
+
+
+def problems(
+    resolved: Resolved, overrides: Sequence[Override], tree: Tree, shape: Shape | None = None
+) -> list[Problem]:
+    """Everything that `tree` (verl's, composed of `overrides`) would fail with later; `shape` is the model's, if known."""
+    settings = Settings(resolved, overrides, tree, shape)
+    wrong = [problem for rule in FIRST for problem in rule(settings)]
+    return wrong or [problem for rule in RULES[len(FIRST) :] for problem in rule(settings)]
+
+
+def notes(resolved: Resolved, overrides: Sequence[Override], tree: Tree) -> list[str]:
+    """What a person should know of what the run will report, where nothing is wrong."""
+    return sampling.notes(Settings(resolved, overrides, tree))
+
+
+def check_overrides(resolved: Resolved, overrides: Sequence[Override], shape: Shape | None = None) -> compose.Tree:
+    """verl's configuration of a run, in which nothing is wrong. `shape` is the policy's, where it is known.
+
+    Raises InputError with every problem of the spec's rules, of the keys and of what verl would do with them;
+    EnvironmentNotReady without verl.
+    """
+    # A key that the rules refuse by its name is not reported again for being unknown.
+    judged = [o for o in overrides if not dead_key(o.key) and not keys.is_forced(o.key)]
+    try:
+        tree, unknown = compose.attempt(judged)
+    except EnvironmentNotReady:
+        if resolved.broken:
+            raise resolved.refusal(resolved.broken) from None
+        raise
+    found = [*resolved.broken, *keys.verbatim_key_problems(resolved, overrides), *unknown]
+    if tree:
+        found += keys.added_key_problems(judged, tree)
+    if tree and not resolved.broken:  # what verl would make of values that do not go together only follows from that
+        places = {problem.where for problem in found}
+        later = problems(resolved, judged, tree, shape)
+        found += [problem for problem in later if problem.where not in places]
+    if found or tree is None:
+        raise resolved.refusal(found)
+    return tree

@@ -1,0 +1,253 @@
+"""How a step's responses are split over processes and forward passes: divisibility, micro-batches, token budgets.
+
+verl judges a part of this at its start and the rest with an assertion in a worker, in the first step or whenever the first
+long response comes. Lines are verl 0.9.1's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from flashrl_cli.verl.config import REF, Rule, Settings, largest_divisor
+from flashrl_cli.verl.overrides import ACTOR, ROLLOUT
+
+if TYPE_CHECKING:
+    from flashrl_cli.errors import Problem
+
+
+class Pass(NamedTuple):
+    """A forward pass of verl's over a batch: whose model, and the keys that say how the batch is split."""
+
+    name: str
+    role: str
+    dynamic: str
+    micro: str
+    whole_micro: str
+    """The micro-batch over all devices: verl's former key."""
+    tokens: str
+
+
+UPDATE = Pass(
+    "policy update",
+    "actor",
+    f"{ACTOR}.use_dynamic_bsz",
+    f"{ACTOR}.ppo_micro_batch_size_per_gpu",
+    f"{ACTOR}.ppo_micro_batch_size",
+    f"{ACTOR}.ppo_max_token_len_per_gpu",
+)
+LOG_PROBS = Pass(
+    "recomputation of log-probs",
+    "actor",
+    f"{ROLLOUT}.log_prob_use_dynamic_bsz",
+    f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu",
+    f"{ROLLOUT}.log_prob_micro_batch_size",
+    f"{ROLLOUT}.log_prob_max_token_len_per_gpu",
+)
+REFERENCE = Pass(
+    "reference policy",
+    "reference policy",
+    f"{REF}.log_prob_use_dynamic_bsz",
+    f"{REF}.log_prob_micro_batch_size_per_gpu",
+    f"{REF}.log_prob_micro_batch_size",
+    f"{REF}.log_prob_max_token_len_per_gpu",
+)
+CRITIC = Pass(
+    "critic",
+    "critic",
+    "critic.use_dynamic_bsz",
+    "critic.ppo_micro_batch_size_per_gpu",
+    "critic.ppo_micro_batch_size",
+    "critic.ppo_infer_max_token_len_per_gpu",
+)
+CRITIC_TOKENS = 32768
+"""The critic's budget where none is set (verl/workers/config/critic.py:89); it is not in verl's tree."""
+
+
+def dynamic_batches_everywhere(s: Settings) -> Iterator[Problem]:
+    """Updates and log-probs are split alike: an assertion when the workers start (workers/engine_workers.py:616)."""
+    if bool(s.get(UPDATE.dynamic)) != bool(s.get(LOG_PROBS.dynamic)):
+        yield s.problem(
+            f"{s.name(LOG_PROBS.dynamic)} = {s.get(LOG_PROBS.dynamic)} and "
+            f"{s.name(UPDATE.dynamic)} = {s.get(UPDATE.dynamic)} differ",
+            s.fix(LOG_PROBS.dynamic, bool(s.get(UPDATE.dynamic))),
+            LOG_PROBS.dynamic,
+            UPDATE.dynamic,
+        )
+
+
+def micro_batch_is_given(s: Settings) -> Iterator[Problem]:
+    """Without dynamic batches each pass has a size (workers/config/actor.py:207, critic.py:150, utils/config.py:155).
+
+    V1's workers read the size per device alone (workers/engine_workers.py:636); the critic is content with either.
+    """
+    for step in _fixed(s):
+        sizes = [s.get(step.micro)]
+        if step is CRITIC or (step is REFERENCE and (s.get(REFERENCE.dynamic) or s.has_adapter)):
+            sizes.append(s.get(step.whole_micro))
+        if all(size is None for size in sizes):
+            yield s.problem(
+                f"{s.name(step.micro)} is not set, and the {step.name} does not batch by tokens",
+                s.fix(step.micro, _fitting_micro(s, step)),
+                step.micro,
+                step.dynamic,
+                UPDATE.dynamic,
+                f"{ACTOR}.use_kl_loss" if s.spec.algorithm.kl_loss else "algorithm.use_kl_in_reward",
+            )
+
+
+def micro_batch_is_given_once(s: Settings) -> Iterator[Problem]:
+    """Both of a pass's sizes are refused (utils/config.py:158, workers/config/actor.py:202, critic.py:154)."""
+    for step in _fixed(s):
+        if s.get(step.micro) is not None and s.get(step.whole_micro) is not None:
+            yield s.problem(
+                f"{s.name(step.whole_micro)} and {s.name(step.micro)} say the same twice",
+                f"drop verl.{step.whole_micro}",
+                step.whole_micro,
+            )
+
+
+def _fixed(s: Settings) -> Iterator[Pass]:
+    """Passes that ask for a micro-batch size. verl asks for the reference's whenever the policy's is fixed."""
+    if not s.get(UPDATE.dynamic):
+        yield from (UPDATE, LOG_PROBS)
+    if s.has_reference and not (s.get(UPDATE.dynamic) and (s.get(REFERENCE.dynamic) or s.has_adapter)):
+        yield REFERENCE
+    if s.has_critic and not s.get(CRITIC.dynamic):
+        yield CRITIC
+
+
+def mini_batch_fills_processes(s: Settings) -> Iterator[Problem]:
+    """Each process takes an equal share of a mini-batch: asserted in the first update (workers/engine_workers.py:267)."""
+    for role, key in (("actor", f"{ACTOR}.ppo_mini_batch_size"), ("critic", "critic.ppo_mini_batch_size")):
+        mini, shares, n = s.size(key), s.data_parallel(role), s.spec.rollout.n
+        if (role == "critic" and not s.has_critic) or not mini or not shares or mini * n % shares == 0:
+            continue
+        if role == "critic" and mini == s.spec.algorithm.mini_batch_size and shares == s.data_parallel("actor"):
+            continue  # the policy's mini-batch, which is told already
+        yield s.problem(
+            f"{s.name(key)} = {mini} prompts x {n} responses do not split over {shares} data-parallel processes",
+            _fitting_mini(s, key, mini, shares),
+            key,
+            f"{ACTOR}.ppo_mini_batch_size",
+            f"{ROLLOUT}.n",
+            "trainer.n_gpus_per_node",
+        )
+
+
+def _fitting_mini(s: Settings, key: str, mini: int, shares: int) -> str:
+    """The option for the nearest mini-batch that splits and divides the batch, or for a batch that has one."""
+    batch, step = s.spec.data.train_batch_size, shares // math.gcd(shares, s.spec.rollout.n)
+    fitting = [size for size in range(step, batch + 1, step) if batch % size == 0]
+    if fitting:
+        return s.fix(key, min(fitting, key=lambda size: abs(size - mini)))
+    rounded = math.ceil(batch / step) * step
+    return f"--set data.train_batch_size={rounded} --set algorithm.mini_batch_size={rounded}"
+
+
+def batch_fills_devices(s: Settings) -> Iterator[Problem]:
+    """Without dynamic batches the step's responses divide by the devices, whatever shares a sequence (utils/config.py:124)."""
+    batch, n = s.spec.data.train_batch_size, s.spec.rollout.n
+    if not s.get(UPDATE.dynamic) and batch * n % s.gpus:
+        step = s.gpus // math.gcd(s.gpus, n)
+        yield s.problem(
+            f"data.train_batch_size = {batch} prompts x {n} responses do not divide by {s.gpus} devices",
+            f"--set data.train_batch_size={math.ceil(batch / step) * step}",
+            "data.train_batch_size",
+            f"{ROLLOUT}.n",
+            "trainer.n_gpus_per_node",
+        )
+
+
+def micro_batch_divides_share(s: Settings) -> Iterator[Problem]:
+    """A fixed micro-batch divides what a process gets: asserted in the first step (workers/engine/utils.py:125)."""
+    for step in (UPDATE, LOG_PROBS, *([REFERENCE] if s.has_reference and not s.has_adapter else [])):
+        micro, rows = s.size(step.micro), _rows(s, step)
+        if s.get(step.dynamic) or not micro or not rows or rows % micro == 0:
+            continue
+        yield s.problem(
+            f"{s.name(step.micro)} = {micro} does not divide the {rows} responses a process gets in the {step.name}",
+            s.fix(step.micro, largest_divisor(rows, micro)),
+            step.micro,
+            f"{ACTOR}.ppo_mini_batch_size",
+            f"{ROLLOUT}.n",
+            "trainer.n_gpus_per_node",
+        )
+
+
+def _rows(s: Settings, step: Pass) -> int | None:
+    """Responses that a process gets at once; None where they do not split.
+
+    verl fills a batch up to what both models' mini-batches divide (trainer/ppo/v1/trainer_base.py:1589).
+    """
+    shares, n = s.data_parallel(step.role), s.spec.rollout.n
+    mini = s.spec.algorithm.mini_batch_size * n
+    if not shares or mini % shares:
+        return None
+    if step is UPDATE:
+        return mini // shares
+    multiple = math.lcm(mini, (s.size("critic.ppo_mini_batch_size") or 1) * n) if s.has_critic else mini
+    return math.ceil(s.spec.data.train_batch_size * n / multiple) * multiple // shares
+
+
+def _fitting_micro(s: Settings, step: Pass) -> int:
+    rows = _rows(s, step)
+    return largest_divisor(rows, min(rows, 8)) if rows else 1
+
+
+def token_budget_holds_a_sequence(s: Settings) -> Iterator[Problem]:
+    """A dynamic micro-batch holds the longest sequence, or the run ends with the first such (utils/seqlen_balancing.py:384).
+
+    The critic always batches by tokens: V1 leaves its engine at that default (trainer/ppo/v1/trainer_base.py:266).
+    """
+    for step in (UPDATE, LOG_PROBS, REFERENCE, CRITIC):
+        budget = s.size(step.tokens) or (CRITIC_TOKENS if step is CRITIC else None)
+        if step.role not in s.roles() or budget is None or not (step is CRITIC or s.get(step.dynamic)):
+            continue
+        degree = s.sequence_parallel(step.role)
+        if budget * degree < s.longest and not _follows_update(s, step):
+            shared = f" x {degree} sequence-parallel devices" if degree > 1 else ""
+            yield s.problem(
+                f"{s.name(step.tokens)} = {budget} tokens{shared} cannot hold a sequence of {s.longest}",
+                s.fix(step.tokens, math.ceil(s.longest / degree)),
+                step.tokens,
+                "data.max_response_length",
+            )
+
+
+def _follows_update(s: Settings, step: Pass) -> bool:
+    """Whether a pass takes over the update's budget, so that it is told there."""
+    same = s.get(UPDATE.dynamic) and s.sequence_parallel(step.role) == s.sequence_parallel("actor")
+    return step in (LOG_PROBS, REFERENCE) and bool(same) and s.get(step.tokens) == s.get(UPDATE.tokens)
+
+
+def prompts_come_in_whole_batches(s: Settings) -> Iterator[Problem]:
+    """The data loader's batches make up a step's (trainer/ppo/v1/trainer_base.py:1485); dynamic sampling loads singly (735)."""
+    loaded, batch = s.size("data.gen_batch_size"), s.spec.data.train_batch_size
+    if not loaded:
+        return
+    if s.spec.algorithm.filter_groups.enable and loaded != 1:
+        yield s.problem(
+            "verl ignores data.gen_batch_size with dynamic sampling",
+            "drop it; algorithm.filter_groups.max_inflight_batches bounds the prompts in flight",
+            "data.gen_batch_size",
+        )
+    elif batch % loaded:
+        yield s.problem(
+            f"data.gen_batch_size = {loaded} does not divide data.train_batch_size = {batch}",
+            s.fix("data.gen_batch_size", largest_divisor(batch, loaded)),
+            "data.gen_batch_size",
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    dynamic_batches_everywhere,
+    micro_batch_is_given,
+    micro_batch_is_given_once,
+    mini_batch_fills_processes,
+    batch_fills_devices,
+    micro_batch_divides_share,
+    token_budget_holds_a_sequence,
+    prompts_come_in_whole_batches,
+)

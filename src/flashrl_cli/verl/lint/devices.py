@@ -1,0 +1,252 @@
+"""What the devices must offer: engines, sequence parallelism, sharding, Ray's logical resources, a machine without a GPU.
+
+Lines are verl 0.9.1's, where no other library is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from flashrl_cli.verl.config import MODEL, REF, SEQUENCE_PARALLEL, Rule, Settings
+from flashrl_cli.verl.overrides import ACTOR, ROLLOUT
+
+if TYPE_CHECKING:
+    from flashrl_cli.errors import Problem
+
+TENSOR_PARALLEL = f"{ROLLOUT}.tensor_model_parallel_size"
+DATA_PARALLEL = f"{ROLLOUT}.data_parallel_size"
+RAY_CPUS = "ray_kwargs.ray_init.num_cpus"
+RAY_GPUS = "ray_kwargs.ray_init.num_gpus"
+STORAGE_UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
+PADDING = {
+    "actor": f"{MODEL}.use_remove_padding",
+    "reference policy": f"{MODEL}.use_remove_padding",
+    "critic": "critic.model.use_remove_padding",
+}
+ATTENTION = {
+    "actor": f"{MODEL}.override_config.attn_implementation",
+    "reference policy": f"{MODEL}.override_config.attn_implementation",
+    "critic": "critic.model.override_config.attn_implementation",
+}
+SHARDING = {
+    "actor": f"{ACTOR}.fsdp_config",
+    "reference policy": f"{REF}.fsdp_config",
+    "critic": "critic.fsdp",
+}
+STRATEGY = {"actor": f"{ACTOR}.strategy", "reference policy": f"{REF}.strategy", "critic": "critic.strategy"}
+
+
+def trains_with_fsdp(s: Settings) -> Iterator[Problem]:
+    """Another engine's checkpoints are not what flashrl reads, and neither stack has its packages.
+
+    Layout: utils/checkpoint/fsdp_checkpoint_manager.py:302.
+    """
+    for role in s.roles():
+        strategy = s.get(STRATEGY[role])
+        if strategy not in ("fsdp", "fsdp2") and (role != "reference policy" or strategy != s.get(STRATEGY["actor"])):
+            yield s.problem(
+                f"the {role} trains with {strategy}; flashrl reads checkpoints of fsdp and fsdp2",
+                "drop model_engine" if s.where("model_engine") else s.fix(STRATEGY[role], "fsdp2"),
+                STRATEGY[role],
+                "model_engine",
+            )
+
+
+def engines_fit_devices(s: Settings) -> Iterator[Problem]:
+    """Engines take all devices, each a part of a node or whole nodes (workers/engine_workers.py:659, workers/rollout/replica.py:114).
+
+    verl places an engine by the order of the devices and would start one across two nodes as if it were on the first.
+    """
+    size, node = s.engine_gpus, s.spec.resources.gpus_per_node
+    if (node % size == 0) if size <= node else (size % node == 0 and s.gpus % size == 0):
+        return
+    width = size // s.spec.rollout.tensor_parallel
+    fitting = [tp for tp in range(1, node + 1) if node % (tp * width) == 0 and tp <= s.spec.rollout.tensor_parallel]
+    yield s.problem(
+        f"engines of {size} devices do not fit {s.spec.resources.nodes} x {node} devices",
+        s.fix(TENSOR_PARALLEL, max(fitting)) if fitting else s.fix(DATA_PARALLEL, 1),
+        TENSOR_PARALLEL,
+        DATA_PARALLEL,
+        "trainer.n_gpus_per_node",
+    )
+
+
+def engine_parallelism_is_supported(s: Settings) -> Iterator[Problem]:
+    """verl refuses the others when it builds the rollout (workers/config/rollout.py:281-322)."""
+    pipeline, experts = f"{ROLLOUT}.pipeline_model_parallel_size", f"{ROLLOUT}.expert_parallel_size"
+    if (s.size(pipeline) or 1) > 1:
+        yield s.problem(f"verl has no pipeline parallelism for vLLM: verl.{pipeline}", s.fix(pipeline, 1), pipeline)
+    if (s.size(experts) or 1) > 1 and s.size(experts) != s.engine_gpus:
+        yield s.problem(
+            f"verl.{experts} = {s.get(experts)} is not rollout.tensor_parallel x data_parallel_size = {s.engine_gpus}",
+            s.fix(experts, s.engine_gpus),
+            experts,
+            TENSOR_PARALLEL,
+        )
+    if s.get(f"{ROLLOUT}.mode") == "sync":
+        yield s.problem("verl has no synchronous rollout mode any more", f"drop verl.{ROLLOUT}.mode", f"{ROLLOUT}.mode")
+
+
+def sequence_parallelism_fits(s: Settings) -> Iterator[Problem]:
+    """Sharing a sequence needs a device mesh that fits, unpadded input and flash attention.
+
+    The first two are refused when workers start (workers/engine/fsdp/transformer_impl.py:148, 247). verl exchanges heads in
+    the flash-attention function alone (models/transformers/monkey_patch.py:544): another would attend within a device's part.
+    """
+    for role in s.roles():
+        degree, keys = s.sequence_parallel(role), SEQUENCE_PARALLEL[role]
+        if degree == 1 or (role == "reference policy" and degree == s.sequence_parallel("actor")):
+            continue
+        key = next((key for key in keys if s.where(key)), keys[0])
+        if s.gpus % degree:
+            fitting = max(d for d in range(1, min(degree, s.gpus) + 1) if s.gpus % d == 0)
+            yield s.problem(
+                f"{s.name(key)} = {degree} does not divide {s.gpus} devices",
+                s.fix(key, fitting),
+                *keys,
+            )
+        if not s.get(PADDING[role]):
+            yield s.problem(
+                f"sequence parallelism of the {role} needs unpadded input",
+                s.fix(PADDING[role], True),
+                PADDING[role],
+                *keys,
+            )
+        attention = s.get(ATTENTION[role]) or "flash_attention_2"
+        if not str(attention).startswith("flash_attention"):
+            yield s.problem(
+                f"sequence parallelism of the {role} with {attention} would attend within each device's part only",
+                f"drop verl.+{ATTENTION[role]}, or {s.fix(key, 1)}",
+                ATTENTION[role],
+                *keys,
+            )
+
+
+def critic_shares_sequences_by_its_engine(s: Settings) -> Iterator[Problem]:
+    """The critic's own key is never handed to its engine, unlike the actor's (workers/config/critic.py:212-220)."""
+    key, living = "critic.ulysses_sequence_parallel_size", SEQUENCE_PARALLEL["critic"][0]
+    if s.has_critic and (s.size(key) or 1) > 1:
+        yield s.problem(f"verl does not act on {key}", f"{s.fix(living, s.get(key))} instead", key)
+
+
+def heads_split(s: Settings) -> Iterator[Problem]:
+    """Attention heads divide over the devices that share them; each key-value head has a device or a device has it whole.
+
+    Training: models/transformers/monkey_patch.py:343; engine: vllm/config/model.py:1367, vllm/model_executor/models/qwen2.py:139.
+    """
+    if s.shape is None:
+        return
+    same = s.spec.critic.path in (None, s.spec.model.path)
+    degrees = [(s.spec.rollout.tensor_parallel, TENSOR_PARALLEL, "the engine")]
+    for role in s.roles():
+        key = next((k for k in SEQUENCE_PARALLEL[role] if (s.size(k) or 1) > 1), SEQUENCE_PARALLEL[role][0])
+        if role == "actor" or (role == "critic" and same):
+            degrees.append((s.sequence_parallel(role), key, f"the {role}"))
+    for degree, key, what in degrees:
+        if not _split(s.shape.heads, s.shape.kv_heads, degree):
+            fitting = max(d for d in range(1, degree) if _split(s.shape.heads, s.shape.kv_heads, d) and s.gpus % d == 0)
+            yield s.problem(
+                f"{s.name(key)} = {degree}: {what} cannot split {s.shape.heads} heads ({s.shape.kv_heads} of keys and values)",
+                s.fix(key, fitting),
+                key,
+            )
+
+
+def _split(heads: int, kv_heads: int, degree: int) -> bool:
+    return heads % degree == 0 and (kv_heads % degree == 0 or degree % kv_heads == 0)
+
+
+def shards_fit_devices(s: Settings) -> Iterator[Problem]:
+    """Groups of shards fill the devices (workers/engine/fsdp/utils.py:50): one left over has no place in the mesh."""
+    for role in s.roles():
+        key = f"{SHARDING[role]}.fsdp_size"
+        size = s.size(key)
+        if size is not None and (size == 0 or (0 < size < s.gpus and s.gpus % size)):
+            yield s.problem(
+                f"{s.name(key)} = {size} does not divide {s.gpus} devices", f"{s.fix(key, -1)} (all devices)", key
+            )
+
+
+def offload_policy_is_fsdp2s(s: Settings) -> Iterator[Problem]:
+    """FSDP1 does not look at it: the parameters would stay on the GPU (workers/engine/fsdp/transformer_impl.py:423-449)."""
+    for role in s.roles():
+        key = f"{SHARDING[role]}.offload_policy"
+        if role != "reference policy" and s.get(key) and s.get(STRATEGY[role]) == "fsdp":
+            yield s.problem(
+                f"fsdp ignores {s.name(key)}", f"{s.fix(STRATEGY[role], 'fsdp2')}, or param_offload for fsdp", key
+            )
+
+
+def cpus_needed(s: Settings) -> int:
+    """Ray CPUs that verl reserves on one node; it waits for ever where there are fewer.
+
+    Three a device (single_controller/ray/base.py:146, 192), the transfer queue's controller and storage units
+    (transfer_queue/controller.py:943, storage/simple_storage.py:722), and what the reward manager `remote` starts in each worker.
+    """
+    remote = (s.size("reward.num_workers") or 1) ** 2 if s.spec.reward.manager == "remote" else 0
+    return 3 * s.spec.resources.gpus_per_node + 1 + (s.size(STORAGE_UNITS) or 0) + remote
+
+
+def ray_has_resources(s: Settings) -> Iterator[Problem]:
+    """Ray's own numbers of CPUs and GPUs, where they are given.
+
+    Too few CPUs: placement groups wait for ever (single_controller/ray/base.py:160). Too few GPUs: refused in a worker (240).
+    A cluster that runs already takes neither (ray/_private/worker.py:1938).
+    """
+    cpus, gpus = s.size(RAY_CPUS), s.size(RAY_GPUS)
+    if s.spec.resources.nodes > 1:
+        for key in (RAY_CPUS, RAY_GPUS):
+            if s.get(key) is not None:
+                hint = s.fix(key, None, new=key == RAY_GPUS)
+                yield s.problem(f"{key} cannot be given to a cluster of several nodes", hint, key)
+        return
+    if cpus is not None and cpus < cpus_needed(s):
+        yield s.problem(
+            f"{RAY_CPUS} = {cpus}: verl reserves {cpus_needed(s)} and would wait for ever",
+            s.fix(RAY_CPUS, cpus_needed(s)),
+            RAY_CPUS,
+            "trainer.n_gpus_per_node",
+        )
+    if gpus is not None and gpus < s.gpus:
+        yield s.problem(
+            f"{RAY_GPUS} = {gpus} is less than resources.gpus_per_node = {s.gpus}",
+            s.fix(RAY_GPUS, s.gpus, new=True),
+            "trainer.n_gpus_per_node",
+            RAY_GPUS,
+        )
+
+
+def cpu_gets_what_it_needs(s: Settings) -> Iterator[Problem]:
+    """FSDP1 asks for an accelerator (torch/distributed/fsdp/_init_utils.py:389), flash attention and sleeping engines are CUDA's.
+
+    verl's defaults are the other way round, each found in a worker (workers/config/model.py:185, vllm/config/model.py:595).
+    """
+    if s.spec.resources.platform != "cpu":
+        return
+    wanted: list[tuple[str, tuple[object, ...], bool]]
+    trained = [role for role in s.roles() if role != "reference policy"]
+    wanted = [(STRATEGY[role], ("fsdp2",), False) for role in trained]
+    wanted += [(ATTENTION[role], ("sdpa", "eager"), True) for role in trained]
+    wanted += [(f"{ROLLOUT}.free_cache_engine", (False,), False), (f"{ROLLOUT}.enable_sleep_mode", (False,), True)]
+    for key, values, new in wanted:
+        if s.get(key) not in values:
+            yield s.problem(
+                f"on cpu {s.name(key)} has to be {str(values[0]).lower()}",
+                f"{s.fix(key, values[0], new=new and s.get(key) is None)}, or extends: [base/cpu]",
+                key,
+                "trainer.device",
+            )
+
+
+RULES: tuple[Rule, ...] = (
+    engines_fit_devices,
+    engine_parallelism_is_supported,
+    sequence_parallelism_fits,
+    critic_shares_sequences_by_its_engine,
+    heads_split,
+    shards_fit_devices,
+    offload_policy_is_fsdp2s,
+    ray_has_resources,
+    cpu_gets_what_it_needs,
+)

@@ -1,0 +1,374 @@
+"""What to say to a person who uses a key of verl's as if it were flashrl's: its name here, or its place under `verl:`.
+
+Types of verl's values: its tree takes any, and its dataclasses refuse them with a traceback, or not at all.
+
+Added keys (`+key`) against verl's dataclasses, read from its source without importing it.
+
+Hydra cannot check a key that it is told to add. But verl turns most nodes of its tree into the dataclass that their
+`_target_` names (verl/utils/config.py, omega_conf_to_dataclass): an unknown name ends the run in a worker, minutes
+after the start. Maps (`dict`, `Any`, nodes without a class) take any name, here as there.
+
+What must hold for the verl keys that a preset gives word for word: what compose cannot see.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from typing import TYPE_CHECKING
+
+from flashrl_cli import contract
+from flashrl_cli.config.layers import leaves
+from flashrl_cli.config.resolve import Resolved
+from flashrl_cli.config.spec import RunSpec
+from flashrl_cli.errors import EnvironmentNotReady, Problem
+from flashrl_cli.verl import compose, environment
+from flashrl_cli.verl.config import MODEL, REF, Settings
+from flashrl_cli.verl.dead_keys import dead_key
+from flashrl_cli.verl.overrides import ACTOR, CORRECTION, ENGINE, ROLLOUT, TABLE, Override
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SWITCHES = (
+    f"{ACTOR}.use_dynamic_bsz",
+    f"{ACTOR}.fsdp_config.param_offload",
+    f"{ACTOR}.fsdp_config.optimizer_offload",
+    f"{ACTOR}.fsdp_config.offload_policy",
+    f"{REF}.log_prob_use_dynamic_bsz",
+    f"{MODEL}.use_remove_padding",
+    f"{MODEL}.enable_gradient_checkpointing",
+    f"{MODEL}.lora.merge",
+    f"{ROLLOUT}.calculate_log_probs",
+    f"{ROLLOUT}.free_cache_engine",
+    f"{ROLLOUT}.log_prob_use_dynamic_bsz",
+    f"{ROLLOUT}.val_kwargs.do_sample",
+    f"{CORRECTION}.bypass_mode",
+    "critic.enable",
+    "critic.use_dynamic_bsz",
+    "critic.model.use_remove_padding",
+    "trainer.val_only",
+)
+NUMBERS = (
+    f"{ACTOR}.ppo_max_token_len_per_gpu",
+    f"{ACTOR}.ppo_micro_batch_size",
+    f"{ACTOR}.ulysses_sequence_parallel_size",
+    f"{ACTOR}.fsdp_config.fsdp_size",
+    f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size",
+    f"{REF}.log_prob_max_token_len_per_gpu",
+    f"{REF}.log_prob_micro_batch_size_per_gpu",
+    f"{MODEL}.lora_rank",
+    f"{ROLLOUT}.agent.num_workers",
+    f"{ROLLOUT}.data_parallel_size",
+    f"{ROLLOUT}.log_prob_max_token_len_per_gpu",
+    f"{ROLLOUT}.val_kwargs.n",
+    "critic.fsdp.fsdp_size",
+    "critic.fsdp.ulysses_sequence_parallel_size",
+    "critic.ppo_mini_batch_size",
+    "data.gen_batch_size",
+    "ray_kwargs.ray_init.num_cpus",
+    "ray_kwargs.ray_init.num_gpus",
+    "reward.num_workers",
+)
+"""Keys whose values the rules of this package reckon with: true or false, and whole numbers. null is verl's own to judge."""
+
+
+def values_have_types(s: Settings) -> Iterator[Problem]:
+    """verl merges the tree into dataclasses when it starts (utils/config.py:60) and does sums with the rest."""
+    for override in s.overrides:
+        key, value = override.key, override.value
+        if key in SWITCHES and not isinstance(value, bool | None):
+            yield s.problem(f"verl.{key} should be true or false, not {value!r}", s.fix(key, True), key)
+        elif key in NUMBERS and value is not None and s.size(key) is None:
+            yield s.problem(
+                f"verl.{key} should be a whole number, not {value!r}", "write a number, without quotes", key
+            )
+
+
+MAPS = frozenset({"reward", "global_profiler", "global_profiler.global_tool_config.nsys"})
+"""Nodes with a `_target_` that V1 reads as maps, with names that the class lacks (reward_loop/reward_manager/dapo.py:33)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dataclass:
+    """One of verl's dataclasses: its fields, inherited ones included, and its `file:line`."""
+
+    name: str
+    place: str
+    fields: dict[str, tuple[str, ast.expr]]
+    """Name to the module that declares the field, and its annotation."""
+
+
+def added_key_problems(overrides: Sequence[Override], tree: compose.Tree) -> list[Problem]:
+    """Added keys that the dataclass of their node lacks. `tree` may hold the overrides already."""
+    return [problem for override in overrides if override.added and (problem := _problem(override, tree))]
+
+
+def _problem(override: Override, tree: compose.Tree) -> Problem | None:
+    parts = override.key.split(".")
+    owner: Dataclass | None = None
+    for index, name in enumerate(parts):
+        if owner and name not in owner.fields:
+            return Problem(f"verl's {owner.name} has no {name}", override.origin.where, _hint(parts, index, owner))
+        owner = _owner(".".join(parts[: index + 1]), name, owner, tree)
+    return None
+
+
+def _owner(key: str, name: str, parent: Dataclass | None, tree: compose.Tree) -> Dataclass | None:
+    """The dataclass of the node at `key`: by its own `_target_`, else by its field's type in `parent`."""
+    if key in MAPS:
+        return None
+    target = tree.get(f"{key}._target_")
+    if isinstance(target, str):
+        module, _, class_name = target.rpartition(".")
+        return find(module, class_name)
+    return _typed(*parent.fields[name]) if parent else None
+
+
+def _hint(parts: Sequence[str], index: int, owner: Dataclass) -> str:
+    near = get_close_matches(parts[index], sorted(owner.fields), n=2)
+    names = " or ".join(".".join([*parts[:index], name]) for name in near)
+    return f"did you mean {names}? (its fields: {owner.place})" if near else f"its fields: {owner.place}"
+
+
+def _typed(module: str, annotation: ast.expr) -> Dataclass | None:
+    """The dataclass that an annotation is, alone, as `Optional[X]` or as `X | None`; None for anything else."""
+    match annotation:
+        case ast.Name(id=name):
+            return find(module, name)
+        case ast.Subscript(value=ast.Name(id="Optional"), slice=inner):
+            return _typed(module, inner)
+        case ast.BinOp(left=inner, op=ast.BitOr(), right=ast.Constant(value=None)):
+            return _typed(module, inner)
+    return None
+
+
+@cache
+def find(module: str, name: str) -> Dataclass | None:
+    """The dataclass `name` as verl's `module` knows it, also by import; None if it is none or is not verl's."""
+    for node in _body(module):
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return _dataclass(module, node)
+    imports = (node for node in _body(module) if isinstance(node, ast.ImportFrom))
+    found = (find(*source) for node in imports for source in _sources(module, node, name))
+    return next(filter(None, found), None)
+
+
+def _dataclass(module: str, node: ast.ClassDef) -> Dataclass | None:
+    if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+        return None
+    fields: dict[str, tuple[str, ast.expr]] = {}
+    for base in reversed(node.bases):
+        inherited = find(module, base.id) if isinstance(base, ast.Name) else None
+        fields |= inherited.fields if inherited else {}
+    own = (item for item in node.body if isinstance(item, ast.AnnAssign))
+    fields |= {item.target.id: (module, item.annotation) for item in own if isinstance(item.target, ast.Name)}
+    return Dataclass(node.name, f"{_file(module)}:{node.lineno}", fields)
+
+
+def _sources(module: str, node: ast.ImportFrom, name: str) -> Iterator[tuple[str, str]]:
+    """Where an import may have `name` from: (module, name there)."""
+    source = node.module or ""
+    if node.level:
+        file = _file(module)
+        package = module.split(".") if file and file.name == "__init__.py" else module.split(".")[:-1]
+        source = ".".join([*package[: len(package) + 1 - node.level], *filter(None, [node.module])])
+    for alias in node.names:
+        if name == (alias.asname or alias.name):
+            yield source, alias.name
+        elif alias.name == "*" and f"class {name}" in _text(source):
+            yield source, name
+
+
+@cache
+def _body(module: str) -> list[ast.stmt]:
+    return ast.parse(_text(module)).body
+
+
+@cache
+def _text(module: str) -> str:
+    """Source of a module of verl's; empty for any other."""
+    file = _file(module)
+    return (_root() / file).read_text(encoding="utf-8") if file else ""
+
+
+@cache
+def _file(module: str) -> Path | None:
+    """File of a module of verl's, from the folder that verl is installed in; None for any other module."""
+    path = _root().joinpath(*module.split("."))
+    files = (path / "__init__.py", path.with_suffix(".py"))
+    return next((f.relative_to(_root()) for f in files if module.startswith("verl.") and f.is_file()), None)
+
+
+@cache
+def _root() -> Path:
+    return compose.config_folder().parents[2]
+
+
+Rule = Callable[[Resolved, Sequence[Override]], Iterator[Problem]]
+
+_FIXED = "flashrl drives verl's synchronous V1 trainer with vLLM, and no other"
+_APART = {
+    "trainer.use_v1": _FIXED,
+    "trainer.v1.trainer_mode": _FIXED,
+    f"{ROLLOUT}.name": _FIXED,
+    "trainer.experiment_name": "--name",
+    "trainer.default_local_dir": "--name, and trainer.project",
+    "trainer.resume_mode": "--resume",
+    "trainer.resume_from_path": "--resume",
+    "trainer.device": "--set resources.platform=…",
+    f"{ENGINE}.kv_cache_dtype": "--set rollout.kv_cache=fp8",
+    f"{ENGINE}.calculate_kv_scales": "drop it: --set rollout.kv_cache=fp8 makes scales at each weight update",
+    f"{CORRECTION}.rollout_is": "--tis",
+    f"{CORRECTION}.rollout_is_threshold": "--tis",
+}
+OWNED = {entry.key: f"--set {entry.field}=…" for entry in TABLE} | _APART
+"""Keys that flashrl itself gives to verl, and how a person sets them."""
+
+
+def verbatim_key_problems(resolved: Resolved, overrides: Sequence[Override]) -> list[Problem]:
+    """Everything wrong with the verbatim keys, without looking at verl's own tree."""
+    return [problem for rule in RULES for problem in rule(resolved, overrides)]
+
+
+def is_forced(key: str) -> bool:
+    """Whether a key, less its one `+`, goes around Hydra's check: `++key` takes any misspelling, `~key` deletes."""
+    return key.startswith(("+", "~"))
+
+
+def no_forced_keys(_: Resolved, overrides: Sequence[Override]) -> Iterator[Problem]:
+    """A launcher that lets a misspelled key pass has checked nothing."""
+    for override in overrides:
+        if is_forced(override.key):
+            bare = override.key.lstrip("+~")
+            message = f"`++` and `~` before a key of verl's are refused: {bare} would not be checked"
+            yield Problem(message, override.origin.where, f"verl.{bare}, or verl.+{bare} for a new key")
+
+
+def no_dead_keys(_: Resolved, overrides: Sequence[Override]) -> Iterator[Problem]:
+    """Keys that compose and do nothing."""
+    for override in overrides:
+        dead = dead_key(override.key)
+        if dead:
+            yield Problem(
+                f"verl does not act on {override.key}: {dead.why}", override.origin.where, f"use {dead.instead}"
+            )
+
+
+def no_owned_keys(resolved: Resolved, overrides: Sequence[Override]) -> Iterator[Problem]:
+    """One way to say a thing: a key that flashrl emits, or has a typed field for, is not given word for word."""
+    counts = Counter(override.key for override in overrides)
+    for override in verbatim(resolved, overrides):
+        if override.key in OWNED:
+            yield Problem(f"flashrl sets verl's {override.key} itself", override.origin.where, OWNED[override.key])
+        elif counts[override.key] > 1:
+            yield Problem(
+                f"{override.key} is set twice", override.origin.where, "drop it, or the option that sets it too"
+            )
+
+
+def one_quantization(resolved: Resolved, overrides: Sequence[Override]) -> Iterator[Problem]:
+    """The rollout's precision has one switch; verl's own would fight flashrl's engine arguments or go unproven."""
+    for override in verbatim(resolved, overrides):
+        if override.key == f"{ENGINE}.quantization" or (
+            override.key == f"{ROLLOUT}.quantization"
+            and (resolved.spec.rollout.precision in contract.METHODS or override.value == "fp8")
+        ):
+            yield Problem(
+                f"{override.key} and rollout.precision = {resolved.spec.rollout.precision} say it twice",
+                override.origin.where,
+                "--rollout bf16|int8|fp8|fp8-block alone",
+            )
+
+
+def no_bypass_with_correction(resolved: Resolved, overrides: Sequence[Override]) -> Iterator[Problem]:
+    """V1 drops the correction in bypass mode without a word (verl/trainer/ppo/v1/trainer_base.py:1640)."""
+    for override in verbatim(resolved, overrides):
+        if override.key == f"{CORRECTION}.bypass_mode" and override.value and resolved.spec.correction.cap is not None:
+            yield Problem(
+                "bypass_mode with truncated importance sampling: verl would silently not correct",
+                override.origin.where,
+                "drop bypass_mode, or --tis off",
+            )
+
+
+def own_environment(resolved: Resolved, _: Sequence[Override]) -> Iterator[Problem]:
+    """The files of an attempt and the proof of the precision depend on these variables."""
+    for name in sorted(environment.OWNED & resolved.spec.env.keys()):
+        yield Problem(f"{name} is flashrl's own", resolved.origins[f"env.{name}"].where, "drop it")
+
+
+def no_idle_options(resolved: Resolved, _: Sequence[Override]) -> Iterator[Problem]:
+    """An option given for this very run is read by someone. Presets may hold values for switches that they leave off."""
+    algorithm = resolved.spec.algorithm
+    readers = {
+        "algorithm.kl_loss_coef": (algorithm.kl_loss, "algorithm.kl_loss=true"),
+        "algorithm.kl_in_reward_coef": (algorithm.kl_in_reward, "algorithm.kl_in_reward=true"),
+        "algorithm.normalize_by_std": (algorithm.advantage == "grpo", "algorithm.advantage=grpo"),
+        "algorithm.filter_groups.": (algorithm.filter_groups.enable, "algorithm.filter_groups.enable=true"),
+        "critic.": (algorithm.advantage == "gae", "algorithm.advantage=gae"),
+    }
+    for field, origin in resolved.origins.items():
+        if origin.layer != "set" or field == "algorithm.filter_groups.enable":
+            continue
+        for start, (read, switch) in readers.items():
+            if field.startswith(start) and not read and _says_something(resolved.value(field)):
+                yield Problem(f"nothing reads {field} without {switch}", origin.where, f"--set {switch}, or drop it")
+
+
+def _says_something(value: object) -> bool:
+    """Whether it is more than nothing: weights of 0 are how a script switches a term off."""
+    return value is False or value not in (0, None)
+
+
+def verbatim(resolved: Resolved, overrides: Sequence[Override]) -> Iterator[Override]:
+    """The overrides that come from the spec's `verl` map; they stand last."""
+    yield from overrides[len(overrides) - len(resolved.spec.verl) :]
+
+
+RULES: tuple[Rule, ...] = (
+    no_forced_keys,
+    no_dead_keys,
+    no_owned_keys,
+    one_quantization,
+    no_bypass_with_correction,
+    own_environment,
+    no_idle_options,
+)
+
+
+def translation(key: str) -> str | None:
+    """Hint to a key that is verl's, or nearly so; None for one that means nothing to verl either.
+
+    Composes verl's tree (once a process) for keys that flashrl has no field for; without verl those are unknown.
+    """
+    bare = key.lstrip("+~").removeprefix("verl.").lstrip("+~")
+    exact = _exact(bare)
+    if exact is None and bare != key:
+        return f"--set verl.+{bare}=… adds a key that verl's own tree lacks"
+    if exact is None and bare.partition(".")[0] not in RunSpec.model_fields:
+        near = get_close_matches(bare, sorted({*OWNED, *_living()}), n=1, cutoff=0.8)
+        return f"did you mean verl's {near[0]}? {_exact(near[0])}" if near else None
+    return exact
+
+
+def _exact(key: str) -> str | None:
+    dead = dead_key(key)
+    if dead:
+        return f"verl does not act on it ({dead.why}): use {dead.instead}"
+    if key in OWNED:
+        return f"flashrl's way to set it: {OWNED[key]}"
+    return f"keys of verl's own go under verl: --set verl.{key}=…" if key in _living() else None
+
+
+@functools.cache
+def _living() -> frozenset[str]:
+    try:
+        return frozenset(key for key, _ in leaves(compose.compose([])))
+    except EnvironmentNotReady:
+        return frozenset()

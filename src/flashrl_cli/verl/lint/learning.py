@@ -1,0 +1,293 @@
+"""What the trainer would refuse late, or do otherwise than it reads: losses, correction, critic, rewards, checkpoints, logs.
+
+Lines are verl 0.9.1's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashrl_cli.verl.overrides import ACTOR, CORRECTION, OVERLONG, ROLLOUT
+
+if TYPE_CHECKING:
+    from flashrl_cli.errors import Problem
+    from flashrl_cli.verl.config import Rule, Settings
+
+LOSSES = (
+    "vanilla",
+    "dppo_tv",
+    "dppo_kl",
+    "gspo",
+    "sapo",
+    "gpg",
+    "clip_cov",
+    "kl_cov",
+    "geo_mean",
+    "dro",
+    "cispo",
+    "bypass_mode",
+)
+"""Names that verl registers (trainer/ppo/core_algos.py:1285-2413)."""
+REJECTIONS = (
+    "token_k1",
+    "token_k2",
+    "token_k3",
+    "seq_sum_k1",
+    "seq_sum_k2",
+    "seq_sum_k3",
+    "seq_mean_k1",
+    "seq_mean_k2",
+    "seq_mean_k3",
+    "seq_max_k2",
+    "seq_max_k3",
+)
+"""Options of rejection sampling (trainer/ppo/rollout_corr_helper.py:77)."""
+LOGGERS = (
+    "console",
+    "file",
+    "wandb",
+    "tensorboard",
+    "mlflow",
+    "swanlab",
+    "trackio",
+    "clearml",
+    "vemlp_wandb",
+    "rl_insight",
+)
+"""Loggers of verl's (utils/tracking.py:49)."""
+REPORTED = ("reward", "score", "acc", "overlong_reward", "overlong")
+"""Numbers that verl's own reward functions and managers report (experimental/reward_loop/reward_manager/, utils/reward_score/)."""
+SAMPLER = "trainer.v1.sampler.custom_sampler.path"
+OWN_SAMPLER = "pkg://flashrl_cli.plugins.sampler"
+REWARD_FUNCTION = "reward.custom_reward_function.path"
+_DISTILLS = "distillation.enabled"
+
+
+def loss_is_known(s: Settings) -> Iterator[Problem]:
+    """An unknown loss ends the run in its first update (trainer/ppo/core_algos.py:81), as does DRO without its weight (2029)."""
+    mode, weight = f"{ACTOR}.policy_loss.loss_mode", f"{ACTOR}.policy_loss.dro_beta"
+    loss = s.get(mode)
+    if loss not in LOSSES:
+        yield s.problem(f"verl has no policy loss {loss}", _instead(s, mode, loss, LOSSES), mode)
+    if loss == "dro" and not (s.get(weight) or 0) > 0:
+        yield s.problem(f"the loss dro needs a positive verl.{weight}", s.fix(weight, 0.1), mode, weight)
+
+
+def rejection_is_complete(s: Settings) -> Iterator[Problem]:
+    """Rejection sampling names known options and a threshold, or ends the first step (trainer/ppo/rollout_corr_helper.py:252, 867)."""
+    key, threshold = f"{CORRECTION}.rollout_rs", f"{CORRECTION}.rollout_rs_threshold"
+    given = s.get(key)
+    if given is None:
+        return
+    unknown = [name for name in str(given).split(",") if name.strip() not in REJECTIONS]
+    if unknown:
+        yield s.problem(f"verl has no rejection sampling {unknown[0]}", _instead(s, key, unknown[0], REJECTIONS), key)
+    if s.get(threshold) is None:
+        yield s.problem(f"verl.{key} needs a threshold", s.fix(threshold, 2.0), key)
+
+
+def log_probs_come_with_samples(s: Settings) -> Iterator[Problem]:
+    """Without the engine's log-probs rejection does nothing (trainer/ppo/v1/trainer_base.py:1768) and bypass mode fails (1644)."""
+    known = f"{ROLLOUT}.calculate_log_probs"
+    for key in (f"{CORRECTION}.rollout_rs", f"{CORRECTION}.bypass_mode"):
+        if s.get(key) and not s.get(known):
+            yield s.problem(f"verl.{key} needs the log-probs of the rollout", s.fix(known, True), known, key)
+
+
+def bypass_reads_its_settings(s: Settings) -> Iterator[Problem]:
+    """Bypass mode skips the correction (trainer/ppo/v1/trainer_base.py:1767) and leaves the loss as it is in V1.
+
+    `loss_type` is read by the loss `bypass_mode`, out of the policy loss's own copy (trainer/ppo/core_algos.py:2484).
+    """
+    bypass, rejection, form = (f"{CORRECTION}.{name}" for name in ("bypass_mode", "rollout_rs", "loss_type"))
+    if s.get(bypass) and s.get(rejection):
+        yield s.problem(f"verl.{rejection} does nothing in bypass mode", s.fix(rejection, None), rejection, bypass)
+    if s.get(form) != "ppo_clip" and not s.get(f"{ACTOR}.policy_loss.rollout_correction"):
+        yield s.problem(f"nothing reads verl.{form} = {s.get(form)} in V1", s.fix(form, "ppo_clip"), form)
+
+
+def critic_follows_advantage(s: Settings) -> Iterator[Problem]:
+    """GAE fails without a critic's values; another advantage would train a critic for nothing (trainer/ppo/utils.py:96)."""
+    key, advantage = "critic.enable", s.spec.algorithm.advantage
+    if s.get(key) is not None and bool(s.get(key)) != (advantage == "gae"):
+        yield s.problem(
+            f"verl.{key} = {s.get(key)} contradicts algorithm.advantage = {advantage}",
+            "drop it: algorithm.advantage decides",
+            key,
+        )
+
+
+def metric_is_reported(s: Settings) -> Iterator[Problem]:
+    """Dynamic sampling ends the run where a reward lacks its metric (trainer/ppo/v1/replay_buffer.py:304).
+
+    A reward function or manager of the person's own may report anything, and `rate_limited` is made for one.
+    """
+    groups, key = s.spec.algorithm.filter_groups, "algorithm.filter_groups.metric"
+    own = s.get(REWARD_FUNCTION) or s.get("reward.reward_manager.source") != "register"
+    if not groups.enable or own or s.spec.reward.manager == "rate_limited" or groups.metric in REPORTED:
+        return
+    yield s.problem(f"no reward of verl's reports {groups.metric}", _instead(s, key, groups.metric, REPORTED), key)
+
+
+def sampler_filters_groups(s: Settings) -> Iterator[Problem]:
+    """A custom sampler is not told what to filter or to refill (trainer/ppo/v1/trainer_base.py:165), and flashrl's does not."""
+    refill = "trainer.v1.sampler.sync_refill_failed_groups"
+    for wanted, key in (
+        (s.spec.algorithm.filter_groups.enable, "algorithm.filter_groups.enable"),
+        (s.get(refill), refill),
+    ):
+        if wanted and s.get(SAMPLER) == OWN_SAMPLER:
+            yield s.problem(
+                f"flashrl's quick sampler does nothing for {s.name(key)}", s.fix(SAMPLER, None), key, SAMPLER
+            )
+
+
+def filter_sees_rewards(s: Settings) -> Iterator[Problem]:
+    """A reward model on the trainer's devices scores after the filter: refused in a worker (trainer/ppo/v1/trainer_base.py:200)."""
+    model, pool = "reward.reward_model.enable", "reward.reward_model.enable_resource_pool"
+    if s.spec.algorithm.filter_groups.enable and s.get(model) and not s.get(pool):
+        yield s.problem(
+            "dynamic sampling needs the reward while it samples: the reward model needs devices of its own",
+            s.fix(pool, True),
+            model,
+        )
+
+
+def teacher_exists(s: Settings) -> Iterator[Problem]:
+    """Distillation needs devices of its own and a model on them, or ends in the driver's workers, after Ray has started.
+
+    trainer/ppo/v1/trainer_base.py:839; workers/config/distillation.py:164-168, and :308 for the entry that is dropped
+    beside others.
+    """
+    if not s.get(_DISTILLS):
+        return
+    for name in ("nnodes", "n_gpus_per_node"):
+        key = f"distillation.{name}"
+        if (s.size(key) or 0) < 1:
+            yield s.problem(f"distillation without devices: verl.{key} = {s.get(key)}", s.fix(key, 1), key, _DISTILLS)
+    teachers = dict(s.get("distillation.teacher_models") or {})
+    if len(teachers) > 1:
+        teachers.pop("teacher_model", None)
+    for name, teacher in teachers.items():
+        alone = name == "teacher_model"
+        for field in ("model_path",) if alone else ("model_path", "key"):
+            key = f"distillation.teacher_models.{name}.{field}"
+            if not teacher.get(field):
+                new = "" if alone else "+"
+                yield s.problem(
+                    f"distillation without a teacher: verl.{key} is not set", f"set verl.{new}{key}", key, _DISTILLS
+                )
+
+
+def reward_model_exists(s: Settings) -> Iterator[Problem]:
+    """Its tokenizer is loaded in each reward worker (experimental/reward_loop/reward_loop.py:128); a pool has devices.
+
+    The pool: trainer/ppo/v1/trainer_base.py:826.
+    """
+    enable, path, pool = (f"reward.reward_model.{name}" for name in ("enable", "model_path", "enable_resource_pool"))
+    nodes = "reward.reward_model.nnodes"
+    if s.get(enable) and not s.get(path):
+        yield s.problem(f"a reward model without a path: verl.{path} is not set", f"set verl.{path}", path, enable)
+    if s.get(pool) and (s.size(nodes) or 0) < 1:
+        yield s.problem(f"verl.{pool} without devices: verl.{nodes} = {s.get(nodes)}", s.fix(nodes, 1), nodes, pool)
+
+
+def workers_exist(s: Settings) -> Iterator[Problem]:
+    """No agent loop worker: no chunk to split a batch into (trainer/ppo/v1/agent_loop_tq.py:251); no reward worker: no score."""
+    for key in (f"{ROLLOUT}.agent.num_workers", "reward.num_workers"):
+        if (s.size(key) or 0) < 1:
+            yield s.problem(f"verl.{key} = {s.get(key)}: at least one has to work", s.fix(key, 1), key)
+
+
+def reward_function_is_there(s: Settings) -> Iterator[Problem]:
+    """The file is loaded in each reward worker, whose working folder is another (utils/import_utils.py:179).
+
+    Whether an absolute path exists is only known for a run on this machine.
+    """
+    given = s.get(REWARD_FUNCTION)
+    if not given or str(given).startswith("pkg://"):
+        return
+    path = Path(str(given).removeprefix("file://"))
+    if not path.is_absolute():
+        absolute = str(Path.cwd() / path)
+        yield s.problem(
+            f"verl.{REWARD_FUNCTION} = {given} is not absolute", s.fix(REWARD_FUNCTION, absolute), REWARD_FUNCTION
+        )
+    elif s.spec.resources.nodes == 1 and not os.environ.get("RAY_ADDRESS") and not path.exists():
+        yield s.problem(f"there is no {path}", "the path of a Python file, or pkg://MODULE", REWARD_FUNCTION)
+
+
+def overlong_is_typed(s: Settings) -> Iterator[Problem]:
+    """The penalty takes five keys that agree, or fails in a worker (experimental/reward_loop/reward_manager/dapo.py:33-48)."""
+    enable = f"{OVERLONG}.enable"
+    if s.get(enable) and s.spec.reward.overlong is None:
+        manager = "" if s.spec.reward.manager == "dapo" else "--set reward.manager=dapo "
+        buffer = max(s.spec.data.max_response_length // 5, 1)
+        hint = f"{manager}--set reward.overlong.buffer_len={buffer} instead"
+        yield s.problem(f"verl.{enable} alone is not enough", hint, enable)
+
+
+def checkpoints_resume(s: Settings) -> Iterator[Problem]:
+    """An interrupted run goes on from its step with what is loaded: without the weights, from the base model's.
+
+    utils/checkpoint/fsdp_checkpoint_manager.py:203; trainer/ppo/v1/trainer_base.py:879.
+    """
+    for model in (ACTOR, *(["critic"] if s.has_critic else [])):
+        for name in ("save_contents", "load_contents"):
+            key = f"{model}.checkpoint.{name}"
+            contents = s.get(key) or []
+            if s.spec.trainer.save_every > 0 and "model" not in contents and s.where(key):
+                yield s.problem(
+                    f"verl.{key} lacks model: a run that goes on would start over from its first weights",
+                    s.fix(key, ["model", *contents]),
+                    key,
+                )
+
+
+def validation_only_validates(s: Settings) -> Iterator[Problem]:
+    """`val_only` is looked at after the first validation: without one verl trains (trainer/ppo/v1/trainer_base.py:446)."""
+    key = "trainer.val_only"
+    if s.get(key) and not s.spec.trainer.validate_before:
+        yield s.problem(
+            f"verl.{key} without trainer.validate_before would train",
+            "--set trainer.validate_before=true",
+            key,
+            "trainer.val_before_train",
+        )
+
+
+def loggers_are_known(s: Settings) -> Iterator[Problem]:
+    """An unknown logger ends the run once everything is loaded (utils/tracking.py:71)."""
+    for name in s.spec.trainer.logger:
+        if name not in LOGGERS:
+            yield s.problem(f"verl has no logger {name}", f"verl's are {', '.join(LOGGERS)}", "trainer.logger")
+
+
+def _instead(s: Settings, key: str, given: object, names: tuple[str, ...]) -> str:
+    """The option with the name that was probably meant, or all names."""
+    near = get_close_matches(str(given), names, n=1)
+    return s.fix(key, near[0]) if near else f"one of {', '.join(names)}"
+
+
+RULES: tuple[Rule, ...] = (
+    loss_is_known,
+    rejection_is_complete,
+    log_probs_come_with_samples,
+    bypass_reads_its_settings,
+    critic_follows_advantage,
+    metric_is_reported,
+    sampler_filters_groups,
+    filter_sees_rewards,
+    teacher_exists,
+    reward_model_exists,
+    workers_exist,
+    reward_function_is_there,
+    overlong_is_typed,
+    checkpoints_resume,
+    validation_only_validates,
+    loggers_are_known,
+)

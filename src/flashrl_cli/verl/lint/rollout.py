@@ -1,0 +1,371 @@
+"""What the rollout engine would refuse, or take and do otherwise: lengths, arguments, precision, adapters, validation.
+
+Lines are verl 0.9.1's, where vLLM is not named.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from flashrl_cli import contract
+from flashrl_cli.verl.config import MODEL, Rule, Settings, Shape, bf16_replicas
+from flashrl_cli.verl.overrides import ACTOR, ENGINE, ROLLOUT
+
+if TYPE_CHECKING:
+    from flashrl_cli.errors import Problem
+
+TENSOR_PARALLEL = f"{ROLLOUT}.tensor_model_parallel_size"
+OVERRIDE_CONFIG = f"{MODEL}.override_config"
+VALIDATION = f"{ROLLOUT}.val_kwargs"
+ARGUMENTS = {
+    **{
+        name: f"{ROLLOUT}.{name}"
+        for name in (
+            "dtype",
+            "load_format",
+            "max_model_len",
+            "max_num_seqs",
+            "enable_chunked_prefill",
+            "max_num_batched_tokens",
+            "enable_prefix_caching",
+            "enable_sleep_mode",
+            "logprobs_mode",
+            "enforce_eager",
+            "gpu_memory_utilization",
+            "disable_log_stats",
+            "seed",
+            "scheduling_policy",
+            "data_parallel_size",
+        )
+    },
+    "tensor_parallel_size": TENSOR_PARALLEL,
+    "pipeline_parallel_size": f"{ROLLOUT}.pipeline_model_parallel_size",
+    "trust_remote_code": f"{MODEL}.trust_remote_code",
+}
+"""Arguments of the engine that verl gives from keys of its own (workers/rollout/vllm_rollout/vllm_async_server.py:326)."""
+BLOCK = 128
+"""Rows and columns that share a scale in verl's FP8 (workers/rollout/vllm_rollout/vllm_async_server.py:1254)."""
+LARGEST_RANK = 512
+BOUNDS: dict[str, tuple[Callable[[float], bool], float]] = {
+    "temperature": (lambda t: t >= 0, 1.0),
+    "top_p": (lambda p: 0 < p <= 1, 1.0),
+    "top_k": (lambda k: k >= -1, -1),
+    "n": (lambda n: n >= 1, 1),
+}
+"""What vLLM samples with, and a value that it does."""
+QUANTIZATIONS = ("fp8", "torchao", "ascend")
+
+
+def positions_hold_a_sequence(s: Settings) -> Iterator[Problem]:
+    """No longer sequences than the model has positions (workers/rollout/vllm_rollout/vllm_async_server.py:1107)."""
+    key = f"{OVERRIDE_CONFIG}.max_position_embeddings"
+    held = s.size(f"{OVERRIDE_CONFIG}.model_config.max_position_embeddings") or s.size(key)
+    held = held or (s.shape.max_positions if s.shape else None)
+    asked = s.spec.rollout.max_model_len
+    if held is not None and asked is not None and asked > held:
+        response = held - s.spec.data.max_prompt_length
+        yield s.problem(
+            f"rollout.max_model_len = {asked} is more than the model's {held} positions",
+            f"--set data.max_response_length={response}"
+            if response > 0
+            else f"--set data.max_prompt_length={held // 2}",
+            f"{ROLLOUT}.max_model_len",
+            "data.max_response_length",
+            "data.max_prompt_length",
+            f"{MODEL}.path",
+        )
+
+
+def engine_arguments_are_said_once(s: Settings) -> Iterator[Problem]:
+    """Engine arguments given directly win over verl's keys (vllm_async_server.py:349), and verl then counts with another value."""
+    given = s.get(ENGINE) or {}
+    for name in (name for name in given if "-" in str(name)):
+        written = f"{ENGINE}.{name}"
+        yield s.problem(
+            f"verl.{written} would go around what is known of {name.replace('-', '_')}, which vLLM takes it for",
+            f"write verl.+{ENGINE}.{name.replace('-', '_')}",
+            written,
+        )
+    for name, key in ARGUMENTS.items():
+        if name in given:
+            yield s.problem(
+                f"verl.{ENGINE}.{name} would silently win over {s.name(key)}",
+                s.fix(key, given[name]),
+                f"{ENGINE}.{name}",
+            )
+
+
+def blocks_keep_their_configuration(s: Settings) -> Iterator[Problem]:
+    """verl's FP8 in blocks is told to vLLM as `hf_overrides`, which the engine's own would replace (vllm_async_server.py:346-349)."""
+    overrides = s.get(f"{ENGINE}.hf_overrides")
+    if s.spec.rollout.precision == "fp8-block" and overrides is not None:
+        keys = [o.key for o in s.overrides if o.key.startswith(f"{ENGINE}.hf_overrides")]
+        yield s.problem(
+            f"verl.+{ENGINE}.hf_overrides would replace the configuration of fp8-block rollouts",
+            "--rollout fp8, or drop it",
+            *keys,
+        )
+
+
+def quantization_is_known(s: Settings) -> Iterator[Problem]:
+    """verl's engine refuses another name when it starts, and QAT replaces what was asked for (vllm_async_server.py:1216, 1241)."""
+    key = f"{ROLLOUT}.quantization"
+    if s.get(key) is not None and s.get(key) not in QUANTIZATIONS:
+        hint = "--rollout int8" if str(s.get(key)).startswith("int8") else f"one of {', '.join(QUANTIZATIONS)}"
+        yield s.problem(f"verl has no rollout quantization {s.get(key)}", hint, key)
+    trained, followed = f"{ACTOR}.fsdp_config.qat.enable", f"{ROLLOUT}.qat.enable"
+    if s.get(followed) and s.spec.rollout.precision != "bf16":
+        yield s.problem(
+            f"quantization-aware training decides the rollout's precision, not rollout.precision = {s.spec.rollout.precision}",
+            f"--rollout bf16, or {s.fix(trained, False)}",
+            trained,
+            followed,
+        )
+
+
+def experts_are_quantized(s: Settings) -> Iterator[Problem]:
+    """flashrl's methods quantize linear layers; experts, nearly all of such a model, would stay bf16 (plugins/online_linear.py)."""
+    precision = s.spec.rollout.precision
+    if precision in contract.METHODS and s.shape and s.shape.experts:
+        yield s.problem(
+            f"{precision} rollouts would leave the {s.shape.experts} experts of {s.spec.model.path} in bf16",
+            "--rollout fp8-block",
+            f"{ENGINE}.quantization",
+            f"{MODEL}.path",
+        )
+
+
+def cache_bound_is_known(s: Settings) -> Iterator[Problem]:
+    """The scales of an FP8 cache come of a bound known for some families; with another the first refit fails (plugins/kv_scales.py)."""
+    if s.spec.rollout.kv_cache != "auto" and s.shape and s.shape.architecture not in contract.CACHE_FAMILIES:
+        yield s.problem(
+            f"an FP8 KV cache has no scales for a {s.shape.architecture} model, only for {', '.join(contract.CACHE_FAMILIES)}",
+            "--set rollout.kv_cache=auto",
+            "rollout.kv_cache",
+            f"{MODEL}.path",
+        )
+
+
+def blocks_fill_shards(s: Settings) -> Iterator[Problem]:
+    """Each device's part of a layer is whole FP8 blocks of 128, or vLLM refuses to build or to run it, or mixes up its scales.
+
+    vllm/model_executor/layers/quantization/utils/fp8_utils.py:1193 (linear layers) and :595 (their input), fp8.py:534 (experts);
+    layers that are joined are let through and share a block's scale, of which the last one loaded stays (layers/linear.py:505).
+    """
+    tp = s.spec.rollout.tensor_parallel
+    if s.spec.rollout.precision != "fp8-block" or s.shape is None or s.spec.resources.platform == "cpu":
+        return
+    whole = (s.size(f"{ROLLOUT}.expert_parallel_size") or 1) > 1
+    broken = unfilled(s.shape, tp, whole_experts=whole)
+    if broken:
+        fitting = [d for d in range(1, tp) if tp % d == 0 and not unfilled(s.shape, d, whole_experts=whole)]
+        yield s.problem(
+            f"blocks of {BLOCK} (fp8-block) do not fill a device's part of {', '.join(broken)} at rollout.tensor_parallel = {tp}",
+            s.fix(TENSOR_PARALLEL, max(fitting)) if fitting else "--rollout fp8",
+            TENSOR_PARALLEL,
+            f"{ROLLOUT}.quantization",
+        )
+
+
+def unfilled(shape: Shape, tp: int, *, whole_experts: bool = False) -> list[str]:
+    """What of a model on one device of `tp` is no whole FP8 blocks of 128, in words."""
+    return [what for what, width in _widths(shape, tp, whole_experts) if width % BLOCK]
+
+
+def blocks_are_several(s: Settings) -> Iterator[Problem]:
+    """No layer's input is a single FP8 block: of its scales [rows, 1] verl drops a dimension, and vLLM refuses the first weights.
+
+    verl/utils/vllm/vllm_quant_utils.py:396 in 0.9.1; it quantizes a whole weight, whatever part of it a device takes.
+    """
+    if s.spec.rollout.precision != "fp8-block" or s.shape is None or s.spec.resources.platform == "cpu":
+        return
+    if narrow := single(s.shape):
+        yield s.problem(
+            f"verl cannot load FP8 blocks (fp8-block) into layers whose input is one block of {BLOCK}: {', '.join(narrow)}",
+            "--rollout fp8",
+            f"{ROLLOUT}.quantization",
+            f"{MODEL}.path",
+        )
+
+
+def single(shape: Shape) -> list[str]:
+    """What goes into a layer of a model as a single FP8 block (or less), in words."""
+    heads = ("the heads", shape.heads * shape.head_dim)
+    mlp = ("the experts", shape.expert_intermediate) if shape.experts else ("the MLP", shape.intermediate)
+    return [what for what, width in (("the hidden state", shape.hidden), heads, mlp) if width <= BLOCK]
+
+
+def _widths(shape: Shape, tp: int, whole_experts: bool) -> Iterator[tuple[str, int]]:
+    """Rows or columns of each kind of layer on one device of `tp`; key-value heads and the hidden state are never cut."""
+    yield "the hidden state", shape.hidden
+    yield "the queries", shape.heads * shape.head_dim // tp
+    yield "the keys", max(shape.kv_heads // tp, 1) * shape.head_dim
+    if not shape.experts or shape.dense_layers:
+        yield "the MLP", shape.intermediate // tp
+    if shape.experts:
+        yield "the experts", shape.expert_intermediate // (1 if whole_experts else tp)
+    if shape.shared_intermediate:
+        yield "the shared expert", shape.shared_intermediate // tp
+
+
+def mix_leaves_both(s: Settings) -> Iterator[Problem]:
+    """At least one replica in each precision; a replica is told by its number (plugins/replica.py)."""
+    mix, engines = s.spec.rollout.mix, s.gpus // s.engine_gpus
+    if not mix or bf16_replicas(s.spec) < engines:
+        return
+    precision = s.spec.rollout.precision
+    if engines < 2:
+        yield s.problem(
+            f"rollout.mix = {mix:g} wants two replicas or more, and {s.gpus} devices with {s.engine_gpus} an engine make {engines}",
+            "--set rollout.mix=0, or more devices",
+            "rollout.mix",
+            TENSOR_PARALLEL,
+        )
+        return
+    yield s.problem(
+        f"rollout.mix = {mix:g} would leave all {engines} replicas in bf16 and none in {precision}",
+        f"--set rollout.mix={math.floor(1000 * (engines - 1) / engines) / 1000}",
+        "rollout.mix",
+    )
+
+
+def adapter_reaches_the_engine(s: Settings) -> Iterator[Problem]:
+    """flashrl's worker extension refits whole weights, and proves those; an adapter goes past it (plugins/verl_refit.py)."""
+    merge, rank = f"{MODEL}.lora.merge", f"{MODEL}.lora_rank"
+    if s.has_adapter and s.refits_with_flashrl and not s.get(merge):
+        precision = s.spec.rollout.precision
+        here = "rollouts on cpu" if s.spec.resources.platform == "cpu" else "rollouts with flashrl's weight update"
+        what = f"{precision} rollouts" if precision in contract.METHODS else here
+        yield s.problem(f"{what} take a LoRA adapter only when it is merged", s.fix(merge, True), merge, rank)
+
+
+def blocks_quantize_the_base(s: Settings) -> Iterator[Problem]:
+    """verl quantizes weights to FP8 when it syncs them; beside an adapter it syncs the base only into a dummy engine.
+
+    Otherwise vLLM reads the bf16 files as if they were FP8, with scales that nothing sets (workers/engine_workers.py:673, 793).
+    """
+    merge, load = f"{MODEL}.lora.merge", f"{ROLLOUT}.load_format"
+    if (
+        s.spec.rollout.precision == "fp8-block"
+        and s.has_adapter
+        and not s.get(merge)
+        and "dummy" not in str(s.get(load))
+        and s.spec.resources.platform == "cuda"
+    ):
+        yield s.problem(
+            "fp8-block rollouts would take the base model's bf16 files for FP8: verl syncs the adapter alone",
+            s.fix(merge, True),
+            load,
+            f"{MODEL}.lora_rank",
+        )
+
+
+def adapter_is_well_formed(s: Settings) -> Iterator[Problem]:
+    """LoRA under FSDP: one rank, that vLLM has room for, and a base model in the engine where one is presumed.
+
+    workers/rollout/vllm_rollout/utils.py:97; workers/engine/fsdp/transformer_impl.py:162 (`lora.rank` is Megatron's);
+    utils/fsdp_utils.py:728.
+    """
+    rank, other, path = f"{MODEL}.lora_rank", f"{MODEL}.lora.rank", f"{MODEL}.lora_adapter_path"
+    layered, load = f"{ROLLOUT}.layered_summon", f"{ROLLOUT}.load_format"
+    if (s.size(other) or 0) > 0:
+        yield s.problem(f"fsdp trains no adapter for verl.{other}", f"{s.fix(rank, s.get(other))} instead", other)
+    if (s.size(rank) or 0) > LARGEST_RANK:
+        yield s.problem(f"vLLM has no LoRA rank above {LARGEST_RANK}", s.fix(rank, LARGEST_RANK), rank)
+    if s.get(path) and not s.has_adapter:
+        yield s.problem(f"verl ignores verl.{path} without a rank", s.fix(rank, 32), path)
+    if s.has_adapter and s.get(layered) and "dummy" in str(s.get(load)) and not s.get(f"{MODEL}.lora.merge"):
+        yield s.problem(f"verl.{layered} presumes the base model in the engine", s.fix(load, "safetensors"), layered)
+
+
+def routes_are_read(s: Settings) -> Iterator[Problem]:
+    """FSDP replays no routes of experts (workers/engine_workers.py:498-505): they are read for load metrics or not at all.
+
+    The metrics are skipped with a warning where the engine returns no routes (trainer/ppo/metric_utils.py:304).
+    """
+    replay, interval = f"{ROLLOUT}.enable_rollout_routing_replay", f"{ROLLOUT}.moe_load_balance_metrics_interval"
+    metrics = (s.size(interval) or 0) > 0
+    if s.get(replay) and not metrics:
+        yield s.problem(
+            f"verl.{replay}: the FSDP trainer replays no routes, so that the engine would return them for nothing",
+            s.fix(replay, False),
+            replay,
+        )
+    if metrics and not s.get(replay):
+        yield s.problem(
+            f"verl.{interval} counts the routes that the engine returns, and it returns none",
+            s.fix(replay, True),
+            interval,
+        )
+
+
+def next_tokens_are_trained(s: Settings) -> Iterator[Problem]:
+    """Multi-token prediction is Megatron's: nothing in workers/engine/fsdp knows of `mtp`, whose layers get no weights.
+
+    The engine starts with dummy weights and gets those of the trainer's model, so that drafts would be random
+    (workers/rollout/vllm_rollout/utils.py:395); without `enable` nothing happens (.../vllm_async_server.py:377).
+    """
+    for name in ("enable", "enable_rollout"):
+        key = f"{MODEL}.mtp.{name}"
+        if s.get(key):
+            yield s.problem(
+                f"verl.{key}: the FSDP trainer has no layers for multi-token prediction, so that the engine's get no weights",
+                s.fix(key, False),
+                key,
+            )
+
+
+def transfers_are_direct(s: Settings) -> Iterator[Problem]:
+    """The synchronous trainer hands weights over directly, whatever is asked for (trainer/ppo/v1/trainer_base.py:382).
+
+    Each worker would build the other backend for nothing, or fail at its packages (workers/engine_workers.py:686).
+    """
+    key = f"{ROLLOUT}.checkpoint_engine.backend"
+    if s.get(key) != "naive":
+        yield s.problem(
+            f"verl.{key} = {s.get(key)} is for the asynchronous trainers: weights are handed over directly here",
+            s.fix(key, "naive"),
+            key,
+        )
+
+
+def validation_samples(s: Settings) -> Iterator[Problem]:
+    """V1 samples at `val_kwargs.temperature` and does not read `do_sample` (trainer/ppo/v1/agent_loop_tq.py:74).
+
+    Beyond vLLM's bounds every validation response fails (vllm/sampling_params.py:563-582).
+    """
+    for name, (holds, value) in BOUNDS.items():
+        key = f"{VALIDATION}.{name}"
+        given = s.get(key)
+        if not isinstance(given, int | float) or not holds(given):
+            yield s.problem(f"verl.{key} = {given} is nothing that vLLM samples with", s.fix(key, value), key)
+    sampled, copies = f"{VALIDATION}.do_sample", f"{VALIDATION}.n"
+    if s.get(f"{VALIDATION}.temperature") == 0 and (s.get(sampled) or (s.size(copies) or 1) > 1):
+        yield s.problem(
+            f"validation is greedy at verl.{VALIDATION}.temperature = 0: every response to a prompt would be the same",
+            s.fix(f"{VALIDATION}.temperature", 1.0),
+            copies if (s.size(copies) or 1) > 1 else sampled,
+            f"{VALIDATION}.temperature",
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    positions_hold_a_sequence,
+    engine_arguments_are_said_once,
+    blocks_keep_their_configuration,
+    quantization_is_known,
+    experts_are_quantized,
+    cache_bound_is_known,
+    blocks_fill_shards,
+    blocks_are_several,
+    mix_leaves_both,
+    adapter_reaches_the_engine,
+    blocks_quantize_the_base,
+    adapter_is_well_formed,
+    routes_are_read,
+    next_tokens_are_trained,
+    transfers_are_direct,
+    validation_samples,
+)

@@ -1,0 +1,232 @@
+"""Whether a response's log-probs are those of the distribution that it was sampled from, and how responses are drawn.
+
+An importance weight w = p_trainer / p_rollout has mean 1 over sampled tokens if and only if p_rollout is what the
+engine sampled with, and that leaves out no token of the trainer's. Lines are verl 0.9.1's, where vLLM (0.28) is not
+named.
+
+In V1 a training request has temperature, top_p, top_k, repetition_penalty 1 and ignore_eos, and nothing else
+(trainer/ppo/v1/agent_loop_tq.py:64, workers/rollout/vllm_rollout/vllm_async_server.py:622-634): no key reaches min_p,
+other penalties, bad words, stop strings, a bias or a grammar, and a model folder's generation_config.json gives its
+stop tokens alone (vllm/sampling_params.py:656).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from flashrl_cli.verl.overrides import CORRECTION, ENGINE, ROLLOUT
+
+if TYPE_CHECKING:
+    from flashrl_cli.errors import Problem
+    from flashrl_cli.verl.config import Rule, Settings
+
+TEMPERATURE, TOP_P, TOP_K = f"{ROLLOUT}.temperature", f"{ROLLOUT}.top_p", f"{ROLLOUT}.top_k"
+MODE, LOG_PROBS = f"{ROLLOUT}.logprobs_mode", f"{ROLLOUT}.calculate_log_probs"
+LEAST_TEMPERATURE = 0.01
+"""What vLLM raises a lower temperature to (vllm/sampling_params.py:28, 476)."""
+PROCESSED, RAW = "processed_logprobs", "raw_logprobs"
+"""vLLM's log-probs after temperature and truncation, as they were sampled from, and before both."""
+OF_A_REQUEST = frozenset(
+    {
+        "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "n",
+        "stop", "stop_token_ids", "ignore_eos", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "detokenize",
+        "skip_special_tokens", "include_stop_str_in_output", "structured_outputs", "bad_words", "logit_bias",
+        "allowed_token_ids", "thinking_token_budget",
+    }
+)  # fmt: skip
+"""Options of a request to vLLM (vllm/sampling_params.py), none of which is an argument of its server."""
+DRAFTS = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
+"""Arguments of vLLM's server that switch speculative decoding on (vllm/engine/arg_utils.py:642, 1619)."""
+
+
+def weights_see_what_was_sampled(s: Settings) -> Iterator[Problem]:
+    """Top-p and top-k are in vLLM's log-probs and not in the trainer's: E[w] is the kept mass, not 1.
+
+    vllm/v1/sample/ops/topk_topp_sampler.py normalizes over the kept tokens,
+    workers/engine/fsdp/transformer_impl.py:1386 over all. Rejection sampling (trainer/ppo/rollout_corr_helper.py:849)
+    and bypass mode (trainer/ppo/v1/trainer_base.py:1640) take the same ratio.
+    """
+    reader = _reader(s)
+    if reader is None or s.get(MODE) != PROCESSED:
+        return
+    for key, off in _truncations(s):
+        yield s.problem(
+            f"{s.name(key)} = {s.get(key)} with {reader}: vLLM's log-probs are renormalized over the kept tokens and"
+            " the trainer's are not, so that every importance weight is off by the kept mass",
+            f"{s.fix(key, off)}, or {_without(s)} (validation may truncate: verl.{ROLLOUT}.val_kwargs)",
+            key,
+        )
+
+
+def log_probs_are_of_the_samples(s: Settings) -> Iterator[Problem]:
+    """Raw log-probs are before the temperature (vllm/v1/sample/sampler.py:88), by which the trainer divides.
+
+    Logits are no log-probs, as which verl compares them (trainer/ppo/rollout_corr_helper.py:941). Without a mode vLLM
+    takes its own, raw (vllm/config/model.py:250).
+    """
+    mode = s.get(MODE) or RAW
+    if not s.get(LOG_PROBS) or mode == PROCESSED:
+        return
+    if mode != RAW:
+        why = "are no log-probs, which rollout and trainer are compared by"
+    elif s.spec.rollout.temperature != 1:
+        why = f"are taken before rollout.temperature = {s.spec.rollout.temperature:g}, by which the trainer divides"
+    else:
+        return
+    yield s.problem(f"verl.{MODE} = {s.get(MODE)}: they {why}", s.fix(MODE, PROCESSED), MODE, TEMPERATURE)
+
+
+def temperature_is_the_engines(s: Settings) -> Iterator[Problem]:
+    """vLLM samples at 0.01 at least (vllm/sampling_params.py:476), and the trainer divides by what was asked for.
+
+    trainer/ppo/v1/trainer_base.py:1655.
+    """
+    asked = s.spec.rollout.temperature
+    if asked < LEAST_TEMPERATURE:
+        yield s.problem(
+            f"vLLM would sample at {LEAST_TEMPERATURE} and the trainer divide by rollout.temperature = {asked:g}",
+            s.fix(TEMPERATURE, LEAST_TEMPERATURE),
+            TEMPERATURE,
+        )
+
+
+def requests_are_not_engine_arguments(s: Settings) -> Iterator[Problem]:
+    """vLLM's server ends at an unknown argument, minutes after the start.
+
+    workers/rollout/vllm_rollout/vllm_async_server.py:470.
+    """
+    given = s.get(ENGINE) or {}
+    for name in sorted(OF_A_REQUEST & given.keys()):
+        key, typed = f"{ENGINE}.{name}", f"{ROLLOUT}.{name}"
+        is_typed = typed in (TEMPERATURE, TOP_P, TOP_K)
+        yield s.problem(
+            f"{name} is an option of a request, not of vLLM's engine, and verl passes no other than its own",
+            f"{s.fix(typed, given[name])} instead" if is_typed else f"drop verl.+{key}",
+            *_written(s, key),
+        )
+
+
+def logits_are_not_processed(s: Settings) -> Iterator[Problem]:
+    """A logits processor may leave tokens out before the log-probs are taken, and the trainer has none.
+
+    vllm/v1/sample/sampler.py:401.
+    """
+    key, reader = f"{ENGINE}.logits_processors", _reader(s)
+    if s.get(key) and reader:
+        yield s.problem(
+            f"logits processors with {reader}: the trainer's log-probs do not go through them, so that the importance"
+            " weights are off by the mass of what they leave out",
+            f"drop verl.+{key}, or {_without(s)}",
+            key,
+        )
+
+
+def drafts_leave_the_distribution(s: Settings) -> Iterator[Problem]:
+    """Speculative decoding: nobody has measured that weights keep their mean under it; made-up acceptance changes what is sampled.
+
+    Its log-probs are put together from target and bonus logits by code of their own
+    (vllm/v1/sample/rejection_sampler.py:205); with `rejection_sample_method: synthetic` tokens are accepted at a given rate
+    (:80). A drafting model would get dummy weights, and a refit for multi-token prediction alone
+    (workers/rollout/vllm_rollout/utils.py:223).
+    """
+    drafts, reader = _drafts(s), _reader(s)
+    if drafts is None:
+        return
+    written = [key for name in DRAFTS for key in _written(s, f"{ENGINE}.{name}")]
+    drop = f"drop verl.+{written[0]}"
+    if drafts.get("rejection_sample_method") == "synthetic":
+        yield s.problem(
+            "speculative decoding with synthetic acceptance does not sample from the policy", drop, *written
+        )
+    elif reader:
+        yield s.problem(
+            f"speculative decoding with {reader}: that its log-probs are those of what it samples from is not known here",
+            f"{drop}, or {_without(s)}",
+            *written,
+        )
+
+
+def _written(s: Settings, key: str) -> list[str]:
+    """The overrides' keys that are `key` or lie below it."""
+    return [override.key for override in s.overrides if f"{override.key}.".startswith(f"{key}.")]
+
+
+def _drafts(s: Settings) -> dict[str, Any] | None:
+    """vLLM's speculative configuration as given in either form, or as JSON; None for none."""
+    given = s.get(ENGINE) or {}
+    config = given.get(DRAFTS[0])
+    if isinstance(config, str):
+        with contextlib.suppress(ValueError):
+            config = json.loads(config)
+    found = dict(config) if isinstance(config, dict) else {}
+    short = {"method": "spec_method", "model": "spec_model", "num_speculative_tokens": "spec_tokens"}
+    found |= {name: given[flag] for name, flag in short.items() if given.get(flag) is not None}
+    return found if found or config else None
+
+
+def responses_of_a_group_differ(s: Settings) -> Iterator[Problem]:
+    """With full determinism every request of a replica has one seed: equal prompts get equal responses.
+
+    workers/rollout/vllm_rollout/vllm_async_server.py:627; V1 gives requests no priority that would distinguish them
+    (experimental/agent_loop/single_turn_agent_loop.py:69), so that all go to one replica, too
+    (workers/rollout/router.py:193). vLLM's CPU engine ends at the first partial prefill of a request with a seed
+    (vllm/v1/worker/gpu_model_runner.py:3825).
+    """
+    key = f"{ROLLOUT}.full_determinism"
+    if not s.get(key):
+        return
+    if s.spec.rollout.n > 1:
+        why = f"gives every request the same seed: the {s.spec.rollout.n} responses to a prompt would be one"
+    elif s.spec.resources.platform == "cpu":
+        why = "gives requests a seed, at which vLLM's CPU engine ends: its generators have no offset"
+    else:
+        return
+    yield s.problem(f"verl.{key} {why}", s.fix(key, False), key)
+
+
+def notes(s: Settings) -> list[str]:
+    """What to know of the numbers that a run will report, in sentences."""
+    if _reader(s) or s.get(MODE) != PROCESSED or not s.get(LOG_PROBS):
+        return []
+    cut = " and ".join(f"{s.name(key)} = {s.get(key)}" for key, _ in _truncations(s))
+    meaning = (
+        f"{cut}: vLLM's log-probs are renormalized over the kept tokens and the trainer's are not, so the reported KL"
+        " between rollout and trainer is that of their arithmetic plus the mean of -ln(kept mass), and differences of"
+        " probabilities hold the kept mass, too"
+    )
+    return [meaning] if cut else []
+
+
+def _truncations(s: Settings) -> Iterator[tuple[str, float]]:
+    """Keys by which training rollouts leave tokens out, with the value that leaves out none."""
+    if s.spec.rollout.top_p < 1:
+        yield TOP_P, 1.0
+    if s.spec.rollout.top_k > 0:
+        yield TOP_K, -1
+
+
+def _reader(s: Settings) -> str | None:
+    """What the loss takes the rollout's log-probs for."""
+    if s.spec.correction.cap is not None:
+        return "truncated importance sampling"
+    if s.get(f"{CORRECTION}.rollout_rs"):
+        return f"verl.{CORRECTION}.rollout_rs"
+    return f"verl.{CORRECTION}.bypass_mode" if s.get(f"{CORRECTION}.bypass_mode") else None
+
+
+def _without(s: Settings) -> str:
+    return "--tis off" if s.spec.correction.cap is not None else f"drop {_reader(s)}"
+
+
+RULES: tuple[Rule, ...] = (
+    weights_see_what_was_sampled,
+    log_probs_are_of_the_samples,
+    temperature_is_the_engines,
+    requests_are_not_engine_arguments,
+    logits_are_not_processed,
+    drafts_leave_the_distribution,
+    responses_of_a_group_differ,
+)

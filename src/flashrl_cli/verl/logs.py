@@ -1,0 +1,235 @@
+"""verl's console lines as the metrics that its file logger writes, for runs whose files lie on other machines.
+
+`step:3 - critic/score/mean:0.5 - actor/pg_loss:np.float64(0.01) - …` (verl/utils/logger/aggregate_logger.py:26), behind a prefix
+of Ray's. Numbers only; NaN and infinity are None, as in the file (orjson).
+
+What lines of verl's and Ray's logs mean: the phases of a start. `causes` tells why a run failed, `tracebacks` where.
+
+The texts are those of verl 0.9.1 and Ray 2.60.
+
+The exception at the root of a failed run, out of a log in which verl, Ray and vLLM nest and interleave tracebacks.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+PHASES = (
+    ("[validate_config] All configuration checks passed", "starting Ray"),
+    ("Started a local Ray instance", "starting the trainer"),
+    ("Connected to Ray cluster", "starting the trainer"),
+    ("{'actor_rollout_ref': ", "loading the data"),
+    ("worker group kwargs:", "placing the workers"),
+    ("create worker group", "loading the policy"),
+    ("actor and ref model engine initialized", "starting the rollout engine"),
+    ("['serve',", "loading the rollout engine"),
+    ("checkpoint engine manager initialized", "loading the checkpoint"),
+    ("all initialize finished, ready to fit", "sending weights to the rollout engine"),
+    ("Creating file logger at", "sampling responses"),
+    ("Training Progress:", "sampling responses"),
+)
+"""Text in a log line to what is being done from then on, in the order of a start."""
+
+CLOCKS = {
+    "starting verl": 600.0,
+    "starting Ray": 600.0,
+    "starting the trainer": 600.0,
+    "loading the data": 1800.0,
+    "placing the workers": 1800.0,  # an autoscaler brings machines first; Ray itself waits for ever
+    "loading the policy": 1800.0,
+    "starting the rollout engine": 600.0,
+    "loading the rollout engine": 1800.0,
+    "loading the checkpoint": 1800.0,
+    "sending weights to the rollout engine": 900.0,
+}
+"""Longest time of each phase of a start, seconds: some ten times what a large model takes on slow disks."""
+
+ORDER = tuple(dict.fromkeys(phase for _, phase in PHASES))
+
+IDLE_TALK = re.compile(r"engine is not available: |^(\([^)]*\) )?\s+warnings\.warn\(")
+"""What every process of verl's says as it starts, of engines that nobody asked for (verl/workers/engine/__init__.py)."""
+TOTAL_STEPS = re.compile(r"Total training steps: (\d+)")
+
+
+def plain(line: str) -> str:
+    """A log line without colour codes and trailing white space."""
+    return ANSI.sub("", line).rstrip()
+
+
+def phase_after(line: str, current: str | None = None) -> str | None:
+    """What is being done once `line` was logged, or None if the line does not tell.
+
+    None too for what comes before the `current` phase: with several nodes lines are repeated late.
+    """
+    found = next((phase for text, phase in PHASES if text in line), None)
+    if found is None or (current in ORDER and ORDER.index(found) <= ORDER.index(current)):
+        return None
+    return found
+
+
+def telling(lines: Iterable[str]) -> list[str]:
+    """Lines as `plain` gives them, less empty ones and what is said in every start."""
+    return [line for line in map(plain, lines) if line and not IDLE_TALK.search(line)]
+
+
+def total_steps(line: str) -> int | None:
+    """The number of steps that the run will have, where verl tells it."""
+    found = TOTAL_STEPS.search(line)
+    return int(found[1]) if found else None
+
+
+SOURCE = re.compile(
+    r"(\((?:raylet\b[^()]*|[^()]*\bpid=\d+[^()]*)\) ?|\[rank\d+\]:(?: |$)|(?:ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\] ?)"
+)
+"""What Ray, torch and vLLM put before every line of a process: who wrote it."""
+REPEATED = re.compile(r" \[repeated \d+x across cluster\].*$")
+FRAME = re.compile(r'^\s+(?:\| )?File "(?P<path>[^"]+)", line (?P<line>\d+), in ')
+EXCEPTION = re.compile(r"^(?:[a-z_]\w*\.)*[A-Z_]\w*(?::( .*)?)?$")
+HEADER = re.compile(
+    r"^(?:Traceback \(most recent call last\):|(?:ray\.exceptions\.RayTaskError\(\w+\): )?.*\bray::\S+\(\) \(pid=)"
+)
+PACKAGES = re.compile(r"^.*/(?:site|dist)-packages/")
+FOLLOWS = re.compile(
+    r"ActorDiedError|ActorUnavailableError|RayActorError|WorkerCrashedError|EngineDeadError|CancelledError|KeyboardInterrupt"
+    r"|SystemExit|BrokenPipeError|Connection was likely closed|Engine core initialization failed|WorkerProc initialization failed|cancelled"
+)
+"""Exceptions that only say that something else failed."""
+EMPTY = re.compile(r"EngineDeadError|SystemExit")
+"""Exceptions that tell nothing: a stack trace that is not there when the engine was killed, and the answer to SIGTERM."""
+UNFINISHED = re.compile(
+    r":$|: \d+ validation errors? for \w+$|: Error\(s\) in loading state_dict for \w+:$|before finishing this task\.$"
+)
+DEATH = re.compile(r"Worker PID: (?P<pid>\d+) Worker exit type: \S+ Worker exit detail: (?P<why>[^.]+)")
+"""What Ray tells of a process that died without an exception."""
+MAX_LENGTH = 300
+
+
+@dataclass(frozen=True, slots=True)
+class _Raised:
+    number: int
+    text: str
+    place: str
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.place})"
+
+
+def root_error(lines: Sequence[str]) -> str | None:
+    """The exception that made a run fail, in one line with the file and line that raised it, or None if the log tells nothing.
+
+    It is the last of the log that is no mere consequence of another process's end; of nested ones the innermost. Without
+    one it is the first process of Ray's that died.
+    """
+    sources: dict[str, list[tuple[int, str]]] = {}
+    for number, line in enumerate(lines):
+        source, text = _split(line)
+        sources.setdefault(source, []).append((number, text))
+    raised = [error for written in sources.values() for error in _exceptions(written)]
+    causes = [error for error in raised if not FOLLOWS.search(error.text)]
+    return _last(causes) or _first_death(lines) or _last([error for error in raised if not EMPTY.search(error.text)])
+
+
+def _last(raised: Sequence[_Raised]) -> str | None:
+    return str(max(raised, key=lambda error: error.number)) if raised else None
+
+
+def _first_death(lines: Sequence[str]) -> str | None:
+    """The first process whose death Ray's raylet tells, by the name that Ray puts before its lines."""
+    texts = [plain(line) for line in lines]
+    death = next((found for text in texts if (found := DEATH.search(text))), None)
+    if death is None:
+        return None
+    named = re.compile(rf"^\((\w+) pid={death['pid']}[,)]")
+    name = next((found[1] for text in texts if (found := named.match(text))), "process")
+    return f"{name} (pid {death['pid']}): {death['why']}"
+
+
+def _exceptions(written: Sequence[tuple[int, str]]) -> Iterator[_Raised]:
+    """The exceptions that end the tracebacks in one process's numbered lines."""
+    frames: list[tuple[str, int]] = []
+    within = False
+    for index, (number, text) in enumerate(written):
+        frame = FRAME.match(text)
+        if HEADER.match(text):
+            frames, within = [], True
+        elif frame:
+            frames.append((frame["path"], int(frame["line"])))
+        elif within and not text.startswith(" "):
+            within = False
+            if frames and EXCEPTION.match(text):
+                following = written[index + 1][1] if index + 1 < len(written) else ""
+                yield _Raised(number, _message(text, following), _place(frames))
+
+
+def _message(text: str, following: str) -> str:
+    """An exception's line, with the next one where that says what is wrong."""
+    told = f"{text} {following.strip()}" if UNFINISHED.search(text) else text
+    return told if len(told) <= MAX_LENGTH else told[: MAX_LENGTH - 1] + "…"
+
+
+def _split(line: str) -> tuple[str, str]:
+    """Who wrote a line, and what."""
+    text, source = REPEATED.sub("", plain(line)), ""
+    while found := SOURCE.match(text):
+        source, text = source + _origin(found[0]), text[found.end() :]
+    return source, text
+
+
+def _origin(prefix: str) -> str:
+    """A prefix less the time and place of a vLLM log call, which differ from line to line."""
+    return "" if prefix.startswith(("ERROR", "CRITICAL")) else prefix.strip()
+
+
+def _place(frames: Sequence[tuple[str, int]]) -> str:
+    """The innermost frame in the user's or verl's code, else the innermost at all."""
+    own = [frame for frame in frames if _is_own(frame[0])]
+    path, number = (own or frames)[-1]
+    return f"{_short(path)}:{number}"
+
+
+def _is_own(path: str) -> bool:
+    installed = _short(path)
+    if installed != path:
+        return installed.startswith(("verl/", "flashrl_cli/"))
+    return path.startswith("/") and "/lib/python3" not in path
+
+
+def _short(path: str) -> str:
+    """A path less the folder of installed packages."""
+    return PACKAGES.sub("", path)
+
+
+STEP = re.compile(r"(?:^|\s)step:(\d+) - (.+)$")
+WRAPPED = re.compile(r"^np\.\w+\((.*)\)$")
+SEPARATOR = " - "
+
+
+def read_line(line: str) -> tuple[int, dict[str, float | None]] | None:
+    """Step and metrics of a console line without colours; None for any other line."""
+    found = STEP.search(line)
+    if found is None:
+        return None
+    data: dict[str, float | None] = {}
+    for pair in found[2].split(SEPARATOR):
+        key, colon, text = pair.rpartition(":")
+        number = _number(text.strip())
+        if not colon or not key or number is None:
+            return None
+        data[key] = number if math.isfinite(number) else None
+    return int(found[1]), data
+
+
+def _number(text: str) -> float | None:
+    wrapped = WRAPPED.match(text)
+    bare = wrapped[1] if wrapped else text
+    if bare in ("True", "False"):
+        return float(bare == "True")
+    try:
+        return float(bare)
+    except ValueError:
+        return None

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import cProfile
+import json
+from dataclasses import replace
+
+import pytest
+
+from flashrl_cli.memory import advise
+from flashrl_cli.memory.estimate import document, of_settings, possible
+from flashrl_cli.memory.model import ModelShape
+from flashrl_cli.memory.parts import GIB
+from flashrl_cli.verl.config import Batch, EngineSettings, TrainerSettings
+
+
+def bytes_of(settings: TrainerSettings, shape: ModelShape, gpu: int = 80) -> dict[str, int]:
+    return {phase.name: phase.bytes for phase in of_settings(settings, shape, None, gpu * GIB).phases}
+
+
+def names_in(settings: TrainerSettings, shape: ModelShape, phase: str) -> set[str]:
+    found = of_settings(settings, shape, None, 80 * GIB).phases
+    return {part.name for entry in found if entry.name == phase for part in entry.items}
+
+
+def test_a_7b_on_eight_large_gpus_fits(settings: TrainerSettings, shape: ModelShape) -> None:
+    found = of_settings(settings, shape, None, 80 * GIB)
+    assert (found.verdict, found.advice, found.starts) == ("fits", None, True)
+    assert [phase.name for phase in found.phases] == ["rollout", "log-probs", "actor update", "weight update"]
+
+
+def test_the_trainer_s_idle_states_lie_beside_the_engine(settings: TrainerSettings, shape: ModelShape) -> None:
+    offloaded = replace(settings, actor=replace(settings.actor, param_offload=True, optimizer_offload=True))
+    before, after = bytes_of(settings, shape), bytes_of(offloaded, shape)
+    assert before["rollout"] - after["rollout"] == pytest.approx(12 * 7.6156e9 / 8, rel=0.001)
+    assert before["actor update"] == after["actor update"]  # verl loads all of it to train
+
+
+def test_phases_of_a_critic(settings: TrainerSettings, shape: ModelShape, engine: EngineSettings) -> None:
+    critic = replace(engine, train=Batch(tokens=8192), infer=Batch(tokens=8192), checkpointing=False)
+    with_critic = replace(settings, critic=critic)
+    assert bytes_of(with_critic, shape)["critic update"] > bytes_of(with_critic, shape)["actor update"]
+    assert {"critic parameters", "critic Adam"} <= names_in(with_critic, shape, "rollout")
+    small = replace(shape, layers=2)
+    own = of_settings(with_critic, shape, small, 80 * GIB).phases
+    same = of_settings(with_critic, shape, None, 80 * GIB).phases
+    assert own[2].bytes < same[2].bytes
+
+
+def test_engine_asleep_awake_or_elsewhere(settings: TrainerSettings, shape: ModelShape) -> None:
+    awake = replace(settings, rollout=replace(settings.rollout, sleeps=False))
+    apart = replace(settings, colocated=False)
+    assert "sleeping engine" in names_in(settings, shape, "actor update")
+    assert "KV cache" in names_in(awake, shape, "actor update")
+    assert not names_in(apart, shape, "actor update") & {"KV cache", "sleeping engine"}
+    assert "actor parameters" not in names_in(apart, shape, "rollout")
+
+
+def test_fsdp1_exports_a_copy_of_its_shards(settings: TrainerSettings, shape: ModelShape) -> None:
+    second = replace(settings, actor=replace(settings.actor, strategy="fsdp2"))
+    assert "exported shards" in names_in(settings, shape, "weight update")
+    assert "exported shards" not in names_in(second, shape, "weight update")
+
+
+def test_a_reference_takes_a_pass_of_its_own(settings: TrainerSettings, shape: ModelShape) -> None:
+    large = replace(settings, reference=Batch(sequences=16))
+    assert bytes_of(large, shape)["log-probs"] > bytes_of(settings, shape)["log-probs"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "changes", "share", "key"),
+    [
+        (64, {"checkpointing": False}, 0.5, "enable_gradient_checkpointing"),
+        (80, {}, 0.9, "optimizer_offload"),
+        (80, {"optimizer_offload": True, "param_offload": True}, 0.98, "utilization"),
+        (48, {"optimizer_offload": True, "param_offload": True, "fused_kernels": True}, 0.3, "utilization"),
+    ],
+)
+def test_advice_makes_it_fit(
+    gpu: int,
+    changes: dict[str, bool],
+    share: float,
+    key: str,
+    settings: TrainerSettings,
+    shape: ModelShape,
+) -> None:
+    actor = replace(settings.actor, **changes)  # type: ignore[arg-type]
+    run = replace(settings, actor=actor, rollout=replace(settings.rollout, gpu_memory_utilization=share))
+    found = of_settings(run, shape, None, gpu * GIB)
+    assert found.verdict in {"tight", "over"}
+    assert found.advice is not None
+    assert found.advice.fits
+    assert key in found.advice.key
+
+
+def test_the_most_helpful_key_where_none_is_enough(settings: TrainerSettings, shape: ModelShape) -> None:
+    found = of_settings(settings, shape, None, 16 * GIB)
+    assert found.verdict == "over"
+    assert not found.starts
+    assert found.advice is not None
+    assert not found.advice.fits
+    assert str(found.advice).startswith(f"--set {found.advice.key}=")
+
+
+def test_an_engine_that_cannot_hold_a_sequence_is_over(settings: TrainerSettings, shape: ModelShape) -> None:
+    long = replace(settings, rollout=replace(settings.rollout, max_model_len=2_000_000))
+    assert of_settings(long, shape, None, 80 * GIB).verdict == "over"
+
+
+def test_the_document_is_plain_and_adds_up(settings: TrainerSettings, shape: ModelShape) -> None:
+    found = of_settings(settings, shape, None, 24 * GIB)
+    plain = json.loads(json.dumps(document(found)))
+    assert plain["verdict"] == "over"
+    assert plain["peak"]["bytes"] == max(phase["bytes"] for phase in plain["phases"])
+    assert plain["peak"]["bytes_without_padding"] == plain["peak"]["bytes"]
+    for phase in plain["phases"]:
+        assert phase["bytes"] == sum(item["bytes"] for item in phase["items"])
+    assert plain["kv_cache"]["wanted_tokens"] == 128 * 4096
+    assert set(plain["advice"]) == {"key", "value", "fits"}
+
+
+def test_padding_alone_is_tight_not_over(settings: TrainerSettings, shape: ModelShape) -> None:
+    budget = Batch(tokens=16384)
+    packed = replace(settings, actor=replace(settings.actor, train=budget, infer=budget))
+    padded = replace(packed, actor=replace(packed.actor, remove_padding=False))
+    before, after = (of_settings(run, shape, None, 80 * GIB) for run in (packed, padded))
+    assert (before.verdict, after.verdict) == ("fits", "tight")
+    assert before.least == before.peak.bytes
+    assert after.least < 80 * GIB < after.peak.bytes
+    assert str(after.advice) == "--set verl.actor_rollout_ref.model.use_remove_padding=true"
+    sdpa = replace(padded, actor=replace(padded.actor, flash_attention=False))
+    assert (
+        str(of_settings(sdpa, shape, None, 80 * GIB).advice)
+        == "--set verl.actor_rollout_ref.model.use_fused_kernels=true"
+    )
+
+
+def test_budgets_of_update_and_log_probs_are_advised_apart(settings: TrainerSettings) -> None:
+    actor = replace(settings.actor, train=Batch(tokens=16384), infer=Batch(tokens=65536))
+
+    def after(name: str, value: int, *, follow: bool) -> EngineSettings:
+        run = replace(settings, actor=actor, log_probs_follow=follow)
+        return next(changed.actor for key, new, changed in advise.candidates(run) if (key, new) == (name, value))
+
+    assert after("log_prob_tokens", 32768, follow=False) == replace(actor, infer=Batch(tokens=32768))
+    assert after("token_budget", 8192, follow=False) == replace(actor, train=Batch(tokens=8192))
+    assert after("token_budget", 8192, follow=True) == replace(
+        actor, train=Batch(tokens=8192), infer=Batch(tokens=8192)
+    )
+
+
+def test_it_takes_few_calls(settings: TrainerSettings, shape: ModelShape) -> None:
+    """A formula and no search: calls are counted, because seconds are the machine's."""
+    with cProfile.Profile() as profile:
+        of_settings(settings, shape, None, 24 * GIB)
+    assert sum(entry.callcount for entry in profile.getstats()) < 50_000
+
+
+def test_advice_is_possible(settings: TrainerSettings, shape: ModelShape) -> None:
+    assert possible(settings, shape)
+    assert not possible(replace(settings, rollout=replace(settings.rollout, tensor_parallel=8)), shape)
+    assert not possible(replace(settings, mini_batch=3, n=1), shape)

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from flashrl_cli.memory import parts
+from flashrl_cli.memory.model import ModelShape
+from flashrl_cli.memory.parts import Load, model_of, total
+from flashrl_cli.verl.config import Batch, EngineSettings, TrainerSettings
+
+V = 152064
+
+
+def test_tokens_of_a_pass(settings: TrainerSettings, engine: EngineSettings) -> None:
+    def count(batch: Batch, prompts: int = 32, parallel: int = 1) -> int:
+        load = parts.tokens(batch, settings, replace(engine, sequence_parallel=parallel), prompts)
+        assert load.real == load.computed
+        return load.computed
+
+    assert count(Batch(sequences=2)) == 8192
+    assert count(Batch(tokens=16384)) == 16384
+    assert count(Batch(tokens=1024)) == 4096  # a sequence is never cut
+    assert count(Batch(sequences=64), prompts=8) == 8 * 4096  # there are no more
+    assert count(Batch(sequences=2), parallel=4) == 2048
+    assert count(Batch(tokens=4096), parallel=4) == 4096
+
+
+@pytest.mark.parametrize(
+    ("mean_share", "computed", "real"),
+    [(1.0, 16384, 16384), (0.5, 32768, 16384), (0.25, 65536, 16384), (0.1, 32 * 4096, 13107), (0.3, 43691, 13107)],
+)
+def test_padding_outgrows_the_budget(
+    mean_share: float, computed: int, real: int, settings: TrainerSettings, engine: EngineSettings
+) -> None:
+    padded = replace(engine, remove_padding=False)
+    load = parts.tokens(Batch(tokens=16384), replace(settings, mean_share=mean_share), padded, 32)
+    assert (load.computed, load.real) == (computed, real)
+    assert parts.tokens(Batch(sequences=2), settings, padded, 32) == parts.Load(8192, 8192)
+
+
+def test_a_layer_saves_what_autograd_was_seen_to_save(shape: ModelShape) -> None:
+    """57,408 bytes a token and layer of Qwen2.5-0.5B, counted with saved_tensors_hooks (Transformers 5.10, sdpa)."""
+    small = replace(shape, hidden=896, heads=14, kv_heads=2, head_dim=64, intermediate=4864)
+    assert parts.layer_activations(small, 2) == pytest.approx(57_408, rel=0.01)
+
+
+def test_checkpointing_keeps_the_inputs_of_layers(shape: ModelShape, engine: EngineSettings) -> None:
+    load = Load(1000, 800)
+    assert parts.saved(shape, engine, load).bytes == 1000 * 28 * 3584 * 2
+    assert parts.saved(shape, replace(engine, activation_offload=True), load).bytes == 1000 * 2 * 3584 * 2
+    assert parts.saved(shape, replace(engine, checkpointing=False), load).bytes > 25 * 1000 * 28 * 3584 * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "temperature", "factor"),
+    [
+        ({}, 1.0, 2),
+        ({}, 0.7, 4),
+        ({"remove_padding": False}, 1.0, 4),
+        ({"flash_attention": False}, 1.0, 6),
+        ({"train_entropy": True}, 1.0, 4),
+        ({"train_entropy": True, "compiled": False}, 1.0, 14),
+        ({"train_entropy": True, "remove_padding": False, "flash_attention": False}, 1.0, 16),
+        ({"compute_bytes": 4}, 1.0, 4),
+    ],
+)
+def test_logits_in_training(
+    changes: dict[str, object], temperature: float, factor: int, shape: ModelShape, engine: EngineSettings
+) -> None:
+    item = parts.train_logits(shape, replace(engine, **changes), Load(1000, 1000), temperature)  # type: ignore[arg-type]
+    assert item.bytes == 1000 * V * factor
+
+
+def test_padding_is_dropped_before_log_probs(shape: ModelShape, engine: EngineSettings) -> None:
+    padded = replace(engine, remove_padding=False, flash_attention=False)
+    item = parts.train_logits(shape, padded, Load(1000, 600), 1.0)
+    assert item.bytes == V * (1000 * 2 + 600 * 6)
+    assert item.formula == f"1,000 tokens x {V:,} x 2 B + 600 x {V:,} x 6 B"
+
+
+def test_fused_logits_do_not_grow_with_the_pass(shape: ModelShape, engine: EngineSettings) -> None:
+    fused = replace(engine, fused_kernels=True)
+    small, large = Load(8192, 8192), Load(65536, 65536)
+    assert parts.train_logits(shape, fused, small, 1.0) == parts.train_logits(shape, fused, large, 1.0)
+    assert parts.infer_logits(shape, fused, small, 1.0, entropy=True).bytes == 512 * V * parts.FUSED_FORWARD
+
+
+def test_entropy_of_old_log_probs(shape: ModelShape, engine: EngineSettings) -> None:
+    def factor(entropy: bool = True, **changes: object) -> float:
+        changed = replace(engine, **changes)  # type: ignore[arg-type]
+        return parts.infer_logits(shape, changed, Load(8192, 8192), 1.0, entropy=entropy).bytes / 8192 / V
+
+    assert factor() == 2
+    assert factor(compiled=False) == 14
+    assert factor(compiled=False, compute_bytes=4) == 12  # nothing to cast
+    assert factor(compiled=False, entropy_chunk=2048) == 5
+    assert factor(remove_padding=False) == 14
+    assert factor(remove_padding=False, entropy=False) == 4
+
+
+def test_the_highest_moment_counts(shape: ModelShape, settings: TrainerSettings) -> None:
+    def names(**changes: object) -> set[str]:
+        changed = replace(settings, actor=replace(settings.actor, **changes))  # type: ignore[arg-type]
+        return {part.name for part in parts.training(shape, model_of(shape, changed.actor, 8), changed, "actor")}
+
+    assert "logits" in names(flash_attention=False)
+    assert "layer in backward" in names(fused_kernels=True, train=Batch(sequences=8))
+    assert "deferred gradients" in names(no_sync=True)
+    assert "last reduction" in names(fused_kernels=True)
+    one = replace(settings, gpus_per_node=1, train_batch=1, mini_batch=1, n=1, prompt=8, response=8)
+    items = parts.training(shape, model_of(shape, one.actor, 1), one, "actor")
+    assert "Adam's step" in {part.name for part in items}
+
+
+def test_a_critic_has_no_logits(shape: ModelShape, settings: TrainerSettings, engine: EngineSettings) -> None:
+    critic = model_of(shape, engine, 8, critic=True)
+    items = parts.training(shape, critic, settings, "critic")
+    assert "logits" not in {part.name for part in items}
+    values = parts.inference(shape, critic, settings, engine.infer, logits=False, entropy=False)
+    assert total(values) < total(items)

@@ -1,0 +1,339 @@
+"""A run is followed to its end, ended when it must be, and leaves nothing behind; a small script stands in for verl."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from flashrl_cli.errors import EnvironmentNotReady, ExitCode, RunFailed
+from flashrl_cli.train import supervise
+from flashrl_cli.train.plan import LaunchPlan, plan_document
+from flashrl_cli.train.process import Interrupted, Tree, collected
+from tests.conftest import starting_with
+
+PRELUDE = '''
+import json, os, signal, sys, time
+from pathlib import Path
+from flashrl_cli.contract import Handshake, plugin_dir, write_handshake
+
+HERE = Path(__file__).parent
+SPARED = signal.SIG_IGN
+
+def log(text):
+    print(text, flush=True)
+
+def step(number, **data):
+    data = {"actor/grad_norm": 0.5, "actor/pg_loss": 0.1, "critic/score/mean": 0.3, **{k.replace("__", "/"): v for k, v in data.items()}}
+    if number == 0:
+        data = {"val-core/tiny/acc/mean@1": 0.5}
+    with open(os.environ["VERL_FILE_LOGGER_PATH"], "a") as stream:
+        stream.write(json.dumps({"step": number, "data": data}) + "\\n")
+
+def shake(precision="int8"):
+    write_handshake(plugin_dir(), Handshake(
+        host="h", pid=1, precision=precision, quantized_layers=14 * (precision != "bf16"), linear_layers=15, quantized_bytes=9,
+        kernel="K", vllm="0", torch="2", device="cpu", refits=1, refit_s=0.1))
+
+def ready(name):
+    (HERE / name).write_text(str(os.getpid()))
+
+def settled(name):
+    while not (HERE / name).exists():
+        time.sleep(0.01)
+
+def daemon():
+    """As Ray does it: a session of its own, and a parent that is gone."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            ready("daemon")
+            time.sleep(120)
+        os._exit(0)
+    os.wait()
+    settled("daemon")
+
+def stubborn():
+    if os.fork() == 0:
+        signal.signal(signal.SIGTERM, SPARED)
+        ready("stubborn")
+        time.sleep(120)
+        os._exit(0)
+    settled("stubborn")
+
+def flashrl():
+    guardian = Path(f"/proc/{os.getppid()}/stat").read_text()
+    return int(guardian.rpartition(")")[2].split()[1])
+
+# asked now: once the guardian has ended, the same question names flashrl's own parent, which is the whole test run
+FLASHRL = flashrl()
+
+def signal_flashrl(number):
+    os.kill(FLASHRL, number)
+
+daemon()
+stubborn()
+'''
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Everything that runs a script of `folder`, wherever it was moved to."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline", "status"])
+        if any(str(folder) in word for word in process.info["cmdline"] or ())
+        and process.info["status"] != psutil.STATUS_ZOMBIE
+    ]
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Any, tiny_plan: Callable[..., LaunchPlan]
+) -> Callable[..., int]:
+    """`run(script, **watch)` supervises the script; afterwards none of its processes may be left."""
+    kill = Tree.kill
+
+    def soon(tree: Tree, *, grace_s: float = 0.0) -> None:
+        kill(tree, grace_s=min(grace_s, 0.2))  # every script has a child that uses up the whole grace
+
+    monkeypatch.setattr(Tree, "kill", soon)
+    monkeypatch.setattr(supervise, "POLL_S", 0.05)
+
+    def start(script: str, *, vocabulary: int | None = None, **watch: float) -> int:
+        file = tmp_path / "verl.py"
+        file.write_text(PRELUDE + textwrap.dedent(script))
+        plan = dataclasses.replace(tiny_plan(**watch), argv=(sys.executable, str(file)))
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            with starting_with(signal.SIG_DFL, signal.SIGHUP), collected() as received:
+                return supervise.supervise(plan, seen, received, vocabulary=vocabulary)
+        finally:
+            left = processes_of(tmp_path)
+            for process in left:
+                process.kill()
+            assert left == []
+            assert (tmp_path / "daemon").exists()
+            assert (tmp_path / "stubborn").exists()
+            assert handlers == {number: signal.getsignal(number) for number in handlers}
+
+    return start
+
+
+@pytest.mark.processes
+def test_success(run: Callable[..., int], tmp_path: Path, seen: Any, tiny_plan: Callable[..., LaunchPlan]) -> None:
+    script = """
+    log("\\x1b[36m(Runner pid=7)\\x1b[0m Total training steps: 2")
+    log("checkpoint engine manager initialized")
+    shake()
+    step(0)
+    step(1)
+    step(2)
+    """
+    assert run(script) == 2
+    assert seen.steps == [0, 1, 2]
+    assert seen.total == 2
+    assert seen.phases == ["starting verl", "loading the checkpoint"]
+    assert [[shake.precision for shake in shakes] for shakes in seen.proofs] == [["int8"]]
+    assert seen.ticks
+    attempt = tmp_path / "runs/r/attempt_1"
+    document = json.loads((attempt / "plan.json").read_text())
+    assert document["argv"] == [sys.executable, str(tmp_path / "verl.py")]
+    assert document.keys() == plan_document(tiny_plan()).keys()
+    assert "Total training steps: 2" in (attempt / "driver.log").read_text()
+
+
+@pytest.mark.processes
+def test_other_precision_than_asked_for_ends_the_run_before_its_first_step(run: Callable[..., int], seen: Any) -> None:
+    with pytest.raises(
+        EnvironmentNotReady, match="int8 rollouts were asked for, but worker 1 on h holds bf16"
+    ) as caught:
+        run('log("loading weights")\nshake("bf16")\ntime.sleep(120)')
+    assert seen.steps == []
+    assert seen.proofs == []
+    assert "--rollout bf16" in str(caught.value.hint)
+    assert "  | loading weights\nlog: " in caught.value.message
+
+
+@pytest.mark.processes
+def test_step_without_a_proof_ends_the_run(run: Callable[..., int]) -> None:
+    with pytest.raises(EnvironmentNotReady, match="0 of 1 workers proved theirs") as caught:
+        run("step(1)\ntime.sleep(120)")
+    assert "plugins" in str(caught.value.hint)
+
+
+@pytest.mark.processes
+def test_nan_ends_the_run(run: Callable[..., int], seen: Any) -> None:
+    with pytest.raises(RunFailed, match="step 2: NaN in grad_norm\n"):
+        run("shake(); step(1); step(2, actor__grad_norm=None); time.sleep(120)")
+    assert seen.steps == [1, 2]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("metrics", "told"),
+    [
+        ("rollout_corr__kl=3.7, rollout_corr__rollout_is_mean=0.08", r"KL between rollout and trainer is 3\.7"),
+        ("rollout_corr__kl=0.01, rollout_corr__rollout_is_mean=0.08", r"importance weights' mean is 0\.08"),
+        (
+            "rollout_corr__kl=0.01, rollout_corr__rollout_log_ppl=5.557, rollout_corr__training_log_ppl=0.4",
+            r"samples uniformly: mean log-prob -5\.56 = -ln\(259\)",
+        ),
+    ],
+)
+def test_rollout_that_does_not_sample_from_the_policy_ends_the_run(
+    metrics: str, told: str, run: Callable[..., int]
+) -> None:
+    with pytest.raises(EnvironmentNotReady, match=f"step 1: the rollout engine does not sample.*{told}") as caught:
+        run(f"shake()\nstep(1, {metrics})\ntime.sleep(120)", vocabulary=259)
+    assert "no mismatch for TIS" in str(caught.value.hint)
+
+
+@pytest.mark.processes
+def test_failure_is_told_with_cause_hint_and_the_logs_end(run: Callable[..., int], tmp_path: Path) -> None:
+    script = """
+    for number in range(30):
+        log(f"line {number}")
+    log("\\x1b[31mRuntimeError: CUDA out of memory. Tried to allocate 2 GiB\\x1b[0m")
+    log("the last word")
+    sys.exit(1)
+    """
+    with pytest.raises(RunFailed) as caught:
+        run(script)
+    first, *tail, last = caught.value.message.splitlines()
+    assert first == "a GPU ran out of memory"
+    assert "rollout.gpu_memory_utilization" in str(caught.value.hint)
+    assert tail[0] == "  | line 12"
+    assert tail[-2:] == ["  | RuntimeError: CUDA out of memory. Tried to allocate 2 GiB", "  | the last word"]
+    assert last == f"log: {tmp_path}/runs/r/attempt_1/driver.log"
+
+
+@pytest.mark.processes
+def test_failure_whose_last_line_has_no_end_is_told(run: Callable[..., int]) -> None:
+    with pytest.raises(RunFailed, match="a GPU ran out of memory") as caught:
+        run('sys.stdout.write("CUDA out of memory")\nsys.stdout.flush()\nsys.exit(1)')
+    assert "  | CUDA out of memory" in caught.value.message
+
+
+@pytest.mark.processes
+def test_failure_without_a_known_cause_tells_the_exit_code(run: Callable[..., int]) -> None:
+    with pytest.raises(RunFailed, match=r"verl ended with exit code 7\n  \| hm\n"):
+        run('log("hm")\nsys.exit(7)')
+
+
+@pytest.mark.processes
+def test_run_that_hangs_after_a_fatal_line_is_ended(run: Callable[..., int]) -> None:
+    with pytest.raises(RunFailed, match="a worker of the rollout engine died"):
+        run('log("Worker proc VllmWorker-0 died unexpectedly")\ntime.sleep(120)', failure_grace_s=0.3)
+
+
+@pytest.mark.processes
+def test_start_without_progress_is_ended(run: Callable[..., int], tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match=r"no progress for 5 s during the start \(starting verl\)") as caught:
+        run("time.sleep(120)", start_timeout_s=5)
+    assert "watch.start_timeout_s" in str(caught.value.hint)
+
+
+@pytest.mark.processes
+def test_step_without_progress_is_ended(run: Callable[..., int], seen: Any) -> None:
+    with pytest.raises(RunFailed, match=r"no progress for 0\.3 s during a step") as caught:
+        run("shake()\nstep(1)\ntime.sleep(120)", step_timeout_s=0.3)
+    assert seen.steps == [1]
+    assert "watch.step_timeout_s" in str(caught.value.hint)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("SIGINT", ExitCode.INTERRUPTED), ("SIGTERM", ExitCode.TERMINATED), ("SIGHUP", ExitCode.TERMINATED)],
+)
+def test_signal_ends_the_run_in_order(name: str, code: ExitCode, run: Callable[..., int], tmp_path: Path) -> None:
+    script = f"""
+    def goodbye(*_):
+        time.sleep(0.6)  # longer than what is left to others when all is killed
+        ready("asked")
+        sys.exit(0)
+    signal.signal(signal.SIGTERM, goodbye)
+    signal_flashrl(signal.{name})
+    time.sleep(120)
+    """
+    with pytest.raises(Interrupted, match=f"stopped by {name}") as caught:
+        run(script, stop_grace_s=30)
+    assert caught.value.exit_code == code == {"SIGINT": 130}.get(name, 143)
+    assert "--resume auto --name r" in str(caught.value.hint)
+    assert (tmp_path / "asked").exists(), "verl is asked to end before it is killed"
+
+
+@pytest.mark.processes
+def test_second_signal_makes_short_work(run: Callable[..., int]) -> None:
+    script = """
+    def again(*_):
+        signal.signal(signal.SIGTERM, SPARED)  # a later one would reach the tests after this one
+        signal_flashrl(signal.SIGINT)
+    signal.signal(signal.SIGTERM, again)
+    signal_flashrl(signal.SIGINT)
+    while True:
+        time.sleep(120)
+    """
+    started = time.monotonic()
+    with pytest.raises(Interrupted):
+        run(script, stop_grace_s=300)
+    assert time.monotonic() - started < 300
+
+
+@pytest.mark.processes
+def test_child_that_ignores_the_request_to_end_is_killed(run: Callable[..., int]) -> None:
+    script = """
+    signal.signal(signal.SIGTERM, SPARED)
+    signal_flashrl(signal.SIGTERM)
+    time.sleep(120)
+    """
+    with pytest.raises(Interrupted):
+        run(script, stop_grace_s=0.3)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("script", ["", "shake()\nstep(0)"])
+def test_end_without_a_training_step_is_a_failure(script: str, run: Callable[..., int]) -> None:
+    with pytest.raises(RunFailed, match="verl ended without a step") as caught:
+        run(script)
+    assert "trainer.steps" in str(caught.value.hint)
+
+
+@pytest.mark.processes
+def test_end_before_the_last_step_is_a_failure(run: Callable[..., int]) -> None:
+    with pytest.raises(RunFailed, match="verl ended after step 2 of 3") as caught:
+        run('log("Total training steps: 3")\nshake()\nstep(1)\nstep(2)')
+    assert "trainer.epochs" in str(caught.value.hint)
+
+
+@pytest.mark.processes
+def test_validation_after_a_resume_is_no_step(run: Callable[..., int], seen: Any) -> None:
+    script = """
+    log("Total training steps: 6")
+    shake()
+    with open(os.environ["VERL_FILE_LOGGER_PATH"], "a") as stream:
+        stream.write(json.dumps({"step": 5, "data": {"val-core/tiny/acc/mean@1": 0.5}}) + "\\n")
+    step(6)
+    """
+    assert run(script) == 1
+    assert seen.steps == [5, 6]
+
+
+@pytest.mark.processes
+def test_used_attempt_is_not_written_to(
+    run: Callable[..., int], tmp_path: Path, seen: Any, tiny_plan: Callable[..., LaunchPlan]
+) -> None:
+    plan = tiny_plan()
+    plan.attempt_paths.plugins.mkdir(parents=True)
+    with pytest.raises(FileExistsError):
+        supervise.supervise(plan, seen, [])
+    assert list(plan.attempt_paths.root.iterdir()) == [plan.attempt_paths.plugins]
