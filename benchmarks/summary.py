@@ -24,7 +24,7 @@ def code(text: str) -> str:
 
 
 def speeds(one: dict[str, Any], *, bounds: bool) -> Iterator[str]:
-    """Tokens a second at each batch, with the speed-up over bf16 and, with `bounds`, the range that the repeats allow."""
+    """Tokens a second at each batch, with the speed-up over bf16, and with `bounds` the range that the repeats allow."""
     for found in one["speed"]:
         up = found["speed_up"]
         left_open = f": {up['least']:.2f} to {up['greatest']:.2f}" if up and bounds else ""
@@ -116,13 +116,15 @@ def _long_answer(results: Results) -> str:
     found = {one["rollout"]: one["speed"][0] for one in document["variants"]}
     base, eight = found[document["base"]], found["int8+kv8"]
     faster = eight["decode_tokens_s"] / base["decode_tokens_s"]
-    return f"`int8+kv8` is {faster:.2f}x as fast as `bf16`, with {eight['batch']} sequences at once instead of {base['batch']}"
+    sequences = f"with {eight['batch']} sequences at once instead of {base['batch']}"
+    return f"`int8+kv8` is {faster:.2f}x as fast as `bf16`, {sequences}"
 
 
 def long_chains(results: Results) -> str:
     """The same as a sentence."""
     return (
-        "Where memory bounds the batch, 8 bits gain more: in the middle of chains of 2k + 8k tokens at 32B on one H200,\n"
+        "Where memory bounds the batch, 8 bits gain more: in the middle of chains of 2k + 8k tokens at 32B on one "
+        "H200,\n"
         f"decoding with {_long_answer(results)}."
     )
 

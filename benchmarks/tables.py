@@ -1,9 +1,9 @@
-"""Writes the tables of the documentation from benchmarks/results/*.json, between `<!-- table: NAME -->` and `<!-- /table -->`.
+"""Writes the tables of the documentation from benchmarks/results/*.json, between their marks in the pages.
 
     python -m benchmarks.tables [--check]
 
-With `--check` nothing is written: pages whose tables differ from the results are named, and 1 is returned. A table whose
-results are missing is empty.
+Marks are `<!-- table: NAME -->` and `<!-- /table -->`. With `--check` nothing is written: pages whose tables differ
+from the results are named, and 1 is returned. A table whose results are missing is empty.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def speed_7b(results: Results, name: str) -> str:
-    """Speed-ups with the range that the repeats allow, the refit and the kernel, and which variants were not measured."""
+    """Speed-ups with the range that the repeats allow, the refit, the kernel, and the variants without figures."""
     document = results(name)
     batches = document["settings"]["batches"]
     columns = [
@@ -225,7 +225,8 @@ def _cut(cases: Iterable[dict[str, Any]]) -> Iterator[str]:
                 {f"{one['quantized_layers']} of {one['linear_layers']} layers by {one['kernel']}" for one in held}
             )
             yield (
-                f"`{case['case']}` in train_on_gpu.json reached its time limit ({case['seconds']:.0f} s) after {case['wrong'][0]}; "
+                f"`{case['case']}` in train_on_gpu.json reached its time limit ({case['seconds']:.0f} s) "
+                f"after {case['wrong'][0]}; "
                 f"workers that had proven {held[0]['precision']} by then: {len(held)}, each {' or '.join(layers)}."
             )
 
