@@ -12,16 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import contract, files
+from flashrl_cli import files
 from flashrl_cli.bench.request import config_of
 from flashrl_cli.memory import parts
 from flashrl_cli.memory.model import QWEN25, shape_of
 from flashrl_cli.memory.parts import model_of, total
+from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.verl.config import Batch, EngineSettings, RolloutSettings, TrainerSettings
 
 if TYPE_CHECKING:
-    from flashrl_cli.memory.model import ModelShape
     from flashrl_cli.memory.parts import Item
+    from flashrl_cli.weights.shape import ModelShape
 
 UTILIZATION, SEQUENCES, BATCHED_TOKENS, MAX_LEN = 0.95, 256, 16384, 2048
 
@@ -135,13 +136,13 @@ def register() -> None:
 
 
 def arguments(precision: str) -> dict[str, Any]:
-    """What vLLM is told for a precision; fp8-block as verl tells it
+    """What vLLM is given for a precision; fp8-block as verl gives it
     (workers/rollout/vllm_rollout/vllm_async_server.py:1254).
     """
-    if precision == "fp8-block":
-        blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
-        return {"hf_overrides": {"quantization_config": blocks}}
-    return {"quantization": contract.METHODS.get(precision)}
+    row = PRECISIONS[precision]
+    if row.vllm_config:
+        return {"hf_overrides": {"quantization_config": dict(row.vllm_config)}}
+    return {"quantization": row.method}
 
 
 def compared(measured: dict[str, Any], estimated: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from flashrl_cli.bench.request import config_of
 if TYPE_CHECKING:
     import torch
 
-    from flashrl_cli.memory.model import ModelShape
+    from flashrl_cli.weights.shape import ModelShape
 
 BUCKET = 2 << 30
 """Bytes of a bucket, verl's default (rollout.checkpoint_engine.update_weights_bucket_megabytes)."""

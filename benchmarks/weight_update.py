@@ -26,8 +26,9 @@ from typing import IO, Any
 from benchmarks.fit_on_gpu import ENVIRONMENT
 from benchmarks.fit_points import shape
 
-from flashrl_cli import contract, files
+from flashrl_cli import files
 from flashrl_cli.bench.request import config_of
+from flashrl_cli.precision import BY_METHOD
 
 VARIANTS = ("int8:bf16", "int8:float32", "fp8:bf16", "bf16:float32", "fp8-block:float32")
 ROUNDS = 5
@@ -111,7 +112,7 @@ def measure(variant: str, model: Path, trainers: list[Part], folder: Path) -> di
         for engine in engines:
             engine.order("holds")
         held = [engine.answer() for engine in engines]
-        if precision in contract.METHODS and any(one.get("precision") != precision for one in held):
+        if precision in BY_METHOD and any(one.get("precision") != precision for one in held):
             raise RuntimeError(f"{precision} was asked for, and the engines hold {held}")
     finally:
         for engine in engines:

@@ -125,12 +125,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """State of each rank at the start and after each refit; a job may have it sleep before each, as verl does."""
     from vllm import LLM
 
-    from flashrl_cli.contract import METHODS
+    from flashrl_cli.precision import PRECISIONS
 
     sleeps = job.get("sleeps", False)
     engine = LLM(
         model=job["model"],
-        quantization=METHODS.get(job["precision"]),
+        quantization=PRECISIONS[job["precision"]].method,
         load_format=job["load_format"],
         worker_extension_cls="tests.gpu.engine_state.StateExtension",
         dtype="bfloat16",

@@ -6,7 +6,6 @@ Arguments and options of `flashrl eval`.
 from __future__ import annotations
 
 import contextlib
-import enum
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import typer
 
 from flashrl_cli import paths
 from flashrl_cli.cli.options import Json, MemoryShare, TensorParallel
+from flashrl_cli.precision import BY_METHOD, SMOOTHED, RefittedName, joined
 from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
@@ -26,14 +26,6 @@ if TYPE_CHECKING:
     from flashrl_cli.render.output import Output
 
 MODEL = "PATH|HUB_ID"
-
-
-class Rollout(enum.StrEnum):
-    """Precision of the linear layers while responses are generated."""
-
-    bf16 = "bf16"
-    int8 = "int8"
-    fp8 = "fp8"
 
 
 Patterns = Annotated[
@@ -64,11 +56,15 @@ MaxModelLen = Annotated[
     int | None, typer.Option(min=2, help="Longest prompt and response together.", show_default="what the prompts need")
 ]
 Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
-Precision = Annotated[Rollout, typer.Option("--rollout", help="int8 and fp8 show what such a rollout saw.")]
+Precision = Annotated[
+    RefittedName, typer.Option("--rollout", help=f"{joined(BY_METHOD, 'and')} show what such a rollout saw.")
+]
 Profile = Annotated[
     Path | None,
     typer.Option(
-        "--profile", metavar="FILE", help="Smoothing profile to apply, as a rollout with it does (int8, fp8)."
+        "--profile",
+        metavar="FILE",
+        help=f"Smoothing profile to apply, as a rollout with it does ({', '.join(SMOOTHED)}).",
     ),
 ]
 FailUnder = Annotated[
@@ -105,7 +101,7 @@ def evaluate(
     max_tokens: MaxTokens = 512,
     max_model_len: MaxModelLen = None,
     seed: Seed = 0,
-    rollout: Precision = Rollout.bf16,
+    rollout: Precision = "bf16",
     profile: Profile = None,
     tp: TensorParallel = 1,
     gpu_memory_utilization: MemoryShare = None,
@@ -151,12 +147,12 @@ def evaluate(
 
 
 def _engine(
-    rollout: Rollout, max_model_len: int | None, memory: float | None, tp: int, profile: Path | None
+    rollout: str, max_model_len: int | None, memory: float | None, tp: int, profile: Path | None
 ) -> EngineSettings:
     from flashrl_cli.evals.job import EngineSettings
 
     return EngineSettings(
-        rollout=rollout.value,
+        rollout=rollout,
         max_model_len=max_model_len,
         gpu_memory_utilization=memory,
         tensor_parallel=tp,

@@ -18,6 +18,7 @@ from flashrl_cli import paths
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.evals import questions
 from flashrl_cli.machine import gpus
+from flashrl_cli.precision import SMOOTHED
 from flashrl_cli.runs.checkpoints import EVAL_FOLDER, Checkpoint, Skipped, find, hf_folder
 from flashrl_cli.text import counted
 from flashrl_cli.weights import Unreadable, read_json
@@ -90,9 +91,10 @@ def check(engine: EngineSettings, folders: Iterable[Path]) -> None:
     """Raise InputError unless the engine's profile, if any, is applied to the models in `folders`."""
     if engine.profile is None:
         return
-    if engine.rollout == "bf16":
+    if engine.rollout not in SMOOTHED:
         raise InputError(
-            "--profile smooths what a quantized rollout loses, and bf16 loses nothing", hint="--rollout int8"
+            f"--profile smooths what a quantized rollout loses, and {engine.rollout} loses nothing",
+            hint=f"--rollout {SMOOTHED[0]}",
         )
     try:
         profile = Profile.read(Path(engine.profile))
