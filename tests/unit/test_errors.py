@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 from pathlib import Path
@@ -69,6 +70,27 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as caught:
         app.main()
     assert caught.value.code == 130
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "a"), "a: Permission denied"),
+        (OSError(errno.ENOTEMPTY, "Directory not empty", ".a/tmp", None, "a"), "a: Directory not empty"),
+    ],
+)
+def test_errors_of_the_disk_end_with_3_and_name_what_was_to_be_written(
+    error: OSError, what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_words: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(app, "app", fail)
+    with pytest.raises(SystemExit) as caught:
+        app.main()
+    assert caught.value.code == 3
+    assert capsys.readouterr().err.startswith(f"error: {what}\nhint: correct the disk")
 
 
 def test_other_exceptions_are_bugs_and_stay_visible(

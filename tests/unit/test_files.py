@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import stat
 import tempfile
 import threading
 import time
@@ -21,6 +22,8 @@ from flashrl_cli.train import process
 def test_write_makes_folders_and_leaves_nothing_else(tmp_path: Path) -> None:
     files.write_text(tmp_path / "a/b/c.txt", "é\n")
     files.write_text(tmp_path / "a/b/c.txt", "ü\n")
+    with pytest.raises(UnicodeEncodeError):
+        files.write_text(tmp_path / "a/b/c.txt", "no UTF-8: \udce9")
     assert (tmp_path / "a/b/c.txt").read_bytes() == "ü\n".encode()
     assert [path.name for path in (tmp_path / "a/b").iterdir()] == ["c.txt"]
 
@@ -123,6 +126,7 @@ def test_the_second_waits_for_the_first(name: str, tmp_path: Path, locks: Path, 
     with files.alone(tmp_path / name, turns.waiting) as waited:
         turns.log.append(f"second in, waited {waited}")
     assert turns.log == ["first in, waited False", "second waits", "first out", "second in, waited True"]
+    assert stat.S_IMODE(locks.stat().st_mode) == 0o700, "other users cannot hold it"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "link", "tmp"], "and nothing made beside it"
 
 
