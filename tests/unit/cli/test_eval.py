@@ -154,13 +154,14 @@ def test_a_threshold_that_is_none_is_refused_before_anything_starts(
     assert not (run / "eval").exists()
 
 
+@pytest.mark.parametrize("fail_under", [None, "0.5"])
 def test_what_was_passed_over_is_told(
-    run: Path, data: str, engines: Engines, capsys: pytest.CaptureFixture[str]
+    fail_under: str | None, run: Path, data: str, engines: Engines, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = run / "global_step_1" / "actor" / "huggingface" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(RunFailed, match="1 checkpoint was refused and has no result"):
-        evaluate([str(run)], dataset=data, png=True)
+        evaluate([str(run)], dataset=data, png=True, fail_under=fail_under)
     err = capsys.readouterr().err
     assert f"warning: skipped {weights.parent}" in err
     assert "no eval.png: a curve needs two steps of a run" in err

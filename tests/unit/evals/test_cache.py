@@ -26,8 +26,9 @@ def unit(one: Checkpoint, asked: DataSet, *, sampling: Sampling = SAMPLING, engi
 def test_the_key_names_what_an_answer_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = checkpoint(tmp_path, 1)
     first = unit(one, data())
+    other = checkpoint(tmp_path, 2, hidden_size=4)
     others = [
-        unit(checkpoint(tmp_path, 2), data()),
+        unit(other, data()),
         unit(one, data("products")),
         unit(one, data(questions=2)),
         unit(one, data(), sampling=dataclasses.replace(SAMPLING, seed=1)),
@@ -35,6 +36,7 @@ def test_the_key_names_what_an_answer_depends_on(tmp_path: Path, monkeypatch: py
         unit(one, data(), engine=EngineSettings(rollout="int8")),
         unit(one, data(), engine=EngineSettings(max_model_len=64)),
         unit(one, data(), engine=EngineSettings(rollout="int8", profile=str(one.hf / "config.json"))),
+        unit(one, data(), engine=EngineSettings(rollout="int8", profile=str(other.hf / "config.json"))),
     ]
     monkeypatch.setattr(software, "versions_of", lambda _: {"vllm": "9"})
     others.append(unit(one, data()))
