@@ -115,7 +115,19 @@ def test_an_unknown_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "where", ["/", "{home}", "{cwd}", "{runs}", "{root}", "{run}", "{project}", "{other}", "relative/demo"]
+    "where",
+    [
+        "/",
+        "{home}",
+        "{cwd}",
+        "{runs}",
+        "{root}",
+        "{run}",
+        "{project}",
+        "{other}",
+        "relative/demo",
+        "{cwd}/relative/demo",
+    ],
 )
 def test_checkpoints_that_are_not_the_runs_own(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, other = disk.make("demo", disk.attempt(), checkpoints=50), disk.make("other", disk.attempt(), checkpoints=50)
