@@ -107,6 +107,8 @@ def test_another_runs_step_can_be_named(run: RunPaths, spec: RunSpec, monkeypatc
     assert (found.folder, found.superseded) == (other, ())
     found.prepare()
     assert not run.checkpoints.exists()
+    half = torn(run, 7)
+    assert [path for path, _ in choose(spec, run, "global_step_7").superseded] == [half]
 
 
 @pytest.mark.parametrize("name", ["global_step_6", "other", "global_step_7", "alway"])

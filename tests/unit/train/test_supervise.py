@@ -284,7 +284,14 @@ def test_signal_ends_the_run_in_order(name: str, code: ExitCode, run: Callable[.
 
 
 @pytest.mark.processes
-def test_second_signal_makes_short_work(run: Callable[..., int]) -> None:
+def test_second_signal_makes_short_work(run: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    kill, graces = Tree.kill, list[float]()
+
+    def noted(tree: Tree, *, grace_s: float = 0.0) -> None:
+        graces.append(grace_s)
+        kill(tree, grace_s=grace_s)
+
+    monkeypatch.setattr(Tree, "kill", noted)
     script = """
     def again(*_):
         signal.signal(signal.SIGTERM, SPARED)  # a later one would reach the tests after this one
@@ -298,6 +305,7 @@ def test_second_signal_makes_short_work(run: Callable[..., int]) -> None:
     with pytest.raises(Interrupted):
         run(script, stop_grace_s=300)
     assert time.monotonic() - started < 300
+    assert graces == [0.0]
 
 
 @pytest.mark.processes
@@ -422,6 +430,18 @@ def test_verl_has_its_grace_after_a_fatal_line_and_the_first_cause_counts(
     clock.now += 2
     with pytest.raises(RunFailed, match="a disk is full"):
         watch.look()
+
+
+def test_a_step_after_a_fatal_line_ends_the_grace(tiny_plan: Plan, seen: Any, clock: Clock) -> None:
+    plan = tiny_plan(failure_grace_s=10)
+    write_handshake(plan.attempt_paths.plugins, handshake())
+    watch = watching(plan, seen)
+    add(plan.attempt_paths.log, "OSError: [Errno 28] No space left on device")
+    watch.look()
+    add(plan.attempt_paths.metrics, line(1))
+    watch.look()
+    clock.now += 11
+    watch.look()
 
 
 def test_every_worker_must_prove_itself(tiny_plan: Plan, seen: Any) -> None:
