@@ -219,6 +219,7 @@ def test_a_death_without_an_exception_is_told_by_who_died() -> None:
         == "WorkerDict (pid 7): it was killed"
     )
     assert root_error([death]) == "process (pid 7): it was killed"
+    assert root_error([death, *RAISED]) == "KeyError: 'points' (/srv/user/reward.py:3)"
 
 
 def test_what_only_follows_from_another_failure_is_passed_over() -> None:
