@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashrl_cli.weights import beside, companions
-from flashrl_cli.weights.contents import Unreadable, model_files, read_json, table, torn
+from flashrl_cli.weights.contents import Unreadable, checksums, model_files, read_json, table, torn
 from tests.saved_files import saved_file, saved_tensors
 
 
@@ -58,6 +58,10 @@ def test_a_zip_that_torch_did_not_write(tmp_path: Path) -> None:
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("notes.txt", "x")
     assert torn(file) == "truncated or damaged"
+
+
+def test_checksums_do_not_depend_on_the_name_of_the_file(tmp_path: Path) -> None:
+    assert checksums(saved_file(tmp_path / "one.pt")) == checksums(saved_file(tmp_path / "two.pt"))
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

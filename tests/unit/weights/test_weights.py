@@ -87,6 +87,16 @@ def test_every_file_counts(kind: Kind, tmp_path: Path) -> None:
     assert len(files) >= 3
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_both_ends_of_a_tensor_count(place: int, tmp_path: Path) -> None:
+    tensor = bytearray(12_000)
+    file = saved_tensors(tmp_path / "model.safetensors", a=bytes(tensor), b=bytes(12_000))
+    before = Weights(hf=tmp_path).fingerprint()
+    tensor[place] = 1
+    saved_tensors(file, a=bytes(tensor), b=bytes(12_000))
+    assert Weights(hf=tmp_path).fingerprint() != before
+
+
 @settings(deadline=None)
 @given(data=st.data())
 def test_training_one_tensor_changes_it(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
