@@ -131,6 +131,10 @@ def test_another_world_size_is_refused(run: RunPaths) -> None:
     with pytest.raises(InputError, match="was saved by 4 trainer processes, this run has 8") as caught:
         choose(load_spec("gsm8k-grpo-0.5b", sets=["resources.gpus_per_node=8"]).spec, run, "auto")
     assert "--set resources.gpus_per_node=4" in str(caught.value.hint)
+    saved_step(run.checkpoints, 10, world_size=3)
+    with pytest.raises(InputError, match="was saved by 3 trainer processes, this run has 4") as caught:
+        choose(load_spec("gsm8k-grpo-0.5b", sets=["resources.gpus_per_node=2", "resources.nodes=2"]).spec, run, "auto")
+    assert str(caught.value.hint).startswith("the resources it was saved with")
 
 
 def test_a_critic_is_part_of_a_step_where_one_is_trained(run: RunPaths) -> None:

@@ -211,10 +211,11 @@ def test_rollout_that_does_not_sample_from_the_policy_ends_the_run(
 @pytest.mark.processes
 def test_failure_is_told_with_cause_hint_and_the_logs_end(run: Callable[..., int], tmp_path: Path) -> None:
     script = """
+    log("ray.exceptions.ActorDiedError: less specific than what follows")
     for number in range(30):
         log(f"line {number}")
     log("\\x1b[31mRuntimeError: CUDA out of memory. Tried to allocate 2 GiB\\x1b[0m")
-    log("the last word")
+    log("the last word".ljust(400, "."))
     sys.exit(1)
     """
     with pytest.raises(RunFailed) as caught:
@@ -223,7 +224,10 @@ def test_failure_is_told_with_cause_hint_and_the_logs_end(run: Callable[..., int
     assert first == "a GPU ran out of memory"
     assert "rollout.gpu_memory_utilization" in str(caught.value.hint)
     assert tail[0] == "  | line 12"
-    assert tail[-2:] == ["  | RuntimeError: CUDA out of memory. Tried to allocate 2 GiB", "  | the last word"]
+    assert tail[-2:] == [
+        "  | RuntimeError: CUDA out of memory. Tried to allocate 2 GiB",
+        "  | " + "the last word".ljust(300, "."),
+    ]
     assert last == f"log: {tmp_path}/runs/r/attempt_1/driver.log"
 
 

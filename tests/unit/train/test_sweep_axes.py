@@ -13,7 +13,7 @@ from flashrl_cli.config.resolve import Options, option_layers
 from flashrl_cli.config.yaml_file import text_of
 from flashrl_cli.errors import InputError, Location, Problem
 from flashrl_cli.paths import FOLDER_NAME
-from flashrl_cli.train.sweep_axes import Axis, Point, is_file, points, read_axes, run_names
+from flashrl_cli.train.sweep_axes import LONGEST_NAME, Axis, Point, is_file, points, read_axes, run_names
 
 NOTHING = Options()
 
@@ -272,6 +272,8 @@ def test_points_of_the_same_words_get_a_hash() -> None:
     assert re.fullmatch(r"b-path_x-[0-9a-f]{6}", second)
     assert first != second
     assert third == "b-path_y"
+    (long,) = names(tuple((f"env.A{number}", "x" * 40) for number in range(9)))
+    assert len(long) == LONGEST_NAME + len("-123456")
 
 
 KEYS = st.sampled_from(["rollout", "tis", "algorithm.lr", "critic.lr", "model.path", "rollout.n", "env.A", "verl.+x.n"])
