@@ -124,6 +124,7 @@ def test_truths_that_no_answer_can_be_paid_for(value: Any, message: str) -> None
         (truth({"target": [3]}, "searchR1_nq"), "holds no golden answers"),
         (truth("print(1)", "apps"), "holds no test cases"),
         (truth('{"inputs": ["1"], "outputs": []}', "apps"), "holds no test cases"),
+        (truth('{"inputs": [], "outputs": []}', "apps"), "holds no test cases"),
         (truth("2", "my/own"), "verl has no scorer for data_source 'my/own'"),
         ({"data_source": None}, "data_source is null"),
         ({"data_source": " "}, "data_source is empty"),

@@ -313,7 +313,7 @@ def test_lines_that_are_no_rows_are_told(tmp_path: Path) -> None:
 
 def test_an_array_knows_its_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    path.write_text('[\n {"n": 1}, {"n":\n 2},\n\n 5, {"n": 3}]\n', encoding="utf-8")
+    path.write_text('[\n {"n": 1}, {"n":\n 2},\n\n 5, {"n": 3}]\n', encoding="utf-8-sig")
     rows, bad = read(path)
     assert rows == [("2", {"n": 1}), ("2", {"n": 2}), ("5", {"n": 3})]
     assert bad == [(f"{path}:5", "not a JSON object but a whole number")]
