@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import cProfile
 import json
+import math
 from dataclasses import replace
 
 import pytest
 
-from flashrl_cli.memory import advise
-from flashrl_cli.memory.estimate import document, of_settings, possible
+from flashrl_cli.memory import advise, parts
+from flashrl_cli.memory.estimate import document, judge, of_settings, possible
 from flashrl_cli.memory.parts import GIB
 from flashrl_cli.verl.config import Batch, EngineSettings, TrainerSettings
 from flashrl_cli.weights.shape import ModelShape
@@ -132,6 +133,24 @@ def test_padding_alone_is_tight_not_over(settings: TrainerSettings, shape: Model
         str(of_settings(sdpa, shape, None, 80 * GIB).advice)
         == "--set verl.actor_rollout_ref.model.use_fused_kernels=true"
     )
+
+
+def test_margins_alone_are_tight(settings: TrainerSettings, shape: ModelShape) -> None:
+    found = of_settings(settings, shape, None, 80 * GIB)
+    held, worst = found.peak.bytes, math.ceil(max(phase.at_worst for phase in found.phases))
+    starting = parts.engine(shape, settings, 80 * GIB)
+    assert [judge(starting, found.phases, found.least, size) for size in (worst, worst - 1, held, held - 1)] == [
+        "fits",
+        "tight",
+        "tight",
+        "over",
+    ]
+
+
+def test_a_bucket_of_the_weight_update_holds_the_largest_tensor(settings: TrainerSettings, shape: ModelShape) -> None:
+    phases = of_settings(replace(settings, bucket=1 << 20), shape, None, 80 * GIB).phases
+    sizes = {part.name: part.bytes for part in phases[-1].items}
+    assert sizes["buckets"] == sizes["full tensor"] + (1 << 20) > 1 << 30
 
 
 def test_budgets_of_update_and_log_probs_are_advised_apart(settings: TrainerSettings) -> None:
