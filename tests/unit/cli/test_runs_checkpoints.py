@@ -140,6 +140,13 @@ def test_a_person_is_asked(answer: str, gone: bool, trained: Lab, call: Any, mon
     assert ("global_step_2" in trained.names()) is not gone
 
 
+def test_a_program_is_never_asked(trained: Lab, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal("y\n"))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert call("checkpoints", "r", "--keep", "last:1", "--json")[0] == 2
+    assert "global_step_2" in trained.names()
+
+
 def test_a_running_run_is_left_alone(trained: Lab, call: Any) -> None:
     trained.recorded(status="running", **store.own_process())
     code, _, err = call("checkpoints", "r", "--keep", "last:1", "--yes")

@@ -48,6 +48,13 @@ def test_one_checkpoint_is_the_folder(tmp_path: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
+def test_a_dtype_as_wide_as_the_weights_keeps_its_name(tmp_path: Path) -> None:
+    one = checkpoint(tmp_path, "a", None)
+    (one.hf / "config.json").write_text('{"dtype": "float16"}')
+    (folder,) = merged([one], tmp_path / "out", count)
+    assert json.loads((folder / "config.json").read_text()) == {"dtype": "float16"}
+
+
 def test_several_lie_by_run_and_step(tmp_path: Path) -> None:
     done: list[int] = []
     several = [checkpoint(tmp_path, "a", 1), checkpoint(tmp_path, "p/b", 20), checkpoint(tmp_path, "base", None)]
