@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tests.contract.demands_case import SHAPE, A, M, R, case
 
 DEVICES = [
@@ -78,7 +80,8 @@ DEVICES = [
         says="rollout.tensor_parallel = 8: the engine cannot split 28 heads (4 of keys and values)",
         hint="--set rollout.tensor_parallel=4",
         shape=SHAPE,
-        legal=("rollout.tensor_parallel=4",),
+        legal=("rollout.tensor_parallel=8", "resources.gpus_per_node=8"),
+        legal_shape=replace(SHAPE, heads=32),
     ),
     case(
         "heads_split",
