@@ -157,9 +157,9 @@ def test_files(tmp_path: Path) -> None:
 
 def test_csv_starts_with_step_and_score(tmp_path: Path) -> None:
     report(*(evaluated(checkpoint("a", step), [[True, step > 2]], flexible=True) for step in (2, 10))).write(tmp_path)
-    lines = (tmp_path / "eval.csv").read_text().splitlines()
+    lines = (tmp_path / "eval.csv").read_bytes().decode().split("\n")
     assert lines[0].startswith("step,score,run,dataset,lo,hi,n,")
-    assert lines[0].endswith("pass@1,pass@2")
+    assert lines[0].endswith("pass@1,pass@2")  # and no \r
     rows: list[dict[str, Any]] = list(csv.DictReader(lines))
     assert [(int(row["step"]), float(row["score"])) for row in rows] == [(2, 0.5), (10, 1.0)]
     assert [(row["flexible"], row["boxed"], row["pass@2"]) for row in rows] == [("1.0", "", "1.0")] * 2
@@ -211,6 +211,8 @@ def test_extractors_are_shown_where_they_differ_from_the_scorer() -> None:
     assert [row[4] for row in cells] == ["1.000", "1.000"]
     assert [row[4] for row in table(without, other)[1]] == [None, "1.000"]
     assert table(same)[0][4:-2] == []
+    useless = evaluated(checkpoint("a", 4), single(1, 0), boxed=False)
+    assert table(useless)[0][4:-2] == []
 
 
 def test_several_samples() -> None:

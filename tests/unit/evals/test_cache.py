@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import shutil
 from pathlib import Path
 
@@ -85,6 +87,19 @@ def test_a_damaged_file_is_no_result(tmp_path: Path) -> None:
     for end in (0, 10, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:end])
         assert kept.load(one) is None
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_of_several_results_of_a_pruned_checkpoint_the_last_counts(last: int, tmp_path: Path) -> None:
+    one, kept = checkpoint(tmp_path, 1), Cache(tmp_path / "kept")
+    made = []
+    for value in (1, 2):
+        (one.hf / "config.json").write_text(json.dumps({"hidden_size": value}))
+        made.append(unit(one, data()))
+        kept.save(made[-1], evaluated(one, data()))
+    os.utime(tmp_path / "kept" / f"{made[1 - last].key}.parquet", (1, 1))
+    shutil.rmtree(one.hf)
+    assert [found.key for found in kept.pruned([tmp_path], {made[0].asked: data()})] == [made[last].key]
 
 
 def test_a_unit_has_one_worker(tmp_path: Path) -> None:

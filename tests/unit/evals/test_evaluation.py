@@ -131,6 +131,7 @@ def test_what_an_engine_cannot_read_is_skipped_with_all_its_data_sets(
 
     def refuse_first(job: Job, order: Order) -> Any:
         if order.weights.hf.name == "1":
+            yield {"event": "advance", "prompts": 1, "tokens": 3}
             yield {"event": "skipped", "reason": "torn", "ends": spoilt}
         else:
             yield from answer(job, order)
