@@ -18,6 +18,7 @@ from flashrl_cli.machine import ray_state, software, system
 from flashrl_cli.machine.finding import Finding
 from flashrl_cli.train import preflight
 from flashrl_cli.verl import environment
+from flashrl_cli.verl.compose import Tree
 from flashrl_cli.weights import Weights
 from tests import sample_rows
 from tests.saved_files import saved_profile, saved_tensors
@@ -228,6 +229,12 @@ def test_an_8_bit_cache_on_a_cpu_needs_its_instructions(
     monkeypatch.setattr(system, "has_avx512", lambda: avx512)
     found = [(problem.where, problem.hint) for problem in problems("tiny", KV8)]
     assert found == ([] if avx512 else [("rollout.kv_cache", "--set rollout.kv_cache=auto")])
+
+
+def test_memory_is_estimated_for_the_smallest_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.estimate, "estimate", lambda *about: about[-1])
+    found = preflight.memory_of(load_spec("gsm8k-0.5b"), Tree(None), [80, 24])
+    assert (found.estimate, found.gpu) == (24, "this machine's")
 
 
 def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
