@@ -113,7 +113,7 @@ BATCHES = [
         "rollout.log_prob_micro_batch_size_per_gpu=24",
         says="does not divide the 64 responses",
         hint="--set rollout.log_prob_micro_batch_size_per_gpu=16",
-        legal=("rollout.log_prob_micro_batch_size_per_gpu=64", "data.train_batch_size=30"),  # verl fills it up
+        legal=("rollout.log_prob_micro_batch_size_per_gpu=64", "data.train_batch_size=250"),  # verl fills it up
     ),
     case(
         "micro_batch_divides_share",
