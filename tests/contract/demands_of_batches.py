@@ -113,7 +113,8 @@ BATCHES = [
         "rollout.log_prob_micro_batch_size_per_gpu=24",
         says="does not divide the 64 responses",
         hint="--set rollout.log_prob_micro_batch_size_per_gpu=16",
-        legal=("rollout.log_prob_micro_batch_size_per_gpu=64", "data.train_batch_size=250"),  # verl fills it up
+        # verl fills the batch up to what 64 of the actor and 96 of the critic divide: 384
+        legal=("rollout.log_prob_micro_batch_size_per_gpu=96", "verl.critic.ppo_mini_batch_size=96"),
     ),
     case(
         "micro_batch_divides_share",
