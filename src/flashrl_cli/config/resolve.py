@@ -1,8 +1,8 @@
 """From a preset and the command line to a checked RunSpec that knows where each value came from.
 
-In reading order: values that follow from others, the rules between the values of a spec, the options of the command line as
-layers over a preset, reading it all, and the presets at a glance. Nothing here knows of verl: what verl itself demands is
-judged in `verl.lint`.
+In reading order: values that follow from others, the rules between the values of a spec, the options of the command
+line as layers over a preset, reading it all, and a summary of each preset. Nothing here knows of verl: what verl itself
+demands is judged in `verl.lint`.
 
 To add a rule, write a generator over RunSpec and list it in RULES.
 """
@@ -45,7 +45,7 @@ class Derived(NamedTuple):
 
 
 def derived_values(spec: RunSpec) -> Iterator[Derived]:
-    """Yield the values that follow."""
+    """Yield a value for every key that is null and follows from others."""
     longest = spec.data.max_prompt_length + spec.data.max_response_length
     if spec.rollout.max_model_len is None:
         yield Derived("rollout.max_model_len", longest, "data.max_prompt_length + data.max_response_length")
@@ -63,7 +63,7 @@ def _critic_values(spec: RunSpec, longest: int) -> Iterator[Derived]:
 
 
 class Finding(NamedTuple):
-    """A broken rule: the key to look at, what is wrong, and the fix: text, or values of keys, each of which is enough."""
+    """A broken rule: the key to look at, what is wrong, and the fix: text, or values of keys (one is enough)."""
 
     key: str
     message: str
@@ -75,7 +75,7 @@ Rule = Callable[[RunSpec], Iterator[Finding]]
 
 
 def mini_batch_divides_batch(spec: RunSpec) -> Iterator[Finding]:
-    """An optimizer step takes a whole share of the step's prompts."""
+    """A step's prompts are divided evenly among its optimizer steps."""
     mini, batch = spec.algorithm.mini_batch_size, spec.data.train_batch_size
     if mini > batch:
         yield Finding(
@@ -154,7 +154,7 @@ def warmup_ends(spec: RunSpec) -> Iterator[Finding]:
 
 
 def engine_holds_a_sequence(spec: RunSpec) -> Iterator[Finding]:
-    """The engine ends a response where its longest sequence ends, without a word."""
+    """The engine silently ends a response at the length of its longest sequence."""
     longest = spec.data.max_prompt_length + spec.data.max_response_length
     held = spec.rollout.max_model_len
     if held is not None and held < longest:
@@ -181,16 +181,15 @@ def mix_has_two_precisions(spec: RunSpec) -> Iterator[Finding]:
     row = PRECISIONS[spec.rollout.precision]
     if spec.rollout.mix and "mix" not in row.goes_with:
         why = f"{row.name} is for all replicas alike" if row.quantized else f"every replica is in {row.name} already"
-        yield Finding("rollout.mix", why, f"--set rollout.precision={row.sibling}")
+        yield Finding("rollout.mix", why, fix={"rollout.precision": row.sibling})
 
 
 def logits_are_proven(spec: RunSpec) -> Iterator[Finding]:
-    """Who computes logits in float32 proves it at flashrl's own weight update."""
+    """Logits in float32 are proven at flashrl's own weight update."""
     row = PRECISIONS[spec.rollout.precision]
     if spec.rollout.lm_head_fp32 and "head32" not in row.goes_with:
-        yield Finding(
-            "rollout.lm_head_fp32", f"{row.name} rollouts do not know it", f"--set rollout.precision={row.sibling}"
-        )
+        why = f"{row.name} rollouts do not know it"
+        yield Finding("rollout.lm_head_fp32", why, fix={"rollout.precision": row.sibling})
 
 
 def cache_in_8_bits_has_scales(spec: RunSpec) -> Iterator[Finding]:
@@ -200,12 +199,12 @@ def cache_in_8_bits_has_scales(spec: RunSpec) -> Iterator[Finding]:
         yield Finding(
             "rollout.kv_cache",
             f"{spec.rollout.kv_cache} needs flashrl's own weight update, and {row.name} has verl's",
-            f"--rollout {row.sibling}, or --set rollout.kv_cache=auto",
+            fix={"rollout.precision": row.sibling, "rollout.kv_cache": "auto"},
         )
 
 
 def profile_is_applied(spec: RunSpec) -> Iterator[Finding]:
-    """Smoothing changes nothing but what is lost in quantizing, and verl's own weight update knows none."""
+    """Smoothing only reduces quantization error, and verl's own weight update does not apply it."""
     row = PRECISIONS[spec.rollout.precision]
     if spec.rollout.profile is None or "smooth" in row.goes_with:
         return
@@ -214,14 +213,14 @@ def profile_is_applied(spec: RunSpec) -> Iterator[Finding]:
         if row.quantized
         else "quantize nothing that it could smooth"
     )
-    hint = f"--rollout {SMOOTHED[0]}, or --set rollout.profile=null"
-    yield Finding("rollout.profile", f"{row.name} rollouts {why}", hint)
+    fix = {"rollout.precision": SMOOTHED[0], "rollout.profile": None}
+    yield Finding("rollout.profile", f"{row.name} rollouts {why}", fix=fix)
 
 
 def no_secret_is_written_down(spec: RunSpec) -> Iterator[Finding]:
-    """A preset is shared, and a plan is kept with the run: neither is a place for what lets somebody in."""
+    """A preset is shared, and a plan is kept with the run: neither may hold a credential."""
     named = {f"env.{name}": (name, value) for name, value in spec.env.items()}
-    # among verl's keys only a variable's name can be told by its capitals from one like `pad_token`
+    # among verl's keys only capitals distinguish a variable's name from a key like `pad_token`
     last = {key: key.rpartition(".")[2] for key in spec.verl}
     named |= {f"verl.{key}": (last[key] if last[key].isupper() else "", str(spec.verl[key] or "")) for key in last}
     for key, (name, value) in named.items():
@@ -259,15 +258,15 @@ def findings(spec: RunSpec) -> Iterator[Finding]:
 
 EXAMPLE = "--set algorithm.lr=1e-6"
 SWEPT = {"rollout": "rollout.precision", "tis": "correction.cap"}
-"""Names of a sweep's own for keys that have an option."""
+"""A sweep's own names for keys that have an option."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """The command line's part of a configuration.
 
-    `rollout` is a precision, `tis` the text of a cap or `off`, `sets` are texts `key=value`, `point` is what `--sweep` gives
-    this run: a text for each key that varies.
+    `rollout` is a precision, `tis` the text of a cap or `off`, `sets` are texts `key=value`, `point` is what `--sweep`
+    gives this run: a text for each key that varies.
     """
 
     rollout: str | None = None
@@ -283,7 +282,7 @@ NO_OPTIONS = Options()
 
 
 def option_layers(options: Options, problems: list[Problem]) -> Iterator[Layer]:
-    """Yield a layer for each option given, in the order of their precedence; that of a bad text is empty and a problem."""
+    """Yield a layer for each option given, the strongest last; a bad text is a problem and its layer empty."""
     if options.rollout is not None:
         yield _flag("rollout.precision", options.rollout, Location("--rollout"))
     if options.tis is not None:
@@ -345,7 +344,7 @@ def _bad_key(text: str, key: str, equals: str) -> Problem | None:
     if not all(key.split(".")):
         names = ".".join(name for name in key.split(".") if name)
         hint = f"--set {names}=…" if "." in names else EXAMPLE
-        return Problem(f"{key!r} is no key: a dot stands between two names", hint=hint)
+        return Problem(f"{key!r} is no key: a dot goes between two names", hint=hint)
     return None
 
 
@@ -365,15 +364,16 @@ UNKNOWN = "extra_forbidden"
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A valid spec, the origin of each of its dotted leaf keys, and what was wrong nevertheless.
+    """A valid spec, the origin of each of its dotted leaf keys, and the problems that leave it valid.
 
-    `broken` holds what could be left out (unknown keys, unreadable lines) or, where nothing was, the rules that values break.
+    `broken` holds what could be left out (unknown keys, unreadable lines) or, where nothing was, the rules that values
+    break.
     """
 
     spec: RunSpec
     origins: Mapping[str, Origin]
     preset: str = ""
-    """As it was asked for: a name or a file."""
+    """The name or the file that the user gave."""
     layers: Sequence[Layer] = ()
     broken: tuple[Problem, ...] = ()
 
@@ -395,7 +395,7 @@ class Resolved:
         return value
 
     def is_set(self, key: str) -> bool:
-        """Whether someone wrote the value, or it was derived: whether it is more than a default."""
+        """Whether the value was written or derived, and is not merely the default."""
         return self.origins.get(key, DEFAULT).layer != "default"
 
     def option(self, key: str, value: Any) -> str:
@@ -418,8 +418,8 @@ def load_spec(
 def read_spec(preset: str, options: Options = NO_OPTIONS, translate: Translate = lambda _: None) -> Resolved:
     """Read a preset (name or file), apply the options, validate; problems that leave a valid spec are in the result.
 
-    `translate` gives the hint to a key that the spec lacks and another program has. Reads preset files and the working folder.
-    Raises InputError with every problem, each with its file and line or its option, in the order of the files and options.
+    `translate` gives the hint to a key that the spec lacks and another program has. Reads preset files and the working
+    folder. Raises InputError with every problem, each with its file and line or its option, in their order.
     """
     problems: list[Problem] = []
     read = [*presets.read_layers(preset, problems), *option_layers(options, problems)]
@@ -483,8 +483,8 @@ def _refusal(preset: str, problems: Sequence[Problem], layers: Sequence[Layer]) 
 class Summary:
     """One runnable preset in a line; `error` is set (and most else empty) for one that does not load.
 
-    `tis` is the cap of truncated importance sampling, `gpus` the number of GPUs in all (0 on CPU), `devices` the same as
-    text: machines × GPUs on each.
+    `tis` is the cap of truncated importance sampling, `gpus` the number of GPUs in all (0 on CPU), `devices` the same
+    as text: machines × GPUs on each.
     """
 
     name: str

@@ -108,7 +108,7 @@ CASES = [
     (
         "mix_has_two_precisions",
         GAE,
-        ("rollout.mix=0.5",),
+        ("rollout.precision=bf16", "rollout.mix=0.5"),
         "every replica is in bf16 already",
         "--set rollout.precision=int8",
     ),
