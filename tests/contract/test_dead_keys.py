@@ -14,12 +14,12 @@ import pytest
 from flashrl_cli.config import presets
 from flashrl_cli.config.diagnose import keys_of
 from flashrl_cli.config.layers import DEFAULT
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.verl import compose
 from flashrl_cli.verl.dead_keys import DEAD_KEYS, IGNORED, REMOVED, dead_key
 from flashrl_cli.verl.lint import keys
 from flashrl_cli.verl.overrides import Override, Places, overrides
+from tests.specs import load_spec
 
 pytestmark = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not installed")
 

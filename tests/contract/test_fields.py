@@ -14,11 +14,11 @@ import pytest
 
 from flashrl_cli.config import presets
 from flashrl_cli.config.layers import Origin
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.errors import Location
 from flashrl_cli.verl import compose
 from flashrl_cli.verl.lint import keys as fields
 from flashrl_cli.verl.overrides import Override, Places, overrides
+from tests.specs import load_spec
 
 pytestmark = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not installed")
 

@@ -403,18 +403,6 @@ class Resolved:
         return option(key, value, self.origins.get(key, DEFAULT).where)
 
 
-def load_spec(
-    preset: str,
-    *,
-    rollout: str | None = None,
-    tis: str | None = None,
-    sets: Sequence[str] = (),
-    translate: Translate = lambda _: None,
-) -> Resolved:
-    """Read a preset as `read_spec` does; raises InputError over what is broken in the result, too."""
-    return read_spec(preset, Options(rollout=rollout, tis=tis, sets=sets), translate).checked()
-
-
 def read_spec(preset: str, options: Options = NO_OPTIONS, translate: Translate = lambda _: None) -> Resolved:
     """Read a preset (name or file), apply the options, validate; problems that leave a valid spec are in the result.
 

@@ -15,10 +15,11 @@ from pydantic import ValidationError
 from flashrl_cli.config import diagnose
 from flashrl_cli.config.diagnose import Suggestion, keys_of
 from flashrl_cli.config.layers import Layer, Origin
-from flashrl_cli.config.resolve import load_spec
+from flashrl_cli.config.resolve import Options, read_spec
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.errors import InputError, Location, Problem
 from flashrl_cli.render.output import print_error
+from tests.specs import load_spec
 
 BASE = """\
 model: {path: Qwen/Qwen3-0.6B}
@@ -139,10 +140,9 @@ def test_environment_values_are_the_text_that_was_written(preset):
 
 
 def test_keys_of_another_program_are_translated(preset):
-    found = problems(
-        preset("other: {x: 1}\n"), sets=["foo=1"], translate={"other.x": Suggestion("it is rollout.n")}.get
-    )
-    assert [p.hint for p in found] == ["it is rollout.n", found[1].hint]
+    translate = {"other.x": Suggestion("it is rollout.n")}.get
+    found = read_spec(preset("other: {x: 1}\n"), Options(sets=["foo=1"]), translate).broken
+    assert [problem.hint for problem in found] == ["it is rollout.n", found[1].hint]
     assert (found[1].hint or "").startswith("keys of a preset are")
 
 

@@ -7,8 +7,9 @@ import shlex
 import pytest
 
 from flashrl_cli.config import presets
-from flashrl_cli.config.resolve import RULES, load_spec
+from flashrl_cli.config.resolve import RULES
 from flashrl_cli.errors import InputError
+from tests.specs import load_spec
 
 
 @pytest.mark.parametrize("name", presets.names())

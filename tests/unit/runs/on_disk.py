@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flashrl_cli import files, paths
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.runs import store
 from flashrl_cli.runs.store import Attempt, RunRecord
 from flashrl_cli.train.plan import build_plan, plan_document
 from flashrl_cli.verl.metrics import NAMES, TIMINGS
+from tests.specs import load_spec
 
 Logged = Mapping[str, float | None]
 

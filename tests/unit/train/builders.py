@@ -10,10 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from flashrl_cli.config.resolve import Resolved, load_spec
+from flashrl_cli.config.resolve import Resolved
 from flashrl_cli.contract import Handshake
 from flashrl_cli.train.plan import LaunchPlan, build_plan
 from flashrl_cli.verl.metrics import StepMetrics
+from tests.specs import load_spec
 
 
 def plan_of(

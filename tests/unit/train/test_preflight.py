@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.errors import EnvironmentNotReady, Problem
 from flashrl_cli.machine import ray_state, software, system
@@ -21,6 +20,7 @@ from flashrl_cli.verl import environment
 from flashrl_cli.weights import Weights
 from tests import sample_rows
 from tests.saved_files import saved_profile, saved_tensors
+from tests.specs import load_spec
 from tests.unit.train.builders import planned
 
 CLUSTER_OF_ONE = "resources.nodes=1"

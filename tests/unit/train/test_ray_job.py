@@ -20,7 +20,6 @@ import pytest
 
 from flashrl_cli import contract
 from flashrl_cli.config import presets
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.contract import HANDSHAKE_MARK, read_handshakes
 from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
 from flashrl_cli.paths import AttemptPaths
@@ -42,6 +41,7 @@ from flashrl_cli.train.executors.ray_job import (
 from flashrl_cli.train.plan import LaunchPlan, plan_script
 from flashrl_cli.train.process import Handle
 from flashrl_cli.verl.environment import on_cluster
+from tests.specs import load_spec
 from tests.unit.train.builders import Clock, FakeJobs, handshake, plan_of
 
 ADDRESS = "http://head:8265"

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.data import truths
 from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
 from flashrl_cli.machine.finding import fail
@@ -23,6 +22,7 @@ from flashrl_cli.train import preflight
 from flashrl_cli.train.preflight import row_problems
 from tests import sample_rows
 from tests.sample_rows import row, truth
+from tests.specs import load_spec
 
 FORMATS = ("parquet", "jsonl", "json")
 UNPAYABLE = {

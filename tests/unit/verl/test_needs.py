@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.verl import environment
+from tests.specs import load_spec
 
 PARALLEL = f"verl.{environment.SEQUENCE_PARALLEL}"
 

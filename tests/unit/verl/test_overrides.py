@@ -10,10 +10,10 @@ import pytest
 from flashrl_cli import contract
 from flashrl_cli.config.diagnose import keys_of
 from flashrl_cli.config.layers import Origin
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.errors import Location
 from flashrl_cli.verl.overrides import ENGINE, ROLLOUT, TABLE, Places, overrides
+from tests.specs import load_spec
 
 EXTENSION = f"{ENGINE}.worker_extension_cls"
 

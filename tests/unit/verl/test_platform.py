@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 from flashrl_cli import contract
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.paths import AttemptPaths
 from flashrl_cli.verl.environment import run_environment
+from tests.specs import load_spec
 
 ATTEMPT = AttemptPaths(Path("/runs/x/attempt_1"))
 

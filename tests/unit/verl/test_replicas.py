@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.verl.config import DATA_PARALLEL, bf16_replicas, engine_devices, replicas
+from tests.specs import load_spec
 
 
 def counted(nodes: int, gpus: int, mix: float, *more: str) -> tuple[int, int]:

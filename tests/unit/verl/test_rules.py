@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from flashrl_cli.config import presets
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.verl.lint import keys
 from flashrl_cli.verl.overrides import Places, overrides
+from tests.specs import load_spec
 
 PLACES = Places(name="run", data=Path("/data"), checkpoints=Path("/ckpt/run"))
 R = "actor_rollout_ref.rollout"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from flashrl_cli.config import presets
 from flashrl_cli.config.layers import DEFAULT
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.verl.overrides import Override, Places, by_theme, overrides
+from tests.specs import load_spec
 
 PLACES = Places(name="run", data=Path("/data"), checkpoints=Path("/ckpt/run"))
 
