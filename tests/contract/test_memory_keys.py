@@ -11,7 +11,7 @@ import pytest
 from flashrl_cli.config.resolve import Resolved
 from flashrl_cli.memory.estimate import estimate
 from flashrl_cli.memory.model import shape_of
-from flashrl_cli.memory.parts import GIB
+from flashrl_cli.text import GIB
 from flashrl_cli.verl import compose
 from flashrl_cli.verl.config import SET_KEYS, Batch, Settings, TrainerSettings, trainer_settings
 from flashrl_cli.verl.overrides import Places, overrides

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from flashrl_cli.memory import advise
 from flashrl_cli.memory import parts as passes
 from flashrl_cli.memory import parts as serving
-from flashrl_cli.memory.parts import GIB, Item, Model, item, model_of, resident, total
+from flashrl_cli.memory.parts import Item, Model, item, model_of, resident, total
 from flashrl_cli.precision import PRECISIONS
-from flashrl_cli.text import counted
+from flashrl_cli.text import GIB, counted
 from flashrl_cli.verl.config import Settings, TrainerSettings, trainer_settings
 
 if TYPE_CHECKING:

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from flashrl_cli.verl.config import Batch, EngineSettings, RolloutSettings, TrainerSettings
     from flashrl_cli.weights.shape import ModelShape
 
-GIB = 1 << 30
 MARGIN = 0.1
 """Share by which an item may be larger than estimated."""
 FRAGMENTS = 0.3

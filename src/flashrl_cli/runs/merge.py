@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli import files
 from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
 from flashrl_cli.paths import existing
+from flashrl_cli.text import GIB
 from flashrl_cli.verl import checkpoints as layout
 from flashrl_cli.weights import (
     INDEX,
@@ -40,7 +41,6 @@ _DTYPE = ("dtype", "torch_dtype")
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SAFETENSORS = {name: dtype for dtype, name in _NAMES.items()}
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_GIB = 2**30
 
 
 def merged(
@@ -164,7 +164,7 @@ def _room(checkpoints: Iterable[Checkpoint], target: Path) -> None:
     needed = sum(_bytes(checkpoint.weights) for checkpoint in checkpoints)
     free = shutil.disk_usage(existing(target)).free
     if needed > free:
-        what = f"{needed / _GIB:.1f} GiB of weights, and {free / _GIB:.1f} GiB are free"
+        what = f"{needed / GIB:.1f} GiB of weights, and {free / GIB:.1f} GiB are free"
         raise EnvironmentNotReady(
             f"{target} has no room for {what}", hint="merge fewer checkpoints, or to another disk"
         )

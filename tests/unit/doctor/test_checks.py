@@ -14,11 +14,12 @@ import psutil
 import pytest
 
 from flashrl_cli.doctor import checks
-from flashrl_cli.doctor.checks import GIB, Disk, Script
+from flashrl_cli.doctor.checks import Disk, Script
 from flashrl_cli.machine import gpus, ray_state, software
 from flashrl_cli.machine.finding import Finding, Level
 from flashrl_cli.machine.gpus import Gpu
 from flashrl_cli.machine.software import CPU, GPU, Stack
+from flashrl_cli.text import GIB
 from tests.unit.machine.test_gpus import A100, B200, H100, L4, T4, V100
 from tests.unit.machine.test_software import CPU_VERSIONS, GPU_VERSIONS
 

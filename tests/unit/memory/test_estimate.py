@@ -8,7 +8,7 @@ import pytest
 
 from flashrl_cli.memory import advise
 from flashrl_cli.memory.estimate import document, of_settings, possible
-from flashrl_cli.memory.parts import GIB
+from flashrl_cli.text import GIB
 from flashrl_cli.verl.config import Batch, EngineSettings, TrainerSettings
 from flashrl_cli.weights.shape import ModelShape
 

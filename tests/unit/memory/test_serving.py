@@ -7,7 +7,7 @@ import pytest
 
 from flashrl_cli.memory import parts
 from flashrl_cli.memory.model import shape_of
-from flashrl_cli.memory.parts import GIB
+from flashrl_cli.text import GIB
 from flashrl_cli.verl.config import RolloutSettings, TrainerSettings
 from flashrl_cli.weights.shape import ModelShape, parameters
 
