@@ -34,7 +34,7 @@ def plan_of(
 
 def planned(preset: str = "tiny", *sets: str, root: Path = Path("/w"), **options: str | None) -> LaunchPlan:
     """Plan of a preset under `--set` texts and other options."""
-    return plan_of(load_spec(preset, sets=sets, **options), root)  # type: ignore[arg-type]
+    return plan_of(load_spec(preset, sets=sets, **options), root)
 
 
 def handshake(**changes: Any) -> Handshake:
