@@ -1,6 +1,6 @@
-"""New weights for an evaluation engine, read from disk: one engine serves every checkpoint of an architecture.
+"""vLLM worker extensions of engines that flashrl itself starts: new weights read from disk, and what `flashrl bench` measures.
 
-What `flashrl bench` asks of vLLM's workers: what they hold, random weights for a shape, and the time of a refit.
+One engine serves every checkpoint of an architecture.
 """
 
 from __future__ import annotations
@@ -20,9 +20,15 @@ from flashrl_cli.weights import Unreadable, Weights
 if TYPE_CHECKING:
     from flashrl_cli import contract
 
+Named = tuple[str, torch.Tensor]
+Sizes = tuple[str, tuple[int, ...]]
 BUCKET_BYTES = 2**28
 """Weights handed to vLLM at a time: few calls of the model's loader, and little memory beside the model."""
-Named = tuple[str, torch.Tensor]
+DEVICE_BUCKET_BYTES = {"cuda": 2 << 30, "cpu": 1 << 28}
+"""verl's default on a GPU (rollout.checkpoint_engine.update_weights_bucket_megabytes)."""
+_WIDTH = 1024
+_AT_ONCE = 1 << 25
+_SCALE = 0.05
 
 
 class DiskRefitExtension:
@@ -83,14 +89,6 @@ def _buckets(tensors: Iterable[Named]) -> Iterator[list[Named]]:
             bucket, size = [], 0
     if bucket:
         yield bucket
-
-
-DEVICE_BUCKET_BYTES = {"cuda": 2 << 30, "cpu": 1 << 28}
-"""verl's default on a GPU (rollout.checkpoint_engine.update_weights_bucket_megabytes)."""
-_WIDTH = 1024
-_AT_ONCE = 1 << 25
-_SCALE = 0.05
-Sizes = tuple[str, tuple[int, ...]]
 
 
 class BenchExtension(DiskRefitExtension):

@@ -8,7 +8,7 @@ from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.verl import environment
 
-PARALLEL = f"verl.{environment.SEQUENCE_PARALLEL}"
+PARALLEL = "verl.actor_rollout_ref.actor.ulysses_sequence_parallel_size"
 
 
 def spec(preset: str, *sets: str) -> RunSpec:
@@ -30,7 +30,7 @@ def test_the_options_that_are_offered_do_without_it() -> None:
 
 @pytest.mark.parametrize(("preset", "sets"), [("gsm8k-0.5b", []), ("dapo-32b", [f"{PARALLEL}=8"])])
 def test_critics_and_sequence_parallelism_need_it_anyway(preset: str, sets: list[str]) -> None:
-    found = spec(preset, f"verl.+{environment.ATTENTION}=sdpa", *sets)
+    found = spec(preset, "verl.+actor_rollout_ref.model.override_config.attn_implementation=sdpa", *sets)
     assert environment.cannot_do_without_flash(found)
     assert environment.needs_flash(found)
 
@@ -42,7 +42,7 @@ def test_critics_and_sequence_parallelism_need_it_anyway(preset: str, sets: list
         ("gsm8k-0.5b", [], 24),
         ("tiny", [f"verl.{environment.SAVED}=[model]"], 4),
         ("tiny", [f"verl.{environment.SAVED}=[model,optimizer,extra,hf_model]"], 14),
-        ("tiny", [f"verl.{environment.LORA}=32"], 4),
+        ("tiny", ["verl.actor_rollout_ref.model.lora_rank=32"], 4),
     ],
 )
 def test_bytes_a_parameter(preset: str, sets: list[str], expected: int) -> None:
