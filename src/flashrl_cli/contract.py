@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import files, precision
+from flashrl_cli import files
 
 if TYPE_CHECKING:
     import logging
@@ -35,8 +35,6 @@ ENV_TELL = "FLASHRL_TELL"
 HANDSHAKE_MARK = "FLASHRL_HANDSHAKE "
 """Begins a printed handshake; Ray and vLLM put prefixes before it."""
 
-METHODS = {name: row.method for name, row in precision.PRECISIONS.items() if row.method}
-BLOCKS = precision.FP8_BLOCK.name
 VLLM = ((0, 24), (0, 28))
 """First and last version of vLLM whose insides the plugins were read against: those of the two pinned stacks."""
 VLLM_NAMES = f"vLLM {VLLM[0][0]}.{VLLM[0][1]} to {VLLM[1][0]}.{VLLM[1][1]}"

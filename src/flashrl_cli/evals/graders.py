@@ -31,6 +31,7 @@ from flashrl_cli import contract
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
 from flashrl_cli.evals import grade
 from flashrl_cli.machine import software, system
+from flashrl_cli.worker.server import end_with_parent
 
 if TYPE_CHECKING:
     from pebble import ProcessPool
@@ -43,8 +44,6 @@ R = TypeVar("R")
 
 _SCORERS = ("gsm8k", "math_reward", "math_dapo", "prime_math")
 _ENVIRONMENT = {"VERL_USE_EXTERNAL_PLUGINS": "none", "CUDA_VISIBLE_DEVICES": "", **contract.THREADS}
-_DEATH_SIGNAL = 1
-"""PR_SET_PDEATHSIG of Linux's prctl(2)."""
 
 
 def prepare() -> None:
@@ -75,7 +74,7 @@ def begin() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     multiprocessing.set_start_method("fork", force=True)
     threading.Thread(target=_end_with_command_line, daemon=True).start()
-    os.register_at_fork(after_in_child=_end_with_grader)
+    os.register_at_fork(after_in_child=partial(end_with_parent, signal.SIGKILL))
     with contextlib.suppress(OSError):  # where memory gets short, a grader is the least loss
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
 
@@ -113,13 +112,6 @@ def _end_with_command_line() -> None:
     if parent is not None:
         connection.wait([parent.sentinel])
         os._exit(1)
-
-
-def _end_with_grader() -> None:
-    import ctypes
-
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
 
 
 A = TypeVarTuple("A")

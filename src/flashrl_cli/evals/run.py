@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from flashrl_cli.evals.questions import Question
     from flashrl_cli.evals.request import Request
     from flashrl_cli.runs.store import Known
+    from flashrl_cli.worker.client import Worker
 
 # Keys of config.json that saving a policy again may change, and that responses do not depend on here.
 _VOLATILE = frozenset({
@@ -89,7 +90,7 @@ class _Running:
     """The engine that is up, and for which checkpoints it can be used."""
 
     architecture: str
-    engine: child.Engine
+    engine: Worker
     closing: contextlib.ExitStack
 
 
@@ -243,7 +244,7 @@ class Evaluation:
     def _events(self, unit: Unit, order: Order) -> Iterator[dict[str, Any]]:
         """Events of an order, from an engine that starts with its checkpoint where the one that is up asks for that."""
         while up := self._up:
-            for event in up.engine.fulfil(order):
+            for event in up.engine.ask(order.plain()):
                 if event["event"] == "restart":
                     self._stop_engine()
                     self._up = self._start(unit.checkpoint, up.architecture)
