@@ -32,7 +32,7 @@ FRAGMENTS = 0.3
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Bytes on one GPU; `margin` is the share that may come on top, 0 for a budget that the engine keeps to."""
+    """Bytes on one GPU; `margin` is the share that may come on top, 0 for a budget that the engine does not exceed."""
 
     name: str
     bytes: int
@@ -436,7 +436,7 @@ def kv_bytes(shape: ModelShape, rollout: RolloutSettings) -> int:
 
 
 def working(shape: ModelShape, rollout: RolloutSettings) -> int:
-    """Bytes that vLLM sets aside beside weights and cache: the larger of a full batch in an MLP and of the sampler, and CUDA graphs."""
+    """Bytes that vLLM reserves beside weights and cache: the larger of a full batch in an MLP and of the sampler, and CUDA graphs."""
     width = shape.intermediate if not shape.experts else shape.experts_per_token * shape.expert_intermediate
     token = PRECISIONS[rollout.precision].mlp_bytes * width / rollout.tensor_parallel + 8 * shape.hidden
     sampler = rollout.max_num_seqs * shape.vocab * SAMPLER_BYTES

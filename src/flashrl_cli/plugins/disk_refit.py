@@ -56,9 +56,9 @@ class DiskRefitExtension:
                 load(bucket)
 
         # each checkpoint may have names of its own
-        shake = self._describe(refits=1, seconds=self._renew(stream, watched=True))
-        log(shake)
-        return asdict(shake)
+        handshake = self._describe(refits=1, seconds=self._renew(stream, watched=True))
+        log(handshake)
+        return asdict(handshake)
 
     def _renew(self, stream: Stream, *, reused: bool = False, watched: bool | None = None) -> float:
         """Give the engine the weights of a stream, as `refit` takes it; seconds."""
@@ -106,7 +106,7 @@ class BenchExtension(DiskRefitExtension):
     def bench_refit(self, repeats: int, source: dict[str, Any] | None) -> dict[str, Any]:
         """Seconds of refits with random weights from this device's memory, after one to warm up; extra bytes of one (None on a CPU).
 
-        `source` (a Weights as plain data) tells names and sizes; without it the model's config does.
+        `source` (a Weights as plain data) names the weights and their sizes; without it the model's config does.
         """
         sizes = _sizes_on_disk(source) if source else _sizes_by_config(self._config())
         weights = _Random(sizes, self._device())

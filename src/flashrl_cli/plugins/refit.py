@@ -135,7 +135,7 @@ def _read(path: Path) -> Profile:
 
 
 def writes_in_place(model: torch.nn.Module) -> bool:
-    """Whether every weight of a model on CUDA can be written where it lies."""
+    """Whether every weight of a model on CUDA can be written in place."""
     return all(_plain(layer) for layer in model.modules())
 
 
@@ -268,17 +268,17 @@ def describe(model: torch.nn.Module, *, device: torch.device, refits: int, refit
     )
 
 
-def log(shake: contract.Handshake) -> None:
+def log(handshake: contract.Handshake) -> None:
     """Write a line about a refit to the log, at level INFO."""
     contract.logger().info(
         "refit %d took %.3f s: %s, %d of %d linear layers quantized (%d bytes), %s, logits in %s, KV cache %s",
-        shake.refits,
-        shake.refit_s,
-        shake.precision,
-        shake.quantized_layers,
-        shake.linear_layers,
-        shake.quantized_bytes,
-        shake.kernel,
-        shake.lm_head,
-        shake.kv_cache,
+        handshake.refits,
+        handshake.refit_s,
+        handshake.precision,
+        handshake.quantized_layers,
+        handshake.linear_layers,
+        handshake.quantized_bytes,
+        handshake.kernel,
+        handshake.lm_head,
+        handshake.kv_cache,
     )

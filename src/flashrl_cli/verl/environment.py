@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 DTYPE = "actor_rollout_ref.rollout.dtype"
 METRICS_PATH = "VERL_FILE_LOGGER_PATH"
 COMMON = {
-    "HYDRA_FULL_ERROR": "1",  # Hydra otherwise cuts the traceback that tells why a worker died
+    "HYDRA_FULL_ERROR": "1",  # Hydra otherwise cuts the traceback that shows why a worker died
     "PYTHONUNBUFFERED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
@@ -122,7 +122,7 @@ def checkpoint_bytes(spec: RunSpec, parameters: int) -> int:
 
 
 def checkpoints_kept(spec: RunSpec) -> int | None:
-    """Checkpoints that lie on the disk in the end: 0 for none; None where verl keeps all and their number is not known."""
+    """Checkpoints that are on the disk in the end: 0 for none; None where verl keeps all and their number is not known."""
     trainer = spec.trainer
     if trainer.save_every <= 0:
         return 0

@@ -24,7 +24,7 @@ def plain(line: str) -> str:
     return ANSI.sub("", line).rstrip()
 
 
-def telling(lines: Iterable[str]) -> list[str]:
+def notable(lines: Iterable[str]) -> list[str]:
     """Lines as `plain` gives them, less empty ones and the warnings of every start."""
     return [line for line in map(plain, lines) if line and not IDLE_TALK.search(line)]
 
@@ -112,7 +112,7 @@ FOLLOWS = re.compile(
     r"ActorDiedError|ActorUnavailableError|RayActorError|WorkerCrashedError|EngineDeadError|CancelledError|KeyboardInterrupt"
     r"|SystemExit|BrokenPipeError|Connection was likely closed|Engine core initialization failed|WorkerProc initialization failed|cancelled"
 )
-"""Exceptions that only say that something else failed."""
+"""Exceptions that only follow from another failure."""
 EMPTY = re.compile(r"EngineDeadError|SystemExit")
 """Exceptions without information: a stack trace that is not there when the engine was killed, and the answer to SIGTERM."""
 UNFINISHED = re.compile(

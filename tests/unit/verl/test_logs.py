@@ -15,11 +15,11 @@ from flashrl_cli.verl.causes import CAUSES, Cause, cause_in
 from flashrl_cli.verl.logs import (
     MAX_LENGTH,
     StartPhase,
+    notable,
     phase_after,
     plain,
     read_line,
     root_error,
-    telling,
     total_steps,
 )
 
@@ -183,7 +183,7 @@ def test_what_is_said_in_every_start_is_left_out_of_a_tail() -> None:
         "",
         "\x1b[31mValueError: it broke\x1b[0m",
     ]
-    assert telling(said) == ["ValueError: it broke"]
+    assert notable(said) == ["ValueError: it broke"]
 
 
 VERLS = (

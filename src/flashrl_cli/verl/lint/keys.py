@@ -1,6 +1,6 @@
 """The keys of verl's that a person gives: refused where they do nothing, are flashrl's own, or have a value of another type.
 
-Hydra cannot check a key that it is told to add (`+key`). But verl turns most nodes of its tree into the dataclass that their `_target_`
+Hydra cannot check an added key (`+key`). But verl turns most nodes of its tree into the dataclass that their `_target_`
 names (verl/utils/config.py, omega_conf_to_dataclass): an unknown name ends the run in a worker, minutes after the start. So added keys are
 compared with the dataclasses in verl's source, which is read and not imported. Maps (`dict`, `Any`, nodes without a class) take any name.
 """
@@ -56,7 +56,7 @@ def verbatim_key_problems(resolved: Resolved, overrides: Sequence[Override]) -> 
 
 
 def verbatim(resolved: Resolved, overrides: Sequence[Override]) -> Iterator[Override]:
-    """The overrides that come from the spec's `verl` map; they stand last."""
+    """The overrides that come from the spec's `verl` map; they come last."""
     yield from overrides[len(overrides) - len(resolved.spec.verl) :]
 
 
@@ -85,7 +85,7 @@ def no_dead_keys(_: Resolved, overrides: Sequence[Override]) -> Iterator[Problem
 
 
 def no_owned_keys(resolved: Resolved, overrides: Sequence[Override]) -> Iterator[Problem]:
-    """One way to say a thing: a key that flashrl emits, or has a typed field for, is not given word for word."""
+    """Each setting has one key: one that flashrl emits, or has a typed field for, is not given word for word."""
     counts = Counter(override.key for override in overrides)
     for override in verbatim(resolved, overrides):
         if override.key in OWNED:

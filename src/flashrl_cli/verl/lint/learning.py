@@ -123,7 +123,7 @@ def metric_is_reported(s: Settings) -> Iterator[Problem]:
 
 
 def sampler_filters_groups(s: Settings) -> Iterator[Problem]:
-    """A custom sampler is not told what to filter or to refill (trainer/ppo/v1/trainer_base.py:165), and flashrl's does not."""
+    """A custom sampler does not get what to filter or to refill (trainer/ppo/v1/trainer_base.py:165), and flashrl's does not."""
     refill = "trainer.v1.sampler.sync_refill_failed_groups"
     for wanted, key in (
         (s.spec.algorithm.filter_groups.enable, "algorithm.filter_groups.enable"),
