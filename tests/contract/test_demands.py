@@ -12,8 +12,9 @@ from flashrl_cli.config import presets
 from flashrl_cli.errors import Problem
 from flashrl_cli.memory.model import shape_of
 from flashrl_cli.verl import compose, lint
+from flashrl_cli.verl.environment import LOGGERS
 from flashrl_cli.verl.lint.devices import cpus_needed
-from flashrl_cli.verl.lint.learning import LOGGERS, LOSSES, REJECTIONS
+from flashrl_cli.verl.lint.learning import LOSSES, REJECTIONS
 from tests.contract.demands_case import A, Case, settings
 from tests.contract.demands_of_batches import BATCHES, VALUES
 from tests.contract.demands_of_devices import DEVICES

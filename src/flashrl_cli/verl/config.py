@@ -332,7 +332,7 @@ class TrainerSettings:
     log_probs_follow: bool = True
     """Whether log-probs have the update's token budget, as verl's default has it, rather than one of their own."""
     mean_share: float = 0.5
-    """Mean length of the sequences as a share of the longest. Nothing in a configuration tells it; it counts where sequences are padded."""
+    """Mean length of the sequences as a share of the longest. No configuration states it; it counts where sequences are padded."""
 
     @property
     def world(self) -> int:

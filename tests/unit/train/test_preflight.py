@@ -239,7 +239,8 @@ def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
         (one,) = (o for o in preflight.device_findings(asked, GPU_STACK | versions) if o.name == "flash-attn")
         return one
 
-    unparallel, sdpa = f"{environment.SEQUENCE_PARALLEL}=1", f"+{environment.ATTENTION}=sdpa"
+    unparallel = "actor_rollout_ref.actor.ulysses_sequence_parallel_size=1"
+    sdpa = "+actor_rollout_ref.model.override_config.attn_implementation=sdpa"
     assert found("gsm8k-0.5b", **{"flash-attn": "2.8.3"}).level == "ok"
     assert found("gsm8k-0.5b", kernels="0.12").level == "warn"
     critic = found("gsm8k-0.5b")

@@ -313,9 +313,9 @@ def test_workers_print_handshakes_where_they_are_asked_to(
 ) -> None:
     contract.write_handshake(tmp_path, SHAKE)
     assert capsys.readouterr().out == ""
-    monkeypatch.setenv(contract.ENV_TELL, "1")
+    monkeypatch.setenv(contract.ENV_PRINT, "1")
     contract.write_handshake(tmp_path, SHAKE)
-    assert contract.told_handshake(capsys.readouterr().out) == SHAKE
+    assert contract.printed_handshake(capsys.readouterr().out) == SHAKE
 
 
 # the job under way

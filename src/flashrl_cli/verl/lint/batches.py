@@ -87,7 +87,7 @@ def mini_batch_fills_processes(s: Settings) -> Iterator[Problem]:
         if (role == "critic" and not s.has_critic) or not mini or not shares or mini * n % shares == 0:
             continue
         if role == "critic" and mini == s.spec.algorithm.mini_batch_size and shares == s.data_parallel("actor"):
-            continue  # the policy's mini-batch, which is told already
+            continue  # the policy's mini-batch, which is reported already
         yield s.problem(
             f"{written(key)} = {mini} prompts x {n} responses do not split over {shares} data-parallel processes",
             _fitting_mini(s, key, mini, shares),
@@ -179,7 +179,7 @@ def token_budget_holds_a_sequence(s: Settings) -> Iterator[Problem]:
 
 
 def _follows_update(s: Settings, step: Pass) -> bool:
-    """Whether a pass takes over the update's budget, so that it is told there."""
+    """Whether a pass takes over the update's budget, so that it is reported there."""
     same = s.get(UPDATE.dynamic) and s.sequence_parallel(step.role) == s.sequence_parallel("actor")
     return step in (LOG_PROBS, REFERENCE) and bool(same) and s.get(step.tokens) == s.get(UPDATE.tokens)
 
