@@ -1,10 +1,12 @@
-"""The evaluation engine on a GPU: seconds and memory to take a checkpoint from disk, and whether answers are a fresh engine's.
+"""The evaluation engine on a GPU: seconds and memory to take a checkpoint from disk, and whether answers are a fresh
+engine's.
 
     PYTHONPATH=src:SITE python benchmarks/eval_on_gpu.py [--out benchmarks/results/eval_on_gpu.json] [--sizes 0.5b,7b] [PATTERN...]
 
-For each size of Qwen2.5 two checkpoints with weights of their own are made: a float32 shard as verl saves it for one rank (all of
-it, so that it is the most there is to read), and a bf16 folder. One engine takes both, each twice, in turn. PATTERNs name checkpoints of
-a policy that adds: the same in each of --rollouts, with greedy answers, and then each is taken by an engine of its own.
+For each size of Qwen2.5 two checkpoints with weights of their own are made: a float32 shard as verl saves it for one
+rank (all of it, so that it is the most there is to read), and a bf16 folder. One engine takes both, each twice, in
+turn. PATTERNs name checkpoints of a policy that adds: the same in each of --rollouts, with greedy answers, and then
+each is taken by an engine of its own.
 """
 
 from __future__ import annotations
@@ -84,7 +86,9 @@ def make(size: str, seed: int, folder: Path, tokenizer: Path, *, shard: bool) ->
 
 
 class Memory:
-    """Peaks of a process tree's anonymous memory and of the GPU's, in GiB, sampled ten times a second while it is entered."""
+    """Peaks of a process tree's anonymous memory and of the GPU's, in GiB, sampled ten times a second while it is
+    entered.
+    """
 
     def __init__(self, pid: int) -> None:
         self._pid, self._over = pid, threading.Event()

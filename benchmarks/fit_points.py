@@ -89,7 +89,9 @@ def trainer_settings(actor: EngineSettings, length: int, rollout: RolloutSetting
 
 
 def run_engine(size: str, precision: str, out: Path) -> None:
-    """Start vLLM as verl does (sleep mode, CUDA graphs) and write what it says; then put it to sleep and say what it keeps."""
+    """Start vLLM as verl does (sleep mode, CUDA graphs) and write what it says; then put it to sleep and say what it
+    keeps.
+    """
     settings = engine_settings(precision).rollout
     register()
     from vllm import LLM
@@ -134,7 +136,9 @@ def register() -> None:
 
 
 def arguments(precision: str) -> dict[str, Any]:
-    """What vLLM is told for a precision; fp8-block as verl tells it (workers/rollout/vllm_rollout/vllm_async_server.py:1254)."""
+    """What vLLM is given for a precision; fp8-block as verl gives it
+    (workers/rollout/vllm_rollout/vllm_async_server.py:1254).
+    """
     row = PRECISIONS[precision]
     if row.vllm_config:
         return {"hf_overrides": {"quantization_config": dict(row.vllm_config)}}
@@ -214,7 +218,7 @@ def build(found: ModelShape, kind: str, device: str) -> Any:
 
 
 def sharded(model: Any, strategy: str, device: str) -> Any:
-    """The model in the FSDP units that verl makes: its layers, under FSDP2 an untied embedding and head, and the rest."""
+    """The model in verl's FSDP units: its layers, under FSDP2 an untied embedding and head, and the rest."""
     import functools
 
     import torch
@@ -237,7 +241,9 @@ def sharded(model: Any, strategy: str, device: str) -> Any:
 
 
 def loss(model: Any, count: int, vocab: int, kind: str, device: str) -> Any:
-    """A policy-gradient-like loss of one packed sequence of `count` tokens; its logits die with this function, as in verl."""
+    """A policy-gradient-like loss of one packed sequence of `count` tokens; its logits die with this function, as in
+    verl.
+    """
     import torch
 
     ids = torch.randint(0, vocab, (1, count), device=device)
@@ -254,7 +260,9 @@ def wanted_of(kind: str) -> dict[str, Any]:
 
 
 def log_probs(logits: Any, labels: Any) -> Any:
-    """Log-probs [T] of labels under logits [T, V], through verl's own function where it can be imported without flash-attn."""
+    """Log-probs [T] of labels under logits [T, V], through verl's own function where it can be imported without
+    flash-attn.
+    """
     try:
         from verl.utils.torch_functional import logprobs_from_logits_v2 as by_rows
     except ImportError:

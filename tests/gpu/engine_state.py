@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 class StateExtension:
-    """vLLM worker extension: refits from one small buffer that is overwritten after each bucket, and digests of all weights."""
+    """vLLM worker extension: refits from one small buffer that is overwritten after each bucket, and digests of all
+    weights.
+    """
 
     model_runner: Any
     device: Any
@@ -30,7 +32,9 @@ class StateExtension:
         return asdict(describe(self.model_runner.model, device=self.device, refits=1, refit_s=seconds))
 
     def send_torn(self, folder: str, bucket: int, dtype: str, left_out: str, how: str) -> str:
-        """Why the same without one tensor is refused: `in place`, `layerwise`, or `by name`, held against the refit before."""
+        """Why the same without one tensor is refused: `in place`, `layerwise`, or `by name`, held against the refit
+        before.
+        """
         from unittest.mock import patch
 
         from flashrl_cli.plugins import refit as in_place

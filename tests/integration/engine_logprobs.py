@@ -1,4 +1,7 @@
-"""Log-probs of given tokens from a vLLM engine, after each of a list of refits. Usage: JOB.json; writes its "out" file."""
+"""Log-probs of given tokens from a vLLM engine, after each of a list of refits.
+
+Usage: JOB.json; writes its "out" file.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The reload test's measurements of one engine: sound, with one layer that keeps its first weights, and with all keeping them.
+"""The reload test's measurements of one engine: sound, with one layer that keeps its first weights, and with all
+keeping them.
 
 Usage: PRECISION FOLDER; writes FOLDER/measured.json.
 """

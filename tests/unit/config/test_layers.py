@@ -1,4 +1,4 @@
-"""Laws of merging, and origins that follow the values."""
+"""Laws of merging, origins that follow the values, and what differs between two configurations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashrl_cli.config.layers import DEFAULT, Layer, Origin, leaves, merge, nested, option
+from flashrl_cli.config.layers import DEFAULT, Layer, Origin, Verbatim, differences, leaves, merge, nested, option
 from flashrl_cli.errors import Location
 
 NAMES = st.sampled_from("abc")
@@ -97,3 +97,32 @@ def test_nested_keeps_names_of_verl_and_env_whole():
     assert nested("verl.a.b.c", 1) == {"verl": {"a.b.c": 1}}
     assert nested("env.X", "1") == {"env": {"X": "1"}}
     assert nested("name", 1) == {"name": 1}
+
+
+def test_changed_missing_and_new_keys_in_order():
+    found = list(differences({"x": 1, "same": 0, "gone": None}, {"new": "a", "same": 0, "x": 2}, {"x": "--set x"}))
+    assert [(one.key, *one.shown(), one.origin) for one in found] == [
+        ("x", "1", "2", "--set x"),
+        ("gone", "null", "–", ""),
+        ("new", "–", "a", ""),
+    ]
+    assert [one.data() for one in found] == [
+        {"key": "x", "a": 1, "b": 2, "origin": "--set x"},
+        {"key": "gone", "a": None, "origin": ""},
+        {"key": "new", "b": "a", "origin": ""},
+    ]
+
+
+def test_equal_values_of_another_type_differ():
+    a = {"int": 1, "float": 1.0, "bool": True, "text": "1", "list": (1, 2)}
+    b = {"int": 1.0, "float": 1.0, "bool": 1, "text": 1, "list": [1, 2]}
+    assert [one.key for one in differences(a, b)] == ["int", "bool", "text"]
+
+
+def test_text_of_another_language_is_shown_as_it_is():
+    (found,) = differences({"x": Verbatim("[1,'2']")}, {"x": Verbatim("True")})
+    assert found.shown() == ("[1,'2']", "True")
+
+
+def test_nothing():
+    assert list(differences({}, {})) == []
