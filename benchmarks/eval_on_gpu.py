@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from flashrl_cli import files
 from flashrl_cli.evals import job as child
@@ -31,6 +31,9 @@ from flashrl_cli.evals.job import EngineSettings, Job, Order, Sampling
 from flashrl_cli.evals.questions import Question
 from flashrl_cli.runs.checkpoints import find
 from flashrl_cli.weights import Weights
+
+if TYPE_CHECKING:
+    from flashrl_cli.worker.client import Worker
 
 SHAPES = {
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
@@ -126,9 +129,7 @@ def _gpu() -> float:
 
 
 @contextlib.contextmanager
-def engine(
-    start: Path, questions: Sequence[Question], rollout: str, log: Path
-) -> Iterator[tuple[child.Engine, Job, int]]:
+def engine(start: Path, questions: Sequence[Question], rollout: str, log: Path) -> Iterator[tuple[Worker, Job, int]]:
     with tempfile.TemporaryDirectory() as work:
         job = Job(
             start=start,
@@ -140,16 +141,17 @@ def engine(
         )
         job.write_questions(0, questions)
         with child.engine(job, log) as running:
-            yield running, job, running._process.pid
+            yield running, job, running.pid
 
 
-def take(running: child.Engine, job: Job, weights: Weights, name: str) -> tuple[dict[str, Any], list[str]]:
+def take(running: Worker, job: Job, weights: Weights, name: str) -> tuple[dict[str, Any], list[str]]:
     """Seconds to load and to answer, and the answers."""
     file = job.work / f"{name}.jsonl"
     file.unlink(missing_ok=True)
+    order = Order(weights=weights, data=0, answers=file, answered=())
     started = loaded = time.monotonic()
     holds: dict[str, Any] = {}
-    for event in running.fulfil(Order(weights=weights, data=0, answers=file, answered=())):
+    for event in running.ask(order.plain()):
         if event["event"] == "skipped":
             raise SystemExit(event["reason"])
         if event["event"] == "loaded":

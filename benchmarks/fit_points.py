@@ -21,8 +21,8 @@ from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.verl.config import Batch, EngineSettings, RolloutSettings, TrainerSettings
 
 if TYPE_CHECKING:
-    from flashrl_cli.memory.model import ModelShape
     from flashrl_cli.memory.parts import Item
+    from flashrl_cli.weights.shape import ModelShape
 
 UTILIZATION, SEQUENCES, BATCHED_TOKENS, MAX_LEN = 0.95, 256, 16384, 2048
 

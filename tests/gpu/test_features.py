@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flashrl_cli import contract
-from flashrl_cli.doctor import reload, reload_engine
+from flashrl_cli.doctor import reload
 from flashrl_cli.precision import REFITTED
 
 if TYPE_CHECKING:
@@ -92,8 +91,7 @@ def test_an_engine_with_logits_in_float32(precision: str, tmp_path: Path) -> Non
         folder.mkdir()
         options = contract.RolloutOptions(lm_head_fp32=asked).text()
         env = {**reload.environment(folder), contract.ENV_ROLLOUT: options, "PYTHONPATH": os.pathsep.join(sys.path)}
-        subprocess.run([sys.executable, "-m", reload.ENGINE, precision, folder], env=env, check=True, timeout=170)
-        found = json.loads((folder / reload_engine.MEASURED).read_text())
+        found = reload.measure(precision, folder, env)
         assert found["holds"]["lm_head"] == ("fp32" if asked else "bf16")
         errors[asked] = found["read_error"]
     print(precision, errors)

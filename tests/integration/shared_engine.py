@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from flashrl_cli.evals.generate import Generator
+from flashrl_cli.evals.engine import Generator
 from flashrl_cli.evals.job import EngineSettings, Job, Sampling
 from flashrl_cli.weights import Weights
 

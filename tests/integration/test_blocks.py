@@ -66,8 +66,8 @@ def _worker(config: Any, patch: pytest.MonkeyPatch) -> Any:
     from vllm.model_executor.layers.quantization.fp8 import Fp8Config
     from vllm.platforms import PlatformEnum
 
-    from flashrl_cli.bench.job import QUANTIZATION
     from flashrl_cli.plugins.verl_blocks import BlocksExtension
+    from flashrl_cli.precision import FP8_BLOCK
 
     class Anywhere(kernels.TritonFp8BlockScaledMMKernel):  # type: ignore[misc]
         @classmethod
@@ -75,7 +75,7 @@ def _worker(config: Any, patch: pytest.MonkeyPatch) -> Any:
             return True, None
 
     patch.setitem(kernels._POSSIBLE_FP8_BLOCK_KERNELS, PlatformEnum.CPU, [Anywhere])
-    quantized = Fp8Config.from_config(QUANTIZATION)
+    quantized = Fp8Config.from_config(dict(FP8_BLOCK.vllm_config))
     config.model_config = SimpleNamespace(dtype=torch.bfloat16)
     told = SimpleNamespace(quant_config=quantized, speculative_config=None, model_config=config.model_config)
     found = BlocksExtension(vllm_config=told)

@@ -50,9 +50,9 @@ def doctor(
 
     Versions, GPUs, disk, limits, plugins, logins, each with its fix; exit 3 if a run cannot start.
 
-    `flashrl doctor --preset dapo-32b --rollout int8` adds what that run needs;
-    `flashrl doctor --quant --rollout fp8` refits a tiny engine and compares its answers with an independent computation;
-    `flashrl doctor --docker --preset gsm8k-0.5b` prints the container that trains it.
+    `flashrl doctor --preset dapo-32b --rollout int8` adds what that run needs; `flashrl doctor --quant --rollout fp8`
+    refits a tiny engine and compares its answers with an independent computation; `flashrl doctor --docker --preset
+    gsm8k-0.5b` prints the container that trains it.
     """
     from flashrl_cli.config.resolve import Options, read_spec
     from flashrl_cli.render.output import Output

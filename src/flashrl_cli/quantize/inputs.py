@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import paths
 from flashrl_cli.errors import EnvironmentNotReady, InputError
-from flashrl_cli.machine.system import existing
+from flashrl_cli.paths import existing
 from flashrl_cli.quantize import arithmetic, layers
 from flashrl_cli.quantize.tensors import Tensor, described
 from flashrl_cli.runs import merge

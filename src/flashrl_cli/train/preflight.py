@@ -84,7 +84,7 @@ def _machine(spec: RunSpec) -> Iterator[Finding]:
     yield from software.verl_version(versions)
     yield from software.vllm_version(versions)
     yield from software.stack_for(spec.resources.platform, versions)
-    yield from software.findings(os.environ)
+    yield from software.entry_points(os.environ)
     yield from device_findings(spec, versions)
     yield from storage_findings(spec)
     yield from _loggers(spec)
@@ -269,7 +269,7 @@ def _hub_models(spec: RunSpec) -> Iterator[Finding]:
             )
         else:
             size = _parameters(model)
-            free = shutil.disk_usage(system.existing(cache)).free
+            free = shutil.disk_usage(paths.existing(cache)).free
             yield system.download(key, model, size and 2 * size, free, str(cache))
 
 
@@ -280,7 +280,7 @@ def _checkpoints(spec: RunSpec) -> Iterator[Finding]:
         yield system.checkpoints(
             environment.checkpoint_bytes(spec, size),
             environment.checkpoints_kept(spec),
-            shutil.disk_usage(system.existing(root)).free,
+            shutil.disk_usage(paths.existing(root)).free,
             nodes=spec.resources.nodes,
             folder=str(root),
             keep_fewer=environment.KEEP_ONE,

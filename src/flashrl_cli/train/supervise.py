@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from flashrl_cli import contract, files
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
-from flashrl_cli.runs.metrics import MetricsTail, Tail, last_lines
+from flashrl_cli.files import last_lines
+from flashrl_cli.runs.metrics import MetricsTail, Tail
 from flashrl_cli.train import handshake
 from flashrl_cli.train.plan import plan_document
 from flashrl_cli.train.process import Interrupted
