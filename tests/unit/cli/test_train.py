@@ -56,7 +56,7 @@ Train = Callable[..., Ended]
 
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Train:
-    """`train(*words)` is `flashrl train WORDS` in this process, on a machine with all software, no GPU, and an empty folder."""
+    """`train(*words)` is `flashrl train WORDS` in this process, in an empty folder of a machine without a GPU."""
     monkeypatch.setattr(preflight, "find_spec", lambda name: name)
     monkeypatch.setattr(shutil, "which", lambda _: None)
     monkeypatch.setattr(run, "git_state", lambda _: None)

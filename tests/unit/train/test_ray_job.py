@@ -48,7 +48,10 @@ ADDRESS = "http://head:8265"
 
 
 SHAKE = handshake()
-NASTY = ["plain", "a b", "it's", '"$HOME"', "`id`", "$(id)", "a;b&c|d", "\\", "a\nb", "*", "é→", "!x", "", "-n", "#no", "~"]  # fmt: skip
+NASTY = [
+    *("plain", "a b", "it's", '"$HOME"', "`id`", "$(id)", "a;b&c|d", "\\", "a\nb"),
+    *("*", "é→", "!x", "", "-n", "#no", "~"),
+]
 Plan = Callable[..., LaunchPlan]
 
 

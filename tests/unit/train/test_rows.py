@@ -1,4 +1,4 @@
-"""A training on rows that no answer can be paid for is refused before it starts. (tests/unit/data says which rows those are.)
+"""A training on rows that no answer can be paid for is refused before it starts; tests/unit/data says which those are.
 
 verl's scorers compare text: a truth of another type gives reward 0 for ever, without an error.
 """
@@ -120,7 +120,12 @@ def test_of_twenty_thousand_rows_each_truth_is_scored_once(write: Write, monkeyp
     """They take half a second."""
     scored: list[Any] = []
     verdict = truths.verdict
-    monkeypatch.setattr(truths, "verdict", lambda source, one: (scored.append(one), verdict(source, one))[1])
+
+    def counted(source: str, one: Any) -> str | None:
+        scored.append(one)
+        return verdict(source, one)
+
+    monkeypatch.setattr(truths, "verdict", counted)
     file = write("a.parquet", *[row(n % 100) for n in range(20_000)])
     assert found(file, file) == []
     assert len(scored) == 100

@@ -1,6 +1,7 @@
 """A run is followed to its end, ended when it must be, and leaves nothing behind.
 
-First with processes: a small script in place of verl; then by a clock that the test moves; then the bounds of a healthy rollout.
+First with processes: a small script in place of verl; then by a clock that the test moves; then the bounds of a healthy
+rollout.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def log(text):
     print(text, flush=True)
 
 def step(number, **data):
-    data = {"actor/grad_norm": 0.5, "actor/pg_loss": 0.1, "critic/score/mean": 0.3, **{k.replace("__", "/"): v for k, v in data.items()}}
+    given = {k.replace("__", "/"): v for k, v in data.items()}
+    data = {"actor/grad_norm": 0.5, "actor/pg_loss": 0.1, "critic/score/mean": 0.3, **given}
     if number == 0:
         data = {"val-core/tiny/acc/mean@1": 0.5}
     with open(os.environ["VERL_FILE_LOGGER_PATH"], "a") as stream:
@@ -54,7 +56,8 @@ def step(number, **data):
 
 def shake(precision="int8"):
     write_handshake(plugin_dir(), Handshake(
-        host="h", pid=1, precision=precision, quantized_layers=14 * (precision != "bf16"), linear_layers=15, quantized_bytes=9,
+        host="h", pid=1, precision=precision, quantized_layers=14 * (precision != "bf16"), linear_layers=15,
+        quantized_bytes=9,
         kernel="K", vllm="0", torch="2", device="cpu", refits=1, refit_s=0.1))
 
 def ready(name):
@@ -171,7 +174,8 @@ HANGS = "\ntime.sleep(120)"
     [
         (
             'log("loading weights")\nshake("bf16")' + HANGS, {}, EnvironmentNotReady,
-            r"int8 rollouts were asked for, but worker 1 on h holds bf16 .*\n  \| loading weights\nlog: ", "--rollout bf16", [],
+            r"int8 rollouts were asked for, but worker 1 on h holds bf16 .*\n  \| loading weights\nlog: ",
+            "--rollout bf16", [],
         ),
         ("step(1)" + HANGS, {}, EnvironmentNotReady, "0 of 1 workers proved theirs", "plugins", [1]),
         (
@@ -179,8 +183,9 @@ HANGS = "\ntime.sleep(120)"
             "learning rate", [1, 2],
         ),
         (
-            "shake(); step(1, rollout_corr__kl=3.7, rollout_corr__rollout_is_mean=0.08)" + HANGS, {}, EnvironmentNotReady,
-            r"step 1: the rollout engine does not sample.*KL between rollout and trainer is 3\.7", "no mismatch for TIS", [1],
+            "shake(); step(1, rollout_corr__kl=3.7, rollout_corr__rollout_is_mean=0.08)" + HANGS, {},
+            EnvironmentNotReady, r"step 1: the rollout engine does not sample.*KL between rollout and trainer is 3\.7",
+            "no mismatch for TIS", [1],
         ),
         (
             "shake(); step(1, rollout_corr__rollout_log_ppl=5.557, rollout_corr__training_log_ppl=0.4)" + HANGS, {},
