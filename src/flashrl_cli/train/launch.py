@@ -1,4 +1,4 @@
-"""From a preset and options to what starts a run: the plan of its next attempt, judged against verl's own configuration.
+"""From a preset and options to what starts a run: the plan of its next attempt, judged on verl's own configuration.
 
 Nothing is started here. `plan` says what a plan is, `resume` where a run goes on, `run` carries a plan out.
 """
@@ -52,8 +52,8 @@ def next_plan(
 ) -> LaunchPlan:
     """Plan of the next attempt of a run; `look_only` plans for a used name, too.
 
-    Raises InputError: for a name in use, a step that cannot be loaded, and, without `force`, for a run that was started with
-    another configuration.
+    Raises InputError: for a name in use, a step that cannot be loaded, and, without `force`, for a run that was started
+    with another configuration.
     """
     run_name = default_name(resolved.spec.name, resolved.spec) if name is None else name
     run = run_paths(run_name, resolved.spec, paths.runs_root(), paths.checkpoints_root())
@@ -69,12 +69,12 @@ def next_plan(
 
 
 def judge(resolved: Resolved, plan: LaunchPlan) -> Tree:
-    """verl's configuration of a plan. Raises InputError with all that is wrong with it; EnvironmentNotReady without verl."""
+    """verl's configuration of a plan. Raises InputError with all that is wrong; EnvironmentNotReady without verl."""
     return check_overrides(resolved, plan.overrides, shape(resolved.spec.model.path))
 
 
 def preview(preset: str, options: Options) -> tuple[Resolved, LaunchPlan]:
-    """A preset and the plan of its first run under its default name. Raises InputError with what the spec has against it."""
+    """A preset and the plan of its first run under its default name. Raises InputError where its values break rules."""
     resolved = read(preset, options).checked()
     return resolved, _first_plan(resolved)
 
@@ -138,8 +138,8 @@ FREE = (
     "verl.ray_kwargs.",
     "verl.+ray_kwargs.",
 )
-"""Keys, and starts of keys, that a run may change when it goes on: how long it is, how it is watched, where it runs and what it
-writes, but not what it learns."""
+"""Keys, and starts of keys, that a run may change when it goes on: how long it is, how it is watched, where it runs and
+what it writes, but not what it learns."""
 
 
 def plan_hash(plan: LaunchPlan) -> str:

@@ -1,14 +1,14 @@
 """Commands with everything they start, so that all of it can be ended, and the signals that end a command in order.
 
-Ray puts its daemons into sessions of their own and rewrites process titles, so neither process groups nor environments find
-them again. On Linux this process becomes the "subreaper" instead: whatever loses its parent becomes a child of ours. Between
-us and the command is a guardian (`train.guardian`), a subreaper too: when we are killed, it ends the command, and when it is
-killed, we do.
+Ray puts its daemons into sessions of their own and rewrites process titles, so neither process groups nor environments
+find them again. On Linux this process becomes the "subreaper" instead: whatever loses its parent becomes a child of
+ours. Between us and the command is a guardian (`train.guardian`), a subreaper too: when we are killed, it ends the
+command, and when it is killed, we do.
 
-Signals follow the usual rule of Unix: INT and HUP, which a terminal sends to all that it started, stay ignored if they were when
-flashrl was started. `nohup` ignores HUP and a shell INT (for `command &` in a script), so that a command outlives its terminal;
-Python, and with it every flashrl command without handlers of its own, does the same. TERM is sent to this very process, and
-always ends it.
+Signals follow the usual rule of Unix: INT and HUP, which a terminal sends to all that it started, stay ignored if they
+were when flashrl was started. `nohup` ignores HUP and a shell INT (for `command &` in a script), so that a command
+outlives its terminal; Python, and with it every flashrl command without handlers of its own, does the same. TERM is
+sent to this very process, and always ends it.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 
 class Handle(Protocol):
-    """A plan under way: `process.Tree` or `ray_job.RayJob`. Its files appear in the attempt's folder while `tend` is called."""
+    """A plan under way (`Tree`, `ray_job.RayJob`): its files appear in the attempt's folder while `tend` is called."""
 
     def poll(self) -> int | None:
         """Exit code of the command, None while it runs; a signal's number negative."""
 
     def tend(self) -> None:
-        """Look after what runs: note new processes, or fetch what a cluster has logged; called several times a second."""
+        """Note new processes, or fetch what a cluster has logged; called several times a second."""
 
     def terminate(self) -> None:
         """Ask the command to end."""
@@ -67,7 +67,7 @@ class Interrupted(FlashrlError):
 
 
 def say_if_ignored(say: Callable[[str], None]) -> None:
-    """Say that Ctrl-C has no effect, if SIGINT was ignored when this process was started; for a command that takes long."""
+    """For a command that takes long: say that Ctrl-C has no effect, if SIGINT was ignored when it was started."""
     if _stays_ignored(signal.SIGINT):
         say(
             "SIGINT was ignored when this command was started, as a shell does for `command &` in a script: "
@@ -77,7 +77,7 @@ def say_if_ignored(say: Callable[[str], None]) -> None:
 
 @contextlib.contextmanager
 def collected() -> Iterator[list[int]]:
-    """Collect INT, TERM and HUP in the list it yields, instead of dying of them; INT and HUP may be ignored (see above)."""
+    """Collect INT, TERM and HUP in a list instead of dying of them; INT and HUP may be ignored (see above)."""
     received: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
@@ -129,7 +129,7 @@ class Descendants:
         self._known: set[psutil.Process] = set()
 
     def note(self) -> None:
-        """Keep in mind what runs now, where orphans are adopted by others; on Linux they come to us, and are found at any time."""
+        """Remember what runs now, where orphans are adopted by others; on Linux they come to us."""
         if sys.platform != "linux":
             self.alive()
 

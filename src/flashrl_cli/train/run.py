@@ -1,4 +1,4 @@
-"""One attempt of a run from its claim to its end, on record all the while; in this process, or in one that outlives the terminal."""
+"""One attempt of a run from its claim to its end, on record all the while; here, or detached from the terminal."""
 
 from __future__ import annotations
 

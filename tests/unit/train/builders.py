@@ -40,8 +40,8 @@ def planned(preset: str = "tiny", *sets: str, root: Path = Path("/w"), **options
 def handshake(**changes: Any) -> Handshake:
     """Handshake of an INT8 worker."""
     whole: dict[str, Any] = {
-        "host": "node-1", "pid": 1, "precision": "int8", "quantized_layers": 14, "linear_layers": 15, "quantized_bytes": 9,
-        "kernel": "K", "vllm": "0", "torch": "2", "device": "cpu", "refits": 1, "refit_s": 0.1,
+        "host": "node-1", "pid": 1, "precision": "int8", "quantized_layers": 14, "linear_layers": 15,
+        "quantized_bytes": 9, "kernel": "K", "vllm": "0", "torch": "2", "device": "cpu", "refits": 1, "refit_s": 0.1,
     }  # fmt: skip
     return Handshake(**whole | changes)
 
@@ -93,7 +93,7 @@ class Clock:
 
 
 class FakeJobs:
-    """`ray_job.Jobs` whose every answer can be made to fail. A job's log is what `log` holds; `run` makes a submitted job's state."""
+    """`ray_job.Jobs` whose answers can be made to fail; `log` has the logs, `run` makes a submitted job's state."""
 
     def __init__(self, run: Callable[[str], tuple[str, str]] | None = None) -> None:
         self.jobs: dict[str, SimpleNamespace] = {}

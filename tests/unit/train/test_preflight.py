@@ -30,7 +30,7 @@ SWITCHES = software.ENTRY_POINTS.values()
 
 @pytest.fixture(autouse=True)
 def able(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with all software, the plugins, room, an empty cache of the hub, no GPU; tests take away what they are about."""
+    """A machine with all software, plugins, room, an empty hub cache, no GPU; tests change what they are about."""
     monkeypatch.setattr(preflight, "find_spec", lambda name: name)
     monkeypatch.setattr(software, "probe_versions", dict)
     plugin = SimpleNamespace(name="flashrl", value="plugin", load=lambda: None)
@@ -277,7 +277,7 @@ def test_the_environment_of_a_preset_counts_as_the_shells_does(tmp_path: Path, m
 
 
 def test_a_cluster_that_refuses_arguments_of_the_preset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`ray.init` raises ValueError on a cluster that answers, if it is given the number of its CPUs, as presets for CPUs do."""
+    """`ray.init` raises ValueError on a cluster if it is given a number of CPUs, as presets for CPUs do."""
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     monkeypatch.setattr(ray_state, "probe_answers", lambda _: True)
     assert "--executor ray" in str(failures("tiny")["Ray"])

@@ -1,4 +1,4 @@
-"""Everything that a command starts is found and ended, wherever it hides; signals end a command in order, unless ignored."""
+"""Everything that a command starts is found and ended, wherever it hides; signals end a command in order."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_no_pipe_is_left_open(tmp_path: Path) -> None:
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 IGNORED = [(), (INT,), (HUP,), (INT, HUP), (INT, TERM, HUP)]
-"""By an interactive shell, in the background of a script, by nohup, by both, and by whoever ignores what nobody should."""
+"""By an interactive shell, a script's background, nohup, both, and by whoever ignores what nobody should."""
 
 
 @pytest.mark.parametrize("ignored", IGNORED)
@@ -229,7 +229,7 @@ def test_it_is_said_that_ctrl_c_has_no_effect(ignored: tuple[signal.Signals, ...
 @pytest.mark.processes
 @pytest.mark.parametrize("background", [False, True])
 def test_long_commands_say_it_in_the_background_of_a_script(background: bool, tmp_path: Path) -> None:
-    """Each fails right after it, for want of its input. A dry run, a listing and help are over at once, and say nothing."""
+    """Each fails right after it, for want of its input. A dry run, a listing and help are over at once: no word."""
     long = [
         "train --preset nothing", "eval nothing", "bench --model nothing", "quantize nothing --scheme int8",
         "prepare gsm8k --source nothing", "runs watch nothing", "doctor --quant --docker",
