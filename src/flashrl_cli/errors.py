@@ -30,15 +30,17 @@ class ExitCode(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where an input was written: in a line of a file (from 1), or in an option, with the key that the option sets."""
+    """Where an input was written: a file, with a line or a row (from 1), or an option, with the key that it sets."""
 
     source: str
     line: int | None = None
     key: str | None = None
+    unit: str = ""
+    """What `line` counts, where that is not lines: `row`."""
 
     def __str__(self) -> str:
         if self.line is not None:
-            return f"{self.source}:{self.line}"
+            return f"{self.source}:{self.unit} {self.line}" if self.unit else f"{self.source}:{self.line}"
         return self.source if self.key is None else f"{self.source} {self.key}"
 
     def at(self, line: int | None) -> Location:

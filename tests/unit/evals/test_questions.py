@@ -62,7 +62,7 @@ def test_every_bad_row_is_named(tmp_path: Path) -> None:
     file = write(tmp_path / "test.parquet", rows)
     with pytest.raises(InputError, match=r"test\.parquet: 2 rows cannot be used") as caught:
         questions.read(file, None)
-    assert [p.where for p in caught.value.problems] == [f"{file}:row 2", f"{file}:row 3"]
+    assert [str(p.where) for p in caught.value.problems] == [f"{file}:row 2", f"{file}:row 3"]
 
 
 def test_no_parquet_and_no_rows(tmp_path: Path) -> None:
