@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.config import presets
 from flashrl_cli.config.layers import DEFAULT, Origin, leaves
 from flashrl_cli.config.spec import FilterGroups, Overlong, RunSpec
 from flashrl_cli.errors import EnvironmentNotReady, InputError, Location
@@ -23,15 +22,6 @@ from tests.specs import load_spec
 pytestmark = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not installed")
 
 PLACES = Places(name="run", data=Path("/data"), checkpoints=Path("/ckpt/run"))
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8-block", "int8"])
-@pytest.mark.parametrize("tis", ["off", "2"])
-@pytest.mark.parametrize("name", presets.names())
-def test_every_preset_composes(name, tis, precision):
-    tree, unknown = compose.attempt(overrides(load_spec(name, rollout=precision, tis=tis), PLACES))
-    assert tree
-    assert not unknown
 
 
 def test_composed_values_arrive():

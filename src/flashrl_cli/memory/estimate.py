@@ -2,7 +2,7 @@
 
 Trainer and engine share the GPUs of verl's hybrid engine: the engine sleeps while the trainer works, and what the trainer does not
 offload stays while the engine samples (verl/workers/engine_workers.py:728, update_weights; verl/workers/engine/base.py:314). Pure:
-everything comes from the composed configuration, the model's shape and the GPU's size. Formulas and their sources: docs/memory.md.
+everything comes from the composed configuration, the model's shape and the GPU's size. Formulas and their sources: docs/memory-model.md.
 """
 
 from __future__ import annotations

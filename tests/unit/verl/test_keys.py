@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from flashrl_cli.config import presets
 from flashrl_cli.config.layers import Origin
 from flashrl_cli.errors import EnvironmentNotReady, Location, Problem
 from flashrl_cli.verl import compose
@@ -29,23 +28,17 @@ def found(preset: str, *sets: str, rollout: str | None = None):
     return keys.verbatim_key_problems(resolved, overrides(resolved, PLACES))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8-block", "int8"])
-@pytest.mark.parametrize("name", presets.names())
-def test_shipped_presets_break_none(name, precision):
-    assert found(name, rollout=precision) == []
-
-
 CASES = [
     (
         "no_forced_keys",
         "verl.++actor_rollout_ref.actor.imp_ratio=2",
         "`++` and `~`",
-        "actor_rollout_ref.actor.imp_ratio",
+        "verl.actor_rollout_ref.actor.imp_ratio",
     ),
     (
         "no_dead_keys",
         "verl.reward_model.reward_manager=dapo",
-        "does not act on reward_model.reward_manager",
+        "not act on reward_model.reward_manager",
         "reward.manager",
     ),
     ("no_dead_keys", "verl.+reward_model.overlong_buffer.len=1", "not in verl's tree", "reward.overlong"),
@@ -54,12 +47,7 @@ CASES = [
     ("no_dead_keys", "verl.actor_rollout_ref.actor.imp_ratio_cap=2", "was a fork's key", "--tis CAP"),
     ("no_dead_keys", "verl.actor_rollout_ref.actor.grad_clip=1.0", "never read", "optim.clip_grad"),
     ("no_dead_keys", "verl.algorithm.filter_groups.max_num_gen_batches=10", "ignored", "max_inflight_batches"),
-    (
-        "no_owned_keys",
-        "verl.data.train_batch_size=8",
-        "sets verl's data.train_batch_size itself",
-        "--set data.train_batch",
-    ),
+    ("no_owned_keys", "verl.data.train_batch_size=8", "verl's data.train_batch_size itself", "--set data.train_batch"),
     ("no_owned_keys", "verl.trainer.experiment_name=x", "sets verl's trainer.experiment_name", "--name"),
     ("no_owned_keys", "verl.trainer.device=cuda", "itself", "--set resources.platform"),
     ("no_owned_keys", "verl.algorithm.rollout_correction.rollout_is=token", "itself", "--tis"),
@@ -75,7 +63,7 @@ CASES = [
     (
         "no_idle_options",
         "algorithm.kl_loss_coef=0.01",
-        "nothing reads algorithm.kl_loss_coef without algorithm.kl_loss=true",
+        "algorithm.kl_loss_coef without",
         "--set algorithm.kl_loss=true",
     ),
     ("no_idle_options", "critic.lr=1e-5", "nothing reads critic.lr", "--set algorithm.advantage=gae"),

@@ -15,6 +15,7 @@ from flashrl_cli.config.diagnose import keys_of
 from flashrl_cli.config.layers import DEFAULT, Origin
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.errors import Location
+from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.verl.overrides import ENGINE, ROLLOUT, TABLE, Override, Places, by_theme, overrides, quote
 from tests.specs import load_spec
 
@@ -50,7 +51,7 @@ def test_precision_on_gpus_leaves_verls_own_path_alone_but_for_flashrls_methods(
     assert found[f"+{EXTENSION}"] == extension
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8-block", "int8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_on_cpu_every_precision_refits_through_the_extension(precision):
     found = values("tiny", rollout=precision)
     assert found[f"+{EXTENSION}"] == contract.WORKER_EXTENSION

@@ -105,7 +105,7 @@ def _fitting_mini(s: Settings, key: str, mini: int, shares: int) -> str:
     if fitting:
         return s.fix(key, min(fitting, key=lambda size: abs(size - mini)))
     rounded = math.ceil(batch / step) * step
-    return f"--set data.train_batch_size={rounded} --set algorithm.mini_batch_size={rounded}"
+    return " ".join(s.option(name, rounded) for name in ("data.train_batch_size", "algorithm.mini_batch_size"))
 
 
 def batch_fills_devices(s: Settings) -> Iterator[Problem]:
@@ -115,7 +115,7 @@ def batch_fills_devices(s: Settings) -> Iterator[Problem]:
         step = s.devices // math.gcd(s.devices, n)
         yield s.problem(
             f"data.train_batch_size = {batch} prompts x {n} responses do not divide by {s.devices} devices",
-            f"--set data.train_batch_size={math.ceil(batch / step) * step}",
+            s.option("data.train_batch_size", math.ceil(batch / step) * step),
             "data.train_batch_size",
             f"{ROLLOUT}.n",
             "trainer.n_gpus_per_node",

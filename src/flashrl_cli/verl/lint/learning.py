@@ -214,9 +214,9 @@ def overlong_is_typed(s: Settings) -> Iterator[Problem]:
     """The penalty takes five keys that agree, or fails in a worker (experimental/reward_loop/reward_manager/dapo.py:33-48)."""
     enable = f"{OVERLONG}.enable"
     if s.get(enable) and s.spec.reward.overlong is None:
-        manager = "" if s.spec.reward.manager == "dapo" else "--set reward.manager=dapo "
-        buffer = max(s.spec.data.max_response_length // 5, 1)
-        hint = f"{manager}--set reward.overlong.buffer_len={buffer} instead"
+        manager = "" if s.spec.reward.manager == "dapo" else f"{s.option('reward.manager', 'dapo')} "
+        buffer = s.option("reward.overlong.buffer_len", max(s.spec.data.max_response_length // 5, 1))
+        hint = f"{manager}{buffer} instead"
         yield s.problem(f"verl.{enable} alone is not enough", hint, enable)
 
 
@@ -243,7 +243,7 @@ def validation_only_validates(s: Settings) -> Iterator[Problem]:
     if s.get(key) and not s.spec.trainer.validate_before:
         yield s.problem(
             f"verl.{key} without trainer.validate_before would train",
-            "--set trainer.validate_before=true",
+            s.option("trainer.validate_before", True),
             key,
             "trainer.val_before_train",
         )

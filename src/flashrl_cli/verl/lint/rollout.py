@@ -76,9 +76,9 @@ def positions_hold_a_sequence(s: Settings) -> Iterator[Problem]:
         response = held - s.spec.data.max_prompt_length
         yield s.problem(
             f"rollout.max_model_len = {asked} is more than the model's {held} positions",
-            f"--set data.max_response_length={response}"
+            s.option("data.max_response_length", response)
             if response > 0
-            else f"--set data.max_prompt_length={held // 2}",
+            else s.option("data.max_prompt_length", held // 2),
             f"{ROLLOUT}.max_model_len",
             "data.max_response_length",
             "data.max_prompt_length",
@@ -151,7 +151,7 @@ def cache_bound_is_known(s: Settings) -> Iterator[Problem]:
     if s.spec.rollout.kv_cache != "auto" and s.shape and s.shape.architecture not in contract.CACHE_FAMILIES:
         yield s.problem(
             f"an FP8 KV cache has no scales for a {s.shape.architecture} model, only for {', '.join(contract.CACHE_FAMILIES)}",
-            "--set rollout.kv_cache=auto",
+            s.option("rollout.kv_cache", "auto"),
             "rollout.kv_cache",
             f"{MODEL}.path",
         )
@@ -233,14 +233,14 @@ def mix_leaves_both(s: Settings) -> Iterator[Problem]:
         yield s.problem(
             f"rollout.mix = {mix:g} wants two replicas or more, and {s.devices} devices with {engine_devices(s.spec)} "
             f"an engine make {engines}",
-            "--set rollout.mix=0, or more devices",
+            f"{s.option('rollout.mix', 0)}, or more devices",
             "rollout.mix",
             TENSOR_PARALLEL,
         )
         return
     yield s.problem(
         f"rollout.mix = {mix:g} would leave all {engines} replicas in bf16 and none in {precision}",
-        f"--set rollout.mix={math.floor(1000 * (engines - 1) / engines) / 1000}",
+        s.option("rollout.mix", math.floor(1000 * (engines - 1) / engines) / 1000),
         "rollout.mix",
     )
 
