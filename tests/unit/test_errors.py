@@ -111,12 +111,12 @@ def test_a_location_as_text(location: Location, text: str) -> None:
 
 def test_the_readme_lists_every_exit_code() -> None:
     text = README.read_text(encoding="utf-8").partition("Exit codes: ")[2].partition("\n\n")[0]
-    told = {
+    listed = {
         int(code)
         for codes in re.findall(r"(?:^|· )(\d+(?:/\d+)*)", text.replace("\n", " "))
         for code in codes.split("/")
     }
-    assert told == set(map(int, ExitCode))
+    assert listed == set(map(int, ExitCode))
 
 
 def test_every_exit_code_has_an_error_or_an_end() -> None:

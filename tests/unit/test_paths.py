@@ -1,4 +1,4 @@
-"""Where things lie."""
+"""Where data, runs, checkpoints and presets are on disk."""
 
 from __future__ import annotations
 

@@ -143,17 +143,17 @@ LEGAL = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "preset", "sets", "says", "hint"), CASES)
-def test_broken(rule, preset, sets, says, hint):
+@pytest.mark.parametrize(("rule", "preset", "sets", "message", "hint"), CASES)
+def test_broken(rule, preset, sets, message, hint):
     with pytest.raises(InputError) as caught:
         load_spec(preset, sets=sets)
     (problem,) = caught.value.problems
-    assert says in problem.message
+    assert message in problem.message
     assert hint in (problem.hint or "")
 
 
-@pytest.mark.parametrize(("rule", "preset", "sets", "says", "hint"), CASES)
-def test_the_hint_mends_it(rule, preset, sets, says, hint):
+@pytest.mark.parametrize(("rule", "preset", "sets", "message", "hint"), CASES)
+def test_the_hint_fixes_it(rule, preset, sets, message, hint):
     key, _, value = shlex.split(hint)[1].partition("=")
     kept = [text for text in sets if text.partition("=")[0] != key]
     assert load_spec(preset, sets=[*kept, f"{key}={value}"]).spec
@@ -190,5 +190,5 @@ def test_what_just_holds_is_let_through(preset, sets):
 
 
 def test_every_rule_has_a_case():
-    by_hand = {"no_secret_is_written_down"}  # what mends it is done in a shell
+    by_hand = {"no_secret_is_written_down"}  # its fix is done in a shell
     assert {rule.__name__ for rule in RULES} == {rule for rule, *_ in CASES} | by_hand
