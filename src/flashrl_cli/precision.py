@@ -40,7 +40,7 @@ class Precision:
     """verl's own name for it, where verl's code quantizes the weights and brings them."""
     vllm_config: Mapping[str, Any] = field(default_factory=dict)
     """The `quantization_config` that verl gives vLLM for it, less `ignored_layers`."""
-    weight_bytes: int
+    weight_bytes: float
     """Bytes a weight of a quantized layer; scales come on top, a float32 each."""
     block: int | None = None
     """Rows and columns of a square of weights that share a scale; None for one scale a row (output channel), or no scales."""
