@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from flashrl_cli import contract
 from flashrl_cli.plugins import kv_scales
-from flashrl_cli.plugins.coverage import Coverage, ties_head
+from flashrl_cli.plugins.coverage import Bucket, Coverage, ties_head
 from flashrl_cli.plugins.linear import OnlineLinearMethod, head_dtype, original_loader
 from flashrl_cli.weights import Unreadable
 from flashrl_cli.weights.profile import Profile
@@ -36,7 +36,6 @@ from flashrl_cli.weights.profile import Profile
 if TYPE_CHECKING:
     from flashrl_cli.plugins.linear import Loader, Rows
 
-Bucket = Iterable[tuple[str, torch.Tensor]]
 Load = Callable[[Bucket], None]
 Stream = Callable[[Load], None]
 SMOOTHED = "flashrl_smoothed"

@@ -23,7 +23,8 @@ from flashrl_cli.plugins.disk_refit import BenchExtension
 from flashrl_cli.precision import FP8_BLOCK
 
 if TYPE_CHECKING:
-    from flashrl_cli.plugins.refit import Bucket, Stream
+    from flashrl_cli.plugins.coverage import Bucket
+    from flashrl_cli.plugins.refit import Stream
 
 
 class BlocksExtension(BenchExtension, vLLMColocateWorkerExtension):

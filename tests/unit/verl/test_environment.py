@@ -14,7 +14,6 @@ from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.errors import Location, Problem
 from flashrl_cli.paths import AttemptPaths
 from flashrl_cli.verl import environment
-from flashrl_cli.verl import environment as loggers
 from flashrl_cli.verl.config import DATA_PARALLEL, bf16_replicas, engine_devices, replicas
 from flashrl_cli.verl.environment import VERL_VARIABLES, driver_only, on_cluster, run_environment, without_shared_folder
 from flashrl_cli.verl.overrides import Override, Places, Value, overrides
@@ -249,25 +248,22 @@ def test_metrics_lie_below_a_root_that_verl_makes_itself() -> None:
 
 
 def problems(
-    name: str, home: Path, environment: dict[str, str] | None = None, *, installed: bool = True
+    name: str, home: Path, variables: dict[str, str] | None = None, *, installed: bool = True
 ) -> list[Problem]:
-    return list(loggers.problems([name], environment or {}, lambda _: installed, home))
+    return list(environment.problems([name], variables or {}, lambda _: installed, home))
 
 
-@pytest.mark.parametrize("name", ["console", "file"])
-def test_verl_s_own_need_nothing(name: str, tmp_path: Path) -> None:
-    assert not problems(name, tmp_path, installed=False)
-
-
-@pytest.mark.parametrize("name", ["tensorboard", "mlflow", "trackio", "rl_insight"])
-def test_a_package_is_enough(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["console", "file", "tensorboard", "mlflow", "trackio", "rl_insight"])
+def test_loggers_that_need_at_most_a_package(name: str, tmp_path: Path) -> None:
+    own = name in {"console", "file"}
     assert not problems(name, tmp_path)
-    (problem,) = problems(name, tmp_path, installed=False)
-    assert problem.hint == f"`pip install {name.replace('_', '-')}`"
+    hints = [problem.hint for problem in problems(name, tmp_path, installed=False)]
+    assert hints == ([] if own else [f"`pip install {name.replace('_', '-')}`"])
+    assert list(environment.demanding((name, "nope"))) == ([] if own else [name])
 
 
 @pytest.mark.parametrize(
-    ("name", "environment"),
+    ("name", "variables"),
     [
         ("wandb", {"WANDB_API_KEY": "k"}),
         ("wandb", {"WANDB_MODE": "offline"}),
@@ -277,13 +273,13 @@ def test_a_package_is_enough(name: str, tmp_path: Path) -> None:
         ("swanlab", {"SWANLAB_MODE": "local"}),
         ("swanlab", {"SWANLAB_MODE": "disabled"}),
         ("clearml", {"CLEARML_API_ACCESS_KEY": "a", "CLEARML_API_SECRET_KEY": "b"}),
-        ("vemlp_wandb", dict.fromkeys(loggers.VEMLP, "x")),
+        ("vemlp_wandb", dict.fromkeys(environment.VEMLP, "x")),
     ],
 )
-def test_logins_from_the_environment(name: str, environment: dict[str, str], tmp_path: Path) -> None:
-    assert not problems(name, tmp_path, environment)
-    (problem,) = problems(name, tmp_path, dict.fromkeys(environment, ""))
-    assert problem == Problem("not logged in", name, loggers.LOGGERS[name].how)
+def test_logins_from_the_environment(name: str, variables: dict[str, str], tmp_path: Path) -> None:
+    assert not problems(name, tmp_path, variables)
+    (problem,) = problems(name, tmp_path, dict.fromkeys(variables, ""))
+    assert problem == Problem("not logged in", name, environment.LOGGERS[name].how)
 
 
 def test_a_package_comes_before_its_login(tmp_path: Path) -> None:
@@ -298,7 +294,7 @@ def test_other_modes_need_a_login(mode: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "environment", "logged_in"),
+    ("text", "variables", "logged_in"),
     [
         ("machine api.wandb.ai login user password k\n", {}, True),
         ("machine elsewhere login user password k\n", {}, False),
@@ -308,10 +304,10 @@ def test_other_modes_need_a_login(mode: str, tmp_path: Path) -> None:
         ("", {}, False),
     ],
 )
-def test_wandb_s_netrc(text: str, environment: dict[str, str], logged_in: bool, tmp_path: Path) -> None:
+def test_wandb_s_netrc(text: str, variables: dict[str, str], logged_in: bool, tmp_path: Path) -> None:
     (tmp_path / ".netrc").write_text(text)
     (tmp_path / ".netrc").chmod(0o600)
-    assert (not problems("wandb", tmp_path, environment)) is logged_in
+    assert (not problems("wandb", tmp_path, variables)) is logged_in
 
 
 def test_a_netrc_elsewhere(tmp_path: Path) -> None:
@@ -332,16 +328,8 @@ def test_files_of_other_logins(tmp_path: Path) -> None:
     assert not problems("clearml", tmp_path)
 
 
-def test_an_unknown_logger(tmp_path: Path) -> None:
-    (problem,) = problems("weights", tmp_path)
-    assert problem.message == "verl has no logger weights"
-    assert "wandb" in str(problem.hint)
-
-
-def test_every_problem_is_told(tmp_path: Path) -> None:
-    found = loggers.problems(("console", "wandb", "nope", "swanlab"), {}, lambda _: True, tmp_path)
+def test_every_problem_is_reported_an_unknown_logger_among_them(tmp_path: Path) -> None:
+    found = list(environment.problems(("console", "wandb", "nope", "swanlab"), {}, lambda _: True, tmp_path))
     assert [problem.where for problem in found] == ["wandb", "nope", "swanlab"]
-
-
-def test_demanding() -> None:
-    assert list(loggers.demanding(("console", "file", "wandb", "nope", "trackio"))) == ["wandb", "trackio"]
+    assert found[1].message == "verl has no logger nope"
+    assert "wandb" in str(found[1].hint)

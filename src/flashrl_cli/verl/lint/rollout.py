@@ -193,7 +193,7 @@ def blocks_are_several(s: Settings) -> Iterator[Problem]:
         return
     if narrow := single(row, s.shape):
         yield s.problem(
-            f"verl cannot load {row.number} blocks ({row.name}) into layers whose input is one block of {row.block}: "
+            f"verl cannot load {row.number_format} blocks ({row.name}) into layers whose input is one block of {row.block}: "
             f"{', '.join(narrow)}",
             f"--rollout {row.sibling}",
             f"{ROLLOUT}.quantization",
@@ -270,7 +270,7 @@ def blocks_quantize_the_base(s: Settings) -> Iterator[Problem]:
         and s.spec.resources.platform == "cuda"
     ):
         yield s.problem(
-            f"{row.name} rollouts would take the base model's bf16 files for {row.number}: verl syncs the adapter alone",
+            f"{row.name} rollouts would take the base model's bf16 files for {row.number_format}: verl syncs the adapter alone",
             s.fix(merge, True),
             load,
             f"{MODEL}.lora_rank",
