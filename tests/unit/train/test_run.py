@@ -22,10 +22,10 @@ from flashrl_cli.errors import EnvironmentNotReady, ExitCode, InputError, RunFai
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.runs import store
 from flashrl_cli.runs.store import Attempt
+from flashrl_cli.signals import Interrupted
 from flashrl_cli.train import run as run_module
 from flashrl_cli.train.executors import start_here
 from flashrl_cli.train.plan import LaunchPlan
-from flashrl_cli.train.process import Interrupted
 from flashrl_cli.train.run import NotStarted, console, detach, git_state, run_plan
 from flashrl_cli.verl.metrics import read_step
 from tests.unit.train.builders import handshake
