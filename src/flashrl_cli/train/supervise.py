@@ -154,7 +154,7 @@ class Watch:
         cause = cause_in(line)
         if cause is None:
             return
-        # the more specific the cause, the earlier it stands
+        # the more specific a cause, the earlier it is in the list
         self.cause = min(self.cause or cause, cause, key=CAUSES.index)
         if cause.fatal and self._doomed is None:
             self._doomed = (cause, time.monotonic())
