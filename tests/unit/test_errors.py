@@ -21,7 +21,7 @@ from flashrl_cli.errors import (
     RunFailed,
     exit_code_of,
 )
-from flashrl_cli.train.process import Interrupted
+from flashrl_cli.signals import Interrupted
 
 CODES = {FlashrlError: 1, RunFailed: 1, InputError: 2, EnvironmentNotReady: 3, NothingMatched: 4, BelowThreshold: 5}
 README = Path(__file__).parents[2] / "README.md"

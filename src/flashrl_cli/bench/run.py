@@ -21,8 +21,8 @@ from flashrl_cli import contract, files
 from flashrl_cli.bench.job import EngineJob, Variant
 from flashrl_cli.bench.request import FIT, Request
 from flashrl_cli.errors import EnvironmentNotReady, FlashrlError
+from flashrl_cli.signals import Interrupted
 from flashrl_cli.text import counted
-from flashrl_cli.train.process import Interrupted
 from flashrl_cli.worker import client
 
 REFITS = 5

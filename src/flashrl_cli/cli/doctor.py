@@ -59,9 +59,9 @@ def doctor(
 
     options = _options(preset, rollout, tis, sets)
     if quant:
-        from flashrl_cli.train import process
+        from flashrl_cli import signals
 
-        process.say_if_ignored(Output(json_mode=json).say)
+        signals.say_if_ignored(Output(json_mode=json).say)
         _reload_test(rollout or "int8", others=docker or run or len(options) > 2 * (rollout is not None), json=json)
         return
     if options and preset is None:

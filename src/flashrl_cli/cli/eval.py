@@ -96,15 +96,15 @@ def evaluate(
 
     flashrl eval checkpoints/flashrl/tiny --base ~/data/tiny/model --png
     """
+    from flashrl_cli import signals
     from flashrl_cli.evals import verdicts
     from flashrl_cli.evals.evaluation import Request
     from flashrl_cli.evals.job import EngineSettings, Sampling
     from flashrl_cli.render.output import Output
-    from flashrl_cli.train import process
 
     output = Output(json_mode=json)
     least = verdicts.share("--fail-under", fail_under)
-    with process.raised("the same command goes on from here", output.say):
+    with signals.raised("the same command goes on from here", output.say):
         if merge is not None:
             _merge(output, patterns, merge, least)
             return

@@ -74,13 +74,13 @@ def watch(name: RunArgument, json: Json = False) -> None:
 
     Ends with the run's exit code. Ctrl-C ends only the watching.
     """
+    from flashrl_cli import signals
     from flashrl_cli.render.output import Output, end_when_unread
     from flashrl_cli.runs.store import known
-    from flashrl_cli.train import process
 
     out = Output(json_mode=json)
     end_when_unread()
-    process.say_if_ignored(out.say)
+    signals.say_if_ignored(out.say)
     try:
         code = _follow(out, known(name))
     except KeyboardInterrupt:

@@ -59,14 +59,15 @@ def train(
     `flashrl train --preset dapo-32b --rollout int8 --tis 8 --executor ray --dry-run` shows what a cluster would run;
     `flashrl train --preset tiny --sweep rollout=bf16,int8 --sweep tis=off,2` runs four, and compares them.
     """
+    from flashrl_cli import signals
     from flashrl_cli.config.resolve import Options
     from flashrl_cli.render.output import Output
-    from flashrl_cli.train import executors, launch, process
+    from flashrl_cli.train import executors, launch
     from flashrl_cli.train.sweep import UsedNames
 
     output = Output(json_mode=json)
     if not (dry_run or detach):
-        process.say_if_ignored(output.say)
+        signals.say_if_ignored(output.say)
     place = executors.chosen(executor, ray_address)
     options = Options(rollout=rollout, tis=tis, sets=sets or ())
     starter = Starter(output, place)

@@ -15,9 +15,9 @@ from flashrl_cli import contract, files
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
 from flashrl_cli.files import last_lines
 from flashrl_cli.runs.metrics import MetricsTail, Tail
+from flashrl_cli.signals import Interrupted
 from flashrl_cli.train import handshake
 from flashrl_cli.train.plan import plan_document
-from flashrl_cli.train.process import Interrupted
 from flashrl_cli.verl.causes import CAUSES, Cause, cause_in
 from flashrl_cli.verl.logs import StartPhase, notable, phase_after, plain, root_error, total_steps
 
@@ -44,7 +44,7 @@ def supervise(
 ) -> int:
     """Execute `plan` to its end and return the number of steps done; nothing of it runs any more afterwards.
 
-    `received` grows by the signals that come in (`process.collected`); `vocabulary` is the policy's number of tokens,
+    `received` grows by the signals that come in (`signals.collected`); `vocabulary` is the policy's number of tokens,
     if known. Raises RunFailed, EnvironmentNotReady or Interrupted with the log's end.
     """
     paths = plan.attempt_paths
@@ -154,7 +154,7 @@ class Watch:
         cause = cause_in(line)
         if cause is None:
             return
-        # the more specific the cause, the earlier it stands
+        # the more specific a cause, the earlier it is in the list
         self.cause = min(self.cause or cause, cause, key=CAUSES.index)
         if cause.fatal and self._doomed is None:
             self._doomed = (cause, time.monotonic())

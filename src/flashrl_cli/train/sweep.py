@@ -17,11 +17,11 @@ from flashrl_cli import paths
 from flashrl_cli.errors import EnvironmentNotReady, FlashrlError, InputError, Location, Problem, RunFailed
 from flashrl_cli.runs import store
 from flashrl_cli.runs.metrics import history
+from flashrl_cli.signals import Interrupted
 from flashrl_cli.text import counted
 from flashrl_cli.train import launch
 from flashrl_cli.train.launch import Launch
 from flashrl_cli.train.plan import default_name, run_paths
-from flashrl_cli.train.process import Interrupted
 from flashrl_cli.train.run import refuse_running
 from flashrl_cli.train.sweep_axes import run_names
 from flashrl_cli.verl.metrics import SWEEP

@@ -18,7 +18,7 @@ from flashrl_cli.bench.report import Report
 from flashrl_cli.bench.request import FIT, Machine
 from flashrl_cli.bench.run import Measured, Pace, Point, Progress, Session, Store, count, points
 from flashrl_cli.errors import RunFailed
-from flashrl_cli.train.process import Interrupted
+from flashrl_cli.signals import Interrupted
 from flashrl_cli.verl.causes import CAUSES
 from flashrl_cli.worker import client
 from tests.unit.bench.lab import HF, MISMATCH, OPTIONS, Workers, facts, obedient, request

@@ -21,10 +21,10 @@ from flashrl_cli.paths import RunPaths
 from flashrl_cli.render.live import JsonDisplay, PlainDisplay
 from flashrl_cli.runs import store
 from flashrl_cli.runs.store import Attempt, RunRecord
+from flashrl_cli.signals import Interrupted
 from flashrl_cli.train import launch, preflight, run, sweep_axes
 from flashrl_cli.train.executors import ray_job, ray_ready
 from flashrl_cli.train.plan import LaunchPlan, plan_document
-from flashrl_cli.train.process import Interrupted
 from flashrl_cli.verl.metrics import NAMES
 from tests import sample_rows
 from tests.saved_files import saved_step

@@ -148,9 +148,9 @@ def test_versions(
 ) -> None:
     gpus(monkeypatch, 8)
     monkeypatch.setattr(software, "probe_versions", lambda: versions)
-    told = problems("dapo-32b", CLUSTER_OF_ONE)
-    assert [problem.where for problem in told] == [where for where, _ in found]
-    assert all(text in {problem.message, problem.hint} for problem, (_, text) in zip(told, found, strict=True))
+    reported = problems("dapo-32b", CLUSTER_OF_ONE)
+    assert [problem.where for problem in reported] == [where for where, _ in found]
+    assert all(text in {problem.message, problem.hint} for problem, (_, text) in zip(reported, found, strict=True))
 
 
 # devices
@@ -174,11 +174,11 @@ def test_gpus_of_one_machine(
     gpus(monkeypatch, count)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    told = [
+    reported = [
         (problem.message, "--executor ray" in str(problem.hint))
         for problem in problems("dapo-32b", f"resources.nodes={nodes}")
     ]
-    assert told == ([] if seen is None else [(f"it needs {nodes} x 8 CUDA GPUs; this machine has {seen}", True)])
+    assert reported == ([] if seen is None else [(f"it needs {nodes} x 8 CUDA GPUs; this machine has {seen}", True)])
 
 
 def test_a_cluster_has_gpus_of_its_own(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,9 +216,9 @@ def test_gpus_too_old_or_too_new(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gpus(monkeypatch, 8, name, capability)
-    told = problems("dapo-32b", CLUSTER_OF_ONE, *sets, rollout=rollout)
-    assert [problem.hint for problem in told] == ([fix] if fix else [])
-    assert all(f"{name} has {capability}" in problem.message for problem in told)
+    reported = problems("dapo-32b", CLUSTER_OF_ONE, *sets, rollout=rollout)
+    assert [problem.hint for problem in reported] == ([fix] if fix else [])
+    assert all(f"{name} has {capability}" in problem.message for problem in reported)
 
 
 @pytest.mark.parametrize("avx512", [False, True])

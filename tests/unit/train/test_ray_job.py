@@ -202,7 +202,7 @@ def test_a_shell_reads_the_entry_point_back(nasty: str, tiny_plan: Plan, tmp_pat
 @pytest.mark.processes
 @pytest.mark.parametrize("weird", ["plain", "it's", "a b\nc", "$HOME `x`"])
 def test_the_script_submits_the_same_job(weird: str, tmp_path: Path) -> None:
-    """A `ray` that prints its arguments stands in for Ray's."""
+    """A `ray` that prints its arguments is in place of Ray's."""
     ray = tmp_path / "bin/ray"
     ray.parent.mkdir()
     ray.write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n')

@@ -25,10 +25,11 @@ from flashrl_cli import contract
 from flashrl_cli.config.spec import WatchSpec
 from flashrl_cli.contract import Handshake, write_handshake
 from flashrl_cli.errors import EnvironmentNotReady, ExitCode, FlashrlError, RunFailed
+from flashrl_cli.signals import Interrupted, collected
 from flashrl_cli.train import supervise
 from flashrl_cli.train.executors import start_here
 from flashrl_cli.train.plan import LaunchPlan, plan_document
-from flashrl_cli.train.process import Interrupted, Tree, collected
+from flashrl_cli.train.process import Tree
 from flashrl_cli.verl.metrics import StepMetrics
 from tests.conftest import starting_with
 from tests.unit.train.builders import Clock, handshake

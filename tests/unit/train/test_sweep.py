@@ -20,10 +20,10 @@ from flashrl_cli.errors import EnvironmentNotReady, FlashrlError, InputError, Lo
 from flashrl_cli.paths import AttemptPaths, RunPaths
 from flashrl_cli.runs import store
 from flashrl_cli.runs.store import Attempt, RunRecord
+from flashrl_cli.signals import Interrupted
 from flashrl_cli.train import launch
 from flashrl_cli.train.launch import Launch
 from flashrl_cli.train.plan import LaunchPlan, plan_document
-from flashrl_cli.train.process import Interrupted
 from flashrl_cli.train.sweep import (
     HEADINGS,
     Job,
