@@ -1,9 +1,10 @@
-"""Writes the tables of the documentation from benchmarks/results/*.json: what stands between `<!-- table: NAME -->` and `<!-- /table -->`.
+"""Writes the tables of the documentation from benchmarks/results/*.json: what stands between `<!-- table: NAME -->` and
+`<!-- /table -->`.
 
     python -m benchmarks.tables [--check]
 
-With `--check` nothing is written: pages whose tables are not what the results say are named, and 1 is returned. A table whose
-results are not there is empty.
+With `--check` nothing is written: pages whose tables are not what the results say are named, and 1 is returned. A table
+whose results are not there is empty.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def speeds(one: dict[str, Any], *, bounds: bool) -> Iterator[str]:
-    """Tokens a second at each batch, with the speed-up over bf16 and, if asked for, what the repeats leave open of it."""
+    """Tokens a second at each batch, with the speed-up over bf16 and, if asked for, the range of its repeats."""
     for found in one["speed"]:
         up = found["speed_up"]
         left_open = f": {up['least']:.2f} to {up['greatest']:.2f}" if up and bounds else ""

@@ -23,6 +23,11 @@ def absolute(path: str | Path) -> Path:
         raise InputError("the working folder does not exist any more", hint="change to another folder") from None
 
 
+def existing(path: Path) -> Path:
+    """The folder itself, or the nearest above it that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
 def data_root() -> Path:
     """Folder of prepared data: `$FLASHRL_DATA`, else `~/data`."""
     return absolute(os.environ.get("FLASHRL_DATA") or "~/data")

@@ -115,9 +115,11 @@ def texts(folder: Path, run: str, step: int | None, dataset: str) -> list[str]:
 
 
 def check_greedy(weights: Weights, prompts: list[str], ours: list[str]) -> None:
-    """Each response is Transformers' own, token by token, up to one that float32 finds as likely as the best within bf16's noise.
+    """Each response is Transformers' own, token by token, up to one that float32 finds as likely as the best within
+    bf16's noise.
 
-    The noise is measured: how far the same model in bf16 is from float32, at the largest, in the logits of the tokens that matter.
+    The noise is measured: how far the same model in bf16 is from float32, at the largest, in the logits of the tokens
+    that matter.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -145,7 +147,9 @@ def check_greedy(weights: Weights, prompts: list[str], ours: list[str]) -> None:
 
 
 def encoded(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], int]:
-    """Token ids of a prompt and its response, whose tokens are bytes, with the end that it came to; and where the response begins."""
+    """Token ids of a prompt and its response, whose tokens are bytes, with the end that it came to; and where the
+    response begins.
+    """
     chat = [{"role": "user", "content": prompt}]
     before = tokenizer(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)).input_ids
     known, unknown, _ = response.partition("\ufffd")  # bytes that are no text cannot be read back
@@ -155,7 +159,9 @@ def encoded(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], int]
 
 
 def test_every_form_of_a_checkpoint_by_one_engine(place: Place) -> None:
-    """Answers are those of Transformers, whatever form the weights have; what cannot be read is told; again nothing is generated."""
+    """Answers are those of Transformers, whatever form the weights have; what cannot be read is told; again nothing is
+    generated.
+    """
     lora, w1 = place.saved[2] / "lora", place.saved[1] / "run" / "global_step_10"
     forms = (f"{place.run}/*", w1, place.root / "fork", f"{lora}/", place.saved[2] / "peft")
     out = place.root / "all"
@@ -259,7 +265,9 @@ def test_killed_in_the_middle_two_go_on_together(place: Place) -> None:
 
 
 def test_sampling_and_precision(place: Place) -> None:
-    """The same seed gives the same samples whatever else is evaluated; what is quantized is proven; a terminal sees a curve."""
+    """The same seed gives the same samples whatever else is evaluated; what is quantized is proven; a terminal sees a
+    curve.
+    """
     run = place.saved[1] / "run"
     sampled = ("--dataset", "tiny", "--limit", PROMPTS, "--n", 2, "--temperature", 1, "--max-tokens", 16)
     int8 = (*sampled, "--rollout", "int8", "--out", place.root / "int8")

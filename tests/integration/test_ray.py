@@ -109,7 +109,9 @@ def test_ctrl_c_stops_the_job(workshop: Workshop, cluster: Cluster) -> None:
 
 
 def test_two_nodes_train_together_until_one_is_lost(workshop: Workshop, cluster: Cluster, tmp_path: Path) -> None:
-    """Two INT8 proofs and a checkpoint of two ranks; then a node is killed in mid-run, and the run ends with that message."""
+    """Two INT8 proofs and a checkpoint of two ranks; then a node is killed in mid-run, and the run ends with that
+    message.
+    """
     attempt = AttemptPaths(workshop.root / "runs/two/attempt_1")
     process = workshop.start(
         *train(cluster, "two", "--set", "trainer.steps=500", "--set", "env.FLASHRL_TELL=1"), **cluster.env

@@ -12,6 +12,7 @@ from flashrl_cli import paths
 from flashrl_cli.cli import options as complete
 from flashrl_cli.cli.options import NAME_OR_FILE, Json, Rollout, Sets, Tis
 from flashrl_cli.errors import ExitCode, InputError
+from flashrl_cli.precision import REFITTED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,9 +50,9 @@ def doctor(
 
     Versions, GPUs, disk, limits, plugins, logins, each with its fix; exit 3 if a run cannot start.
 
-    `flashrl doctor --preset dapo-32b --rollout int8` adds what that run needs;
-    `flashrl doctor --quant --rollout fp8` refits a tiny engine and compares its answers with an independent computation;
-    `flashrl doctor --docker --preset gsm8k-0.5b` prints the container that trains it.
+    `flashrl doctor --preset dapo-32b --rollout int8` adds what that run needs; `flashrl doctor --quant --rollout fp8`
+    refits a tiny engine and compares its answers with an independent computation; `flashrl doctor --docker --preset
+    gsm8k-0.5b` prints the container that trains it.
     """
     from flashrl_cli.config.resolve import load_spec
     from flashrl_cli.render.output import Output
@@ -90,8 +91,8 @@ def _reload_test(precision: str, *, others: bool, json: bool) -> None:
 
     if others:
         raise InputError("--quant takes no option but --rollout and --json", hint="`flashrl doctor --quant`")
-    if precision not in reload.PRECISIONS:
-        raise InputError(f"no reload test for {precision}", hint=f"--rollout {'|'.join(reload.PRECISIONS)}")
+    if precision not in REFITTED:
+        raise InputError(f"no reload test for {precision}", hint=f"--rollout {'|'.join(REFITTED)}")
     out = Output(json_mode=json)
     out.say(f"reload test of {precision}: starting a tiny engine …")
     findings, measured = reload.reload_test(precision)

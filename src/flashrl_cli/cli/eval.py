@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,6 +13,7 @@ import typer
 
 from flashrl_cli import paths
 from flashrl_cli.cli.options import Json, MemoryShare, TensorParallel
+from flashrl_cli.precision import BY_METHOD, SMOOTHED, RefittedName, joined
 from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
@@ -22,14 +22,6 @@ if TYPE_CHECKING:
     from flashrl_cli.render.output import Output
 
 MODEL = "PATH|HUB_ID"
-
-
-class Rollout(enum.StrEnum):
-    """Precision of the linear layers while responses are generated."""
-
-    bf16 = "bf16"
-    int8 = "int8"
-    fp8 = "fp8"
 
 
 def evaluate(
@@ -64,10 +56,14 @@ def evaluate(
         typer.Option(min=2, help="Longest prompt and response together.", show_default="what the prompts need"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    rollout: Annotated[Rollout, typer.Option(help="int8 and fp8 show what such a rollout saw.")] = Rollout.bf16,
+    rollout: Annotated[
+        RefittedName, typer.Option(help=f"{joined(BY_METHOD, 'and')} show what such a rollout saw.")
+    ] = "bf16",
     profile: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Smoothing profile to apply, as a rollout with it does (int8, fp8)."),
+        typer.Option(
+            metavar="FILE", help=f"Smoothing profile to apply, as a rollout with it does ({', '.join(SMOOTHED)})."
+        ),
     ] = None,
     tp: TensorParallel = 1,
     gpu_memory_utilization: MemoryShare = None,
@@ -121,7 +117,7 @@ def evaluate(
             limit=limit,
             sampling=Sampling(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed),
             engine=EngineSettings(
-                rollout=rollout.value,
+                rollout=rollout,
                 max_model_len=max_model_len,
                 gpu_memory_utilization=gpu_memory_utilization,
                 tensor_parallel=tp,

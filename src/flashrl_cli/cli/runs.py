@@ -161,8 +161,8 @@ def rm(
 
 def _announce(out: Output, planned: Sequence[Removal]) -> None:
     """Tell what would go, with sizes."""
-    from flashrl_cli.machine.system import size
     from flashrl_cli.render.runs import aligned
+    from flashrl_cli.text import size
 
     rows = []
     for one in planned:

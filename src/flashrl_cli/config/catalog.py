@@ -69,7 +69,7 @@ def _summary(name: str) -> Summary:
 
 
 def _gpus(resources: ResourceSpec) -> int:
-    return 0 if resources.platform == "cpu" else resources.nodes * resources.gpus_per_node
+    return 0 if resources.platform == "cpu" else resources.devices
 
 
 def _devices(resources: ResourceSpec) -> str:

@@ -25,6 +25,7 @@ from flashrl_cli.config.layers import DEFAULT, Layer, Origin, leaves, merge, nes
 from flashrl_cli.config.presets import VERBATIM
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.errors import InputError, Problem
+from flashrl_cli.precision import PRECISIONS, SMOOTHED
 from flashrl_cli.secrets import looks_secret
 from flashrl_cli.text import counted
 
@@ -172,41 +173,45 @@ def engine_batches_its_sequences(spec: RunSpec) -> Iterator[Finding]:
 
 
 def mix_has_two_precisions(spec: RunSpec) -> Iterator[Finding]:
-    """Some replicas in bf16 and the others in 8 bits, by methods that know their replica: fp8-block's does not."""
-    precision = spec.rollout.precision
-    if spec.rollout.mix and precision == "bf16":
-        yield Finding("rollout.mix", "every replica is in bf16 already", "--set rollout.precision=int8")
-    if spec.rollout.mix and precision == "fp8-block":
-        yield Finding("rollout.mix", "fp8-block is for all replicas alike", "--set rollout.precision=fp8")
+    """Some replicas in bf16 and the others quantized, by methods that know their replica: verl's own does not."""
+    row = PRECISIONS[spec.rollout.precision]
+    if spec.rollout.mix and "mix" not in row.goes_with:
+        why = f"{row.name} is for all replicas alike" if row.quantized else f"every replica is in {row.name} already"
+        yield Finding("rollout.mix", why, f"--set rollout.precision={row.sibling}")
 
 
 def logits_are_proven(spec: RunSpec) -> Iterator[Finding]:
-    """Who computes logits in float32 proves it at a refit, which fp8-block has of its own."""
-    if spec.rollout.lm_head_fp32 and spec.rollout.precision == "fp8-block":
-        yield Finding("rollout.lm_head_fp32", "fp8-block rollouts do not know it", "--set rollout.precision=fp8")
+    """Who computes logits in float32 proves it at flashrl's own weight update."""
+    row = PRECISIONS[spec.rollout.precision]
+    if spec.rollout.lm_head_fp32 and "head32" not in row.goes_with:
+        yield Finding(
+            "rollout.lm_head_fp32", f"{row.name} rollouts do not know it", f"--set rollout.precision={row.sibling}"
+        )
 
 
 def cache_in_8_bits_has_scales(spec: RunSpec) -> Iterator[Finding]:
-    """The scales of an FP8 cache come with flashrl's weight update (plugins/kv_scales.py), which fp8-block does not take."""
-    if spec.rollout.kv_cache != "auto" and spec.rollout.precision == "fp8-block":
+    """The scales of an FP8 cache come with flashrl's own weight update (plugins/kv_scales.py)."""
+    row = PRECISIONS[spec.rollout.precision]
+    if spec.rollout.kv_cache != "auto" and "kv8" not in row.goes_with:
         yield Finding(
             "rollout.kv_cache",
-            f"{spec.rollout.kv_cache} needs flashrl's own weight update, and fp8-block has verl's",
-            "--rollout fp8, or --set rollout.kv_cache=auto",
+            f"{spec.rollout.kv_cache} needs flashrl's own weight update, and {row.name} has verl's",
+            f"--rollout {row.sibling}, or --set rollout.kv_cache=auto",
         )
 
 
 def profile_is_applied(spec: RunSpec) -> Iterator[Finding]:
     """Smoothing changes nothing but what is lost in quantizing, and verl's own weight update knows none."""
-    precision = spec.rollout.precision
-    if spec.rollout.profile is None or precision in {"int8", "fp8"}:
+    row = PRECISIONS[spec.rollout.precision]
+    if spec.rollout.profile is None or "smooth" in row.goes_with:
         return
     why = (
-        "quantize nothing that it could smooth"
-        if precision == "bf16"
-        else "take verl's own weight update, which smooths nothing"
+        "take verl's own weight update, which smooths nothing"
+        if row.quantized
+        else "quantize nothing that it could smooth"
     )
-    yield Finding("rollout.profile", f"{precision} rollouts {why}", "--rollout int8, or --set rollout.profile=null")
+    hint = f"--rollout {SMOOTHED[0]}, or --set rollout.profile=null"
+    yield Finding("rollout.profile", f"{row.name} rollouts {why}", hint)
 
 
 def no_secret_is_written_down(spec: RunSpec) -> Iterator[Finding]:

@@ -28,6 +28,7 @@ from flashrl_cli.evals.graders import Graders
 from flashrl_cli.evals.job import EngineSettings, Job, Order, Sampling
 from flashrl_cli.evals.results import Evaluated
 from flashrl_cli.machine import gpus
+from flashrl_cli.precision import SMOOTHED
 from flashrl_cli.runs import store
 from flashrl_cli.runs.checkpoints import EVAL_FOLDER, Checkpoint, Skipped, find, hf_folder, nothing
 from flashrl_cli.text import counted
@@ -38,6 +39,7 @@ from flashrl_cli.weights.profile import Profile
 if TYPE_CHECKING:
     from flashrl_cli.evals.questions import DataSet
     from flashrl_cli.runs.store import Known
+    from flashrl_cli.worker.client import Worker
 
 POLL_S = 5.0
 """How often watching looks for new checkpoints."""
@@ -124,9 +126,10 @@ def check_profile(engine: EngineSettings, folders: Iterable[Path]) -> None:
     """Raise InputError unless the engine's smoothing profile, if any, can be applied to the models in `folders`."""
     if engine.profile is None:
         return
-    if engine.rollout == "bf16":
+    if engine.rollout not in SMOOTHED:
         raise InputError(
-            "--profile smooths what a quantized rollout loses, and bf16 loses nothing", hint="--rollout int8"
+            f"--profile smooths what a quantized rollout loses, and {engine.rollout} loses nothing",
+            hint=f"--rollout {SMOOTHED[0]}",
         )
     try:
         profile = Profile.read(Path(engine.profile))
@@ -253,7 +256,7 @@ class _Running:
     """The engine that is up, and the architecture of the checkpoints that it can take."""
 
     architecture: str
-    engine: job.Engine
+    engine: Worker
     closing: contextlib.ExitStack
 
 
@@ -438,7 +441,7 @@ class Evaluation:
     def _events(self, unit: Unit, order: Order) -> Iterator[dict[str, Any]]:
         """Events of an order; where the engine asks for it, from another one that starts with the unit's checkpoint."""
         while up := self._up:
-            for event in up.engine.fulfil(order):
+            for event in up.engine.ask(order.plain()):
                 if event["event"] == "restart":
                     self._stop_engine()
                     self._up = self._start(unit.checkpoint, up.architecture)

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, TypeVarTuple
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, TypeVarTuple
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
 from flashrl_cli.evals import grade
 from flashrl_cli.machine import software, system
+from flashrl_cli.worker.server import end_with_parent
 
 if TYPE_CHECKING:
     from pebble import ProcessPool
@@ -45,8 +47,6 @@ _CHUNK_LIMIT_S = 2.0
 _BY_THE_CLOCK = 12
 """How many times as long it may take by the clock: a busy machine must not make a right answer wrong."""
 _TRIES = 3
-_DEATH_SIGNAL = 1
-"""PR_SET_PDEATHSIG of Linux's prctl(2)."""
 
 
 def begin() -> None:
@@ -57,7 +57,7 @@ def begin() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     multiprocessing.set_start_method("fork", force=True)
     threading.Thread(target=_end_with_command_line, daemon=True).start()
-    os.register_at_fork(after_in_child=_end_with_grader)
+    os.register_at_fork(after_in_child=partial(end_with_parent, signal.SIGKILL))
     with contextlib.suppress(OSError):  # where memory gets short, a grader is the least loss
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
 
@@ -76,13 +76,6 @@ def _end_with_command_line() -> None:
     if parent is not None:
         connection.wait([parent.sentinel])
         os._exit(1)
-
-
-def _end_with_grader() -> None:
-    import ctypes
-
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
 
 
 class Graders:

@@ -17,6 +17,7 @@ from flashrl_cli.render import figure
 from flashrl_cli.render.figure import VARIABLES, inline_svgs, require, styles
 from flashrl_cli.render.report import document
 from flashrl_cli.runs.curves import SMOOTHING, curve, title
+from flashrl_cli.verl.metrics import LEARNING_CURVES, MISMATCH_CURVES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -117,10 +118,6 @@ def breakable(key: str) -> Markup:
     return Markup(".<wbr>").join(map(escape, key.split(".")))
 
 
-LEARNING = ("reward", "accuracy", "response_length", "entropy", "grad_norm", "step_s")
-MISMATCH = ("kl", "weight_max", "truncated", "effective")
-
-
 def report_page(sources: Sources) -> str:
     """The page; needs matplotlib and jinja2."""
     found = document(sources)
@@ -129,8 +126,8 @@ def report_page(sources: Sources) -> str:
         title=found["name"],
         report=found,
         titles={name: title(name) for name in (found["mismatch"] or {"values": ()})["values"]},
-        curves=figures(_panels(sources, LEARNING), "curve"),
-        mismatch_curves=figures(_panels(sources, MISMATCH), "mismatch"),
+        curves=figures(_panels(sources, LEARNING_CURVES), "curve"),
+        mismatch_curves=figures(_panels(sources, MISMATCH_CURVES), "mismatch"),
         start_phases=list(dict.fromkeys(spent["what"] for start in found["starts"] for spent in start["phases"])),
         configuration=[list(rows) for _, rows in itertools.groupby(found["configuration"], key=_part)],
         software=found["versions"] | {f"git {name}": text_of(value) for name, value in (found["git"] or {}).items()},

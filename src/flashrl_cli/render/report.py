@@ -20,6 +20,7 @@ from flashrl_cli.runs.metrics import read_metrics
 from flashrl_cli.runs.store import read_plan
 from flashrl_cli.runs.summary import advice, ran_s, start_shares, step_shares, totals
 from flashrl_cli.secrets import HIDDEN, looks_secret, without_secrets
+from flashrl_cli.verl.metrics import MISMATCH
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from flashrl_cli.verl.metrics import StepMetrics
 
 SCHEMA_VERSION = 1
-MISMATCH = ("kl", "weight_mean", "weight_max", "truncated", "effective", "prob_diff", "prob_correlation")
-"""Metrics of rollout against trainer that the report sums up."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.errors import InputError, NothingMatched
 from flashrl_cli.runs.metrics import history, holes, read_metrics
-from flashrl_cli.verl.metrics import NAMES, SECONDS, TIMINGS, verl_name
+from flashrl_cli.verl.metrics import METRICS, NAMES, PLOTTED, SECONDS, TIMINGS, verl_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,32 +23,7 @@ if TYPE_CHECKING:
     Histories = Mapping[str, Sequence[StepMetrics]]
 
 ACCURACY = "accuracy"
-DEFAULTS = ("reward", ACCURACY, "response_length", "kl", "truncated", "entropy", "step_s")
 SMOOTHING = 0.6
-
-LABELS = {
-    ACCURACY: ("accuracy", ""),
-    "reward": ("reward", ""),
-    "response_length": ("response length", "tokens"),
-    "prompt_length": ("prompt length", "tokens"),
-    "entropy": ("entropy", "nats a token"),
-    "grad_norm": ("gradient norm", ""),
-    "loss": ("policy loss", ""),
-    "kl": ("KL of rollout against trainer", "nats a token"),
-    "kl_k3": ("KL of rollout against trainer, never negative", "nats a token"),
-    "rollout_nll": ("negative log-likelihood in the rollout", "nats a token"),
-    "train_nll": ("negative log-likelihood in the trainer", "nats a token"),
-    "weight_mean": ("mean importance weight", ""),
-    "weight_max": ("largest importance weight", ""),
-    "truncated": ("truncated weights", "share of tokens"),
-    "effective": ("effective sample size", "share of tokens"),
-    "prob_diff": ("mean difference of probabilities", ""),
-    "prob_correlation": ("correlation of probabilities", ""),
-    "tokens_per_s": ("throughput", "tokens a second and device"),
-    "tokens": ("tokens of a step", ""),
-    "step_s": ("time of a step", "s"),
-}
-"""Metric to its title and unit; one that is not here is its own title."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +49,8 @@ def title(metric: str) -> tuple[str, str]:
     """What a metric is called, and its unit (empty for none)."""
     if metric.startswith(SECONDS):
         return metric.removeprefix(SECONDS), "s"
-    return LABELS.get(metric, (metric, ""))
+    known = METRICS.get(metric)
+    return (known.title or metric, known.unit) if known else (metric, "")
 
 
 def curve(run: str, history: Sequence[StepMetrics], metric: str, starts: Sequence[int] = ()) -> Curve | None:
@@ -154,7 +130,7 @@ class Gathered:
 
 
 def gather(runs: Sequence[RunPaths], asked: str | None) -> Gathered:
-    """Curves of `runs` for a comma-separated list of metrics, or for those of `DEFAULTS` that there are.
+    """Curves of `runs` for a comma-separated list of metrics, or for those of `PLOTTED` that there are.
 
     Raises InputError for an unknown metric, NothingMatched if there is nothing to draw.
     """
@@ -163,7 +139,7 @@ def gather(runs: Sequence[RunPaths], asked: str | None) -> Gathered:
     if len(silent) == len(histories):
         hint = "`flashrl runs watch NAME` shows when there is one"
         raise NothingMatched(f"no step yet in {', '.join(silent)}", hint=hint)
-    metrics = DEFAULTS if asked is None else _chosen(asked, histories)
+    metrics = PLOTTED if asked is None else _chosen(asked, histories)
     resumed = {run.name: starts(run) for run in runs}
     panels: dict[str, list[Curve]] = {}
     missing = [f"no step yet in {name}" for name in silent]
@@ -182,7 +158,7 @@ def _chosen(asked: str, histories: Histories) -> list[str]:
     """Metrics of a comma-separated list, each once. Raises InputError for names that neither flashrl nor any run has."""
     names = list(dict.fromkeys(name for part in asked.split(",") if (name := part.strip())))
     if not names:
-        raise InputError("--metric names no metric", hint=f"--metric {','.join(DEFAULTS[:2])}")
+        raise InputError("--metric names no metric", hint=f"--metric {','.join(PLOTTED[:2])}")
     known = _known(histories)
     unknown = [name for name in names if name not in known]
     if unknown:

@@ -46,11 +46,6 @@ class Tail:
         return data[:end].decode("utf-8", errors="replace").splitlines()
 
 
-def last_lines(path: Path, count: int) -> list[str]:
-    """The last `count` lines of a file; empty if there is none."""
-    return Tail(path).poll(ended=True)[-count:]
-
-
 LOOK_BACK = 1 << 20
 """Bytes at the end of a metrics file in which the last accuracy is looked for: some 200 steps."""
 

@@ -14,7 +14,8 @@ import subprocess
 import sys
 from types import FrameType
 
-from flashrl_cli.train.process import Descendants, end_with_parent
+from flashrl_cli.train.process import Descendants
+from flashrl_cli.worker.server import end_with_parent
 
 POLL_S = 0.2
 GRACE_S = 10.0
@@ -44,7 +45,7 @@ def guard(lifeline: int, argv: list[str]) -> int:
 
 
 def _prepare() -> None:
-    end_with_parent()
+    end_with_parent(signal.SIGTERM)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 

@@ -40,7 +40,7 @@ def expectation(plan: LaunchPlan) -> Expectation:
     ours = any(contract.WORKER_EXTENSION in str(override) for override in plan.overrides)
     return Expectation(
         rollout.precision,
-        resources.nodes * resources.gpus_per_node if ours else 0,
+        resources.devices if ours else 0,
         rollout.kv_cache,
         bf16_workers=bf16_replicas(plan.spec) * engine_devices(plan.spec),
         lm_head="fp32" if rollout.lm_head_fp32 else None,

@@ -33,10 +33,10 @@ from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
 from flashrl_cli.machine import gpus, ray_state, software, system
 from flashrl_cli.machine.finding import Finding, fail, ok, problems, warn
 from flashrl_cli.machine.software import ENTRY_POINTS, GPU, installed_stack
-from flashrl_cli.machine.system import existing
 from flashrl_cli.memory import estimate
 from flashrl_cli.memory import model as known
 from flashrl_cli.paths import checkpoints_root
+from flashrl_cli.precision import KV8_GPUS, PRECISIONS
 from flashrl_cli.text import counted
 from flashrl_cli.verl import environment, rewards
 from flashrl_cli.verl import environment as loggers
@@ -50,9 +50,9 @@ if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
     from flashrl_cli.config.spec import ResourceSpec, RunSpec
     from flashrl_cli.data.rows import Located
-    from flashrl_cli.memory.model import ModelShape
     from flashrl_cli.train.plan import LaunchPlan
     from flashrl_cli.verl.compose import Tree
+    from flashrl_cli.weights.shape import ModelShape
 
 PROFILE = "rollout.profile"
 DATA = ("data.train", "data.val")
@@ -236,8 +236,8 @@ def _ray(spec: RunSpec, joined: tuple[str, str] | None) -> Iterator[Finding]:
 def _gpu_precision(spec: RunSpec, found: Sequence[gpus.Gpu]) -> Iterator[Finding]:
     precision = spec.rollout.precision
     if reason := gpus.lacks(precision, found):
-        yield fail("rollout.precision", reason, f"--rollout {gpus.PRECISIONS[precision].instead}")
-    if spec.rollout.kv_cache != "auto" and (reason := gpus.outside(gpus.CACHE, "an FP8 KV cache", found)):
+        yield fail("rollout.precision", reason, f"--rollout {PRECISIONS[precision].instead}")
+    if spec.rollout.kv_cache != "auto" and (reason := gpus.outside(KV8_GPUS, "an FP8 KV cache", found)):
         yield fail("rollout.kv_cache", reason, "--set rollout.kv_cache=auto")
 
 
@@ -338,7 +338,7 @@ def _models(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
             )
         else:
             size = parameters(model, data_root)
-            free = shutil.disk_usage(existing(cache)).free
+            free = shutil.disk_usage(paths.existing(cache)).free
             yield system.download(key, model, size and 2 * size, free, str(cache))
 
 
@@ -354,7 +354,7 @@ def hub_models(spec: RunSpec, data_root: Path) -> dict[str, str]:
 def parameters(model: str, data_root: Path) -> int | None:
     """Parameter count of a model, as far as this machine knows its shape."""
     from flashrl_cli.memory import model as known
-    from flashrl_cli.memory import model as shape
+    from flashrl_cli.weights import shape
 
     try:
         found = known.shape_of(model, data_root)
@@ -370,7 +370,7 @@ def _checkpoints(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
         yield system.checkpoints(
             environment.checkpoint_bytes(spec, size),
             environment.checkpoints_kept(spec),
-            shutil.disk_usage(existing(root)).free,
+            shutil.disk_usage(paths.existing(root)).free,
             nodes=spec.resources.nodes,
             folder=str(root),
             keep_fewer=environment.KEEP_ONE,
@@ -428,7 +428,7 @@ def _machine(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
     yield from software.verl_version(versions)
     yield from software.vllm_version(versions)
     yield from software.stack_for(spec.resources.platform, versions)
-    yield from software.findings(os.environ)
+    yield from software.entry_points(os.environ)
     yield from device_findings(spec, versions)
     yield from storage_findings(spec, data_root)
     yield from _loggers(spec)

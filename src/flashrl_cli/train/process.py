@@ -120,7 +120,6 @@ def _stays_ignored(number: signal.Signals) -> bool:
 
 
 PR_SET_CHILD_SUBREAPER = 36
-PR_SET_PDEATHSIG = 1
 GUARDIAN = "flashrl_cli.train.guardian"
 
 
@@ -210,17 +209,7 @@ class Tree:
 def adopt_orphans() -> None:
     """Become the parent of whatever loses its own below this process; Linux only, nothing happens elsewhere."""
     if sys.platform == "linux":
-        _prctl(PR_SET_CHILD_SUBREAPER, 1)
-
-
-def end_with_parent() -> None:
-    """Have the kernel ask this process to end when its parent is killed; for `preexec_fn`."""
-    if sys.platform == "linux":
-        _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _prctl(option: int, value: int) -> None:
-    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _alive(process: psutil.Process) -> bool:

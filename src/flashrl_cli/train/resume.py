@@ -127,7 +127,7 @@ def _check_world_size(spec: RunSpec, chosen: Saved) -> None:
     Each loads the shards of its own rank and world size, or fails in a worker minutes after the start
     (verl/utils/checkpoint/fsdp_checkpoint_manager.py:213).
     """
-    nodes, world = spec.resources.nodes, spec.resources.nodes * spec.resources.gpus_per_node
+    nodes, world = spec.resources.nodes, spec.resources.devices
     by = chosen.world_size
     if by is None or by == world:
         return

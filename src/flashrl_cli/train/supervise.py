@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING
 
 from flashrl_cli import files
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
-from flashrl_cli.runs.metrics import MetricsTail, Tail, last_lines
+from flashrl_cli.files import last_lines
+from flashrl_cli.runs.metrics import MetricsTail, Tail
 from flashrl_cli.train import handshake
 from flashrl_cli.train.plan import LaunchPlan, plan_document
 from flashrl_cli.train.process import Interrupted, Tree
 from flashrl_cli.verl.causes import CAUSES, Cause, cause_in
-from flashrl_cli.verl.logs import CLOCKS, phase_after, plain, root_error, telling, total_steps
+from flashrl_cli.verl.logs import StartPhase, phase_after, plain, root_error, telling, total_steps
 
 if TYPE_CHECKING:
     from flashrl_cli.config.spec import WatchSpec
@@ -83,7 +84,6 @@ KILL_GRACE_S = 3.0
 TAIL_LINES = 20
 TRACEBACK_LINES = 2000
 """Lines at the log's end in which the exception at the root of a failure is looked for."""
-STARTING = "starting verl"
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Watch:
         self._expected = handshake.expectation(self.plan)
         self._proven = self._expected.workers == 0
         self._moved = time.monotonic()
-        self._phase = STARTING
+        self._phase = StartPhase.VERL
         self._doomed: tuple[Cause, float] | None = None
         self.cause: Cause | None = None
 
@@ -127,7 +127,7 @@ class Watch:
         if phase is not None and not self.steps:
             self._phase = phase
             self._moved = time.monotonic()
-            self.display.phase(phase)
+            self.display.phase(phase.words)
         total = total_steps(line)
         if total is not None:
             self.total = total
@@ -182,12 +182,12 @@ class Watch:
             raise self.failure(self._doomed[0].what, self._doomed[0].hint)
         limit, key = self._limit()
         if now - self._moved > limit:
-            doing = "a step" if self.steps else f"the start ({self._phase})"
+            doing = "a step" if self.steps else f"the start ({self._phase.words})"
             raise RunFailed(f"no progress for {limit:g} s during {doing}", hint=f"raise watch.{key} if it only is slow")
 
     def _limit(self) -> tuple[float, str]:
         """Seconds that what is being done now may take, and the key that says so."""
-        watch, clock = self.plan.spec.watch, CLOCKS.get(self._phase)
+        watch, clock = self.plan.spec.watch, self._phase.clock_s
         if self.steps or clock is None:
             return watch.step_timeout_s, "step_timeout_s"
         return watch.start_timeout_s or clock, "start_timeout_s"
@@ -214,7 +214,7 @@ def supervise(
     paths = plan.attempt_paths
     paths.plugins.mkdir(parents=True)
     files.write_json(paths.plan, plan_document(plan))
-    display.phase(STARTING)
+    display.phase(StartPhase.VERL.words)
     handle = start(plan)
     watch = Watch(plan, display, handle, vocabulary)
     try:

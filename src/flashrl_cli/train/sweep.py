@@ -28,6 +28,7 @@ from flashrl_cli.train.plan import default_name, run_paths
 from flashrl_cli.train.process import Interrupted
 from flashrl_cli.train.run import refuse_running
 from flashrl_cli.train.sweep_axes import FLAGS, run_names
+from flashrl_cli.verl.metrics import SWEEP
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from flashrl_cli.train.plan import LaunchPlan
     from flashrl_cli.train.sweep_axes import Point
     from flashrl_cli.verl.compose import Tree
-    from flashrl_cli.verl.metrics import StepMetrics
+    from flashrl_cli.verl.metrics import Metric, StepMetrics
 
 T = TypeVar("T")
 TOLD = 3
@@ -289,8 +290,8 @@ def _run(launch: Launch, train: Train) -> FlashrlError | None:
 
 LAST_SHARE, LAST_LEAST = 10, 5
 """Means are taken over the last tenth of a run's steps, and over five at least: one step is noise."""
-MEANS = ("reward", "kl", "truncated", "step_s", "tokens_per_s")
-HEADINGS = ("run", "state", "steps", "reward", "accuracy", "KL", "cut %", "s/step", "tok/s", "best")
+_FIRST, *_OTHERS = SWEEP
+HEADINGS = ("run", "state", "steps", _FIRST.heading, "accuracy", *(metric.heading for metric in _OTHERS), "best")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,14 +324,19 @@ class Row:
         }
 
     def cells(self, *, best: bool) -> list[object]:
-        """For people, under the point's keys and `HEADINGS`."""
-        means, cut = self.means, self.means["truncated"]
+        """Cells under the point's keys and `HEADINGS`."""
         steps = f"{self.steps}/{self.total}" if self.total else self.steps
         return [
             *self.point.texts(),
-            *(self.run, self.state, steps, means["reward"], self.accuracy, means["kl"]),
-            *(None if cut is None else 100 * cut, means["step_s"], means["tokens_per_s"], "★" if best else ""),
+            *(self.run, self.state, steps, self._cell(_FIRST), self.accuracy),
+            *(self._cell(metric) for metric in _OTHERS),
+            "★" if best else "",
         ]
+
+    def _cell(self, metric: Metric) -> float | None:
+        """The mean of a metric; a share as percents, as its heading says."""
+        mean = self.means[metric.name]
+        return None if mean is None else mean * (100 if metric.form.endswith("%") else 1)
 
 
 def row(point: Point, run: RunPaths) -> Row:
@@ -346,7 +352,7 @@ def row(point: Point, run: RunPaths) -> Row:
         state=store.state(last) if last else "waiting",
         steps=max((step.step for step in trained), default=0),
         total=last.total_steps if last else None,
-        means={name: _mean(name, trained) for name in MEANS},
+        means={metric.name: _mean(metric.name, trained) for metric in SWEEP},
         accuracy=accuracies[-1] if accuracies else None,
         error=last.error if last else None,
         hint=last.hint if last else None,

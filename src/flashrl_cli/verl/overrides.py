@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from flashrl_cli import contract, paths
 from flashrl_cli.config.layers import Origin
+from flashrl_cli.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -219,19 +220,18 @@ def _overlong(resolved: Resolved) -> Iterator[Override]:
 
 
 def _precision(resolved: Resolved) -> Iterator[Override]:
-    """fp8-block is verl's own; int8 and fp8 are flashrl's vLLM methods, whose weights come through flashrl's worker extension.
+    """verl's own precision by verl's key; flashrl's vLLM methods by the engine's arguments, their weights through its worker extension.
 
-    With bf16 and fp8-block on CUDA the extension takes verl's own update, and checks that it was complete. vLLM's CPU build packs weights
+    With bf16 and verl's own on CUDA the extension takes verl's own update, and checks that it was complete. vLLM's CPU build packs weights
     away after loading, so that every precision needs flashrl's there.
     """
     origin = resolved.origins["rollout.precision"]
-    precision = resolved.spec.rollout.precision
-    method = contract.METHODS.get(precision)
-    if precision == "fp8-block":
-        yield Override(f"{ROLLOUT}.quantization", "fp8", origin)
-    if method:
-        yield Override(f"{ENGINE}.quantization", method, origin, added=True)
     rollout = resolved.spec.rollout
+    row = PRECISIONS[rollout.precision]
+    if row.verl:
+        yield Override(f"{ROLLOUT}.quantization", row.verl, origin)
+    if row.method:
+        yield Override(f"{ENGINE}.quantization", row.method, origin, added=True)
     if rollout.kv_cache != "auto":
         yield Override(f"{ENGINE}.kv_cache_dtype", rollout.kv_cache, resolved.origins["rollout.kv_cache"], added=True)
     why = _extension_reason(resolved)
@@ -245,7 +245,7 @@ def _precision(resolved: Resolved) -> Iterator[Override]:
 def _extension_reason(resolved: Resolved) -> str | None:
     """The field because of which rollout workers take flashrl's weight update, None where verl's own does, checked."""
     rollout = resolved.spec.rollout
-    if rollout.precision in contract.METHODS:
+    if PRECISIONS[rollout.precision].method:
         return "rollout.precision"
     options = ("kv_cache", "profile", "mix", "lm_head_fp32")
     asked = (f"rollout.{name}" for name in options if getattr(rollout, name) not in {None, "auto", 0})

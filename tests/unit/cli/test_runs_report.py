@@ -15,7 +15,8 @@ from flashrl_cli.cli import runs_report
 from flashrl_cli.errors import EnvironmentNotReady, InputError, NothingMatched
 from flashrl_cli.machine import software
 from flashrl_cli.render import figure
-from flashrl_cli.runs.curves import DEFAULTS, SMOOTHING
+from flashrl_cli.runs.curves import SMOOTHING
+from flashrl_cli.verl.metrics import PLOTTED
 from tests.unit.runs.on_disk import a_run, an_attempt, log, training, write_record
 
 app = typer.Typer()
@@ -164,4 +165,4 @@ def test_data_needs_no_plotting_package(arguments: tuple[str, ...], monkeypatch:
 def test_help_tells_the_defaults_that_there_are() -> None:
     parameters = inspect.signature(runs_report.plot).parameters
     assert parameters["smooth"].default == SMOOTHING
-    assert ", ".join(DEFAULTS) in str(parameters["metric"].annotation)
+    assert ", ".join(PLOTTED) in str(parameters["metric"].annotation)

@@ -103,7 +103,8 @@ class Engines:
         finally:
             self.up -= 1
 
-    def fulfil(self, order: Order) -> Iterator[dict[str, Any]]:
+    def ask(self, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        order = Order.of(asked)
         self.orders.append(order)
         yield from self.script(self.jobs[-1], order)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashrl_cli.runs.metrics import Tail, last_lines
+from flashrl_cli.files import last_lines
+from flashrl_cli.runs.metrics import Tail
 
 STREAMS = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n\r"), max_size=12), max_size=8).map(
     lambda lines: "".join(f"{line}\n" for line in lines).encode()

@@ -35,9 +35,9 @@ def test_every_field_is_in_the_table_or_handled_apart():
     ("precision", "quantization", "extension"),
     [
         ("bf16", {}, contract.CHECKED_EXTENSION),
-        ("fp8", {f"+{ENGINE}.quantization": contract.FP8_METHOD}, contract.WORKER_EXTENSION),
+        ("fp8", {f"+{ENGINE}.quantization": "flashrl_fp8"}, contract.WORKER_EXTENSION),
         ("fp8-block", {f"{ROLLOUT}.quantization": "fp8"}, contract.CHECKED_EXTENSION),
-        ("int8", {f"+{ENGINE}.quantization": contract.INT8_METHOD}, contract.WORKER_EXTENSION),
+        ("int8", {f"+{ENGINE}.quantization": "flashrl_int8"}, contract.WORKER_EXTENSION),
     ],
 )
 def test_precision_on_gpus_leaves_verls_own_path_alone_but_for_flashrls_methods(precision, quantization, extension):

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from flashrl_cli import contract
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
-from flashrl_cli.runs.metrics import Tail, last_lines
+from flashrl_cli.files import last_lines
+from flashrl_cli.runs.metrics import Tail
 from flashrl_cli.train import plan as ray_plan
 from flashrl_cli.verl.logs import plain, read_line
 

@@ -20,6 +20,7 @@ from flashrl_cli import files
 from flashrl_cli.errors import EnvironmentNotReady, Problem
 from flashrl_cli.machine import finding, gpus, software
 from flashrl_cli.machine.software import DISTRIBUTIONS, ENTRY_POINTS
+from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.text import counted
 from flashrl_cli.train.executors.ray_nodes import MARK
 from flashrl_cli.train.preflight import local_inputs
@@ -134,7 +135,7 @@ def _node(plan: LaunchPlan, node: Mapping[str, Any], wanted: Mapping[str, str]) 
     for found in gpus.vendors({**node["variables"], **given}, plan.spec.resources.gpus_per_node, preset=given):
         yield Problem(found.text, where, found.fix)
     if reason := gpus.lacks(plan.spec.rollout.precision, gpus.parse(node["gpus"])):
-        instead = gpus.PRECISIONS[plan.spec.rollout.precision].instead
+        instead = PRECISIONS[plan.spec.rollout.precision].instead
         yield Problem(reason, where, f"--rollout {instead}")
 
 

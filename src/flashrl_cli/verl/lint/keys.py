@@ -22,11 +22,11 @@ from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING
 
-from flashrl_cli import contract
 from flashrl_cli.config.layers import leaves
 from flashrl_cli.config.resolve import Resolved
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.errors import EnvironmentNotReady, Problem
+from flashrl_cli.precision import BY_METHOD, METAVAR
 from flashrl_cli.verl import compose, environment
 from flashrl_cli.verl.config import MODEL, REF, Settings
 from flashrl_cli.verl.dead_keys import dead_key
@@ -277,12 +277,12 @@ def one_quantization(resolved: Resolved, overrides: Sequence[Override]) -> Itera
     for override in verbatim(resolved, overrides):
         if override.key == f"{ENGINE}.quantization" or (
             override.key == f"{ROLLOUT}.quantization"
-            and (resolved.spec.rollout.precision in contract.METHODS or override.value == "fp8")
+            and (resolved.spec.rollout.precision in BY_METHOD or override.value == "fp8")
         ):
             yield Problem(
                 f"{override.key} and rollout.precision = {resolved.spec.rollout.precision} say it twice",
                 override.origin.where,
-                "--rollout bf16|int8|fp8|fp8-block alone",
+                f"--rollout {METAVAR} alone",
             )
 
 

@@ -1,4 +1,4 @@
-"""Which Ray a run uses, and what others left."""
+"""Which Ray a run uses, and whether sockets, checkpoints and downloads have room."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
-import psutil
 import pytest
 
-from flashrl_cli.machine import ray_state
+from flashrl_cli.errors import EnvironmentNotReady, Problem
+from flashrl_cli.machine import ray_state, system
+from flashrl_cli.machine.finding import fail, ok, problems, warn
+
+
+def test_only_failures_are_problems() -> None:
+    found = problems([ok("a", "fine"), fail("b", "broken", "repair it"), warn("c", "odd", "look"), fail("d", "lost")])
+    assert list(found) == [Problem("broken", "b", "repair it"), Problem("lost", "d", None)]
 
 
 @pytest.fixture
@@ -73,37 +79,9 @@ def test_an_address_without_a_port_is_not_judged(address: str) -> None:
     assert ray_state.probe_answers(address) is None
 
 
-def test_daemons(monkeypatch: pytest.MonkeyPatch) -> None:
-    def process(pid: int, name: str, user: int) -> SimpleNamespace:
-        return SimpleNamespace(pid=pid, info={"name": name, "uids": SimpleNamespace(real=user)})
-
-    me = os.getuid()
-    running = [
-        process(1, "raylet", me),
-        process(2, "raylet", me + 1),
-        process(3, "python", me),
-        process(4, "raylet", me),
-    ]
-    monkeypatch.setattr(psutil, "process_iter", lambda attributes: running)
-    pids = ray_state.probe_daemons()
-    assert pids == [1, 4]
-    (finding,) = ray_state.daemons(pids)
-    assert finding.level == "warn"
-    assert "pid 1, 4" in finding.text
-    assert not list(ray_state.daemons([]))
-
-
-def test_ports(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_state, "probe_answers", lambda address: address.endswith(":8265"))
-    assert ray_state.probe_ports() == [8265]
-    assert ray_state.ports([]).level == "ok"
-    finding = ray_state.ports([8265])
-    assert finding.level == "warn"
-    assert "8265 (Ray's dashboard)" in finding.text
-
-
 def test_a_cluster_is_found_where_ray_looks_for_its_note(tmp_path: Path) -> None:
-    """Also tried: a note that is empty, one that is no UTF-8, a folder of that name, RAY_ADDRESS=auto with and without a note."""
+    """Also tried: a note that is empty, one that is no UTF-8, a folder of that name, RAY_ADDRESS=auto with and without
+    a note."""
     for folder in ("a", "b"):
         (tmp_path / folder / "ray").mkdir(parents=True)
         (tmp_path / folder / "ray/ray_current_cluster").write_text(f"{folder}:6379", encoding="utf-8")
@@ -155,7 +133,8 @@ def test_the_folder_is_the_one_that_ray_takes(environment, arguments, path, sour
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
 def test_a_folder_that_is_too_long_for_rays_sockets(tmp_path: Path, variable: str) -> None:
-    """The longest path that passes here also passes Ray's own check, and one byte more does not; a byte is no letter."""
+    """The longest path that passes here also passes Ray's own check, and one byte more does not; a byte is no
+    letter."""
     from ray._private.utils import validate_socket_filepath
 
     session = f"/ray/session_2026-11-28_09-20-00_123456_{os.getpid()}/sockets/plasma_store"
@@ -187,3 +166,70 @@ def test_a_folder_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     (found,) = ray_state.folder_findings({"TMPDIR": "/tmp"})
     assert (found.level, "cannot be written" in found.text) == ("fail", True)
+
+
+def test_avx512_is_read_from_the_processors_flags(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    assert not system.has_avx512(cpuinfo)
+    cpuinfo.write_text("flags\t\t: fpu sse avx avx2\n")
+    assert not system.has_avx512(cpuinfo)
+    cpuinfo.write_text("flags\t\t: fpu avx2 avx512f avx512bw\n")
+    assert system.has_avx512(cpuinfo)
+
+
+def test_sockets_of_engines_and_graders_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python takes the first of TMPDIR, TEMP and TMP that exists; vLLM takes VLLM_RPC_BASE_PATH whether it exists or
+    not."""
+    short, long = str(tmp_path / "s"), str(tmp_path / ("x" * 90))
+    for folder in (short, long):
+        Path(folder).mkdir()
+    fits = [{}, {"TMPDIR": "/nowhere" + "x" * 90}, {"TMPDIR": "/nowhere", "TEMP": "/tmp"}, {"TMPDIR": ""}]
+    for environment in fits:
+        assert list(system.sockets(environment)) == []
+        system.check_sockets(environment)
+    (found,) = system.sockets({"TMPDIR": long})
+    assert (found.level, "(TMPDIR)" in found.text, "a shorter TMPDIR" in str(found.fix)) == ("fail", True, True)
+    (found,) = system.sockets({"TMPDIR": "/nowhere", "TEMP": long, "VLLM_RPC_BASE_PATH": "/tmp"})
+    assert "(TEMP)" in found.text
+    (found,) = system.sockets({"VLLM_RPC_BASE_PATH": "/nowhere" + "x" * 90})
+    assert "(VLLM_RPC_BASE_PATH)" in found.text
+    with pytest.raises(EnvironmentNotReady, match="too long for the sockets"):
+        system.check_sockets({"TMPDIR": long})
+    monkeypatch.setattr(os, "access", lambda path, mode: path != "/tmp")
+    assert [found.fix for found in system.sockets({})] == ["make /tmp writable"]
+    system.check_sockets({})
+
+
+def checkpoints(one: int, kept: int | None, free: int, nodes: int = 1) -> Any:
+    return system.checkpoints(one, kept, free, nodes=nodes, folder="/c", keep_fewer="--keep")
+
+
+@pytest.mark.parametrize(
+    ("one", "kept", "free", "nodes", "level"),
+    [
+        (100, 0, 0, 1, "ok"),
+        (100, 3, 300, 1, "ok"),
+        (100, 3, 299, 1, "warn"),
+        (100, 3, 99, 1, "fail"),
+        (100, None, 100, 1, "ok"),
+        (100, None, 99, 1, "fail"),
+        (100, 1, 50, 4, "warn"),  # if each node has a disk of its own, a quarter fits
+        (100, 1, 24, 4, "fail"),
+    ],
+)
+def test_checkpoints(one: int, kept: int | None, free: int, nodes: int, level: str) -> None:
+    assert checkpoints(one, kept, free, nodes).level == level
+
+
+def test_how_many_fit_is_told_where_all_are_kept() -> None:
+    assert "room for 7; all are kept" in checkpoints(100, None, 750).text
+
+
+def test_fewer_can_be_kept() -> None:
+    assert str(checkpoints(100, 3, 150).fix).startswith("--keep, or FLASHRL_CHECKPOINTS")
+
+
+@pytest.mark.parametrize(("needed", "free", "level"), [(None, 0, "ok"), (100, 100, "ok"), (100, 99, "fail")])
+def test_download(needed: int | None, free: int, level: str) -> None:
+    finding = system.download("model.path", "a/b", needed, free, "/hub")
+    assert (finding.name, finding.level) == ("model.path", level)

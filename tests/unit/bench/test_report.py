@@ -12,8 +12,8 @@ BASE = {8: [100.0, 98.0, 102.0], 256: [1000.0, 990.0, 1010.0]}
 def test_a_speed_up_has_the_bounds_of_the_repeats() -> None:
     found = speed_up([150.0, 140.0, 160.0], [100.0, 90.0, 110.0])
     assert (found.value, found.least, found.greatest) == pytest.approx((1.5, 140 / 110, 160 / 90))
-    assert found.told == "1.50x (1.27 to 1.78)"
-    assert speed_up([150.0, 150.01], [100.0]).told == "1.50x"
+    assert found.text == "1.50x (1.27 to 1.78)"
+    assert speed_up([150.0, 150.01], [100.0]).text == "1.50x"
 
 
 def test_even_counts_of_repeats_take_the_mean_of_the_middle() -> None:

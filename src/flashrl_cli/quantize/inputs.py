@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import paths
 from flashrl_cli.errors import EnvironmentNotReady, InputError
-from flashrl_cli.machine.system import existing
+from flashrl_cli.paths import existing
 from flashrl_cli.quantize import arithmetic, layers
 from flashrl_cli.quantize.tensors import Tensor, described
 from flashrl_cli.runs import merge
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _OTHER_FORMS = ("*.bin", "*.pth", "*.gguf")
 _TRANSPOSED = frozenset({"gpt2", "openai-gpt"})
-"""Families whose linear weights lie as [K, N] (transformers' Conv1D), which vLLM turns as it loads them."""
+"""Families whose linear weights are stored as [K, N] (transformers' Conv1D), which vLLM turns as it loads them."""
 _SENSES = ("vision_config", "audio_config")
 _PACKED = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv")
 _IN_8_BITS = ("F8", "I8", "U8")
@@ -170,4 +170,4 @@ def _refuse_inside(checkpoint: Checkpoint, target: Path) -> None:
     shards = {shard.parent for shard in checkpoint.shards}
     sources = shards | {one for one in (checkpoint.hf, checkpoint.adapter) if one}
     if any(source.resolve() in {target.resolve(), *target.resolve().parents} for source in sources):
-        raise InputError(f"{target} lies in the model's own folder", hint="-o FOLDER elsewhere")
+        raise InputError(f"{target} is in the model's own folder", hint="-o FOLDER elsewhere")

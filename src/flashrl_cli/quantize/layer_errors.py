@@ -21,8 +21,8 @@ COLUMNS = ("layer", "shape", "error %", "to zero %", "MiB", "in 8 bits")
 class Layer:
     """One quantized weight [N, K]. `error` is ‖W − Q·s‖ / ‖W‖ (Frobenius), W as a bf16 engine holds it.
 
-    `zeros` is the share of values that are stored as 0; `clipped` the share beyond the range, which a scale made of the largest value
-    leaves at 0. `before` and `after` are bytes, scales included.
+    `zeros` is the share of values that are stored as 0; `clipped` the share beyond the range, which a scale made of the
+    largest value leaves at 0. `before` and `after` are bytes, scales included.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """All quantized layers, names of the linear modules that stay in 16 bits, and the model's size in bytes before and after."""
+    """All quantized layers, the linear modules that stay in 16 bits, and the model's bytes before and after."""
 
     layers: tuple[Layer, ...]
     kept: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The hub's folders and switches, and proxies."""
+"""The hub's cache and its offline switch."""
 
 from __future__ import annotations
 
@@ -45,34 +45,3 @@ def test_cached_models(tmp_path: Path) -> None:
     (snapshot / "config.json").write_text("{}")
     assert hub.is_cached("Qwen/Qwen2.5-32B", tmp_path)
     assert not hub.is_cached("Qwen/Qwen2.5-7B", tmp_path)
-
-
-def test_token(tmp_path: Path) -> None:
-    environment = {"HF_HOME": str(tmp_path)}
-    assert not hub.probe_token(environment, HOME)
-    assert hub.probe_token({"HF_TOKEN": "x"}, HOME)
-    (tmp_path / "token").write_text("x")
-    assert hub.probe_token(environment, HOME)
-
-
-def test_hub() -> None:
-    on = hub.hub(Path("/c"), None, token=True, endpoint="https://mirror")
-    assert on.text == "switched on at https://mirror, with a token; cache /c"
-    off = hub.hub(Path("/c"), "HF_HUB_OFFLINE", token=False, endpoint=None)
-    assert off.text == "switched off by HF_HUB_OFFLINE; cache /c"
-
-
-@pytest.mark.parametrize(
-    ("environment", "levels"),
-    [
-        ({}, []),
-        ({"no_proxy": "x"}, []),
-        ({"https_proxy": ""}, []),
-        ({"https_proxy": "http://p"}, ["warn"]),
-        ({"HTTP_PROXY": "http://p", "NO_PROXY": "localhost"}, ["warn"]),
-        ({"HTTP_PROXY": "http://p", "NO_PROXY": "localhost, 127.0.0.1,.corp"}, ["ok"]),
-        ({"all_proxy": "http://p", "no_proxy": "*"}, ["ok"]),
-    ],
-)
-def test_proxies(environment: dict[str, str], levels: list[str]) -> None:
-    assert [finding.level for finding in hub.proxies(environment)] == levels
