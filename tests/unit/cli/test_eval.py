@@ -20,6 +20,7 @@ from flashrl_cli.evals import evaluation
 from flashrl_cli.evals.job import Job, Order
 from flashrl_cli.evals.questions import Question
 from flashrl_cli.evals.results import Grade, Response
+from tests import sample_rows
 from tests.unit.evals.lab import Engines, Graders, answer, checkpoint, scripted
 
 
@@ -30,19 +31,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
 
 @pytest.fixture
 def data(tmp_path: Path) -> str:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = [
-        {
-            "data_source": "openai/gsm8k",
-            "prompt": [{"role": "user", "content": f"{n}?"}],
-            "reward_model": {"ground_truth": str(n)},
-        }
-        for n in range(4)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "sums.parquet")
-    return str(tmp_path / "sums.parquet")
+    return str(sample_rows.write(tmp_path / "sums.parquet"))
 
 
 @pytest.fixture
