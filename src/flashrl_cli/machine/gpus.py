@@ -206,6 +206,5 @@ def freest(count: int, share: float | None, found: Sequence[FreeMemory]) -> tupl
         free = ", ".join(f"{gpu.index}: {gpu.free / 1024:.1f} GiB" for gpu in found)
         hint = "wait for what runs there (`nvidia-smi` names it), or CUDA_VISIBLE_DEVICES= for a CPU build of vLLM"
         raise EnvironmentNotReady(f"no GPU has room for an engine; free memory by GPU: {free}", hint=hint)
-    return ",".join(str(index) for index in sorted(gpu.index for gpu in chosen)), round(
-        least, 2
-    ) if share is None else share
+    visible = ",".join(str(index) for index in sorted(gpu.index for gpu in chosen))
+    return visible, round(least, 2) if share is None else share
