@@ -136,7 +136,7 @@ def register() -> None:
 
 
 def arguments(precision: str) -> dict[str, Any]:
-    """What vLLM is told for a precision; fp8-block as verl tells it
+    """What vLLM is given for a precision; fp8-block as verl gives it
     (workers/rollout/vllm_rollout/vllm_async_server.py:1254).
     """
     row = PRECISIONS[precision]

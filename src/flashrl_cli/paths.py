@@ -1,6 +1,6 @@
-"""Where things lie: prepared data, runs, checkpoints, presets.
+"""Where prepared data, runs, checkpoints and presets are on disk.
 
-Everything is absolute, because Ray starts workers in folders of its own.
+Every path is absolute, because Ray starts workers in folders of its own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashrl_cli.errors import InputError
+
+FOLDER_NAME = r"^[^/.\x00-\x1f][^/\x00-\x1f]{0,199}$"
+"""What may name a preset, a project or a run: one visible folder."""
 
 
 def absolute(path: str | Path) -> Path:

@@ -17,7 +17,7 @@ from flashrl_cli.contract import read_handshakes
 from flashrl_cli.paths import AttemptPaths
 from flashrl_cli.runs import store
 from flashrl_cli.runs.metrics import read_metrics
-from flashrl_cli.train.executors.ray_job import Relay
+from flashrl_cli.train.executors.ray_job import LogExtraction
 from tests.integration.conftest import PATIENCE_S, SMALL, Workshop, events
 from tests.integration.ray_cluster import HEAD, OTHER, Cluster, two_nodes
 
@@ -71,7 +71,7 @@ def none_left(cluster: Cluster, seconds: float) -> None:
 def the_log_tells_the_same(attempt: AttemptPaths, relayed: AttemptPaths) -> None:
     """Where no folder is shared, metrics and handshakes come out of the log: the same ones."""
     relayed.log.write_bytes(attempt.log.read_bytes())
-    Relay(relayed).poll(ended=True)
+    LogExtraction(relayed).poll(ended=True)
     assert read_metrics(relayed.metrics)[:STEPS] == read_metrics(attempt.metrics)[:STEPS]
     assert list(read_handshakes(relayed.plugins)) == list(read_handshakes(attempt.plugins))
 

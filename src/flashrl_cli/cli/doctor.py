@@ -54,7 +54,7 @@ def doctor(
     refits a tiny engine and compares its answers with an independent computation; `flashrl doctor --docker --preset
     gsm8k-0.5b` prints the container that trains it.
     """
-    from flashrl_cli.config.resolve import load_spec
+    from flashrl_cli.config.resolve import Options, read_spec
     from flashrl_cli.render.output import Output
 
     options = _options(preset, rollout, tis, sets)
@@ -68,7 +68,8 @@ def doctor(
         raise InputError(f"{options[0]} without --preset", hint="--preset NAME says what it changes")
     if run and not docker:
         raise InputError("--run without --docker", hint="`flashrl train` runs here; --docker --run in a container")
-    resolved = load_spec(preset, rollout=rollout, tis=tis, sets=sets or ()) if preset else None
+    asked = Options(rollout=rollout, tis=tis, sets=sets or ())
+    resolved = read_spec(preset, asked).checked() if preset else None
     out = Output(json_mode=json)
     if docker:
         _docker(resolved, options, out, run=run)
@@ -113,7 +114,7 @@ def _check(resolved: Resolved | None, out: Output) -> None:
 
     report = machine()
     if resolved:
-        report = report.with_preset(list(preflight.findings(resolved.spec, paths.data_root())))
+        report = report.with_preset(list(preflight.findings(resolved.spec)))
     name = resolved.spec.name if resolved else None
     if out.json_mode:
         out.document(document(report, name))
@@ -171,4 +172,4 @@ def _read(resolved: Resolved, options: list[str]) -> list[Path]:
     from flashrl_cli.train.preflight import local_inputs
 
     preset = paths.absolute(options[options.index("--preset") + 1])
-    return [*local_inputs(resolved.spec, paths.data_root()).values(), *([preset] if preset.is_file() else [])]
+    return [*local_inputs(resolved.spec).values(), *([preset] if preset.is_file() else [])]

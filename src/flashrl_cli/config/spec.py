@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
+from flashrl_cli.paths import FOLDER_NAME
 from flashrl_cli.precision import PrecisionName
 
 Count = Annotated[int, Field(gt=0)]
@@ -17,8 +18,6 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
-FOLDER_NAME = r"^[^/.\x00-\x1f][^/\x00-\x1f]{0,199}$"
-"""What may name a preset, a project or a run: one visible folder."""
 FolderName = Annotated[str, Field(pattern=FOLDER_NAME)]
 Scalar = bool | int | float | str | None
 

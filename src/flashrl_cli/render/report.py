@@ -183,7 +183,7 @@ def _configuration(plan: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _changes(sources: Sources) -> list[dict[str, Any]]:
     """What each attempt's plan, versions and git state changed from the attempt before."""
-    from flashrl_cli.train.review import compare
+    from flashrl_cli.train.diff import compare
 
     changes = []
     for before, after in pairwise(sorted(sources.plans)):

@@ -256,7 +256,7 @@ def check_name(name: str) -> None:
     """Raise InputError unless `name` can be a run's: one visible folder."""
     import re
 
-    from flashrl_cli.config.spec import FOLDER_NAME
+    from flashrl_cli.paths import FOLDER_NAME
 
     if not re.match(FOLDER_NAME, name):
         raise InputError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashrl_cli import contract
-from flashrl_cli.errors import Problem
+from flashrl_cli.errors import Location, Problem
 from flashrl_cli.verl.overrides import ACTOR, ENGINE, ROLLOUT, TABLE, Override, quote
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class Settings:
         value = self.get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
-    def where(self, *keys: str) -> str | None:
+    def where(self, *keys: str) -> Location | None:
         """Where the first of these keys (or fields) that a person set was written; an option given for this run before any preset."""
         places = {**self.resolved.origins, **{override.key: override.origin for override in self.overrides}}
         origins = [places[key] for key in keys if key in places]
@@ -177,8 +177,7 @@ class Settings:
     def fix(self, key: str, value: Any, *, new: bool = False) -> str:
         """The option that sets the key; `new` for one that verl's tree lacks."""
         text = str(value).lower() if isinstance(value, bool) else quote(value)
-        name = written(key, new=new)
-        return f"--set '{name}={text}'" if "[" in text else f"--set {name}={text}"
+        return self.resolved.option(written(key, new=new), text)
 
     def problem(self, message: str, hint: str, *keys: str) -> Problem:
         """A problem that was written at the first of `keys` that a person set."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from flashrl_cli import contract, paths
 from flashrl_cli.config.layers import Origin
+from flashrl_cli.errors import Location
 from flashrl_cli.precision import PRECISIONS
 
 if TYPE_CHECKING:
@@ -191,10 +192,10 @@ def overrides(resolved: Resolved, places: Places) -> tuple[Override, ...]:
 
 
 def _fixed() -> Iterator[Override]:
-    why = Origin("derived", "verl's V1 trainer with trainer and rollout on the same devices")
+    why = Origin("derived", reason="verl's V1 trainer with trainer and rollout on the same devices")
     yield Override("trainer.use_v1", True, why)
     yield Override("trainer.v1.trainer_mode", "sync", why)
-    yield Override(f"{ROLLOUT}.name", "vllm", Origin("derived", "verl names no engine by default"))
+    yield Override(f"{ROLLOUT}.name", "vllm", Origin("derived", reason="verl names no engine by default"))
 
 
 def _fields(resolved: Resolved, data: Path) -> Iterator[Override]:
@@ -213,7 +214,7 @@ def _has_no_reader(entry: Entry, resolved: Resolved) -> bool:
 def _overlong(resolved: Resolved) -> Iterator[Override]:
     """What verl's `dapo` reward manager demands beside the typed fields (reward_loop/reward_manager/dapo.py:33-48)."""
     if resolved.spec.reward.overlong:
-        why = Origin("derived", "reward.overlong")
+        why = Origin("derived", reason="reward.overlong")
         yield Override(f"{OVERLONG}.enable", True, why, added=True)
         longest = resolved.spec.data.max_response_length
         yield Override("reward.reward_kwargs.max_resp_len", longest, why, added=True)
@@ -237,7 +238,9 @@ def _precision(resolved: Resolved) -> Iterator[Override]:
     why = _extension_reason(resolved)
     extension = contract.WORKER_EXTENSION if why else contract.CHECKED_EXTENSION
     because = (
-        resolved.origins[why] if why else Origin("derived", "every parameter must be written at each weight update")
+        resolved.origins[why]
+        if why
+        else Origin("derived", reason="every parameter must be written at each weight update")
     )
     yield Override(f"{ENGINE}.worker_extension_cls", extension, because, added=True)
 
@@ -272,13 +275,13 @@ def _run(resolved: Resolved, places: Places) -> Iterator[Override]:
     """What depends on this run and not on the preset. Folders are absolute: Ray's workers have folders of their own."""
     if resolved.spec.resources.platform == "cpu":
         yield Override("trainer.device", "cpu", resolved.origins["resources.platform"])
-    why = Origin("derived", "the run's name")
+    why = Origin("derived", reason="the run's name")
     yield Override("trainer.experiment_name", places.name, why)
     yield Override("trainer.default_local_dir", str(places.checkpoints), why)
     if places.resume_from is None:
-        yield Override("trainer.resume_mode", "auto", Origin("derived", "an interrupted run goes on"))
+        yield Override("trainer.resume_mode", "auto", Origin("derived", reason="an interrupted run goes on"))
     else:
-        resume = Origin("option", "--resume")
+        resume = Origin("option", Location("--resume"))
         yield Override("trainer.resume_mode", "resume_path", resume)
         yield Override("trainer.resume_from_path", str(places.resume_from), resume)
 

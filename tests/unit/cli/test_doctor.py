@@ -31,7 +31,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/tmp/no-ray-is-here")  # a path of pytest is too long for sockets
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    for name in ("RAY_ADDRESS", "FLASHRL_CONFIG", "HF_HUB_OFFLINE", *docker.PASSED, *preflight.ENTRY_POINTS.values()):
+    for name in ("RAY_ADDRESS", "FLASHRL_CONFIG", "HF_HUB_OFFLINE", *docker.PASSED, *software.ENTRY_POINTS.values()):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
 

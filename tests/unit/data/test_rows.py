@@ -27,7 +27,7 @@ def found(*rows: dict[str, Any], needs: Needs | None = None) -> list[tuple[str |
     located = ((Place("a.parquet", number, "row"), one) for number, one in enumerate(rows, start=1))
     judge(located, needs or Needs(), bad)
     assert all(problem.hint for problem in bad.problems() if "number" not in problem.message), "every fault has a fix"
-    return [(problem.where, problem.message) for problem in bad.problems()]
+    return [(str(problem.where), problem.message) for problem in bad.problems()]
 
 
 def prompt(*turns: Any) -> dict[str, Any]:

@@ -291,7 +291,7 @@ def write_parquet(path: Path) -> Path:
 def read(path: Path) -> tuple[list[tuple[str, Any]], list[tuple[str | None, str]]]:
     bad = BadRows()
     rows = [(str(place).removeprefix(f"{path}:"), row) for place, row in readers.read(path, bad)]
-    return rows, [(problem.where, problem.message) for problem in bad.problems()]
+    return rows, [(str(problem.where), problem.message) for problem in bad.problems()]
 
 
 def test_lines_know_their_number(tmp_path: Path) -> None:

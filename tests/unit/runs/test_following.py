@@ -16,7 +16,7 @@ from flashrl_cli.runs.control import Ending, Follower, age
 from flashrl_cli.runs.store import Attempt, Phase, known
 from tests.unit.render.test_live import shake
 from tests.unit.runs import disk
-from tests.unit.train.conftest import Recorder
+from tests.unit.train.builders import Recorder
 
 REWARD = {"critic/score/mean": 0.5}
 

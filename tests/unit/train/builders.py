@@ -1,16 +1,98 @@
-"""A Ray job server in memory, for tests: its clock is the test's, and every answer can be made to fail."""
+"""What tests of training share: plans, handshakes, a display that records, a clock, a Ray job server in memory."""
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from flashrl_cli.config.resolve import Resolved, load_spec
+from flashrl_cli.contract import Handshake
+from flashrl_cli.train.plan import LaunchPlan, build_plan
+from flashrl_cli.verl.metrics import StepMetrics
+
+
+def plan_of(
+    resolved: Resolved, root: Path = Path("/w"), *, name: str = "r", attempt: int = 1, python: str = sys.executable
+) -> LaunchPlan:
+    """Plan of a run whose folders are below `root`."""
+    return build_plan(
+        resolved,
+        name=name,
+        attempt=attempt,
+        python=python,
+        runs_root=root / "runs",
+        checkpoints_root=root / "checkpoints",
+        data_root=root / "data",
+    )
+
+
+def planned(preset: str = "tiny", *sets: str, root: Path = Path("/w"), **options: str | None) -> LaunchPlan:
+    """Plan of a preset under `--set` texts and other options."""
+    return plan_of(load_spec(preset, sets=sets, **options), root)  # type: ignore[arg-type]
+
+
+def handshake(**changes: Any) -> Handshake:
+    """Handshake of an INT8 worker."""
+    whole: dict[str, Any] = {
+        "host": "node-1", "pid": 1, "precision": "int8", "quantized_layers": 14, "linear_layers": 15, "quantized_bytes": 9,
+        "kernel": "K", "vllm": "0", "torch": "2", "device": "cpu", "refits": 1, "refit_s": 0.1,
+    }  # fmt: skip
+    return Handshake(**whole | changes)
+
+
+class Recorder:
+    """A display that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+        self.proofs: list[list[Handshake]] = []
+        self.steps: list[int] = []
+        self.total: int | None = None
+        self.ticks = 0
+
+    def expect(self, total: int) -> None:
+        self.total = total
+
+    def phase(self, text: str) -> None:
+        self.phases.append(text)
+
+    def proven(self, shakes: list[Handshake]) -> None:
+        self.proofs.append(shakes)
+
+    def step(self, metrics: StepMetrics) -> None:
+        self.steps.append(metrics.step)
+
+    def tick(self) -> None:
+        self.ticks += 1
+
+
+class Clock:
+    """Time that passes only when the code under test sleeps, or the test moves `now`."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self._later: list[tuple[float, Callable[[], object]]] = []
+
+    def after(self, seconds: float, act: Callable[[], object]) -> None:
+        self._later.append((self.now + seconds, act))
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        for due, act in self._later:
+            if due <= self.now:
+                act()
+
 
 class FakeJobs:
-    """`ray.client.Jobs`. A job's log is what `log` holds; `run` makes a submitted job's state."""
+    """`ray_job.Jobs` whose every answer can be made to fail. A job's log is what `log` holds; `run` makes a submitted job's state."""
 
     def __init__(self, run: Callable[[str], tuple[str, str]] | None = None) -> None:
         self.jobs: dict[str, SimpleNamespace] = {}

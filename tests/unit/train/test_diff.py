@@ -1,4 +1,4 @@
-"""What a preset would start, and how that differs from what was recorded."""
+"""How plans differ: of presets, and of what was recorded."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from flashrl_cli import files, paths
+from flashrl_cli.config.resolve import Options
 from flashrl_cli.errors import InputError
-from flashrl_cli.train.review import Options, compare, document_of, preview
+from flashrl_cli.train.diff import compare, document_of
 
 NONE = Options()
 
@@ -24,19 +25,6 @@ def keys(listed: Any) -> list[str]:
 
 def record(run: str, document: dict[str, Any]) -> None:
     files.write_json(paths.runs_root() / run / "attempt_1" / "plan.json", document)
-
-
-def test_preview_is_the_plan_of_a_first_attempt():
-    resolved, plan = preview("tiny", Options(tis="3", sets=("rollout.n=4",)))
-    assert (plan.name, plan.attempt, resolved.spec.rollout.n) == ("tiny-int8-tis3", 1, 4)
-    assert plan.paths.root == paths.runs_root() / "tiny-int8-tis3"
-
-
-def test_the_plugins_level_goes_with_the_plan(monkeypatch):
-    monkeypatch.setenv("FLASHRL_LOGGING_LEVEL", "INFO")
-    assert preview("tiny", NONE)[1].env["FLASHRL_LOGGING_LEVEL"] == "INFO"
-    monkeypatch.delenv("FLASHRL_LOGGING_LEVEL")
-    assert "FLASHRL_LOGGING_LEVEL" not in preview("tiny", NONE)[1].env
 
 
 def test_only_what_was_changed_differs_and_consequences_show_in_overrides_and_environment():
