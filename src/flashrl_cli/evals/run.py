@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from flashrl_cli.evals.job import EngineSettings, Sampling
     from flashrl_cli.evals.questions import Question
     from flashrl_cli.evals.request import Request
-    from flashrl_cli.runs.store import Known
+    from flashrl_cli.runs.store import Run
 
 # Keys of config.json that saving a policy again may change, and that responses do not depend on here.
 _VOLATILE = frozenset({
@@ -321,11 +321,11 @@ def looks(patterns: Sequence[str], say: Callable[[str], None], *, poll_s: float 
         time.sleep(poll_s)
 
 
-def behind(patterns: Sequence[str]) -> list[Known]:
+def behind(patterns: Sequence[str]) -> list[Run]:
     """Runs whose checkpoints the patterns name, or would name once there are some."""
     wanted = [str(paths.absolute(pattern)) for pattern in patterns]
     return [
-        run for run in store.every() if any(_names_checkpoints(pattern, run.paths.checkpoints) for pattern in wanted)
+        run for run in store.all_runs() if any(_names_checkpoints(pattern, run.paths.checkpoints) for pattern in wanted)
     ]
 
 

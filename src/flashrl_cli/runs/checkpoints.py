@@ -1,35 +1,24 @@
-"""Checkpoints on disk: what a person's patterns name, what of it can be evaluated, and why the rest cannot.
+"""What patterns name: checkpoints and models whose weights can be evaluated, and why the rest cannot.
 
-How good a run's saved steps are, by the best evidence that there is: an evaluation, else validation, else reward.
-
-The checkpoints of one run: its steps and how good they are, what was set aside, and whether anything still writes them.
+`find` and `hf_folder` go down from a pattern: `_meant` (paths on disk, else a model on the hub) → `_inside` (the steps, models and
+adapters of a folder) → `_step`, `_model` or `_adapter` (the weights of one of them).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import glob
-import json
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
 
 from flashrl_cli import hub, paths
 from flashrl_cli.errors import InputError, NothingMatched
 from flashrl_cli.runs import store
-from flashrl_cli.runs.metrics import history
-from flashrl_cli.runs.saved import DOOMED, REASON, SET_ASIDE, Saved, measure, saved_steps
 from flashrl_cli.verl import checkpoints as layout
 from flashrl_cli.weights import PEFT_CONFIG, PEFT_WEIGHTS, Unreadable, Weights, holds_adapter_alone, read_json
-
-if TYPE_CHECKING:
-    from flashrl_cli.paths import RunPaths
-    from flashrl_cli.runs.store import RunRecord
 
 EVAL_FOLDER = "eval"
 """Folder of a run in which its evaluation lies; a glob over the run's steps meets it."""
@@ -255,8 +244,8 @@ def _lora(folder: Path, found: Checkpoint, actor: Path) -> Checkpoint | str:
 
 def _base_of_run(run_folder: Path) -> Path | None:
     """The model that a run started from, by the plan of its newest attempt. Raises InputError if it is not to be had."""
-    run = paths.RunPaths(run_folder.name, paths.runs_root() / run_folder.name, run_folder)
-    name = layout.model_path(newest_plan(run).get("overrides", []))
+    run = store.read_run(paths.runs_root() / run_folder.name).paths
+    name = layout.model_path(store.newest_plan(run).get("overrides", []))
     return hub.model_folder(name) if name else None
 
 
@@ -276,193 +265,3 @@ def _lies_there(pattern: str) -> str:
 def _names(folder: Path) -> str:
     names = sorted(p.name for p in folder.iterdir())
     return ", ".join([*names[:_LISTED], *(["…"] if len(names) > _LISTED else [])]) or "nothing"
-
-
-Evidence = Literal["evaluation", "validation", "reward"]
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """A value for saved steps, all by the same evidence: accuracy of `evaluation` and `validation`, mean `reward`."""
-
-    by: Evidence
-    values: Mapping[int, float]
-
-    def ranked(self) -> list[int]:
-        """Steps from the best on; of two that are equal the later one first."""
-        return sorted(self.values, key=lambda step: (self.values[step], step), reverse=True)
-
-
-def scores(run: RunPaths, saved: Collection[Saved]) -> Scores | None:
-    """Scores of those of `saved` whose weights are there, by the first evidence that knows one of them; None without any.
-
-    An evaluation that is older than a step's files was one of other weights. Reward is the mean over the step's own batch.
-    """
-    usable = {one.step: one for one in saved if one.has_weights}
-    sources: dict[Evidence, Callable[[], Mapping[int, float]]] = {
-        "evaluation": lambda: evaluated(run.checkpoints, usable),
-        "validation": lambda: {m.step: m.accuracy for m in history(run) if m.accuracy is not None},
-        "reward": lambda: {m.step: value for m in history(run) if (value := m["reward"]) is not None},
-    }
-    for by, read in sources.items():
-        if values := {step: value for step, value in read().items() if step in usable}:
-            return Scores(by, values)
-    return None
-
-
-def evaluated(run_checkpoints: Path, steps: Mapping[int, Saved]) -> dict[int, float]:
-    """Accuracy by step from the newest evaluation, of the run or of its project, that knows one of `steps`.
-
-    Raises InputError for a file that is no evaluation.
-    """
-    places = (run_checkpoints / EVAL_FOLDER, run_checkpoints.parent / EVAL_FOLDER)
-    found = [file for place in places if (file := place / "eval.json").is_file()]
-    for file in sorted(found, key=lambda file: file.stat().st_mtime, reverse=True):
-        rows = dict(_rows(file, run_checkpoints))
-        when = file.stat().st_mtime
-        if known := {step: rows[step] for step in rows if step in steps and steps[step].written <= when}:
-            return known
-    return {}
-
-
-def _rows(file: Path, run_checkpoints: Path) -> Iterator[tuple[int, float]]:
-    """Step and accuracy of an evaluation's rows that belong to the run, on the first of its data sets."""
-    try:
-        document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        first = document["datasets"][0]["name"] if "datasets" in document else None  # there were times of one alone
-        for row in document["results"]:
-            if (
-                row.get("dataset") == first
-                and row["step"] is not None
-                and _is_of(Path(row["path"]), run_checkpoints, row["step"])
-            ):
-                yield int(row["step"]), float(row["accuracy"])
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} is no evaluation: {error}", hint="move it away, or evaluate again") from None
-
-
-def _is_of(evaluated: Path, run_checkpoints: Path, step: int) -> bool:
-    own = Path(os.path.realpath(run_checkpoints / layout.step_name(step)))
-    return own in Path(os.path.realpath(evaluated)).parents
-
-
-_HIDDEN_STEP = re.compile(r"global_step_\d+(-\d+)?")
-
-
-@dataclass(frozen=True, slots=True)
-class Hidden:
-    """A step that was moved out of its run's way, and why."""
-
-    path: Path
-    bytes: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stock:
-    """What a run has on disk, at one moment."""
-
-    run: paths.RunPaths
-    saved: tuple[Saved, ...]
-    set_aside: tuple[Hidden, ...]
-    scores: Scores | None
-    leftovers: tuple[Hidden, ...] = ()
-    """What an interrupted prune did not delete."""
-
-    @property
-    def newest(self) -> int | None:
-        """The last step that a resume can go on from."""
-        return max((one.step for one in self.saved if one.complete), default=None)
-
-    @property
-    def best(self) -> int | None:
-        """The step with the best score."""
-        return self.scores.ranked()[0] if self.scores else None
-
-
-def run_paths(found: RunRecord) -> paths.RunPaths:
-    """Where a recorded run lies. Raises InputError if its checkpoints' folder is none of that run's: nothing is looked for there.
-
-    A run's checkpoints lie in a folder of its own name, so `/` or a home in a damaged record is refused.
-    """
-    folder = Path(found.checkpoints)
-    if not folder.is_absolute() or folder.name != found.name or ".." in folder.parts:
-        raise InputError(
-            f"the record of run {found.name} says that its checkpoints lie in {found.checkpoints or 'no folder'}",
-            hint=f"they lie in a folder {found.name}: correct {paths.runs_root() / found.name / 'run.json'}",
-        )
-    return paths.RunPaths(found.name, paths.runs_root() / found.name, folder)
-
-
-def take_stock(run: paths.RunPaths) -> Stock:
-    """Look at all checkpoints of `run`, judged by what its newest attempt loads when it resumes."""
-    plan = newest_plan(run)
-    critic = plan.get("spec", {}).get("algorithm", {}).get("advantage") == "gae"
-    saved = saved_steps(run.checkpoints, critic=critic, loaded=layout.loaded(plan.get("overrides", [])))
-    return Stock(
-        run=run,
-        saved=tuple(saved),
-        set_aside=tuple(_set_aside(run.checkpoints)),
-        scores=scores(run, saved),
-        leftovers=tuple(Hidden(path, measure(path)[0], "") for path in hidden_steps(run.checkpoints / DOOMED)),
-    )
-
-
-def newest_plan(run: paths.RunPaths) -> dict[str, Any]:
-    """The plan of the newest attempt that has one (`launch.plan.plan_document`); empty without any."""
-    for number in reversed(run.attempts()):
-        file = run.attempt(number).plan
-        if file.is_file():
-            try:
-                plan = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise InputError(f"{file} is not JSON: {error}", hint="move it away") from None
-            return plan if isinstance(plan, dict) else {}
-    return {}
-
-
-def refuse_while_running(run: paths.RunPaths, doing: str) -> None:
-    """Raise InputError while `run`, or another run with the same folder of checkpoints, still writes there."""
-    names = list(writers(run.checkpoints))
-    if not names and _trains(newest_plan(run).get("argv")):
-        names = [f"{run.name} (flashrl is gone, verl is not)"]
-    if names:
-        raise InputError(
-            f"{doing}: {', '.join(names)} is running and may be writing in {run.checkpoints}",
-            hint=f"wait for its end, or `flashrl runs stop {run.name}`",
-        )
-
-
-def writers(run_checkpoints: Path) -> Iterator[str]:
-    """The recorded runs that are running and whose checkpoints are this folder, by whatever path: name and machine."""
-    real = os.path.realpath(run_checkpoints)
-    for file in sorted(paths.runs_root().glob("*/run.json")):
-        with contextlib.suppress(InputError):  # another run's damaged record
-            found = store.load(file)
-            if found and os.path.realpath(found.checkpoints) == real:
-                running = (attempt for attempt in found.attempts if store.state(attempt) == "running")
-                yield from (f"{found.name} (on {attempt.host})" for attempt in running)
-
-
-def hidden_steps(place: Path) -> list[Path]:
-    """Steps that flashrl moved into `place`, a hidden folder of a run's checkpoints; links are not followed."""
-    if not place.is_dir() or place.is_symlink():
-        return []
-    entries = (path for path in place.iterdir() if _HIDDEN_STEP.fullmatch(path.name))
-    return sorted(path for path in entries if path.is_dir() and not path.is_symlink())
-
-
-def _set_aside(run_checkpoints: Path) -> Iterator[Hidden]:
-    for path in hidden_steps(run_checkpoints / SET_ASIDE):
-        try:
-            reason = (path / REASON).read_text(encoding="utf-8").strip()
-        except OSError:
-            reason = "not recorded"
-        yield Hidden(path, measure(path)[0], reason)
-
-
-def _trains(argv: object) -> bool:
-    """Whether a process of this machine was started with exactly this command line."""
-    import psutil
-
-    return bool(argv) and any(process.info["cmdline"] == argv for process in psutil.process_iter(["cmdline"]))

@@ -104,7 +104,7 @@ def test_nothing_to_watch_without_a_record() -> None:
     disk.make("old")
     with pytest.raises(InputError) as caught:
         call("watch", "old")
-    assert caught.value.hint == "`flashrl runs show old` shows what its folders tell"
+    assert caught.value.hint == "`flashrl runs show old` shows what its folders hold"
 
 
 def test_stop_of_what_is_over() -> None:

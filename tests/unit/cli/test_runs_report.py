@@ -11,7 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from flashrl_cli.cli import runs_report
+from flashrl_cli.cli import runs as commands
 from flashrl_cli.errors import EnvironmentNotReady, InputError, NothingMatched
 from flashrl_cli.machine import software
 from flashrl_cli.render import figure
@@ -19,8 +19,8 @@ from flashrl_cli.runs.curves import DEFAULTS, SMOOTHING
 from tests.unit.runs.on_disk import a_run, an_attempt, log, training, write_record
 
 app = typer.Typer()
-app.command("plot")(runs_report.plot)
-app.command("report")(runs_report.report)
+app.command("plot")(commands.plot)
+app.command("report")(commands.report)
 
 
 @pytest.fixture(autouse=True)
@@ -162,6 +162,6 @@ def test_data_needs_no_plotting_package(arguments: tuple[str, ...], monkeypatch:
 
 
 def test_help_tells_the_defaults_that_there_are() -> None:
-    parameters = inspect.signature(runs_report.plot).parameters
+    parameters = inspect.signature(commands.plot).parameters
     assert parameters["smooth"].default == SMOOTHING
     assert ", ".join(DEFAULTS) in str(parameters["metric"].annotation)

@@ -9,7 +9,7 @@ import pytest
 from flashrl_cli import paths
 from flashrl_cli.evals import run as watch
 from flashrl_cli.runs import store
-from flashrl_cli.runs.store import Known
+from flashrl_cli.runs.store import Run as RunOnDisk
 
 
 @pytest.mark.parametrize(
@@ -54,5 +54,5 @@ def test_looks_go_on_until_after_the_end(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_no_run_is_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "every", list[Known])
+    monkeypatch.setattr(store, "all_runs", list[RunOnDisk])
     assert list(watch.looks(["x"], lambda text: None, poll_s=0)) == [False]

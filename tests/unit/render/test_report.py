@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from flashrl_cli.cli.runs import _changed
 from flashrl_cli.contract import Handshake, write_handshake
 from flashrl_cli.paths import RunPaths
-from flashrl_cli.render.page import report_page
-from flashrl_cli.render.report import document, read
-from flashrl_cli.runs.store import Phase, known
+from flashrl_cli.render.run_report import report_document, report_page
+from flashrl_cli.runs.store import Phase, find
+from flashrl_cli.runs.summary import summarize
 from tests.unit.runs.on_disk import a_run, an_attempt, log, plan, training, validation, write_record
 
 SHAKE = Handshake(
@@ -75,13 +76,15 @@ def whole() -> RunPaths:
 
 
 def report(run: RunPaths) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(document(read(known(run.name))), allow_nan=False))
+    found: dict[str, Any] = json.loads(
+        json.dumps(report_document(summarize(find(run.name)), _changed), allow_nan=False)
+    )
     assert found["schema_version"] == 1
     return found
 
 
 def page(run: RunPaths) -> str:
-    return report_page(read(known(run.name)))
+    return report_page(summarize(find(run.name)), _changed)
 
 
 def test_the_document_holds_it_all(whole: RunPaths) -> None:

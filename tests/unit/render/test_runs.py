@@ -8,11 +8,11 @@ from datetime import UTC, datetime
 
 import pytest
 
-from flashrl_cli.render import figure, runs
+from flashrl_cli.render import figure, run_tables
 from flashrl_cli.render.output import Output
-from flashrl_cli.render.runs import ago, aligned, duration, listing
-from flashrl_cli.runs.store import Phase, known
-from flashrl_cli.runs.summary import Row, detail
+from flashrl_cli.render.run_tables import ago, aligned, duration, listing
+from flashrl_cli.runs.store import Phase, find
+from flashrl_cli.runs.summary import Row, summarize
 from tests.unit.render.test_live import DATA, shake
 from tests.unit.runs import disk
 
@@ -73,7 +73,7 @@ def test_a_list() -> None:
         ROW, name="old", preset=None, state=None, step=None, total_steps=None, reward=None, attempts=0
     )
     heading, first, second = listing([ROW, unknown], 160)
-    assert heading.split() == list(runs.COLUMNS)
+    assert heading.split() == list(run_tables.COLUMNS)
     assert first.split()[:7] == ["tiny-int8-tis2", "tiny", "running", "3/20", "0.500", "–", "2"]
     assert first.endswith("3 MB")
     assert second.split()[:7] == ["old", "–", "?", "–", "–", "–", "0"]
@@ -85,7 +85,7 @@ def test_a_list() -> None:
 def test_a_narrow_list_has_fewer_columns(width: int, gone: set[str]) -> None:
     lines = listing([ROW], width)
     assert max(map(len, lines)) <= width
-    assert set(runs.COLUMNS) - set(lines[0].split()) == gone
+    assert set(run_tables.COLUMNS) - set(lines[0].split()) == gone
 
 
 def test_what_fits_nowhere_keeps_its_name_and_state() -> None:
@@ -93,7 +93,7 @@ def test_what_fits_nowhere_keeps_its_name_and_state() -> None:
 
 
 def shown(name: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
-    runs.show(Output(), detail(known(name)))
+    run_tables.show(Output(), summarize(find(name)))
     out, err = capsys.readouterr()
     return out, err
 
@@ -153,3 +153,17 @@ def test_a_run_of_which_nothing_is_known(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_damaged_record_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     disk.make("broken", disk.attempt()).record.write_text("{")
     assert "is no run record" in shown("broken", capsys)[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 30, "3.0 GiB"), (5 << 50, "5120.0 TiB")]
+)
+def test_binary_sizes(size: int, text: str) -> None:
+    assert run_tables.binary_size(size) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(-3, "0 s"), (59, "59 s"), (60, "1 min"), (7200, "2 h"), (86400 * 3, "3 d")]
+)
+def test_ages_of_checkpoints(seconds: float, text: str) -> None:
+    assert run_tables._age(seconds) == text

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashrl_cli.runs import curves
-from flashrl_cli.runs.curves import curve, smoothed, starts
+from flashrl_cli.runs.curves import curve, smoothed
+from flashrl_cli.runs.metrics import read_run_metrics
 from flashrl_cli.verl.metrics import NAMES, StepMetrics, read_step
 from tests.unit.runs.on_disk import a_run, log, training, validation
 
@@ -86,14 +87,14 @@ def test_starts_are_where_later_attempts_went_on(attempts: list[list[int]], expe
     run = a_run()
     for number, steps in enumerate(attempts, 1):
         log(run, number, {step: training() for step in steps})
-    assert starts(run) == expected
+    assert read_run_metrics(run, None).resumed_after == expected
 
 
 def test_a_validation_is_no_start() -> None:
     run = a_run()
     log(run, 1, {0: validation(0.1), 1: training()})
     log(run, 2, {1: validation(0.2), 2: training()})
-    assert starts(run) == (1,)
+    assert read_run_metrics(run, None).resumed_after == (1,)
 
 
 def test_smoothing_of_a_constant_is_the_constant_from_the_first_step() -> None:

@@ -6,14 +6,14 @@ import json
 from dataclasses import asdict
 
 from flashrl_cli import contract
-from flashrl_cli.runs.store import Phase, known
-from flashrl_cli.runs.summary import Detail, detail
+from flashrl_cli.runs.store import Phase, find
+from flashrl_cli.runs.summary import Summary, summarize
 from tests.unit.render.test_live import shake
 from tests.unit.runs import disk, sampled
 
 
-def of(name: str) -> Detail:
-    return detail(known(name))
+def of(name: str) -> Summary:
+    return summarize(find(name))
 
 
 def test_attempts_with_how_long_they_took_and_how_they_ended() -> None:
@@ -61,9 +61,9 @@ def test_the_curve_is_that_of_all_attempts_and_holes_are_told() -> None:
     disk.log(run, 1, {"critic/score/mean": 0.1}, {"critic/score/mean": 0.2})
     disk.log(run, 2, {"critic/score/mean": 0.4}, first=4)
     found = of("demo")
-    assert [(step.step, step["reward"]) for step in found.steps] == [(1, 0.1), (4, 0.4)]
-    assert found.holes == (2, 3)
-    assert found.set_aside == ("global_step_2: torn",)
+    assert [(step.step, step["reward"]) for step in found.metrics.history] == [(1, 0.1), (4, 0.4)]
+    assert found.metrics.missing == [2, 3]
+    assert found.set_aside == ["global_step_2: torn"]
 
 
 def test_the_proof_is_the_records_or_the_folders() -> None:
@@ -73,9 +73,9 @@ def test_the_proof_is_the_records_or_the_folders() -> None:
     contract.write_handshake(old.attempt(1).plugins, shake())
     assert [one.precision for one in of("old").proof] == ["int8"]
     disk.make("none", disk.attempt(1, proof=({"another": "kind"},)))
-    assert of("none").proof == ()
+    assert list(of("none").proof) == []
     (old.attempt(1).plugins / "x.json").write_text("{")
-    assert of("old").proof == ()
+    assert list(of("old").proof) == []
 
 
 def test_the_advice_is_on_the_newest_attempts_metrics_with_its_own_cap() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from flashrl_cli.runs import control, store
 from flashrl_cli.runs.control import Ending, Follower, age
-from flashrl_cli.runs.store import Attempt, Phase, known
+from flashrl_cli.runs.store import Attempt, Phase, find
 from tests.unit.render.test_live import shake
 from tests.unit.runs import disk
 from tests.unit.train.conftest import Recorder
@@ -39,7 +39,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def follow(name: str, screen: Screen) -> Ending:
-    run = known(name)
+    run = find(name)
     assert run.last
     return Follower(run, run.last, screen).follow()
 
@@ -133,7 +133,7 @@ def test_what_was_written_just_before_the_end_is_shown(monkeypatch: pytest.Monke
 
 def test_one_that_ended_since_the_last_look_is_not_lost() -> None:
     run = disk.make("demo", disk.attempt(status="running", **disk.GONE))
-    found = known("demo")
+    found = find("demo")
     assert found.last
     follower = Follower(found, found.last, Screen())
     store.renew(run, 1, status="stopped", exit_code=130)
@@ -142,7 +142,7 @@ def test_one_that_ended_since_the_last_look_is_not_lost() -> None:
 
 def test_a_new_attempt_is_another_run_to_watch() -> None:
     run = disk.make("demo", disk.attempt(1, status="done", exit_code=0))
-    found = known("demo")
+    found = find("demo")
     assert found.last
     follower = Follower(found, found.last, Screen())
     store.change(run, lambda _: disk.a_record(run, disk.attempt(1, exit_code=0), disk.attempt(2, status="running")))

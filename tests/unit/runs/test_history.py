@@ -28,25 +28,25 @@ def rewards(merged: list[StepMetrics]) -> dict[int, float | None]:
 
 
 def test_later_attempts_win() -> None:
-    merged = merge([(1, steps(1, 1, 2, 3)), (2, steps(2, 3, 4))], {1: 0, 2: 2})
+    merged = merge({1: steps(1, 1, 2, 3), 2: steps(2, 3, 4)}, {1: 0, 2: 2})
     assert rewards(merged) == {1: 1, 2: 1, 3: 2, 4: 2}
 
 
 def test_what_a_resume_undid_is_gone() -> None:
-    merged = merge([(1, steps(1, 1, 2, 3, 4, 5)), (2, steps(2, 3))], {1: 0, 2: 2})
+    merged = merge({1: steps(1, 1, 2, 3, 4, 5), 2: steps(2, 3)}, {1: 0, 2: 2})
     assert rewards(merged) == {1: 1, 2: 1, 3: 2}
 
 
 def test_an_attempt_that_never_trained_undoes_nothing() -> None:
-    assert rewards(merge([(1, steps(1, 1, 2)), (2, [])], {1: 0, 2: 0})) == {1: 1, 2: 1}
+    assert rewards(merge({1: steps(1, 1, 2), 2: []}, {1: 0, 2: 0})) == {1: 1, 2: 1}
 
 
 def test_without_a_record_later_wins_and_nothing_is_undone() -> None:
-    assert rewards(merge([(1, steps(1, 1, 2, 3)), (2, steps(2, 2))], {})) == {1: 1, 2: 2, 3: 1}
+    assert rewards(merge({1: steps(1, 1, 2, 3), 2: steps(2, 2)}, {})) == {1: 1, 2: 2, 3: 1}
 
 
 def test_a_validation_on_resume_keeps_the_training_of_its_step() -> None:
-    (first, second) = merge([(1, steps(1, 1, 2)), (2, [validation(2, 0.75)])], {2: 2})
+    (first, second) = merge({1: steps(1, 1, 2), 2: [validation(2, 0.75)]}, {2: 2})
     assert (first.accuracy, second.accuracy, second["reward"]) == (None, 0.75, 1.0)
     assert validation(0, 0.5).trained is False
 
@@ -58,10 +58,10 @@ def test_holes_are_training_steps_only() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 10)), max_size=6))
 def test_any_chain_of_resumes_gives_each_step_once_in_order(lengths: list[tuple[int, int]]) -> None:
-    attempts, resumed, reached = [], {}, 0
+    attempts, resumed, reached = {}, {}, 0
     for number, (back, done) in enumerate(lengths, start=1):
         resumed[number] = max(0, reached - back)
-        attempts.append((number, steps(number, *range(resumed[number] + 1, resumed[number] + 1 + done))))
+        attempts[number] = steps(number, *range(resumed[number] + 1, resumed[number] + 1 + done))
         reached = resumed[number] + done if done else reached
     merged = merge(attempts, resumed)
     assert [metrics.step for metrics in merged] == list(range(1, reached + 1))

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from flashrl_cli.runs.metrics import LOOK_BACK, read_last
-from flashrl_cli.runs.store import known
+from flashrl_cli.runs.store import find
 from flashrl_cli.runs.summary import Row, row, rows
 from tests.unit.runs import disk
 
 
 def of(name: str) -> Row:
-    return row(known(name))
+    return row(find(name))
 
 
 def test_a_row_of_a_record() -> None:

@@ -12,9 +12,17 @@ from hypothesis import strategies as st
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.runs import store
-from flashrl_cli.runs.checkpoints import Scores, Stock, take_stock
-from flashrl_cli.runs.delete import Keep, carry_out, judge, parse_keep
-from flashrl_cli.runs.saved import DOOMED, SET_ASIDE, Saved, point_tracker, set_aside
+from flashrl_cli.runs.delete import Keep, parse_keep, plan_prune, prune
+from flashrl_cli.runs.saved import (
+    DOOMED,
+    SET_ASIDE,
+    CheckpointList,
+    Saved,
+    Scores,
+    list_checkpoints,
+    point_tracker,
+    set_aside,
+)
 from tests.run_lab import Lab
 from tests.saved_files import saved_step
 
@@ -34,13 +42,13 @@ def saved(step: int, *, complete: bool = True, weights: bool = True, tracked: bo
     )
 
 
-def stock(*steps: Saved, scores: dict[int, float] | None = None) -> Stock:
+def stock(*steps: Saved, scores: dict[int, float] | None = None) -> CheckpointList:
     run = RunPaths("r", Path("/r"), Path("/c/p/r"))
-    return Stock(run=run, saved=steps, set_aside=(), scores=Scores("validation", scores) if scores else None)
+    return CheckpointList(run=run, saved=steps, set_aside=(), scores=Scores("validation", scores) if scores else None)
 
 
-def staying(found: Stock, text: str) -> dict[int, tuple[str, ...]]:
-    verdicts = judge(found, parse_keep(text), set_aside=False).verdicts
+def staying(found: CheckpointList, text: str) -> dict[int, tuple[str, ...]]:
+    verdicts = plan_prune(found, parse_keep(text), set_aside=False).verdicts
     return {verdict.saved.step: verdict.stays for verdict in verdicts if verdict.stays}
 
 
@@ -101,9 +109,9 @@ def test_weights_alone_are_enough_for_every() -> None:
 
 def test_where_nothing_is_complete_nothing_goes() -> None:
     with pytest.raises(InputError, match="no step of run r is complete"):
-        judge(stock(saved(1, complete=False)), Keep(last=1), set_aside=False)
-    assert judge(stock(), Keep(last=1), set_aside=False).going == []
-    only_hidden = judge(stock(saved(1, complete=False)), None, set_aside=True)
+        plan_prune(stock(saved(1, complete=False)), Keep(last=1), set_aside=False)
+    assert plan_prune(stock(), Keep(last=1), set_aside=False).going == []
+    only_hidden = plan_prune(stock(saved(1, complete=False)), None, set_aside=True)
     assert only_hidden.going == []
 
 
@@ -121,7 +129,7 @@ def test_no_rules_lose_the_newest_or_the_best(
     found = stock(*(saved(step, complete=step not in torn) for step in sorted(steps)), scores=known)
     if found.newest is None:
         return
-    going = {path.name for path in judge(found, keep, set_aside=True).going}
+    going = {path.name for path in plan_prune(found, keep, set_aside=True).going}
     assert f"global_step_{found.newest}" not in going
     assert f"global_step_{found.best}" not in going
     complete = sorted(steps - torn)
@@ -131,8 +139,8 @@ def test_no_rules_lose_the_newest_or_the_best(
 
 
 def do(lab: Lab, keep: Keep | None, *, aside: bool = False) -> None:
-    shown = judge(take_stock(lab.run), keep, set_aside=aside)
-    carry_out(lab.run, keep, set_aside=aside, shown=shown)
+    shown = plan_prune(list_checkpoints(lab.run), keep, set_aside=aside)
+    prune(lab.run, keep, set_aside=aside, shown=shown)
 
 
 def test_only_steps_are_deleted(lab: Lab) -> None:
@@ -191,20 +199,20 @@ def test_set_aside_stays_unless_asked_for(lab: Lab) -> None:
 def test_a_run_that_started_meanwhile_loses_nothing(lab: Lab) -> None:
     lab.recorded()
     lab.save(1, 2)
-    shown = judge(take_stock(lab.run), Keep(last=1), set_aside=False)
+    shown = plan_prune(list_checkpoints(lab.run), Keep(last=1), set_aside=False)
     lab.recorded(status="running", **store.own_process())
     with pytest.raises(InputError, match="is running"):
-        carry_out(lab.run, Keep(last=1), set_aside=False, shown=shown)
+        prune(lab.run, Keep(last=1), set_aside=False, shown=shown)
     assert "global_step_1" in lab.names()
 
 
 def test_two_prunes_at_once(lab: Lab) -> None:
     lab.recorded()
     lab.save(1, 2, 3)
-    shown = judge(take_stock(lab.run), Keep(last=1), set_aside=False)
+    shown = plan_prune(list_checkpoints(lab.run), Keep(last=1), set_aside=False)
     do(lab, Keep(last=2))
     with pytest.raises(InputError, match="changed meanwhile"):
-        carry_out(lab.run, Keep(last=1), set_aside=False, shown=shown)
+        prune(lab.run, Keep(last=1), set_aside=False, shown=shown)
     assert {"global_step_2", "global_step_3"} <= set(lab.names())
 
 
@@ -234,7 +242,7 @@ def test_what_cannot_be_deleted_is_hidden_and_goes_next_time(lab: Lab, monkeypat
         patch.setattr(shutil, "rmtree", refuse)
         with pytest.raises(EnvironmentNotReady, match="global_step_1 cannot be deleted: Permission denied"):
             do(lab, Keep(last=1))
-    assert [one.step for one in take_stock(lab.run).saved] == [2]
+    assert [one.step for one in list_checkpoints(lab.run).saved] == [2]
     do(lab, Keep(last=1))
     assert lab.names() == ["global_step_2", "latest_checkpointed_iteration.txt"]
 

@@ -15,7 +15,7 @@ from flashrl_cli import paths
 from flashrl_cli.errors import InputError, NothingMatched
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.runs import store
-from flashrl_cli.runs.delete import plan, remove
+from flashrl_cli.runs.delete import plan_removal, remove
 from tests.unit.runs import disk
 
 
@@ -26,7 +26,7 @@ def recording(run: RunPaths, **fields: Any) -> None:
 
 def test_both_folders_go_and_the_neighbours_stay() -> None:
     run, other = disk.make("demo", disk.attempt(), checkpoints=50), disk.make("demo-2", disk.attempt(), checkpoints=5)
-    planned = plan("demo")
+    planned = plan_removal("demo")
     assert (planned.checkpoint_bytes, planned.checkpoints) == (50, run.checkpoints)
     assert planned.bytes == planned.root_bytes + 50
     remove(planned)
@@ -36,14 +36,14 @@ def test_both_folders_go_and_the_neighbours_stay() -> None:
 
 def test_an_empty_project_goes_too() -> None:
     run = disk.make("demo", disk.attempt(), checkpoints=50)
-    remove(plan("demo"))
+    remove(plan_removal("demo"))
     assert not run.checkpoints.parent.exists()
     assert paths.checkpoints_root().is_dir()
 
 
 def test_checkpoints_are_kept_if_asked() -> None:
     run = disk.make("demo", disk.attempt(), checkpoints=50)
-    remove(plan("demo", keep_checkpoints=True))
+    remove(plan_removal("demo", keep_checkpoints=True))
     assert not run.root.exists()
     assert run.checkpoints.is_dir()
 
@@ -51,7 +51,7 @@ def test_checkpoints_are_kept_if_asked() -> None:
 def test_without_a_record_the_plan_tells_the_checkpoints() -> None:
     run = disk.make("old", checkpoints=50)
     disk.planned(run, 1)
-    remove(plan("old"))
+    remove(plan_removal("old"))
     assert not run.root.exists()
     assert not run.checkpoints.exists()
 
@@ -59,15 +59,15 @@ def test_without_a_record_the_plan_tells_the_checkpoints() -> None:
 def test_a_damaged_record_can_be_removed() -> None:
     run = disk.make("broken", disk.attempt())
     run.record.write_text("{")
-    remove(plan("broken"))
+    remove(plan_removal("broken"))
     assert not run.root.exists()
 
 
 def test_a_running_one_is_refused_before_and_after_it_was_planned() -> None:
     run = disk.make("demo", disk.attempt(), checkpoints=50)
-    planned = plan("demo")
+    planned = plan_removal("demo")
     recording(run, attempts=(disk.attempt(status="running"),))
-    for refused in (lambda: plan("demo"), lambda: remove(planned)):
+    for refused in (lambda: plan_removal("demo"), lambda: remove(planned)):
         with pytest.raises(InputError, match="is running") as caught:
             refused()
         assert caught.value.hint == "flashrl runs stop demo"
@@ -78,7 +78,7 @@ def test_a_running_one_is_refused_before_and_after_it_was_planned() -> None:
 def test_another_machines_is_believed_to_run() -> None:
     disk.make("demo", disk.attempt(status="running", host="node7"))
     with pytest.raises(InputError, match="is running on node7"):
-        plan("demo")
+        plan_removal("demo")
 
 
 @pytest.mark.processes
@@ -87,31 +87,31 @@ def test_one_that_a_process_still_works_in_is_refused() -> None:
     disk.make("lost", disk.attempt(status="running", **disk.GONE))
     with subprocess.Popen([sys.executable, "-c", "input()"], cwd=run.attempt(1).root, stdin=subprocess.PIPE) as process:
         with pytest.raises(InputError, match=f"process {process.pid} .* still works in"):
-            plan("old")
-        plan("lost")
+            plan_removal("old")
+        plan_removal("lost")
         process.communicate(b"\n")
-    remove(plan("old"))
+    remove(plan_removal("old"))
     assert not run.root.exists()
 
 
 def test_a_ray_job_that_may_go_on_is_told() -> None:
     ray: dict[str, Any] = {"executor": "ray", "job_id": "job-1", **disk.GONE}
     disk.make("demo", disk.attempt(status="running", **ray))
-    assert "`ray job stop job-1`" in str(plan("demo").warning)
+    assert "`ray job stop job-1`" in str(plan_removal("demo").warning)
     disk.make("over", disk.attempt(executor="ray", job_id="job-1"))
-    assert plan("over").warning is None
+    assert plan_removal("over").warning is None
 
 
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "", "/", "demo/..", ".hidden"])
 def test_names_that_lead_elsewhere(name: str) -> None:
     disk.make("demo", disk.attempt())
     with pytest.raises(InputError, match="not the name of a run"):
-        plan(name)
+        plan_removal(name)
 
 
 def test_an_unknown_name() -> None:
     with pytest.raises(NothingMatched):
-        plan("demo")
+        plan_removal("demo")
 
 
 @pytest.mark.parametrize(
@@ -132,9 +132,9 @@ def test_checkpoints_that_are_not_the_runs_own(where: str, tmp_path: Path, monke
     }
     recording(run, checkpoints=where.format(**places))
     with pytest.raises(InputError, match="is not a folder of its own") as caught:
-        plan("demo")
+        plan_removal("demo")
     assert "--keep-checkpoints" in str(caught.value.hint)
-    assert plan("demo", keep_checkpoints=True).checkpoints is None
+    assert plan_removal("demo", keep_checkpoints=True).checkpoints is None
 
 
 @pytest.mark.parametrize("inside", ["home", "cwd", "runs", "data"])
@@ -154,7 +154,7 @@ def test_a_folder_of_the_right_name_that_holds_more(
         shutil.move(paths.runs_root() / "demo", below / "demo")
         monkeypatch.setenv("FLASHRL_RUNS", str(below))
     with pytest.raises(InputError, match="is not a folder of its own"):
-        plan("demo")
+        plan_removal("demo")
 
 
 def test_links_are_left_to_the_person(tmp_path: Path) -> None:
@@ -164,17 +164,17 @@ def test_links_are_left_to_the_person(tmp_path: Path) -> None:
     run.checkpoints.rename(moved)
     run.checkpoints.symlink_to(moved)
     with pytest.raises(InputError, match="not a folder of its own"):
-        plan("demo")
+        plan_removal("demo")
     (run.root.parent / "link").symlink_to(run.root)
     with pytest.raises(InputError, match="is a link"):
-        plan("link", keep_checkpoints=True)
+        plan_removal("link", keep_checkpoints=True)
 
 
 def test_a_link_inside_is_not_followed(tmp_path: Path) -> None:
     run = disk.make("demo", disk.attempt(), checkpoints=50)
     (tmp_path / "precious").write_text("x")
     (run.checkpoints / "link").symlink_to(tmp_path)
-    remove(plan("demo"))
+    remove(plan_removal("demo"))
     assert (tmp_path / "precious").read_text() == "x"
 
 
@@ -188,22 +188,22 @@ def test_a_killed_removal_leaves_no_half_run(monkeypatch: pytest.MonkeyPatch) ->
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", die)
         with pytest.raises(KeyboardInterrupt):
-            remove(plan("demo"))
+            remove(plan_removal("demo"))
     assert store.run_names() == []
     assert not run.checkpoints.exists()
     assert any(run.root.parent.iterdir())
     disk.make("next", disk.attempt(), checkpoints=5)
-    remove(plan("next"))
+    remove(plan_removal("next"))
     assert list(run.root.parent.iterdir()) == []
 
 
 def test_what_cannot_be_removed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     disk.make("demo", disk.attempt())
-    planned = plan("demo")
+    planned = plan_removal("demo")
 
     def refuse(*_: object) -> None:
         raise PermissionError("read-only")
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(InputError, match="could not be removed: read-only"):
+    with pytest.raises(InputError, match=r"demo could not be removed: .*read-only"):
         remove(planned)

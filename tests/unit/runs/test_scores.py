@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from flashrl_cli.errors import InputError
-from flashrl_cli.runs.checkpoints import Scores, scores
-from flashrl_cli.runs.saved import saved_steps
+from flashrl_cli.runs.saved import Scores, saved_steps, scores
 from tests.run_lab import Lab
 
 REWARD = "critic/score/mean"

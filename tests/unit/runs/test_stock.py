@@ -13,8 +13,7 @@ import pytest
 from flashrl_cli import paths
 from flashrl_cli.errors import InputError
 from flashrl_cli.runs import store
-from flashrl_cli.runs.checkpoints import hidden_steps, refuse_while_running, run_paths, take_stock, writers
-from flashrl_cli.runs.saved import SET_ASIDE, set_aside
+from flashrl_cli.runs.saved import DOOMED, SET_ASIDE, list_checkpoints, refuse_while_running, set_aside, writers
 from tests.run_lab import Lab
 from tests.saved_files import saved_step
 
@@ -23,25 +22,25 @@ def test_newest_and_best(lab: Lab) -> None:
     lab.save(1, 2, 3)
     lab.log({1: {"critic/score/mean": 0.9}})
     (lab.run.checkpoints / "global_step_3" / "data.pt").unlink()
-    stock = take_stock(lab.run)
+    stock = list_checkpoints(lab.run)
     assert ([one.step for one in stock.saved], stock.newest, stock.best) == ([1, 2, 3], 2, 1)
 
 
 def test_a_run_that_saved_nothing(lab: Lab) -> None:
-    stock = take_stock(lab.run)
+    stock = list_checkpoints(lab.run)
     assert (stock.saved, stock.set_aside, stock.newest, stock.best) == ((), (), None, None)
 
 
 def test_the_plan_says_what_counts(lab: Lab) -> None:
     lab.save(1)
     lab.plan(advantage="gae")
-    assert take_stock(lab.run).saved[0].problems == ("critic/: missing",)
+    assert list_checkpoints(lab.run).saved[0].problems == ("critic/: missing",)
     (lab.run.checkpoints / "global_step_1" / "actor" / "optim_world_size_2_rank_0.pt").unlink()
     lab.plan("actor_rollout_ref.actor.checkpoint.save_contents=[model]")
-    assert take_stock(lab.run).saved[0].complete
+    assert list_checkpoints(lab.run).saved[0].complete
     lab.run.attempt(1).plan.write_text("{")
     with pytest.raises(InputError, match=r"plan\.json is not JSON"):
-        take_stock(lab.run)
+        list_checkpoints(lab.run)
 
 
 def test_what_was_set_aside_is_listed_with_its_reason(lab: Lab) -> None:
@@ -50,29 +49,32 @@ def test_what_was_set_aside_is_listed_with_its_reason(lab: Lab) -> None:
     silent = set_aside(saved_step(lab.run.checkpoints, 4), "x")
     (silent / "reason.txt").unlink()
     (lab.run.checkpoints / SET_ASIDE / "notes").mkdir()
-    found = take_stock(lab.run).set_aside
+    found = list_checkpoints(lab.run).set_aside
     assert [(one.path, one.reason) for one in found] == [(moved, "data.pt: missing"), (silent, "not recorded")]
     assert found[1].bytes == sum(file.stat().st_size for file in silent.rglob("*") if file.is_file())
 
 
-def test_hidden_folders_are_not_followed(tmp_path: Path) -> None:
+def test_hidden_folders_are_not_followed(lab: Lab, tmp_path: Path) -> None:
     (tmp_path / "home" / "global_step_1").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "home")
-    assert hidden_steps(tmp_path / "link") == []
-    (tmp_path / "place").mkdir()
-    (tmp_path / "place" / "global_step_2").symlink_to(tmp_path / "home")
-    assert hidden_steps(tmp_path / "place") == []
+    lab.save(1)
+    (lab.run.checkpoints / SET_ASIDE).symlink_to(tmp_path / "home")
+    (lab.run.checkpoints / DOOMED).mkdir()
+    (lab.run.checkpoints / DOOMED / "global_step_2").symlink_to(tmp_path / "home")
+    found = list_checkpoints(lab.run)
+    assert (found.set_aside, found.leftovers) == ((), ())
 
 
 @pytest.mark.parametrize("folder", ["/", "/srv", "", "r", "checkpoints/p/r", "/c/p/../r", "/c/p/other", "~"])
 def test_a_record_that_points_elsewhere_is_refused(folder: str, lab: Lab) -> None:
-    found = dataclasses.replace(lab.recorded(), checkpoints=folder)
-    with pytest.raises(InputError, match="checkpoints lie in"):
-        run_paths(found)
+    found = lab.recorded()
+    store.change(lab.run, lambda _: dataclasses.replace(found, checkpoints=folder))
+    with pytest.raises(InputError, match="is not its own"):
+        store.find("r").recorded_paths()
 
 
-def test_a_record_says_where_the_run_lies(lab: Lab) -> None:
-    assert run_paths(lab.recorded()) == lab.run
+def test_a_record_names_the_runs_folders(lab: Lab) -> None:
+    lab.recorded()
+    assert store.find("r").recorded_paths() == lab.run
 
 
 def test_a_running_run_is_refused_on_any_machine(lab: Lab) -> None:

@@ -18,7 +18,7 @@ from flashrl_cli import paths
 from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
 from flashrl_cli.runs import control
 from flashrl_cli.runs.control import stop
-from flashrl_cli.runs.store import Attempt, known
+from flashrl_cli.runs.store import Attempt, find
 from tests.conftest import starting_with
 from tests.unit.runs import disk
 
@@ -74,7 +74,7 @@ def test_it_is_asked_once_and_waited_for(start: Callable[[int], subprocess.Popen
     process = start(1)
     disk.make("demo", running(process))
     said: list[str] = []
-    ended = stop(known("demo"), say=said.append)
+    ended = stop(find("demo"), say=said.append)
     assert (ended.stopped, ended.attempt, ended.step) == (True, 1, 7)
     assert process.communicate()[0] == f"{int(signal.SIGTERM)}\n"
     assert str(process.pid) in said[0]
@@ -90,7 +90,7 @@ def test_at_once_it_gets_a_second_signal(
     with starting_with(disposition, signal.SIGINT):
         process = start(2)
     disk.make("demo", running(process))
-    assert stop(known("demo"), at_once=True).stopped
+    assert stop(find("demo"), at_once=True).stopped
     got = [signal.Signals(int(number)) for number in process.communicate()[0].split()]
     assert (got[0], len(got) >= 2) == (signal.SIGTERM, True)
     assert set(got) <= {signal.SIGTERM} | ({signal.SIGINT} if disposition == signal.SIG_DFL else set())
@@ -105,7 +105,7 @@ def test_one_that_goes_on_is_told_after_the_plans_grace(
     monkeypatch.setattr(control, "MORE_S", 0.2)
     began = time.monotonic()
     with pytest.raises(RunFailed, match="still runs after") as caught:
-        stop(known("demo"))
+        stop(find("demo"))
     assert 0.5 <= time.monotonic() - began < control.GRACE_S
     assert caught.value.hint == "flashrl runs stop demo --now"
 
@@ -114,21 +114,21 @@ def test_one_that_goes_on_is_told_after_the_plans_grace(
 @pytest.mark.parametrize("status", ["done", "failed", "stopped"])
 def test_nothing_to_do_for_one_that_is_over(status: str) -> None:
     disk.make("demo", disk.attempt(status=status))
-    ended = stop(known("demo"))
+    ended = stop(find("demo"))
     assert (ended.stopped, ended.state) == (False, status)
 
 
 @pytest.mark.usefixtures("never")
 def test_another_process_of_the_same_number_is_left_alone() -> None:
     disk.make("demo", running(pid_started=psutil.Process().create_time() - 100))
-    ended = stop(known("demo"))
+    ended = stop(find("demo"))
     assert (ended.stopped, ended.state) == (False, "lost")
 
 
 @pytest.mark.usefixtures("never")
 def test_a_process_that_is_gone_is_lost() -> None:
     disk.make("demo", running(**disk.GONE))
-    assert stop(known("demo")).state == "lost"
+    assert stop(find("demo")).state == "lost"
 
 
 @pytest.mark.usefixtures("never")
@@ -136,11 +136,11 @@ def test_a_ray_job_without_its_supervisor_needs_ray() -> None:
     ray: dict[str, Any] = {"executor": "ray", "ray_address": "http://head:8265", "job_id": "flashrl-demo-1"}
     disk.make("demo", running(**disk.GONE, **ray))
     with pytest.raises(EnvironmentNotReady, match="may still run") as caught:
-        stop(known("demo"))
+        stop(find("demo"))
     assert caught.value.hint == "ray job stop --address http://head:8265 flashrl-demo-1"
     disk.make("local", running(**disk.GONE, **(ray | {"ray_address": None})))
     with pytest.raises(EnvironmentNotReady) as caught:
-        stop(known("local"))
+        stop(find("local"))
     assert caught.value.hint == "ray job stop flashrl-demo-1"
 
 
@@ -148,7 +148,7 @@ def test_a_ray_job_without_its_supervisor_needs_ray() -> None:
 def test_another_machines_is_stopped_there() -> None:
     disk.make("my run", running(host="node7"))
     with pytest.raises(EnvironmentNotReady, match="runs on node7") as caught:
-        stop(known("my run"), at_once=True)
+        stop(find("my run"), at_once=True)
     hint = str(caught.value.hint)
     assert hint.startswith("ssh node7 ")
     assert f"FLASHRL_RUNS={paths.runs_root()}" in hint
@@ -159,11 +159,11 @@ def test_another_machines_is_stopped_there() -> None:
 def test_without_a_record_no_process_is_known() -> None:
     disk.make("old")
     with pytest.raises(InputError, match="before records were kept"):
-        stop(known("old"))
+        stop(find("old"))
     run = disk.make("broken", running())
     run.record.write_text("{")
     with pytest.raises(InputError, match="is no run record"):
-        stop(known("broken"))
+        stop(find("broken"))
 
 
 def test_another_users_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,4 +173,4 @@ def test_another_users_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     disk.make("demo", running())
     monkeypatch.setattr(psutil.Process, "send_signal", refuse)
     with pytest.raises(EnvironmentNotReady, match="another user"):
-        stop(known("demo"))
+        stop(find("demo"))
