@@ -13,8 +13,8 @@ from flashrl_cli.render.output import Output
 from flashrl_cli.render.run_tables import ago, aligned, duration, listing
 from flashrl_cli.runs.store import Phase, find
 from flashrl_cli.runs.summary import Row, summarize
-from tests.unit.render.test_live import DATA, shake
-from tests.unit.runs import disk
+from tests.unit.render.test_live import DATA
+from tests.unit.runs import on_disk
 
 ROW = Row(
     name="tiny-int8-tis2",
@@ -25,7 +25,7 @@ ROW = Row(
     reward=0.5,
     accuracy=None,
     attempts=2,
-    changed=disk.THEN,
+    changed=on_disk.THEN,
     run_bytes=1_000_000,
     checkpoint_bytes=2_000_000,
     problem=None,
@@ -100,12 +100,14 @@ def shown(name: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
 
 @pytest.fixture
 def demo() -> None:
-    phases = (Phase(name="starting Ray", began=disk.THEN), Phase(name="sampling responses", began=disk.LATER))
-    failed = disk.attempt(1, status="failed", exit_code=1, error="out of memory " * 20, hint="use less", last_step=2)
-    done = disk.attempt(2, resumed_from=2, phases=phases, proof=(asdict(shake()),), set_aside=("global_step_3: torn",))
-    run = disk.make("demo", failed, done, checkpoints=5000)
-    disk.log(run, 1, DATA, DATA)
-    disk.log(run, 2, DATA, first=4)
+    phases = (Phase(name="starting Ray", began=on_disk.THEN), Phase(name="sampling responses", began=on_disk.LATER))
+    failed = on_disk.attempt(1, status="failed", exit_code=1, error="out of memory " * 20, hint="use less", last_step=2)
+    done = on_disk.attempt(
+        2, resumed_from=2, phases=phases, proof=(asdict(on_disk.handshake()),), set_aside=("global_step_3: torn",)
+    )
+    run = on_disk.make("demo", failed, done, checkpoints=5000)
+    on_disk.log(run, 1, {1: DATA, 2: DATA})
+    on_disk.log(run, 2, {4: DATA})
 
 
 @pytest.mark.usefixtures("demo")
@@ -142,7 +144,7 @@ def test_without_plotext_it_is_said_and_the_rest_shown(
 
 
 def test_a_run_of_which_nothing_is_known(capsys: pytest.CaptureFixture[str]) -> None:
-    disk.place("empty").root.mkdir(parents=True)
+    on_disk.a_run("empty")
     out, _ = shown("empty", capsys)
     assert "preset unknown" in out
     assert "state unknown" in out
@@ -151,7 +153,7 @@ def test_a_run_of_which_nothing_is_known(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_damaged_record_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    disk.make("broken", disk.attempt()).record.write_text("{")
+    on_disk.make("broken", on_disk.attempt()).record.write_text("{")
     assert "is no run record" in shown("broken", capsys)[0]
 
 
