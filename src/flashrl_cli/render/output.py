@@ -1,4 +1,4 @@
-"""One door to the terminal: data on stdout, talk on stderr, in the form that the reader wants.
+"""One door to the terminal: data on stdout, messages on stderr, in the form that the reader wants.
 
 Three readers: a person at a terminal (colour, live displays), a person reading a log (plain lines), a program (`--json`).
 
@@ -42,7 +42,7 @@ class Advance(Protocol):
     """What moves a progress bar on."""
 
     def __call__(self, n: int, note: str = "", /) -> None:
-        """`n` more are done; `note` stands at the bar's end."""
+        """`n` more are done; `note` is shown at the bar's end."""
 
 
 def is_live(stream: Any) -> bool:
@@ -142,13 +142,13 @@ def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _json(data: dict[str, Any], **form: Any) -> str:
-    """JSON that any reader gets whole: escaped where the stream is not UTF-8, or a text is not."""
+    """JSON that any reader can decode: escaped where the stream is not UTF-8, or a text is not."""
     is_utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
     return files.json_text(data, **form) if is_utf8 else json.dumps(data, **form)
 
 
 class Output:
-    """Where a command writes its result (stdout) and its talk (stderr)."""
+    """Where a command writes its result (stdout) and its messages (stderr)."""
 
     def __init__(self, *, json_mode: bool = False) -> None:
         self.json_mode = json_mode
@@ -194,11 +194,11 @@ class Output:
             self.stdout.print(part)
 
     def say(self, text: str) -> None:
-        """Tell the person something on stderr (not part of the result)."""
+        """Print a line for the person on stderr, not part of the result."""
         self.stderr.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """Tell the person on stderr that something deserves attention."""
+        """Print a warning on stderr."""
         self.say(f"warning: {text}")
 
     @contextlib.contextmanager

@@ -119,7 +119,7 @@ def _mismatch(found: Summary) -> dict[str, Any] | None:
 
 
 def _attempts(found: Summary) -> Iterator[dict[str, Any]]:
-    """What the attempts' table shows, and how each was started; little is known of one that is not in the record."""
+    """What the attempts' table shows, and how each was started; without a record only numbers are known."""
     shown = ("started", "ended", "resumed_from", "last_step", "exit_code", "error", "hint", "host", "executor")
     recorded = {attempt.number: attempt for attempt in found.run.attempts}
     for one in found.attempts:

@@ -161,7 +161,7 @@ def _errors(attempts: Sequence[AttemptRow]) -> list[str]:
 
 
 def _spent(heading: str, spent: Sequence[Spent]) -> list[str]:
-    """A heading with the whole of it, and a line for each part; nothing for no parts."""
+    """A heading with the sum, and a line for each part; nothing without parts."""
     if not spent:
         return []
     rows = [(f"  {one.what}", _exact(one.seconds), f"{one.share:.0%}") for one in spent]

@@ -51,7 +51,7 @@ def text_panels(panels: Sequence[Panel], *, width: int, colour: bool = False) ->
 def _lines(
     panel: Panel, size: tuple[int, int], steps: tuple[int, int], styles: Mapping[str, Style], *, legend: bool
 ) -> list[str]:
-    """Lines of one panel over `steps` (first, last), all as wide as `size` says: columns and lines."""
+    """Lines of one panel over `steps` (first, last), `size` is columns and lines."""
     require("plotext")
     import plotext
 
@@ -97,7 +97,7 @@ def _draw_raw(figure: Any, one: Series, marker: Any) -> None:
 def _draw_line(figure: Any, one: Series, marker: Any) -> None:
     """The curve, piece by piece (plotext ends the process on NaN), and its intervals.
 
-    plotext's error bars are symmetric, so they stand around the middle of each interval.
+    plotext's error bars are symmetric, so they are drawn around the middle of each interval.
     """
     for xs, ys in one.segments():
         figure.draw(figure.signal(xs, ys, marker=marker).lines())

@@ -21,7 +21,7 @@ from flashrl_cli.verl import checkpoints as layout
 from flashrl_cli.weights import PEFT_CONFIG, PEFT_WEIGHTS, Unreadable, Weights, holds_adapter_alone, read_json
 
 EVAL_FOLDER = "eval"
-"""Folder of a run in which its evaluation lies; a glob over the run's steps meets it."""
+"""Folder of a run that holds its evaluation; a glob over the run's steps meets it."""
 _DEPTH = 3  # checkpoints/<project>/<run>/global_step_N
 _LISTED = 8
 
@@ -31,7 +31,7 @@ class Checkpoint:
     """Weights that can be evaluated: an HF folder `hf`, or config and tokenizer in `hf` and the weights elsewhere (see `Weights`).
 
     `source` is what it belongs to: the run's folder, or the model's own folder when it is no step of a run (`step`
-    None). `run` is the shortest name that tells the sources apart. `quantized` is the method by which the HF folder's
+    None). `run` is the shortest name that distinguishes the sources. `quantized` is the method by which the HF folder's
     weights are quantized.
     """
 
@@ -46,7 +46,7 @@ class Checkpoint:
 
     @property
     def weights(self) -> Weights:
-        """Where the weights lie."""
+        """Where its weights are on disk."""
         return Weights(hf=self.hf, shards=self.shards, adapter=self.adapter, base=self.base)
 
     @property
@@ -75,7 +75,7 @@ class Found:
 def find(patterns: Sequence[str]) -> Found:
     """Look up globs and paths of project folders, runs, steps, `actor`, HF or adapter folders, and ids of models on the hub.
 
-    Raises NothingMatched if none of it can be evaluated, saying what lies there instead; InputError for a hub model
+    Raises NothingMatched if none of it can be evaluated, naming what is there instead; InputError for a hub model
     that is not to be had.
     """
     found: dict[str, Checkpoint | Skipped] = {}
@@ -89,8 +89,8 @@ def find(patterns: Sequence[str]) -> Found:
 
 
 def nothing(patterns: Sequence[str], skipped: Iterable[Skipped]) -> NothingMatched:
-    """The error for patterns of which nothing can be evaluated: each thing passed over, or what lies there."""
-    lines = [f"  {s.path}: {s.reason}" for s in skipped] or [f"  {_lies_there(p)}" for p in patterns]
+    """The error for patterns of which nothing can be evaluated: each thing passed over, or what is there."""
+    lines = [f"  {s.path}: {s.reason}" for s in skipped] or [f"  {_there(p)}" for p in patterns]
     what = " ".join(patterns)
     hint = "name a run folder, global_step_N folders, an HF folder with safetensors, or a model on the hub"
     return NothingMatched("\n".join([f"no checkpoint to evaluate in: {what}", *lines]), hint=hint)
@@ -124,7 +124,7 @@ def hf_folder(path: str) -> Checkpoint:
 
 
 def _meant(pattern: str) -> Iterator[Checkpoint | Skipped]:
-    """What a pattern stands for: paths that exist, else a model on the hub."""
+    """What a pattern names: paths that exist, else a model on the hub."""
     found = _expand(pattern)
     if not found and hub.is_hub_id(pattern) and not paths.absolute(pattern).parent.is_dir():
         for item in _inside(hub.from_hub(pattern), 0):
@@ -139,7 +139,7 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def _named(path: Path) -> Iterator[Checkpoint | Skipped]:
-    """What one existing path stands for; a path that a person named is never passed over in silence."""
+    """What one existing path names; a path that a person named is never passed over in silence."""
     if path.name in {layout.TRACKER, EVAL_FOLDER}:
         return
     if path.is_file():
@@ -158,7 +158,7 @@ def _inside(folder: Path, depth: int) -> Iterator[Checkpoint | Skipped]:
     if folder.name in {layout.ACTOR, layout.STEP_HUGGINGFACE}:
         folder = folder.parent
     if layout.step_number(folder.name) is None and layout.step_number(folder.resolve().name) is not None:
-        folder = folder.resolve()  # a link like `latest` stands for its step
+        folder = folder.resolve()  # a link like `latest` means its step
     if layout.step_number(folder.name) is not None or (folder / layout.ACTOR).is_dir():
         yield _step(folder)
     elif (folder / "config.json").is_file():
@@ -211,7 +211,7 @@ def _step(folder: Path) -> Checkpoint | Skipped:
 
 
 def _weights(folder: Path, actor: Path) -> Checkpoint | str:
-    """Where the weights of the step `folder` lie, or why they cannot be read."""
+    """The weights of the step `folder`, or why they cannot be read."""
     own = actor / layout.HUGGINGFACE
     lora = (actor / layout.LORA).is_file()
     shards = layout.shards(actor)
@@ -219,7 +219,7 @@ def _weights(folder: Path, actor: Path) -> Checkpoint | str:
         for hf in (own, folder / layout.STEP_HUGGINGFACE, actor):
             if hub.hf_problem(hf) is None:
                 return Checkpoint(source=folder, step=None, hf=hf, quantized=hub.quantization(hf))
-    # in checkpoints of the original project's fork, config and tokenizer lie beside the shards
+    # in checkpoints of the original project's fork, config and tokenizer are beside the shards
     hf = actor if not (own / "config.json").is_file() and (actor / "config.json").is_file() else own
     if shards is None:
         return f"no weights in {layout.ACTOR}/"
@@ -256,7 +256,7 @@ def _labelled(found: list[Checkpoint]) -> tuple[Checkpoint, ...]:
     return tuple(sorted(labelled, key=lambda c: (c.run, -1 if c.step is None else c.step)))
 
 
-def _lies_there(pattern: str) -> str:
+def _there(pattern: str) -> str:
     """`FOLDER holds a, b, …` for the nearest folder of a pattern that exists."""
     folder = next(p for p in paths.absolute(pattern).parents if p.is_dir())
     return f"{pattern}: {folder} holds {_names(folder)}"

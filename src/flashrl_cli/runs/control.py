@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Display(Protocol):
-    """Who is told what happens."""
+    """What a run reports its phases and steps to."""
 
     def expect(self, total: int) -> None:
         """The run will have `total` steps."""
@@ -37,7 +37,7 @@ class Display(Protocol):
     def phase(self, text: str) -> None:
         """Something else is being done now."""
 
-    def proven(self, shakes: list[Handshake]) -> None:
+    def proven(self, handshakes: list[Handshake], /) -> None:
         """The rollout workers proved their precision."""
 
     def step(self, metrics: StepMetrics) -> None:
@@ -104,7 +104,7 @@ class Follower:
         return state
 
     def _look(self) -> None:
-        """Read the record anew; one that is gone or damaged tells nothing."""
+        """Read the record anew; one that is gone or damaged changes nothing."""
         self._looked = time.monotonic()
         with contextlib.suppress(InputError, OSError):
             found = store.load(self.run.paths.record)
@@ -123,7 +123,7 @@ class Follower:
         if self.attempt.proof and not self._proven:
             self._proven = True
             with contextlib.suppress(TypeError):
-                self.display.proven([Handshake(**shake) for shake in self.attempt.proof])
+                self.display.proven([Handshake(**one) for one in self.attempt.proof])
         for step in steps:
             self.display.step(step)
         self.display.tick()

@@ -107,7 +107,7 @@ def plan_prune(listed: CheckpointList, keep: Keep | None, *, set_aside: bool) ->
 
 
 def prune(run: RunPaths, keep: Keep | None, *, set_aside: bool, shown: Prune) -> None:
-    """Delete what `shown` says. Raises InputError if the run is running, or has other checkpoints by now than were shown.
+    """Delete what `shown` lists. Raises InputError if the run is running, or has other checkpoints by now than were shown.
 
     The run's lock is held while steps are renamed, not while they are deleted: that may take minutes.
     """
@@ -159,7 +159,7 @@ class Removal:
 
     @property
     def warning(self) -> str | None:
-        """What may still write to these folders, as far as can be told from here."""
+        """What may still write to these folders, as far as can be seen from here."""
         command = orphan(self.run.last) if self.run.last else None
         return f"the Ray job of {self.run.name} may still run: `{shlex.join(command)}` ends it" if command else None
 

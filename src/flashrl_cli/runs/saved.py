@@ -52,16 +52,16 @@ class Saved:
     written: float
     """When its newest file was written, seconds since the epoch."""
     has_hf: bool
-    """Whether it holds whole weights in Hugging Face's form too."""
+    """Whether it also holds complete weights in Hugging Face's form."""
     has_weights: bool
-    """Whether the policy's weights are there in either form: enough to evaluate, though maybe not to go on from."""
+    """Whether the policy's weights are there in either form: enough to evaluate, though maybe not to resume from."""
     tracked: bool
     """Whether it is the one that verl resumes from by itself."""
     lora: bool
 
     @property
     def complete(self) -> bool:
-        """Whether a run can go on from it."""
+        """Whether a run can resume from it."""
         return not self.problems
 
 
@@ -71,7 +71,7 @@ def saved_steps(run_checkpoints: Path, *, critic: bool, loaded: layout.Loaded | 
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """Folders `global_step_N` in `folder`, by number; nothing else that lies there. Raises EnvironmentNotReady."""
+    """Folders `global_step_N` in `folder`, by number, and nothing else. Raises EnvironmentNotReady."""
     with _readable(folder):
         names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
         steps = (step for step in map(layout.step_number, names) if step is not None)

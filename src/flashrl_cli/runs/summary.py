@@ -1,4 +1,4 @@
-"""What is known of a run: in the list of runs, in numbers, and in full.
+"""A run as a row of the list, in numbers, and in full.
 
 `rows` is the list of runs, one `Row` each. `summarize` reads all files of one run, each once: `flashrl runs show` prints its
 `Summary` and `render.run_report` writes it as a report.
