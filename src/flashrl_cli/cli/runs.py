@@ -203,7 +203,8 @@ def checkpoints(
 ) -> None:
     """List a run's checkpoints: complete or not, how large, how good.
 
-    With --keep delete all but some: the newest complete step, the best one, and the one that verl goes on from stay always.
+    With --keep delete all but some: the newest complete step, the best one, and the one that verl goes on from stay
+    always.
 
     flashrl runs checkpoints tiny-int8-tis2 --keep last:3,best:1,every:50 --dry-run
     """
@@ -369,8 +370,8 @@ def report(
 ) -> None:
     """Write all that is known of a run to one page.
 
-    A single HTML file that loads nothing: curves, times, mismatch, proof, attempts, configuration, versions. With --json the
-    same as data on stdout, and the page only where --out says.
+    A single HTML file that loads nothing: curves, times, mismatch, proof, attempts, configuration, versions. With
+    --json the same as data on stdout, and the page only where --out says.
     """
     from flashrl_cli import files
     from flashrl_cli.render import figure
@@ -394,7 +395,7 @@ def report(
 
 
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """What one plan changed from another: the preset's values where both hold them, else verl's overrides; and the environment."""
+    """What a plan changed from another: the preset's values (verl's overrides where one lacks them), the environment."""
     from flashrl_cli.train.review import compare
 
     found = compare(before, after)

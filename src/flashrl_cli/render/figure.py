@@ -1,7 +1,7 @@
 """Panels of curves over training steps, and their drawing: a PNG of all of them, or an SVG of each for an HTML page.
 
-Also groups of bars as a PNG: the speeds of a benchmark, a group for each batch. Drawing needs matplotlib; `text_plot` draws
-panels as text.
+Also groups of bars as a PNG: the speeds of a benchmark, a group for each batch. Drawing needs matplotlib; `text_plot`
+draws panels as text.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ Style = tuple[str, str]
 class Series:
     """One curve: `ys` at steps `xs`, None where its line breaks.
 
-    With `los` and `his` each point has an interval; with `raw` the curve is that of smoothed values. `starts` are the steps
-    after which later attempts went on.
+    With `los` and `his` each point has an interval; with `raw` the curve is that of smoothed values. `starts` are the
+    steps after which later attempts went on.
     """
 
     label: str
@@ -77,7 +77,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """Curves on one pair of axes: `limits` of the vertical one, `ticks` on the horizontal one (None: any whole numbers)."""
+    """Curves on one pair of axes: `limits` are the vertical one's, `ticks` the horizontal one's (None: any)."""
 
     title: str
     series: Sequence[Series]
@@ -291,7 +291,10 @@ def _for_page(svg: str, prefix: str, label: str) -> str:
 
 
 def write_bars_png(speeds: Mapping[str, Mapping[int, Sequence[float]]], path: Path, *, about: str) -> None:
-    """Draw medians by label and batch to `path`, the spread of the repeats as thin lines, `about` what below; needs no display."""
+    """Draw medians by label and batch to `path`, the spread of the repeats as thin lines, `about` what below.
+
+    Needs no display.
+    """
     require("matplotlib")
     import matplotlib as mpl
     from matplotlib.figure import Figure

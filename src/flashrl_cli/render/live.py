@@ -34,7 +34,10 @@ COLUMNS = (
     ("tok/s", "tokens_per_s", ".0f"),
     ("s/step", "step_s", ".1f"),
 )
-"""Heading, metric, format. KL is rollout against trainer; w are importance weights, `cut` the truncated share of tokens."""
+"""Heading, metric, format.
+
+KL is rollout against trainer; w are importance weights, `cut` the truncated share of tokens.
+"""
 SPARED = ("w max", "grad", "w mean", "entropy", "length", "tok/s", "cut %", "KL")
 """Headings that are left out of a narrow terminal, the first one first."""
 _GAP = 3

@@ -1,4 +1,4 @@
-"""Runs and their checkpoints as text: the list of runs, one run in full, its checkpoints and what a prune would delete."""
+"""Runs as text: the list of runs, one run in full, its checkpoints and what a prune would delete."""
 
 from __future__ import annotations
 

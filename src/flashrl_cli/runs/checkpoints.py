@@ -1,7 +1,7 @@
 """What patterns name: checkpoints and models whose weights can be evaluated, and why the rest cannot.
 
-`find` and `hf_folder` go down from a pattern: `_meant` (paths on disk, else a model on the hub) → `_inside` (the steps, models and
-adapters of a folder) → `_step`, `_model` or `_adapter` (the weights of one of them).
+`find` and `hf_folder` go down from a pattern: `_meant` (paths on disk, else a model on the hub) → `_inside` (the steps,
+models and adapters of a folder) → `_step`, `_model` or `_adapter` (the weights of one of them).
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ _LISTED = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """Weights that can be evaluated: an HF folder `hf`, or config and tokenizer in `hf` and the weights elsewhere (see `Weights`).
+    """Weights that can be evaluated.
 
-    `source` is what it belongs to: the run's folder, or the model's own folder when it is no step of a run (`step`
-    None). `run` is the shortest name that distinguishes the sources. `quantized` is the method by which the HF folder's
-    weights are quantized.
+    `hf` is an HF folder, or config and tokenizer alone with the weights elsewhere (see `Weights`). `source` is what it
+    belongs to: the run's folder, or the model's own folder when it is no step of a run (`step` None). `run` is the
+    shortest name that distinguishes the sources. `quantized` is the method by which the HF folder's weights are
+    quantized.
     """
 
     source: Path
@@ -57,7 +58,10 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """What a pattern named and cannot be evaluated, and why; `refused` if it is a checkpoint whose weights are wrong."""
+    """What a pattern named and cannot be evaluated, and why.
+
+    `refused` if it is a checkpoint whose weights are wrong.
+    """
 
     path: Path
     reason: str
@@ -73,10 +77,10 @@ class Found:
 
 
 def find(patterns: Sequence[str]) -> Found:
-    """Look up globs and paths of project folders, runs, steps, `actor`, HF or adapter folders, and ids of models on the hub.
+    """Look up globs and paths, and ids of models on the hub.
 
-    Raises NothingMatched if none of it can be evaluated, naming what is there instead; InputError for a hub model
-    that is not to be had.
+    A path may be that of a project, a run, a step, `actor`, an HF or an adapter folder. Raises NothingMatched if none
+    of it can be evaluated, naming what is there instead; InputError for a hub model that is not to be had.
     """
     found: dict[str, Checkpoint | Skipped] = {}
     for item in (item for pattern in patterns for item in _meant(pattern)):
@@ -97,9 +101,9 @@ def nothing(patterns: Sequence[str], skipped: Iterable[Skipped]) -> NothingMatch
 
 
 def model_or_step(path: Path) -> tuple[Path, int | None] | None:
-    """What a path that was passed over would have been: the run's folder and the step, a model's folder and None; None for neither.
+    """What a path that was passed over would have been: the run's folder and the step, a model's folder and None.
 
-    Neither are a step's critic and what else is in its folder beside the policy.
+    None for neither, such as a step's critic and what else is in its folder beside the policy.
     """
     policy = {layout.ACTOR, layout.HUGGINGFACE, layout.STEP_HUGGINGFACE}
     for folder in (path, *path.parents):
@@ -109,7 +113,10 @@ def model_or_step(path: Path) -> tuple[Path, int | None] | None:
 
 
 def hf_folder(path: str) -> Checkpoint:
-    """The one model that `path` names: an HF or adapter folder, a step, or an id on the hub. Raises InputError if it is none."""
+    """The one model that `path` names: an HF or adapter folder, a step, or an id on the hub.
+
+    Raises InputError if it is none.
+    """
     hint = "name a folder with config.json and safetensors, a global_step_N, or a model on the hub"
     items = list(_meant(path))
     for item in items:
@@ -243,7 +250,10 @@ def _lora(folder: Path, found: Checkpoint, actor: Path) -> Checkpoint | str:
 
 
 def _base_of_run(run_folder: Path) -> Path | None:
-    """The model that a run started from, by the plan of its newest attempt. Raises InputError if it is not to be had."""
+    """The model that a run started from, by the plan of its newest attempt.
+
+    Raises InputError if it is not to be had.
+    """
     run = store.read_run(paths.runs_root() / run_folder.name).paths
     name = layout.model_path(store.newest_plan(run).get("overrides", []))
     return hub.model_folder(name) if name else None

@@ -1,6 +1,7 @@
 """Follow a run that another process supervises, and end it: its record and metrics are read as they are written.
 
-`Display` is what a run reports to while it goes on: `train` writes to it, and `Follower` as well; `render.live` draws it.
+`Display` is what a run reports to while it goes on: `train` writes to it, and `Follower` as well; `render.live` draws
+it.
 """
 
 from __future__ import annotations

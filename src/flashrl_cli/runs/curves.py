@@ -56,7 +56,8 @@ LABELS = {
 class Curve:
     """One metric of one run: its value at each of `steps`, None where a line over them breaks (NaN, or a lost step).
 
-    `starts` are the steps after which later attempts resumed, `every_step` whether all training steps logged the metric.
+    `starts` are the steps after which later attempts resumed, `every_step` whether all training steps logged the
+    metric.
     """
 
     run: str
@@ -81,8 +82,8 @@ def title(metric: str) -> tuple[str, str]:
 def curve(run: str, history: Sequence[StepMetrics], metric: str, starts: Sequence[int] = ()) -> Curve | None:
     """The curve of `metric`, by flashrl's name or verl's; None if no step has a value of it.
 
-    Steps that did not log it (only some validate) have no point. But a metric that every training step logs breaks where
-    the history has a hole.
+    Steps that did not log it (only some validate) have no point. But a metric that every training step logs breaks
+    where the history has a hole.
     """
     found = points(history, metric)
     if all(value is None for value in found.values()):
@@ -96,10 +97,12 @@ def curve(run: str, history: Sequence[StepMetrics], metric: str, starts: Sequenc
 
 
 def smoothed(values: Sequence[float | None], weight: float) -> list[float | None]:
-    """Exponential moving average of `values`; `weight` (0 to below 1) is that of the past. None stays None and counts not.
+    """Exponential moving average of `values`; `weight` (0 to below 1) is that of the past.
 
-    m_t = w m_(t-1) + (1 - w) x_t, divided by 1 - w^t so that the start is not drawn to zero: Kingma and Ba, Adam
-    (arXiv 1412.6980, section 3), and the smoothing of TensorBoard's scalars.
+    None stays None and counts not.
+
+    m_t = w m_(t-1) + (1 - w) x_t, divided by 1 - w^t so that the start is not drawn to zero: Kingma and Ba, Adam (arXiv
+    1412.6980, section 3), and the smoothing of TensorBoard's scalars.
     """
     out: list[float | None] = []
     mean, mass = 0.0, 0.0
@@ -168,7 +171,10 @@ def gather(runs: Sequence[RunPaths], asked: str | None) -> Gathered:
 
 
 def _chosen(asked: str, histories: Histories) -> list[str]:
-    """Metrics of a comma-separated list, each once. Raises InputError for names that neither flashrl nor any run has."""
+    """Metrics of a comma-separated list, each once.
+
+    Raises InputError for names that neither flashrl nor any run has.
+    """
     names = list(dict.fromkeys(name for part in asked.split(",") if (name := part.strip())))
     if not names:
         raise InputError("--metric names no metric", hint=f"--metric {','.join(DEFAULTS[:2])}")

@@ -1,7 +1,8 @@
-"""Delete runs, or checkpoints of one run: what would go is decided and shown first, checked again under the run's lock, then done.
+"""Delete runs, or checkpoints of one run.
 
-What goes is renamed into a hidden folder before it is emptied, so that nothing half-deleted bears a run's or a step's name. What a
-killed deletion left there goes with the next one.
+What would go is decided and shown first, checked again under the run's lock, and deleted then. What goes is renamed
+into a hidden folder before it is emptied, so that nothing half-deleted bears a run's or a step's name. What a killed
+deletion left there goes with the next one.
 """
 
 from __future__ import annotations
@@ -107,7 +108,9 @@ def plan_prune(listed: CheckpointList, keep: Keep | None, *, set_aside: bool) ->
 
 
 def prune(run: RunPaths, keep: Keep | None, *, set_aside: bool, shown: Prune) -> None:
-    """Delete what `shown` lists. Raises InputError if the run is running, or has other checkpoints by now than were shown.
+    """Delete what `shown` lists.
+
+    Raises InputError if the run is running, or has other checkpoints by now than were shown.
 
     The run's lock is held while steps are renamed, not while they are deleted: that may take minutes.
     """

@@ -51,10 +51,10 @@ def merged(
 ) -> list[Path]:
     """Write one checkpoint to `target`, several to `target`/<run>/global_step_N; returns these folders.
 
-    Each folder appears once it is complete, and its weights are what its config asks for; then `advance(1)` is called, and
-    `warn` with what of the source was left behind. A checkpoint that cannot be read does not stop the others. Raises
-    InputError for a place that is not empty, EnvironmentNotReady where it does not fit or cannot be written,
-    and at the end RunFailed for all that cannot be read.
+    Each folder appears once it is complete, and its weights are what its config asks for; then `advance(1)` is called,
+    and `warn` with what of the source was left behind. A checkpoint that cannot be read does not stop the others.
+    Raises InputError for a place that is not empty, EnvironmentNotReady where it does not fit or cannot be written, and
+    at the end RunFailed for all that cannot be read.
     """
     places = _places(checkpoints, target)
     _room(checkpoints, target)
@@ -100,7 +100,7 @@ class Written:
 
 
 def write(weights: Weights, folder: Path) -> Written:
-    """Make `folder`: the tensors of `weights` in safetensors, its tokenizer, and its config without what was the trainer's alone.
+    """Make `folder`: the tensors of `weights` in safetensors, its tokenizer, and its config without the trainer's keys.
 
     The weights of an HF folder are copied as they are, and its config names the dtype that it named. Raises Unreadable
     before the first byte for tensors that are not those of the architecture, and for what is not finite.

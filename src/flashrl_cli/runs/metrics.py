@@ -145,15 +145,18 @@ def read_run_metrics(run: RunPaths, record: RunRecord | None) -> RunMetrics:
 
 
 def history(run: RunPaths) -> list[StepMetrics]:
-    """Every step of `run` once, in order of step, as the newest attempt that did it logged it. Raises as `store.load`."""
+    """Every step of `run` once, in order of step, as the newest attempt that did it logged it.
+
+    Raises as `store.load`.
+    """
     return read_run_metrics(run, store.load(run.record)).history
 
 
 def merge(attempts: Mapping[int, Sequence[StepMetrics]], resumed: Mapping[int, int]) -> list[StepMetrics]:
     """Steps of attempts, by number in order of their start, with later ones over earlier ones.
 
-    `resumed` maps an attempt to the step that it resumed from: what earlier ones did beyond that was undone once the attempt
-    logged a step itself. An attempt that is not in it undoes nothing.
+    `resumed` maps an attempt to the step that it resumed from: what earlier ones did beyond that was undone once the
+    attempt logged a step itself. An attempt that is not in it undoes nothing.
     """
     steps: dict[int, StepMetrics] = {}
     for number, logged in attempts.items():

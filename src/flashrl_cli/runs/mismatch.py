@@ -1,20 +1,21 @@
 """Mismatch advice: how far rollout and trainer are apart, what the cap does about it, and whether another one would do.
 
-The correction multiplies each token's gradient term by w = min(r, cap), r = p_train / p_rollout. Two things follow from the
-ratios' moments whatever the gradient is:
+The correction multiplies each token's gradient term by w = min(r, cap), r = p_train / p_rollout. Two things follow from
+the ratios' moments whatever the gradient is:
 
-- Bias. The mean of r - w, the weight above the cap, times the largest term bounds what truncation takes from the gradient
-  (E. L. Ionides, Truncated Importance Sampling, JCGS 17 (2008) 295). Without correction it is the mean of |r - 1|.
-- Noise. Terms that are independent of their ratio have their noise multiplied by the mean of w²; one token by cap² at most.
-  A ratio of 16 counts 256-fold untruncated, 64-fold at cap 8, 4-fold at cap 2 (F. Yao et al., Your Efficient RL Framework
-  Secretly Brings You Off-Policy RL Training, 2025).
+- Bias. The mean of r - w, the weight above the cap, times the largest term bounds what truncation takes from the
+  gradient (E. L. Ionides, Truncated Importance Sampling, JCGS 17 (2008) 295). Without correction it is the mean of |r -
+  1|.
+- Noise. Terms that are independent of their ratio have their noise multiplied by the mean of w²; one token by cap² at
+  most. A ratio of 16 counts 256-fold untruncated, 64-fold at cap 8, 4-fold at cap 2 (F. Yao et al., Your Efficient RL
+  Framework Secretly Brings You Off-Policy RL Training, 2025).
 
-Noise averages out over tokens and steps and bias does not, so a cap is right where what it cuts is small, and smaller caps are
-insurance where they cut nothing. The bounds of what is small are this module's own.
+Noise averages out over tokens and steps and bias does not, so a cap is right where what it cuts is small, and smaller
+caps are insurance where they cut nothing. The bounds of what is small are this module's own.
 
-verl logs moments of the ratios, not the ratios themselves (`verl.metrics.NAMES` defines each metric). `pool` weighs the moments of
-several steps by their tokens, so that they are those of all their tokens together. What moments do not determine is bounded: every
-bound here holds for any distribution that has them.
+verl logs moments of the ratios, not the ratios themselves (`verl.metrics.NAMES` defines each metric). `pool` weighs the
+moments of several steps by their tokens, so that they are those of all their tokens together. What moments do not
+determine is bounded: every bound here holds for any distribution that has them.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class Ratios:
         return least, max(least, min(most, self.cut + weights.excess(cap)))
 
     def square_at(self, cap: float) -> float:
-        """Upper bound of the mean square of the weights under another `cap`: what they multiply a gradient's noise by."""
+        """Upper bound of the weights' mean square under another `cap`: what they multiply a gradient's noise by."""
         most = min(self.ratios.square, cap * self.ratios.mean)
         if self.weights is None:
             return most
@@ -133,7 +134,10 @@ class Ratios:
 
 
 def usable_ratios(step: StepMetrics) -> bool:
-    """Whether a step logged the ratios' moments. A batch that is infinitely far apart did not: verl logs infinity as null."""
+    """Whether a step logged the ratios' moments.
+
+    A batch that is infinitely far apart did not: verl logs infinity as null.
+    """
     return None not in (step["kl"], step["kl_k3"], step["chi2"])
 
 
@@ -166,7 +170,9 @@ def _weights(steps: Sequence[StepMetrics]) -> Weights | None:
 
 
 def _mean(steps: Sequence[StepMetrics], name: str, deviation: str | None = None) -> float | None:
-    """Mean of a metric over the tokens of `steps` (its mean square, if its deviation is named); None where one lacks it.
+    """Mean of a metric over the tokens of `steps` (its mean square, if its deviation is named).
+
+    None where one lacks it.
 
     A step has as many responses as another, so its tokens are as many as its responses are long.
     """
@@ -201,7 +207,9 @@ RECENT = 20
 CAPS = (2.0, 4.0, 8.0, 16.0)
 """Caps that are weighed against each other; 2 is verl's default, and recipes of 32B models use 8."""
 NEGLIGIBLE, NOTABLE = 0.001, 0.01
-"""Shares of the weight above the cap: below the first it is negligible, from the second on a larger cap is worth a thought."""
+"""Shares of the weight above the cap: below the first it is negligible, from the second on a larger cap is worth a
+thought.
+"""
 ALIKE = 0.02
 """Mean of |r - 1| below which a correction changes next to nothing, if no single ratio exceeds `CAPS[0]`."""
 FAR = 0.05
@@ -214,8 +222,11 @@ OFF_MEAN, OFF_ERRORS = 0.02, 4.0
 _CLOSER = "Bring rollout and trainer closer: a run with `--rollout bf16` shows how much of it is quantization."
 
 Verdict = Literal["keep", "raise", "lower", "optional", "try", "reduce", "check", "unknown"]
-"""`optional`: TIS changes next to nothing. `try`: TIS is off and would not be idle. `reduce`: too far apart for any cap.
-`check`: something else than a mismatch is wrong."""
+"""`optional`: TIS changes next to nothing.
+
+`try`: TIS is off and would not be idle. `reduce`: too far apart for any cap. `check`: something else than a mismatch is
+wrong.
+"""
 
 SOURCES = {
     "verl": "verl 0.9.1, verl/trainer/ppo/rollout_corr_helper.py:717-759, 952-1001; verl/utils/debug/metrics.py:116-119",

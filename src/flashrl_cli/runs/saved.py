@@ -1,4 +1,4 @@
-"""The checkpoints that a run saved: which a resume can read, how good they are, what was set aside, who may be writing there.
+"""The checkpoints that a run saved: what a resume can read, how good they are, what was set aside, who may write there.
 
 Nothing here imports torch or reads weights: what is torn is found by its list of contents (`weights.torn`).
 """
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from flashrl_cli.paths import RunPaths
 
 SET_ASIDE = ".set_aside"
-"""Folder of a run's checkpoints that holds the steps that a resume moved out of its way; hidden, so that no pattern meets it."""
+"""Folder of a run's checkpoints that holds the steps that a resume moved out of its way.
+
+It is hidden, so that no pattern meets it.
+"""
 DOOMED = ".pruned"
 """Folder of a run's checkpoints in which steps wait for their deletion."""
 REASON = "reason.txt"
@@ -82,8 +85,8 @@ def step_folders(folder: Path) -> list[Path]:
 def inspect(step_folder: Path, *, critic: bool, loaded: layout.Loaded | None = None) -> Saved:
     """What `step_folder` holds, and what a resume would miss there.
 
-    `critic`: the run trains one. `loaded`: what the run loads when it resumes (`verl.checkpoints.loaded`), by default all.
-    Raises EnvironmentNotReady for a folder that this user may not read.
+    `critic`: the run trains one. `loaded`: what the run loads when it resumes (`verl.checkpoints.loaded`), by default
+    all. Raises EnvironmentNotReady for a folder that this user may not read.
     """
     step = layout.step_number(step_folder.name)
     if step is None:
@@ -185,8 +188,8 @@ def set_aside(step_folder: Path, why: str) -> Path:
 def hide(folder: Path, place: Path) -> Path:
     """Rename `folder` into the hidden folder `place` (on the same file system); returns where it is now.
 
-    Nothing is copied and nothing overwritten: where the name is taken, it gets a number. Raises EnvironmentNotReady if the file
-    system refuses.
+    Nothing is copied and nothing overwritten: where the name is taken, it gets a number. Raises EnvironmentNotReady if
+    the file system refuses.
     """
     try:
         target = _reserve(place, folder.name)
@@ -246,9 +249,12 @@ class Scores:
 
 
 def scores(run: RunPaths, saved: Collection[Saved]) -> Scores | None:
-    """Scores of those of `saved` that hold weights, by the first evidence that has a value of one of them; None without any.
+    """Scores of those of `saved` that hold weights, by the first evidence that has a value of one of them.
 
-    An evaluation that is older than a step's files was one of other weights. Reward is the mean over the step's own batch.
+    None without any.
+
+    An evaluation that is older than a step's files was one of other weights. Reward is the mean over the step's own
+    batch.
     """
     usable = {one.step: one for one in saved if one.has_weights}
     sources: dict[Evidence, Callable[[], Mapping[int, float]]] = {

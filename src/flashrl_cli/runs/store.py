@@ -1,11 +1,12 @@
 """One run on disk: its record, its folders and the plans that its attempts were started with.
 
-The record, `runs/<name>/run.json`, says what was started when and from what, by which attempt, and how it ended. The process
-that supervises an attempt writes it; every change goes through `change`, which locks the run, reads the record and replaces the
-file. An attempt's entry is never removed by a later attempt.
+The record, `runs/<name>/run.json`, says what was started when and from what, by which attempt, and how it ended. The
+process that supervises an attempt writes it; every change goes through `change`, which locks the run, reads the record
+and replaces the file. An attempt's entry is never removed by a later attempt.
 
-Whatever shows, follows, stops or deletes a run reads it with `find`, `all_runs` or `read_run`: with a record, with a damaged one,
-or without one, as runs were before there were records. What trains a run reads the record alone, with `load`.
+Whatever shows, follows, stops or deletes a run reads it with `find`, `all_runs` or `read_run`: with a record, with a
+damaged one, or without one, as runs were before there were records. What trains a run reads the record alone, with
+`load`.
 """
 
 from __future__ import annotations
@@ -247,7 +248,9 @@ class Run:
         return value
 
     def recorded_paths(self) -> RunPaths:
-        """The run's folders as its record names them. Raises InputError without a record, or if its checkpoints' folder is another's.
+        """The run's folders as its record names them.
+
+        Raises InputError without a record, or if its checkpoints' folder is another's.
 
         A run's checkpoints are in a folder of its own name, so `/` or a home in a damaged record is refused.
         """
@@ -267,7 +270,10 @@ class Run:
 
 
 def find(name: str) -> Run:
-    """The run called `name`. Raises InputError for what is no run's name, NothingMatched (with near names) for no run."""
+    """The run called `name`.
+
+    Raises InputError for what is no run's name, NothingMatched (with near names) for no run.
+    """
     check_name(name)
     root = paths.runs_root() / name
     if not root.is_dir():
@@ -332,7 +338,7 @@ def _check(found: RunRecord) -> None:
 
 
 def _checkpoints_by_plan(run: RunPaths) -> Path:
-    """Folder of checkpoints of a run without a record: its newest plan's, or the one project's that has such a folder."""
+    """Folder of checkpoints of a run without a record: its newest plan's, or the only one of its name."""
     import glob
 
     with contextlib.suppress(InputError, OSError):
@@ -361,7 +367,10 @@ def find_plan(reference: str) -> Path | None:
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """The plan's document (`train.plan.plan_document`). Raises InputError when the file is none, or another version's."""
+    """The plan's document (`train.plan.plan_document`).
+
+    Raises InputError when the file is none, or another version's.
+    """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,7 +1,7 @@
 """A run as a row of the list, in numbers, and in full.
 
-`rows` is the list of runs, one `Row` each. `summarize` reads all files of one run, each once: `flashrl runs show` prints its
-`Summary` and `render.run_report` writes it as a report.
+`rows` is the list of runs, one `Row` each. `summarize` reads all files of one run, each once: `flashrl runs show`
+prints its `Summary` and `render.run_report` writes it as a report.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def rows() -> list[Row]:
 
 
 def row(run: Run, metrics: RunMetrics | None = None) -> Row:
-    """The row of one run, from its record and its metrics: from the end of the newest file alone, unless they were read already."""
+    """The row of one run from its record and its metrics: the end of the newest file, unless all were read already."""
     step, accuracy = None, None
     if (logged := run.logged()) is not None:
         file = run.paths.attempt(logged).metrics
@@ -168,8 +168,8 @@ def ran_s(attempt: Attempt) -> float:
 def step_shares(history: Sequence[StepMetrics], starts: Sequence[int] = ()) -> list[Spent]:
     """Mean seconds of a step by phase, and the share of each, in the order of a step; what no phase covers comes last.
 
-    The first step of each attempt warms up, so it is left out unless there are no others; `starts` are the steps after which
-    later attempts resumed. Validation is spread over all steps: verl's timer of the step does not hold it.
+    The first step of each attempt warms up, so it is left out unless there are no others; `starts` are the steps after
+    which later attempts resumed. Validation is spread over all steps: verl's timer of the step does not hold it.
     """
     timed = [metrics for metrics in history if metrics.trained and metrics["step_s"]]
     first = {metrics.step for metrics in timed[:1]} | {step + 1 for step in starts}
@@ -248,7 +248,7 @@ class Summary:
 
     @property
     def proof(self) -> Sequence[Handshake]:
-        """Handshakes of the newest attempt that has some: as they were when they proved it, where the record holds them."""
+        """Handshakes of the newest attempt that has some, as the record holds them from when they proved it."""
         for attempt in reversed(self.run.attempts):
             if attempt.proof:
                 with contextlib.suppress(TypeError):
