@@ -1,4 +1,6 @@
-"""How fast the CPU default is: from start to the first step, and seconds a step by phase. Medians over runs, kept as JSON.
+"""How fast the CPU default is: from start to the first step, and seconds a step by phase.
+
+Medians over runs, kept as JSON.
 
     python benchmarks/cpu_default.py [--runs 3] [--steps 8] [--out benchmarks/results/cpu_default.json]
 

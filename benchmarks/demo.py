@@ -1,7 +1,7 @@
 """The main job from nothing, on this machine: prepare, train with INT8 rollouts and TIS, evaluate every checkpoint.
 
-`make demo` runs it. It calls the same commands as a user and writes demo/summary.json, demo/curve.txt and demo/curve.png.
-Ends with 5 when accuracy rose by less than 0.20.
+`make demo` runs it. It calls the same commands as a user and writes demo/summary.json, demo/curve.txt and
+demo/curve.png. Ends with 5 when accuracy rose by less than 0.20.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ ENV = {
 
 
 def flashrl(*args: str, capture: bool = False) -> tuple[str, float]:
-    """Run a flashrl command as a user would; returns its stdout (when captured) and seconds. Ends this program if it fails."""
+    """Run a flashrl command as a user would; returns its stdout (when captured) and seconds.
+
+    Ends this program if it fails.
+    """
     print(f"\n$ flashrl {' '.join(args)}", flush=True)
     started = time.monotonic()
     command = [sys.executable, "-m", "flashrl_cli", *args]
@@ -43,7 +46,7 @@ def flashrl(*args: str, capture: bool = False) -> tuple[str, float]:
 
 
 def summary(evaluation: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
-    """What the demo proves: accuracy by step, the precision that the rollout workers really held, and the time it took."""
+    """What the demo proves: accuracy by step, the precision that the rollout workers held, and the seconds it took."""
     shake = next(read_handshakes(ROOT / "runs" / RUN / "attempt_1" / "plugins"))
     return {
         "schema_version": 1,

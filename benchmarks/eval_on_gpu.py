@@ -1,10 +1,12 @@
-"""The evaluation engine on a GPU: seconds and memory to take a checkpoint from disk, and whether answers are a fresh engine's.
+"""The evaluation engine on a GPU: seconds and memory to take a checkpoint from disk, and whether answers are a fresh
+engine's.
 
     PYTHONPATH=src:SITE python benchmarks/eval_on_gpu.py [--out benchmarks/results/eval_on_gpu.json] [--sizes 0.5b,7b] [PATTERN...]
 
-For each size of Qwen2.5 two checkpoints with weights of their own are made: a float32 shard as verl saves it for one rank (all of
-it, so that it is the most there is to read), and a bf16 folder. One engine takes both, each twice, in turn. PATTERNs name checkpoints of
-a policy that adds: the same in each of --rollouts, with greedy answers, and then each is taken by an engine of its own.
+For each size of Qwen2.5 two checkpoints with weights of their own are made: a float32 shard as verl saves it for one
+rank (all of it, so that it is the most there is to read), and a bf16 folder. One engine takes both, each twice, in
+turn. PATTERNs name checkpoints of a policy that adds: the same in each of --rollouts, with greedy answers, and then
+each is taken by an engine of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from flashrl_cli import files
 from flashrl_cli.evals import job as child
@@ -29,6 +31,9 @@ from flashrl_cli.evals.job import EngineSettings, Job, Order, Sampling
 from flashrl_cli.evals.questions import Question
 from flashrl_cli.runs.checkpoints import find
 from flashrl_cli.weights import Weights
+
+if TYPE_CHECKING:
+    from flashrl_cli.worker.client import Worker
 
 SHAPES = {
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
@@ -84,7 +89,9 @@ def make(size: str, seed: int, folder: Path, tokenizer: Path, *, shard: bool) ->
 
 
 class Memory:
-    """Peaks of a process tree's anonymous memory and of the GPU's, in GiB, sampled ten times a second while it is entered."""
+    """Peaks of a process tree's anonymous memory and of the GPU's, in GiB, sampled ten times a second while it is
+    entered.
+    """
 
     def __init__(self, pid: int) -> None:
         self._pid, self._over = pid, threading.Event()
@@ -122,9 +129,7 @@ def _gpu() -> float:
 
 
 @contextlib.contextmanager
-def engine(
-    start: Path, questions: Sequence[Question], rollout: str, log: Path
-) -> Iterator[tuple[child.Engine, Job, int]]:
+def engine(start: Path, questions: Sequence[Question], rollout: str, log: Path) -> Iterator[tuple[Worker, Job, int]]:
     with tempfile.TemporaryDirectory() as work:
         job = Job(
             start=start,
@@ -136,16 +141,17 @@ def engine(
         )
         job.write_questions(0, questions)
         with child.engine(job, log) as running:
-            yield running, job, running._process.pid
+            yield running, job, running.pid
 
 
-def take(running: child.Engine, job: Job, weights: Weights, name: str) -> tuple[dict[str, Any], list[str]]:
+def take(running: Worker, job: Job, weights: Weights, name: str) -> tuple[dict[str, Any], list[str]]:
     """Seconds to load and to answer, and the answers."""
     file = job.work / f"{name}.jsonl"
     file.unlink(missing_ok=True)
+    order = Order(weights=weights, data=0, answers=file, answered=())
     started = loaded = time.monotonic()
     holds: dict[str, Any] = {}
-    for event in running.fulfil(Order(weights=weights, data=0, answers=file, answered=())):
+    for event in running.ask(order.plain()):
         if event["event"] == "skipped":
             raise SystemExit(event["reason"])
         if event["event"] == "loaded":

@@ -1,11 +1,13 @@
-"""Ten checkpoints evaluated by `flashrl eval`, and as one does it by hand: merge each to a folder, start vLLM on it, grade.
+"""Ten checkpoints evaluated by `flashrl eval`, and as one does it by hand: merge each to a folder, start vLLM on it,
+grade.
 
     python benchmarks/eval_vs_merge.py [--checkpoints 10] [--prompts 256] [--out benchmarks/results/eval_vs_merge.json]
 
-Needs `flashrl prepare tiny`, and an idle machine. The checkpoints are verl's own (FSDPCheckpointManager): the tiny policy with a noise
-that grows with the step. By hand, a step is `python -m verl.model_merger merge`, then a new process with vLLM, greedy, and verl's
-scorer. That engine runs as vLLM starts it by default, in a process of its own, and once more in one process (as flashrl's does), which
-takes less to start. All must find the same accuracies, to the last digit; 1 is returned if they do not.
+Needs `flashrl prepare tiny`, and an idle machine. The checkpoints are verl's own (FSDPCheckpointManager): the tiny
+policy with a noise that grows with the step. By hand, a step is `python -m verl.model_merger merge`, then a new process
+with vLLM, greedy, and verl's scorer. That engine runs as vLLM starts it by default, in a process of its own, and once
+more in one process (as flashrl's does), which takes less to start. All must find the same accuracies, to the last
+digit; 1 is returned if they do not.
 """
 
 from __future__ import annotations

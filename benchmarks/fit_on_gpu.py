@@ -1,11 +1,12 @@
-"""The memory estimate against a GPU: weights and KV tokens that vLLM reports, and the peak of a training step under FSDP.
+"""The memory estimate against a GPU: weights and KV tokens that vLLM reports, and the peak of a training step under
+FSDP.
 
     PYTHONPATH=src:SITE python benchmarks/fit_on_gpu.py --out benchmarks/results/fit_on_gpu.json [--points POINT,POINT] [--budget 520]
 
-A point is `train:SIZE:STRATEGY:TOKENS:KIND` or `engine:SIZE:PRECISION`: SIZE one of Qwen2.5's (7b/4: its first four layers), STRATEGY
-fsdp or fsdp2, KIND ckpt (gradient checkpointing), plain (without) or fused (with verl's fused head), PRECISION one of rollouts.
-Weights are random. Every point runs in a process of its own (fit_points.py) and is written as soon as it is known; one that no longer
-fits into the budget is left out.
+A point is `train:SIZE:STRATEGY:TOKENS:KIND` or `engine:SIZE:PRECISION`: SIZE one of Qwen2.5's (7b/4: its first four
+layers), STRATEGY fsdp or fsdp2, KIND ckpt (gradient checkpointing), plain (without) or fused (with verl's fused head),
+PRECISION one of rollouts. Weights are random. Every point runs in a process of its own (fit_points.py) and is written
+as soon as it is known; one that no longer fits into the budget is left out.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def run_point(point: str, folder: Path, limit: float) -> dict[str, Any]:
 
 
 def run_child(command: list[str], folder: Path, log: Path, limit: float) -> int:
-    """Run a command in a process group of its own with its output in `log`; the exit code, negative when it was killed."""
+    """Run a command in its own process group with its output in `log`; its exit code, negative when it was killed."""
     paths = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     caches = {f"{name}_DIR": str(folder / name.lower()) for name in ("TRITON_CACHE", "TORCHINDUCTOR_CACHE")}
     env = {**ENVIRONMENT, **caches, "VLLM_CACHE_ROOT": str(folder / "vllm"), **os.environ, "PYTHONPATH": paths}

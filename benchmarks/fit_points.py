@@ -12,16 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import contract, files
+from flashrl_cli import files
 from flashrl_cli.bench.request import config_of
 from flashrl_cli.memory import parts
 from flashrl_cli.memory.model import QWEN25, shape_of
 from flashrl_cli.memory.parts import model_of, total
+from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.verl.config import Batch, EngineSettings, RolloutSettings, TrainerSettings
 
 if TYPE_CHECKING:
-    from flashrl_cli.memory.model import ModelShape
     from flashrl_cli.memory.parts import Item
+    from flashrl_cli.weights.shape import ModelShape
 
 UTILIZATION, SEQUENCES, BATCHED_TOKENS, MAX_LEN = 0.95, 256, 16384, 2048
 
@@ -88,7 +89,9 @@ def trainer_settings(actor: EngineSettings, length: int, rollout: RolloutSetting
 
 
 def run_engine(size: str, precision: str, out: Path) -> None:
-    """Start vLLM as verl does (sleep mode, CUDA graphs) and write what it says; then put it to sleep and say what it keeps."""
+    """Start vLLM as verl does (sleep mode, CUDA graphs) and write what it says; then put it to sleep and say what it
+    keeps.
+    """
     settings = engine_settings(precision).rollout
     register()
     from vllm import LLM
@@ -133,11 +136,13 @@ def register() -> None:
 
 
 def arguments(precision: str) -> dict[str, Any]:
-    """What vLLM is told for a precision; fp8-block as verl tells it (workers/rollout/vllm_rollout/vllm_async_server.py:1254)."""
-    if precision == "fp8-block":
-        blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
-        return {"hf_overrides": {"quantization_config": blocks}}
-    return {"quantization": contract.METHODS.get(precision)}
+    """What vLLM is given for a precision; fp8-block as verl gives it
+    (workers/rollout/vllm_rollout/vllm_async_server.py:1254).
+    """
+    row = PRECISIONS[precision]
+    if row.vllm_config:
+        return {"hf_overrides": {"quantization_config": dict(row.vllm_config)}}
+    return {"quantization": row.method}
 
 
 def compared(measured: dict[str, Any], estimated: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -213,7 +218,7 @@ def build(found: ModelShape, kind: str, device: str) -> Any:
 
 
 def sharded(model: Any, strategy: str, device: str) -> Any:
-    """The model in the FSDP units that verl makes: its layers, under FSDP2 an untied embedding and head, and the rest."""
+    """The model in verl's FSDP units: its layers, under FSDP2 an untied embedding and head, and the rest."""
     import functools
 
     import torch
@@ -236,7 +241,9 @@ def sharded(model: Any, strategy: str, device: str) -> Any:
 
 
 def loss(model: Any, count: int, vocab: int, kind: str, device: str) -> Any:
-    """A policy-gradient-like loss of one packed sequence of `count` tokens; its logits die with this function, as in verl."""
+    """A policy-gradient-like loss of one packed sequence of `count` tokens; its logits die with this function, as in
+    verl.
+    """
     import torch
 
     ids = torch.randint(0, vocab, (1, count), device=device)
@@ -253,7 +260,9 @@ def wanted_of(kind: str) -> dict[str, Any]:
 
 
 def log_probs(logits: Any, labels: Any) -> Any:
-    """Log-probs [T] of labels under logits [T, V], through verl's own function where it can be imported without flash-attn."""
+    """Log-probs [T] of labels under logits [T, V], through verl's own function where it can be imported without
+    flash-attn.
+    """
     try:
         from verl.utils.torch_functional import logprobs_from_logits_v2 as by_rows
     except ImportError:

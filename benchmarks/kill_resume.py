@@ -2,10 +2,11 @@
 
     python benchmarks/kill_resume.py [--kills 20] [--per-run 5] [--steps 6] [--jobs 1] [--latest-s 130] [--out FILE]
 
-Needs `flashrl prepare tiny`. Each run trains the preset tiny (INT8, TIS), saving every step, and ends at --steps or a little later.
-An attempt is struck at a random time: flashrl itself, the guardian, or any process of the tree gets KILL. What then must hold: the
-attempt ends by itself within two minutes (or is not touched by it, goes on, and is struck again), no process is left, the next
-attempt resumes from the newest complete step, and in the end every step has its metrics.
+Needs `flashrl prepare tiny`. Each run trains the preset tiny (INT8, TIS), saving every step, and ends at --steps or a
+little later. An attempt is struck at a random time: flashrl itself, the guardian, or any process of the tree gets KILL.
+What then must hold: the attempt ends by itself within two minutes (or is not touched by it, goes on, and is struck
+again), no process is left, the next attempt resumes from the newest complete step, and in the end every step has its
+metrics.
 """
 
 from __future__ import annotations
@@ -146,7 +147,10 @@ def _outcome(shop: Shop, child: subprocess.Popen[bytes], struck: float) -> str:
 
 
 def _moves(shop: Shop) -> int:
-    """Phases and steps of the newest attempt so far. One more may have been under way when it was struck, two may not."""
+    """Phases and steps of the newest attempt so far.
+
+    One more may have been under way when it was struck, two may not.
+    """
     found = store.load(shop.paths.record)
     return (len(found.last.phases) + len(shop.logged())) if found and found.last else 0
 

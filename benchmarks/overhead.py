@@ -1,9 +1,10 @@
-"""What flashrl costs: median step time under `flashrl train` over that of bare `python -m verl.trainer.main_ppo`, in alternation.
+"""What flashrl costs: median step time under `flashrl train` over that of bare `python -m verl.trainer.main_ppo`, in
+alternation.
 
     python benchmarks/overhead.py [--pairs 3] [--steps 8] [--out benchmarks/results/overhead.json]
 
-Needs `flashrl prepare tiny`. Both sides get the same overrides and environment (those of `train --dry-run --json`); step times
-are verl's own timer, the first step left out.
+Needs `flashrl prepare tiny`. Both sides get the same overrides and environment (those of `train --dry-run --json`);
+step times are verl's own timer, the first step left out.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
     python benchmarks/quantize_disk.py [--layers 28] [--repeat 3] [--out benchmarks/results/quantize_disk.json]
 
-Writes models of Qwen2.5-1.5B's shapes with random weights (28 layers: 3.1 GB in bf16) into a temporary folder under --work, which needs
-twice that. `cp` and the quantization take turns. Cold: all pages of the model are dropped from the cache before. Seconds are a command's
-own until it ends; `core` leaves out the start of Python and torch, which no `cp` has and which is told beside it. Neither side waits
-for the disk; `synced` counts until all is on it. `cpu` is what a command took of the cores, its start included, whatever else runs.
-A virtual machine gives free memory back to its host and pays seconds for each GB that it takes again, so both sides begin right after
-a copy of the model was made and removed, whose memory they find: the quantization with Python and torch started.
+Writes models of Qwen2.5-1.5B's shapes with random weights (28 layers: 3.1 GB in bf16) into a temporary folder under
+--work, which needs twice that. `cp` and the quantization take turns. Cold: all pages of the model are dropped from the
+cache before. Seconds are a command's own until it ends; `core` leaves out the start of Python and torch, which no `cp`
+has and which is told beside it. Neither side waits for the disk; `synced` counts until all is on it. `cpu` is what a
+command took of the cores, its start included, whatever else runs. A virtual machine gives free memory back to its host
+and pays seconds for each GB that it takes again, so both sides begin right after a copy of the model was made and
+removed, whose memory they find: the quantization with Python and torch started.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ def cache(folder: Path, *, warm: bool) -> None:
 
 
 def measured(argv: list[str], prepare: Callable[[], None], *, waits: bool) -> dict[str, float]:
-    """Seconds of a command, until its files are on the disk, and its peak memory in MiB: anonymous, and resident in all.
+    """Seconds of a command, until its files are on the disk, and its peak memory in MiB: anonymous, and resident in
+    all.
 
     `prepare` is called before; for a command that `waits` to be told to go on, when it has started and says so.
     """
@@ -158,11 +160,13 @@ def _cpu() -> float:
 
 
 def quantize(model: str, out: str, scheme: str, *, waits: bool = False) -> float:
-    """Seconds of what `flashrl quantize` does after the start of Python and torch, and when it is told to go on if it `waits`."""
+    """Seconds of what `flashrl quantize` does after the start of Python and torch, and when it is told to go on if it
+    `waits`.
+    """
     import torch
 
+    from flashrl_cli.quantize.inputs import plan
     from flashrl_cli.quantize.offline import quantize as write
-    from flashrl_cli.quantize.request import plan
 
     torch.ones(1).bfloat16()
     if waits:

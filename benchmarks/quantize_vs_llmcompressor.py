@@ -2,11 +2,12 @@
 
     PYTHONPATH=. python benchmarks/quantize_vs_llmcompressor.py PYTHON [--layers 6] [--repeat 3]
 
-PYTHON is the interpreter of an environment of llmcompressor's own: it cannot share flashrl's. The model has Qwen2.5-1.5B's shapes and
-random weights (6 layers: 1.0 GB in bf16). llmcompressor runs in its two ways: `oneshot` with a QuantizationModifier on the loaded model,
-and `model_free_ptq`, which goes from file to file. The commands take turns, and take what their start takes; `core` leaves out
-imports. Errors are those of the stored values times the stored scales, in float64, against the bf16 weights. 1 is returned if the
-layers are not the same, or one of ours has an error that is 5 % above theirs. (Theirs are larger in INT8: its scales are stored in bf16.)
+PYTHON is the interpreter of an environment of llmcompressor's own: it cannot share flashrl's. The model has
+Qwen2.5-1.5B's shapes and random weights (6 layers: 1.0 GB in bf16). llmcompressor runs in its two ways: `oneshot` with
+a QuantizationModifier on the loaded model, and `model_free_ptq`, which goes from file to file. The commands take turns,
+and take what their start takes; `core` leaves out imports. Errors are those of the stored values times the stored
+scales, in float64, against the bf16 weights. 1 is returned if the layers are not the same, or one of ours has an error
+that is 5 % above theirs. (Theirs are larger in INT8: its scales are stored in bf16.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""One point of refit_gpu.py, in a process of its own: an engine with dummy weights, refitted and timed, or its tokens per second.
+"""One point of refit_gpu.py, in a process of its own: an engine with dummy weights, refitted and timed, or its tokens
+per second.
 
 PYTHONPATH=.:src:SITE python benchmarks/refit_points.py POINT OUT
 """
@@ -21,7 +22,7 @@ from flashrl_cli.bench.request import config_of
 if TYPE_CHECKING:
     import torch
 
-    from flashrl_cli.memory.model import ModelShape
+    from flashrl_cli.weights.shape import ModelShape
 
 BUCKET = 2 << 30
 """Bytes of a bucket, verl's default (rollout.checkpoint_engine.update_weights_bucket_megabytes)."""
@@ -51,7 +52,9 @@ def names(found: ModelShape) -> Iterator[Sizes]:
 
 
 def packed(sizes: Iterator[Sizes], room: int) -> Iterator[list[tuple[str, tuple[int, ...], int, int]]]:
-    """Buckets of (name, size, first element, elements) that fit into `room` elements, filled as verl's sender fills them."""
+    """Buckets of (name, size, first element, elements) that fit into `room` elements, filled as verl's sender fills
+    them.
+    """
     bucket: list[tuple[str, tuple[int, ...], int, int]] = []
     offset = 0
     for name, size in sizes:
@@ -171,7 +174,9 @@ class RefitBench:
         ]
 
     def bench_same(self) -> dict[str, Any]:
-        """Whether both ways leave the same bits in every weight, from buckets that all differ; at the start none is right."""
+        """Whether both ways leave the same bits in every weight, from buckets that all differ; at the start none is
+        right.
+        """
         import torch
 
         weights = dict(self.model_runner.model.named_parameters())
@@ -250,7 +255,9 @@ def measure_refit(size: str, precision: str, dtype: str, folder: str) -> dict[st
 
 
 def measure_speed(size: str, precision: str, sequences: list[int], new: int, folder: str) -> dict[str, Any]:
-    """Output tokens a second, end to end, of so many prompts of 512 random tokens that get `new` tokens each; three times."""
+    """Output tokens a second, end to end, of so many prompts of 512 random tokens that get `new` tokens each; three
+    times.
+    """
     import numpy as np
     from vllm import SamplingParams
 

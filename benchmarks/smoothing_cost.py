@@ -1,10 +1,11 @@
-"""What a smoothing profile adds to each refit: all tensors of a model smoothed on the device, beside a copy of the same tensors.
+"""What a smoothing profile adds to each refit: all tensors of a model smoothed on the device, beside a copy of the same
+tensors.
 
     PYTHONPATH=.:src python benchmarks/smoothing_cost.py --sizes 7b,32b --profiles DIR --out benchmarks/results/smoothing_cost.json
 
-SIZE is one of Qwen2.5's or its first layers (`7b/4`). Weights are random and every layer's are the same memory; scales are random and on
-every tensor that one can be on. The profiles stay in DIR, so that whole refits can be timed with them and without (compare `in place`; the
-direct `layerwise` call beside it smooths nothing):
+SIZE is one of Qwen2.5's or its first layers (`7b/4`). Weights are random and every layer's are the same memory; scales
+are random and on every tensor that one can be on. The profiles stay in DIR, so that whole refits can be timed with them
+and without (compare `in place`; the direct `layerwise` call beside it smooths nothing):
 
     FLASHRL_ROLLOUT='{"profile": "DIR/7b.safetensors"}' PYTHONPATH=.:src:SITE python benchmarks/refit_points.py refit:7b:int8:bfloat16 OUT
 """
@@ -59,7 +60,7 @@ def make_profile(size: str, file: Path) -> Profile:
 
 
 def measure(size: str, file: Path, device: str) -> dict[str, Any]:
-    """Median seconds of a smoothing of all tensors and of a copy of those that are smoothed, and the first smoothing's."""
+    """Median seconds of smoothing all tensors and of copying those that are smoothed, and of the first smoothing."""
     import torch
 
     profile = make_profile(size, file)

@@ -3,8 +3,9 @@
     PYTHONPATH=.:src python benchmarks/taught_policy.py FOLDER [--width 256]
     flashrl prepare tiny && flashrl bench --model FOLDER --rollout bf16,int8,fp8,fp8-block --mismatch --data tiny
 
-At the usual width of 128 a layer of attention is one block, and a scale for each block is one for the whole weight. A width of 256 has
-1.4 M parameters and 4 or 8 blocks a weight; it is taught on the CPU, in about three minutes of two cores.
+At the usual width of 128 a layer of attention is one block, and a scale for each block is one for the whole weight. A
+width of 256 has 1.4 M parameters and 4 or 8 blocks a weight; it is taught on the CPU, in about three minutes of two
+cores.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""`flashrl train --preset tiny-gpu` with each kind of rollout, one after another, each judged by a policy that knows something.
+"""`flashrl train --preset tiny-gpu` with each kind of rollout, one after another, each judged by a policy that knows
+something.
 
     PYTHONPATH=.:src:SITE python benchmarks/train_on_gpu.py --out FILE.json [--cases int8,fp8+kv8,int8+tp2] [--set KEY=VALUE] [--budget 500]
 
-A case is a precision with options: `kv8` (rollout.kv_cache=fp8), `tp2` (one engine on two GPUs), `dp2` (two engines). Real verl, Ray and
-vLLM: FSDP on CUDA, CUDA graphs, sleep level 2, TIS 2. A case passes if the run ends well and its workers have proven what was asked for, if
-the warmed-up policy of `flashrl prepare tiny` solves a plausible share of its sums from the first step on, and if rollout and trainer
-agree about the sampled tokens.
+A case is a precision with options: `kv8` (rollout.kv_cache=fp8), `tp2` (one engine on two GPUs), `dp2` (two engines).
+Real verl, Ray and vLLM: FSDP on CUDA, CUDA graphs, sleep level 2, TIS 2. A case passes if the run ends well and its
+workers have proven what was asked for, if the warmed-up policy of `flashrl prepare tiny` solves a plausible share of
+its sums from the first step on, and if rollout and trainer agree about the sampled tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What the trainer's part of a step costs: verl's own FSDP engine in one process, without Ray, beside a bare PyTorch loop.
+"""What the trainer's part of a step costs: verl's own FSDP engine in one process, without Ray, beside a bare PyTorch
+loop.
 
     PYTHONPATH=.:src:SITE python benchmarks/trainer_parts.py --out FILE.json [--sequences 1024] [--only floor,packed]
 
@@ -10,7 +11,8 @@ Variants are named after what makes log-probs of logits:
 - `chunked`: log p(y) = z_y - logsumexp(z) in float32 for 1,024 tokens at a time, with its gradient softmax(z) - 1[y];
 - `fused`: verl's `use_fused_kernels` with the torch backend (verl/models/transformers/dense_common.py).
 
-Packed sequences take `torch.nn.attention.varlen` by Transformers' attention interface. The floor is the same work without verl.
+Packed sequences take `torch.nn.attention.varlen` by Transformers' attention interface. The floor is the same work
+without verl.
 """
 
 from __future__ import annotations
@@ -232,7 +234,7 @@ def main() -> None:
     register_varlen()
     report = {
         "schema_version": 1,
-        "what": "the trainer's part of a step: log-probs and one update of packed sequences, by verl's FSDP engine and by a bare loop",
+        "what": "the trainer's part of a step: log-probs and one update of packed sequences, by verl and by a bare loop",
         "model": "SmolLM2-135M's shape, random weights",
         "device": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "verl": verl.__version__},

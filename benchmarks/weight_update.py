@@ -1,11 +1,13 @@
-"""A whole weight update of verl's: gathering from FSDP, the transfer over CUDA IPC, and the engine's refit, on one GPU or several.
+"""A whole weight update of verl's: gathering from FSDP, the transfer over CUDA IPC, and the engine's refit, on one GPU
+or several.
 
     PYTHONPATH=.:src:SITE python benchmarks/weight_update.py --out FILE.json [--gpus 2] [--size 7b] [--budget 300]
 
-The trainer is an FSDP2 module in float32 with random weights, one process a GPU, gathered by verl's own `FSDPEngine.get_per_tensor_param`
-and sent by verl's own BucketedWeightSender; the engine is vLLM with verl's worker extension (bf16, fp8-block) or flashrl's (int8, fp8), one
-a GPU (data parallel, as in a run). Rounds are timed from the order to the last engine's answer; the first one warms up. `float32` sends
-what verl sends, `bf16` casts each shard before it is gathered (plugins/transfer.py).
+The trainer is an FSDP2 module in float32 with random weights, one process a GPU, gathered by verl's own
+`FSDPEngine.get_per_tensor_param` and sent by verl's own BucketedWeightSender; the engine is vLLM with verl's worker
+extension (bf16, fp8-block) or flashrl's (int8, fp8), one a GPU (data parallel, as in a run). Rounds are timed from the
+order to the last engine's answer; the first one warms up. `float32` sends what verl sends, `bf16` casts each shard
+before it is gathered (plugins/transfer.py).
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from typing import IO, Any
 from benchmarks.fit_on_gpu import ENVIRONMENT
 from benchmarks.fit_points import shape
 
-from flashrl_cli import contract, files
+from flashrl_cli import files
 from flashrl_cli.bench.request import config_of
+from flashrl_cli.precision import BY_METHOD
 
 VARIANTS = ("int8:bf16", "int8:float32", "fp8:bf16", "bf16:float32", "fp8-block:float32")
 ROUNDS = 5
@@ -109,7 +112,7 @@ def measure(variant: str, model: Path, trainers: list[Part], folder: Path) -> di
         for engine in engines:
             engine.order("holds")
         held = [engine.answer() for engine in engines]
-        if precision in contract.METHODS and any(one.get("precision") != precision for one in held):
+        if precision in BY_METHOD and any(one.get("precision") != precision for one in held):
             raise RuntimeError(f"{precision} was asked for, and the engines hold {held}")
     finally:
         for engine in engines:

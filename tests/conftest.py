@@ -81,7 +81,8 @@ def plain_environment(request: pytest.FixtureRequest, tmp_path: Path, monkeypatc
 
 @contextlib.contextmanager
 def starting_with(disposition: signal.Handlers, *numbers: signal.Signals) -> Iterator[None]:
-    """What is started inside begins with SIG_DFL or SIG_IGN for signals, whatever the tests themselves were started with.
+    """What is started inside begins with SIG_DFL or SIG_IGN for signals, whatever the tests themselves were started
+    with.
 
     Where that is SIG_DFL, nothing happens to the tests' own process: it has a handler, which no child inherits.
     """

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import files
+from flashrl_cli import files, precision
 
 if TYPE_CHECKING:
     import logging
@@ -35,12 +35,8 @@ ENV_TELL = "FLASHRL_TELL"
 HANDSHAKE_MARK = "FLASHRL_HANDSHAKE "
 """Begins a printed handshake; Ray and vLLM put prefixes before it."""
 
-INT8_METHOD = "flashrl_int8"
-FP8_METHOD = "flashrl_fp8"
-METHODS = {"int8": INT8_METHOD, "fp8": FP8_METHOD}
-"""Precision of rollouts to the name of its quantization method, which the vLLM plugin registers."""
-BLOCKS = "fp8-block"
-"""Precision of rollouts in FP8 whose weights verl's own code quantizes, in blocks of 128 x 128."""
+METHODS = {name: row.method for name, row in precision.PRECISIONS.items() if row.method}
+BLOCKS = precision.FP8_BLOCK.name
 VLLM = ((0, 24), (0, 28))
 """First and last version of vLLM whose insides the plugins were read against: those of the two pinned stacks."""
 VLLM_NAMES = f"vLLM {VLLM[0][0]}.{VLLM[0][1]} to {VLLM[1][0]}.{VLLM[1][1]}"

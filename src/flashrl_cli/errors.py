@@ -9,7 +9,8 @@ from __future__ import annotations
 import enum
 import errno
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 
 class ExitCode(enum.IntEnum):
@@ -27,12 +28,35 @@ class ExitCode(enum.IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Location:
+    """Where an input was written: in a line of a file (from 1), or in an option, with the key that the option sets."""
+
+    source: str
+    line: int | None = None
+    key: str | None = None
+
+    def __str__(self) -> str:
+        if self.line is not None:
+            return f"{self.source}:{self.line}"
+        return self.source if self.key is None else f"{self.source} {self.key}"
+
+    def at(self, line: int | None) -> Location:
+        """A line of the same file."""
+        return replace(self, line=line)
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong with an input: what, where (`file:line` or `--set key`), and the fix."""
+    """One thing wrong with an input: what, where, and the fix. `where` is a location, or the name of what is wrong (a logger, a node)."""
 
     message: str
-    where: str | None = None
+    where: Location | str | None = None
     hint: str | None = None
+
+    def document(self) -> dict[str, Any]:
+        """Plain data for JSON, with the location as text."""
+        where = None if self.where is None else str(self.where)
+        return {"message": self.message, "where": where, "hint": self.hint}
 
 
 class FlashrlError(Exception):

@@ -71,6 +71,14 @@ def json_text(data: Any, **form: Any) -> str:
     return text
 
 
+def last_lines(path: Path, count: int) -> list[str]:
+    """The last `count` lines of a text file, undecodable bytes replaced; none if there is no file."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
+    except FileNotFoundError:
+        return []
+
+
 def sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as stream:

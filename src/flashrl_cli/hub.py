@@ -1,6 +1,6 @@
-"""HF models on disk or in the hub's cache: whether one is complete, how it is quantized, and what a name stands for.
+"""HF models on disk and on the Hugging Face hub: its cache and offline switch, and what makes a folder a model.
 
-The Hugging Face hub as it is set up here, and proxies. Only `resolves` uses the network.
+Only `resolves` and `from_hub` use the network.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,10 @@ from urllib.parse import urlsplit
 
 from flashrl_cli import paths
 from flashrl_cli.errors import InputError
-from flashrl_cli.machine.finding import Finding, ok, warn
 from flashrl_cli.weights import PEFT_CONFIG, PEFT_WEIGHTS, Unreadable, model_files
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 TRUE = {"1", "on", "yes", "true"}
-PROXIES = ("http_proxy", "https_proxy", "all_proxy")
-LOCAL = {"localhost", "127.0.0.1"}
 
 
 def hub_home(environment: Mapping[str, str], home: Path) -> Path:
@@ -57,37 +54,8 @@ def resolves(environment: Mapping[str, str]) -> bool:
 
 
 def is_cached(model: str, cache: Path) -> bool:
-    """Whether some revision of a hub model lies in the cache, as far as its config.json tells."""
+    """Whether some revision of a hub model is in the cache: its config.json is."""
     return any((cache / f"models--{model.replace('/', '--')}").glob("snapshots/*/config.json"))
-
-
-def probe_token(environment: Mapping[str, str], home: Path) -> bool:
-    """Whether there is a token for the hub: in the environment, or from `hf auth login`."""
-    file = Path(environment.get("HF_TOKEN_PATH") or hub_home(environment, home) / "token").expanduser()
-    return bool(environment.get("HF_TOKEN")) or file.is_file()
-
-
-def hub(cache: Path, switch: str | None, *, token: bool, endpoint: str | None) -> Finding:
-    """How models and data sets come from the hub; `switch` is the variable that keeps this machine off it."""
-    where = f"cache {cache}"
-    if switch:
-        return ok("hub", f"switched off by {switch}; {where}")
-    place = f" at {endpoint}" if endpoint else ""
-    return ok("hub", f"switched on{place}, {'with a' if token else 'without'} token; {where}")
-
-
-def proxies(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Yield how proxies stand, if any is set: gRPC and HTTP between a run's own processes must not go through one."""
-    lowered = {name.lower(): value for name, value in environment.items()}
-    used = [name for name in PROXIES if lowered.get(name)]
-    if not used:
-        return
-    spared = {host.strip() for host in lowered.get("no_proxy", "").split(",")}
-    if "*" in spared or spared >= LOCAL:
-        yield ok("proxy", f"{', '.join(used)}, not for this machine itself")
-    else:
-        text = f"{', '.join(used)} would carry traffic between the run's own processes"
-        yield warn("proxy", text, f"export no_proxy={','.join(sorted(LOCAL))}")
 
 
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -128,7 +96,7 @@ def tokenizer_problem(folder: Path) -> str | None:
 
 
 def quantization(hf: Path) -> str | None:
-    """Method by which the weights of the model `hf` are quantized (`compressed-tensors`, `fp8`, …); None if they are not."""
+    """Method by which the weights of the model `hf` are quantized (`fp8`, …); None if they are not."""
     found = _config(hf).get("quantization_config")
     return str(found.get("quant_method") or "an unnamed method") if isinstance(found, dict) else None
 
@@ -149,7 +117,7 @@ def model_folder(name: str) -> Path:
 
 
 def from_hub(name: str) -> Path:
-    """Folder of the model or adapter `name` in the hub's cache, downloaded unless this machine is offline. Raises InputError naming it."""
+    """Folder of the model or adapter `name` in the hub's cache, downloaded unless offline. Raises InputError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -1,6 +1,6 @@
-"""Where things lie: prepared data, runs, checkpoints, presets.
+"""Where prepared data, runs, checkpoints and presets are on disk.
 
-Everything is absolute, because Ray starts workers in folders of its own.
+Every path is absolute, because Ray starts workers in folders of its own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashrl_cli.errors import InputError
+
+FOLDER_NAME = r"^[^/.\x00-\x1f][^/\x00-\x1f]{0,199}$"
+"""What may name a preset, a project or a run: one visible folder."""
 
 
 def absolute(path: str | Path) -> Path:
@@ -21,6 +24,11 @@ def absolute(path: str | Path) -> Path:
         return Path(os.path.abspath(os.path.expanduser(path)))  # noqa: PTH111  # pathlib raises for a user who does not exist
     except FileNotFoundError:
         raise InputError("the working folder does not exist any more", hint="change to another folder") from None
+
+
+def existing(path: Path) -> Path:
+    """The folder itself, or the nearest above it that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def data_root() -> Path:

@@ -14,7 +14,7 @@ from flashrl_cli.config import presets
 from flashrl_cli.config.layers import DEFAULT, Origin, leaves
 from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.config.spec import FilterGroups, Overlong, RunSpec
-from flashrl_cli.errors import EnvironmentNotReady, InputError
+from flashrl_cli.errors import EnvironmentNotReady, InputError, Location
 from flashrl_cli.train.plan import build_plan
 from flashrl_cli.verl import compose
 from flashrl_cli.verl.lint import check_overrides
@@ -67,7 +67,7 @@ def test_everything_wrong_is_told_with_the_nearest_key():
     resolved = load_spec("dapo-32b", sets=sets)
     with pytest.raises(InputError) as caught:
         check_overrides(resolved, overrides(resolved, PLACES))
-    told = {p.where: (p.message, p.hint or "") for p in caught.value.problems}
+    told = {str(p.where): (p.message, p.hint or "") for p in caught.value.problems}
     assert len(caught.value.problems) == len(told) == len(sets)
     typo = told["--set verl.actor_rollout_ref.actor.ulysses_sequence_paralel_size"]
     assert "did you mean actor_rollout_ref.actor.ulysses_sequence_parallel_size" in typo[1]
@@ -83,17 +83,17 @@ def test_everything_wrong_is_told_with_the_nearest_key():
 def test_a_choice_of_engine_changes_the_tree():
     megatron = Override("model_engine", "megatron", DEFAULT)
     key = Override("actor_rollout_ref.actor.megatron.use_mbridge", True, DEFAULT)
-    wrong = Override("actor_rollout_ref.actor.fsdp_config.fsdp_size", 1, Origin("set", "--set x"))
+    wrong = Override("actor_rollout_ref.actor.fsdp_config.fsdp_size", 1, Origin("set", Location("--set", key="x")))
     assert compose.attempt([Override("actor_rollout_ref.rollout.name", "vllm", DEFAULT), megatron, key])[1] == []
     tree, found = compose.attempt([megatron, key, wrong])
-    assert [p.where for p in found] == ["--set x"]
+    assert [p.where for p in found] == [Location("--set", key="x")]
     assert tree is not None
 
 
 def test_what_hydra_alone_can_judge_is_told_in_its_words():
-    _, (problem,) = compose.attempt([Override("model_engine", "nothing", Origin("set", "--set x"))])
+    _, (problem,) = compose.attempt([Override("model_engine", "nothing", Origin("set", Location("--set", key="x")))])
     assert "model_engine/nothing" in problem.message
-    assert problem.where == "--set x"
+    assert problem.where == Location("--set", key="x")
 
 
 def test_without_verl(monkeypatch):

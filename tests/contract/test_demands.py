@@ -61,7 +61,7 @@ def test_a_mistake_is_told_and_its_neighbour_is_none(c):
     problem = found(c)[0]
     assert c.says in problem.message
     assert c.hint in (problem.hint or "")
-    assert (problem.where or "").startswith(c.where or f"--set {c.sets[0].partition('=')[0]}")
+    assert str(problem.where).startswith(c.where or f"--set {c.sets[0].partition('=')[0]}")
     neighbour = settings(c.preset, c.legal, c.rollout, c.legal_shape or c.shape)
     assert list(RULES[c.rule](neighbour)) == []
 
@@ -107,7 +107,7 @@ def test_one_cause_is_told_once():
     dynamic = (f"verl.{A}.use_dynamic_bsz=true", f"verl.{A}.ppo_max_token_len_per_gpu=99")
     sets = ("algorithm.kl_loss=true", *dynamic, f"verl.{A}.ulysses_sequence_parallel_size=2")
     s = settings("gsm8k-0.5b", sets)
-    told = [problem.where for problem in lint.problems(s.resolved, s.overrides, s.tree)]
+    told = [str(problem.where) for problem in lint.problems(s.resolved, s.overrides, s.tree)]
     assert told == [f"--set verl.{A}.ppo_max_token_len_per_gpu", f"--set verl.{A}.ulysses_sequence_parallel_size"]
 
 

@@ -15,6 +15,7 @@ import pytest
 from flashrl_cli.config import presets
 from flashrl_cli.config.layers import Origin
 from flashrl_cli.config.resolve import load_spec
+from flashrl_cli.errors import Location
 from flashrl_cli.verl import compose
 from flashrl_cli.verl.lint import keys as fields
 from flashrl_cli.verl.overrides import Override, Places, overrides
@@ -93,8 +94,8 @@ def tree() -> compose.Tree:
 
 
 def refused(keys: tuple[str, ...]) -> list[str]:
-    added = [Override(key, 1, Origin("set", key), added=True) for key in keys]
-    return [problem.where or "" for problem in fields.added_key_problems(added, tree())]
+    added = [Override(key, 1, Origin("set", Location(key)), added=True) for key in keys]
+    return [str(problem.where) for problem in fields.added_key_problems(added, tree())]
 
 
 def test_the_verdicts_are_verls():
@@ -106,7 +107,7 @@ def test_names_that_verl_would_take_and_never_read_are_refused_too():
 
 
 def test_the_tree_may_hold_the_added_keys():
-    wrong = Override(f"{A}.optimm.lr", 1, Origin("set", "--set x"), added=True)
+    wrong = Override(f"{A}.optimm.lr", 1, Origin("set", Location("--set", key="x")), added=True)
     (problem,) = fields.added_key_problems([wrong], compose.tree([str(wrong)]))
     assert problem.message == "verl's FSDPActorConfig has no optimm"
     assert f"did you mean {A}.optim" in (problem.hint or "")

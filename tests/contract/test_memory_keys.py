@@ -13,7 +13,7 @@ from flashrl_cli.memory.estimate import estimate
 from flashrl_cli.memory.model import shape_of
 from flashrl_cli.memory.parts import GIB
 from flashrl_cli.verl import compose
-from flashrl_cli.verl.config import SET_KEYS, Batch, TrainerSettings, settings_of
+from flashrl_cli.verl.config import SET_KEYS, Batch, Settings, TrainerSettings, trainer_settings
 from flashrl_cli.verl.overrides import Places, overrides
 
 pytestmark = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not installed")
@@ -28,7 +28,7 @@ def composed(*sets: str, preset: str = "dapo-32b") -> tuple[Resolved, compose.Tr
 
 def settings(*sets: str, preset: str = "dapo-32b") -> TrainerSettings:
     resolved, tree = composed(*sets, preset=preset)
-    return settings_of(resolved.spec, tree)
+    return trainer_settings(Settings(resolved, (), tree))
 
 
 def test_the_original_s_32b_run() -> None:

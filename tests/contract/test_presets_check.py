@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from flashrl_cli.config.presets import names
-from flashrl_cli.train.review import Options, check
+from flashrl_cli.config.resolve import Options
+from flashrl_cli.train.launch import check
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def test_options_are_part_of_what_is_checked(rollout):
 def test_reading_the_spec_the_rules_and_verl_each_find_their_own(text, words, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
     problems = check("mine.yaml", Options())
-    assert all(problem.where and problem.where.startswith("mine.yaml:") for problem in problems)
+    assert all(str(problem.where).startswith("mine.yaml:") for problem in problems)
     assert [word for word in words if not any(word in problem.message for problem in problems)] == []
 
 

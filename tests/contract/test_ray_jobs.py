@@ -18,9 +18,9 @@ import pytest
 from flashrl_cli.config import presets
 from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.errors import EnvironmentNotReady
-from flashrl_cli.train import plan as ray_plan
-from flashrl_cli.train import review
+from flashrl_cli.train import launch
 from flashrl_cli.train.executors import ray_job as ray_client
+from flashrl_cli.train.executors.ray_job import job_request
 from flashrl_cli.train.plan import LaunchPlan, build_plan
 from flashrl_cli.verl import environment
 
@@ -45,7 +45,7 @@ def plan(preset: str, root: Path) -> LaunchPlan:
         checkpoints_root=root / "checkpoints",
         data_root=root / "data",
     )
-    review.judge(resolved, found)
+    launch.judge(resolved, found)
     return found
 
 
@@ -61,7 +61,7 @@ def test_the_variables_that_verl_hands_on_itself() -> None:
 def test_ray_joins_the_jobs_environment_with_verls(preset: str, tmp_path: Path) -> None:
     from ray.runtime_env.runtime_env import RuntimeEnv, _merge_runtime_env
 
-    job = ray_plan.job_request(plan(preset, tmp_path), "http://h")
+    job = job_request(plan(preset, tmp_path), "http://h")
     RuntimeEnv(**job.runtime_env)
     verls = {"env_vars": dict.fromkeys(environment.VERL_VARIABLES, "0"), "working_dir": None}
     merged = _merge_runtime_env(dict(job.runtime_env), verls)
@@ -149,7 +149,7 @@ def test_the_given_address_is_asked_and_no_other(server: Server, monkeypatch: py
 
 
 def test_a_job_server_that_hangs_is_not_waited_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_client, "TIMEOUT_S", (1.0, 0.2))
+    monkeypatch.setattr(ray_client, "REQUEST_TIMEOUT_S", (1.0, 0.2))
     jobs = ray_client.connect(server.url)
     with pytest.raises(OSError, match="timed out"):
         jobs.get_job_info("slow")

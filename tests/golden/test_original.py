@@ -23,8 +23,9 @@ PLACES = {
 }
 """Paths, the run's name, and where flashrl's own class lies."""
 ADDED = {"gsm8k-0.5b": {"trainer.default_local_dir", "trainer.resume_mode", EXTENSION}, "dapo-32b": {EXTENSION}}
-"""What flashrl always says and a list leaves to verl: absolute checkpoints, to go on after an interruption, and that weight updates are
-checked."""
+"""What flashrl always says and a list leaves to verl: absolute checkpoints, to go on after an interruption, and that
+weight updates are checked.
+"""
 OURS = {"fp8": "fp8-block"}
 """The lists' precisions under flashrl's names: verl's `quantization=fp8` has a scale for each block."""
 
@@ -77,7 +78,7 @@ def test_values_are_the_originals(preset: str, precision: str, cap: str | None) 
 
 
 def test_all_lists_are_used() -> None:
-    """Eleven: nine of training, and two of evaluation, which test_recipes.py compares with what stands in their place."""
+    """Eleven: nine of training, and two of evaluation, whose replacements test_recipes.py compares."""
     files = {file.name for file in FOLDER.iterdir()}
     names = {f"{preset}.{precision}{f'.tis{cap}' if cap else ''}.txt" for preset, precision, cap in COMBINATIONS}
     assert len(files & names) == 9

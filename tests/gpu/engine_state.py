@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 class StateExtension:
-    """vLLM worker extension: refits from one small buffer that is overwritten after each bucket, and digests of all weights."""
+    """vLLM worker extension: refits from one small buffer that is overwritten after each bucket, and digests of all
+    weights.
+    """
 
     model_runner: Any
     device: Any
@@ -30,7 +32,9 @@ class StateExtension:
         return asdict(describe(self.model_runner.model, device=self.device, refits=1, refit_s=seconds))
 
     def send_torn(self, folder: str, bucket: int, dtype: str, left_out: str, how: str) -> str:
-        """Why the same without one tensor is refused: `in place`, `layerwise`, or `by name`, held against the refit before."""
+        """Why the same without one tensor is refused: `in place`, `layerwise`, or `by name`, held against the refit
+        before.
+        """
         from unittest.mock import patch
 
         from flashrl_cli.plugins import refit as in_place
@@ -121,12 +125,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """State of each rank at the start and after each refit; a job may have it sleep before each, as verl does."""
     from vllm import LLM
 
-    from flashrl_cli.contract import METHODS
+    from flashrl_cli.precision import PRECISIONS
 
     sleeps = job.get("sleeps", False)
     engine = LLM(
         model=job["model"],
-        quantization=METHODS.get(job["precision"]),
+        quantization=PRECISIONS[job["precision"]].method,
         load_format=job["load_format"],
         worker_extension_cls="tests.gpu.engine_state.StateExtension",
         dtype="bfloat16",

@@ -14,7 +14,9 @@ from tests.gpu.test_refit import ROOT, pytestmark
 
 __all__ = ["pytestmark"]
 CLOSE = 0.05
-"""Mean |Δ log-prob| of FP8 against bf16 stays below it; that of other weights lies above 0.5 (tests/integration/test_bench.py)."""
+"""Mean |Δ log-prob| of FP8 against bf16 stays below it; that of other weights lies above 0.5
+(tests/integration/test_bench.py).
+"""
 ARGUMENTS = (
     *("bench", "--rollout", "fp8-block", "--refit", "--mismatch", "--data", "tiny", "--samples", "64"),
     *("--batch", "8", "--prompt", "8", "--response", "16", "--repeats", "1", "--enforce-eager", "--json"),
@@ -23,7 +25,7 @@ ARGUMENTS = (
 
 @pytest.fixture(scope="session")
 def wide(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy whose layers are several blocks, as verl needs it: `wide` beside tiny, or taught here in some minutes."""
+    """A policy whose layers have several blocks, as verl needs it: `wide` beside tiny, or trained here in minutes."""
     ready = policy.parents[1] / "wide"
     if ready.is_dir():
         return ready

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flashrl_cli import contract
-from flashrl_cli.doctor import reload, reload_engine
+from flashrl_cli.doctor import reload
+from flashrl_cli.precision import REFITTED
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ def test_the_bf16_kernel_gives_float32_logits_without_a_float32_copy(record_prop
     assert ours < 2 * plain
 
 
-@pytest.mark.parametrize("precision", reload.PRECISIONS)
+@pytest.mark.parametrize("precision", REFITTED)
 def test_the_reload_test_passes(precision: str) -> None:
     findings, measured = reload.reload_test(precision)
     print(precision, json.dumps(measured))
@@ -91,8 +91,7 @@ def test_an_engine_with_logits_in_float32(precision: str, tmp_path: Path) -> Non
         folder.mkdir()
         options = contract.RolloutOptions(lm_head_fp32=asked).text()
         env = {**reload.environment(folder), contract.ENV_ROLLOUT: options, "PYTHONPATH": os.pathsep.join(sys.path)}
-        subprocess.run([sys.executable, "-m", reload.ENGINE, precision, folder], env=env, check=True, timeout=170)
-        found = json.loads((folder / reload_engine.MEASURED).read_text())
+        found = reload.measure(precision, folder, env)
         assert found["holds"]["lm_head"] == ("fp32" if asked else "bf16")
         errors[asked] = found["read_error"]
     print(precision, errors)

@@ -1,4 +1,6 @@
-"""Checkpoints quantized on disk, loaded by stock vLLM on a CUDA GPU, against engines that quantize the same weights while loading them."""
+"""Checkpoints quantized on disk, loaded by stock vLLM on a CUDA GPU, against engines that quantize the same weights
+while loading them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from tests.integration.test_refit import answers, mean_difference, sequences
 
 __all__ = ["pytestmark"]
 NEAR = 0.01
-"""Mean |Δ log-prob| in INT8: vLLM's kernel multiplies by 127 / max|w| instead of dividing, which shows where a value lies half-way."""
+"""Mean |Δ log-prob| in INT8: vLLM's kernel multiplies by 127 / max|w| instead of dividing, which shows where a value
+lies half-way.
+"""
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])

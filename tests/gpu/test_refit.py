@@ -1,6 +1,8 @@
-"""Refits on a CUDA GPU with a trained policy: after 1, 2 and 10 of them the engine holds, bit for bit, what a fresh one loads.
+"""Refits on a CUDA GPU with a trained policy: after 1, 2 and 10 of them the engine holds, bit for bit, what a fresh one
+loads.
 
-The buckets are smaller than a layer, so that each layer comes in parts, and their memory is overwritten as soon as they are loaded.
+The buckets are smaller than a layer, so that each layer comes in parts, and their memory is overwritten as soon as they
+are loaded.
 """
 
 from __future__ import annotations
@@ -76,7 +78,9 @@ def engine(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policies:
-    """Folders of two policies A and B, worked sums as token ids, from how far to the end they are answers, and their true log-probs."""
+    """Folders of two policies A and B, worked sums as token ids, from how far to the end they are answers, and their
+    true log-probs.
+    """
 
     tmp: Path
     folders: dict[str, str]
@@ -127,7 +131,9 @@ def results(jobs: dict[str, dict[str, Any]], folder: Path) -> Engines:
 
 @pytest.fixture(scope="session")
 def engines(policies: Policies) -> Engines:
-    """For each precision fresh engines with A and B, and refitted ones; INT8 with an 8-bit cache, refitted once and twice."""
+    """For each precision fresh engines with A and B, and refitted ones; INT8 with an 8-bit cache, refitted once and
+    twice.
+    """
     jobs = {}
     for precision in PRECISIONS:
         kind = {"precision": precision}

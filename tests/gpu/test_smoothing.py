@@ -1,4 +1,6 @@
-"""A profile applied at refits on a CUDA GPU: the engine holds what a fresh one loads from smoothed weights, bit for bit."""
+"""A profile applied at refits on a CUDA GPU: the engine holds what a fresh one loads from smoothed weights, bit for
+bit.
+"""
 
 from __future__ import annotations
 

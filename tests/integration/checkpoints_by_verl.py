@@ -1,8 +1,8 @@
 """Run as a script: a small run's checkpoints as verl writes them, and the weights that verl's own merger makes of them.
 
-`make OUT MODEL STEP…`, in each rank's process (RANK, WORLD_SIZE, MASTER_PORT in the environment), writes OUT/model, a copy of the
-policy MODEL (whose odd vocabulary shards unevenly), and OUT/run/global_step_N with weights of their own; with more than one rank
-also OUT/fsdp1, OUT/lora and OUT/peft. `merge TARGET ACTOR…` is verl's model merger.
+`make OUT MODEL STEP…`, in each rank's process (RANK, WORLD_SIZE, MASTER_PORT in the environment), writes OUT/model, a
+copy of the policy MODEL (whose odd vocabulary shards unevenly), and OUT/run/global_step_N with weights of their own;
+with more than one rank also OUT/fsdp1, OUT/lora and OUT/peft. `merge TARGET ACTOR…` is verl's model merger.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def make(out: Path, policy: Path, steps: list[int]) -> None:
 
 
 def make_lora(out: Path, mesh: Any) -> None:
-    """The steps of a run of adapters, one saved with its base and one without, and the same adapter as PEFT saves it."""
+    """The steps of a run of adapters, one saved with its base and one without, and the adapter as PEFT saves it."""
     import torch
     from transformers import AutoModelForCausalLM
 

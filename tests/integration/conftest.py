@@ -29,7 +29,10 @@ SMALL = (
 )
 """A quarter of the tiny preset's responses a step, for a run that is about something else than what it learns."""
 PATIENCE_S = 1380
-"""Runs share two cores, which may have other work: only what stands still takes so long. Less than pytest's own limit, which tells less."""
+"""Runs share two cores, which may have other work: only what stands still takes so long.
+
+Less than pytest's own limit, which tells less.
+"""
 ENDING_S = 60.0
 """A helper of Python's own (its fork server, its resource tracker) ends soon after the command that it served."""
 
@@ -37,7 +40,9 @@ ENDING_S = 60.0
 FIRST = (
     "train", "reload", "kv_scales", "smoothing", "online_linear", "ray", "kill_resume", "survival", "eval", "refit", "bench",
 )  # fmt: skip
-"""Files in the order in which two processes take them: what needs no workshop while the first one prepares it, then the longest."""
+"""Files in the order in which two processes take them: what needs no workshop while the first one prepares it, then the
+longest.
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -94,10 +99,11 @@ class Workshop:
 
 
 def more_than_guessed(right: float, trials: int) -> bool:
-    """Whether so many right answers tell a policy that knows sums from one that guesses: a bound of the sample size alone.
+    """Whether so many right answers tell a policy that knows sums from one that guesses: a bound of the sample size
+    alone.
 
-    A guess is right once in 100 times at most: so frequent is the most frequent sum of two numbers below 100, which is 99. One in
-    1,000 guessing policies passes.
+    A guess is right once in 100 times at most: so frequent is the most frequent sum of two numbers below 100, which is
+    99. One in 1,000 guessing policies passes.
     """
     by_chance = sum(math.comb(trials, k) * 0.01**k * 0.99 ** (trials - k) for k in range(round(right), trials + 1))
     return by_chance < 1e-3

@@ -1,4 +1,7 @@
-"""Log-probs of given tokens from a vLLM engine, after each of a list of refits. Usage: JOB.json; writes its "out" file."""
+"""Log-probs of given tokens from a vLLM engine, after each of a list of refits.
+
+Usage: JOB.json; writes its "out" file.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +30,13 @@ def run(case: dict[str, Any], sequences: list[list[int]]) -> dict[str, Any]:
     """Log-probs after the second and the last refit of one case, and what the engine holds."""
     from vllm import LLM
 
-    from flashrl_cli.contract import EVAL_EXTENSION, INT8_METHOD
+    from flashrl_cli.contract import EVAL_EXTENSION
+    from flashrl_cli.precision import INT8
     from flashrl_cli.weights import Weights
 
     engine = LLM(
         model=case["model"],
-        quantization=INT8_METHOD if case["int8"] else None,
+        quantization=INT8.method if case["int8"] else None,
         load_format=case["load_format"],
         worker_extension_cls=EVAL_EXTENSION,
         dtype="bfloat16",

@@ -22,7 +22,9 @@ HEAD, OTHER = "127.0.0.2", "127.0.0.3"
 
 
 def free_port(host: str = HEAD) -> int:
-    """A port below those that the system gives to whoever asks for any: no other process takes it before its server does."""
+    """A port below those that the system gives to whoever asks for any: no other process takes it before its server
+    does.
+    """
     while True:
         port = 20_000 + secrets.randbelow(12_000)
         with contextlib.suppress(OSError), socket.socket() as sock:

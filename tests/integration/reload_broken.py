@@ -1,4 +1,5 @@
-"""The reload test's measurements of one engine: sound, with one layer that keeps its first weights, and with all keeping them.
+"""The reload test's measurements of one engine: sound, with one layer that keeps its first weights, and with all
+keeping them.
 
 Usage: PRECISION FOLDER; writes FOLDER/measured.json.
 """
@@ -37,9 +38,9 @@ def keeping(part: str) -> Callable[..., float]:
 if __name__ == "__main__":
     precision, folder = sys.argv[1], Path(sys.argv[2])
     models = {name: reload_engine.policy(folder / name, seed) for seed, name in enumerate("AB")}
-    engine = reload_engine.start(folder / "A", precision)
+    llm = reload_engine.start(folder / "A", precision)
     found = {}
     for name, part in KEPT.items():
         vars(disk_refit)["refit"] = refit if part is None else keeping(part)
-        found[name] = {"start_s": 0.0, **reload_engine.measure(engine, folder, models)}
-    (folder / reload_engine.MEASURED).write_text(json.dumps(found))
+        found[name] = {"start_s": 0.0, **reload_engine.measure(llm, folder, models)}
+    (folder / "measured.json").write_text(json.dumps(found))

@@ -13,8 +13,8 @@ import pytest
 
 from flashrl_cli.bench import request as bench
 from flashrl_cli.errors import FlashrlError, InputError, RunFailed
+from flashrl_cli.quantize.inputs import plan
 from flashrl_cli.quantize.offline import quantize
-from flashrl_cli.quantize.request import plan
 from flashrl_cli.runs import merge
 from flashrl_cli.runs.checkpoints import Checkpoint, find
 from flashrl_cli.weights import Unreadable, Weights, expected, read_json
@@ -264,7 +264,7 @@ def test_a_copy_of_a_folder_reads_as_the_folder_does(
 
 
 def test_a_merge_holds_one_set_of_weights(tmp_path: Path) -> None:
-    """What the index does not name stays and is named: a single file of an earlier save, Mistral's own form, PyTorch's."""
+    """Files that the index does not list stay and are named: of an earlier save, in Mistral's or PyTorch's form."""
     folder = config(tmp_path / "m")
     found = tensors_of(folder)
     names = sorted(found)
@@ -334,7 +334,9 @@ MOE = {
 
 
 def test_architectures_and_the_forms_of_their_experts(tmp_path: Path) -> None:
-    """One by one as they are published, or fused as Transformers holds them and a trainer's shards do; one that lacks is named."""
+    """One by one as they are published, or fused as Transformers holds them and a trainer's shards do; one that lacks
+    is named.
+    """
     folder = config(tmp_path / "m", **MOE)
     wanted = expected(folder)
     assert wanted
@@ -351,7 +353,9 @@ def test_architectures_and_the_forms_of_their_experts(tmp_path: Path) -> None:
 
 
 def test_an_architecture_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For all folders with its sizes, and kept for later processes; what is unknown or cannot be built is compared with nothing."""
+    """For all folders with its sizes, and kept for later processes; what is unknown or cannot be built is compared with
+    nothing.
+    """
     from flashrl_cli.weights import accounting
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.bench.job import ScorerJob
 from flashrl_cli.bench.scorer import Scorer
 from tests.integration.conftest import Workshop
 
@@ -70,5 +69,5 @@ def test_another_model_is_far_from_what_the_engine_sampled(
     weights = load_file(other / "model.safetensors")
     spoilt = {name: value.roll(1, 0) if "down_proj" in name else value for name, value in weights.items()}
     save_file(spoilt, other / "model.safetensors", metadata={"format": "pt"})
-    found = Scorer(ScorerJob(model=str(other), dtype="bfloat16")).score(samples, lambda *_, **__: None)
+    found = Scorer(str(other), "bfloat16").score(samples, lambda *_, **__: None)
     assert found["abs_difference"]["mean"] > 5 * document["variants"][0]["mismatch"]["abs_difference"]["mean"]

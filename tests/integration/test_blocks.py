@@ -1,4 +1,6 @@
-"""FP8 in blocks, brought in by verl's own code through vLLM's own layers; only the kernel that multiplies is missing on a CPU."""
+"""FP8 in blocks, brought in by verl's own code through vLLM's own layers; only the kernel that multiplies is missing on
+a CPU.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ SHARDS: dict[str, tuple[str, Any, int]] = {
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A worker without an engine: the extension as vLLM makes it, and three kinds of parallel layers, loaded with nothing yet."""
+    """A worker without an engine: the extension as vLLM makes it, and three kinds of parallel layers, loaded with
+    nothing yet.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.metadata, "version", importlib.metadata.version)
         from flashrl_cli.plugins import cpu
@@ -62,8 +66,8 @@ def _worker(config: Any, patch: pytest.MonkeyPatch) -> Any:
     from vllm.model_executor.layers.quantization.fp8 import Fp8Config
     from vllm.platforms import PlatformEnum
 
-    from flashrl_cli.bench.job import QUANTIZATION
     from flashrl_cli.plugins.verl_blocks import BlocksExtension
+    from flashrl_cli.precision import FP8_BLOCK
 
     class Anywhere(kernels.TritonFp8BlockScaledMMKernel):  # type: ignore[misc]
         @classmethod
@@ -71,7 +75,7 @@ def _worker(config: Any, patch: pytest.MonkeyPatch) -> Any:
             return True, None
 
     patch.setitem(kernels._POSSIBLE_FP8_BLOCK_KERNELS, PlatformEnum.CPU, [Anywhere])
-    quantized = Fp8Config.from_config(QUANTIZATION)
+    quantized = Fp8Config.from_config(dict(FP8_BLOCK.vllm_config))
     config.model_config = SimpleNamespace(dtype=torch.bfloat16)
     told = SimpleNamespace(quant_config=quantized, speculative_config=None, model_config=config.model_config)
     found = BlocksExtension(vllm_config=told)
@@ -159,7 +163,7 @@ def test_an_engine_holds_every_weight_in_blocks(worker: Any, seed: int, sent: An
         blocks = weight.float().unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
         off = (held(model, name.split(".")[0]) - weight.float()).unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
         largest = blocks.abs().amax((1, 3))
-        # three bits of mantissa: half a step is a 16th of a value, and the largest in its block is 448 steps of the scale
+        # 3 bits of mantissa: half a step is a 16th of a value, and the largest in its block is 448 times the scale
         assert (off.abs().amax((1, 3)) <= largest / 16).all(), name
         assert (off.abs().amax((1, 3)) > 0).all(), f"{name} was not quantized"
 

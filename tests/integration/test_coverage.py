@@ -1,4 +1,6 @@
-"""Weight updates of vLLM's own layers, in place and layer by layer: what is left out is noticed, whatever kind of tensor it is."""
+"""Weight updates of vLLM's own layers, in place and layer by layer: what is left out is noticed, whatever kind of
+tensor it is.
+"""
 
 from __future__ import annotations
 
@@ -171,7 +173,9 @@ def test_a_complete_update_passes(refit: Any, how: str, quantized: bool, tied: b
 @HOW
 @BITS
 def test_each_tensor_that_is_left_out_is_named(refit: Any, how: str, quantized: bool) -> None:
-    """A shard of a fused weight or bias, an embedding, a head, a norm, an expert; also where another shard comes twice in its place."""
+    """A shard of a fused weight or bias, an embedding, a head, a norm, an expert; also where another shard comes twice
+    in its place.
+    """
     from flashrl_cli.plugins.coverage import Incomplete
 
     fused = {part: whole for whole, parts in PACKED.items() for part in parts}
@@ -233,7 +237,7 @@ def test_later_updates_are_held_against_a_complete_one_by_name_and_shape(refit: 
 
 @HOW
 def test_what_has_no_place_in_the_engine_is_refused(refit: Any, how: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A bias that vLLM would drop, names that no layer has, another shape; a warning for what is left aside by design."""
+    """A bias that vLLM would drop, names that no layer has, another shape; a warning for what is skipped by design."""
     import torch
 
     from flashrl_cli.plugins.coverage import Incomplete

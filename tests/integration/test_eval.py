@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from flashrl_cli.evals import results
+from flashrl_cli.evals import responses
 from flashrl_cli.weights import Weights
 from tests.integration.conftest import ENDING_S, PATIENCE_S, STEPS, Workshop, more_than_guessed
 
@@ -110,14 +110,16 @@ def as_the_fork_saved_it(step: Path, target: Path) -> None:
 
 def texts(folder: Path, run: str, step: int | None, dataset: str) -> list[str]:
     """Responses in the order of the questions."""
-    rows = results.read_responses(folder / results.FILE, run=run, dataset=dataset)
+    rows = responses.read(folder / responses.FILE, run=run, dataset=dataset)
     return [row["response"] for row in rows if row["step"] == step]
 
 
 def check_greedy(weights: Weights, prompts: list[str], ours: list[str]) -> None:
-    """Each response is Transformers' own, token by token, up to one that float32 finds as likely as the best within bf16's noise.
+    """Each response is Transformers' own, token by token, up to one that float32 finds as likely as the best within
+    bf16's noise.
 
-    The noise is measured: how far the same model in bf16 is from float32, at the largest, in the logits of the tokens that matter.
+    The noise is measured: how far the same model in bf16 is from float32, at the largest, in the logits of the tokens
+    that matter.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -145,7 +147,9 @@ def check_greedy(weights: Weights, prompts: list[str], ours: list[str]) -> None:
 
 
 def encoded(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], int]:
-    """Token ids of a prompt and its response, whose tokens are bytes, with the end that it came to; and where the response begins."""
+    """Token ids of a prompt and its response, whose tokens are bytes, with the end that it came to; and where the
+    response begins.
+    """
     chat = [{"role": "user", "content": prompt}]
     before = tokenizer(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)).input_ids
     known, unknown, _ = response.partition("\ufffd")  # bytes that are no text cannot be read back
@@ -155,7 +159,9 @@ def encoded(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], int]
 
 
 def test_every_form_of_a_checkpoint_by_one_engine(place: Place) -> None:
-    """Answers are those of Transformers, whatever form the weights have; what cannot be read is told; again nothing is generated."""
+    """Answers are those of Transformers, whatever form the weights have; what cannot be read is told; again nothing is
+    generated.
+    """
     lora, w1 = place.saved[2] / "lora", place.saved[1] / "run" / "global_step_10"
     forms = (f"{place.run}/*", w1, place.root / "fork", f"{lora}/", place.saved[2] / "peft")
     out = place.root / "all"
@@ -195,7 +201,7 @@ def check_skipped(place: Place, document: dict[str, Any], said: str) -> None:
 
 
 def check_against_transformers(place: Place, out: Path, run: str) -> None:
-    rows = results.read_responses(out / results.FILE, run=run, dataset="tiny", step=10)
+    rows = responses.read(out / responses.FILE, run=run, dataset="tiny", step=10)
     prompts = [row["prompt"] for row in rows]
     cases = {
         (run, 0): Weights(hf=place.model),
@@ -219,7 +225,7 @@ def check_files(document: dict[str, Any], out: Path, run: str) -> None:
     assert list(accuracy) == [0, *STEPS]
     assert more_than_guessed(accuracy[0] * PROMPTS, PROMPTS)
     for step, value in accuracy.items():
-        rows = results.read_responses(out / results.FILE, run=run, dataset="tiny", step=step)
+        rows = responses.read(out / responses.FILE, run=run, dataset="tiny", step=step)
         assert sum(row["response"].endswith(f"#### {row['ground_truth']}") for row in rows) / len(rows) == value
     lines = list(csv.DictReader((out / "eval.csv").read_text().splitlines()))
     assert [int(line["step"]) for line in lines if (line["run"], line["dataset"]) == (run, "tiny")] == [0, *STEPS]
@@ -254,14 +260,14 @@ def test_killed_in_the_middle_two_go_on_together(place: Place) -> None:
     assert documents[0]["results"] == documents[1]["results"]
     said = first[1] + second[1]
     assert [said.count(f"step {step}, tiny: {PROMPTS} prompts") for step in STEPS] == [0, 1, 1]
-    rows = [
-        row for row in results.read_responses(place.root / "killed" / results.FILE, dataset="tiny") if row["step"] == 10
-    ]
+    rows = [row for row in responses.read(place.root / "killed" / responses.FILE, dataset="tiny") if row["step"] == 10]
     check_greedy(step_10(place), [row["prompt"] for row in rows], [row["response"] for row in rows])
 
 
 def test_sampling_and_precision(place: Place) -> None:
-    """The same seed gives the same samples whatever else is evaluated; what is quantized is proven; a terminal sees a curve."""
+    """The same seed gives the same samples whatever else is evaluated; what is quantized is proven; a terminal sees a
+    curve.
+    """
     run = place.saved[1] / "run"
     sampled = ("--dataset", "tiny", "--limit", PROMPTS, "--n", 2, "--temperature", 1, "--max-tokens", 16)
     int8 = (*sampled, "--rollout", "int8", "--out", place.root / "int8")

@@ -1,4 +1,6 @@
-"""Logits in float32: equal to a float32 product of the same weights, with tied and untied heads, before and after a refit."""
+"""Logits in float32: equal to a float32 product of the same weights, with tied and untied heads, before and after a
+refit.
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,9 @@ def test_killed_and_resumed_to_its_end(workshop: Workshop, tmp_path: Path, monke
 
 
 def check_end(workshop: Workshop, shop: kill_resume.Shop, steps: int) -> None:
-    """The last attempt did what was left, proven and plausible; every step is there, logged, saved and worth evaluating."""
+    """The last attempt did what was left, proven and plausible; every step is there, logged, saved and worth
+    evaluating.
+    """
     run = shop.paths
     logged = history(run)
     assert [metrics.step for metrics in logged] == list(range(1, steps + 1))

@@ -13,8 +13,8 @@ import pytest
 
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.quantize import arithmetic, tensors
+from flashrl_cli.quantize.inputs import plan
 from flashrl_cli.quantize.offline import quantize
-from flashrl_cli.quantize.request import plan
 from flashrl_cli.runs import merge
 from flashrl_cli.weights import read_json
 from flashrl_cli.weights.profile import About
@@ -162,7 +162,9 @@ def test_very_small_and_very_large_rows(scheme: str, tmp_path: Path) -> None:
 
 
 def test_two_files_a_tied_head_and_layers_left_alone(tmp_path: Path) -> None:
-    """Files stay divided as they were, and the index names what is in them; a copy of the embedding under another name goes."""
+    """Files stay divided as they were, and the index names what is in them; a copy of the embedding under another name
+    goes.
+    """
     model = weights()
     model["lm_head.weight"] = model["model.embed_tokens.weight"].clone()
     folder = written(tmp_path / "m", model, files=2, tie_word_embeddings=True)

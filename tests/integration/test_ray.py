@@ -17,7 +17,7 @@ from flashrl_cli.contract import read_handshakes
 from flashrl_cli.paths import AttemptPaths
 from flashrl_cli.runs import store
 from flashrl_cli.runs.metrics import read_metrics
-from flashrl_cli.train.executors.ray_job import Relay
+from flashrl_cli.train.executors.ray_job import LogExtraction
 from tests.integration.conftest import PATIENCE_S, SMALL, Workshop, events
 from tests.integration.ray_cluster import HEAD, OTHER, Cluster, two_nodes
 
@@ -71,7 +71,7 @@ def none_left(cluster: Cluster, seconds: float) -> None:
 def the_log_tells_the_same(attempt: AttemptPaths, relayed: AttemptPaths) -> None:
     """Where no folder is shared, metrics and handshakes come out of the log: the same ones."""
     relayed.log.write_bytes(attempt.log.read_bytes())
-    Relay(relayed).poll(ended=True)
+    LogExtraction(relayed).poll(ended=True)
     assert read_metrics(relayed.metrics)[:STEPS] == read_metrics(attempt.metrics)[:STEPS]
     assert list(read_handshakes(relayed.plugins)) == list(read_handshakes(attempt.plugins))
 
@@ -109,7 +109,9 @@ def test_ctrl_c_stops_the_job(workshop: Workshop, cluster: Cluster) -> None:
 
 
 def test_two_nodes_train_together_until_one_is_lost(workshop: Workshop, cluster: Cluster, tmp_path: Path) -> None:
-    """Two INT8 proofs and a checkpoint of two ranks; then a node is killed in mid-run, and the run ends with that message."""
+    """Two INT8 proofs and a checkpoint of two ranks; then a node is killed in mid-run, and the run ends with that
+    message.
+    """
     attempt = AttemptPaths(workshop.root / "runs/two/attempt_1")
     process = workshop.start(
         *train(cluster, "two", "--set", "trainer.steps=500", "--set", "env.FLASHRL_TELL=1"), **cluster.env

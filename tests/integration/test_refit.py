@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.data import recipes
+from flashrl_cli.data import arith
 from tests.integration.conftest import PATIENCE_S, Workshop
 
-SUMS = recipes.pairs(0)["test"][:32]
+SUMS = arith.pairs(0)["test"][:32]
 PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -44,15 +44,17 @@ def variants(source: Path, out: Path, *, tied: bool) -> dict[str, Path]:
 
 
 def sequences(tokenizer: Any) -> tuple[list[list[int]], int]:
-    """Worked sums as token ids; all log-probs from the last prompt token on belong to the answer (at least that many)."""
-    texts = [(PROMPT.format(recipes.question(*pair)), recipes.solution(*pair)) for pair in SUMS]
+    """Worked sums as token ids; log-probs from the last prompt token on belong to the answer (at least that many)."""
+    texts = [(PROMPT.format(arith.question(*pair)), arith.solution(*pair)) for pair in SUMS]
     return [tokenizer(prompt + answer).input_ids for prompt, answer in texts], min(len(answer) for _, answer in texts)
 
 
 def independent(
     folder: Path, rows: list[list[int]], dtype: str = "float32", *, int8: bool = False
 ) -> list[list[float]]:
-    """The same log-probs by Transformers, one sequence at a time; `int8` rounds weights and inputs of the layers to 8 bits."""
+    """The same log-probs by Transformers, one sequence at a time; `int8` rounds weights and inputs of the layers to 8
+    bits.
+    """
     import torch
     from transformers import Qwen2ForCausalLM
 
@@ -123,7 +125,8 @@ def check(
 ) -> None:
     """Refits equal fresh engines bit for bit; all are near the independent computation, and nearer to B than to A.
 
-    How near is what bf16 and 8 bits change in that computation: a few times that is another order of sums, and not other weights.
+    How near is what bf16 and 8 bits change in that computation: a few times that is another order of sums, and not
+    other weights.
     """
     assert sum(wanted) / len(wanted) > -math.log(259) / 2, "the policy must know sums, or this test proves nothing"
     for precision, tolerance in tolerances.items():

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from flashrl_cli.doctor import reload, reload_engine
+from flashrl_cli.doctor import reload
 from tests.integration.conftest import PATIENCE_S
 
 
@@ -16,7 +16,7 @@ def test_the_reload_test_tells_a_sound_engine_from_a_broken_one(tmp_path: Path) 
     subprocess.run(
         [sys.executable, script, "int8", tmp_path], env=reload.environment(tmp_path), check=True, timeout=PATIENCE_S
     )
-    found = json.loads((tmp_path / reload_engine.MEASURED).read_text())
+    found = json.loads((tmp_path / "measured.json").read_text())
     levels = {name: [str(finding.level) for finding in reload.judge("int8", found[name])] for name in found}
     assert levels["sound"] == ["ok"] * 4, found["sound"]
     assert levels["one layer"][1:3] == ["fail", "fail"], found["one layer"]

@@ -1,4 +1,6 @@
-"""Pairs of odd checkpoints in one engine: each answers bit for bit as it does in any other company, and as Transformers does."""
+"""Pairs of odd checkpoints in one engine: each answers bit for bit as it does in any other company, and as Transformers
+does.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,17 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.data import recipes
+from flashrl_cli.data import arith
 from flashrl_cli.weights import Weights
 from tests.integration.conftest import PATIENCE_S, Workshop
 
 NEAR = 0.5
-"""Nats by which a greedy token may be less likely than the likeliest, in float32: in bf16 a sum's order decides between near ones."""
+"""Nats by which a greedy token may be less likely than the likeliest, in float32: in bf16 a sum's order decides between
+near ones.
+"""
 PREAMBLE = "Add with care. " * 2
 """Longer than a block of vLLM's prefix cache, which must not outlive the weights that filled it."""
-PROMPTS = [
-    [{"role": "user", "content": f"{PREAMBLE}{recipes.question(*pair)}"}] for pair in recipes.pairs(0)["test"][:8]
-]
+PROMPTS = [[{"role": "user", "content": f"{PREAMBLE}{arith.question(*pair)}"}] for pair in arith.pairs(0)["test"][:8]]
 NINE, HASH, SPACE = 24, 2, 220
 """Tokens of the tiny policy that are common in its answers."""
 ENGLISH = "{% for m in messages %}Q: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
@@ -192,7 +194,9 @@ def in_one_engine(folder: Path, checkpoints: dict[str, Weights], order: list[str
 
 
 def check_by_transformers(weights: Weights, rows: list[list[int]], name: str) -> None:
-    """Each answer is greedy to Transformers' own reading of the folder, and ends where that, or the tokenizer, says and nowhere else."""
+    """Each answer is greedy to Transformers' own reading of the folder, and ends where that, or the tokenizer, says and
+    nowhere else.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -215,7 +219,9 @@ def check_by_transformers(weights: Weights, rows: list[list[int]], name: str) ->
 
 
 def test_every_pair_of_checkpoints_in_one_engine(checkpoints: dict[str, Weights], tmp_path: Path) -> None:
-    """All ordered pairs in one engine and the reverse in another, which starts with another one; torn ones in between change nothing."""
+    """All ordered pairs in one engine and the reverse in another, which starts with another one; torn ones in between
+    change nothing.
+    """
     whole = [name for name in checkpoints if name not in TORN]
     walk = list(pairs(whole))
     assert {(a, b) for a, b in itertools.pairwise(walk)} == {(a, b) for a in whole for b in whole}

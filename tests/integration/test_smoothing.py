@@ -41,7 +41,9 @@ TEXT = list(range(40, 140))
 
 
 def planted(kind: str, folder: Path) -> Path:
-    """A random model, two query heads for each key-value head, in which some channels are much larger than others wherever one reads."""
+    """A random model, two query heads for each key-value head, in which some channels are much larger than others
+    wherever one reads.
+    """
     import torch
     import transformers
 

@@ -1,4 +1,6 @@
-"""A run that is interrupted again and again: whatever the moment, nothing stays behind, and the run can be gone on with."""
+"""A run that is interrupted again and again: whatever the moment, nothing stays behind, and the run can be gone on
+with.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +47,16 @@ MOMENTS = [
     (phase("starting the trainer"), HUP, False),
     (saving(1), TERM, True),
 ]
-"""When which signal is sent; and whether the run ignores INT and HUP, and gets those two first: nohup in the background of a script."""
+"""When which signal is sent; and whether the run ignores INT and HUP, and gets those two first: nohup in the background
+of a script.
+"""
 
 
 def interrupted(shop: Workshop, name: str, moments: list[tuple[Moment, signal.Signals, bool]]) -> int:
-    """Start the run `name` again and again and interrupt it at each moment; how often that was. The exit code is the signal's."""
+    """Start the run `name` again and again and interrupt it at each moment; how often that was.
+
+    The exit code is the signal's.
+    """
     run = RunPaths(name, shop.root / "runs" / name, shop.root / "checkpoints" / "tiny" / name)
     for moment, number, nohup in moments:
         started = time.time()
@@ -63,7 +70,7 @@ def interrupted(shop: Workshop, name: str, moments: list[tuple[Moment, signal.Si
         _, err = process.communicate(timeout=PATIENCE_S)
         assert err.count("Ctrl-C will not stop it") == nohup
         assert not nohup or "error: stopped by SIGTERM" in err
-        # before flashrl's own handlers stand, Python's and the system's defaults end it: by the signal, which shells tell as 128 + n
+        # before flashrl installs its handlers, the defaults end it: by the signal, which shells report as 128 + n
         codes = {130 if number == INT else 143, -number}
         if err.rstrip().endswith("KeyboardInterrupt"):  # while it starts, Python itself ends with 1
             codes.add(1)

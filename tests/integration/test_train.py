@@ -24,7 +24,10 @@ def check_proof(out: str, attempt: Path) -> None:
 
 
 def check_plausible(steps: list[dict[str, float]], responses: int) -> None:
-    """The rollout samples from the policy: it solves sums, and INT8 is no bf16. That both nearly agree is the run's own watch's."""
+    """The rollout samples from the policy: it solves sums, and INT8 is no bf16.
+
+    That both nearly agree is the run's own watch's.
+    """
     for step in steps:
         assert more_than_guessed(step["reward"] * responses, responses)
         assert step["weight_max"] <= 2

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def gathered(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All weights as verl's engine gathers them for the rollout, from the class in a process as a plugin of verl's leaves it."""
+    """All weights as verl's engine gathers them for the rollout, from the class in a process as a plugin of verl's
+    leaves it.
+    """
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 
     engine: Any = object.__new__(FSDPEngine)

@@ -1,4 +1,6 @@
-"""Weights in every form that verl 0.9.1 and PEFT write them, tensor by tensor against what their own tools make of them."""
+"""Weights in every form that verl 0.9.1 and PEFT write them, tensor by tensor against what their own tools make of
+them.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,10 @@ from typing import Any
 import pytest
 
 from flashrl_cli.errors import RunFailed
-from flashrl_cli.evals.export import export
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.runs import merge
 from flashrl_cli.runs.checkpoints import Checkpoint, find
+from flashrl_cli.runs.export import export
 from flashrl_cli.runs.saved import CheckpointList, inspect
 from flashrl_cli.weights import Unreadable, Weights, holds_adapter_alone, stored_in_float32
 from tests.integration.conftest import BY_VERL, PATIENCE_S
@@ -104,7 +106,7 @@ def test_adapters_that_do_not_fit(saved: dict[int, Path], tmp_path: Path) -> Non
     base, step = saved[2] / "model", saved[2] / "lora" / "global_step_2"
     with pytest.raises(Unreadable, match="holds an adapter alone, and its base model is unknown"):
         dict(of_step(step, adapter=step / "actor").tensors())
-    with pytest.raises(Unreadable, match=r"no lora_train_meta\.json tells its alpha"):
+    with pytest.raises(Unreadable, match=r"no lora_train_meta\.json says its alpha"):
         dict(of_step(step).tensors())
     adapter = shutil.copytree(saved[2] / "peft", tmp_path / "peft")
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -119,7 +121,7 @@ def test_adapters_that_do_not_fit(saved: dict[int, Path], tmp_path: Path) -> Non
 
 
 def world(rank: int, mesh_shape: tuple[int, ...], file: Path) -> Tensors:
-    """Save to `file` what one rank of a world holds of a small model, sharded by FSDP2 without other ranks; the model."""
+    """Save to `file` one rank's shard of a small model, sharded by FSDP2 without other ranks; returns the model."""
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

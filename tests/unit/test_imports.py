@@ -16,10 +16,10 @@ PACKAGE = ROOT / "src" / "flashrl_cli"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "files", "paths", "secrets", "text", "contract", ""},
-    {"weights"},
-    {"config", "machine", "plugins"},
-    {"verl", "worker", "hub"},
+    {"errors", "files", "paths", "secrets", "text", "contract", "precision", ""},
+    {"weights", "config", "machine"},
+    {"plugins", "verl", "hub"},
+    {"worker"},
     {"memory", "runs", "data", "doctor"},
     {"evals", "train"},
     {"quantize", "bench", "render"},
@@ -102,10 +102,12 @@ def test_commands_import_only_typer_and_the_standard_library(path: Path) -> None
     names = set(imported(at_import_time(tree(path))))
     outside = {name.split(".")[0] for name in names} - {"flashrl_cli", "typer"} - sys.stdlib_module_names
     assert not outside
-    assert own_parts(iter(names)) <= {"cli", "errors", "paths", "contract", "text", ""}
+    assert own_parts(iter(names)) <= {"cli", "errors", "paths", "contract", "precision", "text", ""}
 
 
-@pytest.mark.parametrize("name", ["errors.py", "paths.py", "contract.py", "files.py", "render/output.py"])
+@pytest.mark.parametrize(
+    "name", ["errors.py", "paths.py", "contract.py", "files.py", "precision.py", "render/output.py"]
+)
 def test_base_modules_import_nothing_slow(name: str) -> None:
     assert not {name.split(".")[0] for name in imported(at_import_time(tree(PACKAGE / name)))} & LATE
 
@@ -119,7 +121,7 @@ def test_weights_import_only_the_standard_library(path: Path) -> None:
 
 STARTERS = {
     *("train", "worker/client.py", "evals/graders.py"),
-    *("data/truths.py", "machine/gpus.py", "doctor/reload.py", "doctor/docker.py"),
+    *("machine/gpus.py", "doctor/docker.py"),
 }
 """Modules, and one whole part, that may start processes."""
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flashrl_cli.text import counted
+from flashrl_cli.text import counted, size
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,11 @@ from flashrl_cli.text import counted
 )
 def test_one_is_singular(count: int, words: tuple[str, ...], text: str) -> None:
     assert counted(count, *words) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(393_000_000_000, "393 GB"), (4_400_000, "4.4 MB"), (1_500_000_000_000, "1.5 TB"), (900, "0.9 kB"), (0, "0 kB")],
+)
+def test_size(count: int, text: str) -> None:
+    assert size(count) == text

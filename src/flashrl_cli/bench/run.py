@@ -1,48 +1,119 @@
-"""Measure what was asked for: an engine for each variant in turn, then one scorer for what they sampled; each point is kept at once.
+"""Measure what was asked for: an engine for each variant in turn, then one scorer for what they sampled.
 
-How long the points that are left will take, told from those that are done, and whether a budget of time has room for them.
-
-What was measured already: one file a point, so that an interrupted benchmark goes on where it was.
-
-The processes that measure, started with what they are told: an engine for one kind of rollouts, and the scorer.
+Each finished point is one file, so that an interrupted benchmark goes on where it was. How long the points that are
+left will take is estimated from those that are done; a budget of time leaves out what it has no room for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flashrl_cli import contract, files
-from flashrl_cli.bench.job import (
-    SAMPLE,
-    SCORE,
-    SPEED,
-    START,
-    EngineJob,
-    Failure,
-    Measured,
-    Point,
-    ScorerJob,
-    order,
-    points,
-)
-from flashrl_cli.bench.request import FIT
+from flashrl_cli.bench.job import EngineJob, Variant
+from flashrl_cli.bench.request import FIT, Request
 from flashrl_cli.errors import EnvironmentNotReady, FlashrlError
-from flashrl_cli.evals import job
+from flashrl_cli.text import counted
 from flashrl_cli.train.process import Interrupted
 from flashrl_cli.worker import client
 
-if TYPE_CHECKING:
-    from flashrl_cli.bench.job import Variant
-    from flashrl_cli.bench.request import Request
+REFITS = 5
+START, SPEED, REFIT, SAMPLE, SCORE = KINDS = ("start", "speed", "refit", "sample", "score")
+"""Kinds of points and of orders: `score` is the scorer's, the others are an engine's, whose first order starts it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One measurement: `asked` are the words of the order for it, `key` names everything that its result depends on."""
+
+    variant: str
+    kind: str
+    asked: dict[str, Any] = field(hash=False)
+    key: str
+
+    @property
+    def label(self) -> str:
+        """As it is named in messages."""
+        if self.kind != SPEED:
+            return f"{self.variant}, {self.kind}"
+        batch = self.asked["batch"]
+        return f"{self.variant}, {counted(batch, 'sequence') if batch else 'as many as fit'}"
+
+    @property
+    def like(self) -> tuple[str, int]:
+        """Equal for points of other variants that take about as long."""
+        return self.kind, self.asked.get("batch", 0)
+
+
+def points(request: Request, variant: Variant) -> Iterator[Point]:
+    """Points of a variant in their order: the refits come last, after them the engine holds random weights."""
+    yield _point(request, variant, START, {})
+    for batch in request.batches:
+        sizes = {"batch": batch, "prompt": request.prompt, "response": request.response, "repeats": request.repeats}
+        yield _point(request, variant, SPEED, sizes)
+    if request.mismatch:
+        asked = {"samples": request.mismatch.samples, "response": request.response}
+        yield _point(request, variant, SAMPLE, asked, request.mismatch.fingerprint)
+        yield _point(request, variant, SCORE, {}, [asked, request.mismatch.fingerprint, request.mismatch.dtype])
+    if request.refit:
+        yield _point(request, variant, REFIT, {"repeats": REFITS})
+
+
+def count(request: Request) -> int:
+    """Points of all variants."""
+    return sum(1 for variant in request.variants for _ in points(request, variant))
+
+
+def _point(request: Request, variant: Variant, kind: str, asked: dict[str, Any], more: Any = None) -> Point:
+    depends = {
+        "model": request.model.fingerprint,
+        "variant": variant.key(),
+        "kind": kind,
+        "asked": asked,
+        "more": more,
+        "options": asdict(request.options),
+        "versions": request.versions,
+        "device": request.machine.device,
+    }
+    text = json.dumps(depends, sort_keys=True)
+    return Point(variant=variant.name, kind=kind, asked=asked, key=hashlib.sha256(text.encode()).hexdigest()[:24])
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a variant, or the rest of it, has no figures; `left_out`: the budget had no room, which is no failure."""
+
+    message: str
+    hint: str | None = None
+    left_out: bool = False
+
+
+@dataclass(slots=True)
+class Measured:
+    """What is known of a variant: results by point, and what went wrong."""
+
+    variant: Variant
+    points: tuple[Point, ...]
+    results: dict[Point, dict[str, Any]] = field(default_factory=dict)
+    failure: Failure | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def left(self) -> list[Point]:
+        """Points without a result."""
+        return [point for point in self.points if point not in self.results]
+
+    def of(self, kind: str) -> list[tuple[Point, dict[str, Any]]]:
+        """Points of a kind that have a result."""
+        return [(point, result) for point, result in self.results.items() if point.kind == kind]
 
 
 class Pace:
@@ -58,7 +129,10 @@ class Pace:
         self._seconds[point.like] = seconds
 
     def expected(self, point: Point) -> float | None:
-        """Seconds that a point will take at most; None if nothing like it was measured. A larger batch takes no more a sequence."""
+        """Seconds that a point will take at most; None if nothing like it was measured.
+
+        A sequence of a larger batch takes no longer than one of a smaller.
+        """
         if point.like in self._seconds:
             return self._seconds[point.like]
         batch = point.asked.get("batch", FIT)
@@ -80,8 +154,8 @@ class Pace:
         known = [seconds for seconds in expected if seconds is not None]
         if not known:
             return ""
-        told = f"{sum(known) / 60:.0f} min" if sum(known) >= 90 else f"{sum(known):.0f} s"
-        return f"{'about' if len(known) == len(expected) else 'more than'} {told} left"
+        time_left = f"{sum(known) / 60:.0f} min" if sum(known) >= 90 else f"{sum(known):.0f} s"
+        return f"{'about' if len(known) == len(expected) else 'more than'} {time_left} left"
 
 
 SCHEMA_VERSION = 1
@@ -121,41 +195,34 @@ class Store:
 
 ENGINE, SCORER = "flashrl_cli.bench.engine", "flashrl_cli.bench.scorer"
 HINTS = {
-    "a GPU ran out of memory": "a smaller --batch or --gpu-memory-utilization, or --tp over more GPUs",
-    "a GPU has less free memory than the rollout engine asks for": (
-        "a smaller --gpu-memory-utilization, or another GPU by CUDA_VISIBLE_DEVICES"
-    ),
-    "the rollout engine has no memory left for its KV cache": (
-        "a smaller --prompt or --response, or a larger --gpu-memory-utilization (on a CPU: --kv-memory)"
-    ),
+    "gpu-memory": "a smaller --batch or --gpu-memory-utilization, or --tp over more GPUs",
+    "gpu-occupied": ("a smaller --gpu-memory-utilization, or another GPU by CUDA_VISIBLE_DEVICES"),
+    "kv-memory": ("a smaller --prompt or --response, or a larger --gpu-memory-utilization (on a CPU: --kv-memory)"),
 }
-"""What helps here, by cause (verl.causes)."""
+"""What helps here, by a cause's id (verl.causes)."""
 
 
 @contextlib.contextmanager
 def engine_process(request: Request, variant: Variant) -> Iterator[client.Worker]:
     """A process whose first order starts the engine of a variant. However the caller leaves, nothing stays running."""
-    died = partial(job.died, who=f"the engine of {variant.name}", hints=HINTS)
     with tempfile.TemporaryDirectory(prefix="flashrl-bench-") as folder:
         work = Path(folder)
-        file = work / "job.json"
-        _job(request, variant, work).write(file)
+        job = asdict(_job(request, variant, work))
         env = client.environment(work, request.devices, _fixed(request, variant), _usual(request))
-        with client.worker(ENGINE, file, _log(request, variant.name), env, died) as worker:
+        who = f"the engine of {variant.name}"
+        with client.worker(ENGINE, job, work, _log(request, variant.name), env, who=who, hints=HINTS) as worker:
             yield worker
 
 
 @contextlib.contextmanager
 def scorer(request: Request) -> Iterator[client.Worker]:
     """A process that holds the model as the trainer computes with it."""
-    died = partial(job.died, who="the scorer", hints=HINTS)
     dtype = request.mismatch.dtype if request.mismatch else "bfloat16"
     with tempfile.TemporaryDirectory(prefix="flashrl-bench-") as folder:
         work = Path(folder)
-        file = work / "job.json"
-        ScorerJob(model=str(request.model.folder(work)), dtype=dtype).write(file)
+        job = {"model": str(request.model.folder(work)), "dtype": dtype}
         env = client.environment(work, request.devices, {})
-        with client.worker(SCORER, file, _log(request, "scorer"), env, died) as worker:
+        with client.worker(SCORER, job, work, _log(request, "scorer"), env, who="the scorer", hints=HINTS) as worker:
             yield worker
 
 
@@ -185,20 +252,20 @@ def _job(request: Request, variant: Variant, work: Path) -> EngineJob:
 
 
 def _fixed(request: Request, variant: Variant) -> dict[str, str]:
-    """What the plugins are told, and the size of the KV cache where vLLM takes it from the environment."""
+    """Options of the plugins, and the size of the KV cache where vLLM reads it from the environment."""
     cache = request.engine.kv_memory
     room = {"VLLM_CPU_KVCACHE_SPACE": str(math.ceil(cache))} if cache and request.machine.kind == "cpu" else {}
     return {contract.ENV_ROLLOUT: variant.options().text(), **room}
 
 
-def _usual(request: Request) -> dict[str, str]:
+def _usual(request: Request) -> Mapping[str, str]:
     """On a GPU vLLM keeps its scheduler in a process of its own, as in RL; on a CPU that only costs memory and time."""
-    return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if request.machine.kind == "cpu" else {}
+    return client.ONE_PROCESS if request.machine.kind == "cpu" else {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Telling:
-    """How progress is told: in words, by points that are done, with a note; `finished` is called after each that was measured."""
+class Progress:
+    """How progress is reported: in words, and by points that are done; `finished` is called after each measured one."""
 
     say: Callable[[str], None]
     advance: Callable[[int, str], None]
@@ -210,7 +277,7 @@ class Session:
     """Work on a request; `measured` grows as points are finished, and holds what there is whenever the work ends."""
 
     request: Request
-    telling: Telling
+    progress: Progress
     measured: list[Measured] = field(init=False)
     _store: Store = field(init=False)
     _pace: Pace = field(init=False)
@@ -254,7 +321,7 @@ class Session:
             raise
         except FlashrlError as error:
             one.failure = Failure(error.message, error.hint)
-            self.telling.say(f"{one.variant.name} failed: {error.message.splitlines()[0]}")
+            self.progress.say(f"{one.variant.name} failed: {error.message.splitlines()[0]}")
 
     def _measure(self, one: Measured) -> None:
         """Everything of a variant that needs its engine."""
@@ -262,13 +329,13 @@ class Session:
         if not wanted:
             return
         if reason := self.request.machine.lacks(one.variant):
-            raise EnvironmentNotReady(reason, hint="flashrl doctor tells which precisions run here")
+            raise EnvironmentNotReady(reason, hint="flashrl doctor says which precisions run here")
         start = one.points[0]
         measures = [point for point in wanted if point != start]
         if not self._pace.fits([start, *measures[:1]]):
             one.failure = Failure("left out, the budget has no room for its engine", left_out=True)
             return
-        self.telling.say(f"{one.variant.name}: starting an engine{self._and_left()}")
+        self.progress.say(f"{one.variant.name}: starting an engine{self._and_left()}")
         with engine_process(self.request, one.variant) as engine:
             self._ask(one, start, engine)
             for point in measures:
@@ -284,13 +351,13 @@ class Session:
     def _ask(self, one: Measured, point: Point, worker: client.Worker) -> None:
         """Have a point measured, and keep its result."""
         asked = point.asked | ({"out": str(self._store.samples(point))} if point.kind == SAMPLE else {})
-        self._finish(one, point, worker, order(point.kind, **asked))
+        self._finish(one, point, worker, asked)
 
-    def _finish(self, one: Measured, point: Point, worker: client.Worker, text: str) -> None:
+    def _finish(self, one: Measured, point: Point, worker: client.Worker, asked: dict[str, Any]) -> None:
         started = time.monotonic()
-        for event in worker.ask(text):
+        for event in worker.ask({"kind": point.kind, **asked}):
             if event["event"] == "advance":
-                self.telling.advance(0, f"{point.label}: {event['note']}")
+                self.progress.advance(0, f"{point.label}: {event['note']}")
             elif event["event"] == "done":
                 result = event["result"]
                 if point.kind == START:
@@ -298,12 +365,12 @@ class Session:
                 self._store.save(point, result)
                 self._pace.note(point, time.monotonic() - started)
                 self._done(one, point, result)
-                self.telling.say(f"{point.label}: {_told(point, result)}{self._and_left()}")
-                self.telling.finished(self.measured)
+                self.progress.say(f"{point.label}: {_in_words(point, result)}{self._and_left()}")
+                self.progress.finished(self.measured)
 
     def _done(self, one: Measured, point: Point, result: dict[str, Any]) -> None:
         if point not in one.results:
-            self.telling.advance(1, point.label)
+            self.progress.advance(1, point.label)
         one.results[point] = result
 
     def _and_left(self) -> str:
@@ -312,7 +379,7 @@ class Session:
 
     @contextlib.contextmanager
     def _scorer(self) -> Iterator[client.Worker]:
-        self.telling.say("computing the trainer's log-probs with Transformers")
+        self.progress.say("computing the trainer's log-probs with Transformers")
         with scorer(self.request) as worker:
             yield worker
 
@@ -324,17 +391,17 @@ class Session:
 
     def _score(self, one: Measured, scorer: client.Worker, sampled: Point, unscored: Point) -> None:
         if self._has_room(one, unscored):
-            self._finish(one, unscored, scorer, order(SCORE, samples=str(self._store.samples(sampled))))
+            self._finish(one, unscored, scorer, {"samples": str(self._store.samples(sampled))})
 
 
 def _check(variant: Variant, facts: dict[str, Any]) -> None:
-    """Raise EnvironmentNotReady if some worker holds something else than the variant: its figures would be another one's."""
+    """Raise EnvironmentNotReady if some GPU holds something else than the variant."""
     for holds in facts["holds"]:
         if problem := variant.contradiction(holds):
-            raise EnvironmentNotReady(problem, hint="the engine's log tells more; `flashrl doctor` checks the plugins")
+            raise EnvironmentNotReady(problem, hint="the engine's log says more; `flashrl doctor` checks the plugins")
 
 
-def _told(point: Point, result: dict[str, Any]) -> str:
+def _in_words(point: Point, result: dict[str, Any]) -> str:
     """A result in words."""
     match point.kind:
         case "start":

@@ -1,35 +1,30 @@
-"""The trainer's side of the mismatch: `python -m flashrl_cli.bench.scorer JOB.json` computes log-probs of what engines have sampled.
+"""The mismatch of rollout and trainer: `python -m flashrl_cli.bench.scorer JOB.json` scores sampled responses.
 
-A forward pass of Transformers over whole sequences, as verl's trainer computes them: weights and activations in bf16 (or float32), the
-log-softmax of the logits in float32 (as flash-attn's cross entropy does for verl/utils/torch_functional.py:logprobs_from_logits).
+The trainer's are a forward pass of Transformers over whole sequences, as verl's trainer computes them: weights and
+activations in bf16 (or float32), the log-softmax of the logits in float32 (as flash-attn's cross entropy does for
+verl/utils/torch_functional.py:logprobs_from_logits).
 
-How far two distributions over the same tokens are apart: those were sampled by the rollout engine, and the trainer judges them.
-
-r = p_train / p_rollout is the weight that truncated importance sampling gives a token. KL(rollout || train) is estimated from samples
-of the rollout by k1 = -log r and by k3 = r - 1 - log r, which is never negative and varies less (J. Schulman, Approximating KL
-Divergence, 2020). The effective sample size is Kish's, (sum r)² / sum r², as a share of the samples (L. Kish, Survey Sampling, 1965).
+r = p_train / p_rollout is the weight that truncated importance sampling gives a token. KL(rollout || train) is
+estimated from samples of the rollout by k1 = -log r and by k3 = r - 1 - log r, which is never negative and varies less
+(J. Schulman, Approximating KL Divergence, 2020). The effective sample size is Kish's, (sum r)² / sum r², as a share of
+the samples (L. Kish, Survey Sampling, 1965).
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashrl_cli.bench.job import ScorerJob
-from flashrl_cli.errors import FlashrlError
+from flashrl_cli.bench.job import Samples
 from flashrl_cli.text import counted
 from flashrl_cli.worker import server
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
-
-    from flashrl_cli.bench.job import Samples
 
 CAPS = (2.0, 8.0)
 """Caps of TIS in use: verl's default, and that of recipes for large models."""
@@ -39,9 +34,10 @@ _LARGEST = 600.0
 
 
 def statistics(rollout: Any, train: Any, lengths: Any) -> dict[str, Any]:
-    """Statistics of natural log-probs [T] of sampled tokens by rollout and trainer; `lengths` [S] of the sequences that they make up.
+    """Statistics of natural log-probs [T] of sampled tokens by rollout and trainer.
 
-    Raises ValueError for shapes that do not fit, and for values that are no log-probs.
+    `lengths` [S] are those of the sequences that the tokens make up. Raises ValueError for shapes that do not fit, and
+    for values that are no log-probs.
     """
     before, after = (np.asarray(values, dtype=np.float64) for values in (rollout, train))
     counts = np.asarray(lengths, dtype=np.int64)
@@ -69,7 +65,7 @@ def statistics(rollout: Any, train: Any, lengths: Any) -> dict[str, Any]:
 
 
 def weights(log_ratios: NDArray[np.float64]) -> dict[str, float]:
-    """Of weights r with these logarithms: mean, least and greatest, the shares above each cap, and the effective sample size."""
+    """Of weights r, given as log r: mean, least, greatest, the shares above each cap, and the effective sample size."""
     ratios = np.exp(np.minimum(log_ratios, _LARGEST))
     scaled = np.exp(log_ratios - log_ratios.max())  # their squares must not overflow
     above = {f"above_{cap:g}": float(np.mean(ratios > cap)) for cap in CAPS}
@@ -94,36 +90,27 @@ _ROWS = 1024
 """Positions whose float32 log-softmax is computed at once."""
 
 
-def main() -> None:
-    """Fulfil orders until stdin closes: each names a file of samples."""
-    orders, emit = server.begin()
-    try:
-        scorer = Scorer(ScorerJob.read(Path(sys.argv[1])))
-        while True:
-            asked = json.loads(orders.get())
-            emit("done", result=scorer.score(Path(asked["samples"]), emit))
-    except FlashrlError as error:
-        server.end(emit, error)
+def serve(job: dict[str, Any], orders: server.Orders, emit: server.Emit) -> None:
+    """Fulfil orders: each names a file of samples."""
+    scorer = Scorer(**job)
+    for asked in orders:
+        emit("done", result=scorer.score(Path(asked["samples"]), emit))
 
 
 class Scorer:
-    """A model of Transformers, on the first visible GPU if there is one."""
+    """The HF folder `model` in Transformers, computed in `dtype`, on the first visible GPU if there is one."""
 
-    def __init__(self, job: ScorerJob) -> None:
+    def __init__(self, model: str, dtype: str) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(
-            job.model, dtype=getattr(torch, job.dtype), attn_implementation="sdpa"
-        )
-        self._model = model.to(self._device).eval()
-        self._job = job
+        found = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+        self._model = found.to(self._device).eval()
+        self._dtype = dtype
 
     def score(self, file: Path, emit: server.Emit) -> dict[str, Any]:
-        """Mismatch of the samples in `file`: `mismatch.statistics`, the mean entropy in nats, and whether that is a random policy's."""
-        from flashrl_cli.bench.job import Samples
-
+        """`statistics` of the samples in `file`, the mean entropy in nats, and whether that is a random policy's."""
         samples = Samples.read(file)
         train: list[list[float]] = [[] for _ in samples.responses]
         entropy = 0.0
@@ -137,7 +124,7 @@ class Scorer:
         vocabulary = int(self._model.config.get_text_config().vocab_size)
         return {
             **statistics(_flat(samples.logprobs), _flat(train), lengths),
-            "trainer_dtype": self._job.dtype,
+            "trainer_dtype": self._dtype,
             "entropy": mean_entropy,
             "vocabulary": vocabulary,
             "knows_nothing": knows_nothing(mean_entropy, vocabulary),
@@ -187,4 +174,4 @@ def _flat(parts: Any) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    server.run(serve)

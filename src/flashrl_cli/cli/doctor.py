@@ -12,6 +12,7 @@ from flashrl_cli import paths
 from flashrl_cli.cli import options as complete
 from flashrl_cli.cli.options import NAME_OR_FILE, Json, Rollout, Sets, Tis
 from flashrl_cli.errors import ExitCode, InputError
+from flashrl_cli.precision import REFITTED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,11 +50,11 @@ def doctor(
 
     Versions, GPUs, disk, limits, plugins, logins, each with its fix; exit 3 if a run cannot start.
 
-    `flashrl doctor --preset dapo-32b --rollout int8` adds what that run needs;
-    `flashrl doctor --quant --rollout fp8` refits a tiny engine and compares its answers with an independent computation;
-    `flashrl doctor --docker --preset gsm8k-0.5b` prints the container that trains it.
+    `flashrl doctor --preset dapo-32b --rollout int8` adds what that run needs; `flashrl doctor --quant --rollout fp8`
+    refits a tiny engine and compares its answers with an independent computation; `flashrl doctor --docker --preset
+    gsm8k-0.5b` prints the container that trains it.
     """
-    from flashrl_cli.config.resolve import load_spec
+    from flashrl_cli.config.resolve import Options, read_spec
     from flashrl_cli.render.output import Output
 
     options = _options(preset, rollout, tis, sets)
@@ -67,7 +68,8 @@ def doctor(
         raise InputError(f"{options[0]} without --preset", hint="--preset NAME says what it changes")
     if run and not docker:
         raise InputError("--run without --docker", hint="`flashrl train` runs here; --docker --run in a container")
-    resolved = load_spec(preset, rollout=rollout, tis=tis, sets=sets or ()) if preset else None
+    asked = Options(rollout=rollout, tis=tis, sets=sets or ())
+    resolved = read_spec(preset, asked).checked() if preset else None
     out = Output(json_mode=json)
     if docker:
         _docker(resolved, options, out, run=run)
@@ -90,8 +92,8 @@ def _reload_test(precision: str, *, others: bool, json: bool) -> None:
 
     if others:
         raise InputError("--quant takes no option but --rollout and --json", hint="`flashrl doctor --quant`")
-    if precision not in reload.PRECISIONS:
-        raise InputError(f"no reload test for {precision}", hint=f"--rollout {'|'.join(reload.PRECISIONS)}")
+    if precision not in REFITTED:
+        raise InputError(f"no reload test for {precision}", hint=f"--rollout {'|'.join(REFITTED)}")
     out = Output(json_mode=json)
     out.say(f"reload test of {precision}: starting a tiny engine …")
     findings, measured = reload.reload_test(precision)
@@ -112,7 +114,7 @@ def _check(resolved: Resolved | None, out: Output) -> None:
 
     report = machine()
     if resolved:
-        report = report.with_preset(list(preflight.findings(resolved.spec, paths.data_root())))
+        report = report.with_preset(list(preflight.findings(resolved.spec)))
     name = resolved.spec.name if resolved else None
     if out.json_mode:
         out.document(document(report, name))
@@ -170,4 +172,4 @@ def _read(resolved: Resolved, options: list[str]) -> list[Path]:
     from flashrl_cli.train.preflight import local_inputs
 
     preset = paths.absolute(options[options.index("--preset") + 1])
-    return [*local_inputs(resolved.spec, paths.data_root()).values(), *([preset] if preset.is_file() else [])]
+    return [*local_inputs(resolved.spec).values(), *([preset] if preset.is_file() else [])]

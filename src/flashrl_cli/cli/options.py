@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from flashrl_cli.precision import METAVAR
+
 
 def preset_names(incomplete: str) -> list[str]:
     """Names of the presets that start so; none for a path, which the shell completes itself."""
@@ -56,9 +58,7 @@ RunName = Annotated[
 RunArgument = Annotated[
     str, typer.Argument(metavar="NAME", help="A run's name (`flashrl runs ls`).", autocompletion=run_names)
 ]
-Rollout = Annotated[
-    str | None, typer.Option("--rollout", metavar="bf16|int8|fp8|fp8-block", help="Precision of the rollouts.")
-]
+Rollout = Annotated[str | None, typer.Option("--rollout", metavar=METAVAR, help="Precision of the rollouts.")]
 Tis = Annotated[
     str | None, typer.Option("--tis", metavar="CAP|off", help="Cap of truncated importance sampling, or off.")
 ]

@@ -15,13 +15,12 @@ from flashrl_cli.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from flashrl_cli.config.catalog import Summary
+    from flashrl_cli.config.resolve import Summary
     from flashrl_cli.errors import Problem
     from flashrl_cli.render.output import Output
-    from flashrl_cli.train.review import Comparison
+    from flashrl_cli.train.diff import Comparison
 
 SCHEMA_VERSION = 1
-ANYTHING = "NAME|FILE|RUN"
 
 presets = typer.Typer(help="List, show, compare, copy and check presets.", no_args_is_help=True)
 
@@ -29,7 +28,7 @@ presets = typer.Typer(help="List, show, compare, copy and check presets.", no_ar
 @presets.command("ls", epilog="flashrl presets ls --json")
 def ls(json: Json = False) -> None:
     """List the presets: the shipped ones and those in ./presets."""
-    from flashrl_cli.config.catalog import catalog
+    from flashrl_cli.config.resolve import catalog
     from flashrl_cli.render.output import Output
 
     out = Output(json_mode=json)
@@ -55,9 +54,10 @@ def show(
 ) -> None:
     """Show every value of a preset, with --origins where it comes from."""
     from flashrl_cli.config.layers import leaves
+    from flashrl_cli.config.resolve import Options
     from flashrl_cli.config.yaml_file import text_of
     from flashrl_cli.render.output import Output
-    from flashrl_cli.train.review import Options, preview
+    from flashrl_cli.train.launch import preview
 
     out = Output(json_mode=json)
     resolved, plan = preview(preset, Options(rollout=rollout, tis=tis, sets=sets or ()))
@@ -102,12 +102,13 @@ def diff(
 
     What did I change since the run that worked? `flashrl presets diff RUN PRESET`.
     """
+    from flashrl_cli.config.resolve import NO_OPTIONS, Options
     from flashrl_cli.render.output import Output
-    from flashrl_cli.train.review import Options, compare, document_of
+    from flashrl_cli.train.diff import compare, document_of
 
     out = Output(json_mode=json)
     options = Options(rollout=rollout, tis=tis, sets=sets or ())
-    found = compare(document_of(a, Options()), document_of(b, options))
+    found = compare(document_of(a, NO_OPTIONS), document_of(b, options))
     if json:
         kinds = {"values": found.values, "overrides": found.overrides, "environment": found.environment}
         shown = {kind: None if listed is None else [d.data() for d in listed] for kind, listed in kinds.items()}
@@ -125,7 +126,7 @@ def copy(
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Copy a preset to a file of your own, comments and all, to edit it."""
-    from flashrl_cli.config.catalog import copy_preset, shortest
+    from flashrl_cli.config.presets import copy_preset, shortest
     from flashrl_cli.render.output import Output
 
     out = Output()
@@ -152,18 +153,19 @@ def check(
     Without a name all of them. Exit 2 if one has a problem.
     """
     from flashrl_cli.config import presets as files
+    from flashrl_cli.config.resolve import Options
     from flashrl_cli.render.output import Output
-    from flashrl_cli.train import review
+    from flashrl_cli.train import launch
 
     out = Output(json_mode=json)
-    options = review.Options(rollout=rollout, tis=tis, sets=sets or ())
+    options = Options(rollout=rollout, tis=tis, sets=sets or ())
     found: dict[str, list[Problem]] = {}
     for name in names or files.names():
-        found[name] = review.check(name, options)
+        found[name] = launch.check(name, options)
         if not json:
             _print_verdict(out, name, found[name])
     if json:
-        verdicts = [{"preset": n, "ok": not p, "problems": [asdict(one) for one in p]} for n, p in found.items()]
+        verdicts = [{"preset": n, "ok": not p, "problems": [one.document() for one in p]} for n, p in found.items()]
         out.document({"schema_version": SCHEMA_VERSION, "presets": verdicts})
     if refused := [name for name, problems in found.items() if problems]:
         raise InputError(f"{len(refused)} of {len(found)} presets refused: {', '.join(refused)}")

@@ -73,8 +73,8 @@ def quantize(
 ) -> None:
     """Quantize a model on disk: a W8A8 checkpoint that stock vLLM loads.
 
-    Weights symmetric with one scale per output channel, activations per token: what a rollout in int8 or fp8 computes. The table
-    shows what was lost, layer by layer.
+    Weights symmetric with one scale per output channel, activations per token: what a rollout in int8 or fp8 computes.
+    The table shows what was lost, layer by layer.
 
     flashrl quantize Qwen/Qwen2.5-0.5B-Instruct --scheme int8
 
@@ -120,7 +120,7 @@ def _calibrate(
 ) -> tuple[Path, dict[str, Any]]:
     """Write a profile; where it is, and what it does."""
     from flashrl_cli.quantize.calibrate import calibrate
-    from flashrl_cli.quantize.request import new_profile
+    from flashrl_cli.quantize.inputs import new_profile
 
     folder, target = new_profile(model, out)
     with _alone(output, target):
@@ -142,9 +142,9 @@ def _quantize(
     output: Output, model: str, out: Path | None, scheme: str, ignore: list[str], profile: Path | None
 ) -> dict[str, Any]:
     """Write the quantized folder; its manifest."""
-    from flashrl_cli.quantize import report
+    from flashrl_cli.quantize import layer_errors
+    from flashrl_cli.quantize.inputs import plan
     from flashrl_cli.quantize.offline import quantize as write
-    from flashrl_cli.quantize.request import plan
 
     wanted = plan(model, out, scheme, ignore, paths.absolute(profile) if profile else None)
     for warning in wanted.warnings():
@@ -155,7 +155,7 @@ def _quantize(
     if there:
         output.say(f"{wanted.target} is already there, made of the same")
     if not output.json_mode:
-        output.table(*report.table(document), title="largest errors")
-        output.text(report.summary(document))
+        output.table(*layer_errors.table(document), title="largest errors")
+        output.text(layer_errors.summary(document))
         output.text(str(wanted.target))
     return {**document, "path": str(wanted.target), "already_there": there}

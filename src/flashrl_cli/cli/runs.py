@@ -168,8 +168,8 @@ def rm(
 
 def _announce(out: Output, planned: Sequence[Removal]) -> None:
     """Print what would go on stderr, with sizes."""
-    from flashrl_cli.machine.system import size
     from flashrl_cli.render.run_tables import aligned
+    from flashrl_cli.text import size
 
     rows = []
     for one in planned:
@@ -264,9 +264,9 @@ def export(
     flashrl runs export tiny-int8-tis2 best ./tiny-math
     """
     from flashrl_cli import files
-    from flashrl_cli.evals import export as exports
     from flashrl_cli.render.output import Output
     from flashrl_cli.render.run_tables import binary_size
+    from flashrl_cli.runs import export as exports
     from flashrl_cli.runs import merge, saved, store
 
     if public and push is None:
@@ -396,7 +396,7 @@ def report(
 
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """What a plan changed from another: the preset's values (verl's overrides where one lacks them), the environment."""
-    from flashrl_cli.train.review import compare
+    from flashrl_cli.train.diff import compare
 
     found = compare(before, after)
     listed = found.overrides if found.values is None else found.values

@@ -1,17 +1,16 @@
-"""What is wrong with a configuration, told as problems: where it was written, what is wrong, and what was probably meant."""
+"""What is wrong with a configuration, as problems: where it was written, what is wrong, and what was probably meant."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import ValidationError
 
 from flashrl_cli.config import yaml_file
-from flashrl_cli.config.layers import DEFAULT, Layer, Origin, leaves, nested
+from flashrl_cli.config.layers import DEFAULT, Layer, Origin, leaves, nested, option
 from flashrl_cli.config.spec import Part, RunSpec
 from flashrl_cli.config.yaml_file import text_of
 from flashrl_cli.errors import Problem
@@ -20,8 +19,16 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
 
-Translate = Callable[[str], str | None]
-"""What a key that the spec lacks is called elsewhere, as a hint; None for one that means nothing there either."""
+
+class Suggestion(NamedTuple):
+    """A hint to an unknown key, and the keys of the spec that it names."""
+
+    hint: str
+    keys: Sequence[str] = ()
+
+
+Translate = Callable[[str], Suggestion | None]
+"""What a key that the spec lacks is called elsewhere; None for one that means nothing there either."""
 
 KINDS = {
     "tuple_type": "a list",
@@ -41,7 +48,7 @@ SHOWN = 60
 
 
 def well_shaped(layer: Layer, problems: list[Problem]) -> Layer:
-    """`layer` less the values that stand where a map belongs, each told; they would hide what other layers say."""
+    """`layer` less the values that are where a map belongs, each a problem; they would hide what other layers hold."""
     return replace(layer, data=_shaped(layer.data, RunSpec, "", layer, problems))
 
 
@@ -50,30 +57,27 @@ def problems_of(
 ) -> list[Problem]:
     """The problems that pydantic's errors stand for; an unknown map is one for each of its keys.
 
-    Keys that are missing are one problem, less those that another problem's hint names: they were probably misspelled.
+    Keys that are missing are one problem, less those that the hint to an unknown key names: they were probably misspelled.
     """
     found: list[Problem] = []
     missing: list[str] = []
+    misspelled: set[str] = set()
     for error in errors:
         key = ".".join(str(step) for step in error["loc"])
         if error["type"] == "missing":
             missing += _required(key)
         elif error["type"] == "extra_forbidden":
-            unknown = [name for name, _ in leaves({key: error["input"]})] or [key]
-            found += [_unknown(name, origin_of(name, origins), translate) for name in unknown]
+            for name in [name for name, _ in leaves({key: error["input"]})] or [key]:
+                meant = _instead(name, translate)
+                misspelled.update(meant.keys)
+                found.append(Problem(f"unknown key {name}", origin_of(name, origins).where, meant.hint))
         else:
             found.append(_bad_value(key, error, origin_of(key, origins)))
-    named = {name for problem in found for name in re.findall(r"[\w.]*\w", problem.hint or "")}
-    return [*found, *_missing([key for key in missing if key not in named])]
-
-
-def where(key: str, origins: Mapping[str, Origin]) -> str | None:
-    """Where a key was written: itself, the first key in it (for a map), or what it lies in (for a list's item)."""
-    return origin_of(key, origins).where or None
+    return [*found, *_missing([key for key in missing if key not in misspelled])]
 
 
 def origin_of(key: str, origins: Mapping[str, Origin]) -> Origin:
-    """Origin of what `where` tells of."""
+    """Origin of a key: its own, that of the first key in it (for a map), or of the key that it is in (for a list's item)."""
     inside = (origin for other, origin in origins.items() if other == key or other.startswith(f"{key}."))
     outside = (origins[other] for other in _ancestors(key) if other in origins)
     return next(inside, None) or next(outside, DEFAULT)
@@ -119,7 +123,7 @@ def _shaped(
         if sub and isinstance(value, Mapping):
             kept[name] = _shaped(value, sub, f"{prefix}{name}.", layer, problems)
         elif info and _is_map(info) and not _may_be(value, info):
-            problems.append(_no_map(f"{prefix}{name}", value, layer.origin(f"{prefix}{name}")))
+            problems.append(_no_map(f"{prefix}{name}", value, layer.origin_of(f"{prefix}{name}")))
         else:
             kept[name] = value
     return kept
@@ -163,33 +167,30 @@ def _missing(keys: Sequence[str]) -> Iterator[Problem]:
         yield Problem(f"not set: {', '.join(keys)}", None, "set them in the preset, or extend one that does")
 
 
-def _unknown(key: str, origin: Origin, translate: Translate) -> Problem:
-    return Problem(f"unknown key {key}", origin.where or None, _instead(key, translate))
-
-
-def _instead(key: str, translate: Translate) -> str:
-    """Hint to an unknown key: another program's name for it, the nearest known keys, or the keys of its part."""
+def _instead(key: str, translate: Translate) -> Suggestion:
+    """What to write for an unknown key: another program's name for it, the nearest known keys, or the keys of its part."""
     known = [*keys_of(RunSpec), *IN_FILES]
     same = yaml_file.same_key(key, known)
     if same == key:
         head, _, name = key.rpartition(".")
-        return f"write `{name}:` below `{head}:`" if head else f"{key} stands at the top of a preset's file"
+        hint = f"write `{name}:` below `{head}:`" if head else f"{key} belongs at the top of a preset's file"
+        return Suggestion(hint, [key])
     if not same and (translated := translate(key)):
         return translated
     if near := [same] if same else yaml_file.nearest_keys(key, known):
-        return f"did you mean {' or '.join(near)}?"
+        return Suggestion(f"did you mean {' or '.join(near)}?", near)
     for parent in _ancestors(key):
         info = _field(parent)
         if info and (part := _part_in(info.annotation)):
-            return f"keys of {parent} are {', '.join(part.model_fields)}"
-    return f"keys of a preset are {', '.join(RunSpec.model_fields)} (keys of verl's own go under the last)"
+            return Suggestion(f"keys of {parent} are {', '.join(part.model_fields)}")
+    return Suggestion(f"keys of a preset are {', '.join(RunSpec.model_fields)} (keys of verl's own go under the last)")
 
 
 def _bad_value(key: str, error: ErrorDetails, origin: Origin) -> Problem:
     kind, value = error["type"], error["input"]
     expected = KINDS.get(kind) or (f"one of {error['ctx']['expected']}" if kind == "literal_error" else None)
     text = f"should be {expected}" if expected else error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return Problem(f"{_assigned(key, value)}: {text}", origin.where or None, HINTS.get(key) or _fix(key, value, origin))
+    return Problem(f"{_assigned(key, value)}: {text}", origin.where, HINTS.get(key) or _fix(key, value, origin))
 
 
 def _fix(key: str, value: Any, origin: Origin) -> str | None:
@@ -220,10 +221,8 @@ def _fits(key: str, value: Any) -> bool:
 
 def _written(key: str, value: Any, origin: Origin) -> str:
     """A value as it is written where the refused one was."""
-    if origin.layer == "option":
-        return f"{origin.where} {text_of(value)}"
-    if origin.layer == "set":
-        return f"--set {shlex.quote(f'{key}={text_of(value)}')}"
+    if origin.layer in ("option", "set"):
+        return option(key, text_of(value), origin.where)
     return f"{key.rpartition('.')[2]}: {text_of(value)}"
 
 

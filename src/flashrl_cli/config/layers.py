@@ -1,44 +1,56 @@
-"""What differs between two sets of values.
-
-Layers of configuration merged into one, with the origin of every value.
-"""
+"""Layers of configuration merged into one, with the origin of every value, and what differs between two configurations."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from flashrl_cli.config.yaml_file import text_of
 
+if TYPE_CHECKING:
+    from flashrl_cli.errors import Location
+
 
 class Origin(NamedTuple):
-    """Where a value came from: the kind of layer, and `file:line`, the option, or why it was derived."""
+    """Where a value came from: the kind of layer, and where it was written, or the reason to derive it."""
 
     layer: Literal["default", "preset", "option", "set", "derived"]
-    where: str = ""
+    where: Location | None = None
+    reason: str = ""
 
     def __str__(self) -> str:
-        if self.layer == "default":
-            return "default"
-        return f"derived: {self.where}" if self.layer == "derived" else self.where
+        return str(self.where or (f"derived: {self.reason}" if self.layer == "derived" else "default"))
 
 
 DEFAULT = Origin("default")
+FLAG_OF = {"rollout.precision": "--rollout", "correction.cap": "--tis"}
+"""Keys that have an option of their own."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+def option(key: str, value: Any, where: Location | None) -> str:
+    """The option that gives a key another value: the one `where` it was written, if any; a sweep has names of its own for keys."""
+    text = value if isinstance(value, str) else text_of(value)
+    if where and where.source == "--sweep":
+        return f"--sweep {shlex.quote(f'{where.key}={text}')}"
+    if key in FLAG_OF and not (where and where.source == "--set"):
+        return f"{FLAG_OF[key]} {text}"
+    return f"--set {shlex.quote(f'{key}={text}')}"
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
-    """One source of values: a preset file (with lines), an option, one `--set`, or a reason to derive."""
+    """Values of one origin: a preset file (with the line of each key), an option, one `--set`, or a reason to derive."""
 
-    kind: Literal["preset", "option", "set", "derived"]
-    label: str
+    origin: Origin
     data: Mapping[str, Any]
     lines: Mapping[str, int] = field(default_factory=dict)
 
-    def origin(self, key: str) -> Origin:
-        """Origin of the dotted `key` in this layer."""
-        return Origin(self.kind, f"{self.label}:{self.lines[key]}" if key in self.lines else self.label)
+    def origin_of(self, key: str) -> Origin:
+        """Origin of the dotted `key`: the layer's, with the key's line in a file."""
+        where = self.origin.where
+        return self.origin._replace(where=where.at(self.lines[key])) if where and key in self.lines else self.origin
 
 
 def merge(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, Origin]]:
@@ -81,7 +93,7 @@ def _merge_into(
         else:
             _forget(origins, key)
             data[name] = value
-            origins[key] = layer.origin(key)
+            origins[key] = layer.origin_of(key)
 
 
 def _forget(origins: dict[str, Origin], key: str) -> None:

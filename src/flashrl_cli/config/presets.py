@@ -1,22 +1,27 @@
-"""Finding preset files and following their `extends` chains.
+"""Finding preset files, following their `extends` chains, and copying one to a file of one's own.
 
-A preset's name is its path below a presets folder without `.yaml`; parts that are not runnable lie under `base/`.
+A preset's name is its path below a presets folder without `.yaml`; parts that are not runnable are below `base/`.
 """
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from flashrl_cli import paths
+import yaml
+
+from flashrl_cli import __version__, paths
 from flashrl_cli.config import yaml_file
-from flashrl_cli.config.layers import Layer
-from flashrl_cli.config.yaml_file import nearest
-from flashrl_cli.errors import InputError, Problem
+from flashrl_cli.config.layers import Layer, Origin
+from flashrl_cli.config.yaml_file import nearest, text_of
+from flashrl_cli.errors import InputError, Location, Problem
+from flashrl_cli.files import write_text
 
 MAX_DEPTH = 4
-"""Files in one chain of `extends`: deeper ones cannot be read by people."""
+"""Files in one chain of `extends`: a deeper one is hard to follow."""
 OWN_KEYS = ("name", "description")
 """Keys that describe one preset and are not inherited."""
 VERBATIM = ("env",)
@@ -68,11 +73,10 @@ def read_layers(reference: str, problems: list[Problem]) -> list[Layer]:
 
 
 def _collect(path: Path, chain: tuple[Path, ...], found: dict[Path, Layer], problems: list[Problem]) -> None:
-    label = _label(path)
-    document = yaml_file.read(path, label, verbatim=VERBATIM)
+    document = yaml_file.read(path, _shown(path), verbatim=VERBATIM)
     problems += document.problems
     data: dict[str, Any] = document.data
-    where = f"{label}:{document.lines.get('extends', 1)}"
+    where = document.line_of("extends")
     here = (*chain, path)
     for reference in _references(data.pop("extends", []), where, problems):
         try:
@@ -81,7 +85,7 @@ def _collect(path: Path, chain: tuple[Path, ...], found: dict[Path, Layer], prob
             problems.append(Problem(f"extends: {error.message}", where, error.hint))
             continue
         if parent in here:
-            loop = " → ".join(_label(p) for p in (*here[here.index(parent) :], parent))
+            loop = " → ".join(_shown(p) for p in (*here[here.index(parent) :], parent))
             problems.append(Problem(f"extends itself: {loop}", where, "remove one of these links"))
         elif len(here) == MAX_DEPTH:
             problems.append(
@@ -89,15 +93,12 @@ def _collect(path: Path, chain: tuple[Path, ...], found: dict[Path, Layer], prob
             )
         elif parent not in found:
             _collect(parent, here, found, problems)
-    found[path] = _layer(data, document, is_part=bool(chain), stem=path.stem)
+    is_part = bool(chain)
+    own = {key: value for key, value in data.items() if key not in OWN_KEYS} if is_part else {"name": path.stem} | data
+    found[path] = Layer(Origin("preset", document.where), own, document.lines)
 
 
-def _layer(data: dict[str, Any], document: yaml_file.Document, *, is_part: bool, stem: str) -> Layer:
-    own = {key: value for key, value in data.items() if key not in OWN_KEYS} if is_part else {"name": stem} | data
-    return Layer(kind="preset", label=document.label, data=own, lines=document.lines)
-
-
-def _references(value: Any, where: str, problems: list[Problem]) -> list[str]:
+def _references(value: Any, where: Location, problems: list[Problem]) -> list[str]:
     listed = [value] if isinstance(value, str) else value
     if isinstance(listed, list) and all(isinstance(item, str) for item in listed):
         return listed
@@ -105,11 +106,16 @@ def _references(value: Any, where: str, problems: list[Problem]) -> list[str]:
     return []
 
 
-def _label(path: Path) -> str:
-    """Name of a file as people know it: below the presets folder, below the working folder, or in full."""
+def _shown(path: Path) -> str:
+    """Name of a file in problems and origins: below the presets folder, below the working folder, or in full."""
     for root in (paths.presets_root(), Path.cwd() / "presets"):
         if path.is_relative_to(root):
             return f"presets/{path.relative_to(root)}"
+    return shortest(path)
+
+
+def shortest(path: Path) -> str:
+    """`path` as one would type it: relative below the working folder, absolute elsewhere."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
@@ -169,3 +175,74 @@ def _files_in(folder: Path) -> list[str]:
 def _stem(reference: str) -> str:
     """Name that a reference to a preset would have if it had no folder `presets/` and no ending."""
     return reference.strip().removesuffix(".yaml").removesuffix(".yml").removeprefix("./").removeprefix("presets/")
+
+
+class Edit(NamedTuple):
+    """Text from offset `start` to `end` replaced by another."""
+
+    start: int
+    end: int
+    text: str
+
+
+def copy_preset(reference: str, destination: str, *, force: bool = False) -> Path:
+    """Write an editable copy of a preset; returns its path, absolute.
+
+    `destination` is a file (`.yaml` is added to a name without it) or a folder, in which the preset keeps its name.
+    Raises InputError when the source cannot be read, the file exists and `force` is off, or it cannot be written.
+    """
+    source = locate(reference)
+    target = _target(source, destination)
+    if target.exists() and not force:
+        raise InputError(f"{destination}: {target} exists", hint="--force replaces it, or give another name")
+    document = yaml_file.read(source, reference)
+    if document.problems:
+        raise InputError(f"preset {reference} cannot be read", problems=document.problems)
+    text = source.read_text(encoding="utf-8-sig")
+    header = f"# Copied from {reference} (flashrl {__version__}).\n"
+    try:
+        write_text(target, header + _edited(text, source, target))
+    except OSError as error:
+        raise InputError(f"{destination} cannot be written: {error.strerror}", hint="give another FILE") from None
+    return target
+
+
+def _target(source: Path, destination: str) -> Path:
+    target = paths.absolute(destination)
+    if target.is_dir() or destination.endswith(os.sep):
+        target /= source.name
+    elif target.suffix not in (".yaml", ".yml"):
+        target = target.with_name(f"{target.name}.yaml")
+    if not re.match(paths.FOLDER_NAME, target.stem):
+        raise InputError(f"{destination}: {target.name} cannot name a preset", hint="no dot at its start")
+    return target
+
+
+def _edited(text: str, source: Path, target: Path) -> str:
+    for edit in sorted(_edits(text, source, target), reverse=True):
+        text = f"{text[: edit.start]}{edit.text}{text[edit.end :]}"
+    return text
+
+
+def _edits(text: str, source: Path, target: Path) -> Iterator[Edit]:
+    """Yield the changes that a file needs under its new name and in its new folder."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    for key, value in root.value if root else ():
+        if key.value == "name":
+            yield _replaced(value, target.stem)
+        if key.value == "extends":
+            for parent in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if is_path(parent.value):
+                    yield _replaced(parent, _relative(parent.value, source, target))
+
+
+def _replaced(node: yaml.Node, text: str) -> Edit:
+    return Edit(node.start_mark.index, node.end_mark.index, text_of(text))
+
+
+def _relative(parent: str, source: Path, target: Path) -> str:
+    """Path of a parent beside `source` as seen from `target`; absolute and home paths stay."""
+    if parent.startswith(("/", "~")):
+        return parent
+    moved = os.path.relpath(paths.absolute(source.parent / parent), target.parent)
+    return moved if moved.startswith(".") else f"./{moved}"

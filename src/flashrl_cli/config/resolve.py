@@ -1,12 +1,10 @@
 """From a preset and the command line to a checked RunSpec that knows where each value came from.
 
-Values that follow from others unless they are set.
+In reading order: values that follow from others, the rules between the values of a spec, the options of the command line as
+layers over a preset, reading it all, and the presets at a glance. Nothing here knows of verl: what verl itself demands is
+judged in `verl.lint`.
 
-What must hold between the values of a spec. A rule yields findings; nothing here knows of verl.
-
-Add a rule: write a generator over RunSpec, list it in RULES. What verl itself demands is judged in `verl.demands`.
-
-The command line's part of the configuration: `--rollout`, `--tis` and `--set`, as layers over a preset.
+To add a rule, write a generator over RunSpec and list it in RULES.
 """
 
 from __future__ import annotations
@@ -15,23 +13,27 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
 from flashrl_cli.config import diagnose, presets, yaml_file
-from flashrl_cli.config.layers import DEFAULT, Layer, Origin, leaves, merge, nested
+from flashrl_cli.config.layers import DEFAULT, Layer, Origin, leaves, merge, nested, option
 from flashrl_cli.config.presets import VERBATIM
 from flashrl_cli.config.spec import RunSpec
-from flashrl_cli.errors import InputError, Problem
+from flashrl_cli.errors import InputError, Location, Problem
+from flashrl_cli.precision import PRECISIONS, SMOOTHED
 from flashrl_cli.secrets import looks_secret
 from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from pydantic_core import ErrorDetails
+
     from flashrl_cli.config.diagnose import Translate
+    from flashrl_cli.config.spec import ResourceSpec
 
 
 class Derived(NamedTuple):
@@ -61,11 +63,12 @@ def _critic_values(spec: RunSpec, longest: int) -> Iterator[Derived]:
 
 
 class Finding(NamedTuple):
-    """A broken rule: the key to look at, what is wrong, and the fix."""
+    """A broken rule: the key to look at, what is wrong, and the fix: text, or values of keys, each of which is enough."""
 
     key: str
     message: str
-    hint: str
+    hint: str = ""
+    fix: Mapping[str, Any] = {}
 
 
 Rule = Callable[[RunSpec], Iterator[Finding]]
@@ -78,21 +81,21 @@ def mini_batch_divides_batch(spec: RunSpec) -> Iterator[Finding]:
         yield Finding(
             "algorithm.mini_batch_size",
             f"{mini} is more than data.train_batch_size = {batch}",
-            f"--set algorithm.mini_batch_size={batch}",
+            fix={"algorithm.mini_batch_size": batch},
         )
     elif batch % mini:
         fitting = max(n for n in range(1, mini) if batch % n == 0)
         yield Finding(
             "algorithm.mini_batch_size",
             f"{mini} does not divide data.train_batch_size = {batch}",
-            f"--set algorithm.mini_batch_size={fitting}",
+            fix={"algorithm.mini_batch_size": fitting},
         )
 
 
 def group_has_members(spec: RunSpec) -> Iterator[Finding]:
     """GRPO compares responses to one prompt; with a single one every advantage is 0."""
     if spec.algorithm.advantage == "grpo" and spec.rollout.n == 1:
-        yield Finding("rollout.n", "GRPO needs more than one response a prompt", "--set rollout.n=8")
+        yield Finding("rollout.n", "GRPO needs more than one response a prompt", fix={"rollout.n": 8})
 
 
 def filtered_groups_vary(spec: RunSpec) -> Iterator[Finding]:
@@ -101,7 +104,7 @@ def filtered_groups_vary(spec: RunSpec) -> Iterator[Finding]:
         yield Finding(
             "algorithm.filter_groups.enable",
             "filters nothing with one response a prompt",
-            "--set rollout.n=8, or --set algorithm.filter_groups.enable=false",
+            fix={"rollout.n": 8, "algorithm.filter_groups.enable": False},
         )
 
 
@@ -109,26 +112,28 @@ def metrics_are_written(spec: RunSpec) -> Iterator[Finding]:
     """The table, the guard and `runs` read verl's file logger."""
     if "file" not in spec.trainer.logger:
         shown = ",".join((*spec.trainer.logger, "file"))
-        yield Finding("trainer.logger", "lacks file, which flashrl reads", f"--set 'trainer.logger=[{shown}]'")
+        yield Finding("trainer.logger", "lacks file, which flashrl reads", fix={"trainer.logger": f"[{shown}]"})
 
 
 def overlong_fits(spec: RunSpec) -> Iterator[Finding]:
     """A penalty needs the manager that applies it and fits into the response (verl asserts so in a worker)."""
     overlong, longest = spec.reward.overlong, spec.data.max_response_length
     if overlong and spec.reward.manager != "dapo":
-        yield Finding("reward.overlong", f"manager {spec.reward.manager} does not know it", "--set reward.manager=dapo")
+        yield Finding(
+            "reward.overlong", f"manager {spec.reward.manager} does not know it", fix={"reward.manager": "dapo"}
+        )
     if overlong and overlong.buffer_len > longest:
         yield Finding(
             "reward.overlong.buffer_len",
             f"{overlong.buffer_len} is more than data.max_response_length = {longest}",
-            f"--set reward.overlong.buffer_len={longest}",
+            fix={"reward.overlong.buffer_len": longest},
         )
 
 
 def dual_clip_bounds_from_above(spec: RunSpec) -> Iterator[Finding]:
     """Dual clip bounds the loss of ratios above 1 (arXiv 1912.09729, eq. 5); verl asserts it in the first update."""
     if spec.algorithm.clip_c <= 1:
-        yield Finding("algorithm.clip_c", f"{spec.algorithm.clip_c:g} is not above 1", "--set algorithm.clip_c=3.0")
+        yield Finding("algorithm.clip_c", f"{spec.algorithm.clip_c:g} is not above 1", fix={"algorithm.clip_c": 3.0})
 
 
 def warmup_ends(spec: RunSpec) -> Iterator[Finding]:
@@ -138,13 +143,13 @@ def warmup_ends(spec: RunSpec) -> Iterator[Finding]:
         yield Finding(
             "trainer.critic_warmup",
             f"nothing learns in the first {counted(warmup, 'step')}: {spec.algorithm.advantage} has no critic",
-            "--set trainer.critic_warmup=0",
+            fix={"trainer.critic_warmup": 0},
         )
     elif steps is not None and warmup > steps:
         yield Finding(
             "trainer.critic_warmup",
             f"the policy never learns: {warmup} is more than trainer.steps = {steps}",
-            f"--set trainer.critic_warmup={steps // 10}",
+            fix={"trainer.critic_warmup": steps // 10},
         )
 
 
@@ -156,7 +161,7 @@ def engine_holds_a_sequence(spec: RunSpec) -> Iterator[Finding]:
         yield Finding(
             "rollout.max_model_len",
             f"{held} is less than data.max_prompt_length + data.max_response_length = {longest}",
-            f"--set rollout.max_model_len={longest}",
+            fix={"rollout.max_model_len": longest},
         )
 
 
@@ -167,46 +172,50 @@ def engine_batches_its_sequences(spec: RunSpec) -> Iterator[Finding]:
         yield Finding(
             "rollout.max_num_batched_tokens",
             f"{tokens} is less than rollout.max_num_seqs = {sequences}",
-            f"--set rollout.max_num_seqs={tokens}",
+            fix={"rollout.max_num_seqs": tokens},
         )
 
 
 def mix_has_two_precisions(spec: RunSpec) -> Iterator[Finding]:
-    """Some replicas in bf16 and the others in 8 bits, by methods that know their replica: fp8-block's does not."""
-    precision = spec.rollout.precision
-    if spec.rollout.mix and precision == "bf16":
-        yield Finding("rollout.mix", "every replica is in bf16 already", "--set rollout.precision=int8")
-    if spec.rollout.mix and precision == "fp8-block":
-        yield Finding("rollout.mix", "fp8-block is for all replicas alike", "--set rollout.precision=fp8")
+    """Some replicas in bf16 and the others quantized, by methods that know their replica: verl's own does not."""
+    row = PRECISIONS[spec.rollout.precision]
+    if spec.rollout.mix and "mix" not in row.goes_with:
+        why = f"{row.name} is for all replicas alike" if row.quantized else f"every replica is in {row.name} already"
+        yield Finding("rollout.mix", why, f"--set rollout.precision={row.sibling}")
 
 
 def logits_are_proven(spec: RunSpec) -> Iterator[Finding]:
-    """Who computes logits in float32 proves it at a refit, which fp8-block has of its own."""
-    if spec.rollout.lm_head_fp32 and spec.rollout.precision == "fp8-block":
-        yield Finding("rollout.lm_head_fp32", "fp8-block rollouts do not know it", "--set rollout.precision=fp8")
+    """Who computes logits in float32 proves it at flashrl's own weight update."""
+    row = PRECISIONS[spec.rollout.precision]
+    if spec.rollout.lm_head_fp32 and "head32" not in row.goes_with:
+        yield Finding(
+            "rollout.lm_head_fp32", f"{row.name} rollouts do not know it", f"--set rollout.precision={row.sibling}"
+        )
 
 
 def cache_in_8_bits_has_scales(spec: RunSpec) -> Iterator[Finding]:
-    """The scales of an FP8 cache come with flashrl's weight update (plugins/kv_scales.py), which fp8-block does not take."""
-    if spec.rollout.kv_cache != "auto" and spec.rollout.precision == "fp8-block":
+    """The scales of an FP8 cache come with flashrl's own weight update (plugins/kv_scales.py)."""
+    row = PRECISIONS[spec.rollout.precision]
+    if spec.rollout.kv_cache != "auto" and "kv8" not in row.goes_with:
         yield Finding(
             "rollout.kv_cache",
-            f"{spec.rollout.kv_cache} needs flashrl's own weight update, and fp8-block has verl's",
-            "--rollout fp8, or --set rollout.kv_cache=auto",
+            f"{spec.rollout.kv_cache} needs flashrl's own weight update, and {row.name} has verl's",
+            f"--rollout {row.sibling}, or --set rollout.kv_cache=auto",
         )
 
 
 def profile_is_applied(spec: RunSpec) -> Iterator[Finding]:
     """Smoothing changes nothing but what is lost in quantizing, and verl's own weight update knows none."""
-    precision = spec.rollout.precision
-    if spec.rollout.profile is None or precision in {"int8", "fp8"}:
+    row = PRECISIONS[spec.rollout.precision]
+    if spec.rollout.profile is None or "smooth" in row.goes_with:
         return
     why = (
-        "quantize nothing that it could smooth"
-        if precision == "bf16"
-        else "take verl's own weight update, which smooths nothing"
+        "take verl's own weight update, which smooths nothing"
+        if row.quantized
+        else "quantize nothing that it could smooth"
     )
-    yield Finding("rollout.profile", f"{precision} rollouts {why}", "--rollout int8, or --set rollout.profile=null")
+    hint = f"--rollout {SMOOTHED[0]}, or --set rollout.profile=null"
+    yield Finding("rollout.profile", f"{row.name} rollouts {why}", hint)
 
 
 def no_secret_is_written_down(spec: RunSpec) -> Iterator[Finding]:
@@ -248,21 +257,51 @@ def findings(spec: RunSpec) -> Iterator[Finding]:
         yield from rule(spec)
 
 
-FLAG_OF = {"rollout.precision": "--rollout", "correction.cap": "--tis"}
-"""Keys that have a flag of their own."""
 EXAMPLE = "--set algorithm.lr=1e-6"
+SWEPT = {"rollout": "rollout.precision", "tis": "correction.cap"}
+"""Names of a sweep's own for keys that have an option."""
 
 
-def option_layers(
-    rollout: str | None, tis: str | None, sets: Sequence[str], problems: list[Problem]
-) -> Iterator[Layer]:
-    """Yield a layer for each option given, `--set` last and in order; a bad text's is empty, and told in `problems`."""
-    if rollout is not None:
-        yield _flag("rollout.precision", rollout)
-    if tis is not None:
-        yield _flag("correction.cap", _cap(tis))
-    for text in sets:
-        yield _assignment(text, problems)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The command line's part of a configuration.
+
+    `rollout` is a precision, `tis` the text of a cap or `off`, `sets` are texts `key=value`, `point` is what `--sweep` gives
+    this run: a text for each key that varies.
+    """
+
+    rollout: str | None = None
+    tis: str | None = None
+    sets: Sequence[str] = ()
+    point: Sequence[tuple[str, str]] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.rollout or self.tis or self.sets or self.point)
+
+
+NO_OPTIONS = Options()
+
+
+def option_layers(options: Options, problems: list[Problem]) -> Iterator[Layer]:
+    """Yield a layer for each option given, in the order of their precedence; that of a bad text is empty and a problem."""
+    if options.rollout is not None:
+        yield _flag("rollout.precision", options.rollout, Location("--rollout"))
+    if options.tis is not None:
+        yield _flag("correction.cap", options.tis, Location("--tis"))
+    for text in options.sets:
+        key = text.partition("=")[0].strip()
+        shown = key if "=" in text and all(key.split(".")) else text
+        where = Location("--set", key=shown if shown.isprintable() else ascii(shown))
+        yield _assignment(text, where, problems)
+    for key, text in options.point:
+        where = Location("--sweep", key=key)
+        if key in SWEPT:
+            item = yaml_file.value(
+                text
+            ).data  # an item of a list may have quotes, which an option takes for its value's
+            yield _flag(SWEPT[key], item if isinstance(item, str) else text, where)
+        else:
+            yield _assignment(f"{key}={text}", where, problems)
 
 
 def is_text(key: str) -> bool:
@@ -271,31 +310,29 @@ def is_text(key: str) -> bool:
     return bool(dot) and head in VERBATIM
 
 
-def _flag(key: str, value: Any) -> Layer:
-    return Layer(kind="option", label=FLAG_OF[key], data=nested(key, value))
+def _flag(key: str, text: str, where: Location) -> Layer:
+    return Layer(Origin("option", where), nested(key, _cap(text) if key == "correction.cap" else text))
 
 
 def _cap(text: str) -> Any:
     """Number of a `--tis` text, None for `off`; anything else as it is, for the spec to refuse."""
-    number = yaml_file.value(text, "--tis").data
+    number = yaml_file.value(text).data
     if isinstance(number, int | float) and not isinstance(number, bool):
         return number
     return None if text == "off" else text
 
 
-def _assignment(text: str, problems: list[Problem]) -> Layer:
+def _assignment(text: str, where: Location, problems: list[Problem]) -> Layer:
     written, equals, value_text = text.partition("=")
     key = written.strip()
-    shown = key if equals and all(key.split(".")) else text
-    label = f"--set {shown if shown.isprintable() else ascii(shown)}"
     problem, value = _bad_key(text, key, equals), None
     if problem is None:
-        document = yaml_file.value(value_text, label, is_text=is_text(key))
+        document = yaml_file.value(value_text, where, is_text=is_text(key))
         value = document.data
         problem = _bad_value(key, value_text, document.problems)
     if problem:
-        problems.append(Problem(problem.message, label, problem.hint))
-    return Layer(kind="set", label=label, data={} if problem else nested(key, value))
+        problems.append(replace(problem, where=where))
+    return Layer(Origin("set", where), {} if problem else nested(key, value))
 
 
 def _bad_key(text: str, key: str, equals: str) -> Problem | None:
@@ -340,8 +377,14 @@ class Resolved:
     layers: Sequence[Layer] = ()
     broken: tuple[Problem, ...] = ()
 
+    def checked(self) -> Resolved:
+        """Itself. Raises InputError with everything that is broken."""
+        if self.broken:
+            raise self.refusal(self.broken)
+        return self
+
     def refusal(self, problems: Sequence[Problem]) -> InputError:
-        """The error that tells `problems`, in the order of the files and options that they lie in."""
+        """The error with `problems`, in the order of the files and options in which they were written."""
         return _refusal(self.preset, problems, self.layers)
 
     def value(self, key: str) -> Any:
@@ -355,6 +398,10 @@ class Resolved:
         """Whether someone wrote the value, or it was derived: whether it is more than a default."""
         return self.origins.get(key, DEFAULT).layer != "default"
 
+    def option(self, key: str, value: Any) -> str:
+        """The option that would give a key another value: that of the sweep for a key that the sweep varies."""
+        return option(key, value, self.origins.get(key, DEFAULT).where)
+
 
 def load_spec(
     preset: str,
@@ -364,66 +411,44 @@ def load_spec(
     sets: Sequence[str] = (),
     translate: Translate = lambda _: None,
 ) -> Resolved:
-    """Read a preset as `read_spec` does; raises InputError over what it tells in the result, too."""
-    resolved = read_spec(preset, rollout=rollout, tis=tis, sets=sets, translate=translate)
-    if resolved.broken:
-        raise resolved.refusal(resolved.broken)
-    return resolved
+    """Read a preset as `read_spec` does; raises InputError over what is broken in the result, too."""
+    return read_spec(preset, Options(rollout=rollout, tis=tis, sets=sets), translate).checked()
 
 
-def read_spec(
-    preset: str,
-    *,
-    rollout: str | None = None,
-    tis: str | None = None,
-    sets: Sequence[str] = (),
-    translate: Translate = lambda _: None,
-) -> Resolved:
-    """Read a preset (name or file), apply the options, validate; what leaves a valid spec is told in the result.
+def read_spec(preset: str, options: Options = NO_OPTIONS, translate: Translate = lambda _: None) -> Resolved:
+    """Read a preset (name or file), apply the options, validate; problems that leave a valid spec are in the result.
 
-    `rollout` is a precision, `tis` the text of a cap or `off`, `sets` are texts `key=value`; `translate` gives the hint
-    to a key that the spec lacks and another program has. Reads preset files and the working folder.
-    Raises InputError with every problem, each with file:line or its option, in the order of the files and options.
+    `translate` gives the hint to a key that the spec lacks and another program has. Reads preset files and the working folder.
+    Raises InputError with every problem, each with its file and line or its option, in the order of the files and options.
     """
     problems: list[Problem] = []
-    read = [*presets.read_layers(preset, problems), *option_layers(rollout, tis, sets, problems)]
+    read = [*presets.read_layers(preset, problems), *option_layers(options, problems)]
     layers = [diagnose.well_shaped(layer, problems) for layer in read]
     data, origins = merge(layers)
-    spec = _validate(data, origins, problems, translate)
-    if spec is None:
-        raise _refusal(preset, problems, layers)
-    layers += [Layer(kind="derived", label=d.reason, data=nested(d.key, d.value)) for d in derived_values(spec)]
-    data, origins = merge(layers)
-    spec = RunSpec.model_validate(_known(data) if problems else data)
-    # rules may be broken only because something was left out
-    broken = problems or [
-        Problem(f"{f.key}: {f.message}", diagnose.where(f.key, origins), f.hint) for f in findings(spec)
-    ]
-    told = {key: origins.get(key, DEFAULT) for key, _ in leaves(spec.model_dump())}
-    return Resolved(spec, told, preset, tuple(layers), tuple(broken))
-
-
-def _validate(
-    data: Mapping[str, Any], origins: Mapping[str, Origin], problems: list[Problem], translate: Translate
-) -> RunSpec | None:
-    """The spec without its unknown keys, or None, with problems appended; what is missing may stand where it could not be read."""
-    try:
-        return RunSpec.model_validate(data)
-    except ValidationError as error:
-        errors = error.errors(include_url=False)
+    errors = _errors(data)
+    if errors:
         found = diagnose.problems_of(errors, origins, translate)
+        # a key that is missing may be in a line that could not be read
         problems += [problem for problem in found if problem.where or not problems]
-        return RunSpec.model_validate(_known(data)) if all(e["type"] == UNKNOWN for e in errors) else None
+    unknown = [error["loc"] for error in errors if error["type"] == UNKNOWN]
+    if len(unknown) < len(errors):
+        raise _refusal(preset, problems, layers)
+    spec = RunSpec.model_validate(_without(data, unknown))
+    layers += [Layer(Origin("derived", reason=d.reason), nested(d.key, d.value)) for d in derived_values(spec)]
+    data, written = merge(layers)
+    spec = RunSpec.model_validate(_without(data, unknown))
+    # a rule may be broken only because something was left out
+    broken = problems or _broken_rules(spec, written)
+    origins = {key: written.get(key, DEFAULT) for key, _ in leaves(spec.model_dump())}
+    return Resolved(spec, origins, preset, tuple(layers), tuple(broken))
 
 
-def _known(data: Mapping[str, Any]) -> dict[str, Any]:
-    """`data` without the keys that the spec does not know."""
+def _errors(data: Mapping[str, Any]) -> list[ErrorDetails]:
     try:
         RunSpec.model_validate(data)
     except ValidationError as error:
-        unknown = [e["loc"] for e in error.errors(include_url=False) if e["type"] == UNKNOWN]
-        return _without(data, unknown)
-    return dict(data)
+        return error.errors(include_url=False)
+    return []
 
 
 def _without(data: Mapping[str, Any], keys: Sequence[tuple[int | str, ...]]) -> dict[str, Any]:
@@ -435,15 +460,72 @@ def _without(data: Mapping[str, Any], keys: Sequence[tuple[int | str, ...]]) -> 
     }
 
 
+def _broken_rules(spec: RunSpec, origins: Mapping[str, Origin]) -> Iterator[Problem]:
+    for found in findings(spec):
+        fixes = [option(key, value, origins.get(key, DEFAULT).where) for key, value in found.fix.items()]
+        where = diagnose.origin_of(found.key, origins).where
+        yield Problem(f"{found.key}: {found.message}", where, found.hint or ", or ".join(fixes))
+
+
 def _refusal(preset: str, problems: Sequence[Problem], layers: Sequence[Layer]) -> InputError:
-    told = list(dict.fromkeys(sorted(problems, key=lambda problem: _position(problem.where, layers))))
-    return InputError(f"preset {preset}: {counted(len(told), 'problem')}", problems=told)
+    order = {layer.origin.where: number for number, layer in enumerate(layers)}
+
+    def place(problem: Problem) -> tuple[int, int]:
+        """Number of the layer, and line; what was written nowhere comes last."""
+        where = problem.where if isinstance(problem.where, Location) else None
+        return (order.get(where.at(None), len(order)), where.line or 0) if where else (len(order), 0)
+
+    listed = list(dict.fromkeys(sorted(problems, key=place)))
+    return InputError(f"preset {preset}: {counted(len(listed), 'problem')}", problems=listed)
 
 
-def _position(where: str | None, layers: Sequence[Layer]) -> tuple[int, int]:
-    """Place of `label` or `label:line` among the layers; what has none comes last."""
-    order = {layer.label: number for number, layer in enumerate(layers)}
-    label, _, line = (where or "").rpartition(":")
-    if where not in order and line.isdecimal():
-        return order.get(label, len(order)), int(line)
-    return order.get(where or "", len(order)), 0
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """One runnable preset in a line; `error` is set (and most else empty) for one that does not load.
+
+    `tis` is the cap of truncated importance sampling, `gpus` the number of GPUs in all (0 on CPU), `devices` the same as
+    text: machines × GPUs on each.
+    """
+
+    name: str
+    description: str = ""
+    model: str = ""
+    advantage: str = ""
+    rollout: str = ""
+    tis: float | None = None
+    gpus: int = 0
+    devices: str = ""
+    error: str | None = None
+
+
+def catalog() -> Iterator[Summary]:
+    """Yield a summary of every preset on the search path, by name."""
+    for name in presets.names():
+        try:
+            yield _summary(name)
+        except InputError as error:
+            yield Summary(name=name, error=error.message)
+
+
+def _summary(name: str) -> Summary:
+    spec = read_spec(name).checked().spec
+    return Summary(
+        name=name,
+        description=spec.description,
+        model=spec.model.path,
+        advantage=spec.algorithm.advantage,
+        rollout=spec.rollout.precision,
+        tis=spec.correction.cap,
+        gpus=_gpus(spec.resources),
+        devices=_devices(spec.resources),
+    )
+
+
+def _gpus(resources: ResourceSpec) -> int:
+    return 0 if resources.platform == "cpu" else resources.devices
+
+
+def _devices(resources: ResourceSpec) -> str:
+    if resources.platform == "cpu":
+        return "CPU"
+    return f"{resources.nodes} × {resources.gpus_per_node}" if resources.nodes > 1 else str(resources.gpus_per_node)

@@ -10,13 +10,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
+from flashrl_cli.paths import FOLDER_NAME
+from flashrl_cli.precision import PrecisionName
+
 Count = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
-FOLDER_NAME = r"^[^/.\x00-\x1f][^/\x00-\x1f]{0,199}$"
-"""What may name a preset, a project or a run: one visible folder."""
 FolderName = Annotated[str, Field(pattern=FOLDER_NAME)]
 Scalar = bool | int | float | str | None
 
@@ -59,6 +60,11 @@ class DataSpec(Part):
     """Prompts a step (times `rollout.n` responses)."""
     filter_overlong: bool = False
     """Drop prompts longer than `max_prompt_length` before training."""
+
+    @property
+    def max_length(self) -> int:
+        """Longest prompt and response together, in tokens."""
+        return self.max_prompt_length + self.max_response_length
 
 
 class FilterGroups(Part):
@@ -125,7 +131,7 @@ class CriticSpec(Part):
 class RolloutSpec(Part):
     """How responses are sampled."""
 
-    precision: Literal["bf16", "fp8", "fp8-block", "int8"] = "bf16"
+    precision: PrecisionName = "bf16"
     """Arithmetic of the linear layers in the rollout engine (fp8-block is verl's own); the policy is trained in its own."""
     kv_cache: Literal["auto", "fp8"] = "auto"
     """Arithmetic of the rollout engine's KV cache: `auto` is the model's, `fp8` holds twice as many tokens in the same memory."""
@@ -218,6 +224,11 @@ class ResourceSpec(Part):
     """GPUs on each (verl's own default is 8); on `cpu` the number of trainer processes."""
     gpu_memory_gib: Positive | None = None
     """Memory of each GPU, GiB, for the estimate of what fits; null means what the driver says, or 80 GB where there is none."""
+
+    @property
+    def devices(self) -> int:
+        """Trainer processes of the run, one a GPU."""
+        return self.nodes * self.gpus_per_node
 
 
 class WatchSpec(Part):

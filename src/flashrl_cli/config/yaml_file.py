@@ -1,12 +1,8 @@
-"""YAML text to plain data, with the line of every key.
+"""YAML text to plain data with the line of every key, values back to text, and what a misspelled name or value probably meant.
 
 PyYAML reads YAML 1.1, where `1e-6` is text, `off` is false and `1:30` is ninety, and lets the last of two equal keys
-win. Here scalars follow the YAML 1.2 core schema, and what would be taken for something else than its writer meant is
+win. Here scalars follow the YAML 1.2 core schema, and what would be read as something other than its writer meant is
 refused: equal keys, tags, aliases (presets compose by `extends`), Python's None, typographic quotes.
-
-Values as people write them: in a preset, after `--set key=`, and in what `flashrl presets` prints.
-
-What was probably meant: the known names near an unknown one, and the values near one that is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +17,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from flashrl_cli.errors import Problem
+from flashrl_cli.errors import Location, Problem
 
 MAX_BYTES = 100_000
 """A preset is a page of text; anything near this size is some other file."""
@@ -37,11 +33,13 @@ class _Scalar(NamedTuple):
     convert: Callable[[str], Any]
 
 
+NOWHERE = Location("")
+"""The location of a text that was not written by a user, or whose problems are not reported."""
 _TAG = "tag:yaml.org,2002:"
 _ALIAS, _ANCHOR = "*", "&"
 _LINE_BREAK = re.compile("[\n\r\x85\u2028\u2029]")
 _REFUSED: Any = object()
-"""Stands for a value that is refused: left out of the data, so that nothing is told about it twice."""
+"""In place of a refused value: it is left out of the data, so that it is not reported twice."""
 _SCALARS = {
     "null": _Scalar(r"~|null|Null|NULL|", "~nN", lambda _: None),
     "bool": _Scalar(r"true|True|TRUE|false|False|FALSE", "tTfF", lambda text: text.lower() == "true"),
@@ -66,7 +64,7 @@ _ADVICE = {
     "unexpected end of stream": "close the quote",
     "but found another document": "one preset a file: drop what follows `---`",
 }
-"""What to do about a complaint of PyYAML's, by a part of its text."""
+"""How to fix what PyYAML refuses, by a part of its message."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -96,31 +94,36 @@ for _name, _scalar in _SCALARS.items():
 class Document:
     """One YAML text: its data, the line (from 1) of every dotted key, and what is wrong with it."""
 
-    label: str
+    where: Location
+    """The file, or the option."""
     data: Any = None
     lines: dict[str, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
+    def line_of(self, key: str) -> Location:
+        """Where a dotted key was written: its line, or the first line."""
+        return self.where.at(self.lines.get(key, 1))
 
-def parse(text: str, label: str, *, verbatim: Collection[str] = ()) -> Document:
-    """Parse one YAML document; never raises, see `Document.problems` (each with `label:line`).
+
+def parse(text: str, where: Location = NOWHERE, *, verbatim: Collection[str] = ()) -> Document:
+    """Parse one YAML document of the file or option `where`; never raises, see `Document.problems` (each with its line).
 
     Numbers and truth values below the top-level keys `verbatim` stay the text that was written.
     """
-    document = Document(label)
+    document = Document(where)
     try:
         node = yaml.compose(text, Loader=_Loader)
         if node is not None:
             data = _Builder(document, verbatim).build(node, "")
             document.data = None if data is _REFUSED else data
     except yaml.YAMLError as error:
-        document.problems.append(_syntax_problem(error, text, label))
+        document.problems.append(_syntax_problem(error, text, where))
     except RecursionError:
-        document.problems.append(Problem("not a preset: nested too deeply", label))
+        document.problems.append(Problem("not a preset: nested too deeply", where))
     return document
 
 
-def value(text: str, label: str, *, is_text: bool = False) -> Document:
+def value(text: str, where: Location = NOWHERE, *, is_text: bool = False) -> Document:
     """Parse one value as an option holds it: YAML of which nothing is dropped without a word, unlike in a file.
 
     A single text stays as it was written, with what a file would take for a comment (`try #3`), a marker (`--- x`), a
@@ -128,7 +131,7 @@ def value(text: str, label: str, *, is_text: bool = False) -> Document:
     or quoted text that would lose a part is a problem. With `is_text`, the value is a text whatever it looks like.
     """
     written = text.strip()
-    document = parse(written, label, verbatim=("",) if is_text else ())
+    document = parse(written, where, verbatim=("",) if is_text else ())
     try:
         node, lossy = yaml.compose(written, Loader=_Loader), _loses(written)
     except (yaml.YAMLError, RecursionError):
@@ -136,11 +139,11 @@ def value(text: str, label: str, *, is_text: bool = False) -> Document:
     quoted = isinstance(node, yaml.ScalarNode) and node.style in ("'", '"')
     single = node is None or (isinstance(node, yaml.ScalarNode) and not quoted)
     if (is_text and (lossy or not quoted)) or (lossy and single):
-        document = Document(label)
-        mark = yaml.Mark(label, 0, 0, 0, None, 0)
+        document = Document(where)
+        mark = yaml.Mark(str(where), 0, 0, 0, None, 0)
         document.data = _Builder(document, ()).build(yaml.ScalarNode(f"{_TAG}str", written, mark, mark, style="'"), "")
     elif lossy and not document.problems:
-        document.problems.append(Problem("a part of it would be lost: a comment, a marker or a line break", label))
+        document.problems.append(Problem("a part of it would be lost: a comment, a marker or a line break", where))
     if document.data is _REFUSED or document.problems:
         document.data = None
     return document
@@ -164,39 +167,39 @@ def _loses(text: str) -> bool:
     return bool(text[end:].strip())
 
 
-def items(text: str, label: str) -> tuple[list[str], list[Problem]]:
+def items(text: str, where: Location) -> tuple[list[str], list[Problem]]:
     """Texts of the items of a list that is written without its brackets, such as `1e-6, [a, b], "x, y"`."""
     source, no_list = f"[{text}]", f"{text[:40]!r} is no list of values"
     try:
         node = yaml.compose(source, Loader=_Loader)
     except yaml.YAMLError as error:
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        return [], [Problem(f"{no_list}: {reason}", label)]
+        return [], [Problem(f"{no_list}: {reason}", where)]
     except RecursionError:
-        return [], [Problem(f"{no_list}: nested too deeply", label)]
+        return [], [Problem(f"{no_list}: nested too deeply", where)]
     if not isinstance(node, yaml.SequenceNode) or node.end_mark.index != len(source) or text.rstrip().endswith(","):
-        return [], [Problem(no_list, label)]
+        return [], [Problem(no_list, where)]
     bounds = [(item.start_mark.index, item.end_mark.index) for item in node.value]
     gaps = zip([1, *(end for _, end in bounds)], [*(start for start, _ in bounds), len(source) - 1], strict=True)
     if any(source[end:start].strip(" \t\n,") for end, start in gaps):
-        return [], [Problem(f"{no_list}: a part of it would be lost", label)]
+        return [], [Problem(f"{no_list}: a part of it would be lost", where)]
     return [source[start:end] for start, end in bounds], []
 
 
-def read(path: Path, label: str, *, verbatim: Collection[str] = (), kind: str = "preset") -> Document:
-    """Read a YAML file that holds a map (an empty file is an empty map); problems are told in the document.
+def read(path: Path, shown: str, *, verbatim: Collection[str] = (), kind: str = "preset") -> Document:
+    """Read a YAML file that holds a map (an empty file is an empty map); never raises, see `Document.problems`.
 
-    `kind` is what such a file is called in them.
+    In problems the file is called `shown`, and `kind` is what such a file is.
     """
-    text = _read_text(path, kind)
+    where = Location(shown)
+    text = _read_text(path, where, kind)
     if isinstance(text, Problem):
-        return Document(label, {}, problems=[Problem(text.message, label, text.hint)])
-    document = parse(text, label, verbatim=verbatim)
+        return Document(where, {}, problems=[text])
+    document = parse(text, where, verbatim=verbatim)
     if not isinstance(document.data, dict):
         if document.data is not None:
-            document.problems.append(
-                Problem(f"a {kind} is a map of keys, this is {_kind(document.data)}", f"{label}:1")
-            )
+            what = f"a {kind} is a map of keys, this is {_kind(document.data)}"
+            document.problems.append(Problem(what, where.at(1)))
         document.data = {}
     return document
 
@@ -205,25 +208,25 @@ def _kind(data: Any) -> str:
     return "a list" if isinstance(data, list) else "text" if isinstance(data, str) else "a single value"
 
 
-def _read_text(path: Path, kind: str) -> str | Problem:
+def _read_text(path: Path, where: Location, kind: str) -> str | Problem:
     try:
         with path.open("rb") as stream:  # a device or a pipe has no size to ask for
             raw = stream.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
-            return Problem(f"larger than {MAX_BYTES:,} bytes: not a {kind}")
+            return Problem(f"larger than {MAX_BYTES:,} bytes: not a {kind}", where)
         return raw.decode("utf-8-sig")
     except IsADirectoryError:
-        return Problem(f"this is a folder, not a {kind} file")
+        return Problem(f"this is a folder, not a {kind} file", where)
     except UnicodeDecodeError as error:
-        return Problem(f"not UTF-8 text (byte {error.start})", hint="save it as UTF-8")
+        return Problem(f"not UTF-8 text (byte {error.start})", where, "save it as UTF-8")
     except OSError as error:
-        return Problem(f"cannot be read: {error.strerror}")
+        return Problem(f"cannot be read: {error.strerror}", where)
 
 
-def _syntax_problem(error: yaml.YAMLError, text: str, label: str) -> Problem:
+def _syntax_problem(error: yaml.YAMLError, text: str, where: Location) -> Problem:
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         line = text.count("\n", 0, getattr(error, "position", 0)) + 1
-        return Problem(f"not YAML: {str(error).splitlines()[0]}", f"{label}:{line}")
+        return Problem(f"not YAML: {str(error).splitlines()[0]}", where.at(line))
     mark, begun = error.problem_mark, error.context_mark
     context = error.context or ""
     if begun and begun.line != mark.line:
@@ -232,7 +235,7 @@ def _syntax_problem(error: yaml.YAMLError, text: str, label: str) -> Problem:
     line_text = (text.splitlines() or [""])[min(mark.line, len(text.splitlines()) - 1)]
     tab = "'\\t'" if "\t" in line_text[: len(line_text) - len(line_text.lstrip())] else ""
     advice = next((advice for part, advice in _ADVICE.items() if part in what + tab), None)
-    return Problem(f"not YAML: {what}", f"{label}:{mark.line + 1}", advice)
+    return Problem(f"not YAML: {what}", where.at(mark.line + 1), advice)
 
 
 class _Builder:
@@ -314,8 +317,8 @@ class _Builder:
         return self.refuse(node, f"tag {tag} is not supported", "presets hold plain text, numbers, lists and maps")
 
     def refuse(self, node: yaml.Node, message: str, hint: str | None = None) -> Any:
-        """Note a problem; returns what stands for the value."""
-        self.document.problems.append(Problem(message, f"{self.document.label}:{node.start_mark.line + 1}", hint))
+        """Note a problem; returns what replaces the value."""
+        self.document.problems.append(Problem(message, self.document.where.at(node.start_mark.line + 1), hint))
         return _REFUSED
 
 
@@ -336,7 +339,7 @@ def _is_plain(text: str) -> bool:
 
 
 def _reads(text: str, value: Any) -> bool:
-    document = parse(text, "")
+    document = parse(text)
     return not document.problems and bool(document.data == value)
 
 
@@ -403,7 +406,7 @@ def readings(value: Any, example: Any = None) -> Iterator[Any]:
 def _numbers(text: str) -> Iterator[Any]:
     grouped = re.fullmatch(r"[-+]?\d{1,3}([,_]\d{3})+", text)
     plain = re.sub("[,_]", "", text) if grouped else re.sub(r"^(\d+),(\d+)$", r"\1.\2", text)
-    number = parse(plain.rstrip("% ") or "null", "").data
+    number = parse(plain.rstrip("% ") or "null").data
     if isinstance(number, int | float):
         yield number / 100 if plain.endswith("%") else number
 

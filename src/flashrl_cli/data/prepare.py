@@ -1,12 +1,6 @@
-"""One data set from its source to verl's files: read, convert, check, measure, write; or find it up to date.
+"""`flashrl prepare`: one data set from its source to verl's files, or found up to date.
 
-What `flashrl prepare` was asked for, checked as a whole before anything is read.
-
-How long prompts are: in tokens of a given tokenizer, chat template included, as verl counts them.
-
-Raw rows of one split to the rows that are written: converted, checked, deduplicated, limited.
-
-What was prepared, as the rows of a small table.
+All rows are read, converted, checked and measured before anything is written.
 """
 
 from __future__ import annotations
@@ -30,19 +24,23 @@ from flashrl_cli.data.writing import Types
 from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
 from flashrl_cli.paths import DatasetPaths, absolute
 
+BATCH = 512
+TICK = 500
+TOKENS = {"p50": "tokens p50", "p99": "tokens p99", "longest": "longest"}
 
-class Talk(Protocol):
-    """Whom `prepare` tells how it gets on."""
+
+class Reporter(Protocol):
+    """Where progress is reported."""
 
     @property
     def live(self) -> bool:
         """Whether bars may be drawn."""
 
     def say(self, text: str) -> None:
-        """Tell something."""
+        """Print a line."""
 
     def warn(self, text: str) -> None:
-        """Tell something that deserves attention."""
+        """Print a warning."""
 
     def progress(self, label: str, total: int | None) -> AbstractContextManager[Callable[[int], None]]:
         """Show how far something is; what it yields is called with the number of rows done."""
@@ -114,9 +112,6 @@ def _misused(names: Sequence[str], given: set[str]) -> Iterator[Problem]:
         yield Problem("tiny comes as it is, with its own tokenizer", where=option)
 
 
-BATCH = 512
-
-
 def load_tokenizer(name: str) -> Any:
     """Tokenizer of a local folder or a hub id. EnvironmentNotReady if it is neither here nor to be had."""
     local = absolute(name)
@@ -152,7 +147,6 @@ def summary(lengths: Sequence[int]) -> dict[str, int]:
     return {name: ordered[math.ceil(part * len(ordered)) - 1] for name, part in ranks.items()}
 
 
-TICK = 500
 Built = tuple[Place, Row]
 
 
@@ -241,9 +235,6 @@ def _converted(
         yield place, row
 
 
-TOKENS = {"p50": "tokens p50", "p99": "tokens p99", "longest": "longest"}
-
-
 def summary_table(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[object]]]:
     """Columns and rows, one row a split; lengths are those of prompts, in tokens where these were counted."""
     splits = [(result["dataset"], split, entry) for result in results for split, entry in result["splits"].items()]
@@ -265,7 +256,7 @@ def _lengths(entry: dict[str, Any], counted: bool) -> list[object]:
 Counts = dict[str, dict[str, Any]]
 
 
-def prepare_dataset(request: Request, output: Talk) -> dict[str, Any]:
+def prepare_dataset(request: Request, output: Reporter) -> dict[str, Any]:
     """Prepare one data set, unless what is there is up to date; returns `status`, `path` and its manifest.
 
     InputError lists the rows that cannot be used; then, and after any other failure, what was there is there still.
@@ -281,13 +272,13 @@ def prepare_dataset(request: Request, output: Talk) -> dict[str, Any]:
     return {"path": str(request.paths.root), **made}
 
 
-def _prepare_tiny(request: Request, output: Talk) -> dict[str, Any]:
+def _prepare_tiny(request: Request, output: Reporter) -> dict[str, Any]:
     from flashrl_cli.data.tiny import prepare_tiny
 
-    return prepare_tiny(request.paths, seed=request.seed, force=request.force, output=output)
+    return prepare_tiny(request.paths, seed=request.seed, force=request.force, report=output.say)
 
 
-def _prepare_or_keep(request: Request, output: Talk) -> dict[str, Any]:
+def _prepare_or_keep(request: Request, output: Reporter) -> dict[str, Any]:
     recipe = RECIPES[request.paths.name]
     source = open_source(recipe, request.source, request.seed)
     _refuse_own_folder(source, request.paths)
@@ -341,7 +332,7 @@ def _refuse_loss(paths: DatasetPaths, source: Source, earlier: writing.Manifest)
         )
 
 
-def _prepare(request: Request, recipe: Recipe, source: Source, output: Talk) -> writing.Manifest:
+def _prepare(request: Request, recipe: Recipe, source: Source, output: Reporter) -> writing.Manifest:
     tokenizer = load_tokenizer(request.tokenizer) if request.tokenizer else None
     about = {"source": source.describe(), "options": _options(request, recipe), "tokenizer": request.tokenizer}
     splits = _build_all(request, recipe, source, output)
@@ -351,7 +342,7 @@ def _prepare(request: Request, recipe: Recipe, source: Source, output: Talk) -> 
     return writing.write_dataset(request.paths, {s: built.rows for s, built in splits.items()}, about, counts)
 
 
-def _build_all(request: Request, recipe: Recipe, source: Source, output: Talk) -> dict[str, Split]:
+def _build_all(request: Request, recipe: Recipe, source: Source, output: Reporter) -> dict[str, Split]:
     """Every split in full, so that nothing is written unless all is well."""
     name, bad, splits = request.paths.name, BadRows(), {}
     for split in source.splits:
@@ -378,7 +369,7 @@ def _build_all(request: Request, recipe: Recipe, source: Source, output: Talk) -
     return splits
 
 
-def _count_tokens(tokenizer: Any, splits: Mapping[str, Split], counts: Counts, output: Talk) -> None:
+def _count_tokens(tokenizer: Any, splits: Mapping[str, Split], counts: Counts, output: Reporter) -> None:
     for split, built in splits.items():
         with output.progress(f"counting tokens of {split}", len(built.rows)) as advance:
             counts[split]["prompt_tokens"] = summary(prompt_tokens(tokenizer, built.rows, advance))

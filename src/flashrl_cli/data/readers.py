@@ -17,6 +17,12 @@ from flashrl_cli.data.rows import MEDIA, BadRows, Fault, Located, Needs, Place, 
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.machine import software
 
+SUFFIXES = (".jsonl", ".json", ".parquet")
+BATCH = 4096
+_BATCH_WITH_MEDIA = 64
+"""A row may hold megabytes of images."""
+GAP = re.compile(r"[\s,]*")
+
 
 def require(module: str) -> Any:
     """The module; EnvironmentNotReady if its package is not installed."""
@@ -27,13 +33,6 @@ def require(module: str) -> Any:
         if error.name != package:
             raise
         raise EnvironmentNotReady(f"{package} is not installed", hint=software.install_extra("data")) from error
-
-
-SUFFIXES = (".jsonl", ".json", ".parquet")
-BATCH = 4096
-_BATCH_WITH_MEDIA = 64
-"""A row may hold megabytes of images."""
-GAP = re.compile(r"[\s,]*")
 
 
 def read(path: Path, bad: BadRows, columns: Sequence[str] | None = None) -> Iterator[Located]:
@@ -50,7 +49,10 @@ def read(path: Path, bad: BadRows, columns: Sequence[str] | None = None) -> Iter
 
 
 def read_rows(path: Path, needs: Needs, bad: BadRows) -> Iterator[Located]:
-    """Yield what is needed of the rows of a file in verl's schema. InputError if it cannot be read or lacks a column."""
+    """Yield what is needed of the rows of a file in verl's schema.
+
+    InputError if it cannot be read or lacks a column.
+    """
     if path.suffix not in SUFFIXES:
         raise InputError(f"cannot read {path}", hint=f"known formats are {', '.join(SUFFIXES)}")
     if path.suffix != ".parquet":
@@ -67,7 +69,7 @@ def read_rows(path: Path, needs: Needs, bad: BadRows) -> Iterator[Located]:
 
 
 def count(path: Path) -> int | None:
-    """Number of rows, for the progress bar; None where only reading would tell."""
+    """Number of rows, for the progress bar; None where the file would have to be read for it."""
     if path.suffix == ".parquet":
         with readable(path):
             return int(require("pyarrow.parquet").read_metadata(path).num_rows)

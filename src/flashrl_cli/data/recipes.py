@@ -1,86 +1,19 @@
-r"""How each data set's raw rows become verl rows: pure functions, and where the raw rows are by default.
+"""How each data set's raw rows become verl rows: pure functions, and where the raw rows are by default.
 
 Prompt wording, ground truth and data_source are those of verl's examples/data_preprocess/{gsm8k,math_dataset}.py and,
 for DAPO and AIME, those in BytedTsinghua-SIA/DAPO-Math-17k.
-
-The answer of a worked solution of MATH: the content of its last `\boxed`.
-
-Sums of two numbers below 100, in words: data made here, for a policy small enough to train on a laptop's CPU.
-
-The answer ends in `#### n` and the rows carry GSM8K's data_source, so that verl's own GSM8K scorer grades them.
 """
 
 from __future__ import annotations
 
-import itertools
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from flashrl_cli.data import truths
+from flashrl_cli.data import arith, truths
 from flashrl_cli.data.rows import BadRow, Message, Needs, Raw, Reward, Row, faults, make_row, printable, text
 from flashrl_cli.data.writing import DEEPEST
 from flashrl_cli.verl import rewards
-
-BOX = "\\boxed"
-
-
-def boxed_answer(solution: str) -> str | None:
-    r"""Content of the last `\boxed{…}` (or `\boxed …` up to the next dollar sign); None if there is none that closes.
-
-    Gives what verl's `remove_boxed(last_boxed_only_string(solution))` gives, and None where that fails
-    (verl/utils/reward_score/math_reward.py:51-93): a ground truth must be cut the way the scorer cuts a response.
-    """
-    if f"{BOX} " in solution:
-        return solution.rpartition(f"{BOX} ")[2].partition("$")[0]
-    _, box, rest = solution.rpartition(BOX)
-    if not box or not rest.startswith("{"):
-        return None
-    end = _closing_brace(rest)
-    return None if end is None else rest[1:end]
-
-
-def _closing_brace(text: str) -> int | None:
-    """Index of the brace that closes the one at index 0."""
-    depth = 0
-    for index, character in enumerate(text):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return index
-    return None
-
-
-SIZES = {"train": 4096, "test": 256}
-Pair = tuple[int, int]
-
-
-def question(a: int, b: int) -> str:
-    """The sum in words."""
-    return f"What is {a} plus {b}?"
-
-
-def solution(a: int, b: int) -> str:
-    """The sum worked digit by digit: units, tens with the carry, then the answer (47 and 25: `12 07 #### 72`)."""
-    units = a % 10 + b % 10
-    tens = a // 10 + b // 10 + units // 10
-    return f"{units:02d} {tens:02d} #### {a + b}"
-
-
-def pairs(seed: int) -> dict[str, list[Pair]]:
-    """Disjoint pairs of numbers below 100 for each split, drawn by `seed` out of all 10,000."""
-    drawn = list(itertools.product(range(100), range(100)))
-    random.Random(seed).shuffle(drawn)
-    test = SIZES["test"]
-    return {"train": drawn[test : test + SIZES["train"]], "test": drawn[:test]}
-
-
-def row(raw: Raw, split: str, index: int) -> Row:
-    """Row for one sum `{"a": …, "b": …}`."""
-    a, b = raw["a"], raw["b"]
-    extra = {"split": split, "index": index, "answer": solution(a, b), "question": question(a, b)}
-    return make_row("openai/gsm8k", question(a, b), str(a + b), extra)
-
 
 GSM8K_SUFFIX = 'Let\'s think step by step and output the final answer after "####".'
 MATH_SUFFIX = "Let's think step by step and output the final answer within \\boxed{}."
@@ -90,6 +23,7 @@ DAPO_PREFIX = (
 )
 DAPO_SUFFIX = 'Remember to put your answer on its own line after "Answer:".'
 GSM8K_MARK = "#### "
+BOX = "\\boxed"
 VERL_COLUMNS = ("data_source", "prompt", "ability", "reward_model", "extra_info")
 _KEPT_KEYS = {"prompt": ("role", "content"), "reward_model": ("style", "ground_truth")}
 _FORMULA = "as a response would write it: 1000 for 1e3, 5 for $5, \\frac{1}{2} for ½"
@@ -97,6 +31,9 @@ _NUMBER = "a plain number, such as 72, -5 or 0.25"
 
 Convert = Callable[[Raw, str, int], Row]
 """Raw row, split and index within the split's source to a row; raises BadRow."""
+_COMPETITION = ("problem", "Problem", "answer", "Answer")
+TINY = "tiny"
+"""The data set that brings its own policy; `data.tiny` makes both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +76,31 @@ def math_500(raw: Raw, split: str, index: int) -> Row:
     extra, source = {"split": split, "index": index}, "HuggingFaceH4/MATH-500"
     prompt = f"{text(raw, 'problem')} {MATH_SUFFIX}"
     return make_row(source, prompt, _plain(source, text(raw, "answer")), extra)
+
+
+def boxed_answer(solution: str) -> str | None:
+    r"""Content of the last `\boxed{…}` (or `\boxed …` up to the next dollar sign); None if none closes.
+
+    Gives what verl's `remove_boxed(last_boxed_only_string(solution))` gives, and None where that fails
+    (verl/utils/reward_score/math_reward.py:51-93): a ground truth must be cut the way the scorer cuts a response.
+    """
+    if f"{BOX} " in solution:
+        return solution.rpartition(f"{BOX} ")[2].partition("$")[0]
+    _, box, rest = solution.rpartition(BOX)
+    if not box or not rest.startswith("{"):
+        return None
+    end = _closing_brace(rest)
+    return None if end is None else rest[1:end]
+
+
+def _closing_brace(text: str) -> int | None:
+    """Index of the brace that closes the one at index 0."""
+    depth = 0
+    for index, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return index
+    return None
 
 
 def competition(data_source: str) -> Convert:
@@ -223,7 +185,7 @@ def _holds_empty(value: Any, depth: int = 0) -> bool:
 
 
 def dropped(raw: Raw, columns: tuple[str, ...]) -> Iterator[str]:
-    """Yield the columns and keys of a raw row that are not taken: all but `columns`, or, if it has verl's, but these."""
+    """Yield the columns and keys of a raw row that are not taken: all but `columns`, or but verl's if it has these."""
     adopted = "reward_model" in raw
     for name, value in raw.items():
         if name not in (VERL_COLUMNS if adopted else columns) and not _is_nothing(value):
@@ -240,8 +202,6 @@ def dropped(raw: Raw, columns: tuple[str, ...]) -> Iterator[str]:
 def _is_nothing(value: Any) -> bool:
     return value is None or (isinstance(value, str | list | dict) and not value)
 
-
-_COMPETITION = ("problem", "Problem", "answer", "Answer")
 
 RECIPES: dict[str, Recipe] = {
     "gsm8k": Recipe(
@@ -269,8 +229,6 @@ RECIPES: dict[str, Recipe] = {
         repeats=True,
     ),
     "aime-2025": Recipe(splits=("test",), convert=competition("aime_2025"), columns=_COMPETITION, hub="math-ai/aime25"),
-    "arith": Recipe(splits=("train", "test"), convert=row, columns=("a", "b")),
+    "arith": Recipe(splits=("train", "test"), convert=arith.row, columns=("a", "b")),
 }
-TINY = "tiny"
-"""The data set that brings its own policy; `data.tiny` makes both."""
 NAMES = (*RECIPES, TINY)

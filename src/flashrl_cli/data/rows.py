@@ -63,7 +63,7 @@ class Row(TypedDict):
 
 
 class Place(NamedTuple):
-    """Where a row stands: `file:row 3`, or `file:3` for a line, both counted from 1; without a number, the whole file."""
+    """The place of a row: `file:row 3`, or `file:3` for a line, counted from 1; without a number, the whole file."""
 
     file: str
     number: int | None = None

@@ -1,8 +1,6 @@
-"""Where a data set's raw rows come from: local files, the hub, or numbers drawn here.
+"""Where a data set's raw rows come from: local files, the Hugging Face hub, or sums drawn by a seed.
 
 The three have the same few methods, and describe themselves in a form that the manifest keeps and is compared with.
-
-Raw rows from the Hugging Face hub, through `datasets.load_dataset` only.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from flashrl_cli.data import readers, recipes
+from flashrl_cli.data import arith, readers
 from flashrl_cli.data.readers import BATCH, require
 from flashrl_cli.data.rows import Located, Place
 from flashrl_cli.data.writing import Stamp, stamp, unchanged
@@ -30,6 +28,8 @@ if TYPE_CHECKING:
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 NO_PROGRESS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 LOCAL = "--source PATH takes a file or folder that was fetched elsewhere"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
+SPLITS = ("train", "test")
 
 
 @dataclass(slots=True)
@@ -109,10 +109,6 @@ def hide_progress() -> None:
     os.environ.update(dict.fromkeys(NO_PROGRESS, "1"))
 
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
-SPLITS = ("train", "test")
-
-
 class Source(Protocol):
     """Raw rows by split of the data set that is to be written."""
 
@@ -181,7 +177,7 @@ def _stamp(path: Path) -> Stamp:
 
 @dataclass(frozen=True, slots=True)
 class SumsSource:
-    """The sums of `arith`, drawn by a seed (which stands among the manifest's options)."""
+    """The sums of `arith`, drawn by a seed, which is among the manifest's options."""
 
     seed: int
     label: str = "numbers drawn here"
@@ -193,12 +189,12 @@ class SumsSource:
 
     def rows(self, split: str, bad: BadRows) -> Iterator[Located]:  # noqa: ARG002
         """Yield the split's pairs."""
-        drawn = enumerate(recipes.pairs(self.seed)[split], start=1)
+        drawn = enumerate(arith.pairs(self.seed)[split], start=1)
         return ((Place(split, number, "row"), {"a": a, "b": b}) for number, (a, b) in drawn)
 
     def count(self, split: str) -> int:
         """Rows of the split."""
-        return recipes.SIZES[split]
+        return arith.SIZES[split]
 
     def describe(self) -> dict[str, Any]:
         """Nothing but that it is made here."""

@@ -1,10 +1,8 @@
-"""`flashrl prepare tiny`: data and policy of the embedded default, made here from nothing but a seed.
+"""`flashrl prepare tiny`: sums and a small Qwen2 that can add, made here from nothing but a seed, in about a minute.
 
-A small Qwen2 that can add, made on this machine in under a minute: the policy of the embedded default.
-
-Reinforcement learning on it must have something to improve and must show when a rollout engine is broken, so the policy is neither
-random nor perfect: it first learns sums digit by digit from clean demonstrations, then picks up carelessness from demonstrations
-of which half are wrong. The skill stays underneath, and training takes the carelessness out again.
+Reinforcement learning on it must have something to improve and must show when a rollout engine is broken, so the policy
+is neither random nor perfect: it first learns sums digit by digit from clean demonstrations, then picks up carelessness
+from demonstrations of which half are wrong. The skill stays underneath, and training takes the carelessness out again.
 """
 
 from __future__ import annotations
@@ -18,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import __version__, contract, files
-from flashrl_cli.data import recipes, writing
-from flashrl_cli.data.recipes import Pair, pairs, question, solution
+from flashrl_cli.data import arith, writing
+from flashrl_cli.data.arith import Pair, pairs, question, solution
 from flashrl_cli.data.writing import stamp, unchanged
 from flashrl_cli.errors import RunFailed
 
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-    from flashrl_cli.data.prepare import Talk
     from flashrl_cli.paths import DatasetPaths
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -36,12 +33,13 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 MAX_NEW_TOKENS = 16
+WEIGHTS = "model.safetensors"
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """How the policy is taught: sizes in demonstrations, learning rates of AdamW, sampled accuracies that end a phase."""
+    """How the policy is trained: sizes in demonstrations, learning rates of AdamW, accuracies that end a phase."""
 
     batch: int = 48
     clean_lr: float = 2e-3
@@ -56,7 +54,7 @@ class WarmUp:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level tokenizer without merges: 256 byte tokens (a newline is one, as verl insists) and three control tokens."""
+    """Byte-level tokenizer without merges: 256 bytes (a newline is one, as verl insists) and three control tokens."""
     from tokenizers import Tokenizer, decoders, models
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import PreTrainedTokenizerFast
@@ -73,7 +71,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, *, tied: bool = True, width: int = 128) -> Qwen2ForCausalLM:
-    """Untrained float32 Qwen2, of 0.4 M parameters at the usual `width`, whose embedding has exactly `len(tokenizer)` rows.
+    """Untrained float32 Qwen2, 0.4 M parameters at the usual `width`; its embedding has `len(tokenizer)` rows.
 
     verl masks the rows beyond the vocabulary in the rollout only, which would show up as a constant KL.
     """
@@ -139,7 +137,7 @@ class Demonstrations:
 
 
 def sampled_accuracy(model: Qwen2ForCausalLM, demonstrations: Demonstrations, *, repeats: int = 1) -> float:
-    """Share of the 256 held-out sums answered right at temperature 1, `repeats` times each, by Transformers (not by vLLM)."""
+    """Share of the 256 held-out sums answered right at temperature 1, `repeats` times each, by Transformers."""
     import torch
 
     tokenizer, asked = demonstrations.tokenizer, demonstrations.pairs["test"] * repeats
@@ -239,29 +237,26 @@ def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     tokenizer.save_pretrained(folder)
 
 
-WEIGHTS = "model.safetensors"
-
-
-def prepare_tiny(paths: DatasetPaths, *, seed: int, force: bool, output: Talk) -> dict[str, Any]:
-    """Make `arith` rows and a warmed-up policy in `paths`, unless they lie there already; returns status and manifest.
+def prepare_tiny(paths: DatasetPaths, *, seed: int, force: bool, report: Report) -> dict[str, Any]:
+    """Make `arith` rows and a warmed-up policy in `paths`, unless they are there already; returns status and manifest.
 
     Takes about a minute on two cores. RunFailed if the policy cannot be taught.
     """
     there = writing.read_manifest(paths)
     if not force and there is not None and _up_to_date(paths, there, seed):
         return {"status": "up to date", **there}
-    output.say("tiny: teaching a policy of 0.4 M parameters to add …")
+    report("tiny: teaching a policy of 0.4 M parameters to add …")
     for key, value in contract.THREADS.items():
         os.environ.setdefault(key, value)
-    model, tokenizer, taught = warm_up(seed=seed, report=output.say)
+    model, tokenizer, taught = warm_up(seed=seed, report=report)
     with files.replacing(paths.model) as folder:
         save(model, tokenizer, folder)
         weights = stamp(folder / WEIGHTS, name=f"{paths.model.name}/{WEIGHTS}")
         if paths.model.exists():
             shutil.rmtree(paths.model)
     rows = {
-        split: [recipes.row({"a": a, "b": b}, split, index) for index, (a, b) in enumerate(drawn)]
-        for split, drawn in recipes.pairs(seed).items()
+        split: [arith.row({"a": a, "b": b}, split, index) for index, (a, b) in enumerate(drawn)]
+        for split, drawn in arith.pairs(seed).items()
     }
     about = {"source": None, "options": {"seed": seed}, "tokenizer": None, "model": {**taught, "weights": weights}}
     manifest = writing.write_dataset(paths, rows, about, {split: {} for split in rows})

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 from flashrl_cli.errors import EnvironmentNotReady
 from flashrl_cli.verl import rewards
+from flashrl_cli.worker.client import Process, group
 
 Claim = tuple[str, Any]
 """A data source, and a truth of it."""
@@ -153,13 +153,13 @@ def _judged(lines: Sequence[str]) -> Iterator[tuple[str, str | None]]:
                 waiting += [[line] for line in reversed(chunk)]
 
 
-def _ask(process: subprocess.Popen[str], chunk: Sequence[str]) -> list[str | None] | None:
+def _ask(process: Process, chunk: Sequence[str]) -> list[str | None] | None:
     """Verdicts of a chunk; None if its process ended. Raises EnvironmentNotReady for a library that is missing."""
     with contextlib.suppress(BrokenPipeError):
         if process.stdin:
-            process.stdin.write(f"[{','.join(chunk)}]\n")
+            process.stdin.write(f"[{','.join(chunk)}]\n".encode())
             process.stdin.flush()
-    answer = process.stdout.readline() if process.stdout else ""
+    answer = process.stdout.readline() if process.stdout else b""
     if not answer:
         return None
     found = json.loads(answer)
@@ -169,27 +169,8 @@ def _ask(process: subprocess.Popen[str], chunk: Sequence[str]) -> list[str | Non
     return verdicts
 
 
-@contextlib.contextmanager
-def _process() -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", __name__, str(LIMIT_S)],
-        env={**os.environ, **_ENVIRONMENT},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        encoding="utf-8",
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
+def _process() -> contextlib.AbstractContextManager[Process]:
+    return group([sys.executable, "-m", __name__, str(LIMIT_S)], {**os.environ, **_ENVIRONMENT})
 
 
 def _serve(limit_s: float) -> None:

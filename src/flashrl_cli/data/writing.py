@@ -1,8 +1,7 @@
 """Rows to Parquet files and their manifest: all of a data set is replaced, the manifest last, or nothing is.
 
-Also the question that a second run asks: is what lies there what would be written now?
-
-Whether a file is still the one it was: size and time first, its hash only if these leave a doubt.
+`stamp` and `unchanged` say whether a file is still the one that a manifest describes: by size and time first, by its
+hash only if these leave a doubt.
 """
 
 from __future__ import annotations
@@ -22,6 +21,14 @@ from flashrl_cli.errors import EnvironmentNotReady, InputError
 if TYPE_CHECKING:
     from flashrl_cli.data.rows import Row
     from flashrl_cli.paths import DatasetPaths
+
+SCHEMA_VERSION = 1
+DEEPEST = 16
+"""Lists and objects within each other: Arrow writes more, and then cannot open the file."""
+_INT64 = range(-(2**63), 2**63)
+_EXACT = 2**53
+"""From here on a double does not hold every whole number."""
+_SURROGATE = "a lone surrogate (\\ud800) cannot be written"
 
 
 class Stamp(TypedDict):
@@ -50,13 +57,6 @@ def unchanged(path: Path, was: Any) -> bool:
         return False
 
 
-SCHEMA_VERSION = 1
-DEEPEST = 16
-"""Lists and objects within each other: Arrow writes more, and then cannot open the file."""
-_INT64 = range(-(2**63), 2**63)
-_EXACT = 2**53
-"""From here on a double does not hold every whole number."""
-_SURROGATE = "a lone surrogate (\\ud800) cannot be written"
 Manifest = dict[str, Any]
 
 

@@ -1,9 +1,10 @@
 """The container of the original recipe, around the pinned GPU stack.
 
-The flags are those of FlashRL's recipe (recipe/flash_rl/README.md of its verl fork). The image is verl's own for vLLM 0.24.0, which
-verl's docker/Dockerfile.stable.vllm builds and its workflows test with: CUDA 13.0.2, Python 3.12, torch 2.11.0, vLLM 0.24.0 and
-flash-attn 2.8.3, which has no wheel for this torch and takes an hour to build. It holds no verl, and an older transformers; the
-container installs flashrl with the pinned versions of both before it starts anything. vLLM's own image lacks flash-attn and a compiler.
+The flags are those of FlashRL's recipe (recipe/flash_rl/README.md of its verl fork). The image is verl's own for vLLM
+0.24.0, which verl's docker/Dockerfile.stable.vllm builds and its workflows test with: CUDA 13.0.2, Python 3.12, torch
+2.11.0, vLLM 0.24.0 and flash-attn 2.8.3, which has no wheel for this torch and takes an hour to build. It holds no
+verl, and an older transformers; the container installs flashrl with the pinned versions of both before it starts
+anything. vLLM's own image lacks flash-attn and a compiler.
 
 Folders are mounted under their own names, so that a path means the same inside and outside.
 """
@@ -70,7 +71,7 @@ class Folders:
 
 
 Words = tuple[tuple[str, ...], ...]
-"""A command line, cut into lines: an option stands with its value."""
+"""A command line, cut into lines: an option is on one line with its value."""
 
 
 def folders(inputs: Iterable[Path]) -> Folders:

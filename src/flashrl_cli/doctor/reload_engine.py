@@ -1,31 +1,31 @@
-"""The process of the reload test: `python -m flashrl_cli.doctor.reload_engine PRECISION FOLDER` writes FOLDER/measured.json.
+"""The engine process of the reload test: `python -m flashrl_cli.doctor.reload_engine JOB.json`.
 
-A tiny Qwen2 is loaded with dummy weights, as training loads it, and takes two policies in turn: A, B, and A again. What it answers with B
-is held against Transformers on the CPU, in float32. Random weights of usual size would sample about uniformly and hide a broken refit;
-these are large, so that the two policies differ by nats.
+A tiny Qwen2 is loaded with dummy weights, as training loads it, and takes two policies in turn: A, B, and A again. What
+it answers with B is compared with Transformers on the CPU, in float32. Random weights of usual size would sample about
+uniformly and hide a broken refit; these are large, so that the two policies differ by nats.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import contract, files
+from flashrl_cli import contract
+from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.weights import Weights
+from flashrl_cli.worker import engine, server
 
 if TYPE_CHECKING:
     from transformers import Qwen2ForCausalLM
 
-MEASURED = "measured.json"
 SEQUENCES, PROMPT, NEW = 16, 32, 16
 """Prompts, tokens of each, and tokens generated after each."""
 VOCABULARY = 512
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 """Shapes that every 8-bit kernel takes; heads of 64."""
 SPREAD, EMBEDDING_SPREAD = 0.05, 0.1
-"""Standard deviations of the layers' weights and of the embedding's, which is the head; those of an untrained Qwen2 are 0.02.
+"""Standard deviations of the weights of layers and of the embedding, which is the head; an untrained Qwen2 has 0.02.
 
 With a larger embedding each token would be followed by itself, whatever the layers say.
 """
@@ -35,14 +35,15 @@ MEMORY, KV_BYTES = 0.05, 1 << 28
 Answer = dict[str, list[Any]]
 
 
-def main() -> None:
-    """Measure and write the result."""
-    precision, folder = sys.argv[1], Path(sys.argv[2])
+def serve(job: dict[str, Any], orders: server.Orders, emit: server.Emit) -> None:
+    """Answer the one order with what is measured at the job's precision."""
+    next(orders)
+    precision, folder = job["precision"], Path(job["work"])
     started = time.perf_counter()
     models = {name: policy(folder / name, seed) for seed, name in enumerate("AB")}
-    engine = start(folder / "A", precision)
+    llm = start(folder / "A", precision)
     seconds = time.perf_counter() - started
-    files.write_json(folder / MEASURED, {"start_s": round(seconds, 1), **measure(engine, folder, models)})
+    emit("done", result={"start_s": round(seconds, 1), **measure(llm, folder, models)})
 
 
 def policy(folder: Path, seed: int) -> Qwen2ForCausalLM:
@@ -63,35 +64,30 @@ def policy(folder: Path, seed: int) -> Qwen2ForCausalLM:
 
 
 def start(folder: Path, precision: str) -> Any:
-    """An engine for the architecture in `folder`, with dummy weights. On CUDA with graphs for decoding, which a refit must not break."""
-    from vllm import LLM
-    from vllm.platforms import current_platform
-
+    """An engine for the architecture in `folder`; on CUDA with graphs for decoding, which a refit must not break."""
     graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, SEQUENCES]}
-    options: dict[str, Any] = {"compilation_config": graphs, "kv_cache_memory_bytes": KV_BYTES}
-    return LLM(
-        model=str(folder),
-        load_format="dummy",
-        quantization=contract.METHODS.get(precision),
+    memory = {"gpu_memory_utilization": MEMORY}
+    return engine.start(
+        str(folder),
+        quantization=PRECISIONS[precision].method,
         worker_extension_cls=contract.EVAL_EXTENSION,
-        skip_tokenizer_init=True,
-        dtype="bfloat16",
         max_model_len=PROMPT + NEW,
         max_num_seqs=SEQUENCES,
-        gpu_memory_utilization=MEMORY,
         enable_prefix_caching=False,
-        **({"enforce_eager": True} if current_platform.is_cpu() else options),
+        on_cpu=memory,
+        on_gpu={**memory, "compilation_config": graphs, "kv_cache_memory_bytes": KV_BYTES},
     )
 
 
-def measure(engine: Any, folder: Path, models: dict[str, Qwen2ForCausalLM]) -> dict[str, Any]:
-    """What the engine holds after three refits, and mean |difference| of log-probs, nats, of the tokens it reads and of those it makes."""
+def measure(llm: Any, folder: Path, models: dict[str, Qwen2ForCausalLM]) -> dict[str, Any]:
+    """What the engine holds after three refits, and how far its log-probs are from Transformers'.
+
+    Mean |difference| in nats, of the tokens that it reads and of those that it makes.
+    """
     holds, answers = [], []
     for name in "ABA":
-        holds.append(engine.collective_rpc("load_from_disk", args=(Weights(hf=folder / name).plain(),))[0])
-        if "unreadable" in holds[-1]:
-            raise RuntimeError(holds[-1]["unreadable"])
-        answers.append(answer(engine))
+        holds.append(engine.refit(llm, Weights(hf=folder / name).plain()))
+        answers.append(answer(llm))
     found, rows = answers[1]["logprobs"], answers[1]["tokens"]
     old, new = (truth(models[name], rows) for name in "AB")
     return {
@@ -103,14 +99,14 @@ def measure(engine: Any, folder: Path, models: dict[str, Qwen2ForCausalLM]) -> d
     }
 
 
-def answer(engine: Any) -> Answer:
+def answer(llm: Any) -> Answer:
     """Tokens of each sequence, prompt and greedy answer, and the log-prob of each but the first."""
     from vllm import SamplingParams
 
     asked = SamplingParams(
         temperature=0.0, max_tokens=NEW, ignore_eos=True, logprobs=0, prompt_logprobs=0, detokenize=False
     )
-    outputs = engine.generate([{"prompt_token_ids": row} for row in prompts()], asked, use_tqdm=False)
+    outputs = llm.generate([{"prompt_token_ids": row} for row in prompts()], asked, use_tqdm=False)
     tokens = [[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs]
     steps = [[*o.prompt_logprobs[1:], *o.outputs[0].logprobs] for o in outputs]
     pairs = [zip(row, step, strict=True) for row, step in zip((row[1:] for row in tokens), steps, strict=True)]
@@ -149,4 +145,4 @@ def _part(rows: list[list[float]], start_: int, end: int | None) -> list[list[fl
 
 
 if __name__ == "__main__":
-    main()
+    server.run(serve)

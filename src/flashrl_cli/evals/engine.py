@@ -1,59 +1,224 @@
-"""The process that holds the model: `python -m flashrl_cli.evals.engine JOB.json`.
+"""The engine process of an evaluation: `python -m flashrl_cli.evals.engine JOB.json`.
 
-One vLLM engine serves all checkpoints of an architecture. It runs apart from the command line so that torch and vLLM are imported
-once, here, and so that everything it starts can be ended as one process group. It ends when the other end of its stdin
-closes: a command line that was killed leaves nothing behind.
+One vLLM engine serves all checkpoints of an architecture, and takes their weights in place. Tokens go in and tokens
+come out, so that each checkpoint is read with its own tokenizer and chat template.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from flashrl_cli.errors import ExitCode, FlashrlError
+from flashrl_cli import contract
+from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.evals import results
 from flashrl_cli.evals.job import Job, Order
-from flashrl_cli.weights import Unreadable
-from flashrl_cli.worker import server
-
-if TYPE_CHECKING:
-    from flashrl_cli.evals.generate import Generator
-
-
-def main() -> None:
-    """Work through the orders on stdin, telling the progress on stdout."""
-    orders, emit = server.begin()
-    try:
-        _serve(Job.read(Path(sys.argv[1])), orders, emit)
-    except FlashrlError as error:
-        server.end(emit, error)
+from flashrl_cli.evals.results import Response
+from flashrl_cli.precision import ON_CPU, PRECISIONS, joined
+from flashrl_cli.text import counted
+from flashrl_cli.weights import Unreadable, Weights, read_json
+from flashrl_cli.worker import engine, server
 
 
-def _serve(job: Job, orders: server.Orders, emit: server.Emit) -> None:
-    """Fulfil orders until stdin closes, or until one has spoilt the engine or needs another."""
-    from flashrl_cli.evals.generate import Generator, Outgrown, Spoilt
+class Outgrown(Exception):
+    """A checkpoint that the running engine cannot answer for as an engine of its own would."""
 
-    emit("stage", text="starting the vLLM engine")
-    prompts = [[q["prompt"] for q in _read_lines(job.questions(number))] for number in range(job.data_sets)]
-    generator: Generator | None = None
-    while True:
-        order = Order.parse(orders.get())
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A checkpoint's tokenizer, the ids that end a response, tokens of the longest prompt, the largest id of all."""
+
+    tokenizer: Any
+    stop: list[int]
+    longest: int
+    largest: int
+
+    @classmethod
+    def of(cls, folder: Path, prompts: Sequence[engine.Messages]) -> _Text:
+        """That of an HF folder. Raises Unreadable."""
+        tokenizer = engine.tokenizer_of(folder)
+        rows = [engine.tokens_of(tokenizer, prompt) for prompt in prompts]
+        largest = max((max(row, default=0) for row in rows), default=0)
+        return cls(tokenizer, engine.stop_tokens(folder, tokenizer), max(map(len, rows)), largest)
+
+
+class Generator:
+    """One vLLM engine for the architecture of `job.start`, which takes the weights of checkpoints in place.
+
+    `prompts` are all that will be asked: they say how long a sequence gets. Raises InputError before vLLM starts if one
+    leaves no room for a response, Unreadable for a tokenizer that cannot be used or quantized weights that are not
+    complete.
+    """
+
+    def __init__(self, job: Job, prompts: Sequence[engine.Messages]) -> None:
+        self._job, self._prompts = job, prompts
+        self._loaded: tuple[Weights, str] | None = None
+        self._text = _Text.of(job.start, prompts)
+        self._holds: dict[str, Any] = {}
+        self._requests = 0
+        self._limit = self._needed(job.start, self._text)
+        self._check_room(self._text.longest)
+        self._started_with = Weights(hf=job.start).fingerprint() if job.quantized else ""
+        row = PRECISIONS[job.engine.rollout]
+        if not row.cpu and engine.is_cpu():
+            hint = f"--rollout {joined(ON_CPU, 'or')}"
+            raise EnvironmentNotReady(f"vLLM has no {row.number} kernel for a CPU", hint=hint)
+        # read by the plugins in this process and in those that vLLM starts
+        os.environ[contract.ENV_ROLLOUT] = contract.RolloutOptions(profile=job.engine.profile).text()
+        share = job.engine.gpu_memory_utilization
+        self._llm = engine.start(
+            str(job.start),
+            worker_extension_cls=contract.EVAL_EXTENSION,
+            generation_config="vllm",
+            load_format="auto" if job.quantized else "dummy",
+            quantization=None if job.quantized else row.method,
+            max_model_len=self._limit,
+            tensor_parallel_size=job.engine.tensor_parallel,
+            seed=job.sampling.seed,
+            # a seeded request whose prompt is split fails on a CPU: "CPU Generator does not use offset"
+            # (vllm/v1/worker/gpu_model_runner.py:3825, vLLM 0.28)
+            on_cpu={"enable_chunked_prefill": False},
+            on_gpu={} if share is None else {"gpu_memory_utilization": share},
+        )
+
+    def load(self, weights: Weights) -> dict[str, Any]:
+        """Take `weights`, their tokenizer and stop tokens, unless held already; the engine's contract.Handshake.
+
+        Raises Unreadable for weights that cannot be read and a tokenizer that does not fit them, Spoilt if the engine
+        holds no policy after that, Outgrown if another engine must answer for them, and EnvironmentNotReady if they are
+        not held in the precision asked for: what was not quantized must not pass for it.
+        """
+        if self._is_held(weights):
+            return self._holds
+        # compared by content: a run that starts over writes other weights to the same place
+        content = weights.fingerprint()
+        text = _Text.of(weights.hf, self._prompts)
+        if self._needed(weights.hf, text) > self._limit or (self._job.quantized and content != self._started_with):
+            raise Outgrown
+        self._check_vocabulary(weights.hf, text)
+        self._holds = self._held() if self._job.quantized else self._refitted(weights)
+        self._loaded, self._text = (weights, content), text
+        return self._holds
+
+    def _is_held(self, weights: Weights) -> bool:
+        if self._loaded is None or self._loaded[0] != weights:
+            return False
         try:
-            generator = generator or Generator(job, [prompt for data in prompts for prompt in data])
+            return self._loaded[1] == weights.fingerprint()
+        except (Unreadable, OSError):  # removed since it was loaded
+            return True
+
+    def _check_vocabulary(self, folder: Path, text: _Text) -> None:
+        size = self._llm.llm_engine.vllm_config.model_config.get_vocab_size()
+        if text.largest >= size:
+            what = f"the tokenizer in {folder} gives token {text.largest}, the model has tokens up to {size - 1}"
+            raise Unreadable(what)
+
+    def _held(self) -> dict[str, Any]:
+        holds: dict[str, Any] = self._llm.collective_rpc("holds")[0]
+        return {**holds, "precision": self._job.quantized}
+
+    def _refitted(self, weights: Weights) -> dict[str, Any]:
+        holds = engine.refit(self._llm, weights.plain())
+        asked = self._job.engine.rollout
+        if holds["precision"] != asked:
+            raise EnvironmentNotReady(f"asked for a rollout in {asked}, the engine holds {holds['precision']}")
+        if bool(holds["smoothed"]) != bool(self._job.engine.profile):
+            raise EnvironmentNotReady(
+                f"the engine smoothed {counted(holds['smoothed'], 'tensor')}, profile: {self._job.engine.profile}"
+            )
+        if not self._llm.reset_prefix_cache():
+            raise EnvironmentNotReady("vLLM kept its prefix cache, which belongs to the weights before")
+        return holds
+
+    def answer(self, prompts: Mapping[int, engine.Messages]) -> Iterator[list[Response]]:
+        """Samples of each of `prompts` (by number), as the prompts are finished.
+
+        Raises InputError for a prompt that leaves no room for a response.
+        """
+        running = self._llm.llm_engine
+        numbers: dict[str, int] = {}
+        for number, prompt in prompts.items():
+            tokens = engine.tokens_of(self._text.tokenizer, prompt)
+            self._check_room(len(tokens))
+            self._requests += 1
+            numbers[str(self._requests)] = number
+            running.add_request(str(self._requests), {"prompt_token_ids": tokens}, self._parameters(number))
+        while running.has_unfinished_requests():
+            for output in running.step():
+                if output.finished:
+                    yield self._responses(numbers[output.request_id], output)
+
+    def _check_room(self, tokens: int) -> None:
+        if tokens >= self._limit:
+            raise InputError(
+                f"a prompt has {counted(tokens, 'token')}, the limit is {self._limit}", hint="a larger --max-model-len"
+            )
+
+    def _needed(self, folder: Path, text: _Text) -> int:
+        """Tokens of the longest sequence: what is asked for, or what the prompts need if the model knows that many."""
+        if self._job.engine.max_model_len:
+            return self._job.engine.max_model_len
+        needed = text.longest + self._job.sampling.max_tokens
+        return min(needed, int(read_json(folder / "config.json").get("max_position_embeddings", needed)))
+
+    def _parameters(self, number: int) -> Any:
+        """Parameters of prompt `number`: a seed of its own makes its responses independent of the batch it is in."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = self._job.sampling
+        return SamplingParams(
+            n=sampling.n,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed + number * sampling.n if sampling.temperature else None,
+            # vLLM's own are those of the folder that the engine started with, whichever weights it holds
+            # (`update_from_generation_config`, vllm/sampling_params.py)
+            ignore_eos=True,
+            stop_token_ids=self._text.stop,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _responses(self, number: int, output: Any) -> list[Response]:
+        samples = sorted(output.outputs, key=lambda sample: sample.index)
+        return [
+            Response(
+                question=number,
+                sample=place,
+                response=self._text.tokenizer.decode(sample.token_ids, skip_special_tokens=True),
+                tokens=len(sample.token_ids),
+                cut=sample.finish_reason == "length",
+            )
+            for place, sample in enumerate(samples)
+        ]
+
+
+def serve(data: dict[str, Any], orders: server.Orders, emit: server.Emit) -> None:
+    """Fulfil orders until one has spoilt the engine or needs another."""
+    job = Job.of(data)
+    emit("stage", text="starting the vLLM engine")
+    prompts = [_prompts(job.questions(number)) for number in range(job.data_sets)]
+    generator: Generator | None = None
+    for order in map(Order.of, orders):
+        try:
+            generator = generator or Generator(job, [prompt for one in prompts for prompt in one])
             _fulfil(order, generator, prompts[order.data], emit)
         except Outgrown:
             emit("restart")
-            os._exit(ExitCode.OK)
+            return
         except Unreadable as error:
-            ends = generator is None or isinstance(error, Spoilt)
+            ends = generator is None or isinstance(error, engine.Spoilt)
             emit("skipped", reason=str(error), ends=ends)
             if ends:
-                os._exit(ExitCode.OK)
+                return
 
 
 def _fulfil(order: Order, generator: Generator, prompts: list[Any], emit: server.Emit) -> None:
@@ -66,10 +231,10 @@ def _fulfil(order: Order, generator: Generator, prompts: list[Any], emit: server
     emit("done", seconds=round(time.perf_counter() - started, 3))
 
 
-def _read_lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as stream:
-        yield from map(json.loads, stream)
+def _prompts(file: Path) -> list[engine.Messages]:
+    with file.open(encoding="utf-8") as stream:
+        return [json.loads(line)["prompt"] for line in stream]
 
 
 if __name__ == "__main__":
-    main()
+    server.run(serve)

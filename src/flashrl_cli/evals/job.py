@@ -1,32 +1,20 @@
-"""What the command line asks of its engine process, and the events that it answers with.
+"""What an evaluation asks of its engine process: the job, and an order for each checkpoint and data set.
 
-A job is a file, written before the process starts. Orders are JSON objects, one a line, on its stdin; the process ends itself when that
-closes. Events are JSON objects, one a line, on its stdout, with a key `event`: `stage` (text), `loaded` (holds: a contract.Handshake),
-`advance` (prompts, tokens), and one that ends the order: `done` (seconds), `skipped` (reason; ends: whether the process ends with it),
-`restart`, with which the process ends and the order is given to one that starts with its checkpoint, or `error` (kind: a class in `errors`,
-message, hint), with which the process ends.
-
-Why an evaluation engine died, from its log, and which option of `flashrl eval` helps.
-
-The command line's side of the engine process: start it, give it orders, hear its events, end it and all that it started.
+Events (worker.protocol) are `stage` (text), `loaded` (holds: a contract.Handshake), `advance` (prompts, tokens), and
+one that ends the order: `done` (seconds), `skipped` (reason; ends: whether the process ends with it), or `restart`,
+with which the process ends and the order is given to one that starts with its checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import files
-from flashrl_cli.errors import RunFailed
-from flashrl_cli.runs.metrics import last_lines
-from flashrl_cli.verl.causes import cause_in
-from flashrl_cli.verl.logs import root_error, telling
 from flashrl_cli.weights import Weights
-from flashrl_cli.worker.client import Worker, environment, worker
+from flashrl_cli.worker import client
 
 if TYPE_CHECKING:
     from flashrl_cli.evals.questions import Question
@@ -45,10 +33,11 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """How the engine runs: `rollout` is the precision of the linear layers, `max_model_len` (tokens) None means as the prompts need.
+    """How the engine runs: `rollout` is the precision of the linear layers.
 
-    `gpu_memory_utilization` is the share of each GPU's memory that vLLM takes, None its default; `tensor_parallel` counts GPUs;
-    `profile` is the absolute path of a smoothing profile.
+    `max_model_len` is in tokens, None as many as the prompts need. `gpu_memory_utilization` is the share of each GPU's
+    memory that vLLM takes, None its default; `tensor_parallel` counts GPUs; `profile` is the absolute path of a
+    smoothing profile.
     """
 
     rollout: str = "bf16"
@@ -60,7 +49,7 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One engine: `start` is the HF folder that says which architecture; `quantized` the method, if its weights are quantized already.
+    """One engine: `start` is an HF folder with its architecture; `quantized` is the method of quantized weights.
 
     `work` is a folder for the questions, one file for each of `data_sets` data sets.
     """
@@ -80,14 +69,13 @@ class Job:
         """Write the file that `questions` names."""
         self.questions(number).write_text("".join(q.line() + "\n" for q in questions), encoding="utf-8")
 
-    def write(self, path: Path) -> None:
-        """Write the job to `path`."""
-        files.write_json(path, {**asdict(self), "start": str(self.start), "work": str(self.work)})
+    def plain(self) -> dict[str, Any]:
+        """The job as plain data."""
+        return {**asdict(self), "start": str(self.start), "work": str(self.work)}
 
     @classmethod
-    def read(cls, path: Path) -> Job:
-        """Read what `write` wrote."""
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    def of(cls, data: Mapping[str, Any]) -> Job:
+        """The job that `plain` gave."""
         places = {key: Path(data[key]) for key in ("start", "work")}
         how = {"sampling": Sampling(**data["sampling"]), "engine": EngineSettings(**data["engine"])}
         return cls(**{**data, **places, **how})
@@ -95,80 +83,44 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """Answer the questions of data set `data` by the checkpoint `weights`, but for `answered` ones, appending to the file `answers`."""
+    """Answer the questions of data set `data`, except the `answered` ones, with `weights`, into the file `answers`."""
 
     weights: Weights
     data: int
     answers: Path
     answered: tuple[int, ...]
 
-    def line(self) -> str:
-        """The order as one line of JSON."""
-        data = {"data": self.data, "answers": str(self.answers), "answered": self.answered}
-        return json.dumps({**data, "weights": self.weights.plain()})
+    def plain(self) -> dict[str, Any]:
+        """The order as plain data."""
+        data = {"data": self.data, "answers": str(self.answers), "answered": list(self.answered)}
+        return {**data, "weights": self.weights.plain()}
 
     @classmethod
-    def parse(cls, line: str) -> Order:
-        """The order that `line` made."""
-        data = json.loads(line)
+    def of(cls, data: Mapping[str, Any]) -> Order:
+        """The order that `plain` gave."""
         answers, answered = Path(data["answers"]), tuple(data["answered"])
         return cls(weights=Weights.of(data["weights"]), data=data["data"], answers=answers, answered=answered)
 
 
+MODULE = "flashrl_cli.evals.engine"
 HINTS = {
-    "a GPU ran out of memory": "a smaller --max-model-len or --gpu-memory-utilization, or --tp over more GPUs",
-    "a GPU has less free memory than the rollout engine asks for": (
-        "a smaller --gpu-memory-utilization, or another GPU by CUDA_VISIBLE_DEVICES"
-    ),
-    "the rollout engine has no memory left for its KV cache": (
+    "gpu-memory": "a smaller --max-model-len or --gpu-memory-utilization, or --tp over more GPUs",
+    "gpu-occupied": ("a smaller --gpu-memory-utilization, or another GPU by CUDA_VISIBLE_DEVICES"),
+    "kv-memory": (
         "a smaller --max-model-len, or a larger --gpu-memory-utilization (on a CPU: VLLM_CPU_KVCACHE_SPACE, in GiB)"
     ),
-    "prompt and response are longer than the model can take": "a smaller --max-tokens or --max-model-len",
+    "model-length": "a smaller --max-tokens or --max-model-len",
 }
-"""What helps here, where verl.causes names a key of a training run."""
-_READ_LINES = 400
-_TAIL_LINES = 15
-_WIDTH = 300
-
-
-def died(code: int, log: Path, *, who: str = "the evaluation engine", hints: Mapping[str, str] = HINTS) -> RunFailed:
-    """The error for a process `who` that ended with exit code `code` before its work was done; `hints` by cause."""
-    lines = last_lines(log, _READ_LINES)
-    cause = next((found for line in lines if (found := cause_in(line)) and found.what in hints), None)
-    if cause:
-        return RunFailed(f"{who} died: {cause.what}", hint=f"{hints[cause.what]}; its log: {log}")
-    what = f"{who} ended with code {code}"
-    if root := root_error(lines):
-        return RunFailed(f"{what}: {root}", hint=f"its whole log: {log}")
-    tail = "\n".join(f"  {line[:_WIDTH]}" for line in telling(lines)[-_TAIL_LINES:])
-    return RunFailed(f"{what}:\n{tail}" if tail else what, hint=f"its whole log: {log}")
-
-
-ENGINE = "flashrl_cli.evals.engine"
-_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-
-
-class Engine:
-    """A running engine process."""
-
-    def __init__(self, process: Worker) -> None:
-        self._process = process
-
-    def fulfil(self, order: Order) -> Iterator[dict[str, Any]]:
-        """Give an order; its events as they come, up to `done`, `skipped` or `restart`.
-
-        Raises the error that the engine reports, or RunFailed with the end of its log if it died.
-        """
-        return self._process.ask(order.line())
+"""What helps here, by a cause's id; verl.causes has the hints for a training run."""
 
 
 @contextlib.contextmanager
-def engine(job: Job, log: Path, devices: str | None = None) -> Iterator[Engine]:
-    """An engine for `job`, on the GPUs `devices` (as in CUDA_VISIBLE_DEVICES) if given; its output goes to `log`.
+def engine(job: Job, log: Path, devices: str | None = None) -> Iterator[client.Worker]:
+    """An engine for `job`, which takes Orders; its output goes to `log`.
 
-    However the caller leaves, nothing stays running.
+    `devices` are as in CUDA_VISIBLE_DEVICES, None for all. However the caller leaves, nothing stays running.
     """
-    file = job.work / "job.json"
-    job.write(file)
-    with worker(ENGINE, file, log, environment(job.work, devices, _ONE_PROCESS), died) as process:
-        yield Engine(process)
+    env = client.environment(job.work, devices, client.ONE_PROCESS)
+    who = "the evaluation engine"
+    with client.worker(MODULE, job.plain(), job.work, log, env, who=who, hints=HINTS) as worker:
+        yield worker

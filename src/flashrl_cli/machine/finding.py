@@ -1,4 +1,4 @@
-"""One line of a diagnosis: how it stands, what was found, and what would mend it."""
+"""One line of a diagnosis: its level, what was found, and what would fix it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flashrl_cli.errors import Problem
 
 
 class Level(enum.StrEnum):
-    """How a check ended: a run can start, may suffer, or cannot start."""
+    """How a check ended: a run can start, can start with a risk, or cannot start."""
 
     OK = "ok"
     WARN = "warn"
@@ -19,7 +19,7 @@ class Level(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found; `fix` is the one command, key or variable that mends it."""
+    """What one check found; `fix` is the one command, key or variable that fixes it."""
 
     name: str
     level: Level
@@ -33,12 +33,12 @@ def ok(name: str, text: str) -> Finding:
 
 
 def warn(name: str, text: str, fix: str | None = None) -> Finding:
-    """A check that deserves attention; a run can start all the same."""
+    """A check that found a risk; a run can start all the same."""
     return Finding(name, Level.WARN, text, fix)
 
 
 def fail(name: str, text: str, fix: str | None = None) -> Finding:
-    """A check without whose mending a run cannot start, or would not be what it says."""
+    """A check that failed: a run cannot start before it is fixed, or would not run as it is configured."""
     return Finding(name, Level.FAIL, text, fix)
 
 

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from flashrl_cli.errors import EnvironmentNotReady
 from flashrl_cli.machine.finding import Finding, fail, ok, warn
+from flashrl_cli.precision import PRECISIONS, Capabilities
+from flashrl_cli.text import counted
 
 QUERY = ("--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader,nounits")
 DRIVERS = {13: 580, 12: 525}
@@ -20,31 +23,11 @@ PINNED_CUDA = 13
 
 
 COMPATIBLE = Path("/usr/local/cuda/compat")
-"""NVIDIA's cuda-compat, with which an older driver of a data centre's GPU serves a newer CUDA; its images have it here."""
-
-
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """Compute capabilities on which a precision runs, from `least` to below `below`."""
-
-    least: tuple[int, int]
-    below: tuple[int, int] | None = None
-    instead: str = "bf16"
-
-
-PRECISIONS = {
-    "bf16": Precision((8, 0), instead="int8"),
-    # vLLM's CUTLASS kernels for INT8 end with Hopper (docs/features/quantization/int8.md of vLLM)
-    "int8": Precision((7, 5), (10, 0), instead="fp8"),
-    "fp8": Precision((8, 9), instead="int8"),
-    "fp8-block": Precision((8, 9), instead="int8"),
-}
+"""NVIDIA's cuda-compat, with which an older driver of a data centre's GPU serves a newer CUDA."""
 
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 AMD = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-CACHE = Precision((9, 0), (10, 0))
-"""FP8 KV caches: elsewhere vLLM takes FlashInfer for them (platforms/cuda.py:142 in 0.24), which does not read new scales."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +41,7 @@ class Gpu:
 
 
 def probe(query: Sequence[str] = QUERY) -> str | None:
-    """What `nvidia-smi` answers to `query`, or why it says nothing; None where it is not installed."""
+    """The output of `nvidia-smi` for `query`, or why there is none; None where it is not installed."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
@@ -91,31 +74,14 @@ def seen() -> list[Gpu]:
     return visible(parse(probe()), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def devices(gpus: Sequence[Gpu], text: str | None, *, stack: str, joined: bool) -> Finding:
-    """Which GPUs there are; the stack `gpu` needs some, unless runs here are `joined` to a cluster."""
-    wanted = stack == "gpu" and not joined
-    if gpus:
-        found = ", ".join({f"{sum(other == gpu for other in gpus)} x {_describe(gpu)}": None for gpu in gpus})
-        if stack == "gpu":
-            return ok("GPUs", found)
-        return warn("GPUs", f"{found}; the CPU stack does not use them", "install the GPU stack, requirements/gpu.txt")
-    if text is not None:
-        reason = next((line for line in text.splitlines() if line.strip()), "nothing")
-        return (fail if wanted else warn)("GPUs", f"none; nvidia-smi says: {reason}", "mend the NVIDIA driver")
-    if wanted:
-        return fail(
-            "GPUs", "none: no nvidia-smi", "install the NVIDIA driver, or run on a cluster: `train --executor ray`"
-        )
-    return ok("GPUs", "none; the cluster has its own" if joined else "none; the CPU stack needs none")
-
-
 def vendors(
     environment: Mapping[str, str], count: int | None, *, preset: Mapping[str, str] = NOTHING
 ) -> Iterator[Finding]:
-    """Yield what is left of an AMD environment and ends verl's workers (verl/single_controller/base/worker.py:231).
+    """Yield variables of an AMD environment that end verl's workers (verl/single_controller/base/worker.py:231).
 
-    `count` is the number of devices of a run on a node, None where nobody knows; `preset` are the variables of its `env`. Ray sets
-    CUDA_VISIBLE_DEVICES for every worker that has a device, on the CPU stack, too. A variable that is empty does not count.
+    `count` is the number of devices of a run on a node, None if unknown; `preset` are the variables of its `env`. Ray
+    sets CUDA_VISIBLE_DEVICES for every worker that has a device, on the CPU stack, too. A variable that is empty does
+    not count.
     """
     ray_sets = not environment.get("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES")
     cuda = environment.get("CUDA_VISIBLE_DEVICES") or ("0" if ray_sets else "")
@@ -146,39 +112,24 @@ def driver(gpus: Sequence[Gpu], cuda: int, *, compatible: bool) -> Iterator[Find
 
 
 def cuda_of(torch: str) -> int:
-    """Major version of CUDA that a version of torch is built for: `2.11.0+cu128` says 12, no local part is the pinned one's."""
+    """Major version of CUDA that a torch is built for: 12 for `2.11.0+cu128`, the pinned one without a local part."""
     _, _, local = torch.partition("+cu")
     return int(local[:2]) if local[:2].isdigit() else PINNED_CUDA
 
 
-def precisions(gpus: Sequence[Gpu]) -> Iterator[Finding]:
-    """Yield which precisions rollouts can have on these GPUs."""
-    if not gpus:
-        return
-    lacking = {name: reason for name in PRECISIONS if (reason := lacks(name, gpus))}
-    able = [name for name in PRECISIONS if name not in lacking]
-    text = ", ".join(able) or "none"
-    if lacking:
-        yield warn(
-            "precisions", f"{text}; {'; '.join(lacking.values())}", f"--rollout {'|'.join(able)}" if able else None
-        )
-    else:
-        yield ok("precisions", text)
-
-
 def lacks(precision: str, gpus: Sequence[Gpu]) -> str | None:
     """Why some of these GPUs cannot compute in a precision; None if all can."""
-    return outside(PRECISIONS[precision], precision, gpus)
+    return outside(PRECISIONS[precision].gpus, precision, gpus)
 
 
-def outside(bounds: Precision, what: str, gpus: Sequence[Gpu]) -> str | None:
+def outside(bounds: Capabilities, what: str, gpus: Sequence[Gpu]) -> str | None:
     """Why some of these GPUs are not within `bounds`; None if all are."""
     for gpu in gpus:
-        have = f"{gpu.name} has {_dotted(gpu.capability)}"
+        have = f"{gpu.name} has {dotted(gpu.capability)}"
         if gpu.capability < bounds.least:
-            return f"{what} needs compute capability {_dotted(bounds.least)} or newer, {have}"
+            return f"{what} needs compute capability {dotted(bounds.least)} or newer, {have}"
         if bounds.below and gpu.capability >= bounds.below:
-            return f"{what} has kernels for compute capabilities below {_dotted(bounds.below)} only, {have}"
+            return f"{what} has kernels for compute capabilities below {dotted(bounds.below)} only, {have}"
     return None
 
 
@@ -192,11 +143,8 @@ def _gpu(line: str) -> Gpu | None:
     return Gpu(fields[0], (int(major), int(minor)), fields[2], int(fields[3]))
 
 
-def _describe(gpu: Gpu) -> str:
-    return f"{gpu.name} ({gpu.memory_mib / 1024:.0f} GiB, compute capability {_dotted(gpu.capability)})"
-
-
-def _dotted(capability: tuple[int, int]) -> str:
+def dotted(capability: tuple[int, int]) -> str:
+    """A compute capability as NVIDIA writes it: 9.0."""
     return ".".join(map(str, capability))
 
 
@@ -204,3 +152,60 @@ def _number(version: str) -> int:
     """Branch of a driver: 580 of 580.65.06."""
     branch = version.partition(".")[0]
     return int(branch) if branch.isdigit() else 0
+
+
+_FREE = ("--query-gpu=index,memory.total,memory.free", "--format=csv,noheader,nounits")
+_USUAL = 0.9
+"""vLLM's own gpu_memory_utilization."""
+_MARGIN = 0.03
+"""Share of the memory that stays free beside other processes and the engine."""
+_LEAST = 0.1
+"""A GPU with less free memory than this share of it has no room."""
+
+
+@dataclass(frozen=True, slots=True)
+class FreeMemory:
+    """All memory of a GPU and what is free of it, in MiB; `index` is the GPU's."""
+
+    index: int
+    total: int
+    free: int
+
+    @property
+    def share(self) -> float:
+        """Share of its memory that an engine may take."""
+        return min(_USUAL, self.free / self.total - _MARGIN)
+
+
+def choose_free(count: int, share: float | None) -> tuple[str | None, float | None]:
+    """Choose the `count` GPUs with the most free memory, so that an engine does not get in a training run's way.
+
+    Returns CUDA_VISIBLE_DEVICES for the engine, None if that is set already or there is no GPU, and the share of their
+    memory that it may take: `share` where it is given. Raises EnvironmentNotReady if too few GPUs have free memory.
+    """
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return None, share
+    found = parse_free(probe(_FREE) or "")
+    return freest(count, share, found) if found else (None, share)
+
+
+def parse_free(text: str) -> list[FreeMemory]:
+    """GPUs in the answer of `nvidia-smi`; lines that describe none are passed over."""
+    rows = [[part.strip() for part in line.split(",")] for line in text.splitlines()]
+    numbers = [list(map(int, row)) for row in rows if len(row) == 3 and all(part.isdigit() for part in row)]
+    return [FreeMemory(*row) for row in numbers if row[1]]
+
+
+def freest(count: int, share: float | None, found: Sequence[FreeMemory]) -> tuple[str, float]:
+    """The choice of `choose_free` among `found`. Raises EnvironmentNotReady if too few have free memory."""
+    if len(found) < count:
+        raise EnvironmentNotReady(f"--tp {count}: this machine has {counted(len(found), 'GPU')}")
+    chosen = sorted(found, key=lambda gpu: (-gpu.share, gpu.index))[:count]
+    least = min(gpu.share for gpu in chosen)
+    if least < _LEAST:
+        free = ", ".join(f"{gpu.index}: {gpu.free / 1024:.1f} GiB" for gpu in found)
+        hint = "wait for what runs there (`nvidia-smi` names it), or CUDA_VISIBLE_DEVICES= for a CPU build of vLLM"
+        raise EnvironmentNotReady(f"no GPU has room for an engine; free memory by GPU: {free}", hint=hint)
+    return ",".join(str(index) for index in sorted(gpu.index for gpu in chosen)), round(
+        least, 2
+    ) if share is None else share

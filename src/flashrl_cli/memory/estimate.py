@@ -1,6 +1,7 @@
 """Will a run fit: peak memory of every phase on one GPU, a verdict, and the one key that would help most.
 
-Pure: everything comes from the composed configuration, the model's shape and the GPU's size. Formulae and their sources: docs/memory.md.
+Pure: everything comes from the composed configuration, the model's shape and the GPU's size. Formulae and their sources:
+docs/memory-model.md.
 
 The phases of a training step as verl's hybrid engine runs them, and what lies on one GPU in each.
 
@@ -19,23 +20,21 @@ from flashrl_cli.memory import advise
 from flashrl_cli.memory import parts as passes
 from flashrl_cli.memory import parts as serving
 from flashrl_cli.memory.parts import GIB, Item, Model, item, model_of, resident, total
+from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.text import counted
-from flashrl_cli.verl.config import TrainerSettings, settings_of
+from flashrl_cli.verl.config import Settings, TrainerSettings, trainer_settings
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
     from flashrl_cli.memory.advise import Advice
-    from flashrl_cli.memory.model import ModelShape
     from flashrl_cli.memory.parts import Engine
     from flashrl_cli.verl.compose import Tree
+    from flashrl_cli.weights.shape import ModelShape
 
 TRAINER_CONTEXT = 1480 << 20
 """Bytes of a trainer process outside torch: 1,473 MiB measured under FSDP1 on two GPUs, of which 523 are the CUDA context."""
 ENGINE_CONTEXT = 512 << 20
 """Bytes of an engine's CUDA context, which vLLM does not count against its budget; taken to be as large as the trainer's."""
-ASLEEP = {"bf16": 600 << 20, "int8": 1000 << 20, "fp8": 1950 << 20, "fp8-block": 1950 << 20}
-"""Bytes that a sleeping engine keeps beside context and graphs; measured: 0.5 to 0.6 GiB for bf16, 0.4 to 1.0 for int8, 1.5 to 1.9 for
-both kinds of fp8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +109,7 @@ def _asleep(run: Run) -> tuple[Item, ...]:
     if not run.settings.rollout.sleeps:
         return _awake(run)
     rollout = run.settings.rollout
-    kept = ENGINE_CONTEXT + serving.graphs(run.shape, rollout) + ASLEEP[rollout.precision]
+    kept = ENGINE_CONTEXT + serving.graphs(run.shape, rollout) + PRECISIONS[rollout.precision].asleep_bytes
     return (item("sleeping engine", kept, f"CUDA context, graphs, buffers of {rollout.precision}"),)
 
 
@@ -231,7 +230,7 @@ def estimate(
 
     Without `critic_shape` a critic starts from the policy. Raises ValueError for a training engine other than FSDP.
     """
-    return of_settings(settings_of(resolved.spec, tree), shape, critic_shape, gpu_bytes)
+    return of_settings(trainer_settings(Settings(resolved, (), tree)), shape, critic_shape, gpu_bytes)
 
 
 def of_settings(

@@ -22,18 +22,19 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flashrl_cli.memory.model import parameters
+from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.text import counted
+from flashrl_cli.weights.shape import parameters
 
 if TYPE_CHECKING:
-    from flashrl_cli.memory.model import ModelShape
     from flashrl_cli.verl.config import Batch, EngineSettings, RolloutSettings, TrainerSettings
+    from flashrl_cli.weights.shape import ModelShape
 
 GIB = 1 << 30
 MARGIN = 0.1
 """Share by which an item may be larger than estimated."""
 FRAGMENTS = 0.3
-"""The same for what a pass allocates and frees: the caching allocator held 30 to 33 % more than that, see docs/memory.md."""
+"""The same for what a pass allocates and frees: the caching allocator held 30 to 33 % more than that, see docs/memory-model.md."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,19 +364,12 @@ def _size(part: Item) -> int:
 
 BLOCK = 16
 """Tokens of a KV block."""
-FP8_BLOCK = 128 * 128
-"""Weights that share one float32 scale under verl's fp8-block (verl/utils/vllm/vllm_fp8_utils.py)."""
 OUTSIDE_TORCH = 200 << 20
 """Bytes of libraries that vLLM counts against its budget: 182 and 194 MiB measured for bf16 on one GPU."""
 GRAPHS, GRAPHS_OF_LAYER = 120 << 20, 11 << 20
 """Bytes of CUDA graphs: 348 to 471 MiB measured for 28 layers, 752 to 881 for 64 (51 sizes of batch, the default)."""
 SAMPLER_BYTES = 18
 """Bytes a logit of the warm-up of the sampler: 18.3 measured with 1,024 sequences and a vocabulary of 151,936."""
-MLP_BYTES = {"bf16": 6, "int8": 7, "fp8": 7, "fp8-block": 5}
-"""Bytes a token for each unit of the MLP's width: gate and up projection, their product.
-
-int8 and fp8 add an 8-bit copy of the product, fp8-block has only that.
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -421,18 +415,16 @@ def engine(shape: ModelShape, settings: TrainerSettings, gpu_bytes: int) -> Engi
 
 
 def weights(shape: ModelShape, precision: str, tensor_parallel: int = 1) -> int:
-    """Bytes of the weights on one GPU: bf16 2 B; 8-bit linear layers 1 B and their scales.
+    """Bytes of the weights on one GPU: those of quantized layers and their float32 scales, and 2 B of every other weight.
 
-    A float32 scale for each output channel under int8 and fp8, for each block under fp8-block. Embeddings, head, norms and, but under
-    fp8-block, experts stay bf16 (plugins/online_linear.py).
+    Embeddings, head and norms stay bf16 in every precision, experts in most (plugins/linear.py).
     """
-    counts = parameters(shape)
-    plain = counts.embeddings + counts.head + counts.other
-    size: float = 2 * counts.total
-    if precision in {"int8", "fp8"}:
-        size = 2 * (plain + counts.experts) + counts.linear + 4 * output_channels(shape)
-    elif precision == "fp8-block":
-        size = 2 * plain + (counts.linear + counts.experts) * (1 + 4 / FP8_BLOCK)
+    counts, row = parameters(shape), PRECISIONS[precision]
+    if not row.quantized:
+        return round(2 * counts.total / tensor_parallel)
+    quantized = counts.linear + (counts.experts if row.experts else 0)
+    scales = quantized / row.block**2 if row.block else output_channels(shape)
+    size = row.weight_bytes * quantized + 4 * scales + 2 * (counts.total - quantized)
     return round(size / tensor_parallel)
 
 
@@ -453,7 +445,7 @@ def kv_bytes(shape: ModelShape, rollout: RolloutSettings) -> int:
 def working(shape: ModelShape, rollout: RolloutSettings) -> int:
     """Bytes that vLLM sets aside beside weights and cache: the larger of a full batch in an MLP and of the sampler, and CUDA graphs."""
     width = shape.intermediate if not shape.experts else shape.experts_per_token * shape.expert_intermediate
-    token = MLP_BYTES[rollout.precision] * width / rollout.tensor_parallel + 8 * shape.hidden
+    token = PRECISIONS[rollout.precision].mlp_bytes * width / rollout.tensor_parallel + 8 * shape.hidden
     sampler = rollout.max_num_seqs * shape.vocab * SAMPLER_BYTES
     return round(max(rollout.max_num_batched_tokens * token, sampler)) + OUTSIDE_TORCH + graphs(shape, rollout)
 

@@ -49,6 +49,7 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from flashrl_cli import contract
+from flashrl_cli.precision import PRECISIONS
 
 RANK = "VERL_REPLICA_RANK"
 """The replica's number, from 0 (vllm_async_server.py:136; read by verl's own workers in vllm_rollout/utils.py:424)."""
@@ -228,6 +229,17 @@ class OnlineConfig(QuantizationConfig):
         self.ignore = ignore or []
 
     @classmethod
+    def get_name(cls) -> str:
+        """Name to pass as vLLM's `quantization`."""
+        return str(PRECISIONS[cls.method.precision].method)
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Least compute capability, as vLLM writes it: 89 for 8.9."""
+        major, minor = PRECISIONS[cls.method.precision].gpus.least
+        return 10 * major + minor
+
+    @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:
         """Activation dtypes that the kernels take."""
         return [torch.bfloat16, torch.half]
@@ -296,16 +308,6 @@ class Int8OnlineConfig(OnlineConfig):
 
     method = Int8OnlineLinearMethod
 
-    @classmethod
-    def get_name(cls) -> str:
-        """Name to pass as vLLM's `quantization`."""
-        return contract.INT8_METHOD
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Turing (7.5): the first with INT8 tensor cores."""
-        return 75
-
 
 class Fp8OnlineLinearMethod(OnlineLinearMethod):
     """FP8 weights per channel, FP8 activations per token."""
@@ -345,15 +347,9 @@ class Fp8OnlineConfig(OnlineConfig):
 
     method = Fp8OnlineLinearMethod
 
-    @classmethod
-    def get_name(cls) -> str:
-        """Name to pass as vLLM's `quantization`."""
-        return contract.FP8_METHOD
 
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Ada (8.9): the first with FP8 tensor cores."""
-        return 89
+CONFIGS: tuple[type[OnlineConfig], ...] = (Int8OnlineConfig, Fp8OnlineConfig)
+"""What vLLM learns from the plugin: one for every precision with a method of flashrl's."""
 
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.quantization.fp8 import Fp8LinearMethod
 from flashrl_cli import contract
 from flashrl_cli.plugins.coverage import Coverage, ties_head
 from flashrl_cli.plugins.disk_refit import BenchExtension
+from flashrl_cli.precision import FP8_BLOCK
 
 if TYPE_CHECKING:
     from flashrl_cli.plugins.refit import Bucket, Stream
@@ -57,7 +58,7 @@ class BlocksExtension(BenchExtension, vLLMColocateWorkerExtension):
             return shake
         return replace(
             shake,
-            precision=contract.BLOCKS,
+            precision=FP8_BLOCK.name,
             quantized_layers=len(blocks),
             quantized_bytes=sum(layer.weight.nbytes for layer in blocks),
             kernel=type(blocks[0].quant_method.fp8_linear).__name__,

@@ -1,6 +1,6 @@
 """Entry point `vllm.general_plugins`: vLLM calls `register` in every process that it starts.
 
-It registers the quantization methods `flashrl_int8` and `flashrl_fp8`, has the load of a model's folder checked, and registers the float32
+It registers flashrl's quantization methods, has the load of a model's folder checked, and registers the float32
 head where a run asks for it; nothing in runs that are not flashrl's.
 """
 
@@ -15,14 +15,11 @@ def register() -> None:
         return
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from flashrl_cli.plugins import coverage
-    from flashrl_cli.plugins.linear import Fp8OnlineConfig, Int8OnlineConfig
+    from flashrl_cli.plugins import coverage, linear
 
-    for config in (Int8OnlineConfig, Fp8OnlineConfig):
+    for config in linear.CONFIGS:
         register_quantization_config(config.get_name())(config)
     coverage.check_first_load()
     if contract.RolloutOptions.here().lm_head_fp32:
-        from flashrl_cli.plugins import linear
-
         linear.register()
     contract.logger().info("registered with vLLM for %s", contract.RolloutOptions.here())

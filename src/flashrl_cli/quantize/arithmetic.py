@@ -1,9 +1,8 @@
-"""The arithmetic of weights in 8 bits on a CPU, and what it loses: each row by itself, in pieces that a core's cache holds.
+"""The two schemes of a W8A8 checkpoint, and the arithmetic of 8-bit weights on a CPU with the error that it causes.
 
-The two schemes of a W8A8 checkpoint, and how compressed-tensors describes them to a reader.
-
-Weights: symmetric, one scale per output channel, max|w| / 127 or / 448; activations: symmetric, one scale per token, made by the engine.
-That is what `--rollout int8` and `--rollout fp8` make of weights as they are loaded (plugins/int8_linear.py, plugins/fp8_linear.py).
+Weights: symmetric, one scale per output channel, max|w| / 127 or max|w| / 448; activations: symmetric, one scale per
+token, computed by the engine. That is what `--rollout int8` and `--rollout fp8` make of weights as they are loaded
+(plugins/linear.py). Each row is quantized by itself, in pieces that a core's cache holds.
 """
 
 from __future__ import annotations
@@ -17,12 +16,24 @@ from flashrl_cli.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+_PIECE = 2**18
+"""Elements that are worked on at once."""
+_NUMBER = 0x7F
+"""All bits of an e4m3 but its sign: 0 is stored as 0 and as -0."""
+_E4M3 = ~0x4000
+"""Mask of an e4m3 that was moved into a float16 by 7 bits: all but the highest bit of the exponent, which holds its
+sign.
+"""
+_HALVES = 2.0**8
+"""What evens out the exponents' biases, 7 and 15."""
+_ROUNDING = 1 + 2.0**-20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
-    """How a weight is stored: `largest` is the largest value of its `dtype` (safetensors' name), `least` the smallest scale.
+    """How a weight is stored: `largest` is the largest value of its `dtype`, `least` the smallest scale.
 
-    `kind` is compressed-tensors' type, `format` its name for how the values lie in the file.
+    `dtype` is safetensors' name, `kind` compressed-tensors' type, `format` its name for the layout in the file.
     """
 
     name: str
@@ -35,8 +46,9 @@ class Scheme:
     def config(self, ignore: Sequence[str]) -> dict[str, Any]:
         """config.json's `quantization_config`: all linear layers but those that `ignore` names or matches.
 
-        As compressed-tensors writes it (compressed_tensors/quantization/quant_config.py), and as vLLM reads it since 0.24
-        (vllm/model_executor/layers/quantization/compressed_tensors/compressed_tensors.py:_quantization_scheme_map_from_config).
+        As compressed-tensors writes it (compressed_tensors/quantization/quant_config.py), and as vLLM reads it since
+        0.24
+        (vllm/model_executor/layers/quantization/compressed_tensors/, _quantization_scheme_map_from_config).
         """
         bits = {"num_bits": 8, "type": self.kind, "symmetric": True}
         group = {
@@ -71,20 +83,9 @@ def named(name: str) -> Scheme:
     raise InputError(f"--scheme {name}: unknown", hint="int8 or fp8")
 
 
-_PIECE = 2**18
-"""Elements that are worked on at once."""
-_NUMBER = 0x7F
-"""All bits of an e4m3 but its sign: 0 is stored as 0 and as -0."""
-_E4M3 = ~0x4000
-"""Mask of an e4m3 that was moved into a float16 by 7 bits: all but the highest bit of the exponent, where its sign lies, too."""
-_HALVES = 2.0**8
-"""What evens out the exponents' biases, 7 and 15."""
-_ROUNDING = 1 + 2.0**-20
-
-
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """Sums over the values of a weight: W², (W − its 8-bit values × scales)², stored zeros, and values beyond the range."""
+    """Sums over a weight: W², (W − its 8-bit values × scales)², stored zeros, and values beyond the range."""
 
     square: float = 0.0
     error: float = 0.0
@@ -129,10 +130,13 @@ class Room:
 
 
 def quantize(weight: torch.Tensor, scheme: Scheme, values: torch.Tensor, scales: torch.Tensor, room: Room) -> Losses:
-    """Write the 8-bit values [N, K] and float32 scales [N, 1] of a weight [N, K] in 16 or 32 bits; float32 is rounded to bf16 first.
+    """Write the 8-bit values [N, K] and float32 scales [N, 1] of a weight [N, K].
 
-    scale = max|w| / scheme.largest, value = w / scale, rounded to even: what plugins/int8_linear.py computes on a CPU, and vLLM's kernel
-    for fp8 (csrc/quantization/w8a8/fp8/common.cu, dynamic_per_token_scaled_fp8_quant). Raises ValueError for what is no number.
+    The weight has 16 or 32 bits; float32 is rounded to bf16 first.
+
+    scale = max|w| / scheme.largest, value = w / scale, rounded to even: what plugins/linear.py computes on a CPU,
+    and vLLM's kernel for fp8 (csrc/quantization/w8a8/fp8/common.cu, dynamic_per_token_scaled_fp8_quant). Raises
+    ValueError for what is no number.
     """
     import torch
 
@@ -151,7 +155,7 @@ def quantize(weight: torch.Tensor, scheme: Scheme, values: torch.Tensor, scales:
 
 
 def _largest(weight: torch.Tensor, room: Room) -> torch.Tensor:
-    """max|w| of each row [N, 1]: positive floats are ordered as the integers of the same bits, whose largest is found sooner."""
+    """max|w| of each row [N, 1], by the integers of the same bits, which order positive floats alike, and faster."""
     import torch
 
     bits = room.bits(weight.shape)
@@ -187,7 +191,7 @@ def _quantize(
 
 
 def _halves(values: torch.Tensor, room: Room) -> torch.Tensor:
-    """e4m3 as float16, _HALVES times too small: the bits moved into place, many times faster than torch's own conversion on a CPU."""
+    """e4m3 as float16, _HALVES times too small, by moving bits: many times faster on a CPU than torch's conversion."""
     import torch
 
     moved = room.bits(values.shape).copy_(values.view(torch.int8)).bitwise_left_shift_(7).bitwise_and_(_E4M3)

@@ -1,12 +1,8 @@
-"""A smoothing profile for a model, from what it computes on a data set.
+"""A smoothing profile for a model, from the activations of its linear layers while it reads worked answers.
 
-What linear layers are given when a model reads worked answers: the largest value of each channel, and some rows of it.
-
-Scales for one junction, chosen by what they do to the INT8 error of the layers that read there.
-
-s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) (SmoothQuant, arXiv 2211.10438, equation 4), rounded to powers of two, so that the division is
-exact in bf16. That costs little beside what an outlier costs: with planted ones an error of 14.2 % falls to 1.00 %, and to 0.88 % with
-scales that are not rounded.
+s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) (SmoothQuant, arXiv 2211.10438, equation 4), rounded to powers of two, so
+that the division is exact in bf16. Rounding costs little beside what an outlier costs: with planted ones an error of
+14.2 % falls to 1.00 %, and to 0.88 % with scales that are not rounded.
 """
 
 from __future__ import annotations
@@ -27,8 +23,8 @@ from flashrl_cli import files
 from flashrl_cli.data.rows import Scoring
 from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
 from flashrl_cli.evals.questions import read as read_questions
+from flashrl_cli.quantize.inputs import ELSEWHERE, there
 from flashrl_cli.quantize.layers import Junction, junctions
-from flashrl_cli.quantize.request import ELSEWHERE, there
 from flashrl_cli.weights import Unreadable, Weights, read_json
 from flashrl_cli.weights.contents import shapes
 from flashrl_cli.weights.profile import SHAPE, About, Profile
@@ -42,10 +38,24 @@ MAX_TOKENS = 1024
 """A sample is cut here."""
 KEPT = 256
 """Rows of a layer's input that errors are measured on, from all samples alike."""
+SHIFTS = (0.25, 0.5, 0.75)
+"""Of all logarithms before they are rounded: a common factor changes nothing in INT8, but which of them are rounded up
+and which down.
+"""
+LEAST_GAIN = 0.01
+"""Share of the error that scales must save to be kept: less is noise of the sample."""
+_TINY = 1e-5
+_MOST = 12
+"""Largest exponent: beyond 2^12 a channel is not evened out but lost."""
+SCHEMA_VERSION = 1
+_MADE_BY = ("torch", "transformers")
+_GIB = 2**30
+_LINES = 10
+"""Lines of progress of each part of the work."""
 
 
 def texts(questions: Sequence[Question], count: int) -> list[list[dict[str, str]]]:
-    """`count` worked conversations, spread evenly over the data: the prompt and the solution, else the final answer, if there is one."""
+    """`count` conversations, spread evenly over the data: prompt and solution, else the final answer if any."""
     count = max(0, min(count, len(questions)))
     return [_worked(questions[number * len(questions) // count]) for number in range(count)]
 
@@ -73,8 +83,9 @@ def tokens(folder: Path, conversations: Iterable[list[dict[str, str]]]) -> list[
 class Seen:
     """Inputs of one layer: `peak` [K] is max|X_j| of all tokens, `rows` [about KEPT, K] are those of some; float32.
 
-    A sample's first token is left out: its activations are huge in many models and like no other token's (Sun et al. 2024,
-    arXiv 2402.17762), and scales that even them out spoil the weights for all others. Per-token scales keep it to itself.
+    A sample's first token is left out: its activations are huge in many models and like no other token's (Sun et al.
+    2024, arXiv 2402.17762), and scales that even them out spoil the weights for all others. Per-token scales keep it to
+    itself.
     """
 
     def __init__(self, samples: int) -> None:
@@ -116,13 +127,6 @@ def _adder(seen: Seen) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
 
 ALPHAS = tuple(step / 10 for step in range(10))
 """What is tried where no alpha is given: 0.0 evens out weights alone, 0.9 activations nearly alone."""
-SHIFTS = (0.25, 0.5, 0.75)
-"""Of all logarithms before they are rounded: a common factor changes nothing in INT8, but which of them are rounded up and which down."""
-LEAST_GAIN = 0.01
-"""Share of the error that scales must save to be kept: less is noise of the sample, and costs a multiplication a refit."""
-_TINY = 1e-5
-_MOST = 12
-"""Largest exponent: beyond 2^12 a channel is not evened out but lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +165,7 @@ def choose(
 def balanced(
     junction: Junction, peak: torch.Tensor, weights: Sequence[torch.Tensor], alpha: float, shift: float = 0.0
 ) -> torch.Tensor:
-    """Scales [K], powers of two around 1: equal for the query heads of one key-value head, 1 for channels that are never used.
+    """Scales [K], powers of two around 1: equal for the query heads of one key-value head, 1 for unused channels.
 
     `shift` is one of SHIFTS, or 0.
     """
@@ -193,7 +197,7 @@ def _spread(junction: Junction, values: torch.Tensor) -> torch.Tensor:
 def errors(
     inputs: torch.Tensor, weights: Sequence[torch.Tensor], exact: Sequence[torch.Tensor], scales: torch.Tensor | None
 ) -> tuple[float, ...]:
-    """Relative error of each weight's output in INT8: |y_int8 - y| / |y| of each token, and of those the root mean square.
+    """Relative error of each weight's output in INT8: the root mean square over tokens of |y_int8 - y| / |y|.
 
     Weights have a scale per output channel, activations one per token, both symmetric, as the kernels have.
     """
@@ -219,18 +223,14 @@ def _total(choice: Choice) -> float:
 
 
 Say = Callable[[str], None]
-SCHEMA_VERSION = 1
-_MADE_BY = ("torch", "transformers")
-_GIB = 2**30
-_LINES = 10
-"""Lines of progress that a part of the work is told in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerChange:
-    """One linear layer: alpha (None: its columns stay as they are), and before and after smoothing max|X|, max|W| and its output's error.
+    """One linear layer before and after smoothing: max|X|, max|W| and its output's error; alpha None: unchanged.
 
-    max|W| is of the columns' scales alone: those of rows cancel in a weight with one scale per row. The error is `scales.errors`'.
+    max|W| is of the columns' scales alone: those of rows cancel in a weight with one scale per row. The error is
+    that of `errors`.
     """
 
     name: str
@@ -242,7 +242,7 @@ class LayerChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibrated:
-    """A profile that was written, and what it does to each linear layer; without `layers` it was there already, made of the same."""
+    """A profile that was written and its effect on each linear layer; without `layers` it was there already."""
 
     profile: Profile
     layers: tuple[LayerChange, ...]
@@ -281,12 +281,12 @@ class Calibrated:
 
 
 def calibrate(model: Path, parquet: Path, *, samples: int, alpha: float | None, out: Path, say: Say) -> Calibrated:
-    """Write to `out` the smoothing profile of the HF folder `model`, calibrated on `samples` rows of a prepared data set.
+    """Write to `out` the smoothing profile of the HF folder `model`, calibrated on `samples` rows of a data set.
 
-    `alpha` None chooses, layer by layer, what gives the least error; `say` is told the progress. The same input gives the same profile,
-    and one that is there already is taken. Nothing is written before the end. Raises InputError for a model, data or an alpha that cannot
-    be used and for an `out` made of something else, RunFailed if nothing is gained, EnvironmentNotReady if the model does not fit into
-    memory.
+    `alpha` None chooses, layer by layer, what gives the least error; `say` prints the progress. The same input gives
+    the same profile, and one that is there already is taken. Nothing is written before the end. Raises InputError for a
+    model, data or an alpha that cannot be used and for an `out` made of something else, RunFailed if nothing is gained,
+    EnvironmentNotReady if the model does not fit into memory.
     """
     if alpha is not None and not 0 <= alpha < 1:
         raise InputError(f"alpha is {alpha}, and should be from 0 to less than 1", hint="--alpha auto")
@@ -347,7 +347,7 @@ def _described(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]
 
 
 def _room(parameters: int) -> None:
-    """Raise EnvironmentNotReady where the CPU's memory cannot hold the model in float32; a GPU tells itself."""
+    """Raise EnvironmentNotReady where the CPU's memory cannot hold the model in float32; a GPU raises its own error."""
     import psutil
     import torch
 

@@ -1,10 +1,9 @@
-"""Which of a model's tensors are linear layers to quantize, and which stay as they are: told by names and shapes alone.
+"""Which of a model's tensors are linear layers to quantize, and which may be scaled against each other, by their names.
 
-Which tensors may be scaled against each other: what a linear layer reads, and what makes it.
-
-SmoothQuant (Xiao et al. 2022, arXiv 2211.10438, section 4): column j of a weight is multiplied by s_j, and channel j of its input divided
-by it. The division costs nothing where a tensor makes that channel alone: the weight of a norm, the rows of v_proj (attention mixes
-positions, not channels) and of up_proj (the activation of gate_proj is multiplied by its output). What is computed stays the same.
+SmoothQuant (Xiao et al. 2022, arXiv 2211.10438, section 4): column j of a weight is multiplied by s_j, and channel j of
+its input divided by it. The division costs nothing where a tensor makes that channel alone: the weight of a norm, the
+rows of v_proj (attention mixes positions, not channels) and of up_proj (the activation of gate_proj is multiplied by
+its output). What is computed stays the same.
 """
 
 from __future__ import annotations
@@ -21,12 +20,29 @@ from flashrl_cli.text import counted
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Values of `model_type` whose layers are named and wired as `_layer` says (transformers/models/*/modeling_*.py)."""
 Shapes = Mapping[str, Sequence[int]]
+HEAD = "lm_head"
+PATTERN = "re:"
+"""Begins an entry of `ignore` that is a regular expression, matched from a name's start
+(compressed_tensors/utils/match.py).
+"""
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
+"""Layers that vLLM joins into one (`packed_modules_mapping` of its models), which then has one scheme."""
+TILE = 16
+"""What both sizes of a weight must be a multiple of for vLLM's CUTLASS kernels (vllm/_custom_ops.py:850 in 0.24,
+cutlass_scaled_mm).
+"""
+EXPERTS_HINT = "--ignore 're:.*experts.*'"
+_WEIGHT = ".weight"
+_IN_LAYER = re.compile(r"(^|\.)\d+\.")
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+_LISTED = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Junction:
-    """A place in a model where scales can be moved: `readers` are linear modules with one input [K], `makers` tensors of K rows.
+    """A place in a model where scales can be moved.
 
+    `readers` are linear modules with one input [K], `makers` tensors of K rows.
     With `copies` above 1 each of `heads` key-value heads is read by that many query heads: makers have K / copies rows.
     """
 
@@ -81,21 +97,6 @@ def _rows(module: str, shapes: Shapes) -> tuple[str, ...]:
     return tuple(name for name in (f"{module}.weight", f"{module}.bias") if name in shapes)
 
 
-HEAD = "lm_head"
-PATTERN = "re:"
-"""Begins an entry of `ignore` that is a regular expression, matched from a name's start (compressed_tensors/utils/match.py)."""
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
-"""Layers that vLLM joins into one (`packed_modules_mapping` of its models), which then has one scheme."""
-TILE = 16
-"""What both sizes of a weight must be a multiple of for vLLM's CUTLASS kernels (vllm/_custom_ops.py:850 in 0.24, cutlass_scaled_mm)."""
-EXPERTS_HINT = "--ignore 're:.*experts.*'"
-
-_WEIGHT = ".weight"
-_IN_LAYER = re.compile(r"(^|\.)\d+\.")
-_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
-_LISTED = 3
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """Modules whose weight is quantized, linear modules that stay, and entries for config.json's `ignore` that say so.
@@ -113,8 +114,8 @@ class Choice:
 def choose(shapes: Shapes, ignore: Sequence[str]) -> Choice:
     """Divide a model's tensors. `ignore` holds names of layers and `re:` patterns.
 
-    Raises InputError for an entry that is no pattern or matches nothing, for experts that it does not cover, for layers that vLLM joins
-    and of which it covers some, and for a model without linear layers.
+    Raises InputError for an entry that is no pattern or matches nothing, for experts that it does not cover, for layers
+    that vLLM joins and of which it covers some, and for a model without linear layers.
     """
     patterns = {entry: _pattern(entry) for entry in ignore}
     modules = [name.removesuffix(_WEIGHT) for name in shapes if is_matrix(name, shapes[name])]
@@ -185,7 +186,8 @@ def _refuse_useless(patterns: Mapping[str, re.Pattern[str]], modules: Sequence[s
 
 def _refuse_experts(experts: Sequence[str]) -> None:
     if experts:
-        what = f"{counted(len(experts), 'matrix', 'matrices')} of experts, {_some(experts)}: only dense layers are quantized here"
+        matrices = counted(len(experts), "matrix", "matrices")
+        what = f"{matrices} of experts, {_some(experts)}: only dense layers are quantized here"
         raise InputError(what, hint=f"{EXPERTS_HINT} leaves them in 16 bits")
 
 

@@ -1,6 +1,6 @@
-"""A model's folder in 8 bits, written while the model is read: whole when it appears, or not there.
+"""A model's folder in 8 bits, written while the model is read: the folder appears complete or not at all.
 
-What a quantized folder was made of, kept in it: with it the same command finds that there is nothing to do.
+A manifest in it records what it was made of, so that the same command finds that there is nothing to do.
 """
 
 from __future__ import annotations
@@ -19,25 +19,31 @@ from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import __version__, files
 from flashrl_cli.errors import EnvironmentNotReady, InputError
-from flashrl_cli.quantize import arithmetic, request
+from flashrl_cli.quantize import arithmetic
 from flashrl_cli.quantize.arithmetic import Losses
-from flashrl_cli.quantize.report import Layer, Report
+from flashrl_cli.quantize.inputs import check_room
+from flashrl_cli.quantize.layer_errors import Layer, Report
 from flashrl_cli.quantize.tensors import BYTES, INDEX, Desk, Entry, ShardFile, Tensor
 from flashrl_cli.runs import merge
 from flashrl_cli.weights import FLOATS, Unreadable, Weights, is_finite, not_finite, read_json
 
 if TYPE_CHECKING:
     from flashrl_cli.quantize.arithmetic import Scheme
-    from flashrl_cli.quantize.request import Request
+    from flashrl_cli.quantize.inputs import Request
 
 FILE = "flashrl_quantize.json"
 SCHEMA_VERSION = 1
 _PACKAGES = ("torch", "safetensors")
+_THREADS = 16
+_WAITING = 8
+"""Tensors whose pieces may wait for a thread; each holds no memory."""
+_WIDE = ("F32", "F64")
+_WEIGHT, _SCALE = ".weight", ".weight_scale"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """All that decides what is written: the weights' fingerprint, the scheme, what is left out, and the profile's SHA-256."""
+    """All that decides what is written: fingerprint of the weights, scheme, ignored layers, hash of the profile."""
 
     fingerprint: str
     scheme: str
@@ -83,12 +89,6 @@ def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in _PACKAGES}
 
 
-_THREADS = 16
-_WAITING = 8
-"""Tensors whose pieces may wait for a thread; each holds no memory."""
-_WIDE = ("F32", "F64")
-_WEIGHT, _SCALE = ".weight", ".weight_scale"
-
 Advance = Callable[[str], object]
 
 
@@ -123,7 +123,9 @@ Shards = dict[str, list[Move]]
 
 
 def quantize(wanted: Request, advance: Advance) -> tuple[dict[str, Any], bool]:
-    """The manifest of the quantized folder, and whether it was there already, made of the same. `advance` is told each tensor that is done.
+    """The manifest of the quantized folder, and whether it was there already, made of the same.
+
+    `advance` is called with the name of each tensor that is done.
 
     Raises InputError for a folder that holds something else and for weights that cannot be read, EnvironmentNotReady
     where the result does not fit or cannot be written.
@@ -137,7 +139,7 @@ def quantize(wanted: Request, advance: Advance) -> tuple[dict[str, Any], bool]:
         return document, True
     merge.new_folder(wanted.target)
     shards = sharded(wanted)
-    request.check_room(wanted.target, sum(move.bytes for moves in shards.values() for move in moves))
+    check_room(wanted.target, sum(move.bytes for moves in shards.values() for move in moves))
     try:
         with files.replacing(wanted.target) as folder:
             report = _write(wanted, shards, folder, advance)

@@ -1,6 +1,7 @@
-"""A model's tensors in pieces: read out of their files by several threads, without mapping these, so that memory stays small.
+"""A model's tensors in pieces, read and written by several threads, so that memory stays small.
 
-safetensors files that are written in any order, by several threads: where each tensor goes is settled before the first byte.
+Files are read without mapping them. Of a new file, the place of each tensor is settled before the first byte is
+written.
 """
 
 from __future__ import annotations
@@ -29,11 +30,19 @@ _TORCH = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
     "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
+BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+"""Size of one element, by safetensors' names of dtypes."""
+INDEX = "model.safetensors.index.json"
+_ALIGNED = 8
+_FORMAT = {"format": "pt"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tensor:
-    """A tensor of the model, `dtype` as safetensors names it: in `file` from byte `start` on, or made whole by `stored`."""
+    """A tensor of the model, in `file` from byte `start` on, or made by `stored`; `dtype` in safetensors' names."""
 
     name: str
     shape: tuple[int, ...]
@@ -73,7 +82,10 @@ class Tensor:
 
 
 def described(weights: Weights) -> dict[str, Tensor]:
-    """All tensors of a model by name; a tied lm_head is left out. Reads no tensor. Raises Unreadable for what is torn or unknown."""
+    """All tensors of a model by name; a tied lm_head is left out. Reads no tensor.
+
+    Raises Unreadable for what is torn or unknown.
+    """
     plain = not (weights.shards or weights.adapter)
     found = dict(_in_files(weights.hf)) if plain else dict(_made(weights))
     for tensor in found.values():
@@ -136,7 +148,7 @@ class Desk(threading.local):
 
     @staticmethod
     def tensor(dtype: str, memory: memoryview) -> torch.Tensor:
-        """A tensor [elements] that lies in `memory`."""
+        """A tensor [elements] over `memory`."""
         import torch
 
         return torch.frombuffer(memory, dtype=getattr(torch, _TORCH[dtype]))
@@ -154,7 +166,7 @@ class Desk(threading.local):
 
 
 def _fill(view: memoryview, file: Path, start: int) -> None:
-    """Read what lies in a file from byte `start` on. Raises OSError, and Unreadable where the file ends too early."""
+    """Read a file from byte `start` on. Raises OSError, and Unreadable where the file ends too early."""
     with file.open("rb", buffering=0) as stream:
         done = 0
         while done < len(view):
@@ -162,16 +174,6 @@ def _fill(view: memoryview, file: Path, start: int) -> None:
             if not count:
                 raise Unreadable(f"{file} is torn: it became shorter while it was read")
             done += count
-
-
-BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-"""Size of one element, by safetensors' names of dtypes."""
-INDEX = "model.safetensors.index.json"
-_ALIGNED = 8
-_FORMAT = {"format": "pt"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +200,7 @@ class Layout:
 
 
 def layout(entries: Iterable[Entry], metadata: Mapping[str, str] = _FORMAT) -> Layout:
-    """Place tensors as safetensors' own writer does: the largest elements first, so that all are aligned, then by name."""
+    """Place tensors as safetensors' own writer does: the largest elements first, so that all are aligned."""
     table: dict[str, object] = {"__metadata__": dict(metadata)}
     starts, end = {}, 0
     for entry in sorted(entries, key=lambda entry: (-BYTES[entry.dtype], entry.name)):

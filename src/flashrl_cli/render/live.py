@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.text import counted
+from flashrl_cli.verl.metrics import LIVE, METRICS, SPARED
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -22,24 +23,6 @@ SCHEMA_VERSION = 1
 ROWS = 12
 """Steps that the live table shows."""
 
-COLUMNS = (
-    ("reward", "reward", ".3f"),
-    ("length", "response_length", ".1f"),
-    ("KL", "kl", ".4f"),
-    ("w mean", "weight_mean", ".3f"),
-    ("w max", "weight_max", ".2f"),
-    ("cut %", "truncated", ".2%"),
-    ("entropy", "entropy", ".3f"),
-    ("grad", "grad_norm", ".3f"),
-    ("tok/s", "tokens_per_s", ".0f"),
-    ("s/step", "step_s", ".1f"),
-)
-"""Heading, metric, format.
-
-KL is rollout against trainer; w are importance weights, `cut` the truncated share of tokens.
-"""
-SPARED = ("w max", "grad", "w mean", "entropy", "length", "tok/s", "cut %", "KL")
-"""Headings that are left out of a narrow terminal, the first one first."""
 _GAP = 3
 _FRAME = 8
 """Lines of the live display beside the rows of its table."""
@@ -94,9 +77,7 @@ class PlainDisplay:
 
     def step(self, metrics: StepMetrics) -> None:
         """A line on stdout."""
-        fields = [
-            f"{heading} {_cell(metrics[name], form)}" for heading, name, form in COLUMNS if metrics[name] is not None
-        ]
+        fields = [f"{one.heading} {one.cell(value)}" for one in LIVE if (value := metrics[one.name]) is not None]
         if metrics.accuracy is not None:
             fields.insert(0, f"accuracy {metrics.accuracy:.3f}")
         self.output.text(f"step {metrics.step}/{self.total or '?'}  " + "  ".join(fields))
@@ -221,18 +202,18 @@ class LiveDisplay:
         """Cells of `rows` by heading; accuracy only where there is one."""
         columns = {"step": [f"{row.step}/{self.total or '?'}" for row in rows]}
         if any(row.accuracy is not None for row in rows):
-            columns["accuracy"] = [_cell(row.accuracy, ".3f") for row in rows]
-        return columns | {heading: [_cell(row[name], form) for row in rows] for heading, name, form in COLUMNS}
+            columns["accuracy"] = [METRICS["accuracy"].cell(row.accuracy) for row in rows]
+        return columns | {one.heading: [one.cell(row[one.name]) for row in rows] for one in LIVE}
 
 
 def _fitting(columns: dict[str, list[str]], width: int) -> dict[str, list[str]]:
     """The columns that a terminal of `width` has room for."""
     fitting = dict(columns)
-    for heading in SPARED:
+    for metric in SPARED:
         needed = sum(max(map(len, (name, *cells))) + _GAP for name, cells in fitting.items())
         if needed <= width:
             break
-        fitting.pop(heading, None)
+        fitting.pop(metric.heading, None)
     return fitting
 
 
@@ -271,7 +252,3 @@ def _ending(state: str, exit_code: int, error: str | None) -> str:
 
 def _phases(row: StepMetrics) -> str:
     return "s/step by phase: " + "  ".join(f"{phase} {seconds:.1f}" for phase, seconds in row.seconds.items())
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)

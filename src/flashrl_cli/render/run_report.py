@@ -17,6 +17,7 @@ from flashrl_cli.render.html import drawing_note, figures, page
 from flashrl_cli.runs.curves import SMOOTHING, curve, title
 from flashrl_cli.runs.summary import ran_s, start_shares, totals
 from flashrl_cli.secrets import HIDDEN, looks_secret, without_secrets
+from flashrl_cli.verl.metrics import LEARNING_CURVES, MISMATCH, MISMATCH_CURVES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,12 +27,6 @@ if TYPE_CHECKING:
     from flashrl_cli.runs.summary import Summary
 
 SCHEMA_VERSION = 1
-MISMATCH = ("kl", "weight_mean", "weight_max", "truncated", "effective", "prob_diff", "prob_correlation")
-"""Metrics of rollout against trainer that the report sums up."""
-LEARNING = ("reward", "accuracy", "response_length", "entropy", "grad_norm", "step_s")
-"""Metrics of learning that the page draws."""
-MISMATCH_DRAWN = ("kl", "weight_max", "truncated", "effective")
-"""Metrics of rollout against trainer that the page draws."""
 
 Changed = Callable[[Mapping[str, Any], Mapping[str, Any]], Sequence[tuple[str, str, str]]]
 """What the second of two plans' documents changed from the first: key, value before, value after."""
@@ -46,8 +41,8 @@ def report_page(found: Summary, changed: Changed) -> str:
         title=document["name"],
         report=document,
         titles={name: title(name) for name in (document["mismatch"] or {"values": ()})["values"]},
-        curves=figures(_panels(found, LEARNING), "curve"),
-        mismatch_curves=figures(_panels(found, MISMATCH_DRAWN), "mismatch"),
+        curves=figures(_panels(found, LEARNING_CURVES), "curve"),
+        mismatch_curves=figures(_panels(found, MISMATCH_CURVES), "mismatch"),
         start_phases=list(dict.fromkeys(spent["what"] for start in document["starts"] for spent in start["phases"])),
         configuration=[list(rows) for _, rows in itertools.groupby(document["configuration"], key=_part)],
         software=document["versions"] | git,

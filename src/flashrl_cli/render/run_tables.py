@@ -7,12 +7,11 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from flashrl_cli.machine import software
-from flashrl_cli.machine.system import size
 from flashrl_cli.render import figure
 from flashrl_cli.render.live import describe
 from flashrl_cli.render.text_plot import text_panel
 from flashrl_cli.runs.saved import writers
-from flashrl_cli.text import counted
+from flashrl_cli.text import counted, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli.errors import InputError, NothingMatched
 from flashrl_cli.runs import store
 from flashrl_cli.runs.metrics import holes, read_run_metrics
-from flashrl_cli.verl.metrics import NAMES, SECONDS, TIMINGS, verl_name
+from flashrl_cli.verl.metrics import METRICS, NAMES, PLOTTED, SECONDS, TIMINGS, verl_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,34 +22,9 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 ACCURACY = "accuracy"
-DEFAULTS = ("reward", ACCURACY, "response_length", "kl", "truncated", "entropy", "step_s")
 SMOOTHING = 0.6
 _NEAR = 4
 """Names that are suggested instead of an unknown one."""
-
-LABELS = {
-    ACCURACY: ("accuracy", ""),
-    "reward": ("reward", ""),
-    "response_length": ("response length", "tokens"),
-    "prompt_length": ("prompt length", "tokens"),
-    "entropy": ("entropy", "nats a token"),
-    "grad_norm": ("gradient norm", ""),
-    "loss": ("policy loss", ""),
-    "kl": ("KL of rollout against trainer", "nats a token"),
-    "kl_k3": ("KL of rollout against trainer, never negative", "nats a token"),
-    "rollout_nll": ("negative log-likelihood in the rollout", "nats a token"),
-    "train_nll": ("negative log-likelihood in the trainer", "nats a token"),
-    "weight_mean": ("mean importance weight", ""),
-    "weight_max": ("largest importance weight", ""),
-    "truncated": ("truncated weights", "share of tokens"),
-    "effective": ("effective sample size", "share of tokens"),
-    "prob_diff": ("mean difference of probabilities", ""),
-    "prob_correlation": ("correlation of probabilities", ""),
-    "tokens_per_s": ("throughput", "tokens a second and device"),
-    "tokens": ("tokens of a step", ""),
-    "step_s": ("time of a step", "s"),
-}
-"""Metric to its title and unit; one that is not here is its own title."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +51,8 @@ def title(metric: str) -> tuple[str, str]:
     """A metric's title, and its unit (empty for none)."""
     if metric.startswith(SECONDS):
         return metric.removeprefix(SECONDS), "s"
-    return LABELS.get(metric, (metric, ""))
+    known = METRICS.get(metric)
+    return (known.title or metric, known.unit) if known else (metric, "")
 
 
 def curve(run: str, history: Sequence[StepMetrics], metric: str, starts: Sequence[int] = ()) -> Curve | None:
@@ -144,7 +120,7 @@ class Gathered:
 
 
 def gather(runs: Sequence[RunPaths], asked: str | None) -> Gathered:
-    """Curves of `runs` for a comma-separated list of metrics, or for those of `DEFAULTS` that there are.
+    """Curves of `runs` for a comma-separated list of metrics, or for those of `PLOTTED` that there are.
 
     Raises InputError for an unknown metric, NothingMatched if there is nothing to draw.
     """
@@ -154,7 +130,7 @@ def gather(runs: Sequence[RunPaths], asked: str | None) -> Gathered:
     if len(silent) == len(histories):
         hint = "`flashrl runs watch NAME` shows when there is one"
         raise NothingMatched(f"no step yet in {', '.join(silent)}", hint=hint)
-    metrics = DEFAULTS if asked is None else _chosen(asked, histories)
+    metrics = PLOTTED if asked is None else _chosen(asked, histories)
     panels: dict[str, list[Curve]] = {}
     missing = [f"no step yet in {name}" for name in silent]
     for metric in metrics:
@@ -177,7 +153,7 @@ def _chosen(asked: str, histories: Histories) -> list[str]:
     """
     names = list(dict.fromkeys(name for part in asked.split(",") if (name := part.strip())))
     if not names:
-        raise InputError("--metric names no metric", hint=f"--metric {','.join(DEFAULTS[:2])}")
+        raise InputError("--metric names no metric", hint=f"--metric {','.join(PLOTTED[:2])}")
     known = _known(histories)
     unknown = [name for name in names if name not in known]
     if unknown:

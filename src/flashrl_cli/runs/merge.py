@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import files
 from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
-from flashrl_cli.machine.system import existing
+from flashrl_cli.paths import existing
 from flashrl_cli.verl import checkpoints as layout
 from flashrl_cli.weights import (
     INDEX,

@@ -51,11 +51,6 @@ class Tail:
         return data[:end].decode("utf-8", errors="replace").splitlines()
 
 
-def last_lines(path: Path, count: int) -> list[str]:
-    """The last `count` lines of a file; empty if there is none."""
-    return Tail(path).poll(ended=True)[-count:]
-
-
 class MetricsTail:
     """Yields each step once, as soon as its line is complete; lines that are no step are skipped."""
 

@@ -289,7 +289,7 @@ def check_name(name: str) -> None:
     """Raise InputError unless `name` can be a run's: one visible folder."""
     import re
 
-    from flashrl_cli.config.spec import FOLDER_NAME
+    from flashrl_cli.paths import FOLDER_NAME
 
     if not re.match(FOLDER_NAME, name):
         raise InputError(
@@ -371,12 +371,13 @@ def read_plan(path: Path) -> dict[str, Any]:
 
     Raises InputError when the file is none, or another version's.
     """
+    hint = "a plan is the plan.json of a run's attempt; move a damaged one away"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}", hint="give a run's folder or its plan.json") from None
+        raise InputError(f"{path} is not JSON: {error}", hint=hint) from None
     if not isinstance(document, dict) or not {"schema_version", "overrides", "env", "files"} <= document.keys():
-        raise InputError(f"{path} is not a launch plan", hint="give a run's folder or its plan.json")
+        raise InputError(f"{path} is not a launch plan", hint=hint)
     if document["schema_version"] != PLAN_VERSION:
         version = document["schema_version"]
         raise InputError(f"{path}: plan of schema version {version}, this flashrl reads {PLAN_VERSION}")

@@ -1,4 +1,4 @@
-"""Stands between flashrl and the command that it runs: `python -m flashrl_cli.launch.guardian LIFELINE COMMAND…`.
+"""Stands between flashrl and the command that it runs: `python -m flashrl_cli.train.guardian LIFELINE COMMAND…`.
 
 LIFELINE is the number of a pipe's reading end whose other end flashrl holds. When flashrl is killed the pipe closes, and the
 guardian ends the command with all that it started. It adopts orphans, so nothing escapes it.
@@ -14,7 +14,8 @@ import subprocess
 import sys
 from types import FrameType
 
-from flashrl_cli.train.process import Descendants, end_with_parent
+from flashrl_cli.train.process import Descendants
+from flashrl_cli.worker.server import end_with_parent
 
 POLL_S = 0.2
 GRACE_S = 10.0
@@ -44,7 +45,7 @@ def guard(lifeline: int, argv: list[str]) -> int:
 
 
 def _prepare() -> None:
-    end_with_parent()
+    end_with_parent(signal.SIGTERM)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 

@@ -1,4 +1,4 @@
-"""The proof that a precision is live: handshake files of the rollout workers, held against what was asked for."""
+"""The proof that a precision is live: handshakes of the rollout workers, compared with what was asked for."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What must be proven: `workers` rollout workers that hold `precision` and a KV cache in `kv_cache`. No workers: nothing to prove.
+    """What must be proven: `workers` rollout workers that hold `precision` and a KV cache in `kv_cache`; 0: nothing to prove.
 
     Exactly `bf16_workers` of them must hold bf16 instead; `lm_head` is the dtype in which all must compute logits, None for any.
-    `smoothed` counts the tensors that a profile must have changed at the last refit; None means some, where the file is not here.
+    `smoothed` counts the tensors that a profile must have changed at the last refit; None means at least one, where the
+    profile is not on this machine.
     """
 
     precision: str
@@ -40,7 +41,7 @@ def expectation(plan: LaunchPlan) -> Expectation:
     ours = any(contract.WORKER_EXTENSION in str(override) for override in plan.overrides)
     return Expectation(
         rollout.precision,
-        resources.nodes * resources.gpus_per_node if ours else 0,
+        resources.devices if ours else 0,
         rollout.kv_cache,
         bf16_workers=bf16_replicas(plan.spec) * engine_devices(plan.spec),
         lm_head="fp32" if rollout.lm_head_fp32 else None,
@@ -56,49 +57,55 @@ def _smoothed(plan: LaunchPlan) -> int | None:
         return None
 
 
-def refutation(expected: Expectation, shakes: list[Handshake]) -> str | None:
+def refutation(expected: Expectation, handshakes: list[Handshake]) -> str | None:
     """What the handshakes so far already disprove, or None. Every worker must hold its precision in some layer."""
-    reasons = (check(expected, shake) for shake in shakes for check in (_precision, _cache, _logits, _smoothing))
-    return next(filter(None, reasons), None) or _mix(expected, shakes)
+    reasons = (check(expected, one) for one in handshakes for check in (_precision, _cache, _logits, _smoothing))
+    return next(filter(None, reasons), None) or _mix(expected, handshakes)
 
 
-def _precision(expected: Expectation, shake: Handshake) -> str | None:
-    if shake.precision == expected.precision or (expected.bf16_workers and shake.precision == "bf16"):
+def _precision(expected: Expectation, found: Handshake) -> str | None:
+    if found.precision == expected.precision or (expected.bf16_workers and found.precision == "bf16"):
         return None
     return (
-        f"{expected.precision} rollouts were asked for, but worker {shake.pid} on {shake.host} holds "
-        f"{shake.precision} ({shake.quantized_layers} of {shake.linear_layers} linear layers quantized)"
+        f"{expected.precision} rollouts were asked for, but worker {found.pid} on {found.host} holds "
+        f"{found.precision} ({found.quantized_layers} of {found.linear_layers} linear layers quantized)"
     )
 
 
-def _cache(expected: Expectation, shake: Handshake) -> str | None:
-    if shake.kv_cache == expected.kv_cache:
+def _cache(expected: Expectation, found: Handshake) -> str | None:
+    if found.kv_cache == expected.kv_cache:
         return None
     return (
-        f"a KV cache in {expected.kv_cache} was asked for, but worker {shake.pid} on {shake.host} has {shake.kv_cache}"
+        f"a KV cache in {expected.kv_cache} was asked for, but worker {found.pid} on {found.host} has {found.kv_cache}"
     )
 
 
-def _logits(expected: Expectation, shake: Handshake) -> str | None:
-    if expected.lm_head in {None, shake.lm_head}:
+def _logits(expected: Expectation, found: Handshake) -> str | None:
+    if expected.lm_head in {None, found.lm_head}:
         return None
     return (
-        f"logits in {expected.lm_head} were asked for, but worker {shake.pid} on {shake.host} computes them in "
-        f"{shake.lm_head}"
+        f"logits in {expected.lm_head} were asked for, but worker {found.pid} on {found.host} computes them in "
+        f"{found.lm_head}"
     )
 
 
-def _smoothing(expected: Expectation, shake: Handshake) -> str | None:
-    unlike = _unlike(expected.smoothed, shake.smoothed)
-    return unlike and f"{unlike} were asked for, but worker {shake.pid} on {shake.host} smoothed {shake.smoothed}"
+def _smoothing(expected: Expectation, found: Handshake) -> str | None:
+    asked = expected.smoothed
+    if found.smoothed == asked or (asked is None and found.smoothed):
+        return None
+    tensors = "tensors" if asked is None else counted(asked, "tensor")
+    return (
+        f"{tensors} smoothed by rollout.profile were asked for, but worker {found.pid} on {found.host} smoothed "
+        f"{found.smoothed}"
+    )
 
 
-def _mix(expected: Expectation, shakes: list[Handshake]) -> str | None:
+def _mix(expected: Expectation, handshakes: list[Handshake]) -> str | None:
     """Too many workers of one precision are too few of the other once all have written."""
     if not expected.bf16_workers:
         return None
-    bf16 = sum(shake.precision == "bf16" for shake in shakes)
-    others, quantized = len(shakes) - bf16, expected.workers - expected.bf16_workers
+    bf16 = sum(one.precision == "bf16" for one in handshakes)
+    others, quantized = len(handshakes) - bf16, expected.workers - expected.bf16_workers
     if bf16 <= expected.bf16_workers and others <= quantized:
         return None
     return (
@@ -107,22 +114,8 @@ def _mix(expected: Expectation, shakes: list[Handshake]) -> str | None:
     )
 
 
-def _unlike(asked: int | None, smoothed: int) -> str | None:
-    """What was asked for, unless this is it."""
-    if asked is None:
-        return None if smoothed else "tensors smoothed by rollout.profile"
-    return None if smoothed == asked else f"{counted(asked, 'tensor')} smoothed by rollout.profile"
-
-
-def missing(expected: Expectation, shakes: list[Handshake]) -> str | None:
+def missing(expected: Expectation, handshakes: list[Handshake]) -> str | None:
     """Once a step was sampled, every worker must have written its handshake: who has not, or None."""
-    if len(shakes) >= expected.workers:
+    if len(handshakes) >= expected.workers:
         return None
-    return (
-        f"{expected.precision} rollouts were asked for, but {len(shakes)} of {expected.workers} workers proved theirs"
-    )
-
-
-def read(folder: Path) -> list[Handshake]:
-    """Handshakes written so far."""
-    return list(contract.read_handshakes(folder))
+    return f"{expected.precision} rollouts were asked for, but {len(handshakes)} of {expected.workers} workers proved theirs"

@@ -1,29 +1,18 @@
-"""A launch plan as a Ray job: what is submitted, computed and printable before anything is.
+"""The launch plan: everything that a run will be started with, computed and printable before anything starts.
 
-Pure. Ray's entry point is a shell string, the only one that flashrl makes; every word of it is quoted.
-
-The launch plan: everything that a run will be started with, computed and printable before anything starts.
-
-Pure: no clock, no environment; `--dry-run` prints exactly what a launch executes.
-
-A launch plan as text for people: one shell script that says everything and can be copied and run.
+Pure: no clock, no environment; `--dry-run` prints exactly what a launch executes, as one shell script or as one document.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import contract
 from flashrl_cli.paths import AttemptPaths, RunPaths
 from flashrl_cli.runs.store import PLAN_VERSION
 from flashrl_cli.train.resume import FROM_NOTHING, Resume
-from flashrl_cli.verl import environment
 from flashrl_cli.verl.environment import run_environment
 from flashrl_cli.verl.overrides import Override, Places, by_theme, overrides, quote
 
@@ -34,87 +23,6 @@ if TYPE_CHECKING:
     from flashrl_cli.config.layers import Origin
     from flashrl_cli.config.resolve import Resolved
     from flashrl_cli.config.spec import RunSpec
-
-DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-DEDUP = "RAY_DEDUP_LOGS_ALLOW_REGEX"
-TOLD = rf"{contract.HANDSHAKE_MARK}|step:\d+ - "
-"""Lines that Ray must not fold into one: it takes those of two workers for the same if they differ in numbers only."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """A job for Ray's job server at `address`: `runtime_env` reaches the driver and every actor on every node."""
-
-    address: str
-    submission_id: str
-    command: tuple[str, ...]
-    runtime_env: Mapping[str, Any]
-    metadata: Mapping[str, str]
-
-
-def job_request(plan: LaunchPlan, address: str, *, shared: bool = True) -> Job:
-    """The job of a plan; `shared` tells that the attempt's folder is one and the same here and on every node.
-
-    Where it is not, workers tell their handshakes in the log, and verl's metrics file is made on the node that writes it.
-    """
-    env = dict(plan.env) if shared else environment.without_shared_folder(plan.env, plan.attempt_paths.root)
-    if not shared:
-        env[contract.ENV_TELL] = "1"
-    env[DEDUP] = f"(?:{env[DEDUP]})|{TOLD}" if DEDUP in env else TOLD
-    alone = environment.driver_only(plan.overrides)
-    return Job(
-        address=address,
-        submission_id=submission_id(plan),
-        command=_command(plan.argv, {key: value for key, value in env.items() if key in alone}),
-        runtime_env={"env_vars": {key: value for key, value in sorted(env.items()) if key not in alone}},
-        metadata={
-            "flashrl_run": plan.name,
-            "flashrl_attempt": str(plan.attempt),
-            "flashrl_folder": str(plan.paths.root),
-        },
-    )
-
-
-def submission_id(plan: LaunchPlan) -> str:
-    """Name of the job: run, attempt, and a digest of the attempt's folder, since others may use the same name."""
-    digest = hashlib.sha256(str(plan.attempt_paths.root).encode()).hexdigest()[:8]
-    return f"{re.sub(r'[^A-Za-z0-9_.-]', '-', plan.name)}-{plan.attempt}-{digest}"
-
-
-def submission(job: Job) -> dict[str, Any]:
-    """The job as plain data, as `submit_job` takes it: for `--dry-run --json`, and for Ray."""
-    return {
-        "submission_id": job.submission_id,
-        "entrypoint": f"exec {shlex.join(job.command)}",
-        "runtime_env": dict(job.runtime_env),
-        "metadata": dict(job.metadata),
-    }
-
-
-def script(plan: LaunchPlan, job: Job) -> list[str]:
-    """The end of a POSIX shell script that submits the job and waits for nothing; the overrides are its arguments `$@`.
-
-    `ray job submit` quotes the words behind `--` for the shell that Ray starts them with.
-    """
-    options = {
-        "--address": job.address,
-        "--submission-id": job.submission_id,
-        "--runtime-env-json": json.dumps(job.runtime_env),
-        "--metadata-json": json.dumps(job.metadata),
-    }
-    start = job.command[: len(job.command) - len(plan.argv) + 3]
-    lines = (
-        "exec ray job submit --no-wait",
-        *(f"{key} {shlex.quote(value)}" for key, value in options.items()),
-        f'-- exec {shlex.join(start)} "$@"',
-    )
-    return [" \\\n  ".join(lines)]
-
-
-def _command(argv: tuple[str, ...], env: Mapping[str, str]) -> tuple[str, ...]:
-    """`argv` with `env` added to the environment of that process alone."""
-    return ("env", *(f"{key}={value}" for key, value in env.items()), *argv) if env else argv
-
 
 ENTRY_POINT = "verl.trainer.main_ppo"
 
@@ -144,7 +52,7 @@ class LaunchPlan:
 
 
 def default_name(preset: str, spec: RunSpec) -> str:
-    """Name of a run that was given none: preset, precision, what else changes the rollouts, and cap, such as `tiny-int8-kv8-tis2`."""
+    """Name of a run that was given none, such as `tiny-int8-kv8-tis2`: preset, precision, what else changes the rollouts, cap."""
     rollout, cap = spec.rollout, spec.correction.cap
     parts = {
         "kv8": rollout.kv_cache == "fp8",
@@ -153,11 +61,11 @@ def default_name(preset: str, spec: RunSpec) -> str:
         f"mix{rollout.mix:g}": rollout.mix > 0,
         f"tis{cap or 0:g}": cap is not None,
     }
-    return "-".join((preset, rollout.precision, *(part for part, told in parts.items() if told)))
+    return "-".join((preset, rollout.precision, *(part for part, applies in parts.items() if applies)))
 
 
 def run_paths(name: str, spec: RunSpec, runs_root: Path, checkpoints_root: Path) -> RunPaths:
-    """Where a run of that name lies, its checkpoints by project."""
+    """Folders of a run of that name: its checkpoints are kept by project."""
     return RunPaths(name, runs_root / name, checkpoints_root / spec.trainer.project / name)
 
 
@@ -173,7 +81,7 @@ def build_plan(
     resume: Resume = FROM_NOTHING,
     logging: str | None = None,
 ) -> LaunchPlan:
-    """Plan of attempt number `attempt` of run `name`, going on from `resume`; roots are absolute, `logging` is the plugins' level."""
+    """Plan of attempt `attempt` of run `name`, going on from `resume`; roots are absolute, `logging` is the plugins' level."""
     spec = resolved.spec
     run = run_paths(name, spec, runs_root, checkpoints_root)
     files = run.attempt(attempt)
@@ -209,7 +117,7 @@ def plan_document(plan: LaunchPlan) -> dict[str, Any]:
         "files": _files(plan),
         "resume": {
             "from": plan.resume.folder and str(plan.resume.folder),
-            "set_aside": {str(path): why for path, why in plan.resume.aside},
+            "set_aside": {str(path): why for path, why in plan.resume.superseded},
         },
         "spec": plan.spec.model_dump(mode="json"),
         "origins": {key: str(origin) for key, origin in plan.origins.items()},
@@ -234,11 +142,11 @@ def _hydra_settings(files: AttemptPaths) -> tuple[str, ...]:
     return (f"hydra.run.dir={quote(str(files.root / 'hydra'))}", "hydra.output_subdir=null")
 
 
-def plan_script(plan: LaunchPlan, remarks: Sequence[str] = (), *, job: Job | None = None) -> str:
-    """The plan as a POSIX shell script: the overrides by theme, the environment, the files; `remarks` stand on top.
+def plan_script(plan: LaunchPlan, remarks: Sequence[str] = (), *, submission: Sequence[str] = ()) -> str:
+    """The plan as a POSIX shell script: overrides by theme, environment, files; `remarks` are comments at its top.
 
-    With a `job`, it submits that one. It runs what a launch runs, less the watching; overrides stand in another order, which
-    means nothing to Hydra.
+    It runs what a launch runs, less the watching; overrides come in another order, which means nothing to Hydra. With lines of
+    a `submission`, which take the overrides as `$@`, it ends in these and leaves the environment to them.
     """
     attempt = plan.attempt_paths
     lines = [
@@ -246,24 +154,14 @@ def plan_script(plan: LaunchPlan, remarks: Sequence[str] = (), *, job: Job | Non
         *_comments(_head(plan)),
         *_comments(remarks),
         "set -eu",
-        *([] if job else _environment(plan)),
+        *([] if submission else _environment(plan)),
         *_arguments(plan),
         "",
         *_comments([f"log: {attempt.log}", f"metrics: {attempt.metrics}", f"checkpoints: {plan.paths.checkpoints}"]),
         f"mkdir -p {shlex.quote(str(attempt.plugins))}",
-        *(script(plan, job) if job else _execution(plan)),
+        *(submission or _execution(plan)),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _environment(plan: LaunchPlan) -> Iterator[str]:
-    yield from ("", "# environment")
-    yield from (f"export {key}={shlex.quote(value)}" for key, value in plan.env.items())
-
-
-def _execution(plan: LaunchPlan) -> Iterator[str]:
-    yield f"cd {shlex.quote(str(plan.cwd))}"
-    yield f'exec {shlex.join(plan.argv[:3])} "$@"'
 
 
 def _head(plan: LaunchPlan) -> Iterator[str]:
@@ -279,6 +177,11 @@ def _comments(texts: Sequence[str] | Iterator[str]) -> Iterator[str]:
         yield from (f"# {line}" for line in text.split("\n"))
 
 
+def _environment(plan: LaunchPlan) -> Iterator[str]:
+    yield from ("", "# environment")
+    yield from (f"export {key}={shlex.quote(value)}" for key, value in plan.env.items())
+
+
 def _arguments(plan: LaunchPlan) -> Iterator[str]:
     groups = {theme: [str(override) for override in group] for theme, group in by_theme(plan.overrides).items()}
     groups["Hydra"] = list(plan.argv[3 + len(plan.overrides) :])
@@ -287,6 +190,11 @@ def _arguments(plan: LaunchPlan) -> Iterator[str]:
         yield from ("", f"# {theme}")
         yield " \\\n  ".join([start, *map(_quoted, words)])
         start = 'set -- "$@"'
+
+
+def _execution(plan: LaunchPlan) -> Iterator[str]:
+    yield f"cd {shlex.quote(str(plan.cwd))}"
+    yield f'exec {shlex.join(plan.argv[:3])} "$@"'
 
 
 def _quoted(word: str) -> str:

@@ -1,16 +1,8 @@
 """Can this machine run a preset? Found out before anything starts, every reason at once.
 
-`train` refuses to start over the failures; `flashrl doctor --preset` shows the same findings, the good ones too.
-
-What a run reads from this machine: data files, whose rows are judged, model folders and a smoothing profile.
-
-Will a plan fit on the GPUs that it is meant for?
-
-Does a run find the GPUs, the precision and the attention that it asks for?
-
-Is the smoothing profile of a run one, and of the run's model?
-
-Is there what a run reads, and room for what it writes?
+`train` refuses to start over the failures; `flashrl doctor --preset` shows the same findings, the good ones too. In this order:
+software (`machine.software`), what the run computes on (Ray, sockets, GPUs, attention), what it reads (data files, models, a
+smoothing profile), room for its checkpoints, its loggers, and at last the rows of its data files.
 """
 
 from __future__ import annotations
@@ -32,161 +24,74 @@ from flashrl_cli.data.writing import Types
 from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
 from flashrl_cli.machine import gpus, ray_state, software, system
 from flashrl_cli.machine.finding import Finding, fail, ok, problems, warn
-from flashrl_cli.machine.software import ENTRY_POINTS, GPU, installed_stack
-from flashrl_cli.machine.system import existing
 from flashrl_cli.memory import estimate
-from flashrl_cli.memory import model as known
-from flashrl_cli.paths import checkpoints_root
+from flashrl_cli.memory.model import shape_of
+from flashrl_cli.precision import KV8_GPUS, PRECISIONS
 from flashrl_cli.text import counted
 from flashrl_cli.verl import environment, rewards
-from flashrl_cli.verl import environment as loggers
-from flashrl_cli.verl.environment import rollout_options
 from flashrl_cli.verl.overrides import data_path, model_path
 from flashrl_cli.weights import Unreadable, Weights, read_json
 from flashrl_cli.weights.contents import shapes
 from flashrl_cli.weights.profile import Profile
+from flashrl_cli.weights.shape import parameters
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
-    from flashrl_cli.config.spec import ResourceSpec, RunSpec
+    from flashrl_cli.config.spec import RunSpec
     from flashrl_cli.data.rows import Located
-    from flashrl_cli.memory.model import ModelShape
     from flashrl_cli.train.plan import LaunchPlan
     from flashrl_cli.verl.compose import Tree
+    from flashrl_cli.weights.shape import ModelShape
 
-PROFILE = "rollout.profile"
-DATA = ("data.train", "data.val")
-
-
-def local_inputs(spec: RunSpec, data_root: Path) -> dict[str, Path]:
-    """Spec keys to the files and folders that they name on this machine; a hub id names none."""
-    named = {
-        "data.train": data_path("train")(spec.data.train, data_root),
-        "data.val": data_path("test")(spec.data.val, data_root),
-        "model.path": model_path(spec.model.path, data_root),
-    }
-    if spec.algorithm.advantage == "gae" and spec.critic.path:
-        named["critic.path"] = model_path(spec.critic.path, data_root)
-    if profile := rollout_options(spec).profile:
-        named[PROFILE] = profile
-    return {key: Path(path) for key, path in named.items() if path.startswith("/")}
+MOST_FIXES = 2
+"""Fixes that the last line repeats, which is all that some logs keep."""
 
 
-def row_problems(spec: RunSpec, data_root: Path) -> list[Problem]:
-    """What is wrong with the rows of the files that are here, all of which are read.
-
-    Rows of a data set class of the person's own may have any form. Raises EnvironmentNotReady for a missing library.
-    """
-    if rewards.own_rows(spec.verl):
-        return []
-    scoring = Scoring.OWN if rewards.own_reward(spec.verl) else Scoring.VERL
-    needs = Needs(scoring=scoring, prompt=rewards.prompt_column(spec.verl))
-    here = local_inputs(spec, data_root)
-    found: list[Problem] = []
-    for file in dict.fromkeys(here[key] for key in DATA if key in here):
-        if file.exists():
-            found += _problems(file, needs)
-    return found
+def check(plan: LaunchPlan) -> None:
+    """Raise EnvironmentNotReady with every reason why this machine cannot run `plan`, InputError for the rows alone."""
+    found = list(problems(_machine(plan.spec)))
+    if not found:
+        return check_rows(plan)
+    fixes = list(dict.fromkeys(problem.hint for problem in found if problem.hint))
+    raise EnvironmentNotReady(
+        f"this machine cannot run {plan.preset}: {', '.join(dict.fromkeys(str(problem.where) for problem in found))}",
+        problems=[*found, *row_problems(plan.spec)],
+        hint=f"{'; '.join(fixes[:MOST_FIXES])}; `flashrl doctor --preset` shows all that was checked, `--dry-run` the plan alone",
+    )
 
 
-def _problems(file: Path, needs: Needs) -> list[Problem]:
-    bad = BadRows()
-    try:
-        rows = judge(_uniform(readers.read_rows(file, needs, bad), needs, bad), needs, bad)
-    except InputError as error:
-        return [Problem(error.message, str(file), error.hint)]
-    if not rows and not bad.count:
-        return [Problem("holds no rows", str(file), "flashrl prepare writes rows as verl reads them")]
-    return bad.problems()
+def check_rows(plan: LaunchPlan) -> None:
+    """Raise InputError if the rows of a data file that is on this machine cannot be trained on."""
+    if rows := row_problems(plan.spec):
+        raise InputError(
+            f"{plan.preset} cannot be trained on these rows; nothing was started",
+            problems=rows,
+            hint="`flashrl prepare` writes rows whose truths verl's scorer pays for",
+        )
 
 
-def _uniform(located: Iterator[Located], needs: Needs, bad: BadRows) -> Iterator[Located]:
-    """Yield the rows; those of JSON whose types Arrow would not load with those of the rows before go to `bad`, too."""
-    types = Types()
-    for place, row in located:
-        if not place.unit and not any(faults(row, needs)):  # a line; Parquet has one type for each column
-            for fault in types.faults(place, row):
-                bad.add(place, fault)
-        yield place, row
+def findings(spec: RunSpec) -> Iterator[Finding]:
+    """Yield a finding for each thing that a run of `spec` needs of this machine, and for each kind of bad row."""
+    yield from _machine(spec)
+    for problem in row_problems(spec):
+        yield fail(str(problem.where or "rows"), problem.message, problem.hint)
 
 
-def vocabulary(spec: RunSpec, data_root: Path) -> int | None:
-    """Rows of the policy's embedding, from its config.json; None for a policy that is not on this machine."""
-    folder = local_inputs(spec, data_root).get("model.path")
-    try:
-        size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"] if folder else None
-    except (OSError, ValueError, KeyError):
-        return None
-    return size if isinstance(size, int) else None
-
-
-GIB = 1 << 30
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """What is known of a run's memory: an estimate on GPUs of some size, or why there is none."""
-
-    gpu: str = ""
-    """Where the GPU's size is from."""
-    estimate: estimate.Estimate | None = None
-    unknown: str = ""
-
-    @property
-    def lines(self) -> list[str]:
-        """For people."""
-        if self.estimate is None:
-            return [f"memory: not estimated, {self.unknown}"]
-        return [f"memory of each GPU ({self.gpu}), estimated:", *estimate.block(self.estimate)]
-
-    @property
-    def warning(self) -> str | None:
-        """What deserves attention before a launch."""
-        if self.estimate is None or self.estimate.verdict == "fits":
-            return None
-        return "; ".join(estimate.summary(self.estimate))
-
-    def document(self) -> dict[str, Any]:
-        """For programs."""
-        if self.estimate is None:
-            return {"unknown": self.unknown}
-        return {"gpu": self.gpu, **estimate.document(self.estimate)}
-
-
-def shape(model: str) -> ModelShape | None:
-    """Shape of a model, from what is on this machine; None where that tells nothing, or of something else than a decoder."""
-    with contextlib.suppress(ValueError):
-        return known.shape_of(model, paths.data_root())
-    return None
-
-
-def of_plan(resolved: Resolved, tree: Tree, gpus: Sequence[int] = ()) -> Memory:
-    """Memory of a run on this machine's `gpus` (bytes of each), or as `resources.gpu_memory_gib` says, or on 80 GB GPUs."""
-    spec = resolved.spec
-    if spec.resources.platform == "cpu":
-        return Memory(unknown="it is estimated for GPUs only")
-    try:
-        policy = known.shape_of(spec.model.path, paths.data_root())
-        critic = known.shape_of(spec.critic.path, paths.data_root()) if spec.critic.path else None
-        if policy is None:
-            return Memory(unknown=f"no config.json of {spec.model.path} on this machine")
-        size, source = _gpu(spec, gpus)
-        return Memory(gpu=source, estimate=estimate.estimate(resolved, tree, policy, critic, size))
-    except ValueError as error:
-        return Memory(unknown=str(error))
-
-
-def _gpu(spec: RunSpec, gpus: Sequence[int]) -> tuple[int, str]:
-    given = spec.resources.gpu_memory_gib
-    if given is not None:
-        return round(given * GIB), "resources.gpu_memory_gib"
-    if gpus:
-        return min(gpus), "this machine's"
-    return estimate.H100_BYTES, "80 GB assumed"
+def _machine(spec: RunSpec) -> Iterator[Finding]:
+    versions = software.probe_versions()
+    yield from software.missing(find_spec)
+    yield from software.one_vllm(versions)
+    yield from software.verl_version(versions)
+    yield from software.vllm_version(versions)
+    yield from software.stack_for(spec.resources.platform, versions)
+    yield from software.entry_points(os.environ)
+    yield from device_findings(spec, versions)
+    yield from storage_findings(spec)
+    yield from _loggers(spec)
 
 
 def device_findings(spec: RunSpec, versions: Mapping[str, str]) -> Iterator[Finding]:
-    """Yield how this machine stands to what `spec` computes on; the GPUs of a Ray cluster cannot be seen from here."""
+    """Yield what this machine has of what `spec` computes on; the GPUs of a Ray cluster cannot be seen from here."""
     joined = _cluster(spec)
     yield from _ray(spec, joined)
     yield from system.sockets(_environment(spec))
@@ -197,11 +102,11 @@ def device_findings(spec: RunSpec, versions: Mapping[str, str]) -> Iterator[Find
         yield from system.cpu_lacks(spec.rollout.precision, kv8=spec.rollout.kv_cache != "auto")
     elif joined is None:
         found = gpus.seen()
-        yield from enough(spec.resources, len(found))
+        yield _enough_gpus(spec, len(found))
         yield from _gpu_precision(spec, found)
         yield from gpus.driver(found, gpus.cuda_of(versions.get("torch", "")), compatible=gpus.COMPATIBLE.is_dir())
-        if installed_stack(versions) is GPU:
-            yield attention(spec, versions)
+        if software.installed_stack(versions) is software.GPU:
+            yield _attention(spec, versions)
 
 
 def _environment(spec: RunSpec) -> dict[str, str]:
@@ -236,25 +141,25 @@ def _ray(spec: RunSpec, joined: tuple[str, str] | None) -> Iterator[Finding]:
 def _gpu_precision(spec: RunSpec, found: Sequence[gpus.Gpu]) -> Iterator[Finding]:
     precision = spec.rollout.precision
     if reason := gpus.lacks(precision, found):
-        yield fail("rollout.precision", reason, f"--rollout {gpus.PRECISIONS[precision].instead}")
-    if spec.rollout.kv_cache != "auto" and (reason := gpus.outside(gpus.CACHE, "an FP8 KV cache", found)):
+        yield fail("rollout.precision", reason, f"--rollout {PRECISIONS[precision].instead}")
+    if spec.rollout.kv_cache != "auto" and (reason := gpus.outside(KV8_GPUS, "an FP8 KV cache", found)):
         yield fail("rollout.kv_cache", reason, "--set rollout.kv_cache=auto")
 
 
-def enough(resources: ResourceSpec, found: int) -> Iterator[Finding]:
-    """Yield whether a machine with `found` GPUs, and no cluster, has what a run on GPUs asks for."""
-    wanted = f"{resources.nodes} x {resources.gpus_per_node} CUDA GPUs"
-    if resources.nodes > 1 or found < resources.gpus_per_node:
-        yield fail(
-            "resources",
-            f"it needs {wanted}; this machine has {found}",
-            "`--executor ray` on a cluster that has them, or extend base/cpu with a small model",
-        )
-    else:
-        yield ok("resources", f"{wanted} of {found}")
+def _enough_gpus(spec: RunSpec, found: int) -> Finding:
+    """Whether a machine with `found` GPUs, and no cluster, has what a run on GPUs asks for."""
+    asked = spec.resources
+    wanted = f"{asked.nodes} x {asked.gpus_per_node} CUDA GPUs"
+    if asked.nodes == 1 and found >= asked.gpus_per_node:
+        return ok("resources", f"{wanted} of {found}")
+    return fail(
+        "resources",
+        f"it needs {wanted}; this machine has {found}",
+        "`--executor ray` on a cluster that has them, or extend base/cpu with a small model",
+    )
 
 
-def attention(spec: RunSpec, versions: Mapping[str, str]) -> Finding:
+def _attention(spec: RunSpec, versions: Mapping[str, str]) -> Finding:
     """How a run on GPUs gets its attention: a run that asks for flash-attn dies without it."""
     finding = software.flash_attention(versions, environment.WITHOUT_FLASH)
     if "flash-attn" in versions or "kernels" in versions:
@@ -265,71 +170,97 @@ def attention(spec: RunSpec, versions: Mapping[str, str]) -> Finding:
     return fail(finding.name, finding.text, fix)
 
 
-def gpu_memory(spec: RunSpec) -> list[int]:
-    """Bytes of each GPU of this machine; empty for a run on a CPU, or on a cluster, whose GPUs cannot be seen from here."""
-    if spec.resources.platform == "cpu" or _cluster(spec):
-        return []
-    return [gpu.memory_mib << 20 for gpu in gpus.seen() if gpu.memory_mib]
-
-
-_MAKE = "`flashrl quantize MODEL --calibrate PARQUET` makes one, --set rollout.profile=null goes without"
-
-
-def judge_profile(path: Path, model: Path | None) -> Finding:
-    """How the profile in `path` stands to the HF folder that training begins with (None for one on the hub, which is not looked at).
-
-    Smoothing preserves what any weights of that shape compute, so that a profile of other weights helps less and harms nothing.
-    """
-    if not path.is_file():
-        return fail(PROFILE, f"{path} does not exist", _MAKE)
-    try:
-        profile = Profile.read(path)
-    except Unreadable as error:
-        return fail(PROFILE, str(error), _MAKE)
-    told = f"{path}, of {profile.about.model}: {counted(len(profile.names), 'tensor')}"
-    if model is None or not model.is_dir():
-        return ok(PROFILE, told)
-    try:
-        unlike = profile.suits(read_json(model / "config.json")) or profile.fits(shapes(model))
-        same = Weights(hf=model).fingerprint() == profile.about.fingerprint
-    except Unreadable:
-        return ok(PROFILE, told)  # not in safetensors: shapes are held against the profile at each refit
-    if unlike:
-        return fail(PROFILE, f"{path} is of another model: {unlike}", _MAKE)
-    return (
-        ok(PROFILE, told)
-        if same
-        else warn(PROFILE, f"{told}, calibrated on other weights than those in {model}", _MAKE)
-    )
-
-
-def storage_findings(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
-    """Yield how data, models and the disk for checkpoints stand to what `spec` asks for."""
-    yield from _inputs(spec, data_root)
-    yield from _models(spec, data_root)
-    yield from _checkpoints(spec, data_root)
-
-
-def _inputs(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
-    for key, path in local_inputs(spec, data_root).items():
+def storage_findings(spec: RunSpec) -> Iterator[Finding]:
+    """Yield what is there of the files and models that `spec` names, and whether the disk has room for its checkpoints."""
+    here = local_inputs(spec)
+    for key, path in here.items():
         if key == PROFILE:
-            yield judge_profile(path, local_inputs(spec, data_root).get("model.path"))
+            yield judge_profile(path, here.get("model.path"))
         elif path.exists():
             yield ok(key, str(path))
         else:
-            yield fail(key, f"{path} does not exist", _how_to_make(path, data_root))
+            yield fail(key, f"{path} does not exist", _how_to_make(path))
+    yield from _hub_models(spec)
+    yield from _checkpoints(spec)
 
 
-def _how_to_make(path: Path, data_root: Path) -> str:
+PROFILE = "rollout.profile"
+
+
+def local_inputs(spec: RunSpec) -> dict[str, Path]:
+    """Spec keys to the files and folders that they name on this machine; a hub id names none."""
+    data_root = paths.data_root()
+    named = {
+        "data.train": data_path("train")(spec.data.train, data_root),
+        "data.val": data_path("test")(spec.data.val, data_root),
+        **{key: model_path(model, data_root) for key, model in _models(spec).items()},
+    }
+    if profile := environment.rollout_options(spec).profile:
+        named[PROFILE] = profile
+    return {key: Path(path) for key, path in named.items() if path.startswith("/")}
+
+
+def vocabulary(spec: RunSpec) -> int | None:
+    """Rows of the policy's embedding, from its config.json; None for a policy that is not on this machine."""
+    folder = local_inputs(spec).get("model.path")
+    try:
+        size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"] if folder else None
+    except (OSError, ValueError, KeyError):
+        return None
+    return size if isinstance(size, int) else None
+
+
+def _models(spec: RunSpec) -> dict[str, str]:
+    """Spec keys to the models that they name, here or on the hub."""
+    critic = spec.critic.path if spec.algorithm.advantage == "gae" else None
+    return {"model.path": spec.model.path} | ({"critic.path": critic} if critic else {})
+
+
+def _how_to_make(path: Path) -> str:
+    data_root = paths.data_root()
     if path.is_relative_to(data_root):
         return f"`flashrl prepare {path.relative_to(data_root).parts[0]}`"
     return "check the path"
 
 
-def _models(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
+_MAKE_PROFILE = "`flashrl quantize MODEL --calibrate PARQUET` makes one, --set rollout.profile=null goes without"
+
+
+def judge_profile(path: Path, model: Path | None) -> Finding:
+    """Whether `path` is a profile of the HF folder `model` that training begins with (None for one on the hub: not looked at).
+
+    Smoothing preserves what any weights of that shape compute, so that a profile of other weights helps less and harms nothing.
+    """
+    if not path.is_file():
+        return fail(PROFILE, f"{path} does not exist", _MAKE_PROFILE)
+    try:
+        profile = Profile.read(path)
+    except Unreadable as error:
+        return fail(PROFILE, str(error), _MAKE_PROFILE)
+    text = f"{path}, of {profile.about.model}: {counted(len(profile.names), 'tensor')}"
+    if model is None or not model.is_dir():
+        return ok(PROFILE, text)
+    try:
+        unlike = profile.suits(read_json(model / "config.json")) or profile.fits(shapes(model))
+        same = Weights(hf=model).fingerprint() == profile.about.fingerprint
+    except Unreadable:
+        return ok(PROFILE, text)  # not in safetensors: shapes are compared with the profile's at each refit
+    if unlike:
+        return fail(PROFILE, f"{path} is of another model: {unlike}", _MAKE_PROFILE)
+    return (
+        ok(PROFILE, text)
+        if same
+        else warn(PROFILE, f"{text}, calibrated on other weights than those in {model}", _MAKE_PROFILE)
+    )
+
+
+def _hub_models(spec: RunSpec) -> Iterator[Finding]:
     """Models that come from the hub: in its cache, or to be downloaded."""
     cache, switch = hub.hub_cache(os.environ, Path.home()), hub.offline(os.environ)
-    for key, model in hub_models(spec, data_root).items():
+    here = local_inputs(spec)
+    for key, model in _models(spec).items():
+        if key in here:
+            continue
         if hub.is_cached(model, cache):
             yield ok(key, f"{model}, from {cache}")
         elif switch:
@@ -337,108 +268,149 @@ def _models(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
                 key, f"{model} is not in {cache}, and {switch} is set", f"unset {switch}, or copy the model there"
             )
         else:
-            size = parameters(model, data_root)
-            free = shutil.disk_usage(existing(cache)).free
+            size = _parameters(model)
+            free = shutil.disk_usage(paths.existing(cache)).free
             yield system.download(key, model, size and 2 * size, free, str(cache))
 
 
-def hub_models(spec: RunSpec, data_root: Path) -> dict[str, str]:
-    """Spec keys to the models that they name on the hub."""
-    named = {"model.path": spec.model.path}
-    if spec.algorithm.advantage == "gae" and spec.critic.path:
-        named["critic.path"] = spec.critic.path
-    here = local_inputs(spec, data_root)
-    return {key: model for key, model in named.items() if key not in here}
-
-
-def parameters(model: str, data_root: Path) -> int | None:
-    """Parameter count of a model, as far as this machine knows its shape."""
-    from flashrl_cli.memory import model as known
-    from flashrl_cli.memory import model as shape
-
-    try:
-        found = known.shape_of(model, data_root)
-    except ValueError:
-        return None
-    return shape.parameters(found).total if found else None
-
-
-def _checkpoints(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
-    size = parameters(spec.model.path, data_root)
+def _checkpoints(spec: RunSpec) -> Iterator[Finding]:
+    size = _parameters(spec.model.path)
     if size is not None and not os.environ.get("RAY_ADDRESS"):
-        root = checkpoints_root()
+        root = paths.checkpoints_root()
         yield system.checkpoints(
             environment.checkpoint_bytes(spec, size),
             environment.checkpoints_kept(spec),
-            shutil.disk_usage(existing(root)).free,
+            shutil.disk_usage(paths.existing(root)).free,
             nodes=spec.resources.nodes,
             folder=str(root),
             keep_fewer=environment.KEEP_ONE,
         )
 
 
-__all__ = ["ENTRY_POINTS", "check", "findings"]
-SHOWN = 2
-"""Fixes that the last line repeats, which is all that some logs keep."""
-
-
-def check(plan: LaunchPlan, data_root: Path) -> None:
-    """Raise EnvironmentNotReady with every reason why this machine cannot run `plan`, InputError for the rows alone."""
-    found = list(problems(_machine(plan.spec, data_root)))
-    rows = list(problems(_rows(plan.spec, data_root)))
-    if found:
-        fixes = list(dict.fromkeys(problem.hint for problem in found if problem.hint))
-        raise EnvironmentNotReady(
-            f"this machine cannot run {plan.preset}: {', '.join(dict.fromkeys(str(problem.where) for problem in found))}",
-            problems=[*found, *rows],
-            hint=f"{'; '.join(fixes[:SHOWN])}; `flashrl doctor --preset` shows all that was checked, `--dry-run` the plan alone",
-        )
-    _refuse(plan, rows)
-
-
-def check_rows(plan: LaunchPlan, data_root: Path) -> None:
-    """Raise InputError if the rows of a data file that is on this machine cannot be trained on."""
-    _refuse(plan, list(problems(_rows(plan.spec, data_root))))
-
-
-def _refuse(plan: LaunchPlan, rows: list[Problem]) -> None:
-    if rows:
-        raise InputError(
-            f"{plan.preset} cannot be trained on these rows; nothing was started",
-            problems=rows,
-            hint="`flashrl prepare` writes rows whose truths verl's scorer pays for",
-        )
-
-
-def findings(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
-    """Yield how this machine, and the rows on it, stand to each thing that a run of `spec` needs."""
-    yield from _machine(spec, data_root)
-    yield from _rows(spec, data_root)
-
-
-def _rows(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
-    for problem in row_problems(spec, data_root):
-        yield fail(problem.where or "rows", problem.message, problem.hint)
-
-
-def _machine(spec: RunSpec, data_root: Path) -> Iterator[Finding]:
-    versions = software.probe_versions()
-    yield from software.missing(find_spec)
-    yield from software.one_vllm(versions)
-    yield from software.verl_version(versions)
-    yield from software.vllm_version(versions)
-    yield from software.stack_for(spec.resources.platform, versions)
-    yield from software.findings(os.environ)
-    yield from device_findings(spec, versions)
-    yield from storage_findings(spec, data_root)
-    yield from _loggers(spec)
-
-
 def _loggers(spec: RunSpec) -> Iterator[Finding]:
-    names, environment = tuple(dict.fromkeys(spec.trainer.logger)), {**os.environ, **spec.env}
-    broken = list(loggers.problems(names, environment, lambda module: find_spec(module) is not None, Path.home()))
+    names = tuple(dict.fromkeys(spec.trainer.logger))
+    broken = list(
+        environment.problems(names, _environment(spec), lambda module: find_spec(module) is not None, Path.home())
+    )
     for problem in broken:
         yield fail(f"logger {problem.where}", problem.message, problem.hint)
-    for name in loggers.demanding(names):
+    for name in environment.demanding(names):
         if name not in {problem.where for problem in broken}:
             yield ok(f"logger {name}", "ready")
+
+
+DATA = ("data.train", "data.val")
+
+
+def row_problems(spec: RunSpec) -> list[Problem]:
+    """What is wrong with the rows of the files that are here, all of which are read.
+
+    Rows of a data set class that the preset names may have any form. Raises EnvironmentNotReady for a missing library.
+    """
+    if rewards.own_rows(spec.verl):
+        return []
+    scoring = Scoring.OWN if rewards.own_reward(spec.verl) else Scoring.VERL
+    needs = Needs(scoring=scoring, prompt=rewards.prompt_column(spec.verl))
+    here = local_inputs(spec)
+    found: list[Problem] = []
+    for file in dict.fromkeys(here[key] for key in DATA if key in here):
+        if file.exists():
+            found += _problems_in(file, needs)
+    return found
+
+
+def _problems_in(file: Path, needs: Needs) -> list[Problem]:
+    bad = BadRows()
+    try:
+        rows = judge(_uniform(readers.read_rows(file, needs, bad), needs, bad), needs, bad)
+    except InputError as error:
+        return [Problem(error.message, str(file), error.hint)]
+    if not rows and not bad.count:
+        return [Problem("holds no rows", str(file), "flashrl prepare writes rows as verl reads them")]
+    return bad.problems()
+
+
+def _uniform(located: Iterator[Located], needs: Needs, bad: BadRows) -> Iterator[Located]:
+    """Yield the rows; those of JSON whose types Arrow would not load with those of the rows before go to `bad`, too."""
+    types = Types()
+    for place, row in located:
+        if not place.unit and not any(faults(row, needs)):  # a line; Parquet has one type for each column
+            for fault in types.faults(place, row):
+                bad.add(place, fault)
+        yield place, row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What is known of a run's memory: an estimate on GPUs of some size, or why there is none."""
+
+    gpu: str = ""
+    """Where the GPU's size is from."""
+    estimate: estimate.Estimate | None = None
+    unknown: str = ""
+
+    @property
+    def lines(self) -> list[str]:
+        """Lines of a terminal, or of a script's comments."""
+        if self.estimate is None:
+            return [f"memory: not estimated, {self.unknown}"]
+        return [f"memory of each GPU ({self.gpu}), estimated:", *estimate.block(self.estimate)]
+
+    @property
+    def warning(self) -> str | None:
+        """What deserves attention before a launch."""
+        if self.estimate is None or self.estimate.verdict == "fits":
+            return None
+        return "; ".join(estimate.summary(self.estimate))
+
+    def document(self) -> dict[str, Any]:
+        """The estimate as plain data, for `--json`."""
+        if self.estimate is None:
+            return {"unknown": self.unknown}
+        return {"gpu": self.gpu, **estimate.document(self.estimate)}
+
+
+def memory_of(resolved: Resolved, tree: Tree, gpus: Sequence[int] = ()) -> Memory:
+    """Memory of a run on this machine's `gpus` (bytes of each), or as `resources.gpu_memory_gib` says, or on 80 GB GPUs."""
+    spec = resolved.spec
+    if spec.resources.platform == "cpu":
+        return Memory(unknown="it is estimated for GPUs only")
+    try:
+        policy = shape_of(spec.model.path, paths.data_root())
+        critic = shape_of(spec.critic.path, paths.data_root()) if spec.critic.path else None
+        if policy is None:
+            return Memory(unknown=f"no config.json of {spec.model.path} on this machine")
+        size, source = _gpu(spec, gpus)
+        return Memory(gpu=source, estimate=estimate.estimate(resolved, tree, policy, critic, size))
+    except ValueError as error:
+        return Memory(unknown=str(error))
+
+
+def _gpu(spec: RunSpec, gpus: Sequence[int]) -> tuple[int, str]:
+    """Bytes of a GPU, and where that is from."""
+    given = spec.resources.gpu_memory_gib
+    if given is not None:
+        return round(given * (1 << 30)), "resources.gpu_memory_gib"
+    if gpus:
+        return min(gpus), "this machine's"
+    return estimate.H100_BYTES, "80 GB assumed"
+
+
+def shape(model: str) -> ModelShape | None:
+    """Shape of a model, from what is on this machine; None where that does not say, or for anything but a decoder."""
+    with contextlib.suppress(ValueError):
+        return shape_of(model, paths.data_root())
+    return None
+
+
+def _parameters(model: str) -> int | None:
+    """Parameter count of a model, as far as this machine knows its shape."""
+    found = shape(model)
+    return parameters(found).total if found else None
+
+
+def gpu_memory(spec: RunSpec) -> list[int]:
+    """Bytes of each GPU of this machine; empty for a run on a CPU, or on a cluster, whose GPUs cannot be seen from here."""
+    if spec.resources.platform == "cpu" or _cluster(spec):
+        return []
+    return [gpu.memory_mib << 20 for gpu in gpus.seen() if gpu.memory_mib]

@@ -1,17 +1,14 @@
-"""A command with everything it starts, so that all of it can be ended, whoever dies first.
+"""Commands with everything they start, so that all of it can be ended, and the signals that end a command in order.
 
 Ray puts its daemons into sessions of their own and rewrites process titles, so neither process groups nor environments find
 them again. On Linux this process becomes the "subreaper" instead: whatever loses its parent becomes a child of ours. Between
-us and the command stands a guardian (`launch.guardian`) of the same kind: when we are killed, it ends the command, and
-when it is killed, we do.
+us and the command is a guardian (`train.guardian`), a subreaper too: when we are killed, it ends the command, and when it is
+killed, we do.
 
-Where a plan runs: something that was started, is watched, and can be ended. `process.Tree` and `ray.job.RayJob` are such.
-
-Signals that end a run in order instead of killing the process that watches it.
-
-One rule, the usual one of Unix: INT and HUP, which a terminal sends to all that it started, stay ignored if they were when flashrl
-was started. `nohup` ignores HUP and a shell INT (for `command &` in a script), so that a command outlives its terminal; Python, and
-with it every flashrl command without handlers of its own, keeps to that. TERM is sent to this very process, and always ends it.
+Signals follow the usual rule of Unix: INT and HUP, which a terminal sends to all that it started, stay ignored if they were when
+flashrl was started. `nohup` ignores HUP and a shell INT (for `command &` in a script), so that a command outlives its terminal;
+Python, and with it every flashrl command without handlers of its own, does the same. TERM is sent to this very process, and
+always ends it.
 """
 
 from __future__ import annotations
@@ -37,13 +34,13 @@ if TYPE_CHECKING:
 
 
 class Handle(Protocol):
-    """A plan under way. Its log, metrics and handshakes appear in the attempt's folder while `tend` is called."""
+    """A plan under way: `process.Tree` or `ray_job.RayJob`. Its files appear in the attempt's folder while `tend` is called."""
 
     def poll(self) -> int | None:
         """Exit code of the command, None while it runs; a signal's number negative."""
 
     def tend(self) -> None:
-        """Do what keeps the handle true; called several times a second."""
+        """Look after what runs: note new processes, or fetch what a cluster has logged; called several times a second."""
 
     def terminate(self) -> None:
         """Ask the command to end."""
@@ -120,7 +117,6 @@ def _stays_ignored(number: signal.Signals) -> bool:
 
 
 PR_SET_CHILD_SUBREAPER = 36
-PR_SET_PDEATHSIG = 1
 GUARDIAN = "flashrl_cli.train.guardian"
 
 
@@ -160,7 +156,7 @@ class Descendants:
 
 
 class Tree:
-    """A started command and all its descendants (`executor.Handle`)."""
+    """A started command and all its descendants: a `Handle`."""
 
     def __init__(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path) -> None:
         """Start `argv` under a guardian, in its own session, with both outputs appended to `log`."""
@@ -210,17 +206,7 @@ class Tree:
 def adopt_orphans() -> None:
     """Become the parent of whatever loses its own below this process; Linux only, nothing happens elsewhere."""
     if sys.platform == "linux":
-        _prctl(PR_SET_CHILD_SUBREAPER, 1)
-
-
-def end_with_parent() -> None:
-    """Have the kernel ask this process to end when its parent is killed; for `preexec_fn`."""
-    if sys.platform == "linux":
-        _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _prctl(option: int, value: int) -> None:
-    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _alive(process: psutil.Process) -> bool:

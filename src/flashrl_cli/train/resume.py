@@ -28,31 +28,32 @@ WORTH_REDOING_S = 600.0
 class Resume:
     """What an attempt goes on from, and what it moves out of the way before.
 
-    verl would load what its tracker names, whole or not, and later steps of an abandoned branch would stay among the new ones.
+    verl would load what its tracker names, complete or not, and later steps of an abandoned branch would stay among the new
+    ones.
     """
 
     folder: Path | None = None
     """A `global_step_N`; None for a start from nothing."""
-    aside: tuple[tuple[Path, str], ...] = ()
-    """Steps to be set aside, and why."""
+    superseded: tuple[tuple[Path, str], ...] = ()
+    """Steps to be moved out of the way, and why."""
     checkpoints: Path | None = None
     """The run's checkpoints, if it has any."""
 
     @property
     def step(self) -> int | None:
-        """Number of the step that is gone on from."""
+        """Number of the step that the attempt goes on from."""
         return checkpoints.step_number(self.folder.name) if self.folder else None
 
     def lines(self) -> list[str]:
-        """For people: where it goes on, and what is set aside."""
+        """Lines of a terminal: where the run goes on, and what is set aside."""
         start = [f"going on from step {self.step}: {self.folder}"] if self.folder else []
-        return [*start, *(f"setting {path.name} aside: {why}" for path, why in self.aside)]
+        return [*start, *(f"setting {path.name} aside: {why}" for path, why in self.superseded)]
 
     def prepare(self) -> None:
-        """Set steps aside and have verl's tracker name what is gone on from."""
-        for path, why in self.aside:
+        """Move superseded steps to `.set_aside`, and have verl's tracker name the step that the attempt goes on from."""
+        for path, why in self.superseded:
             saved.set_aside(path, why)
-        if self.aside and self.checkpoints:
+        if self.superseded and self.checkpoints:
             inside = self.folder is not None and self.folder.parent == self.checkpoints
             saved.point_tracker(self.checkpoints, self.step if inside else None)
 
@@ -60,19 +61,19 @@ class Resume:
 FROM_NOTHING = Resume()
 
 
-def choose(spec: RunSpec, run: RunPaths, mode: str, contents: checkpoints.Loaded | None = None) -> Resume:
-    """Where a run of `spec` goes on under `--resume MODE`; `contents` is what it loads from a checkpoint.
+def choose(spec: RunSpec, run: RunPaths, mode: str) -> Resume:
+    """Where a run of `spec` goes on under `--resume MODE`.
 
     Raises InputError where the step cannot be loaded: not there, incomplete, or saved by another number of processes.
     """
     if mode == "never":
         return FROM_NOTHING
-    critic = spec.algorithm.advantage == "gae"
-    own = saved.saved_steps(run.checkpoints, critic=critic, loaded=contents)
+    critic, loaded = spec.algorithm.advantage == "gae", checkpoints.loaded_by(spec.verl)
+    own = saved.saved_steps(run.checkpoints, critic=critic, loaded=loaded)
     if mode == "auto":
         chosen = _newest(own, run)
     else:
-        chosen = saved.inspect(_folder(mode), critic=critic, loaded=contents)
+        chosen = saved.inspect(_folder(mode), critic=critic, loaded=loaded)
         if chosen.problems:
             raise InputError(
                 f"--resume {mode} cannot be loaded",
@@ -83,8 +84,11 @@ def choose(spec: RunSpec, run: RunPaths, mode: str, contents: checkpoints.Loaded
         _check_world_size(spec, chosen)
     step = chosen.step if chosen else 0
     later = [one for one in own if one.step > step or (one.problems and one.step == step)]
-    aside = tuple((one.path, _why(one, step, mode)) for one in later)
-    return Resume(folder=chosen.path if chosen else None, aside=aside, checkpoints=run.checkpoints if own else None)
+    return Resume(
+        folder=chosen.path if chosen else None,
+        superseded=tuple((one.path, _why(one, step, mode)) for one in later),
+        checkpoints=run.checkpoints if own else None,
+    )
 
 
 def _folder(mode: str) -> Path:
@@ -95,7 +99,7 @@ def _folder(mode: str) -> Path:
 
 
 def _newest(steps: Sequence[Saved], run: RunPaths) -> Saved | None:
-    """The newest complete step; the one before it if only the metrics of the newest are missing and the way is short.
+    """The newest complete step; the one before it if only the metrics of the newest are missing and few steps lie between.
 
     verl saves a step before it validates and logs it (trainer/ppo/v1/trainer_base.py:480-515).
     """
@@ -108,8 +112,8 @@ def _newest(steps: Sequence[Saved], run: RunPaths) -> Saved | None:
         return newest
     before = [one for one in complete if one.step in logged]
     paces = [seconds for seconds in logged.values() if seconds]
-    way = newest.step - (before[-1].step if before else 0)
-    if paces and way * sum(paces) / len(paces) <= WORTH_REDOING_S:
+    repeated = newest.step - (before[-1].step if before else 0)
+    if paces and repeated * sum(paces) / len(paces) <= WORTH_REDOING_S:
         return before[-1] if before else None
     return newest
 
@@ -127,13 +131,13 @@ def _check_world_size(spec: RunSpec, chosen: Saved) -> None:
     Each loads the shards of its own rank and world size, or fails in a worker minutes after the start
     (verl/utils/checkpoint/fsdp_checkpoint_manager.py:213).
     """
-    nodes, world = spec.resources.nodes, spec.resources.nodes * spec.resources.gpus_per_node
-    by = chosen.world_size
-    if by is None or by == world:
+    nodes, world = spec.resources.nodes, spec.resources.devices
+    saved_by = chosen.world_size
+    if saved_by is None or saved_by == world:
         return
-    fits = by % nodes == 0
-    fix = f"--set resources.gpus_per_node={by // nodes}" if fits else "the resources it was saved with"
+    divides = saved_by % nodes == 0
+    fix = f"--set resources.gpus_per_node={saved_by // nodes}" if divides else "the resources it was saved with"
     raise InputError(
-        f"{chosen.path} was saved by {by} trainer processes, this run has {world}",
+        f"{chosen.path} was saved by {saved_by} trainer processes, this run has {world}",
         hint=f"{fix}, or another step: --resume PATH",
     )

@@ -1,11 +1,4 @@
-"""One attempt of a run from its claim to its end: what `train` and a sweep do with a plan.
-
-What the repository that flashrl is called in looked like: for the record of a run.
-
-Keeps a run's record true while its attempt goes on: a display that writes down what it is told and passes it on.
-
-A run that goes on without the terminal it was started in.
-"""
+"""One attempt of a run from its claim to its end, on record all the while; in this process, or in one that outlives the terminal."""
 
 from __future__ import annotations
 
@@ -27,8 +20,9 @@ from flashrl_cli.runs import store
 from flashrl_cli.runs.metrics import Tail
 from flashrl_cli.runs.store import Attempt, Phase, RunRecord
 from flashrl_cli.secrets import without_secrets
-from flashrl_cli.train import process, review
-from flashrl_cli.train.supervise import locally, supervise
+from flashrl_cli.train import process
+from flashrl_cli.train.launch import plan_hash
+from flashrl_cli.train.supervise import supervise
 
 if TYPE_CHECKING:
     from flashrl_cli.contract import Handshake
@@ -38,32 +32,106 @@ if TYPE_CHECKING:
     from flashrl_cli.train.process import Start
     from flashrl_cli.verl.metrics import StepMetrics
 
-TIMEOUT_S = 10.0
+
+def run_plan(
+    plan: LaunchPlan,
+    display: Display,
+    *,
+    start: Start,
+    vocabulary: int | None = None,
+    command: Sequence[str] = (),
+) -> int:
+    """Carry out `plan` and keep the run's record; returns the number of steps done.
+
+    `command` is the command line that asked for it. Raises InputError if the run is under way already, and what
+    `supervise` raises.
+    """
+    with process.collected() as received:
+        _claim(plan, command)
+        try:
+            plan.resume.prepare()
+            steps = supervise(plan, Recording(display, plan), received, start=start, vocabulary=vocabulary)
+        except BaseException as error:
+            _close(plan, **_ending(error))
+            raise
+        _close(plan, status="done", exit_code=int(ExitCode.OK))
+    return steps
 
 
-def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit, branch and whether tracked files were changed; None outside a repository, or without git."""
-    commit = _git(folder, "rev-parse", "HEAD")
-    if commit is None:
-        return None
-    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit, "branch": _git(folder, "rev-parse", "--abbrev-ref", "HEAD"), "dirty": bool(changed)}
+def _claim(plan: LaunchPlan, command: Sequence[str]) -> None:
+    """Enter the attempt into the record; of two processes that want the same run, one is refused."""
+    fresh = RunRecord(
+        name=plan.name,
+        project=plan.spec.trainer.project,
+        preset=plan.preset,
+        created=store.now(),
+        checkpoints=str(plan.paths.checkpoints),
+    )
+    attempt = _attempt(plan, command)
+
+    def edit(found: RunRecord | None) -> RunRecord:
+        refuse_running(found)
+        try:
+            plan.attempt_paths.root.mkdir(mode=0o700)
+        except FileExistsError:
+            raise InputError(
+                f"attempt {plan.attempt} of run {plan.name} was just started elsewhere", hint="try again"
+            ) from None
+        before = found or fresh
+        return dataclasses.replace(before, preset=plan.preset, attempts=(*before.attempts, attempt))
+
+    store.change(plan.paths, edit)
 
 
-def _git(folder: Path, *words: str) -> str | None:
-    """Output of a git command that only reads; None if it fails."""
-    command = ["git", "--no-optional-locks", "-C", str(folder), *words]
+def _attempt(plan: LaunchPlan, command: Sequence[str]) -> Attempt:
+    moment = store.now()
+    return Attempt(
+        number=plan.attempt,
+        status="running",
+        started=moment,
+        updated=moment,
+        **store.own_process(),
+        argv=without_secrets(tuple(command)),
+        plan_hash=plan_hash(plan),
+        resumed_from=plan.resume.step,
+        total_steps=plan.spec.trainer.steps,
+        set_aside=tuple(f"{path.name}: {why}" for path, why in plan.resume.superseded),
+        versions={"flashrl-cli": __version__, "python": platform.python_version(), **probe_versions()},
+        git=git_state(Path.cwd()),
+    )
+
+
+def _ending(error: BaseException) -> dict[str, Any]:
+    """Fields of the record of an attempt that `error` ended."""
+    code = int(exit_code_of(error))
+    if isinstance(error, process.Interrupted):
+        return {"status": "stopped", "exit_code": code, "error": error.message}
+    if isinstance(error, FlashrlError):
+        return {"status": "failed", "exit_code": code, "error": error.message.partition("\n")[0], "hint": error.hint}
+    return {"status": "failed", "exit_code": code, "error": f"{type(error).__name__}: {error}"}
+
+
+def _close(plan: LaunchPlan, **fields: Any) -> None:
     try:
-        done = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=TIMEOUT_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+        store.renew(plan.paths, plan.attempt, ended=store.now(), **fields)
+    except (OSError, InputError) as error:  # the run is over, and its own end is what must be reported
+        print(f"warning: {plan.paths.record} was not renewed: {error}", file=sys.stderr)
+
+
+def refuse_running(found: RunRecord | None) -> None:
+    """Raise InputError if an attempt of a run is under way, here or (as far as its record says) elsewhere."""
+    last = found.last if found else None
+    if found is None or last is None or store.state(last) != "running":
+        return
+    where = "" if last.host == socket.gethostname() else f" on {last.host}"
+    raise InputError(
+        f"run {found.name} is under way: attempt {last.number}, process {last.pid}{where}",
+        hint=f"`flashrl runs watch {found.name}` shows it, `flashrl runs stop {found.name}` ends it",
+    )
 
 
 class Recording:
-    """Writes each event of one attempt into the record, then tells `display`.
+    """A display that writes each event of one attempt into the run's record, then passes it on to `display`.
 
     A reader that went away (a closed pipe or terminal) does not end a run by itself: what ends it is a signal.
     """
@@ -109,103 +177,6 @@ class Recording:
             store.renew(self.plan.paths, self.plan.attempt, **changes)
 
 
-def run_plan(
-    plan: LaunchPlan,
-    display: Display,
-    *,
-    start: Start = locally,
-    vocabulary: int | None = None,
-    command: Sequence[str] = (),
-) -> int:
-    """Carry out `plan` and keep the run's record; returns the number of steps done.
-
-    `command` is the command line that asked for it. Raises InputError if the run is under way already, and what
-    `supervise` raises.
-    """
-    with process.collected() as received:
-        _claim(plan, command)
-        try:
-            plan.resume.prepare()
-            steps = supervise(plan, Recording(display, plan), received, start=start, vocabulary=vocabulary)
-        except BaseException as error:
-            _close(plan, **_ending(error))
-            raise
-        _close(plan, status="done", exit_code=int(ExitCode.OK))
-    return steps
-
-
-def refuse_running(found: RunRecord | None) -> None:
-    """Raise InputError if an attempt of a run is under way, here or (as far as its record says) elsewhere."""
-    last = found.last if found else None
-    if found is None or last is None or store.state(last) != "running":
-        return
-    where = "" if last.host == socket.gethostname() else f" on {last.host}"
-    raise InputError(
-        f"run {found.name} is under way: attempt {last.number}, process {last.pid}{where}",
-        hint=f"`flashrl runs watch {found.name}` shows it, `flashrl runs stop {found.name}` ends it",
-    )
-
-
-def _claim(plan: LaunchPlan, command: Sequence[str]) -> None:
-    """Enter the attempt into the record; of two processes that want the same run, one is refused."""
-    fresh = RunRecord(
-        name=plan.name,
-        project=plan.spec.trainer.project,
-        preset=plan.preset,
-        created=store.now(),
-        checkpoints=str(plan.paths.checkpoints),
-    )
-    attempt = _attempt(plan, command)
-
-    def edit(found: RunRecord | None) -> RunRecord:
-        refuse_running(found)
-        try:
-            plan.attempt_paths.root.mkdir(mode=0o700)
-        except FileExistsError:
-            raise InputError(
-                f"attempt {plan.attempt} of run {plan.name} was just started elsewhere", hint="try again"
-            ) from None
-        before = found or fresh
-        return dataclasses.replace(before, preset=plan.preset, attempts=(*before.attempts, attempt))
-
-    store.change(plan.paths, edit)
-
-
-def _attempt(plan: LaunchPlan, command: Sequence[str]) -> Attempt:
-    moment = store.now()
-    return Attempt(
-        number=plan.attempt,
-        status="running",
-        started=moment,
-        updated=moment,
-        **store.own_process(),
-        argv=without_secrets(tuple(command)),
-        plan_hash=review.plan_hash(plan),
-        resumed_from=plan.resume.step,
-        total_steps=plan.spec.trainer.steps,
-        set_aside=tuple(f"{path.name}: {why}" for path, why in plan.resume.aside),
-        versions={"flashrl-cli": __version__, "python": platform.python_version(), **probe_versions()},
-        git=git_state(Path.cwd()),
-    )
-
-
-def _ending(error: BaseException) -> dict[str, Any]:
-    """How the record tells an attempt that `error` ended."""
-    code = int(exit_code_of(error))
-    if isinstance(error, process.Interrupted):
-        return {"status": "stopped", "exit_code": code, "error": error.message}
-    if isinstance(error, FlashrlError):
-        return {"status": "failed", "exit_code": code, "error": error.message.partition("\n")[0], "hint": error.hint}
-    return {"status": "failed", "exit_code": code, "error": f"{type(error).__name__}: {error}"}
-
-
-def _close(plan: LaunchPlan, **fields: Any) -> None:
-    try:
-        store.renew(plan.paths, plan.attempt, ended=store.now(), **fields)
-    except (OSError, InputError) as error:  # the run is over: say so, and let its own end be told
-        print(f"warning: {plan.paths.record} was not renewed: {error}", file=sys.stderr)
-
-
 FLAG = "--detach"
 POLL_S = 0.1
 TAIL_LINES = 20
@@ -214,26 +185,26 @@ TAIL_LINES = 20
 class NotStarted(RunFailed):
     """The detached process ended before it began the attempt; its exit code is this one's."""
 
-    def __init__(self, code: int, said: Sequence[str], console: Path) -> None:
-        super().__init__("\n".join(["the detached run did not start", *(f"  | {line}" for line in said)]))
+    def __init__(self, code: int, last_lines: Sequence[str], console: Path) -> None:
+        super().__init__("\n".join(["the detached run did not start", *(f"  | {line}" for line in last_lines)]))
         self.hint = f"all it said: {console}"
         self.exit_code = ExitCode(code) if code in set(ExitCode) else ExitCode.FAILED
 
 
 def console(run: RunPaths) -> Path:
-    """What a detached process of `run` would have written to its terminal."""
+    """File with what a detached process of `run` would have written to its terminal."""
     return run.root / "console.log"
 
 
 def detach(run: RunPaths, command: Sequence[str]) -> Attempt:
     """Run flashrl's `command` (less `--detach`) in a session of its own; returns once its attempt is on record.
 
-    Raises NotStarted, with what it said, if it ends before.
+    Raises NotStarted, with the end of its output, if it ends before.
     """
-    said = console(run)
+    output = console(run)
     run.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with said.open("ab") as stream:
-        tail = Tail(said, start=stream.tell())
+    with output.open("ab") as stream:
+        tail = Tail(output, start=stream.tell())
         child = subprocess.Popen(
             [sys.executable, "-m", "flashrl_cli", *(word for word in command if word != FLAG)],
             stdin=subprocess.DEVNULL,
@@ -247,7 +218,7 @@ def detach(run: RunPaths, command: Sequence[str]) -> Attempt:
             child.returncode = 0  # it outlives this process, which Popen would warn of
             return attempt
         if ended is not None:
-            raise NotStarted(ended, tail.poll(ended=True)[-TAIL_LINES:], said)
+            raise NotStarted(ended, tail.poll(ended=True)[-TAIL_LINES:], output)
         time.sleep(POLL_S)
 
 
@@ -258,3 +229,27 @@ def _attempt_of(run: RunPaths, pid: int) -> Attempt | None:
         return None
     last = found.last if found else None
     return last if last and last.pid == pid else None
+
+
+GIT_TIMEOUT_S = 10.0
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit, branch and whether tracked files were changed; None outside a repository, or without git."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "branch": _git(folder, "rev-parse", "--abbrev-ref", "HEAD"), "dirty": bool(changed)}
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    """Output of a git command that only reads; None if it fails."""
+    command = ["git", "--no-optional-locks", "-C", str(folder), *words]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=GIT_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,38 +1,226 @@
-"""Run a launch plan: start it, watch log, metrics and proof, show what happens, and leave nothing behind.
+"""Run a launch plan: start it, watch log, metrics and handshakes, show what happens, and leave nothing behind.
 
 verl waits for ever when a vLLM worker dies, and goes on when the rollout engine is broken. So the run is ended here: on a
 failure that the log shows, on lost or implausible metrics, on a precision that is not proven, and when nothing moves.
-
-Does the rollout engine sample from the policy that is trained? Judged at every step, from verl's own comparison.
-
-verl scores the sampled tokens again with the trainer. Quantization moves those log-probs a little, which truncated importance
-sampling corrects; an engine whose refit is broken samples from something else, which nothing corrects. The bounds lie between:
-healthy INT8 and FP8 runs show |KL| below 0.05 and a correlation above 0.95, an engine left on its dummy weights a KL
-above 3 and a correlation near 0.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flashrl_cli import files
+from flashrl_cli import contract, files
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
-from flashrl_cli.runs.metrics import MetricsTail, Tail, last_lines
+from flashrl_cli.files import last_lines
+from flashrl_cli.runs.metrics import MetricsTail, Tail
 from flashrl_cli.train import handshake
-from flashrl_cli.train.plan import LaunchPlan, plan_document
-from flashrl_cli.train.process import Interrupted, Tree
+from flashrl_cli.train.plan import plan_document
+from flashrl_cli.train.process import Interrupted
 from flashrl_cli.verl.causes import CAUSES, Cause, cause_in
-from flashrl_cli.verl.logs import CLOCKS, phase_after, plain, root_error, telling, total_steps
+from flashrl_cli.verl.logs import StartPhase, phase_after, plain, root_error, telling, total_steps
 
 if TYPE_CHECKING:
     from flashrl_cli.config.spec import WatchSpec
+    from flashrl_cli.contract import Handshake
     from flashrl_cli.runs.control import Display
+    from flashrl_cli.train.plan import LaunchPlan
     from flashrl_cli.train.process import Handle, Start
     from flashrl_cli.verl.metrics import StepMetrics
+
+POLL_S = 0.2
+FAILURE_GRACE_S = 10.0
+"""Time that verl gets to end when it is asked to after a failure: there is nothing to save any more."""
+KILL_GRACE_S = 3.0
+"""Time that what verl left behind gets, once verl itself has ended."""
+TAIL_LINES = 20
+TRACEBACK_LINES = 2000
+"""Lines at the log's end in which the exception at the root of a failure is looked for."""
+
+
+def supervise(
+    plan: LaunchPlan, display: Display, received: list[int], *, start: Start, vocabulary: int | None = None
+) -> int:
+    """Execute `plan` to its end and return the number of steps done; nothing of it runs any more afterwards.
+
+    `received` grows by the signals that come in (`process.collected`); `vocabulary` is the policy's number of tokens, if known.
+    Raises RunFailed, EnvironmentNotReady or Interrupted with the log's end.
+    """
+    paths = plan.attempt_paths
+    paths.plugins.mkdir(parents=True)
+    files.write_json(paths.plan, plan_document(plan))
+    display.phase(StartPhase.VERL.words)
+    handle = start(plan)
+    watch = Watch(plan, display, handle, vocabulary)
+    try:
+        _follow(watch, received)
+    except (RunFailed, EnvironmentNotReady) as error:
+        raise type(error)(_with_log(error.message, plan), hint=error.hint) from error
+    finally:
+        _end(handle, plan.spec.watch.stop_grace_s if received else FAILURE_GRACE_S, received)
+    return watch.steps
+
+
+def _follow(watch: Watch, received: list[int]) -> None:
+    while True:
+        code = watch.handle.poll()
+        watch.look(ended=code is not None)
+        if received:
+            log = watch.plan.attempt_paths.log
+            raise Interrupted(received[0], hint=f"go on with `--resume auto --name {watch.plan.name}`; log: {log}")
+        if code == 0:
+            return _check_complete(watch)
+        if code is not None:
+            what, hint = (watch.cause.what, watch.cause.hint) if watch.cause else (None, "the log's end says why")
+            raise watch.failure(what, hint, f"verl ended with exit code {code}")
+        time.sleep(POLL_S)
+
+
+def _check_complete(watch: Watch) -> None:
+    """Raise RunFailed for a run that ended with exit code 0 before its last step, as verl does when its epochs are over."""
+    if not watch.steps:
+        raise RunFailed("verl ended without a step", hint="a finished run goes on with a larger trainer.steps")
+    if watch.total is not None and watch.last < watch.total:
+        raise RunFailed(
+            f"verl ended after step {watch.last} of {watch.total}",
+            hint="trainer.epochs ends a run too: raise it, or lower trainer.steps",
+        )
+
+
+def _end(handle: Handle, grace_s: float, received: list[int]) -> None:
+    """Ask what still runs to end, and kill it after `grace_s`, or at once when a second signal comes in."""
+    if handle.poll() is None and len(received) < 2:
+        handle.terminate()
+        deadline = time.monotonic() + grace_s
+        while handle.poll() is None and time.monotonic() < deadline and len(received) < 2:
+            handle.tend()
+            time.sleep(POLL_S)
+    handle.kill(grace_s=0.0 if len(received) > 1 else KILL_GRACE_S)
+
+
+def _with_log(message: str, plan: LaunchPlan) -> str:
+    log = plan.attempt_paths.log
+    tail = telling(last_lines(log, 200))[-TAIL_LINES:]
+    return "\n".join([message, *(f"  | {line[:300]}" for line in tail), f"log: {log}"])
+
+
+@dataclass
+class Watch:
+    """One attempt under way: what was seen of it so far."""
+
+    plan: LaunchPlan
+    display: Display
+    handle: Handle
+    vocabulary: int | None
+    steps: int = 0
+    """Training steps done in this attempt."""
+    last: int = 0
+    """The last of them, by its number."""
+    total: int | None = None
+    """Training steps that the run will have, as verl counts them."""
+
+    def __post_init__(self) -> None:
+        self._log = Tail(self.plan.attempt_paths.log)
+        self._metrics = MetricsTail(self.plan.attempt_paths.metrics)
+        self._expected = handshake.expectation(self.plan)
+        self._proven = self._expected.workers == 0
+        self._moved = time.monotonic()
+        self._phase = StartPhase.VERL
+        self._doomed: tuple[Cause, float] | None = None
+        self.cause: Cause | None = None
+
+    def look(self, *, ended: bool = False) -> None:
+        """Read what happened since the last look; raises what ends the run. `ended`: nothing more will be written."""
+        for line in self._log.poll(ended=ended):
+            self._read(plain(line))
+        self._prove()
+        for step in self._metrics.poll():
+            self._judge(step)
+        self._check_clocks()
+        self.handle.tend()
+        self.display.tick()
+
+    def _read(self, line: str) -> None:
+        phase = phase_after(line, self._phase)
+        if phase is not None and not self.steps:
+            self._phase = phase
+            self._moved = time.monotonic()
+            self.display.phase(phase.words)
+        total = total_steps(line)
+        if total is not None:
+            self.total = total
+            self.display.expect(total)
+        cause = cause_in(line)
+        if cause is None:
+            return
+        # the more specific the cause, the earlier it stands
+        self.cause = min(self.cause or cause, cause, key=CAUSES.index)
+        if cause.fatal and self._doomed is None:
+            self._doomed = (cause, time.monotonic())
+
+    def _prove(self) -> None:
+        if self._proven:
+            return
+        handshakes = self._handshakes()
+        refuted = handshake.refutation(self._expected, handshakes)
+        if refuted:
+            raise EnvironmentNotReady(
+                refuted, hint="`flashrl train --rollout bf16` trains without; the log says what vLLM loaded"
+            )
+        if len(handshakes) >= self._expected.workers:
+            self._proven = True
+            self.display.proven(handshakes)
+
+    def _handshakes(self) -> list[Handshake]:
+        return list(contract.read_handshakes(self.plan.attempt_paths.plugins))
+
+    def _judge(self, step: StepMetrics) -> None:
+        self._moved = time.monotonic()
+        self.display.step(step)
+        if not step.trained:
+            return
+        self.steps += 1
+        self.last = step.step
+        self._doomed = None  # whatever the log said, the run goes on
+        self._prove()
+        if not self._proven:
+            reason = handshake.missing(self._expected, self._handshakes())
+            raise EnvironmentNotReady(str(reason), hint="are flashrl's plugins installed on every node?")
+        if step.lost:
+            raise RunFailed(
+                f"step {step.step}: NaN in {', '.join(step.lost)}", hint="lower the learning rate, or try bf16 rollouts"
+            )
+        broken = broken_rollout(step, self.plan.spec.watch, self.vocabulary)
+        if broken:
+            raise EnvironmentNotReady(
+                f"step {step.step}: the rollout engine does not sample from the policy: {broken}",
+                hint="this is no mismatch for TIS to correct; `--rollout bf16` tells whether quantization is at fault",
+            )
+
+    def _check_clocks(self) -> None:
+        watch, now = self.plan.spec.watch, time.monotonic()
+        if self._doomed and now - self._doomed[1] > watch.failure_grace_s:
+            raise self.failure(self._doomed[0].what, self._doomed[0].hint)
+        limit, key = self._limit()
+        if now - self._moved > limit:
+            during = "a step" if self.steps else f"the start ({self._phase.words})"
+            raise RunFailed(
+                f"no progress for {limit:g} s during {during}", hint=f"raise watch.{key} if it only is slow"
+            )
+
+    def _limit(self) -> tuple[float, str]:
+        """Seconds that the present phase may take, and the key of `watch` that sets them."""
+        watch, clock = self.plan.spec.watch, self._phase.clock_s
+        if self.steps or clock is None:
+            return watch.step_timeout_s, "step_timeout_s"
+        return watch.start_timeout_s or clock, "start_timeout_s"
+
+    def failure(self, what: str | None, hint: str, otherwise: str = "") -> RunFailed:
+        """The error for a failed run: what is known of it, and the exception at its root, in one line."""
+        root = root_error(last_lines(self.plan.attempt_paths.log, TRACEBACK_LINES))
+        return RunFailed(": ".join(filter(None, (what, root))) or otherwise, hint=hint)
+
 
 UNIFORM_TOLERANCE = 0.05
 """Nats between the rollout's mean negative log-prob and ln(vocabulary) that count as sampling uniformly."""
@@ -40,6 +228,11 @@ UNIFORM_TOLERANCE = 0.05
 
 def broken_rollout(step: StepMetrics, bounds: WatchSpec, vocabulary: int | None) -> str | None:
     """Why the rollout does not sample from the policy, or None if it does (or nothing was sampled in this step).
+
+    verl scores the sampled tokens again with the trainer. Quantization moves those log-probs a little, which truncated
+    importance sampling corrects; an engine whose refit is broken samples from something else, which nothing corrects. The
+    bounds lie between: healthy INT8 and FP8 runs show |KL| below 0.05 and a correlation above 0.95, an engine left on its
+    dummy weights a KL above 3 and a correlation near 0.
 
     KL in nats a token, absolute because verl estimates it from samples; weights are importance weights after truncation.
     """
@@ -73,197 +266,3 @@ def _uncorrelated(step: StepMetrics, bounds: WatchSpec) -> str | None:
             f"and differ by {difference:.2f} on average"
         )
     return None
-
-
-POLL_S = 0.2
-FAILURE_GRACE_S = 10.0
-"""Time that verl gets to end when it is asked to after a failure: there is nothing to save any more."""
-KILL_GRACE_S = 3.0
-"""Time that what verl left behind gets, once verl itself has ended."""
-TAIL_LINES = 20
-TRACEBACK_LINES = 2000
-"""Lines at the log's end in which the exception at the root of a failure is looked for."""
-STARTING = "starting verl"
-
-
-@dataclass
-class Watch:
-    """One attempt under way: what was seen of it so far."""
-
-    plan: LaunchPlan
-    display: Display
-    handle: Handle
-    vocabulary: int | None
-    steps: int = 0
-    """Training steps done in this attempt."""
-    last: int = 0
-    """The last of them, by its number."""
-    total: int | None = None
-    """Training steps that the run will have, as verl counts them."""
-
-    def __post_init__(self) -> None:
-        self._log = Tail(self.plan.attempt_paths.log)
-        self._metrics = MetricsTail(self.plan.attempt_paths.metrics)
-        self._expected = handshake.expectation(self.plan)
-        self._proven = self._expected.workers == 0
-        self._moved = time.monotonic()
-        self._phase = STARTING
-        self._doomed: tuple[Cause, float] | None = None
-        self.cause: Cause | None = None
-
-    def look(self, *, ended: bool = False) -> None:
-        """Take in what happened since the last look; raises what ends the run. `ended`: nothing more will be written."""
-        for line in self._log.poll(ended=ended):
-            self._read(plain(line))
-        self._prove()
-        for step in self._metrics.poll():
-            self._judge(step)
-        self._check_clocks()
-        self.handle.tend()
-        self.display.tick()
-
-    def _read(self, line: str) -> None:
-        phase = phase_after(line, self._phase)
-        if phase is not None and not self.steps:
-            self._phase = phase
-            self._moved = time.monotonic()
-            self.display.phase(phase)
-        total = total_steps(line)
-        if total is not None:
-            self.total = total
-            self.display.expect(total)
-        cause = cause_in(line)
-        if cause is None:
-            return
-        # the more specific the cause, the earlier it stands
-        self.cause = min(self.cause or cause, cause, key=CAUSES.index)
-        if cause.fatal and self._doomed is None:
-            self._doomed = (cause, time.monotonic())
-
-    def _prove(self) -> None:
-        if self._proven:
-            return
-        shakes = handshake.read(self.plan.attempt_paths.plugins)
-        refuted = handshake.refutation(self._expected, shakes)
-        if refuted:
-            raise EnvironmentNotReady(
-                refuted, hint="`flashrl train --rollout bf16` trains without; the log says what vLLM loaded"
-            )
-        if len(shakes) >= self._expected.workers:
-            self._proven = True
-            self.display.proven(shakes)
-
-    def _judge(self, step: StepMetrics) -> None:
-        self._moved = time.monotonic()
-        self.display.step(step)
-        if not step.trained:
-            return
-        self.steps += 1
-        self.last = step.step
-        self._doomed = None  # whatever the log said, the run goes on
-        self._prove()
-        if not self._proven:
-            reason = handshake.missing(self._expected, handshake.read(self.plan.attempt_paths.plugins))
-            raise EnvironmentNotReady(str(reason), hint="are flashrl's plugins installed on every node?")
-        if step.lost:
-            raise RunFailed(
-                f"step {step.step}: NaN in {', '.join(step.lost)}", hint="lower the learning rate, or try bf16 rollouts"
-            )
-        broken = broken_rollout(step, self.plan.spec.watch, self.vocabulary)
-        if broken:
-            raise EnvironmentNotReady(
-                f"step {step.step}: the rollout engine does not sample from the policy: {broken}",
-                hint="this is no mismatch for TIS to correct; `--rollout bf16` tells whether quantization is at fault",
-            )
-
-    def _check_clocks(self) -> None:
-        watch, now = self.plan.spec.watch, time.monotonic()
-        if self._doomed and now - self._doomed[1] > watch.failure_grace_s:
-            raise self.failure(self._doomed[0].what, self._doomed[0].hint)
-        limit, key = self._limit()
-        if now - self._moved > limit:
-            doing = "a step" if self.steps else f"the start ({self._phase})"
-            raise RunFailed(f"no progress for {limit:g} s during {doing}", hint=f"raise watch.{key} if it only is slow")
-
-    def _limit(self) -> tuple[float, str]:
-        """Seconds that what is being done now may take, and the key that says so."""
-        watch, clock = self.plan.spec.watch, CLOCKS.get(self._phase)
-        if self.steps or clock is None:
-            return watch.step_timeout_s, "step_timeout_s"
-        return watch.start_timeout_s or clock, "start_timeout_s"
-
-    def failure(self, what: str | None, hint: str, otherwise: str = "") -> RunFailed:
-        """The error for a failed run: what is known of it, and the exception at its root, in one line."""
-        root = root_error(last_lines(self.plan.attempt_paths.log, TRACEBACK_LINES))
-        return RunFailed(": ".join(filter(None, (what, root))) or otherwise, hint=hint)
-
-
-def locally(plan: LaunchPlan) -> Handle:
-    """Start `plan` as a process of this machine."""
-    return Tree(plan.argv, env={**os.environ, **plan.env}, cwd=plan.cwd, log=plan.attempt_paths.log)
-
-
-def supervise(
-    plan: LaunchPlan, display: Display, received: list[int], *, start: Start = locally, vocabulary: int | None = None
-) -> int:
-    """Execute `plan` to its end and return the number of steps done; nothing of it runs any more afterwards.
-
-    `received` grows by the signals that come in (`signals.collected`); `vocabulary` is the policy's number of tokens, if known.
-    Raises RunFailed, EnvironmentNotReady or Interrupted with the log's end.
-    """
-    paths = plan.attempt_paths
-    paths.plugins.mkdir(parents=True)
-    files.write_json(paths.plan, plan_document(plan))
-    display.phase(STARTING)
-    handle = start(plan)
-    watch = Watch(plan, display, handle, vocabulary)
-    try:
-        _follow(watch, received)
-    except (RunFailed, EnvironmentNotReady) as error:
-        raise type(error)(_with_log(error.message, plan), hint=error.hint) from error
-    finally:
-        _end(handle, plan.spec.watch.stop_grace_s if received else FAILURE_GRACE_S, received)
-    return watch.steps
-
-
-def _follow(watch: Watch, received: list[int]) -> None:
-    while True:
-        code = watch.handle.poll()
-        watch.look(ended=code is not None)
-        if received:
-            log = watch.plan.attempt_paths.log
-            raise Interrupted(received[0], hint=f"go on with `--resume auto --name {watch.plan.name}`; log: {log}")
-        if code == 0:
-            return _check_complete(watch)
-        if code is not None:
-            what, hint = (watch.cause.what, watch.cause.hint) if watch.cause else (None, "the log's end says why")
-            raise watch.failure(what, hint, f"verl ended with exit code {code}")
-        time.sleep(POLL_S)
-
-
-def _check_complete(watch: Watch) -> None:
-    """Raise RunFailed for a run that ended in peace before its last step: verl exits with 0 even so."""
-    if not watch.steps:
-        raise RunFailed("verl ended without a step", hint="a finished run goes on with a larger trainer.steps")
-    if watch.total is not None and watch.last < watch.total:
-        raise RunFailed(
-            f"verl ended after step {watch.last} of {watch.total}",
-            hint="trainer.epochs ends a run too: raise it, or lower trainer.steps",
-        )
-
-
-def _end(handle: Handle, grace_s: float, received: list[int]) -> None:
-    """End what still runs; a second signal meanwhile makes short work of it."""
-    if handle.poll() is None and len(received) < 2:
-        handle.terminate()
-        deadline = time.monotonic() + grace_s
-        while handle.poll() is None and time.monotonic() < deadline and len(received) < 2:
-            handle.tend()
-            time.sleep(POLL_S)
-    handle.kill(grace_s=0.0 if len(received) > 1 else KILL_GRACE_S)
-
-
-def _with_log(message: str, plan: LaunchPlan) -> str:
-    log = plan.attempt_paths.log
-    tail = telling(last_lines(log, 200))[-TAIL_LINES:]
-    return "\n".join([message, *(f"  | {line[:300]}" for line in tail), f"log: {log}"])

@@ -1,12 +1,6 @@
-"""What became of a sweep's points, read from the records and metrics of their runs.
+"""A sweep: its points become runs that are all judged before the first one starts; then one after another, and a table of them.
 
-What is wrong with the points of a sweep, each thing told once, with the values that it goes with.
-
-How a point's run stands before a sweep goes on.
-
-From points to plans: every run of a sweep resolved and judged before the first one starts.
-
-Run what a sweep still has to do, one run after another.
+`sweep_axes` reads what varies. A point's run is planned, judged, checked and run as a single one is (`launch`, `executors`, `run`).
 """
 
 from __future__ import annotations
@@ -19,116 +13,35 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from flashrl_cli import paths
-from flashrl_cli.errors import EnvironmentNotReady, FlashrlError, InputError, Problem, RunFailed
+from flashrl_cli.errors import EnvironmentNotReady, FlashrlError, InputError, Location, Problem, RunFailed
 from flashrl_cli.runs import store
 from flashrl_cli.runs.metrics import history
 from flashrl_cli.text import counted
-from flashrl_cli.train import review
+from flashrl_cli.train import launch
+from flashrl_cli.train.launch import Launch
 from flashrl_cli.train.plan import default_name, run_paths
 from flashrl_cli.train.process import Interrupted
 from flashrl_cli.train.run import refuse_running
-from flashrl_cli.train.sweep_axes import FLAGS, run_names
+from flashrl_cli.train.sweep_axes import run_names
+from flashrl_cli.verl.metrics import SWEEP
 
 if TYPE_CHECKING:
-    from flashrl_cli.config.resolve import Resolved
+    from flashrl_cli.config.resolve import Options, Resolved
     from flashrl_cli.paths import RunPaths
     from flashrl_cli.train.plan import LaunchPlan
     from flashrl_cli.train.sweep_axes import Point
-    from flashrl_cli.verl.compose import Tree
-    from flashrl_cli.verl.metrics import StepMetrics
+    from flashrl_cli.verl.metrics import Metric, StepMetrics
 
 T = TypeVar("T")
-TOLD = 3
-"""Points that a problem names, where they share no value."""
 
-
-class Complaints:
-    """Collects the problems of single points, from errors of one kind, and tells them as those of the whole."""
-
-    def __init__(self, points: Sequence[Point], kind: type[FlashrlError] = InputError) -> None:
-        self.points, self.kind = points, kind
-        self.readable = points
-        """Those that can have problems of a later kind."""
-        self._found: dict[Problem, list[Point]] = {}
-
-    def collect(self, point: Point, call: Callable[[], T]) -> T | None:
-        """Result of `call`, or None after an error of its kind, whose problems are noted as the point's."""
-        try:
-            return call()
-        except self.kind as error:
-            for problem in error.problems or (Problem(error.message, None, error.hint),):
-                self.note(point, problem)
-        return None
-
-    def note(self, point: Point, problem: Problem) -> None:
-        """Keep one problem of one point."""
-        self._found.setdefault(_as_sweep(problem, point), []).append(point)
-
-    def problems(self) -> list[Problem]:
-        """Every problem once."""
-        return [self._told(problem, points) for problem, points in self._found.items()]
-
-    def _told(self, problem: Problem, points: Sequence[Point]) -> Problem:
-        if set(points) in (set(self.points), set(self.readable)):
-            return problem
-        for key, text in points[0].values:
-            if any(set(points) == _having(key, text, among) for among in (self.points, self.readable)):
-                if problem.where == f"--sweep {key}":
-                    return replace(problem, where=f"--sweep {key}={text}")
-                return replace(problem, message=f"{problem.message} (with {key}={text})")
-        told = "; ".join(map(str, points[:TOLD]))
-        more = f" and {len(points) - TOLD} more" if len(points) > TOLD else ""
-        return replace(problem, message=f"{problem.message} (at {told}{more})")
-
-
-def _having(key: str, text: str, points: Sequence[Point]) -> set[Point]:
-    return {point for point in points if (key, text) in point.values}
-
-
-def _as_sweep(problem: Problem, point: Point) -> Problem:
-    """A problem of one run's options as one of `--sweep`, where the point gave the option."""
-    where, hint = problem.where or "", problem.hint
-    for key, _ in point.values:
-        option = f"--{key}" if key in FLAGS else f"--set {key}"
-        where = f"--sweep {key}" if where == option else where
-        for said in (f"--set {key}=", f"--set '{key}=", f"mean --{key} "):
-            hint = hint and hint.replace(said, said.replace(option, f"--sweep {key}").replace(f"{key} ", f"{key}="))
-    return Problem(problem.message, where or None, hint)
-
-
-Standing = Literal["waiting", "running", "begun", "done"]
-
-
-def standing(plan: LaunchPlan) -> Standing:
-    """How the run of a plan stands: `done` has all the steps that the plan wants, `begun` has an attempt, `running` lives."""
-    found = store.load(plan.paths.record)
-    last = found.last if found else None
-    if last and store.state(last) == "running":
-        return "running"
-    if plan.is_finished or (last and last.status == "done" and _enough(last.last_step, plan.spec.trainer.steps)):
-        return "done"
-    return "begun" if plan.paths.attempts() else "waiting"
-
-
-def _enough(done: int | None, wanted: int | None) -> bool:
-    """Whether a run that ended well did the steps wanted; where they follow from epochs, its end says so."""
-    return wanted is None or (done or 0) >= wanted
-
-
+State = Literal["waiting", "running", "begun", "done"]
+"""Of a point's run before the sweep: `done` has all the steps that its plan wants, `begun` has an attempt, `running` lives."""
 NAMED_BY_DEFAULT = (
     "rollout", "tis", "rollout.precision", "correction.cap", "rollout.kv_cache", "rollout.lm_head_fp32", "rollout.mix",
 )  # fmt: skip
-"""Keys whose values stand in the name of a run that was given none."""
-"""Changed keys that an error names."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
-    """What starts a run."""
-
-    resolved: Resolved
-    plan: LaunchPlan
-    tree: Tree
+"""Keys whose values are in the name of a run that was given none."""
+SHOWN = 3
+"""Points, or changed keys, that an error names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +50,7 @@ class Job:
 
     point: Point
     run: RunPaths
-    standing: Standing
+    state: State
     launch: Launch | None
 
     @property
@@ -147,10 +60,11 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Going:
-    """How a sweep goes on with runs that were begun: `resume` is auto or never, which holds for runs without an attempt.
+class UsedNames:
+    """What a sweep does about runs that exist already.
 
-    `force` goes on with what was started with another configuration, `look_only` allows for runs that are under way.
+    `resume` is auto or never, which holds for runs without an attempt: those with one go on. `force` goes on with what was
+    started with another configuration, `look_only` allows for runs that are under way.
     """
 
     resume: str = "never"
@@ -159,24 +73,24 @@ class Going:
 
 
 def plan_jobs(
-    read: Callable[[review.Options], Resolved],
+    read: Callable[[Options], Resolved],
     points: Sequence[Point],
-    given: review.Options,
+    given: Options,
     name: str | None,
-    going: Going,
+    used: UsedNames,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[Job]:
     """A job for each point; `read` reads the preset under a point's options, `advance` is called as points are judged.
 
     Raises InputError with everything that is wrong with any of them, EnvironmentNotReady without verl.
     """
-    wrong = Complaints(points)
+    wrong = PointProblems(points)
     specs = [(point, found) for point in points if (found := wrong.collect(point, partial(read, point.options(given))))]
     wrong.readable = [point for point, _ in specs]
     _note_twins(specs, wrong)
     jobs = []
     for (point, resolved), run in zip(specs, _names(specs, name), strict=True):
-        job = wrong.collect(point, partial(_job, point, resolved, run, going))
+        job = wrong.collect(point, partial(_job, point, resolved, run, used))
         jobs += [job] if job else []
         advance(1)
     if problems := wrong.problems():
@@ -184,53 +98,107 @@ def plan_jobs(
     return jobs
 
 
-def _note_twins(specs: Sequence[tuple[Point, Resolved]], wrong: Complaints) -> None:
+def _note_twins(specs: Sequence[tuple[Point, Resolved]], wrong: PointProblems) -> None:
     """Note the points that would train the same as an earlier one."""
     first: dict[str, Point] = {}
     for point, resolved in specs:
         twin = first.setdefault(resolved.spec.model_dump_json(), point)
         if twin is not point and not resolved.broken:
-            wrong.note(point, Problem(f"the same run twice: {twin}, and {point}", None, "a value stands there twice"))
+            wrong.note(point, Problem(f"the same run twice: {twin}, and {point}", None, "a value is given twice"))
 
 
 def _names(specs: Sequence[tuple[Point, Resolved]], name: str | None) -> list[str]:
     points = [point for point, _ in specs]
     if name is not None:
         return run_names([name] * len(points), points)
-    return run_names([default_name(r.spec.name, r.spec) for _, r in specs], points, said=NAMED_BY_DEFAULT)
+    return run_names([default_name(r.spec.name, r.spec) for _, r in specs], points, in_bases=NAMED_BY_DEFAULT)
 
 
-def _job(point: Point, resolved: Resolved, name: str, going: Going) -> Job:
-    used = run_paths(name, resolved.spec, paths.runs_root(), paths.checkpoints_root()).attempts()
-    plan = review.next_plan(resolved, name, resume="auto" if used else going.resume, force=True)
-    if not going.force:
+def _job(point: Point, resolved: Resolved, name: str, used: UsedNames) -> Job:
+    begun = run_paths(name, resolved.spec, paths.runs_root(), paths.checkpoints_root()).attempts()
+    plan = launch.next_plan(resolved, name, resume="auto" if begun else used.resume, force=True)
+    if not used.force:
         _refuse_changes(plan)
-    now = standing(plan)
-    if now == "running" and not going.look_only:
+    state = _state(plan)
+    if state == "running" and not used.look_only:
         refuse_running(store.load(plan.paths.record))
-    launch = None
-    if now in ("waiting", "begun"):
-        launch = Launch(resolved=resolved, plan=plan, tree=review.judge(resolved, plan))
-    return Job(point=point, run=plan.paths, standing=now, launch=launch)
+    starts = state in {"waiting", "begun"}
+    judged = Launch(resolved=resolved, plan=plan, tree=launch.judge(resolved, plan)) if starts else None
+    return Job(point=point, run=plan.paths, state=state, launch=judged)
 
 
 def _refuse_changes(plan: LaunchPlan) -> None:
     """Raise InputError, in one line, if a run was started with another configuration."""
-    if changed := review.since_last(plan):
-        told = "; ".join(f"{change.key} {' → '.join(change.shown())}" for change in changed[:TOLD])
-        more = f" and {len(changed) - TOLD} more" if len(changed) > TOLD else ""
+    if changed := launch.changes(plan):
+        listed = "; ".join(f"{change.key} {' → '.join(change.shown())}" for change in changed[:SHOWN])
+        more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         raise InputError(
-            f"run {plan.name} was started with another configuration: {told}{more}",
+            f"run {plan.name} was started with another configuration: {listed}{more}",
             hint="`--force` goes on with the new one, another `--name` starts other runs",
         )
 
 
-Train = Callable[["Launch"], object]
-"""Trains one run to its end; raises RunFailed, EnvironmentNotReady or Interrupted."""
+def _state(plan: LaunchPlan) -> State:
+    found = store.load(plan.paths.record)
+    last = found.last if found else None
+    if last and store.state(last) == "running":
+        return "running"
+    wanted = plan.spec.trainer.steps  # where they follow from epochs, a run that ended well did them
+    if plan.is_finished or (last and last.status == "done" and (wanted is None or (last.last_step or 0) >= wanted)):
+        return "done"
+    return "begun" if plan.paths.attempts() else "waiting"
 
 
-class Told(Protocol):
-    """Who is told how a sweep goes on."""
+class PointProblems:
+    """Collects the problems of single points, from errors of one class, and states each once, with the values that it goes with."""
+
+    def __init__(self, points: Sequence[Point], error: type[FlashrlError] = InputError) -> None:
+        self.points, self.error = points, error
+        self.readable = points
+        """Those whose configuration could be read, and which alone can have problems found later."""
+        self._found: dict[Problem, list[Point]] = {}
+
+    def collect(self, point: Point, call: Callable[[], T]) -> T | None:
+        """Result of `call`, or None after an error of the class, whose problems are noted as the point's."""
+        try:
+            return call()
+        except self.error as error:
+            for problem in error.problems or (Problem(error.message, None, error.hint),):
+                self.note(point, problem)
+        return None
+
+    def note(self, point: Point, problem: Problem) -> None:
+        """Keep one problem of one point."""
+        self._found.setdefault(problem, []).append(point)
+
+    def problems(self) -> list[Problem]:
+        """Every problem once."""
+        return [self._located(problem, points) for problem, points in self._found.items()]
+
+    def _located(self, problem: Problem, points: Sequence[Point]) -> Problem:
+        """The problem as it is if all points have it, else with the one value that its points share, else with their names."""
+        if self._are_all(points):
+            return problem
+        for key, text in points[0].values:
+            if self._are_all(points, (key, text)):
+                if problem.where == Location("--sweep", key=key):
+                    return replace(problem, where=Location("--sweep", key=f"{key}={text}"))
+                return replace(problem, message=f"{problem.message} (with {key}={text})")
+        named = "; ".join(map(str, points[:SHOWN]))
+        more = f" and {len(points) - SHOWN} more" if len(points) > SHOWN else ""
+        return replace(problem, message=f"{problem.message} (at {named}{more})")
+
+    def _are_all(self, points: Sequence[Point], value: tuple[str, str] | None = None) -> bool:
+        """Whether these are all points, or all readable ones, of that value."""
+        of_value = [
+            {point for point in among if value is None or value in point.values}
+            for among in (self.points, self.readable)
+        ]
+        return set(points) in of_value
+
+
+class Progress(Protocol):
+    """Shows how a sweep goes on."""
 
     def begins(self, number: int, job: Job) -> None:
         """Point `number` (from 1) is next."""
@@ -245,57 +213,60 @@ class Told(Protocol):
 def check_all(jobs: Sequence[Job], check: Callable[[LaunchPlan], object]) -> None:
     """Raise EnvironmentNotReady with every reason that `check` raises against a run that is left of a sweep."""
     launches = {job.point: job.launch for job in jobs if job.launch}
-    wrong = Complaints(list(launches), EnvironmentNotReady)
-    for point, launch in launches.items():
-        wrong.collect(point, partial(check, launch.plan))
+    wrong = PointProblems(list(launches), EnvironmentNotReady)
+    for point, one in launches.items():
+        wrong.collect(point, partial(check, one.plan))
     if found := wrong.problems():
         raise EnvironmentNotReady(
             "the sweep cannot run here", problems=found, hint="`--dry-run` shows its runs without starting any"
         )
 
 
-def run_jobs(jobs: Sequence[Job], train: Train, told: Told, *, fail_fast: bool = False) -> list[Job]:
+def run_jobs(
+    jobs: Sequence[Job], train: Callable[[Launch], object], progress: Progress, *, fail_fast: bool = False
+) -> list[Job]:
     """Run what is left, in order; returns the jobs that failed. A failure ends the sweep only if `fail_fast`.
 
+    `train` trains one run to its end, and raises RunFailed, EnvironmentNotReady or Interrupted.
     Raises Interrupted, and whatever kept a run from being started: that would keep the next from it, too.
     """
     failed: list[Job] = []
     for number, job in enumerate(jobs, 1):
-        told.begins(number, job)
+        progress.begins(number, job)
         error = _run(job.launch, train) if job.launch else None
         if error:
             failed.append(job)
-            told.failed(job, error)
-        told.ended(job)
+            progress.failed(job, error)
+        progress.ended(job)
         if error and fail_fast:
             break
     return failed
 
 
-def _run(launch: Launch, train: Train) -> FlashrlError | None:
+def _run(one: Launch, train: Callable[[Launch], object]) -> FlashrlError | None:
     try:
-        train(launch)
+        train(one)
     except (RunFailed, EnvironmentNotReady) as error:
-        if launch.plan.attempt_paths.root.exists():
+        if one.plan.attempt_paths.root.exists():
             return error
         raise
     except Interrupted as error:
-        error.hint = f"the same command goes on with run {launch.plan.name}"
+        error.hint = f"the same command goes on with run {one.plan.name}"
         raise
     except KeyboardInterrupt:
-        raise Interrupted(signal.SIGINT, f"the same command goes on with run {launch.plan.name}") from None
+        raise Interrupted(signal.SIGINT, f"the same command goes on with run {one.plan.name}") from None
     return None
 
 
 LAST_SHARE, LAST_LEAST = 10, 5
 """Means are taken over the last tenth of a run's steps, and over five at least: one step is noise."""
-MEANS = ("reward", "kl", "truncated", "step_s", "tokens_per_s")
-HEADINGS = ("run", "state", "steps", "reward", "accuracy", "KL", "cut %", "s/step", "tok/s", "best")
+_FIRST, *_OTHERS = SWEEP
+HEADINGS = ("run", "state", "steps", _FIRST.heading, "accuracy", *(metric.heading for metric in _OTHERS), "best")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A point and how its run stands: `steps` done, means of the last ones, accuracy of the last validation."""
+    """A point and the state of its run: `steps` done, means of the last ones, accuracy of the last validation."""
 
     point: Point
     run: str
@@ -309,7 +280,7 @@ class Row:
     hint: str | None
 
     def document(self) -> dict[str, Any]:
-        """For programs."""
+        """The row as plain data, for `--json`."""
         return {
             "run": self.run,
             "values": self.point.data(),
@@ -323,18 +294,23 @@ class Row:
         }
 
     def cells(self, *, best: bool) -> list[object]:
-        """For people, under the point's keys and `HEADINGS`."""
-        means, cut = self.means, self.means["truncated"]
+        """Cells of a table under the point's keys and `HEADINGS`."""
         steps = f"{self.steps}/{self.total}" if self.total else self.steps
         return [
             *self.point.texts(),
-            *(self.run, self.state, steps, means["reward"], self.accuracy, means["kl"]),
-            *(None if cut is None else 100 * cut, means["step_s"], means["tokens_per_s"], "★" if best else ""),
+            *(self.run, self.state, steps, self._cell(_FIRST), self.accuracy),
+            *(self._cell(metric) for metric in _OTHERS),
+            "★" if best else "",
         ]
+
+    def _cell(self, metric: Metric) -> float | None:
+        """The mean of a metric; a share as percents, as its heading says."""
+        mean = self.means[metric.name]
+        return None if mean is None else mean * (100 if metric.form.endswith("%") else 1)
 
 
 def row(point: Point, run: RunPaths) -> Row:
-    """How the run of a point stands now."""
+    """The run of a point as its record and its metrics show it now."""
     found = store.load(run.record)
     last = found.last if found else None
     steps = history(run)
@@ -346,7 +322,7 @@ def row(point: Point, run: RunPaths) -> Row:
         state=store.state(last) if last else "waiting",
         steps=max((step.step for step in trained), default=0),
         total=last.total_steps if last else None,
-        means={name: _mean(name, trained) for name in MEANS},
+        means={metric.name: _mean(metric.name, trained) for metric in SWEEP},
         accuracy=accuracies[-1] if accuracies else None,
         error=last.error if last else None,
         hint=last.hint if last else None,

@@ -1,7 +1,4 @@
-"""What `--sweep` says: the keys that vary and the values that they take, from the command line and from files.
-
-The points of a sweep: every combination of values, and what its run is called.
-"""
+"""What varies in a sweep: keys and values of `--sweep`, from the command line and from files; their combinations, and their names."""
 
 from __future__ import annotations
 
@@ -19,131 +16,19 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli import paths
 from flashrl_cli.config import yaml_file
 from flashrl_cli.config.layers import leaves
-from flashrl_cli.config.resolve import is_text
+from flashrl_cli.config.resolve import SWEPT, is_text
 from flashrl_cli.config.yaml_file import text_of
-from flashrl_cli.errors import InputError, Problem
+from flashrl_cli.errors import InputError, Location, Problem
 from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
-    from flashrl_cli.train.review import Options
-
-MANY, MOST = 64, 1000
-"""Runs that are started without being asked for twice, and runs that a sweep can have at all."""
-FLAGS = ("rollout", "tis")
-"""Keys that stand for an option of the same name."""
-LONGEST_WORD = 40
-LONGEST_NAME = 190
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One combination: a text of each key that varies, in the order of the axes."""
-
-    values: tuple[tuple[str, str], ...]
-
-    def __str__(self) -> str:
-        return " ".join(f"{key}={text}" for key, text in self.values)
-
-    def texts(self) -> list[str]:
-        """The values as they were written."""
-        return [text for _, text in self.values]
-
-    def data(self) -> dict[str, Any]:
-        """The values as plain data."""
-        return {key: _value(key, text) for key, text in self.values}
-
-    def options(self, given: Options) -> Options:
-        """The options of its run; `given` are those that all points share."""
-        flags = {key: _flag(key, text) for key, text in self.values if key in FLAGS}
-        sets = [f"{key}={text}" for key, text in self.values if key not in FLAGS]
-        return replace(given, sets=(*given.sets, *sets), **flags)
-
-
-def points(axes: Sequence[Axis], *, many: bool = False) -> list[Point]:
-    """Every combination of the axes' rows, the last axis varying fastest.
-
-    Raises InputError for more than 64 unless `many`, and for more than 1000.
-    """
-    count = math.prod(len(axis.rows) for axis in axes)
-    if count > MOST:
-        raise InputError(f"a sweep of {count:,} runs", hint=f"{MOST:,} at most; keys that go together stand in zip")
-    if count > MANY and not many:
-        raise InputError(f"a sweep of {count:,} runs", hint=f"--yes starts more than {MANY}")
-    return [
-        Point(tuple(pair for axis, row in zip(axes, rows, strict=True) for pair in zip(axis.keys, row, strict=True)))
-        for rows in itertools.product(*(axis.rows for axis in axes))
-    ]
-
-
-def run_names(bases: Sequence[str], found: Sequence[Point], *, said: Sequence[str] = ()) -> list[str]:
-    """A name for each point's run: its base and a word for each value, but for the keys that `said` says are in the base.
-
-    Two points of the same words (paths that end alike) get a hash of their values, too; names depend on nothing else.
-    """
-    keys = [key for key, _ in found[0].values if key not in said]
-    heads = _heads(keys)
-    plain = ["-".join([base, *_words(point, heads)]) for base, point in zip(bases, found, strict=True)]
-    often = Counter(plain)
-    return [
-        name if often[name] == 1 and len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{_hash(point)}"
-        for name, point in zip(plain, found, strict=True)
-    ]
-
-
-def _heads(keys: Sequence[str]) -> dict[str, str]:
-    """What stands for a key in names: as few of its last parts as tell it from the other keys."""
-    parts = {key: re.sub(r"[^\w.-]+", "", key, flags=re.ASCII).split(".") for key in keys}
-    heads = {}
-    for key in keys:
-        tails = (".".join(parts[key][-count:]) for count in range(1, len(parts[key])))
-        others = [".".join(parts[other]) for other in keys if other != key]
-        unique = (tail for tail in tails if not any(f".{other}".endswith(f".{tail}") for other in others))
-        heads[key] = next(unique, ".".join(parts[key]))
-    return heads
-
-
-def _words(point: Point, heads: dict[str, str]) -> list[str]:
-    return [_word(heads[key], key, text) for key, text in point.values if key in heads]
-
-
-def _word(head: str, key: str, text: str) -> str:
-    said = _short(_value(key, text))
-    if key == "rollout":
-        return said
-    return f"{head}{said}" if key == "tis" or not said[:1].isalpha() else f"{head}_{said}"
-
-
-def _short(value: Any) -> str:
-    """A value as a part of a name: the shorter form of a number, the last part of a path, letters and digits only."""
-    text = value if isinstance(value, str) else text_of(value)
-    if isinstance(value, float) and math.isfinite(value):
-        scientific = f"{Decimal(repr(value)).normalize():e}".replace("e+", "e")
-        text = min(text.removesuffix(".0"), scientific, key=len)
-    last = text.rstrip("/").rpartition("/")[2]
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", last).lstrip(".")[:LONGEST_WORD].rstrip("-.")
-
-
-def _flag(key: str, text: str) -> str:
-    """Text of an option, which takes no quotes as a list's item may have them."""
-    value = _value(key, text)
-    return value if isinstance(value, str) else text
-
-
-def _hash(point: Point) -> str:
-    return hashlib.sha256(str(point.values).encode()).hexdigest()[:6]
-
-
-def _value(key: str, text: str) -> Any:
-    """What a text is to `--set`, which keeps some keys' as they are; the text itself where it is no value."""
-    document = yaml_file.value(text, "", is_text=is_text(key))
-    return text if document.problems else document.data
-
+    from flashrl_cli.config.resolve import Options
 
 EXAMPLE = "--sweep rollout=bf16,int8, or --sweep FILE.yaml"
-SAME = {"rollout.precision": "rollout", "correction.cap": "tis"}
-"""Keys with a flag of their own, and what a sweep calls them."""
+SAME = {key: name for name, key in SWEPT.items()}
+"""Keys that have an option of their own, and the name of each in a sweep."""
 PLACES = ("name", "description", "trainer.project")
-"""Keys that say what a run is called or where its checkpoints lie."""
+"""Keys that name a run or the folder of its checkpoints."""
 PARTS = ("grid", "zip")
 
 
@@ -153,7 +38,7 @@ class Axis:
 
     keys: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    where: str
+    where: Location
 
 
 def read_axes(texts: Sequence[str], given: Options) -> list[Axis]:
@@ -183,7 +68,7 @@ def _of_option(text: str, problems: list[Problem]) -> Iterator[Axis]:
         problems.append(Problem("not of the form key=value,value", _option(text), EXAMPLE))
         return
     texts, wrong = yaml_file.items(values, _option(key))
-    hint = "between two commas stands a value; quote text that holds a comma, a bracket or #"
+    hint = "write a value between two commas; quote text that holds a comma, a bracket or #"
     problems += [Problem(problem.message, problem.where, hint) for problem in wrong]
     if texts:
         yield Axis(keys=(key,), rows=tuple((value,) for value in texts), where=_option(key))
@@ -191,8 +76,8 @@ def _of_option(text: str, problems: list[Problem]) -> Iterator[Axis]:
         problems.append(Problem("no value", _option(key), f"--sweep {key}=value,value"))
 
 
-def _option(text: str) -> str:
-    return f"--sweep {text if text.isprintable() else ascii(text)}"
+def _option(text: str) -> Location:
+    return Location("--sweep", key=text if text.isprintable() else ascii(text))
 
 
 def _of_file(text: str, problems: list[Problem]) -> Iterator[Axis]:
@@ -209,31 +94,28 @@ def _of_parts(document: yaml_file.Document, as_written: Mapping[str, Any], probl
     """Axes of a file's parts: each key of `grid` by itself, the keys of each map in the list `zip` together."""
     unknown = [part for part in document.data if part not in PARTS]
     hint = "a sweep's keys are grid and zip"
-    problems += [Problem(f"unknown key {part}", _line(document, part), hint) for part in unknown]
+    problems += [Problem(f"unknown key {part}", document.line_of(part), hint) for part in unknown]
     grid, zipped = document.data.get("grid") or {}, document.data.get("zip") or []
     if not isinstance(grid, dict):
-        problems.append(Problem("grid should be a map of keys", _line(document, "grid"), "rollout: [bf16, int8]"))
+        problems.append(Problem("grid should be a map of keys", document.line_of("grid"), "rollout: [bf16, int8]"))
     else:
         for key, values in leaves(grid):
-            where = _line(document, f"grid.{key}")
+            where = document.line_of(f"grid.{key}")
             yield from _axis({key: values}, dict(leaves(as_written["grid"])), where, problems)
     if not isinstance(zipped, list) or not all(isinstance(group, dict) for group in zipped):
         problems.append(
-            Problem("zip should be a list of maps", _line(document, "zip"), "zip: [{a: [1, 2], b: [3, 4]}]")
+            Problem("zip should be a list of maps", document.line_of("zip"), "zip: [{a: [1, 2], b: [3, 4]}]")
         )
         return
     for number, group in enumerate(zipped):
-        yield from _axis(dict(leaves(group)), dict(leaves(as_written["zip"][number])), _line(document, "zip"), problems)
+        where = document.line_of("zip")
+        yield from _axis(dict(leaves(group)), dict(leaves(as_written["zip"][number])), where, problems)
     if not problems and not (grid or zipped):
-        problems.append(Problem("nothing varies", document.label, "grid: {rollout: [bf16, int8]}"))
-
-
-def _line(document: yaml_file.Document, key: str) -> str:
-    return f"{document.label}:{document.lines.get(key, 1)}"
+        problems.append(Problem("nothing varies", document.where, "grid: {rollout: [bf16, int8]}"))
 
 
 def _axis(
-    columns: Mapping[str, Any], as_written: Mapping[str, Any], where: str, problems: list[Problem]
+    columns: Mapping[str, Any], as_written: Mapping[str, Any], where: Location, problems: list[Problem]
 ) -> Iterator[Axis]:
     wrong = [key for key, values in columns.items() if not isinstance(values, list) or not values]
     problems += [Problem(f"{key} should be a list of values", where, f"{key}: [value, value]") for key in wrong]
@@ -241,8 +123,8 @@ def _axis(
         return
     lengths = {key: len(values) for key, values in columns.items()}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{key} {length}" for key, length in lengths.items())
-        problems.append(Problem(f"keys that go together need as many values each: {told}", where))
+        listed = ", ".join(f"{key} {length}" for key, length in lengths.items())
+        problems.append(Problem(f"keys that go together need as many values each: {listed}", where))
         return
     texts = [
         [_quoted(str(value)) for value in as_written[key]] if is_text(key) else list(map(text_of, values))
@@ -253,11 +135,11 @@ def _axis(
 
 def _quoted(text: str) -> str:
     """A variable's value as `--set` reads it back."""
-    return text if yaml_file.value(text, "", is_text=True).data == text else json.dumps(text, ensure_ascii=False)
+    return text if yaml_file.value(text, is_text=True).data == text else json.dumps(text, ensure_ascii=False)
 
 
 def _misplaced(axes: Sequence[Axis], given: Options) -> Iterator[Problem]:
-    """Yield what is wrong with keys: given twice, in another option too, or of a run's place."""
+    """Yield what is wrong with keys: given twice, by another option too, or naming a run's place."""
     taken = {SAME.get(key, key): f"--set {key}" for key in (text.partition("=")[0].strip() for text in given.sets)}
     taken |= {"rollout": "--rollout"} if given.rollout is not None else {}
     taken |= {"tis": "--tis"} if given.tis is not None else {}
@@ -267,5 +149,107 @@ def _misplaced(axes: Sequence[Axis], given: Options) -> Iterator[Problem]:
             if name in taken:
                 yield Problem(f"{key} is given by {taken[name]}, too", axis.where, "a key varies in one place")
             if name in PLACES:
-                yield Problem(f"{key} says where a run lies, not what it trains", axis.where, "--name names the runs")
-            taken.setdefault(name, axis.where)
+                yield Problem(f"{key} names a run's place, not what it trains", axis.where, "--name names the runs")
+            taken.setdefault(name, str(axis.where))
+
+
+MANY, MOST = 64, 1000
+"""Runs that are started without being asked for twice, and runs that a sweep can have at all."""
+LONGEST_WORD = 40
+LONGEST_NAME = 190
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One combination: a text of each key that varies, in the order of the axes."""
+
+    values: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        return " ".join(f"{key}={text}" for key, text in self.values)
+
+    def texts(self) -> list[str]:
+        """The values as they were written."""
+        return [text for _, text in self.values]
+
+    def data(self) -> dict[str, Any]:
+        """The values as plain data."""
+        return {key: _value(key, text) for key, text in self.values}
+
+    def options(self, given: Options) -> Options:
+        """The options of its run; `given` are those that all points share."""
+        return replace(given, point=self.values)
+
+
+def points(axes: Sequence[Axis], *, many: bool = False) -> list[Point]:
+    """Every combination of the axes' rows, the last axis varying fastest.
+
+    Raises InputError for more than 64 unless `many`, and for more than 1000.
+    """
+    count = math.prod(len(axis.rows) for axis in axes)
+    if count > MOST:
+        raise InputError(f"a sweep of {count:,} runs", hint=f"{MOST:,} at most; keys that go together belong in zip")
+    if count > MANY and not many:
+        raise InputError(f"a sweep of {count:,} runs", hint=f"--yes starts more than {MANY}")
+    return [
+        Point(tuple(pair for axis, row in zip(axes, rows, strict=True) for pair in zip(axis.keys, row, strict=True)))
+        for rows in itertools.product(*(axis.rows for axis in axes))
+    ]
+
+
+def run_names(bases: Sequence[str], found: Sequence[Point], *, in_bases: Sequence[str] = ()) -> list[str]:
+    """A name for each point's run: its base and a word for each value, but for the keys that are `in_bases` already.
+
+    Two points of the same words (paths that end alike) get a hash of their values, too; names depend on nothing else.
+    """
+    keys = [key for key, _ in found[0].values if key not in in_bases]
+    heads = _heads(keys)
+    plain = ["-".join([base, *_words(point, heads)]) for base, point in zip(bases, found, strict=True)]
+    often = Counter(plain)
+    return [
+        name if often[name] == 1 and len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{_hash(point)}"
+        for name, point in zip(plain, found, strict=True)
+    ]
+
+
+def _heads(keys: Sequence[str]) -> dict[str, str]:
+    """Each key as it is written in names: as few of its last parts as distinguish it from the other keys."""
+    parts = {key: re.sub(r"[^\w.-]+", "", key, flags=re.ASCII).split(".") for key in keys}
+    heads = {}
+    for key in keys:
+        tails = (".".join(parts[key][-count:]) for count in range(1, len(parts[key])))
+        others = [".".join(parts[other]) for other in keys if other != key]
+        unique = (tail for tail in tails if not any(f".{other}".endswith(f".{tail}") for other in others))
+        heads[key] = next(unique, ".".join(parts[key]))
+    return heads
+
+
+def _words(point: Point, heads: dict[str, str]) -> list[str]:
+    return [_word(heads[key], key, text) for key, text in point.values if key in heads]
+
+
+def _word(head: str, key: str, text: str) -> str:
+    word = _short(_value(key, text))
+    if key == "rollout":
+        return word
+    return f"{head}{word}" if key == "tis" or not word[:1].isalpha() else f"{head}_{word}"
+
+
+def _short(value: Any) -> str:
+    """A value as a part of a name: the shorter form of a number, the last part of a path, letters and digits only."""
+    text = value if isinstance(value, str) else text_of(value)
+    if isinstance(value, float) and math.isfinite(value):
+        scientific = f"{Decimal(repr(value)).normalize():e}".replace("e+", "e")
+        text = min(text.removesuffix(".0"), scientific, key=len)
+    last = text.rstrip("/").rpartition("/")[2]
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", last).lstrip(".")[:LONGEST_WORD].rstrip("-.")
+
+
+def _hash(point: Point) -> str:
+    return hashlib.sha256(str(point.values).encode()).hexdigest()[:6]
+
+
+def _value(key: str, text: str) -> Any:
+    """What a text is to `--set`, which keeps some keys' as they are; the text itself where it is no value."""
+    document = yaml_file.value(text, is_text=is_text(key))
+    return text if document.problems else document.data

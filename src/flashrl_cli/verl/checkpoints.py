@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,9 +108,18 @@ def loaded(overrides: Iterable[str]) -> Loaded:
     Without `load_contents` that is what it saves (verl/trainer/config/actor/actor.yaml:139).
     """
     given = list(overrides)
+    return _loaded(lambda key: _given(given, key))
+
+
+def loaded_by(verl: Mapping[str, Any]) -> Loaded:
+    """What a run of a preset with these keys of verl's loads when it resumes: see `loaded`."""
+    return _loaded(lambda key: verl.get(key, verl.get(f"+{key}")))
+
+
+def _loaded(value_of: Callable[[str], Any]) -> Loaded:
     parts = {}
     for model, key in _CONTENTS.items():
-        named = (_given(given, f"{key}.{name}") for name in ("load_contents", "save_contents"))
+        named = (value_of(f"{key}.{name}") for name in ("load_contents", "save_contents"))
         contents = next((value for value in named if isinstance(value, list)), PARTS)
         parts[model] = frozenset(PARTS) & frozenset(map(str, contents))
     return Loaded(**parts)

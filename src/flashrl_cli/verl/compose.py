@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli.errors import EnvironmentNotReady, Problem
+from flashrl_cli.errors import EnvironmentNotReady, Location, Problem
 
 if TYPE_CHECKING:
     from flashrl_cli.verl.overrides import Override
@@ -99,7 +99,7 @@ def _explain(overrides: Sequence[Override]) -> tuple[list[Override], list[Proble
     return [override for override, _ in told], [problem for _, problem in told]
 
 
-def _refusal(error: Exception, where: str | None) -> Problem:
+def _refusal(error: Exception, where: Location | None) -> Problem:
     return Problem(f"verl's configuration refuses the overrides: {str(error).splitlines()[0]}", where)
 
 

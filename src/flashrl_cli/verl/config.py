@@ -1,8 +1,4 @@
-"""How many engines a run's rollout has, and how many of them stay in bf16.
-
-What the rules of this package judge: a resolved spec, its overrides and verl's composed tree, with the derived sizes.
-
-What decides memory in verl's composed configuration, under names of our own: the keys that `fit` reads and advises.
+"""verl's composed configuration of a run under typed names: for the rules of `lint`, and for the memory estimate.
 
 Where verl keeps a setting twice, this follows what its FSDP engine reads (verl/workers/engine/fsdp/transformer_impl.py).
 """
@@ -12,96 +8,147 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashrl_cli import contract
-from flashrl_cli.errors import Problem
-from flashrl_cli.verl.overrides import ACTOR, ENGINE, TABLE, Override, quote
+from flashrl_cli.errors import Location, Problem
+from flashrl_cli.verl.overrides import ACTOR, ENGINE, ROLLOUT, TABLE, Override, quote
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
     from flashrl_cli.config.spec import RunSpec
     from flashrl_cli.verl.compose import Tree
+    from flashrl_cli.weights.shape import ModelShape
 
 REF = "actor_rollout_ref.ref"
 MODEL = "actor_rollout_ref.model"
+TENSOR_PARALLEL = f"{ROLLOUT}.tensor_model_parallel_size"
+DATA_PARALLEL = f"{ROLLOUT}.data_parallel_size"
 FIELDS = {entry.key: entry.field for entry in TABLE}
-SEQUENCE_PARALLEL = {
-    # The first above 1 counts (verl/workers/config/actor.py:331); the critic's other key is never read.
-    "actor": (f"{ACTOR}.ulysses_sequence_parallel_size", f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size"),
-    "reference policy": (f"{REF}.ulysses_sequence_parallel_size", f"{REF}.fsdp_config.ulysses_sequence_parallel_size"),
-    "critic": ("critic.fsdp.ulysses_sequence_parallel_size",),
+DTYPE_BYTES = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2}
+
+
+class Role(NamedTuple):
+    """Where verl keeps what it knows of a model that it trains or scores: nodes of its tree, and keys."""
+
+    node: str
+    fsdp: str
+    model: str
+    sequence_parallel: tuple[str, ...]
+    """Keys of the sequence-parallel degree, of which the first above 1 counts (verl/workers/config/actor.py:331)."""
+
+    @property
+    def strategy(self) -> str:
+        """Key of the training engine's name."""
+        return f"{self.node}.strategy"
+
+    @property
+    def padding(self) -> str:
+        """Key that leaves out padding."""
+        return f"{self.model}.use_remove_padding"
+
+    @property
+    def attention(self) -> str:
+        """Key of Transformers' attention; verl's tree lacks it."""
+        return f"{self.model}.override_config.attn_implementation"
+
+
+ROLES = {
+    "actor": Role(
+        ACTOR,
+        f"{ACTOR}.fsdp_config",
+        MODEL,
+        (f"{ACTOR}.ulysses_sequence_parallel_size", f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size"),
+    ),
+    "reference policy": Role(
+        REF,
+        f"{REF}.fsdp_config",
+        MODEL,
+        (f"{REF}.ulysses_sequence_parallel_size", f"{REF}.fsdp_config.ulysses_sequence_parallel_size"),
+    ),
+    # the critic has another key, which is never read
+    "critic": Role("critic", "critic.fsdp", "critic.model", ("critic.fsdp.ulysses_sequence_parallel_size",)),
 }
-"""Keys of each trained (or scored) model's sequence-parallel degree."""
 
 
-class Shape(Protocol):
-    """The numbers of a model's config.json that rules need (`fit.shape.ModelShape` has them)."""
+class Pass(NamedTuple):
+    """A forward pass of verl's over a batch: whose model, and the keys that say how the batch is split."""
 
-    @property
-    def architecture(self) -> str:
-        """Its `model_type`."""
-        ...
+    name: str
+    role: str
+    dynamic: str
+    micro: str
+    whole_micro: str
+    """The micro-batch over all devices: verl's former key."""
+    tokens: str
 
-    @property
-    def hidden(self) -> int:
-        """Width of the hidden state."""
-        ...
 
-    @property
-    def heads(self) -> int:
-        """Query heads."""
-        ...
+UPDATE = Pass(
+    "policy update",
+    "actor",
+    f"{ACTOR}.use_dynamic_bsz",
+    f"{ACTOR}.ppo_micro_batch_size_per_gpu",
+    f"{ACTOR}.ppo_micro_batch_size",
+    f"{ACTOR}.ppo_max_token_len_per_gpu",
+)
+LOG_PROBS = Pass(
+    "recomputation of log-probs",
+    "actor",
+    f"{ROLLOUT}.log_prob_use_dynamic_bsz",
+    f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu",
+    f"{ROLLOUT}.log_prob_micro_batch_size",
+    f"{ROLLOUT}.log_prob_max_token_len_per_gpu",
+)
+REFERENCE = Pass(
+    "reference policy",
+    "reference policy",
+    f"{REF}.log_prob_use_dynamic_bsz",
+    f"{REF}.log_prob_micro_batch_size_per_gpu",
+    f"{REF}.log_prob_micro_batch_size",
+    f"{REF}.log_prob_max_token_len_per_gpu",
+)
+CRITIC = Pass(
+    "critic",
+    "critic",
+    "critic.use_dynamic_bsz",
+    "critic.ppo_micro_batch_size_per_gpu",
+    "critic.ppo_micro_batch_size",
+    "critic.ppo_infer_max_token_len_per_gpu",
+)
+CRITIC_TOKENS = 32768
+"""The critic's token budget where none is set (verl/workers/config/critic.py:89); it is not in verl's tree."""
 
-    @property
-    def kv_heads(self) -> int:
-        """Heads of keys and values."""
-        ...
 
-    @property
-    def head_dim(self) -> int:
-        """Width of a head."""
-        ...
+def engine_devices(spec: RunSpec) -> int:
+    """Devices an engine takes (verl/workers/rollout/replica.py:107; verl has no pipeline parallelism for vLLM)."""
+    width = spec.verl.get(DATA_PARALLEL, spec.verl.get(f"+{DATA_PARALLEL}"))
+    return spec.rollout.tensor_parallel * (width if isinstance(width, int) and width > 0 else 1)
 
-    @property
-    def intermediate(self) -> int:
-        """Width of the dense MLP."""
-        ...
 
-    @property
-    def max_positions(self) -> int:
-        """Tokens of the longest sequence."""
-        ...
+def replicas(spec: RunSpec) -> int:
+    """Engines of a run whose rollout shares the trainer's devices (verl/workers/rollout/llm_server.py:460)."""
+    return spec.resources.devices // engine_devices(spec)
 
-    @property
-    def experts(self) -> int:
-        """Experts of a layer; 0 for a dense model."""
-        ...
 
-    @property
-    def expert_intermediate(self) -> int:
-        """Width of one expert."""
-        ...
+def bf16_replicas(spec: RunSpec) -> int:
+    """Replicas that `rollout.mix` leaves in bf16, the first ones: its share of all, rounded up."""
+    # 0.07 x 100 is a little more than 7 in binary
+    return math.ceil(spec.rollout.mix * replicas(spec) - 1e-9)
 
-    @property
-    def shared_intermediate(self) -> int:
-        """Width of the expert that sees every token; 0 for none."""
-        ...
 
-    @property
-    def dense_layers(self) -> int:
-        """Layers of a mixture of experts that have a dense MLP."""
-        ...
+def written(key: str, *, new: bool = False) -> str:
+    """A key of verl's as a person writes it: the typed field that becomes it, or `verl.KEY`; `new` if verl's tree lacks it."""
+    return FIELDS.get(key, f"verl.{'+' if new else ''}{key}")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Everything a rule may ask. `shape` is None where the model is not known on this machine."""
+    """A resolved spec, its overrides and verl's composed tree. `shape` is None where the model is not known on this machine."""
 
     resolved: Resolved
     overrides: Sequence[Override]
     tree: Tree
-    shape: Shape | None = None
+    shape: ModelShape | None = None
 
     @property
     def spec(self) -> RunSpec:
@@ -117,46 +164,34 @@ class Settings:
         value = self.get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
-    def where(self, *keys: str) -> str | None:
+    def where(self, *keys: str) -> Location | None:
         """Where the first of these keys (or fields) that a person set was written; an option given for this run before any preset."""
-        written = {**self.resolved.origins, **{override.key: override.origin for override in self.overrides}}
-        origins = [written[key] for key in keys if key in written]
+        places = {**self.resolved.origins, **{override.key: override.origin for override in self.overrides}}
+        origins = [places[key] for key in keys if key in places]
         for layers in (("set", "option"), ("preset",)):
             for origin in origins:
                 if origin.layer in layers:
                     return origin.where
         return None
 
-    def name(self, key: str) -> str:
-        """The key as a person writes it: the typed field that becomes it, or `verl.KEY`."""
-        return FIELDS.get(key, f"verl.{key}")
-
     def fix(self, key: str, value: Any, *, new: bool = False) -> str:
         """The option that sets the key; `new` for one that verl's tree lacks."""
-        name = FIELDS.get(key, f"verl.{'+' if new else ''}{key}")
         text = str(value).lower() if isinstance(value, bool) else quote(value)
-        return f"--set '{name}={text}'" if "[" in text else f"--set {name}={text}"
+        return self.resolved.option(written(key, new=new), text)
 
     def problem(self, message: str, hint: str, *keys: str) -> Problem:
         """A problem that was written at the first of `keys` that a person set."""
         return Problem(message, self.where(*keys), hint)
 
     @property
-    def gpus(self) -> int:
-        """Devices (trainer processes) of the run."""
-        return self.spec.resources.nodes * self.spec.resources.gpus_per_node
-
-    @property
-    def engine_gpus(self) -> int:
-        """Devices an engine takes (verl/workers/rollout/replica.py:107)."""
-        return self.spec.rollout.tensor_parallel * (self.size("actor_rollout_ref.rollout.data_parallel_size") or 1)
+    def devices(self) -> int:
+        """Trainer processes of the run, one a GPU."""
+        return self.spec.resources.devices
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence that can come back from the engine."""
-        data = self.spec.data
-        both = data.max_prompt_length + data.max_response_length
-        return min(both, self.spec.rollout.max_model_len or both)
+        return min(self.spec.data.max_length, self.spec.rollout.max_model_len or self.spec.data.max_length)
 
     @property
     def has_critic(self) -> bool:
@@ -171,8 +206,12 @@ class Settings:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether the policy trains LoRA; the reference policy is then the policy without it."""
-        return (self.size(f"{MODEL}.lora_rank") or 0) > 0
+        """Whether the policy trains LoRA; the reference policy is then the policy without it (v1/trainer_base.py:237)."""
+        return self.lora_rank("actor") > 0
+
+    def lora_rank(self, role: str) -> int:
+        """Rank of a model's adapter, 0 for none (verl/workers/engine/fsdp/transformer_impl.py:162; `lora.rank` is Megatron's)."""
+        return self.size(f"{ROLES[role].model}.lora_rank") or 0
 
     @property
     def refits_with_flashrl(self) -> bool:
@@ -181,21 +220,29 @@ class Settings:
 
     def sequence_parallel(self, role: str) -> int:
         """Devices that share a sequence in the training of `role`."""
-        degrees = [self.size(key) or 1 for key in SEQUENCE_PARALLEL[role]]
+        degrees = [self.size(key) or 1 for key in ROLES[role].sequence_parallel]
         return next((degree for degree in degrees if degree > 1), 1)
 
     def data_parallel(self, role: str) -> int | None:
         """Shares that a batch of `role` is split into; None where sequence parallelism does not fit the devices."""
-        degree = self.sequence_parallel(role)
-        return self.gpus // degree if self.gpus % degree == 0 else None
+        devices, degree = self.devices, self.sequence_parallel(role)
+        return devices // degree if devices % degree == 0 else None
 
     def roles(self) -> Iterator[str]:
-        """Models that verl builds for training: a key of SEQUENCE_PARALLEL each."""
+        """Models that verl builds for training: keys of ROLES."""
         yield "actor"
         if self.has_reference and not self.has_adapter:
             yield "reference policy"
         if self.has_critic:
             yield "critic"
+
+    def by_tokens(self, step: Pass) -> bool:
+        """Whether a pass is split by tokens; V1's critic always is (verl/trainer/ppo/v1/trainer_base.py:266)."""
+        return step is CRITIC or bool(self.get(step.dynamic))
+
+    def token_budget(self, step: Pass) -> int | None:
+        """Tokens that a device takes at once in a pass that is split by tokens."""
+        return self.size(step.tokens) or (CRITIC_TOKENS if step is CRITIC else None)
 
 
 Rule = Callable[[Settings], Iterator[Problem]]
@@ -204,35 +251,6 @@ Rule = Callable[[Settings], Iterator[Problem]]
 def largest_divisor(number: int, at_most: int) -> int:
     """Largest divisor of `number` that is not above `at_most`."""
     return max(d for d in range(1, max(at_most, 1) + 1) if number % d == 0)
-
-
-ROLLOUT = "actor_rollout_ref.rollout"
-CRITIC_TOKENS = 32768
-"""Default of critic.ppo_infer_max_token_len_per_gpu, which verl's tree leaves out (verl/workers/config/critic.py)."""
-DTYPE_BYTES = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2}
-LOG_PROB_TOKENS = f"{ROLLOUT}.log_prob_max_token_len_per_gpu"
-SET_KEYS = {
-    "remove_padding": "verl.actor_rollout_ref.model.use_remove_padding",
-    "critic_remove_padding": "verl.critic.model.use_remove_padding",
-    "checkpointing": "verl.actor_rollout_ref.model.enable_gradient_checkpointing",
-    "fused_kernels": "verl.actor_rollout_ref.model.use_fused_kernels",
-    "optimizer_offload": "verl.actor_rollout_ref.actor.fsdp_config.optimizer_offload",
-    "param_offload": "verl.actor_rollout_ref.actor.fsdp_config.param_offload",
-    "offload_policy": "verl.actor_rollout_ref.actor.fsdp_config.offload_policy",
-    "micro_batch": "algorithm.micro_batch_size_per_gpu",
-    "token_budget": "verl.actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
-    "log_prob_tokens": f"verl.{LOG_PROB_TOKENS}",
-    "log_prob_micro_batch": "rollout.log_prob_micro_batch_size_per_gpu",
-    "critic_checkpointing": "verl.critic.model.enable_gradient_checkpointing",
-    "critic_optimizer_offload": "verl.critic.fsdp.optimizer_offload",
-    "critic_param_offload": "verl.critic.fsdp.param_offload",
-    "critic_tokens": "critic.max_tokens_per_gpu",
-    "gpu_memory_utilization": "rollout.gpu_memory_utilization",
-    "tensor_parallel": "rollout.tensor_parallel",
-    "max_num_batched_tokens": "rollout.max_num_batched_tokens",
-    "gpus_per_node": "resources.gpus_per_node",
-}
-"""What can be changed to save memory, and the key that `--set` takes for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -327,138 +345,118 @@ class TrainerSettings:
         return self.prompt + self.response
 
 
-def settings_of(spec: RunSpec, tree: Tree) -> TrainerSettings:
+def trainer_settings(s: Settings) -> TrainerSettings:
     """What decides memory in a composed configuration. Raises ValueError for a training engine other than FSDP."""
-    critic = spec.algorithm.advantage == "gae"
     return TrainerSettings(
-        nodes=tree.get("trainer.nnodes"),
-        gpus_per_node=tree.get("trainer.n_gpus_per_node"),
-        prompt=tree.get("data.max_prompt_length"),
-        response=tree.get("data.max_response_length"),
-        train_batch=tree.get("data.train_batch_size"),
-        mini_batch=tree.get(f"{ACTOR}.ppo_mini_batch_size"),
-        n=tree.get(f"{ROLLOUT}.n"),
-        temperature=tree.get(f"{ROLLOUT}.temperature"),
-        actor=_actor(tree),
-        critic=_critic(tree) if critic else None,
-        reference=_reference(spec, tree),
-        rollout=_rollout(spec, tree),
-        bucket=tree.get(f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes") << 20,
-        colocated=tree.get("trainer.v1.trainer_mode") != "separate_async",
-        log_probs_follow=LOG_PROB_TOKENS not in {key.lstrip("+") for key in spec.verl},
+        nodes=s.spec.resources.nodes,
+        gpus_per_node=s.spec.resources.gpus_per_node,
+        prompt=s.spec.data.max_prompt_length,
+        response=s.spec.data.max_response_length,
+        train_batch=s.spec.data.train_batch_size,
+        mini_batch=s.spec.algorithm.mini_batch_size,
+        n=s.spec.rollout.n,
+        temperature=s.spec.rollout.temperature,
+        actor=_actor(s),
+        critic=_engine(s, "critic", _batch(s, CRITIC), _batch(s, CRITIC)) if s.has_critic else None,
+        reference=_batch(s, REFERENCE) if "reference policy" in s.roles() else None,
+        rollout=_rollout(s),
+        bucket=s.get(f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes") << 20,
+        colocated=s.get("trainer.v1.trainer_mode") != "separate_async",
+        log_probs_follow=LOG_PROBS.tokens not in {key.lstrip("+") for key in s.spec.verl},
     )
 
 
-def _actor(tree: Tree) -> EngineSettings:
-    dynamic = bool(tree.get(f"{ACTOR}.use_dynamic_bsz"))
-    chunked = tree.get(f"{ACTOR}.entropy_from_logits_with_chunking")
-    entropy = tree.get(f"{ACTOR}.calculate_entropy") or tree.get(f"{ACTOR}.entropy_coeff")
-    return EngineSettings(
-        **_fsdp(tree, ACTOR, f"{ACTOR}.fsdp_config", MODEL),
-        train=_batch(tree, dynamic, f"{ACTOR}.ppo_micro_batch_size_per_gpu", f"{ACTOR}.ppo_max_token_len_per_gpu"),
-        infer=_batch(
-            tree,
-            dynamic,
-            f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu",
-            LOG_PROB_TOKENS,
-        ),
-        fused_kernels=bool(tree.get(f"{MODEL}.use_fused_kernels")),
-        train_entropy=bool(entropy),
-        entropy_chunk=tree.get(f"{ACTOR}.entropy_from_logits_chunk_size") if chunked else None,
+def _batch(s: Settings, step: Pass) -> Batch:
+    return Batch(tokens=s.token_budget(step)) if s.by_tokens(step) else Batch(sequences=s.size(step.micro) or 1)
+
+
+def _actor(s: Settings) -> EngineSettings:
+    chunked = s.get(f"{ACTOR}.entropy_from_logits_with_chunking")
+    return _engine(
+        s,
+        "actor",
+        _batch(s, UPDATE),
+        _batch(s, LOG_PROBS),
+        fused_kernels=bool(s.get(f"{MODEL}.use_fused_kernels")),
+        train_entropy=bool(s.get(f"{ACTOR}.calculate_entropy") or s.get(f"{ACTOR}.entropy_coeff")),
+        entropy_chunk=s.get(f"{ACTOR}.entropy_from_logits_chunk_size") if chunked else None,
     )
 
 
-def _critic(tree: Tree) -> EngineSettings:
-    # V1 gives the critic one budget for all its passes (verl/trainer/ppo/v1/trainer_base.py:266)
-    tokens = Batch(tokens=tree.get("critic.ppo_infer_max_token_len_per_gpu") or CRITIC_TOKENS)
-    return EngineSettings(**_fsdp(tree, "critic", "critic.fsdp", "critic.model"), train=tokens, infer=tokens)
-
-
-def _reference(spec: RunSpec, tree: Tree) -> Batch | None:
-    """With LoRA the reference is the actor without its adapter (verl/trainer/ppo/v1/trainer_base.py:237)."""
-    if not (spec.algorithm.kl_loss or spec.algorithm.kl_in_reward) or _lora_rank(tree, MODEL):
-        return None
-    ref = "actor_rollout_ref.ref"
-    dynamic = bool(tree.get(f"{ref}.log_prob_use_dynamic_bsz"))
-    return _batch(tree, dynamic, f"{ref}.log_prob_micro_batch_size_per_gpu", f"{ref}.log_prob_max_token_len_per_gpu")
-
-
-def _batch(tree: Tree, dynamic: bool, sequences: str, tokens: str) -> Batch:
-    return Batch(tokens=tree.get(tokens)) if dynamic else Batch(sequences=tree.get(sequences) or 1)
-
-
-def _fsdp(tree: Tree, role: str, fsdp: str, model: str) -> dict[str, Any]:
-    """Settings that actor and critic share."""
-    strategy = tree.get(f"{role}.strategy")
+def _engine(s: Settings, name: str, train: Batch, infer: Batch, **more: Any) -> EngineSettings:
+    """A training engine of `name` (a key of ROLES), with what its role alone has in `more`."""
+    role = ROLES[name]
+    strategy = s.get(role.strategy)
     if strategy not in {"fsdp", "fsdp2"}:
         raise ValueError(f"memory is estimated for FSDP only, not for {strategy}")
-    get = tree.get(fsdp)
-    mixed = get.get("mixed_precision") or {}
-    attention = (tree.get(f"{model}.override_config") or {}).get("attn_implementation", "flash_attention_2")
-    targets = tree.get(f"{model}.target_modules")
-    eight_bit = "8bit" in str(tree.get(f"{role}.optim.optimizer"))
-    model_bytes = DTYPE_BYTES[get.get("model_dtype") or "fp32"]
-    deprecated = tree.get(f"{ACTOR}.ulysses_sequence_parallel_size") if role == ACTOR else 1
-    return {
-        "strategy": strategy,
-        "fsdp_size": get["fsdp_size"],
-        "sequence_parallel": deprecated if deprecated > 1 else get["ulysses_sequence_parallel_size"],
-        "param_offload": get["param_offload"],
-        "optimizer_offload": get["optimizer_offload"],
-        "offload_policy": get["offload_policy"] and strategy == "fsdp2",
-        "reshard": get["reshard_after_forward"],
-        "no_sync": get["use_no_sync_for_gradient_accumulation"],
-        "model_bytes": model_bytes,
-        "compute_bytes": DTYPE_BYTES[mixed.get("param_dtype", "bf16")],
-        "reduce_bytes": DTYPE_BYTES[mixed.get("reduce_dtype", "fp32")],
-        "adam_bytes": 2 if eight_bit else 2 * model_bytes,
-        "checkpointing": bool(tree.get(f"{model}.enable_gradient_checkpointing")),
-        "activation_offload": bool(tree.get(f"{model}.enable_activation_offload")),
-        "remove_padding": bool(tree.get(f"{model}.use_remove_padding")),
-        "flash_attention": "flash" in str(attention),
-        "compiled": get["use_torch_compile"],
-        "lora_rank": _lora_rank(tree, model),
-        "lora_targets": tuple(targets) if isinstance(targets, list) else None,
-    }
-
-
-def _lora_rank(tree: Tree, model: str) -> int:
-    return tree.get(f"{model}.lora.rank") or tree.get(f"{model}.lora_rank") or 0
-
-
-def _rollout(spec: RunSpec, tree: Tree) -> RolloutSettings:
-    engine = tree.get(f"{ROLLOUT}.engine_kwargs.vllm") or {}
-    return RolloutSettings(
-        # a mixed run must fit where its larger replicas are
-        precision="bf16" if spec.rollout.mix else spec.rollout.precision,
-        tensor_parallel=tree.get(f"{ROLLOUT}.tensor_model_parallel_size"),
-        gpu_memory_utilization=tree.get(f"{ROLLOUT}.gpu_memory_utilization"),
-        max_num_seqs=tree.get(f"{ROLLOUT}.max_num_seqs"),
-        max_num_batched_tokens=tree.get(f"{ROLLOUT}.max_num_batched_tokens"),
-        max_model_len=tree.get(f"{ROLLOUT}.max_model_len")
-        or spec.data.max_prompt_length + spec.data.max_response_length,
-        eager=bool(tree.get(f"{ROLLOUT}.enforce_eager")),
-        sleeps=bool(tree.get(f"{ROLLOUT}.free_cache_engine")),
-        kv_bytes=1 if "fp8" in str(engine.get("kv_cache_dtype")) else 2,
+    fsdp = s.get(role.fsdp)
+    mixed = fsdp.get("mixed_precision") or {}
+    targets = s.get(f"{role.model}.target_modules")
+    model_bytes = DTYPE_BYTES[fsdp.get("model_dtype") or "fp32"]
+    return EngineSettings(
+        strategy=strategy,
+        fsdp_size=fsdp["fsdp_size"],
+        sequence_parallel=s.sequence_parallel(name),
+        param_offload=fsdp["param_offload"],
+        optimizer_offload=fsdp["optimizer_offload"],
+        offload_policy=fsdp["offload_policy"] and strategy == "fsdp2",
+        reshard=fsdp["reshard_after_forward"],
+        no_sync=fsdp["use_no_sync_for_gradient_accumulation"],
+        model_bytes=model_bytes,
+        compute_bytes=DTYPE_BYTES[mixed.get("param_dtype", "bf16")],
+        reduce_bytes=DTYPE_BYTES[mixed.get("reduce_dtype", "fp32")],
+        adam_bytes=2 if "8bit" in str(s.get(f"{role.node}.optim.optimizer")) else 2 * model_bytes,
+        train=train,
+        infer=infer,
+        checkpointing=bool(s.get(f"{role.model}.enable_gradient_checkpointing")),
+        activation_offload=bool(s.get(f"{role.model}.enable_activation_offload")),
+        remove_padding=bool(s.get(role.padding)),
+        flash_attention="flash" in str(s.get(role.attention) or "flash_attention_2"),
+        compiled=fsdp["use_torch_compile"],
+        lora_rank=s.lora_rank(name),
+        lora_targets=tuple(targets) if isinstance(targets, list) else None,
+        **more,
     )
 
 
-DATA_PARALLEL = "actor_rollout_ref.rollout.data_parallel_size"
-ROUNDING = 1e-9
-"""0.07 x 100 is a little more than 7 in binary."""
+def _rollout(s: Settings) -> RolloutSettings:
+    rollout = s.spec.rollout
+    return RolloutSettings(
+        # a mixed run must fit where its larger replicas are
+        precision="bf16" if rollout.mix else rollout.precision,
+        tensor_parallel=rollout.tensor_parallel,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        max_num_seqs=rollout.max_num_seqs,
+        max_num_batched_tokens=rollout.max_num_batched_tokens,
+        max_model_len=rollout.max_model_len or s.spec.data.max_length,
+        eager=rollout.enforce_eager,
+        sleeps=bool(s.get(f"{ROLLOUT}.free_cache_engine")),
+        kv_bytes=2 if rollout.kv_cache == "auto" else 1,
+    )
 
 
-def engine_devices(spec: RunSpec) -> int:
-    """Devices an engine takes (verl/workers/rollout/replica.py:107; verl has no pipeline parallelism for vLLM)."""
-    width = spec.verl.get(DATA_PARALLEL, spec.verl.get(f"+{DATA_PARALLEL}"))
-    return spec.rollout.tensor_parallel * (width if isinstance(width, int) and width > 0 else 1)
-
-
-def replicas(spec: RunSpec) -> int:
-    """Engines of a run whose rollout shares the trainer's devices (verl/workers/rollout/llm_server.py:460)."""
-    return spec.resources.nodes * spec.resources.gpus_per_node // engine_devices(spec)
-
-
-def bf16_replicas(spec: RunSpec) -> int:
-    """Replicas that `rollout.mix` leaves in bf16, the first ones: its share of all, rounded up."""
-    return math.ceil(spec.rollout.mix * replicas(spec) - ROUNDING)
+SET_KEYS = {
+    name: written(key)
+    for name, key in {
+        "remove_padding": ROLES["actor"].padding,
+        "critic_remove_padding": ROLES["critic"].padding,
+        "checkpointing": f"{MODEL}.enable_gradient_checkpointing",
+        "fused_kernels": f"{MODEL}.use_fused_kernels",
+        "optimizer_offload": f"{ACTOR}.fsdp_config.optimizer_offload",
+        "param_offload": f"{ACTOR}.fsdp_config.param_offload",
+        "offload_policy": f"{ACTOR}.fsdp_config.offload_policy",
+        "micro_batch": UPDATE.micro,
+        "token_budget": UPDATE.tokens,
+        "log_prob_tokens": LOG_PROBS.tokens,
+        "log_prob_micro_batch": LOG_PROBS.micro,
+        "critic_checkpointing": "critic.model.enable_gradient_checkpointing",
+        "critic_optimizer_offload": "critic.fsdp.optimizer_offload",
+        "critic_param_offload": "critic.fsdp.param_offload",
+        "critic_tokens": CRITIC.tokens,
+        "gpu_memory_utilization": f"{ROLLOUT}.gpu_memory_utilization",
+        "tensor_parallel": TENSOR_PARALLEL,
+        "max_num_batched_tokens": f"{ROLLOUT}.max_num_batched_tokens",
+        "gpus_per_node": "trainer.n_gpus_per_node",
+    }.items()
+}
+"""What can be changed to save memory, and the key that `--set` takes for it."""

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from flashrl_cli import contract, paths
 from flashrl_cli.errors import Problem
+from flashrl_cli.precision import BY_METHOD
 from flashrl_cli.verl.config import bf16_replicas
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def rollout_options(spec: RunSpec) -> contract.RolloutOptions:
         profile=profile,
         bf16_replicas=bf16_replicas(spec),
         lm_head_fp32=rollout.lm_head_fp32,
-        bf16_transfer=rollout.precision in contract.METHODS and _engine_is_bf16(spec),
+        bf16_transfer=rollout.precision in BY_METHOD and _engine_is_bf16(spec),
     )
 
 

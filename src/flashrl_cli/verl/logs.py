@@ -12,6 +12,7 @@ The exception at the root of a failed run, out of a log in which verl, Ray and v
 
 from __future__ import annotations
 
+import enum
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,37 +20,30 @@ from dataclasses import dataclass
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
-PHASES = (
-    ("[validate_config] All configuration checks passed", "starting Ray"),
-    ("Started a local Ray instance", "starting the trainer"),
-    ("Connected to Ray cluster", "starting the trainer"),
-    ("{'actor_rollout_ref': ", "loading the data"),
-    ("worker group kwargs:", "placing the workers"),
-    ("create worker group", "loading the policy"),
-    ("actor and ref model engine initialized", "starting the rollout engine"),
-    ("['serve',", "loading the rollout engine"),
-    ("checkpoint engine manager initialized", "loading the checkpoint"),
-    ("all initialize finished, ready to fit", "sending weights to the rollout engine"),
-    ("Creating file logger at", "sampling responses"),
-    ("Training Progress:", "sampling responses"),
-)
-"""Text in a log line to what is being done from then on, in the order of a start."""
 
-CLOCKS = {
-    "starting verl": 600.0,
-    "starting Ray": 600.0,
-    "starting the trainer": 600.0,
-    "loading the data": 1800.0,
-    "placing the workers": 1800.0,  # an autoscaler brings machines first; Ray itself waits for ever
-    "loading the policy": 1800.0,
-    "starting the rollout engine": 600.0,
-    "loading the rollout engine": 1800.0,
-    "loading the checkpoint": 1800.0,
-    "sending weights to the rollout engine": 900.0,
-}
-"""Longest time of each phase of a start, seconds: some ten times what a large model takes on slow disks."""
+class StartPhase(enum.Enum):
+    """What a run does as it starts, in order: words for people and run.json, the longest time in seconds, and texts in the log.
 
-ORDER = tuple(dict.fromkeys(phase for _, phase in PHASES))
+    A line that contains one of the texts begins the phase. The times are some ten times what a large model takes on slow disks;
+    None is that of a step, for the first step's sampling.
+    """
+
+    VERL = ("starting verl", 600)
+    RAY = ("starting Ray", 600, "[validate_config] All configuration checks passed")
+    TRAINER = ("starting the trainer", 600, "Started a local Ray instance", "Connected to Ray cluster")
+    DATA = ("loading the data", 1800, "{'actor_rollout_ref': ")
+    # an autoscaler brings machines first; Ray itself waits for ever
+    WORKERS = ("placing the workers", 1800, "worker group kwargs:")
+    POLICY = ("loading the policy", 1800, "create worker group")
+    ENGINE = ("starting the rollout engine", 600, "actor and ref model engine initialized")
+    ENGINE_LOAD = ("loading the rollout engine", 1800, "['serve',")
+    CHECKPOINT = ("loading the checkpoint", 1800, "checkpoint engine manager initialized")
+    FIRST_REFIT = ("sending weights to the rollout engine", 900, "all initialize finished, ready to fit")
+    SAMPLING = ("sampling responses", None, "Creating file logger at", "Training Progress:")
+
+    def __init__(self, words: str, clock_s: float | None, *texts: str) -> None:
+        self.words, self.clock_s, self.texts = words, clock_s, texts
+
 
 IDLE_TALK = re.compile(r"engine is not available: |^(\([^)]*\) )?\s+warnings\.warn\(")
 """What every process of verl's says as it starts, of engines that nobody asked for (verl/workers/engine/__init__.py)."""
@@ -61,15 +55,11 @@ def plain(line: str) -> str:
     return ANSI.sub("", line).rstrip()
 
 
-def phase_after(line: str, current: str | None = None) -> str | None:
-    """What is being done once `line` was logged, or None if the line does not tell.
-
-    None too for what comes before the `current` phase: with several nodes lines are repeated late.
-    """
-    found = next((phase for text, phase in PHASES if text in line), None)
-    if found is None or (current in ORDER and ORDER.index(found) <= ORDER.index(current)):
-        return None
-    return found
+def phase_after(line: str, current: StartPhase) -> StartPhase | None:
+    """The phase that `line` begins; None if it begins none later than `current`: with several nodes lines are repeated late."""
+    phases = list(StartPhase)
+    later = phases[phases.index(current) + 1 :]
+    return next((phase for phase in later if any(text in line for text in phase.texts)), None)
 
 
 def telling(lines: Iterable[str]) -> list[str]:

@@ -10,31 +10,76 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-NAMES = {
-    "reward": "critic/score/mean",
-    "response_length": "response_length/mean",
-    "prompt_length": "prompt_length/mean",
-    "entropy": "actor/entropy",
-    "grad_norm": "actor/grad_norm",
-    "loss": "actor/pg_loss",
-    "kl": "rollout_corr/kl",
-    "kl_k3": "rollout_corr/k3_kl",
-    "chi2": "rollout_corr/chi2_token",
-    "rollout_nll": "rollout_corr/rollout_log_ppl",
-    "train_nll": "rollout_corr/training_log_ppl",
-    "weight_mean": "rollout_corr/rollout_is_mean",
-    "weight_max": "rollout_corr/rollout_is_max",
-    "weight_std": "rollout_corr/rollout_is_std",
-    "effective": "rollout_corr/rollout_is_eff_sample_size",
-    "truncated": "rollout_corr/rollout_is_ratio_fraction_high",
-    "prob_diff": "training/rollout_probs_diff_mean",
-    "prob_diff_max": "training/rollout_probs_diff_max",
-    "prob_correlation": "training/rollout_actor_probs_pearson_corr",
-    "tokens_per_s": "perf/throughput",
-    "tokens": "perf/total_num_tokens",
-    "step_s": "timing_s/step",
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A metric under flashrl's `name` and verl's; `verl` is None for what is computed from several of verl's.
+
+    `title` and `unit` are for figures; `heading` and `form` (a format specification) for columns of tables. NaN in a `watched` one
+    means that the run is lost.
+    """
+
+    name: str
+    verl: str | None
+    title: str = ""
+    unit: str = ""
+    heading: str = ""
+    form: str = ""
+    watched: bool = False
+
+    def cell(self, value: float | None) -> str:
+        """A value as a column shows it, `–` for none."""
+        return "–" if value is None else format(value, self.form)
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("reward", "critic/score/mean", "reward", heading="reward", form=".3f", watched=True),
+        Metric("accuracy", None, "accuracy", heading="accuracy", form=".3f"),
+        Metric("response_length", "response_length/mean", "response length", "tokens", heading="length", form=".1f"),
+        Metric("prompt_length", "prompt_length/mean", "prompt length", "tokens"),
+        Metric("entropy", "actor/entropy", "entropy", "nats a token", heading="entropy", form=".3f"),
+        Metric("grad_norm", "actor/grad_norm", "gradient norm", heading="grad", form=".3f", watched=True),
+        Metric("loss", "actor/pg_loss", "policy loss", watched=True),
+        Metric(
+            "kl",
+            "rollout_corr/kl",
+            "KL of rollout against trainer",
+            "nats a token",
+            heading="KL",
+            form=".4f",
+            watched=True,
+        ),
+        Metric("kl_k3", "rollout_corr/k3_kl", "KL of rollout against trainer, never negative", "nats a token"),
+        Metric("chi2", "rollout_corr/chi2_token"),
+        Metric("rollout_nll", "rollout_corr/rollout_log_ppl", "negative log-likelihood in the rollout", "nats a token"),
+        Metric("train_nll", "rollout_corr/training_log_ppl", "negative log-likelihood in the trainer", "nats a token"),
+        Metric("weight_mean", "rollout_corr/rollout_is_mean", "mean importance weight", heading="w mean", form=".3f"),
+        Metric("weight_max", "rollout_corr/rollout_is_max", "largest importance weight", heading="w max", form=".2f"),
+        Metric("weight_std", "rollout_corr/rollout_is_std"),
+        Metric("effective", "rollout_corr/rollout_is_eff_sample_size", "effective sample size", "share of tokens"),
+        Metric(
+            "truncated",
+            "rollout_corr/rollout_is_ratio_fraction_high",
+            "truncated weights",
+            "share of tokens",
+            heading="cut %",
+            form=".2%",
+        ),
+        Metric("prob_diff", "training/rollout_probs_diff_mean", "mean difference of probabilities", watched=True),
+        Metric("prob_diff_max", "training/rollout_probs_diff_max"),
+        Metric("prob_correlation", "training/rollout_actor_probs_pearson_corr", "correlation of probabilities"),
+        Metric(
+            "tokens_per_s", "perf/throughput", "throughput", "tokens a second and device", heading="tok/s", form=".0f"
+        ),
+        Metric("tokens", "perf/total_num_tokens", "tokens of a step"),
+        Metric("step_s", "timing_s/step", "time of a step", "s", heading="s/step", form=".1f"),
+    )
 }
-"""flashrl's name of a metric to verl's. Lengths in tokens, KL and NLL in nats a token, `tokens_per_s` a device.
+"""All metrics of a step; lengths in tokens, KL and NLL in nats a token, `tokens_per_s` a device.
+
+A new one is a row here, and its name in the tuples below of the places that show it.
 
 Rollout against trainer, over the response tokens of a step's batch, with r = p_train / p_rollout of the sampled token and, under
 token-level TIS, w = min(r, cap); in verl/trainer/ppo/rollout_corr_helper.py unless another file is named:
@@ -49,6 +94,36 @@ token-level TIS, w = min(r, cap); in verl/trainer/ppo/rollout_corr_helper.py unl
   docstring says log-probs.
 """
 
+NAMES = {name: metric.verl for name, metric in METRICS.items() if metric.verl}
+"""flashrl's name of a metric to verl's."""
+
+WATCHED = tuple(name for name, metric in METRICS.items() if metric.watched)
+"""Metrics whose NaN means that the run is lost."""
+
+
+def _those(*names: str) -> tuple[Metric, ...]:
+    return tuple(METRICS[name] for name in names)
+
+
+LIVE = _those(
+    *("reward", "response_length", "kl", "weight_mean", "weight_max", "truncated"),
+    *("entropy", "grad_norm", "tokens_per_s", "step_s"),
+)
+"""Columns of the table of a run that is under way, beside accuracy."""
+SPARED = _those(
+    "weight_max", "grad_norm", "weight_mean", "entropy", "response_length", "tokens_per_s", "truncated", "kl"
+)
+"""Columns that a narrow terminal does without, the first one first."""
+SWEEP = _those("reward", "kl", "truncated", "step_s", "tokens_per_s")
+"""Columns of a sweep's table, each the arithmetic mean over a run's last steps; accuracy is that of the last validation."""
+PLOTTED = ("reward", "accuracy", "response_length", "kl", "truncated", "entropy", "step_s")
+"""Metrics that `runs plot` draws where none are named."""
+LEARNING_CURVES = ("reward", "accuracy", "response_length", "entropy", "grad_norm", "step_s")
+MISMATCH_CURVES = ("kl", "weight_max", "truncated", "effective")
+"""Metrics that the page of `runs report` draws."""
+MISMATCH = ("kl", "weight_mean", "weight_max", "truncated", "effective", "prob_diff", "prob_correlation")
+"""Metrics of rollout against trainer of which `runs report` has mean, extremes and last value."""
+
 TIMINGS = {
     "generate": "timing_s/gen",
     "reward": "timing_s/reward",
@@ -61,9 +136,6 @@ TIMINGS = {
     "validate": "timing_s/testing",
 }
 """Phases of a step to verl's timers, in seconds."""
-
-WATCHED = ("grad_norm", "loss", "kl", "reward", "prob_diff")
-"""Metrics whose NaN means that the run is lost."""
 
 BESIDE_STEP = "validate"
 """The phase that verl's timer of the step leaves out (verl/trainer/ppo/v1/trainer_base.py:494)."""

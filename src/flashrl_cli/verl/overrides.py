@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from flashrl_cli import contract, paths
 from flashrl_cli.config.layers import Origin
+from flashrl_cli.errors import Location
+from flashrl_cli.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -190,10 +192,10 @@ def overrides(resolved: Resolved, places: Places) -> tuple[Override, ...]:
 
 
 def _fixed() -> Iterator[Override]:
-    why = Origin("derived", "verl's V1 trainer with trainer and rollout on the same devices")
+    why = Origin("derived", reason="verl's V1 trainer with trainer and rollout on the same devices")
     yield Override("trainer.use_v1", True, why)
     yield Override("trainer.v1.trainer_mode", "sync", why)
-    yield Override(f"{ROLLOUT}.name", "vllm", Origin("derived", "verl names no engine by default"))
+    yield Override(f"{ROLLOUT}.name", "vllm", Origin("derived", reason="verl names no engine by default"))
 
 
 def _fields(resolved: Resolved, data: Path) -> Iterator[Override]:
@@ -212,32 +214,33 @@ def _has_no_reader(entry: Entry, resolved: Resolved) -> bool:
 def _overlong(resolved: Resolved) -> Iterator[Override]:
     """What verl's `dapo` reward manager demands beside the typed fields (reward_loop/reward_manager/dapo.py:33-48)."""
     if resolved.spec.reward.overlong:
-        why = Origin("derived", "reward.overlong")
+        why = Origin("derived", reason="reward.overlong")
         yield Override(f"{OVERLONG}.enable", True, why, added=True)
         longest = resolved.spec.data.max_response_length
         yield Override("reward.reward_kwargs.max_resp_len", longest, why, added=True)
 
 
 def _precision(resolved: Resolved) -> Iterator[Override]:
-    """fp8-block is verl's own; int8 and fp8 are flashrl's vLLM methods, whose weights come through flashrl's worker extension.
+    """verl's own precision by verl's key; flashrl's vLLM methods by the engine's arguments, their weights through its worker extension.
 
-    With bf16 and fp8-block on CUDA the extension takes verl's own update, and checks that it was complete. vLLM's CPU build packs weights
+    With bf16 and verl's own on CUDA the extension takes verl's own update, and checks that it was complete. vLLM's CPU build packs weights
     away after loading, so that every precision needs flashrl's there.
     """
     origin = resolved.origins["rollout.precision"]
-    precision = resolved.spec.rollout.precision
-    method = contract.METHODS.get(precision)
-    if precision == "fp8-block":
-        yield Override(f"{ROLLOUT}.quantization", "fp8", origin)
-    if method:
-        yield Override(f"{ENGINE}.quantization", method, origin, added=True)
     rollout = resolved.spec.rollout
+    row = PRECISIONS[rollout.precision]
+    if row.verl:
+        yield Override(f"{ROLLOUT}.quantization", row.verl, origin)
+    if row.method:
+        yield Override(f"{ENGINE}.quantization", row.method, origin, added=True)
     if rollout.kv_cache != "auto":
         yield Override(f"{ENGINE}.kv_cache_dtype", rollout.kv_cache, resolved.origins["rollout.kv_cache"], added=True)
     why = _extension_reason(resolved)
     extension = contract.WORKER_EXTENSION if why else contract.CHECKED_EXTENSION
     because = (
-        resolved.origins[why] if why else Origin("derived", "every parameter must be written at each weight update")
+        resolved.origins[why]
+        if why
+        else Origin("derived", reason="every parameter must be written at each weight update")
     )
     yield Override(f"{ENGINE}.worker_extension_cls", extension, because, added=True)
 
@@ -245,7 +248,7 @@ def _precision(resolved: Resolved) -> Iterator[Override]:
 def _extension_reason(resolved: Resolved) -> str | None:
     """The field because of which rollout workers take flashrl's weight update, None where verl's own does, checked."""
     rollout = resolved.spec.rollout
-    if rollout.precision in contract.METHODS:
+    if PRECISIONS[rollout.precision].method:
         return "rollout.precision"
     options = ("kv_cache", "profile", "mix", "lm_head_fp32")
     asked = (f"rollout.{name}" for name in options if getattr(rollout, name) not in {None, "auto", 0})
@@ -272,13 +275,13 @@ def _run(resolved: Resolved, places: Places) -> Iterator[Override]:
     """What depends on this run and not on the preset. Folders are absolute: Ray's workers have folders of their own."""
     if resolved.spec.resources.platform == "cpu":
         yield Override("trainer.device", "cpu", resolved.origins["resources.platform"])
-    why = Origin("derived", "the run's name")
+    why = Origin("derived", reason="the run's name")
     yield Override("trainer.experiment_name", places.name, why)
     yield Override("trainer.default_local_dir", str(places.checkpoints), why)
     if places.resume_from is None:
-        yield Override("trainer.resume_mode", "auto", Origin("derived", "an interrupted run goes on"))
+        yield Override("trainer.resume_mode", "auto", Origin("derived", reason="an interrupted run goes on"))
     else:
-        resume = Origin("option", "--resume")
+        resume = Origin("option", Location("--resume"))
         yield Override("trainer.resume_mode", "resume_path", resume)
         yield Override("trainer.resume_from_path", str(places.resume_from), resume)
 

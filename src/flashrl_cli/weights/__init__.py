@@ -1,9 +1,7 @@
-"""Whole tensors out of what lies on disk: an HF folder, verl's FSDP shards, a LoRA adapter on its base.
+"""Whole tensors from disk: an HF folder, verl's FSDP shards, or a LoRA adapter on its base.
 
 Used by the merge, and by the evaluation's vLLM worker, which must not import more of flashrl than this. torch is
 imported when tensors are read; `check` and `fingerprint` do without it.
-
-Which files of a Hugging Face folder are the model, which go with it, and which stay when it is written anew.
 """
 
 from __future__ import annotations
@@ -40,9 +38,11 @@ _TEXTS = frozenset({"", ".json", ".jinja", ".txt", ".md", ".model", ".tiktoken",
 _ONCE = (
     "*.index.json", "params.json", "trainer_state.json", "*_results.json", PEFT_CONFIG, VERL_META,
 )  # fmt: skip
-"""Texts that tell of this folder's own weights or of the training, and would be wrong in another folder."""
+"""Texts about this folder's own weights or of the training, and would be wrong in another folder."""
 _TEMPLATES = "additional_chat_templates"
 """Folder in which Transformers keeps chat templates with names."""
+HEAD = "lm_head.weight"
+_EMBEDDING = "embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,13 +115,9 @@ __all__ = [
 ]
 
 
-HEAD = "lm_head.weight"
-_EMBEDDING = "embed_tokens.weight"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """Where the weights of one checkpoint lie.
+    """Where the weights of one checkpoint are.
 
     In `shards` (in order of rank), else in the safetensors of `hf`, which has config and tokenizer in any case. With
     `adapter` (a folder as PEFT writes it, or the `actor/` of a LoRA run) the adapter is added to the weights of `base`,
@@ -183,7 +179,7 @@ class Weights:
             return source
         source = from_shards(self.shards)
         if any(map(is_lora, source)):
-            raise Unreadable(f"{self.shards[0]} holds a LoRA adapter, and no {VERL_META} tells its alpha")
+            raise Unreadable(f"{self.shards[0]} holds a LoRA adapter, and no {VERL_META} says its alpha")
         return self._without_tied(source)
 
     def check(self) -> None:
@@ -200,7 +196,7 @@ class Weights:
             raise Unreadable("; ".join(problems))
 
     def fingerprint(self) -> str:
-        """Hex digest that changes with any tensor, the config or the tokenizer, and not with a copy or a date; in milliseconds.
+        """Hex digest that changes with any tensor, the config or the tokenizer, and not with a copy or a date.
 
         From the CRC-32s that torch.save leaves in the shards, else from both ends of each tensor: training changes all
         of a tensor. Raises Unreadable for what is torn.
@@ -268,7 +264,10 @@ def holds_adapter_alone(shard: Path) -> bool:
 
 
 def stored_in_float32(shard: Path) -> bool:
-    """Whether a shard holds tensors in float32, which take twice what they take in bf16. Raises Unreadable for a torn file."""
+    """Whether a shard holds tensors in float32, which take twice what they take in bf16.
+
+    Raises Unreadable for a torn file.
+    """
     return "torch FloatStorage" in texts(shard)
 
 

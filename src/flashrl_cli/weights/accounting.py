@@ -4,11 +4,9 @@ One rule for every command that reads weights: each tensor of the architecture i
 point, and nothing else is. All that is wrong is reported at once, by tensor and file. Names that a wrapper has changed
 are refused with the fix rather than changed back: the folder would stay unreadable for every other tool.
 
-The tensors that an architecture has, by its config alone: Transformers builds the model without memory.
-
-Building costs some milliseconds, and importing torch and Transformers three to five seconds. So what was built is kept
-in the user's cache, under the config and the version of Transformers: an architecture that was seen before costs
-neither.
+Transformers builds the architecture from its config without memory for weights. That costs some milliseconds, and
+importing torch and Transformers three to five seconds, so the result is kept in the user's cache, under the config and
+the version of Transformers: an architecture that was seen before costs neither.
 """
 
 from __future__ import annotations
@@ -42,6 +40,14 @@ _NOT_BUILT = (
     ValueError, KeyError, TypeError, AttributeError, OSError, ImportError, RuntimeError, AssertionError, ZeroDivisionError,
 )  # fmt: skip
 """What Transformers raises for a config that it makes no model of."""
+WRAPPERS = {
+    "_orig_mod.": "as torch.compile leaves them: save the model's _orig_mod",
+    "module.": "as DistributedDataParallel leaves them: save the model's module",
+    "base_model.model.": "as PEFT leaves them: save the model after merge_and_unload()",
+}
+"""Prefixes that a wrapper puts before all names, and what to do about it."""
+_PART = re.compile(r".*-\d+-of-(\d+)\.safetensors")
+_LISTED = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,14 +196,6 @@ def _ignored(model: Any) -> Iterator[str]:
         yield from getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
 
 
-WRAPPERS = {
-    "_orig_mod.": "as torch.compile leaves them: save the model's _orig_mod",
-    "module.": "as DistributedDataParallel leaves them: save the model's module",
-    "base_model.model.": "as PEFT leaves them: save the model after merge_and_unload()",
-}
-"""Prefixes that a wrapper puts before all names, and what to do about it."""
-_PART = re.compile(r".*-\d+-of-(\d+)\.safetensors")
-_LISTED = 4
 Found = Mapping[str, Stored]
 
 
@@ -255,7 +253,8 @@ def _empty(found: Found) -> Iterator[str]:
     empty = sorted(name for name, one in found.items() if not math.prod(one.shape))
     if empty:
         what = counted(len(empty), "tensor is", "tensors are")
-        yield f"{what} empty, as DeepSpeed's ZeRO-3 leaves what it did not gather before saving: {_placed(empty, found)}"
+        why = "as DeepSpeed's ZeRO-3 leaves what it did not gather before saving"
+        yield f"{what} empty, {why}: {_placed(empty, found)}"
 
 
 def _compared(hf: Path, found: Found, expected: Expected) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What lies in the files of a checkpoint, told without torch and without reading the tensors: is it whole, is it another one."""
+"""What is in the files of a checkpoint, read without torch or the tensors: complete or torn, changed or not."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def is_missing(file: Path) -> bool:
 def torn(file: Path) -> str | None:
     """What is wrong with a file that torch.save wrote: `missing`, `empty`, `truncated or damaged`; None if it is whole.
 
-    Such a file is a zip whose list of contents stands at its end, so that a cut is found in milliseconds. Zeros in the middle of
-    a file of the right length are not found.
+    Such a file is a zip whose list of contents is at its end, so that a cut is found in milliseconds. Zeros in the
+    middle of a file of the right length are not found.
     """
     try:
         if not file.stat().st_size:
@@ -74,7 +74,10 @@ def _is_whole(archive: zipfile.ZipFile) -> bool:
 
 
 def texts(file: Path) -> set[str]:
-    """Every text in the pickle of a file of torch.save's, the names of its tensors among them; it is not run. Raises Unreadable."""
+    """Every text in the pickle of a file of torch.save's, the names of its tensors among them; it is not run.
+
+    Raises Unreadable.
+    """
     if problem := torn(file):
         raise Unreadable(f"{file} is torn: {problem}")
     with zipfile.ZipFile(file) as archive:
@@ -86,7 +89,10 @@ def texts(file: Path) -> set[str]:
 
 
 def checksums(shard: Path) -> bytes:
-    """Name, size and CRC-32 of everything in a file of torch.save's, whatever the file is called. Raises Unreadable if it is torn."""
+    """Name, size and CRC-32 of everything in a file of torch.save's, whatever the file is called.
+
+    Raises Unreadable if it is torn.
+    """
     if problem := torn(shard):
         raise Unreadable(f"{shard} is torn: {problem}")
     with zipfile.ZipFile(shard) as archive:

@@ -1,7 +1,7 @@
 """A LoRA adapter added to the matrices of its base: W + alpha / r * B @ A (arXiv 2106.09685, section 4.1), in float32.
 
-As PEFT writes it (adapter_config.json, adapter_model.safetensors), or as verl does: the state dict of the wrapped model in
-shards, and lora_train_meta.json. What is more than that in an adapter is refused by name, not left out.
+As PEFT writes it (adapter_config.json, adapter_model.safetensors), or as verl does: the state dict of the wrapped model
+in shards, and lora_train_meta.json. What is more than that in an adapter is refused by name, not left out.
 """
 
 from __future__ import annotations

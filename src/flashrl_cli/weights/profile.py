@@ -1,8 +1,8 @@
-"""A smoothing profile: what the rows and columns of a model's tensors are multiplied by before they are quantized.
+"""A smoothing profile: factors by which rows and columns of a model's tensors are multiplied before quantization.
 
-It knows names and no architecture: for tensor NAME, `NAME.columns` [K] and `NAME.rows` [N] in float32, in a safetensors file whose
-metadata say what it was made of. Every scale is a power of two, so that smoothing changes exponents alone: it is exact in bf16 and in
-float32, and a model that is smoothed and not quantized computes what it did before, to the last bit.
+It knows names and no architecture: for tensor NAME, `NAME.columns` [K] and `NAME.rows` [N] in float32, in a safetensors
+file whose metadata record what it was made of. Every scale is a power of two, so that smoothing changes exponents
+alone: it is exact in bf16 and in float32, and a model that is smoothed and not quantized computes the same bits.
 
 torch is imported when tensors are smoothed; reading and checking do without it.
 """
@@ -33,10 +33,12 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class About:
-    """What a profile was made of. `alpha` None means chosen layer by layer; `tokens` and `samples` count what was run through the model.
+    """What a profile was made of.
 
-    `shape` holds the model's SHAPE keys, `fingerprint` is `Weights.fingerprint`'s of it, `versions` those of the packages that made it,
-    `rows` the SHA-256 of the token ids that were run; profiles of before have none.
+    `alpha` None means chosen layer by layer; `tokens` and `samples` count what was run through the model.
+
+    `shape` holds the model's SHAPE keys, `fingerprint` is `Weights.fingerprint`'s of it, `versions` those of the
+    packages that made it, `rows` the SHA-256 of the token ids that were run; profiles of before have none.
     """
 
     model: str
@@ -57,7 +59,10 @@ class About:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """A profile on disk. `lengths` maps each tensor to the lengths of its scales: (columns, rows), None for one that it lacks."""
+    """A profile on disk.
+
+    `lengths` maps each tensor to the lengths of its scales: (columns, rows), None for one that it lacks.
+    """
 
     path: Path
     about: About
@@ -67,7 +72,10 @@ class Profile:
 
     @classmethod
     def read(cls, path: Path) -> Profile:
-        """The profile in a file. Raises Unreadable for a file that is missing, torn, or no profile with sound scales."""
+        """The profile in a file.
+
+        Raises Unreadable for a file that is missing, torn, or no profile with sound scales.
+        """
         entries, start = table(path)
         about = _about(path)
         lengths: dict[str, tuple[int | None, int | None]] = {}
@@ -108,7 +116,8 @@ class Profile:
     def apply(self, name: str, tensor: Any) -> Any:
         """`tensor`, smoothed in new memory on its own device and in its dtype; itself, if the profile does not name it.
 
-        One multiplication in place of a copy, two where both rows and columns have scales. Raises Unreadable for another shape.
+        One multiplication in place of a copy, two where both rows and columns have scales. Raises Unreadable for
+        another shape.
         """
         if name not in self.lengths:
             return tensor
@@ -158,7 +167,7 @@ def _about(path: Path) -> About:
 
 
 def _check_scales(path: Path, start: int) -> None:
-    """Raise Unreadable unless every scale is a positive power of two: all bytes of the file beyond its table are scales."""
+    """Raise Unreadable unless every scale, that is all bytes beyond the file's table, is a positive power of two."""
     scales = array("f")
     scales.frombytes(path.read_bytes()[start:])
     for scale in set(scales):

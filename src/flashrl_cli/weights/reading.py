@@ -27,6 +27,7 @@ _TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 FLOATS = frozenset(_TORCH)
 _PIECE = 2 * 2**20
 """Bytes that are held of a file that is copied."""
+_FORBIDDEN = re.compile(r"GLOBAL (\S+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,6 @@ class Stored:
 
 Source = dict[str, Stored]
 """Tensors by their names."""
-_FORBIDDEN = re.compile(r"GLOBAL (\S+)")
 
 
 def from_safetensors(files: Iterable[Path]) -> Source:
@@ -144,7 +144,10 @@ def _local(part: Any) -> Any:
 
 
 def equal(one: Stored, other: Stored) -> bool:
-    """Whether two tensors in files have the same values. Raises ValueError for those that are made while they are read."""
+    """Whether two tensors in files have the same values.
+
+    Raises ValueError for those that are made while they are read.
+    """
     if one.parts is None or other.parts is None:
         raise ValueError("only what is in a file can be compared before it is read")
     return all(_same(first, second) for first, second in zip(one.parts(), other.parts(), strict=True))

@@ -1,1 +1,1 @@
-"""Processes that work for the command line, and how both sides talk."""
+"""Child processes that hold an engine for the command line: protocol, client, server, and the factory of engines."""

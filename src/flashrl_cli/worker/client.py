@@ -1,4 +1,4 @@
-"""A process that works for the command line: started in a group of its own, given orders, heard, and ended with all that it started."""
+"""The command line's side of a worker process: start it, give it orders, and end it with all that it started."""
 
 from __future__ import annotations
 
@@ -8,70 +8,111 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashrl_cli import contract, errors
+from flashrl_cli import contract, files
+from flashrl_cli.errors import RunFailed
 from flashrl_cli.machine import system
+from flashrl_cli.verl.causes import cause_in
+from flashrl_cli.verl.logs import root_error, telling
+from flashrl_cli.worker import protocol
 
-LAST = frozenset({"done", "skipped", "restart"})
-"""Events that end an order."""
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""Keeps vLLM's scheduler in the worker itself; a process of its own costs memory and the time to start it."""
 _ENDING_S = 60.0
 """Seconds that the kernel may take to free the memory of a killed process on a busy machine."""
+_READ_LINES = 400
+_TAIL_LINES = 15
+_WIDTH = 300
 
-Died = Callable[[int, Path], errors.RunFailed]
-"""The error for an exit code and a log."""
+
+Process = subprocess.Popen[bytes]
 
 
 class Worker:
-    """A running process that is given orders as lines of its stdin and tells of them as events on its stdout."""
+    """A running worker process, `who` in messages; `hints` are fixes by a cause's id (verl.causes), for when it dies."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path, died: Died) -> None:
-        self._process, self._log, self._died = process, log, died
+    def __init__(self, process: Process, log: Path, who: str, hints: Mapping[str, str]) -> None:
+        self._process, self._log, self._who, self._hints = process, log, who, hints
 
     @property
     def pid(self) -> int:
         """Its process id, which is that of its group."""
         return self._process.pid
 
-    def ask(self, order: str) -> Iterator[dict[str, Any]]:
-        """Give an order, one line of JSON; its events as they come, up to one of LAST.
+    def ask(self, order: Mapping[str, Any], *, limit_s: float | None = None) -> Iterator[dict[str, Any]]:
+        """Give an order; its events as they come, up to one of protocol.LAST.
 
-        Raises the error that the process reports, or what tells why it died.
+        Raises the error that the process reports, and RunFailed if it died or did not end the order within `limit_s`
+        seconds.
         """
         orders, events = self._process.stdin, self._process.stdout
         with contextlib.suppress(BrokenPipeError):  # a process that died says why below
             if orders:
-                orders.write(order.encode() + b"\n")
+                orders.write(protocol.line(order).encode())
                 orders.flush()
-        for line in events or ():
-            event = json.loads(line)
-            if event["event"] == "error":
-                raise _error(event)
-            yield event
-            if event["event"] in LAST:
-                return
-        raise self._died(self._process.wait(), self._log)
+        with self._limited(limit_s) as late:
+            for line in events or ():
+                event = json.loads(line)
+                if event["event"] == protocol.ERROR:
+                    raise protocol.error_of(event)
+                yield event
+                if event["event"] in protocol.LAST:
+                    return
+        if late.is_set():
+            raise RunFailed(f"{self._who} was not done within {limit_s:g} s")
+        raise died(self._process.wait(), self._log, who=self._who, hints=self._hints)
+
+    @contextlib.contextmanager
+    def _limited(self, seconds: float | None) -> Iterator[threading.Event]:
+        """Within, the process is ended after `seconds`, which sets the event."""
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            _kill_group(self._process)
+
+        timer = threading.Timer(seconds, end) if seconds is not None else None
+        if timer:
+            timer.start()
+        try:
+            yield late
+        finally:
+            if timer:
+                timer.cancel()
 
 
 @contextlib.contextmanager
-def worker(module: str, job: Path, log: Path, env: Mapping[str, str], died: Died) -> Iterator[Worker]:
-    """`python -m module JOB`, with all other output going to the end of `log`. However the caller leaves, nothing stays running.
+def worker(
+    module: str,
+    job: Mapping[str, Any],
+    work: Path,
+    log: Path,
+    env: Mapping[str, str],
+    *,
+    who: str,
+    hints: Mapping[str, str],
+) -> Iterator[Worker]:
+    """`python -m module JOB`, with the job's file in the folder `work` and all other output at the end of `log`.
 
-    Raises EnvironmentNotReady where it could not make its sockets.
+    However the caller leaves, nothing stays running. Raises EnvironmentNotReady where it could not make its sockets.
     """
     system.check_sockets(env)
-    with log.open("ab") as output, _process([sys.executable, "-m", module, str(job)], env, output.fileno()) as process:
-        yield Worker(process, log, died)
+    argv = [sys.executable, "-m", module, str(protocol.write_job(work, job))]
+    with log.open("ab") as output, group(argv, env, output.fileno()) as process:
+        yield Worker(process, log, who, hints)
 
 
 def environment(
     plugins: Path, devices: str | None, fixed: Mapping[str, str], defaults: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Environment of a process with a vLLM engine: offline, with our plugin for vLLM, whose handshakes go to the folder `plugins`.
+    """Environment of a process with a vLLM engine: offline, and with flashrl's plugin for vLLM.
 
-    `devices` are as in CUDA_VISIBLE_DEVICES; `fixed` variables are set whatever the user's environment says, `defaults` are not.
+    The plugin's handshakes go to the folder `plugins`. `devices` are as in CUDA_VISIBLE_DEVICES; `fixed` variables are
+    set whatever the user's environment says, `defaults` are not.
     """
     ours = {contract.ENV_PLUGIN_DIR: str(plugins), "HF_HUB_OFFLINE": "1"}
     visible = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
@@ -80,15 +121,15 @@ def environment(
 
 
 @contextlib.contextmanager
-def _process(argv: list[str], env: Mapping[str, str], log: int) -> Iterator[subprocess.Popen[bytes]]:
+def group(argv: Sequence[str], env: Mapping[str, str], stderr: int = subprocess.DEVNULL) -> Iterator[Process]:
+    """A process with pipes to its stdin and stdout, in a group of its own, which is killed when the caller leaves."""
     process = subprocess.Popen(
-        argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+        argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, start_new_session=True
     )
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill_group(process)
         process.wait(_ENDING_S)
         for pipe in (process.stdin, process.stdout):
             if pipe:
@@ -96,6 +137,19 @@ def _process(argv: list[str], env: Mapping[str, str], log: int) -> Iterator[subp
                     pipe.close()
 
 
-def _error(event: Mapping[str, Any]) -> errors.FlashrlError:
-    kind: type[errors.FlashrlError] = getattr(errors, event["kind"])
-    return kind(event["message"], hint=event["hint"])
+def _kill_group(process: Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def died(code: int, log: Path, *, who: str, hints: Mapping[str, str]) -> RunFailed:
+    """The error for a process `who` that ended with exit code `code` before its work was done; `hints` by a cause's id."""
+    lines = files.last_lines(log, _READ_LINES)
+    cause = next((found for line in lines if (found := cause_in(line)) and found.id in hints), None)
+    if cause:
+        return RunFailed(f"{who} died: {cause.what}", hint=f"{hints[cause.id]}; its log: {log}")
+    what = f"{who} ended with code {code}"
+    if root := root_error(lines):
+        return RunFailed(f"{what}: {root}", hint=f"its whole log: {log}")
+    tail = "\n".join(f"  {line[:_WIDTH]}" for line in telling(lines)[-_TAIL_LINES:])
+    return RunFailed(f"{what}:\n{tail}" if tail else f"{what}, its log is empty", hint=f"its whole log: {log}")

@@ -1,7 +1,8 @@
-"""The working process's side of its talk with the command line: orders from stdin, events to stdout, and an end that is certain."""
+"""The worker process's side: orders from stdin, events to stdout, and an end that is certain."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import queue
@@ -10,40 +11,65 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from flashrl_cli.errors import ExitCode, FlashrlError
+from flashrl_cli.errors import ExitCode, FlashrlError, RunFailed
+from flashrl_cli.weights import Unreadable
+from flashrl_cli.worker import protocol
 
+Orders = Iterator[dict[str, Any]]
 Emit = Callable[..., None]
-Orders = queue.SimpleQueue[str]
+"""`emit(event, **data)` sends an event to the command line."""
+_PR_SET_PDEATHSIG = 1
+
+
+def run(serve: Callable[[dict[str, Any], Orders, Emit], None]) -> None:
+    """Have `serve(job, orders, emit)` work on the job that the command line names; the process ends when it returns.
+
+    An error that the user can act on goes to the command line as an event, any other to the log as a traceback.
+    """
+    orders, emit = begin()
+    try:
+        serve(protocol.read_job(Path(sys.argv[1])), orders, emit)
+    except Unreadable as error:
+        emit(**protocol.error_event(RunFailed(str(error))))
+        os._exit(ExitCode.FAILED)
+    except FlashrlError as error:
+        emit(**protocol.error_event(error))
+        os._exit(ExitCode.FAILED)
+    os._exit(ExitCode.OK)
 
 
 def begin() -> tuple[Orders, Emit]:
-    """Orders as they come, and how to tell events. From here on the process ends with its parent, and at once with any error."""
-    orders: Orders = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(orders,), daemon=True).start()
+    """Orders as they come, and how to send events.
+
+    From here on the process ends with its parent, and at once with any error.
+    """
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(lines,), daemon=True).start()
     sys.excepthook = _end_with_traceback
-    return orders, _events()
+    return map(json.loads, iter(lines.get, None)), _events()
 
 
-def end(emit: Emit, error: FlashrlError) -> None:
-    """Report an error of the user's, and end the process."""
-    emit("error", kind=type(error).__name__, message=error.message, hint=error.hint)
-    os._exit(ExitCode.FAILED)
+def end_with_parent(number: int) -> None:
+    """Have the kernel send signal `number` to this process when its parent dies; only Linux does."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def _events() -> Emit:
     """Keep stdout for events, and send what libraries print there to stderr, which is the log.
 
-    What vLLM forks must not hold it: the command line hears of this process's end by the end of its events.
+    What vLLM forks must not hold it: the command line learns of this process's end by the end of its events.
     """
     stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     os.register_at_fork(after_in_child=lambda: os.dup2(1, stream.fileno()))
 
     def emit(event: str, **data: Any) -> None:
-        stream.write(json.dumps({"event": event, **data}) + "\n")
+        stream.write(protocol.line({"event": event, **data}))
         stream.flush()
 
     return emit
@@ -59,16 +85,15 @@ def _end_with_traceback(kind: type[BaseException], error: BaseException, trace: 
     os._exit(ExitCode.FAILED)
 
 
-def _listen(orders: Orders) -> None:
-    """Pass orders on, and end with the other side: taking vLLM down politely takes seconds, and nothing of it is needed any more."""
-    for line in _lines():
-        orders.put(line.decode())
-    os.killpg(0, signal.SIGKILL)
+def _listen(lines: queue.SimpleQueue[bytes]) -> None:
+    """Pass orders on, and end with the other side.
 
-
-def _lines() -> Iterator[bytes]:
-    """Lines of stdin, read without `sys.stdin`: its lock, held by a waiting reader, would be held for ever in what vLLM forks."""
+    Taking vLLM down in order takes seconds, and nothing of it is needed any more. Without `sys.stdin`: its lock, held
+    by a waiting reader, would be held for ever in what vLLM forks.
+    """
     rest = b""
     while chunk := os.read(0, 1 << 16):
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            lines.put(line)
+    os.killpg(0, signal.SIGKILL)

@@ -96,7 +96,8 @@ def obedient(precision: str, asked: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Workers:
-    """Stands in for `process.worker`: `asked` are kinds of orders by variant (or "scorer"), `running` counts those that are up."""
+    """Stands in for `client.worker`: `asked` are kinds of orders by variant (or "scorer"), `running` counts those that
+    are up."""
 
     answer: Answer = obedient
     asked: list[tuple[str, str]] = field(default_factory=list)
@@ -105,11 +106,13 @@ class Workers:
     running: int = 0
 
     @contextlib.contextmanager
-    def __call__(self, module: str, job: Path, log: Path, env: dict[str, str], died: Any) -> Iterator[Any]:
+    def __call__(
+        self, module: str, job: dict[str, Any], work: Path, log: Path, env: dict[str, str], **_: Any
+    ) -> Iterator[Any]:
         self.running += 1
         assert self.running == 1, "two engines at once measure each other"
         self.environments.append(env)
-        self.jobs.append(json.loads(job.read_text(encoding="utf-8")))
+        self.jobs.append(json.loads(json.dumps(job)))
         try:
             yield _Worker(self, log.stem)
         finally:
@@ -121,8 +124,7 @@ class _Worker:
     workers: Workers
     name: str
 
-    def ask(self, text: str) -> Iterator[dict[str, Any]]:
-        asked = json.loads(text)
+    def ask(self, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
         self.workers.asked.append((self.name, asked["kind"]))
         yield {"event": "advance", "note": "on the way"}
         yield {"event": "done", "result": self.workers.answer(self.name.partition("+")[0], asked)}

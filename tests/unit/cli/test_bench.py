@@ -82,7 +82,7 @@ def test_a_failure_is_shown_with_what_was_measured_and_ends_with_1(
     assert code == 1
     assert "160" in out
     assert "failed" in out
-    assert "error: 1 of 2 kinds of rollouts could not be measured in full\n  int8: a GPU ran out of memory" in err
+    assert "error: 1 of 2 variants could not be measured in full\n  int8: a GPU ran out of memory" in err
     assert "hint: a smaller --batch" in err
     assert json.loads((tmp_path / "b.json").read_text())["variants"][1]["status"] == "failed"
 
@@ -122,13 +122,13 @@ def test_a_file_that_cannot_be_written_is_told_before_an_engine_starts(
     workers: Workers, call: Call, tmp_path: Path, option: str
 ) -> None:
     (tmp_path / "file").touch()
-    for place, told in (
+    for place, text in (
         ("file/b", f"{tmp_path / 'file'} cannot be written to"),
         (".", f"{option} {tmp_path} is a folder"),
     ):
         code, _, err = call(*WORDS, option, place)
         assert code == 2
-        assert told in err
+        assert text in err
         assert f"hint: {option} " in err
     assert not workers.asked
 

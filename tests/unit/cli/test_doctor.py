@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from flashrl_cli.cli.app import main
-from flashrl_cli.doctor import docker, reload, report
-from flashrl_cli.machine import finding, ray_state, software
+from flashrl_cli.doctor import checks, docker, reload, report
+from flashrl_cli.machine import finding, software
 from flashrl_cli.train import preflight
 from tests import sample_rows
 
@@ -26,12 +26,12 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (report, preflight):
         monkeypatch.setattr(module, "find_spec", lambda name: None if name == "flash_rl" else name)
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    monkeypatch.setattr(ray_state, "probe_daemons", list)
-    monkeypatch.setattr(ray_state, "probe_ports", list)
+    monkeypatch.setattr(checks, "probe_daemons", list)
+    monkeypatch.setattr(checks, "probe_ports", list)
     monkeypatch.setenv("RAY_TMPDIR", "/tmp/no-ray-is-here")  # a path of pytest is too long for sockets
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    for name in ("RAY_ADDRESS", "FLASHRL_CONFIG", "HF_HUB_OFFLINE", *docker.PASSED, *preflight.ENTRY_POINTS.values()):
+    for name in ("RAY_ADDRESS", "FLASHRL_CONFIG", "HF_HUB_OFFLINE", *docker.PASSED, *software.ENTRY_POINTS.values()):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
 
@@ -115,7 +115,7 @@ def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "text"),
     [
         (["--tis", "2"], "--tis without --preset"),
         (["--rollout", "int8"], "--rollout without --preset"),
@@ -130,12 +130,12 @@ def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_misuse_ends_with_2(
-    words: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert doctor(monkeypatch, *words) == 2
     out, err = capsys.readouterr()
     assert not out
-    assert told in err
+    assert text in err
     assert "hint: " in err
 
 

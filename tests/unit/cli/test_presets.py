@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 from flashrl_cli import files, paths
 from flashrl_cli.cli.app import app
 from flashrl_cli.config.presets import names
+from flashrl_cli.config.resolve import Options
 from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
-from flashrl_cli.train import review
+from flashrl_cli.train import diff, launch
 
 RUNNER = CliRunner()
 
@@ -151,7 +152,7 @@ def test_diff_of_nothing():
 
 
 def recorded(run: str, **changes: Any) -> None:
-    plan = review.document_of("tiny", review.Options()) | changes
+    plan = diff.document_of("tiny", Options()) | changes
     files.write_json(paths.runs_root() / run / "attempt_1" / "plan.json", plan)
 
 
@@ -162,7 +163,7 @@ def test_diff_with_a_run():
 
 
 def test_diff_says_when_overrides_alone_differ():
-    plan = review.document_of("tiny", review.Options())
+    plan = diff.document_of("tiny", Options())
     recorded("demo", overrides=plan["overrides"][1:])
     result = RUNNER.invoke(app, ["presets", "diff", "demo", "tiny"], catch_exceptions=False)
     assert result.stdout.startswith("no difference")
@@ -186,19 +187,19 @@ def test_schema_is_json():
 @pytest.fixture
 def verdicts(monkeypatch):
     """Presets whose name begins with "bad" have a problem, without asking verl."""
-    asked: list[tuple[str, review.Options]] = []
+    asked: list[tuple[str, Options]] = []
 
-    def check(preset: str, options: review.Options) -> list[Problem]:
+    def check(preset: str, options: Options) -> list[Problem]:
         asked.append((preset, options))
         return [Problem("wrong", "f.yaml:1", "right"), Problem("bare")] if preset.startswith("bad") else []
 
-    monkeypatch.setattr(review, "check", check)
+    monkeypatch.setattr(launch, "check", check)
     return asked
 
 
 def test_check_asks_for_every_preset_with_the_options(verdicts):
     assert out("check", "--tis", "off") == "".join(f"✓ {name}\n" for name in names())
-    assert verdicts == [(name, review.Options(tis="off")) for name in names()]
+    assert verdicts == [(name, Options(tis="off")) for name in names()]
 
 
 def test_check_tells_all_problems_and_refuses(verdicts):

@@ -21,8 +21,9 @@ from flashrl_cli.machine import software
 from flashrl_cli.render import figure
 from flashrl_cli.runs import store
 from flashrl_cli.runs.control import Follower
-from flashrl_cli.runs.curves import DEFAULTS, SMOOTHING
+from flashrl_cli.runs.curves import SMOOTHING
 from flashrl_cli.runs.saved import DOOMED, hide, set_aside
+from flashrl_cli.verl.metrics import PLOTTED
 from tests.run_lab import Lab, lab
 from tests.saved_files import saved_step
 from tests.unit.runs import sampled
@@ -423,7 +424,7 @@ def test_a_missing_package_is_an_error_and_data_needs_none(
 def test_help_names_the_defaults_that_there_are() -> None:
     parameters = inspect.signature(commands.plot).parameters
     assert parameters["smooth"].default == SMOOTHING
-    assert ", ".join(DEFAULTS) in str(parameters["metric"].annotation)
+    assert ", ".join(PLOTTED) in str(parameters["metric"].annotation)
 
 
 def test_names_are_completed() -> None:

@@ -13,26 +13,19 @@ import pytest
 from flashrl_cli import files, paths
 from flashrl_cli.config.resolve import Resolved
 from flashrl_cli.errors import FlashrlError, RunFailed
+from flashrl_cli.machine import software
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.runs import store
 from flashrl_cli.runs.store import Attempt, RunRecord
-from flashrl_cli.train import preflight, review, run, sweep_axes
+from flashrl_cli.train import launch, preflight, run, sweep_axes
 from flashrl_cli.train.plan import LaunchPlan, plan_document
 from flashrl_cli.train.process import Interrupted
 from flashrl_cli.verl.metrics import NAMES
 from tests.unit.cli.test_train import prepared, train, tree
 
 SWEEP = (
-    "--preset",
-    "tiny",
-    "--name",
-    "s",
-    "--set",
-    "trainer.steps=3",
-    "--sweep",
-    "rollout=bf16,int8",
-    "--sweep",
-    "tis=2",
+    *("--preset", "tiny", "--name", "s", "--set", "trainer.steps=3"),
+    *("--sweep", "rollout=bf16,int8", "--sweep", "tis=2"),
 )
 RUNS = ["s-bf16-tis2", "s-int8-tis2"]
 
@@ -42,8 +35,8 @@ def able(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with all software, no GPU, the data of tiny, and no time for verl's tree; an empty working folder."""
     monkeypatch.setattr(preflight, "find_spec", lambda name: name)
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    monkeypatch.setattr(review, "judge", judge)
-    for name in ("RAY_ADDRESS", *preflight.ENTRY_POINTS.values()):
+    monkeypatch.setattr(launch, "judge", judge)
+    for name in ("RAY_ADDRESS", *software.ENTRY_POINTS.values()):
         monkeypatch.delenv(name, raising=False)
     prepared(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -55,7 +48,7 @@ def judge(resolved: Resolved, plan: LaunchPlan) -> None:
 
 
 class Trainer:
-    """Stands for `run_plan`: leaves record and metrics, and fails where it was told to."""
+    """In place of `run_plan`: leaves record and metrics, and fails where `errors` says so."""
 
     def __init__(self) -> None:
         self.plans: list[LaunchPlan] = []
@@ -211,7 +204,7 @@ def test_a_machine_that_cannot_run_one_of_them_starts_none(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--sweep", "rollout"], "--sweep rollout: not of the form key=value,value"),
         (["--sweep", "rollout=int8,int4"], "--sweep rollout=int4: rollout.precision = int4"),
@@ -227,7 +220,7 @@ def test_a_machine_that_cannot_run_one_of_them_starts_none(
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_misuse_ends_with_2(
     words: list[str],
-    told: str,
+    message: str,
     dry: list[str],
     monkeypatch: pytest.MonkeyPatch,
     trainer: Trainer,
@@ -238,7 +231,7 @@ def test_misuse_ends_with_2(
     assert train(monkeypatch, "--preset", "tiny", *words, *dry) == 2
     out, err = capsys.readouterr()
     assert not out
-    assert told in err
+    assert message in err
     assert tree(tmp_path) == before
     assert trainer.plans == []
 
@@ -269,7 +262,7 @@ def test_detached(monkeypatch: pytest.MonkeyPatch, trainer: Trainer, capsys: pyt
 def test_a_run_of_another_configuration_goes_on_by_force(
     monkeypatch: pytest.MonkeyPatch, trainer: Trainer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer.errors["s-bf16-tis2"] = RunFailed("broke", hint="mend it")
+    trainer.errors["s-bf16-tis2"] = RunFailed("broke", hint="fix it")
     assert train(monkeypatch, *SWEEP) == 1
     changed = (*SWEEP, "--set", "algorithm.lr=0.25")
     assert train(monkeypatch, *changed) == 2

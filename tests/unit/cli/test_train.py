@@ -1,8 +1,9 @@
-"""`flashrl train`, as people and programs call it: what it refuses, what it prints, what it hands to the supervisor."""
+"""`flashrl train`, here and with `--executor ray`, as people and programs call it: what it refuses and prints, and what it starts."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -12,13 +13,16 @@ import pytest
 
 from flashrl_cli import files
 from flashrl_cli.cli.app import main
-from flashrl_cli.errors import RunFailed
+from flashrl_cli.errors import EnvironmentNotReady, RunFailed
+from flashrl_cli.machine import software
 from flashrl_cli.render.live import JsonDisplay, PlainDisplay
 from flashrl_cli.runs import store
 from flashrl_cli.train import preflight, process, run
+from flashrl_cli.train.executors import ray_job, ray_ready
 from flashrl_cli.train.plan import LaunchPlan, plan_document
 from tests import sample_rows
 from tests.saved_files import saved_step
+from tests.unit.train.builders import FakeJobs
 
 ROLLOUT = "actor_rollout_ref.rollout"
 
@@ -28,7 +32,7 @@ def able(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with all software and no GPU, whatever runs the tests; commands are typed in an empty folder."""
     monkeypatch.setattr(preflight, "find_spec", lambda name: name)
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    for name in ("RAY_ADDRESS", *preflight.ENTRY_POINTS.values()):
+    for name in ("RAY_ADDRESS", *software.ENTRY_POINTS.values()):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
 
@@ -110,7 +114,7 @@ def test_used_name(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--preset", "no-such"], "no-such"),
         (["--preset", "tiny", "--rollout", "int4"], "int4"),
@@ -119,6 +123,8 @@ def test_used_name(
         (["--preset", "tiny", "--set", "verl.trainer.no_such=1"], "verl has no key trainer.no_such"),
         (["--preset", "tiny", "--resume", "nowhere"], "--resume nowhere: no folder global_step_N"),
         ([], "--preset"),
+        (["--preset", "tiny", "--executor", "slurm"], "--executor slurm: there is no such executor"),
+        (["--preset", "tiny", "--ray-address", "http://h:1"], "--ray-address without --executor ray"),
         (["--preset", "tiny", "--set", "rollout.top_p=0.9"], "--set rollout.top_p: rollout.top_p = 0.9 with truncated"),
         (["--preset", "tiny", "--tis", "off", "--tis", "2", "--set", "rollout.top_k=5"], "off by the kept mass"),
         (["--preset", "tiny", "--sweep", "rollout.top_p=1.0,0.9"], "off by the kept mass"),
@@ -135,7 +141,7 @@ def test_used_name(
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_misuse_ends_with_2(
     words: list[str],
-    told: str,
+    message: str,
     dry: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -144,7 +150,7 @@ def test_misuse_ends_with_2(
     assert train(monkeypatch, *words, *dry) == 2
     out, err = capsys.readouterr()
     assert not out
-    assert told in err
+    assert message in err
     assert tree(tmp_path) == {}
 
 
@@ -195,7 +201,7 @@ def test_dry_run_for_a_program(
     assert document["cwd"] == f"{tmp_path}/runs/tiny-int8-tis4/attempt_1"
 
 
-def test_truncated_sampling_under_tis_is_told_by_its_line(
+def test_truncated_sampling_under_tis_is_refused_by_its_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     preset = tmp_path / "mine.yaml"
@@ -206,10 +212,10 @@ def test_truncated_sampling_under_tis_is_told_by_its_line(
     assert "mine.yaml:4: rollout.top_k = 20 with truncated importance sampling" in err
 
 
-@pytest.mark.parametrize(("cut", "told"), [("rollout.top_p=0.9", 1), ("rollout.top_p=1.0", 0)])
+@pytest.mark.parametrize(("cut", "times"), [("rollout.top_p=0.9", 1), ("rollout.top_p=1.0", 0)])
 def test_truncated_sampling_without_tis_is_noted_once(
     cut: str,
-    told: int,
+    times: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -219,12 +225,12 @@ def test_truncated_sampling_without_tis_is_noted_once(
     words = ("--preset", "tiny", "--tis", "off", "--set", cut)
     note = "plus the mean of -ln(kept mass)"
     assert train(monkeypatch, *words, "--dry-run") == 0
-    assert capsys.readouterr().out.count(note) == told
+    assert capsys.readouterr().out.count(note) == times
     assert train(monkeypatch, *words, "--dry-run", "--json") == 0
-    assert len(json.loads(capsys.readouterr().out)["notes"]) == told
+    assert len(json.loads(capsys.readouterr().out)["notes"]) == times
     assert launched == []
     assert train(monkeypatch, *words) == 0
-    assert capsys.readouterr().err.count(note) == told
+    assert capsys.readouterr().err.count(note) == times
     assert len(launched) == 1
 
 
@@ -332,7 +338,7 @@ def test_a_run_under_way_is_not_started_twice(
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (RunFailed("it broke", hint="mend it"), 1),
+        (RunFailed("it broke", hint="fix it"), 1),
         (process.Interrupted(2, "go on"), 130),
         (process.Interrupted(15, "go on"), 143),
     ],
@@ -355,3 +361,78 @@ def test_exit_codes(
     assert f"error: {error}" in err
     assert "hint: " in err
     assert "done" not in err
+
+
+RAY = ("--executor", "ray")
+
+
+@pytest.mark.parametrize(("preset", "nodes"), [("dapo-32b", 4), ("tiny", 1), ("gsm8k-0.5b", 1)])
+def test_dry_run_shows_the_job(
+    preset: str, nodes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--preset", preset, *RAY, "--ray-address", "http://head:8265", "--dry-run", "--json")
+    assert train(monkeypatch, *words) == 0
+    document = json.loads(capsys.readouterr().out)
+    job = document["ray"]
+    assert job["address"] == "http://head:8265"
+    assert shlex.split(job["entrypoint"]) == ["exec", *document["argv"]]
+    assert f"trainer.nnodes={nodes}" in document["overrides"]
+    assert document["env"].items() <= job["runtime_env"]["env_vars"].items()
+    assert not [override for override in document["overrides"] if "ray_init" in override]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_is_planned_for_the_cluster(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(monkeypatch, "--preset", "tiny", "--sweep", "tis=off,2", *RAY, "-n", "--json") == 0
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert len(points) == 2
+    assert not [o for point in points for o in point["plan"]["overrides"] if "ray_init" in o]
+
+
+def test_the_script_of_a_dry_run_submits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    assert train(monkeypatch, "--preset", "dapo-32b", *RAY, "-n") == 0
+    out = capsys.readouterr().out
+    assert "exec ray job submit --no-wait \\\n  --address http://head:8265 \\\n" in out
+    assert out.rstrip().endswith('-m verl.trainer.main_ppo "$@"')
+
+
+def test_a_local_dry_run_knows_no_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    assert train(monkeypatch, "--preset", "tiny", "-n", "--json") == 0
+    assert "ray" not in json.loads(capsys.readouterr().out)
+
+
+def test_no_job_server_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(address: str) -> Any:
+        raise EnvironmentNotReady(f"no Ray job server answers at {address}", hint="--ray-address http://HEAD:8265")
+
+    monkeypatch.setattr(ray_job, "connect", refuse)
+    assert train(monkeypatch, "--preset", "tiny", *RAY) == 3
+    assert "error: no Ray job server answers at http://127.0.0.1:8265" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_supervisor_is_given_the_clusters_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs, started = FakeJobs(), []
+
+    def supervise(plan: Any, *_: Any, start: Any, **__: Any) -> int:
+        plan.attempt_paths.plugins.mkdir(parents=True)
+        started.append(start(plan))
+        started[-1].kill()
+        return 3
+
+    monkeypatch.setattr(ray_job, "connect", lambda _: jobs)
+    monkeypatch.setattr(ray_ready, "check", lambda *_: ray_ready.Readiness(shared=True, nodes=2))
+    monkeypatch.setattr(run, "supervise", supervise)
+    monkeypatch.setattr(run, "git_state", lambda _: None)
+    assert train(monkeypatch, "--preset", "tiny", "--name", "r", *RAY) == 0
+    assert "asking every node of the Ray cluster at http://127.0.0.1:8265" in capsys.readouterr().err
+    last = json.loads(Path("runs/r/run.json").read_text(encoding="utf-8"))["attempts"][-1]
+    assert (last["executor"], last["job_id"], last["status"]) == ("ray", started[0].id, "done")

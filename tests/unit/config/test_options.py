@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from flashrl_cli.config.layers import Layer, nested
-from flashrl_cli.config.resolve import option_layers
+from flashrl_cli.config.resolve import Options, option_layers
 from flashrl_cli.errors import Problem
 
 
 def layers(*sets: str, rollout: str | None = None, tis: str | None = None) -> tuple[list[Layer], list[Problem]]:
     problems: list[Problem] = []
-    return list(option_layers(rollout, tis, sets, problems)), problems
+    return list(option_layers(Options(rollout=rollout, tis=tis, sets=sets), problems)), problems
 
 
 def test_nothing_given_is_no_layer():
@@ -20,7 +20,7 @@ def test_nothing_given_is_no_layer():
 
 def test_flags_come_before_sets_in_the_order_given():
     found, problems = layers("b.c=2", "a=1", rollout="int8", tis="1.5")
-    assert [(layer.label, layer.data) for layer in found] == [
+    assert [(str(layer.origin), layer.data) for layer in found] == [
         ("--rollout", {"rollout": {"precision": "int8"}}),
         ("--tis", {"correction": {"cap": 1.5}}),
         ("--set b.c", {"b": {"c": 2}}),
@@ -60,8 +60,8 @@ def test_assignment(text, data):
 def test_a_bad_one_is_an_empty_layer_that_holds_its_place(text):
     found, problems = layers("x=1", text, "y=2")
     assert [layer.data for layer in found] == [{"x": 1}, {}, {"y": 2}]
-    assert [problem.where for problem in problems] == [found[1].label]
-    assert found[1].label.isprintable()
+    assert [problem.where for problem in problems] == [found[1].origin.where]
+    assert str(found[1].origin).isprintable()
 
 
 KEPT = [
@@ -125,6 +125,20 @@ def test_a_variable_is_a_text_whatever_it_looks_like(text):
 def test_quotes_around_all_of_a_value_are_not_part_of_it(text, value):
     for key in ("env.NOTE", "description"):
         assert layers(f"{key}={text}")[0][0].data == nested(key, value)
+
+
+def test_a_point_of_a_sweep_comes_last_under_the_sweeps_names():
+    problems: list[Problem] = []
+    point = [("rollout", '"int8"'), ("tis", "2"), ("rollout.n", "4"), ("a..b", "1")]
+    found = list(option_layers(Options(sets=["x=1"], point=point), problems))
+    assert [(str(layer.origin), layer.data) for layer in found] == [
+        ("--set x", {"x": 1}),
+        ("--sweep rollout", {"rollout": {"precision": "int8"}}),
+        ("--sweep tis", {"correction": {"cap": 2}}),
+        ("--sweep rollout.n", {"rollout": {"n": 4}}),
+        ("--sweep a..b", {}),
+    ]
+    assert [str(problem.where) for problem in problems] == ["--sweep a..b"]
 
 
 @pytest.mark.parametrize("text", ["8 #x", "#8", "--- 8", "&x 8"])

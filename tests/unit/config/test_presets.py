@@ -1,4 +1,4 @@
-"""Finding presets and following `extends`."""
+"""Finding presets, following `extends`, listing them, and copying one to a file of one's own."""
 
 from __future__ import annotations
 
@@ -7,18 +7,26 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli import paths
+from flashrl_cli import __version__, paths
 from flashrl_cli.config import presets
 from flashrl_cli.config.layers import Layer, merge
+from flashrl_cli.config.presets import copy_preset, names
+from flashrl_cli.config.resolve import catalog, load_spec
 from flashrl_cli.errors import InputError, Problem
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty ./presets as working folder's, in front of the shipped ones."""
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """An empty working folder."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "presets").mkdir()
-    return tmp_path / "presets"
+    return tmp_path
+
+
+@pytest.fixture
+def folder(here):
+    """An empty ./presets, in front of the shipped ones."""
+    (here / "presets").mkdir()
+    return here / "presets"
 
 
 def write(folder: Path, **files: str) -> None:
@@ -34,8 +42,7 @@ def read(reference: str) -> tuple[dict[str, Any], list[Problem], list[Layer]]:
     return merge(layers)[0], problems, layers
 
 
-def test_shipped_names_are_found_from_anywhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_shipped_names_are_found_from_anywhere():
     assert {"tiny", "gsm8k-0.5b", "dapo-32b", "gsm8k-tiny-cpu"} <= set(presets.names())
     assert not any(name.startswith("base") for name in presets.names())
 
@@ -94,7 +101,7 @@ def test_name_and_description_are_not_inherited(folder):
 def test_bad_extends(folder, files, message, where):
     write(folder, **files)
     (problem,) = read("top")[1]
-    assert (problem.message, problem.where) == (message, where)
+    assert (problem.message, str(problem.where)) == (message, where)
 
 
 def test_four_files_in_a_chain_are_fine(folder):
@@ -168,7 +175,7 @@ def test_a_folder_is_no_preset(folder):
     assert refusal("./presets") == ("./presets is a folder, not a preset file", "it holds mine.yaml")
     write(folder, top="extends: ./")
     (problem,) = read("top")[1]
-    assert (problem.message, problem.where) == ("extends: ./ is a folder, not a preset file", "presets/top.yaml:1")
+    assert (problem.message, str(problem.where)) == ("extends: ./ is a folder, not a preset file", "presets/top.yaml:1")
 
 
 def test_links_that_lead_nowhere(folder):
@@ -185,3 +192,125 @@ def test_names_equal_file_names():
         own = presets.read_layers(str(path), [])[-1].data
         assert own["name"] == path.stem
         assert ("description" in own) == (not name.startswith("base/")), name
+
+
+def test_the_catalog_has_shipped_presets_and_a_broken_one(folder):
+    write(folder, broken="a: 1\n")
+    found = {summary.name: summary for summary in catalog()}
+    assert (found["dapo-32b"].devices, found["dapo-32b"].gpus, found["dapo-32b"].tis) == ("4 × 8", 32, None)
+    assert (found["gsm8k-0.5b"].devices, found["gsm8k-0.5b"].gpus) == ("4", 4)
+    tiny = found["tiny"]
+    assert (tiny.devices, tiny.gpus, tiny.rollout, tiny.tis) == ("CPU", 0, "int8", 2)
+    assert str(found["broken"].error).startswith("preset broken: ")
+    assert [name for name, summary in found.items() if summary.error] == ["broken"]
+
+
+def values(preset: str) -> dict[str, object]:
+    return load_spec(preset).spec.model_dump() | {"name": ""}
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_copy_says_the_same_under_its_own_name(name):
+    target = copy_preset(name, "sub/mine.yaml")
+    assert load_spec(str(target)).spec.name == "mine"
+    assert values(str(target)) == values(name)
+
+
+def test_everything_but_the_name_is_kept_below_a_header(here):
+    (here / "a.yaml").write_text("# why\nname: 'a'  # so\n\ndescription: d # e\nverl: {x: 1}\n")
+    text = copy_preset("./a.yaml", "b").read_text()
+    assert text == (
+        f"# Copied from ./a.yaml (flashrl {__version__}).\n# why\nname: b  # so\n\ndescription: d # e\nverl: {{x: 1}}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("destination", "written"),
+    [
+        ("mine.yaml", "mine.yaml"),
+        ("mine.yml", "mine.yml"),
+        ("mine", "mine.yaml"),
+        ("my-0.5b", "my-0.5b.yaml"),
+        ("new/mine", "new/mine.yaml"),
+        ("new/", "new/tiny.yaml"),
+        ("there", "there/tiny.yaml"),
+    ],
+)
+def test_where_it_goes(destination, written, here):
+    (here / "there").mkdir()
+    assert copy_preset("tiny", destination) == here / written
+    assert sorted(path for path in here.rglob("*") if path.is_file()) == [here / written]
+
+
+def test_a_name_that_looks_like_a_number_stays_text(here):
+    assert load_spec(str(copy_preset("tiny", "12.yaml"))).spec.name == "12"
+
+
+def test_an_existing_file_is_replaced_by_force_alone(here):
+    (here / "mine.yaml").write_text("precious")
+    with pytest.raises(InputError, match=r"mine\.yaml exists") as caught:
+        copy_preset("tiny", "mine.yaml")
+    assert "--force" in str(caught.value.hint)
+    assert (here / "mine.yaml").read_text() == "precious"
+    copy_preset("tiny", "mine.yaml", force=True)
+    assert values("./mine.yaml") == values("tiny")
+
+
+def test_relative_parents_are_found_from_the_new_folder(here):
+    (here / "presets").mkdir()
+    (here / "presets" / "part.yaml").write_text("rollout: {n: 3}\n")
+    (here / "one.yaml").write_text("rollout: {n: 4}\n")
+    absolute = here / "one.yaml"
+    (here / "presets" / "a.yaml").write_text(
+        f'extends: [tiny, ./part.yaml, "../one.yaml", part.yaml, {absolute}]  # order counts\n'
+    )
+    target = copy_preset("a", "deep/er/b")
+    line = target.read_text().splitlines()[1]
+    assert line == (
+        f"extends: [tiny, ../../presets/part.yaml, ../../one.yaml, ../../presets/part.yaml, {absolute}]  # order counts"
+    )
+    assert values(str(target)) == values("a")
+
+
+def test_a_single_parent_and_a_list_in_lines(here):
+    (here / "part.yaml").write_text("rollout: {n: 3}\n")
+    (here / "a.yaml").write_text("extends: ./part.yaml\n")
+    (here / "b.yaml").write_text("extends:\n  - tiny  # first\n  - part.yaml\n")
+    assert copy_preset("a.yaml", "x/").read_text().splitlines()[1:] == ["extends: ../part.yaml"]
+    lines = copy_preset("b.yaml", "x/").read_text().splitlines()[1:]
+    assert lines == ["extends:", "  - tiny  # first", "  - ../part.yaml"]
+
+
+def test_windows_line_ends_and_byte_order_marks_are_left_behind(here):
+    (here / "a.yaml").write_bytes(b"\xef\xbb\xbfname: a\r\nextends: tiny\r\n")
+    assert copy_preset("a.yaml", "b").read_bytes().endswith(b").\nname: b\nextends: tiny\n")
+
+
+@pytest.mark.parametrize("text", ["a: 1\na: 2\n", "- a\n", "a: [\n", "a: !!python/object 1\n"])
+def test_what_cannot_be_read_is_not_copied(text, here):
+    (here / "bad.yaml").write_text(text)
+    with pytest.raises(InputError) as caught:
+        copy_preset("bad.yaml", "mine")
+    assert caught.value.problems[0].where is not None
+    assert not (here / "mine.yaml").exists()
+
+
+def test_an_empty_file_is_copied(here):
+    (here / "empty.yaml").write_text("")
+    assert copy_preset("empty.yaml", "mine").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("preset", "destination", "match"),
+    [("dapo32b", "mine", "no preset named"), ("tiny", ".hidden", "cannot name"), ("tiny", "file/mine", "be written")],
+)
+def test_refusals(preset, destination, match, here):
+    (here / "file").write_text("")
+    with pytest.raises(InputError, match=match):
+        copy_preset(preset, destination)
+
+
+def test_parts_can_be_copied():
+    target = copy_preset("base/cpu", "presets/base/")
+    assert target == Path("presets/base/cpu.yaml").absolute()
+    assert target.read_text().endswith((paths.presets_root() / "base" / "cpu.yaml").read_text())

@@ -1,7 +1,9 @@
-"""The language of presets, documented: as a JSON schema that the presets keep to, and as docs/presets.md."""
+"""The language of presets, documented: as a JSON schema that the presets validate against, and as docs/presets.md."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import yaml
 
 from flashrl_cli import paths
-from flashrl_cli.config import schema
+from flashrl_cli.config import schema, spec
 from flashrl_cli.config.diagnose import keys_of
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.config.yaml_file import read
@@ -104,3 +106,13 @@ def test_what_the_schema_refuses(text):
 )
 def test_what_the_schema_accepts(text):
     validate(yaml.safe_load(text))
+
+
+def test_every_field_has_a_docstring_or_a_documented_part():
+    tree = ast.parse(inspect.getsource(spec))
+    for part in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for statement, following in zip(part.body, [*part.body[1:], None], strict=True):
+            if isinstance(statement, ast.AnnAssign):
+                documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                part_field = ast.unparse(statement.annotation).endswith("Spec")
+                assert documented or part_field, f"{part.name}.{ast.unparse(statement.target)}"

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from flashrl_cli.data.recipes import RECIPES, dropped
+from flashrl_cli.data import arith
+from flashrl_cli.data.recipes import RECIPES, boxed_answer, dropped
 from flashrl_cli.data.rows import BadRow, Row
 from flashrl_cli.verl import rewards
 
@@ -231,3 +234,81 @@ def test_rows_without_what_training_needs_are_refused(name: str, raw: dict[str, 
 def test_every_data_source_that_is_written_has_a_reward() -> None:
     raw = {"question": "q", "problem": "p", "answer": "#### 1", "solution": "\\boxed{1}", "a": 1, "b": 2}
     assert all(rewards.is_scored(convert(name, raw)["data_source"]) for name in RECIPES)
+
+
+plain = st.text(st.characters(exclude_characters="{}\\"), max_size=5)
+balanced = st.recursive(plain, lambda inner: st.tuples(plain, inner, plain).map(lambda t: f"{t[0]}{{{t[1]}}}{t[2]}"))
+prose = st.text(st.characters(exclude_characters="\\"), max_size=20)
+
+
+@given(before=prose, answer=balanced, after=prose)
+def test_the_content_comes_back_whatever_surrounds_it(before: str, answer: str, after: str) -> None:
+    assert boxed_answer(f"{before}\\boxed{{{answer}}}{after}") == answer
+
+
+@given(first=balanced, last=balanced)
+def test_the_last_box_wins(first: str, last: str) -> None:
+    assert boxed_answer(f"\\boxed{{{first}}} or rather \\boxed{{{last}}}") == last
+
+
+@given(answer=balanced)
+def test_a_box_that_never_closes_has_no_answer(answer: str) -> None:
+    assert boxed_answer(f"\\boxed{{{{{answer}}}") is None
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        (r"so $x = \boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
+        (r"\boxed{\text{(A)}\ \sqrt{\frac{a}{b}}}", r"\text{(A)}\ \sqrt{\frac{a}{b}}"),
+        (r"$\boxed 2$ pencils", "2"),
+        (r"\boxed{}", ""),
+        ("no box", None),
+        (r"\boxed5", None),
+        (r"\fbox{3}", None),
+        ("", None),
+    ],
+)
+def test_known_solutions(solution: str, answer: str | None) -> None:
+    assert boxed_answer(solution) == answer
+
+
+number = st.integers(0, 99)
+
+
+@given(a=number, b=number)
+def test_a_solution_adds_up_digit_by_digit(a: int, b: int) -> None:
+    units, tens, mark, answer = arith.solution(a, b).split()
+    assert mark == "####"
+    assert int(answer) == a + b == int(units) % 10 + 10 * int(tens)
+    assert len(units) == len(tens) == 2
+
+
+def test_the_wording() -> None:
+    assert arith.question(47, 25) == "What is 47 plus 25?"
+    assert arith.solution(47, 25) == "12 07 #### 72"
+    assert arith.solution(99, 99) == "18 19 #### 198"
+
+
+@given(seed=st.integers(0, 2**32))
+def test_splits_are_disjoint_and_of_their_size(seed: int) -> None:
+    pairs = arith.pairs(seed)
+    train, test = set(pairs["train"]), set(pairs["test"])
+    assert (len(train), len(test)) == (4096, 256)
+    assert not train & test
+    assert {n for pair in train | test for n in pair} <= set(range(100))
+
+
+def test_the_seed_decides() -> None:
+    assert arith.pairs(1) == arith.pairs(1)
+    assert arith.pairs(1) != arith.pairs(2)
+
+
+def test_a_row_is_graded_as_gsm8k() -> None:
+    assert arith.row({"a": 47, "b": 25}, "train", 3) == {
+        "data_source": "openai/gsm8k",
+        "prompt": [{"role": "user", "content": "What is 47 plus 25?"}],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": "72"},
+        "extra_info": {"split": "train", "index": 3, "answer": "12 07 #### 72", "question": "What is 47 plus 25?"},
+    }

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import os
+import socket
+import subprocess
+import sys
+import types
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from flashrl_cli.data import readers, sources
 from flashrl_cli.data.recipes import RECIPES
-from flashrl_cli.data.rows import BadRows
+from flashrl_cli.data.rows import BadRows, Place
 from flashrl_cli.data.sources import HubSource, LocalSource, SumsSource, open_source
-from flashrl_cli.errors import InputError
+from flashrl_cli.errors import EnvironmentNotReady, InputError
+from flashrl_cli.machine import software
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -146,3 +156,236 @@ def test_sums_come_from_the_seed() -> None:
     assert opened == SumsSource(3)
     assert len(list(opened.rows("test", BadRows()))) == opened.count("test") == 256
     assert opened.matches(opened.describe())
+
+
+READ = """
+import json, sys
+from flashrl_cli.data.sources import HubSource
+from flashrl_cli.data.rows import BadRows
+source = HubSource(sys.argv[1], None, ("train", "test"))
+rows = list(source.rows("test", BadRows()))
+print(json.dumps([rows, source.count("train"), source.describe()["files"]]))
+"""
+
+
+@pytest.mark.processes
+def test_rows_come_through_load_dataset(gsm8k_folder: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(gsm8k_folder)], env=environment, capture_output=True, text=True, check=True
+    )
+    rows, count, files = json.loads(done.stdout.splitlines()[-1])
+    first = {"question": "test 1?", "answer": "Count.\n#### 1,000"}
+    assert rows[0] == [[f"{gsm8k_folder}:test", 1, "row"], first]
+    assert (len(rows), count) == (2, 3)
+    assert [len(files[split]) for split in ("train", "test")] == [1, 1]
+    assert files["test"][0]["path"].endswith("-test.arrow")
+
+
+class Table:
+    """As much of a `datasets.Dataset` as is used."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+        self.cache_files = [{"filename": __file__}]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def with_format(self, name: str) -> Table:
+        assert name == "arrow"
+        return self
+
+    def iter(self, size: int) -> Iterator[Table]:
+        yield self
+
+    def to_pylist(self) -> list[dict[str, Any]]:
+        return self.rows
+
+
+def answer_with(result: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """Put a module in the place of `datasets` whose load_dataset returns or raises `result`; returns its calls."""
+    calls: list[tuple[str, str | None]] = []
+
+    def load_dataset(name: str, config: str | None) -> Any:
+        calls.append((name, config))
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    exceptions = types.SimpleNamespace(DatasetsError=RuntimeError)
+    fake = types.SimpleNamespace(load_dataset=load_dataset, exceptions=exceptions)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
+    return calls
+
+
+def test_a_set_of_one_split_takes_the_only_one_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = answer_with({"train": Table([{"n": 1}])}, monkeypatch)
+    source = HubSource("a/b", "c", ("test",))
+    assert list(source.rows("test", BadRows())) == [(Place("a/b:test", 1, "row"), {"n": 1})]
+    assert source.count("test") == 1
+    description = source.describe()
+    assert description["files"]["test"][0]["path"] == __file__
+    assert calls == [("a/b", "c")]
+    assert HubSource("a/b", "c", ("test",)).matches(description)
+    assert not HubSource("a/b", None, ("test",)).matches(description)
+
+
+def test_a_split_that_is_not_there_is_an_input_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_with({"train": Table([])}, monkeypatch)
+    with pytest.raises(InputError, match="a/b has no split 'test'"):
+        HubSource("a/b", None, ("train", "test")).count("test")
+
+
+def test_a_configuration_that_is_not_there_is_an_input_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_with(ValueError("Config name is missing."), monkeypatch)
+    with pytest.raises(InputError, match="Config name is missing"):
+        HubSource("a/b", None, ("train",)).describe()
+
+
+@pytest.mark.parametrize("error", [ConnectionError("timed out"), RuntimeError("timed out")])
+def test_a_hub_that_does_not_answer_is_the_environment(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_with(error, monkeypatch)
+    with pytest.raises(EnvironmentNotReady, match="cannot fetch a/b from the hub: timed out") as caught:
+        HubSource("a/b", None, ("train",)).describe()
+    assert caught.value.hint
+    assert "--source PATH" in caught.value.hint
+
+
+def test_without_a_network_only_the_cache_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    answer_with(ConnectionError("no"), monkeypatch)
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    with pytest.raises(EnvironmentNotReady, match="this machine is offline, and the hub's cache does not hold it"):
+        HubSource("a/b", None, ("train",)).describe()
+    assert os.environ["HF_HUB_OFFLINE"] == os.environ["HF_DATASETS_OFFLINE"] == "1"
+
+
+def test_a_proxy_resolves_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy:3128"})
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: pytest.fail("asked for a name"))
+    sources.detect_offline()
+    assert not sources.is_offline()
+
+
+def test_datasets_not_installed_is_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_with(None, monkeypatch)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(EnvironmentNotReady, match="datasets is not installed") as caught:
+        HubSource("a/b", None, ("train",)).describe()
+    assert caught.value.hint == software.install_extra("data")
+
+
+def write_parquet(path: Path) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"n": [1, 2, 3]}), path)
+    return path
+
+
+def read(path: Path) -> tuple[list[tuple[str, Any]], list[tuple[str | None, str]]]:
+    bad = BadRows()
+    rows = [(str(place).removeprefix(f"{path}:"), row) for place, row in readers.read(path, bad)]
+    return rows, [(str(problem.where), problem.message) for problem in bad.problems()]
+
+
+def test_lines_know_their_number(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('\ufeff{"n": 1}\n\n{"n": "ü"}', encoding="utf-8")
+    assert read(path) == ([("1", {"n": 1}), ("3", {"n": "ü"})], [])
+
+
+def test_lines_that_are_no_rows_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"n": 1}\n{"n": \n"text"\n\xff\xfe\xfa\n' + b"[" * 100_000 + b'\n{"n": 2}\n')
+    rows, bad = read(path)
+    assert [row["n"] for _, row in rows] == [1, 2]
+    assert [where for where, _ in bad] == [f"{path}:{n}" for n in (2, 3, 5)]
+    assert bad[0][1].startswith("not JSON; 2 rows: 2 (")
+    assert bad[1][1] == "not a JSON object but text"
+    assert bad[2][1] == "nested too deep to be read"
+
+
+def test_an_array_knows_its_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[\n {"n": 1}, {"n":\n 2},\n\n 5, {"n": 3}]\n', encoding="utf-8")
+    rows, bad = read(path)
+    assert rows == [("2", {"n": 1}), ("2", {"n": 2}), ("5", {"n": 3})]
+    assert bad == [(f"{path}:5", "not a JSON object but a whole number")]
+
+
+@pytest.mark.parametrize("text", ['[\n{"n": 1},\n{"n": 2', '[\n{"n": 1},\n', '[\n{"n": 1}\n{"n"}]'])
+def test_a_broken_array_is_told_with_its_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text, encoding="utf-8")
+    rows, [(where, message)] = read(path)
+    assert rows == [("2", {"n": 1})]
+    assert where == f"{path}:3"
+    assert message.startswith("not JSON")
+
+
+json_rows = st.lists(st.dictionaries(st.text(max_size=3), st.none() | st.integers() | st.text(max_size=5), max_size=3))
+
+
+@given(rows=json_rows, indent=st.sampled_from([None, 0, 2]))
+def test_an_array_and_lines_give_the_same_rows(
+    rows: list[dict[str, Any]], indent: int | None, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("rows")
+    array, lines = folder / "a.json", folder / "b.json"
+    array.write_text(json.dumps(rows, indent=indent), encoding="utf-8")
+    lines.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert [row for _, row in read(array)[0]] == [row for _, row in read(lines)[0]] == rows
+
+
+def test_parquet_counts_rows_across_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "BATCH", 2)
+    assert read(write_parquet(tmp_path / "a.parquet")) == (
+        [("row 1", {"n": 1}), ("row 2", {"n": 2}), ("row 3", {"n": 3})],
+        [],
+    )
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "missing.parquet", "missing.jsonl", "missing.json"])
+def test_a_file_that_cannot_be_read_is_an_input_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.parquet").write_text("no parquet")
+    with pytest.raises(InputError, match=f"cannot read .*{name}"):
+        read(tmp_path / name)
+
+
+def test_rows_are_counted_where_that_is_cheap(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}\n{}\n")
+    (tmp_path / "a.json").write_text("[{}, {}]")
+    write_parquet(tmp_path / "a.parquet")
+    assert [readers.count(tmp_path / name) for name in ("a.jsonl", "a.json", "a.parquet")] == [2, None, 3]
+
+
+def test_what_follows_an_array_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"n": 1}]\n\n{"n": 2}\n', encoding="utf-8")
+    assert read(path) == ([("1", {"n": 1})], [(f"{path}:3", "text after the end of the array: '{\"n\": 2}'")])
+
+
+def test_a_value_that_python_cannot_hold_is_an_input_error(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"n": pa.array([2**62], pa.timestamp("us"))}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="cannot read"):
+        read(tmp_path / "a.parquet")
+
+
+def test_of_media_only_their_presence_is_read(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images = pa.array([[b"png"], [], None])
+    pq.write_table(pa.table({"prompt": ["a", "b", "c"], "images": images, "other": [1, 2, 3]}), tmp_path / "a.parquet")
+    rows = [row for _, row in readers.read(tmp_path / "a.parquet", BadRows(), ("prompt", "images"))]
+    assert [row["images"] for row in rows] == [True, False, False]
+    assert list(rows[0]) == ["prompt", "images"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from flashrl_cli import contract
-from flashrl_cli.data import recipes, tiny
+from flashrl_cli.data import arith, tiny
+from flashrl_cli.data.tiny import END, MAX_NEW_TOKENS, Demonstrations
 from flashrl_cli.errors import RunFailed
 from flashrl_cli.paths import DatasetPaths
 from flashrl_cli.render.output import Output
@@ -47,7 +49,7 @@ def seeds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def prepare(paths: DatasetPaths, *, seed: int = 1, force: bool = False) -> dict[str, Any]:
-    return tiny.prepare_tiny(paths, seed=seed, force=force, output=Output())
+    return tiny.prepare_tiny(paths, seed=seed, force=force, report=Output().say)
 
 
 def test_everything_is_made(
@@ -58,14 +60,14 @@ def test_everything_is_made(
 ) -> None:
     result = prepare(paths)
     assert result["status"] == "prepared"
-    assert {split: entry["rows"] for split, entry in result["splits"].items()} == recipes.SIZES
+    assert {split: entry["rows"] for split, entry in result["splits"].items()} == arith.SIZES
     assert result["options"] == {"seed": 1}
     assert result["model"].items() >= TAUGHT.items()
     assert result["model"]["weights"]["path"] == "model/model.safetensors"
     assert json.loads(paths.manifest.read_text()) == {key: value for key, value in result.items() if key != "status"}
     assert (paths.model / tiny.WEIGHTS).read_text() == "weights of 1"
     asked = [row["extra_info"]["question"] for row in parquet(paths.split("test"))]
-    assert asked == [recipes.question(a, b) for a, b in recipes.pairs(1)["test"]]
+    assert asked == [arith.question(a, b) for a, b in arith.pairs(1)["test"]]
     out, err = capsys.readouterr()
     assert not out
     assert "learning sums" in err
@@ -177,3 +179,50 @@ def test_disk_full_while_saving_leaves_what_is_there(
     with pytest.raises(OSError, match="No space left"):
         prepare(paths, seed=2)
     assert prepare(paths)["status"] == "up to date"
+
+
+class Characters:
+    """Tokens are characters; the end marker is one token."""
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
+        return "".join(message["content"] for message in messages) + "\n"
+
+    def __call__(self, text: str) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[ord(letter) for letter in text.replace(END, "\0")])
+
+
+@pytest.fixture(scope="module")
+def demonstrations() -> Demonstrations:
+    return Demonstrations(cast("Any", Characters()), seed=5)
+
+
+def test_every_answer_fits(demonstrations: Demonstrations) -> None:
+    longest = max(len(arith.solution(a, b)) + 1 for split in demonstrations.pairs.values() for a, b in split)
+    assert longest <= MAX_NEW_TOKENS
+
+
+def test_prompts_ask_what_the_rows_ask(demonstrations: Demonstrations) -> None:
+    assert demonstrations.pairs == arith.pairs(5)
+    (a, b) = demonstrations.pairs["test"][0]
+    asked = "".join(map(chr, demonstrations.prompts[a, b]))
+    prompt = arith.row({"a": a, "b": b}, "test", 0)["prompt"]
+    assert asked == Characters().apply_chat_template(cast("Any", prompt))
+    assert demonstrations.width == max(map(len, demonstrations.prompts.values())) + MAX_NEW_TOKENS
+
+
+def test_clean_answers_are_right_and_half_of_the_careless_ones_are_not(demonstrations: Demonstrations) -> None:
+    right = arith.solution(47, 25) + END
+    assert {demonstrations.answer(47, 25, careless=False) for _ in range(50)} == {right}
+    careless = [demonstrations.answer(47, 25, careless=True) for _ in range(400)]
+    assert 0.4 < sum(answer == right for answer in careless) / 400 < 0.6
+
+
+def test_demonstrations_are_of_the_training_split(demonstrations: Demonstrations) -> None:
+    train = set(demonstrations.pairs["train"])
+    assert all(demonstrations.pair() in train for _ in range(200))
+
+
+def test_same_seed_same_demonstrations() -> None:
+    one, same, other = (Demonstrations(cast("Any", Characters()), seed=seed) for seed in (1, 1, 2))
+    drawn = [[d.pair() for _ in range(20)] for d in (one, same, other)]
+    assert drawn[0] == drawn[1] != drawn[2]

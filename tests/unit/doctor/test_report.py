@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from flashrl_cli.doctor import report
+from flashrl_cli.doctor import checks, report
 from flashrl_cli.doctor.report import Report
-from flashrl_cli.machine import ray_state, software
+from flashrl_cli.machine import software
 from flashrl_cli.machine.finding import fail, ok, warn
 
 
@@ -19,8 +19,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     monkeypatch.setenv("RAY_TMPDIR", "/tmp/no-ray-is-here")  # a path of pytest is too long for sockets
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(ray_state, "probe_daemons", list)
-    monkeypatch.setattr(ray_state, "probe_ports", list)
+    monkeypatch.setattr(checks, "probe_daemons", list)
+    monkeypatch.setattr(checks, "probe_ports", list)
 
 
 def names(found: Report) -> list[str]:

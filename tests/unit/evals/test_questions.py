@@ -34,7 +34,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 def record(run: str, attempt: int, *overrides: str) -> Path:
     plan = paths.runs_root() / run / f"attempt_{attempt}" / "plan.json"
     plan.parent.mkdir(parents=True)
-    plan.write_text(json.dumps({"overrides": overrides}))
+    plan.write_text(json.dumps({"schema_version": 1, "overrides": overrides, "env": {}, "files": {}}))
     return paths.checkpoints_root() / "project" / run
 
 

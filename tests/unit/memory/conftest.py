@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from flashrl_cli.memory.model import ModelShape, shape_of
+from flashrl_cli.memory.model import shape_of
 from flashrl_cli.verl.config import Batch, EngineSettings, RolloutSettings, TrainerSettings
+from flashrl_cli.weights.shape import ModelShape
 
 
 @pytest.fixture

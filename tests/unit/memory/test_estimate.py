@@ -8,9 +8,9 @@ import pytest
 
 from flashrl_cli.memory import advise
 from flashrl_cli.memory.estimate import document, of_settings, possible
-from flashrl_cli.memory.model import ModelShape
 from flashrl_cli.memory.parts import GIB
 from flashrl_cli.verl.config import Batch, EngineSettings, TrainerSettings
+from flashrl_cli.weights.shape import ModelShape
 
 
 def bytes_of(settings: TrainerSettings, shape: ModelShape, gpu: int = 80) -> dict[str, int]:

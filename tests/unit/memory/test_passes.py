@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from flashrl_cli.memory import parts
-from flashrl_cli.memory.model import ModelShape
 from flashrl_cli.memory.parts import Load, model_of, total
 from flashrl_cli.verl.config import Batch, EngineSettings, TrainerSettings
+from flashrl_cli.weights.shape import ModelShape
 
 V = 152064
 

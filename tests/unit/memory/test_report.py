@@ -3,9 +3,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flashrl_cli.memory.estimate import block, of_settings, summary
-from flashrl_cli.memory.model import ModelShape
 from flashrl_cli.memory.parts import GIB
 from flashrl_cli.verl.config import Batch, TrainerSettings
+from flashrl_cli.weights.shape import ModelShape
 
 
 def test_summaries(settings: TrainerSettings, shape: ModelShape) -> None:

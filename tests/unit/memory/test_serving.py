@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from flashrl_cli.memory import parts
-from flashrl_cli.memory.model import ModelShape, parameters, shape_of
+from flashrl_cli.memory.model import shape_of
 from flashrl_cli.memory.parts import GIB
 from flashrl_cli.verl.config import RolloutSettings, TrainerSettings
+from flashrl_cli.weights.shape import ModelShape, parameters
 
 H200_BYTES = 143_771 << 20
 MEASURED = {"bf16": (61.0, 279_000), "int8": (32.2, 396_000)}

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from flashrl_cli.memory.model import of_config, parameters, shape_of
+from flashrl_cli.memory.model import shape_of
+from flashrl_cli.weights.shape import of_config, parameters
 
 LLAMA = {
     "model_type": "llama",

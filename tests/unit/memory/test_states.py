@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from flashrl_cli.memory.model import ModelShape, parameters
 from flashrl_cli.memory.parts import adapter_parameters, gathered, kept_gradients, model_of, resident, total
 from flashrl_cli.verl.config import EngineSettings
+from flashrl_cli.weights.shape import ModelShape, parameters
 
 
 def test_sixteen_bytes_a_parameter_over_all_gpus(shape: ModelShape, engine: EngineSettings) -> None:

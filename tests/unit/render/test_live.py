@@ -13,7 +13,7 @@ from rich.console import Console
 from flashrl_cli.render import live
 from flashrl_cli.render.live import JsonDisplay, LiveDisplay, PlainDisplay, describe, display_for, eta
 from flashrl_cli.render.output import Output
-from flashrl_cli.verl.metrics import NAMES, StepMetrics, read_step
+from flashrl_cli.verl.metrics import LIVE, NAMES, StepMetrics, read_step
 from tests.unit.runs.on_disk import handshake
 
 DATA: dict[str, float | None] = {
@@ -126,7 +126,7 @@ def test_live_display_shows_rows_phases_proof_and_time_left(clock: list[float]) 
     lines = [line.rstrip() for line in drawn(display).splitlines()]
     assert lines[0].strip() == "my-run"
     heading = next(line for line in lines if "reward" in line)
-    assert [name for name, _, _ in live.COLUMNS if name not in heading] == []
+    assert [one.heading for one in LIVE if one.heading not in heading] == []
     assert "accuracy" not in heading
     rows = [line.split() for line in lines if "/20" in line]
     assert rows[0] == ["1/20", "0.250", "15.0", "0.0021", "0.999", "–", "1.23%", "–", "–", "–", "8.0"]

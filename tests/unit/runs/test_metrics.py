@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashrl_cli.errors import InputError, NothingMatched
+from flashrl_cli.files import last_lines
 from flashrl_cli.runs import curves
 from flashrl_cli.runs.curves import curve, gather, smoothed
 from flashrl_cli.runs.metrics import (
@@ -20,7 +21,6 @@ from flashrl_cli.runs.metrics import (
     Tail,
     history,
     holes,
-    last_lines,
     last_values,
     merge,
     read_last,
@@ -250,7 +250,8 @@ def test_smoothed_values_are_within_what_was_seen(values: list[float], weight: f
 
 
 def test_titles() -> None:
-    assert set(curves.DEFAULTS) <= set(curves.LABELS)
+    assert curves.title("kl") == ("KL of rollout against trainer", "nats a token")
+    assert curves.title("chi2") == ("chi2", "")
     assert curves.title("seconds.actor") == ("actor", "s")
     assert curves.title("critic/score/max") == ("critic/score/max", "")
 

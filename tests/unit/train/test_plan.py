@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,29 +11,22 @@ import pytest
 from flashrl_cli.config.layers import leaves
 from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.config.spec import RunSpec
-from flashrl_cli.train.plan import LaunchPlan, build_plan, default_name, plan_document
+from flashrl_cli.train.plan import LaunchPlan, default_name, plan_document, plan_script
+from tests.unit.train.builders import plan_of
 
 
-def plan(preset: str = "tiny", root: Path = Path("/w"), name: str = "r", **options: str | None) -> LaunchPlan:
-    return build_plan(
-        load_spec(preset, **options),  # type: ignore[arg-type]
-        name=name,
-        attempt=2,
-        python="/venv/bin/python",
-        runs_root=root / "runs",
-        checkpoints_root=root / "checkpoints",
-        data_root=root / "data",
-    )
+def plan(preset: str = "tiny", root: Path = Path("/w"), name: str = "r", tis: str | None = None) -> LaunchPlan:
+    return plan_of(load_spec(preset, tis=tis), root, name=name, attempt=2, python="/venv/bin/python")
 
 
-def test_argv_is_verls_entry_point_with_the_overrides_and_hydras_settings():
+def test_argv_is_verls_entry_point_with_the_overrides_and_hydras_settings() -> None:
     found = plan()
     assert found.argv[:3] == ("/venv/bin/python", "-m", "verl.trainer.main_ppo")
     assert found.argv[3:-2] == tuple(str(override) for override in found.overrides)
     assert found.argv[-2:] == ("hydra.run.dir=/w/runs/r/attempt_2/hydra", "hydra.output_subdir=null")
 
 
-def test_places():
+def test_places() -> None:
     found = plan("dapo-32b")
     assert found.cwd == Path("/w/runs/r/attempt_2")
     assert "trainer.default_local_dir=/w/checkpoints/DAPO/r" in found.argv
@@ -41,12 +35,12 @@ def test_places():
     assert found.env["VERL_FILE_LOGGER_PATH"] == "/w/runs/r/attempt_2/metrics.jsonl"
 
 
-def test_planning_is_repeatable_and_writes_nothing(tmp_path):
+def test_planning_is_repeatable_and_writes_nothing(tmp_path: Path) -> None:
     assert plan(root=tmp_path) == plan(root=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_document_is_plain_data():
+def test_document_is_plain_data() -> None:
     document = plan_document(plan(tis="2"))
     assert json.loads(json.dumps(document)) == document
     assert document["schema_version"] == 1
@@ -60,22 +54,51 @@ def test_document_is_plain_data():
 
 
 @pytest.mark.parametrize(
-    ("preset", "rollout", "tis", "name"),
+    ("preset", "rollout", "tis", "sets", "name"),
     [
-        ("tiny", None, None, "tiny-int8-tis2"),
-        ("dapo-32b", None, None, "dapo-32b-bf16"),
-        ("dapo-32b", "fp8", "8", "dapo-32b-fp8-tis8"),
-        ("dapo-32b", "fp8-block", "8", "dapo-32b-fp8-block-tis8"),
-        ("dapo-32b", "int8", "1.5", "dapo-32b-int8-tis1.5"),
-        ("tiny", "bf16", "off", "tiny-bf16"),
+        ("tiny", None, None, (), "tiny-int8-tis2"),
+        ("dapo-32b", None, None, (), "dapo-32b-bf16"),
+        ("dapo-32b", "fp8-block", "8", (), "dapo-32b-fp8-block-tis8"),
+        ("dapo-32b", "int8", "1.5", (), "dapo-32b-int8-tis1.5"),
+        ("tiny", "bf16", "off", (), "tiny-bf16"),
+        (
+            "tiny", None, None, ("kv_cache=fp8", "lm_head_fp32=true", "profile=/p.safetensors", "mix=0.25"),
+            "tiny-int8-kv8-head32-smooth-mix0.25-tis2",
+        ),
     ],
-)
-def test_default_names(preset, rollout, tis, name):
-    resolved = load_spec(preset, rollout=rollout, tis=tis)
-    assert default_name(resolved.spec.name, resolved.spec) == name
+)  # fmt: skip
+def test_default_names(preset: str, rollout: str | None, tis: str | None, sets: tuple[str, ...], name: str) -> None:
+    spec = load_spec(preset, rollout=rollout, tis=tis, sets=[f"rollout.{text}" for text in sets]).spec
+    assert default_name(spec.name, spec) == name
 
 
-def test_default_names_tell_what_else_changes_the_rollouts():
-    sets = ["kv_cache=fp8", "lm_head_fp32=true", "profile=/p.safetensors", "mix=0.25"]
-    spec = load_spec("tiny", sets=[f"rollout.{text}" for text in sets]).spec
-    assert default_name("tiny", spec) == "tiny-int8-kv8-head32-smooth-mix0.25-tis2"
+@pytest.mark.processes
+@pytest.mark.parametrize("weird", ["plain", 'a"=0"', "a'; echo foo", "a b,c=[d]", "a\n0", "$HOME \\", "é→", "`x`!"])
+def test_a_shell_reads_the_script_back(weird: str, tmp_path: Path) -> None:
+    found = plan(root=tmp_path / weird, name="it's {1}")
+    printer = tmp_path / "print.sh"
+    printer.write_text('#!/bin/sh\npwd; printf "%s\\0" "$FLASHRL_PLUGIN_DIR" "$@"\n')
+    script = plan_script(found, ["fits", weird]).replace("exec /venv/bin/python", f"exec sh {printer}")
+    out = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
+    plugins, *words = out.removeprefix(f"{found.cwd}\n").split("\0")[:-1]
+    assert plugins == str(found.attempt_paths.plugins)
+    assert words[:2] == list(found.argv[1:3])
+    assert sorted(words[2:]) == sorted(found.argv[3:])
+    assert found.attempt_paths.plugins.is_dir()
+
+
+def test_the_script_begins_with_what_it_is_and_orders_the_overrides_by_theme() -> None:
+    text = plan_script(plan(), ["memory: fits\n12 GiB of 80"])
+    assert text.startswith(
+        "#!/bin/sh\n"
+        "# flashrl preset tiny, run r, attempt 2\n"
+        "# prepared:tiny, grpo, int8 rollouts, truncated importance sampling at 2\n"
+        "# memory: fits\n"
+        "# 12 GiB of 80\n"
+    )
+    themes = [line for line in text.splitlines() if line.startswith("# ")]
+    assert themes.index("# environment") < themes.index("# data") < themes.index("# rollout") < themes.index("# Hydra")
+    assert "# checkpoints: /w/checkpoints/tiny/r" in themes
+    assert "\"trainer.v1.sampler.custom_sampler.path='pkg://flashrl_cli.plugins.sampler'\"" in text, (
+        "quotes stay readable"
+    )

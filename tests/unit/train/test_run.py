@@ -1,4 +1,4 @@
-"""The record tells what became of an attempt, however it ended."""
+"""The record says what became of an attempt, however it ended; a detached one is on record once it has begun."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import dataclasses
 import errno
 import os
 import socket
+import stat
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,20 +18,17 @@ import pytest
 import typer
 
 from flashrl_cli.cli import app
-from flashrl_cli.contract import Handshake
-from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
+from flashrl_cli.errors import EnvironmentNotReady, ExitCode, InputError, RunFailed
+from flashrl_cli.paths import RunPaths
 from flashrl_cli.runs import store
 from flashrl_cli.runs.store import Attempt
 from flashrl_cli.train import run as run_module
+from flashrl_cli.train.executors import start_here
 from flashrl_cli.train.plan import LaunchPlan
 from flashrl_cli.train.process import Interrupted
-from flashrl_cli.train.run import git_state, run_plan
+from flashrl_cli.train.run import NotStarted, console, detach, git_state, run_plan
 from flashrl_cli.verl.metrics import read_step
-
-SHAKE = Handshake(
-    host="h", pid=1, precision="int8", quantized_layers=8, linear_layers=8, quantized_bytes=9, kernel="K",
-    vllm="0", torch="2", device="cpu", refits=1, refit_s=0.1,
-)  # fmt: skip
+from tests.unit.train.builders import handshake
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def attempted(
             display.phase("starting Ray")
             display.phase("sampling responses")
             display.expect(9)
-            display.proven([SHAKE])
+            display.proven([handshake()])
             display.step(read_step(0, {"val-core/tiny/acc/mean@1": 0.5}))
             display.step(read_step(1, {"critic/score/mean": 0.1}))
             display.step(read_step(2, {"critic/score/mean": 0.2}))
@@ -61,10 +61,10 @@ def attempted(
         monkeypatch.setattr(run_module, "git_state", lambda _: {"commit": "abc", "branch": "main", "dirty": False})
         command = ("flashrl", "train", "--set", "env.HF_TOKEN=hf_" + "a" * 30)
         if error is None:
-            assert run_plan(chosen, seen, command=command) == 2
+            assert run_plan(chosen, seen, start=start_here, command=command) == 2
         else:
             with pytest.raises(type(error)):
-                run_plan(chosen, seen, command=command)
+                run_plan(chosen, seen, start=start_here, command=command)
         found = store.load(chosen.paths.record)
         assert found
         assert found.last
@@ -92,10 +92,10 @@ def test_a_finished_attempt(attempted: Callable[..., Attempt], seen: Any) -> Non
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [
-        (RunFailed("it broke\n  | log", hint="mend it"), "failed", 1),
-        (EnvironmentNotReady("it broke", hint="mend it"), "failed", 3),
-        (Interrupted(2, "mend it"), "stopped", 130),
-        (Interrupted(1, "mend it"), "stopped", 143),
+        (RunFailed("it broke\n  | log", hint="fix it"), "failed", 1),
+        (EnvironmentNotReady("it broke", hint="fix it"), "failed", 3),
+        (Interrupted(2, "fix it"), "stopped", 130),
+        (Interrupted(1, "fix it"), "stopped", 143),
         (ZeroDivisionError("it broke"), "failed", 70),
     ],
 )
@@ -104,7 +104,7 @@ def test_how_an_attempt_ended(error: BaseException, status: str, code: int, atte
     assert (found.status, found.exit_code, found.last_step) == (status, code, 2)
     assert found.ended
     assert "\n" not in str(found.error)
-    assert found.hint == ("mend it" if status == "failed" and code != 70 else None)
+    assert found.hint == ("fix it" if status == "failed" and code != 70 else None)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_one_of_two_that_want_the_same_attempt_is_refused(
 ) -> None:
     attempted()
     with pytest.raises(InputError, match="attempt 1 of run r was just started elsewhere"):
-        run_plan(tiny_plan(), seen)
+        run_plan(tiny_plan(), seen, start=start_here)
 
 
 def test_a_run_under_way_elsewhere_is_refused(
@@ -168,7 +168,7 @@ def test_a_run_under_way_elsewhere_is_refused(
     attempted()
     store.renew(tiny_plan().paths, 1, status="running", host="far")
     with pytest.raises(InputError, match=r"run r is under way: attempt 1, process .* on far"):
-        run_plan(dataclasses.replace(tiny_plan(), attempt=2), seen)
+        run_plan(dataclasses.replace(tiny_plan(), attempt=2), seen, start=start_here)
 
 
 def test_a_record_that_cannot_be_renewed_does_not_end_the_run(
@@ -191,8 +191,8 @@ def test_a_reader_that_went_away_does_not_end_the_run(
     def closed(*_: Any) -> None:
         raise BrokenPipeError
 
-    for told in ("expect", "phase", "proven", "step", "tick"):
-        monkeypatch.setattr(seen, told, closed)
+    for event in ("expect", "phase", "proven", "step", "tick"):
+        monkeypatch.setattr(seen, event, closed)
     found = attempted()
     assert (found.status, found.last_step) == ("done", 2)
 
@@ -215,3 +215,60 @@ def test_git_state(tmp_path: Path) -> None:
     assert found
     assert found["dirty"]
     assert git_state(tmp_path / "nowhere") is None
+
+
+STARTS = """
+import os, sys, time
+from pathlib import Path
+from flashrl_cli.paths import RunPaths
+from flashrl_cli.runs import store
+root = Path(sys.argv[1])
+own = store.own_process()
+attempt = store.Attempt(number=1, status="running", started="", updated="", **own)
+run = store.RunRecord(name="r", project="p", preset="t", created="", checkpoints="", attempts=(attempt,))
+store.change(RunPaths("r", root, root), lambda _: run)
+print("session", os.getsid(0) == os.getpid(), sys.argv[2:], sys.stdin.read(), flush=True)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunPaths:
+    return RunPaths("r", tmp_path / "runs/r", tmp_path / "checkpoints/r")
+
+
+def flashrl_is(script: str, run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `python -m flashrl_cli` run `script`."""
+    start = subprocess.Popen
+
+    def instead(command: list[str], **options: Any) -> object:
+        assert command[:3] == [sys.executable, "-m", "flashrl_cli"]
+        return start([sys.executable, "-c", script, str(run.root), *command[3:]], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", instead)
+
+
+@pytest.mark.processes
+def test_a_detached_run_goes_on_in_a_session_of_its_own(run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    flashrl_is(STARTS, run, monkeypatch)
+    attempt = detach(run, ["train", "--detach", "--preset", "tiny"])
+    assert attempt.number == 1
+    assert stat.S_IMODE(run.root.stat().st_mode) == 0o700
+    deadline = time.monotonic() + 60
+    while not console(run).read_text() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert console(run).read_text() == "session True ['train', '--preset', 'tiny'] \n"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("code", "exit_code"), [(2, ExitCode.USAGE), (3, ExitCode.ENVIRONMENT), (99, ExitCode.FAILED)])
+def test_a_detached_run_that_ends_before_it_begins_is_reported(
+    code: int, exit_code: ExitCode, run: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.root.mkdir(parents=True)
+    console(run).write_text("of yesterday\n")
+    flashrl_is(f"import sys; print('error: no GPU'); sys.exit({code})", run, monkeypatch)
+    with pytest.raises(NotStarted, match="error: no GPU") as caught:
+        detach(run, ["train", "--detach"])
+    assert caught.value.exit_code == exit_code
+    assert "yesterday" not in caught.value.message
+    assert str(console(run)) in str(caught.value.hint)

@@ -1,25 +1,38 @@
-"""A run is followed to its end, ended when it must be, and leaves nothing behind; a small script stands in for verl."""
+"""A run is followed to its end, ended when it must be, and leaves nothing behind.
+
+First with processes: a small script in place of verl; then by a clock that the test moves; then the bounds of a healthy rollout.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import signal
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
 
+from flashrl_cli import contract
+from flashrl_cli.config.spec import WatchSpec
+from flashrl_cli.contract import Handshake, write_handshake
 from flashrl_cli.errors import EnvironmentNotReady, ExitCode, RunFailed
 from flashrl_cli.train import supervise
+from flashrl_cli.train.executors import start_here
 from flashrl_cli.train.plan import LaunchPlan, plan_document
 from flashrl_cli.train.process import Interrupted, Tree, collected
+from flashrl_cli.verl.metrics import StepMetrics
 from tests.conftest import starting_with
+from tests.unit.train.builders import Clock, handshake
+
+Plan = Callable[..., LaunchPlan]
 
 PRELUDE = '''
 import json, os, signal, sys, time
@@ -96,9 +109,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 
 
 @pytest.fixture
-def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Any, tiny_plan: Callable[..., LaunchPlan]
-) -> Callable[..., int]:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Any, tiny_plan: Plan) -> Callable[..., int]:
     """`run(script, **watch)` supervises the script; afterwards none of its processes may be left."""
     kill = Tree.kill
 
@@ -115,7 +126,7 @@ def run(
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             with starting_with(signal.SIG_DFL, signal.SIGHUP), collected() as received:
-                return supervise.supervise(plan, seen, received, vocabulary=vocabulary)
+                return supervise.supervise(plan, seen, received, start=start_here, vocabulary=vocabulary)
         finally:
             left = processes_of(tmp_path)
             for process in left:
@@ -129,7 +140,7 @@ def run(
 
 
 @pytest.mark.processes
-def test_success(run: Callable[..., int], tmp_path: Path, seen: Any, tiny_plan: Callable[..., LaunchPlan]) -> None:
+def test_success(run: Callable[..., int], tmp_path: Path, seen: Any, tiny_plan: Plan) -> None:
     script = """
     log("\\x1b[36m(Runner pid=7)\\x1b[0m Total training steps: 2")
     log("checkpoint engine manager initialized")
@@ -329,11 +340,183 @@ def test_validation_after_a_resume_is_no_step(run: Callable[..., int], seen: Any
 
 
 @pytest.mark.processes
-def test_used_attempt_is_not_written_to(
-    run: Callable[..., int], tmp_path: Path, seen: Any, tiny_plan: Callable[..., LaunchPlan]
-) -> None:
+def test_used_attempt_is_not_written_to(run: Callable[..., int], tmp_path: Path, seen: Any, tiny_plan: Plan) -> None:
     plan = tiny_plan()
     plan.attempt_paths.plugins.mkdir(parents=True)
     with pytest.raises(FileExistsError):
-        supervise.supervise(plan, seen, [])
+        supervise.supervise(plan, seen, [], start=start_here)
     assert list(plan.attempt_paths.root.iterdir()) == [plan.attempt_paths.plugins]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(supervise, "time", found)
+    return found
+
+
+def watching(plan: LaunchPlan, seen: Any) -> supervise.Watch:
+    plan.attempt_paths.plugins.mkdir(parents=True, exist_ok=True)
+    return supervise.Watch(plan, seen, cast("Tree", SimpleNamespace(tend=lambda: None)), None)
+
+
+def add(path: Path, text: str) -> None:
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(f"{text}\n")
+
+
+def line(step: int) -> str:
+    return json.dumps({"step": step, "data": {}})
+
+
+def test_each_phase_of_a_start_gets_the_whole_time(tiny_plan: Plan, seen: Any, clock: Clock) -> None:
+    plan = tiny_plan(start_timeout_s=10)
+    watch = watching(plan, seen)
+    for text in ("Started a local Ray instance", "create worker group", "all initialize finished, ready to fit"):
+        clock.now += 9
+        add(plan.attempt_paths.log, text)
+        watch.look()
+    add(plan.attempt_paths.log, "no phase at all")
+    clock.now += 11
+    with pytest.raises(RunFailed, match="no progress for 10 s during the start"):
+        watch.look()
+
+
+def test_validation_before_training_is_progress_but_no_step(tiny_plan: Plan, seen: Any, clock: Clock) -> None:
+    plan = tiny_plan(start_timeout_s=10, step_timeout_s=1)
+    watch = watching(plan, seen)
+    clock.now += 9
+    add(plan.attempt_paths.metrics, line(0))
+    watch.look()
+    clock.now += 9
+    watch.look()
+    assert (watch.steps, seen.steps) == (0, [0])
+
+
+def test_each_step_gets_the_whole_time(tiny_plan: Plan, seen: Any, clock: Clock) -> None:
+    plan = tiny_plan(step_timeout_s=10)
+    write_handshake(plan.attempt_paths.plugins, handshake())
+    watch = watching(plan, seen)
+    for step in (11, 12, 13):
+        clock.now += 9
+        add(plan.attempt_paths.metrics, line(step))
+        watch.look()
+    assert watch.steps == 3, "steps of this attempt, not the run's number"
+    clock.now += 11
+    add(plan.attempt_paths.log, "create worker group")  # says nothing after the first step
+    with pytest.raises(RunFailed, match="during a step"):
+        watch.look()
+    assert seen.phases == []
+
+
+def test_verl_has_its_grace_after_a_fatal_line_and_the_first_cause_counts(
+    tiny_plan: Plan, seen: Any, clock: Clock
+) -> None:
+    plan = tiny_plan(failure_grace_s=10)
+    watch = watching(plan, seen)
+    add(plan.attempt_paths.log, "OSError: [Errno 28] No space left on device")
+    watch.look()
+    clock.now += 9
+    add(plan.attempt_paths.log, "ray.exceptions.ActorDiedError: gone")
+    watch.look()
+    clock.now += 2
+    with pytest.raises(RunFailed, match="a disk is full"):
+        watch.look()
+
+
+def test_every_worker_must_prove_itself(tiny_plan: Plan, seen: Any) -> None:
+    plan = tiny_plan("resources.gpus_per_node=2")
+    watch = watching(plan, seen)
+    write_handshake(plan.attempt_paths.plugins, handshake())
+    watch.look()
+    assert seen.proofs == []
+    add(plan.attempt_paths.metrics, line(1))
+    with pytest.raises(EnvironmentNotReady, match="1 of 2 workers proved theirs"):
+        watch.look()
+
+
+def test_proof_that_arrives_with_the_first_step_counts(
+    tiny_plan: Plan, seen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last handshake may be written between the look at the proofs and the look at the metrics."""
+    plan = tiny_plan()
+    watch = watching(plan, seen)
+    add(plan.attempt_paths.metrics, line(1))
+    looks: Iterator[list[Handshake]] = iter([[]])
+    monkeypatch.setattr(contract, "read_handshakes", lambda _: next(looks, [handshake()]))
+    watch.look()
+    watch.look()
+    assert seen.steps == [1]
+    assert len(seen.proofs) == 1
+
+
+BOUNDS = WatchSpec()
+VOCABULARY = 259
+UNIFORM = math.log(VOCABULARY)
+HEALTHY: dict[str, float | None] = {
+    "kl": 0.002,
+    "weight_mean": 0.999,
+    "prob_correlation": 0.958,
+    "prob_diff": 0.02,
+    "rollout_nll": 0.41,
+    "train_nll": 0.412,
+}
+
+
+def judged(values: dict[str, float | None], vocabulary: int | None = VOCABULARY) -> str | None:
+    step = StepMetrics(step=1, values=HEALTHY | values, seconds={}, accuracy=None, lost=())
+    return supervise.broken_rollout(step, BOUNDS, vocabulary)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"kl": 0.5},
+        {"kl": -0.5},
+        {"weight_mean": 1.5},
+        {"weight_mean": 0.5},
+        {"prob_correlation": 0.9, "prob_diff": 0.9},
+        {"prob_correlation": 0.02, "prob_diff": 0.0004},
+        {"prob_correlation": -0.1, "prob_diff": 0.05},
+        dict.fromkeys(HEALTHY),
+        {"kl": None, "weight_mean": None},
+        {"prob_correlation": None, "prob_diff": 0.9},
+        {"prob_correlation": 0.1, "prob_diff": None},
+        {"rollout_nll": UNIFORM, "train_nll": UNIFORM - 0.01},
+        {"rollout_nll": UNIFORM, "train_nll": None},
+        {"rollout_nll": UNIFORM - 0.1, "train_nll": UNIFORM - 0.2},
+    ],
+)
+def test_what_truncated_importance_sampling_corrects_passes(values: dict[str, float | None]) -> None:
+    assert judged(values) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"kl": 0.51}, "KL between rollout and trainer is 0.51 nats a token (bound 0.5)"),
+        ({"kl": -0.51}, "KL between rollout and trainer is -0.51"),
+        ({"kl": math.inf}, "KL between rollout and trainer is inf"),
+        ({"weight_mean": 1.51}, "importance weights' mean is 1.51 (bound 1 ± 0.5)"),
+        ({"weight_mean": 0.49}, "importance weights' mean is 0.49"),
+        ({"prob_correlation": 0.89, "prob_diff": 0.051}, "correlate by 0.89 only (bound 0.9) and differ by 0.05"),
+        ({"prob_correlation": -0.2, "prob_diff": 0.4}, "correlate by -0.20 only"),
+        ({"rollout_nll": UNIFORM + 0.04, "train_nll": 0.4}, "samples uniformly: mean log-prob -5.60 = -ln(259)"),
+        ({"rollout_nll": UNIFORM - 0.04, "train_nll": UNIFORM + 0.1, "kl": None}, "samples uniformly"),
+        # an engine left on its dummy weights: the plainest reason is reason
+        ({"kl": 3.7, "weight_mean": 0.08, "rollout_nll": UNIFORM, "train_nll": 9.3}, "samples uniformly"),
+        ({"kl": 3.7, "weight_mean": 0.08}, "KL between rollout and trainer is 3.7"),
+    ],
+)
+def test_what_nothing_corrects_is_reason(values: dict[str, float | None], reason: str) -> None:
+    assert reason in str(judged(values))
+
+
+def test_uniform_sampling_is_not_judged_without_the_vocabulary() -> None:
+    assert judged({"rollout_nll": UNIFORM, "train_nll": 0.4}, vocabulary=None) is None
+
+
+def test_bounds_are_the_specs() -> None:
+    step = StepMetrics(step=1, values=HEALTHY | {"kl": 3.7, "weight_mean": 0.08}, seconds={}, accuracy=None, lost=())
+    assert supervise.broken_rollout(step, WatchSpec(max_kl=4, max_weight_deviation=0.95), None) is None

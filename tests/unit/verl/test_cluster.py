@@ -8,10 +8,11 @@ import pytest
 
 from flashrl_cli.config.layers import Origin
 from flashrl_cli.config.resolve import Resolved, load_spec
+from flashrl_cli.errors import Location
 from flashrl_cli.verl.environment import VERL_VARIABLES, driver_only, on_cluster, without_shared_folder
 from flashrl_cli.verl.overrides import Override, Places, Value, overrides
 
-WHY = Origin("option", "--set")
+WHY = Origin("option", Location("--set"))
 PLACES = Places(name="r", data=Path("/data"), checkpoints=Path("/c"))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flashrl_cli.config.layers import Origin
-from flashrl_cli.errors import Problem
+from flashrl_cli.errors import Location, Problem
 from flashrl_cli.verl import compose
 from flashrl_cli.verl.lint import keys
 from flashrl_cli.verl.overrides import Override
@@ -67,7 +67,7 @@ def package(tmp_path, monkeypatch):
 
 
 def found(key: str, *, added: bool = True, target: str = "verl.config.FSDPActorConfig") -> list[Problem]:
-    override = Override(key, 1, Origin("set", f"--set verl.+{key}"), added)
+    override = Override(key, 1, Origin("set", Location("--set", key=f"verl.+{key}")), added)
     return keys.added_key_problems([override], Tree(**{"a.actor._target_": target}))
 
 
@@ -110,7 +110,7 @@ def test_accepted(key):
 )
 def test_refused(key, message, hint):
     (problem,) = found(key)
-    assert (problem.message, problem.where, problem.hint) == (message, f"--set verl.+{key}", hint)
+    assert (problem.message, str(problem.where), problem.hint) == (message, f"--set verl.+{key}", hint)
 
 
 def test_only_added_keys_are_judged_and_nothing_is_read_without():

@@ -34,8 +34,9 @@ def small_verl(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_verl")
 def test_what_is_known_without_verl():
-    assert all(OWNED[key] in (keys.translation(key) or "") for key in OWNED)
-    assert all(dead.instead in (keys.translation(dead.key) or "") for dead in DEAD_KEYS)
+    assert all(OWNED[key] in found.hint for key in OWNED if (found := keys.translation(key)))
+    assert all(dead.instead in found.hint for dead in DEAD_KEYS if (found := keys.translation(dead.key)))
+    assert all(keys.translation(key) for key in [*OWNED, *(dead.key for dead in DEAD_KEYS)])
     assert keys.translation("data.shuffle") is None
     assert keys.translation("foo") is None
 
@@ -56,4 +57,4 @@ def test_what_is_known_without_verl():
 )
 def test_translation(key, hint):
     found = keys.translation(key)
-    assert found == hint if hint is None else (found or "").startswith(hint)
+    assert (found is None) if hint is None else (found is not None and found.hint.startswith(hint))

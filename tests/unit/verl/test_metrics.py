@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flashrl_cli.verl.metrics import ACCURACY, BESIDE_STEP, NAMES, TIMINGS, WATCHED, read_step, verl_name
+from flashrl_cli.verl import metrics
+from flashrl_cli.verl.metrics import ACCURACY, BESIDE_STEP, METRICS, NAMES, TIMINGS, WATCHED, read_step, verl_name
 
 
 def test_values_and_seconds_by_flashrls_names() -> None:
@@ -15,6 +16,17 @@ def test_values_and_seconds_by_flashrls_names() -> None:
     assert [step[name] for name in NAMES] == [float(n) for n in range(len(NAMES))]
     assert list(step.seconds) == list(TIMINGS)
     assert (step.accuracy, step.lost) == (None, ())
+
+
+def test_what_a_place_shows_can_be_shown_there() -> None:
+    for column in (*metrics.LIVE, *metrics.SPARED, *metrics.SWEEP, METRICS["accuracy"]):
+        assert column.heading
+        assert column.cell(None) == "–"
+        assert column.cell(1 / 3) == format(1 / 3, column.form) != str(1 / 3)
+    for name in (*metrics.PLOTTED, *metrics.LEARNING_CURVES, *metrics.MISMATCH_CURVES, *metrics.MISMATCH):
+        assert METRICS[name].title
+    assert set(metrics.SPARED) < set(metrics.LIVE)
+    assert set(WATCHED) == {"grad_norm", "loss", "kl", "reward", "prob_diff"}
 
 
 def test_what_verl_did_not_log_is_none() -> None:

@@ -12,6 +12,7 @@ from flashrl_cli.config.diagnose import keys_of
 from flashrl_cli.config.layers import Origin
 from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.config.spec import RunSpec
+from flashrl_cli.errors import Location
 from flashrl_cli.verl.overrides import ENGINE, ROLLOUT, TABLE, Places, overrides
 
 EXTENSION = f"{ENGINE}.worker_extension_cls"
@@ -35,9 +36,9 @@ def test_every_field_is_in_the_table_or_handled_apart():
     ("precision", "quantization", "extension"),
     [
         ("bf16", {}, contract.CHECKED_EXTENSION),
-        ("fp8", {f"+{ENGINE}.quantization": contract.FP8_METHOD}, contract.WORKER_EXTENSION),
+        ("fp8", {f"+{ENGINE}.quantization": "flashrl_fp8"}, contract.WORKER_EXTENSION),
         ("fp8-block", {f"{ROLLOUT}.quantization": "fp8"}, contract.CHECKED_EXTENSION),
-        ("int8", {f"+{ENGINE}.quantization": contract.INT8_METHOD}, contract.WORKER_EXTENSION),
+        ("int8", {f"+{ENGINE}.quantization": "flashrl_int8"}, contract.WORKER_EXTENSION),
     ],
 )
 def test_precision_on_gpus_leaves_verls_own_path_alone_but_for_flashrls_methods(precision, quantization, extension):
@@ -134,13 +135,13 @@ def test_verbatim_keys_keep_their_plus_and_origin():
     places = Places(name="run", data=Path("/data"), checkpoints=Path("/ckpt/run"))
     found = overrides(load_spec("tiny", sets=["verl.+a.b=[1, x y]", "verl.c.d=1e-3"]), places)
     assert [str(override) for override in found[-2:]] == ["+a.b=[1,'x y']", "c.d=0.001"]
-    assert found[-1].origin == Origin("set", "--set verl.c.d")
+    assert found[-1].origin == Origin("set", Location("--set", key="verl.c.d"))
 
 
 def test_every_override_has_an_origin():
     places = Places(name="run", data=Path("/data"), checkpoints=Path("/ckpt/run"))
     found = {o.key: o.origin for o in overrides(load_spec("gsm8k-tiny-cpu", tis="2"), places)}
-    assert found["trainer.total_training_steps"].where.startswith("presets/gsm8k-tiny-cpu.yaml:")
-    assert found["critic.strategy"].where.startswith("presets/base/cpu.yaml:")
-    assert found["algorithm.rollout_correction.rollout_is"] == Origin("option", "--tis")
+    assert str(found["trainer.total_training_steps"]).startswith("presets/gsm8k-tiny-cpu.yaml:")
+    assert str(found["critic.strategy"]).startswith("presets/base/cpu.yaml:")
+    assert found["algorithm.rollout_correction.rollout_is"] == Origin("option", Location("--tis"))
     assert found[f"{ROLLOUT}.max_model_len"].layer == "derived"

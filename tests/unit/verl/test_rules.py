@@ -79,8 +79,7 @@ def test_broken(rule, text, part, hint):
     problem = found("tiny", text)[0]
     assert part in problem.message
     assert hint in (problem.hint or "")
-    place = problem.where or ""
-    assert place.startswith(("--set ", "presets/"))
+    assert str(problem.where).startswith(("--set ", "presets/"))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Where a run is executed: on this machine, or as a job of a Ray cluster."""
+"""Where a run is executed: as a process of this machine, or as a job of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli.errors import InputError
 from flashrl_cli.runs import store
 from flashrl_cli.text import counted
-from flashrl_cli.train import plan as ray_plan
 from flashrl_cli.train import preflight
+from flashrl_cli.train.process import Tree
 from flashrl_cli.verl import environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from flashrl_cli.config.resolve import Resolved
-    from flashrl_cli.train.executors.ray_job import RayJob
     from flashrl_cli.train.plan import LaunchPlan
-    from flashrl_cli.train.process import Start
+    from flashrl_cli.train.process import Handle, Start
 
 NAMES = ("local", "ray")
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,40 +34,52 @@ class Place:
         """The preset as it is executed there."""
         return environment.on_cluster(resolved) if self.address else resolved
 
-    def job(self, plan: LaunchPlan) -> ray_plan.Job | None:
-        """What a cluster would be given; None on this machine."""
-        return ray_plan.job_request(plan, self.address) if self.address else None
-
     def document(self, plan: LaunchPlan) -> dict[str, Any]:
-        """What `--dry-run --json` adds to the plan."""
-        job = self.job(plan)
-        return {"ray": {"address": job.address, **ray_plan.submission(job)}} if job else {}
+        """What `--dry-run --json` adds to the plan: the job that a cluster would be given."""
+        if self.address is None:
+            return {}
+        from flashrl_cli.train.executors import ray_job
+
+        job = ray_job.job_request(plan, self.address)
+        return {"ray": {"address": job.address, **ray_job.submission(job)}}
+
+    def submission_script(self, plan: LaunchPlan) -> list[str]:
+        """The end of the script that `--dry-run` prints, where it submits a job to a cluster."""
+        if self.address is None:
+            return []
+        from flashrl_cli.train.executors import ray_job
+
+        return ray_job.submission_script(plan, ray_job.job_request(plan, self.address))
 
     def gpu_memory(self, plan: LaunchPlan) -> list[int]:
         """Bytes of each GPU, as far as they can be seen from here."""
         return [] if self.address else preflight.gpu_memory(plan.spec)
 
-    def ready(self, plan: LaunchPlan, data_root: Path, say: Callable[[str], None]) -> Start:
+    def ready(self, plan: LaunchPlan, say: Callable[[str], None]) -> Start:
         """Check that `plan` can run there, and return how it is started.
 
         Raises EnvironmentNotReady, or InputError for bad rows.
         """
         if self.address is None:
-            from flashrl_cli.train.supervise import locally
-
-            preflight.check(plan, data_root)
-            return locally
+            preflight.check(plan)
+            return start_here
         from flashrl_cli.train.executors import ray_job, ray_ready
-        from flashrl_cli.train.executors import ray_job as ray_client
 
-        preflight.check_rows(plan, data_root)
-        say(f"asking every node of the Ray cluster at {self.address} …")
-        jobs = ray_client.connect(self.address)
-        found = ray_ready.check(plan, data_root, jobs, self.address)
+        address = self.address
+        preflight.check_rows(plan)
+        say(f"asking every node of the Ray cluster at {address} …")
+        jobs = ray_job.connect(address)
+        found = ray_ready.check(plan, jobs, address)
         say(
             f"{counted(found.nodes, 'node')}; metrics and proof come {'as files' if found.shared else 'from the job log'}"
         )
-        return _recorded(ray_job.starter(jobs, self.address, shared=found.shared), self.address)
+
+        def start(plan: LaunchPlan) -> Handle:
+            job = ray_job.submit(jobs, plan, address, shared=found.shared)
+            store.renew(plan.paths, plan.attempt, executor="ray", ray_address=address, job_id=job.id)
+            return job
+
+        return start
 
 
 def chosen(name: str, address: str | None) -> Place:
@@ -76,18 +87,12 @@ def chosen(name: str, address: str | None) -> Place:
     if name not in NAMES:
         raise InputError(f"--executor {name}: there is no such executor", hint=f"--executor {'|'.join(NAMES)}")
     if name == "ray":
-        return Place(address or os.environ.get("RAY_ADDRESS") or ray_plan.DEFAULT_ADDRESS)
+        return Place(address or os.environ.get("RAY_ADDRESS") or DEFAULT_ADDRESS)
     if address is not None:
         raise InputError("--ray-address without --executor ray", hint=f"--executor ray --ray-address {address}")
     return Place()
 
 
-def _recorded(start: Callable[[LaunchPlan], RayJob], address: str) -> Start:
-    """Start, and have the run's record say as which job."""
-
-    def begin(plan: LaunchPlan) -> RayJob:
-        job = start(plan)
-        store.renew(plan.paths, plan.attempt, executor="ray", ray_address=address, job_id=job.id)
-        return job
-
-    return begin
+def start_here(plan: LaunchPlan) -> Handle:
+    """Start `plan` as a process of this machine."""
+    return Tree(plan.argv, env={**os.environ, **plan.env}, cwd=plan.cwd, log=plan.attempt_paths.log)

@@ -1,137 +1,236 @@
-"""A launch plan under way as a Ray job: submitted, followed and ended through Ray's job server.
+"""A launch plan as a Ray job: what is submitted, and the job under way, followed and ended through Ray's job server.
 
-Ray's job client with a time limit on every request, at the address that flashrl was given and no other.
-
-The log of a Ray job, followed into a file here as it grows.
-
-Notices when a Ray cluster loses a node on which a job has actors: verl and vLLM may wait for ever for those.
-
-Metrics and handshakes out of a job's log, for runs whose workers cannot write into the attempt's folder.
+In the order of a run: the job's request, which is pure and printable; its submission; the handle that supervises it, with
+what follows its log, watches its nodes, and reads metrics and handshakes out of the log; at the end, Ray's job client.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import re
+import shlex
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from flashrl_cli import contract
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
-from flashrl_cli.runs.metrics import Tail, last_lines
-from flashrl_cli.train import plan as ray_plan
+from flashrl_cli.files import last_lines
+from flashrl_cli.runs.metrics import Tail
+from flashrl_cli.verl import environment
 from flashrl_cli.verl.logs import plain, read_line
 
 if TYPE_CHECKING:
     from flashrl_cli.paths import AttemptPaths
     from flashrl_cli.train.plan import LaunchPlan
 
-TIMEOUT_S = (5.0, 30.0)
-"""Seconds to connect, and to wait for an answer."""
-LIMIT = 10_000
-"""Most rows that Ray's state API gives."""
-OVERRULING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-"""Variables that Ray's client takes for the address whatever it is given (ray/dashboard/utils.py)."""
+DEDUP = "RAY_DEDUP_LOGS_ALLOW_REGEX"
+UNFOLDED = rf"{contract.HANDSHAKE_MARK}|step:\d+ - "
+"""Lines that Ray must not fold into one: it takes lines of two workers for the same if they differ in numbers only."""
 
 
-class Jobs(Protocol):
-    """What flashrl uses of `ray.job_submission.JobSubmissionClient`; requests raise RuntimeError or OSError."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A job for Ray's job server at `address`: `runtime_env` reaches the driver and every actor on every node."""
 
-    def submit_job(self, **job: Any) -> str:
-        """Submit a job and return its id."""
-
-    def get_job_info(self, job_id: str) -> Any:
-        """State of a job: `status`, `message`, `driver_exit_code`."""
-
-    def get_job_logs(self, job_id: str) -> str:
-        """All of a job's log so far."""
-
-    def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
-        """The job's log from its start, in pieces as it grows, until the job has ended."""
-
-    def stop_job(self, job_id: str) -> bool:
-        """Ask a job to end."""
-
-    def list_jobs(self) -> list[Any]:
-        """All jobs that the cluster knows."""
-
-    def listed(self, what: str, **filters: str) -> list[dict[str, Any]]:
-        """Ray's `nodes` or `actors`, those whose fields are as `filters` say."""
+    address: str
+    submission_id: str
+    command: tuple[str, ...]
+    runtime_env: Mapping[str, Any]
+    metadata: Mapping[str, str]
 
 
-def connect(address: str) -> Jobs:
-    """A client of the job server at `address` (its dashboard's http://host:8265, or a cluster's host:6379).
+def job_request(plan: LaunchPlan, address: str, *, shared: bool = True) -> Job:
+    """The job of a plan; `shared`: the attempt's folder is one and the same here and on every node.
 
-    Raises EnvironmentNotReady where none answers.
+    Where it is not, workers print their handshakes to the log, and verl's metrics file is made on the node that writes it.
     """
-    from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
+    env = dict(plan.env) if shared else environment.without_shared_folder(plan.env, plan.attempt_paths.root)
+    if not shared:
+        env[contract.ENV_TELL] = "1"
+    env[DEDUP] = f"(?:{env[DEDUP]})|{UNFOLDED}" if DEDUP in env else UNFOLDED
+    alone = environment.driver_only(plan.overrides)
+    drivers = [f"{key}={value}" for key, value in env.items() if key in alone]
+    return Job(
+        address=address,
+        submission_id=submission_id(plan),
+        command=("env", *drivers, *plan.argv) if drivers else plan.argv,
+        runtime_env={"env_vars": {key: value for key, value in sorted(env.items()) if key not in alone}},
+        metadata={
+            "flashrl_run": plan.name,
+            "flashrl_attempt": str(plan.attempt),
+            "flashrl_folder": str(plan.paths.root),
+        },
+    )
 
-    class Client(JobSubmissionClient):  # type: ignore[misc]  # Ray has no types here
-        """Stock requests wait for ever for a host that is gone."""
 
-        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-            try:
-                return super()._do_request(method, endpoint, **{"timeout": TIMEOUT_S, **options})
-            except AuthenticationError as error:
-                raise PermissionError(str(error)) from error
+def submission_id(plan: LaunchPlan) -> str:
+    """Name of the job: run, attempt, and a digest of the attempt's folder, since others may use the same name."""
+    digest = hashlib.sha256(str(plan.attempt_paths.root).encode()).hexdigest()[:8]
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '-', plan.name)}-{plan.attempt}-{digest}"
 
-        def listed(self, what: str, **filters: str) -> Any:
-            """From the state API, as `ray list nodes` asks it (ray/util/state/api.py)."""
-            params = {
-                "limit": LIMIT,
-                "timeout": int(TIMEOUT_S[1]),  # Ray answers 500 to a number with a point
-                "filter_keys": list(filters),
-                "filter_predicates": ["="] * len(filters),
-                "filter_values": list(filters.values()),
-            }
-            response = self._do_request("GET", f"/api/v0/{what}", params=params)
-            response.raise_for_status()
-            return response.json()["data"]["result"]["result"]
 
+def submission(job: Job) -> dict[str, Any]:
+    """The job as plain data, as `submit_job` takes it: for `--dry-run --json`, and for Ray."""
+    return {
+        "submission_id": job.submission_id,
+        "entrypoint": f"exec {shlex.join(job.command)}",
+        "runtime_env": dict(job.runtime_env),
+        "metadata": dict(job.metadata),
+    }
+
+
+def submission_script(plan: LaunchPlan, job: Job) -> list[str]:
+    """The end of a POSIX shell script that submits the job and waits for nothing; the overrides are its arguments `$@`.
+
+    `ray job submit` quotes the words behind `--` for the shell that Ray starts them with.
+    """
+    options = {
+        "--address": job.address,
+        "--submission-id": job.submission_id,
+        "--runtime-env-json": json.dumps(job.runtime_env),
+        "--metadata-json": json.dumps(job.metadata),
+    }
+    start = job.command[: len(job.command) - len(plan.argv) + 3]
+    lines = (
+        "exec ray job submit --no-wait",
+        *(f"{key} {shlex.quote(value)}" for key, value in options.items()),
+        f'-- exec {shlex.join(start)} "$@"',
+    )
+    return [" \\\n  ".join(lines)]
+
+
+def submit(jobs: Jobs, plan: LaunchPlan, address: str, *, shared: bool) -> RayJob:
+    """Start a plan as a job of `jobs`, under the job's name or the first free one after it.
+
+    A cluster remembers the names of runs that were removed. Raises EnvironmentNotReady if Ray refuses the job.
+    """
+    job = job_request(plan, address, shared=shared)
     try:
-        with _without(*OVERRULING):
-            return _authenticated(lambda: Client(address))
-    except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and requests' own
+        used = {known.submission_id for known in jobs.list_jobs()}
+        names = (job.submission_id, *(f"{job.submission_id}-{n}" for n in range(2, len(used) + 2)))
+        free = next(name for name in names if name not in used)
+        job_id = jobs.submit_job(**submission(job) | {"submission_id": free})
+    except (RuntimeError, OSError, ValueError) as error:
         raise EnvironmentNotReady(
-            f"no Ray job server answers at {address}: {_first_line(error)}",
-            hint="--ray-address http://HEAD:8265, the dashboard of a cluster with ray[default]; "
-            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN where it asks for a token (`ray get-auth-token` there)",
+            f"Ray does not take the job: {str(error)[:1000]}", hint="`--dry-run` shows what is submitted"
         ) from error
+    return RayJob(jobs, plan, job_id, shared=shared)
 
 
-def _authenticated(make: Callable[[], Jobs]) -> Jobs:
-    """A client; where the cluster asks for a token, with the one that `ray start` and `ray.init` take by themselves."""
-    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-
-    try:
-        return make()
-    except PermissionError:
-        if not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
-            raise
-        return make()
+STATUS_PAUSES_S = (1.5, 3.0, 6.0, 12.0, 20.0)
+"""Between two questions for the job's state: the first while it answers, the others after each failure to."""
+SERVER_PATIENCE_S = 120.0
+"""How long the job server may stay silent."""
+LOG_PATIENCE_S = 15.0
+STOP_PATIENCE_S = 60.0
+"""How long a job may take to stop: Ray itself kills its driver after 3 s."""
+ENDED = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": -signal.SIGTERM}
 
 
-@contextlib.contextmanager
-def _without(*names: str) -> Iterator[None]:
-    saved = {name: os.environ.pop(name) for name in names if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(saved)
+class RayJob:
+    """A `process.Handle`. Where the attempt's folder is not shared, metrics and handshakes come out of the log."""
 
+    def __init__(self, jobs: Jobs, plan: LaunchPlan, job_id: str, *, shared: bool) -> None:
+        self.id = job_id
+        self._jobs, self._log = jobs, plan.attempt_paths.log
+        self._extraction = None if shared else LogExtraction(plan.attempt_paths)
+        self._follower = LogFollower(jobs, job_id, self._log)
+        self._follower.start()
+        self._nodes = NodeWatch(jobs)
+        self._ray_id: str | None = None
+        self._lost = False
+        self._code: int | None = None
+        self._answered = time.monotonic()
+        self._due = 0.0
+        self._failures = 0
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    def poll(self) -> int | None:
+        """Exit code, None while the job runs.
+
+        Raises RunFailed when the job server is silent for two minutes, and, once, when a lost node made the job fail.
+        """
+        if self._code is None and time.monotonic() >= self._due:
+            self._ask()
+        return self._code
+
+    def tend(self) -> None:
+        """Take metrics and handshakes out of what the log brought. Raises RunFailed, once, when a node of the job is lost."""
+        if self._extraction:
+            self._extraction.poll()
+        if self._code is None and not self._lost:
+            self._raise_if(self._nodes.lost(self._ray_id))
+
+    def terminate(self) -> None:
+        """Ask Ray to stop the job; a server that does not answer is asked again by `kill`."""
+        try:
+            self._jobs.stop_job(self.id)
+        except (RuntimeError, OSError):
+            return
+        self._due = 0.0
+
+    def kill(self, *, grace_s: float = 0.0) -> None:
+        """Stop the job and wait until it has ended. Raises RunFailed if it does not, or nobody answers."""
+        deadline = time.monotonic() + max(grace_s, STOP_PATIENCE_S)
+        while self.poll() is None:
+            self.terminate()
+            if time.monotonic() > deadline:
+                raise RunFailed(f"Ray job {self.id} does not end", hint=f"ray job stop {self.id}")
+            time.sleep(0.5)
+
+    def _ask(self) -> None:
+        try:
+            info = self._jobs.get_job_info(self.id)
+        except (RuntimeError, OSError) as error:
+            self._failed(error)
+            return
+        self._answered, self._failures = time.monotonic(), 0
+        self._due = self._answered + STATUS_PAUSES_S[0]
+        self._ray_id = info.job_id or self._ray_id
+        state = str(getattr(info.status, "value", info.status))
+        if state in ENDED:
+            self._end(state, info)
+
+    def _failed(self, error: Exception) -> None:
+        now = time.monotonic()
+        if now - self._answered > SERVER_PATIENCE_S:
+            raise RunFailed(
+                f"Ray's job server has not answered for {now - self._answered:.0f} s: {str(error)[:300]}",
+                hint=f"job {self.id} may still run: `ray job status {self.id}`; go on with --resume auto",
+            ) from error
+        self._failures = min(self._failures + 1, len(STATUS_PAUSES_S) - 1)
+        self._due = now + STATUS_PAUSES_S[self._failures]
+
+    def _end(self, state: str, info: Any) -> None:
+        self._follower.finish(LOG_PATIENCE_S)
+        code = info.driver_exit_code
+        if state == "FAILED" and code is None:
+            # there was no driver to say why: its environment failed, or its node was lost
+            with self._log.open("a", encoding="utf-8") as stream:
+                stream.write(f"\nRay: {info.message}\n")
+        if self._extraction:
+            self._extraction.poll(ended=True)
+        self._code = code or ENDED[state]
+        if state == "FAILED" and not self._lost:
+            self._raise_if(self._nodes.lost_in_the_end(self._ray_id, self._log))
+
+    def _raise_if(self, lost: Lost | None) -> None:
+        if lost is None:
+            return
+        self._lost = True
+        raise RunFailed(
+            f"the Ray cluster lost node {lost.address}, on which workers of the run were: {lost.reason[:300]}",
+            hint="`--resume auto` goes on from the newest checkpoint, once the cluster has nodes enough again",
+        )
 
 
 SILENCE_S = 300.0
@@ -140,8 +239,8 @@ LOG_PAUSES_S = (5.0, 1.0, 2.0, 5.0, 10.0, 20.0)
 """Before the next connection: after a stream that ended, after the first failure, the second …"""
 
 
-class Follower(threading.Thread):
-    """Appends a job's log to a file until the job has ended. Ray streams it from its start: what is here already is passed over."""
+class LogFollower(threading.Thread):
+    """Appends a job's log to a file until the job has ended. Ray streams it from its start: what the file has is skipped."""
 
     def __init__(self, jobs: Jobs, job_id: str, file: Path) -> None:
         super().__init__(name=f"log of {job_id}", daemon=True)
@@ -192,10 +291,11 @@ class Follower(threading.Thread):
                 self._taken += len(new)
 
 
-PAUSE_S = 5.0
-LATE_S = 45.0
+NODES_PAUSE_S = 5.0
+"""Between two questions for the cluster's nodes."""
+NODE_DEATH_S = 45.0
 """Ray declares a node dead after five lost health checks, 3 s apart and more; the job itself may fail at once."""
-SIGNS = re.compile(
+SIGNS_OF_LOSS = re.compile(
     r"ActorDiedError|ActorUnavailableError|NodeDiedError|WorkerCrashedError|Connection (reset|closed|refused)|Broken pipe"
     r"|NCCL|[Gg]loo|died|unreachable|RpcError"
 )
@@ -211,7 +311,7 @@ class Lost:
 
 
 class NodeWatch:
-    """Asks for the cluster's nodes now and then."""
+    """Notices when a Ray cluster loses a node on which a job has actors: verl and vLLM may wait for ever for those."""
 
     def __init__(self, jobs: Jobs) -> None:
         self._jobs = jobs
@@ -219,11 +319,11 @@ class NodeWatch:
         self._due = 0.0
 
     def lost(self, job_id: str | None) -> Lost | None:
-        """The node that died since the first call and held actors of Ray's job `job_id`; None if none, or nobody answers."""
+        """The node that died since the first call and held actors of Ray's job `job_id`; None if none did, or nobody answers."""
         now = time.monotonic()
         if job_id is None or now < self._due:
             return None
-        self._due = now + PAUSE_S
+        self._due = now + NODES_PAUSE_S
         try:
             return self._look(job_id)
         except (RuntimeError, OSError, KeyError, ValueError):
@@ -231,8 +331,8 @@ class NodeWatch:
 
     def lost_in_the_end(self, job_id: str | None, log: Path) -> Lost | None:
         """The lost node that made a job fail, waited for where the log shows that something broke off."""
-        suspect = len(self._alive) > 1 and SIGNS.search("\n".join(last_lines(log, 300)))
-        deadline = time.monotonic() + (LATE_S if suspect else 0.0)
+        suspect = len(self._alive) > 1 and SIGNS_OF_LOSS.search("\n".join(last_lines(log, 300)))
+        deadline = time.monotonic() + (NODE_DEATH_S if suspect else 0.0)
         while True:
             self._due = 0.0
             found = self.lost(job_id)
@@ -250,8 +350,8 @@ class NodeWatch:
         return None
 
 
-class Relay:
-    """Follows the attempt's log and writes `metrics.jsonl` and `plugins/` as verl and the plugins would."""
+class LogExtraction:
+    """Writes `metrics.jsonl` and `plugins/` out of the attempt's log, as verl and the plugins would on a shared disk."""
 
     def __init__(self, attempt: AttemptPaths) -> None:
         self._attempt = attempt
@@ -277,131 +377,100 @@ class Relay:
                 stream.write(json.dumps({"step": step, "data": data}) + "\n")
 
 
-STATUS_PAUSES_S = (1.5, 3.0, 6.0, 12.0, 20.0)
-"""Between two questions for the job's state: the first while it answers, the others after each failure to."""
-PATIENCE_S = 120.0
-"""How long the job server may stay silent."""
-LOG_PATIENCE_S = 15.0
-STOP_PATIENCE_S = 60.0
-"""How long a job may take to stop: Ray itself kills its driver after 3 s."""
-ENDED = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": -signal.SIGTERM}
+REQUEST_TIMEOUT_S = (5.0, 30.0)
+"""Seconds to connect, and to wait for an answer."""
+MOST_ROWS = 10_000
+"""Most rows that Ray's state API gives."""
+OVERRULING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+"""Variables that Ray's client takes for the address whatever it is given (ray/dashboard/utils.py)."""
 
 
-class RayJob:
-    """An `executor.Handle`. Where the attempt's folder is not shared, metrics and handshakes come out of the log."""
+class Jobs(Protocol):
+    """What flashrl uses of `ray.job_submission.JobSubmissionClient`; requests raise RuntimeError or OSError."""
 
-    def __init__(self, jobs: Jobs, plan: LaunchPlan, job_id: str, *, shared: bool) -> None:
-        self.id = job_id
-        self._jobs, self._log = jobs, plan.attempt_paths.log
-        self._relay = None if shared else Relay(plan.attempt_paths)
-        self._follower = Follower(jobs, job_id, self._log)
-        self._follower.start()
-        self._nodes = NodeWatch(jobs)
-        self._ray_id: str | None = None
-        self._lost = False
-        self._code: int | None = None
-        self._answered = time.monotonic()
-        self._due = 0.0
-        self._failures = 0
+    def submit_job(self, **job: Any) -> str:
+        """Submit a job and return its id."""
 
-    def poll(self) -> int | None:
-        """Exit code, None while the job runs.
+    def get_job_info(self, job_id: str) -> Any:
+        """State of a job: `status`, `message`, `driver_exit_code`."""
 
-        Raises RunFailed when the job server is silent for two minutes, and, once, when a lost node made the job fail.
-        """
-        if self._code is None and time.monotonic() >= self._due:
-            self._ask()
-        return self._code
+    def get_job_logs(self, job_id: str) -> str:
+        """All of a job's log so far."""
 
-    def tend(self) -> None:
-        """Take metrics and handshakes out of what the log brought. Raises RunFailed, once, when a node of the job is lost."""
-        if self._relay:
-            self._relay.poll()
-        if self._code is None and not self._lost:
-            self._tell(self._nodes.lost(self._ray_id))
+    def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        """The job's log from its start, in pieces as it grows, until the job has ended."""
 
-    def terminate(self) -> None:
-        """Ask Ray to stop the job; a server that does not answer is asked again by `kill`."""
-        try:
-            self._jobs.stop_job(self.id)
-        except (RuntimeError, OSError):
-            return
-        self._due = 0.0
+    def stop_job(self, job_id: str) -> bool:
+        """Ask a job to end."""
 
-    def kill(self, *, grace_s: float = 0.0) -> None:
-        """Stop the job and wait until it has ended. Raises RunFailed if it does not, or nobody answers."""
-        deadline = time.monotonic() + max(grace_s, STOP_PATIENCE_S)
-        while self.poll() is None:
-            self.terminate()
-            if time.monotonic() > deadline:
-                raise RunFailed(f"Ray job {self.id} does not end", hint=f"ray job stop {self.id}")
-            time.sleep(0.5)
+    def list_jobs(self) -> list[Any]:
+        """All jobs that the cluster knows."""
 
-    def _ask(self) -> None:
-        try:
-            info = self._jobs.get_job_info(self.id)
-        except (RuntimeError, OSError) as error:
-            self._failed(error)
-            return
-        self._answered, self._failures = time.monotonic(), 0
-        self._due = self._answered + STATUS_PAUSES_S[0]
-        self._ray_id = info.job_id or self._ray_id
-        state = str(getattr(info.status, "value", info.status))
-        if state in ENDED:
-            self._end(state, info)
-
-    def _failed(self, error: Exception) -> None:
-        now = time.monotonic()
-        if now - self._answered > PATIENCE_S:
-            raise RunFailed(
-                f"Ray's job server has not answered for {now - self._answered:.0f} s: {str(error)[:300]}",
-                hint=f"job {self.id} may still run: `ray job status {self.id}`; go on with --resume auto",
-            ) from error
-        self._failures = min(self._failures + 1, len(STATUS_PAUSES_S) - 1)
-        self._due = now + STATUS_PAUSES_S[self._failures]
-
-    def _end(self, state: str, info: Any) -> None:
-        self._follower.finish(LOG_PATIENCE_S)
-        code = info.driver_exit_code
-        if state == "FAILED" and code is None:
-            # there was no driver to say why: its environment failed, or its node was lost
-            with self._log.open("a", encoding="utf-8") as stream:
-                stream.write(f"\nRay: {info.message}\n")
-        if self._relay:
-            self._relay.poll(ended=True)
-        self._code = code or ENDED[state]
-        if state == "FAILED" and not self._lost:
-            self._tell(self._nodes.lost_in_the_end(self._ray_id, self._log))
-
-    def _tell(self, lost: Lost | None) -> None:
-        if lost is None:
-            return
-        self._lost = True
-        raise RunFailed(
-            f"the Ray cluster lost node {lost.address}, on which workers of the run were: {lost.reason[:300]}",
-            hint="`--resume auto` goes on from the newest checkpoint, once the cluster has nodes enough again",
-        )
+    def listed(self, what: str, **filters: str) -> list[dict[str, Any]]:
+        """Ray's `nodes` or `actors`, those whose fields are as `filters` say."""
 
 
-def starter(jobs: Jobs, address: str, *, shared: bool) -> Callable[[LaunchPlan], RayJob]:
-    """How a plan is started as a job of `jobs`."""
+def connect(address: str) -> Jobs:
+    """A client of the job server at `address` (its dashboard's http://host:8265, or a cluster's host:6379).
 
-    def start(plan: LaunchPlan) -> RayJob:
-        job = ray_plan.job_request(plan, address, shared=shared)
-        try:
-            job_id = _submit(jobs, job)
-        except (RuntimeError, OSError, ValueError) as error:
-            raise EnvironmentNotReady(
-                f"Ray does not take the job: {str(error)[:1000]}", hint="`--dry-run` shows what is submitted"
-            ) from error
-        return RayJob(jobs, plan, job_id, shared=shared)
+    Raises EnvironmentNotReady where none answers.
+    """
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
 
-    return start
+    class Client(JobSubmissionClient):  # type: ignore[misc]  # Ray has no types here
+        """Stock requests wait for ever for a host that is gone."""
+
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            try:
+                return super()._do_request(method, endpoint, **{"timeout": REQUEST_TIMEOUT_S, **options})
+            except AuthenticationError as error:
+                raise PermissionError(str(error)) from error
+
+        def listed(self, what: str, **filters: str) -> Any:
+            """From the state API, as `ray list nodes` asks it (ray/util/state/api.py)."""
+            params = {
+                "limit": MOST_ROWS,
+                "timeout": int(REQUEST_TIMEOUT_S[1]),  # Ray answers 500 to a number with a point
+                "filter_keys": list(filters),
+                "filter_predicates": ["="] * len(filters),
+                "filter_values": list(filters.values()),
+            }
+            response = self._do_request("GET", f"/api/v0/{what}", params=params)
+            response.raise_for_status()
+            return response.json()["data"]["result"]["result"]
+
+    try:
+        with _without(*OVERRULING):
+            return _authenticated(lambda: Client(address))
+    except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and requests' own
+        raise EnvironmentNotReady(
+            f"no Ray job server answers at {address}: {_first_line(error)}",
+            hint="--ray-address http://HEAD:8265, the dashboard of a cluster with ray[default]; "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN where it asks for a token (`ray get-auth-token` there)",
+        ) from error
 
 
-def _submit(jobs: Jobs, job: ray_plan.Job) -> str:
-    """Submit under the job's name, or the first free one after it: a cluster remembers the names of runs that were removed."""
-    used = {known.submission_id for known in jobs.list_jobs()}
-    names = (job.submission_id, *(f"{job.submission_id}-{n}" for n in range(2, len(used) + 2)))
-    free = next(name for name in names if name not in used)
-    return jobs.submit_job(**ray_plan.submission(job) | {"submission_id": free})
+def _authenticated(make: Callable[[], Jobs]) -> Jobs:
+    """A client; where the cluster asks for a token, with the one that `ray start` and `ray.init` take by themselves."""
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+    try:
+        return make()
+    except PermissionError:
+        if not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
+            raise
+        return make()
+
+
+@contextlib.contextmanager
+def _without(*names: str) -> Iterator[None]:
+    saved = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(saved)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

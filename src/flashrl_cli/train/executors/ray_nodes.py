@@ -1,4 +1,4 @@
-"""Run on a Ray cluster as a job, `python -m flashrl_cli.launch.ray.nodes REQUEST`: what each node has, as one line of JSON.
+"""Run on a Ray cluster as a job, `python -m flashrl_cli.train.executors.ray_nodes REQUEST`: what each node has, as a line of JSON.
 
 The task of each node goes there by value, as functions of `__main__` do, so that it answers where flashrl is not installed, too.
 """
@@ -63,7 +63,7 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
 
     ray.init(log_to_driver=False, logging_level="ERROR")
     alive = (node for node in ray.nodes() if node["Alive"])
-    nodes = sorted(alive, key=lambda node: str(node["NodeManagerAddress"]))  # Ray tells them in any order
+    nodes = sorted(alive, key=lambda node: str(node["NodeManagerAddress"]))  # Ray lists them in any order
     free = available_resources_per_node()
     refused = _make(request["made"], request["secret"])
     task = ray.remote(num_cpus=0, max_retries=0)(examine)
@@ -102,7 +102,7 @@ def _answer(ray: Any, ref: Any, node: dict[str, Any], free: dict[str, float]) ->
     }
     try:
         return {**known, **ray.get(ref, timeout=0.1), "error": None}
-    except Exception as error:  # noqa: BLE001 - whatever keeps a node from answering is told of it
+    except Exception as error:  # noqa: BLE001 - whatever keeps a node from answering is its answer
         return known | {"error": str(error).strip().splitlines()[-1][:300] or type(error).__name__}
 
 

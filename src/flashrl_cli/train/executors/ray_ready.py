@@ -1,6 +1,6 @@
 """Can a Ray cluster run a plan? Each of its nodes is asked, by a small job, before the run is submitted.
 
-What the answers of a cluster's nodes mean for a plan: pure.
+First the job and its answer, then what the answers mean for a plan, which is pure.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from flashrl_cli import files
 from flashrl_cli.errors import EnvironmentNotReady, Problem
 from flashrl_cli.machine import finding, gpus, software
 from flashrl_cli.machine.software import DISTRIBUTIONS, ENTRY_POINTS
+from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.text import counted
 from flashrl_cli.train.executors.ray_nodes import MARK
 from flashrl_cli.train.preflight import local_inputs
@@ -32,9 +33,126 @@ if TYPE_CHECKING:
     from flashrl_cli.train.plan import LaunchPlan
 
 
+MODULE = "flashrl_cli.train.executors.ray_nodes"
+COMPARED = ("flashrl-cli", "ray", *DISTRIBUTIONS)
+PATIENCE_S = 180.0
+"""For Ray to start the job and for every node to start a worker and answer."""
+POLL_S = 1.0
+OVER = {"SUCCEEDED", "FAILED", "STOPPED"}
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """A cluster that can run a plan; `shared`: the runs folder is the same here and on all its `nodes`."""
+
+    shared: bool
+    nodes: int
+
+
+def check(plan: LaunchPlan, jobs: Jobs, address: str) -> Readiness:
+    """Ask every node. Raises EnvironmentNotReady with all that keeps the cluster from running `plan`."""
+    secret = uuid.uuid4().hex
+    token = plan.paths.root.parent / f".flashrl-{secret}"
+    with _written(token, secret):
+        request = json.dumps(_request(plan, token, secret))
+        text = _output(jobs, f"exec {shlex.join([plan.argv[0], '-m', MODULE, request])}", address)
+    cluster = _cluster(text, secret, address)
+    found = [*_left(jobs, plan), *problems(plan, cluster, _versions_here())]
+    if found:
+        raise EnvironmentNotReady(
+            f"the Ray cluster at {address} cannot run {plan.preset}",
+            problems=found,
+            hint="`--dry-run` prints the job without submitting it",
+        )
+    return Readiness(cluster.shared, len(cluster.nodes))
+
+
+def _request(plan: LaunchPlan, token: Path, secret: str) -> dict[str, Any]:
+    checkpoints = plan.paths.checkpoints.parent / f".flashrl-{secret}"
+    on_gpus = plan.spec.resources.platform != "cpu"
+    return {
+        "secret": secret,
+        "distributions": COMPARED,
+        "paths": {f"{key} ({path})": str(path) for key, path in local_inputs(plan.spec).items()},
+        "tokens": {"runs": str(token), "checkpoints": str(checkpoints)},
+        "made": {"checkpoints": str(checkpoints)},
+        "plugins": list(ENTRY_POINTS),
+        "variables": list(gpus.AMD),
+        "gpu_query": ["nvidia-smi", *gpus.QUERY] if on_gpus else [],
+    }
+
+
+@contextlib.contextmanager
+def _written(token: Path, text: str) -> Iterator[None]:
+    files.write_text(token, text)
+    try:
+        yield
+    finally:
+        token.unlink(missing_ok=True)
+
+
+def _output(jobs: Jobs, command: str, address: str) -> str:
+    """Log of a small job, once it has ended. Raises EnvironmentNotReady if it does not."""
+    try:
+        job_id = jobs.submit_job(entrypoint=command, metadata={"flashrl": "nodes"})
+        deadline = time.monotonic() + PATIENCE_S
+        while str(getattr(state := jobs.get_job_info(job_id).status, "value", state)) not in OVER:
+            if time.monotonic() > deadline:
+                jobs.stop_job(job_id)
+                raise EnvironmentNotReady(
+                    f"the Ray cluster at {address} does not start a small job within {PATIENCE_S:g} s",
+                    hint=f"`ray job logs {job_id} --address {address}`; are all its nodes alive?",
+                )
+            time.sleep(POLL_S)
+        return jobs.get_job_logs(job_id) or str(jobs.get_job_info(job_id).message)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise EnvironmentNotReady(
+            f"the Ray job server at {address} fails: {str(error)[:1000]}", hint="look at the cluster's dashboard"
+        ) from error
+
+
+def _cluster(text: str, secret: str, address: str) -> Cluster:
+    """The answer in the job's log. Raises EnvironmentNotReady with the log's end if there is none."""
+    for line in text.splitlines():
+        _, mark, answer = line.partition(MARK)
+        if mark and answer.startswith("{"):
+            return Cluster(**json.loads(answer), secret=secret)
+    tail = [line for line in text.splitlines() if line.strip()][-5:]
+    raise EnvironmentNotReady(
+        "\n".join(
+            [
+                f"flashrl does not run on the head node of the Ray cluster at {address}",
+                *(f"  | {t[:300]}" for t in tail),
+            ]
+        ),
+        hint="install the same environment at the same path on every node, or submit from a node of the cluster",
+    )
+
+
+def _left(jobs: Jobs, plan: LaunchPlan) -> Iterator[Problem]:
+    """An earlier attempt that still runs there would write the same checkpoints."""
+    for job in jobs.list_jobs():
+        metadata = job.metadata or {}
+        over = str(getattr(job.status, "value", job.status)) in OVER
+        if not over and metadata.get("flashrl_folder") == str(plan.paths.root):
+            yield Problem(
+                f"attempt {metadata.get('flashrl_attempt')} of run {plan.name} still runs there",
+                where=job.submission_id,
+                hint=f"ray job stop {job.submission_id}",
+            )
+
+
+def _versions_here() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in COMPARED:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """What `ray.nodes` told: a mapping of each alive node, the files that the head could not make, the text of the tokens."""
+    """The answer of `ray_nodes`: a mapping of each alive node, the files that the head could not make, the text of the tokens."""
 
     nodes: Sequence[Mapping[str, Any]]
     refused: Mapping[str, str]
@@ -51,14 +169,15 @@ class Cluster:
 
 
 def problems(plan: LaunchPlan, cluster: Cluster, here: Mapping[str, str]) -> Iterator[Problem]:
-    """Yield all that keeps the cluster from running `plan`, one problem a node and kind; `here` are this machine's versions."""
+    """Yield all that keeps the cluster from running `plan`; `here` are the versions of this machine's packages."""
     answered = [node for node in cluster.nodes if node["error"] is None]
     for node in cluster.nodes:
         if node["error"] is not None:
-            yield Problem(f"it does not answer: {node['error']}", node["address"], "remove or mend the node")
+            yield Problem(f"it does not answer: {node['error']}", node["address"], "remove or repair the node")
     yield from _resources(plan, cluster.nodes)
     yield from _folders(plan, cluster, answered)
-    wanted = here_or_first(here, answered)
+    # every node must have this machine's versions, and the first node's of what is not installed here
+    wanted = {**(answered[0]["versions"] if answered else {}), **here}
     yield from _stack(plan, wanted)
     for node in answered:
         yield from _node(plan, node, wanted)
@@ -68,12 +187,6 @@ def problems(plan: LaunchPlan, cluster: Cluster, here: Mapping[str, str]) -> Ite
             "trainer.logger",
             "--set trainer.logger=[console,file], or FLASHRL_RUNS on a disk that all share",
         )
-
-
-def here_or_first(here: Mapping[str, str], nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The versions that all nodes must have: this machine's, and the first node's of what is not installed here."""
-    first = nodes[0]["versions"] if nodes else {}
-    return {**first, **here}
 
 
 def _resources(plan: LaunchPlan, nodes: Sequence[Mapping[str, Any]]) -> Iterator[Problem]:
@@ -134,7 +247,7 @@ def _node(plan: LaunchPlan, node: Mapping[str, Any], wanted: Mapping[str, str]) 
     for found in gpus.vendors({**node["variables"], **given}, plan.spec.resources.gpus_per_node, preset=given):
         yield Problem(found.text, where, found.fix)
     if reason := gpus.lacks(plan.spec.rollout.precision, gpus.parse(node["gpus"])):
-        instead = gpus.PRECISIONS[plan.spec.rollout.precision].instead
+        instead = PRECISIONS[plan.spec.rollout.precision].instead
         yield Problem(reason, where, f"--rollout {instead}")
 
 
@@ -150,123 +263,3 @@ def _differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> Iterato
 def _compared(name: str, version: str) -> str:
     """Python's patch releases are compatible; everything else must be the same."""
     return ".".join(version.split(".")[:2]) if name == "python" else version
-
-
-MODULE = "flashrl_cli.train.executors.ray_nodes"
-COMPARED = ("flashrl-cli", "ray", *DISTRIBUTIONS)
-PATIENCE_S = 180.0
-"""For Ray to start the job and for every node to start a worker and answer."""
-POLL_S = 1.0
-OVER = {"SUCCEEDED", "FAILED", "STOPPED"}
-
-
-@dataclass(frozen=True, slots=True)
-class Readiness:
-    """A cluster that can run a plan; `shared` tells that the runs folder is the same here and on all its `nodes`."""
-
-    shared: bool
-    nodes: int
-
-
-def check(plan: LaunchPlan, data_root: Path, jobs: Jobs, address: str) -> Readiness:
-    """Ask every node. Raises EnvironmentNotReady with all that keeps the cluster from running `plan`."""
-    secret = uuid.uuid4().hex
-    token = plan.paths.root.parent / f".flashrl-{secret}"
-    with _written(token, secret):
-        text = _output(jobs, _command(plan, _request(plan, data_root, token, secret)), address)
-    cluster = _cluster(text, secret, address)
-    found = [*_left(jobs, plan), *problems(plan, cluster, _versions_here())]
-    if found:
-        raise EnvironmentNotReady(
-            f"the Ray cluster at {address} cannot run {plan.preset}",
-            problems=found,
-            hint="`--dry-run` prints the job without submitting it",
-        )
-    return Readiness(cluster.shared, len(cluster.nodes))
-
-
-def _request(plan: LaunchPlan, data_root: Path, token: Path, secret: str) -> dict[str, Any]:
-    checkpoints = plan.paths.checkpoints.parent / f".flashrl-{secret}"
-    on_gpus = plan.spec.resources.platform != "cpu"
-    return {
-        "secret": secret,
-        "distributions": COMPARED,
-        "paths": {f"{key} ({path})": str(path) for key, path in local_inputs(plan.spec, data_root).items()},
-        "tokens": {"runs": str(token), "checkpoints": str(checkpoints)},
-        "made": {"checkpoints": str(checkpoints)},
-        "plugins": list(ENTRY_POINTS),
-        "variables": list(gpus.AMD),
-        "gpu_query": ["nvidia-smi", *gpus.QUERY] if on_gpus else [],
-    }
-
-
-def _command(plan: LaunchPlan, request: dict[str, Any]) -> str:
-    return f"exec {shlex.join([plan.argv[0], '-m', MODULE, json.dumps(request)])}"
-
-
-@contextlib.contextmanager
-def _written(token: Path, text: str) -> Iterator[None]:
-    files.write_text(token, text)
-    try:
-        yield
-    finally:
-        token.unlink(missing_ok=True)
-
-
-def _output(jobs: Jobs, command: str, address: str) -> str:
-    """Log of a small job, once it has ended. Raises EnvironmentNotReady if it does not."""
-    try:
-        job_id = jobs.submit_job(entrypoint=command, metadata={"flashrl": "nodes"})
-        deadline = time.monotonic() + PATIENCE_S
-        while str(getattr(state := jobs.get_job_info(job_id).status, "value", state)) not in OVER:
-            if time.monotonic() > deadline:
-                jobs.stop_job(job_id)
-                raise EnvironmentNotReady(
-                    f"the Ray cluster at {address} does not start a small job within {PATIENCE_S:g} s",
-                    hint=f"`ray job logs {job_id} --address {address}`; are all its nodes alive?",
-                )
-            time.sleep(POLL_S)
-        return jobs.get_job_logs(job_id) or str(jobs.get_job_info(job_id).message)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise EnvironmentNotReady(
-            f"the Ray job server at {address} fails: {str(error)[:1000]}", hint="look at the cluster's dashboard"
-        ) from error
-
-
-def _cluster(text: str, secret: str, address: str) -> Cluster:
-    """What the job told. Raises EnvironmentNotReady with the end of its log if it told nothing."""
-    for line in text.splitlines():
-        _, mark, answer = line.partition(MARK)
-        if mark and answer.startswith("{"):
-            return Cluster(**json.loads(answer), secret=secret)
-    tail = [line for line in text.splitlines() if line.strip()][-5:]
-    raise EnvironmentNotReady(
-        "\n".join(
-            [
-                f"flashrl does not run on the head node of the Ray cluster at {address}",
-                *(f"  | {t[:300]}" for t in tail),
-            ]
-        ),
-        hint="install the same environment at the same path on every node, or submit from a node of the cluster",
-    )
-
-
-def _left(jobs: Jobs, plan: LaunchPlan) -> Iterator[Problem]:
-    """An earlier attempt that still runs there would write the same checkpoints."""
-    for job in jobs.list_jobs():
-        told = job.metadata or {}
-        over = str(getattr(job.status, "value", job.status)) in OVER
-        if not over and told.get("flashrl_folder") == str(plan.paths.root):
-            yield Problem(
-                f"attempt {told.get('flashrl_attempt')} of run {plan.name} still runs there",
-                where=job.submission_id,
-                hint=f"ray job stop {job.submission_id}",
-            )
-
-
-def _versions_here() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in COMPARED:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found

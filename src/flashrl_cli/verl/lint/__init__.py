@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from flashrl_cli.errors import EnvironmentNotReady
 from flashrl_cli.verl import compose
-from flashrl_cli.verl.config import Rule, Settings, Shape
+from flashrl_cli.verl.config import Rule, Settings
 from flashrl_cli.verl.dead_keys import dead_key
 from flashrl_cli.verl.lint import batches, devices, keys, learning, rollout, sampling
 from flashrl_cli.verl.lint.devices import trains_with_fsdp
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from flashrl_cli.errors import Problem
     from flashrl_cli.verl.compose import Tree
     from flashrl_cli.verl.overrides import Override
+    from flashrl_cli.weights.shape import ModelShape
 
 FIRST: tuple[Rule, ...] = (keys.values_have_types, trains_with_fsdp)
 """Rules that the others rely on: where one is broken, the others are not asked."""
@@ -31,7 +32,7 @@ RULES: tuple[Rule, ...] = (*FIRST, *batches.RULES, *devices.RULES, *rollout.RULE
 
 
 def problems(
-    resolved: Resolved, overrides: Sequence[Override], tree: Tree, shape: Shape | None = None
+    resolved: Resolved, overrides: Sequence[Override], tree: Tree, shape: ModelShape | None = None
 ) -> list[Problem]:
     """Everything that `tree` (verl's, composed of `overrides`) would fail with later; `shape` is the model's, if known."""
     settings = Settings(resolved, overrides, tree, shape)
@@ -44,7 +45,7 @@ def notes(resolved: Resolved, overrides: Sequence[Override], tree: Tree) -> list
     return sampling.notes(Settings(resolved, overrides, tree))
 
 
-def check_overrides(resolved: Resolved, overrides: Sequence[Override], shape: Shape | None = None) -> compose.Tree:
+def check_overrides(resolved: Resolved, overrides: Sequence[Override], shape: ModelShape | None = None) -> compose.Tree:
     """verl's configuration of a run, in which nothing is wrong. `shape` is the policy's, where it is known.
 
     Raises InputError with every problem of the spec's rules, of the keys and of what verl would do with them;

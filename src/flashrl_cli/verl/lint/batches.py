@@ -8,69 +8,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from flashrl_cli.verl.config import REF, Rule, Settings, largest_divisor
+from flashrl_cli.verl.config import (
+    CRITIC,
+    LOG_PROBS,
+    REFERENCE,
+    UPDATE,
+    Pass,
+    Rule,
+    Settings,
+    largest_divisor,
+    written,
+)
 from flashrl_cli.verl.overrides import ACTOR, ROLLOUT
 
 if TYPE_CHECKING:
     from flashrl_cli.errors import Problem
 
 
-class Pass(NamedTuple):
-    """A forward pass of verl's over a batch: whose model, and the keys that say how the batch is split."""
-
-    name: str
-    role: str
-    dynamic: str
-    micro: str
-    whole_micro: str
-    """The micro-batch over all devices: verl's former key."""
-    tokens: str
-
-
-UPDATE = Pass(
-    "policy update",
-    "actor",
-    f"{ACTOR}.use_dynamic_bsz",
-    f"{ACTOR}.ppo_micro_batch_size_per_gpu",
-    f"{ACTOR}.ppo_micro_batch_size",
-    f"{ACTOR}.ppo_max_token_len_per_gpu",
-)
-LOG_PROBS = Pass(
-    "recomputation of log-probs",
-    "actor",
-    f"{ROLLOUT}.log_prob_use_dynamic_bsz",
-    f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu",
-    f"{ROLLOUT}.log_prob_micro_batch_size",
-    f"{ROLLOUT}.log_prob_max_token_len_per_gpu",
-)
-REFERENCE = Pass(
-    "reference policy",
-    "reference policy",
-    f"{REF}.log_prob_use_dynamic_bsz",
-    f"{REF}.log_prob_micro_batch_size_per_gpu",
-    f"{REF}.log_prob_micro_batch_size",
-    f"{REF}.log_prob_max_token_len_per_gpu",
-)
-CRITIC = Pass(
-    "critic",
-    "critic",
-    "critic.use_dynamic_bsz",
-    "critic.ppo_micro_batch_size_per_gpu",
-    "critic.ppo_micro_batch_size",
-    "critic.ppo_infer_max_token_len_per_gpu",
-)
-CRITIC_TOKENS = 32768
-"""The critic's budget where none is set (verl/workers/config/critic.py:89); it is not in verl's tree."""
-
-
 def dynamic_batches_everywhere(s: Settings) -> Iterator[Problem]:
     """Updates and log-probs are split alike: an assertion when the workers start (workers/engine_workers.py:616)."""
     if bool(s.get(UPDATE.dynamic)) != bool(s.get(LOG_PROBS.dynamic)):
         yield s.problem(
-            f"{s.name(LOG_PROBS.dynamic)} = {s.get(LOG_PROBS.dynamic)} and "
-            f"{s.name(UPDATE.dynamic)} = {s.get(UPDATE.dynamic)} differ",
+            f"{written(LOG_PROBS.dynamic)} = {s.get(LOG_PROBS.dynamic)} and "
+            f"{written(UPDATE.dynamic)} = {s.get(UPDATE.dynamic)} differ",
             s.fix(LOG_PROBS.dynamic, bool(s.get(UPDATE.dynamic))),
             LOG_PROBS.dynamic,
             UPDATE.dynamic,
@@ -88,7 +50,7 @@ def micro_batch_is_given(s: Settings) -> Iterator[Problem]:
             sizes.append(s.get(step.whole_micro))
         if all(size is None for size in sizes):
             yield s.problem(
-                f"{s.name(step.micro)} is not set, and the {step.name} does not batch by tokens",
+                f"{written(step.micro)} is not set, and the {step.name} does not batch by tokens",
                 s.fix(step.micro, _fitting_micro(s, step)),
                 step.micro,
                 step.dynamic,
@@ -102,7 +64,7 @@ def micro_batch_is_given_once(s: Settings) -> Iterator[Problem]:
     for step in _fixed(s):
         if s.get(step.micro) is not None and s.get(step.whole_micro) is not None:
             yield s.problem(
-                f"{s.name(step.whole_micro)} and {s.name(step.micro)} say the same twice",
+                f"{written(step.whole_micro)} and {written(step.micro)} say the same twice",
                 f"drop verl.{step.whole_micro}",
                 step.whole_micro,
             )
@@ -127,7 +89,7 @@ def mini_batch_fills_processes(s: Settings) -> Iterator[Problem]:
         if role == "critic" and mini == s.spec.algorithm.mini_batch_size and shares == s.data_parallel("actor"):
             continue  # the policy's mini-batch, which is told already
         yield s.problem(
-            f"{s.name(key)} = {mini} prompts x {n} responses do not split over {shares} data-parallel processes",
+            f"{written(key)} = {mini} prompts x {n} responses do not split over {shares} data-parallel processes",
             _fitting_mini(s, key, mini, shares),
             key,
             f"{ACTOR}.ppo_mini_batch_size",
@@ -149,10 +111,10 @@ def _fitting_mini(s: Settings, key: str, mini: int, shares: int) -> str:
 def batch_fills_devices(s: Settings) -> Iterator[Problem]:
     """Without dynamic batches the step's responses divide by the devices, whatever shares a sequence (utils/config.py:124)."""
     batch, n = s.spec.data.train_batch_size, s.spec.rollout.n
-    if not s.get(UPDATE.dynamic) and batch * n % s.gpus:
-        step = s.gpus // math.gcd(s.gpus, n)
+    if not s.get(UPDATE.dynamic) and batch * n % s.devices:
+        step = s.devices // math.gcd(s.devices, n)
         yield s.problem(
-            f"data.train_batch_size = {batch} prompts x {n} responses do not divide by {s.gpus} devices",
+            f"data.train_batch_size = {batch} prompts x {n} responses do not divide by {s.devices} devices",
             f"--set data.train_batch_size={math.ceil(batch / step) * step}",
             "data.train_batch_size",
             f"{ROLLOUT}.n",
@@ -167,7 +129,7 @@ def micro_batch_divides_share(s: Settings) -> Iterator[Problem]:
         if s.get(step.dynamic) or not micro or not rows or rows % micro == 0:
             continue
         yield s.problem(
-            f"{s.name(step.micro)} = {micro} does not divide the {rows} responses a process gets in the {step.name}",
+            f"{written(step.micro)} = {micro} does not divide the {rows} responses a process gets in the {step.name}",
             s.fix(step.micro, largest_divisor(rows, micro)),
             step.micro,
             f"{ACTOR}.ppo_mini_batch_size",
@@ -202,14 +164,14 @@ def token_budget_holds_a_sequence(s: Settings) -> Iterator[Problem]:
     The critic always batches by tokens: V1 leaves its engine at that default (trainer/ppo/v1/trainer_base.py:266).
     """
     for step in (UPDATE, LOG_PROBS, REFERENCE, CRITIC):
-        budget = s.size(step.tokens) or (CRITIC_TOKENS if step is CRITIC else None)
-        if step.role not in s.roles() or budget is None or not (step is CRITIC or s.get(step.dynamic)):
+        budget = s.token_budget(step)
+        if step.role not in s.roles() or budget is None or not s.by_tokens(step):
             continue
         degree = s.sequence_parallel(step.role)
         if budget * degree < s.longest and not _follows_update(s, step):
             shared = f" x {degree} sequence-parallel devices" if degree > 1 else ""
             yield s.problem(
-                f"{s.name(step.tokens)} = {budget} tokens{shared} cannot hold a sequence of {s.longest}",
+                f"{written(step.tokens)} = {budget} tokens{shared} cannot hold a sequence of {s.longest}",
                 s.fix(step.tokens, math.ceil(s.longest / degree)),
                 step.tokens,
                 "data.max_response_length",

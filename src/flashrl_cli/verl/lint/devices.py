@@ -8,33 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from flashrl_cli.verl.config import MODEL, REF, SEQUENCE_PARALLEL, Rule, Settings
-from flashrl_cli.verl.overrides import ACTOR, ROLLOUT
+from flashrl_cli.verl.config import DATA_PARALLEL, ROLES, TENSOR_PARALLEL, Rule, Settings, engine_devices, written
+from flashrl_cli.verl.overrides import ROLLOUT
 
 if TYPE_CHECKING:
     from flashrl_cli.errors import Problem
 
-TENSOR_PARALLEL = f"{ROLLOUT}.tensor_model_parallel_size"
-DATA_PARALLEL = f"{ROLLOUT}.data_parallel_size"
 RAY_CPUS = "ray_kwargs.ray_init.num_cpus"
 RAY_GPUS = "ray_kwargs.ray_init.num_gpus"
 STORAGE_UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
-PADDING = {
-    "actor": f"{MODEL}.use_remove_padding",
-    "reference policy": f"{MODEL}.use_remove_padding",
-    "critic": "critic.model.use_remove_padding",
-}
-ATTENTION = {
-    "actor": f"{MODEL}.override_config.attn_implementation",
-    "reference policy": f"{MODEL}.override_config.attn_implementation",
-    "critic": "critic.model.override_config.attn_implementation",
-}
-SHARDING = {
-    "actor": f"{ACTOR}.fsdp_config",
-    "reference policy": f"{REF}.fsdp_config",
-    "critic": "critic.fsdp",
-}
-STRATEGY = {"actor": f"{ACTOR}.strategy", "reference policy": f"{REF}.strategy", "critic": "critic.strategy"}
 
 
 def trains_with_fsdp(s: Settings) -> Iterator[Problem]:
@@ -43,12 +25,14 @@ def trains_with_fsdp(s: Settings) -> Iterator[Problem]:
     Layout: utils/checkpoint/fsdp_checkpoint_manager.py:302.
     """
     for role in s.roles():
-        strategy = s.get(STRATEGY[role])
-        if strategy not in ("fsdp", "fsdp2") and (role != "reference policy" or strategy != s.get(STRATEGY["actor"])):
+        strategy = s.get(ROLES[role].strategy)
+        if strategy not in ("fsdp", "fsdp2") and (
+            role != "reference policy" or strategy != s.get(ROLES["actor"].strategy)
+        ):
             yield s.problem(
                 f"the {role} trains with {strategy}; flashrl reads checkpoints of fsdp and fsdp2",
-                "drop model_engine" if s.where("model_engine") else s.fix(STRATEGY[role], "fsdp2"),
-                STRATEGY[role],
+                "drop model_engine" if s.where("model_engine") else s.fix(ROLES[role].strategy, "fsdp2"),
+                ROLES[role].strategy,
                 "model_engine",
             )
 
@@ -58,8 +42,8 @@ def engines_fit_devices(s: Settings) -> Iterator[Problem]:
 
     verl places an engine by the order of the devices and would start one across two nodes as if it were on the first.
     """
-    size, node = s.engine_gpus, s.spec.resources.gpus_per_node
-    if (node % size == 0) if size <= node else (size % node == 0 and s.gpus % size == 0):
+    size, node = engine_devices(s.spec), s.spec.resources.gpus_per_node
+    if (node % size == 0) if size <= node else (size % node == 0 and s.devices % size == 0):
         return
     width = size // s.spec.rollout.tensor_parallel
     fitting = [tp for tp in range(1, node + 1) if node % (tp * width) == 0 and tp <= s.spec.rollout.tensor_parallel]
@@ -77,10 +61,10 @@ def engine_parallelism_is_supported(s: Settings) -> Iterator[Problem]:
     pipeline, experts = f"{ROLLOUT}.pipeline_model_parallel_size", f"{ROLLOUT}.expert_parallel_size"
     if (s.size(pipeline) or 1) > 1:
         yield s.problem(f"verl has no pipeline parallelism for vLLM: verl.{pipeline}", s.fix(pipeline, 1), pipeline)
-    if (s.size(experts) or 1) > 1 and s.size(experts) != s.engine_gpus:
+    if (s.size(experts) or 1) > 1 and s.size(experts) != engine_devices(s.spec):
         yield s.problem(
-            f"verl.{experts} = {s.get(experts)} is not rollout.tensor_parallel x data_parallel_size = {s.engine_gpus}",
-            s.fix(experts, s.engine_gpus),
+            f"verl.{experts} = {s.get(experts)} is not rollout.tensor_parallel x data_parallel_size = {engine_devices(s.spec)}",
+            s.fix(experts, engine_devices(s.spec)),
             experts,
             TENSOR_PARALLEL,
         )
@@ -95,37 +79,37 @@ def sequence_parallelism_fits(s: Settings) -> Iterator[Problem]:
     the flash-attention function alone (models/transformers/monkey_patch.py:544): another would attend within a device's part.
     """
     for role in s.roles():
-        degree, keys = s.sequence_parallel(role), SEQUENCE_PARALLEL[role]
+        degree, keys = s.sequence_parallel(role), ROLES[role].sequence_parallel
         if degree == 1 or (role == "reference policy" and degree == s.sequence_parallel("actor")):
             continue
         key = next((key for key in keys if s.where(key)), keys[0])
-        if s.gpus % degree:
-            fitting = max(d for d in range(1, min(degree, s.gpus) + 1) if s.gpus % d == 0)
+        if s.devices % degree:
+            fitting = max(d for d in range(1, min(degree, s.devices) + 1) if s.devices % d == 0)
             yield s.problem(
-                f"{s.name(key)} = {degree} does not divide {s.gpus} devices",
+                f"{written(key)} = {degree} does not divide {s.devices} devices",
                 s.fix(key, fitting),
                 *keys,
             )
-        if not s.get(PADDING[role]):
+        if not s.get(ROLES[role].padding):
             yield s.problem(
                 f"sequence parallelism of the {role} needs unpadded input",
-                s.fix(PADDING[role], True),
-                PADDING[role],
+                s.fix(ROLES[role].padding, True),
+                ROLES[role].padding,
                 *keys,
             )
-        attention = s.get(ATTENTION[role]) or "flash_attention_2"
+        attention = s.get(ROLES[role].attention) or "flash_attention_2"
         if not str(attention).startswith("flash_attention"):
             yield s.problem(
                 f"sequence parallelism of the {role} with {attention} would attend within each device's part only",
-                f"drop verl.+{ATTENTION[role]}, or {s.fix(key, 1)}",
-                ATTENTION[role],
+                f"drop verl.+{ROLES[role].attention}, or {s.fix(key, 1)}",
+                ROLES[role].attention,
                 *keys,
             )
 
 
 def critic_shares_sequences_by_its_engine(s: Settings) -> Iterator[Problem]:
     """The critic's own key is never handed to its engine, unlike the actor's (workers/config/critic.py:212-220)."""
-    key, living = "critic.ulysses_sequence_parallel_size", SEQUENCE_PARALLEL["critic"][0]
+    key, living = "critic.ulysses_sequence_parallel_size", ROLES["critic"].sequence_parallel[0]
     if s.has_critic and (s.size(key) or 1) > 1:
         yield s.problem(f"verl does not act on {key}", f"{s.fix(living, s.get(key))} instead", key)
 
@@ -140,14 +124,16 @@ def heads_split(s: Settings) -> Iterator[Problem]:
     same = s.spec.critic.path in (None, s.spec.model.path)
     degrees = [(s.spec.rollout.tensor_parallel, TENSOR_PARALLEL, "the engine")]
     for role in s.roles():
-        key = next((k for k in SEQUENCE_PARALLEL[role] if (s.size(k) or 1) > 1), SEQUENCE_PARALLEL[role][0])
+        key = next((k for k in ROLES[role].sequence_parallel if (s.size(k) or 1) > 1), ROLES[role].sequence_parallel[0])
         if role == "actor" or (role == "critic" and same):
             degrees.append((s.sequence_parallel(role), key, f"the {role}"))
     for degree, key, what in degrees:
         if not _split(s.shape.heads, s.shape.kv_heads, degree):
-            fitting = max(d for d in range(1, degree) if _split(s.shape.heads, s.shape.kv_heads, d) and s.gpus % d == 0)
+            fitting = max(
+                d for d in range(1, degree) if _split(s.shape.heads, s.shape.kv_heads, d) and s.devices % d == 0
+            )
             yield s.problem(
-                f"{s.name(key)} = {degree}: {what} cannot split {s.shape.heads} heads ({s.shape.kv_heads} of keys and values)",
+                f"{written(key)} = {degree}: {what} cannot split {s.shape.heads} heads ({s.shape.kv_heads} of keys and values)",
                 s.fix(key, fitting),
                 key,
             )
@@ -160,21 +146,25 @@ def _split(heads: int, kv_heads: int, degree: int) -> bool:
 def shards_fit_devices(s: Settings) -> Iterator[Problem]:
     """Groups of shards fill the devices (workers/engine/fsdp/utils.py:50): one left over has no place in the mesh."""
     for role in s.roles():
-        key = f"{SHARDING[role]}.fsdp_size"
+        key = f"{ROLES[role].fsdp}.fsdp_size"
         size = s.size(key)
-        if size is not None and (size == 0 or (0 < size < s.gpus and s.gpus % size)):
+        if size is not None and (size == 0 or (0 < size < s.devices and s.devices % size)):
             yield s.problem(
-                f"{s.name(key)} = {size} does not divide {s.gpus} devices", f"{s.fix(key, -1)} (all devices)", key
+                f"{written(key)} = {size} does not divide {s.devices} devices",
+                f"{s.fix(key, -1)} (all devices)",
+                key,
             )
 
 
 def offload_policy_is_fsdp2s(s: Settings) -> Iterator[Problem]:
     """FSDP1 does not look at it: the parameters would stay on the GPU (workers/engine/fsdp/transformer_impl.py:423-449)."""
     for role in s.roles():
-        key = f"{SHARDING[role]}.offload_policy"
-        if role != "reference policy" and s.get(key) and s.get(STRATEGY[role]) == "fsdp":
+        key = f"{ROLES[role].fsdp}.offload_policy"
+        if role != "reference policy" and s.get(key) and s.get(ROLES[role].strategy) == "fsdp":
             yield s.problem(
-                f"fsdp ignores {s.name(key)}", f"{s.fix(STRATEGY[role], 'fsdp2')}, or param_offload for fsdp", key
+                f"fsdp ignores {written(key)}",
+                f"{s.fix(ROLES[role].strategy, 'fsdp2')}, or param_offload for fsdp",
+                key,
             )
 
 
@@ -208,10 +198,10 @@ def ray_has_resources(s: Settings) -> Iterator[Problem]:
             RAY_CPUS,
             "trainer.n_gpus_per_node",
         )
-    if gpus is not None and gpus < s.gpus:
+    if gpus is not None and gpus < s.devices:
         yield s.problem(
-            f"{RAY_GPUS} = {gpus} is less than resources.gpus_per_node = {s.gpus}",
-            s.fix(RAY_GPUS, s.gpus, new=True),
+            f"{RAY_GPUS} = {gpus} is less than resources.gpus_per_node = {s.devices}",
+            s.fix(RAY_GPUS, s.devices, new=True),
             "trainer.n_gpus_per_node",
             RAY_GPUS,
         )
@@ -226,13 +216,13 @@ def cpu_gets_what_it_needs(s: Settings) -> Iterator[Problem]:
         return
     wanted: list[tuple[str, tuple[object, ...], bool]]
     trained = [role for role in s.roles() if role != "reference policy"]
-    wanted = [(STRATEGY[role], ("fsdp2",), False) for role in trained]
-    wanted += [(ATTENTION[role], ("sdpa", "eager"), True) for role in trained]
+    wanted = [(ROLES[role].strategy, ("fsdp2",), False) for role in trained]
+    wanted += [(ROLES[role].attention, ("sdpa", "eager"), True) for role in trained]
     wanted += [(f"{ROLLOUT}.free_cache_engine", (False,), False), (f"{ROLLOUT}.enable_sleep_mode", (False,), True)]
     for key, values, new in wanted:
         if s.get(key) not in values:
             yield s.problem(
-                f"on cpu {s.name(key)} has to be {str(values[0]).lower()}",
+                f"on cpu {written(key)} has to be {str(values[0]).lower()}",
                 f"{s.fix(key, values[0], new=new and s.get(key) is None)}, or extends: [base/cpu]",
                 key,
                 "trainer.device",

@@ -22,13 +22,14 @@ from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING
 
-from flashrl_cli import contract
+from flashrl_cli.config.diagnose import Suggestion
 from flashrl_cli.config.layers import leaves
 from flashrl_cli.config.resolve import Resolved
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.errors import EnvironmentNotReady, Problem
+from flashrl_cli.precision import BY_METHOD, METAVAR
 from flashrl_cli.verl import compose, environment
-from flashrl_cli.verl.config import MODEL, REF, Settings
+from flashrl_cli.verl.config import FIELDS, MODEL, REF, Settings
 from flashrl_cli.verl.dead_keys import dead_key
 from flashrl_cli.verl.overrides import ACTOR, CORRECTION, ENGINE, ROLLOUT, TABLE, Override
 
@@ -277,12 +278,12 @@ def one_quantization(resolved: Resolved, overrides: Sequence[Override]) -> Itera
     for override in verbatim(resolved, overrides):
         if override.key == f"{ENGINE}.quantization" or (
             override.key == f"{ROLLOUT}.quantization"
-            and (resolved.spec.rollout.precision in contract.METHODS or override.value == "fp8")
+            and (resolved.spec.rollout.precision in BY_METHOD or override.value == "fp8")
         ):
             yield Problem(
                 f"{override.key} and rollout.precision = {resolved.spec.rollout.precision} say it twice",
                 override.origin.where,
-                "--rollout bf16|int8|fp8|fp8-block alone",
+                f"--rollout {METAVAR} alone",
             )
 
 
@@ -342,7 +343,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def translation(key: str) -> str | None:
+def translation(key: str) -> Suggestion | None:
     """Hint to a key that is verl's, or nearly so; None for one that means nothing to verl either.
 
     Composes verl's tree (once a process) for keys that flashrl has no field for; without verl those are unknown.
@@ -350,20 +351,21 @@ def translation(key: str) -> str | None:
     bare = key.lstrip("+~").removeprefix("verl.").lstrip("+~")
     exact = _exact(bare)
     if exact is None and bare != key:
-        return f"--set verl.+{bare}=… adds a key that verl's own tree lacks"
+        return Suggestion(f"--set verl.+{bare}=… adds a key that verl's own tree lacks")
     if exact is None and bare.partition(".")[0] not in RunSpec.model_fields:
         near = get_close_matches(bare, sorted({*OWNED, *_living()}), n=1, cutoff=0.8)
-        return f"did you mean verl's {near[0]}? {_exact(near[0])}" if near else None
+        meant = _exact(near[0]) if near else None
+        return meant and meant._replace(hint=f"did you mean verl's {near[0]}? {meant.hint}")
     return exact
 
 
-def _exact(key: str) -> str | None:
+def _exact(key: str) -> Suggestion | None:
     dead = dead_key(key)
     if dead:
-        return f"verl does not act on it ({dead.why}): use {dead.instead}"
+        return Suggestion(f"verl does not act on it ({dead.why}): use {dead.instead}", [dead.instead])
     if key in OWNED:
-        return f"flashrl's way to set it: {OWNED[key]}"
-    return f"keys of verl's own go under verl: --set verl.{key}=…" if key in _living() else None
+        return Suggestion(f"flashrl's way to set it: {OWNED[key]}", [FIELDS.get(key, key)])
+    return Suggestion(f"keys of verl's own go under verl: --set verl.{key}=…") if key in _living() else None
 
 
 @functools.cache

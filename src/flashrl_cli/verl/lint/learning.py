@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flashrl_cli.verl.config import written
 from flashrl_cli.verl.overrides import ACTOR, CORRECTION, OVERLONG, ROLLOUT
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def sampler_filters_groups(s: Settings) -> Iterator[Problem]:
     ):
         if wanted and s.get(SAMPLER) == OWN_SAMPLER:
             yield s.problem(
-                f"flashrl's quick sampler does nothing for {s.name(key)}", s.fix(SAMPLER, None), key, SAMPLER
+                f"flashrl's quick sampler does nothing for {written(key)}", s.fix(SAMPLER, None), key, SAMPLER
             )
 
 

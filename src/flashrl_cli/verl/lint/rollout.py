@@ -10,13 +10,23 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from flashrl_cli import contract
-from flashrl_cli.verl.config import MODEL, Rule, Settings, Shape, bf16_replicas
+from flashrl_cli.precision import BY_METHOD, PRECISIONS, WITH_EXPERTS, Precision
+from flashrl_cli.verl.config import (
+    MODEL,
+    TENSOR_PARALLEL,
+    Rule,
+    Settings,
+    bf16_replicas,
+    engine_devices,
+    replicas,
+    written,
+)
 from flashrl_cli.verl.overrides import ACTOR, ENGINE, ROLLOUT
 
 if TYPE_CHECKING:
     from flashrl_cli.errors import Problem
+    from flashrl_cli.weights.shape import ModelShape
 
-TENSOR_PARALLEL = f"{ROLLOUT}.tensor_model_parallel_size"
 OVERRIDE_CONFIG = f"{MODEL}.override_config"
 VALIDATION = f"{ROLLOUT}.val_kwargs"
 ARGUMENTS = {
@@ -45,8 +55,6 @@ ARGUMENTS = {
     "trust_remote_code": f"{MODEL}.trust_remote_code",
 }
 """Arguments of the engine that verl gives from keys of its own (workers/rollout/vllm_rollout/vllm_async_server.py:326)."""
-BLOCK = 128
-"""Rows and columns that share a scale in verl's FP8 (workers/rollout/vllm_rollout/vllm_async_server.py:1254)."""
 LARGEST_RANK = 512
 BOUNDS: dict[str, tuple[Callable[[float], bool], float]] = {
     "temperature": (lambda t: t >= 0, 1.0),
@@ -82,16 +90,16 @@ def engine_arguments_are_said_once(s: Settings) -> Iterator[Problem]:
     """Engine arguments given directly win over verl's keys (vllm_async_server.py:349), and verl then counts with another value."""
     given = s.get(ENGINE) or {}
     for name in (name for name in given if "-" in str(name)):
-        written = f"{ENGINE}.{name}"
+        key = f"{ENGINE}.{name}"
         yield s.problem(
-            f"verl.{written} would go around what is known of {name.replace('-', '_')}, which vLLM takes it for",
+            f"verl.{key} would go around what is known of {name.replace('-', '_')}, which vLLM takes it for",
             f"write verl.+{ENGINE}.{name.replace('-', '_')}",
-            written,
+            key,
         )
     for name, key in ARGUMENTS.items():
         if name in given:
             yield s.problem(
-                f"verl.{ENGINE}.{name} would silently win over {s.name(key)}",
+                f"verl.{ENGINE}.{name} would silently win over {written(key)}",
                 s.fix(key, given[name]),
                 f"{ENGINE}.{name}",
             )
@@ -100,11 +108,12 @@ def engine_arguments_are_said_once(s: Settings) -> Iterator[Problem]:
 def blocks_keep_their_configuration(s: Settings) -> Iterator[Problem]:
     """verl's FP8 in blocks is told to vLLM as `hf_overrides`, which the engine's own would replace (vllm_async_server.py:346-349)."""
     overrides = s.get(f"{ENGINE}.hf_overrides")
-    if s.spec.rollout.precision == "fp8-block" and overrides is not None:
+    row = PRECISIONS[s.spec.rollout.precision]
+    if row.vllm_config and overrides is not None:
         keys = [o.key for o in s.overrides if o.key.startswith(f"{ENGINE}.hf_overrides")]
         yield s.problem(
-            f"verl.+{ENGINE}.hf_overrides would replace the configuration of fp8-block rollouts",
-            "--rollout fp8, or drop it",
+            f"verl.+{ENGINE}.hf_overrides would replace the configuration of {row.name} rollouts",
+            f"--rollout {row.sibling}, or drop it",
             *keys,
         )
 
@@ -127,11 +136,11 @@ def quantization_is_known(s: Settings) -> Iterator[Problem]:
 
 def experts_are_quantized(s: Settings) -> Iterator[Problem]:
     """flashrl's methods quantize linear layers; experts, nearly all of such a model, would stay bf16 (plugins/online_linear.py)."""
-    precision = s.spec.rollout.precision
-    if precision in contract.METHODS and s.shape and s.shape.experts:
+    row = PRECISIONS[s.spec.rollout.precision]
+    if row.method and not row.experts and s.shape and s.shape.experts:
         yield s.problem(
-            f"{precision} rollouts would leave the {s.shape.experts} experts of {s.spec.model.path} in bf16",
-            "--rollout fp8-block",
+            f"{row.name} rollouts would leave the {s.shape.experts} experts of {s.spec.model.path} in bf16",
+            f"--rollout {WITH_EXPERTS[0]}",
             f"{ENGINE}.quantization",
             f"{MODEL}.path",
         )
@@ -154,24 +163,24 @@ def blocks_fill_shards(s: Settings) -> Iterator[Problem]:
     vllm/model_executor/layers/quantization/utils/fp8_utils.py:1193 (linear layers) and :595 (their input), fp8.py:534 (experts);
     layers that are joined are let through and share a block's scale, of which the last one loaded stays (layers/linear.py:505).
     """
-    tp = s.spec.rollout.tensor_parallel
-    if s.spec.rollout.precision != "fp8-block" or s.shape is None or s.spec.resources.platform == "cpu":
+    tp, row = s.spec.rollout.tensor_parallel, PRECISIONS[s.spec.rollout.precision]
+    if not row.block or s.shape is None or s.spec.resources.platform == "cpu":
         return
     whole = (s.size(f"{ROLLOUT}.expert_parallel_size") or 1) > 1
-    broken = unfilled(s.shape, tp, whole_experts=whole)
+    broken = unfilled(row, s.shape, tp, whole_experts=whole)
     if broken:
-        fitting = [d for d in range(1, tp) if tp % d == 0 and not unfilled(s.shape, d, whole_experts=whole)]
+        fitting = [d for d in range(1, tp) if tp % d == 0 and not unfilled(row, s.shape, d, whole_experts=whole)]
         yield s.problem(
-            f"blocks of {BLOCK} (fp8-block) do not fill a device's part of {', '.join(broken)} at rollout.tensor_parallel = {tp}",
-            s.fix(TENSOR_PARALLEL, max(fitting)) if fitting else "--rollout fp8",
+            f"blocks of {row.block} ({row.name}) do not fill a device's part of {', '.join(broken)} at rollout.tensor_parallel = {tp}",
+            s.fix(TENSOR_PARALLEL, max(fitting)) if fitting else f"--rollout {row.sibling}",
             TENSOR_PARALLEL,
             f"{ROLLOUT}.quantization",
         )
 
 
-def unfilled(shape: Shape, tp: int, *, whole_experts: bool = False) -> list[str]:
-    """What of a model on one device of `tp` is no whole FP8 blocks of 128, in words."""
-    return [what for what, width in _widths(shape, tp, whole_experts) if width % BLOCK]
+def unfilled(row: Precision, shape: ModelShape, tp: int, *, whole_experts: bool = False) -> list[str]:
+    """What of a model on one device of `tp` is not made of complete blocks of a precision, in words."""
+    return [what for what, width in _widths(shape, tp, whole_experts) if row.block and width % row.block]
 
 
 def blocks_are_several(s: Settings) -> Iterator[Problem]:
@@ -179,25 +188,29 @@ def blocks_are_several(s: Settings) -> Iterator[Problem]:
 
     verl/utils/vllm/vllm_quant_utils.py:396 in 0.9.1; it quantizes a whole weight, whatever part of it a device takes.
     """
-    if s.spec.rollout.precision != "fp8-block" or s.shape is None or s.spec.resources.platform == "cpu":
+    row = PRECISIONS[s.spec.rollout.precision]
+    if not row.block or s.shape is None or s.spec.resources.platform == "cpu":
         return
-    if narrow := single(s.shape):
+    if narrow := single(row, s.shape):
         yield s.problem(
-            f"verl cannot load FP8 blocks (fp8-block) into layers whose input is one block of {BLOCK}: {', '.join(narrow)}",
-            "--rollout fp8",
+            f"verl cannot load {row.number} blocks ({row.name}) into layers whose input is one block of {row.block}: "
+            f"{', '.join(narrow)}",
+            f"--rollout {row.sibling}",
             f"{ROLLOUT}.quantization",
             f"{MODEL}.path",
         )
 
 
-def single(shape: Shape) -> list[str]:
-    """What goes into a layer of a model as a single FP8 block (or less), in words."""
+def single(row: Precision, shape: ModelShape) -> list[str]:
+    """What goes into a layer of a model as a single block of a precision (or less), in words."""
     heads = ("the heads", shape.heads * shape.head_dim)
     mlp = ("the experts", shape.expert_intermediate) if shape.experts else ("the MLP", shape.intermediate)
-    return [what for what, width in (("the hidden state", shape.hidden), heads, mlp) if width <= BLOCK]
+    return [
+        what for what, width in (("the hidden state", shape.hidden), heads, mlp) if row.block and width <= row.block
+    ]
 
 
-def _widths(shape: Shape, tp: int, whole_experts: bool) -> Iterator[tuple[str, int]]:
+def _widths(shape: ModelShape, tp: int, whole_experts: bool) -> Iterator[tuple[str, int]]:
     """Rows or columns of each kind of layer on one device of `tp`; key-value heads and the hidden state are never cut."""
     yield "the hidden state", shape.hidden
     yield "the queries", shape.heads * shape.head_dim // tp
@@ -212,13 +225,14 @@ def _widths(shape: Shape, tp: int, whole_experts: bool) -> Iterator[tuple[str, i
 
 def mix_leaves_both(s: Settings) -> Iterator[Problem]:
     """At least one replica in each precision; a replica is told by its number (plugins/replica.py)."""
-    mix, engines = s.spec.rollout.mix, s.gpus // s.engine_gpus
+    mix, engines = s.spec.rollout.mix, replicas(s.spec)
     if not mix or bf16_replicas(s.spec) < engines:
         return
     precision = s.spec.rollout.precision
     if engines < 2:
         yield s.problem(
-            f"rollout.mix = {mix:g} wants two replicas or more, and {s.gpus} devices with {s.engine_gpus} an engine make {engines}",
+            f"rollout.mix = {mix:g} wants two replicas or more, and {s.devices} devices with {engine_devices(s.spec)} "
+            f"an engine make {engines}",
             "--set rollout.mix=0, or more devices",
             "rollout.mix",
             TENSOR_PARALLEL,
@@ -237,7 +251,7 @@ def adapter_reaches_the_engine(s: Settings) -> Iterator[Problem]:
     if s.has_adapter and s.refits_with_flashrl and not s.get(merge):
         precision = s.spec.rollout.precision
         here = "rollouts on cpu" if s.spec.resources.platform == "cpu" else "rollouts with flashrl's weight update"
-        what = f"{precision} rollouts" if precision in contract.METHODS else here
+        what = f"{precision} rollouts" if precision in BY_METHOD else here
         yield s.problem(f"{what} take a LoRA adapter only when it is merged", s.fix(merge, True), merge, rank)
 
 
@@ -247,15 +261,16 @@ def blocks_quantize_the_base(s: Settings) -> Iterator[Problem]:
     Otherwise vLLM reads the bf16 files as if they were FP8, with scales that nothing sets (workers/engine_workers.py:673, 793).
     """
     merge, load = f"{MODEL}.lora.merge", f"{ROLLOUT}.load_format"
+    row = PRECISIONS[s.spec.rollout.precision]
     if (
-        s.spec.rollout.precision == "fp8-block"
+        row.verl
         and s.has_adapter
         and not s.get(merge)
         and "dummy" not in str(s.get(load))
         and s.spec.resources.platform == "cuda"
     ):
         yield s.problem(
-            "fp8-block rollouts would take the base model's bf16 files for FP8: verl syncs the adapter alone",
+            f"{row.name} rollouts would take the base model's bf16 files for {row.number}: verl syncs the adapter alone",
             s.fix(merge, True),
             load,
             f"{MODEL}.lora_rank",

