@@ -1,10 +1,13 @@
-"""Words for people that several parts need."""
+"""Counts, sizes and units as text, for messages and tables."""
 
 from __future__ import annotations
 
+GIB = 2**30
+"""Bytes in a GiB, the unit of memory; files are counted in powers of ten (see `size`)."""
+
 
 def counted(count: int, one: str, many: str | None = None) -> str:
-    """A count with its noun: `1 checkpoint`, `2 checkpoints`, `1,200 rows`; `many` is the plural where it is not `one` with an s."""
+    """A count with its noun: `1 checkpoint`, `1,200 rows`; `many` is the plural where it is not `one` with an s."""
     return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
 

@@ -11,9 +11,11 @@ import pytest
 from flashrl_cli.config import presets
 from flashrl_cli.errors import Problem
 from flashrl_cli.memory.model import shape_of
+from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.verl import compose, lint
+from flashrl_cli.verl.environment import LOGGERS
 from flashrl_cli.verl.lint.devices import cpus_needed
-from flashrl_cli.verl.lint.learning import LOGGERS, LOSSES, REJECTIONS
+from flashrl_cli.verl.lint.learning import LOSSES, REJECTIONS
 from tests.contract.demands_case import A, Case, settings
 from tests.contract.demands_of_batches import BATCHES, VALUES
 from tests.contract.demands_of_devices import DEVICES
@@ -33,7 +35,7 @@ def test_the_shortcut_gives_the_composed_tree():
 @pytest.mark.parametrize("name", presets.names())
 def test_shipped_presets_demand_nothing_that_verl_lacks(name, tmp_path):
     refused = set()
-    for precision in ("bf16", "int8", "fp8", "fp8-block"):
+    for precision in PRECISIONS:
         for cap in ("correction.cap=null", "correction.cap=2", "correction.cap=8"):
             s = settings(name, (cap,), precision)
             shape = shape_of(s.spec.model.path, tmp_path)

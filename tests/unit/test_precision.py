@@ -12,6 +12,8 @@ from flashrl_cli import precision
 from flashrl_cli.bench.job import parse
 from flashrl_cli.config.spec import RolloutSpec
 from flashrl_cli.machine import gpus, system
+from flashrl_cli.memory import parts
+from flashrl_cli.memory.model import shape_of
 from flashrl_cli.precision import PRECISIONS, REFITTED, PrecisionName, RefittedName
 
 SOURCES = Path(precision.__file__).parent
@@ -31,6 +33,9 @@ def test_every_table_covers_every_precision(row: precision.Precision) -> None:
     old = gpus.Gpu("Old", (3, 0), "580", 8)
     assert str(gpus.lacks(row.name, [old])).startswith(f"{row.name} needs compute capability")
     assert bool(list(system.cpu_lacks(row.name))) is not row.cpu
+    shape = shape_of("Qwen/Qwen2.5-7B", Path("/nowhere"))
+    assert shape
+    assert 0 < parts.weights(shape, row.name) <= parts.weights(shape, "bf16")
     assert row.weight_bytes <= 2 <= row.mlp_bytes
     assert row.asleep_bytes > 0
 

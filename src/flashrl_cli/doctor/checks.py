@@ -21,12 +21,12 @@ from flashrl_cli import contract, hub, paths
 from flashrl_cli.machine import gpus, ray_state, software
 from flashrl_cli.machine.finding import Finding, fail, ok, warn
 from flashrl_cli.precision import PRECISIONS
+from flashrl_cli.text import GIB
 
 if TYPE_CHECKING:
     from flashrl_cli.machine.gpus import Gpu
     from flashrl_cli.machine.software import Stack
 
-GIB = 2**30
 PYTHONS = ((3, 11), (3, 12))
 """Versions of Python that both stacks are resolved for."""
 

@@ -33,7 +33,7 @@ def cpu_lacks(precision: str, *, kv8: bool = False) -> Iterator[Finding]:
     if not row.cpu:
         yield fail(
             "rollout.precision",
-            f"{row.number} rollouts need a GPU (compute capability {'.'.join(map(str, row.gpus.least))} or newer)",
+            f"{row.number_format} rollouts need a GPU (compute capability {'.'.join(map(str, row.gpus.least))} or newer)",
             f"`--rollout {row.instead}` runs on a CPU",
         )
     if kv8 and not has_avx512():

@@ -26,7 +26,6 @@ from flashrl_cli.machine import gpus, ray_state, software, system
 from flashrl_cli.machine.finding import Finding, fail, ok, problems, warn
 from flashrl_cli.memory import estimate
 from flashrl_cli.memory.model import shape_of
-from flashrl_cli.precision import KV8_GPUS, PRECISIONS
 from flashrl_cli.text import counted
 from flashrl_cli.verl import environment, rewards
 from flashrl_cli.verl.overrides import data_path, model_path
@@ -104,7 +103,7 @@ def device_findings(spec: RunSpec, versions: Mapping[str, str]) -> Iterator[Find
     elif joined is None:
         found = gpus.seen()
         yield _enough_gpus(spec, len(found))
-        yield from _gpu_precision(spec, found)
+        yield from gpus.gpus_lack(spec.rollout.precision, found, kv8=spec.rollout.kv_cache != "auto")
         yield from gpus.driver(found, gpus.cuda_of(versions.get("torch", "")), compatible=gpus.COMPATIBLE.is_dir())
         if software.installed_stack(versions) is software.GPU:
             yield _attention(spec, versions)
@@ -137,14 +136,6 @@ def _ray(spec: RunSpec, joined: tuple[str, str] | None) -> Iterator[Finding]:
     else:
         text = f"a run joins {joined[0]} ({joined[1]}), where Ray refuses {', '.join(refused)} of the preset"
         yield fail("Ray", text, "`train --executor ray` leaves them out, `RAY_ADDRESS=local` has a Ray of its own")
-
-
-def _gpu_precision(spec: RunSpec, found: Sequence[gpus.Gpu]) -> Iterator[Finding]:
-    precision = spec.rollout.precision
-    if reason := gpus.lacks(precision, found):
-        yield fail("rollout.precision", reason, f"--rollout {PRECISIONS[precision].instead}")
-    if spec.rollout.kv_cache != "auto" and (reason := gpus.outside(KV8_GPUS, "an FP8 KV cache", found)):
-        yield fail("rollout.kv_cache", reason, "--set rollout.kv_cache=auto")
 
 
 def _enough_gpus(spec: RunSpec, found: int) -> Finding:

@@ -19,7 +19,7 @@ from flashrl_cli.signals import Interrupted
 from flashrl_cli.train import handshake
 from flashrl_cli.train.plan import plan_document
 from flashrl_cli.verl.causes import CAUSES, Cause, cause_in
-from flashrl_cli.verl.logs import StartPhase, phase_after, plain, root_error, telling, total_steps
+from flashrl_cli.verl.logs import StartPhase, notable, phase_after, plain, root_error, total_steps
 
 if TYPE_CHECKING:
     from flashrl_cli.config.spec import WatchSpec
@@ -101,7 +101,7 @@ def _end(handle: Handle, grace_s: float, received: list[int]) -> None:
 
 def _with_log(message: str, plan: LaunchPlan) -> str:
     log = plan.attempt_paths.log
-    tail = telling(last_lines(log, 200))[-TAIL_LINES:]
+    tail = notable(last_lines(log, 200))[-TAIL_LINES:]
     return "\n".join([message, *(f"  | {line[:300]}" for line in tail), f"log: {log}"])
 
 

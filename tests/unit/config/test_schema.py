@@ -42,7 +42,7 @@ def test_every_key_is_documented_once():
     assert all(row.meaning for row in rows().values())
 
 
-def test_rows_tell_values_defaults_and_meaning():
+def test_rows_hold_values_defaults_and_meaning():
     found = rows()
     assert found["rollout.precision"][1:3] == ("`bf16`, `fp8`, `fp8-block`, `int8`", "`bf16`")
     assert found["rollout.top_p"][1:3] == ("number above 0, at most 1", "`1.0`")

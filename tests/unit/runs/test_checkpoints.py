@@ -209,7 +209,8 @@ def test_adapters_of_verl(tmp_path: Path) -> None:
         "global_step_2": "a LoRA adapter alone, and no run record names the model that it was trained on"
     }
     attempt = paths.RunPaths("r", paths.runs_root() / "r", tmp_path / "r").attempt(1)
-    files.write_json(attempt.plan, {"overrides": [f"actor_rollout_ref.model.path={tmp_path / 'start'}"]})
+    overrides = [f"actor_rollout_ref.model.path={tmp_path / 'start'}"]
+    files.write_json(attempt.plan, {"schema_version": 1, "overrides": overrides, "env": {}, "files": {}})
     assert reasons(tmp_path / "r") == {
         "global_step_2": f"a LoRA adapter that cannot be read: {tmp_path / 'start'} is no HF model: no config.json"
     }

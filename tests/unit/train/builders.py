@@ -10,10 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from flashrl_cli.config.resolve import Resolved, load_spec
+from flashrl_cli.config.resolve import Resolved
 from flashrl_cli.contract import Handshake
 from flashrl_cli.train.plan import LaunchPlan, build_plan
 from flashrl_cli.verl.metrics import StepMetrics
+from tests.specs import load_spec
 
 
 def plan_of(
@@ -33,7 +34,7 @@ def plan_of(
 
 def planned(preset: str = "tiny", *sets: str, root: Path = Path("/w"), **options: str | None) -> LaunchPlan:
     """Plan of a preset under `--set` texts and other options."""
-    return plan_of(load_spec(preset, sets=sets, **options), root)  # type: ignore[arg-type]
+    return plan_of(load_spec(preset, sets=sets, **options), root)
 
 
 def handshake(**changes: Any) -> Handshake:

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.errors import EnvironmentNotReady, Problem
 from flashrl_cli.machine import ray_state, software, system
@@ -21,6 +20,7 @@ from flashrl_cli.verl import environment
 from flashrl_cli.weights import Weights
 from tests import sample_rows
 from tests.saved_files import saved_profile, saved_tensors
+from tests.specs import load_spec
 from tests.unit.train.builders import planned
 
 CLUSTER_OF_ONE = "resources.nodes=1"
@@ -240,7 +240,8 @@ def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
         (one,) = (o for o in preflight.device_findings(asked, GPU_STACK | versions) if o.name == "flash-attn")
         return one
 
-    unparallel, sdpa = f"{environment.SEQUENCE_PARALLEL}=1", f"+{environment.ATTENTION}=sdpa"
+    unparallel = "actor_rollout_ref.actor.ulysses_sequence_parallel_size=1"
+    sdpa = "+actor_rollout_ref.model.override_config.attn_implementation=sdpa"
     assert found("gsm8k-0.5b", **{"flash-attn": "2.8.3"}).level == "ok"
     assert found("gsm8k-0.5b", kernels="0.12").level == "warn"
     critic = found("gsm8k-0.5b")

@@ -20,7 +20,6 @@ import pytest
 
 from flashrl_cli import contract
 from flashrl_cli.config import presets
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.contract import HANDSHAKE_MARK, read_handshakes
 from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
 from flashrl_cli.paths import AttemptPaths
@@ -42,6 +41,7 @@ from flashrl_cli.train.executors.ray_job import (
 from flashrl_cli.train.plan import LaunchPlan, plan_script
 from flashrl_cli.train.process import Handle
 from flashrl_cli.verl.environment import on_cluster
+from tests.specs import load_spec
 from tests.unit.train.builders import Clock, FakeJobs, handshake, plan_of
 
 ADDRESS = "http://head:8265"
@@ -291,9 +291,9 @@ def test_workers_print_handshakes_where_they_are_asked_to(
 ) -> None:
     contract.write_handshake(tmp_path, SHAKE)
     assert capsys.readouterr().out == ""
-    monkeypatch.setenv(contract.ENV_TELL, "1")
+    monkeypatch.setenv(contract.ENV_PRINT, "1")
     contract.write_handshake(tmp_path, SHAKE)
-    assert contract.told_handshake(capsys.readouterr().out) == SHAKE
+    assert contract.printed_handshake(capsys.readouterr().out) == SHAKE
 
 
 # the job under way

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.errors import InputError
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.train.resume import FROM_NOTHING, WORTH_REDOING_S, choose
 from flashrl_cli.verl import checkpoints
 from tests.saved_files import saved_step
+from tests.specs import load_spec
 
 ACTOR = "verl.actor_rollout_ref.actor.checkpoint"
 

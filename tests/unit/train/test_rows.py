@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.data import truths
 from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
 from flashrl_cli.machine.finding import fail
 from flashrl_cli.train import preflight
 from tests import sample_rows
 from tests.sample_rows import row, truth
+from tests.specs import load_spec
 
 FORMATS = {"parquet": "row 1", "jsonl": "1", "json": "2"}
 """Formats of data files, and the place of the first row in each."""

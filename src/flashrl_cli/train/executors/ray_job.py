@@ -58,7 +58,7 @@ def job_request(plan: LaunchPlan, address: str, *, shared: bool = True) -> Job:
     """
     env = dict(plan.env) if shared else environment.without_shared_folder(plan.env, plan.attempt_paths.root)
     if not shared:
-        env[contract.ENV_TELL] = "1"
+        env[contract.ENV_PRINT] = "1"
     env[DEDUP] = f"(?:{env[DEDUP]})|{UNFOLDED}" if DEDUP in env else UNFOLDED
     alone = environment.driver_only(plan.overrides)
     drivers = [f"{key}={value}" for key, value in env.items() if key in alone]
@@ -367,7 +367,7 @@ class LogExtraction:
             self._take(plain(line))
 
     def _take(self, line: str) -> None:
-        shake = contract.told_handshake(line)
+        shake = contract.printed_handshake(line)
         if shake is not None:
             contract.write_handshake(self._attempt.plugins, shake)
             return
