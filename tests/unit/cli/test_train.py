@@ -301,6 +301,7 @@ def test_another_configuration_needs_force(train: Train, prepared: Path, launche
         "run r was started with another configuration", "0.0001 → 5e-5", "correction.cap: 2.0 → 4.0", "--force",
     ):  # fmt: skip
         assert text in found.err
+    assert train(*AGAIN, "--set", "algorithm.lr=5e-5", "--dry-run").code == 0
     assert train(*AGAIN, "--set", "algorithm.lr=5e-5", "--force").code == 0
     assert len(launched) == 3
 

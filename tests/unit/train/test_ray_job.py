@@ -117,7 +117,10 @@ def test_the_record_names_the_job(tiny_plan: Plan, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ray_job, "connect", lambda _: jobs)
     monkeypatch.setattr(ray_ready, "check", lambda *_: ray_ready.Readiness(shared=False, nodes=2))
     monkeypatch.setattr(preflight, "check", lambda *_: pytest.fail("this machine need not be able to"))
+    judged: list[LaunchPlan] = []
+    monkeypatch.setattr(preflight, "check_rows", judged.append)
     handle = Place("http://h:1").ready(plan, said.append)(plan)
+    assert judged == [plan]
     assert isinstance(handle, ray_job.RayJob)
     handle.kill()
     found = store.load(plan.paths.record)

@@ -196,6 +196,10 @@ HANGS = "\ntime.sleep(120)"
             'sys.stdout.write("CUDA out of memory")\nsys.stdout.flush()\nsys.exit(1)', {}, RunFailed,
             r"a GPU ran out of memory.*\n  \| CUDA out of memory", "rollout.gpu_memory_utilization", [],
         ),
+        (
+            'log("OSError: [Errno 28] No space left on device")\nlog("ray.exceptions.ActorDiedError: gone")\nsys.exit(1)',
+            {}, RunFailed, "a disk is full", "", [],
+        ),
         ('log("hm")\nsys.exit(7)', {}, RunFailed, r"verl ended with exit code 7\n  \| hm\n", "the log's end", []),
         (
             'log("Worker proc VllmWorker-0 died unexpectedly")' + HANGS, {"failure_grace_s": 0.3}, RunFailed,
@@ -399,6 +403,18 @@ def test_verl_has_its_grace_after_a_fatal_line_and_the_first_cause_counts(
     clock.now += 2
     with pytest.raises(RunFailed, match="a disk is full"):
         watch.look()
+
+
+def test_a_run_that_goes_on_after_a_fatal_line_is_not_ended(tiny_plan: Plan, seen: Any, clock: Clock) -> None:
+    plan = tiny_plan(failure_grace_s=10)
+    write_handshake(plan.attempt_paths.plugins, handshake())
+    watch = watching(plan, seen)
+    add(plan.attempt_paths.log, "ray.exceptions.ActorDiedError: gone")
+    watch.look()
+    add(plan.attempt_paths.metrics, line(1))
+    watch.look()
+    clock.now += 11
+    watch.look()
 
 
 def test_every_worker_must_prove_itself(tiny_plan: Plan, seen: Any) -> None:
