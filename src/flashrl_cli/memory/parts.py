@@ -34,7 +34,7 @@ GIB = 1 << 30
 MARGIN = 0.1
 """Share by which an item may be larger than estimated."""
 FRAGMENTS = 0.3
-"""The same for what a pass allocates and frees: the caching allocator held 30 to 33 % more than that, see docs/memory.md."""
+"""The same for what a pass allocates and frees: the caching allocator held 30 to 33 % more than that, see docs/memory-model.md."""
 
 
 @dataclass(frozen=True, slots=True)

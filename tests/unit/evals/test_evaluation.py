@@ -191,10 +191,12 @@ def test_weights_that_no_engine_would_take_are_refused_before_one_starts(
 def test_what_is_torn_is_reported_and_the_rest_goes_on(tmp_path: Path, engines: Engines) -> None:
     torn = checkpoint(tmp_path, 1)
     (torn.hf / "model.safetensors").write_bytes(b"x" * 20)
-    finished, _, reported = work(asked(tmp_path, torn, checkpoint(tmp_path, 2)))
-    assert [one.path for one in finished.report.skipped] == [torn.hf]
+    request, reported = asked(tmp_path, torn, checkpoint(tmp_path, 2)), Reported()
+    with Evaluation(request, reported.progress) as one:
+        finished = [one.report(request) for _ in range(2)][1]
+    assert [skipped.path for skipped in finished.report.skipped] == [torn.hf]
     assert [row.step for row in finished.report.rows] == [2]
-    assert reported.said[0].startswith(f"warning: skipped {torn.hf}: ")
+    assert [text.startswith(f"warning: skipped {torn.hf}: ") for text in reported.said] == [True, False], "once"
     with pytest.raises(NothingMatched, match=r"model\.safetensors"):
         evaluate(asked(tmp_path, torn), Reported().progress)
 
@@ -253,8 +255,9 @@ def test_after_an_interrupt_nothing_is_up_or_claimed(tmp_path: Path, engines: En
 
     engines.script = interrupted
     request = asked(tmp_path, checkpoint(tmp_path, 1))
-    with pytest.raises(KeyboardInterrupt):
-        work(request)
+    one = Evaluation(request, Reported().progress)
+    with pytest.raises(KeyboardInterrupt), one:
+        one.report(request)
     assert (engines.up, Graders.up) == (0, 0)
     assert_unclaimed(request, units_of(request)[0])
 
@@ -279,6 +282,8 @@ def test_results_outlive_their_checkpoints(tmp_path: Path, engines: Engines) -> 
     )
     work(asked(tmp_path, old))
     work(asked(tmp_path, old, sets=(data("products"),)))
+    unread = dataclasses.replace(asked(tmp_path, new), skipped=(Skipped(run / "global_step_1", "being saved"),))
+    assert [row.step for row in work(unread)[0].report.rows] == [2], "its checkpoint is there, and may be another one"
     shutil.rmtree(run / "global_step_1" / "actor")
     (tmp_path / "eval" / "results" / "other.parquet").write_text("no unit")
     pruned = Skipped(run / "global_step_1", "no actor/ in it (pruned)")
@@ -352,6 +357,19 @@ def test_a_look_at_nothing_new_does_nothing(
     monkeypatch.setattr(Report, "write", lambda self, folder: written.append(len(self.rows)))
     training.watched()
     assert written == [1, 2, 2], "at what is new, and at the end"
+
+
+def test_a_look_without_new_results_shows_nothing(training: Training, engines: Engines) -> None:
+    training.looks = [[1], [], []]
+    show = training.show
+
+    def relabel(report: Report) -> None:
+        show(report)
+        training.saved[0] = dataclasses.replace(training.saved[0], run="longer")
+
+    training.show = relabel  # type: ignore[method-assign]
+    assert training.watched() == [1]
+    assert training.shown == [[1]]
 
 
 def test_a_run_that_saves_nothing(training: Training, engines: Engines) -> None:

@@ -236,6 +236,13 @@ def test_equal_steps_are_told_apart_in_one_of_twenty_evaluations_at_most(
     assert sum(all(d.lo <= 0 <= d.hi for d in study) for study in studies) >= 180
 
 
+def test_tails_of_students_t() -> None:
+    """Quantiles of t at 30 degrees of freedom, and those of the normal distribution with the same tails."""
+    for t, normal in ((2.042, 1.960), (2.750, 2.576)):
+        assert stats._as_normal(t, 30) == pytest.approx(normal, abs=0.01)
+        assert stats._as_t(stats._as_normal(t, 30), 30) == pytest.approx(t)
+
+
 def test_a_real_difference_is_found() -> None:
     a, b = equal_steps(2, 400, 4, seed=5)
     better = [min(1.0, share + 0.25 * (n % 3 == 0)) for n, share in enumerate(a)]
