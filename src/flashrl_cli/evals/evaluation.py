@@ -38,7 +38,7 @@ from flashrl_cli.weights.profile import Profile
 
 if TYPE_CHECKING:
     from flashrl_cli.evals.questions import DataSet
-    from flashrl_cli.runs.store import Known
+    from flashrl_cli.runs.store import Run
     from flashrl_cli.worker.client import Worker
 
 POLL_S = 5.0
@@ -236,10 +236,10 @@ def looks(patterns: Sequence[str], say: Callable[[str], None], *, poll_s: float 
         time.sleep(poll_s)
 
 
-def behind(patterns: Sequence[str]) -> list[Known]:
+def behind(patterns: Sequence[str]) -> list[Run]:
     """Runs whose checkpoints the patterns name, or would name once there are some."""
     wanted = [str(paths.absolute(pattern)) for pattern in patterns]
-    return [run for run in store.every() if any(names_checkpoints(one, run.paths.checkpoints) for one in wanted)]
+    return [run for run in store.all_runs() if any(names_checkpoints(one, run.paths.checkpoints) for one in wanted)]
 
 
 def names_checkpoints(pattern: str, run_checkpoints: Path) -> bool:

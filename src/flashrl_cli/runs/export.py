@@ -17,13 +17,11 @@ from flashrl_cli import files, hub
 from flashrl_cli.errors import EnvironmentNotReady, InputError, NothingMatched, RunFailed
 from flashrl_cli.machine import software
 from flashrl_cli.runs import merge, store
-from flashrl_cli.runs.checkpoints import newest_plan
 from flashrl_cli.verl import checkpoints as layout
 from flashrl_cli.weights import Unreadable, Weights
 
 if TYPE_CHECKING:
-    from flashrl_cli.runs.checkpoints import Stock
-    from flashrl_cli.runs.saved import Saved
+    from flashrl_cli.runs.saved import CheckpointList, Saved
 
 _SCORES = {
     "evaluation": "accuracy by `flashrl eval`",
@@ -112,7 +110,7 @@ class Exported:
         return {**asdict(self), "path": str(self.path)}
 
 
-def choose(stock: Stock, step: str) -> Saved:
+def choose(stock: CheckpointList, step: str) -> Saved:
     """The step that a person means by a number, `latest` or `best`. Raises InputError or NothingMatched."""
     usable = {one.step: one for one in stock.saved if one.has_weights}
     numbers = ", ".join(map(str, usable)) or "none"
@@ -130,7 +128,7 @@ def choose(stock: Stock, step: str) -> Saved:
     return usable[number]
 
 
-def export(stock: Stock, saved: Saved, target: Path) -> Exported:
+def export(stock: CheckpointList, saved: Saved, target: Path) -> Exported:
     """Write `saved` to `target`, which appears once all of it is there and its weights are what its config asks for.
 
     Raises RunFailed for weights that cannot be read or do not fit their config, EnvironmentNotReady for a folder that
@@ -170,7 +168,7 @@ def _weights(saved: Saved) -> Weights:
     return Weights(hf=hf, shards=found.files if found else ())
 
 
-def _card(stock: Stock, saved: Saved) -> str:
+def _card(stock: CheckpointList, saved: Saved) -> str:
     found = store.load(stock.run.record)
     versions: Mapping[str, str] = found.last.versions if found and found.last else {}
     score = stock.scores.values.get(saved.step) if stock.scores else None
@@ -179,7 +177,7 @@ def _card(stock: Stock, saved: Saved) -> str:
         Facts(
             run=stock.run.name,
             step=saved.step,
-            plan=newest_plan(stock.run),
+            plan=store.newest_plan(stock.run),
             versions=versions,
             score=None if score is None or by is None else (by, score),
         )

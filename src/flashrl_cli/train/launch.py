@@ -18,7 +18,7 @@ from flashrl_cli.config.layers import Difference, differences, leaves
 from flashrl_cli.config.resolve import read_spec
 from flashrl_cli.errors import InputError, Problem
 from flashrl_cli.paths import FOLDER_NAME
-from flashrl_cli.runs.store import read_plan
+from flashrl_cli.runs.store import newest_plan
 from flashrl_cli.train.plan import LaunchPlan, build_plan, default_name, run_paths
 from flashrl_cli.train.preflight import shape
 from flashrl_cli.train.resume import FROM_NOTHING, Resume, choose
@@ -153,9 +153,7 @@ def changes(plan: LaunchPlan) -> list[Difference]:
 
     Empty for a first one, or where that one's plan does not hold the preset's values.
     """
-    before = (plan.paths.attempt(number).plan for number in reversed(plan.paths.attempts()))
-    file = next((path for path in before if path.is_file()), None)
-    recorded = read_plan(file).get("spec") if file else None
+    recorded = newest_plan(plan.paths).get("spec")
     if recorded is None:
         return []
     origins = {key: str(origin) for key, origin in plan.origins.items()}

@@ -24,7 +24,7 @@ from flashrl_cli.evals.job import EngineSettings, Job, Order, Sampling
 from flashrl_cli.evals.questions import DataSet
 from flashrl_cli.runs import store
 from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
-from flashrl_cli.runs.store import Known
+from flashrl_cli.runs.store import Run as RunOnDisk
 from flashrl_cli.weights import accounting
 from tests import sample_rows
 from tests.saved_files import saved_profile
@@ -429,7 +429,7 @@ def test_looks_go_on_until_after_the_end(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_no_run_is_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "every", list[Known])
+    monkeypatch.setattr(store, "all_runs", list[RunOnDisk])
     assert list(evaluation.looks(["x"], lambda text: None, poll_s=0)) == [False]
 
 

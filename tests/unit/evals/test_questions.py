@@ -19,7 +19,7 @@ ROW = sample_rows.row()
 def record(run: str, attempt: int, *overrides: str) -> Path:
     plan = paths.runs_root() / run / f"attempt_{attempt}" / "plan.json"
     plan.parent.mkdir(parents=True)
-    plan.write_text(json.dumps({"overrides": overrides}))
+    plan.write_text(json.dumps({"schema_version": 1, "overrides": overrides, "env": {}, "files": {}}))
     return paths.checkpoints_root() / "project" / run
 
 

@@ -1,20 +1,25 @@
-"""Runs for people: the list, and one run in full."""
+"""Runs as text: the list of runs, one run in full, its checkpoints and what a prune would delete."""
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from flashrl_cli.machine import software
 from flashrl_cli.render import figure
 from flashrl_cli.render.live import describe
+from flashrl_cli.render.text_plot import text_panel
+from flashrl_cli.runs.saved import writers
 from flashrl_cli.text import counted, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from flashrl_cli.render.output import Output
-    from flashrl_cli.runs.summary import AttemptRow, Detail, Row, Spent
+    from flashrl_cli.runs.delete import Prune
+    from flashrl_cli.runs.saved import CheckpointList, Saved
+    from flashrl_cli.runs.summary import AttemptRow, Row, Spent, Summary
     from flashrl_cli.verl.metrics import StepMetrics
 
 COLUMNS = ("name", "preset", "state", "step", "reward", "acc.", "att.", "changed", "disk")
@@ -93,7 +98,7 @@ def aligned(rows: Sequence[Sequence[str]], *, right: Iterable[int] = ()) -> list
     ]
 
 
-def show(out: Output, found: Detail) -> None:
+def show(out: Output, found: Summary) -> None:
     """Print one run in full on stdout."""
     for lines in (_head(found), _attempts(found.attempts)):
         out.text("\n".join(lines) + "\n")
@@ -103,11 +108,11 @@ def show(out: Output, found: Detail) -> None:
         if lines:
             out.text("\n".join(lines) + "\n")
     _paragraphs(out, _proof(found))
-    _curve(out, found.steps)
+    _curve(out, found.metrics.history)
     _paragraphs(out, ["rollout against trainer", *(f"  {line}" for line in found.advice.lines)], end="")
 
 
-def _head(found: Detail) -> list[str]:
+def _head(found: Summary) -> list[str]:
     row, run = found.row, found.run
     rows = [
         ("run", f"{row.name} ({row.preset or 'preset unknown'}), {row.state or 'state unknown'}, step {progress(row)}"),
@@ -116,9 +121,11 @@ def _head(found: Detail) -> list[str]:
     ]
     if row.problem:
         rows.append(("record", row.problem))
-    if found.holes:
-        shown = ", ".join(map(str, found.holes[:_HOLES])) + (" …" if len(found.holes) > _HOLES else "")
-        rows.append(("holes", f"{counted(len(found.holes), 'step')} below the last without metrics: {shown}"))
+    if found.metrics.missing:
+        shown = ", ".join(map(str, found.metrics.missing[:_HOLES])) + (
+            " …" if len(found.metrics.missing) > _HOLES else ""
+        )
+        rows.append(("holes", f"{counted(len(found.metrics.missing), 'step')} below the last without metrics: {shown}"))
     rows += [("set aside", aside) for aside in found.set_aside]
     return aligned(rows)
 
@@ -153,7 +160,7 @@ def _errors(attempts: Sequence[AttemptRow]) -> list[str]:
 
 
 def _spent(heading: str, spent: Sequence[Spent]) -> list[str]:
-    """A heading with the whole of it, and a line for each part; nothing for no parts."""
+    """A heading with the sum, and a line for each part; nothing without parts."""
     if not spent:
         return []
     rows = [(f"  {one.what}", _exact(one.seconds), f"{one.share:.0%}") for one in spent]
@@ -165,7 +172,7 @@ def _exact(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
 
 
-def _proof(found: Detail) -> list[str]:
+def _proof(found: Summary) -> list[str]:
     return [f"proven: {describe(found.proof)}"] if found.proof else ["proven: nothing (no rollout worker reported)"]
 
 
@@ -177,7 +184,7 @@ def _curve(out: Output, steps: Sequence[StepMetrics]) -> None:
         out.say(f"no curve: plotext is not installed; {software.install_extra('plot')}")
         return
     series = figure.Series(label="reward", xs=[step for step, _ in points], ys=[reward for _, reward in points])
-    out.text(figure.text_curve([series], ylabel="reward") + "\n")
+    out.text(text_panel(figure.panel([series], "reward")) + "\n")
 
 
 def _paragraphs(out: Output, lines: Sequence[str], end: str = "\n") -> None:
@@ -206,3 +213,78 @@ def _local(moment: str | None) -> str:
     if moment is None:
         return "–"
     return datetime.fromisoformat(moment).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def show_checkpoints(output: Output, listed: CheckpointList) -> None:
+    """Print a run's checkpoints on stdout, and on stderr what may be written or deleted there."""
+    if not listed.saved and not listed.set_aside:
+        output.say(f"no checkpoints in {listed.run.checkpoints}")
+        return
+    score = {"evaluation": "accuracy (evaluation)", "validation": "accuracy (validation)", "reward": "reward"}
+    columns = ["step", "state", "size", "HF weights", score[listed.scores.by] if listed.scores else "score", "", "age"]
+    output.table(columns, [_saved_row(listed, one) for one in listed.saved])
+    if any(writers(listed.run.checkpoints)):
+        output.say("the run is running: a step that is incomplete may be being saved")
+    _show_set_aside(output, listed)
+
+
+def _show_set_aside(output: Output, listed: CheckpointList) -> None:
+    if listed.set_aside:
+        rows = [[one.path.name, binary_size(one.bytes), one.reason] for one in listed.set_aside]
+        output.table(["set aside", "size", "why"], rows)
+        output.say(f"`flashrl runs checkpoints {listed.run.name} --set-aside` deletes what was set aside")
+    if listed.leftovers:
+        size = binary_size(sum(one.bytes for one in listed.leftovers))
+        output.say(f"an interrupted prune left {size}: the next one deletes them")
+
+
+def _saved_row(listed: CheckpointList, one: Saved) -> list[object]:
+    score = listed.scores.values.get(one.step) if listed.scores else None
+    age = _age(time.time() - one.written)
+    return [one.step, _state(one), binary_size(one.bytes), one.has_hf, score, ", ".join(_marks(listed, one)), age]
+
+
+def _state(one: Saved) -> str:
+    if one.complete:
+        return "complete"
+    more = f" and {len(one.problems) - 1} more" if len(one.problems) > 1 else ""
+    return f"incomplete: {one.problems[0]}{more}"
+
+
+def _marks(listed: CheckpointList, one: Saved) -> list[str]:
+    marks = {"newest": one.step == listed.newest, "best": one.step == listed.best, "tracked": one.tracked}
+    return [mark for mark, holds in marks.items() if holds] + (["LoRA"] if one.lora else [])
+
+
+def show_prune(output: Output, planned: Prune) -> None:
+    """Print a verdict on each step on stdout, and on stderr how many would go."""
+    rows: list[Sequence[object]] = [
+        [
+            v.saved.step,
+            "stays" if v.stays else "goes",
+            ", ".join(v.stays) or _state(v.saved),
+            binary_size(v.saved.bytes),
+        ]
+        for v in planned.verdicts
+    ]
+    hidden = [(one, "set aside") for one in planned.set_aside]
+    hidden += [(one, "left by an interrupted prune") for one in planned.leftovers]
+    rows += [[one.path.name, "goes", why, binary_size(one.bytes)] for one, why in hidden]
+    output.table(["step", "", "why", "size"], rows)
+    output.say(f"{len(planned.going)} go, which frees {binary_size(planned.freed)}")
+
+
+def binary_size(size: float) -> str:
+    """`512 B`, `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _age(seconds: float) -> str:
+    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"

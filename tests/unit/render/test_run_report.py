@@ -10,27 +10,15 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.contract import Handshake, write_handshake
+from flashrl_cli.cli.runs import _changed
+from flashrl_cli.contract import write_handshake
 from flashrl_cli.paths import RunPaths
-from flashrl_cli.render.page import report_page
-from flashrl_cli.render.report import document, read
-from flashrl_cli.runs.store import Phase, known
-from tests.unit.runs.on_disk import a_run, an_attempt, log, plan, training, validation, write_record
+from flashrl_cli.render.run_report import report_document, report_page
+from flashrl_cli.runs.store import Phase, find
+from flashrl_cli.runs.summary import summarize
+from tests.unit.runs.on_disk import a_run, attempt, handshake, log, plan, training, validation, write_record
 
-SHAKE = Handshake(
-    host="node",
-    pid=7,
-    precision="int8",
-    quantized_layers=8,
-    linear_layers=8,
-    quantized_bytes=2**20,
-    kernel="CutlassInt8",
-    vllm="0.24.0",
-    torch="2.11.0",
-    device="cuda",
-    refits=3,
-    refit_s=0.25,
-)
+SHAKE = handshake(kernel="CutlassInt8")
 SECRETS = ("hf_abcdefghijklmnopqrstuvwxyz0123456789", "verysecret")
 
 
@@ -54,14 +42,14 @@ def whole() -> RunPaths:
         write_handshake(run.attempt(number).plugins, SHAKE)
     log(run, 1, {0: validation(0.1), 1: training(0.1), 2: training(0.2), 3: training(0.3)})
     log(run, 2, {3: training(0.4), 4: {**training(0.5), **validation(0.75)}})
-    began = [f"2026-01-02T03:20:{second}+00:00" for second in ("00", "20", "30")]
+    began = [f"2026-03-01T10:00:{second}+00:00" for second in ("00", "20", "30")]
     phases = tuple(Phase(name=f"phase {n}", began=at) for n, at in enumerate(began))
     words = ("flashrl", "train", "--set", f"env.HF_TOKEN={SECRETS[0]}")
     failed = {"status": "failed", "exit_code": 1, "error": "a GPU ran out of memory", "hint": "lower it"}
-    first = an_attempt(
+    first = attempt(
         1, phases=phases, last_step=3, argv=words, versions={"verl": "0.9.1"}, git={"commit": "abc"}, **failed
     )
-    second = an_attempt(
+    second = attempt(
         2,
         resumed_from=2,
         last_step=4,
@@ -75,18 +63,20 @@ def whole() -> RunPaths:
 
 
 def report(run: RunPaths) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(document(read(known(run.name))), allow_nan=False))
+    found: dict[str, Any] = json.loads(
+        json.dumps(report_document(summarize(find(run.name)), _changed), allow_nan=False)
+    )
     assert found["schema_version"] == 1
     return found
 
 
 def page(run: RunPaths) -> str:
-    return report_page(read(known(run.name)))
+    return report_page(summarize(find(run.name)), _changed)
 
 
 def test_the_document_holds_it_all(whole: RunPaths) -> None:
     found = report(whole)
-    assert (found["name"], found["state"], found["preset"], found["notes"]) == ("whole", "done", "tiny", [])
+    assert (found["name"], found["state"], found["preset"], found["notes"]) == ("whole", "done", "demo", [])
     assert found["totals"]["accuracy"] == [{"step": 0, "value": 0.1}, {"step": 4, "value": 0.75}]
     assert found["totals"]["steps"] == 4
     assert [(start["attempt"], start["seconds"]) for start in found["starts"]] == [(1, 30)]
@@ -94,7 +84,7 @@ def test_the_document_holds_it_all(whole: RunPaths) -> None:
     assert found["mismatch"]["values"]["kl"] == {"mean": 1, "least": 1, "greatest": 1, "last": 1}
     assert found["mismatch"]["advice"]["cap"] == 2
     assert [(shake["attempt"], shake["kernel"]) for shake in found["proof"]] == [(1, "CutlassInt8"), (2, "CutlassInt8")]
-    assert [attempt["state"] for attempt in found["attempts"]] == ["failed", "done"]
+    assert [one["state"] for one in found["attempts"]] == ["failed", "done"]
     assert {"key": "correction.cap", "value": "2.0", "origin": "--tis"} in found["configuration"]
     assert found["versions"] == {"verl": "0.9.2"}
 
@@ -142,7 +132,7 @@ class Elements(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_one_well_formed_file(whole: RunPaths) -> None:
+def test_the_page_is_one_well_formed_file_that_says_what_the_document_does(whole: RunPaths) -> None:
     text = page(whole)
     found = Elements(text)
     assert not found.open
@@ -150,20 +140,16 @@ def test_the_page_is_one_well_formed_file(whole: RunPaths) -> None:
     assert not {"script", "link", "img", "iframe"} & found.tags
     assert not re.search(r"https?://|@import|\bsrc=|url\((?!#)", text)
     assert len(text.encode()) < 500_000
-
-
-def test_the_page_says_what_the_document_does(whole: RunPaths) -> None:
-    text = page(whole)
     for said in (
         "a GPU ran out of memory",
         "lower it",
         "CutlassInt8",
         "its save did not finish",
         "What attempt 2 changed",
+        '<span class="state done">done</span>',
+        "4 of 4",
     ):
         assert said in text
-    assert '<span class="state done">done</span>' in text
-    assert "4 of 4" in text
 
 
 def test_what_others_wrote_is_escaped() -> None:
@@ -171,38 +157,34 @@ def test_what_others_wrote_is_escaped() -> None:
     evil = "<script>alert(1)</script>"
     plan(run, 1, f"description={evil}", f"env.X={evil}")
     log(run, 1, {1: training()})
-    write_record(run, [an_attempt(error=evil, hint=evil, host=evil, argv=(evil,), versions={evil: evil})], project=evil)
+    write_record(run, [attempt(error=evil, hint=evil, host=evil, argv=(evil,), versions={evil: evil})], project=evil)
     text = page(run)
     assert "<script" not in text
     assert text.count("&lt;script&gt;") >= 6
     assert "a&lt;b&gt;&amp;" in text
 
 
-def test_a_folder_with_nothing_in_it_has_a_report() -> None:
+def test_a_report_is_of_what_there_is() -> None:
     run = a_run()
     found = report(run)
     assert found["state"] == "unknown"
-    assert found["notes"] == [
-        "There is no record (run.json): state, times and causes are not known.",
-        "No step was logged.",
-    ]
+    nothing = ["There is no record (run.json): state, times and causes are not known.", "No step was logged."]
+    assert found["notes"] == nothing
     assert "No step was logged." in page(run)
-
-
-def test_metrics_alone_have_curves() -> None:
-    run = a_run()
     log(run, 1, {1: training(), 2: training(), 4: training()})
     text = page(run)
     assert text.count("<svg") >= 6
     assert [(one["number"], one["state"], one["ran_s"]) for one in report(run)["attempts"]] == [(1, "unknown", None)]
     assert "Attempt 1 left no plan." in text
     assert "Steps without metrics: 3." in text
+    log(run, 1, {step: training(step % 7, entropy=step % 11) for step in range(5, 3001)})
+    assert len(page(run).encode()) < 500_000, "a long run is a small page"
 
 
-def test_an_attempt_that_failed_before_a_step(whole: RunPaths) -> None:
+def test_an_attempt_that_failed_before_a_step() -> None:
     run = a_run()
     plan(run, 1)
-    write_record(run, [an_attempt(status="failed", error="no GPU")])
+    write_record(run, [attempt(status="failed", error="no GPU")])
     text = page(run)
     assert "no GPU" in text
     assert "<svg" not in text
@@ -235,14 +217,8 @@ def test_a_plan_from_before_plans_held_values(whole: RunPaths) -> None:
 def test_the_records_proof_serves_where_the_files_are_gone(whole: RunPaths) -> None:
     for number in (1, 2):
         next(whole.attempt(number).plugins.iterdir()).unlink()
-    write_record(whole, [an_attempt(1, proof=(asdict(SHAKE),)), an_attempt(2, proof=({"pid": 9},))])
+    write_record(whole, [attempt(1, proof=(asdict(SHAKE),)), attempt(2, proof=({"pid": 9},))])
     found = report(whole)
     assert found["proof"] == [{"attempt": 1, **asdict(SHAKE)}]
     assert "A handshake of attempt 2 is damaged." in found["notes"]
     assert "CutlassInt8" in page(whole)
-
-
-def test_a_long_run_is_a_small_page() -> None:
-    run = a_run()
-    log(run, 1, {step: training(step % 7, entropy=step % 11) for step in range(1, 3001)})
-    assert len(page(run).encode()) < 500_000

@@ -8,13 +8,13 @@ from datetime import UTC, datetime
 
 import pytest
 
-from flashrl_cli.render import figure, runs
+from flashrl_cli.render import figure, run_tables
 from flashrl_cli.render.output import Output
-from flashrl_cli.render.runs import ago, aligned, duration, listing
-from flashrl_cli.runs.store import Phase, known
-from flashrl_cli.runs.summary import Row, detail
-from tests.unit.render.test_live import DATA, shake
-from tests.unit.runs import disk
+from flashrl_cli.render.run_tables import ago, aligned, duration, listing
+from flashrl_cli.runs.store import Phase, find
+from flashrl_cli.runs.summary import Row, summarize
+from tests.unit.render.test_live import DATA
+from tests.unit.runs import on_disk
 
 ROW = Row(
     name="tiny-int8-tis2",
@@ -25,7 +25,7 @@ ROW = Row(
     reward=0.5,
     accuracy=None,
     attempts=2,
-    changed=disk.THEN,
+    changed=on_disk.THEN,
     run_bytes=1_000_000,
     checkpoint_bytes=2_000_000,
     problem=None,
@@ -73,7 +73,7 @@ def test_a_list() -> None:
         ROW, name="old", preset=None, state=None, step=None, total_steps=None, reward=None, attempts=0
     )
     heading, first, second = listing([ROW, unknown], 160)
-    assert heading.split() == list(runs.COLUMNS)
+    assert heading.split() == list(run_tables.COLUMNS)
     assert first.split()[:7] == ["tiny-int8-tis2", "tiny", "running", "3/20", "0.500", "–", "2"]
     assert first.endswith("3 MB")
     assert second.split()[:7] == ["old", "–", "?", "–", "–", "–", "0"]
@@ -85,7 +85,7 @@ def test_a_list() -> None:
 def test_a_narrow_list_has_fewer_columns(width: int, gone: set[str]) -> None:
     lines = listing([ROW], width)
     assert max(map(len, lines)) <= width
-    assert set(runs.COLUMNS) - set(lines[0].split()) == gone
+    assert set(run_tables.COLUMNS) - set(lines[0].split()) == gone
 
 
 def test_what_fits_nowhere_keeps_its_name_and_state() -> None:
@@ -93,19 +93,21 @@ def test_what_fits_nowhere_keeps_its_name_and_state() -> None:
 
 
 def shown(name: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
-    runs.show(Output(), detail(known(name)))
+    run_tables.show(Output(), summarize(find(name)))
     out, err = capsys.readouterr()
     return out, err
 
 
 @pytest.fixture
 def demo() -> None:
-    phases = (Phase(name="starting Ray", began=disk.THEN), Phase(name="sampling responses", began=disk.LATER))
-    failed = disk.attempt(1, status="failed", exit_code=1, error="out of memory " * 20, hint="use less", last_step=2)
-    done = disk.attempt(2, resumed_from=2, phases=phases, proof=(asdict(shake()),), set_aside=("global_step_3: torn",))
-    run = disk.make("demo", failed, done, checkpoints=5000)
-    disk.log(run, 1, DATA, DATA)
-    disk.log(run, 2, DATA, first=4)
+    phases = (Phase(name="starting Ray", began=on_disk.THEN), Phase(name="sampling responses", began=on_disk.LATER))
+    failed = on_disk.attempt(1, status="failed", exit_code=1, error="out of memory " * 20, hint="use less", last_step=2)
+    done = on_disk.attempt(
+        2, resumed_from=2, phases=phases, proof=(asdict(on_disk.handshake()),), set_aside=("global_step_3: torn",)
+    )
+    run = on_disk.make("demo", failed, done, checkpoints=5000)
+    on_disk.log(run, 1, {1: DATA, 2: DATA})
+    on_disk.log(run, 2, {4: DATA})
 
 
 @pytest.mark.usefixtures("demo")
@@ -142,7 +144,7 @@ def test_without_plotext_it_is_said_and_the_rest_shown(
 
 
 def test_a_run_of_which_nothing_is_known(capsys: pytest.CaptureFixture[str]) -> None:
-    disk.place("empty").root.mkdir(parents=True)
+    on_disk.a_run("empty")
     out, _ = shown("empty", capsys)
     assert "preset unknown" in out
     assert "state unknown" in out
@@ -151,5 +153,19 @@ def test_a_run_of_which_nothing_is_known(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_damaged_record_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    disk.make("broken", disk.attempt()).record.write_text("{")
+    on_disk.make("broken", on_disk.attempt()).record.write_text("{")
     assert "is no run record" in shown("broken", capsys)[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 30, "3.0 GiB"), (5 << 50, "5120.0 TiB")]
+)
+def test_binary_sizes(size: int, text: str) -> None:
+    assert run_tables.binary_size(size) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(-3, "0 s"), (59, "59 s"), (60, "1 min"), (7200, "2 h"), (86400 * 3, "3 d")]
+)
+def test_ages_of_checkpoints(seconds: float, text: str) -> None:
+    assert run_tables._age(seconds) == text

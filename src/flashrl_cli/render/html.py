@@ -1,31 +1,21 @@
-"""HTML pages that stand alone: one file, nothing loaded from elsewhere, light and dark, printable. Needs jinja2.
-
-The report of a run as one HTML page.
-"""
+"""HTML pages that stand alone: one file, nothing loaded from elsewhere, light and dark, printable. Needs jinja2."""
 
 from __future__ import annotations
 
-import itertools
 import shlex
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import __version__
-from flashrl_cli.config.yaml_file import text_of
-from flashrl_cli.render import figure
 from flashrl_cli.render.figure import VARIABLES, inline_svgs, require, styles
-from flashrl_cli.render.report import document
-from flashrl_cli.runs.curves import SMOOTHING, curve, title
-from flashrl_cli.verl.metrics import LEARNING_CURVES, MISMATCH_CURVES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from markupsafe import Markup
 
     from flashrl_cli.render.figure import Panel
-    from flashrl_cli.render.report import Sources
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _SCALES = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
@@ -37,6 +27,12 @@ def curves_page(panels: Sequence[Panel], *, note: str) -> str:
     """A page of curves alone, with the names of their runs and a `note` on how they are drawn."""
     looks = styles(panels)
     return page("curves.html", title=" · ".join(looks), looks=looks, figures=figures(panels, "c"), note=note)
+
+
+def drawing_note(weight: float, *, resumed: bool) -> str:
+    """How curves are drawn, for those who look at them."""
+    bold = f"Bold: exponential moving average with weight {weight:g}; thin: each step." if weight else "Each step."
+    return f"{bold} Dotted line: a later attempt went on from there." if resumed else bold
 
 
 def figures(panels: Sequence[Panel], prefix: str) -> list[tuple[str, Any]]:
@@ -116,35 +112,3 @@ def breakable(key: str) -> Markup:
     from markupsafe import Markup, escape
 
     return Markup(".<wbr>").join(map(escape, key.split(".")))
-
-
-def report_page(sources: Sources) -> str:
-    """The page; needs matplotlib and jinja2."""
-    found = document(sources)
-    return page(
-        "report.html",
-        title=found["name"],
-        report=found,
-        titles={name: title(name) for name in (found["mismatch"] or {"values": ()})["values"]},
-        curves=figures(_panels(sources, LEARNING_CURVES), "curve"),
-        mismatch_curves=figures(_panels(sources, MISMATCH_CURVES), "mismatch"),
-        start_phases=list(dict.fromkeys(spent["what"] for start in found["starts"] for spent in start["phases"])),
-        configuration=[list(rows) for _, rows in itertools.groupby(found["configuration"], key=_part)],
-        software=found["versions"] | {f"git {name}": text_of(value) for name, value in (found["git"] or {}).items()},
-        note=drawing_note(SMOOTHING, resumed=bool(sources.starts)),
-    )
-
-
-def drawing_note(weight: float, *, resumed: bool) -> str:
-    """How curves are drawn, for those who look at them."""
-    bold = f"Bold: exponential moving average with weight {weight:g}; thin: each step." if weight else "Each step."
-    return f"{bold} Dotted line: a later attempt went on from there." if resumed else bold
-
-
-def _part(row: Mapping[str, str]) -> str:
-    return row["key"].partition(".")[0]
-
-
-def _panels(sources: Sources, metrics: Sequence[str]) -> list[Panel]:
-    drawn = {metric: curve(sources.run.name, sources.history, metric, sources.starts) for metric in metrics}
-    return figure.panels({metric: [one] for metric, one in drawn.items() if one}, SMOOTHING)
