@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flashrl_cli.config.resolve import Resolved
-    from flashrl_cli.doctor.report import Report
+    from flashrl_cli.doctor.checks import Report
     from flashrl_cli.render.output import Output
 
 SYMBOLS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red")}
@@ -85,7 +85,7 @@ def _options(preset: str | None, rollout: str | None, tis: str | None, sets: lis
 
 
 def _reload_test(precision: str, *, others: bool, json: bool) -> None:
-    from flashrl_cli.doctor import reload, report
+    from flashrl_cli.doctor import checks, reload
     from flashrl_cli.machine import software
     from flashrl_cli.machine import software as stacks
     from flashrl_cli.render.output import Output
@@ -98,9 +98,9 @@ def _reload_test(precision: str, *, others: bool, json: bool) -> None:
     out.say(f"reload test of {precision}: starting a tiny engine …")
     findings, measured = reload.reload_test(precision)
     stack = stacks.installed_stack(software.probe_versions())
-    found = report.Report(stack.name if stack else None, tuple(findings))
+    found = checks.Report(stack.name if stack else None, tuple(findings))
     if out.json_mode:
-        out.document({**report.document(found, None), "precision": precision, "measured": measured})
+        out.document({**checks.document(found, None), "precision": precision, "measured": measured})
     else:
         _show_findings(found, out)
         out.say(f"{precision} rollouts {'take new weights here' if found.ok else 'do not work here'}")
@@ -109,10 +109,10 @@ def _reload_test(precision: str, *, others: bool, json: bool) -> None:
 
 
 def _check(resolved: Resolved | None, out: Output) -> None:
-    from flashrl_cli.doctor.report import document, machine
+    from flashrl_cli.doctor.checks import check_machine, document
     from flashrl_cli.train import preflight
 
-    report = machine()
+    report = check_machine()
     if resolved:
         report = report.with_preset(list(preflight.findings(resolved.spec)))
     name = resolved.spec.name if resolved else None
