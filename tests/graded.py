@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from flashrl_cli.evals.questions import Question
-from flashrl_cli.evals.results import DataSet, Evaluated, Grade, Response
-from flashrl_cli.evals.verdicts import Entry
+from flashrl_cli.evals.questions import DataSet, Question
+from flashrl_cli.evals.results import Entry, Evaluated, Grade, Response
 from flashrl_cli.runs.checkpoints import Checkpoint
 
 

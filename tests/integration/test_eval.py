@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from flashrl_cli.evals import results
+from flashrl_cli.evals import responses
 from flashrl_cli.weights import Weights
 from tests.integration.conftest import ENDING_S, PATIENCE_S, STEPS, Workshop, more_than_guessed
 
@@ -110,7 +110,7 @@ def as_the_fork_saved_it(step: Path, target: Path) -> None:
 
 def texts(folder: Path, run: str, step: int | None, dataset: str) -> list[str]:
     """Responses in the order of the questions."""
-    rows = results.read_responses(folder / results.FILE, run=run, dataset=dataset)
+    rows = responses.read(folder / responses.FILE, run=run, dataset=dataset)
     return [row["response"] for row in rows if row["step"] == step]
 
 
@@ -201,7 +201,7 @@ def check_skipped(place: Place, document: dict[str, Any], said: str) -> None:
 
 
 def check_against_transformers(place: Place, out: Path, run: str) -> None:
-    rows = results.read_responses(out / results.FILE, run=run, dataset="tiny", step=10)
+    rows = responses.read(out / responses.FILE, run=run, dataset="tiny", step=10)
     prompts = [row["prompt"] for row in rows]
     cases = {
         (run, 0): Weights(hf=place.model),
@@ -225,7 +225,7 @@ def check_files(document: dict[str, Any], out: Path, run: str) -> None:
     assert list(accuracy) == [0, *STEPS]
     assert more_than_guessed(accuracy[0] * PROMPTS, PROMPTS)
     for step, value in accuracy.items():
-        rows = results.read_responses(out / results.FILE, run=run, dataset="tiny", step=step)
+        rows = responses.read(out / responses.FILE, run=run, dataset="tiny", step=step)
         assert sum(row["response"].endswith(f"#### {row['ground_truth']}") for row in rows) / len(rows) == value
     lines = list(csv.DictReader((out / "eval.csv").read_text().splitlines()))
     assert [int(line["step"]) for line in lines if (line["run"], line["dataset"]) == (run, "tiny")] == [0, *STEPS]
@@ -260,9 +260,7 @@ def test_killed_in_the_middle_two_go_on_together(place: Place) -> None:
     assert documents[0]["results"] == documents[1]["results"]
     said = first[1] + second[1]
     assert [said.count(f"step {step}, tiny: {PROMPTS} prompts") for step in STEPS] == [0, 1, 1]
-    rows = [
-        row for row in results.read_responses(place.root / "killed" / results.FILE, dataset="tiny") if row["step"] == 10
-    ]
+    rows = [row for row in responses.read(place.root / "killed" / responses.FILE, dataset="tiny") if row["step"] == 10]
     check_greedy(step_10(place), [row["prompt"] for row in rows], [row["response"] for row in rows])
 
 

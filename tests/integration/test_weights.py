@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from flashrl_cli.errors import RunFailed
-from flashrl_cli.evals.export import export
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.runs import merge
 from flashrl_cli.runs.checkpoints import Checkpoint, Stock, find
+from flashrl_cli.runs.export import export
 from flashrl_cli.runs.saved import inspect
 from flashrl_cli.weights import Unreadable, Weights, holds_adapter_alone, stored_in_float32
 from tests.integration.conftest import BY_VERL, PATIENCE_S

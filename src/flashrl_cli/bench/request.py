@@ -21,8 +21,7 @@ from flashrl_cli.bench import job
 from flashrl_cli.bench.job import EngineOptions
 from flashrl_cli.data.rows import Scoring
 from flashrl_cli.errors import EnvironmentNotReady, InputError
-from flashrl_cli.evals import questions, request
-from flashrl_cli.evals.job import EngineSettings
+from flashrl_cli.evals import questions
 from flashrl_cli.machine import gpus, software, system
 from flashrl_cli.memory.model import QWEN25, shape_of
 from flashrl_cli.precision import KV8_GPUS, PRECISIONS, WITH_EXPERTS
@@ -313,10 +312,9 @@ def plan(asked: Asked) -> Request:
     options = _options(asked, found, largest, prompt + response + _SPARE)
     options = replace(options, enforce_eager=options.enforce_eager or where.kind == "cpu")
     _check_variants(chosen, where, found, options.tensor_parallel)
-    wanted = EngineSettings(
-        gpu_memory_utilization=options.gpu_memory_utilization, tensor_parallel=options.tensor_parallel
-    )
-    settings, visible = request.choose_devices(wanted) if where.kind == "cuda" else (wanted, None)
+    visible, share = None, options.gpu_memory_utilization
+    if where.kind == "cuda":
+        visible, share = gpus.choose_free(options.tensor_parallel, share)
     return Request(
         model=found,
         variants=chosen,
@@ -327,7 +325,7 @@ def plan(asked: Asked) -> Request:
         refit=asked.refit,
         mismatch=_mismatch(asked, usual) if asked.mismatch else None,
         options=options,
-        engine=replace(options, gpu_memory_utilization=settings.gpu_memory_utilization),
+        engine=replace(options, gpu_memory_utilization=share),
         longest=asked.max_model_len or found.positions,
         devices=visible,
         machine=where,

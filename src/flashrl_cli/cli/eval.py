@@ -1,11 +1,9 @@
-"""`flashrl eval`: the accuracy of checkpoints, with its interval, by one engine.
-
-Arguments and options of `flashrl eval`.
-"""
+"""`flashrl eval`: the accuracy of checkpoints, with its interval, by one engine."""
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,109 +17,88 @@ from flashrl_cli.precision import BY_METHOD, SMOOTHED, RefittedName, joined
 from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
-    from flashrl_cli.evals.job import EngineSettings
-    from flashrl_cli.evals.report import Report
-    from flashrl_cli.evals.request import Request
-    from flashrl_cli.evals.run import Finished, Telling
+    from flashrl_cli.evals.accuracy import Report
+    from flashrl_cli.evals.evaluation import Finished, Progress, Request
     from flashrl_cli.render.output import Output
 
 MODEL = "PATH|HUB_ID"
 
 
-Patterns = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="PATTERN...", help="Globs or paths: projects, runs, global_step_N, HF folders, adapters; hub ids."
-    ),
-]
-Base = Annotated[
-    str | None, typer.Option(metavar=MODEL, help="The policy that training began with: step 0 of every run.")
-]
-Baseline = Annotated[str | None, typer.Option(metavar=MODEL, help="Any model that the best step is compared with.")]
-Datasets = Annotated[
-    str | None,
-    typer.Option(
-        "--dataset",
-        metavar="NAME|PARQUET,...",
-        help="Prepared data sets (their test split) or files.",
-        show_default="the run's own",
-    ),
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N prompts of each data set.")]
-Samples = Annotated[int, typer.Option("--n", min=1, help="Responses to each prompt; several add pass@k and maj@n.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
-TopP = Annotated[float, typer.Option(min=0.01, max=1, help="Share of probability to sample from.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")]
-MaxModelLen = Annotated[
-    int | None, typer.Option(min=2, help="Longest prompt and response together.", show_default="what the prompts need")
-]
-Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
-Precision = Annotated[
-    RefittedName, typer.Option("--rollout", help=f"{joined(BY_METHOD, 'and')} show what such a rollout saw.")
-]
-Profile = Annotated[
-    Path | None,
-    typer.Option(
-        "--profile",
-        metavar="FILE",
-        help=f"Smoothing profile to apply, as a rollout with it does ({', '.join(SMOOTHED)}).",
-    ),
-]
-FailUnder = Annotated[
-    str | None,
-    typer.Option(
-        "--fail-under",
-        metavar="SHARE",
-        help="Exit with 5 if the newest step of a run, or a model, is less accurate (0 to 1).",
-    ),
-]
-Watch = Annotated[
-    bool, typer.Option("--watch", help="Evaluate each new checkpoint of a running training, until it ends.")
-]
-Merge = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Only write the weights as HF folders to DIR; evaluate nothing.")
-]
-Out = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Where results go.", show_default="eval/ in the run's checkpoints"),
-]
-Png = Annotated[bool, typer.Option("--png", help="Also draw the curve to eval.png.")]
-
-
 def evaluate(
-    patterns: Patterns,
+    patterns: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATTERN...", help="Globs or paths: projects, runs, global_step_N, HF folders, adapters; hub ids."
+        ),
+    ],
     *,
-    base: Base = None,
-    baseline: Baseline = None,
-    dataset: Datasets = None,
-    limit: Limit = None,
-    n: Samples = 1,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    max_tokens: MaxTokens = 512,
-    max_model_len: MaxModelLen = None,
-    seed: Seed = 0,
-    rollout: Precision = "bf16",
-    profile: Profile = None,
+    base: Annotated[
+        str | None, typer.Option(metavar=MODEL, help="The policy that training began with: step 0 of every run.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar=MODEL, help="Any model that the best step is compared with.")
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|PARQUET,...",
+            help="Prepared data sets (their test split) or files.",
+            show_default="the run's own",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N prompts of each data set.")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Responses to each prompt; several add pass@k and maj@n.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Share of probability to sample from.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 512,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(min=2, help="Longest prompt and response together.", show_default="what the prompts need"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    rollout: Annotated[
+        RefittedName, typer.Option(help=f"{joined(BY_METHOD, 'and')} show what such a rollout saw.")
+    ] = "bf16",
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help=f"Smoothing profile to apply, as a rollout with it does ({', '.join(SMOOTHED)})."
+        ),
+    ] = None,
     tp: TensorParallel = 1,
     gpu_memory_utilization: MemoryShare = None,
-    fail_under: FailUnder = None,
-    watch: Watch = False,
-    merge: Merge = None,
-    out: Out = None,
-    png: Png = False,
+    fail_under: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE", help="Exit with 5 if the newest step of a run, or a model, is less accurate (0 to 1)."
+        ),
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Evaluate each new checkpoint of a running training, until it ends.")
+    ] = False,
+    merge: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Only write the weights as HF folders to DIR; evaluate nothing."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where results go.", show_default="eval/ in the run's checkpoints"),
+    ] = None,
+    png: Annotated[bool, typer.Option("--png", help="Also draw the curve to eval.png.")] = False,
     json: Json = False,
 ) -> None:
     """Evaluate checkpoints: accuracy by step, with intervals.
 
-    A table with 95 % intervals, what of it is more than chance, and CSV, JSON and every response beside the checkpoints.
-    What was evaluated before is not generated again. `flashrl eval show` reads the responses.
+    A table with 95 % intervals, what of it is more than chance, and CSV, JSON and every response beside the
+    checkpoints. What was evaluated before is not generated again. `flashrl eval show` reads the responses.
 
     flashrl eval "checkpoints/*"
 
     flashrl eval checkpoints/flashrl/tiny --base ~/data/tiny/model --png
     """
-    from flashrl_cli.evals import job, request, verdicts
+    from flashrl_cli.evals import verdicts
+    from flashrl_cli.evals.evaluation import Request
+    from flashrl_cli.evals.job import EngineSettings, Sampling
     from flashrl_cli.render.output import Output
     from flashrl_cli.train import process
 
@@ -132,49 +109,41 @@ def evaluate(
             _merge(output, patterns, merge, least)
             return
         lookup = partial(
-            request.plan,
+            Request.find,
             patterns,
             base=base,
             baseline=baseline,
             dataset=dataset,
             limit=limit,
-            sampling=job.Sampling(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed),
-            engine=_engine(rollout, max_model_len, gpu_memory_utilization, tp, profile),
+            sampling=Sampling(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed),
+            engine=EngineSettings(
+                rollout=rollout,
+                max_model_len=max_model_len,
+                gpu_memory_utilization=gpu_memory_utilization,
+                tensor_parallel=tp,
+                profile=None if profile is None else str(paths.absolute(profile)),
+            ),
             out=out,
             fail_under=least,
         )
         _evaluate(output, lookup, patterns, watch=watch, png=png)
 
 
-def _engine(
-    rollout: str, max_model_len: int | None, memory: float | None, tp: int, profile: Path | None
-) -> EngineSettings:
-    from flashrl_cli.evals.job import EngineSettings
-
-    return EngineSettings(
-        rollout=rollout,
-        max_model_len=max_model_len,
-        gpu_memory_utilization=memory,
-        tensor_parallel=tp,
-        profile=None if profile is None else str(paths.absolute(profile)),
-    )
-
-
 def _evaluate(output: Output, lookup: Callable[[], Request], patterns: list[str], *, watch: bool, png: bool) -> None:
-    from flashrl_cli.evals import run
+    from flashrl_cli.evals import evaluation
     from flashrl_cli.render import figure
 
     if png:
         figure.require("matplotlib")
     if watch:
-        with _telling(output, "evaluating what is saved", None) as telling:
-            finished = run.watch(lookup, patterns, telling, partial(_show_newest, output))
+        with _progress(output, "evaluating what is saved", None) as progress:
+            finished = evaluation.watch(lookup, patterns, progress, partial(_show_newest, output))
     else:
         request = lookup()
         sets = ", ".join(f"{one.name} ({len(one.questions):,})" for one in request.data)
         label = f"evaluating {counted(len(request.checkpoints), 'checkpoint')} on {sets}"
-        with _telling(output, label, request.prompts) as telling:
-            finished = run.evaluate(request, telling)
+        with _progress(output, label, request.prompts) as progress:
+            finished = evaluation.evaluate(request, progress)
     _show(output, finished, watch=watch, png=png)
     if finished.report.threshold:
         finished.report.threshold.require()
@@ -182,12 +151,29 @@ def _evaluate(output: Output, lookup: Callable[[], Request], patterns: list[str]
 
 
 @contextlib.contextmanager
-def _telling(output: Output, label: str, prompts: int | None) -> Iterator[Telling]:
-    from flashrl_cli.evals.run import Speed, Telling
+def _progress(output: Output, label: str, prompts: int | None) -> Iterator[Progress]:
+    from flashrl_cli.evals.evaluation import Progress
 
     with output.progress(label, prompts) as advance:
         speed = Speed()
-        yield Telling(say=output.say, advance=lambda n, tokens: advance(n, speed.after(tokens)))
+        yield Progress(say=output.say, advance=lambda n, tokens: advance(n, speed.after(tokens)))
+
+
+class Speed:
+    """Tokens per second since the first ones came."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._began: float | None = None
+
+    def after(self, tokens: int) -> str:
+        """The speed after `tokens` more, as it is shown; empty as long as there is none."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = now if tokens else None
+            return ""
+        self._tokens += tokens
+        return f"{self._tokens / (now - self._began):,.0f} tokens/s" if now > self._began else ""
 
 
 def _show_newest(output: Output, report: Report) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +13,7 @@ from flashrl_cli.errors import InputError
 from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
-    from flashrl_cli.evals.examples import Changed, View
+    from flashrl_cli.evals.responses import View
     from flashrl_cli.render.output import Output
 
 SCHEMA_VERSION = 1
@@ -54,24 +55,25 @@ def show(
 
     flashrl eval show checkpoints/flashrl/tiny --changed 20 40
     """
-    from flashrl_cli.evals import examples
+    from flashrl_cli.evals import responses
     from flashrl_cli.render.output import Output
 
     if sum((worst, changed is not None, question is not None)) > 1:
         raise InputError("--worst, --changed and --question are three views", hint="give one of them")
     if step is not None and not (worst or question is not None):
         raise InputError("--step goes with --worst or --question", hint="--changed names both steps")
-    seen = examples.view(examples.find(where), run, dataset)
+    seen = responses.view(responses.find(where), run, dataset)
     at = None if step is None else seen.checked(step)
     if worst:
         found = _worst(seen, seen.best if at is None else at, limit)
     elif question is not None:
         steps = list(seen.marks) if at is None else [at]
-        found = {"view": "question", "questions": examples.questions(seen, [question], steps, telling=False)}
+        found = {"view": "question", "questions": responses.questions(seen, [question], steps, brief=False)}
     elif changed:
-        found = _changed(seen, examples.changed(seen, *map(seen.checked, changed)), limit)
+        before, after = map(seen.checked, changed)
+        found = _changed(seen, before, after, limit)
     elif seen.first != seen.best:
-        found = _changed(seen, examples.changed(seen, seen.first, seen.best), limit)
+        found = _changed(seen, seen.first, seen.best, limit)
     else:
         found = {"view": "summary"}
     output = Output(json_mode=json)
@@ -82,25 +84,25 @@ def show(
 
 
 def _worst(seen: View, step: int | None, limit: int) -> dict[str, Any]:
-    from flashrl_cli.evals import examples
+    from flashrl_cli.evals import responses
 
-    numbers = examples.worst(seen, step)
-    shown = examples.questions(seen, numbers[:limit], [step], telling=True)
+    numbers = responses.worst(seen, step)
+    shown = responses.questions(seen, numbers[:limit], [step], brief=True)
     return {"view": "worst", "step": step, "wrong": len(numbers), "questions": shown}
 
 
-def _changed(seen: View, what: Changed, limit: int) -> dict[str, Any]:
-    from flashrl_cli.evals import examples
+def _changed(seen: View, before: int | None, after: int | None, limit: int) -> dict[str, Any]:
+    from flashrl_cli.evals import responses
 
-    steps = [what.before, what.after]
+    found = responses.changed(seen, before, after)
     return {
         "view": "changed",
-        "before": what.before,
-        "after": what.after,
-        "counts": {"gained": len(what.gained), "lost": len(what.lost), "same": what.same},
-        "p": what.p,
-        "gained": examples.questions(seen, what.gained[:limit], steps, telling=True),
-        "lost": examples.questions(seen, what.lost[:limit], steps, telling=True),
+        "before": before,
+        "after": after,
+        "counts": {"gained": len(found.gained), "lost": len(found.lost), "same": found.same},
+        "p": found.p,
+        "gained": responses.questions(seen, found.gained[:limit], [before, after], brief=True),
+        "lost": responses.questions(seen, found.lost[:limit], [before, after], brief=True),
     }
 
 
@@ -126,65 +128,53 @@ def _summary(seen: View) -> dict[str, Any]:
 
 
 def _print(output: Output, seen: View, found: dict[str, Any], *, full: bool, steps: bool) -> None:
+    from flashrl_cli.render.examples import question_lines
+
     output.say(f"{seen.file}")
-    output.text(f"{seen.run} on {seen.dataset}{_others(seen)}")
+    others = [
+        f"; {option} has {len(names)}: {', '.join(names)}"
+        for option, names in (("--run", seen.runs), ("--dataset", seen.datasets))
+        if len(names) > 1
+    ]
+    output.text(f"{seen.run} on {seen.dataset}{''.join(others)}")
     if steps:
-        rows = [
-            [s["step"], f"{s['accuracy']:.3f}", s["right"], s["responses"], s["cut"]] for s in _summary(seen)["steps"]
-        ]
-        output.table(["step", "accuracy", "right", "responses", "cut"], rows)
+        columns = ["step", "accuracy", "right", "responses", "cut"]
+        rows = [{**one, "accuracy": f"{one['accuracy']:.3f}"} for one in _summary(seen)["steps"]]
+        output.table(columns, [[row[name] for name in columns] for row in rows])
+    width = min(shutil.get_terminal_size().columns, _WIDEST)
     for heading, questions in _sections(seen, found):
         if heading:
             output.text(f"\n{heading}")
-        _print_questions(output, questions, full=full)
+        for question in questions:
+            output.text("")
+            for line in question_lines(question, width=width, full=full):
+                output.text(line)
 
 
-def _sections(seen: View, found: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+def _sections(seen: View, found: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Headings with the questions below them."""
     match found["view"]:
         case "worst":
-            count, total = found["wrong"], len(seen.marks[found["step"]])
-            wrong = f"{count:,} {'is' if count == 1 else 'are'} not always answered right"
-            heading = f"Of {counted(total, 'question')} {wrong}{_at(found['step'])}."
-            return [(f"{heading} The hardest {len(found['questions'])}:", found["questions"])]
+            wrong, step = found["wrong"], found["step"]
+            total = counted(len(seen.marks[step]), "question")
+            what = f"{wrong:,} {'is' if wrong == 1 else 'are'} not always answered right"
+            when = "" if step is None else f" at step {step}"
+            yield f"Of {total} {what}{when}. The hardest {len(found['questions'])}:", found["questions"]
         case "changed":
-            return _changed_sections(found)
+            yield from _changed_sections(found)
         case "question":
-            return [("", found["questions"])]
-    return [("No later step has a higher accuracy than the first.", [])] if len(seen.marks) > 1 else []
+            yield "", found["questions"]
+        case _ if len(seen.marks) > 1:
+            yield "No later step has a higher accuracy than the first.", []
 
 
-def _changed_sections(found: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+def _changed_sections(found: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     from flashrl_cli.evals.verdicts import p_text
 
-    counts, before, after = found["counts"], found["before"], found["after"]
-    head = (
-        f"From step {before} to step {after}: {counted(counts['gained'], 'question')} gained, {counts['lost']:,} lost, "
-    )
-    head += f"{counts['same']:,} as before ({p_text(found['p'])} for these two steps alone)."
-    sections: list[tuple[str, list[dict[str, Any]]]] = [(head, [])]
+    counts, after = found["counts"], found["after"]
+    moved = f"{counted(counts['gained'], 'question')} gained, {counts['lost']:,} lost, {counts['same']:,} as before"
+    yield f"From step {found['before']} to step {after}: {moved} ({p_text(found['p'])} for these two steps alone).", []
     for kind, meaning in (("gained", "answered right more often"), ("lost", "answered right less often")):
         if found[kind]:
             shown = f", {len(found[kind])} of {counts[kind]:,}" if len(found[kind]) < counts[kind] else ""
-            sections.append((f"{kind.upper()} ({meaning} at step {after}{shown})", found[kind]))
-    return sections
-
-
-def _print_questions(output: Output, questions: list[dict[str, Any]], *, full: bool) -> None:
-    from flashrl_cli.render.examples import question_lines
-
-    width = min(shutil.get_terminal_size().columns, _WIDEST)
-    for question in questions:
-        output.text("")
-        for line in question_lines(question, width=width, full=full):
-            output.text(line)
-
-
-def _others(seen: View) -> str:
-    runs = f"; --run has {len(seen.runs)}: {', '.join(seen.runs)}" if len(seen.runs) > 1 else ""
-    datasets = f"; --dataset has {len(seen.datasets)}: {', '.join(seen.datasets)}" if len(seen.datasets) > 1 else ""
-    return runs + datasets
-
-
-def _at(step: int | None) -> str:
-    return "" if step is None else f" at step {step}"
+            yield f"{kind.upper()} ({meaning} at step {after}{shown})", found[kind]

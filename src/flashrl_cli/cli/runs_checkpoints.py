@@ -100,16 +100,15 @@ def export(
     flashrl runs export tiny-int8-tis2 best ./tiny-math
     """
     from flashrl_cli import files
-    from flashrl_cli.evals import export as exports
-    from flashrl_cli.evals import export as pushes
     from flashrl_cli.render.output import Output
+    from flashrl_cli.runs import export as exports
     from flashrl_cli.runs import merge
     from flashrl_cli.runs.checkpoints import take_stock
 
     if public and push is None:
         raise InputError("--public belongs to --push")
     output = Output(json_mode=json)
-    hub = pushes.repository(push) if push is not None else None
+    hub = exports.repository(push) if push is not None else None
     target = merge.new_folder(paths.absolute(folder))
     stock = take_stock(_run(name))
     found = exports.choose(stock, step)

@@ -1,14 +1,13 @@
-r"""Right or wrong: by verl's own scorer, so that evaluation and training reward agree, and by what the answer itself says.
+r"""Right or wrong: by verl's own scorer, so that evaluation and training reward agree, and by the answer itself.
 
-verl's verdict counts the form, too: `#### 72` for GSM8K, `\boxed{72}` or `Answer: 72` elsewhere. Beside it stand two that look for the
-answer wherever it is (`flexible`) and in the last box (`boxed`), by math-verify, which compares formulas by their meaning.
-Imported by graders (evals/pool.py); none of the functions keeps to a time.
+verl's verdict counts the form, too: `#### 72` for GSM8K, `\boxed{72}` or `Answer: 72` elsewhere. Two others look for
+the answer anywhere in a response (`flexible`) and in its last box (`boxed`), by math-verify, which compares formulas by
+their meaning. Numbers are those of lm-evaluation-harness for GSM8K (lm_eval/tasks/gsm8k/gsm8k.yaml, filter
+flexible-extract: the last match counts; commas, dollar signs and a trailing dot do not), with three differences: a
+match has a digit, a comma belongs to a number only where it separates thousands, and a hyphen is a sign only where
+nothing stands before it (`8-3` ends with 3).
 
-Where a response says its answer: text in, text or number out; nothing is judged here.
-
-Numbers are what lm-evaluation-harness takes for them in GSM8K (lm_eval/tasks/gsm8k/gsm8k.yaml, filter flexible-extract: the last
-match counts; commas, dollar signs and a trailing dot do not), with three differences: a match has a digit, a comma belongs to a number
-only where it separates thousands, and a hyphen is a sign only where nothing stands before it (`8-3` ends with 3).
+Graders (evals/graders.py) call these functions, and end those that take too long.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def number(text: str) -> Decimal | None:
 
 
 def last_box(text: str) -> str | None:
-    r"""Content of the last `\boxed` without a full stop or a percent sign at its end; None if there is none that closes."""
+    r"""Content of the last `\boxed` that closes, without a full stop or a percent sign at its end."""
     content = boxed_answer(text)
     return None if content is None else without_end(content)
 
@@ -67,7 +66,7 @@ def without_unit(answer: str) -> str:
 
 
 def prediction(text: str) -> str | None:
-    """The answer that a reader would take: the last box's, else after ####, else after `Answer:`, else the last number."""
+    """The answer as a reader would find it: in the last box, else after ####, after `Answer:`, or the last number."""
     for found in (last_box(text), _last(_AFTER_HASHES, text), _last(_AFTER_ANSWER, text)):
         if found:
             return found
@@ -96,7 +95,7 @@ _LONGEST_PROBLEM = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """verl's: `score` and whether it is right; `problem` says why there is none."""
+    """verl's verdict: `score` and whether it is right; `problem` says why there is none."""
 
     score: float = 0.0
     correct: bool = False
@@ -105,7 +104,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What the response says, see Grade; `problem` says why its answer could not be compared."""
+    """The answer in a response, see Grade; `problem` says why it could not be compared."""
 
     flexible: bool | None = None
     boxed: bool | None = None
@@ -114,7 +113,7 @@ class Reading:
 
 
 def unread(question: Question, response: str, problem: str) -> Reading:
-    """Of a `response` whose answer could not be compared: wrong where it would have been right or wrong."""
+    """The reading of a `response` that could not be compared: wrong where it would have been right or wrong."""
     if _comparison(question.data_source) is None:
         return Reading(problem=problem)
     return Reading(flexible=False, boxed=False, prediction=prediction(response), problem=problem)
@@ -149,7 +148,7 @@ def judge(question: Question, response: str) -> Verdict:
 
 
 def read(question: Question, response: str) -> Reading:
-    """What `response` says, and whether that is the truth; nothing where the truth is neither number nor formula."""
+    """The answer in `response` and whether it is the truth; nothing where that is neither number nor formula."""
     compare = _comparison(question.data_source)
     if compare is None:
         return Reading()
@@ -192,8 +191,8 @@ def _compare_number(truth: str, response: str) -> tuple[bool, bool]:
 def _compare_formula(truth: str, response: str) -> tuple[bool, bool]:
     r"""Whether the answer is `truth`, and whether the last box is.
 
-    The answer is the last box or what math-verify takes for it: of several boxes it makes a set, and `\boxed{3}, so \boxed{4}`
-    would never be 4.
+    The answer is the last box or what math-verify takes for it: of several boxes that makes a set, and
+    `\boxed{3}, so \boxed{4}` would never be 4.
     """
     box, wanted = last_box(response), without_end(truth)
     boxed = bool(box) and _same(wanted, box or "")
@@ -212,7 +211,7 @@ def _same(truth: str, answer: str) -> bool:
 
 
 def _verifies(truth: str, text: str) -> bool:
-    """Whether math-verify reads `truth` in `text`. Its alarm is off: a grader has a limit from outside, which C code heeds, too."""
+    """Whether math-verify reads `truth` in `text`, without its alarm: a grader's limit ends C code, too."""
     from math_verify import parse, verify
 
     wanted = parse(rf"\boxed{{{truth}}}", parsing_timeout=None)

@@ -1,19 +1,13 @@
 """Graders: processes beside the command line in which verl and math-verify judge responses while others are generated.
 
-A response can hang what grades it: `10^{10^{10}}` in a box, or a regular expression in C code, where no signal helps. It costs its
-process and some seconds of one grader, and nothing else.
-
-Inside the processes that grade: the one that all are forked from, and each of them.
-
-verl's import takes 7 s of a CPU. It is done once, in the process that forks; a grader that was killed comes back in milliseconds.
+A response can hang what grades it: `10^{10^{10}}` in a box, or a regular expression in C code, where no signal helps.
+It costs its process and some seconds of one grader, and nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
-import itertools
 import math
 import multiprocessing
 import os
@@ -27,7 +21,6 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, TypeVarTuple
 
-from flashrl_cli import contract
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
 from flashrl_cli.evals import grade
 from flashrl_cli.machine import software, system
@@ -41,33 +34,23 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+A = TypeVarTuple("A")
 
-_SCORERS = ("gsm8k", "math_reward", "math_dapo", "prime_math")
-_ENVIRONMENT = {"VERL_USE_EXTERNAL_PLUGINS": "none", "CUDA_VISIBLE_DEVICES": "", **contract.THREADS}
-
-
-def prepare() -> None:
-    """Make this process one that graders are forked from: silent, off GPUs, with all imported that grades.
-
-    It must not have threads when it forks, so nothing here leaves one.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for stream in range(3):
-        os.dup2(nowhere, stream)
-    os.environ.update(_ENVIRONMENT)
-    prepared = threading.Event()
-    watch = threading.Thread(target=_end_with, args=(os.getppid(), prepared))
-    watch.start()
-    # whatever cannot be imported fails again in the graders, where the failure is told
-    with contextlib.suppress(Exception):
-        _import()
-    prepared.set()
-    watch.join()
+_PACKAGES = ("pebble", "math_verify", "verl")
+_SERVER = "flashrl_cli.evals.grader_server"
+LIMIT_S = 5.0
+"""Seconds of a CPU that grading one response may take."""
+_CHUNK = 32
+"""Responses in one message to a grader; also how many are graded again, one by one, for one that hangs."""
+_CHUNK_LIMIT_S = 2.0
+"""Seconds of a CPU for a chunk, which takes milliseconds; the responses of one that takes longer are graded singly."""
+_BY_THE_CLOCK = 12
+"""How many times as long it may take by the clock: a busy machine must not make a right answer wrong."""
+_TRIES = 3
 
 
 def begin() -> None:
-    """Of each grader: end when told to, even in C code, and with the command line, and take along what verl's scorers start.
+    """Prepare a grader: it ends with the command line, and by SIGTERM even in C code, with what verl's scorers start.
 
     They start processes with a time limit of their own, which a fork keeps and a new import of verl would not.
     """
@@ -80,31 +63,12 @@ def begin() -> None:
 
 
 def run(most_cpu_s: float, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call `function`; the kernel ends this process with SIGVTALRM once that has taken `most_cpu_s` of a CPU, in C code too."""
+    """Call `function` in a grader; the kernel ends that with SIGVTALRM after `most_cpu_s` of a CPU, in C code too."""
     signal.setitimer(signal.ITIMER_VIRTUAL, most_cpu_s)
     try:
         return function(*args, **kwargs)
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-
-
-def _import() -> None:
-    for name in _SCORERS:
-        importlib.import_module(f"verl.utils.reward_score.{name}")
-    from math_verify import parse, verify
-
-    # the parser learns its grammar by use
-    verify(
-        parse(r"\boxed{\frac{1}{2}}", parsing_timeout=None),
-        parse("$x^2 = 1,000$", parsing_timeout=None),
-        timeout_seconds=None,
-    )
-
-
-def _end_with(parent: int, prepared: threading.Event) -> None:
-    while not prepared.wait(0.1):
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 def _end_with_command_line() -> None:
@@ -114,23 +78,8 @@ def _end_with_command_line() -> None:
         os._exit(1)
 
 
-A = TypeVarTuple("A")
-
-_PACKAGES = ("pebble", "math_verify", "verl")
-_SERVER = "flashrl_cli.evals.grader_server"
-LIMIT_S = 5.0
-"""Seconds of a CPU that grading one response may take."""
-_CHUNK = 32
-"""Responses in one message to a grader; also how many are graded again, one by one, for one that hangs."""
-_CHUNK_LIMIT_S = 2.0
-"""The same for a chunk, which takes milliseconds; one that takes longer is graded one by one, which loses nothing but time."""
-_BY_THE_CLOCK = 12
-"""How many times as long it may take by the clock: a busy machine must not make a right answer wrong."""
-_TRIES = 3
-
-
 class Graders:
-    """`workers` processes that grade, from entering to leaving; they start in the background and are ready after some 7 s.
+    """`workers` processes that grade, from entering to leaving; they start in the background, which takes some 7 s.
 
     Raises EnvironmentNotReady if a package for it is missing. All methods may be called from any thread.
     """
@@ -151,7 +100,7 @@ class Graders:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End all graders. Those that still import are not waited for: they end as soon as they have, or with this process."""
+        """End all graders. Those that still import are not waited for: they end after that, or with this process."""
         self._closed = True
         ending = threading.Thread(target=self._end, daemon=True)
         ending.start()
@@ -161,22 +110,22 @@ class Graders:
     def grade(self, questions: Sequence[Question], responses: Sequence[Response]) -> list[Grade]:
         """One grade for each of `responses`, in their order; waits for them.
 
-        Raises EnvironmentNotReady if a scorer lacks a library, RunFailed if graders die over and over, CancelledError if they
-        are ended meanwhile.
+        Raises EnvironmentNotReady if a scorer lacks a library, RunFailed if graders die over and over, CancelledError
+        if they are ended meanwhile.
         """
         work = [(questions[response.question], response.response) for response in responses]
         size = max(1, min(_CHUNK, math.ceil(len(work) / self._workers)))
         chunks = [work[first : first + size] for first in range(0, len(work), size)]
-        outcomes = self._outcomes(_CHUNK_LIMIT_S, grade.grade_all, [(chunk,) for chunk in chunks])
-        found = [
-            self._singly(chunk) if isinstance(outcome, Exception) else outcome
-            for chunk, outcome in zip(chunks, outcomes, strict=True)
-        ]
-        return list(itertools.chain.from_iterable(found))
+        found: list[Grade] = []
+        outcomes = self._call_all(_CHUNK_LIMIT_S, grade.grade_all, [(chunk,) for chunk in chunks])
+        for chunk, outcome in zip(chunks, outcomes, strict=True):
+            found += self._singly(chunk) if isinstance(outcome, Exception) else outcome
+        return found
 
     def _singly(self, chunk: Sequence[tuple[Question, str]]) -> list[Grade]:
         """Grades of a chunk that one of its responses has spoilt: verl's verdict must not be lost with the other."""
-        verdicts, readings = self._outcomes(LIMIT_S, grade.judge, chunk), self._outcomes(LIMIT_S, grade.read, chunk)
+        verdicts = self._call_all(LIMIT_S, grade.judge, chunk)
+        readings = self._call_all(LIMIT_S, grade.read, chunk)
         return [
             grade.joined(
                 grade.Verdict(problem=_why(verdict)) if isinstance(verdict, Exception) else verdict,
@@ -185,45 +134,48 @@ class Graders:
             for one, verdict, reading in zip(chunk, verdicts, readings, strict=True)
         ]
 
-    def _outcomes(self, limit_s: float, function: Callable[[*A], R], calls: Sequence[tuple[*A]]) -> list[R | Exception]:
-        """What `function` returns for each of `calls`, or the exception that tells why its grader was ended."""
+    def _call_all(self, limit_s: float, function: Callable[[*A], R], calls: Sequence[tuple[*A]]) -> list[R | Exception]:
+        """What `function` returns for each of `calls`, or the exception that says why its grader was ended."""
+        queued = [(call, self._queue(limit_s, function, call)) for call in calls]
         found: list[R | Exception] = []
-        asks = [partial(self._ask, limit_s, function, call) for call in calls]
-        for ask, future in [(ask, self._queue(ask)) for ask in asks]:
-            outcome = self._outcome(ask, future)
+        for call, future in queued:
+            outcome = self._outcome(future, limit_s, function, call)
             found.append(outcome)
         return found
 
-    def _outcome(self, ask: Callable[[], Future[R]], future: Future[R]) -> R | Exception:
+    def _outcome(
+        self, future: Future[R], limit_s: float, function: Callable[[*A], R], call: tuple[*A]
+    ) -> R | Exception:
+        """What a queued call returns; it is queued again where all graders died."""
         from pebble import ProcessExpired
 
         for _ in range(_TRIES):
             try:
                 return future.result()
             except BrokenProcessPool:
-                future = self._queue(ask)
+                future = self._queue(limit_s, function, call)
             except (TimeoutError, ProcessExpired) as error:
                 return error
             except ImportError as error:
                 raise EnvironmentNotReady(f"responses cannot be graded: {error}", hint="flashrl doctor") from error
-        raise RunFailed(f"all graders died, {_TRIES} times", hint="flashrl doctor tells how much memory is free")
+        raise RunFailed(f"all graders died, {_TRIES} times", hint="flashrl doctor reports how much memory is free")
 
-    def _queue(self, ask: Callable[[], Future[R]]) -> Future[R]:
-        """Have `ask` queue its call; where all graders are gone, there are new ones first."""
+    def _queue(self, limit_s: float, function: Callable[[*A], R], call: tuple[*A]) -> Future[R]:
+        """Queue a call; where all graders are gone, new ones are started first."""
         with self._lock:
             if self._closed:
                 raise CancelledError
             try:
-                future = ask()
+                future = self._schedule(limit_s, function, call)
             except RuntimeError:  # pebble gives up a pool when a grader dies that had nothing to do
                 threading.Thread(target=_stop, args=(self._pool,), daemon=True).start()
                 self._pool = self._new_pool()
-                future = ask()
+                future = self._schedule(limit_s, function, call)
             self._waiting.add(future)
         future.add_done_callback(self._waiting.discard)
         return future
 
-    def _ask(self, limit_s: float, function: Callable[[*A], R], call: tuple[*A]) -> Future[R]:
+    def _schedule(self, limit_s: float, function: Callable[[*A], R], call: tuple[*A]) -> Future[R]:
         return self._pool.schedule(run, args=(limit_s, function, *call), timeout=_BY_THE_CLOCK * limit_s)
 
     def _new_pool(self) -> ProcessPool:
@@ -235,7 +187,7 @@ class Graders:
         return ProcessPool(self._workers, initializer=begin, context=context)
 
     def _start(self) -> None:
-        with contextlib.suppress(RuntimeError):  # then the first call starts them, or tells why not
+        with contextlib.suppress(RuntimeError):  # then the first call starts them, or says why not
             self._pool.active  # noqa: B018  (asking starts a pool)
 
     def _end(self) -> None:

@@ -13,7 +13,7 @@ from flashrl_cli import paths
 from flashrl_cli.data import readers
 from flashrl_cli.data.rows import BadRows, Needs, Raw, Scoring, judge
 from flashrl_cli.errors import InputError
-from flashrl_cli.evals.results import DataSet
+from flashrl_cli.runs.checkpoints import newest_plan
 from flashrl_cli.verl import checkpoints as layout
 
 
@@ -31,6 +31,15 @@ class Question:
         return json.dumps(asdict(self), ensure_ascii=False, default=str)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSet:
+    """Questions under one name, and the file they were read from."""
+
+    name: str
+    file: Path
+    questions: tuple[Question, ...]
+
+
 def choose_questions(
     names: str | None, run_folders: Iterable[Path], limit: int | None, *, scoring: Scoring = Scoring.VERL
 ) -> tuple[DataSet, ...]:
@@ -38,8 +47,8 @@ def choose_questions(
 
     Raises InputError if that names nothing, or not the same for all runs, or holds rows that are not fit for `scoring`.
     """
-    asked = _recorded(run_folders) if names is None else [_named(name.strip()) for name in names.split(",")]
-    files = list(dict.fromkeys(asked))
+    chosen = _recorded(run_folders) if names is None else [_named(name.strip()) for name in names.split(",")]
+    files = list(dict.fromkeys(chosen))
     labels = _labels(files)
     return tuple(
         DataSet(name=labels[file], file=file, questions=tuple(read(file, limit, scoring=scoring))) for file in files
@@ -47,7 +56,7 @@ def choose_questions(
 
 
 def read(file: Path, limit: int | None, *, scoring: Scoring = Scoring.VERL) -> list[Question]:
-    """The first `limit` questions of a file of rows, all of which are judged.
+    """The first `limit` questions of a file of rows; all of its rows are checked.
 
     Raises InputError naming missing columns and rows that are not fit for `scoring`.
     """
@@ -73,8 +82,11 @@ def _named(data: str) -> Path:
 
 
 def _recorded(run_folders: Iterable[Path]) -> list[Path]:
-    """Validation files that the runs' records name, which must be the same for all."""
-    recorded = {tuple(_validation_files(folder)) for folder in run_folders}
+    """Validation files of the runs' newest plans, which must be the same for all."""
+    recorded = set()
+    for folder in run_folders:
+        plan = newest_plan(paths.RunPaths(folder.name, paths.runs_root() / folder.name, folder))
+        recorded.add(tuple(layout.val_files(plan.get("overrides", []))))
     if len(recorded) == 1 and (chosen := recorded.pop()):
         return list(chosen)
     what = (
@@ -83,24 +95,15 @@ def _recorded(run_folders: Iterable[Path]) -> list[Path]:
     raise InputError(what, hint="name it: --dataset gsm8k, or --dataset FILE.parquet")
 
 
-def _validation_files(run_folder: Path) -> list[Path]:
-    """Validation files in the plan of the run's last attempt that has one."""
-    run = paths.RunPaths(run_folder.name, paths.runs_root() / run_folder.name, run_folder)
-    plans = [plan for n in reversed(run.attempts()) if (plan := run.attempt(n).plan).is_file()]
-    if not plans:
-        return []
-    return layout.val_files(json.loads(plans[0].read_text(encoding="utf-8")).get("overrides", []))
-
-
 def _labels(files: Sequence[Path]) -> dict[Path, str]:
-    """A name for each file: its folder's for the test split of a prepared data set, else its own, longer where two would be alike."""
+    """A name for each file: of `test` files their folder's, else the file's own; both where two would have the same."""
     names = {file: file.parent.name if file.stem == "test" else file.stem for file in files}
-    alike = Counter(names.values())
-    return {file: name if alike[name] == 1 else f"{file.parent.name}/{file.stem}" for file, name in names.items()}
+    count = Counter(names.values())
+    return {file: name if count[name] == 1 else f"{file.parent.name}/{file.stem}" for file, name in names.items()}
 
 
 def _question(row: Raw) -> Question:
-    """A row that was judged; what it is not read for may be missing."""
+    """The question of a row that passed the checks; a column that its scoring does not need may be missing."""
     reward = row.get("reward_model")
     truth = reward.get("ground_truth") if isinstance(reward, dict) else None
     return Question(row["prompt"], str(row.get("data_source") or ""), truth, row.get("extra_info"))

@@ -1,6 +1,6 @@
-"""Statistics of an evaluation: an accuracy is an estimate, and its interval is shown with it.
+"""Statistics of an evaluation: accuracies with their intervals, pass@k, maj@n, and differences of accuracies.
 
-Differences of accuracies on the same questions, several at once: p-values and intervals that hold for all of them together.
+Of differences on the same questions p-values and intervals hold for several pairs together.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def wilson(p: float, trials: float, z: float = Z95) -> tuple[float, float]:
 def accuracy(correct: Sequence[Sequence[bool]]) -> Estimate:
     """Share of right responses, `correct[prompt][sample]`, with its 95 % interval; needs at least one response.
 
-    Samples of one prompt are alike and tell less than as many prompts: Wilson's interval is taken at the effective
+    Samples of one prompt are alike and say less than as many prompts: Wilson's interval is taken at the effective
     number of trials, total / design effect (L. Kish, Survey Sampling, 1965, ch. 5), from prompts to responses.
     """
     total = sum(map(len, correct))
@@ -58,24 +58,26 @@ def _effective_trials(correct: Sequence[Sequence[bool]], p: float, total: int) -
 
 
 def budgets(n: int) -> list[int]:
-    """The k of pass@k that `n` responses to each question can tell: 1, 2, 4, … and `n` itself."""
+    """The k of pass@k that `n` responses to each question allow: 1, 2, 4, … and `n` itself."""
     return [*(1 << power for power in range((n - 1).bit_length())), n]
 
 
 def pass_at(k: int, correct: Sequence[Sequence[bool]]) -> float:
     """Share of questions of which at least one of `k` responses is right, without bias; `correct[prompt][sample]`.
 
-    From n ≥ k responses, c of them right: the mean of 1 - C(n-c, k) / C(n, k) (M. Chen et al., arXiv 2107.03374, eq. 1).
+    From n ≥ k responses, c of them right, it is the mean of 1 - C(n-c, k) / C(n, k) (M. Chen et al., arXiv 2107.03374,
+    eq. 1).
     """
     missed = (math.comb(len(samples) - sum(samples), k) / math.comb(len(samples), k) for samples in correct)
     return 1 - sum(missed) / len(correct)
 
 
 def majority(votes: Sequence[Sequence[tuple[str | None, bool]]]) -> float:
-    """Share of questions whose most frequent answer is right (maj@n); `votes[prompt][sample]` is an answer and whether it is right.
+    """Share of questions whose most frequent answer is right (maj@n).
 
-    None does not vote, and without a vote a question counts as wrong. Numbers are alike however they are written. Among answers that
-    are equally frequent one is drawn: the question counts by the share of right ones.
+    `votes[prompt][sample]` is an answer and whether it is right. None does not vote, and without a vote a question
+    counts as wrong. Numbers are alike however they are written. Among answers that are equally frequent one is drawn:
+    the question counts by the share of right ones.
     """
     return sum(map(_elected, votes)) / len(votes)
 
@@ -90,7 +92,7 @@ def _elected(votes: Sequence[tuple[str | None, bool]]) -> float:
 
 
 def _plain(answer: str) -> str:
-    """An answer as it is counted: a number without separators, dollar signs and zeros behind its point; else without spaces."""
+    """An answer as it is counted: a number without separators, dollar signs, trailing zeros; a text without spaces."""
     text = "".join(answer.split())
     try:
         return str(Decimal(text.replace(",", "").replace("$", "")).normalize())
@@ -111,7 +113,8 @@ _CHUNK = 4_000_000
 class Difference:
     """Accuracy of one minus that of another, as a share.
 
-    `p` is that of the pair alone. `adjusted` and the 95 % interval `lo` to `hi` are corrected for all pairs looked at together.
+    `p` is that of the pair alone. `adjusted` and the 95 % interval `lo` to `hi` are corrected for all pairs that are
+    looked at together.
     """
 
     value: float
@@ -135,9 +138,10 @@ def differences(
 ) -> list[Difference]:
     """`columns[a] - columns[b]` for each pair (a, b); `columns[one][question]` is the share of right responses.
 
-    With `single` (one response a question, so shares are 0 or 1) exact McNemar tests and Newcombe's intervals, at the level that
-    holds for all pairs together (Bonferroni); `stepwise` makes the p-values those of S. Holm, Scand. J. Stat. 6 (1979) 65, which are
-    lower, so that an interval may hold 0 though p is below 0.05. Without `single` a bootstrap over questions.
+    With `single` (one response a question, so shares are 0 or 1) exact McNemar tests and Newcombe's intervals, at the
+    level that holds for all pairs together (Bonferroni); `stepwise` makes the p-values those of S. Holm, Scand. J.
+    Stat. 6 (1979) 65, which are lower, so that an interval may hold 0 though p is below 0.05. Without `single` a
+    bootstrap over questions.
     """
     if not pairs:
         return []
@@ -145,7 +149,7 @@ def differences(
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Two-sided exact p of McNemar's test: right in one alone `only_a` and `only_b` times; the fair coin's binomial test."""
+    """Two-sided exact p of McNemar's test, a fair coin's: `only_a` and `only_b` questions are right in one alone."""
     n = only_a + only_b
     term = total = 1
     for i in range(min(only_a, only_b)):
@@ -157,7 +161,8 @@ def mcnemar(only_a: int, only_b: int) -> float:
 def newcombe(both: int, only_a: int, only_b: int, neither: int, z: float) -> tuple[float, float]:
     """Interval of the difference of two paired proportions, a - b.
 
-    R. G. Newcombe, Statistics in Medicine 17 (1998) 2635, method 10: Wilson intervals of both, joined by their correlation.
+    R. G. Newcombe, Statistics in Medicine 17 (1998) 2635, method 10: Wilson intervals of both, joined by their
+    correlation.
     """
     n = both + only_a + only_b + neither
     a, b = (both + only_a) / n, (both + only_b) / n
@@ -214,8 +219,9 @@ def _table(a: Any, b: Any) -> tuple[int, int, int, int]:
 def _bootstrap(columns: Sequence[Sequence[float]], pairs: Sequence[Pair]) -> list[Difference]:
     """By the largest |difference| / standard error among all pairs in each of 10,000 resamples of the questions.
 
-    That is single-step max-T (P. H. Westfall, S. S. Young, Resampling-Based Multiple Testing, 1993, 2.2), with the tails of Student's t:
-    an interval excludes 0 where its adjusted p is below 0.05. Of d questions that differ no p is below a sign-flip test's least, 2 / 2^d.
+    That is single-step max-T (P. H. Westfall, S. S. Young, Resampling-Based Multiple Testing, 1993, 2.2), with the
+    tails of Student's t: an interval excludes 0 where its adjusted p is below 0.05. Of d questions that differ no p is
+    below a sign-flip test's least, 2 / 2^d.
     """
     import numpy as np
 
@@ -260,7 +266,7 @@ def _as_normal(t: float, freedom: int) -> float:
 
 
 def _as_t(normal: float, freedom: int) -> float:
-    """What `_as_normal` makes `normal` of; infinity where nothing is that far out."""
+    """The inverse of `_as_normal`; infinity where no t is that far out."""
     if not normal:
         return 0.0
     rest = (1 - 1 / (4 * freedom)) ** 2 - normal * normal / (2 * freedom)
@@ -275,7 +281,8 @@ def _share(drawn: Any, value: float) -> float:
 def _deviations(shares: Any) -> Any:
     """Resampled means minus the mean, [column][resample].
 
-    Stretched by √(n / (n - 1)), because a resample varies less than a sample (T. C. Hesterberg, The American Statistician 69 (2015) 371).
+    Stretched by √(n / (n - 1)), because a resample varies less than a sample (T. C. Hesterberg, The American
+    Statistician 69 (2015) 371).
     """
     import numpy as np
 

@@ -1,6 +1,6 @@
-"""What an evaluation's numbers allow to be said, as sentences; none claims more than its p-value does.
+"""What an evaluation's numbers allow to be said: which steps are better, as sentences, and whether a threshold is met.
 
-Which steps of a run are better than which: paired comparisons on the same questions.
+Steps are compared in pairs on the same questions; no sentence claims more than its p-value does.
 """
 
 from __future__ import annotations
@@ -20,45 +20,24 @@ from flashrl_cli.text import counted
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from flashrl_cli.evals.report import Row
-    from flashrl_cli.evals.results import Evaluated
+    from flashrl_cli.evals.results import Entry, Evaluated
+
+_FINE = 0.05
+"""A difference, as a share, that an evaluation should be able to detect."""
+_LISTED = 12
+_EQUAL = 1e-12
+"""An accuracy that is a mean of means may miss the number that it is by this much."""
 
 Against = Literal["first", "baseline", "step"]
 Method = Literal["mcnemar", "bootstrap"]
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A result under the run and step that a report shows it as: a base is step 0 of every run that began with it."""
-
-    run: str
-    step: int | None
-    result: Evaluated
-
-    @property
-    def name(self) -> str:
-        """What a sentence about its run calls it."""
-        return "the model" if self.step is None else f"step {self.step}"
-
-    def called_in(self, run: str) -> str:
-        """What a sentence about `run` calls it."""
-        if run == self.run:
-            return self.name
-        return self.run if self.step is None else f"{self.run} step {self.step}"
-
-    @property
-    def marks(self) -> list[list[bool]]:
-        """Whether each response is right, [question][sample]."""
-        graded = zip(self.result.responses, self.result.grades, strict=True)
-        return [[g.correct for _, g in group] for _, group in groupby(graded, key=lambda pair: pair[0].question)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """The best of a run on one data set minus another: its first step, a baseline, or any other step.
 
-    The difference is corrected for having chosen the best: it holds for all `among` pairs that this one was chosen from (each step
-    with the first or with the baseline; of later steps among themselves every pair).
+    The difference is corrected for having chosen the best: it holds for all `among` pairs that this one was chosen from
+    (each step with the first or with the baseline; of later steps among themselves every pair).
     """
 
     run: str
@@ -79,12 +58,12 @@ class Comparison:
 
 
 def compare(entries: Sequence[Entry], baseline: Entry | None = None) -> list[Comparison]:
-    """Comparisons of the best of `entries`: one run's results on one data set by step, of which training began with the first.
+    """Compare the best of `entries` with the others: one run's results on one data set, in the order of its steps.
 
-    Raises InputError if they did not answer the same questions.
+    Training began with the first. Raises InputError if they did not answer the same questions.
     """
     everything = [*entries, *([baseline] if baseline else [])]
-    same_questions([entry.result for entry in everything])
+    _check_questions([entry.result for entry in everything])
     marks = [entry.marks for entry in everything]
     columns = [[sum(samples) / len(samples) for samples in one] for one in marks]
     method: Method = "mcnemar" if all(len(samples) == 1 for one in marks for samples in one) else "bootstrap"
@@ -93,7 +72,10 @@ def compare(entries: Sequence[Entry], baseline: Entry | None = None) -> list[Com
     found = []
     for against, pairs in _families(entries, best, baseline):
         tested = differences(columns, pairs, single=method == "mcnemar", stepwise=against == "step")
-        for other, difference in _of(best, pairs, tested):
+        for (a, b), difference in zip(pairs, tested, strict=True):
+            if best not in {a, b}:
+                continue
+            other = b if a == best else a
             found.append(
                 Comparison(
                     run=run,
@@ -103,7 +85,7 @@ def compare(entries: Sequence[Entry], baseline: Entry | None = None) -> list[Com
                     best_step=entries[best].step,
                     other=everything[other].called_in(run),
                     other_step=everything[other].step,
-                    difference=difference,
+                    difference=difference if a == best else difference.turned(),
                     among=len(pairs),
                     method=method,
                     questions=len(columns[best]),
@@ -112,7 +94,7 @@ def compare(entries: Sequence[Entry], baseline: Entry | None = None) -> list[Com
     return found
 
 
-def same_questions(results: Sequence[Evaluated]) -> None:
+def _check_questions(results: Sequence[Evaluated]) -> None:
     """Raise InputError unless all answered the same questions of the same data set."""
     first = results[0]
     asked = {response.question for response in first.responses}
@@ -126,7 +108,7 @@ def same_questions(results: Sequence[Evaluated]) -> None:
 
 
 def _families(entries: Sequence[Entry], best: int, baseline: Entry | None) -> Iterator[tuple[Against, list[Pair]]]:
-    """Pairs that those with the best are chosen from; a baseline comes behind all entries."""
+    """Pairs of indices that those with the best are chosen from; a baseline's index follows those of all entries."""
     steps = range(len(entries))
     if best > 0:
         yield "first", [(step, 0) for step in steps[1:]]
@@ -135,20 +117,134 @@ def _families(entries: Sequence[Entry], best: int, baseline: Entry | None) -> It
     yield "step", list(combinations(steps[1:] if best > 0 else steps, 2))
 
 
-def _of(best: int, pairs: Sequence[Pair], found: Sequence[Difference]) -> Iterator[tuple[int, Difference]]:
-    """The other one of each pair that `best` is in, and the best minus it."""
-    for (a, b), difference in zip(pairs, found, strict=True):
-        if a == best:
-            yield b, difference
-        elif b == best:
-            yield a, difference.turned()
+def on_steps(comparisons: Sequence[Comparison]) -> list[str]:
+    """Sentences on each run and data set, and once what the numbers are corrected for."""
+    several = len({c.run for c in comparisons}) > 1
+    said = []
+    for (run, dataset), group in groupby(comparisons, key=lambda c: (c.run, c.dataset)):
+        where = f"{run}, {dataset}" if several else dataset
+        said += [f"{where}: {sentence}" for sentence in _on_one(list(group))]
+    if any(c.among > 1 for c in comparisons):
+        said.append("p-values and intervals are corrected for having picked the best of several steps")
+    return said
 
 
-_FINE = 0.05
-"""A difference, as a share, that an evaluation should be able to tell."""
-_LISTED = 12
-_EQUAL = 1e-12
-"""An accuracy that is a mean of means may miss the number that it is by this much."""
+def _on_one(found: Sequence[Comparison]) -> Iterator[str]:
+    """Sentences on one run and data set."""
+    against = {kind: [c for c in found if c.against == kind] for kind in ("first", "baseline", "step")}
+    yield from map(_against_first, against["first"])
+    if against["step"] and not against["first"]:
+        yield f"{found[0].best}, the first, has the highest accuracy"
+    yield from map(_against_baseline, against["baseline"])
+    beaten = {c.other for kind in ("first", "baseline") for c in against[kind] if c.difference.significant}
+    yield from _among_steps(against["step"], beaten)
+    yield from _too_few(found)
+
+
+def _against_first(c: Comparison) -> str:
+    if c.difference.significant:
+        return f"{c.best} beats {c.other} by {_amount(c.difference)}"
+    return f"{c.best}, the best, is not distinguishable from {c.other}: {_amount(c.difference)}"
+
+
+def _against_baseline(c: Comparison) -> str:
+    what = f"the baseline ({c.other})"
+    if not c.difference.significant:
+        return f"{c.best}, the best, is not distinguishable from {what}: {_amount(c.difference)}"
+    if c.difference.value > 0:
+        return f"{c.best} beats {what} by {_amount(c.difference)}"
+    return f"{c.best}, the best, falls short of {what} by {_amount(c.difference.turned())}"
+
+
+def _among_steps(found: Sequence[Comparison], beaten: set[str]) -> Iterator[str]:
+    """Which steps may be as good as the best, without those that another sentence says are `beaten`."""
+    if not found:
+        return
+    best, clear = found[0].best, [c.difference.adjusted for c in found if c.difference.significant]
+    alike = [c.other for c in found if not c.difference.significant and c.other not in beaten]
+    shown = ", ".join(name.removeprefix("step ") for name in alike[:_LISTED]) + (", …" if len(alike) > _LISTED else "")
+    if clear and len(found) == 1:
+        yield f"{best} beats {found[0].other} by {_amount(found[0].difference)}"
+    elif clear and not alike:
+        yield f"{best} beats every other step, {p_text(max(clear))}"
+    elif len(alike) == 1:
+        yield f"{alike[0]} and {best} are not distinguishable"
+    elif alike:
+        yield f"{len(alike)} steps are within noise of the best ({best.removeprefix('step ')}): {shown}"
+
+
+def _too_few(found: Sequence[Comparison]) -> Iterator[str]:
+    reach = median((c.difference.hi - c.difference.lo) / 2 for c in found)
+    if reach > _FINE:
+        questions = found[0].questions
+        what = f"{counted(questions, 'question')} {'is' if questions == 1 else 'are'} too few"
+        yield (
+            f"{what} to tell a difference of {100 * _FINE:.0f} points: "
+            f"the intervals reach {points(reach)} points to either side"
+        )
+
+
+def _amount(d: Difference) -> str:
+    return f"{points(d.value)} points (95 % {points(d.lo)} to {points(d.hi)}), {p_text(d.adjusted)}"
+
+
+def p_text(p: float) -> str:
+    """A p-value as it is written in a sentence."""
+    if p < 0.001:
+        return "p < 0.001"
+    digits = 2 if p >= 0.1 else 3
+    if round(p, digits) == ALPHA:
+        digits = 4  # what is below the threshold is not shown as the threshold
+    return f"p = {p:.{digits}f}"
+
+
+def points(share: float) -> str:
+    """A difference in percentage points."""
+    return f"{round(100 * share, 1) + 0.0:.1f}"
+
+
+def understated(entries: Sequence[Entry]) -> Iterator[str]:
+    """A sentence on each data set and extractor that finds significantly more right answers than the strict scorer."""
+    for dataset in dict.fromkeys(entry.result.data.name for entry in entries):
+        of_data = [entry for entry in entries if entry.result.data.name == dataset]
+        distinct = list({id(entry.result): entry for entry in of_data}.values())
+        runs = {entry.run for entry in of_data}
+        run = runs.pop() if len(runs) == 1 else ""
+        for extractor in ("flexible", "boxed"):
+            gaps = [(d, entry) for d, entry in _gaps(distinct, extractor) if d.significant and d.value > 0]
+            if gaps:
+                gap, entry = max(gaps, key=lambda pair: pair[0].value)
+                yield (
+                    f"{dataset}: the strict accuracy understates: at {entry.called_in(run)} the right answer is given "
+                    f"{points(gap.value)} points more often ({extractor}) than in the form that the scorer asks for"
+                )
+
+
+def _gaps(entries: Sequence[Entry], extractor: str) -> Iterator[tuple[Difference, Entry]]:
+    """Share of right answers by an extractor minus the strict one, over the questions that the extractor applies to."""
+    strict, loose = [], []
+    for entry in entries:
+        graded = [[grade for _, grade in samples] for samples in entry.result.by_question()]
+        known = [[g for g in grades if getattr(g, extractor) is not None] for grades in graded]
+        known = [grades for grades in known if grades]
+        strict.append([sum(g.correct for g in grades) / len(grades) for grades in known])
+        loose.append([sum(getattr(g, extractor) for g in grades) / len(grades) for grades in known])
+    if strict and strict[0] and len({len(column) for column in strict}) == 1:
+        pairs = [(len(entries) + index, index) for index in range(len(entries))]
+        single = all(len(marks) == 1 for entry in entries for marks in entry.marks)
+        yield from zip(differences([*strict, *loose], pairs, single=single), entries, strict=True)
+
+
+def without_verdict(entries: Sequence[Entry]) -> Iterator[str]:
+    """A sentence on each data set with responses that a scorer (verl's, or that of another extractor) did not judge."""
+    for dataset in dict.fromkeys(entry.result.data.name for entry in entries):
+        # a base is an entry of every run
+        results = {id(e.result): e.result for e in entries if e.result.data.name == dataset}.values()
+        if count := sum(grade.problem is not None for result in results for grade in result.grades):
+            yield (
+                f"{dataset}: {count:,} of {sum(len(result.grades) for result in results):,} responses got no verdict "
+                "from a scorer, for which they count as wrong"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +267,9 @@ class Judged:
 class Threshold:
     """What `--fail-under` says of an evaluation.
 
-    Judged are what training ended with, on every data set: the newest step of each run, and each model that is no step. Earlier steps
-    are not, nor are base and baseline unless nothing else was evaluated. What should have been judged and could not be evaluated
-    stands in `missing` and does not pass: an older step's accuracy says nothing of it.
+    Judged are what training ended with, on every data set: the newest step of each run, and each model that is no step.
+    Earlier steps are not, nor are base and baseline unless nothing else was evaluated. What should have been judged and
+    could not be evaluated is in `missing` and does not pass: an older step's accuracy says nothing about it.
     """
 
     least: float
@@ -207,25 +303,8 @@ class Threshold:
         raise BelowThreshold(f"--fail-under {self.least:g} is not reached", problems=problems)
 
 
-def share(option: str, text: str | None) -> float | None:
-    """The share of 1 that an option was given, if it was. Raises InputError for anything else, percentages among it."""
-    if text is None:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if 0 <= value <= 1:
-        return value
-    bare = text.strip().removesuffix("%").strip()
-    percentage = bare.replace(".", "", 1).isdecimal() and 1 < float(bare) <= 100
-    raise InputError(
-        f"{option} {text}: a share between 0 and 1", hint=f"{option} {float(bare) / 100 if percentage else 0.5:g}"
-    )
-
-
 def judge(least: float, entries: Sequence[Entry], *, beside: Sequence[Path], skipped: Sequence[Skipped]) -> Threshold:
-    """Hold what was evaluated against a threshold; `beside` are the folders of base and baseline, `skipped` what was passed over."""
+    """Judge what was evaluated by a threshold; `beside` are the folders of base and baseline."""
     own = [entry for entry in entries if entry.result.checkpoint.path not in beside] or list(entries)
     newest: dict[Path, int] = {}
     for entry in own:
@@ -246,128 +325,18 @@ def judge(least: float, entries: Sequence[Entry], *, beside: Sequence[Path], ski
     return Threshold(least, tuple(judged), tuple(missing))
 
 
-def on_steps(comparisons: Sequence[Comparison]) -> list[str]:
-    """Sentences on each run and data set, and once what the numbers are corrected for."""
-    several = len({c.run for c in comparisons}) > 1
-    said = []
-    for (run, dataset), group in groupby(comparisons, key=lambda c: (c.run, c.dataset)):
-        where = f"{run}, {dataset}" if several else dataset
-        said += [f"{where}: {sentence}" for sentence in _on_one(list(group))]
-    if any(c.among > 1 for c in comparisons):
-        said.append("p-values and intervals are corrected for having picked the best of several steps")
-    return said
-
-
-def p_text(p: float) -> str:
-    """A p-value as it is written in a sentence."""
-    if p < 0.001:
-        return "p < 0.001"
-    digits = 2 if p >= 0.1 else 3
-    if round(p, digits) == ALPHA:
-        digits = 4  # what is below the threshold is not shown as the threshold
-    return f"p = {p:.{digits}f}"
-
-
-def points(share: float) -> str:
-    """A difference in percentage points."""
-    return f"{round(100 * share, 1) + 0.0:.1f}"
-
-
-def understated(entries: Sequence[Entry]) -> Iterator[str]:
-    """A sentence on each extractor that finds significantly more right answers than the strict scorer; `entries` are of one data set."""
-    distinct = list({id(entry.result): entry for entry in entries}.values())
-    runs = {entry.run for entry in entries}
-    run = runs.pop() if len(runs) == 1 else ""
-    for extractor in ("flexible", "boxed"):
-        gaps = [(d, entry) for d, entry in _gaps(distinct, extractor) if d.significant and d.value > 0]
-        if gaps:
-            gap, entry = max(gaps, key=lambda pair: pair[0].value)
-            yield (
-                f"{entry.result.data.name}: the strict accuracy understates: at {entry.called_in(run)} the right answer is given "
-                f"{points(gap.value)} points more often ({extractor}) than in the form that the scorer asks for"
-            )
-
-
-def without_verdict(rows: Sequence[Row]) -> Iterator[str]:
-    """A sentence on each data set with responses that a scorer (verl's, or that of another extractor) did not judge."""
-    for dataset in dict.fromkeys(row.dataset for row in rows):
-        found = {row.path: row for row in rows if row.dataset == dataset}.values()
-        if count := sum(row.problems for row in found):
-            yield (
-                f"{dataset}: {count:,} of {sum(row.n for row in found):,} responses got no verdict from a scorer, "
-                "for which they count as wrong"
-            )
-
-
-def _on_one(found: Sequence[Comparison]) -> Iterator[str]:
-    """Sentences on one run and data set."""
-    against = {kind: [c for c in found if c.against == kind] for kind in ("first", "baseline", "step")}
-    yield from map(_against_first, against["first"])
-    if against["step"] and not against["first"]:
-        yield f"{found[0].best}, the first, has the highest accuracy"
-    yield from map(_against_baseline, against["baseline"])
-    beaten = {c.other for kind in ("first", "baseline") for c in against[kind] if c.difference.significant}
-    yield from _among_steps(against["step"], beaten)
-    yield from _too_few(found)
-
-
-def _against_first(c: Comparison) -> str:
-    if c.difference.significant:
-        return f"{c.best} beats {c.other} by {_amount(c.difference)}"
-    return f"{c.best}, the best, is not distinguishable from {c.other}: {_amount(c.difference)}"
-
-
-def _against_baseline(c: Comparison) -> str:
-    what = f"the baseline ({c.other})"
-    if not c.difference.significant:
-        return f"{c.best}, the best, is not distinguishable from {what}: {_amount(c.difference)}"
-    if c.difference.value > 0:
-        return f"{c.best} beats {what} by {_amount(c.difference)}"
-    return f"{c.best}, the best, falls short of {what} by {_amount(c.difference.turned())}"
-
-
-def _amount(d: Difference) -> str:
-    return f"{points(d.value)} points (95 % {points(d.lo)} to {points(d.hi)}), {p_text(d.adjusted)}"
-
-
-def _among_steps(found: Sequence[Comparison], beaten: set[str]) -> Iterator[str]:
-    """Which steps may be as good as the best, without those that another sentence says are `beaten`."""
-    if not found:
-        return
-    best, clear = found[0].best, [c.difference.adjusted for c in found if c.difference.significant]
-    alike = [c.other for c in found if not c.difference.significant and c.other not in beaten]
-    shown = ", ".join(name.removeprefix("step ") for name in alike[:_LISTED]) + (", …" if len(alike) > _LISTED else "")
-    if clear and len(found) == 1:
-        yield f"{best} beats {found[0].other} by {_amount(found[0].difference)}"
-    elif clear and not alike:
-        yield f"{best} beats every other step, {p_text(max(clear))}"
-    elif len(alike) == 1:
-        yield f"{alike[0]} and {best} are not distinguishable"
-    elif alike:
-        yield f"{len(alike)} steps are within noise of the best ({best.removeprefix('step ')}): {shown}"
-
-
-def _gaps(entries: Sequence[Entry], extractor: str) -> Iterator[tuple[Difference, Entry]]:
-    """Share of right answers by an extractor minus the strict one, over the questions that the extractor applies to."""
-    strict, loose = [], []
-    for entry in entries:
-        graded = zip(entry.result.responses, entry.result.grades, strict=True)
-        known = [(r.question, g.correct, found) for r, g in graded if (found := getattr(g, extractor)) is not None]
-        groups = [list(group) for _, group in groupby(known, key=lambda mark: mark[0])]
-        strict.append([sum(mark[1] for mark in group) / len(group) for group in groups])
-        loose.append([sum(mark[2] for mark in group) / len(group) for group in groups])
-    if strict and strict[0] and len({len(column) for column in strict}) == 1:
-        pairs = [(len(entries) + index, index) for index in range(len(entries))]
-        single = all(len(marks) == 1 for entry in entries for marks in entry.marks)
-        yield from zip(differences([*strict, *loose], pairs, single=single), entries, strict=True)
-
-
-def _too_few(found: Sequence[Comparison]) -> Iterator[str]:
-    reach = median((c.difference.hi - c.difference.lo) / 2 for c in found)
-    if reach > _FINE:
-        questions = found[0].questions
-        what = f"{counted(questions, 'question')} {'is' if questions == 1 else 'are'} too few"
-        yield (
-            f"{what} to tell a difference of {100 * _FINE:.0f} points: "
-            f"the intervals reach {points(reach)} points to either side"
-        )
+def share(option: str, text: str | None) -> float | None:
+    """The value of an option that takes a share, None if it is not given. Raises InputError for any other value."""
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if 0 <= value <= 1:
+        return value
+    bare = text.strip().removesuffix("%").strip()
+    percentage = bare.replace(".", "", 1).isdecimal() and 1 < float(bare) <= 100
+    raise InputError(
+        f"{option} {text}: a share between 0 and 1", hint=f"{option} {float(bare) / 100 if percentage else 0.5:g}"
+    )

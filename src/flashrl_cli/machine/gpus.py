@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from flashrl_cli.errors import EnvironmentNotReady
 from flashrl_cli.machine.finding import Finding, fail, ok, warn
 from flashrl_cli.precision import PRECISIONS, Capabilities
+from flashrl_cli.text import counted
 
 QUERY = ("--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader,nounits")
 DRIVERS = {13: 580, 12: 525}
@@ -150,3 +152,60 @@ def _number(version: str) -> int:
     """Branch of a driver: 580 of 580.65.06."""
     branch = version.partition(".")[0]
     return int(branch) if branch.isdigit() else 0
+
+
+_FREE = ("--query-gpu=index,memory.total,memory.free", "--format=csv,noheader,nounits")
+_USUAL = 0.9
+"""vLLM's own gpu_memory_utilization."""
+_MARGIN = 0.03
+"""Share of the memory that stays free beside other processes and the engine."""
+_LEAST = 0.1
+"""A GPU with less free memory than this share of it has no room."""
+
+
+@dataclass(frozen=True, slots=True)
+class FreeMemory:
+    """All memory of a GPU and what is free of it, in MiB; `index` is the GPU's."""
+
+    index: int
+    total: int
+    free: int
+
+    @property
+    def share(self) -> float:
+        """Share of its memory that an engine may take."""
+        return min(_USUAL, self.free / self.total - _MARGIN)
+
+
+def choose_free(count: int, share: float | None) -> tuple[str | None, float | None]:
+    """Choose the `count` GPUs with the most free memory, so that an engine does not get in a training run's way.
+
+    Returns CUDA_VISIBLE_DEVICES for the engine, None if that is set already or there is no GPU, and the share of their
+    memory that it may take: `share` where it is given. Raises EnvironmentNotReady if too few GPUs have free memory.
+    """
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return None, share
+    found = parse_free(probe(_FREE) or "")
+    return freest(count, share, found) if found else (None, share)
+
+
+def parse_free(text: str) -> list[FreeMemory]:
+    """GPUs in the answer of `nvidia-smi`; lines that describe none are passed over."""
+    rows = [[part.strip() for part in line.split(",")] for line in text.splitlines()]
+    numbers = [list(map(int, row)) for row in rows if len(row) == 3 and all(part.isdigit() for part in row)]
+    return [FreeMemory(*row) for row in numbers if row[1]]
+
+
+def freest(count: int, share: float | None, found: Sequence[FreeMemory]) -> tuple[str, float]:
+    """The choice of `choose_free` among `found`. Raises EnvironmentNotReady if too few have free memory."""
+    if len(found) < count:
+        raise EnvironmentNotReady(f"--tp {count}: this machine has {counted(len(found), 'GPU')}")
+    chosen = sorted(found, key=lambda gpu: (-gpu.share, gpu.index))[:count]
+    least = min(gpu.share for gpu in chosen)
+    if least < _LEAST:
+        free = ", ".join(f"{gpu.index}: {gpu.free / 1024:.1f} GiB" for gpu in found)
+        hint = "wait for what runs there (`nvidia-smi` names it), or CUDA_VISIBLE_DEVICES= for a CPU build of vLLM"
+        raise EnvironmentNotReady(f"no GPU has room for an engine; free memory by GPU: {free}", hint=hint)
+    return ",".join(str(index) for index in sorted(gpu.index for gpu in chosen)), round(
+        least, 2
+    ) if share is None else share

@@ -44,7 +44,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with everything that FP8 in blocks needs."""
     monkeypatch.setattr(request, "here", lambda: Machine("cuda", "H100", tuple(gpus.parse(H100))))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    monkeypatch.setattr("flashrl_cli.evals.request.choose_devices", lambda wanted: (wanted, None))
+    monkeypatch.setattr("flashrl_cli.machine.gpus.choose_free", lambda count, share: (None, share))
 
 
 @pytest.fixture

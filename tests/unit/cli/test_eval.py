@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,18 @@ from typing import Any
 import pytest
 
 from flashrl_cli.cli import app as cli
-from flashrl_cli.cli.eval import evaluate
+from flashrl_cli.cli.eval import Speed, evaluate
 from flashrl_cli.errors import BelowThreshold, FlashrlError, InputError, NothingMatched, RunFailed
-from flashrl_cli.evals import job as child
-from flashrl_cli.evals import run as session
+from flashrl_cli.evals import evaluation
 from flashrl_cli.evals.job import Job, Order
 from flashrl_cli.evals.questions import Question
 from flashrl_cli.evals.results import Grade, Response
-from tests.unit.evals.lab import Engines, answer, checkpoint
-from tests.unit.evals.test_session import Graders
+from tests.unit.evals.lab import Engines, Graders, answer, checkpoint, scripted
 
 
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
-    found = Engines()
-    monkeypatch.setattr(child, "engine", found)
-    monkeypatch.setattr(session, "Graders", Graders)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    return found
+    return scripted(monkeypatch)
 
 
 @pytest.fixture
@@ -86,7 +81,7 @@ def test_json_is_one_document(run: Path, data: str, engines: Engines, capsys: py
 def test_watching_gives_json_lines(
     run: Path, data: str, engines: Engines, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "looks", lambda patterns, say: iter([True, True, False]))
+    monkeypatch.setattr(evaluation, "looks", lambda patterns, say: iter([True, True, False]))
     evaluate([str(run)], dataset=data, json=True, watch=True)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [len(line["results"]) for line in lines] == [2, 2], "one when something was new, and the last"
@@ -103,7 +98,7 @@ class HalfRight(Graders):
 def test_below_a_threshold_it_ends_with_5_after_everything_is_written(
     run: Path, data: str, engines: Engines, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "Graders", HalfRight)
+    monkeypatch.setattr(evaluation, "Graders", HalfRight)
     evaluate([str(run)], dataset=data, fail_under="0.5", json=True)
     document = json.loads(capsys.readouterr().out)
     judged = [{"run": "run", "step": 2, "dataset": "sums", "accuracy": 0.5, "passed": True}]
@@ -138,8 +133,8 @@ def test_watching_judges_the_end_alone(
     run: Path, data: str, engines: Engines, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A policy is not good at first; a threshold that ended the watching would never see what it becomes."""
-    monkeypatch.setattr(session, "looks", lambda patterns, say: iter([True, True, False]))
-    monkeypatch.setattr(session, "Graders", HalfRight)
+    monkeypatch.setattr(evaluation, "looks", lambda patterns, say: iter([True, True, False]))
+    monkeypatch.setattr(evaluation, "Graders", HalfRight)
     with pytest.raises(BelowThreshold):
         evaluate([str(run)], dataset=data, json=True, watch=True, fail_under="0.6")
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -201,3 +196,13 @@ def test_show_is_a_word_of_eval() -> None:
     assert cli._words(["eval", "show", "x", "--worst"]) == ["eval show", "x", "--worst"]
     for words in (["eval", "./show"], ["eval", "x", "show"], ["runs", "show", "x"], []):
         assert cli._words(words) == words
+
+
+def test_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 10.0, 12.0, 14.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    speed = Speed()
+    assert speed.after(0) == ""
+    assert speed.after(50) == "", "from when the first ones came"
+    assert speed.after(2000) == "1,000 tokens/s"
+    assert speed.after(6000) == "2,000 tokens/s"

@@ -12,8 +12,8 @@ import typer
 
 from flashrl_cli import paths
 from flashrl_cli.cli.eval_show import show
-from flashrl_cli.errors import FlashrlError, InputError, NothingMatched
-from flashrl_cli.evals import results
+from flashrl_cli.errors import FlashrlError, InputError
+from flashrl_cli.evals import responses
 from tests.graded import entry
 
 Call = Callable[..., str]
@@ -48,7 +48,7 @@ def folder() -> Path:
     place = paths.checkpoints_root() / "p" / "a" / "eval"
     marks = {step: [[mark == "+"] for mark in text.split()] for step, text in ((2, FIRST), (10, SECOND))}
     entries = [entry("a", step, marks[step], name) for step in marks for name in ("gsm8k", "math")]
-    results.write(place / results.FILE, [*entries, entry("b", 4, marks[2])])
+    responses.write(place / responses.FILE, [*entries, entry("b", 4, marks[2])])
     return place
 
 
@@ -112,36 +112,35 @@ def test_another_run(folder: Path, call: Call) -> None:
 
 
 def test_no_rise(tmp_path: Path, call: Call) -> None:
-    results.write(tmp_path / results.FILE, [entry("a", 1, [[True]]), entry("a", 2, [[False]])])
+    responses.write(tmp_path / responses.FILE, [entry("a", 1, [[True]]), entry("a", 2, [[False]])])
     assert "No later step has a higher accuracy than the first." in call(tmp_path)
     assert document(call, tmp_path)["view"] == "summary"
 
 
 def test_models_without_steps(tmp_path: Path, call: Call) -> None:
-    results.write(tmp_path / results.FILE, [entry("hf", None, [[True, False]])])
+    responses.write(tmp_path / responses.FILE, [entry("hf", None, [[True, False]])])
     assert "Of 1 question 1 is not always answered right. The hardest 1:" in call(tmp_path, "--worst")
     assert "the model, sample 1: wrong" in call(tmp_path, "--worst")
 
 
+STEPS = "steps there: 2, 10"
+
+
 @pytest.mark.parametrize(
-    ("words", "match"),
+    ("words", "match", "hint"),
     [
-        (("--worst", "--question", 1), "three views"),
-        (("--worst", "--changed", 2, 10), "three views"),
-        (("--step", 2), "--step goes with"),
-        (("--changed", 2, 10, "--step", 2), "--step goes with"),
-        (("--changed", 2, 3), "step 3 of a is not in"),
-        (("--worst", "--step", 3), "step 3 of a is not in"),
-        (("--question", 7), "no question 7"),
-        (("--run", "c"), "no run c"),
-        (("--dataset", "c"), "no data set c"),
+        ("--worst --question 1", "three views", "give one of them"),
+        ("--worst --changed 2 10", "three views", "give one of them"),
+        ("--step 2", "--step goes with", "--changed names both steps"),
+        ("--changed 2 10 --step 2", "--step goes with", "--changed names both steps"),
+        ("--changed 2 3", "step 3 of a is not in", STEPS),
+        ("--worst --step 3", "step 3 of a is not in", STEPS),
+        ("--question 7", "no question 7", "from 1 to 6"),
+        ("--run c", "no run c", "there: a, b"),
+        ("--dataset c", "no data set c", "there: gsm8k, math"),
     ],
 )
-def test_bad_input(words: tuple[object, ...], match: str, folder: Path, call: Call) -> None:
-    with pytest.raises(InputError, match=match):
-        call(folder, *words)
-
-
-def test_nothing_to_read(tmp_path: Path, call: Call) -> None:
-    with pytest.raises(NothingMatched, match=r"no responses\.parquet"):
-        call(tmp_path)
+def test_bad_input(words: str, match: str, hint: str, folder: Path, call: Call) -> None:
+    with pytest.raises(InputError, match=match) as caught:
+        call(folder, *words.split())
+    assert caught.value.hint == hint

@@ -6,14 +6,17 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from flashrl_cli.evals import results
+import pytest
+
+from flashrl_cli.evals import evaluation, job, results
+from flashrl_cli.evals.evaluation import Progress
 from flashrl_cli.evals.job import EngineSettings, Job, Order, Sampling
-from flashrl_cli.evals.questions import Question
-from flashrl_cli.evals.results import DataSet, Evaluated, Grade, Response
-from flashrl_cli.evals.run import Telling
+from flashrl_cli.evals.questions import DataSet, Question
+from flashrl_cli.evals.results import Evaluated, Grade, Response
 from flashrl_cli.runs.checkpoints import Checkpoint
+from flashrl_cli.weights import accounting
 
 Script = Callable[[Job, Order], Iterator[dict[str, Any]]]
 HOLDS = {"precision": "bf16", "kernel": "UnquantizedLinearMethod"}
@@ -63,20 +66,29 @@ def answer(job: Job, order: Order) -> Iterator[dict[str, Any]]:
     yield {"event": "done", "seconds": 1.0}
 
 
-class AllRight:
-    """A grader that finds every response right, and remembers how many it saw."""
+class Graders:
+    """Graders that find every response right; the class counts how many were started, and how many are up."""
 
-    def __init__(self) -> None:
-        self.seen = 0
+    started = up = 0
+
+    def __init__(self, *, workers: int) -> None:
+        assert workers > 0
+
+    def __enter__(self) -> Self:
+        Graders.started += 1
+        Graders.up += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Graders.up -= 1
 
     def grade(self, questions: Sequence[Question], responses: Sequence[Response]) -> list[Grade]:
         assert all(0 <= one.question < len(questions) for one in responses)
-        self.seen += len(responses)
         return [Grade(score=1.0, correct=True) for _ in responses]
 
 
 class Engines:
-    """Stands in for `child.engine`: each engine follows a script; `jobs` and `orders` tell what was asked, `up` how many run."""
+    """In place of `job.engine`: each engine follows a script; `jobs` and `orders` are what it got, `up` how many run."""
 
     def __init__(self, script: Script = answer) -> None:
         self.script, self.jobs, self.orders, self.up = script, list[Job](), list[Order](), 0
@@ -97,15 +109,27 @@ class Engines:
         yield from self.script(self.jobs[-1], order)
 
 
-class Told:
-    """What an evaluation told."""
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Engines:
+    """Put Engines and Graders in place of those of an evaluation; of no architecture it is known which tensors it has."""
+    found = Engines()
+    monkeypatch.setattr(job, "engine", found)
+    monkeypatch.setattr(evaluation, "Graders", Graders)
+    monkeypatch.setattr(Graders, "started", 0)
+    monkeypatch.setattr(Graders, "up", 0)
+    monkeypatch.setattr(accounting, "_of_config", lambda text: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return found
+
+
+class Reported:
+    """What an evaluation reported."""
 
     def __init__(self) -> None:
         self.said, self.prompts, self.tokens = list[str](), 0, 0
 
     @property
-    def telling(self) -> Telling:
-        return Telling(say=self.said.append, advance=self._advance)
+    def progress(self) -> Progress:
+        return Progress(say=self.said.append, advance=self._advance)
 
     def _advance(self, prompts: int, tokens: int) -> None:
         self.prompts += prompts

@@ -1,8 +1,12 @@
-"""Sentences: what they say, and that none says more than its p-value allows."""
+"""Which steps are compared, what is said of them, and what a threshold judges: nothing claims more than its p-value."""
 
 from __future__ import annotations
 
+import dataclasses
+import fnmatch
+import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +16,105 @@ from hypothesis import strategies as st
 
 from flashrl_cli.errors import BelowThreshold, InputError, Problem
 from flashrl_cli.evals import verdicts
-from flashrl_cli.evals.verdicts import Entry, compare, on_steps, p_text, points, understated
+from flashrl_cli.evals.results import Entry
+from flashrl_cli.evals.stats import holm, mcnemar
+from flashrl_cli.evals.verdicts import Comparison, compare, on_steps, p_text, points, understated
 from flashrl_cli.runs.checkpoints import Skipped
-from tests.graded import checkpoint, entry, evaluated, single
+from tests.graded import checkpoint, data, entry, evaluated, single
+
+
+def steps(*right: int, questions: int = 100, run: str = "a") -> list[Entry]:
+    """Steps 0, 10, … with so many right; the questions that a step gets right, every better one gets right too."""
+    return [entry(run, 10 * n, single(count, questions - count)) for n, count in enumerate(right)]
+
+
+def of(found: list[Comparison], against: str) -> list[Comparison]:
+    return [c for c in found if c.against == against]
+
+
+def test_the_best_is_compared_with_the_first_and_with_every_later_step() -> None:
+    found = compare(steps(20, 60, 50, 58))
+    assert {c.best_step for c in found} == {10}
+    (first,) = of(found, "first")
+    assert (first.other_step, first.among, first.method, first.questions) == (0, 3, "mcnemar", 100)
+    assert first.difference.value == pytest.approx(0.4)
+    assert first.difference.p == mcnemar(40, 0)
+    assert first.difference.adjusted == pytest.approx(3 * mcnemar(40, 0))
+    others = of(found, "step")
+    assert [(c.other_step, c.among) for c in others] == [(20, 3), (30, 3)]
+    assert [c.difference.value for c in others] == pytest.approx([0.1, 0.02])
+    ps = holm([mcnemar(10, 0), mcnemar(2, 0), mcnemar(0, 8)])
+    assert [c.difference.adjusted for c in others] == pytest.approx(ps[:2])
+
+
+def test_of_equal_steps_the_later_is_the_best() -> None:
+    assert {c.best_step for c in compare(steps(20, 50, 50))} == {20}
+
+
+def test_when_the_first_is_the_best_it_is_compared_with_all() -> None:
+    found = compare(steps(60, 50, 30))
+    assert [(c.against, c.best_step, c.other_step, c.among) for c in found] == [("step", 0, 10, 3), ("step", 0, 20, 3)]
+    assert [c.difference.value for c in found] == pytest.approx([0.1, 0.3])
+
+
+def test_baseline_of_another_run() -> None:
+    found = of(compare(steps(20, 60), entry("b", 7, single(30, 70))), "baseline")
+    assert [(c.other, c.other_step, c.among) for c in found] == [("b step 7", 7, 2)]
+    assert found[0].difference.value == pytest.approx(0.3)
+
+
+def test_baseline_that_is_a_step_of_the_run() -> None:
+    run = steps(20, 60, 40)
+    (found,) = of(compare(run, run[2]), "baseline")
+    assert (found.other, found.among) == ("step 20", 2)
+    assert of(compare(run, run[1]), "baseline") == [], "the best is the baseline"
+    assert compare(run[:1], run[0]) == []
+
+
+def test_several_samples_are_compared_by_bootstrap() -> None:
+    good = [[True, True], [True, False]] * 20
+    found = compare([entry("a", 0, [[False, False], [True, False]] * 20), entry("a", 5, good)])
+    (first,) = found
+    assert first.method == "bootstrap"
+    assert first.difference.value == pytest.approx(0.5)
+    assert first.difference.significant
+
+
+def test_one_sample_against_several_is_no_mcnemar() -> None:
+    (found,) = compare([entry("a", 0, single(2, 2)), entry("a", 5, [[True, False]] * 4)])
+    assert found.method == "bootstrap"
+    assert found.difference.value == 0
+
+
+def test_different_questions_are_refused() -> None:
+    ours, shorter = entry("a", 0, single(2, 2)), entry("a", 5, single(2, 1))
+    with pytest.raises(InputError, match="did not answer the same questions"):
+        compare([ours, shorter])
+    with pytest.raises(InputError, match="cannot be compared"):
+        compare([ours], entry("b", 5, single(2, 2), "math500"))
+    whole = evaluated(checkpoint("a", 0), single(2, 1))
+    torn = dataclasses.replace(whole, responses=whole.responses[:2], grades=whole.grades[:2])
+    assert torn.data == data(3)
+    with pytest.raises(InputError, match="did not answer the same questions"):
+        compare([Entry("a", 0, whole), Entry("a", 1, torn)])
+
+
+def test_document_is_plain_data() -> None:
+    for one in compare(steps(20, 60, 40)):
+        plain = json.loads(json.dumps(one.document()))
+        assert plain["difference"]["p"] <= plain["difference"]["adjusted"]
+        assert plain["significant"] is one.difference.significant
+
+
+def test_more_steps_make_a_choice_less_certain() -> None:
+    found = [of(compare(steps(40, *[40] * more, 52)), "first")[0].difference for more in range(4)]
+    assert all(a.adjusted < b.adjusted and a.lo > b.lo for a, b in pairwise(found))
+
 
 CORRECTED = "p-values and intervals are corrected for having picked the best of several steps"
 
 
-def told(*right: int, questions: int = 1000, baseline: Entry | None = None) -> list[str]:
+def said(*right: int, questions: int = 1000, baseline: Entry | None = None) -> list[str]:
     run = [entry("a", 20 * n, single(count, questions - count)) for n, count in enumerate(right)]
     return on_steps(compare(run, baseline))
 
@@ -37,81 +132,59 @@ def test_points() -> None:
     assert (points(0.1214), points(-0.0001), points(-0.02)) == ("12.1", "0.0", "-2.0")
 
 
-def test_a_rise() -> None:
-    first, clear, last = told(300, 420, 430, 500)
-    assert first.startswith("gsm8k: step 60 beats step 0 by 20.0 points (95 % 1")
-    assert first.endswith("), p < 0.001")
-    assert clear == "gsm8k: step 60 beats every other step, p < 0.001"
-    assert last == CORRECTED
+SENTENCES = {
+    "300 420": "step 20 beats step 0 by 12.0 points (95 % *), p < 0.001",
+    "300 420 430 500": "step 60 beats step 0 by 20.0 points (95 % 1*), p < 0.001",
+    "300 420 430 501": "step 60 beats every other step, p < 0.001",
+    "300 420 500": "step 40 beats step 20 by 8.0 points (95 % *",
+    "300 400 498 499 500 497": "3 steps are within noise of the best (80): 40, 60, 100",
+    "300 400 498 500": "step 40 and step 60 are not distinguishable",
+    "300 302 301": "step 20, the best, is not distinguishable from step 0: 0.2 points (95 % -*, p = 1.00",
+    "500 300 290": "step 0, the first, has the highest accuracy",
+    "500 310 290": "step 0 beats every other step, p < 0.001",
+    "500 300": "step 0 beats step 20 by 20.0 points *",
+    "300 500 200 behind": "step 20 beats the baseline (b step 7) by 30.0 points (95 % *",
+    "300 500 600 ahead": "step 20, the best, falls short of the baseline (b step 7) by 10.0 points (95 % 7*",
+    "300 500 501 alike": "step 20, the best, is not distinguishable from the baseline (b step 7): -0.1 points *",
+}
+"""By how many of 1,000 questions steps 0, 20, … have right; a word marks that the last number is a baseline's."""
 
 
-def test_one_other_step_is_beaten_by_so_much() -> None:
-    assert any(s.startswith("gsm8k: step 40 beats step 20 by 8.0 points (95 % ") for s in told(300, 420, 500))
-
-
-def test_one_later_step_needs_no_correction() -> None:
-    (only,) = told(300, 420)
-    assert "step 20 beats step 0 by 12.0 points" in only
-
-
-def test_within_noise() -> None:
-    assert "gsm8k: 3 steps are within noise of the best (80): 40, 60, 100" in told(300, 400, 498, 499, 500, 497)
-    assert "gsm8k: step 40 and step 60 are not distinguishable" in told(300, 400, 498, 500)
-
-
-def test_no_rise() -> None:
-    said = told(300, 302, 301)
-    assert said[0].startswith("gsm8k: step 20, the best, is not distinguishable from step 0: 0.2 points (95 % -")
-    assert said[0].endswith("p = 1.00")
-
-
-def test_a_fall() -> None:
-    assert told(500, 300, 290)[:2] == [
-        "gsm8k: step 0, the first, has the highest accuracy",
-        "gsm8k: step 0 beats every other step, p < 0.001",
-    ]
-    assert told(500, 300)[1].startswith("gsm8k: step 0 beats step 20 by 20.0 points")
-
-
-def test_baselines() -> None:
-    better, worse, like = (entry("b", 7, single(right, 1000 - right)) for right in (600, 200, 501))
-    beaten = "gsm8k: step 20 beats the baseline (b step 7) by 30.0 points (95 % "
-    assert any(s.startswith(beaten) for s in told(300, 500, baseline=worse))
-    short = "gsm8k: step 20, the best, falls short of the baseline (b step 7) by 10.0 points (95 % 7"
-    assert any(s.startswith(short) for s in told(300, 500, baseline=better))
-    alike = "gsm8k: step 20, the best, is not distinguishable from the baseline (b step 7): -0.1 points"
-    assert any(s.startswith(alike) for s in told(300, 500, baseline=like))
+@pytest.mark.parametrize(("right", "sentence"), SENTENCES.items())
+def test_sentences(right: str, sentence: str) -> None:
+    counts = [int(word) for word in right.split() if word.isdecimal()]
+    baseline = None if right[-1].isdecimal() else entry("b", 7, single(counts[-1], 1000 - counts.pop()))
+    found = said(*counts, baseline=baseline)
+    assert any(fnmatch.fnmatchcase(one, f"gsm8k: {sentence}") for one in found)
+    assert (found[-1] == CORRECTED) is (len(counts) > 2 or baseline is not None)
 
 
 def test_a_beaten_baseline_is_not_within_noise() -> None:
     """Against the baseline alone it takes less to be sure than of all pairs of steps: the two sentences must agree."""
     run = [entry("a", 20 * n, single(right, 1000 - right)) for n, right in enumerate((300, 500, 500, 492, 500, 500))]
-    said = on_steps(compare(run, run[3]))
-    assert any(s.startswith("gsm8k: step 100 beats the baseline (step 60) by 0.8 points") for s in said)
-    assert "gsm8k: 3 steps are within noise of the best (100): 20, 40, 80" in said
+    sentences = on_steps(compare(run, run[3]))
+    assert any(s.startswith("gsm8k: step 100 beats the baseline (step 60) by 0.8 points") for s in sentences)
+    assert "gsm8k: 3 steps are within noise of the best (100): 20, 40, 80" in sentences
 
 
 def test_few_questions() -> None:
-    (said,) = [s for s in told(10, 18, questions=30) if "too few" in s]
-    assert said.startswith("gsm8k: 30 questions are too few to tell a difference of 5 points: the intervals reach 1")
-    assert not any("too few" in s for s in told(300, 310))
+    (sentence,) = [s for s in said(10, 18, questions=30) if "too few" in s]
+    assert sentence.startswith(
+        "gsm8k: 30 questions are too few to tell a difference of 5 points: the intervals reach 1"
+    )
+    assert not any("too few" in s for s in said(300, 310))
 
 
 def test_several_runs_are_named() -> None:
     runs = [[entry(run, step, single(3 + step, 7 - step)) for step in (0, 1)] for run in "ab"]
-    said = on_steps([c for run in runs for c in compare(run)])
-    assert [s.partition(": ")[0] for s in said] == ["a, gsm8k", "a, gsm8k", "b, gsm8k", "b, gsm8k"]
-
-
-def test_nothing_to_say() -> None:
-    assert on_steps([]) == []
+    sentences = on_steps([c for run in runs for c in compare(run)])
+    assert [s.partition(": ")[0] for s in sentences] == ["a, gsm8k", "a, gsm8k", "b, gsm8k", "b, gsm8k"]
 
 
 @given(st.lists(st.integers(0, 40), min_size=2, max_size=5))
 def test_beats_is_said_below_5_percent_alone(right: list[int]) -> None:
     found = compare([entry("a", n, single(count, 40 - count)) for n, count in enumerate(right)])
-    said = on_steps(found)
-    beats = [s for s in said if " beats " in s]
+    beats = [s for s in on_steps(found) if " beats " in s]
     for sentence in beats:
         written = re.search(r"p ([<=]) ([\d.]+)$", sentence)
         assert written
@@ -130,22 +203,17 @@ def loosely(right: int, loose: int, count: int, run: str = "a", step: int | None
 
 
 def test_strict_understates() -> None:
-    (said,) = understated([loosely(50, 52, 100, step=0), loosely(50, 90, 100)])
-    assert said == (
-        "gsm8k: the strict accuracy understates: at step 20 the right answer is given 40.0 points more often (flexible) "
-        "than in the form that the scorer asks for"
-    )
+    what = "the right answer is given 40.0 points more often (flexible) than in the form that the scorer asks for"
+    for run, name in (("a", "step 20"), ("b", "b step 20")):
+        assert list(understated([loosely(50, 52, 100, step=0), loosely(50, 90, 100, run=run)])) == [
+            f"gsm8k: the strict accuracy understates: at {name} {what}"
+        ]
 
 
 def test_strict_does_not_understate() -> None:
     assert list(understated([loosely(50, 53, 100)])) == [], "chance is not ruled out"
     assert list(understated([loosely(90, 50, 100)])) == [], "it does not understate"
     assert list(understated([entry("a", 0, single(1, 9))])) == [], "no such extractor"
-
-
-def test_strict_understates_in_one_of_several_runs() -> None:
-    (said,) = understated([loosely(50, 52, 100), loosely(50, 90, 100, run="b")])
-    assert "at b step 20" in said
 
 
 BEST_EARLY = (entry("a", 0, single(1, 3)), entry("a", 20, single(4, 0)), entry("a", 100, single(2, 2)))

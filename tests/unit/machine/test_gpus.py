@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from flashrl_cli.errors import EnvironmentNotReady
 from flashrl_cli.machine import gpus
-from flashrl_cli.machine.gpus import Gpu
+from flashrl_cli.machine.gpus import FreeMemory, Gpu
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), "580.65.06", 81559)
 A100 = Gpu("NVIDIA A100-SXM4-40GB", (8, 0), "570.124.06", 40960)
@@ -129,3 +131,35 @@ def test_variables_of_amd_that_end_verls_workers(environment, count, names, monk
     assert "memory" not in str(found)
     (taken, *_) = [finding.fix for finding in gpus.vendors(environment, count, preset=environment)] or [""]
     assert not taken or taken.startswith("take env.")
+
+
+FREE = [FreeMemory(0, 81559, 2000), FreeMemory(1, 81559, 81000), FreeMemory(2, 81559, 40000)]
+
+
+def test_free_memory_is_read() -> None:
+    text = "0, 81559, 2000\n1, 81559, 81000\n2, 81559, 40000\nUnable to determine the device handle\n3, [N/A], 5\n"
+    assert gpus.parse_free(text) == FREE
+
+
+@pytest.mark.parametrize(
+    ("count", "asked", "visible", "share"),
+    [(1, None, "1", 0.9), (2, None, "1,2", round(40000 / 81559 - 0.03, 2)), (1, 0.2, "1", 0.2)],
+)
+def test_the_freest_gpus_are_chosen(count: int, asked: float | None, visible: str, share: float) -> None:
+    """With vLLM's usual share, limited by the fullest of them, or the share that was asked for."""
+    assert gpus.freest(count, asked, FREE) == (visible, share)
+
+
+def test_too_few_gpus_with_room() -> None:
+    with pytest.raises(EnvironmentNotReady, match=r"0: 2\.0 GiB"):
+        gpus.freest(1, None, FREE[:1])
+    with pytest.raises(EnvironmentNotReady, match="this machine has 3 GPUs"):
+        gpus.freest(4, None, FREE)
+
+
+def test_no_choice_where_the_user_chose_or_without_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert gpus.choose_free(1, 0.5) == (None, 0.5)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpus.choose_free(1, None) == (None, None)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from flashrl_cli.evals.cache import Cache, Unit, units
 from flashrl_cli.evals.job import EngineSettings, Sampling
-from flashrl_cli.evals.results import DataSet, Grade
-from flashrl_cli.evals.store import Store, Unit, units
+from flashrl_cli.evals.questions import DataSet
+from flashrl_cli.evals.results import Grade
 from flashrl_cli.machine import software
 from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
 from tests.unit.evals.lab import ENGINE, SAMPLING, checkpoint, data, evaluated
@@ -58,7 +59,7 @@ def test_what_vanished_or_is_torn_is_skipped_and_the_rest_not(tmp_path: Path) ->
 
 def test_a_finished_unit_comes_back(tmp_path: Path) -> None:
     one = unit(checkpoint(tmp_path, 1), data())
-    kept = Store(tmp_path / "kept")
+    kept = Cache(tmp_path / "kept")
     assert kept.load(one) is None
     grades = (
         Grade(score=-1.0, correct=False, flexible=True, boxed=None, prediction="½", problem=None),
@@ -75,7 +76,7 @@ def test_a_finished_unit_comes_back(tmp_path: Path) -> None:
 
 def test_a_damaged_file_is_no_result(tmp_path: Path) -> None:
     one = unit(checkpoint(tmp_path, 1), data())
-    kept = Store(tmp_path / "kept")
+    kept = Cache(tmp_path / "kept")
     kept.save(one, evaluated(one.checkpoint, one.data))
     (file,) = (tmp_path / "kept").glob("*.parquet")
     whole = file.read_bytes()
@@ -86,14 +87,12 @@ def test_a_damaged_file_is_no_result(tmp_path: Path) -> None:
 
 def test_a_unit_has_one_worker(tmp_path: Path) -> None:
     one, other = unit(checkpoint(tmp_path, 1), data()), unit(checkpoint(tmp_path, 2), data())
-    kept = Store(tmp_path / "kept")
-    lock = kept.claim(one)
-    assert lock
-    assert kept.claim(one) is None
-    second = kept.claim(other)
-    assert second
-    lock.release()
-    again = kept.claim(one, wait=True)
-    assert again
-    again.release()
-    second.release()
+    first, second = Cache(tmp_path / "kept"), Cache(tmp_path / "kept")
+    assert first.claim(one)
+    assert not second.claim(one)
+    assert second.claim(other)
+    first.release(one)
+    assert second.claim(one, wait=True)
+    second.release_all()
+    assert first.claim(one)
+    assert first.claim(other)

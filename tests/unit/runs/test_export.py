@@ -1,4 +1,4 @@
-"""An export appears whole and checked, or not at all."""
+"""An exported model is complete and checked, its card names no folder, and an upload shows no token."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import json
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from flashrl_cli import hub
 from flashrl_cli.errors import EnvironmentNotReady, InputError, NothingMatched, RunFailed
-from flashrl_cli.evals.export import choose, export
 from flashrl_cli.runs.checkpoints import Stock, take_stock
+from flashrl_cli.runs.export import STALE, Facts, Repository, choose, export, repository, text
 from flashrl_cli.weights import accounting
 from tests.run_lab import Lab
 
@@ -146,3 +149,135 @@ def test_an_adapter_is_no_model(stock: Stock, lab: Lab, tmp_path: Path) -> None:
     (lab.hf(1).parent / "lora_train_meta.json").write_text("{}")
     with pytest.raises(InputError, match="step 1 is a LoRA adapter"):
         export(take_stock(lab.run), choose(take_stock(lab.run), "1"), tmp_path / "out")
+
+
+def plan(**model: str) -> dict[str, Any]:
+    return {
+        "preset": "dapo",
+        "spec": {
+            "name": "dapo",
+            "model": {"path": "Qwen/Qwen2.5-32B", **model},
+            "data": {"train": "/srv/me/secret/train.parquet"},
+            "algorithm": {"advantage": "grpo"},
+            "rollout": {"precision": "int8"},
+            "correction": {"cap": 8.0},
+        },
+    }
+
+
+def front(card: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(card.split("---")[1])
+    return found
+
+
+def test_a_card_of_everything() -> None:
+    facts = Facts(run="r", step=20, plan=plan(), versions={"verl": "0.9.1"}, score=("validation", 0.61234))
+    card = text(facts)
+    assert front(card)["base_model"] == "Qwen/Qwen2.5-32B"
+    for row in (
+        "# r, step 20",
+        "| preset | dapo |",
+        "| rollout precision | int8 |",
+        "| truncated importance sampling | cap 8 |",
+        "| training data | train.parquet |",
+        "| versions | verl 0.9.1 |",
+        "| accuracy on the run's own validation data, by the rollout engine | 0.6123 |",
+    ):
+        assert row in card
+    assert "/home" not in card
+
+
+def test_a_card_of_nothing() -> None:
+    card = text(Facts(run="a|b", step=1, plan={}))
+    assert "base_model" not in front(card)
+    assert "| run | a\\|b |" in card
+    assert "Nothing is recorded of how good this step is." in card
+
+
+def test_only_the_hub_has_base_models() -> None:
+    for path, shown in {"/models/me/Qwen": "Qwen", "prepared:tiny": "prepared:tiny", "./a/b": "b"}.items():
+        card = text(Facts(run="r", step=1, plan=plan(path=path)))
+        assert "base_model" not in front(card)
+        assert f"| base model | {shown} |" in card
+
+
+def test_a_card_without_correction() -> None:
+    spec = plan()
+    spec["spec"]["correction"]["cap"] = None
+    assert "| truncated importance sampling | off |" in text(Facts(run="r", step=1, plan=spec))
+
+
+TOKEN = "hf_" + "x" * 20
+
+
+class Api:
+    """As much of `huggingface_hub.HfApi` as is used."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.failure = failure
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def create_repo(self, name: str, **how: Any) -> str:
+        self.calls.append((name, how))
+        return f"hub/{name}"
+
+    def upload_folder(self, **how: Any) -> None:
+        if self.failure:
+            raise self.failure
+        self.calls.append(("upload", how))
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in hub.OFFLINE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hub, "resolves", lambda environment: True)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: TOKEN)
+
+
+def test_upload(online: None, tmp_path: Path) -> None:
+    api = Api()
+    assert Repository("me/m", api).upload(tmp_path, private=True, message="r, step 3") == "hub/me/m"
+    assert api.calls == [
+        ("me/m", {"private": True, "exist_ok": True}),
+        (
+            "upload",
+            {"repo_id": "me/m", "folder_path": tmp_path, "commit_message": "r, step 3", "delete_patterns": STALE},
+        ),
+    ]
+
+
+def test_a_refusal_keeps_the_token_to_itself(online: None, tmp_path: Path) -> None:
+    api = Api(OSError(f"403 Forbidden for {TOKEN}"))
+    with pytest.raises(EnvironmentNotReady, match="me/m was not uploaded: 403 Forbidden for …") as caught:
+        Repository("me/m", api).upload(tmp_path, private=True, message="x")
+    assert TOKEN not in f"{caught.value.message}{caught.value.hint}{caught.value.__cause__}"
+    assert f"hf upload me/m {tmp_path}" in str(caught.value.hint)
+
+
+def test_a_repository_that_can_be_written(online: None) -> None:
+    found = repository("me/m")
+    assert (found.name, type(found.api).__name__) == ("me/m", "HfApi")
+
+
+@pytest.mark.parametrize("name", ["", "a/b/c", "me/../m", "me/m m", "-m"])
+def test_a_name_that_is_none(name: str, online: None) -> None:
+    with pytest.raises(InputError, match="not the name of a repository"):
+        repository(name)
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", None])
+def test_an_upload_without_a_network(online: None, variable: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    else:
+        monkeypatch.setattr(hub, "resolves", lambda environment: False)
+    with pytest.raises(EnvironmentNotReady, match="cannot be reached"):
+        repository("me/m")
+
+
+def test_an_upload_without_a_token(online: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(EnvironmentNotReady, match="no token") as caught:
+        repository("me/m")
+    assert "HF_TOKEN" in str(caught.value.hint)

@@ -1,21 +1,24 @@
-"""Rows, curves and files of an evaluation."""
+"""Rows, table, curves and files of an evaluation."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from flashrl_cli.errors import RunFailed
-from flashrl_cli.evals import results as responses
-from flashrl_cli.evals.report import Report
+from flashrl_cli.evals import responses
+from flashrl_cli.evals.accuracy import Report
 from flashrl_cli.evals.results import Evaluated
 from flashrl_cli.evals.stats import wilson
+from flashrl_cli.render.tables import table as rich_table
 from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
 from tests.graded import checkpoint, evaluated, single
 
@@ -25,6 +28,10 @@ SETTINGS = {"sampling": {"n": 2}, "rollout": "bf16"}
 def report(*results: Evaluated, base: Checkpoint | None = None, baseline: Checkpoint | None = None) -> Report:
     skipped = [Skipped(Path("/late"), "torn")]
     return Report.of(results, base=base, baseline=baseline, skipped=skipped, settings=SETTINGS, seconds=9.5)
+
+
+def ours(right: Sequence[int], dataset: str = "gsm8k") -> list[Evaluated]:
+    return [evaluated(checkpoint("a", 10 * n), single(one, 100 - one), dataset) for n, one in enumerate(right)]
 
 
 def test_row_of_several_samples() -> None:
@@ -107,10 +114,6 @@ def test_baseline() -> None:
     assert found.difference.value == pytest.approx(0.4)
 
 
-def ours(right: Sequence[int], dataset: str = "gsm8k") -> list[Evaluated]:
-    return [evaluated(checkpoint("a", 10 * n), single(one, 100 - one), dataset) for n, one in enumerate(right)]
-
-
 def test_data_sets_are_kept_apart_in_the_order_asked_for() -> None:
     results = [*ours((30, 60), "math500"), *ours((10, 5), "aime24")]
     made = report(*results)
@@ -166,7 +169,7 @@ def test_responses_are_kept_under_the_run_and_step_that_they_are_shown_as(tmp_pa
     base = checkpoint("start", None)
     made = report(evaluated(base, single(0, 2)), evaluated(checkpoint("a", 2), single(1, 1)), base=base)
     made.write(tmp_path)
-    rows = responses.read_responses(tmp_path / responses.FILE)
+    rows = responses.read(tmp_path / responses.FILE)
     assert [(r["run"], r["step"], r["question"], r["correct"]) for r in rows] == [
         ("a", 0, 1, False), ("a", 0, 2, False), ("a", 2, 1, True), ("a", 2, 2, False),
     ]  # fmt: skip
@@ -175,3 +178,67 @@ def test_responses_are_kept_under_the_run_and_step_that_they_are_shown_as(tmp_pa
         "ground_truth": "0", "response": "I think\u2028it is 0", "prediction": "0", "score": 1.0, "correct": True,
         "flexible": None, "boxed": None, "tokens": 2, "cut": False, "problem": None,
     }  # fmt: skip
+
+
+SETS = ("gsm8k", "math500", "aime24", "amc23", "olympiad", "minerva", "hellaswag")
+
+
+def table(*results: Evaluated) -> tuple[list[str], list[list[object]]]:
+    return report(*results).table()
+
+
+def on(datasets: Sequence[str], run: str = "grpo-int8-tis8") -> list[Evaluated]:
+    return [evaluated(checkpoint(run, step), single(5, 5), name) for step in (20, 120) for name in datasets]
+
+
+def drawn(columns: list[str], cells: list[list[object]]) -> list[str]:
+    stream = io.StringIO()
+    Console(file=stream, width=300).print(rich_table(columns, cells))
+    return [line.rstrip() for line in stream.getvalue().splitlines() if line.strip()]
+
+
+def test_one_data_set() -> None:
+    columns, cells = table(evaluated(checkpoint("a", 4), single(1, 0)))
+    assert columns == ["run", "step", "accuracy", "95 % interval", "mean length", "cut"]
+    assert cells == [["a", 4, "1.000", "0.207 – 1.000", 2.0, "0%"]]
+
+
+def test_extractors_are_shown_where_they_differ_from_the_scorer() -> None:
+    same, without = (evaluated(checkpoint("a", 4), single(1, 0), flexible=flexible) for flexible in (True, None))
+    other = evaluated(checkpoint("a", 5), single(0, 1), flexible=True, boxed=False)
+    columns, cells = table(same, other)
+    assert columns[4:-2] == ["flexible"]
+    assert [row[4] for row in cells] == ["1.000", "1.000"]
+    assert [row[4] for row in table(without, other)[1]] == [None, "1.000"]
+    assert table(same)[0][4:-2] == []
+
+
+def test_several_samples() -> None:
+    columns, cells = table(evaluated(checkpoint("a", 4), [[True, False, False]] * 2))
+    assert columns[4:-2] == ["pass@3", "maj@3"]
+    assert cells[0][4:-2] == ["1.000", "0.000"]
+
+
+def test_a_wide_table_does_without_the_name_of_its_only_run() -> None:
+    wide = [evaluated(checkpoint("grpo-int8-tis8", step), [[True, False]], flexible=True) for step in (1, 2)]
+    columns, cells = table(*wide)
+    assert columns[0] == "step"
+    assert max(map(len, drawn(columns, cells))) <= 80
+    assert table(*wide, evaluated(checkpoint("b", 1), [[True, False]], flexible=True))[0][0] == "run"
+
+
+def test_several_data_sets_stand_beside_each_other() -> None:
+    columns, cells = table(*on(SETS[:2]), evaluated(checkpoint("b", 20), single(5, 5), "math500"))
+    assert columns == ["run", "step", "gsm8k", "math500"]
+    assert cells[0] == ["b", 20, None, "0.500 (0.237–0.763)"]
+    assert len(cells) == 3
+
+
+@pytest.mark.parametrize("run", ["a", "grpo-int8-tis8", "dapo-32b-int8-tis8"])
+def test_it_is_at_most_100_wide_in_the_fullest_style_that_fits(run: str) -> None:
+    for count in range(1, len(SETS) + 1):
+        lines = drawn(*table(*on(SETS[:count], run)))
+        assert max(map(len, lines)) <= 100
+        assert len(lines) == 4
+    cells = [table(*on(SETS[:count]))[1][0][2] for count in (3, 4, 6)]
+    assert cells == ["0.500 (0.237–0.763)", "0.500 ±0.263", "0.500"]

