@@ -132,14 +132,14 @@ class RolloutSpec(Part):
     """How responses are sampled."""
 
     precision: PrecisionName = "bf16"
-    """Arithmetic of the linear layers in the rollout engine (fp8-block is verl's own); the policy is trained in its own.
-    """
+    """Arithmetic of the linear layers in the rollout engine (fp8-block is verl's own); the policy is trained in its
+    own."""
     kv_cache: Literal["auto", "fp8"] = "auto"
     """Arithmetic of the rollout engine's KV cache: `auto` is the model's, `fp8` holds twice as many tokens in the same
     memory."""
     profile: Text | None = None
-    """Smoothing profile (a file of `flashrl quantize --calibrate`) that every refit applies before it quantizes; null for
-    none."""
+    """Smoothing profile (a file of `flashrl quantize --calibrate`) that every refit applies before it quantizes; null
+    for none."""
     mix: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the rollout replicas that stay in bf16 while the others take `precision`; rounded up to whole replicas.
     """
@@ -227,8 +227,8 @@ class ResourceSpec(Part):
     gpus_per_node: Count = 1
     """GPUs on each (verl's own default is 8); on `cpu` the number of trainer processes."""
     gpu_memory_gib: Positive | None = None
-    """Memory of each GPU, GiB, for the estimate of what fits; null means what the driver reports, or 80 GB where there is
-    none."""
+    """Memory of each GPU, GiB, for the estimate of what fits; null means what the driver reports, or 80 GB where
+    there is none."""
 
     @property
     def devices(self) -> int:

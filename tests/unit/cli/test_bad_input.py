@@ -46,7 +46,7 @@ def tree(root: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs `flashrl WORDS` in this process and in an empty folder that holds p.yaml; asserts that nothing is written."""
+    """Runs `flashrl WORDS` in this process, in a folder that holds p.yaml alone; asserts that nothing is written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.yaml").write_text(BASE)
 
