@@ -207,7 +207,7 @@ def test_a_machine_that_cannot_run_one_of_them_starts_none(
     ("words", "message"),
     [
         (["--sweep", "rollout"], "--sweep rollout: not of the form key=value,value"),
-        (["--sweep", "rollout=int8,int4"], "--sweep rollout=int4: rollout.precision = int4"),
+        (["--sweep", "rollout=int8,int3"], "--sweep rollout=int3: rollout.precision = int3"),
         (["--sweep", "algorithm.lrr=1,2"], "did you mean algorithm.lr?"),
         (["--sweep", "rollout=int8,bf16", "--rollout", "int8"], "rollout is given by --rollout, too"),
         (["--sweep", "tis=1,2", "--resume", "/x/global_step_3"], "a sweep has many runs"),

@@ -117,7 +117,7 @@ def test_used_name(
     ("words", "message"),
     [
         (["--preset", "no-such"], "no-such"),
-        (["--preset", "tiny", "--rollout", "int4"], "int4"),
+        (["--preset", "tiny", "--rollout", "int3"], "int3"),
         (["--preset", "tiny", "--tis", "some"], "some"),
         (["--preset", "tiny", "--set", "a=1"], "a"),
         (["--preset", "tiny", "--set", "verl.trainer.no_such=1"], "verl has no key trainer.no_such"),
