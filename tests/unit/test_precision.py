@@ -22,8 +22,9 @@ ROWS = pytest.mark.parametrize("row", PRECISIONS.values(), ids=lambda row: row.n
 
 def test_names_that_types_know_are_those_of_the_rows() -> None:
     assert set(get_args(PrecisionName)) == set(PRECISIONS)
-    assert get_args(RefittedName) == REFITTED == ("bf16", "int8", "fp8")
-    assert precision.METAVAR == "bf16|int8|fp8|fp8-block"
+    assert get_args(RefittedName) == REFITTED
+    assert "|".join(PRECISIONS) == precision.METAVAR
+    assert set(REFITTED) == {"bf16", *precision.BY_METHOD}
 
 
 @ROWS

@@ -15,6 +15,7 @@ from flashrl_cli.bench.request import FIT, FITTING, Asked, Machine, Request, pla
 from flashrl_cli.cli.bench import bench
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.machine import gpus, software, system
+from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.weights.shape import of_config
 from tests.saved_files import saved_tensors
 from tests.unit.bench.lab import HOLDS
@@ -304,7 +305,7 @@ def test_variants_are_read_once_each_in_their_order(tmp_path: Path) -> None:
     ("text", "message", "hint"),
     [
         ("int9", "no precision 'int9'", "did you mean int8?"),
-        ("bf16,", "no precision ''", "there are bf16, int8, fp8, fp8-block"),
+        ("bf16,", "no precision ''", f"there are {', '.join(PRECISIONS)}"),
         ("int8+kv", "no suffix 'kv'", "did you mean kv8?"),
         ("int8+xyzzy", "no suffix 'xyzzy'", "there are kv8, head32, smooth"),
         ("int8+smooth", "needs a profile", "--profile FILE"),

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from flashrl_cli.cli.app import main
+from flashrl_cli.precision import PRECISIONS, joined
 
 BASE = """\
 model: {path: Qwen/Qwen3-0.6B}
@@ -26,6 +27,7 @@ trainer: {project: p}
 """
 ROLLOUT = "{log_prob_micro_batch_size_per_gpu: 8, n: 8}"
 DRY = ("train", "--dry-run", "--preset")
+ONE_OF = f"should be one of {joined(map(repr, sorted(PRECISIONS)), 'or')}"
 
 
 class Said(NamedTuple):
@@ -160,7 +162,7 @@ SETS = [
     ("algorithm.advantage=ppo", "should be one of 'gae' or 'grpo'"),
     ("algorithm.loss_aggregation=token_mean", "did you mean --set algorithm.loss_aggregation=token-mean?"),
     ("rollout.precision=int8-w8a8", "did you mean --set rollout.precision=int8?"),
-    ("rollout.precision=int4", "should be one of 'bf16', 'fp8', 'fp8-block' or 'int8'"),
+    ("rollout.precision=int3", ONE_OF),
     ("correction.cap=off", "should be a number", "--tis takes a cap above 0, or off"),
     ("description=3", "should be text", "did you mean --set 'description=\"3\"'?"),
     ("name=a/b", "should be the name of a folder"),
@@ -181,11 +183,11 @@ OPTIONS = [
         (("--tis", text), "--tis: correction.cap = ", "hint: --tis takes a cap above 0, or off")
         for text in ("-1", "0", "none", "nan", ".nan", "inf", "1e400", "", "OFF", "2x", "2,5", "[2]", "true", "null")
     ],
-    (("--rollout", "int4"), "should be one of 'bf16', 'fp8', 'fp8-block' or 'int8'"),
+    (("--rollout", "int3"), ONE_OF),
     (("--rollout", "INT8"), "hint: did you mean --rollout int8?"),
     (("--rollout", "int8-w8a8"), "hint: did you mean --rollout int8?"),
     (("--rollout", "fp16"), "should be one of", "hint: did you mean --rollout bf16?"),
-    (("--rollout", "w8a8"), "should be one of 'bf16', 'fp8', 'fp8-block' or 'int8'"),
+    (("--rollout", "w8a8"), ONE_OF),
     (("--rollout", ""), 'rollout.precision = "": should be one of'),
     (("--resume", "yes"), "error: --resume yes: ", "--resume takes auto|never|PATH"),
     (("--name", "../x"), "error: --name ../x: "),
@@ -214,7 +216,7 @@ def test_options(run: Run, words: tuple[str, ...], parts: tuple[str, ...]) -> No
         (("presets", "show"), "Missing argument"),
         (("presets", "show", "dapo32b"), "did you mean dapo-32b?"),
         (("presets", "show", "p.yaml", "--set", "trainer.nnodes=2"), "--set resources.nodes=…"),
-        (("presets", "show", "p.yaml", "--rollout", "int4"), "should be one of"),
+        (("presets", "show", "p.yaml", "--rollout", "int3"), "should be one of"),
     ],
 )
 def test_commands(run: Run, words: tuple[str, ...], part: str) -> None:

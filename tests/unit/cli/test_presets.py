@@ -112,7 +112,7 @@ def test_show_verl_is_word_for_word_what_a_dry_run_launches():
 
 def test_show_refuses_with_all_problems():
     with pytest.raises(InputError) as caught:
-        out("show", "tiny", "--set", "a=1", "--rollout", "int4")
+        out("show", "tiny", "--set", "a=1", "--rollout", "int3")
     assert len(caught.value.problems) == 2
 
 

@@ -151,7 +151,7 @@ def test_a_used_name(used: str, train: Train, tmp_path: Path) -> None:
     [
         (["--preset", "no-such"], "no-such"),
         ([], "--preset"),
-        ([*TINY, "--rollout", "int4"], "int4"),
+        ([*TINY, "--rollout", "int3"], "int3"),
         ([*TINY, "--tis", "some"], "some"),
         ([*TINY, "--set", "a=1"], "a"),
         ([*TINY, "--set", "verl.trainer.no_such=1"], "verl has no key trainer.no_such"),
@@ -171,7 +171,7 @@ def test_a_used_name(used: str, train: Train, tmp_path: Path) -> None:
         ([*TINY, "--fail-fast"], "--fail-fast and --yes belong to --sweep"),
         ([*TINY, "--yes"], "--fail-fast and --yes belong to --sweep"),
         ([*TINY, "--sweep", "rollout"], "--sweep rollout: not of the form key=value,value"),
-        ([*TINY, "--sweep", "rollout=int8,int4"], "--sweep rollout=int4: rollout.precision = int4"),
+        ([*TINY, "--sweep", "rollout=int8,int3"], "--sweep rollout=int3: rollout.precision = int3"),
         ([*TINY, "--sweep", "algorithm.lrr=1,2"], "did you mean algorithm.lr?"),
         ([*TINY, "--sweep", "rollout.top_p=1.0,0.9"], "off by the kept mass"),
         ([*TINY, "--sweep", "rollout=int8,bf16", "--rollout", "int8"], "rollout is given by --rollout, too"),

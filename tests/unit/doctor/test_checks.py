@@ -20,6 +20,7 @@ from flashrl_cli.machine import gpus, ray_state, software
 from flashrl_cli.machine.finding import Finding, Level, fail, ok, warn
 from flashrl_cli.machine.gpus import Gpu
 from flashrl_cli.machine.software import CPU, GPU, Stack
+from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.text import GIB
 from tests.unit.machine.test_gpus import A100, B200, H100, L4, T4, V100
 from tests.unit.machine.test_software import CPU_VERSIONS, GPU_VERSIONS
@@ -208,7 +209,9 @@ def test_no_gpu_has_no_driver_and_no_precision() -> None:
         ([H100, A100], "bf16, int8"),
     ],
 )
-def test_precisions(found: list[Gpu], able: str) -> None:
+def test_precisions(found: list[Gpu], able: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {name: PRECISIONS[name] for name in ("bf16", "int8", "fp8", "fp8-block")}
+    monkeypatch.setattr(checks, "PRECISIONS", rows)
     (finding,) = checks.precisions(found)
     assert finding.text.partition(";")[0] == able
     assert (finding.level == "ok") is (able == "bf16, int8, fp8, fp8-block")

@@ -103,11 +103,11 @@ def test_names_of_their_own_as_single_runs_have_them(judged: list[str]) -> None:
 
 
 def test_every_error_of_every_point_at_once(judged: list[str]) -> None:
-    found = problems("rollout=int8,int4", "tis=2,x", "rollout.nn=1,2", "algorithm.mini_batch_size=7,16")
+    found = problems("rollout=int8,int3", "tis=2,x", "rollout.nn=1,2", "algorithm.mini_batch_size=7,16")
     assert [(str(problem.where), problem.message.split(":")[0]) for problem in found] == [
         ("--sweep tis=x", "correction.cap = x"),
         ("--sweep rollout.nn", "unknown key rollout.nn"),
-        ("--sweep rollout=int4", "rollout.precision = int4"),
+        ("--sweep rollout=int3", "rollout.precision = int3"),
     ]
     assert judged == []
 
