@@ -45,7 +45,7 @@ def test_our_defaults_are_verls():
     assert len(ours) >= 20
 
 
-def test_everything_wrong_is_told_with_the_nearest_key():
+def test_everything_wrong_is_reported_with_the_nearest_key():
     sets = [
         "verl.actor_rollout_ref.actor.ulysses_sequence_paralel_size=2",
         "verl.+trainer.val_only=false",
@@ -57,17 +57,17 @@ def test_everything_wrong_is_told_with_the_nearest_key():
     resolved = load_spec("dapo-32b", sets=sets)
     with pytest.raises(InputError) as caught:
         check_overrides(resolved, overrides(resolved, PLACES))
-    told = {str(p.where): (p.message, p.hint or "") for p in caught.value.problems}
-    assert len(caught.value.problems) == len(told) == len(sets)
-    typo = told["--set verl.actor_rollout_ref.actor.ulysses_sequence_paralel_size"]
+    found = {str(p.where): (p.message, p.hint or "") for p in caught.value.problems}
+    assert len(caught.value.problems) == len(found) == len(sets)
+    typo = found["--set verl.actor_rollout_ref.actor.ulysses_sequence_paralel_size"]
     assert "did you mean actor_rollout_ref.actor.ulysses_sequence_parallel_size" in typo[1]
-    assert told["--set verl.+trainer.val_only"] == (
+    assert found["--set verl.+trainer.val_only"] == (
         "verl has a key trainer.val_only",
         "write it without the +",
     )
-    assert "verl has no key trainer.nonsense.x" in told["--set verl.trainer.nonsense.x"][0]
-    assert "was a fork's key" in told["--set verl.actor_rollout_ref.actor.imp_ratio_cap"][0]
-    assert told["--set verl.data.train_batch_size"][1] == "--set data.train_batch_size=…"
+    assert "verl has no key trainer.nonsense.x" in found["--set verl.trainer.nonsense.x"][0]
+    assert "was a fork's key" in found["--set verl.actor_rollout_ref.actor.imp_ratio_cap"][0]
+    assert found["--set verl.data.train_batch_size"][1] == "--set data.train_batch_size=…"
 
 
 def test_a_choice_of_engine_changes_the_tree():
@@ -80,7 +80,7 @@ def test_a_choice_of_engine_changes_the_tree():
     assert tree is not None
 
 
-def test_what_hydra_alone_can_judge_is_told_in_its_words():
+def test_what_hydra_alone_can_judge_is_reported_in_its_words():
     _, (problem,) = compose.attempt([Override("model_engine", "nothing", Origin("set", Location("--set", key="x")))])
     assert "model_engine/nothing" in problem.message
     assert problem.where == Location("--set", key="x")

@@ -180,7 +180,10 @@ class Report:
             row += [fit.get("batch"), round(fit["decode_tokens_s"]) if "decode_tokens_s" in fit else None]
         row += [engine["weights_bytes"] / 2**30, engine["kv_tokens"], engine["start_s"]] if engine else [None] * 3
         row.append(refit["seconds"] if refit else None)
-        row += _mismatch_cells(mismatch) if mismatch else [None] * 3
+        if mismatch:
+            row += [mismatch["abs_difference"]["mean"], mismatch["kl"]["k3"], mismatch["token_weights"]["above_2"]]
+        else:
+            row += [None] * 3
         row.append(None if _status(one) == "ok" else _status(one))
         return row
 
@@ -207,10 +210,6 @@ class Report:
 
 def _first(one: Measured, kind: str) -> dict[str, Any] | None:
     return next((result for _, result in one.of(kind)), None)
-
-
-def _mismatch_cells(result: dict[str, Any]) -> list[object]:
-    return [result["abs_difference"]["mean"], result["kl"]["k3"], result["token_weights"]["above_2"]]
 
 
 def _status(one: Measured) -> str:

@@ -13,7 +13,7 @@ from flashrl_cli import paths
 from flashrl_cli.cli import options
 from flashrl_cli.cli.options import Json, RunArgument
 from flashrl_cli.errors import InputError
-from flashrl_cli.text import counted
+from flashrl_cli.text import binary_size, counted, size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -169,7 +169,6 @@ def rm(
 def _announce(out: Output, planned: Sequence[Removal]) -> None:
     """Print what would go on stderr, with sizes."""
     from flashrl_cli.render.run_tables import aligned
-    from flashrl_cli.text import size
 
     rows = []
     for one in planned:
@@ -209,7 +208,7 @@ def checkpoints(
     flashrl runs checkpoints tiny-int8-tis2 --keep last:3,best:1,every:50 --dry-run
     """
     from flashrl_cli.render.output import Output
-    from flashrl_cli.render.run_tables import binary_size, show_checkpoints, show_prune
+    from flashrl_cli.render.run_tables import show_checkpoints, show_prune
     from flashrl_cli.runs import delete, saved, store
 
     out = Output(json_mode=json)
@@ -265,7 +264,6 @@ def export(
     """
     from flashrl_cli import files
     from flashrl_cli.render.output import Output
-    from flashrl_cli.render.run_tables import binary_size
     from flashrl_cli.runs import export as exports
     from flashrl_cli.runs import merge, saved, store
 

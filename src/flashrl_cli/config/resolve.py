@@ -280,9 +280,7 @@ def option_layers(options: Options, problems: list[Problem]) -> Iterator[Layer]:
     for key, text in options.point:
         where = Location("--sweep", key=key)
         if key in SWEPT:
-            item = yaml_file.value(
-                text
-            ).data  # an item of a list may have quotes, which an option takes for its value's
+            item = yaml_file.value(text).data  # a list's item may be quoted; an option's text is not
             yield _flag(SWEPT[key], item if isinstance(item, str) else text, where)
         else:
             yield _assignment(f"{key}={text}", where, problems)

@@ -11,7 +11,7 @@ from flashrl_cli.render import figure
 from flashrl_cli.render.live import describe
 from flashrl_cli.render.text_plot import text_panel
 from flashrl_cli.runs.saved import writers
-from flashrl_cli.text import counted, size
+from flashrl_cli.text import age, binary_size, counted, duration, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -29,25 +29,9 @@ _DISPENSABLE = ("att.", "preset", "acc.", "disk")
 _HOLES = 10
 
 
-def duration(seconds: float | None) -> str:
-    """`45 s`, `12 min`, `3 h 20 min`, `5 d`: as exact as one wants to know."""
-    if seconds is None:
-        return "–"
-    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
-    if days >= 2:
-        return f"{days} d"
-    if hours:
-        return f"{hours} h {minutes % 60} min" if minutes % 60 else f"{hours} h"
-    return f"{minutes} min" if minutes >= 3 else f"{seconds:.0f} s"
-
-
 def ago(moment: str, now: datetime | None = None) -> str:
     """Age of a time of the record's, in its largest unit."""
-    seconds = max(0.0, ((now or datetime.now(UTC)) - datetime.fromisoformat(moment)).total_seconds())
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds // length:.0f} {unit}"
-    return f"{seconds:.0f} s"
+    return age(((now or datetime.now(UTC)) - datetime.fromisoformat(moment)).total_seconds())
 
 
 def listing(rows: Sequence[Row], width: int) -> list[str]:
@@ -240,8 +224,8 @@ def _show_set_aside(output: Output, listed: CheckpointList) -> None:
 
 def _saved_row(listed: CheckpointList, one: Saved) -> list[object]:
     score = listed.scores.values.get(one.step) if listed.scores else None
-    age = _age(time.time() - one.written)
-    return [one.step, _state(one), binary_size(one.bytes), one.has_hf, score, ", ".join(_marks(listed, one)), age]
+    marks, written = ", ".join(_marks(listed, one)), age(time.time() - one.written)
+    return [one.step, _state(one), binary_size(one.bytes), one.has_hf, score, marks, written]
 
 
 def _state(one: Saved) -> str:
@@ -272,19 +256,3 @@ def show_prune(output: Output, planned: Prune) -> None:
     rows += [[one.path.name, "goes", why, binary_size(one.bytes)] for one, why in hidden]
     output.table(["step", "", "why", "size"], rows)
     output.say(f"{len(planned.going)} go, which frees {binary_size(planned.freed)}")
-
-
-def binary_size(size: float) -> str:
-    """`512 B`, `1.5 GiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
-def _age(seconds: float) -> str:
-    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"

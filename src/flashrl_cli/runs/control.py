@@ -29,6 +29,18 @@ if TYPE_CHECKING:
     from flashrl_cli.verl.metrics import StepMetrics
 
 
+FOLLOW_POLL_S = 0.2
+RECORD_S = 1.0
+"""Time between two readings of the record; the metrics are read with every poll."""
+GRACE_S = 60.0
+"""Time that verl gets to end where the plan does not set it: the default of `watch.stop_grace_s`."""
+MORE_S = 30.0
+"""Time beyond it for the processes that verl leaves, and for the record."""
+BETWEEN_S = 0.5
+"""Time between the two signals of an immediate end."""
+POLL_S = 0.2
+
+
 class Display(Protocol):
     """What a run reports its phases and steps to."""
 
@@ -36,7 +48,7 @@ class Display(Protocol):
         """The run will have `total` steps."""
 
     def phase(self, text: str) -> None:
-        """Something else is being done now."""
+        """The run began another phase."""
 
     def proven(self, handshakes: list[Handshake], /) -> None:
         """The rollout workers proved their precision."""
@@ -45,12 +57,7 @@ class Display(Protocol):
         """A step is done."""
 
     def tick(self) -> None:
-        """Time passes."""
-
-
-FOLLOW_POLL_S = 0.2
-RECORD_S = 1.0
-"""Time between two looks at the record; the metrics are looked at with every poll."""
+        """Nothing happened since the last call, but time has passed."""
 
 
 class Watching(Display, Protocol):
@@ -136,15 +143,6 @@ class Follower:
         error = self.attempt.error or ("the process that supervised it is gone" if state == "lost" else None)
         self.display.over(state, exit_code=code, error=error)
         return Ending(state, code, self.attempt.hint)
-
-
-GRACE_S = 60.0
-"""Time that verl gets to end where the plan does not say: the default of `watch.stop_grace_s`."""
-MORE_S = 30.0
-"""Time beyond it for the processes that verl leaves, and for the record."""
-BETWEEN_S = 0.5
-"""Time between the two signals of an immediate end."""
-POLL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

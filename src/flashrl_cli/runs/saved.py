@@ -70,16 +70,7 @@ class Saved:
 
 def saved_steps(run_checkpoints: Path, *, critic: bool, loaded: layout.Loaded | None = None) -> list[Saved]:
     """Every step of a run's checkpoints, by number; empty if the folder is not there. See `inspect`."""
-    return [inspect(folder, critic=critic, loaded=loaded) for folder in step_folders(run_checkpoints)]
-
-
-def step_folders(folder: Path) -> list[Path]:
-    """Folders `global_step_N` in `folder`, by number, and nothing else. Raises EnvironmentNotReady."""
-    with _readable(folder):
-        names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-        steps = (step for step in map(layout.step_number, names) if step is not None)
-        candidates = [folder / layout.step_name(step) for step in sorted(set(steps))]
-        return [path for path in candidates if path.name in names and path.is_dir()]
+    return [inspect(folder, critic=critic, loaded=loaded) for folder in _step_folders(run_checkpoints)]
 
 
 def inspect(step_folder: Path, *, critic: bool, loaded: layout.Loaded | None = None) -> Saved:
@@ -107,6 +98,15 @@ def inspect(step_folder: Path, *, critic: bool, loaded: layout.Loaded | None = N
             tracked=layout.tracked_step(step_folder.parent) == step,
             lora=(actor / layout.LORA).is_file(),
         )
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    """Folders `global_step_N` in `folder`, by number, and nothing else. Raises EnvironmentNotReady."""
+    with _readable(folder):
+        names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+        steps = (step for step in map(layout.step_number, names) if step is not None)
+        candidates = [folder / layout.step_name(step) for step in sorted(set(steps))]
+        return [path for path in candidates if path.name in names and path.is_dir()]
 
 
 @contextlib.contextmanager

@@ -14,8 +14,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import glob
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -274,7 +276,10 @@ def find(name: str) -> Run:
 
     Raises InputError for what is no run's name, NothingMatched (with near names) for no run.
     """
-    check_name(name)
+    if not re.match(paths.FOLDER_NAME, name):
+        raise InputError(
+            f"{name!r} is not the name of a run", hint="give its name alone, as `flashrl runs ls` shows it"
+        )
     root = paths.runs_root() / name
     if not root.is_dir():
         names = run_names()
@@ -283,18 +288,6 @@ def find(name: str) -> Run:
         hint = listed if names else f"FLASHRL_RUNS names another folder than {paths.runs_root()}"
         raise NothingMatched(f"no run {name} in {paths.runs_root()}", hint=hint)
     return read_run(root)
-
-
-def check_name(name: str) -> None:
-    """Raise InputError unless `name` can be a run's: one visible folder."""
-    import re
-
-    from flashrl_cli.paths import FOLDER_NAME
-
-    if not re.match(FOLDER_NAME, name):
-        raise InputError(
-            f"{name!r} is not the name of a run", hint="give its name alone, as `flashrl runs ls` shows it"
-        )
 
 
 def all_runs() -> list[Run]:
@@ -339,8 +332,6 @@ def _check(found: RunRecord) -> None:
 
 def _checkpoints_by_plan(run: RunPaths) -> Path:
     """Folder of checkpoints of a run without a record: its newest plan's, or the only one of its name."""
-    import glob
-
     with contextlib.suppress(InputError, OSError):
         named = newest_plan(run).get("files", {}).get("checkpoints")
         if isinstance(named, str):

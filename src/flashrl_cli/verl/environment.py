@@ -242,37 +242,19 @@ REFUSED_ON_A_CLUSTER = (
 """Arguments with which `ray.init` raises ValueError where it finds a cluster to join (ray/_private/worker.py:1936)."""
 OWN_RAY = frozenset(
     {
-        "num_cpus",
-        "num_gpus",
-        "resources",
-        "labels",
-        "object_store_memory",
-        "_system_config",
-        "_enable_object_reconstruction",
-        "include_dashboard",
-        "dashboard_host",
-        "dashboard_port",
-        "address",
-        "_node_ip_address",
-        "_temp_dir",
-        "_redis_password",
-        "_plasma_directory",
+        "num_cpus", "num_gpus", "resources", "labels", "object_store_memory", "_system_config",
+        "_enable_object_reconstruction", "include_dashboard", "dashboard_host", "dashboard_port", "address",
+        "_node_ip_address", "_temp_dir", "_redis_password", "_plasma_directory",
     }
-)
+)  # fmt: skip
 """Arguments of `ray.init` that make a Ray of one's own; it refuses most of them on a cluster (ray/_private/worker.py:1936)."""
 VERL_VARIABLES = frozenset(
     {
-        "VERL_FULL_DETERMINISM",
-        "VLLM_BATCH_INVARIANT",
-        "VERL_RL_INSIGHT_ENABLE",
-        "PYTHONHASHSEED",
-        "CUBLAS_WORKSPACE_CONFIG",
-        "FLASH_ATTENTION_DETERMINISTIC",
-        "NCCL_DETERMINISTIC",
-        "NCCL_ALGO",
+        "VERL_FULL_DETERMINISM", "VLLM_BATCH_INVARIANT", "VERL_RL_INSIGHT_ENABLE", "PYTHONHASHSEED",
+        "CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC", "NCCL_DETERMINISTIC", "NCCL_ALGO",
         "TRANSFER_QUEUE_ENABLE",
     }
-)
+)  # fmt: skip
 """Variables that verl hands to its workers itself, from the driver's environment or of its own accord
 (verl/trainer/constants_ppo.py:141, verl/trainer/main_ppo.py:69); Ray refuses a job that sets them, too."""
 CPUS_A_DEVICE = 3

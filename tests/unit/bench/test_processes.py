@@ -103,6 +103,20 @@ def test_no_response_is_cut_by_the_engines_limit() -> None:
         limit([[1] * 40], 120)
 
 
+@pytest.mark.parametrize(("batch", "fitting", "decoding"), [(4, 4, True), (8, 4, False), (0, 4, True)])
+def test_decoding_alone_has_a_speed_where_all_sequences_run_at_once(
+    batch: int, fitting: int, decoding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prefill of those that wait for others would be in it."""
+    monkeypatch.setattr(engine.Rollout, "_fitting", lambda self, length: fitting)
+    monkeypatch.setattr(engine.Rollout, "_seconds", lambda self, batch, prompt, response, seed: float(response))
+    made = object.__new__(engine.Rollout)
+    found = made.speed(batch=batch, prompt=8, response=5, repeats=2, advance=print)
+    assert found["batch"] == (batch or fitting)
+    assert (found["tokens_s"], found["prefill_s"]) == (float(batch or fitting), 1.0)
+    assert ("decode_tokens_s" in found) is decoding
+
+
 def test_decoding_has_a_speed_only_where_it_took_time() -> None:
     assert engine._decoding(60, [2.0, 3.0, 4.0]) == {"decode_tokens_s": 20.0, "decode_values": [30.0, 20.0, 15.0]}
     assert engine._decoding(0, [0.1]) == {}, "a response of one token is prefill alone"

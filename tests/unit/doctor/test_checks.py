@@ -4,6 +4,7 @@ hub."""
 from __future__ import annotations
 
 import os
+import shutil
 import site
 import sys
 from importlib import metadata
@@ -14,9 +15,9 @@ import psutil
 import pytest
 
 from flashrl_cli.doctor import checks
-from flashrl_cli.doctor.checks import Disk, Script
+from flashrl_cli.doctor.checks import Disk, Report, Script
 from flashrl_cli.machine import gpus, ray_state, software
-from flashrl_cli.machine.finding import Finding, Level
+from flashrl_cli.machine.finding import Finding, Level, fail, ok, warn
 from flashrl_cli.machine.gpus import Gpu
 from flashrl_cli.machine.software import CPU, GPU, Stack
 from flashrl_cli.text import GIB
@@ -353,3 +354,77 @@ def test_access_to_the_hub(tmp_path: Path) -> None:
 )
 def test_proxies(environment: dict[str, str], levels: list[str]) -> None:
     assert [finding.level for finding in checks.proxies(environment)] == levels
+
+
+@pytest.fixture
+def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without GPUs and without Ray."""
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/no-ray-is-here")  # a path of pytest is too long for sockets
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(checks, "probe_daemons", list)
+    monkeypatch.setattr(checks, "probe_ports", list)
+
+
+def names(found: Report) -> list[str]:
+    return [finding.name for finding in found.findings]
+
+
+@pytest.mark.usefixtures("bare_machine")
+def test_a_cpu_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software, "probe_versions", lambda: {"verl": "0.9.1", "torch": "2.13.0+cpu"})
+    monkeypatch.setattr(checks, "find_spec", lambda name: name)
+    found = checks.check_machine()
+    assert found.stack == "cpu"
+    assert {"python", "verl", "torch", "command", "verl.plugins", "GPUs", "disk", "memory", "Ray", "hub"} <= set(
+        names(found)
+    )
+    assert not {"driver", "flash-attn", "precisions", "locked memory"} & set(names(found))
+
+
+@pytest.mark.usefixtures("bare_machine")
+def test_a_gpu_stack_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software, "probe_versions", lambda: {"verl": "0.9.1", "vllm": "0.24.0", "torch": "2.11.0"})
+    found = checks.check_machine()
+    assert found.stack == "gpu"
+    assert {"flash-attn", "locked memory"} <= set(names(found))
+    assert not found.ok
+    (gpus,) = (finding for finding in found.findings if finding.name == "GPUs")
+    assert gpus.level == "fail"
+
+
+@pytest.mark.usefixtures("bare_machine")
+def test_without_a_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software, "probe_versions", dict)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    found = checks.check_machine()
+    assert found.stack is None
+    assert not found.ok
+    assert set(software.MODULES) <= set(names(found))
+
+
+def test_a_preset_s_word_counts() -> None:
+    machine = Report(
+        "gpu", (ok("verl", "0.9.1"), warn("flash-attn", "not installed"), ok("disk", "a"), ok("disk", "b"))
+    )
+    assert machine.ok
+    both = machine.with_preset([ok("verl", "0.9.1"), fail("flash-attn", "verl asks for it"), ok("data.train", "/x")])
+    assert [(finding.name, finding.level) for finding in both.findings] == [
+        ("verl", "ok"),
+        ("disk", "ok"),
+        ("disk", "ok"),
+        ("flash-attn", "fail"),
+        ("data.train", "ok"),
+    ]
+    assert not both.ok
+
+
+def test_document() -> None:
+    document = checks.document(Report("cpu", (fail("a", "b", "c"),)), "tiny")
+    assert document == {
+        "schema_version": 1,
+        "stack": "cpu",
+        "preset": "tiny",
+        "checks": [{"name": "a", "level": "fail", "text": "b", "fix": "c"}],
+        "ok": False,
+    }

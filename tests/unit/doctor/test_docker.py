@@ -17,8 +17,14 @@ from flashrl_cli.doctor.docker import Folders
 from flashrl_cli.errors import EnvironmentNotReady
 from flashrl_cli.machine.software import GPU
 
-PLACES = {"work": "/w", "data": "/d", "runs": "/w/runs", "checkpoints": "/big/c", "hub": "/h", "source": "/src"}
-HERE = Folders(**{name: Path(place) for name, place in PLACES.items()})
+HERE = Folders(
+    work=Path("/w"),
+    data=Path("/d"),
+    runs=Path("/w/runs"),
+    checkpoints=Path("/big/c"),
+    hub=Path("/h"),
+    source=Path("/src"),
+)
 ORIGINAL = "--gpus all --shm-size=10g --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 -e NCCL_P2P_LEVEL=NVL"
 
 
@@ -99,7 +105,7 @@ def test_run_makes_the_folders_and_becomes_docker(tmp_path: Path, monkeypatch: p
     called: list[tuple[str, list[str]]] = []
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(os, "execv", lambda program, argv: called.append((program, argv)))
-    made = {name: tmp_path / name for name in ("data", "runs", "checkpoints", "hub")}
+    made: dict[str, Any] = {name: tmp_path / name for name in ("data", "runs", "checkpoints", "hub")}
     folders = replace(HERE, work=tmp_path, source=tmp_path, **made)
     words = command(folders)
     docker.run(words, folders)

@@ -10,7 +10,7 @@ import pytest
 
 from flashrl_cli.render import figure, run_tables
 from flashrl_cli.render.output import Output
-from flashrl_cli.render.run_tables import ago, aligned, duration, listing
+from flashrl_cli.render.run_tables import ago, aligned, listing
 from flashrl_cli.runs.store import Phase, find
 from flashrl_cli.runs.summary import Row, summarize
 from tests.unit.render.test_live import DATA
@@ -30,23 +30,6 @@ ROW = Row(
     checkpoint_bytes=2_000_000,
     problem=None,
 )
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (None, "–"),
-        (0, "0 s"),
-        (179, "179 s"),
-        (180, "3 min"),
-        (3600, "1 h"),
-        (5400, "1 h 30 min"),
-        (86400, "24 h"),
-        (200_000, "2 d"),
-    ],
-)
-def test_durations(seconds: float | None, text: str) -> None:
-    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -155,17 +138,3 @@ def test_a_run_of_which_nothing_is_known(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_damaged_record_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     on_disk.make("broken", on_disk.attempt()).record.write_text("{")
     assert "is no run record" in shown("broken", capsys)[0]
-
-
-@pytest.mark.parametrize(
-    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 30, "3.0 GiB"), (5 << 50, "5120.0 TiB")]
-)
-def test_binary_sizes(size: int, text: str) -> None:
-    assert run_tables.binary_size(size) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(-3, "0 s"), (59, "59 s"), (60, "1 min"), (7200, "2 h"), (86400 * 3, "3 d")]
-)
-def test_ages_of_checkpoints(seconds: float, text: str) -> None:
-    assert run_tables._age(seconds) == text

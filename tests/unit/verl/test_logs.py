@@ -85,7 +85,7 @@ def test_logs_are_short_and_of_no_machine(name: str) -> None:
     assert f"/{'root'}/" not in text
 
 
-def test_every_cause_tells_what_happened_and_what_to_do() -> None:
+def test_every_cause_has_an_id_what_happened_and_what_to_do() -> None:
     assert len({cause.what for cause in CAUSES}) == len({cause.id for cause in CAUSES}) == len(CAUSES)
     assert all(cause.what and cause.hint for cause in CAUSES)
     assert not [cause.what for cause in CAUSES if "\n" in cause.what + cause.hint or cause.what.endswith(".")]
@@ -95,14 +95,14 @@ FRAME = '  File "/srv/user/reward.py", line 3, in score'
 RAISED = ["Traceback (most recent call last):", FRAME, '    return row["points"]', "KeyError: 'points'"]
 
 
-def test_processes_that_write_at_once_are_told_apart() -> None:
+def test_processes_that_write_at_once_are_kept_apart() -> None:
     one = [f"\x1b[36m(Reward pid=1)\x1b[0m {line}" for line in RAISED]
     two = [f"(Worker pid=2, ip=192.0.2.1) {line}" for line in ("Loading weights", "  0%", "ready", "step:1 - loss:1")]
     mixed = [line for pair in zip(one, two, strict=True) for line in pair]
     assert root_error(mixed) == "KeyError: 'points' (/srv/user/reward.py:3)"
 
 
-def test_a_death_without_an_exception_is_told_by_who_died() -> None:
+def test_a_death_without_an_exception_names_who_died() -> None:
     death = "Worker PID: 7 Worker exit type: SYSTEM_ERROR Worker exit detail: it was killed. It is gone."
     assert (
         root_error(["(Idle pid=77) y", "(WorkerDict pid=7, ip=192.0.2.1) x", death])
@@ -173,7 +173,7 @@ def test_ordinary_lines_mean_nothing(line: str) -> None:
     assert total_steps(line) is None
 
 
-def test_what_is_said_in_every_start_is_left_out_of_a_tail() -> None:
+def test_warnings_of_every_start_are_left_out_of_a_tail() -> None:
     said = [
         (
             "\x1b[36m(WorkerDict pid=1)\x1b[0m /v/verl/workers/engine/__init__.py:32: UserWarning: torchtitan engine is not available: "

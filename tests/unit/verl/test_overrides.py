@@ -68,7 +68,7 @@ def test_tis_and_its_absence():
     assert on[f"{ROLLOUT}.calculate_log_probs"] is True
 
 
-def test_untouched_defaults_stay_unsaid():
+def test_untouched_defaults_are_not_emitted():
     found = values("tiny")
     assert f"{ROLLOUT}.top_p" not in found
     assert values("tiny", sets=["rollout.top_p=1.0"])[f"{ROLLOUT}.top_p"] == 1.0
@@ -128,7 +128,7 @@ def test_resume():
     )
 
 
-def test_overlong_penalty_says_all_five_keys():
+def test_overlong_penalty_has_all_five_keys():
     found = values("dapo-32b", sets=["data.max_response_length=8192"])
     kwargs = {key.rpartition(".")[2]: v for key, v in found.items() if key.startswith("+reward.reward_kwargs")}
     assert kwargs == {"enable": True, "len": 4096, "penalty_factor": 1.0, "log": False, "max_resp_len": 8192}

@@ -20,33 +20,14 @@ if TYPE_CHECKING:
     from flashrl_cli.verl.config import Rule, Settings
 
 LOSSES = (
-    "vanilla",
-    "dppo_tv",
-    "dppo_kl",
-    "gspo",
-    "sapo",
-    "gpg",
-    "clip_cov",
-    "kl_cov",
-    "geo_mean",
-    "dro",
-    "cispo",
+    "vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "geo_mean", "dro", "cispo",
     "bypass_mode",
-)
+)  # fmt: skip
 """Names that verl registers (trainer/ppo/core_algos.py:1285-2413)."""
 REJECTIONS = (
-    "token_k1",
-    "token_k2",
-    "token_k3",
-    "seq_sum_k1",
-    "seq_sum_k2",
-    "seq_sum_k3",
-    "seq_mean_k1",
-    "seq_mean_k2",
-    "seq_mean_k3",
-    "seq_max_k2",
-    "seq_max_k3",
-)
+    "token_k1", "token_k2", "token_k3", "seq_sum_k1", "seq_sum_k2", "seq_sum_k3", "seq_mean_k1", "seq_mean_k2",
+    "seq_mean_k3", "seq_max_k2", "seq_max_k3",
+)  # fmt: skip
 """Options of rejection sampling (trainer/ppo/rollout_corr_helper.py:77)."""
 REPORTED = ("reward", "score", "acc", "overlong_reward", "overlong")
 """Numbers that verl's own reward functions and managers report (experimental/reward_loop/reward_manager/, utils/reward_score/)."""

@@ -29,27 +29,12 @@ if TYPE_CHECKING:
 
 OVERRIDE_CONFIG = f"{MODEL}.override_config"
 VALIDATION = f"{ROLLOUT}.val_kwargs"
-ARGUMENTS = {
-    **{
-        name: f"{ROLLOUT}.{name}"
-        for name in (
-            "dtype",
-            "load_format",
-            "max_model_len",
-            "max_num_seqs",
-            "enable_chunked_prefill",
-            "max_num_batched_tokens",
-            "enable_prefix_caching",
-            "enable_sleep_mode",
-            "logprobs_mode",
-            "enforce_eager",
-            "gpu_memory_utilization",
-            "disable_log_stats",
-            "seed",
-            "scheduling_policy",
-            "data_parallel_size",
-        )
-    },
+SAME_NAME = (
+    "dtype", "load_format", "max_model_len", "max_num_seqs", "enable_chunked_prefill", "max_num_batched_tokens",
+    "enable_prefix_caching", "enable_sleep_mode", "logprobs_mode", "enforce_eager", "gpu_memory_utilization",
+    "disable_log_stats", "seed", "scheduling_policy", "data_parallel_size",
+)  # fmt: skip
+ARGUMENTS = {name: f"{ROLLOUT}.{name}" for name in SAME_NAME} | {
     "tensor_parallel_size": TENSOR_PARALLEL,
     "pipeline_parallel_size": f"{ROLLOUT}.pipeline_model_parallel_size",
     "trust_remote_code": f"{MODEL}.trust_remote_code",
