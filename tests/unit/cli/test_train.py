@@ -309,10 +309,12 @@ def test_another_configuration_needs_force(train: Train, prepared: Path, launche
 def test_a_run_under_way_is_not_started_twice(train: Train, prepared: Path, launched: list[Any]) -> None:
     assert train(*TINY, "--name", "r").code == 0
     store.renew(launched[0][0].paths, 1, status="running")
+    (prepared / "data").rename(prepared / "away")
     found = train(*AGAIN)
-    assert found.code == 2
+    assert found.code == 2, "before the machine is checked"
     assert "run r is under way: attempt 1, process" in found.err
     assert "flashrl runs stop r" in found.err
+    (prepared / "away").rename(prepared / "data")
     store.renew(launched[0][0].paths, 1, pid_started=1.0)
     assert train(*AGAIN).code == 0, "its process is gone"
 
