@@ -154,7 +154,7 @@ def rm(
     planned = [delete.plan_removal(name, keep_checkpoints=keep_checkpoints) for name in dict.fromkeys(names)]
     _announce(out, planned)
     if not yes:
-        if out.json_mode or not _interactive():
+        if json or not sys.stdin.isatty():
             raise InputError("nothing is removed without being asked for", hint="--yes removes it")
         question = f"remove {'it' if len(planned) == 1 else f'these {len(planned)} runs'}?"
         typer.confirm(question, abort=True, err=True)
@@ -179,10 +179,6 @@ def _announce(out: Output, planned: Sequence[Removal]) -> None:
     for one in planned:
         if one.warning:
             out.warn(one.warning)
-
-
-def _interactive() -> bool:
-    return sys.stdin.isatty()
 
 
 @runs.command("checkpoints")

@@ -83,7 +83,7 @@ class PlainDisplay:
         self.output.text(f"step {metrics.step}/{self.total or '?'}  " + "  ".join(fields))
 
     def tick(self) -> None:
-        """Nothing."""
+        """Nothing: written lines stay as they are."""
 
     def over(self, state: str, *, exit_code: int, error: str | None = None) -> None:
         """A line on stderr."""
@@ -117,7 +117,7 @@ class JsonDisplay:
         self._event("step", step=metrics.step, total=self.total, **values)
 
     def tick(self) -> None:
-        """Nothing."""
+        """Nothing: written lines stay as they are."""
 
     def over(self, state: str, *, exit_code: int, error: str | None = None) -> None:
         """Event `end`."""
@@ -141,7 +141,7 @@ class LiveDisplay:
         self.total = total
 
     def phase(self, text: str) -> None:
-        """Show what is being done."""
+        """Show the phase under the table, with the time since it began."""
         self.doing, self.since = text, time.monotonic()
 
     def proven(self, handshakes: list[Handshake], /) -> None:
@@ -149,12 +149,12 @@ class LiveDisplay:
         self.proof = describe(handshakes)
 
     def step(self, metrics: StepMetrics) -> None:
-        """Add a row."""
+        """Add a row for the step."""
         self.rows.append(metrics)
         self.doing, self.since = f"step {metrics.step + 1}", time.monotonic()
 
     def tick(self) -> None:
-        """Redraw."""
+        """Redraw the table: its times go on."""
         self.redraw()
 
     def over(self, state: str, *, exit_code: int, error: str | None = None) -> None:

@@ -65,7 +65,7 @@ class Descriptor(io.RawIOBase):
         return self._number
 
     def writable(self) -> bool:
-        """Always."""
+        """Always true: what cannot be written is dropped."""
         return True
 
     def isatty(self) -> bool:

@@ -62,7 +62,7 @@ class Prune:
 
     @property
     def going(self) -> list[Path]:
-        """Everything that goes."""
+        """Folders that would be deleted."""
         hidden = [one.path for one in (*self.set_aside, *self.leftovers)]
         return [verdict.saved.path for verdict in self.verdicts if not verdict.stays] + hidden
 
@@ -157,7 +157,7 @@ class Removal:
 
     @property
     def bytes(self) -> int:
-        """All that would be freed."""
+        """Bytes that would be freed."""
         return self.root_bytes + self.checkpoint_bytes
 
     @property

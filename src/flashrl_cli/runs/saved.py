@@ -6,6 +6,7 @@ Nothing here imports torch or reads weights: what is torn is found by its list o
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -249,18 +250,17 @@ class Scores:
 
 
 def scores(run: RunPaths, saved: Collection[Saved]) -> Scores | None:
-    """Scores of those of `saved` that hold weights, by the first evidence that has a value of one of them.
-
-    None without any.
+    """Scores of those of `saved` that hold weights, by the first evidence that has a value of one; None without any.
 
     An evaluation that is older than a step's files was one of other weights. Reward is the mean over the step's own
     batch.
     """
     usable = {one.step: one for one in saved if one.has_weights}
+    logged = functools.cache(lambda: history(run))
     sources: dict[Evidence, Callable[[], Mapping[int, float]]] = {
         "evaluation": lambda: _evaluated(run.checkpoints, usable),
-        "validation": lambda: {m.step: m.accuracy for m in history(run) if m.accuracy is not None},
-        "reward": lambda: {m.step: value for m in history(run) if (value := m["reward"]) is not None},
+        "validation": lambda: {m.step: m.accuracy for m in logged() if m.accuracy is not None},
+        "reward": lambda: {m.step: value for m in logged() if (value := m["reward"]) is not None},
     }
     for by, read in sources.items():
         if values := {step: value for step, value in read().items() if step in usable}:

@@ -155,6 +155,7 @@ def test_all_of_few_points_are_marked_and_some_of_many() -> None:
     few = Series(label="a", xs=[1, 2, 3, 4], ys=[0.1, 0.2, 0.3, 0.4])
     many = Series(label="a", xs=range(100), ys=[float(x) for x in range(100)])
     assert text_panels([panel(few)], width=80).count("●") == 4
+    assert [svg.count("<use") for svg in svgs(panel(few), panel(many))] == [4, 0]
     assert 10 <= text_panels([panel(many)], width=80).count("●") <= 13
 
 

@@ -309,7 +309,7 @@ def test_only_names_of_runs_are_removed() -> None:
 
 
 @pytest.mark.parametrize(
-    "where", ["/", "{home}", "{cwd}", "{runs}", "{root}", "{run}", "{project}", "{other}", "relative/demo"]
+    "where", ["/", "{home}", "{cwd}", "{runs}", "{root}", "{run}", "{project}", "{other}", "{foreign}", "relative/demo"]
 )
 def test_checkpoints_that_are_not_the_runs_own(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, other = make("demo", attempt(), checkpoints=50), make("other", attempt(), checkpoints=50)
@@ -323,7 +323,9 @@ def test_checkpoints_that_are_not_the_runs_own(where: str, tmp_path: Path, monke
         "run": run.root,
         "project": run.checkpoints.parent,
         "other": other.checkpoints,
+        "foreign": paths.checkpoints_root() / "another project" / "demo",
     }
+    places["foreign"].mkdir(parents=True)
     recording(run, checkpoints=where.format(**places))
     with pytest.raises(InputError, match="is not a folder of its own") as caught:
         plan_removal("demo")

@@ -213,6 +213,9 @@ def test_nan_infinity_and_lost_steps_break_the_line() -> None:
     assert found
     assert found.steps == (1, 2, 3, 4, 5, 6)
     assert found.values == (0.1, None, None, None, None, 0.6)
+    late = curve("r", [read_step(n, training(0.1)) for n in (3, 4)], "reward")
+    assert late
+    assert late.steps == (3, 4), "no line is broken before its start"
 
 
 def test_what_is_measured_now_and_then_has_only_those_points_and_is_not_smoothed() -> None:

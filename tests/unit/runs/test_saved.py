@@ -323,8 +323,7 @@ def test_of_several_data_sets_the_first_counts(lab: Lab) -> None:
     document["datasets"] = [{"name": "gsm8k"}, {"name": "aime24"}]
     rows = [{**row, "dataset": "gsm8k"} for row in document["results"]]
     others = [{**row, "dataset": "aime24", "accuracy": 0.0} for row in rows]
-    mixed = [row for pair in zip(others, rows, strict=True) for row in pair]
-    file.write_text(json.dumps({**document, "results": mixed}))
+    file.write_text(json.dumps({**document, "results": [*others, *rows, *others]}))
     assert found(lab) == Scores("evaluation", {1: 0.5, 2: 0.4})
 
 
@@ -368,6 +367,8 @@ def test_another_run_that_writes_to_the_same_folder_counts(lab: Lab) -> None:
     link.parent.mkdir()
     link.symlink_to(lab.run.checkpoints)
     Lab(paths.RunPaths("s", paths.runs_root() / "s", link)).recorded(status="running", host="elsewhere")
+    elsewhere = paths.RunPaths("u", paths.runs_root() / "u", paths.checkpoints_root() / "p" / "u")
+    Lab(elsewhere).recorded(status="running", host="elsewhere")
     damaged = paths.runs_root() / "t" / "run.json"
     damaged.parent.mkdir()
     damaged.write_text("{")
