@@ -65,8 +65,8 @@ def _sentence(batch: int, found: Mapping[str, SpeedUp], base: str, *, single: bo
     same = [name for name, one in found.items() if not one.sure]
     if same and not faster:
         slower = [f"{name} is slower, {one.text}" for name, one in found.items() if one.sure]
-        lies = f"what lies between {base} and {', '.join(same)} is within the spread of the repeats"
-        return f"{where}: {'; '.join([lies, *slower])}: take {base}"
+        unsure = f"what lies between {base} and {', '.join(same)} is within the spread of the repeats"
+        return f"{where}: {'; '.join([unsure, *slower])}: take {base}"
     if not faster:
         return f"{where}: take {base}; the closest is {best}, {fastest.text}"
     rivals = [name for name, one in found.items() if name != best and one.greatest >= fastest.least]
@@ -110,7 +110,7 @@ class Report:
         return [*sentences(self.speeds, self.base), *self._of_mismatch(), *self._notes()]
 
     def table(self) -> tuple[list[str], list[list[object]]]:
-        """Columns and rows for people; columns that nobody has a value for are left out."""
+        """Columns and rows of the table, without columns that have no value."""
         columns = ["rollout"]
         for batch in self.request.batches:
             columns += [f"tok/s at {batch or FIT_WORD}", TIMES]
