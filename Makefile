@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # PyTorch publishes its CPU builds on an index of its own.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-# No test takes that many seconds, even where other work keeps the cores busy; one that hangs must not hide what the others found.
+# No test takes that many seconds, even where other work keeps the cores busy; one that hangs must not hide what the
+# others found.
 PYTEST := $(BIN)/pytest --timeout 1500 --durations 12
-# Two at once: a run of the real stack waits much, for one process after another to import it. Their order is the conftest's.
+# Two at once: a run of the real stack waits much, for one process after another to import it. Their order is the
+# conftest's.
 QUICK := $(PYTEST) --numprocesses 2
 SLOW := $(QUICK) --dist loadfile --no-loadscope-reorder
 
