@@ -79,14 +79,16 @@ def main() -> None:
 
 def report(evaluation: dict[str, Any], result: dict[str, Any]) -> None:
     """Print table and curve, keep the curve as text and PNG, and end with 5 if accuracy did not rise enough."""
-    from flashrl_cli.render.figure import Series, text_curve
+    from flashrl_cli.render.figure import Series, panel
     from flashrl_cli.render.output import Output
+    from flashrl_cli.render.text_plot import text_panel
 
     rows = evaluation["results"]
     columns = ("step", "accuracy", "lo", "hi", "n", "mean_length")
     Output().table(columns, [[row[column] for column in columns] for row in rows])
     keys = {"xs": "step", "ys": "accuracy", "los": "lo", "his": "hi"}
-    curve = text_curve([Series(label=RUN, **{k: [row[v] for row in rows] for k, v in keys.items()})], ylabel="accuracy")
+    series = Series(label=RUN, **{k: [row[v] for row in rows] for k, v in keys.items()})
+    curve = text_panel(panel([series], "accuracy"))
     print(curve)
     files.write_text(ROOT / "curve.txt", curve + "\n")
     (ROOT / "eval.png").replace(ROOT / "curve.png")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from flashrl_cli.text import GIB
+
 Results = Callable[[str], dict[str, Any]]
 """A document of benchmarks/results by its name without `.json`. Raises FileNotFoundError."""
-
-
-GIB = 2**30
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> str:

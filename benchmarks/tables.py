@@ -18,9 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.summary import GIB, code, headline, in_short, markdown, measured, speed, speeds
+from benchmarks.summary import code, headline, in_short, markdown, measured, speed, speeds
 
 from flashrl_cli import files
+from flashrl_cli.text import GIB
 
 if TYPE_CHECKING:
     from benchmarks.summary import Results

@@ -51,7 +51,8 @@ class Lab:
         spec = {"algorithm": {"advantage": advantage}}
         file = self.run.attempt(1).plan
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"overrides": overrides, "spec": spec, "argv": argv}))
+        plan = {"schema_version": 1, "overrides": overrides, "env": {}, "files": {}, "spec": spec, "argv": argv}
+        file.write_text(json.dumps(plan))
 
     def evaluate(self, accuracy: Mapping[int, float], *, folder: Path | None = None, age: float = -5) -> Path:
         """An evaluation of some steps, `age` seconds old: by default newer than every file."""

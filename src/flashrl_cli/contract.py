@@ -1,8 +1,6 @@
-"""What the launcher and the plugins inside verl and vLLM agree on: environment names and handshake files.
+"""What the command line and the plugins inside verl and vLLM agree on: environment variables, handshake files, class names.
 
-Standard library only: the plugins import it in every worker, and nothing else of flashrl but `files`.
-
-Environment of everything that computes on a CPU: policy warm-up, training, evaluation.
+Standard library only: the plugins import it in every worker.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import files, precision
+from flashrl_cli import files
 
 if TYPE_CHECKING:
     import logging
@@ -29,14 +27,12 @@ ENV_PLATFORM = "FLASHRL_PLATFORM"
 ENV_ROLLOUT = "FLASHRL_ROLLOUT"
 """A RolloutOptions as JSON: what the plugins do to a rollout engine beside its precision. Unset means: nothing."""
 ENV_LOGGING = "FLASHRL_LOGGING_LEVEL"
-"""How much the plugins tell in a run's log of what they do: `DEBUG`, `INFO`, or `WARNING` where it is unset."""
-ENV_TELL = "FLASHRL_TELL"
+"""How much the plugins log of what they do: `DEBUG`, `INFO`, or `WARNING` where it is unset."""
+ENV_PRINT = "FLASHRL_TELL"
 """Set where the launcher cannot see the folder: workers print their handshakes, too."""
 HANDSHAKE_MARK = "FLASHRL_HANDSHAKE "
 """Begins a printed handshake; Ray and vLLM put prefixes before it."""
 
-METHODS = {name: row.method for name, row in precision.PRECISIONS.items() if row.method}
-BLOCKS = precision.FP8_BLOCK.name
 VLLM = ((0, 24), (0, 28))
 """First and last version of vLLM whose insides the plugins were read against: those of the two pinned stacks."""
 VLLM_NAMES = f"vLLM {VLLM[0][0]}.{VLLM[0][1]} to {VLLM[1][0]}.{VLLM[1][1]}"
@@ -148,15 +144,15 @@ def plugin_dir() -> Path | None:
     return Path(value) if value else None
 
 
-def write_handshake(folder: Path, shake: Handshake) -> None:
-    """Write `<host>-<pid>.json` atomically; print it, too, where the launcher asked for that."""
-    files.write_json(folder / f"{shake.host}-{shake.pid}.json", asdict(shake))
-    if os.environ.get(ENV_TELL):
-        print(HANDSHAKE_MARK + json.dumps(asdict(shake)), flush=True)
+def write_handshake(folder: Path, handshake: Handshake) -> None:
+    """Write `<host>-<pid>.json` atomically; print it, too, where the launcher asks for that."""
+    files.write_json(folder / f"{handshake.host}-{handshake.pid}.json", asdict(handshake))
+    if os.environ.get(ENV_PRINT):
+        print(HANDSHAKE_MARK + json.dumps(asdict(handshake)), flush=True)
 
 
-def told_handshake(line: str) -> Handshake | None:
-    """The handshake that a line of a log tells, None for any other line or one of another schema version."""
+def printed_handshake(line: str) -> Handshake | None:
+    """The handshake that a line of a log holds, None for any other line or one of another schema version."""
     _, mark, text = line.partition(HANDSHAKE_MARK)
     if not mark:
         return None
@@ -169,9 +165,9 @@ def told_handshake(line: str) -> Handshake | None:
 def read_handshakes(folder: Path) -> Iterator[Handshake]:
     """Yield the handshakes found in `folder`; a file of another schema version is passed over."""
     for path in sorted(folder.glob("*.json")):
-        shake = _handshake(json.loads(path.read_text(encoding="utf-8")))
-        if shake is not None:
-            yield shake
+        handshake = _handshake(json.loads(path.read_text(encoding="utf-8")))
+        if handshake is not None:
+            yield handshake
 
 
 def _handshake(data: dict[str, Any]) -> Handshake | None:

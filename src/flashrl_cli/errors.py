@@ -1,7 +1,8 @@
 """Everything that can go wrong for a user, and the exit code it ends with.
 
-An error says what happened and the one command or key that fixes it. Only `cli.app.main` catches these. What is no FlashrlError
-is an error of the disk or a bug; `exit_code_of` says the code of each, for the process and for the record of a run alike.
+An error describes what happened and names the one command or key that fixes it. Only `cli.app.main` catches these. Any
+other exception is an error of the disk or a bug; `exit_code_of` gives the code of each, for the process and for a run's
+record alike.
 """
 
 from __future__ import annotations
@@ -29,15 +30,17 @@ class ExitCode(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where an input was written: in a line of a file (from 1), or in an option, with the key that the option sets."""
+    """Where an input was written: a file, with a line or a row (from 1), or an option, with the key that it sets."""
 
     source: str
     line: int | None = None
     key: str | None = None
+    unit: str = ""
+    """What `line` counts, where that is not lines: `row`."""
 
     def __str__(self) -> str:
         if self.line is not None:
-            return f"{self.source}:{self.line}"
+            return f"{self.source}:{self.unit} {self.line}" if self.unit else f"{self.source}:{self.line}"
         return self.source if self.key is None else f"{self.source} {self.key}"
 
     def at(self, line: int | None) -> Location:
@@ -47,7 +50,10 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong with an input: what, where, and the fix. `where` is a location, or the name of what is wrong (a logger, a node)."""
+    """One thing wrong with an input: what, where, and the fix.
+
+    `where` is the location in which it was written, or the name of what is wrong (a logger, a node).
+    """
 
     message: str
     where: Location | str | None = None
@@ -102,7 +108,7 @@ class RunFailed(FlashrlError):
 
 
 def is_of_the_disk(error: BaseException) -> bool:
-    """Whether an error tells of a disk, a path or its rights; one without a path, of a connection for instance, does not."""
+    """Whether an error concerns a disk, a path or its permissions: it has a path, unlike one of a connection."""
     return isinstance(error, OSError) and bool(error.filename or error.errno == errno.ENOSPC)
 
 
@@ -114,6 +120,6 @@ def exit_code_of(error: BaseException) -> ExitCode:
         return ExitCode.INTERRUPTED
     if is_of_the_disk(error):
         return ExitCode.ENVIRONMENT
-    if isinstance(error, BrokenPipeError):  # typer's way with a reader that went away
+    if isinstance(error, BrokenPipeError):  # as typer does when the reader of stdout has gone
         return ExitCode.FAILED
     return ExitCode.INTERNAL

@@ -27,10 +27,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def alone(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
-    """Within, no other process of this user on this machine is `alone` with `path`, which need not exist; yields whether one was.
+    """Hold a lock on `path`, which need not exist, against this user's other processes; yields whether another held it.
 
-    `waiting` is called before another is waited for. The lock is kept in the folder of temporary files: `path` may be on a disk that is
-    only read, and nothing is made beside it. Where no lock can be kept, nobody is waited for.
+    `waiting` is called before another is waited for. The lock is in the folder of temporary files: `path` may be on a
+    read-only disk, and nothing is made beside it. Where no lock can be made, nothing is waited for.
     """
     from filelock import FileLock, Timeout
 
@@ -62,7 +62,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def json_text(data: Any, **form: Any) -> str:
-    """JSON that UTF-8 can hold: readable, or escaped where a text has bytes of a file name that are none (PEP 383)."""
+    """JSON as text that UTF-8 can encode; escaped where a file name holds bytes that are not UTF-8 (PEP 383)."""
     text = json.dumps(data, ensure_ascii=False, **form)
     try:
         text.encode("utf-8")

@@ -18,10 +18,10 @@ FOLDER_NAME = r"^[^/.\x00-\x1f][^/\x00-\x1f]{0,199}$"
 def absolute(path: str | Path) -> Path:
     """Expand `~` and make absolute, without following links (a link's name is part of the user's naming).
 
-    A `~` of nobody's stays as it is. Raises InputError where the working folder is gone.
+    A `~user` who does not exist stays as it is. Raises InputError where the working folder is gone.
     """
     try:
-        return Path(os.path.abspath(os.path.expanduser(path)))  # noqa: PTH111  # pathlib raises for a user who does not exist
+        return Path(os.path.abspath(os.path.expanduser(path)))  # noqa: PTH111  # pathlib's raises
     except FileNotFoundError:
         raise InputError("the working folder does not exist any more", hint="change to another folder") from None
 
@@ -76,7 +76,7 @@ class DatasetPaths:
 
     @property
     def manifest(self) -> Path:
-        """What was prepared from what."""
+        """Manifest: sources, their hashes, and what was prepared from them."""
         return self.root / "manifest.json"
 
     @property
@@ -122,7 +122,7 @@ class RunPaths:
 
     @property
     def record(self) -> Path:
-        """What is known of the run and its attempts (`runs.record`)."""
+        """Record of the run and its attempts (`runs.store`)."""
         return self.root / "run.json"
 
     def attempt(self, number: int) -> AttemptPaths:
@@ -136,7 +136,7 @@ class RunPaths:
 
 
 def prepared_model(reference: str, root: Path | None = None) -> Path | None:
-    """Folder of the model that `prepared:NAME` means, below the data root (or `root`, when given); None for any other reference."""
+    """Folder of the model `prepared:NAME`, below the data root (or `root`, if given); None for another reference."""
     name = reference.removeprefix("prepared:")
     if name == reference:
         return None

@@ -32,7 +32,7 @@ class Precision:
     """One arithmetic of the linear layers in a rollout engine."""
 
     name: PrecisionName
-    number: str
+    number_format: str
     """Format of the weights, as messages name it."""
     method: str | None = None
     """vLLM's `quantization`: the method that plugins/linear.py registers, whose weights come by flashrl's own weight update."""
@@ -40,7 +40,7 @@ class Precision:
     """verl's own name for it, where verl's code quantizes the weights and brings them."""
     vllm_config: Mapping[str, Any] = field(default_factory=dict)
     """The `quantization_config` that verl gives vLLM for it, less `ignored_layers`."""
-    weight_bytes: int
+    weight_bytes: float
     """Bytes a weight of a quantized layer; scales come on top, a float32 each."""
     block: int | None = None
     """Rows and columns of a square of weights that share a scale; None for one scale a row (output channel), or no scales."""
@@ -67,7 +67,7 @@ class Precision:
 
 BF16 = Precision(
     name="bf16",
-    number="BF16",
+    number_format="BF16",
     weight_bytes=2,
     experts=False,
     mlp_bytes=6,
@@ -80,7 +80,7 @@ BF16 = Precision(
 )
 INT8 = Precision(
     name="int8",
-    number="INT8",
+    number_format="INT8",
     method="flashrl_int8",
     weight_bytes=1,
     experts=False,
@@ -94,7 +94,7 @@ INT8 = Precision(
 )
 FP8 = Precision(
     name="fp8",
-    number="FP8",
+    number_format="FP8",
     method="flashrl_fp8",
     weight_bytes=1,
     experts=False,
@@ -107,7 +107,7 @@ FP8 = Precision(
 )
 FP8_BLOCK = Precision(
     name="fp8-block",
-    number="FP8",
+    number_format="FP8",
     verl="fp8",
     # verl/workers/rollout/vllm_rollout/vllm_async_server.py:1245
     vllm_config={

@@ -1,4 +1,4 @@
-"""What must never be written down: values that let somebody in."""
+"""Secrets (tokens, passwords, keys), which must never be written to a file or a screen."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ NAMES = re.compile(
 )
 """Names of variables that hold a secret. `TOKENIZERS_PARALLELISM` and `MAX_TOKENS` are none."""
 VALUES = re.compile(
-    r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|AKIA[A-Z0-9]{16}|glpat-[\w-]{20,}"
+    r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|AKIA[A-Z0-9]{16}"
+    r"|glpat-[\w-]{20,}"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|\w+://[^/\s:@]+:[^/\s@]+@"
 )
-"""Values of a known form: tokens of Hugging Face, OpenAI, GitHub, AWS and GitLab, private keys, addresses with a password."""
+"""Values of a known form: tokens (Hugging Face, OpenAI, GitHub, AWS, GitLab), private keys, URLs with a password."""
 HIDDEN = "***"
 
 
 def looks_secret(name: str, value: str) -> bool:
-    """Whether a variable's name or the form of its value says that it is a secret; an empty value is none."""
+    """Whether a variable is a secret, by its name or by the form of its value; an empty value is none."""
     return bool(value) and bool(NAMES.search(name) or VALUES.search(value))
 
 

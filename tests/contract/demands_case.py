@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.verl import compose
 from flashrl_cli.verl.config import Settings
 from flashrl_cli.verl.overrides import Places, overrides
 from flashrl_cli.weights.shape import ModelShape
+from tests.specs import load_spec
 
 PLACES = Places(name="run", data=Path("/data"), checkpoints=Path("/ckpt/run"))
 A, R, REF, M = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "ref", "model"))

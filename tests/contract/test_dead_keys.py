@@ -11,15 +11,13 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.config import presets
 from flashrl_cli.config.diagnose import keys_of
 from flashrl_cli.config.layers import DEFAULT
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.verl import compose
 from flashrl_cli.verl.dead_keys import DEAD_KEYS, IGNORED, REMOVED, dead_key
 from flashrl_cli.verl.lint import keys
-from flashrl_cli.verl.overrides import Override, Places, overrides
+from flashrl_cli.verl.overrides import Override, Places
 
 pytestmark = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not installed")
 
@@ -74,13 +72,6 @@ def test_our_living_names_are_fields_of_the_spec():
     names = [name for (name,) in named(OURS)]
     assert len(names) >= 10
     assert set(names) - set(keys_of(RunSpec)) == set()
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8-block", "int8"])
-@pytest.mark.parametrize("name", presets.names())
-def test_nothing_that_flashrl_emits_is_dead(name, precision):
-    emitted = overrides(load_spec(name, rollout=precision, tis="2"), PLACES)
-    assert [override.key for override in emitted if dead_key(override.key)] == []
 
 
 def test_keys_without_a_reader_still_have_none():

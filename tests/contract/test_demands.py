@@ -1,4 +1,4 @@
-"""What verl would refuse later: each rule finds its mistake, its hint mends it, and what just works is let through."""
+"""What verl would refuse later: each rule finds its mistake, its hint fixes it, and what just works is let through."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import pytest
 from flashrl_cli.config import presets
 from flashrl_cli.errors import Problem
 from flashrl_cli.memory.model import shape_of
+from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.verl import compose, lint
+from flashrl_cli.verl.environment import LOGGERS
 from flashrl_cli.verl.lint.devices import cpus_needed
-from flashrl_cli.verl.lint.learning import LOGGERS, LOSSES, REJECTIONS
+from flashrl_cli.verl.lint.learning import LOSSES, REJECTIONS
 from tests.contract.demands_case import A, Case, settings
 from tests.contract.demands_of_batches import BATCHES, VALUES
 from tests.contract.demands_of_devices import DEVICES
@@ -33,7 +35,7 @@ def test_the_shortcut_gives_the_composed_tree():
 @pytest.mark.parametrize("name", presets.names())
 def test_shipped_presets_demand_nothing_that_verl_lacks(name, tmp_path):
     refused = set()
-    for precision in ("bf16", "int8", "fp8", "fp8-block"):
+    for precision in PRECISIONS:
         for cap in ("correction.cap=null", "correction.cap=2", "correction.cap=8"):
             s = settings(name, (cap,), precision)
             shape = shape_of(s.spec.model.path, tmp_path)
@@ -57,7 +59,7 @@ def identity(c: Case) -> str:
 
 
 @pytest.mark.parametrize("c", CASES, ids=identity)
-def test_a_mistake_is_told_and_its_neighbour_is_none(c):
+def test_a_mistake_is_reported_and_its_neighbour_is_not(c):
     problem = found(c)[0]
     assert c.says in problem.message
     assert c.hint in (problem.hint or "")
@@ -70,7 +72,7 @@ CONCRETE = [c for c in CASES if c.hint.startswith(("--set ", "=", "'verl.", "ver
 
 
 @pytest.mark.parametrize("c", CONCRETE, ids=identity)
-def test_the_hint_mends_it(c):
+def test_the_hint_fixes_it(c):
     hint = found(c)[0].hint or ""
     words = shlex.split(hint.partition(" instead")[0].partition(" (")[0])
     assert words[0] == "--set"
@@ -90,25 +92,25 @@ def test_rules_say_where_they_are_known_from():
         assert ".py:" in (rule.__doc__ or "") or "plugins/" in (rule.__doc__ or ""), rule.__name__
 
 
-def test_what_the_others_rely_on_is_told_alone():
+def test_what_the_others_rely_on_is_reported_alone():
     s = settings("gsm8k-0.5b", (f"verl.{A}.strategy=megatron", "algorithm.micro_batch_size_per_gpu=5"))
     (problem,) = lint.problems(s.resolved, s.overrides, s.tree)
     assert "megatron" in problem.message
 
 
-def test_all_mistakes_are_told_at_once():
+def test_all_mistakes_are_reported_at_once():
     sets = ("algorithm.micro_batch_size_per_gpu=5", "rollout.tensor_parallel=3", "trainer.logger=[file,x]")
     s = settings("gsm8k-0.5b", sets)
     assert len(lint.problems(s.resolved, s.overrides, s.tree)) == 3
 
 
-def test_one_cause_is_told_once():
+def test_one_cause_is_reported_once():
     """What the log-probs and the reference policy take over from the actor is the actor's."""
     dynamic = (f"verl.{A}.use_dynamic_bsz=true", f"verl.{A}.ppo_max_token_len_per_gpu=99")
     sets = ("algorithm.kl_loss=true", *dynamic, f"verl.{A}.ulysses_sequence_parallel_size=2")
     s = settings("gsm8k-0.5b", sets)
-    told = [str(problem.where) for problem in lint.problems(s.resolved, s.overrides, s.tree)]
-    assert told == [f"--set verl.{A}.ppo_max_token_len_per_gpu", f"--set verl.{A}.ulysses_sequence_parallel_size"]
+    found = [str(problem.where) for problem in lint.problems(s.resolved, s.overrides, s.tree)]
+    assert found == [f"--set verl.{A}.ppo_max_token_len_per_gpu", f"--set verl.{A}.ulysses_sequence_parallel_size"]
 
 
 def test_a_file_that_exists_scores(tmp_path):

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from flashrl_cli.config.resolve import Resolved, load_spec
+from flashrl_cli.config.resolve import Resolved
 from flashrl_cli.memory.estimate import estimate
 from flashrl_cli.memory.model import shape_of
-from flashrl_cli.memory.parts import GIB
+from flashrl_cli.text import GIB
 from flashrl_cli.verl import compose
 from flashrl_cli.verl.config import SET_KEYS, Batch, Settings, TrainerSettings, trainer_settings
 from flashrl_cli.verl.overrides import Places, overrides
+from tests.specs import load_spec
 
 pytestmark = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not installed")
 

@@ -2,7 +2,7 @@
 
 Keys are looked up in verl's composed tree and in the fields of a preset, and must be neither dead nor flashrl's own; options and
 commands in the command line; variables in the code that reads them. Hints that a rule makes of what it finds are tested with the rules
-(test_demands.py, test_rules.py): there the hint is applied, and must help.
+(tests/contract/test_demands.py, tests/unit/verl/test_keys.py): there the hint is applied, and must help.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not i
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-CONSTANTS = {"verl", "config", "launch", "fit", "doctor"}
+CONSTANTS = {"verl", "config", "train", "memory", "machine", "doctor"}
 """Parts whose messages are put together of keys that stand in constants of their modules."""
 COMPARED = {"migrating.md", "recipes.md"}
 """Pages that set the keys of other scripts beside those of today: there, bare names may be of the past."""

@@ -16,13 +16,13 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from flashrl_cli.config import presets
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.errors import EnvironmentNotReady
 from flashrl_cli.train import launch
 from flashrl_cli.train.executors import ray_job as ray_client
 from flashrl_cli.train.executors.ray_job import job_request
 from flashrl_cli.train.plan import LaunchPlan, build_plan
 from flashrl_cli.verl import environment
+from tests.specs import load_spec
 
 TOKEN = "a-token-of-more-than-thirty-two-characters"
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.verl.overrides import Places, overrides
+from tests.specs import load_spec
 
 FOLDER = Path(__file__).parent / "original"
 CAPS = {"gsm8k-0.5b": "2", "dapo-32b": "8"}

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from flashrl_cli import paths
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.errors import InputError
 from flashrl_cli.train import preflight
 from flashrl_cli.verl.lint import check_overrides
 from flashrl_cli.verl.overrides import Override, Places, overrides
+from tests.specs import load_spec
 
 FOLDER = Path(__file__).parent / "overrides"
 ROOT = paths.presets_root()

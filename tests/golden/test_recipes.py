@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from flashrl_cli.config.presets import names
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.verl.overrides import Places, overrides
+from tests.specs import load_spec
 
 GOLDEN = Path(__file__).parent
 PAGE = (GOLDEN.parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")

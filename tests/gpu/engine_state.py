@@ -42,8 +42,8 @@ class StateExtension:
 
         if how != "by name":
             vars(self.model_runner.model).pop(COMPLETE, None)
-        possible = in_place.possible
-        with patch.object(in_place, "possible", lambda model: how != "layerwise" and possible(model)):
+        possible = in_place.writes_in_place
+        with patch.object(in_place, "writes_in_place", lambda model: how != "layerwise" and possible(model)):
             try:
                 self._refit(folder, bucket, dtype, left_out)
             except Incomplete as error:

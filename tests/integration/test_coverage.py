@@ -148,7 +148,7 @@ def refit(config: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
             untied = SimpleNamespace(hf_config=SimpleNamespace(), dtype=torch.bfloat16)
             module.layerwise(model, untied, torch.device("cpu"), stream)
         else:
-            with in_place.writable(model, coverage.landed) as coverage.rows:
+            with in_place.in_place(model, coverage.landed) as coverage.rows:
                 stream(model.load_weights)
         coverage.check()
         return coverage

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from flashrl_cli.evals import responses
+from flashrl_cli.runs.store import PLAN_VERSION
 from flashrl_cli.weights import Weights
 from tests.integration.conftest import ENDING_S, PATIENCE_S, STEPS, Workshop, more_than_guessed
 
@@ -60,7 +61,8 @@ def place(workshop: Workshop, saved: dict[int, Path], tmp_path_factory: pytest.T
     as_the_fork_saved_it(found.run / "global_step_4", root / "fork" / "global_step_4")
     plan = workshop.root / "runs" / "lora" / "attempt_1" / "plan.json"
     plan.parent.mkdir(parents=True)
-    plan.write_text(json.dumps({"overrides": [f"actor_rollout_ref.model.path={found.model}"]}))
+    overrides = [f"actor_rollout_ref.model.path={found.model}"]
+    plan.write_text(json.dumps({"schema_version": PLAN_VERSION, "overrides": overrides, "env": {}, "files": {}}))
     workshop.run("quantize", found.model, "--scheme", "int8", "-o", root / "w8a8")
     return found
 

@@ -82,8 +82,8 @@ def float32(layers: dict[str, Any]) -> None:
     """What the plugin does in the processes of a run that asks for it."""
     from flashrl_cli.plugins import linear
 
-    linear.register()
-    linear.register()
+    linear.register_float32_head()
+    linear.register_float32_head()
 
 
 def numbers(seed: int, rows: int) -> torch.Tensor:

@@ -116,11 +116,11 @@ def test_shards_in_any_order_give_what_whole_layers_do(model: torch.nn.Module) -
     from flashrl_cli.plugins import refit
 
     assert same(held(model), expected(weights(0)))
-    assert refit.possible(model)
+    assert refit.writes_in_place(model)
     places = [model.get_submodule(name).weight.data_ptr() for name in SHARDS]
     for seed in (1, 2):
         new = weights(seed)
-        with refit.writable(model, lambda: None) as written:
+        with refit.in_place(model, lambda: None) as written:
             load(model, dict(reversed(new.items())))
         assert all(rows.written == rows.shape[0] for rows in written.values())
         assert same(held(model), expected(new))
@@ -133,7 +133,7 @@ def test_rows_that_come_twice_do_not_stand_for_others(model: torch.nn.Module) ->
 
     new = weights(1)
     del new["qkv_proj", "k"]
-    with refit.writable(model, lambda: None) as written:
+    with refit.in_place(model, lambda: None) as written:
         load(model, new)
         load(model, new)
     torn = {name: rows.shape[0] - rows.written for name, rows in written.items()}
@@ -163,15 +163,15 @@ def test_what_cannot_be_written_in_place_is_left_to_the_layerwise_reload(
     layer = model.get_submodule("down_proj")
     with monkeypatch.context() as patch:
         patch.setattr(type(layer.quant_method), "row_kernels", frozenset())
-        assert not refit.possible(model)
-    assert refit.possible(model)
+        assert not refit.writes_in_place(model)
+    assert refit.writes_in_place(model)
     plain = layer.weight.data
     layer.weight.data = torch.nn.functional.pad(plain.t(), (0, 16)).t()
-    assert not refit.possible(model)
+    assert not refit.writes_in_place(model)
     layer.weight.data = plain
     model.experts = torch.nn.Module()
     vars(model.experts)["process_weights_after_loading"] = lambda: None
-    assert not refit.possible(model)
+    assert not refit.writes_in_place(model)
 
 
 @pytest.mark.parametrize(("rank", "kept"), [("0", "bf16"), ("1", "bf16"), ("2", "int8"), (None, None)])

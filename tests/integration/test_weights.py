@@ -17,9 +17,9 @@ import pytest
 from flashrl_cli.errors import RunFailed
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.runs import merge
-from flashrl_cli.runs.checkpoints import Checkpoint, Stock, find
+from flashrl_cli.runs.checkpoints import Checkpoint, find
 from flashrl_cli.runs.export import export
-from flashrl_cli.runs.saved import inspect
+from flashrl_cli.runs.saved import CheckpointList, inspect
 from flashrl_cli.weights import Unreadable, Weights, holds_adapter_alone, stored_in_float32
 from tests.integration.conftest import BY_VERL, PATIENCE_S
 
@@ -162,7 +162,7 @@ def test_an_exported_step_is_a_model_of_its_own(saved: dict[int, Path], tmp_path
     run = RunPaths("run", tmp_path / "run", saved[2] / "run")
     step = inspect(run.checkpoints / "global_step_4", critic=False)
     assert step.has_weights
-    made = export(Stock(run=run, saved=(step,), set_aside=(), scores=None), step, tmp_path / "model")
+    made = export(CheckpointList(run=run, saved=(step,), set_aside=(), scores=None), step, tmp_path / "model")
     assert made.compared == "compared with the config"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert model.dtype == torch.bfloat16
@@ -176,7 +176,9 @@ def test_an_exported_step_is_a_model_of_its_own(saved: dict[int, Path], tmp_path
     shards(torn)[1].write_bytes(shards(torn)[1].read_bytes()[:-1])
     assert not inspect(torn, critic=False).has_weights
     with pytest.raises(RunFailed, match=f"step 4 cannot be exported: {shards(torn)[1]} is torn"):
-        export(Stock(run=run, saved=(), set_aside=(), scores=None), replace(step, path=torn), tmp_path / "none")
+        export(
+            CheckpointList(run=run, saved=(), set_aside=(), scores=None), replace(step, path=torn), tmp_path / "none"
+        )
     assert not (tmp_path / "none").exists()
 
 

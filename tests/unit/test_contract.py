@@ -106,10 +106,6 @@ def test_versions_of_vllm(version: str, known: bool) -> None:
             contract.require_vllm(version)
 
 
-def test_every_method_has_a_name_of_its_own() -> None:
-    assert contract.METHODS == {"int8": "flashrl_int8", "fp8": "flashrl_fp8"}
-
-
 @pytest.mark.parametrize(
     ("level", "told"),
     [(None, ["WARNING"]), ("info", ["INFO", "WARNING"]), ("DEBUG", ["DEBUG", "INFO", "WARNING"]), ("x", ["WARNING"])],

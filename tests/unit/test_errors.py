@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import sys
 from pathlib import Path
@@ -16,14 +15,16 @@ from flashrl_cli.errors import (
     ExitCode,
     FlashrlError,
     InputError,
+    Location,
     NothingMatched,
     Problem,
     RunFailed,
     exit_code_of,
 )
-from flashrl_cli.train.process import Interrupted
+from flashrl_cli.signals import Interrupted
 
 CODES = {FlashrlError: 1, RunFailed: 1, InputError: 2, EnvironmentNotReady: 3, NothingMatched: 4, BelowThreshold: 5}
+DISK_HINT = "hint: correct the disk, the path or its permissions; FLASHRL_DEBUG=1 shows what was done with it\n"
 README = Path(__file__).parents[2] / "README.md"
 
 
@@ -62,57 +63,63 @@ def test_error_ends_the_command_with_its_code(
     assert err.endswith(f"{kind.__name__}: what\n")
 
 
-def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(_words: list[str]) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(app, "app", interrupt)
-    with pytest.raises(SystemExit) as caught:
-        app.main()
-    assert caught.value.code == 130
-
-
 @pytest.mark.parametrize(
-    ("error", "what"),
+    ("error", "code", "printed"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
-        (PermissionError(errno.EACCES, "Permission denied", "a"), "a: Permission denied"),
-        (OSError(errno.ENOTEMPTY, "Directory not empty", ".a/tmp", None, "a"), "a: Directory not empty"),
+        (KeyboardInterrupt(), 130, ""),
+        (ZeroDivisionError("division by zero"), 70, "ZeroDivisionError: division by zero\n"),
+        (OSError(28, "No space left on device", "/x"), 3, "FLASHRL_DEBUG=1 shows what was done with it\n"),
+        (OSError(28, "No space left on device"), 3, f"error: No space left on device\n{DISK_HINT}"),
+        (OSError(39, "Directory not empty", ".a/tmp", None, "a"), 3, f"error: a: Directory not empty\n{DISK_HINT}"),
+        (ConnectionError("refused"), 70, "ConnectionError: refused\n"),
     ],
 )
-def test_errors_of_the_disk_end_with_3_and_name_what_was_to_be_written(
-    error: OSError, what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_other_exceptions(
+    error: BaseException,
+    code: int,
+    printed: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Ctrl-C is silent, a disk's error has a hint, and a bug stays visible."""
+
     def fail(_words: list[str]) -> None:
         raise error
 
     monkeypatch.setattr(app, "app", fail)
     with pytest.raises(SystemExit) as caught:
         app.main()
-    assert caught.value.code == 3
-    assert capsys.readouterr().err.startswith(f"error: {what}\nhint: correct the disk")
-
-
-def test_other_exceptions_are_bugs_and_stay_visible(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(app, "app", lambda words: 1 / 0)
-    with pytest.raises(SystemExit) as caught:
-        app.main()
-    assert caught.value.code == 70
+    assert caught.value.code == code
     err = capsys.readouterr().err
-    assert err.startswith("Traceback")
-    assert err.endswith("ZeroDivisionError: division by zero\n")
+    assert err.startswith("Traceback") is (code == 70)
+    assert err.endswith(printed)
+    assert bool(err) is bool(printed)
+
+
+@pytest.mark.parametrize(
+    ("location", "text"),
+    [
+        (Location("p.yaml"), "p.yaml"),
+        (Location("p.yaml", 3), "p.yaml:3"),
+        (Location("p.yaml", 3).at(None), "p.yaml"),
+        (Location("a.parquet", 3, unit="row"), "a.parquet:row 3"),
+        (Location("--tis"), "--tis"),
+        (Location("--set", key="rollout.n"), "--set rollout.n"),
+    ],
+)
+def test_a_location_as_text(location: Location, text: str) -> None:
+    assert str(location) == text
+    assert Problem("m", location, "h").document() == {"message": "m", "where": text, "hint": "h"}
 
 
 def test_the_readme_lists_every_exit_code() -> None:
     text = README.read_text(encoding="utf-8").partition("Exit codes: ")[2].partition("\n\n")[0]
-    told = {
+    listed = {
         int(code)
         for codes in re.findall(r"(?:^|· )(\d+(?:/\d+)*)", text.replace("\n", " "))
         for code in codes.split("/")
     }
-    assert told == set(map(int, ExitCode))
+    assert listed == set(map(int, ExitCode))
 
 
 def test_every_exit_code_has_an_error_or_an_end() -> None:
@@ -128,11 +135,3 @@ def test_plain_use_ends_with_0(words: list[str], monkeypatch: pytest.MonkeyPatch
     with pytest.raises(SystemExit) as caught:
         app.main()
     assert not caught.value.code
-
-
-def test_problems_are_kept_in_order_and_frozen() -> None:
-    error = InputError("what", problems=[Problem("b"), Problem("a", "x:1", "fix")])
-    assert [problem.message for problem in error.problems] == ["b", "a"]
-    assert (str(error), error.hint) == ("what", None)
-    with pytest.raises(AttributeError):
-        error.problems[0].message = "c"  # type: ignore[misc]

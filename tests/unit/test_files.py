@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from flashrl_cli import files
-from flashrl_cli.train import process
+from flashrl_cli import files, signals
 
 
 def test_write_makes_folders_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -139,8 +138,8 @@ def test_what_is_another_thing_is_not_waited_for(tmp_path: Path, turns: Turns) -
 def test_a_signal_ends_the_waiting(tmp_path: Path, turns: Turns) -> None:
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
     with (
-        pytest.raises(process.Interrupted, match="SIGTERM"),
-        process.raised("again", print),
+        pytest.raises(signals.Interrupted, match="SIGTERM"),
+        signals.raised("again", print),
         files.alone(tmp_path / "thing", timer.start),
     ):
         pytest.fail("the first is still at it")

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "flashrl_cli"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "files", "paths", "secrets", "text", "contract", "precision", ""},
+    {"errors", "files", "paths", "secrets", "text", "contract", "precision", "signals", ""},
     {"weights", "config", "machine"},
     {"plugins", "verl", "hub"},
     {"worker"},

@@ -1,4 +1,4 @@
-"""Where things lie."""
+"""Where data, runs, checkpoints and presets are on disk."""
 
 from __future__ import annotations
 
@@ -60,14 +60,6 @@ def test_attempts_are_numbers_in_order(tmp_path: Path) -> None:
     for name in ("attempt_10", "attempt_2", "attempt_x", "attempt_", "other"):
         (tmp_path / "r" / name).mkdir(parents=True)
     assert run.attempts() == [2, 10]
-
-
-def test_files_of_an_attempt_are_its_own() -> None:
-    one, two = (paths.RunPaths("r", Path("/r"), Path("/c")).attempt(number) for number in (1, 2))
-    places = [{a.log, a.metrics, a.plugins, a.plan} for a in (one, two)]
-    assert [len(found) for found in places] == [4, 4]
-    assert not places[0] & places[1]
-    assert all(path.is_relative_to("/r/attempt_1") for path in places[0])
 
 
 def test_a_prepared_model_is_named_by_its_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

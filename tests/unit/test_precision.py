@@ -12,6 +12,8 @@ from flashrl_cli import precision
 from flashrl_cli.bench.job import parse
 from flashrl_cli.config.spec import RolloutSpec
 from flashrl_cli.machine import gpus, system
+from flashrl_cli.memory import parts
+from flashrl_cli.memory.model import shape_of
 from flashrl_cli.precision import PRECISIONS, REFITTED, PrecisionName, RefittedName
 
 SOURCES = Path(precision.__file__).parent
@@ -20,8 +22,9 @@ ROWS = pytest.mark.parametrize("row", PRECISIONS.values(), ids=lambda row: row.n
 
 def test_names_that_types_know_are_those_of_the_rows() -> None:
     assert set(get_args(PrecisionName)) == set(PRECISIONS)
-    assert get_args(RefittedName) == REFITTED == ("bf16", "int8", "fp8")
-    assert precision.METAVAR == "bf16|int8|fp8|fp8-block"
+    assert get_args(RefittedName) == REFITTED
+    assert "|".join(PRECISIONS) == precision.METAVAR
+    assert set(REFITTED) == {"bf16", *precision.BY_METHOD}
 
 
 @ROWS
@@ -31,6 +34,9 @@ def test_every_table_covers_every_precision(row: precision.Precision) -> None:
     old = gpus.Gpu("Old", (3, 0), "580", 8)
     assert str(gpus.lacks(row.name, [old])).startswith(f"{row.name} needs compute capability")
     assert bool(list(system.cpu_lacks(row.name))) is not row.cpu
+    shape = shape_of("Qwen/Qwen2.5-7B", Path("/nowhere"))
+    assert shape
+    assert 0 < parts.weights(shape, row.name) <= parts.weights(shape, "bf16")
     assert row.weight_bytes <= 2 <= row.mlp_bytes
     assert row.asleep_bytes > 0
 

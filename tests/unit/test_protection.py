@@ -1,4 +1,4 @@
-"""The shelter that tests/conftest.py gives to unit tests."""
+"""What tests/conftest.py keeps unit tests from: processes, and the folders of whoever runs them."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """As a person writes it: `int8+kv8`."""
+        """As it is written on the command line: `int8+kv8`."""
         chosen = zip(SUFFIXES, (self.kv8, self.head32, self.profile is not None), strict=True)
         return "+".join([self.precision, *(suffix for suffix, on in chosen if on)])
 

@@ -65,8 +65,8 @@ def _sentence(batch: int, found: Mapping[str, SpeedUp], base: str, *, single: bo
     same = [name for name, one in found.items() if not one.sure]
     if same and not faster:
         slower = [f"{name} is slower, {one.text}" for name, one in found.items() if one.sure]
-        lies = f"what lies between {base} and {', '.join(same)} is within the spread of the repeats"
-        return f"{where}: {'; '.join([lies, *slower])}: take {base}"
+        unsure = f"what lies between {base} and {', '.join(same)} is within the spread of the repeats"
+        return f"{where}: {'; '.join([unsure, *slower])}: take {base}"
     if not faster:
         return f"{where}: take {base}; the closest is {best}, {fastest.text}"
     rivals = [name for name, one in found.items() if name != best and one.greatest >= fastest.least]
@@ -110,7 +110,7 @@ class Report:
         return [*sentences(self.speeds, self.base), *self._of_mismatch(), *self._notes()]
 
     def table(self) -> tuple[list[str], list[list[object]]]:
-        """Columns and rows for people; columns that nobody has a value for are left out."""
+        """Columns and rows of the table, without columns that have no value."""
         columns = ["rollout"]
         for batch in self.request.batches:
             columns += [f"tok/s at {batch or FIT_WORD}", TIMES]
@@ -180,7 +180,10 @@ class Report:
             row += [fit.get("batch"), round(fit["decode_tokens_s"]) if "decode_tokens_s" in fit else None]
         row += [engine["weights_bytes"] / 2**30, engine["kv_tokens"], engine["start_s"]] if engine else [None] * 3
         row.append(refit["seconds"] if refit else None)
-        row += _mismatch_cells(mismatch) if mismatch else [None] * 3
+        if mismatch:
+            row += [mismatch["abs_difference"]["mean"], mismatch["kl"]["k3"], mismatch["token_weights"]["above_2"]]
+        else:
+            row += [None] * 3
         row.append(None if _status(one) == "ok" else _status(one))
         return row
 
@@ -207,10 +210,6 @@ class Report:
 
 def _first(one: Measured, kind: str) -> dict[str, Any] | None:
     return next((result for _, result in one.of(kind)), None)
-
-
-def _mismatch_cells(result: dict[str, Any]) -> list[object]:
-    return [result["abs_difference"]["mean"], result["kl"]["k3"], result["token_weights"]["above_2"]]
 
 
 def _status(one: Measured) -> str:

@@ -24,7 +24,7 @@ from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.evals import questions
 from flashrl_cli.machine import gpus, software, system
 from flashrl_cli.memory.model import QWEN25, shape_of
-from flashrl_cli.precision import KV8_GPUS, PRECISIONS, WITH_EXPERTS
+from flashrl_cli.precision import PRECISIONS, WITH_EXPERTS
 from flashrl_cli.runs.checkpoints import hf_folder
 from flashrl_cli.verl.lint.rollout import single, unfilled
 from flashrl_cli.weights import Unreadable, Weights, read_json
@@ -51,16 +51,15 @@ class Machine:
 
     def lacks(self, variant: Variant) -> str | None:
         """Why it cannot run a variant; None if it can."""
-        if self.kind != "cuda":
-            return next((lack.text for lack in system.cpu_lacks(variant.precision, kv8=variant.kv8)), None)
-        cache = gpus.outside(KV8_GPUS, "an FP8 KV cache", self.gpus) if variant.kv8 else None
-        return gpus.lacks(variant.precision, self.gpus) or cache or _without_verl(variant)
-
-
-def _without_verl(variant: Variant) -> str | None:
-    if PRECISIONS[variant.precision].verl is None or importlib.util.find_spec("verl"):
+        if self.kind == "cpu":
+            found = system.cpu_lacks(variant.precision, kv8=variant.kv8)
+        else:
+            found = gpus.gpus_lack(variant.precision, self.gpus, kv8=variant.kv8)
+        if lack := next(found, None):
+            return lack.text
+        if PRECISIONS[variant.precision].verl and not importlib.util.find_spec("verl"):
+            return f"{variant.precision} takes its weights by verl's own code, and verl is not installed"
         return None
-    return f"{variant.precision} takes its weights by verl's own code, and verl is not installed"
 
 
 def here() -> Machine:

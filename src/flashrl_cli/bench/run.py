@@ -12,7 +12,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from flashrl_cli import contract, files
 from flashrl_cli.bench.job import EngineJob, Variant
 from flashrl_cli.bench.request import FIT, Request
 from flashrl_cli.errors import EnvironmentNotReady, FlashrlError
+from flashrl_cli.signals import Interrupted
 from flashrl_cli.text import counted
-from flashrl_cli.train.process import Interrupted
 from flashrl_cli.worker import client
 
 REFITS = 5
@@ -208,7 +208,9 @@ def engine_process(request: Request, variant: Variant) -> Iterator[client.Worker
     with tempfile.TemporaryDirectory(prefix="flashrl-bench-") as folder:
         work = Path(folder)
         job = asdict(_job(request, variant, work))
-        env = client.environment(work, request.devices, _fixed(request, variant), _usual(request))
+        # on a GPU vLLM keeps its scheduler in a process of its own, as in RL; on a CPU that only costs memory and time
+        usual = client.ONE_PROCESS if request.machine.kind == "cpu" else {}
+        env = client.environment(work, request.devices, _fixed(request, variant), usual)
         who = f"the engine of {variant.name}"
         with client.worker(ENGINE, job, work, _log(request, variant.name), env, who=who, hints=HINTS) as worker:
             yield worker
@@ -258,11 +260,6 @@ def _fixed(request: Request, variant: Variant) -> dict[str, str]:
     return {contract.ENV_ROLLOUT: variant.options().text(), **room}
 
 
-def _usual(request: Request) -> Mapping[str, str]:
-    """On a GPU vLLM keeps its scheduler in a process of its own, as in RL; on a CPU that only costs memory and time."""
-    return client.ONE_PROCESS if request.machine.kind == "cpu" else {}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """How progress is reported: in words, and by points that are done; `finished` is called after each measured one."""
@@ -306,11 +303,9 @@ class Session:
     def _take(self, one: Measured) -> None:
         """Take what is kept of a variant."""
         for point in one.points:
-            if (result := self._store.load(point)) is not None and self._usable(point):
+            lost = point.kind == SAMPLE and not self._store.samples(point).is_file()
+            if not lost and (result := self._store.load(point)) is not None:
                 self._done(one, point, result)
-
-    def _usable(self, point: Point) -> bool:
-        return point.kind != SAMPLE or self._store.samples(point).is_file()
 
     @contextlib.contextmanager
     def _kept_apart(self, one: Measured) -> Iterator[None]:

@@ -58,7 +58,7 @@ app.command("doctor")(doctor)
 
 
 def main() -> None:
-    """The `flashrl` program: the command line with streams that end no work, and an error where a result was not written."""
+    """The `flashrl` program: a closed stream ends no work, and a result that could not be written is an error."""
     from flashrl_cli.render.output import guard_streams, lost_result, print_error
 
     guard_streams()
@@ -101,7 +101,7 @@ def _report(error: BaseException) -> None:
         print_error(error)
     elif isinstance(error, OSError):
         where = f"{error.filename2 or error.filename}: " if error.filename else ""
-        hint = "correct the disk, the path or its rights; FLASHRL_DEBUG=1 shows what was done with it"
+        hint = "correct the disk, the path or its permissions; FLASHRL_DEBUG=1 shows what was done with it"
         print_error(EnvironmentNotReady(f"{where}{error.strerror or error}", hint=hint))
 
 

@@ -117,11 +117,10 @@ def bench(
 
 def _bench(json_mode: bool, written: dict[str, Path | None], options: dict[str, Any]) -> None:
     """Measure what the `options` ask for; the document and the figure go to the files `written`."""
-    from flashrl_cli import files, paths
+    from flashrl_cli import files, paths, signals
     from flashrl_cli.bench.request import Asked, plan
     from flashrl_cli.render import figure
     from flashrl_cli.render.output import Output
-    from flashrl_cli.train import process
 
     output = Output(json_mode=json_mode)
     out, png = (paths.absolute(file) if file else None for file in written.values())
@@ -130,7 +129,7 @@ def _bench(json_mode: bool, written: dict[str, Path | None], options: dict[str, 
     if png:
         figure.require("matplotlib")
     asked = Asked(**options)
-    with process.raised("the same command goes on from here", output.say):
+    with signals.raised("the same command goes on from here", output.say):
         request = plan(asked)
         with files.alone(request.folder, lambda: _say_waiting(output, request.folder)) as waited:
             # what memory is free, and on which GPU, is another answer once the other one has ended

@@ -1,4 +1,4 @@
-"""`flashrl doctor`: can this machine run, what is in the way, and the container that the original ran in."""
+"""`flashrl doctor`: whether this machine can run, the reload test, and the container of the original recipe."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashrl_cli import paths
-from flashrl_cli.cli import options as complete
-from flashrl_cli.cli.options import NAME_OR_FILE, Json, Rollout, Sets, Tis
+from flashrl_cli.cli.options import NAME_OR_FILE, Json, Rollout, Sets, Tis, preset_names
 from flashrl_cli.errors import ExitCode, InputError
 from flashrl_cli.precision import REFITTED
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flashrl_cli.config.resolve import Resolved
-    from flashrl_cli.doctor.report import Report
+    from flashrl_cli.doctor.checks import Report
     from flashrl_cli.render.output import Output
 
 SYMBOLS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red")}
@@ -27,9 +26,7 @@ SYMBOLS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red
 def doctor(
     preset: Annotated[
         str | None,
-        typer.Option(
-            metavar=NAME_OR_FILE, help="Check what this preset needs, too.", autocompletion=complete.preset_names
-        ),
+        typer.Option(metavar=NAME_OR_FILE, help="Check what this preset needs, too.", autocompletion=preset_names),
     ] = None,
     rollout: Rollout = None,
     tis: Tis = None,
@@ -59,9 +56,9 @@ def doctor(
 
     options = _options(preset, rollout, tis, sets)
     if quant:
-        from flashrl_cli.train import process
+        from flashrl_cli import signals
 
-        process.say_if_ignored(Output(json_mode=json).say)
+        signals.say_if_ignored(Output(json_mode=json).say)
         _reload_test(rollout or "int8", others=docker or run or len(options) > 2 * (rollout is not None), json=json)
         return
     if options and preset is None:
@@ -85,9 +82,8 @@ def _options(preset: str | None, rollout: str | None, tis: str | None, sets: lis
 
 
 def _reload_test(precision: str, *, others: bool, json: bool) -> None:
-    from flashrl_cli.doctor import reload, report
+    from flashrl_cli.doctor import checks, reload
     from flashrl_cli.machine import software
-    from flashrl_cli.machine import software as stacks
     from flashrl_cli.render.output import Output
 
     if others:
@@ -97,10 +93,10 @@ def _reload_test(precision: str, *, others: bool, json: bool) -> None:
     out = Output(json_mode=json)
     out.say(f"reload test of {precision}: starting a tiny engine …")
     findings, measured = reload.reload_test(precision)
-    stack = stacks.installed_stack(software.probe_versions())
-    found = report.Report(stack.name if stack else None, tuple(findings))
+    stack = software.installed_stack(software.probe_versions())
+    found = checks.Report(stack.name if stack else None, tuple(findings))
     if out.json_mode:
-        out.document({**report.document(found, None), "precision": precision, "measured": measured})
+        out.document({**checks.document(found, None), "precision": precision, "measured": measured})
     else:
         _show_findings(found, out)
         out.say(f"{precision} rollouts {'take new weights here' if found.ok else 'do not work here'}")
@@ -109,10 +105,10 @@ def _reload_test(precision: str, *, others: bool, json: bool) -> None:
 
 
 def _check(resolved: Resolved | None, out: Output) -> None:
-    from flashrl_cli.doctor.report import document, machine
+    from flashrl_cli.doctor.checks import check_machine, document
     from flashrl_cli.train import preflight
 
-    report = machine()
+    report = check_machine()
     if resolved:
         report = report.with_preset(list(preflight.findings(resolved.spec)))
     name = resolved.spec.name if resolved else None

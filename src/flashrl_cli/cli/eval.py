@@ -96,15 +96,15 @@ def evaluate(
 
     flashrl eval checkpoints/flashrl/tiny --base ~/data/tiny/model --png
     """
+    from flashrl_cli import signals
     from flashrl_cli.evals import verdicts
     from flashrl_cli.evals.evaluation import Request
     from flashrl_cli.evals.job import EngineSettings, Sampling
     from flashrl_cli.render.output import Output
-    from flashrl_cli.train import process
 
     output = Output(json_mode=json)
     least = verdicts.share("--fail-under", fail_under)
-    with process.raised("the same command goes on from here", output.say):
+    with signals.raised("the same command goes on from here", output.say):
         if merge is not None:
             _merge(output, patterns, merge, least)
             return
@@ -186,11 +186,12 @@ def _show_newest(output: Output, report: Report) -> None:
 
 def _show(output: Output, finished: Finished, *, watch: bool, png: bool) -> None:
     from flashrl_cli.render import figure
+    from flashrl_cli.render.text_plot import text_panel
 
     report, folder = finished.report, finished.folder
     curves = [figure.Series(**curve) for curve in report.curves()]
     if png and curves:
-        figure.write_evaluation_png(curves, folder / "eval.png", ylabel="accuracy")
+        figure.write_png([figure.panel(curves, "accuracy")], folder / "eval.png")
     elif png:
         output.warn("no eval.png: a curve needs two steps of a run")
     if output.json_mode:
@@ -200,7 +201,7 @@ def _show(output: Output, finished: Finished, *, watch: bool, png: bool) -> None
     for sentence in report.verdicts:
         output.text(sentence)
     if curves and figure.installed("plotext"):
-        output.text(figure.text_curve(curves, ylabel="accuracy, 95 % interval"))
+        output.text(text_panel(figure.panel(curves, "accuracy, 95 % interval")))
     output.say(f"written to {folder}; `flashrl eval show {folder}` reads the responses")
 
 

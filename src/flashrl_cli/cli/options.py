@@ -1,6 +1,6 @@
-"""Arguments and options that several commands share.
+"""Arguments and options that several commands share, and what the shell completes for them.
 
-What the shell completes: names of presets and of runs, from folders alone; no file is read.
+Completion lists the names of presets and runs from folders alone; no file is read.
 """
 
 from __future__ import annotations

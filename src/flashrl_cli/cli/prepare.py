@@ -57,12 +57,12 @@ def prepare(
 
     flashrl prepare gsm8k --source downloads/gsm8k --tokenizer Qwen/Qwen2.5-0.5B-Instruct
     """
+    from flashrl_cli import signals
     from flashrl_cli.data.prepare import prepare_dataset, requests
     from flashrl_cli.render.output import Output
-    from flashrl_cli.train import process
 
     output = Output(json_mode=json)
-    process.say_if_ignored(output.say)
+    signals.say_if_ignored(output.say)
     wanted = requests(
         datasets,
         source=source,

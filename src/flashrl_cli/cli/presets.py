@@ -66,8 +66,8 @@ def show(
     overrides = [(str(override), str(override.origin)) for override in plan.overrides]
     if json:
         document = {"schema_version": SCHEMA_VERSION, "preset": plan.preset, "values": values, "origins": where}
-        told = [{"override": text, "origin": origin} for text, origin in overrides]
-        out.document(document | ({"verl": told} if verl else {}))
+        launched = [{"override": text, "origin": origin} for text, origin in overrides]
+        out.document(document | ({"verl": launched} if verl else {}))
     elif verl:
         out.text("\n".join(_aligned(overrides if origins else [(text,) for text, _ in overrides])))
     else:

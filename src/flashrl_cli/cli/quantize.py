@@ -80,15 +80,15 @@ def quantize(
 
     flashrl quantize checkpoints/flashrl/tiny/global_step_10 --scheme fp8 -o tiny-fp8 --ignore 're:.*down_proj'
     """
+    from flashrl_cli import signals
     from flashrl_cli.render.output import Output
-    from flashrl_cli.train import process
 
     output = Output(json_mode=json)
     if calibrate is None and scheme is None:
         raise InputError("nothing to do", hint="--scheme int8 or fp8, or --calibrate PARQUET")
     _refuse_without("--calibrate", calibrate, {"--samples": samples, "--alpha": alpha})
     _refuse_without("--scheme", scheme, {"--out": out, "--ignore": ignore})
-    with process.raised("nothing half-written is left; the same command goes on after what is whole", output.say):
+    with signals.raised("nothing half-written is left; the same command goes on after what is whole", output.say):
         document: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
         if calibrate is not None:
             profile, made = _calibrate(output, model, calibrate, samples or SAMPLES, _alpha(alpha), profile)

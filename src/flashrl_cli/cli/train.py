@@ -1,4 +1,4 @@
-"""`flashrl train`: one run of a preset, or with `--sweep` a run for each point; both are planned, judged, checked and run alike."""
+"""`flashrl train`: a run of a preset, or with `--sweep` one for each point, planned, judged, checked and run alike."""
 
 from __future__ import annotations
 
@@ -59,14 +59,15 @@ def train(
     `flashrl train --preset dapo-32b --rollout int8 --tis 8 --executor ray --dry-run` shows what a cluster would run;
     `flashrl train --preset tiny --sweep rollout=bf16,int8 --sweep tis=off,2` runs four, and compares them.
     """
+    from flashrl_cli import signals
     from flashrl_cli.config.resolve import Options
     from flashrl_cli.render.output import Output
-    from flashrl_cli.train import executors, launch, process
+    from flashrl_cli.train import executors, launch
     from flashrl_cli.train.sweep import UsedNames
 
     output = Output(json_mode=json)
     if not (dry_run or detach):
-        process.say_if_ignored(output.say)
+        signals.say_if_ignored(output.say)
     place = executors.chosen(executor, ray_address)
     options = Options(rollout=rollout, tis=tis, sets=sets or ())
     starter = Starter(output, place)
@@ -93,9 +94,8 @@ def train(
     if dry_run:
         starter.show(single)
     elif plan.is_finished:
-        output.say(
-            f"run {plan.name} is complete: {counted(plan.resume.step or 0, 'step')}; a larger trainer.steps goes on with it"
-        )
+        done = counted(plan.resume.step or 0, "step")
+        output.say(f"run {plan.name} is complete: {done}; a larger trainer.steps goes on with it")
     elif detach:
         starter.detach(single)
     else:
@@ -125,7 +125,7 @@ class Starter:
             self.output.text(plan_script(plan, [*memory.lines, *noted], submission=submission))
 
     def check(self, plan: LaunchPlan) -> Start:
-        """Check that a plan can run where it would, and return how it is started. Raises EnvironmentNotReady, InputError."""
+        """Check that a plan can run, and return how it is started. Raises EnvironmentNotReady, InputError."""
         return self.place.ready(plan, self.output.say)
 
     def run(self, launch: Launch) -> None:
@@ -182,7 +182,7 @@ def _plan_sweep(
     *,
     many: bool,
 ) -> list[Job]:
-    """Every run of the sweep, judged; `many` allows for more than 64. Raises InputError with all that is wrong with any."""
+    """Every run of the sweep, judged; `many` allows for more than 64. Raises InputError with all that is wrong."""
     from flashrl_cli.train.sweep import plan_jobs
     from flashrl_cli.train.sweep_axes import points, read_axes
 

@@ -40,7 +40,7 @@ KINDS = {
     "bool_type": "true or false",
 }
 HINTS = {"correction.cap": "--tis takes a cap above 0, or off"}
-"""Hints to values of keys whose option says it best."""
+"""Hints to values of keys that have an option of their own."""
 IN_FILES = ("extends",)
 """Keys of a preset's file that are not the spec's."""
 SHOWN = 60
@@ -55,9 +55,10 @@ def well_shaped(layer: Layer, problems: list[Problem]) -> Layer:
 def problems_of(
     errors: Sequence[ErrorDetails], origins: Mapping[str, Origin], translate: Translate = lambda _: None
 ) -> list[Problem]:
-    """The problems that pydantic's errors stand for; an unknown map is one for each of its keys.
+    """pydantic's errors as problems; an unknown map is one for each of its keys.
 
-    Keys that are missing are one problem, less those that the hint to an unknown key names: they were probably misspelled.
+    Keys that are missing are one problem, less those that the hint to an unknown key names, which were probably
+    misspelled.
     """
     found: list[Problem] = []
     missing: list[str] = []
@@ -77,7 +78,7 @@ def problems_of(
 
 
 def origin_of(key: str, origins: Mapping[str, Origin]) -> Origin:
-    """Origin of a key: its own, that of the first key in it (for a map), or of the key that it is in (for a list's item)."""
+    """Origin of a key: its own, that of the first key in it (for a map), or of the key around it (for an item)."""
     inside = (origin for other, origin in origins.items() if other == key or other.startswith(f"{key}."))
     outside = (origins[other] for other in _ancestors(key) if other in origins)
     return next(inside, None) or next(outside, DEFAULT)
@@ -168,7 +169,7 @@ def _missing(keys: Sequence[str]) -> Iterator[Problem]:
 
 
 def _instead(key: str, translate: Translate) -> Suggestion:
-    """What to write for an unknown key: another program's name for it, the nearest known keys, or the keys of its part."""
+    """What to write for an unknown key: what another program calls it, the nearest known keys, or its part's keys."""
     known = [*keys_of(RunSpec), *IN_FILES]
     same = yaml_file.same_key(key, known)
     if same == key:

@@ -1,4 +1,4 @@
-"""Layers of configuration merged into one, with the origin of every value, and what differs between two configurations."""
+"""Layers of configuration merged into one with the origin of every value, and the differences of two configurations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ FLAG_OF = {"rollout.precision": "--rollout", "correction.cap": "--tis"}
 
 
 def option(key: str, value: Any, where: Location | None) -> str:
-    """The option that gives a key another value: the one `where` it was written, if any; a sweep has names of its own for keys."""
+    """The option that gives a key another value: the one `where` it was written, if any.
+
+    A sweep has its own names for keys that have an option.
+    """
     text = value if isinstance(value, str) else text_of(value)
     if where and where.source == "--sweep":
         return f"--sweep {shlex.quote(f'{where.key}={text}')}"
@@ -41,7 +44,7 @@ def option(key: str, value: Any, where: Location | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Values of one origin: a preset file (with the line of each key), an option, one `--set`, or a reason to derive."""
+    """Values of one origin: a preset file (with the line of each key), an option, one `--set`, or a derivation."""
 
     origin: Origin
     data: Mapping[str, Any]

@@ -150,7 +150,7 @@ def _nearest(name: str) -> str:
 
 
 def _nearest_file(reference: str, path: Path) -> str:
-    """Hint to a file that is missing: the preset of its name, the nearest files beside it, or where presets are listed."""
+    """Hint to a missing file: the preset of its name, the nearest files beside it, or where presets are listed."""
     stem = _stem(reference)
     if stem in _all_names():
         return f"did you mean the preset {stem}?"

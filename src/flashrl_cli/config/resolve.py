@@ -1,8 +1,8 @@
 """From a preset and the command line to a checked RunSpec that knows where each value came from.
 
-In reading order: values that follow from others, the rules between the values of a spec, the options of the command line as
-layers over a preset, reading it all, and the presets at a glance. Nothing here knows of verl: what verl itself demands is
-judged in `verl.lint`.
+In reading order: values that follow from others, the rules between the values of a spec, the options of the command
+line as layers over a preset, reading it all, and a summary of each preset. Nothing here knows of verl: what verl itself
+demands is judged in `verl.lint`.
 
 To add a rule, write a generator over RunSpec and list it in RULES.
 """
@@ -36,34 +36,25 @@ if TYPE_CHECKING:
     from flashrl_cli.config.spec import ResourceSpec
 
 
-class Derived(NamedTuple):
-    """A value for a key that is null, and why."""
-
-    key: str
-    value: int | str
-    reason: str
-
-
-def derived_values(spec: RunSpec) -> Iterator[Derived]:
-    """Yield the values that follow."""
+def derived_layers(spec: RunSpec) -> Iterator[Layer]:
+    """Yield a layer for every key that is null and whose value follows from others."""
+    critic, trains_critic = spec.critic, spec.algorithm.advantage == "gae"
     longest = spec.data.max_prompt_length + spec.data.max_response_length
     if spec.rollout.max_model_len is None:
-        yield Derived("rollout.max_model_len", longest, "data.max_prompt_length + data.max_response_length")
-    if spec.algorithm.advantage == "gae":
-        yield from _critic_values(spec, longest)
-
-
-def _critic_values(spec: RunSpec, longest: int) -> Iterator[Derived]:
-    critic = spec.critic
-    if critic.path is None:
-        yield Derived("critic.path", spec.model.path, "model.path")
-    if critic.max_tokens_per_gpu is None and critic.micro_batch_size_per_gpu is not None:
+        yield _derived("rollout.max_model_len", longest, "data.max_prompt_length + data.max_response_length")
+    if trains_critic and critic.path is None:
+        yield _derived("critic.path", spec.model.path, "model.path")
+    if trains_critic and critic.max_tokens_per_gpu is None and critic.micro_batch_size_per_gpu is not None:
         tokens = critic.micro_batch_size_per_gpu * longest
-        yield Derived("critic.max_tokens_per_gpu", tokens, "critic.micro_batch_size_per_gpu full-length responses")
+        yield _derived("critic.max_tokens_per_gpu", tokens, "critic.micro_batch_size_per_gpu full-length responses")
 
 
-class Finding(NamedTuple):
-    """A broken rule: the key to look at, what is wrong, and the fix: text, or values of keys, each of which is enough."""
+def _derived(key: str, value: int | str, reason: str) -> Layer:
+    return Layer(Origin("derived", reason=reason), nested(key, value))
+
+
+class Violation(NamedTuple):
+    """A broken rule: the key to look at, what is wrong, and the fix: text, or values of keys (one is enough)."""
 
     key: str
     message: str
@@ -71,141 +62,140 @@ class Finding(NamedTuple):
     fix: Mapping[str, Any] = {}
 
 
-Rule = Callable[[RunSpec], Iterator[Finding]]
+Rule = Callable[[RunSpec], Iterator[Violation]]
 
 
-def mini_batch_divides_batch(spec: RunSpec) -> Iterator[Finding]:
-    """An optimizer step takes a whole share of the step's prompts."""
+def mini_batch_divides_batch(spec: RunSpec) -> Iterator[Violation]:
+    """A step's prompts are divided evenly among its optimizer steps."""
     mini, batch = spec.algorithm.mini_batch_size, spec.data.train_batch_size
     if mini > batch:
-        yield Finding(
+        yield Violation(
             "algorithm.mini_batch_size",
             f"{mini} is more than data.train_batch_size = {batch}",
             fix={"algorithm.mini_batch_size": batch},
         )
     elif batch % mini:
         fitting = max(n for n in range(1, mini) if batch % n == 0)
-        yield Finding(
+        yield Violation(
             "algorithm.mini_batch_size",
             f"{mini} does not divide data.train_batch_size = {batch}",
             fix={"algorithm.mini_batch_size": fitting},
         )
 
 
-def group_has_members(spec: RunSpec) -> Iterator[Finding]:
+def group_has_members(spec: RunSpec) -> Iterator[Violation]:
     """GRPO compares responses to one prompt; with a single one every advantage is 0."""
     if spec.algorithm.advantage == "grpo" and spec.rollout.n == 1:
-        yield Finding("rollout.n", "GRPO needs more than one response a prompt", fix={"rollout.n": 8})
+        yield Violation("rollout.n", "GRPO needs more than one response a prompt", fix={"rollout.n": 8})
 
 
-def filtered_groups_vary(spec: RunSpec) -> Iterator[Finding]:
+def filtered_groups_vary(spec: RunSpec) -> Iterator[Violation]:
     """A group of one has no spread: nothing would ever be filtered (GRPO says more, above)."""
     if spec.algorithm.filter_groups.enable and spec.rollout.n == 1 and spec.algorithm.advantage != "grpo":
-        yield Finding(
+        yield Violation(
             "algorithm.filter_groups.enable",
             "filters nothing with one response a prompt",
             fix={"rollout.n": 8, "algorithm.filter_groups.enable": False},
         )
 
 
-def metrics_are_written(spec: RunSpec) -> Iterator[Finding]:
+def metrics_are_written(spec: RunSpec) -> Iterator[Violation]:
     """The table, the guard and `runs` read verl's file logger."""
     if "file" not in spec.trainer.logger:
         shown = ",".join((*spec.trainer.logger, "file"))
-        yield Finding("trainer.logger", "lacks file, which flashrl reads", fix={"trainer.logger": f"[{shown}]"})
+        yield Violation("trainer.logger", "lacks file, which flashrl reads", fix={"trainer.logger": f"[{shown}]"})
 
 
-def overlong_fits(spec: RunSpec) -> Iterator[Finding]:
+def overlong_fits(spec: RunSpec) -> Iterator[Violation]:
     """A penalty needs the manager that applies it and fits into the response (verl asserts so in a worker)."""
     overlong, longest = spec.reward.overlong, spec.data.max_response_length
     if overlong and spec.reward.manager != "dapo":
-        yield Finding(
+        yield Violation(
             "reward.overlong", f"manager {spec.reward.manager} does not know it", fix={"reward.manager": "dapo"}
         )
     if overlong and overlong.buffer_len > longest:
-        yield Finding(
+        yield Violation(
             "reward.overlong.buffer_len",
             f"{overlong.buffer_len} is more than data.max_response_length = {longest}",
             fix={"reward.overlong.buffer_len": longest},
         )
 
 
-def dual_clip_bounds_from_above(spec: RunSpec) -> Iterator[Finding]:
+def dual_clip_bounds_from_above(spec: RunSpec) -> Iterator[Violation]:
     """Dual clip bounds the loss of ratios above 1 (arXiv 1912.09729, eq. 5); verl asserts it in the first update."""
     if spec.algorithm.clip_c <= 1:
-        yield Finding("algorithm.clip_c", f"{spec.algorithm.clip_c:g} is not above 1", fix={"algorithm.clip_c": 3.0})
+        yield Violation("algorithm.clip_c", f"{spec.algorithm.clip_c:g} is not above 1", fix={"algorithm.clip_c": 3.0})
 
 
-def warmup_ends(spec: RunSpec) -> Iterator[Finding]:
+def warmup_ends(spec: RunSpec) -> Iterator[Violation]:
     """In the warm-up the policy does not learn: it needs a critic that does, and an end within the run."""
     warmup, steps = spec.trainer.critic_warmup, spec.trainer.steps
     if warmup and spec.algorithm.advantage != "gae":
-        yield Finding(
+        yield Violation(
             "trainer.critic_warmup",
             f"nothing learns in the first {counted(warmup, 'step')}: {spec.algorithm.advantage} has no critic",
             fix={"trainer.critic_warmup": 0},
         )
     elif steps is not None and warmup > steps:
-        yield Finding(
+        yield Violation(
             "trainer.critic_warmup",
             f"the policy never learns: {warmup} is more than trainer.steps = {steps}",
             fix={"trainer.critic_warmup": steps // 10},
         )
 
 
-def engine_holds_a_sequence(spec: RunSpec) -> Iterator[Finding]:
-    """The engine ends a response where its longest sequence ends, without a word."""
+def engine_holds_a_sequence(spec: RunSpec) -> Iterator[Violation]:
+    """The engine silently ends a response at the length of its longest sequence."""
     longest = spec.data.max_prompt_length + spec.data.max_response_length
     held = spec.rollout.max_model_len
     if held is not None and held < longest:
-        yield Finding(
+        yield Violation(
             "rollout.max_model_len",
             f"{held} is less than data.max_prompt_length + data.max_response_length = {longest}",
             fix={"rollout.max_model_len": longest},
         )
 
 
-def engine_batches_its_sequences(spec: RunSpec) -> Iterator[Finding]:
+def engine_batches_its_sequences(spec: RunSpec) -> Iterator[Violation]:
     """A decoding step takes a token of every running sequence (vLLM refuses less: vllm/config/scheduler.py:263)."""
     tokens, sequences = spec.rollout.max_num_batched_tokens, spec.rollout.max_num_seqs
     if tokens < sequences:
-        yield Finding(
+        yield Violation(
             "rollout.max_num_batched_tokens",
             f"{tokens} is less than rollout.max_num_seqs = {sequences}",
             fix={"rollout.max_num_seqs": tokens},
         )
 
 
-def mix_has_two_precisions(spec: RunSpec) -> Iterator[Finding]:
+def mix_has_two_precisions(spec: RunSpec) -> Iterator[Violation]:
     """Some replicas in bf16 and the others quantized, by methods that know their replica: verl's own does not."""
     row = PRECISIONS[spec.rollout.precision]
     if spec.rollout.mix and "mix" not in row.goes_with:
         why = f"{row.name} is for all replicas alike" if row.quantized else f"every replica is in {row.name} already"
-        yield Finding("rollout.mix", why, f"--set rollout.precision={row.sibling}")
+        yield Violation("rollout.mix", why, fix={"rollout.precision": row.sibling})
 
 
-def logits_are_proven(spec: RunSpec) -> Iterator[Finding]:
-    """Who computes logits in float32 proves it at flashrl's own weight update."""
+def logits_are_proven(spec: RunSpec) -> Iterator[Violation]:
+    """Logits in float32 are proven at flashrl's own weight update."""
     row = PRECISIONS[spec.rollout.precision]
     if spec.rollout.lm_head_fp32 and "head32" not in row.goes_with:
-        yield Finding(
-            "rollout.lm_head_fp32", f"{row.name} rollouts do not know it", f"--set rollout.precision={row.sibling}"
-        )
+        why = f"{row.name} rollouts do not know it"
+        yield Violation("rollout.lm_head_fp32", why, fix={"rollout.precision": row.sibling})
 
 
-def cache_in_8_bits_has_scales(spec: RunSpec) -> Iterator[Finding]:
+def cache_in_8_bits_has_scales(spec: RunSpec) -> Iterator[Violation]:
     """The scales of an FP8 cache come with flashrl's own weight update (plugins/kv_scales.py)."""
     row = PRECISIONS[spec.rollout.precision]
     if spec.rollout.kv_cache != "auto" and "kv8" not in row.goes_with:
-        yield Finding(
+        yield Violation(
             "rollout.kv_cache",
             f"{spec.rollout.kv_cache} needs flashrl's own weight update, and {row.name} has verl's",
-            f"--rollout {row.sibling}, or --set rollout.kv_cache=auto",
+            fix={"rollout.precision": row.sibling, "rollout.kv_cache": "auto"},
         )
 
 
-def profile_is_applied(spec: RunSpec) -> Iterator[Finding]:
-    """Smoothing changes nothing but what is lost in quantizing, and verl's own weight update knows none."""
+def profile_is_applied(spec: RunSpec) -> Iterator[Violation]:
+    """Smoothing only reduces quantization error, and verl's own weight update does not apply it."""
     row = PRECISIONS[spec.rollout.precision]
     if spec.rollout.profile is None or "smooth" in row.goes_with:
         return
@@ -214,19 +204,19 @@ def profile_is_applied(spec: RunSpec) -> Iterator[Finding]:
         if row.quantized
         else "quantize nothing that it could smooth"
     )
-    hint = f"--rollout {SMOOTHED[0]}, or --set rollout.profile=null"
-    yield Finding("rollout.profile", f"{row.name} rollouts {why}", hint)
+    fix = {"rollout.precision": SMOOTHED[0], "rollout.profile": None}
+    yield Violation("rollout.profile", f"{row.name} rollouts {why}", fix=fix)
 
 
-def no_secret_is_written_down(spec: RunSpec) -> Iterator[Finding]:
-    """A preset is shared, and a plan is kept with the run: neither is a place for what lets somebody in."""
+def no_secret_is_written_down(spec: RunSpec) -> Iterator[Violation]:
+    """A preset is shared, and a plan is kept with the run: neither may hold a credential."""
     named = {f"env.{name}": (name, value) for name, value in spec.env.items()}
-    # among verl's keys only a variable's name can be told by its capitals from one like `pad_token`
+    # among verl's keys only capitals distinguish a variable's name from a key like `pad_token`
     last = {key: key.rpartition(".")[2] for key in spec.verl}
     named |= {f"verl.{key}": (last[key] if last[key].isupper() else "", str(spec.verl[key] or "")) for key in last}
     for key, (name, value) in named.items():
         if looks_secret(name, value):
-            yield Finding(
+            yield Violation(
                 key,
                 "looks like a secret, and would be written into plans and records",
                 f"export {name or 'it'} in the shell that starts flashrl, and leave it out here",
@@ -251,23 +241,17 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def findings(spec: RunSpec) -> Iterator[Finding]:
-    """Yield what every rule finds."""
-    for rule in RULES:
-        yield from rule(spec)
-
-
 EXAMPLE = "--set algorithm.lr=1e-6"
 SWEPT = {"rollout": "rollout.precision", "tis": "correction.cap"}
-"""Names of a sweep's own for keys that have an option."""
+"""A sweep's own names for keys that have an option."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """The command line's part of a configuration.
 
-    `rollout` is a precision, `tis` the text of a cap or `off`, `sets` are texts `key=value`, `point` is what `--sweep` gives
-    this run: a text for each key that varies.
+    `rollout` is a precision, `tis` the text of a cap or `off`, `sets` are texts `key=value`, `point` is what `--sweep`
+    gives this run: a text for each key that varies.
     """
 
     rollout: str | None = None
@@ -283,7 +267,7 @@ NO_OPTIONS = Options()
 
 
 def option_layers(options: Options, problems: list[Problem]) -> Iterator[Layer]:
-    """Yield a layer for each option given, in the order of their precedence; that of a bad text is empty and a problem."""
+    """Yield a layer for each option given, the strongest last; a bad text is a problem and its layer empty."""
     if options.rollout is not None:
         yield _flag("rollout.precision", options.rollout, Location("--rollout"))
     if options.tis is not None:
@@ -296,9 +280,7 @@ def option_layers(options: Options, problems: list[Problem]) -> Iterator[Layer]:
     for key, text in options.point:
         where = Location("--sweep", key=key)
         if key in SWEPT:
-            item = yaml_file.value(
-                text
-            ).data  # an item of a list may have quotes, which an option takes for its value's
+            item = yaml_file.value(text).data  # a list's item may be quoted; an option's text is not
             yield _flag(SWEPT[key], item if isinstance(item, str) else text, where)
         else:
             yield _assignment(f"{key}={text}", where, problems)
@@ -345,7 +327,7 @@ def _bad_key(text: str, key: str, equals: str) -> Problem | None:
     if not all(key.split(".")):
         names = ".".join(name for name in key.split(".") if name)
         hint = f"--set {names}=…" if "." in names else EXAMPLE
-        return Problem(f"{key!r} is no key: a dot stands between two names", hint=hint)
+        return Problem(f"{key!r} is no key: a dot goes between two names", hint=hint)
     return None
 
 
@@ -365,15 +347,16 @@ UNKNOWN = "extra_forbidden"
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A valid spec, the origin of each of its dotted leaf keys, and what was wrong nevertheless.
+    """A valid spec, the origin of each of its dotted leaf keys, and the problems that leave it valid.
 
-    `broken` holds what could be left out (unknown keys, unreadable lines) or, where nothing was, the rules that values break.
+    `broken` holds what could be left out (unknown keys, unreadable lines) or, where nothing was, the rules that values
+    break.
     """
 
     spec: RunSpec
     origins: Mapping[str, Origin]
     preset: str = ""
-    """As it was asked for: a name or a file."""
+    """The name or the file that the user gave."""
     layers: Sequence[Layer] = ()
     broken: tuple[Problem, ...] = ()
 
@@ -395,7 +378,7 @@ class Resolved:
         return value
 
     def is_set(self, key: str) -> bool:
-        """Whether someone wrote the value, or it was derived: whether it is more than a default."""
+        """Whether the value was written or derived, and is not merely the default."""
         return self.origins.get(key, DEFAULT).layer != "default"
 
     def option(self, key: str, value: Any) -> str:
@@ -403,23 +386,11 @@ class Resolved:
         return option(key, value, self.origins.get(key, DEFAULT).where)
 
 
-def load_spec(
-    preset: str,
-    *,
-    rollout: str | None = None,
-    tis: str | None = None,
-    sets: Sequence[str] = (),
-    translate: Translate = lambda _: None,
-) -> Resolved:
-    """Read a preset as `read_spec` does; raises InputError over what is broken in the result, too."""
-    return read_spec(preset, Options(rollout=rollout, tis=tis, sets=sets), translate).checked()
-
-
 def read_spec(preset: str, options: Options = NO_OPTIONS, translate: Translate = lambda _: None) -> Resolved:
     """Read a preset (name or file), apply the options, validate; problems that leave a valid spec are in the result.
 
-    `translate` gives the hint to a key that the spec lacks and another program has. Reads preset files and the working folder.
-    Raises InputError with every problem, each with its file and line or its option, in the order of the files and options.
+    `translate` gives the hint to a key that the spec lacks and another program has. Reads preset files and the working
+    folder. Raises InputError with every problem, each with its file and line or its option, in their order.
     """
     problems: list[Problem] = []
     read = [*presets.read_layers(preset, problems), *option_layers(options, problems)]
@@ -434,7 +405,7 @@ def read_spec(preset: str, options: Options = NO_OPTIONS, translate: Translate =
     if len(unknown) < len(errors):
         raise _refusal(preset, problems, layers)
     spec = RunSpec.model_validate(_without(data, unknown))
-    layers += [Layer(Origin("derived", reason=d.reason), nested(d.key, d.value)) for d in derived_values(spec)]
+    layers += derived_layers(spec)
     data, written = merge(layers)
     spec = RunSpec.model_validate(_without(data, unknown))
     # a rule may be broken only because something was left out
@@ -461,7 +432,7 @@ def _without(data: Mapping[str, Any], keys: Sequence[tuple[int | str, ...]]) -> 
 
 
 def _broken_rules(spec: RunSpec, origins: Mapping[str, Origin]) -> Iterator[Problem]:
-    for found in findings(spec):
+    for found in (violation for rule in RULES for violation in rule(spec)):
         fixes = [option(key, value, origins.get(key, DEFAULT).where) for key, value in found.fix.items()]
         where = diagnose.origin_of(found.key, origins).where
         yield Problem(f"{found.key}: {found.message}", where, found.hint or ", or ".join(fixes))
@@ -483,8 +454,8 @@ def _refusal(preset: str, problems: Sequence[Problem], layers: Sequence[Layer]) 
 class Summary:
     """One runnable preset in a line; `error` is set (and most else empty) for one that does not load.
 
-    `tis` is the cap of truncated importance sampling, `gpus` the number of GPUs in all (0 on CPU), `devices` the same as
-    text: machines × GPUs on each.
+    `tis` is the cap of truncated importance sampling, `gpus` the number of GPUs in all (0 on CPU), `devices` the same
+    as text: machines × GPUs on each.
     """
 
     name: str

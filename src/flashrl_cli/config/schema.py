@@ -23,7 +23,7 @@ OPEN_MAPS: Mapping[str, Schema] = {
     "env": {"title": "text or numbers", "type": ["string", "number"]},
     "verl": {"title": "values or lists of values", "anyOf": [_SCALAR, {"type": "array", "items": _SCALAR}]},
 }
-"""Values of the maps with free keys, which validators describe and pydantic's schema cannot tell."""
+"""Values of the maps with free keys: validators check them, and pydantic's schema does not describe those."""
 EXTENDS: Schema = {
     "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
     "default": [],
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 def preset_schema() -> Schema:
     """JSON schema (draft 2020-12) of a preset file.
 
-    `required` is told as `x-required`: a file may leave out what it extends or what `--set` gives.
+    `required` is renamed `x-required`: a file may leave out what it extends or what `--set` gives.
     """
     schema = spec.RunSpec.model_json_schema()
     documented = _docstrings()
@@ -63,7 +63,7 @@ def preset_schema() -> Schema:
                 described["description"] = documented[name, field]
     for name, values in OPEN_MAPS.items():
         schema["properties"][name]["additionalProperties"] = values
-    schema["x-required"].remove("name")  # the file's name stands in for it
+    schema["x-required"].remove("name")  # the file's name replaces it
     own = {"extends": EXTENDS} | schema["properties"]
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "flashrl preset"}
     return head | schema | {"title": "flashrl preset", "description": "A preset file.", "properties": own}

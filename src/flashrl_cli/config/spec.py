@@ -1,7 +1,7 @@
 """RunSpec: what a training run is, typed as far as flashrl reasons about it.
 
 Each field's docstring is its documentation. A default stated here is verl's own (a contract test compares them), except
-where the docstring says otherwise. Everything else that verl can be told goes under `verl:` word for word.
+where the docstring says otherwise. Every other key of verl's goes under `verl:` word for word.
 """
 
 from __future__ import annotations
@@ -132,13 +132,17 @@ class RolloutSpec(Part):
     """How responses are sampled."""
 
     precision: PrecisionName = "bf16"
-    """Arithmetic of the linear layers in the rollout engine (fp8-block is verl's own); the policy is trained in its own."""
+    """Arithmetic of the linear layers in the rollout engine (fp8-block is verl's own); the policy is trained in its
+    own."""
     kv_cache: Literal["auto", "fp8"] = "auto"
-    """Arithmetic of the rollout engine's KV cache: `auto` is the model's, `fp8` holds twice as many tokens in the same memory."""
+    """Arithmetic of the rollout engine's KV cache: `auto` is the model's, `fp8` holds twice as many tokens in the same
+    memory."""
     profile: Text | None = None
-    """Smoothing profile (a file of `flashrl quantize --calibrate`) that every refit applies before it quantizes; null for none."""
+    """Smoothing profile (a file of `flashrl quantize --calibrate`) that every refit applies before it quantizes; null
+    for none."""
     mix: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the rollout replicas that stay in bf16 while the others take `precision`; rounded up to whole replicas."""
+    """Share of the rollout replicas that stay in bf16 while the others take `precision`; rounded up to whole replicas.
+    """
     lm_head_fp32: bool = False
     """Compute the logits in float32 in the rollout engine, instead of rounding them to the model's bf16."""
     n: Count = 1
@@ -196,7 +200,7 @@ class TrainerSpec(Part):
     """Length of the run, validation, checkpoints and logs."""
 
     project: FolderName
-    """Project name; checkpoints lie in `checkpoints/<project>/<run>`."""
+    """Project name; checkpoints are in `checkpoints/<project>/<run>`."""
     epochs: Count = 30
     """Passes over the training data, unless `steps` ends the run earlier."""
     steps: Count | None = None
@@ -223,7 +227,8 @@ class ResourceSpec(Part):
     gpus_per_node: Count = 1
     """GPUs on each (verl's own default is 8); on `cpu` the number of trainer processes."""
     gpu_memory_gib: Positive | None = None
-    """Memory of each GPU, GiB, for the estimate of what fits; null means what the driver says, or 80 GB where there is none."""
+    """Memory of each GPU, GiB, for the estimate of what fits; null means what the driver reports, or 80 GB where
+    there is none."""
 
     @property
     def devices(self) -> int:
@@ -232,7 +237,7 @@ class ResourceSpec(Part):
 
 
 class WatchSpec(Part):
-    """When flashrl ends a run: clocks in seconds, and bounds beyond which the rollout does not sample from the policy."""
+    """When flashrl ends a run: clocks in seconds, and bounds beyond which rollouts do not sample from the policy."""
 
     start_timeout_s: Positive | None = None
     """Longest time of any phase of the start; null means a clock for each phase, from 10 to 30 minutes."""

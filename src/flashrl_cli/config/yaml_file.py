@@ -1,4 +1,4 @@
-"""YAML text to plain data with the line of every key, values back to text, and what a misspelled name or value probably meant.
+"""YAML text to plain data with the line of every key, values back to text, and what a misspelled one probably meant.
 
 PyYAML reads YAML 1.1, where `1e-6` is text, `off` is false and `1:30` is ninety, and lets the last of two equal keys
 win. Here scalars follow the YAML 1.2 core schema, and what would be read as something other than its writer meant is
@@ -58,7 +58,7 @@ _ADVICE = {
     "'\\t'": "indent with spaces, not with tabs",
     "cannot start any token": "quote it",
     "mapping values are not allowed": "quote text that holds a colon; keys of one map start in one column",
-    "could not find expected ':'": "between a key and its value stand a colon and a space",
+    "could not find expected ':'": "write a colon and a space between a key and its value",
     "expected <block end>": "keys of one map start in one column",
     "expected ',' or": "close the bracket; quote text that holds brackets",
     "unexpected end of stream": "close the quote",
@@ -106,7 +106,7 @@ class Document:
 
 
 def parse(text: str, where: Location = NOWHERE, *, verbatim: Collection[str] = ()) -> Document:
-    """Parse one YAML document of the file or option `where`; never raises, see `Document.problems` (each with its line).
+    """Parse one YAML document of the file or option `where`; never raises: see `Document.problems`, each with its line.
 
     Numbers and truth values below the top-level keys `verbatim` stay the text that was written.
     """
@@ -150,7 +150,7 @@ def value(text: str, where: Location = NOWHERE, *, is_text: bool = False) -> Doc
 
 
 def _loses(text: str) -> bool:
-    """Whether YAML drops a part of `text`: comments, markers of documents, line breaks in a single text, an empty block."""
+    """Whether YAML drops a part of `text`: comments, document markers, line breaks in a single text, an empty block."""
     end = 0
     for token in yaml.scan(text, Loader=_Loader):
         start = token.start_mark.index
@@ -350,7 +350,7 @@ _WORDS = {
     True: ("true", "yes", "on", "1", "y"),
     False: ("false", "no", "off", "0", "n"),
 }
-"""How people write null and truth values elsewhere."""
+"""How null and truth values are written elsewhere."""
 
 
 def fold(text: str) -> str:
@@ -374,7 +374,7 @@ def same_key(text: str, keys: Sequence[str]) -> str | None:
 
 
 def nearest_keys(text: str, keys: Sequence[str]) -> list[str]:
-    """Up to two dotted keys that are nearly `text`; the last name weighs twice what stands before it."""
+    """Up to two dotted keys that are nearly `text`; the last name weighs twice what precedes it."""
     head, _, name = fold(text).rpartition(".")
     scores = {}
     for key in keys:

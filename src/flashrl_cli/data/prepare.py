@@ -18,10 +18,10 @@ from flashrl_cli import __version__, files
 from flashrl_cli.data import writing
 from flashrl_cli.data.readers import require
 from flashrl_cli.data.recipes import NAMES, RECIPES, TINY, Recipe, dropped
-from flashrl_cli.data.rows import BadRow, BadRows, Located, Needs, Place, Row, judge
+from flashrl_cli.data.rows import BadRow, BadRows, Located, Needs, Row, judge
 from flashrl_cli.data.sources import LocalSource, Source, detect_offline, go_offline, hide_progress, open_source
 from flashrl_cli.data.writing import Types
-from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
+from flashrl_cli.errors import EnvironmentNotReady, InputError, Location, Problem
 from flashrl_cli.paths import DatasetPaths, absolute
 
 BATCH = 512
@@ -147,7 +147,7 @@ def summary(lengths: Sequence[int]) -> dict[str, int]:
     return {name: ordered[math.ceil(part * len(ordered)) - 1] for name, part in ranks.items()}
 
 
-Built = tuple[Place, Row]
+Built = tuple[Location, Row]
 
 
 @dataclass(slots=True)

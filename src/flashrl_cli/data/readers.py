@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashrl_cli.data.rows import MEDIA, BadRows, Fault, Located, Needs, Place, kind, printable, shown
-from flashrl_cli.errors import EnvironmentNotReady, InputError
+from flashrl_cli.data.rows import MEDIA, BadRows, Fault, Located, Needs, kind, printable, shown
+from flashrl_cli.errors import EnvironmentNotReady, InputError, Location
 from flashrl_cli.machine import software
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -98,9 +98,9 @@ def _lines(path: Path, bad: BadRows) -> Iterator[Located]:
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                bad.add(Place(str(path), number), _not_json(error))
+                bad.add(Location(str(path), number), _not_json(error))
                 continue
-            yield from _object(value, Place(str(path), number), bad)
+            yield from _object(value, Location(str(path), number), bad)
 
 
 def _is_array(path: Path) -> bool:
@@ -120,13 +120,13 @@ def _array(path: Path, bad: BadRows) -> Iterator[Located]:
         try:
             value, position = decoder.raw_decode(content, position)
         except (ValueError, RecursionError) as error:
-            bad.add(Place(str(path), line), _not_json(error))
+            bad.add(Location(str(path), line), _not_json(error))
             return
-        yield from _object(value, Place(str(path), line), bad)
+        yield from _object(value, Location(str(path), line), bad)
         position = _after_gap(content, position)
     if rest := content[position + 1 :].strip():
         line += content.count("\n", seen, len(content) - len(content[position + 1 :].lstrip()))
-        bad.add(Place(str(path), line), Fault("text after the end of the array", value=shown(rest)))
+        bad.add(Location(str(path), line), Fault("text after the end of the array", value=shown(rest)))
 
 
 def _after_gap(content: str, position: int) -> int:
@@ -140,7 +140,7 @@ def _not_json(error: Exception) -> Fault:
     return Fault("not JSON", value=str(error))
 
 
-def _object(value: Any, place: Place, bad: BadRows) -> Iterator[Located]:
+def _object(value: Any, place: Location, bad: BadRows) -> Iterator[Located]:
     if isinstance(value, dict):
         yield place, value
     else:
@@ -158,7 +158,7 @@ def _parquet(path: Path, columns: Sequence[str] | None) -> Iterator[Located]:
     while (rows := _next(batches, path, shorten=columns is not None)) is not None:
         for row in rows:
             number += 1
-            yield Place(str(path), number, "row"), row
+            yield Location(str(path), number, unit="row"), row
 
 
 def _next(batches: Iterator[Any], path: Path, *, shorten: bool) -> list[dict[str, Any]] | None:

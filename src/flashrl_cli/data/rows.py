@@ -11,10 +11,10 @@ import json
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 from flashrl_cli.data import truths
-from flashrl_cli.errors import InputError, Problem
+from flashrl_cli.errors import InputError, Location, Problem
 from flashrl_cli.text import counted
 from flashrl_cli.verl import rewards
 
@@ -62,20 +62,7 @@ class Row(TypedDict):
     extra_info: dict[str, Any]
 
 
-class Place(NamedTuple):
-    """The place of a row: `file:row 3`, or `file:3` for a line, counted from 1; without a number, the whole file."""
-
-    file: str
-    number: int | None = None
-    unit: str = ""
-
-    def __str__(self) -> str:
-        if self.number is None:
-            return self.file
-        return f"{self.file}:{self.unit} {self.number}" if self.unit else f"{self.file}:{self.number}"
-
-
-Located = tuple[Place, Raw]
+Located = tuple[Location, Raw]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +159,7 @@ def judge(located: Iterable[Located], needs: Needs, bad: BadRows) -> list[Raw]:
     Raises EnvironmentNotReady if verl's reward functions, or what they need, are not installed.
     """
     rows: list[Raw] = []
-    places: list[Place] = []
+    places: list[Location] = []
     for place, row in located:
         found = list(faults(row, needs))
         for fault in found:
@@ -311,9 +298,9 @@ class _Group:
     """Rows of one file with one kind of fault: how many, and the first few."""
 
     count: int = 0
-    first: list[tuple[Place, str | None]] = field(default_factory=list)
+    first: list[tuple[Location, str | None]] = field(default_factory=list)
 
-    def add(self, place: Place, value: str | None) -> None:
+    def add(self, place: Location, value: str | None) -> None:
         self.count += 1
         if len(self.first) < SHOWN:
             self.first.append((place, value))
@@ -322,10 +309,10 @@ class _Group:
         """The group as one problem: `FILE:row 3: what; 12 rows: 3 ('½'), 5 ('5%'), …`."""
         (place, value), *more = self.first
         if not more:
-            return Problem(f"{fault.message}: {value}" if value else fault.message, str(place), fault.fix)
-        listed = [str(place.number) + (f" ({value})" if value else "") for place, value in self.first]
+            return Problem(f"{fault.message}: {value}" if value else fault.message, place, fault.fix)
+        listed = [str(place.line) + (f" ({value})" if value else "") for place, value in self.first]
         rest = ", …" if self.count > len(listed) else ""
-        return Problem(f"{fault.message}; {self.count:,} rows: {', '.join(listed)}{rest}", str(place), fault.fix)
+        return Problem(f"{fault.message}; {self.count:,} rows: {', '.join(listed)}{rest}", place, fault.fix)
 
 
 class BadRows:
@@ -333,14 +320,14 @@ class BadRows:
 
     def __init__(self) -> None:
         self.count = 0
-        self._last: Place | None = None
+        self._last: Location | None = None
         self._groups: dict[tuple[str, Fault], _Group] = {}
 
-    def add(self, place: Place, fault: Fault) -> None:
+    def add(self, place: Location, fault: Fault) -> None:
         """Note one fault of a row."""
         self.count += place != self._last
         self._last = place
-        group = self._groups.setdefault((place.file, Fault(fault.message, fault.fix)), _Group())
+        group = self._groups.setdefault((place.source, Fault(fault.message, fault.fix)), _Group())
         group.add(place, fault.value)
 
     def problems(self) -> list[Problem]:

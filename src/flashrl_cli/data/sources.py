@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from flashrl_cli.data import arith, readers
 from flashrl_cli.data.readers import BATCH, require
-from flashrl_cli.data.rows import Located, Place
 from flashrl_cli.data.writing import Stamp, stamp, unchanged
-from flashrl_cli.errors import EnvironmentNotReady, InputError
+from flashrl_cli.errors import EnvironmentNotReady, InputError, Location
 from flashrl_cli.hub import resolves
 from flashrl_cli.paths import absolute
 
 if TYPE_CHECKING:
     from flashrl_cli.data.recipes import Recipe
-    from flashrl_cli.data.rows import BadRows
+    from flashrl_cli.data.rows import BadRows, Located
 
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 NO_PROGRESS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
@@ -47,7 +46,7 @@ class HubSource:
         for table in self._split(split).with_format("arrow").iter(BATCH):
             for row in table.to_pylist():
                 number += 1
-                yield Place(f"{self.label}:{split}", number, "row"), row
+                yield Location(f"{self.label}:{split}", number, unit="row"), row
 
     def count(self, split: str) -> int:
         """Rows of a split, downloading it first."""
@@ -190,7 +189,7 @@ class SumsSource:
     def rows(self, split: str, bad: BadRows) -> Iterator[Located]:  # noqa: ARG002
         """Yield the split's pairs."""
         drawn = enumerate(arith.pairs(self.seed)[split], start=1)
-        return ((Place(split, number, "row"), {"a": a, "b": b}) for number, (a, b) in drawn)
+        return ((Location(split, number, unit="row"), {"a": a, "b": b}) for number, (a, b) in drawn)
 
     def count(self, split: str) -> int:
         """Rows of the split."""

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from flashrl_cli import __version__, files
 from flashrl_cli.data.readers import require
-from flashrl_cli.data.rows import Fault, Place, kind_of, printable, shown
-from flashrl_cli.errors import EnvironmentNotReady, InputError
+from flashrl_cli.data.rows import Fault, kind_of, printable, shown
+from flashrl_cli.errors import EnvironmentNotReady, InputError, Location
 
 if TYPE_CHECKING:
     from flashrl_cli.data.rows import Row
@@ -64,15 +64,15 @@ Manifest = dict[str, Any]
 class Types:
     """The one type that each place in a row has, which Parquet demands; null goes with any."""
 
-    _seen: dict[str, tuple[type, Place]] = field(default_factory=dict)
+    _seen: dict[str, tuple[type, Location]] = field(default_factory=dict)
     _large: set[str] = field(default_factory=set)
 
-    def faults(self, place: Place, row: Mapping[str, Any]) -> Iterator[Fault]:
+    def faults(self, place: Location, row: Mapping[str, Any]) -> Iterator[Fault]:
         """Yield what Parquet cannot hold of a row, beside the rows before it."""
         for name, value in row.items():
             yield from self._faults(place, name, value, depth=0)
 
-    def _faults(self, place: Place, path: str, value: Any, depth: int) -> Iterator[Fault]:
+    def _faults(self, place: Location, path: str, value: Any, depth: int) -> Iterator[Fault]:
         if value is None:
             return
         if depth > DEEPEST:
@@ -89,7 +89,7 @@ class Types:
             for one in value:
                 yield from self._faults(place, f"{path}[]", one, depth + 1)
 
-    def _own_faults(self, place: Place, path: str, value: Any) -> Iterator[Fault]:
+    def _own_faults(self, place: Location, path: str, value: Any) -> Iterator[Fault]:
         """Yield faults of a value, without those within it."""
         if isinstance(value, str) and not _is_unicode(value):
             yield Fault(f"{path} is no Unicode text", _SURROGATE, shown(value))

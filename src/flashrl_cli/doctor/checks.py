@@ -1,4 +1,7 @@
-"""Checks that only `flashrl doctor` makes: `probe_*` read the machine, without changing it, and the others judge.
+"""The checks of `flashrl doctor`, in the order in which they are shown, and their report.
+
+Those that other commands make, too, are in machine/; what only the doctor judges is here: `probe_*` read the machine,
+without changing it, and the others judge.
 
 The original system (distribution `flash-llm-rl`) installs a command `flashrl` too, and appends `import flash_rl` to
 `usercustomize.py` in site-packages (its setup.py and flash_rl/commands.py), which changes vLLM in every process.
@@ -12,21 +15,22 @@ import shutil
 import site
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import contract, hub, paths
-from flashrl_cli.machine import gpus, ray_state, software
-from flashrl_cli.machine.finding import Finding, fail, ok, warn
+from flashrl_cli.machine import gpus, ray_state, software, system
+from flashrl_cli.machine.finding import Finding, Level, fail, ok, warn
 from flashrl_cli.precision import PRECISIONS
+from flashrl_cli.text import GIB
 
 if TYPE_CHECKING:
     from flashrl_cli.machine.gpus import Gpu
     from flashrl_cli.machine.software import Stack
 
-GIB = 2**30
 PYTHONS = ((3, 11), (3, 12))
 """Versions of Python that both stacks are resolved for."""
 
@@ -362,3 +366,119 @@ def proxies(environment: Mapping[str, str]) -> Iterator[Finding]:
     else:
         text = f"{', '.join(used)} would carry traffic between the run's own processes"
         yield warn("proxy", text, f"export no_proxy={','.join(sorted(LOCAL))}")
+
+
+SCHEMA_VERSION = 1
+WITHOUT_FLASH = "sdpa: `flashrl doctor --preset NAME` says how"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was found; `stack` is `gpu`, `cpu`, or None where neither is installed."""
+
+    stack: str | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing keeps a run from starting."""
+        return all(finding.level is not Level.FAIL for finding in self.findings)
+
+    def with_preset(self, needed: Sequence[Finding]) -> Report:
+        """The report with what a preset needs; of two findings of the same name the preset's counts."""
+        names = {finding.name for finding in needed}
+        kept = [finding for finding in self.findings if finding.name not in names or finding in needed]
+        return Report(self.stack, (*kept, *(finding for finding in needed if finding not in kept)))
+
+
+def check_machine() -> Report:
+    """Check this machine, whatever is to run on it. Reads much, changes nothing, uses no network but its own ports."""
+    versions = software.probe_versions()
+    stack = software.installed_stack(versions)
+    listing = gpus.probe()
+    found = gpus.visible(gpus.parse(listing), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    kind = stack.name if stack else "gpu" if found else "cpu"
+    joined = ray_state.probe_cluster(os.environ)
+    findings = (
+        *_software(versions, stack),
+        *_conflicts(),
+        *software.entry_points(os.environ),
+        devices(found, listing, stack=kind, joined=joined is not None),
+        *(_gpus(found, versions) if kind == "gpu" else ()),
+        *gpus.vendors(os.environ, None),
+        *_system(kind),
+        *_ray(joined),
+        *_network(),
+    )
+    return Report(stack.name if stack else None, findings)
+
+
+def document(report: Report, preset: str | None) -> dict[str, Any]:
+    """The report as one JSON document."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "stack": report.stack,
+        "preset": preset,
+        "checks": [asdict(finding) for finding in report.findings],
+        "ok": report.ok,
+    }
+
+
+def _software(versions: Mapping[str, str], stack: Stack | None) -> Iterator[Finding]:
+    yield python(sys.version_info[:3])
+    yield from software.missing(find_spec)
+    yield from software.one_vllm(versions)
+    yield from software.verl_version(versions)
+    if stack:
+        yield from packages(versions, stack)
+
+
+def _conflicts() -> Iterator[Finding]:
+    scripts = list(probe_scripts(os.environ.get("PATH", "")))
+    yield from other_scripts(scripts, probe_claims())
+    yield from leftovers(
+        probe_startup_files(),
+        importable=find_spec(PATCH) is not None,
+        variables=original_variables(os.environ),
+    )
+
+
+def _gpus(found: Sequence[gpus.Gpu], versions: Mapping[str, str]) -> Iterator[Finding]:
+    cuda = gpus.cuda_of(versions.get("torch", ""))
+    yield from gpus.driver(found, cuda, compatible=gpus.COMPATIBLE.is_dir())
+    yield from precisions(found)
+    yield software.flash_attention(versions, WITHOUT_FLASH)
+
+
+def _system(kind: str) -> Iterator[Finding]:
+    places = {
+        "runs": paths.runs_root(),
+        "checkpoints": paths.checkpoints_root(),
+        "data": paths.data_root(),
+        "the hub's cache": paths.absolute(hub.hub_cache(os.environ, Path.home())),
+    }
+    total = probe_memory()
+    yield from disks(probe_disks(places), kind)
+    yield shared_memory(probe_shm(), total, kind)
+    yield memory(total)
+    yield from limits(*probe_limits(), kind)
+
+
+def _ray(joined: tuple[str, str] | None) -> Iterator[Finding]:
+    yield ray_state.cluster(joined, answers=ray_state.probe_answers(joined[0]) if joined else None)
+    if joined is None:
+        yield from ray_state.folder_findings(os.environ)
+    yield from system.sockets(os.environ)
+    yield from daemons(probe_daemons())
+    yield ports(probe_ports())
+
+
+def _network() -> Iterator[Finding]:
+    home = Path.home()
+    yield hub_access(
+        hub.hub_cache(os.environ, home),
+        hub.offline(os.environ),
+        token=probe_token(os.environ, home),
+        endpoint=os.environ.get("HF_ENDPOINT"),
+    )
+    yield from proxies(os.environ)

@@ -16,7 +16,6 @@ from flashrl_cli import contract
 from flashrl_cli.errors import FlashrlError
 from flashrl_cli.machine import gpus, software, system
 from flashrl_cli.machine.finding import Finding, fail, ok
-from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.worker import client
 
 ENGINE = "flashrl_cli.doctor.reload_engine"
@@ -46,8 +45,7 @@ def _lack(precision: str) -> Finding | None:
     """The finding that this machine has no kernel for a precision, before an engine starts; None if it has one."""
     if software.installed_stack(software.probe_versions()) is software.CPU:
         return next(system.cpu_lacks(precision), None)
-    reason = gpus.lacks(precision, gpus.seen())
-    return fail("rollout.precision", reason, f"--rollout {PRECISIONS[precision].instead}") if reason else None
+    return next(gpus.gpus_lack(precision, gpus.seen()), None)
 
 
 def judge(precision: str, measured: Mapping[str, Any]) -> Iterator[Finding]:

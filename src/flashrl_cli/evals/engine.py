@@ -67,7 +67,7 @@ class Generator:
         row = PRECISIONS[job.engine.rollout]
         if not row.cpu and engine.is_cpu():
             hint = f"--rollout {joined(ON_CPU, 'or')}"
-            raise EnvironmentNotReady(f"vLLM has no {row.number} kernel for a CPU", hint=hint)
+            raise EnvironmentNotReady(f"vLLM has no {row.number_format} kernel for a CPU", hint=hint)
         # read by the plugins in this process and in those that vLLM starts
         os.environ[contract.ENV_ROLLOUT] = contract.RolloutOptions(profile=job.engine.profile).text()
         share = job.engine.gpu_memory_utilization

@@ -38,7 +38,7 @@ from flashrl_cli.weights.profile import Profile
 
 if TYPE_CHECKING:
     from flashrl_cli.evals.questions import DataSet
-    from flashrl_cli.runs.store import Known
+    from flashrl_cli.runs.store import Run
     from flashrl_cli.worker.client import Worker
 
 POLL_S = 5.0
@@ -236,10 +236,10 @@ def looks(patterns: Sequence[str], say: Callable[[str], None], *, poll_s: float 
         time.sleep(poll_s)
 
 
-def behind(patterns: Sequence[str]) -> list[Known]:
+def behind(patterns: Sequence[str]) -> list[Run]:
     """Runs whose checkpoints the patterns name, or would name once there are some."""
     wanted = [str(paths.absolute(pattern)) for pattern in patterns]
-    return [run for run in store.every() if any(names_checkpoints(one, run.paths.checkpoints) for one in wanted)]
+    return [run for run in store.all_runs() if any(names_checkpoints(one, run.paths.checkpoints) for one in wanted)]
 
 
 def names_checkpoints(pattern: str, run_checkpoints: Path) -> bool:
@@ -339,7 +339,7 @@ class Evaluation:
         """
         different = {unit.key: unit for unit in units}.values()
         elsewhere = []
-        for unit in [unit for unit in different if not self._is_finished(unit)]:
+        for unit in [unit for unit in different if not self._reuse(unit)]:
             if self._cache.claim(unit):
                 self._do(unit)
             else:
@@ -347,7 +347,7 @@ class Evaluation:
         if elsewhere:
             self._progress.say(f"waiting for another evaluation: {'; '.join(map(_name, elsewhere))}")
         for unit in elsewhere:
-            if not self._is_finished(unit):
+            if not self._reuse(unit):
                 self._cache.claim(unit, wait=True)
                 self._do(unit)
         for future in self._grading:
@@ -364,8 +364,8 @@ class Evaluation:
 
         return [dataclasses.replace(one, checkpoint=labelled(one.checkpoint)) for one in found]
 
-    def _is_finished(self, unit: Unit) -> bool:
-        """Whether nothing is left to do for a unit; a result that is kept becomes one of `results`."""
+    def _reuse(self, unit: Unit) -> bool:
+        """Take the kept result of a unit, if there is one. Returns whether nothing is left to do for it."""
         if unit.checkpoint.path not in self.skipped:
             kept = self._cache.load(unit)
             if kept is None:
@@ -376,7 +376,7 @@ class Evaluation:
 
     def _do(self, unit: Unit) -> None:
         """Have a claimed unit answered; it is graded in a thread, which then releases the claim."""
-        if self._is_finished(unit):  # by another evaluation since we looked
+        if self._reuse(unit):  # by another evaluation since we looked
             self._cache.release(unit)
             return
         file = self._cache.answers(unit)

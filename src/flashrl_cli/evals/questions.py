@@ -13,7 +13,7 @@ from flashrl_cli import paths
 from flashrl_cli.data import readers
 from flashrl_cli.data.rows import BadRows, Needs, Raw, Scoring, judge
 from flashrl_cli.errors import InputError
-from flashrl_cli.runs.checkpoints import newest_plan
+from flashrl_cli.runs import store
 from flashrl_cli.verl import checkpoints as layout
 
 
@@ -85,7 +85,7 @@ def _recorded(run_folders: Iterable[Path]) -> list[Path]:
     """Validation files of the runs' newest plans, which must be the same for all."""
     recorded = set()
     for folder in run_folders:
-        plan = newest_plan(paths.RunPaths(folder.name, paths.runs_root() / folder.name, folder))
+        plan = store.newest_plan(store.read_run(paths.runs_root() / folder.name).paths)
         recorded.add(tuple(layout.val_files(plan.get("overrides", []))))
     if len(recorded) == 1 and (chosen := recorded.pop()):
         return list(chosen)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from flashrl_cli.evals.results import Entry, Evaluated
 
-_FINE = 0.05
+_DETECTABLE = 0.05
 """A difference, as a share, that an evaluation should be able to detect."""
 _LISTED = 12
 _EQUAL = 1e-12
@@ -175,11 +175,11 @@ def _among_steps(found: Sequence[Comparison], beaten: set[str]) -> Iterator[str]
 
 def _too_few(found: Sequence[Comparison]) -> Iterator[str]:
     reach = median((c.difference.hi - c.difference.lo) / 2 for c in found)
-    if reach > _FINE:
+    if reach > _DETECTABLE:
         questions = found[0].questions
         what = f"{counted(questions, 'question')} {'is' if questions == 1 else 'are'} too few"
         yield (
-            f"{what} to tell a difference of {100 * _FINE:.0f} points: "
+            f"{what} to tell a difference of {100 * _DETECTABLE:.0f} points: "
             f"the intervals reach {points(reach)} points to either side"
         )
 
@@ -249,7 +249,7 @@ def without_verdict(entries: Sequence[Entry]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """An accuracy that a threshold was asked of; the step is None for a model that is no step of a run."""
+    """An accuracy that a threshold applies to; the step is None for a model that is no step of a run."""
 
     run: str
     step: int | None
@@ -304,7 +304,7 @@ class Threshold:
 
 
 def judge(least: float, entries: Sequence[Entry], *, beside: Sequence[Path], skipped: Sequence[Skipped]) -> Threshold:
-    """Judge what was evaluated by a threshold; `beside` are the folders of base and baseline."""
+    """Judge by a threshold what was evaluated; `beside` are the folders of base and baseline."""
     own = [entry for entry in entries if entry.result.checkpoint.path not in beside] or list(entries)
     newest: dict[Path, int] = {}
     for entry in own:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from flashrl_cli.errors import EnvironmentNotReady
 from flashrl_cli.machine.finding import Finding, fail, ok, warn
-from flashrl_cli.precision import PRECISIONS, Capabilities
+from flashrl_cli.precision import KV8_GPUS, PRECISIONS, Capabilities
 from flashrl_cli.text import counted
 
 QUERY = ("--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader,nounits")
@@ -117,12 +117,20 @@ def cuda_of(torch: str) -> int:
     return int(local[:2]) if local[:2].isdigit() else PINNED_CUDA
 
 
+def gpus_lack(precision: str, found: Sequence[Gpu], *, kv8: bool = False) -> Iterator[Finding]:
+    """Yield that some GPU has no kernel for a precision or an FP8 KV cache, and what runs there instead."""
+    if reason := lacks(precision, found):
+        yield fail("rollout.precision", reason, f"--rollout {PRECISIONS[precision].instead}")
+    if kv8 and (reason := _outside(KV8_GPUS, "an FP8 KV cache", found)):
+        yield fail("rollout.kv_cache", reason, "--set rollout.kv_cache=auto")
+
+
 def lacks(precision: str, gpus: Sequence[Gpu]) -> str | None:
     """Why some of these GPUs cannot compute in a precision; None if all can."""
-    return outside(PRECISIONS[precision].gpus, precision, gpus)
+    return _outside(PRECISIONS[precision].gpus, precision, gpus)
 
 
-def outside(bounds: Capabilities, what: str, gpus: Sequence[Gpu]) -> str | None:
+def _outside(bounds: Capabilities, what: str, gpus: Sequence[Gpu]) -> str | None:
     """Why some of these GPUs are not within `bounds`; None if all are."""
     for gpu in gpus:
         have = f"{gpu.name} has {dotted(gpu.capability)}"
@@ -206,6 +214,5 @@ def freest(count: int, share: float | None, found: Sequence[FreeMemory]) -> tupl
         free = ", ".join(f"{gpu.index}: {gpu.free / 1024:.1f} GiB" for gpu in found)
         hint = "wait for what runs there (`nvidia-smi` names it), or CUDA_VISIBLE_DEVICES= for a CPU build of vLLM"
         raise EnvironmentNotReady(f"no GPU has room for an engine; free memory by GPU: {free}", hint=hint)
-    return ",".join(str(index) for index in sorted(gpu.index for gpu in chosen)), round(
-        least, 2
-    ) if share is None else share
+    visible = ",".join(str(index) for index in sorted(gpu.index for gpu in chosen))
+    return visible, round(least, 2) if share is None else share

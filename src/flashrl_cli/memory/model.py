@@ -40,7 +40,7 @@ QWEN3_TIED = {"0.6B", "1.7B", "4B"}
 
 
 def shape_of(reference: str, data_root: Path) -> ModelShape | None:
-    """Shape of `prepared:NAME`, a folder or a Hugging Face id, from this machine alone; None where nothing here tells.
+    """Shape of `prepared:NAME`, a folder or a Hugging Face id, from this machine alone; None where nothing here knows it.
 
     Raises ValueError when a config.json was found and is no plain decoder's.
     """

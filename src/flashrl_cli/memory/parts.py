@@ -1,19 +1,12 @@
-"""What one vLLM engine holds on a GPU: weights at the rollout's precision, working memory, and the KV cache in what is left.
+"""The shares of one GPU's memory, each with the formula that it came from: trainer states, trainer passes, the rollout engine.
 
-vLLM takes `gpu_memory_utilization` of the GPU, subtracts the weights and the peak of a profiling pass, and fills the rest with KV blocks
-(vllm/v1/worker/gpu_worker.py, determine_available_memory).
-
-One share of a GPU's memory, with the formula that it came from.
-
-What FSDP keeps of a model on one GPU: sharded states, and the layers that it gathers while they work.
-
-States are those of ZeRO stage 3 (Rajbhandari et al., 2019, arXiv 1910.02054, section 5.3) in verl's precisions: parameters,
-gradients and Adam's two moments in float32, working copies in bfloat16.
-
-What one forward (and backward) pass of verl's trainer holds on a GPU: activations, logits, and the gradients on their way.
-
-Activations are counted per token from what autograd saves in a decoder layer of Transformers, in the manner of Korthikanti et al.,
-2022 (arXiv 2205.05198, section 4); attention is taken to be fused, so nothing grows with the square of the length.
+- States are those of ZeRO stage 3 (Rajbhandari et al., 2019, arXiv 1910.02054, section 5.3) in verl's precisions: parameters, gradients
+  and Adam's two moments in float32, working copies in bfloat16; FSDP shards them and gathers layers while they work.
+- Passes: activations, logits and gradients of a forward (and backward) pass. Activations are counted per token from what autograd saves
+  in a decoder layer of Transformers, in the manner of Korthikanti et al., 2022 (arXiv 2205.05198, section 4); attention is taken to be
+  fused, so nothing grows with the square of the length.
+- Engine: vLLM takes `gpu_memory_utilization` of the GPU, subtracts weights and the peak of a profiling pass, and fills the rest with KV
+  blocks (vllm/v1/worker/gpu_worker.py, determine_available_memory).
 """
 
 from __future__ import annotations
@@ -30,7 +23,6 @@ if TYPE_CHECKING:
     from flashrl_cli.verl.config import Batch, EngineSettings, RolloutSettings, TrainerSettings
     from flashrl_cli.weights.shape import ModelShape
 
-GIB = 1 << 30
 MARGIN = 0.1
 """Share by which an item may be larger than estimated."""
 FRAGMENTS = 0.3
@@ -39,7 +31,7 @@ FRAGMENTS = 0.3
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Bytes on one GPU; `margin` is the share that may come on top, 0 for a budget that the engine keeps to."""
+    """Bytes on one GPU; `margin` is the share that may come on top, 0 for a budget that the engine does not exceed."""
 
     name: str
     bytes: int
@@ -52,9 +44,18 @@ def item(name: str, size: float, formula: str, *, margin: float = MARGIN) -> Ite
     return Item(name, round(size), formula, margin)
 
 
+def _passing(name: str, size: float, formula: str) -> Item:
+    """An item that is allocated and freed in every pass."""
+    return item(name, size, formula, margin=FRAGMENTS)
+
+
 def total(items: tuple[Item, ...]) -> int:
     """Bytes of all items together."""
     return sum(part.bytes for part in items)
+
+
+def _size(part: Item) -> int:
+    return part.bytes
 
 
 LAYERS_GATHERED = {"fsdp": 2, "fsdp2": 3}
@@ -225,100 +226,6 @@ def _padded(budget: int, sequences: int, settings: TrainerSettings) -> Load:
     return Load(computed, round(real / batches), note)
 
 
-def layer_activations(shape: ModelShape, bytes_each: int) -> int:
-    """Bytes a token that autograd saves in one layer.
-
-    Two norms save a float32 copy of their input and of its product, their output in the working precision twice; attention saves
-    queries, keys, values and output; the gated MLP saves four tensors of its width.
-    """
-    norms = shape.norms_per_layer * shape.hidden * (4 + 2 * bytes_each)
-    attention = bytes_each * (2 * shape.query_size + 2 * shape.kv_size)
-    return norms + attention + 4 * bytes_each * mlp_width(shape)
-
-
-def mlp_width(shape: ModelShape) -> int:
-    """Width of what a token passes through in an MLP layer: the dense one, or its experts together."""
-    if not shape.experts:
-        return shape.intermediate
-    return shape.experts_per_token * (shape.expert_intermediate + shape.hidden // 2) + shape.shared_intermediate
-
-
-def saved(shape: ModelShape, engine: EngineSettings, load: Load) -> Item:
-    """What is kept for the backward pass: each layer's input with gradient checkpointing, everything without."""
-    each = engine.compute_bytes
-    if not engine.checkpointing:
-        size = layer_activations(shape, each)
-        formula = f"{load} x {shape.layers} layers x {size:,} B"
-        return _passing("activations", load.computed * shape.layers * size, formula)
-    layers = 2 if engine.activation_offload else shape.layers
-    formula = f"{load} x {layers} layers x {shape.hidden} x {each} B"
-    return _passing("checkpointed activations", load.computed * layers * shape.hidden * each, formula)
-
-
-def _passing(name: str, size: float, formula: str) -> Item:
-    """An item that is allocated and freed in every pass."""
-    return item(name, size, formula, margin=FRAGMENTS)
-
-
-def recomputed(shape: ModelShape, engine: EngineSettings, count: int) -> int:
-    """Bytes of the layer in its backward pass: its activations, unless they are saved, and their gradients."""
-    each = engine.compute_bytes
-    own = layer_activations(shape, each) if engine.checkpointing else 0
-    return count * (own + each * (3 * mlp_width(shape) + 2 * shape.hidden))
-
-
-def entropy_bytes(engine: EngineSettings) -> tuple[int, int]:
-    """Bytes a logit for the entropy beside the logits: at its peak, and what stays for a backward pass.
-
-    Under autocast softmax and logsumexp work in float32 (ATen/autocast_mode.h): probabilities, a cast of the logits and their
-    exponentials, 4 B each (verl/utils/torch_functional.py, entropy_from_logits). Compiled, it is taken to be fused.
-    """
-    if engine.compiled and engine.remove_padding:
-        return 0, engine.compute_bytes
-    cast = 4 if engine.compute_bytes < 4 else 0
-    return 8 + cast, 4 + cast
-
-
-def train_logits(shape: ModelShape, engine: EngineSettings, load: Load, temperature: float) -> Item:
-    """Logits of a pass with gradients (verl/workers/engine/fsdp/transformer_impl.py:1332-1545)."""
-    each = engine.compute_bytes
-    if engine.fused_kernels:
-        size = min(load.computed, FUSED_CHUNK) * shape.vocab * FUSED_BACKWARD + 2 * shape.vocab * shape.hidden * each
-        formula = f"fused: {FUSED_CHUNK} tokens x {shape.vocab:,} x {FUSED_BACKWARD} B + gradient of the head"
-        return _passing("logits", size, formula)
-    computed = each * (1 + (temperature != 1))
-    real = (0 if engine.remove_padding else each) + (0 if engine.flash_attention else 4)
-    if not engine.train_entropy:
-        return _logits(shape, load, computed, real)
-    peak, kept = entropy_bytes(engine)
-    return max(_logits(shape, load, computed + peak, 0), _logits(shape, load, computed + kept, real), key=_size)
-
-
-def infer_logits(shape: ModelShape, engine: EngineSettings, load: Load, temperature: float, *, entropy: bool) -> Item:
-    """Logits of a pass without gradients; verl takes the entropy along with old log-probs (trainer/ppo/v1/trainer_base.py:1653)."""
-    each = engine.compute_bytes
-    if engine.fused_kernels:
-        size = min(load.computed, FUSED_CHUNK) * shape.vocab * FUSED_FORWARD
-        return _passing("logits", size, f"fused: {FUSED_CHUNK} tokens x {shape.vocab:,} x {FUSED_FORWARD} B")
-    computed = each * (1 + (temperature != 1))
-    packed = _logits(shape, load, computed, 0 if engine.remove_padding else each)
-    if not entropy:
-        return packed
-    peak, _ = entropy_bytes(engine)
-    if engine.entropy_chunk and engine.remove_padding:
-        peak = round(peak * min(1, engine.entropy_chunk / load.computed))
-    return max(packed, _logits(shape, load, computed + peak, 0), key=_size)
-
-
-def _logits(shape: ModelShape, load: Load, computed: int, real: int) -> Item:
-    """Logits at `computed` bytes each, and at `real` bytes more for those that are not padding."""
-    if load.real == load.computed:
-        computed, real = computed + real, 0
-    size = shape.vocab * (load.computed * computed + load.real * real)
-    more = f" + {load.real:,} x {shape.vocab:,} x {real} B" if real else ""
-    return _passing("logits", size, f"{load} x {shape.vocab:,} x {computed} B{more}")
-
-
 def training(shape: ModelShape, model: Model, settings: TrainerSettings, role: str) -> tuple[Item, ...]:
     """States and passes of an update, at the moment that takes most: logits, a layer's backward, the last reduction, Adam's step."""
     engine = model.engine
@@ -358,8 +265,93 @@ def inference(
     return (weights, max(layer, infer_logits(shape, engine, load, settings.temperature, entropy=entropy), key=_size))
 
 
-def _size(part: Item) -> int:
-    return part.bytes
+def layer_activations(shape: ModelShape, bytes_each: int) -> int:
+    """Bytes a token that autograd saves in one layer.
+
+    Two norms save a float32 copy of their input and of its product, their output in the working precision twice; attention saves
+    queries, keys, values and output; the gated MLP saves four tensors of its width.
+    """
+    norms = shape.norms_per_layer * shape.hidden * (4 + 2 * bytes_each)
+    attention = bytes_each * (2 * shape.query_size + 2 * shape.kv_size)
+    return norms + attention + 4 * bytes_each * mlp_width(shape)
+
+
+def mlp_width(shape: ModelShape) -> int:
+    """Width of what a token passes through in an MLP layer: the dense one, or its experts together."""
+    if not shape.experts:
+        return shape.intermediate
+    return shape.experts_per_token * (shape.expert_intermediate + shape.hidden // 2) + shape.shared_intermediate
+
+
+def saved(shape: ModelShape, engine: EngineSettings, load: Load) -> Item:
+    """What is kept for the backward pass: each layer's input with gradient checkpointing, everything without."""
+    each = engine.compute_bytes
+    if not engine.checkpointing:
+        size = layer_activations(shape, each)
+        formula = f"{load} x {shape.layers} layers x {size:,} B"
+        return _passing("activations", load.computed * shape.layers * size, formula)
+    layers = 2 if engine.activation_offload else shape.layers
+    formula = f"{load} x {layers} layers x {shape.hidden} x {each} B"
+    return _passing("checkpointed activations", load.computed * layers * shape.hidden * each, formula)
+
+
+def recomputed(shape: ModelShape, engine: EngineSettings, count: int) -> int:
+    """Bytes of the layer in its backward pass: its activations, unless they are saved, and their gradients."""
+    each = engine.compute_bytes
+    own = layer_activations(shape, each) if engine.checkpointing else 0
+    return count * (own + each * (3 * mlp_width(shape) + 2 * shape.hidden))
+
+
+def train_logits(shape: ModelShape, engine: EngineSettings, load: Load, temperature: float) -> Item:
+    """Logits of a pass with gradients (verl/workers/engine/fsdp/transformer_impl.py:1332-1545)."""
+    each = engine.compute_bytes
+    if engine.fused_kernels:
+        size = min(load.computed, FUSED_CHUNK) * shape.vocab * FUSED_BACKWARD + 2 * shape.vocab * shape.hidden * each
+        formula = f"fused: {FUSED_CHUNK} tokens x {shape.vocab:,} x {FUSED_BACKWARD} B + gradient of the head"
+        return _passing("logits", size, formula)
+    computed = each * (1 + (temperature != 1))
+    real = (0 if engine.remove_padding else each) + (0 if engine.flash_attention else 4)
+    if not engine.train_entropy:
+        return _logits(shape, load, computed, real)
+    peak, kept = entropy_bytes(engine)
+    return max(_logits(shape, load, computed + peak, 0), _logits(shape, load, computed + kept, real), key=_size)
+
+
+def infer_logits(shape: ModelShape, engine: EngineSettings, load: Load, temperature: float, *, entropy: bool) -> Item:
+    """Logits of a pass without gradients; verl takes the entropy along with old log-probs (trainer/ppo/v1/trainer_base.py:1653)."""
+    each = engine.compute_bytes
+    if engine.fused_kernels:
+        size = min(load.computed, FUSED_CHUNK) * shape.vocab * FUSED_FORWARD
+        return _passing("logits", size, f"fused: {FUSED_CHUNK} tokens x {shape.vocab:,} x {FUSED_FORWARD} B")
+    computed = each * (1 + (temperature != 1))
+    packed = _logits(shape, load, computed, 0 if engine.remove_padding else each)
+    if not entropy:
+        return packed
+    peak, _ = entropy_bytes(engine)
+    if engine.entropy_chunk and engine.remove_padding:
+        peak = round(peak * min(1, engine.entropy_chunk / load.computed))
+    return max(packed, _logits(shape, load, computed + peak, 0), key=_size)
+
+
+def entropy_bytes(engine: EngineSettings) -> tuple[int, int]:
+    """Bytes a logit for the entropy beside the logits: at its peak, and what stays for a backward pass.
+
+    Under autocast softmax and logsumexp work in float32 (ATen/autocast_mode.h): probabilities, a cast of the logits and their
+    exponentials, 4 B each (verl/utils/torch_functional.py, entropy_from_logits). Compiled, it is taken to be fused.
+    """
+    if engine.compiled and engine.remove_padding:
+        return 0, engine.compute_bytes
+    cast = 4 if engine.compute_bytes < 4 else 0
+    return 8 + cast, 4 + cast
+
+
+def _logits(shape: ModelShape, load: Load, computed: int, real: int) -> Item:
+    """Logits at `computed` bytes each, and at `real` bytes more for those that are not padding."""
+    if load.real == load.computed:
+        computed, real = computed + real, 0
+    size = shape.vocab * (load.computed * computed + load.real * real)
+    more = f" + {load.real:,} x {shape.vocab:,} x {real} B" if real else ""
+    return _passing("logits", size, f"{load} x {shape.vocab:,} x {computed} B{more}")
 
 
 BLOCK = 16
@@ -443,7 +435,7 @@ def kv_bytes(shape: ModelShape, rollout: RolloutSettings) -> int:
 
 
 def working(shape: ModelShape, rollout: RolloutSettings) -> int:
-    """Bytes that vLLM sets aside beside weights and cache: the larger of a full batch in an MLP and of the sampler, and CUDA graphs."""
+    """Bytes that vLLM reserves beside weights and cache: the larger of a full batch in an MLP and of the sampler, and CUDA graphs."""
     width = shape.intermediate if not shape.experts else shape.experts_per_token * shape.expert_intermediate
     token = PRECISIONS[rollout.precision].mlp_bytes * width / rollout.tensor_parallel + 8 * shape.hidden
     sampler = rollout.max_num_seqs * shape.vocab * SAMPLER_BYTES

@@ -1,6 +1,6 @@
-"""New weights for an evaluation engine, read from disk: one engine serves every checkpoint of an architecture.
+"""vLLM worker extensions of engines that flashrl itself starts: new weights read from disk, and what `flashrl bench` measures.
 
-What `flashrl bench` asks of vLLM's workers: what they hold, random weights for a shape, and the time of a refit.
+One engine serves every checkpoint of an architecture.
 """
 
 from __future__ import annotations
@@ -20,9 +20,15 @@ from flashrl_cli.weights import Unreadable, Weights
 if TYPE_CHECKING:
     from flashrl_cli import contract
 
+Named = tuple[str, torch.Tensor]
+Sizes = tuple[str, tuple[int, ...]]
 BUCKET_BYTES = 2**28
 """Weights handed to vLLM at a time: few calls of the model's loader, and little memory beside the model."""
-Named = tuple[str, torch.Tensor]
+DEVICE_BUCKET_BYTES = {"cuda": 2 << 30, "cpu": 1 << 28}
+"""verl's default on a GPU (rollout.checkpoint_engine.update_weights_bucket_megabytes)."""
+_WIDTH = 1024
+_AT_ONCE = 1 << 25
+_SCALE = 0.05
 
 
 class DiskRefitExtension:
@@ -50,9 +56,9 @@ class DiskRefitExtension:
                 load(bucket)
 
         # each checkpoint may have names of its own
-        shake = self._describe(refits=1, seconds=self._renew(stream, watched=True))
-        log(shake)
-        return asdict(shake)
+        handshake = self._describe(refits=1, seconds=self._renew(stream, watched=True))
+        log(handshake)
+        return asdict(handshake)
 
     def _renew(self, stream: Stream, *, reused: bool = False, watched: bool | None = None) -> float:
         """Give the engine the weights of a stream, as `refit` takes it; seconds."""
@@ -85,14 +91,6 @@ def _buckets(tensors: Iterable[Named]) -> Iterator[list[Named]]:
         yield bucket
 
 
-DEVICE_BUCKET_BYTES = {"cuda": 2 << 30, "cpu": 1 << 28}
-"""verl's default on a GPU (rollout.checkpoint_engine.update_weights_bucket_megabytes)."""
-_WIDTH = 1024
-_AT_ONCE = 1 << 25
-_SCALE = 0.05
-Sizes = tuple[str, tuple[int, ...]]
-
-
 class BenchExtension(DiskRefitExtension):
     """vLLM worker extension (`worker_extension_cls`) of the benchmark's engines."""
 
@@ -108,7 +106,7 @@ class BenchExtension(DiskRefitExtension):
     def bench_refit(self, repeats: int, source: dict[str, Any] | None) -> dict[str, Any]:
         """Seconds of refits with random weights from this device's memory, after one to warm up; extra bytes of one (None on a CPU).
 
-        `source` (a Weights as plain data) tells names and sizes; without it the model's config does.
+        `source` (a Weights as plain data) names the weights and their sizes; without it the model's config does.
         """
         sizes = _sizes_on_disk(source) if source else _sizes_by_config(self._config())
         weights = _Random(sizes, self._device())

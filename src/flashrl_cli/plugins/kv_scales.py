@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.attention import Attention
 
 from flashrl_cli import contract
 
-Bucket = Iterable[tuple[str, torch.Tensor]]
+if TYPE_CHECKING:
+    from flashrl_cli.plugins.coverage import Bucket
+
 LARGEST = 448.0
 """Of float8_e4m3fn."""
 MARGIN = 1.15

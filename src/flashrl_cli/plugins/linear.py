@@ -1,31 +1,24 @@
-"""Logits in float32: what `rollout.lm_head_fp32` asks for.
+"""Linear layers that a rollout engine holds in 8 bits, made of the floating weights as these are loaded; and logits in float32.
 
-vLLM computes them in the model's dtype and converts them afterwards (vllm/v1/sample/sampler.py:97), so that bf16 leaves 8 bits of each
-logit. vLLM's own `head_dtype` does this for generation from 0.28 on; in 0.24 it is for pooling models only (vllm/config/model.py:1671).
-The logits processor is replaced through vLLM's hook for layers from outside (vllm/model_executor/custom_op.py, `register_oot`), so that
-the head and its weights stay what they are: tied or not, packed or not, refitted in place or layer by layer.
+Weights are symmetric with one scale per output channel, activations symmetric with one scale per token, computed by the kernel: the
+vector-wise quantization of LLM.int8() (Dettmers et al., 2022, arXiv 2208.07339, section 2) without its outlier path. Shaped after vLLM's
+online FP8 methods (vllm/model_executor/layers/quantization/online/fp8.py), so that loading and reloading work layer by layer; the GEMM is
+vLLM's own.
 
-Which of a run's replicas this process serves, and whether it is one of those that stay in bf16 (`rollout.mix`).
+- INT8: scale = max|w| / 127. vLLM has the method for experts but not for dense layers. CUTLASS on CUDA, oneDNN or AMX on a CPU.
+- FP8: float8_e4m3, scale = max|w| / 448, the scheme of vLLM's own online method `fp8_per_channel` (Fp8PtpcOnlineLinearMethod,
+  online/fp8.py:283 in 0.24). vLLM's later versions make the scale in several passes and share it among tensor-parallel ranks; here it is
+  one pass over each rank's rows, so that a refit can write them as they arrive.
 
-verl gives all replicas the same engine arguments (verl/workers/rollout/vllm_rollout/vllm_async_server.py:1310). What differs is a variable
-that each server actor sets before it starts its engine, for the sockets that weights come through; all processes of the engine inherit it.
+`rollout.mix` keeps some of a run's replicas in bf16. verl gives all replicas the same engine arguments
+(verl/workers/rollout/vllm_rollout/vllm_async_server.py:1310); what differs is a variable that each server actor sets before it starts its
+engine, for the sockets that weights come through, and that all processes of the engine inherit.
 
-Linear layers whose 8-bit weights are made of floating ones while these are loaded: what INT8 and FP8 have in common.
-
-Weights: symmetric, one scale per output channel. Activations: symmetric, one scale per token, computed by the kernel. Shaped after
-vLLM's online FP8 methods (vllm/model_executor/layers/quantization/online/fp8.py), so that loading and reloading work layer by layer;
-the GEMM is vLLM's own.
-
-INT8 W8A8 linear layers, quantized while the weights are loaded: the method that vLLM has for experts but not for dense layers.
-
-scale = max|w| / 127 per output channel; weights and activations both follow LLM.int8()'s vector-wise quantization (Dettmers et al., 2022,
-arXiv 2208.07339, section 2) without its outlier path. The GEMM is CUTLASS on CUDA, oneDNN or AMX on the CPU.
-
-FP8 W8A8 linear layers with one scale per output channel, quantized while the weights are loaded.
-
-float8_e4m3, scale = max|w| / 448: the scheme of vLLM's own online method `fp8_per_channel` (Fp8PtpcOnlineLinearMethod,
-vllm/model_executor/layers/quantization/online/fp8.py:283 in 0.24). vLLM's later versions make the scale in several passes and share it
-among tensor-parallel ranks; here it is one pass over each rank's rows, so that a refit can write them as they arrive.
+`rollout.lm_head_fp32` asks for logits in float32. vLLM computes them in the model's dtype and converts them afterwards
+(vllm/v1/sample/sampler.py:97), so that bf16 leaves 8 bits of each logit. vLLM's own `head_dtype` does this for generation from 0.28 on; in
+0.24 it is for pooling models only (vllm/config/model.py:1671). The logits processor is replaced through vLLM's hook for layers from
+outside (vllm/model_executor/custom_op.py, `register_oot`), so that the head and its weights stay what they are: tied or not, packed or
+not, refitted in place or layer by layer.
 """
 
 from __future__ import annotations
@@ -53,22 +46,8 @@ from flashrl_cli.precision import PRECISIONS
 
 RANK = "VERL_REPLICA_RANK"
 """The replica's number, from 0 (vllm_async_server.py:136; read by verl's own workers in vllm_rollout/utils.py:424)."""
-
-
-def stays_in_bf16() -> bool:
-    """Whether this process's engine keeps its linear layers in bf16; raises RuntimeError where a mixed run's replica has no number."""
-    count = contract.RolloutOptions.here().bf16_replicas
-    if count == 0:
-        return False
-    rank = os.environ.get(RANK)
-    if rank is None:
-        raise RuntimeError(f"{count} replicas are to stay in bf16, and {RANK} does not say which this is")
-    return int(rank) < count
-
-
 DONE = "_already_called_process_weights_after_loading"
 """vLLM's own marker that a layer is processed (vllm/model_executor/model_loader/reload/layerwise.py)."""
-
 Loader = Callable[..., None]
 
 
@@ -219,6 +198,77 @@ def original_loader(parameter: torch.Tensor) -> Loader | None:
     return cast("Loader | None", loader)
 
 
+class Int8OnlineLinearMethod(OnlineLinearMethod):
+    """INT8 weights with vLLM's kernel for the platform."""
+
+    precision = "int8"
+    dtype = torch.int8
+    row_kernels = frozenset({"CutlassInt8ScaledMMLinearKernel"})
+
+    def choose_kernel(self, layer: torch.nn.Module) -> Any:
+        """The INT8 kernel for channel-wise weights and dynamic activations."""
+        return init_int8_linear_kernel(
+            is_channelwise=True,
+            is_static_input_scheme=False,
+            input_symmetric=True,
+            module_name=type(self).__name__,
+        )
+
+    def quantize(self, weight: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor) -> None:
+        """One pass of vLLM's kernel for activations on CUDA, the same in PyTorch elsewhere; an all-zero row gets a tiny scale."""
+        if weight.is_cuda:
+            # what vllm/_custom_ops.py:scaled_int8_quant calls, which allocates its outputs
+            torch.ops._C.dynamic_scaled_int8_quant(rows, weight, scales, None)
+            return
+        scales.copy_((weight.abs().amax(dim=1, keepdim=True).float() / 127).clamp_min(1e-8))
+        rows.copy_((weight.float() / scales).round_().clamp_(-127, 127))
+
+    def hand_over(self, layer: torch.nn.Module, rows: torch.Tensor, scales: torch.Tensor) -> None:
+        """Weight [N, K], which the kernel transposes (CUTLASS) or packs (oneDNN)."""
+        layer.register_parameter("weight", torch.nn.Parameter(rows, requires_grad=False))
+        layer.register_parameter("weight_scale", torch.nn.Parameter(scales, requires_grad=False))
+        for name in ("input_scale", "input_zero_point", "azp_adj"):
+            layer._parameters.pop(name, None)
+            layer.register_parameter(name, None)
+        self.kernel.process_weights_after_loading(layer)
+        # oneDNN's handle keeps a raw pointer to these, and a reload puts other tensors in their place:
+        # without a reference of our own all log-probs are NaN after the second refit
+        self._kernel_operands = [scales, layer.weight_scale, layer.azp_adj]
+
+
+class Fp8OnlineLinearMethod(OnlineLinearMethod):
+    """FP8 weights per channel, FP8 activations per token."""
+
+    precision = "fp8"
+    dtype = torch.float8_e4m3fn
+    row_kernels = frozenset({"CutlassFP8ScaledMMLinearKernel"})
+
+    def choose_kernel(self, layer: torch.nn.Module) -> Any:
+        """The FP8 kernel; Marlin's would compute with 16-bit activations, which is not what was asked for."""
+        kernel = init_fp8_linear_kernel(
+            activation_quant_key=kFp8DynamicTokenSym,
+            weight_quant_key=kFp8StaticChannelSym,
+            weight_shape=layer.weight.shape,
+            input_dtype=layer.orig_dtype,
+            out_dtype=layer.orig_dtype,
+            module_name=type(self).__name__,
+        )
+        if "Marlin" in type(kernel).__name__:
+            raise ValueError("FP8 activations need compute capability 8.9 or newer; vLLM offers 16-bit ones only here")
+        return kernel
+
+    def quantize(self, weight: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor) -> None:
+        """One pass of vLLM's kernel for activations, which vllm/_custom_ops.py:scaled_fp8_quant calls; CUDA only."""
+        torch.ops._C.dynamic_per_token_scaled_fp8_quant(rows, weight, scales, None)
+
+    def hand_over(self, layer: torch.nn.Module, rows: torch.Tensor, scales: torch.Tensor) -> None:
+        """Weight [K, N], column-major; the kernel pads odd shapes itself."""
+        layer.register_parameter("weight", torch.nn.Parameter(rows.t(), requires_grad=False))
+        layer.register_parameter("weight_scale", torch.nn.Parameter(scales, requires_grad=False))
+        layer.input_scale = None
+        self.kernel.process_weights_after_loading(layer)
+
+
 class OnlineConfig(QuantizationConfig):
     """Every linear layer in 8 bits, except `ignore` patterns; lm_head, embeddings and experts stay as they are."""
 
@@ -265,81 +315,10 @@ class OnlineConfig(QuantizationConfig):
         return UnquantizedLinearMethod() if plain else self.method()
 
 
-class Int8OnlineLinearMethod(OnlineLinearMethod):
-    """INT8 weights with vLLM's kernel for the platform."""
-
-    precision = "int8"
-    dtype = torch.int8
-    row_kernels = frozenset({"CutlassInt8ScaledMMLinearKernel"})
-
-    def choose_kernel(self, layer: torch.nn.Module) -> Any:
-        """The INT8 kernel for channel-wise weights and dynamic activations."""
-        return init_int8_linear_kernel(
-            is_channelwise=True,
-            is_static_input_scheme=False,
-            input_symmetric=True,
-            module_name=type(self).__name__,
-        )
-
-    def quantize(self, weight: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor) -> None:
-        """One pass of vLLM's kernel for activations on CUDA, the same in PyTorch elsewhere; an all-zero row gets a tiny scale."""
-        if weight.is_cuda:
-            # what vllm/_custom_ops.py:scaled_int8_quant calls, which allocates its outputs
-            torch.ops._C.dynamic_scaled_int8_quant(rows, weight, scales, None)
-            return
-        scales.copy_((weight.abs().amax(dim=1, keepdim=True).float() / 127).clamp_min(1e-8))
-        rows.copy_((weight.float() / scales).round_().clamp_(-127, 127))
-
-    def hand_over(self, layer: torch.nn.Module, rows: torch.Tensor, scales: torch.Tensor) -> None:
-        """Weight [N, K], which the kernel transposes (CUTLASS) or packs (oneDNN)."""
-        layer.register_parameter("weight", torch.nn.Parameter(rows, requires_grad=False))
-        layer.register_parameter("weight_scale", torch.nn.Parameter(scales, requires_grad=False))
-        for name in ("input_scale", "input_zero_point", "azp_adj"):
-            layer._parameters.pop(name, None)
-            layer.register_parameter(name, None)
-        self.kernel.process_weights_after_loading(layer)
-        # oneDNN's handle keeps a raw pointer to these, and a reload puts other tensors in their place:
-        # without a reference of our own all log-probs are NaN after the second refit
-        self._kernel_operands = [scales, layer.weight_scale, layer.azp_adj]
-
-
 class Int8OnlineConfig(OnlineConfig):
     """INT8 for every linear layer."""
 
     method = Int8OnlineLinearMethod
-
-
-class Fp8OnlineLinearMethod(OnlineLinearMethod):
-    """FP8 weights per channel, FP8 activations per token."""
-
-    precision = "fp8"
-    dtype = torch.float8_e4m3fn
-    row_kernels = frozenset({"CutlassFP8ScaledMMLinearKernel"})
-
-    def choose_kernel(self, layer: torch.nn.Module) -> Any:
-        """The FP8 kernel; Marlin's would compute with 16-bit activations, which is not what was asked for."""
-        kernel = init_fp8_linear_kernel(
-            activation_quant_key=kFp8DynamicTokenSym,
-            weight_quant_key=kFp8StaticChannelSym,
-            weight_shape=layer.weight.shape,
-            input_dtype=layer.orig_dtype,
-            out_dtype=layer.orig_dtype,
-            module_name=type(self).__name__,
-        )
-        if "Marlin" in type(kernel).__name__:
-            raise ValueError("FP8 activations need compute capability 8.9 or newer; vLLM offers 16-bit ones only here")
-        return kernel
-
-    def quantize(self, weight: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor) -> None:
-        """One pass of vLLM's kernel for activations, which vllm/_custom_ops.py:scaled_fp8_quant calls; CUDA only."""
-        torch.ops._C.dynamic_per_token_scaled_fp8_quant(rows, weight, scales, None)
-
-    def hand_over(self, layer: torch.nn.Module, rows: torch.Tensor, scales: torch.Tensor) -> None:
-        """Weight [K, N], column-major; the kernel pads odd shapes itself."""
-        layer.register_parameter("weight", torch.nn.Parameter(rows.t(), requires_grad=False))
-        layer.register_parameter("weight_scale", torch.nn.Parameter(scales, requires_grad=False))
-        layer.input_scale = None
-        self.kernel.process_weights_after_loading(layer)
 
 
 class Fp8OnlineConfig(OnlineConfig):
@@ -352,7 +331,25 @@ CONFIGS: tuple[type[OnlineConfig], ...] = (Int8OnlineConfig, Fp8OnlineConfig)
 """What vLLM learns from the plugin: one for every precision with a method of flashrl's."""
 
 
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+def stays_in_bf16() -> bool:
+    """Whether this process's engine keeps its linear layers in bf16; raises RuntimeError where a mixed run's replica has no number."""
+    count = contract.RolloutOptions.here().bf16_replicas
+    if count == 0:
+        return False
+    rank = os.environ.get(RANK)
+    if rank is None:
+        raise RuntimeError(f"{count} replicas are to stay in bf16, and {RANK} does not say which this is")
+    return int(rank) < count
+
+
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def register_float32_head() -> None:
+    """Have every model that is built from now on compute its logits in float32 (idempotent)."""
+    contract.require_vllm(vllm.__version__)
+    if LogitsProcessor.__name__ not in op_registry_oot:
+        LogitsProcessor.register_oot(Float32LogitsProcessor)
 
 
 class Float32LogitsProcessor(LogitsProcessor):
@@ -386,21 +383,14 @@ def float32_logits(
     return torch.nn.functional.linear(hidden.float(), head.weight.float(), None if bias is None else bias.float())
 
 
-def register() -> None:
-    """Have every model that is built from now on compute its logits in float32 (idempotent)."""
-    contract.require_vllm(vllm.__version__)
-    if LogitsProcessor.__name__ not in op_registry_oot:
-        LogitsProcessor.register_oot(Float32LogitsProcessor)
-
-
 def head_dtype(model: torch.nn.Module) -> str:
     """The dtype in which a model computes logits, `fp32` for one whose every logits processor does."""
     processors = [layer for layer in model.modules() if isinstance(layer, LogitsProcessor)]
     embeddings = (layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding))
     weights = next((layer.weight.dtype for layer in embeddings), torch.get_default_dtype())
     if processors and all(_is_float32(processor) for processor in processors):
-        return NAMES[torch.float32]
-    return NAMES.get(weights, str(weights))
+        return DTYPE_NAMES[torch.float32]
+    return DTYPE_NAMES.get(weights, str(weights))
 
 
 def _is_float32(processor: LogitsProcessor) -> bool:

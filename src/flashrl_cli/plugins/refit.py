@@ -1,20 +1,13 @@
 """New weights for a running vLLM engine, in any precision, and the proof of what the engine then holds.
 
-On CUDA they are written straight into the engine's own where the model allows it (`in_place`). Else vLLM's layerwise reload restores each
-layer to its unloaded form, loads it, quantizes it and copies the result into the storage that was there before
-(vllm/model_executor/model_loader/reload/layerwise.py). Either way buckets may split a layer, and CUDA graphs stay valid.
+Each tensor of an update passes through a smoothing profile (if the run has one) and what watches it for the KV cache's scales and for
+completeness, and is then loaded in one of two ways. Either way buckets may split a layer, and CUDA graphs stay valid.
 
-New weights written straight into a running engine's own: no second copy of a layer, and nothing to finish.
-
-vLLM's layerwise reload gathers a layer's floating shards, joins them in new memory, quantizes the whole and copies the result to where the
-old weights lie: five times the bytes that must move. On CUDA most dense models need none of it: floating weights are used as they are
-loaded, and 8-bit ones have a scale per row, so each shard can be quantized into its rows as it arrives. Models with anything else
-(experts, latent attention, vision towers, padded kernels) are left to the layerwise reload.
-
-A smoothing profile applied to every weight update, before anything is quantized.
-
-Tensors come in memory that verl uses again or that other processes share: what is smoothed is new, one tensor at a time, and the rest
-passes as it is. The scales are moved to the device once and stay there.
+- In place: straight into the weights that the engine computes with. On CUDA most dense models need no more: floating weights are used as
+  they are loaded, and 8-bit ones have a scale per row, so each shard can be quantized into its rows as it arrives.
+- By vLLM's layerwise reload (vllm/model_executor/model_loader/reload/layerwise.py), which restores each layer to its unloaded form, joins
+  its shards in new memory, quantizes the whole and copies the result into the storage that was there before: five times the bytes that
+  must move. For models with anything else (experts, latent attention, vision towers, padded kernels), and on a CPU.
 """
 
 from __future__ import annotations
@@ -22,7 +15,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -35,7 +28,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from flashrl_cli import contract
 from flashrl_cli.plugins import kv_scales
-from flashrl_cli.plugins.coverage import Coverage, ties_head
+from flashrl_cli.plugins.coverage import Bucket, Coverage, ties_head
 from flashrl_cli.plugins.linear import OnlineLinearMethod, head_dtype, original_loader
 from flashrl_cli.weights import Unreadable
 from flashrl_cli.weights.profile import Profile
@@ -43,12 +36,105 @@ from flashrl_cli.weights.profile import Profile
 if TYPE_CHECKING:
     from flashrl_cli.plugins.linear import Loader, Rows
 
+Load = Callable[[Bucket], None]
+Stream = Callable[[Load], None]
+SMOOTHED = "flashrl_smoothed"
+"""Attribute of a model: how many tensors the profile changed at its last refit."""
 AS_LOADED = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
 """Methods that use a weight as it is loaded, on CUDA (their `process_weights_after_loading` acts on the CPU only)."""
 
 
-def possible(model: torch.nn.Module) -> bool:
-    """Whether every weight of a model on CUDA can be written where it lies."""
+def refit(
+    model: torch.nn.Module,
+    model_config: Any,
+    device: torch.device,
+    stream: Stream,
+    *,
+    reused: bool = False,
+    watched: bool | None = None,
+) -> float:
+    """Reload `model` in place; `stream(load)` must call `load(bucket)` for each bucket of (name, tensor). Returns seconds.
+
+    The profile of this process's RolloutOptions is applied to each tensor before it is quantized.
+    `reused` says that a bucket's memory holds other weights after `load` has returned (and its device is synchronized).
+    `watched` is as Coverage takes it. Raises Incomplete if a parameter was not written: the engine holds no policy then.
+    """
+    import vllm
+
+    contract.require_vllm(vllm.__version__)
+    started = time.perf_counter()
+    smoothing, cache = Smoothing(profile_here(), device), kv_scales.of(model, model_config.hf_text_config.model_type)
+    coverage = Coverage(model, ties_head=ties_head(model_config), watched=watched)
+
+    def prepared(load: Load) -> None:
+        def each(bucket: Bucket) -> None:
+            smoothed = smoothing.bucket(coverage.bucket(bucket))
+            with coverage.noting():
+                load(cache.bucket(smoothed) if cache else smoothed)
+
+        stream(each)
+
+    straight = device.type == "cuda" and writes_in_place(model)
+    contract.logger().debug("refit %s begins", "in place" if straight else "layer by layer")
+    if straight:
+        with in_place(model, coverage.landed) as coverage.rows:
+            prepared(model.load_weights)
+    else:
+        layerwise(model, model_config, device, prepared, reused=reused)
+    coverage.check()
+    if cache:  # after the layerwise reload, which sets them to 1
+        cache.set()
+    setattr(model, SMOOTHED, smoothing.finish())
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+class Smoothing:
+    """One weight update under a smoothing profile, or under none.
+
+    Tensors come in memory that verl uses again or that other processes share: what is smoothed is new, one tensor at a time, and the
+    rest passes as it is. The scales are moved to the device once and stay there.
+    """
+
+    def __init__(self, profile: Profile | None, device: torch.device) -> None:
+        self._profile, self._device = profile, device
+        self._changed: set[str] = set()
+
+    def bucket(self, weights: Bucket) -> Bucket:
+        """The bucket, smoothed on the engine's device while it is read."""
+        return weights if self._profile is None else self._smoothed(weights, self._profile)
+
+    def _smoothed(self, weights: Bucket, profile: Profile) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            if name not in profile.lengths:
+                yield name, tensor
+                continue
+            self._changed.add(name)
+            yield name, profile.apply(name, tensor.to(self._device))
+
+    def finish(self) -> int:
+        """How many tensors were smoothed. Raises Unreadable if the profile names more: the engine then holds no policy at all."""
+        lacking = sorted(self._profile.names - self._changed) if self._profile else []
+        if lacking:
+            what = f"the weight update lacked {len(lacking)} tensors that the profile smooths, {lacking[0]} among them"
+            raise Unreadable(what)
+        return len(self._changed)
+
+
+def profile_here() -> Profile | None:
+    """The profile of this process's engine. Raises Unreadable."""
+    path = contract.RolloutOptions.here().profile
+    return None if path is None else _read(Path(path))
+
+
+@cache
+def _read(path: Path) -> Profile:
+    return Profile.read(path)
+
+
+def writes_in_place(model: torch.nn.Module) -> bool:
+    """Whether every weight of a model on CUDA can be written in place."""
     return all(_plain(layer) for layer in model.modules())
 
 
@@ -68,7 +154,7 @@ def _rows(layer: torch.nn.Module) -> Rows | None:
 
 
 @contextmanager
-def writable(model: torch.nn.Module, landed: Callable[[], None]) -> Iterator[dict[str, Rows]]:
+def in_place(model: torch.nn.Module, landed: Callable[[], None]) -> Iterator[dict[str, Rows]]:
     """Within, `model.load_weights` writes into the weights that the engine computes with.
 
     Yields the 8-bit ones by the name of their layer; `landed` is called whenever rows of one were written.
@@ -119,98 +205,6 @@ def _listed(
     named: Callable[..., Iterator[tuple[str, torch.nn.Parameter]]], *args: Any, **options: Any
 ) -> tuple[tuple[str, torch.nn.Parameter], ...]:
     return tuple(named(*args, **options))
-
-
-class Smoothing:
-    """One weight update under a profile, or under none."""
-
-    def __init__(self, profile: Profile | None, device: torch.device) -> None:
-        self._profile, self._device = profile, device
-        self._changed: set[str] = set()
-
-    def bucket(self, weights: Bucket) -> Bucket:
-        """The bucket, smoothed on the engine's device while it is read."""
-        return weights if self._profile is None else self._smoothed(weights, self._profile)
-
-    def _smoothed(self, weights: Bucket, profile: Profile) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in weights:
-            if name not in profile.lengths:
-                yield name, tensor
-                continue
-            self._changed.add(name)
-            yield name, profile.apply(name, tensor.to(self._device))
-
-    def finish(self) -> int:
-        """How many tensors were smoothed. Raises Unreadable if the profile names more: the engine then holds no policy at all."""
-        lacking = sorted(self._profile.names - self._changed) if self._profile else []
-        if lacking:
-            what = f"the weight update lacked {len(lacking)} tensors that the profile smooths, {lacking[0]} among them"
-            raise Unreadable(what)
-        return len(self._changed)
-
-
-def profile_here() -> Profile | None:
-    """The profile of this process's engine. Raises Unreadable."""
-    path = contract.RolloutOptions.here().profile
-    return None if path is None else _read(Path(path))
-
-
-@cache
-def _read(path: Path) -> Profile:
-    return Profile.read(path)
-
-
-Bucket = Iterable[tuple[str, torch.Tensor]]
-Load = Callable[[Bucket], None]
-Stream = Callable[[Load], None]
-SMOOTHED = "flashrl_smoothed"
-"""Attribute of a model: how many tensors the profile changed at its last refit."""
-
-
-def refit(
-    model: torch.nn.Module,
-    model_config: Any,
-    device: torch.device,
-    stream: Stream,
-    *,
-    reused: bool = False,
-    watched: bool | None = None,
-) -> float:
-    """Reload `model` in place; `stream(load)` must call `load(bucket)` for each bucket of (name, tensor). Returns seconds.
-
-    The profile of this process's RolloutOptions is applied to each tensor before it is quantized.
-    `reused` says that a bucket's memory holds other weights after `load` has returned (and its device is synchronized).
-    `watched` is as Coverage takes it. Raises Incomplete if a parameter was not written: the engine holds no policy then.
-    """
-    import vllm
-
-    contract.require_vllm(vllm.__version__)
-    started = time.perf_counter()
-    smoothing, cache = Smoothing(profile_here(), device), kv_scales.of(model, model_config.hf_text_config.model_type)
-    coverage = Coverage(model, ties_head=ties_head(model_config), watched=watched)
-
-    def prepared(load: Load) -> None:
-        def each(bucket: Bucket) -> None:
-            smoothed = smoothing.bucket(coverage.bucket(bucket))
-            with coverage.noting():
-                load(cache.bucket(smoothed) if cache else smoothed)
-
-        stream(each)
-
-    within = device.type == "cuda" and possible(model)
-    contract.logger().debug("refit %s begins", "in place" if within else "layer by layer")
-    if within:
-        with writable(model, coverage.landed) as coverage.rows:
-            prepared(model.load_weights)
-    else:
-        layerwise(model, model_config, device, prepared, reused=reused)
-    coverage.check()
-    if cache:  # after the layerwise reload, which sets them to 1
-        cache.set()
-    setattr(model, SMOOTHED, smoothing.finish())
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
 
 
 def layerwise(
@@ -273,17 +267,17 @@ def describe(model: torch.nn.Module, *, device: torch.device, refits: int, refit
     )
 
 
-def log(shake: contract.Handshake) -> None:
-    """Tell of a refit in the log, at level INFO."""
+def log(handshake: contract.Handshake) -> None:
+    """Write a line about a refit to the log, at level INFO."""
     contract.logger().info(
         "refit %d took %.3f s: %s, %d of %d linear layers quantized (%d bytes), %s, logits in %s, KV cache %s",
-        shake.refits,
-        shake.refit_s,
-        shake.precision,
-        shake.quantized_layers,
-        shake.linear_layers,
-        shake.quantized_bytes,
-        shake.kernel,
-        shake.lm_head,
-        shake.kv_cache,
+        handshake.refits,
+        handshake.refit_s,
+        handshake.precision,
+        handshake.quantized_layers,
+        handshake.linear_layers,
+        handshake.quantized_bytes,
+        handshake.kernel,
+        handshake.lm_head,
+        handshake.kv_cache,
     )

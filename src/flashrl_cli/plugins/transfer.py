@@ -40,7 +40,7 @@ def send_bf16() -> None:
 
     verl gathers and sends the trainer's float32 as it is, because some weights of mixtures of experts must keep it
     (verl/workers/rollout/vllm_rollout/bucketed_weight_transfer.py:127); a dense model's engine casts every weight to bf16, and so does
-    flashrl before it quantizes (plugins/online_linear.py). The state dict passes through `convert_weight_keys` just before it is
+    flashrl before it quantizes (plugins/linear.py). The state dict passes through `convert_weight_keys` just before it is
     gathered (verl/workers/engine/fsdp/transformer_impl.py:1018).
     """
     if importlib.metadata.version("verl") != VERL_VERSION:

@@ -23,7 +23,8 @@ from flashrl_cli.plugins.disk_refit import BenchExtension
 from flashrl_cli.precision import FP8_BLOCK
 
 if TYPE_CHECKING:
-    from flashrl_cli.plugins.refit import Bucket, Stream
+    from flashrl_cli.plugins.coverage import Bucket
+    from flashrl_cli.plugins.refit import Stream
 
 
 class BlocksExtension(BenchExtension, vLLMColocateWorkerExtension):
@@ -52,12 +53,12 @@ class BlocksExtension(BenchExtension, vLLMColocateWorkerExtension):
 
     def _describe(self, *, refits: int, seconds: float) -> contract.Handshake:
         """Counted from the layers whose weight and method are FP8 in blocks; without one what the engine holds instead."""
-        shake = super()._describe(refits=refits, seconds=seconds)
+        handshake = super()._describe(refits=refits, seconds=seconds)
         blocks = [layer for layer in self.model_runner.model.modules() if _in_blocks(layer)]
         if not blocks:
-            return shake
+            return handshake
         return replace(
-            shake,
+            handshake,
             precision=FP8_BLOCK.name,
             quantized_layers=len(blocks),
             quantized_bytes=sum(layer.weight.nbytes for layer in blocks),

@@ -73,10 +73,10 @@ class RefitWorkerExtension(CheckedWorkerExtension):
         self.refits += 1
         folder = contract.plugin_dir()
         if folder is not None:
-            shake = describe(runner.model, device=device, refits=self.refits, refit_s=seconds)
+            handshake = describe(runner.model, device=device, refits=self.refits, refit_s=seconds)
             received = "+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-            contract.write_handshake(folder, replace(shake, received=received))
-            log(shake)
+            contract.write_handshake(folder, replace(handshake, received=received))
+            log(handshake)
 
     def _receive(self, load: Load, device: torch.device, use_shm: bool) -> set[torch.dtype]:
         """Load every bucket of an update; the dtypes that came."""

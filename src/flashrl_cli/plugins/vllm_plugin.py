@@ -21,5 +21,5 @@ def register() -> None:
         register_quantization_config(config.get_name())(config)
     coverage.check_first_load()
     if contract.RolloutOptions.here().lm_head_fp32:
-        linear.register()
+        linear.register_float32_head()
     contract.logger().info("registered with vLLM for %s", contract.RolloutOptions.here())

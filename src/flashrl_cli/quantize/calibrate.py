@@ -25,6 +25,7 @@ from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
 from flashrl_cli.evals.questions import read as read_questions
 from flashrl_cli.quantize.inputs import ELSEWHERE, there
 from flashrl_cli.quantize.layers import Junction, junctions
+from flashrl_cli.text import GIB
 from flashrl_cli.weights import Unreadable, Weights, read_json
 from flashrl_cli.weights.contents import shapes
 from flashrl_cli.weights.profile import SHAPE, About, Profile
@@ -49,7 +50,6 @@ _MOST = 12
 """Largest exponent: beyond 2^12 a channel is not evened out but lost."""
 SCHEMA_VERSION = 1
 _MADE_BY = ("torch", "transformers")
-_GIB = 2**30
 _LINES = 10
 """Lines of progress of each part of the work."""
 
@@ -353,7 +353,7 @@ def _room(parameters: int) -> None:
 
     needed, free = 4 * parameters, psutil.virtual_memory().available
     if not torch.cuda.is_available() and needed > free:
-        what = f"on the CPU the model takes {needed / _GIB:.1f} GiB in float32, and {free / _GIB:.1f} GiB are free"
+        what = f"on the CPU the model takes {needed / GIB:.1f} GiB in float32, and {free / GIB:.1f} GiB are free"
         raise EnvironmentNotReady(what, hint="calibrate it on a machine with a GPU")
 
 

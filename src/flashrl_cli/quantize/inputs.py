@@ -15,7 +15,7 @@ from flashrl_cli.quantize import arithmetic, layers
 from flashrl_cli.quantize.tensors import Tensor, described
 from flashrl_cli.runs import merge
 from flashrl_cli.runs.checkpoints import Checkpoint, hf_folder
-from flashrl_cli.text import counted
+from flashrl_cli.text import GIB, counted
 from flashrl_cli.verl import checkpoints as layout
 from flashrl_cli.weights import Unreadable, companions, read_json
 from flashrl_cli.weights.profile import Profile
@@ -32,7 +32,6 @@ _IN_8_BITS = ("F8", "I8", "U8")
 _STATE = ".A_log"
 """A tensor that every Mamba layer has, some of whose linear modules vLLM makes without quantization."""
 ELSEWHERE = "--profile FILE elsewhere, or remove it"
-_GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +56,7 @@ class Request:
         if self.choice.experts:
             size = sum(self.tensors[name].bytes for name in self.tensors if layers.is_expert(name))
             whole = sum(tensor.bytes for tensor in self.tensors.values())
-            yield f"experts stay in 16 bits: {size / _GIB:.2f} GiB, {size / whole:.0%} of the weights"
+            yield f"experts stay in 16 bits: {size / GIB:.2f} GiB, {size / whole:.0%} of the weights"
         if odd := self.choice.odd:
             shape = " × ".join(map(str, self.tensors[f"{odd[0]}.weight"].shape))
             yield (
@@ -136,7 +135,7 @@ def check_room(target: Path, size: int) -> None:
     """Raise EnvironmentNotReady where `size` bytes do not fit."""
     free = shutil.disk_usage(existing(target)).free
     if size > free:
-        what = f"{size / _GIB:.2f} GiB of quantized weights, and {free / _GIB:.2f} GiB are free"
+        what = f"{size / GIB:.2f} GiB of quantized weights, and {free / GIB:.2f} GiB are free"
         raise EnvironmentNotReady(f"{target} has no room for {what}", hint="-o FOLDER on another disk")
 
 

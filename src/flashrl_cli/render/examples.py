@@ -10,7 +10,7 @@ from typing import Any
 from flashrl_cli.text import counted
 
 _KEPT = 400
-"""Characters at each end of a text that is shortened: answers stand at the end."""
+"""Characters at each end of a text that is shortened: answers are at the end."""
 _INDENT = "    "
 _TAB = 4
 _BRIEF = 200
@@ -31,7 +31,7 @@ def question_lines(question: Mapping[str, Any], *, width: int, full: bool) -> It
 
 
 def safe(text: str) -> str:
-    """`text` with line ends and printable characters alone; what else there is stands as its escape sequence."""
+    """`text` with line ends and printable characters alone; anything else becomes its escape sequence."""
     plain = text.replace("\r\n", "\n").expandtabs(_TAB)
     return "".join(map(_printable, plain))
 

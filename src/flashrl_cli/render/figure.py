@@ -1,10 +1,7 @@
-"""Panels of curves as pictures: a PNG of all of them, or an SVG of each to stand in an HTML page. Needs matplotlib.
+"""Panels of curves over training steps, and their drawing: a PNG of all of them, or an SVG of each for an HTML page.
 
-Curves over training steps: what is drawn, and the drawing of an evaluation as text and as PNG.
-
-Panels of curves as text, for a terminal or a log. Needs plotext.
-
-Groups of bars as a PNG: the speeds of a benchmark, a group for each batch. Needs matplotlib.
+Also groups of bars as a PNG: the speeds of a benchmark, a group for each batch. Drawing needs matplotlib; `text_plot`
+draws panels as text.
 """
 
 from __future__ import annotations
@@ -27,33 +24,140 @@ from flashrl_cli.machine import software
 from flashrl_cli.runs import curves
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from matplotlib.axes import Axes
 
 INK, MUTED, RULE = "#1f2329", "#6a7079", "#dfe2e6"
 CURVES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a5195", "#808080")
-"""After Okabe and Ito: told apart by most eyes; yellow is darker than theirs, black is left to text."""
+"""After Okabe and Ito: most eyes can distinguish them; yellow is darker than theirs, black is left to text."""
 VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", **{c: f"--curve-{n}" for n, c in enumerate(CURVES, 1)}}
 """Colour to the CSS variable that stands for it in an SVG, so that the page may be dark."""
 
 STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.unicode_minus": False, "svg.fonttype": "none"}
-"""What matplotlib is told for every figure."""
+"""matplotlib's settings for every figure."""
 _DASHES = ("-", "--", ":")
 _FEW = 40
 """Points up to which each of a curve is marked."""
 _MOST = 600
 """Points of a curve that are drawn; of more, the least and the greatest of each stretch."""
 _METADATA = ("Creator", "Date", "Format", "Type")
+_TICKS = 12
+_MARGIN = 0.06
+"""Free space above and below curves, as a share of their height."""
+_GROUP = 0.8
+"""Width of a group of bars, of 1 between two groups."""
 
 Style = tuple[str, str]
 """A curve's colour, and its dashes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """One curve: `ys` at steps `xs`, None where its line breaks.
+
+    With `los` and `his` each point has an interval; with `raw` the curve is that of smoothed values. `starts` are the
+    steps after which later attempts went on.
+    """
+
+    label: str
+    xs: Sequence[int]
+    ys: Sequence[float | None]
+    los: Sequence[float] = ()
+    his: Sequence[float] = ()
+    raw: Sequence[float | None] = ()
+    starts: Sequence[int] = ()
+
+    def segments(self) -> Iterator[tuple[list[int], list[float]]]:
+        """Unbroken pieces of the curve."""
+        points = zip(self.xs, self.ys, strict=True)
+        for broken, piece in itertools.groupby(points, key=lambda point: point[1] is None):
+            if not broken:
+                xs, ys = zip(*piece, strict=True)
+                yield list(xs), list(ys)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """Curves on one pair of axes: `limits` are the vertical one's, `ticks` the horizontal one's (None: any)."""
+
+    title: str
+    series: Sequence[Series]
+    limits: tuple[float, float]
+    ticks: Sequence[int] | None = None
+
+
+def panels(found: Mapping[str, Sequence[curves.Curve]], weight: float) -> list[Panel]:
+    """A panel for each metric, with its curves smoothed by `weight` over their own values."""
+    drawn = {metric: [_series(one, weight) for one in listed] for metric, listed in found.items()}
+    return [Panel(title=heading(metric), series=series, limits=_around(series)) for metric, series in drawn.items()]
+
+
+def _series(one: curves.Curve, weight: float) -> Series:
+    smoothed = one.smoothed(weight)
+    raw = () if smoothed == list(one.values) else one.values
+    return Series(label=one.run, xs=one.steps, ys=smoothed, raw=raw, starts=one.starts)
+
+
+def heading(metric: str) -> str:
+    """A metric's title with its unit."""
+    name, unit = curves.title(metric)
+    return f"{name} ({unit})" if unit else name
+
+
+def panel(series: Sequence[Series], title: str) -> Panel:
+    """One panel of curves. Those with intervals are of few steps, all of them marked, and of shares."""
+    if all(one.los for one in series):
+        return Panel(title=title, series=series, limits=_tenths(series), ticks=_ticks(series))
+    return Panel(title=title, series=series, limits=_around(series))
+
+
+def _tenths(series: Sequence[Series]) -> tuple[float, float]:
+    """Limits of the vertical axis: the tenths that hold every interval."""
+    lower = math.floor(min(min(one.los) for one in series) * 10) / 10
+    upper = math.ceil(max(max(one.his) for one in series) * 10) / 10
+    return lower, max(upper, lower + 0.1)
+
+
+def _around(series: Sequence[Series]) -> tuple[float, float]:
+    """Limits of the vertical axis: a little more than all values, raw ones too; a flat curve is in the middle."""
+    values = [y for one in series for y in (*one.ys, *one.raw) if y is not None]
+    lower, upper = min(values), max(values)
+    margin = _MARGIN * (upper - lower) or abs(upper) / 10 or 1.0
+    return lower - margin, upper + margin
+
+
+def _ticks(series: Sequence[Series]) -> list[int]:
+    """Steps to mark on the horizontal axis: all of them, or evenly every few if there are many."""
+    steps = sorted({x for one in series for x in one.xs})
+    return steps[:: math.ceil(len(steps) / _TICKS)]
 
 
 def styles(panels: Sequence[Panel]) -> dict[str, Style]:
     """Colour and dashes of each curve's label, the same in all panels."""
     looks = ((colour, dashes) for dashes in itertools.cycle(_DASHES) for colour in CURVES)
     return dict(zip(labels(panels), looks, strict=False))
+
+
+def labels(panels: Sequence[Panel]) -> list[str]:
+    """Labels of all curves, each once; a label looks the same in all panels."""
+    return list(dict.fromkeys(one.label for panel in panels for one in panel.series))
+
+
+def span(panels: Sequence[Panel]) -> tuple[int, int]:
+    """First and last step of all curves; a lone step has room on both sides."""
+    steps = [x for panel in panels for one in panel.series for x in one.xs]
+    first, last = min(steps), max(steps)
+    return (first, last) if first < last else (first - 1, last + 1)
+
+
+def installed(package: str) -> bool:
+    """Whether the plotting `package` can be imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+def require(package: str) -> None:
+    """Raise EnvironmentNotReady if the plotting `package` is not installed."""
+    if not installed(package):
+        raise EnvironmentNotReady(f"{package} is not installed", hint=software.install_extra("plot"))
 
 
 def write_png(panels: Sequence[Panel], path: Path) -> None:
@@ -90,31 +194,12 @@ def inline_svgs(panels: Sequence[Panel], prefix: str) -> Iterator[str]:
     looks = styles(panels)
     for number, panel in enumerate(panels):
         stream = io.StringIO()
-        with mpl.rc_context(
-            {**STYLE, "svg.hashsalt": prefix}
-        ):  # with a salt of ours the same curves give the same file
+        # with a salt of ours the same curves give the same file
+        with mpl.rc_context({**STYLE, "svg.hashsalt": prefix}):
             figure = Figure(figsize=(5, 2.4), layout="constrained")
             _draw(figure.add_subplot(), panel, looks, span(panels))
             figure.savefig(stream, format="svg", transparent=True, metadata=dict.fromkeys(_METADATA))
         yield _for_page(stream.getvalue(), f"{prefix}{number}-", panel.title)
-
-
-def thinned(xs: Sequence[int], ys: Sequence[float | None]) -> tuple[list[int], list[float]]:
-    """At most about `_MOST` points that look like all of them; None becomes NaN, which breaks a line."""
-    points = [(x, math.nan if y is None else y) for x, y in zip(xs, ys, strict=True)]
-    if len(points) > _MOST:
-        length = math.ceil(2 * len(points) / _MOST)
-        stretches = [points[start : start + length] for start in range(0, len(points), length)]
-        points = [point for stretch in stretches for point in _extremes(stretch)]
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def _extremes(stretch: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The least and the greatest point of a stretch in their order, and one where the line breaks."""
-    drawn = [point for point in stretch if not math.isnan(point[1])]
-    broken = [point for point in stretch if math.isnan(point[1])][:1]
-    ends = [pick(drawn, key=lambda point: point[1]) for pick in (min, max)] if drawn else []
-    return sorted({*ends, *broken})
 
 
 def _draw(axes: Axes, panel: Panel, looks: Mapping[str, Style], steps: tuple[int, int]) -> None:
@@ -152,6 +237,24 @@ def _draw_series(axes: Axes, one: Series, look: Style) -> None:
     axes.plot(xs, ys, color=colour, linewidth=1.8, linestyle=dashes, **_marks(marked))
 
 
+def thinned(xs: Sequence[int], ys: Sequence[float | None]) -> tuple[list[int], list[float]]:
+    """At most about `_MOST` points that look like all of them; None becomes NaN, which breaks a line."""
+    points = [(x, math.nan if y is None else y) for x, y in zip(xs, ys, strict=True)]
+    if len(points) > _MOST:
+        length = math.ceil(2 * len(points) / _MOST)
+        stretches = [points[start : start + length] for start in range(0, len(points), length)]
+        points = [point for stretch in stretches for point in _extremes(stretch)]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _extremes(stretch: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The least and the greatest point of a stretch in their order, and one where the line breaks."""
+    drawn = [point for point in stretch if not math.isnan(point[1])]
+    broken = [point for point in stretch if math.isnan(point[1])][:1]
+    ends = [pick(drawn, key=lambda point: point[1]) for pick in (min, max)] if drawn else []
+    return sorted({*ends, *broken})
+
+
 def _isolated(ys: Sequence[float]) -> list[int]:
     """Indices of values between two breaks, which no line shows."""
     padded = [math.nan, *ys, math.nan]
@@ -187,261 +290,11 @@ def _for_page(svg: str, prefix: str, label: str) -> str:
     return re.sub("|".join(VARIABLES), lambda colour: f"var({VARIABLES[colour[0]]})", svg)
 
 
-_TICKS = 12
-_MARGIN = 0.06
-"""Free space above and below curves, as a share of their height."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Series:
-    """One curve: `ys` at steps `xs`, None where its line breaks.
-
-    With `los` and `his` each point has an interval; with `raw` the curve is that of smoothed values. `starts` are the steps
-    after which later attempts went on.
-    """
-
-    label: str
-    xs: Sequence[int]
-    ys: Sequence[float | None]
-    los: Sequence[float] = ()
-    his: Sequence[float] = ()
-    raw: Sequence[float | None] = ()
-    starts: Sequence[int] = ()
-
-    def segments(self) -> Iterator[tuple[list[int], list[float]]]:
-        """Unbroken pieces of the curve."""
-        points = zip(self.xs, self.ys, strict=True)
-        for broken, piece in itertools.groupby(points, key=lambda point: point[1] is None):
-            if not broken:
-                xs, ys = zip(*piece, strict=True)
-                yield list(xs), list(ys)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Panel:
-    """Curves on one pair of axes: `limits` of the vertical one, `ticks` on the horizontal one (None: any whole numbers)."""
-
-    title: str
-    series: Sequence[Series]
-    limits: tuple[float, float]
-    ticks: Sequence[int] | None = None
-
-
-def installed(package: str) -> bool:
-    """Whether the plotting `package` can be imported."""
-    return importlib.util.find_spec(package) is not None
-
-
-def require(package: str) -> None:
-    """Raise EnvironmentNotReady if the plotting `package` is not installed."""
-    if not installed(package):
-        raise EnvironmentNotReady(f"{package} is not installed", hint=software.install_extra("plot"))
-
-
-def panels(found: Mapping[str, Sequence[curves.Curve]], weight: float) -> list[Panel]:
-    """A panel for each metric, with its curves smoothed by `weight` over their own values."""
-    drawn = {metric: [_series(one, weight) for one in listed] for metric, listed in found.items()}
-    return [Panel(title=heading(metric), series=series, limits=around(series)) for metric, series in drawn.items()]
-
-
-def heading(metric: str) -> str:
-    """A metric's title with its unit."""
-    name, unit = curves.title(metric)
-    return f"{name} ({unit})" if unit else name
-
-
-def text_curve(series: Sequence[Series], *, ylabel: str) -> str:
-    """The curves in one panel as lines of plain text, with interval bars if there are intervals; needs plotext."""
-    return text_panel(_panel(series, ylabel))
-
-
-def write_evaluation_png(series: Sequence[Series], path: Path, *, ylabel: str) -> None:
-    """Draw the curves in one panel to `path`, with their intervals; needs matplotlib, and no display."""
-    write_png([_panel(series, ylabel)], path)
-
-
-def limits(series: Sequence[Series]) -> tuple[float, float]:
-    """Limits of the vertical axis: the tenths that hold every interval."""
-    lower = math.floor(min(min(one.los) for one in series) * 10) / 10
-    upper = math.ceil(max(max(one.his) for one in series) * 10) / 10
-    return lower, max(upper, lower + 0.1)
-
-
-def span(panels: Sequence[Panel]) -> tuple[int, int]:
-    """First and last step of all curves; a lone step has room on both sides."""
-    steps = [x for panel in panels for one in panel.series for x in one.xs]
-    first, last = min(steps), max(steps)
-    return (first, last) if first < last else (first - 1, last + 1)
-
-
-def labels(panels: Sequence[Panel]) -> list[str]:
-    """Labels of all curves, each once; a label looks the same in all panels."""
-    return list(dict.fromkeys(one.label for panel in panels for one in panel.series))
-
-
-def around(series: Sequence[Series]) -> tuple[float, float]:
-    """Limits of the vertical axis: a little more than all values, raw ones too; a flat curve lies in the middle."""
-    values = [y for one in series for y in (*one.ys, *one.raw) if y is not None]
-    lower, upper = min(values), max(values)
-    margin = _MARGIN * (upper - lower) or abs(upper) / 10 or 1.0
-    return lower - margin, upper + margin
-
-
-def ticks(series: Sequence[Series]) -> list[int]:
-    """Steps to mark on the horizontal axis: all of them, or evenly every few if there are many."""
-    steps = sorted({x for one in series for x in one.xs})
-    return steps[:: math.ceil(len(steps) / _TICKS)]
-
-
-def _series(one: curves.Curve, weight: float) -> Series:
-    smoothed = one.smoothed(weight)
-    raw = () if smoothed == list(one.values) else one.values
-    return Series(label=one.run, xs=one.steps, ys=smoothed, raw=raw, starts=one.starts)
-
-
-def _panel(series: Sequence[Series], title: str) -> Panel:
-    """Curves with intervals are of few steps, all of them marked, and of shares."""
-    if all(one.los for one in series):
-        return Panel(title=title, series=series, limits=limits(series), ticks=ticks(series))
-    return Panel(title=title, series=series, limits=around(series))
-
-
-TextStyle = tuple[str, str | None]
-"""A curve's mark, and its colour."""
-
-_MARKS = "●○■□▲△◆◇"
-_COLOURS = ("blue", "orange", "green", "magenta", "cyan", "red")
-_ALONE = (76, 18)
-_BESIDE = (76, 13)
-_GAP = "   "
-_FEW_IN_TEXT = 24
-"""Points up to which each of a curve is marked; of more every so many is, and the last one."""
-_SOME = 12
-_TICK_WIDTH = 10
-"""Columns for a mark of the horizontal axis with its space."""
-_TICK_HEIGHT = 3
-
-
-def text_panel(panel: Panel) -> str:
-    """One panel as lines of plain text, with its legend in it."""
-    styles = _text_styles([panel], colour=False)
-    return "\n".join(line.rstrip() for line in _lines(panel, _ALONE, span([panel]), styles, legend=len(styles) > 1))
-
-
-def text_panels(panels: Sequence[Panel], *, width: int, colour: bool = False) -> str:
-    """Panels below, and where `width` columns allow, beside each other; above them which mark is whose curve."""
-    columns = max(1, (width + len(_GAP)) // (_BESIDE[0] + len(_GAP)))
-    size = (min(width, _BESIDE[0]), _BESIDE[1])
-    styles = _text_styles(panels, colour=colour)
-    drawn = [_lines(panel, size, span(panels), styles, legend=False) for panel in panels]
-    rows = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
-    beside = ["\n".join(_GAP.join(parts).rstrip() for parts in zip(*row, strict=True)) for row in rows]
-    legend = ["   ".join(f"{_inked(*style)} {name}" for name, style in styles.items())] if len(styles) > 1 else []
-    return "\n\n".join([*legend, *beside])
-
-
-def even_ticks(first: float, last: float, count: int, *, least: float = 0.0) -> list[float]:
-    """About `count` multiples of 1, 2 or 5 times a power of ten from `first` to `last`, `least` apart at the least."""
-    apart = max(least, (last - first) / count)
-    power = 10.0 ** math.floor(math.log10(apart))
-    distance = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= apart * (1 - 1e-9))
-    return [n * distance for n in range(math.ceil(first / distance), math.floor(last / distance) + 1)]
-
-
-def _lines(
-    panel: Panel, size: tuple[int, int], steps: tuple[int, int], styles: Mapping[str, TextStyle], *, legend: bool
-) -> list[str]:
-    """Lines of one panel over `steps` (first, last), all as wide as `size` says: columns and lines."""
-    require("plotext")
-    import plotext
-
-    figure = plotext.figure
-    figure.clear()
-    figure.theme("colorless")
-    figure.plot_size(*size)
-    for start in sorted({start for one in panel.series for start in one.starts}):
-        figure.draw(figure.segment([start + 0.5] * 2, list(panel.limits), marker="┊"))
-    for one in panel.series:
-        _draw_raw(figure, one, plotext.marker("·", styles[one.label][1]))
-    for one in panel.series:
-        mark, ink = styles[one.label]
-        _draw_line(figure, one, plotext.marker("braille", ink))
-        xs, ys = _marked(one)
-        points = figure.signal(xs, ys, marker=plotext.marker(mark, ink))
-        figure.draw(points.label(one.label) if legend else points)
-    _set_axes(figure, panel, size, steps)
-    text = figure.build().string()
-    coloured = any(ink for _, ink in styles.values())
-    return str(text if coloured else plotext.uncolorize(text)).splitlines()
-
-
-def _text_styles(panels: Sequence[Panel], *, colour: bool) -> dict[str, TextStyle]:
-    """Mark and colour of each curve's label, the same in all panels."""
-    inks: Iterable[str | None] = itertools.cycle(_COLOURS) if colour else itertools.repeat(None)
-    return dict(zip(labels(panels), zip(itertools.cycle(_MARKS), inks, strict=False), strict=False))
-
-
-def _inked(mark: str, ink: str | None) -> str:
-    import plotext
-
-    return str(plotext.colorize(mark, ink)) if ink else mark
-
-
-def _draw_raw(figure: Any, one: Series, marker: Any) -> None:
-    points = [(x, y) for x, y in zip(one.xs, one.raw, strict=bool(one.raw)) if y is not None]
-    if points:
-        xs, ys = zip(*points, strict=True)
-        figure.draw(figure.signal(xs, ys, marker=marker))
-
-
-def _draw_line(figure: Any, one: Series, marker: Any) -> None:
-    """The curve, piece by piece (plotext ends the process on NaN), and its intervals.
-
-    plotext's error bars are symmetric, so they stand around the middle of each interval.
-    """
-    for xs, ys in one.segments():
-        figure.draw(figure.signal(xs, ys, marker=marker).lines())
-    if one.los:
-        middles = [(lo + hi) / 2 for lo, hi in zip(one.los, one.his, strict=True)]
-        halves = [(hi - lo) / 2 for lo, hi in zip(one.los, one.his, strict=True)]
-        figure.draw(figure.error(one.xs, middles, halves, [0.0] * len(one.xs)))
-
-
-def _marked(one: Series) -> tuple[list[int], list[float]]:
-    """Points of a curve that get its mark."""
-    points = [(x, y) for x, y in zip(one.xs, one.ys, strict=True) if y is not None]
-    shown = points if len(points) <= _FEW_IN_TEXT else [*points[:: math.ceil(len(points) / _SOME)], points[-1]]
-    return [x for x, _ in shown], [y for _, y in shown]
-
-
-def _set_axes(figure: Any, panel: Panel, size: tuple[int, int], steps: tuple[int, int]) -> None:
-    across, up = figure.ruler("x"), figure.ruler("y")
-    up.lim(*panel.limits)
-    if panel.ticks:
-        across.ticks(panel.ticks)
-    else:
-        across.lim(*steps)
-        marks = [round(tick) for tick in even_ticks(*steps, size[0] // _TICK_WIDTH, least=1)]
-        across.ticks(marks, [str(mark) for mark in marks])
-        heights = even_ticks(*panel.limits, size[1] // _TICK_HEIGHT)
-        up.ticks(heights, _alike(heights))
-    figure.title(panel.title)
-    figure.label("step")
-
-
-def _alike(values: Sequence[float]) -> list[str]:
-    """Values as text with as many decimals as the one that needs most."""
-    decimals = max((len(f"{value:.6g}".partition(".")[2]) for value in values), default=0)
-    exponents = any("e" in f"{value:.6g}" for value in values)
-    return [f"{value:.6g}" if exponents else f"{value:.{decimals}f}" for value in values]
-
-
-_GROUP = 0.8
-"""Width of a group of bars, of 1 between two groups."""
-
-
 def write_bars_png(speeds: Mapping[str, Mapping[int, Sequence[float]]], path: Path, *, about: str) -> None:
-    """Draw medians by label and batch to `path`, the spread of the repeats as thin lines, `about` what below; needs no display."""
+    """Draw medians by label and batch to `path`, the spread of the repeats as thin lines, `about` what below.
+
+    Needs no display.
+    """
     require("matplotlib")
     import matplotlib as mpl
     from matplotlib.figure import Figure

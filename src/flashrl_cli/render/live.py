@@ -28,24 +28,24 @@ _FRAME = 8
 """Lines of the live display beside the rows of its table."""
 
 
-def describe(shakes: Sequence[Handshake]) -> str:
+def describe(handshakes: Sequence[Handshake]) -> str:
     """The proof in one line."""
-    quantized = [shake for shake in shakes if shake.precision != "bf16"] or shakes
-    first, plain = quantized[0], len(shakes) - len(quantized)
+    quantized = [one for one in handshakes if one.precision != "bf16"] or handshakes
+    first, plain = quantized[0], len(handshakes) - len(quantized)
     layers = f"{first.quantized_layers} of {first.linear_layers} linear layers, " if first.precision != "bf16" else ""
     workers = f"{counted(len(quantized), 'rollout worker')}"
     workers += f" and bf16 in {plain}" if plain else ""
-    return f"{first.precision} in {workers}: {layers}{first.kernel}, {beside(first)}refit {first.refit_s:.2f} s"
+    return f"{first.precision} in {workers}: {layers}{first.kernel}, {_extras(first)}refit {first.refit_s:.2f} s"
 
 
-def beside(shake: Handshake) -> str:
-    """What a worker does beside its precision, each part with a comma behind it; empty for none."""
+def _extras(worker: Handshake) -> str:
+    """Options that a worker runs with beside its precision, each with a comma behind it; empty for none."""
     parts = {
-        f"KV cache in {shake.kv_cache}": shake.kv_cache != "auto",
-        "logits in fp32": shake.lm_head == "fp32",
-        f"{counted(shake.smoothed, 'tensor')} smoothed": shake.smoothed > 0,
+        f"KV cache in {worker.kv_cache}": worker.kv_cache != "auto",
+        "logits in fp32": worker.lm_head == "fp32",
+        f"{counted(worker.smoothed, 'tensor')} smoothed": worker.smoothed > 0,
     }
-    return "".join(f"{part}, " for part, told in parts.items() if told)
+    return "".join(f"{part}, " for part, holds in parts.items() if holds)
 
 
 def eta(seconds_a_step: list[float], left: int) -> str:
@@ -64,16 +64,16 @@ class PlainDisplay:
         self.output, self.total = output, total
 
     def expect(self, total: int) -> None:
-        """Know the number of steps."""
+        """Keep the number of steps."""
         self.total = total
 
     def phase(self, text: str) -> None:
-        """Tell on stderr."""
+        """A line on stderr."""
         self.output.say(f"{text} …")
 
-    def proven(self, shakes: list[Handshake]) -> None:
-        """Tell on stderr."""
-        self.output.say(f"proven: {describe(shakes)}")
+    def proven(self, handshakes: list[Handshake], /) -> None:
+        """A line on stderr."""
+        self.output.say(f"proven: {describe(handshakes)}")
 
     def step(self, metrics: StepMetrics) -> None:
         """A line on stdout."""
@@ -83,10 +83,10 @@ class PlainDisplay:
         self.output.text(f"step {metrics.step}/{self.total or '?'}  " + "  ".join(fields))
 
     def tick(self) -> None:
-        """Nothing."""
+        """Nothing: written lines stay as they are."""
 
     def over(self, state: str, *, exit_code: int, error: str | None = None) -> None:
-        """Tell on stderr."""
+        """A line on stderr."""
         self.output.say(_ending(state, exit_code, error))
 
 
@@ -100,16 +100,16 @@ class JsonDisplay:
         self.output.json_line({"schema_version": SCHEMA_VERSION, "event": event, **data})
 
     def expect(self, total: int) -> None:
-        """Know the number of steps."""
+        """Keep the number of steps."""
         self.total = total
 
     def phase(self, text: str) -> None:
         """Event `phase`."""
         self._event("phase", doing=text)
 
-    def proven(self, shakes: list[Handshake]) -> None:
+    def proven(self, handshakes: list[Handshake], /) -> None:
         """Event `proof`, with every worker's handshake."""
-        self._event("proof", workers=[asdict(shake) for shake in shakes])
+        self._event("proof", workers=[asdict(one) for one in handshakes])
 
     def step(self, metrics: StepMetrics) -> None:
         """Event `step`, with every metric that flashrl names and the seconds of each phase."""
@@ -117,7 +117,7 @@ class JsonDisplay:
         self._event("step", step=metrics.step, total=self.total, **values)
 
     def tick(self) -> None:
-        """Nothing."""
+        """Nothing: written lines stay as they are."""
 
     def over(self, state: str, *, exit_code: int, error: str | None = None) -> None:
         """Event `end`."""
@@ -137,24 +137,24 @@ class LiveDisplay:
         self.redraw: Callable[[], None] = lambda: None
 
     def expect(self, total: int) -> None:
-        """Know the number of steps."""
+        """Keep the number of steps."""
         self.total = total
 
     def phase(self, text: str) -> None:
-        """Show what is being done."""
+        """Show the phase under the table, with the time since it began."""
         self.doing, self.since = text, time.monotonic()
 
-    def proven(self, shakes: list[Handshake]) -> None:
+    def proven(self, handshakes: list[Handshake], /) -> None:
         """Show the proof under the table."""
-        self.proof = describe(shakes)
+        self.proof = describe(handshakes)
 
     def step(self, metrics: StepMetrics) -> None:
-        """Add a row."""
+        """Add a row for the step."""
         self.rows.append(metrics)
         self.doing, self.since = f"step {metrics.step + 1}", time.monotonic()
 
     def tick(self) -> None:
-        """Redraw."""
+        """Redraw the table: its times go on."""
         self.redraw()
 
     def over(self, state: str, *, exit_code: int, error: str | None = None) -> None:
@@ -221,7 +221,10 @@ def _fitting(columns: dict[str, list[str]], width: int) -> dict[str, list[str]]:
 def display_for(
     output: Output, *, title: str, total: int | None, elapsed_s: float = 0.0
 ) -> Iterator[PlainDisplay | JsonDisplay | LiveDisplay]:
-    """The display that fits the reader of `output`; `total` is the number of steps, if known, `elapsed_s` what is over already."""
+    """The display that fits the reader of `output`.
+
+    `total` is the number of steps, if known, `elapsed_s` the seconds that the run has taken already.
+    """
     if output.json_mode:
         yield JsonDisplay(output, total)
     elif not output.live:

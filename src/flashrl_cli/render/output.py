@@ -1,8 +1,10 @@
-"""One door to the terminal: data on stdout, talk on stderr, in the form that the reader wants.
+"""One door to the terminal: data on stdout, messages on stderr, in the form that the reader wants.
 
-Three readers: a person at a terminal (colour, live displays), a person reading a log (plain lines), a program (`--json`).
+Three readers: a person at a terminal (colour, live displays), a person reading a log (plain lines), a program
+(`--json`).
 
-A reader that goes away (`| head -1`), an encoding that lacks a character and a disk that is full end no work: see `guard_streams`.
+A reader that goes away (`| head -1`), an encoding that lacks a character and a disk that is full end no work: see
+`guard_streams`.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class Advance(Protocol):
     """What moves a progress bar on."""
 
     def __call__(self, n: int, note: str = "", /) -> None:
-        """`n` more are done; `note` stands at the bar's end."""
+        """`n` more are done; `note` is shown at the bar's end."""
 
 
 def is_live(stream: Any) -> bool:
@@ -51,7 +53,7 @@ def is_live(stream: Any) -> bool:
 
 
 class Descriptor(io.RawIOBase):
-    """A file descriptor to which everything can be written: what cannot be is kept as `lost`, and the rest is dropped."""
+    """A file descriptor that takes everything: what cannot be written is kept as `lost`, and the rest is dropped."""
 
     def __init__(self, number: int) -> None:
         self._number = number
@@ -63,7 +65,7 @@ class Descriptor(io.RawIOBase):
         return self._number
 
     def writable(self) -> bool:
-        """Always."""
+        """Always true: what cannot be written is dropped."""
         return True
 
     def isatty(self) -> bool:
@@ -71,7 +73,10 @@ class Descriptor(io.RawIOBase):
         return os.isatty(self._number)
 
     def write(self, data: Any) -> int:
-        """Write a part of `data`; returns its length. Raises SystemExit where nobody reads a command that only shows."""
+        """Write a part of `data`; returns its length.
+
+        Raises SystemExit where nobody reads a command that only shows.
+        """
         while self.lost is None:
             try:
                 return os.write(self._number, data)
@@ -88,8 +93,9 @@ class Descriptor(io.RawIOBase):
 def guard_streams() -> None:
     """Give the process a stdout and a stderr that end no work.
 
-    Characters that the encoding lacks become plain ones or escapes, bytes of file names that are no text stay what they are, what nobody
-    reads is dropped, and where a stream is closed (`>&-`) it is /dev/null, before a file of ours gets its number.
+    Characters that the encoding lacks become plain ones or escapes, bytes of file names that are no text stay what they
+    are, what nobody reads is dropped, and where a stream is closed (`>&-`) it is /dev/null, before a file of ours gets
+    its number.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
@@ -117,7 +123,10 @@ def end_when_unread() -> None:
 
 
 def lost_result() -> OSError | None:
-    """Why a part of the result did not reach its file, such as a full disk; None if it did, or if nobody wanted to read it."""
+    """Why a part of the result did not reach its file, such as a full disk.
+
+    None if it did, or if nobody wanted to read it.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     lost = next(iter(_descriptors())).lost if _descriptors() else None
@@ -142,13 +151,13 @@ def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _json(data: dict[str, Any], **form: Any) -> str:
-    """JSON that any reader gets whole: escaped where the stream is not UTF-8, or a text is not."""
+    """JSON that any reader can decode: escaped where the stream is not UTF-8, or a text is not."""
     is_utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
     return files.json_text(data, **form) if is_utf8 else json.dumps(data, **form)
 
 
 class Output:
-    """Where a command writes its result (stdout) and its talk (stderr)."""
+    """Where a command writes its result (stdout) and its messages (stderr)."""
 
     def __init__(self, *, json_mode: bool = False) -> None:
         self.json_mode = json_mode
@@ -187,18 +196,18 @@ class Output:
         self.stdout.print(table(columns, rows, title=title))
 
     def wide_table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], *, joined: str = "") -> None:
-        """Print a table of many numbers on stdout: where its columns do not fit side by side, in parts (tables.parts)."""
+        """Print a table of many numbers on stdout, in parts where its columns do not fit (`tables.parts`)."""
         from flashrl_cli.render.tables import parts
 
         for part in parts(columns, rows, self.stdout, joined=joined):
             self.stdout.print(part)
 
     def say(self, text: str) -> None:
-        """Tell the person something on stderr (not part of the result)."""
+        """Print a line for the person on stderr, not part of the result."""
         self.stderr.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """Tell the person on stderr that something deserves attention."""
+        """Print a warning on stderr."""
         self.say(f"warning: {text}")
 
     @contextlib.contextmanager

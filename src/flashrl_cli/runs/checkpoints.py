@@ -1,49 +1,39 @@
-"""Checkpoints on disk: what a person's patterns name, what of it can be evaluated, and why the rest cannot.
+"""What patterns name: checkpoints and models whose weights can be evaluated, and why the rest cannot.
 
-How good a run's saved steps are, by the best evidence that there is: an evaluation, else validation, else reward.
-
-The checkpoints of one run: its steps and how good they are, what was set aside, and whether anything still writes them.
+`find` and `hf_folder` go down from a pattern: `_meant` (paths on disk, else a model on the hub) → `_inside` (the steps,
+models and adapters of a folder) → `_step`, `_model` or `_adapter` (the weights of one of them).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import glob
-import json
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
 
 from flashrl_cli import hub, paths
 from flashrl_cli.errors import InputError, NothingMatched
 from flashrl_cli.runs import store
-from flashrl_cli.runs.metrics import history
-from flashrl_cli.runs.saved import DOOMED, REASON, SET_ASIDE, Saved, measure, saved_steps
 from flashrl_cli.verl import checkpoints as layout
 from flashrl_cli.weights import PEFT_CONFIG, PEFT_WEIGHTS, Unreadable, Weights, holds_adapter_alone, read_json
 
-if TYPE_CHECKING:
-    from flashrl_cli.paths import RunPaths
-    from flashrl_cli.runs.store import RunRecord
-
 EVAL_FOLDER = "eval"
-"""Folder of a run in which its evaluation lies; a glob over the run's steps meets it."""
+"""Folder of a run that holds its evaluation; a glob over the run's steps meets it."""
 _DEPTH = 3  # checkpoints/<project>/<run>/global_step_N
 _LISTED = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """Weights that can be evaluated: an HF folder `hf`, or config and tokenizer in `hf` and the weights elsewhere (see `Weights`).
+    """Weights that can be evaluated.
 
-    `source` is what it belongs to: the run's folder, or the model's own folder when it is no step of a run (`step`
-    None). `run` is the shortest name that tells the sources apart. `quantized` is the method by which the HF folder's
-    weights are quantized.
+    `hf` is an HF folder, or config and tokenizer alone with the weights elsewhere (see `Weights`). `source` is what it
+    belongs to: the run's folder, or the model's own folder when it is no step of a run (`step` None). `run` is the
+    shortest name that distinguishes the sources. `quantized` is the method by which the HF folder's weights are
+    quantized.
     """
 
     source: Path
@@ -57,7 +47,7 @@ class Checkpoint:
 
     @property
     def weights(self) -> Weights:
-        """Where the weights lie."""
+        """Where its weights are on disk."""
         return Weights(hf=self.hf, shards=self.shards, adapter=self.adapter, base=self.base)
 
     @property
@@ -68,7 +58,10 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """What a pattern named and cannot be evaluated, and why; `refused` if it is a checkpoint whose weights are wrong."""
+    """What a pattern named and cannot be evaluated, and why.
+
+    `refused` if it is a checkpoint whose weights are wrong.
+    """
 
     path: Path
     reason: str
@@ -84,10 +77,10 @@ class Found:
 
 
 def find(patterns: Sequence[str]) -> Found:
-    """Look up globs and paths of project folders, runs, steps, `actor`, HF or adapter folders, and ids of models on the hub.
+    """Look up globs and paths, and ids of models on the hub.
 
-    Raises NothingMatched if none of it can be evaluated, saying what lies there instead; InputError for a hub model
-    that is not to be had.
+    A path may be that of a project, a run, a step, `actor`, an HF or an adapter folder. Raises NothingMatched if none
+    of it can be evaluated, naming what is there instead; InputError for a hub model that is not to be had.
     """
     found: dict[str, Checkpoint | Skipped] = {}
     for item in (item for pattern in patterns for item in _meant(pattern)):
@@ -100,17 +93,17 @@ def find(patterns: Sequence[str]) -> Found:
 
 
 def nothing(patterns: Sequence[str], skipped: Iterable[Skipped]) -> NothingMatched:
-    """The error for patterns of which nothing can be evaluated: each thing passed over, or what lies there."""
-    lines = [f"  {s.path}: {s.reason}" for s in skipped] or [f"  {_lies_there(p)}" for p in patterns]
+    """The error for patterns of which nothing can be evaluated: each thing passed over, or what is there."""
+    lines = [f"  {s.path}: {s.reason}" for s in skipped] or [f"  {_there(p)}" for p in patterns]
     what = " ".join(patterns)
     hint = "name a run folder, global_step_N folders, an HF folder with safetensors, or a model on the hub"
     return NothingMatched("\n".join([f"no checkpoint to evaluate in: {what}", *lines]), hint=hint)
 
 
 def model_or_step(path: Path) -> tuple[Path, int | None] | None:
-    """What a path that was passed over would have been: the run's folder and the step, a model's folder and None; None for neither.
+    """What a path that was passed over would have been: the run's folder and the step, a model's folder and None.
 
-    Neither are a step's critic and what else is in its folder beside the policy.
+    None for neither, such as a step's critic and what else is in its folder beside the policy.
     """
     policy = {layout.ACTOR, layout.HUGGINGFACE, layout.STEP_HUGGINGFACE}
     for folder in (path, *path.parents):
@@ -120,7 +113,10 @@ def model_or_step(path: Path) -> tuple[Path, int | None] | None:
 
 
 def hf_folder(path: str) -> Checkpoint:
-    """The one model that `path` names: an HF or adapter folder, a step, or an id on the hub. Raises InputError if it is none."""
+    """The one model that `path` names: an HF or adapter folder, a step, or an id on the hub.
+
+    Raises InputError if it is none.
+    """
     hint = "name a folder with config.json and safetensors, a global_step_N, or a model on the hub"
     items = list(_meant(path))
     for item in items:
@@ -135,7 +131,7 @@ def hf_folder(path: str) -> Checkpoint:
 
 
 def _meant(pattern: str) -> Iterator[Checkpoint | Skipped]:
-    """What a pattern stands for: paths that exist, else a model on the hub."""
+    """What a pattern names: paths that exist, else a model on the hub."""
     found = _expand(pattern)
     if not found and hub.is_hub_id(pattern) and not paths.absolute(pattern).parent.is_dir():
         for item in _inside(hub.from_hub(pattern), 0):
@@ -150,7 +146,7 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def _named(path: Path) -> Iterator[Checkpoint | Skipped]:
-    """What one existing path stands for; a path that a person named is never passed over in silence."""
+    """What one existing path names; a path that a person named is never passed over in silence."""
     if path.name in {layout.TRACKER, EVAL_FOLDER}:
         return
     if path.is_file():
@@ -169,7 +165,7 @@ def _inside(folder: Path, depth: int) -> Iterator[Checkpoint | Skipped]:
     if folder.name in {layout.ACTOR, layout.STEP_HUGGINGFACE}:
         folder = folder.parent
     if layout.step_number(folder.name) is None and layout.step_number(folder.resolve().name) is not None:
-        folder = folder.resolve()  # a link like `latest` stands for its step
+        folder = folder.resolve()  # a link like `latest` means its step
     if layout.step_number(folder.name) is not None or (folder / layout.ACTOR).is_dir():
         yield _step(folder)
     elif (folder / "config.json").is_file():
@@ -222,7 +218,7 @@ def _step(folder: Path) -> Checkpoint | Skipped:
 
 
 def _weights(folder: Path, actor: Path) -> Checkpoint | str:
-    """Where the weights of the step `folder` lie, or why they cannot be read."""
+    """The weights of the step `folder`, or why they cannot be read."""
     own = actor / layout.HUGGINGFACE
     lora = (actor / layout.LORA).is_file()
     shards = layout.shards(actor)
@@ -230,7 +226,7 @@ def _weights(folder: Path, actor: Path) -> Checkpoint | str:
         for hf in (own, folder / layout.STEP_HUGGINGFACE, actor):
             if hub.hf_problem(hf) is None:
                 return Checkpoint(source=folder, step=None, hf=hf, quantized=hub.quantization(hf))
-    # in checkpoints of the original project's fork, config and tokenizer lie beside the shards
+    # in checkpoints of the original project's fork, config and tokenizer are beside the shards
     hf = actor if not (own / "config.json").is_file() and (actor / "config.json").is_file() else own
     if shards is None:
         return f"no weights in {layout.ACTOR}/"
@@ -254,9 +250,12 @@ def _lora(folder: Path, found: Checkpoint, actor: Path) -> Checkpoint | str:
 
 
 def _base_of_run(run_folder: Path) -> Path | None:
-    """The model that a run started from, by the plan of its newest attempt. Raises InputError if it is not to be had."""
-    run = paths.RunPaths(run_folder.name, paths.runs_root() / run_folder.name, run_folder)
-    name = layout.model_path(newest_plan(run).get("overrides", []))
+    """The model that a run started from, by the plan of its newest attempt.
+
+    Raises InputError if it is not to be had.
+    """
+    run = store.read_run(paths.runs_root() / run_folder.name).paths
+    name = layout.model_path(store.newest_plan(run).get("overrides", []))
     return hub.model_folder(name) if name else None
 
 
@@ -267,7 +266,7 @@ def _labelled(found: list[Checkpoint]) -> tuple[Checkpoint, ...]:
     return tuple(sorted(labelled, key=lambda c: (c.run, -1 if c.step is None else c.step)))
 
 
-def _lies_there(pattern: str) -> str:
+def _there(pattern: str) -> str:
     """`FOLDER holds a, b, …` for the nearest folder of a pattern that exists."""
     folder = next(p for p in paths.absolute(pattern).parents if p.is_dir())
     return f"{pattern}: {folder} holds {_names(folder)}"
@@ -276,193 +275,3 @@ def _lies_there(pattern: str) -> str:
 def _names(folder: Path) -> str:
     names = sorted(p.name for p in folder.iterdir())
     return ", ".join([*names[:_LISTED], *(["…"] if len(names) > _LISTED else [])]) or "nothing"
-
-
-Evidence = Literal["evaluation", "validation", "reward"]
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """A value for saved steps, all by the same evidence: accuracy of `evaluation` and `validation`, mean `reward`."""
-
-    by: Evidence
-    values: Mapping[int, float]
-
-    def ranked(self) -> list[int]:
-        """Steps from the best on; of two that are equal the later one first."""
-        return sorted(self.values, key=lambda step: (self.values[step], step), reverse=True)
-
-
-def scores(run: RunPaths, saved: Collection[Saved]) -> Scores | None:
-    """Scores of those of `saved` whose weights are there, by the first evidence that knows one of them; None without any.
-
-    An evaluation that is older than a step's files was one of other weights. Reward is the mean over the step's own batch.
-    """
-    usable = {one.step: one for one in saved if one.has_weights}
-    sources: dict[Evidence, Callable[[], Mapping[int, float]]] = {
-        "evaluation": lambda: evaluated(run.checkpoints, usable),
-        "validation": lambda: {m.step: m.accuracy for m in history(run) if m.accuracy is not None},
-        "reward": lambda: {m.step: value for m in history(run) if (value := m["reward"]) is not None},
-    }
-    for by, read in sources.items():
-        if values := {step: value for step, value in read().items() if step in usable}:
-            return Scores(by, values)
-    return None
-
-
-def evaluated(run_checkpoints: Path, steps: Mapping[int, Saved]) -> dict[int, float]:
-    """Accuracy by step from the newest evaluation, of the run or of its project, that knows one of `steps`.
-
-    Raises InputError for a file that is no evaluation.
-    """
-    places = (run_checkpoints / EVAL_FOLDER, run_checkpoints.parent / EVAL_FOLDER)
-    found = [file for place in places if (file := place / "eval.json").is_file()]
-    for file in sorted(found, key=lambda file: file.stat().st_mtime, reverse=True):
-        rows = dict(_rows(file, run_checkpoints))
-        when = file.stat().st_mtime
-        if known := {step: rows[step] for step in rows if step in steps and steps[step].written <= when}:
-            return known
-    return {}
-
-
-def _rows(file: Path, run_checkpoints: Path) -> Iterator[tuple[int, float]]:
-    """Step and accuracy of an evaluation's rows that belong to the run, on the first of its data sets."""
-    try:
-        document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        first = document["datasets"][0]["name"] if "datasets" in document else None  # there were times of one alone
-        for row in document["results"]:
-            if (
-                row.get("dataset") == first
-                and row["step"] is not None
-                and _is_of(Path(row["path"]), run_checkpoints, row["step"])
-            ):
-                yield int(row["step"]), float(row["accuracy"])
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} is no evaluation: {error}", hint="move it away, or evaluate again") from None
-
-
-def _is_of(evaluated: Path, run_checkpoints: Path, step: int) -> bool:
-    own = Path(os.path.realpath(run_checkpoints / layout.step_name(step)))
-    return own in Path(os.path.realpath(evaluated)).parents
-
-
-_HIDDEN_STEP = re.compile(r"global_step_\d+(-\d+)?")
-
-
-@dataclass(frozen=True, slots=True)
-class Hidden:
-    """A step that was moved out of its run's way, and why."""
-
-    path: Path
-    bytes: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stock:
-    """What a run has on disk, at one moment."""
-
-    run: paths.RunPaths
-    saved: tuple[Saved, ...]
-    set_aside: tuple[Hidden, ...]
-    scores: Scores | None
-    leftovers: tuple[Hidden, ...] = ()
-    """What an interrupted prune did not delete."""
-
-    @property
-    def newest(self) -> int | None:
-        """The last step that a resume can go on from."""
-        return max((one.step for one in self.saved if one.complete), default=None)
-
-    @property
-    def best(self) -> int | None:
-        """The step with the best score."""
-        return self.scores.ranked()[0] if self.scores else None
-
-
-def run_paths(found: RunRecord) -> paths.RunPaths:
-    """Where a recorded run lies. Raises InputError if its checkpoints' folder is none of that run's: nothing is looked for there.
-
-    A run's checkpoints lie in a folder of its own name, so `/` or a home in a damaged record is refused.
-    """
-    folder = Path(found.checkpoints)
-    if not folder.is_absolute() or folder.name != found.name or ".." in folder.parts:
-        raise InputError(
-            f"the record of run {found.name} says that its checkpoints lie in {found.checkpoints or 'no folder'}",
-            hint=f"they lie in a folder {found.name}: correct {paths.runs_root() / found.name / 'run.json'}",
-        )
-    return paths.RunPaths(found.name, paths.runs_root() / found.name, folder)
-
-
-def take_stock(run: paths.RunPaths) -> Stock:
-    """Look at all checkpoints of `run`, judged by what its newest attempt loads when it resumes."""
-    plan = newest_plan(run)
-    critic = plan.get("spec", {}).get("algorithm", {}).get("advantage") == "gae"
-    saved = saved_steps(run.checkpoints, critic=critic, loaded=layout.loaded(plan.get("overrides", [])))
-    return Stock(
-        run=run,
-        saved=tuple(saved),
-        set_aside=tuple(_set_aside(run.checkpoints)),
-        scores=scores(run, saved),
-        leftovers=tuple(Hidden(path, measure(path)[0], "") for path in hidden_steps(run.checkpoints / DOOMED)),
-    )
-
-
-def newest_plan(run: paths.RunPaths) -> dict[str, Any]:
-    """The plan of the newest attempt that has one (`launch.plan.plan_document`); empty without any."""
-    for number in reversed(run.attempts()):
-        file = run.attempt(number).plan
-        if file.is_file():
-            try:
-                plan = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise InputError(f"{file} is not JSON: {error}", hint="move it away") from None
-            return plan if isinstance(plan, dict) else {}
-    return {}
-
-
-def refuse_while_running(run: paths.RunPaths, doing: str) -> None:
-    """Raise InputError while `run`, or another run with the same folder of checkpoints, still writes there."""
-    names = list(writers(run.checkpoints))
-    if not names and _trains(newest_plan(run).get("argv")):
-        names = [f"{run.name} (flashrl is gone, verl is not)"]
-    if names:
-        raise InputError(
-            f"{doing}: {', '.join(names)} is running and may be writing in {run.checkpoints}",
-            hint=f"wait for its end, or `flashrl runs stop {run.name}`",
-        )
-
-
-def writers(run_checkpoints: Path) -> Iterator[str]:
-    """The recorded runs that are running and whose checkpoints are this folder, by whatever path: name and machine."""
-    real = os.path.realpath(run_checkpoints)
-    for file in sorted(paths.runs_root().glob("*/run.json")):
-        with contextlib.suppress(InputError):  # another run's damaged record
-            found = store.load(file)
-            if found and os.path.realpath(found.checkpoints) == real:
-                running = (attempt for attempt in found.attempts if store.state(attempt) == "running")
-                yield from (f"{found.name} (on {attempt.host})" for attempt in running)
-
-
-def hidden_steps(place: Path) -> list[Path]:
-    """Steps that flashrl moved into `place`, a hidden folder of a run's checkpoints; links are not followed."""
-    if not place.is_dir() or place.is_symlink():
-        return []
-    entries = (path for path in place.iterdir() if _HIDDEN_STEP.fullmatch(path.name))
-    return sorted(path for path in entries if path.is_dir() and not path.is_symlink())
-
-
-def _set_aside(run_checkpoints: Path) -> Iterator[Hidden]:
-    for path in hidden_steps(run_checkpoints / SET_ASIDE):
-        try:
-            reason = (path / REASON).read_text(encoding="utf-8").strip()
-        except OSError:
-            reason = "not recorded"
-        yield Hidden(path, measure(path)[0], reason)
-
-
-def _trains(argv: object) -> bool:
-    """Whether a process of this machine was started with exactly this command line."""
-    import psutil
-
-    return bool(argv) and any(process.info["cmdline"] == argv for process in psutil.process_iter(["cmdline"]))

@@ -1,8 +1,7 @@
-"""End a run from another terminal: its supervising process is asked, and it ends what it started.
+"""Follow a run that another process supervises, and end it: its record and metrics are read as they are written.
 
-Who is told what happens in a run: `render.live` shows it, `launch.recording` writes it down.
-
-Follow a run that another process supervises: its record and its metrics, read as they are written.
+`Display` is what a run reports to while it goes on: `train` writes to it, and `Follower` as well; `render.live` draws
+it.
 """
 
 from __future__ import annotations
@@ -22,37 +21,43 @@ from flashrl_cli.errors import EnvironmentNotReady, ExitCode, InputError, RunFai
 from flashrl_cli.paths import runs_root
 from flashrl_cli.runs import store
 from flashrl_cli.runs.metrics import MetricsTail
-from flashrl_cli.runs.store import known
 
 if TYPE_CHECKING:
     import psutil
 
-    from flashrl_cli.runs.store import Attempt, Known, Status
+    from flashrl_cli.runs.store import Attempt, Run, Status
     from flashrl_cli.verl.metrics import StepMetrics
 
 
+FOLLOW_POLL_S = 0.2
+RECORD_S = 1.0
+"""Time between two readings of the record; the metrics are read with every poll."""
+GRACE_S = 60.0
+"""Time that verl gets to end where the plan does not set it: the default of `watch.stop_grace_s`."""
+MORE_S = 30.0
+"""Time beyond it for the processes that verl leaves, and for the record."""
+BETWEEN_S = 0.5
+"""Time between the two signals of an immediate end."""
+POLL_S = 0.2
+
+
 class Display(Protocol):
-    """Who is told what happens."""
+    """What a run reports its phases and steps to."""
 
     def expect(self, total: int) -> None:
         """The run will have `total` steps."""
 
     def phase(self, text: str) -> None:
-        """Something else is being done now."""
+        """The run began another phase."""
 
-    def proven(self, shakes: list[Handshake]) -> None:
+    def proven(self, handshakes: list[Handshake], /) -> None:
         """The rollout workers proved their precision."""
 
     def step(self, metrics: StepMetrics) -> None:
         """A step is done."""
 
     def tick(self) -> None:
-        """Time passes."""
-
-
-FOLLOW_POLL_S = 0.2
-RECORD_S = 1.0
-"""Time between two looks at the record; the metrics are looked at with every poll."""
+        """Nothing happened since the last call, but time has passed."""
 
 
 class Watching(Display, Protocol):
@@ -80,7 +85,7 @@ def age(attempt: Attempt) -> float:
 class Follower:
     """One attempt of a run, shown on a display as far as it got and while it goes on."""
 
-    def __init__(self, run: Known, attempt: Attempt, display: Watching) -> None:
+    def __init__(self, run: Run, attempt: Attempt, display: Watching) -> None:
         self.run, self.attempt, self.display = run, attempt, display
         self._metrics = MetricsTail(run.paths.attempt(attempt.number).metrics)
         self._phases = 0
@@ -107,7 +112,7 @@ class Follower:
         return state
 
     def _look(self) -> None:
-        """Read the record anew; one that is gone or damaged tells nothing."""
+        """Read the record anew; one that is gone or damaged changes nothing."""
         self._looked = time.monotonic()
         with contextlib.suppress(InputError, OSError):
             found = store.load(self.run.paths.record)
@@ -126,7 +131,7 @@ class Follower:
         if self.attempt.proof and not self._proven:
             self._proven = True
             with contextlib.suppress(TypeError):
-                self.display.proven([Handshake(**shake) for shake in self.attempt.proof])
+                self.display.proven([Handshake(**one) for one in self.attempt.proof])
         for step in steps:
             self.display.step(step)
         self.display.tick()
@@ -138,15 +143,6 @@ class Follower:
         error = self.attempt.error or ("the process that supervised it is gone" if state == "lost" else None)
         self.display.over(state, exit_code=code, error=error)
         return Ending(state, code, self.attempt.hint)
-
-
-GRACE_S = 60.0
-"""Time that verl gets to end where the plan does not say: the default of `watch.stop_grace_s`."""
-MORE_S = 30.0
-"""Time beyond it for the processes that verl leaves, and for the record."""
-BETWEEN_S = 0.5
-"""Time between the two signals of an immediate end."""
-POLL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +157,7 @@ class Stopped:
     step: int | None = None
 
 
-def stop(run: Known, *, at_once: bool = False, say: Callable[[str], None] = lambda _: None) -> Stopped:
+def stop(run: Run, *, at_once: bool = False, say: Callable[[str], None] = lambda _: None) -> Stopped:
     """End the newest attempt of `run` and wait until its supervisor is gone; nothing to do if it does not run.
 
     Raises InputError without a record, EnvironmentNotReady where it cannot be ended from here, RunFailed if it goes on.
@@ -196,9 +192,7 @@ def supervisor(attempt: Attempt) -> psutil.Process | None:
         return None
 
 
-def _end(
-    run: Known, attempt: Attempt, process: psutil.Process, *, at_once: bool, say: Callable[[str], None]
-) -> Stopped:
+def _end(run: Run, attempt: Attempt, process: psutil.Process, *, at_once: bool, say: Callable[[str], None]) -> Stopped:
     grace = run.setting(attempt.number, "watch", "stop_grace_s")
     limit = (float(grace) if isinstance(grace, int | float) else GRACE_S) + MORE_S
     how = "at once" if at_once else f"and wait up to {limit:.0f} s (`--now` makes short work of it)"
@@ -218,7 +212,7 @@ def _end(
                 hint=f"flashrl runs stop {shlex.quote(run.name)} --now",
             )
         time.sleep(POLL_S)
-    after = known(run.name).last or attempt
+    after = store.find(run.name).last or attempt
     return Stopped(
         name=run.name,
         attempt=attempt.number,
@@ -229,7 +223,7 @@ def _end(
     )
 
 
-def _signal(process: psutil.Process, number: int, run: Known) -> None:
+def _signal(process: psutil.Process, number: int, run: Run) -> None:
     import psutil
 
     try:
@@ -242,13 +236,13 @@ def _signal(process: psutil.Process, number: int, run: Known) -> None:
         ) from None
 
 
-def _over_there(run: Known, attempt: Attempt, at_once: bool) -> str:
+def _over_there(run: Run, attempt: Attempt, at_once: bool) -> str:
     now = ["--now"] if at_once else []
     command = ["env", f"FLASHRL_RUNS={runs_root()}", "flashrl", "runs", "stop", run.name, *now]
     return shlex.join(["ssh", attempt.host, shlex.join(command)])
 
 
-def _check_job(run: Known, attempt: Attempt) -> None:
+def _check_job(run: Run, attempt: Attempt) -> None:
     """Raise EnvironmentNotReady if a Ray job may go on although its supervisor is gone."""
     if command := orphan(attempt):
         raise EnvironmentNotReady(

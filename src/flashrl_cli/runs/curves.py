@@ -1,7 +1,4 @@
-"""A metric of a run as a curve over its steps: what it is called, where it breaks, how it is smoothed.
-
-Curves of several runs side by side, for the metrics that somebody asks for.
-"""
+"""Metrics as curves over the steps of one or several runs: their titles, where they break, how they are smoothed."""
 
 from __future__ import annotations
 
@@ -11,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.errors import InputError, NothingMatched
-from flashrl_cli.runs.metrics import history, holes, read_metrics
+from flashrl_cli.runs import store
+from flashrl_cli.runs.metrics import holes, read_run_metrics
 from flashrl_cli.verl.metrics import METRICS, NAMES, PLOTTED, SECONDS, TIMINGS, verl_name
 
 if TYPE_CHECKING:
@@ -22,15 +20,19 @@ if TYPE_CHECKING:
 
     Histories = Mapping[str, Sequence[StepMetrics]]
 
+SCHEMA_VERSION = 1
 ACCURACY = "accuracy"
 SMOOTHING = 0.6
+_NEAR = 4
+"""Names that are suggested instead of an unknown one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
     """One metric of one run: its value at each of `steps`, None where a line over them breaks (NaN, or a lost step).
 
-    `starts` are the steps after which later attempts went on, `every_step` whether all training steps logged the metric.
+    `starts` are the steps after which later attempts resumed, `every_step` whether all training steps logged the
+    metric.
     """
 
     run: str
@@ -46,7 +48,7 @@ class Curve:
 
 
 def title(metric: str) -> tuple[str, str]:
-    """What a metric is called, and its unit (empty for none)."""
+    """A metric's title, and its unit (empty for none)."""
     if metric.startswith(SECONDS):
         return metric.removeprefix(SECONDS), "s"
     known = METRICS.get(metric)
@@ -56,8 +58,8 @@ def title(metric: str) -> tuple[str, str]:
 def curve(run: str, history: Sequence[StepMetrics], metric: str, starts: Sequence[int] = ()) -> Curve | None:
     """The curve of `metric`, by flashrl's name or verl's; None if no step has a value of it.
 
-    Steps that did not log it (only some validate) have no point. But a metric that every training step logs breaks where
-    the history has a hole.
+    Steps that did not log it (only some validate) have no point. But a metric that every training step logs breaks
+    where the history has a hole.
     """
     found = points(history, metric)
     if all(value is None for value in found.values()):
@@ -70,21 +72,13 @@ def curve(run: str, history: Sequence[StepMetrics], metric: str, starts: Sequenc
     return Curve(run=run, metric=metric, steps=steps, values=values, starts=tuple(starts), every_step=every_step)
 
 
-def starts(run: RunPaths) -> tuple[int, ...]:
-    """Steps after which later attempts of `run` went on, as far as their metrics still count."""
-    attempts = (
-        [metrics.step for metrics in read_metrics(run.attempt(n).metrics) if metrics.trained] for n in run.attempts()
-    )
-    began = [min(steps) - 1 for steps in attempts if steps]
-    later = {step for index, step in enumerate(began[1:], start=2) if all(step < after for after in began[index:])}
-    return tuple(sorted(step for step in later if step > began[0]))
-
-
 def smoothed(values: Sequence[float | None], weight: float) -> list[float | None]:
-    """Exponential moving average of `values`; `weight` (0 to below 1) is that of the past. None stays None and counts not.
+    """Exponential moving average of `values`; `weight` (0 to below 1) is that of the past.
 
-    m_t = w m_(t-1) + (1 - w) x_t, divided by 1 - w^t so that the start is not drawn to zero: Kingma and Ba, Adam
-    (arXiv 1412.6980, section 3), and the smoothing of TensorBoard's scalars.
+    None stays None and counts not.
+
+    m_t = w m_(t-1) + (1 - w) x_t, divided by 1 - w^t so that the start is not drawn to zero: Kingma and Ba, Adam (arXiv
+    1412.6980, section 3), and the smoothing of TensorBoard's scalars.
     """
     out: list[float | None] = []
     mean, mass = 0.0, 0.0
@@ -111,10 +105,6 @@ def _finite(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-SCHEMA_VERSION = 1
-_NEAR = 4
-
-
 @dataclass(frozen=True, slots=True)
 class Gathered:
     """Curves of several runs by metric, and what was asked for and is not among them, a sentence each."""
@@ -134,17 +124,19 @@ def gather(runs: Sequence[RunPaths], asked: str | None) -> Gathered:
 
     Raises InputError for an unknown metric, NothingMatched if there is nothing to draw.
     """
-    histories = {run.name: history(run) for run in runs}
+    read = {run.name: read_run_metrics(run, store.load(run.record)) for run in runs}
+    histories = {name: metrics.history for name, metrics in read.items()}
     silent = [name for name, steps in histories.items() if not steps]
     if len(silent) == len(histories):
         hint = "`flashrl runs watch NAME` shows when there is one"
         raise NothingMatched(f"no step yet in {', '.join(silent)}", hint=hint)
     metrics = PLOTTED if asked is None else _chosen(asked, histories)
-    resumed = {run.name: starts(run) for run in runs}
     panels: dict[str, list[Curve]] = {}
     missing = [f"no step yet in {name}" for name in silent]
     for metric in metrics:
-        found = {name: curve(name, steps, metric, resumed[name]) for name, steps in histories.items() if steps}
+        found = {
+            name: curve(name, steps, metric, read[name].resumed_after) for name, steps in histories.items() if steps
+        }
         panels[metric] = [one for one in found.values() if one]
         missing += [f"no {metric} in {name}" for name, one in found.items() if asked is not None and not one]
     panels = {metric: drawn for metric, drawn in panels.items() if drawn}
@@ -155,7 +147,10 @@ def gather(runs: Sequence[RunPaths], asked: str | None) -> Gathered:
 
 
 def _chosen(asked: str, histories: Histories) -> list[str]:
-    """Metrics of a comma-separated list, each once. Raises InputError for names that neither flashrl nor any run has."""
+    """Metrics of a comma-separated list, each once.
+
+    Raises InputError for names that neither flashrl nor any run has.
+    """
     names = list(dict.fromkeys(name for part in asked.split(",") if (name := part.strip())))
     if not names:
         raise InputError("--metric names no metric", hint=f"--metric {','.join(PLOTTED[:2])}")

@@ -1,13 +1,8 @@
-"""Remove runs with their checkpoints: what would go is told first, and nothing else can go.
+"""Delete runs, or checkpoints of one run.
 
-Folders are renamed to hidden names before they are emptied, checkpoints first: whenever it is killed, a run is there with its
-record or not there at all, and what was left is removed by the next removal.
-
-What folders hold, in bytes.
-
-Delete checkpoints: what stays and why is decided first, shown, decided again under the run's lock, then done.
-
-What goes is renamed into a hidden folder first, so that nothing half-deleted ever bears a step's name.
+What would go is decided and shown first, checked again under the run's lock, and deleted then. What goes is renamed
+into a hidden folder before it is emptied, so that nothing half-deleted bears a run's or a step's name. What a killed
+deletion left there goes with the next one.
 """
 
 from __future__ import annotations
@@ -25,43 +20,23 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli import paths
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.runs import store
-from flashrl_cli.runs.checkpoints import refuse_while_running, take_stock
 from flashrl_cli.runs.control import orphan
-from flashrl_cli.runs.saved import DOOMED, hide
-from flashrl_cli.runs.store import Known, check_name, known
+from flashrl_cli.runs.saved import DOOMED, hide, list_checkpoints, measure, refuse_while_running
 
 if TYPE_CHECKING:
     from flashrl_cli.paths import RunPaths
-    from flashrl_cli.runs.checkpoints import Hidden, Stock
-    from flashrl_cli.runs.saved import Saved
+    from flashrl_cli.runs.saved import CheckpointList, Hidden, Saved
+    from flashrl_cli.runs.store import Run
 
-
-def size(folder: Path) -> int:
-    """Bytes of all files below `folder`, links not followed; 0 if there is none. What goes away meanwhile does not count."""
-    total = 0
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                try:
-                    total += (
-                        size(Path(entry.path))
-                        if entry.is_dir(follow_symlinks=False)
-                        else entry.stat(follow_symlinks=False).st_size
-                    )
-                except OSError:
-                    continue
-    except OSError:
-        return 0
-    return total
-
-
+REMOVED = ".removed"
+"""Folder beside runs, and beside their checkpoints, in which removed ones wait for their deletion."""
 KEEP = "last:3,best:1,every:50"
 _RULE = re.compile(r"(last|best|every):([1-9]\d{0,8})")
 
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """What a person wants to keep: so many of the newest, of the best, and each step that `every` divides."""
+    """Steps to keep: so many of the newest, so many of the best, and each that `every` divides."""
 
     last: int = 0
     best: int = 0
@@ -87,7 +62,7 @@ class Prune:
 
     @property
     def going(self) -> list[Path]:
-        """Everything that goes."""
+        """Folders that would be deleted."""
         hidden = [one.path for one in (*self.set_aside, *self.leftovers)]
         return [verdict.saved.path for verdict in self.verdicts if not verdict.stays] + hidden
 
@@ -96,6 +71,11 @@ class Prune:
         """Bytes of everything that goes."""
         steps = sum(verdict.saved.bytes for verdict in self.verdicts if not verdict.stays)
         return steps + sum(one.bytes for one in (*self.set_aside, *self.leftovers))
+
+    def document(self) -> dict[str, Any]:
+        """The same as plain data."""
+        steps = [{"step": v.saved.step, "stays": list(v.stays), "bytes": v.saved.bytes} for v in self.verdicts]
+        return {"steps": steps, "going": [str(path) for path in self.going], "bytes": self.freed}
 
 
 def parse_keep(text: str) -> Keep:
@@ -107,34 +87,36 @@ def parse_keep(text: str) -> Keep:
     return Keep(**found)
 
 
-def judge(stock: Stock, keep: Keep | None, *, set_aside: bool) -> Prune:
-    """Decide what goes. Without `keep` no step does; `set_aside` lets go all that was set aside.
+def plan_prune(listed: CheckpointList, keep: Keep | None, *, set_aside: bool) -> Prune:
+    """Decide what goes: without `keep` no step does, with `set_aside` all that was set aside.
 
-    The newest complete step, the best one, and the one that verl goes on from stay always.
+    The newest complete step, the best one, and the one that verl resumes from stay always.
     """
-    last = [one.step for one in stock.saved if one.complete][-keep.last :] if keep and keep.last else []
-    best = stock.scores.ranked()[: keep.best] if keep and stock.scores else []
-    if keep and stock.newest is None and stock.saved:
+    last = [one.step for one in listed.saved if one.complete][-keep.last :] if keep and keep.last else []
+    best = listed.scores.ranked()[: keep.best] if keep and listed.scores else []
+    if keep and listed.newest is None and listed.saved:
         raise InputError(
-            f"no step of run {stock.run.name} is complete, so none is deleted",
-            hint=f"`flashrl runs checkpoints {stock.run.name}` says what each lacks",
+            f"no step of run {listed.run.name} is complete, so none is deleted",
+            hint=f"`flashrl runs checkpoints {listed.run.name}` says what each lacks",
         )
-    verdicts = [Verdict(one, tuple(_reasons(stock, one, keep, last, best))) for one in stock.saved]
+    verdicts = [Verdict(one, tuple(_reasons(listed, one, keep, last, best))) for one in listed.saved]
     return Prune(
         verdicts=tuple(verdicts),
-        set_aside=stock.set_aside if set_aside else (),
-        leftovers=stock.leftovers,
+        set_aside=listed.set_aside if set_aside else (),
+        leftovers=listed.leftovers,
     )
 
 
-def carry_out(run: RunPaths, keep: Keep | None, *, set_aside: bool, shown: Prune) -> None:
-    """Delete what `shown` says. Raises InputError if the run is running, or has other checkpoints by now than were shown.
+def prune(run: RunPaths, keep: Keep | None, *, set_aside: bool, shown: Prune) -> None:
+    """Delete what `shown` lists.
+
+    Raises InputError if the run is running, or has other checkpoints by now than were shown.
 
     The run's lock is held while steps are renamed, not while they are deleted: that may take minutes.
     """
     with store.locked(run):
         refuse_while_running(run, "nothing is deleted")
-        if judge(take_stock(run), keep, set_aside=set_aside).going != shown.going:
+        if plan_prune(list_checkpoints(run), keep, set_aside=set_aside).going != shown.going:
             raise InputError(f"the checkpoints of run {run.name} changed meanwhile; nothing is deleted")
         waiting = [one.path for one in shown.leftovers]
         doomed = [*(hide(path, run.checkpoints / DOOMED) for path in shown.going if path not in waiting), *waiting]
@@ -143,30 +125,18 @@ def carry_out(run: RunPaths, keep: Keep | None, *, set_aside: bool, shown: Prune
         (run.checkpoints / DOOMED).rmdir()
 
 
-def _delete(folders: list[Path]) -> None:
-    for folder in folders:
-        try:
-            shutil.rmtree(folder)
-        except FileNotFoundError:  # another prune is deleting it too
-            shutil.rmtree(folder, ignore_errors=True)
-        except OSError as error:
-            raise EnvironmentNotReady(
-                f"{error.filename} cannot be deleted: {error.strerror}", hint="prune again once it can"
-            ) from None
-
-
-def _reasons(stock: Stock, one: Saved, keep: Keep | None, last: list[int], best: list[int]) -> Iterator[str]:
+def _reasons(listed: CheckpointList, one: Saved, keep: Keep | None, last: list[int], best: list[int]) -> Iterator[str]:
     if one.path.is_symlink():
         yield "a link"
     if keep is None:
         yield "steps are not pruned without --keep"
         return
-    if one.step == stock.newest:
+    if one.step == listed.newest:
         yield "newest"
     elif one.step in last:
         yield f"last:{keep.last}"
-    if one.step == stock.best and stock.scores:
-        yield f"best by {stock.scores.by}"
+    if one.step == listed.best and listed.scores:
+        yield f"best by {listed.scores.by}"
     elif one.step in best:
         yield f"best:{keep.best}"
     if one.tracked:
@@ -175,14 +145,11 @@ def _reasons(stock: Stock, one: Saved, keep: Keep | None, last: list[int], best:
         yield f"every:{keep.every}"
 
 
-HIDDEN = ".removed-"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removal:
     """Folders of one run that would go, with their bytes; `checkpoints` is None where none go."""
 
-    run: Known
+    run: Run
     root: Path
     root_bytes: int
     checkpoints: Path | None
@@ -190,25 +157,24 @@ class Removal:
 
     @property
     def bytes(self) -> int:
-        """All that would be freed."""
+        """Bytes that would be freed."""
         return self.root_bytes + self.checkpoint_bytes
 
     @property
     def warning(self) -> str | None:
-        """What may still write to these folders, as far as can be told from here."""
+        """What may still write to these folders, as far as can be seen from here."""
         command = orphan(self.run.last) if self.run.last else None
         return f"the Ray job of {self.run.name} may still run: `{shlex.join(command)}` ends it" if command else None
 
     def document(self) -> dict[str, Any]:
-        """For programs."""
+        """The same as plain data."""
         checkpoints = str(self.checkpoints) if self.checkpoints else None
         return {"name": self.run.name, "run": str(self.root), "checkpoints": checkpoints, "bytes": self.bytes}
 
 
-def plan(name: str, *, keep_checkpoints: bool = False) -> Removal:
+def plan_removal(name: str, *, keep_checkpoints: bool = False) -> Removal:
     """What removing the run called `name` would remove. Raises InputError if it runs, or if a folder is not its own."""
-    check_name(name)
-    run = known(name)
+    run = store.find(name)
     _check_ended(run)
     root = run.paths.root
     if root.is_symlink():
@@ -216,49 +182,44 @@ def plan(name: str, *, keep_checkpoints: bool = False) -> Removal:
     checkpoints = None if keep_checkpoints else run.paths.checkpoints
     if checkpoints is not None and os.path.lexists(checkpoints):
         _check_own(run, checkpoints)
-        return Removal(
-            run=run,
-            root=root,
-            root_bytes=size(root),
-            checkpoints=checkpoints,
-            checkpoint_bytes=size(checkpoints),
-        )
-    return Removal(run=run, root=root, root_bytes=size(root), checkpoints=None)
+    else:
+        checkpoints = None
+    return Removal(
+        run=run,
+        root=root,
+        root_bytes=measure(root)[0],
+        checkpoints=checkpoints,
+        checkpoint_bytes=measure(checkpoints)[0] if checkpoints else 0,
+    )
 
 
 def remove(removal: Removal) -> None:
-    """Remove what was planned. Raises InputError if the run was started again meanwhile, or a folder cannot be removed."""
+    """Remove what was planned. Raises InputError if the run was started again meanwhile, or a folder cannot be removed.
+
+    Checkpoints go first: whenever this is killed, the run is there with its record or not at all.
+    """
     folders = [folder for folder in (removal.checkpoints, removal.root) if folder is not None]
     try:
         with store.locked(removal.run.paths):
-            _check_ended(known(removal.run.name))
-            hidden = [_hide(folder) for folder in folders]
-        for folder in hidden:
-            shutil.rmtree(folder)
-    except OSError as error:
-        raise InputError(
-            f"{removal.run.name} could not be removed: {error}", hint="mend that, and remove it again"
-        ) from None
+            _check_ended(store.find(removal.run.name))
+            hidden = [hide(folder, folder.parent / REMOVED) for folder in folders]
+        _delete(hidden)
+    except EnvironmentNotReady as error:
+        raise InputError(f"{removal.run.name} could not be removed: {error.message}", hint=error.hint) from None
     for folder in folders:
         _sweep(folder.parent)
 
 
-def _hide(folder: Path) -> Path:
-    hidden = folder.with_name(f"{HIDDEN}{folder.name}-{os.getpid()}")
-    folder.rename(hidden)
-    return hidden
-
-
 def _sweep(parent: Path) -> None:
     """Remove what killed removals left there; a project without runs goes too."""
-    for left in parent.glob(f"{HIDDEN}*"):
+    for left in parent.glob(f"{REMOVED}*"):
         shutil.rmtree(left, ignore_errors=True)
     if parent.parent == paths.checkpoints_root():
         with contextlib.suppress(OSError):
             parent.rmdir()
 
 
-def _check_ended(run: Known) -> None:
+def _check_ended(run: Run) -> None:
     if run.state in (None, "lost") and (worker := _worker(run.paths.root)):
         raise InputError(f"process {worker} still works in {run.paths.root}", hint="end it, or wait until it has ended")
     if run.state == "running":
@@ -267,7 +228,7 @@ def _check_ended(run: Known) -> None:
 
 
 def _worker(root: Path) -> str | None:
-    """A process whose working folder lies in `root`, as verl's does: number and name. None without one."""
+    """A process whose working folder is in `root`, as verl's is: number and name. None without one."""
     import psutil
 
     for process in psutil.process_iter(["pid", "name", "cwd"]):
@@ -277,11 +238,11 @@ def _worker(root: Path) -> str | None:
     return None
 
 
-def _here(run: Known) -> bool:
+def _here(run: Run) -> bool:
     return run.last is not None and run.last.host == store.own_process()["host"]
 
 
-def _check_own(run: Known, folder: Path) -> None:
+def _check_own(run: Run, folder: Path) -> None:
     """Raise InputError unless `folder` is `<project>/<run>` of this run and holds nothing else of value."""
     kept = {Path.home(), Path.cwd(), paths.runs_root(), paths.checkpoints_root(), paths.data_root(), run.paths.root}
     real = folder.resolve()
@@ -290,6 +251,19 @@ def _check_own(run: Known, folder: Path) -> None:
         own = own and folder.parent.name == run.record.project
     if not own or any(place.resolve().is_relative_to(real) for place in kept):
         raise InputError(
-            f"{folder}, where the checkpoints of {run.name} should lie, is not a folder of its own",
+            f"{folder}, where the checkpoints of {run.name} should be, is not a folder of its own",
             hint="--keep-checkpoints removes the run's record alone",
         )
+
+
+def _delete(folders: list[Path]) -> None:
+    """Delete hidden folders. Raises EnvironmentNotReady."""
+    for folder in folders:
+        try:
+            shutil.rmtree(folder)
+        except FileNotFoundError:  # another command is deleting it too
+            shutil.rmtree(folder, ignore_errors=True)
+        except OSError as error:
+            raise EnvironmentNotReady(
+                f"{error.filename} cannot be deleted: {error.strerror}", hint="try again once it can"
+            ) from None

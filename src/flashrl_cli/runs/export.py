@@ -17,13 +17,11 @@ from flashrl_cli import files, hub
 from flashrl_cli.errors import EnvironmentNotReady, InputError, NothingMatched, RunFailed
 from flashrl_cli.machine import software
 from flashrl_cli.runs import merge, store
-from flashrl_cli.runs.checkpoints import newest_plan
 from flashrl_cli.verl import checkpoints as layout
 from flashrl_cli.weights import Unreadable, Weights
 
 if TYPE_CHECKING:
-    from flashrl_cli.runs.checkpoints import Stock
-    from flashrl_cli.runs.saved import Saved
+    from flashrl_cli.runs.saved import CheckpointList, Saved
 
 _SCORES = {
     "evaluation": "accuracy by `flashrl eval`",
@@ -112,25 +110,25 @@ class Exported:
         return {**asdict(self), "path": str(self.path)}
 
 
-def choose(stock: Stock, step: str) -> Saved:
+def choose(listed: CheckpointList, step: str) -> Saved:
     """The step that a person means by a number, `latest` or `best`. Raises InputError or NothingMatched."""
-    usable = {one.step: one for one in stock.saved if one.has_weights}
+    usable = {one.step: one for one in listed.saved if one.has_weights}
     numbers = ", ".join(map(str, usable)) or "none"
     if step == "latest":
         number = max(usable, default=None)
     elif step == "best":
-        number = stock.best if stock.best is not None else max(usable, default=None) if len(usable) == 1 else None
+        number = listed.best if listed.best is not None else max(usable, default=None) if len(usable) == 1 else None
     elif step.isascii() and step.isdecimal():
         number = int(step)
     else:
         raise InputError(f"STEP {step}: neither a number nor latest nor best", hint=f"steps with weights: {numbers}")
     if number is None or number not in usable:
         what = "no scores to tell the best step by" if step == "best" and usable else f"no weights of step {step}"
-        raise NothingMatched(f"run {stock.run.name}: {what}", hint=f"steps with weights: {numbers}")
+        raise NothingMatched(f"run {listed.run.name}: {what}", hint=f"steps with weights: {numbers}")
     return usable[number]
 
 
-def export(stock: Stock, saved: Saved, target: Path) -> Exported:
+def export(listed: CheckpointList, saved: Saved, target: Path) -> Exported:
     """Write `saved` to `target`, which appears once all of it is there and its weights are what its config asks for.
 
     Raises RunFailed for weights that cannot be read or do not fit their config, EnvironmentNotReady for a folder that
@@ -140,14 +138,14 @@ def export(stock: Stock, saved: Saved, target: Path) -> Exported:
     try:
         with files.replacing(target) as temporary:
             written = merge.write(weights, temporary)
-            (temporary / "README.md").write_text(_card(stock, saved), encoding="utf-8")
+            (temporary / "README.md").write_text(_card(listed, saved), encoding="utf-8")
             size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
     except Unreadable as error:
         raise RunFailed(f"step {saved.step} cannot be exported: {error}") from None
     except OSError as error:
         raise EnvironmentNotReady(f"{target} cannot be written: {error.strerror or error}") from None
     return Exported(
-        run=stock.run.name,
+        run=listed.run.name,
         step=saved.step,
         path=target,
         tensors=len(written.shapes),
@@ -170,16 +168,16 @@ def _weights(saved: Saved) -> Weights:
     return Weights(hf=hf, shards=found.files if found else ())
 
 
-def _card(stock: Stock, saved: Saved) -> str:
-    found = store.load(stock.run.record)
+def _card(listed: CheckpointList, saved: Saved) -> str:
+    found = store.load(listed.run.record)
     versions: Mapping[str, str] = found.last.versions if found and found.last else {}
-    score = stock.scores.values.get(saved.step) if stock.scores else None
-    by = stock.scores.by if stock.scores else None
+    score = listed.scores.values.get(saved.step) if listed.scores else None
+    by = listed.scores.by if listed.scores else None
     return text(
         Facts(
-            run=stock.run.name,
+            run=listed.run.name,
             step=saved.step,
-            plan=newest_plan(stock.run),
+            plan=store.newest_plan(listed.run),
             versions=versions,
             score=None if score is None or by is None else (by, score),
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli import files
 from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
 from flashrl_cli.paths import existing
+from flashrl_cli.text import GIB
 from flashrl_cli.verl import checkpoints as layout
 from flashrl_cli.weights import (
     INDEX,
@@ -40,7 +41,6 @@ _DTYPE = ("dtype", "torch_dtype")
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SAFETENSORS = {name: dtype for dtype, name in _NAMES.items()}
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_GIB = 2**30
 
 
 def merged(
@@ -49,12 +49,12 @@ def merged(
     advance: Callable[[int], object],
     warn: Callable[[str], object] = lambda _: None,
 ) -> list[Path]:
-    """Write one checkpoint to `target`, several to `target`/<run>/global_step_N, and tell where.
+    """Write one checkpoint to `target`, several to `target`/<run>/global_step_N; returns these folders.
 
-    Each folder appears once it is whole, and its weights are what its config asks for; then `advance(1)` is called, and
-    `warn` with what of the source was left behind. A checkpoint that cannot be read does not stop the others. Raises
-    InputError for a place where something lies already, EnvironmentNotReady where it does not fit or cannot be written,
-    and at the end RunFailed for all that cannot be read.
+    Each folder appears once it is complete, and its weights are what its config asks for; then `advance(1)` is called,
+    and `warn` with what of the source was left behind. A checkpoint that cannot be read does not stop the others.
+    Raises InputError for a place that is not empty, EnvironmentNotReady where it does not fit or cannot be written, and
+    at the end RunFailed for all that cannot be read.
     """
     places = _places(checkpoints, target)
     _room(checkpoints, target)
@@ -100,7 +100,7 @@ class Written:
 
 
 def write(weights: Weights, folder: Path) -> Written:
-    """Make `folder`: the tensors of `weights` in safetensors, its tokenizer, and its config without what was the trainer's alone.
+    """Make `folder`: the tensors of `weights` in safetensors, its tokenizer, and its config without the trainer's keys.
 
     The weights of an HF folder are copied as they are, and its config names the dtype that it named. Raises Unreadable
     before the first byte for tensors that are not those of the architecture, and for what is not finite.
@@ -120,7 +120,7 @@ def write(weights: Weights, folder: Path) -> Written:
         clean_config(folder / "config.json", dtype_of({stored.dtype for stored in source.values()}, weights.hf))
     known = expected(weights.hf) is not None
     compared = "the config" if known else "the index (transformers has no such architecture, or it is quantized)"
-    # what lies beside shards is the trainer's, and is no other form of the weights
+    # what is beside shards is the trainer's, and is no other form of the weights
     return Written(shapes=shapes, compared=f"compared with {compared}", left=() if weights.shards else left)
 
 
@@ -164,7 +164,7 @@ def _room(checkpoints: Iterable[Checkpoint], target: Path) -> None:
     needed = sum(_bytes(checkpoint.weights) for checkpoint in checkpoints)
     free = shutil.disk_usage(existing(target)).free
     if needed > free:
-        what = f"{needed / _GIB:.1f} GiB of weights, and {free / _GIB:.1f} GiB are free"
+        what = f"{needed / GIB:.1f} GiB of weights, and {free / GIB:.1f} GiB are free"
         raise EnvironmentNotReady(
             f"{target} has no room for {what}", hint="merge fewer checkpoints, or to another disk"
         )
@@ -178,7 +178,7 @@ def _bytes(weights: Weights) -> int:
         whole = weights.base or (None if weights.shards else weights.hf)
         stored = sum(file.stat().st_size for file in model_files(whole)) if whole else 0
     except (Unreadable, OSError):
-        return 0  # it is told when the weights are read
+        return 0  # reading the weights raises it
     return stored + (sharded // 2 if halved else sharded)
 
 

@@ -1,8 +1,6 @@
-"""Follow the metrics file of an attempt while verl writes it.
+"""The metrics that verl writes while it trains, and a run's steps as one history, however many attempts it took.
 
-Read the lines that another process appends to a file.
-
-The metrics of a run as one curve, however many attempts it took.
+`Tail` reads the lines that another process appends to a file, `MetricsTail` the steps among them.
 """
 
 from __future__ import annotations
@@ -10,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,14 +16,20 @@ from flashrl_cli.runs import store
 from flashrl_cli.verl.metrics import VALIDATION, StepMetrics, read_step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from flashrl_cli.paths import RunPaths
     from flashrl_cli.runs.store import RunRecord
 
+LOOK_BACK = 1 << 20
+"""Bytes at the end of a metrics file in which the last accuracy is looked for: some 200 steps."""
+
 
 class Tail:
-    """Complete lines of a growing file from byte `start` on, each once. The file may not exist yet; a torn last line waits for its end."""
+    """Complete lines of a growing file from byte `start` on, each once.
+
+    The file may not exist yet; a torn last line waits for its end.
+    """
 
     def __init__(self, path: Path, *, start: int = 0) -> None:
         self.path = path
@@ -46,12 +51,8 @@ class Tail:
         return data[:end].decode("utf-8", errors="replace").splitlines()
 
 
-LOOK_BACK = 1 << 20
-"""Bytes at the end of a metrics file in which the last accuracy is looked for: some 200 steps."""
-
-
 class MetricsTail:
-    """Yields each step once, as soon as its line is complete; lines that are no JSON are passed over."""
+    """Yields each step once, as soon as its line is complete; lines that are no step are skipped."""
 
     def __init__(self, path: Path) -> None:
         self._tail = Tail(path)
@@ -81,6 +82,12 @@ def read_last(path: Path) -> tuple[StepMetrics | None, float | None]:
     return next((step for step in _backwards(data, b'"step"') if step.trained), None), next(accuracies, None)
 
 
+def last_values(logged: Sequence[StepMetrics]) -> tuple[StepMetrics | None, float | None]:
+    """The last training step among `logged`, in order, and the last accuracy: what `read_last` finds in their file."""
+    accuracies = (step.accuracy for step in reversed(logged) if step.accuracy is not None)
+    return next((step for step in reversed(logged) if step.trained), None), next(accuracies, None)
+
+
 def _backwards(data: bytes, text: bytes) -> Iterator[StepMetrics]:
     """Steps of the lines that hold `text`, the last one first."""
     end = len(data)
@@ -102,25 +109,52 @@ def _read(line: str) -> StepMetrics | None:
     return read_step(step, data)
 
 
+@dataclass(frozen=True, slots=True)
+class RunMetrics:
+    """The metrics of a run, each attempt's file read once."""
+
+    attempts: Mapping[int, Sequence[StepMetrics]]
+    """Steps by number of the attempt that logged them, in order of number."""
+    history: list[StepMetrics]
+    """Every step once, in order of step, as the newest attempt that did it logged it."""
+
+    @property
+    def resumed_after(self) -> tuple[int, ...]:
+        """Steps after which later attempts resumed, as far as their metrics still count."""
+        attempts = ([metrics.step for metrics in logged if metrics.trained] for logged in self.attempts.values())
+        began = [min(steps) - 1 for steps in attempts if steps]
+        later = {step for index, step in enumerate(began[1:], start=2) if all(step < after for after in began[index:])}
+        return tuple(sorted(step for step in later if step > began[0]))
+
+    @property
+    def missing(self) -> list[int]:
+        """Training steps below the last one whose metrics are missing."""
+        return holes(self.history)
+
+
+def read_run_metrics(run: RunPaths, record: RunRecord | None) -> RunMetrics:
+    """Read the metrics of all attempts of `run`; `record` is the run's, None where there is none to be had."""
+    resumed = {attempt.number: attempt.resumed_from or 0 for attempt in record.attempts} if record else {}
+    attempts = {number: read_metrics(run.attempt(number).metrics) for number in run.attempts()}
+    return RunMetrics(attempts, merge(attempts, resumed))
+
+
 def history(run: RunPaths) -> list[StepMetrics]:
-    """Every step of `run` once, in order of step, as the newest attempt that did it logged it. Raises as `record.load`."""
-    return recorded_history(run, store.load(run.record))
+    """Every step of `run` once, in order of step, as the newest attempt that did it logged it.
+
+    Raises as `store.load`.
+    """
+    return read_run_metrics(run, store.load(run.record)).history
 
 
-def recorded_history(run: RunPaths, found: RunRecord | None) -> list[StepMetrics]:
-    """The same by a record that was read already; None where there is none to be had."""
-    resumed = {attempt.number: attempt.resumed_from or 0 for attempt in found.attempts} if found else {}
-    return merge(((n, read_metrics(run.attempt(n).metrics)) for n in run.attempts()), resumed)
+def merge(attempts: Mapping[int, Sequence[StepMetrics]], resumed: Mapping[int, int]) -> list[StepMetrics]:
+    """Steps of attempts, by number in order of their start, with later ones over earlier ones.
 
-
-def merge(attempts: Iterable[tuple[int, list[StepMetrics]]], resumed: Mapping[int, int]) -> list[StepMetrics]:
-    """Metrics of attempts (number, steps) in order of their start, later ones over earlier ones.
-
-    `resumed` maps an attempt to the step that it went on from: what earlier ones did beyond it was undone once the attempt
-    logged a step itself. An attempt that is not in it undoes nothing.
+    `resumed` maps an attempt to the step that it resumed from: what earlier ones did beyond that was undone once the
+    attempt logged a step itself. An attempt that is not in it undoes nothing.
     """
     steps: dict[int, StepMetrics] = {}
-    for number, logged in attempts:
+    for number, logged in attempts.items():
         if logged and number in resumed:
             steps = {step: metrics for step, metrics in steps.items() if step <= resumed[number]}
         for metrics in logged:

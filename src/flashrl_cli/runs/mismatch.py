@@ -1,22 +1,21 @@
 """Mismatch advice: how far rollout and trainer are apart, what the cap does about it, and whether another one would do.
 
-The correction multiplies each token's gradient term by w = min(r, cap), r = p_train / p_rollout. Two things follow from the
-ratios' moments (`runs.ratios`) whatever the gradient is:
+The correction multiplies each token's gradient term by w = min(r, cap), r = p_train / p_rollout. Two things follow from
+the ratios' moments whatever the gradient is:
 
-- Bias. The mean of r - w, the weight above the cap, times the largest term bounds what truncation takes from the gradient
-  (E. L. Ionides, Truncated Importance Sampling, JCGS 17 (2008) 295). Without correction it is the mean of |r - 1|.
-- Noise. Terms that are independent of their ratio have their noise multiplied by the mean of w²; one token by cap² at most.
-  A ratio of 16 counts 256-fold untruncated, 64-fold at cap 8, 4-fold at cap 2 (F. Yao et al., Your Efficient RL Framework
-  Secretly Brings You Off-Policy RL Training, 2025).
+- Bias. The mean of r - w, the weight above the cap, times the largest term bounds what truncation takes from the
+  gradient (E. L. Ionides, Truncated Importance Sampling, JCGS 17 (2008) 295). Without correction it is the mean of |r -
+  1|.
+- Noise. Terms that are independent of their ratio have their noise multiplied by the mean of w²; one token by cap² at
+  most. A ratio of 16 counts 256-fold untruncated, 64-fold at cap 8, 4-fold at cap 2 (F. Yao et al., Your Efficient RL
+  Framework Secretly Brings You Off-Policy RL Training, 2025).
 
-Noise averages out over tokens and steps and bias does not, so a cap is right where what it cuts is small, and smaller caps are
-insurance where they cut nothing. The bounds of what is small are this module's own.
+Noise averages out over tokens and steps and bias does not, so a cap is right where what it cuts is small, and smaller
+caps are insurance where they cut nothing. The bounds of what is small are this module's own.
 
-Importance ratios of the sampled tokens, r = p_train / p_rollout, as far as verl's metrics tell of them.
-
-verl logs moments, not the ratios themselves; what each metric is stands in `verl.metrics.NAMES`. Moments of several steps are
-pooled by their tokens, so that they are those of all their tokens together. What lies beyond the moments is bounded:
-every bound here holds for any distribution that has them.
+verl logs moments of the ratios, not the ratios themselves (`verl.metrics.NAMES` defines each metric). `pool` weighs the
+moments of several steps by their tokens, so that they are those of all their tokens together. What moments do not
+determine is bounded: every bound here holds for any distribution that has them.
 """
 
 from __future__ import annotations
@@ -126,7 +125,7 @@ class Ratios:
         return least, max(least, min(most, self.cut + weights.excess(cap)))
 
     def square_at(self, cap: float) -> float:
-        """Upper bound of the mean square of the weights under another `cap`: what they multiply a gradient's noise by."""
+        """Upper bound of the weights' mean square under another `cap`: what they multiply a gradient's noise by."""
         most = min(self.ratios.square, cap * self.ratios.mean)
         if self.weights is None:
             return most
@@ -135,7 +134,10 @@ class Ratios:
 
 
 def usable_ratios(step: StepMetrics) -> bool:
-    """Whether a step tells of the ratios. A batch that is infinitely far apart does not: verl logs infinity as null."""
+    """Whether a step logged the ratios' moments.
+
+    A batch that is infinitely far apart did not: verl logs infinity as null.
+    """
     return None not in (step["kl"], step["kl_k3"], step["chi2"])
 
 
@@ -168,7 +170,9 @@ def _weights(steps: Sequence[StepMetrics]) -> Weights | None:
 
 
 def _mean(steps: Sequence[StepMetrics], name: str, deviation: str | None = None) -> float | None:
-    """Mean of a metric over the tokens of `steps` (its mean square, if its deviation is named); None where one lacks it.
+    """Mean of a metric over the tokens of `steps` (its mean square, if its deviation is named).
+
+    None where one lacks it.
 
     A step has as many responses as another, so its tokens are as many as its responses are long.
     """
@@ -203,7 +207,9 @@ RECENT = 20
 CAPS = (2.0, 4.0, 8.0, 16.0)
 """Caps that are weighed against each other; 2 is verl's default, and recipes of 32B models use 8."""
 NEGLIGIBLE, NOTABLE = 0.001, 0.01
-"""Shares of the weight above the cap: below the first it is not worth a thought, from the second on a larger cap is."""
+"""Shares of the weight above the cap: below the first it is negligible, from the second on a larger cap is worth a
+thought.
+"""
 ALIKE = 0.02
 """Mean of |r - 1| below which a correction changes next to nothing, if no single ratio exceeds `CAPS[0]`."""
 FAR = 0.05
@@ -213,22 +219,25 @@ HALF = 0.5
 OFF_MEAN, OFF_ERRORS = 0.02, 4.0
 """The ratios' mean is wrong if it is off 1 by both: that much, and so many of its standard errors."""
 
-_CLOSER = "Bring rollout and trainer closer: a run with `--rollout bf16` tells how much of it is quantization."
+_CLOSER = "Bring rollout and trainer closer: a run with `--rollout bf16` shows how much of it is quantization."
 
 Verdict = Literal["keep", "raise", "lower", "optional", "try", "reduce", "check", "unknown"]
-"""`optional`: TIS changes next to nothing. `try`: TIS is off and would not be idle. `reduce`: too far apart for any cap.
-`check`: something else than a mismatch is wrong."""
+"""`optional`: TIS changes next to nothing.
+
+`try`: TIS is off and would not be idle. `reduce`: too far apart for any cap. `check`: something else than a mismatch is
+wrong.
+"""
 
 SOURCES = {
     "verl": "verl 0.9.1, verl/trainer/ppo/rollout_corr_helper.py:717-759, 952-1001; verl/utils/debug/metrics.py:116-119",
     "Kish": "L. Kish, Survey Sampling, 1965: effective sample size (sum w)² / sum w²; verl's over capped weights: :757",
-    "Ionides": "E. L. Ionides, Truncated Importance Sampling, JCGS 17 (2008) 295: the bias is what lies above the cap",
+    "Ionides": "E. L. Ionides, Truncated Importance Sampling, JCGS 17 (2008) 295: the bias is the weight above the cap",
     "Yao": "F. Yao et al., 2025, fengyao.notion.site/off-policy-rl: noise goes with the square of the weight",
     "Pinsker": "Pinsker's inequality, and Cauchy and Schwarz: mean |r - 1| from the KL and from the second moment",
-    "Scarf": "H. Scarf, A min-max solution of an inventory problem, 1958: most that lies above a cap, given two moments",
+    "Scarf": "H. Scarf, A min-max solution of an inventory problem, 1958: the most weight above a cap, given two moments",
     "mean": "mean of p/q over samples of q is the sum of p where q > 0, which is at most 1",
 }
-"""Where the rules are from, by the name that stands in brackets behind a sentence."""
+"""Sources of the rules, by the name in brackets behind a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,8 +288,8 @@ def advise(steps: Sequence[StepMetrics], cap: float | None) -> Advice:
     seen = pool(usable)
     if cap is None and seen.weights and seen.weights.above:
         cap = seen.weights.largest  # whatever is cut is cut to the cap
-    verdict, better, told = _judge(seen, cap)
-    return Advice(verdict, cap, better, seen, (*_distance(seen, lost), *told))
+    verdict, better, judged = _judge(seen, cap)
+    return Advice(verdict, cap, better, seen, (*_distance(seen, lost), *judged))
 
 
 def percent(share: float) -> str:
@@ -330,13 +339,13 @@ def _judge(seen: Ratios, cap: float | None) -> tuple[Verdict, float | None, list
     if wrong := list(_wrong_weights(seen, cap)):
         return "check", None, wrong
     if seen.weights is None:
-        verdict, better, told = _without_weights(seen)
+        verdict, better, findings = _without_weights(seen)
     else:
         verdict, better, why = _of_cap(seen, seen.weights, cap)
-        told = [*_effects(seen, seen.weights, cap), *why]
+        findings = [*_effects(seen, seen.weights, cap), *why]
     if wrong := list(_wrong_mean(seen)):
-        return "check", None, [*told, *wrong]
-    return verdict, better, told
+        return "check", None, [*findings, *wrong]
+    return verdict, better, findings
 
 
 def _wrong_mean(seen: Ratios) -> Iterator[Finding]:
@@ -409,7 +418,7 @@ def _of_cap(seen: Ratios, weights: Weights, cap: float | None) -> tuple[Verdict,
         )
         return "lower", smaller, [Finding(text, ("Scarf", "Yao"))]
     if noisy:
-        text = "No cap mends this: the sample size only falls with a larger one, and a smaller one cuts more."
+        text = "No cap corrects this: the sample size only falls with a larger one, and a smaller one cuts more."
         return "reduce", None, [Finding(f"{text} {_CLOSER}", ("Kish",))]
     return "keep", None, [Finding(f"The cap fits: {_fitting(weights, cut)}.")]
 
@@ -440,23 +449,23 @@ def _raise(seen: Ratios, weights: Weights, cap: float) -> tuple[Verdict, float |
 def _without_weights(seen: Ratios) -> tuple[Verdict, float | None, list[Finding]]:
     """TIS is off: its weights are not known, but how far they could go is."""
     deviation, free = seen.deviation, seen.ratios
-    told = [
+    findings = [
         Finding(f"TIS is off: the tokens' terms are off by at most {percent(deviation)} on average.", ("Pinsker",)),
     ]
     if deviation < ALIKE and free.share_above(CAPS[0]) < NEGLIGIBLE:
-        told.append(
+        findings.append(
             Finding(f"No TIS does: at most {percent(free.share_above(CAPS[0]))} of the ratios exceed {CAPS[0]:g}.")
         )
-        return "optional", None, told
+        return "optional", None, findings
     cap = next((cap for cap in CAPS if seen.cut_at(cap)[1] < NOTABLE), CAPS[0])
-    told.append(
+    findings.append(
         Finding(
             f"A cap of {cap:g} would cut at most {percent(free.share_above(cap))} of the tokens and "
             f"{percent(seen.cut_at(cap)[1])} of the weight, and multiply the noise by {seen.square_at(cap):.3g} at most.",
             ("Scarf", "Yao"),
         )
     )
-    told.append(
-        Finding(f"verl logs the weights only with TIS on: a few steps with `--tis {cap:g}` tell what it really cuts.")
+    findings.append(
+        Finding(f"verl logs the weights only with TIS on: a few steps with `--tis {cap:g}` show what it really cuts.")
     )
-    return "try", cap, told
+    return "try", cap, findings

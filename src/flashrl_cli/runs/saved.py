@@ -1,4 +1,4 @@
-"""The steps that a run saved: which of them a resume can read, and moving the others out of its way.
+"""The checkpoints that a run saved: what a resume can read, how good they are, what was set aside, who may write there.
 
 Nothing here imports torch or reads weights: what is torn is found by its list of contents (`weights.torn`).
 """
@@ -6,25 +6,40 @@ Nothing here imports torch or reads weights: what is torn is found by its list o
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from flashrl_cli import files
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.hub import hf_problem
+from flashrl_cli.runs import store
+from flashrl_cli.runs.checkpoints import EVAL_FOLDER
+from flashrl_cli.runs.metrics import history
 from flashrl_cli.verl import checkpoints as layout
 from flashrl_cli.weights import torn
 
+if TYPE_CHECKING:
+    from flashrl_cli.paths import RunPaths
+
 SET_ASIDE = ".set_aside"
-"""Folder of a run's checkpoints that holds the steps moved out of the way; hidden, so that no pattern meets it."""
+"""Folder of a run's checkpoints that holds the steps that a resume moved out of its way.
+
+It is hidden, so that no pattern meets it.
+"""
 DOOMED = ".pruned"
 """Folder of a run's checkpoints in which steps wait for their deletion."""
 REASON = "reason.txt"
 
 _DAMAGED = "truncated or damaged"
+_HIDDEN_STEP = re.compile(r"global_step_\d+(-\d+)?")
+
+Evidence = Literal["evaluation", "validation", "reward"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,38 +56,29 @@ class Saved:
     written: float
     """When its newest file was written, seconds since the epoch."""
     has_hf: bool
-    """Whether it holds whole weights in Hugging Face's form too."""
+    """Whether it also holds complete weights in Hugging Face's form."""
     has_weights: bool
-    """Whether the policy's weights are there in either form: enough to evaluate, though maybe not to go on from."""
+    """Whether the policy's weights are there in either form: enough to evaluate, though maybe not to resume from."""
     tracked: bool
     """Whether it is the one that verl resumes from by itself."""
     lora: bool
 
     @property
     def complete(self) -> bool:
-        """Whether a run can go on from it."""
+        """Whether a run can resume from it."""
         return not self.problems
 
 
 def saved_steps(run_checkpoints: Path, *, critic: bool, loaded: layout.Loaded | None = None) -> list[Saved]:
     """Every step of a run's checkpoints, by number; empty if the folder is not there. See `inspect`."""
-    return [inspect(folder, critic=critic, loaded=loaded) for folder in step_folders(run_checkpoints)]
-
-
-def step_folders(folder: Path) -> list[Path]:
-    """Folders `global_step_N` in `folder`, by number; nothing else that lies there. Raises EnvironmentNotReady."""
-    with _readable(folder):
-        names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-        steps = (step for step in map(layout.step_number, names) if step is not None)
-        candidates = [folder / layout.step_name(step) for step in sorted(set(steps))]
-        return [path for path in candidates if path.name in names and path.is_dir()]
+    return [inspect(folder, critic=critic, loaded=loaded) for folder in _step_folders(run_checkpoints)]
 
 
 def inspect(step_folder: Path, *, critic: bool, loaded: layout.Loaded | None = None) -> Saved:
     """What `step_folder` holds, and what a resume would miss there.
 
-    `critic`: the run trains one. `loaded`: what the run loads when it resumes (`verl.checkpoints.loaded`), by default all.
-    Raises EnvironmentNotReady for a folder that this user may not read.
+    `critic`: the run trains one. `loaded`: what the run loads when it resumes (`verl.checkpoints.loaded`), by default
+    all. Raises EnvironmentNotReady for a folder that this user may not read.
     """
     step = layout.step_number(step_folder.name)
     if step is None:
@@ -95,52 +101,13 @@ def inspect(step_folder: Path, *, critic: bool, loaded: layout.Loaded | None = N
         )
 
 
-def set_aside(step_folder: Path, why: str) -> Path:
-    """Move a step out of its run's way, into `.set_aside` beside it under a name of its own, with the reason; where it is now.
-
-    A rename: nothing is copied, nothing overwritten. Raises EnvironmentNotReady if the file system refuses.
-    """
-    target = hide(step_folder, step_folder.parent / SET_ASIDE)
-    # The reason is worth no failure: a full disk is what cuts checkpoints off in the first place.
-    with contextlib.suppress(OSError):
-        files.write_text(target / REASON, f"{why}\n")
-    return target
-
-
-def hide(folder: Path, place: Path) -> Path:
-    """Rename `folder` into `place` (on the same file system), under a name of its own; where it is now.
-
-    Raises EnvironmentNotReady if the file system refuses.
-    """
-    try:
-        target = _reserve(place, folder.name)
-        try:
-            folder.rename(target)
-        except OSError:
-            target.rmdir()
-            raise
-    except OSError as error:
-        raise EnvironmentNotReady(
-            f"{folder} cannot be moved to {place}: {error.strerror or error}", hint="move it away yourself"
-        ) from None
-    return target
-
-
-def point_tracker(run_checkpoints: Path, step: int | None) -> None:
-    """Make verl resume from `step` by itself, or start anew for None.
-
-    Raises InputError if there is no such step: verl would start anew in silence.
-    """
-    tracker = run_checkpoints / layout.TRACKER
-    if step is not None and not (run_checkpoints / layout.step_name(step)).is_dir():
-        raise InputError(f"{run_checkpoints} has no {layout.step_name(step)}")
-    try:
-        if step is None:
-            tracker.unlink(missing_ok=True)
-        else:
-            files.write_text(tracker, str(step))
-    except OSError as error:
-        raise EnvironmentNotReady(f"{tracker} cannot be written: {error.strerror or error}") from None
+def _step_folders(folder: Path) -> list[Path]:
+    """Folders `global_step_N` in `folder`, by number, and nothing else. Raises EnvironmentNotReady."""
+    with _readable(folder):
+        names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+        steps = (step for step in map(layout.step_number, names) if step is not None)
+        candidates = [folder / layout.step_name(step) for step in sorted(set(steps))]
+        return [path for path in candidates if path.name in names and path.is_dir()]
 
 
 @contextlib.contextmanager
@@ -192,14 +159,51 @@ def _unreadable_json(file: Path) -> str | None:
 
 
 def measure(folder: Path) -> tuple[int, float]:
-    """Bytes of all files in `folder`, links not followed, and when the newest was written; files that vanish do not count."""
-    size, newest = 0, folder.stat().st_mtime
+    """Bytes of all files in `folder`, links not followed, and when the newest was written (seconds since the epoch).
+
+    Both are 0 where there is no folder; files that vanish meanwhile do not count.
+    """
+    size, newest = 0, 0.0
+    with contextlib.suppress(FileNotFoundError):
+        newest = folder.stat().st_mtime
     for root, _, names in os.walk(folder):
         for name in names:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 found = os.lstat(os.path.join(root, name))
                 size, newest = size + found.st_size, max(newest, found.st_mtime)
     return size, newest
+
+
+def set_aside(step_folder: Path, why: str) -> Path:
+    """Move a step out of its run's way, into `.set_aside` beside it, with the reason `why`; returns where it is now.
+
+    See `hide`.
+    """
+    target = hide(step_folder, step_folder.parent / SET_ASIDE)
+    # a missing reason is no failure: a full disk is what cuts checkpoints off in the first place
+    with contextlib.suppress(OSError):
+        files.write_text(target / REASON, f"{why}\n")
+    return target
+
+
+def hide(folder: Path, place: Path) -> Path:
+    """Rename `folder` into the hidden folder `place` (on the same file system); returns where it is now.
+
+    Nothing is copied and nothing overwritten: where the name is taken, it gets a number. Raises EnvironmentNotReady if
+    the file system refuses.
+    """
+    try:
+        target = _reserve(place, folder.name)
+        try:
+            folder.rename(target)
+        except OSError:
+            target.rmdir()
+            raise
+    except OSError as error:
+        raise EnvironmentNotReady(
+            f"{folder} cannot be moved to {place}: {error.strerror or error}", hint="move it away yourself"
+        ) from None
+    return target
 
 
 def _reserve(folder: Path, name: str) -> Path:
@@ -214,3 +218,201 @@ def _reserve(folder: Path, name: str) -> Path:
             number += 1
         else:
             return target
+
+
+def point_tracker(run_checkpoints: Path, step: int | None) -> None:
+    """Make verl resume from `step` by itself, or start anew for None.
+
+    Raises InputError if there is no such step: verl would start anew in silence.
+    """
+    tracker = run_checkpoints / layout.TRACKER
+    if step is not None and not (run_checkpoints / layout.step_name(step)).is_dir():
+        raise InputError(f"{run_checkpoints} has no {layout.step_name(step)}")
+    try:
+        if step is None:
+            tracker.unlink(missing_ok=True)
+        else:
+            files.write_text(tracker, str(step))
+    except OSError as error:
+        raise EnvironmentNotReady(f"{tracker} cannot be written: {error.strerror or error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """A value for saved steps, all by the same evidence: accuracy of `evaluation` and `validation`, mean `reward`."""
+
+    by: Evidence
+    values: Mapping[int, float]
+
+    def ranked(self) -> list[int]:
+        """Steps from the best on; of two that are equal the later one first."""
+        return sorted(self.values, key=lambda step: (self.values[step], step), reverse=True)
+
+
+def scores(run: RunPaths, saved: Collection[Saved]) -> Scores | None:
+    """Scores of those of `saved` that hold weights, by the first evidence that has a value of one; None without any.
+
+    An evaluation that is older than a step's files was one of other weights. Reward is the mean over the step's own
+    batch.
+    """
+    usable = {one.step: one for one in saved if one.has_weights}
+    logged = functools.cache(lambda: history(run))
+    sources: dict[Evidence, Callable[[], Mapping[int, float]]] = {
+        "evaluation": lambda: _evaluated(run.checkpoints, usable),
+        "validation": lambda: {m.step: m.accuracy for m in logged() if m.accuracy is not None},
+        "reward": lambda: {m.step: value for m in logged() if (value := m["reward"]) is not None},
+    }
+    for by, read in sources.items():
+        if values := {step: value for step, value in read().items() if step in usable}:
+            return Scores(by, values)
+    return None
+
+
+def _evaluated(run_checkpoints: Path, steps: Mapping[int, Saved]) -> dict[int, float]:
+    """Accuracy by step from the newest evaluation, of the run or of its project, that has one of `steps`.
+
+    Raises InputError for a file that is no evaluation.
+    """
+    places = (run_checkpoints / EVAL_FOLDER, run_checkpoints.parent / EVAL_FOLDER)
+    found = [file for place in places if (file := place / "eval.json").is_file()]
+    for file in sorted(found, key=lambda file: file.stat().st_mtime, reverse=True):
+        rows = dict(_rows(file, run_checkpoints))
+        when = file.stat().st_mtime
+        if known := {step: rows[step] for step in rows if step in steps and steps[step].written <= when}:
+            return known
+    return {}
+
+
+def _rows(file: Path, run_checkpoints: Path) -> Iterator[tuple[int, float]]:
+    """Step and accuracy of an evaluation's rows that belong to the run, on the first of its data sets."""
+    try:
+        document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        first = document["datasets"][0]["name"] if "datasets" in document else None  # there were times of one alone
+        for row in document["results"]:
+            if (
+                row.get("dataset") == first
+                and row["step"] is not None
+                and _is_of(Path(row["path"]), run_checkpoints, row["step"])
+            ):
+                yield int(row["step"]), float(row["accuracy"])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{file} is no evaluation: {error}", hint="move it away, or evaluate again") from None
+
+
+def _is_of(weights: Path, run_checkpoints: Path, step: int) -> bool:
+    own = Path(os.path.realpath(run_checkpoints / layout.step_name(step)))
+    return own in Path(os.path.realpath(weights)).parents
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """A step that was moved out of its run's way, and why."""
+
+    path: Path
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointList:
+    """All checkpoints of a run, at one moment."""
+
+    run: RunPaths
+    saved: tuple[Saved, ...]
+    set_aside: tuple[Hidden, ...]
+    scores: Scores | None
+    leftovers: tuple[Hidden, ...] = ()
+    """What an interrupted prune did not delete."""
+
+    @property
+    def newest(self) -> int | None:
+        """The last step that a run can resume from."""
+        return max((one.step for one in self.saved if one.complete), default=None)
+
+    @property
+    def best(self) -> int | None:
+        """The step with the best score."""
+        return self.scores.ranked()[0] if self.scores else None
+
+    def document(self) -> dict[str, Any]:
+        """The list as plain data."""
+        values = self.scores.values if self.scores else {}
+        steps = [
+            {
+                **asdict(one),
+                "path": str(one.path),
+                "complete": one.complete,
+                "newest": one.step == self.newest,
+                "best": one.step == self.best,
+                "score": values.get(one.step),
+            }
+            for one in self.saved
+        ]
+        return {
+            "run": self.run.name,
+            "checkpoints": str(self.run.checkpoints),
+            "score_by": self.scores.by if self.scores else None,
+            "steps": steps,
+            "set_aside": [{"path": str(one.path), "bytes": one.bytes, "reason": one.reason} for one in self.set_aside],
+        }
+
+
+def list_checkpoints(run: RunPaths) -> CheckpointList:
+    """All checkpoints of `run`, judged by what its newest attempt loads when it resumes."""
+    plan = store.newest_plan(run)
+    critic = plan.get("spec", {}).get("algorithm", {}).get("advantage") == "gae"
+    saved = saved_steps(run.checkpoints, critic=critic, loaded=layout.loaded(plan.get("overrides", [])))
+    return CheckpointList(
+        run=run,
+        saved=tuple(saved),
+        set_aside=tuple(_hidden(path, _reason(path)) for path in _hidden_steps(run.checkpoints / SET_ASIDE)),
+        scores=scores(run, saved),
+        leftovers=tuple(_hidden(path, "") for path in _hidden_steps(run.checkpoints / DOOMED)),
+    )
+
+
+def _hidden_steps(place: Path) -> list[Path]:
+    """Steps that flashrl moved into `place`, a hidden folder of a run's checkpoints; links are not followed."""
+    if not place.is_dir() or place.is_symlink():
+        return []
+    entries = (path for path in place.iterdir() if _HIDDEN_STEP.fullmatch(path.name))
+    return sorted(path for path in entries if path.is_dir() and not path.is_symlink())
+
+
+def _hidden(path: Path, reason: str) -> Hidden:
+    return Hidden(path, measure(path)[0], reason)
+
+
+def _reason(path: Path) -> str:
+    try:
+        return (path / REASON).read_text(encoding="utf-8").strip()
+    except OSError:
+        return "not recorded"
+
+
+def refuse_while_running(run: RunPaths, doing: str) -> None:
+    """Raise InputError while `run`, or another run with the same folder of checkpoints, still writes there."""
+    names = list(writers(run.checkpoints))
+    if not names and _trains(store.newest_plan(run).get("argv")):
+        names = [f"{run.name} (flashrl is gone, verl is not)"]
+    if names:
+        raise InputError(
+            f"{doing}: {', '.join(names)} is running and may be writing in {run.checkpoints}",
+            hint=f"wait for its end, or `flashrl runs stop {run.name}`",
+        )
+
+
+def writers(run_checkpoints: Path) -> Iterator[str]:
+    """The recorded runs that are running and whose checkpoints are this folder, by whatever path: name and machine."""
+    real = os.path.realpath(run_checkpoints)
+    for run in store.all_runs():
+        if run.record and os.path.realpath(run.paths.checkpoints) == real:
+            running = (attempt for attempt in run.attempts if store.state(attempt) == "running")
+            yield from (f"{run.name} (on {attempt.host})" for attempt in running)
+
+
+def _trains(argv: object) -> bool:
+    """Whether a process of this machine was started with exactly this command line."""
+    import psutil
+
+    return bool(argv) and any(process.info["cmdline"] == argv for process in psutil.process_iter(["cmdline"]))

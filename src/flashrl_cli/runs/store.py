@@ -1,11 +1,12 @@
-"""Plans on disk: what an attempt was really started with, found by the names that people have for it.
+"""One run on disk: its record, its folders and the plans that its attempts were started with.
 
-The record of a run, `runs/<name>/run.json`: what was started when, from what, by which attempt, and how it ended.
+The record, `runs/<name>/run.json`, says what was started when and from what, by which attempt, and how it ended. The
+process that supervises an attempt writes it; every change goes through `change`, which locks the run, reads the record
+and replaces the file. An attempt's entry is never removed by a later attempt.
 
-Written by the process that supervises an attempt; every change goes through `change`, which locks, reads, and replaces the
-file whole. An attempt's entry is never removed by a later attempt.
-
-Runs on disk as they are: with a record, with a damaged one, or from before there were records.
+Whatever shows, follows, stops or deletes a run reads it with `find`, `all_runs` or `read_run`: with a record, with a
+damaged one, or without one, as runs were before there were records. What trains a run reads the record alone, with
+`load`.
 """
 
 from __future__ import annotations
@@ -13,27 +14,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import glob
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from flashrl_cli import files, paths
 from flashrl_cli.errors import InputError, NothingMatched
-from flashrl_cli.paths import RunPaths
-
-if TYPE_CHECKING:
-    from flashrl_cli.paths import AttemptPaths
+from flashrl_cli.paths import AttemptPaths, RunPaths
 
 SCHEMA_VERSION = 1
 LOCK_TIMEOUT_S = 30.0
+PLAN_VERSION = 1
+"""`schema_version` of the plans that are written and read."""
+_NEAR = 3
+"""Names that are suggested instead of an unknown one."""
 
 Status = Literal["running", "done", "failed", "stopped", "lost"]
-"""`lost` is never written: it is what a `running` attempt is whose process is gone."""
+"""`lost` is never written: it is the state of a `running` attempt whose process is gone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +73,9 @@ class Attempt:
     argv: tuple[str, ...] = ()
     """The flashrl command line."""
     plan_hash: str = ""
-    """SHA-256 of what the plan trains: see `launch.changes`."""
+    """SHA-256 of what the plan trains (`train.review.plan_hash`)."""
     resumed_from: int | None = None
-    """Step of the checkpoint that it went on from."""
+    """Step of the checkpoint that it resumed from."""
     last_step: int | None = None
     total_steps: int | None = None
     phases: tuple[Phase, ...] = ()
@@ -109,7 +113,7 @@ def now() -> str:
 
 
 def load(path: Path) -> RunRecord | None:
-    """The record in `path` (a run.json); None if there is none. Raises InputError for a damaged or a newer one."""
+    """Read the record in `path` (a run.json); None if there is none. Raises InputError for a damaged or a newer one."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         version = data["schema_version"]
@@ -131,7 +135,7 @@ def change(run: RunPaths, edit: Callable[[RunRecord | None], RunRecord]) -> RunR
 
 
 def renew(run: RunPaths, number: int, **changes: Any) -> None:
-    """Set fields of attempt `number`, and when it was renewed. An attempt that is not in the record stays so."""
+    """Set fields of attempt `number`, and when it was renewed; an attempt that the record lacks is not added."""
 
     def edit(record: RunRecord | None) -> RunRecord:
         if record is None:
@@ -159,7 +163,7 @@ def locked(run: RunPaths) -> Iterator[None]:
 
 
 def state(attempt: Attempt) -> Status:
-    """What an attempt is now: `running` only as long as its process lives. Another machine's is believed."""
+    """The attempt's state now: `running` only as long as its process lives, which another machine's is taken to do."""
     if attempt.status != "running" or attempt.host != socket.gethostname():
         return attempt.status
     return "running" if is_alive(attempt.pid, attempt.pid_started) else "lost"
@@ -177,7 +181,7 @@ def is_alive(pid: int, started: float) -> bool:
 
 
 def own_process() -> dict[str, Any]:
-    """Fields of an attempt that say which process this is."""
+    """Fields of an attempt that identify this process."""
     import psutil
 
     return {"host": socket.gethostname(), "pid": os.getpid(), "pid_started": psutil.Process().create_time()}
@@ -193,12 +197,12 @@ def _attempt(data: dict[str, Any]) -> Attempt:
     return Attempt(**{**data, **lists, "phases": phases})
 
 
-_NEAR = 3
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
-    """A run's folder and what is known of it. `damage` says why there is no record although there is a file."""
+class Run:
+    """A run on disk: its folders, and its record as far as it can be read.
+
+    `damage` says why there is no record although there is a file.
+    """
 
     paths: RunPaths
     record: RunRecord | None
@@ -206,42 +210,76 @@ class Known:
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """The name of its folder."""
         return self.paths.name
+
+    @property
+    def attempts(self) -> tuple[Attempt, ...]:
+        """Attempts in the record, in order; none without a record."""
+        return self.record.attempts if self.record else ()
 
     @property
     def last(self) -> Attempt | None:
         """The newest attempt in the record."""
-        return self.record.last if self.record else None
+        return self.attempts[-1] if self.attempts else None
 
     @property
     def state(self) -> Status | None:
-        """State of the newest attempt; None where no record tells."""
+        """State of the newest attempt; None without a record."""
         return state(self.last) if self.last else None
 
-    def logged(self) -> tuple[int, AttemptPaths] | None:
-        """The newest attempt that logged metrics, with its number."""
+    def logged(self) -> int | None:
+        """Number of the newest attempt that logged metrics."""
         for number in reversed(self.paths.attempts()):
-            files = self.paths.attempt(number)
-            if files.metrics.is_file() and files.metrics.stat().st_size:
-                return number, files
+            metrics = self.paths.attempt(number).metrics
+            if metrics.is_file() and metrics.stat().st_size:
+                return number
         return None
 
     def plan(self, number: int) -> dict[str, Any] | None:
         """The plan that attempt `number` executed; None where it is missing or unreadable."""
-        return _plan(self.paths.attempt(number).plan)
+        with contextlib.suppress(InputError, OSError):
+            return read_plan(self.paths.attempt(number).plan)
+        return None
 
     def setting(self, number: int, *keys: str) -> Any:
-        """A value of the preset that attempt `number` was started with; None where its plan does not tell."""
+        """A value of the preset in the plan of attempt `number`; None without such a plan or value."""
         value: Any = (self.plan(number) or {}).get("spec")
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         return value
 
+    def recorded_paths(self) -> RunPaths:
+        """The run's folders as its record names them.
 
-def known(name: str) -> Known:
-    """The run called `name`. Raises InputError for what is no run's name, NothingMatched (with near names) for no run."""
-    check_name(name)
+        Raises InputError without a record, or if its checkpoints' folder is another's.
+
+        A run's checkpoints are in a folder of its own name, so `/` or a home in a damaged record is refused.
+        """
+        if self.record is None:
+            raise InputError(
+                f"run {self.name} has no record that names its checkpoints: {self.damage or 'it is older'}",
+                hint=f"`flashrl runs show {self.name}` shows what its folders hold",
+            )
+        folder = self.paths.checkpoints
+        if not folder.is_absolute() or folder.name != self.record.name or ".." in folder.parts:
+            raise InputError(
+                f"the record of run {self.name} names a folder of checkpoints that is not its own: "
+                f"{self.record.checkpoints or 'none'}",
+                hint=f"its name must be {self.record.name}: correct it in {self.paths.record}",
+            )
+        return self.paths
+
+
+def find(name: str) -> Run:
+    """The run called `name`.
+
+    Raises InputError for what is no run's name, NothingMatched (with near names) for no run.
+    """
+    if not re.match(paths.FOLDER_NAME, name):
+        raise InputError(
+            f"{name!r} is not the name of a run", hint="give its name alone, as `flashrl runs ls` shows it"
+        )
     root = paths.runs_root() / name
     if not root.is_dir():
         names = run_names()
@@ -249,27 +287,22 @@ def known(name: str) -> Known:
         listed = f"did you mean {', '.join(near)}?" if near else "`flashrl runs ls` lists the runs"
         hint = listed if names else f"FLASHRL_RUNS names another folder than {paths.runs_root()}"
         raise NothingMatched(f"no run {name} in {paths.runs_root()}", hint=hint)
-    return _of(root)
+    return read_run(root)
 
 
-def check_name(name: str) -> None:
-    """Raise InputError unless `name` can be a run's: one visible folder."""
-    import re
-
-    from flashrl_cli.paths import FOLDER_NAME
-
-    if not re.match(FOLDER_NAME, name):
-        raise InputError(
-            f"{name!r} is not the name of a run", hint="give its name alone, as `flashrl runs ls` shows it"
-        )
-
-
-def every() -> list[Known]:
+def all_runs() -> list[Run]:
     """All runs in the runs folder, by name."""
-    return [_of(paths.runs_root() / name) for name in run_names()]
+    return [read_run(paths.runs_root() / name) for name in run_names()]
 
 
-def _of(root: Path) -> Known:
+def run_names() -> list[str]:
+    """Names of the runs on disk, sorted; reads folder names only."""
+    root = paths.runs_root()
+    return sorted(path.name for path in root.glob("[!.]*") if path.is_dir())
+
+
+def read_run(root: Path) -> Run:
+    """The run whose folder is `root`, whatever state it is in; the folder may be missing."""
     found, damage = None, None
     try:
         found = load(root / "run.json")
@@ -279,13 +312,13 @@ def _of(root: Path) -> Known:
         found, damage = None, str(error)
     except (TypeError, ValueError) as error:
         found, damage = None, f"{root / 'run.json'} is no run record: {error}"
-    name = root.name
-    checkpoints = Path(found.checkpoints) if found else _checkpoints(RunPaths(name, root, root))
-    return Known(paths=RunPaths(name, root, checkpoints), record=found, damage=damage)
+    run = RunPaths(root.name, root, root)
+    checkpoints = Path(found.checkpoints) if found else _checkpoints_by_plan(run)
+    return Run(paths=dataclasses.replace(run, checkpoints=checkpoints), record=found, damage=damage)
 
 
 def _check(found: RunRecord) -> None:
-    """Raise ValueError or TypeError where values of a record are of another kind than the rest of flashrl counts on."""
+    """Raise ValueError or TypeError for a record whose values are of other types than the rest of flashrl expects."""
     Path(found.checkpoints)
     for attempt in found.attempts:
         times = [attempt.started, attempt.updated, *(phase.began for phase in attempt.phases)]
@@ -297,36 +330,20 @@ def _check(found: RunRecord) -> None:
             raise ValueError(f"attempt {attempt.number} holds values that mean nothing")
 
 
-def _checkpoints(run: RunPaths) -> Path:
-    """Folder of checkpoints of a run without a record: its newest plan's, or the one project's that has such a folder."""
-    for number in reversed(run.attempts()):
-        plan = _plan(run.attempt(number).plan)
-        if plan and isinstance(told := plan["files"].get("checkpoints"), str):
-            return Path(told)
-    found = sorted(paths.checkpoints_root().glob(f"*/{_literal(run.name)}"))
+def _checkpoints_by_plan(run: RunPaths) -> Path:
+    """Folder of checkpoints of a run without a record: its newest plan's, or the only one of its name."""
+    with contextlib.suppress(InputError, OSError):
+        named = newest_plan(run).get("files", {}).get("checkpoints")
+        if isinstance(named, str):
+            return Path(named)
+    found = sorted(paths.checkpoints_root().glob(f"*/{glob.escape(run.name)}"))
     return found[0] if len(found) == 1 else paths.checkpoints_root() / "unknown" / run.name
 
 
-def _literal(name: str) -> str:
-    import glob
-
-    return glob.escape(name)
-
-
-def _plan(path: Path) -> dict[str, Any] | None:
-    with contextlib.suppress(InputError, OSError):
-        return read_plan(path)
-    return None
-
-
-PLAN_VERSION = 1
-"""`schema_version` of the plans that are written and read."""
-
-
-def run_names() -> list[str]:
-    """Names of the runs on disk, sorted; reads folder names only."""
-    root = paths.runs_root()
-    return sorted(path.name for path in root.glob("[!.]*") if path.is_dir())
+def newest_plan(run: RunPaths) -> dict[str, Any]:
+    """The plan of the newest attempt that left one; empty without any. Raises InputError as `read_plan`."""
+    file = _newest_plan_file(run)
+    return read_plan(file) if file else {}
 
 
 def find_plan(reference: str) -> Path | None:
@@ -334,23 +351,30 @@ def find_plan(reference: str) -> Path | None:
     for place in (paths.absolute(reference), paths.absolute(paths.runs_root() / reference)):
         if place.is_file() and place.suffix == ".json":
             return place
-        run = paths.RunPaths(place.name, place, place)
-        attempts = [paths.AttemptPaths(place), *(run.attempt(number) for number in reversed(run.attempts()))]
-        found = next((attempt.plan for attempt in attempts if attempt.plan.is_file()), None)
-        if found:
-            return found
+        own = AttemptPaths(place).plan
+        if file := own if own.is_file() else _newest_plan_file(RunPaths(place.name, place, place)):
+            return file
     return None
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """The plan's document (`plan.plan_document`). Raises InputError when the file is none, or another version's."""
+    """The plan's document (`train.plan.plan_document`).
+
+    Raises InputError when the file is none, or another version's.
+    """
+    hint = "a plan is the plan.json of a run's attempt; move a damaged one away"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}", hint="give a run's folder or its plan.json") from None
+        raise InputError(f"{path} is not JSON: {error}", hint=hint) from None
     if not isinstance(document, dict) or not {"schema_version", "overrides", "env", "files"} <= document.keys():
-        raise InputError(f"{path} is not a launch plan", hint="give a run's folder or its plan.json")
+        raise InputError(f"{path} is not a launch plan", hint=hint)
     if document["schema_version"] != PLAN_VERSION:
         version = document["schema_version"]
         raise InputError(f"{path}: plan of schema version {version}, this flashrl reads {PLAN_VERSION}")
     return document
+
+
+def _newest_plan_file(run: RunPaths) -> Path | None:
+    plans = (run.attempt(number).plan for number in reversed(run.attempts()))
+    return next((plan for plan in plans if plan.is_file()), None)

@@ -1,8 +1,7 @@
-"""Everything that is known of one run: its attempts, its start, where its time goes, its proof, and what the mismatch says.
+"""A run as a row of the list, in numbers, and in full.
 
-A run in numbers: how far it came, how good, how fast, and where its time went.
-
-One row for each run: what it is, how far it is, and what it takes on disk.
+`rows` is the list of runs, one `Row` each. `summarize` reads all files of one run, each once: `flashrl runs show`
+prints its `Summary` and `render.run_report` writes it as a report.
 """
 
 from __future__ import annotations
@@ -17,21 +16,95 @@ from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import contract
 from flashrl_cli.contract import Handshake
-from flashrl_cli.runs import metrics, mismatch, store
-from flashrl_cli.runs.curves import starts
-from flashrl_cli.runs.delete import size
-from flashrl_cli.runs.metrics import read_last, read_metrics
+from flashrl_cli.errors import InputError
+from flashrl_cli.runs import mismatch, store
+from flashrl_cli.runs.metrics import last_values, read_last, read_run_metrics
+from flashrl_cli.runs.saved import measure
 from flashrl_cli.verl.metrics import BESIDE_STEP, TIMINGS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
+    from flashrl_cli.runs.metrics import RunMetrics
     from flashrl_cli.runs.mismatch import Advice
-    from flashrl_cli.runs.store import Attempt, Known, RunRecord, Status
+    from flashrl_cli.runs.store import Attempt, Run, RunRecord, Status
     from flashrl_cli.verl.metrics import StepMetrics
 
 OTHER = "other"
 """What verl's timer of a step holds beside its phases."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A run in the list. What is not known is None; times are ISO 8601 in UTC, sizes in bytes."""
+
+    name: str
+    preset: str | None
+    state: Status | None
+    step: int | None
+    total_steps: int | None
+    reward: float | None
+    accuracy: float | None
+    attempts: int
+    changed: str
+    run_bytes: int
+    checkpoint_bytes: int
+    problem: str | None
+    """Why there is no record, if there should be one."""
+
+
+def rows() -> list[Row]:
+    """All runs, the one that changed last first."""
+    return sorted(map(row, store.all_runs()), key=lambda one: (one.changed, one.name), reverse=True)
+
+
+def row(run: Run, metrics: RunMetrics | None = None) -> Row:
+    """The row of one run from its record and its metrics: the end of the newest file, unless all were read already."""
+    step, accuracy = None, None
+    if (logged := run.logged()) is not None:
+        file = run.paths.attempt(logged).metrics
+        step, accuracy = read_last(file) if metrics is None else last_values(metrics.attempts.get(logged, ()))
+    preset, total = _planned(run)
+    last = run.last
+    reached = step.step if step else None
+    return Row(
+        name=run.name,
+        preset=run.record.preset if run.record else preset,
+        state=run.state,
+        step=last.last_step if last and last.last_step is not None else reached,
+        total_steps=last.total_steps if last and last.total_steps is not None else total,
+        reward=step["reward"] if step else None,
+        accuracy=accuracy,
+        attempts=max(len(run.attempts), len(run.paths.attempts())),
+        changed=last.updated if last else _changed(run),
+        run_bytes=measure(run.paths.root)[0],
+        checkpoint_bytes=measure(run.paths.checkpoints)[0],
+        problem=run.damage,
+    )
+
+
+def _planned(run: Run) -> tuple[str | None, int | None]:
+    """Preset and number of steps by the newest plan that can be read; only read where the record lacks them."""
+    if run.last and run.last.total_steps is not None:
+        return None, None
+    for number in reversed(run.paths.attempts()):
+        if plan := run.plan(number):
+            return plan.get("preset"), run.setting(number, "trainer", "steps")
+    return None, None
+
+
+def _changed(run: Run) -> str:
+    """When anything of a run without a record was written last."""
+    attempts = [run.paths.attempt(number) for number in run.paths.attempts()]
+    places = [run.paths.root, *(file for one in attempts for file in (one.root, one.log, one.metrics))]
+    return datetime.fromtimestamp(max(map(_modified, places)), UTC).isoformat(timespec="seconds")
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +117,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """What a run comes down to; None where nothing tells. Speeds are medians of a step."""
+    """A run in numbers; None for what is not known. Speeds are medians over the steps."""
 
     steps: int
     """The last training step."""
@@ -57,7 +130,7 @@ class Totals:
     """Seconds that all attempts ran, together."""
     step_s: float | None
     tokens_per_s: float | None
-    """A device."""
+    """Of each device."""
     tokens: float | None
     """Prompts and responses of all steps."""
 
@@ -88,15 +161,15 @@ def totals(record: RunRecord | None, history: Sequence[StepMetrics]) -> Totals:
 
 
 def ran_s(attempt: Attempt) -> float:
-    """Seconds from an attempt's start to its end, or to the last that is known of it."""
+    """Seconds from an attempt's start to its end, or to when its entry was renewed last."""
     return _seconds(attempt.started, attempt.ended or attempt.updated)
 
 
 def step_shares(history: Sequence[StepMetrics], starts: Sequence[int] = ()) -> list[Spent]:
     """Mean seconds of a step by phase, and the share of each, in the order of a step; what no phase covers comes last.
 
-    The first step of each attempt is left out where others are left: it warms up. `starts` are the steps after which later
-    attempts went on. Validation is spread over all steps: verl's timer of the step does not hold it.
+    The first step of each attempt warms up, so it is left out unless there are no others; `starts` are the steps after
+    which later attempts resumed. Validation is spread over all steps: verl's timer of the step does not hold it.
     """
     timed = [metrics for metrics in history if metrics.trained and metrics["step_s"]]
     first = {metrics.step for metrics in timed[:1]} | {step + 1 for step in starts}
@@ -138,81 +211,6 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """A run in the list. What nothing on disk tells is None; times are ISO 8601 in UTC, sizes in bytes."""
-
-    name: str
-    preset: str | None
-    state: Status | None
-    step: int | None
-    total_steps: int | None
-    reward: float | None
-    accuracy: float | None
-    attempts: int
-    changed: str
-    run_bytes: int
-    checkpoint_bytes: int
-    problem: str | None
-    """Why there is no record, if there should be one."""
-
-    def document(self) -> dict[str, Any]:
-        """For programs."""
-        return asdict(self)
-
-
-def rows() -> list[Row]:
-    """All runs, the one that changed last first."""
-    return sorted(map(row, store.every()), key=lambda one: (one.changed, one.name), reverse=True)
-
-
-def row(run: Known) -> Row:
-    """The row of one run, from its record and the end of its metrics."""
-    logged = run.logged()
-    step, accuracy = read_last(logged[1].metrics) if logged else (None, None)
-    preset, total = _planned(run)
-    last = run.last
-    reached = step.step if step else None
-    return Row(
-        name=run.name,
-        preset=run.record.preset if run.record else preset,
-        state=run.state,
-        step=last.last_step if last and last.last_step is not None else reached,
-        total_steps=last.total_steps if last and last.total_steps is not None else total,
-        reward=step["reward"] if step else None,
-        accuracy=accuracy,
-        attempts=max(len(run.record.attempts) if run.record else 0, len(run.paths.attempts())),
-        changed=last.updated if last else _changed(run),
-        run_bytes=size(run.paths.root),
-        checkpoint_bytes=size(run.paths.checkpoints),
-        problem=run.damage,
-    )
-
-
-def _planned(run: Known) -> tuple[str | None, int | None]:
-    """Preset and number of steps by the newest plan; only read where the record does not tell."""
-    if run.last and run.last.total_steps is not None:
-        return None, None
-    for number in reversed(run.paths.attempts()):
-        if plan := run.plan(number):
-            return plan.get("preset"), run.setting(number, "trainer", "steps")
-    return None, None
-
-
-def _changed(run: Known) -> str:
-    """When anything of a run without a record was written last."""
-    attempts = [run.paths.attempt(number) for number in run.paths.attempts()]
-    places = [run.paths.root, *(file for one in attempts for file in (one.root, one.log, one.metrics))]
-    return datetime.fromtimestamp(max(map(_modified, places)), UTC).isoformat(timespec="seconds")
-
-
-def _modified(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptRow:
     """An attempt in the list; without a record only its number and its last step are known."""
 
@@ -220,7 +218,7 @@ class AttemptRow:
     state: Status | None = None
     started: str | None = None
     seconds: float | None = None
-    """From its start to its end, or until now, or (when it is lost) until it was last heard of."""
+    """From its start to its end, or until now, or (when it is lost) until its entry was renewed last."""
     last_step: int | None = None
     resumed_from: int | None = None
     exit_code: int | None = None
@@ -229,106 +227,143 @@ class AttemptRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Detail:
-    """One run in full."""
+class Summary:
+    """All that is known of one run; `notes` say what could not be read."""
 
     row: Row
-    run: Known
+    run: Run
     attempts: tuple[AttemptRow, ...]
-    steps: tuple[StepMetrics, ...]
-    holes: tuple[int, ...]
+    metrics: RunMetrics
     start: tuple[Spent, ...]
     """Phases of the newest attempt's start."""
     step: tuple[Spent, ...]
     """Phases of a mean step."""
-    proof: tuple[Handshake, ...]
-    set_aside: tuple[str, ...]
+    plans: Mapping[int, Mapping[str, Any]]
+    """Documents of the plans by attempt."""
+    handshakes: dict[int, list[Handshake]]
+    """Of each attempt's rollout workers, as they were renewed last: its files, else what the record holds."""
     advice: Advice
+    """On the newest attempt that logged metrics."""
+    notes: tuple[str, ...]
+
+    @property
+    def proof(self) -> Sequence[Handshake]:
+        """Handshakes of the newest attempt that has some, as the record holds them from when they proved it."""
+        for attempt in reversed(self.run.attempts):
+            if attempt.proof:
+                with contextlib.suppress(TypeError):
+                    return [Handshake(**one) for one in attempt.proof]
+        return next((found for _, found in reversed(self.handshakes.items()) if found), ())
+
+    @property
+    def set_aside(self) -> list[str]:
+        """Checkpoints that attempts moved out of their way, and why."""
+        return [one for attempt in self.run.attempts for one in attempt.set_aside]
+
+    @property
+    def plan(self) -> Mapping[str, Any]:
+        """The newest plan, empty if there is none."""
+        return self.plans[max(self.plans)] if self.plans else {}
 
     def document(self) -> dict[str, Any]:
-        """For programs: the record word for word, and what is drawn from the metrics."""
-        curve = [{"step": s.step, "reward": s["reward"], "accuracy": s.accuracy} for s in self.steps]
+        """Plain data for `runs show --json`: the record word for word, and what is drawn from the metrics."""
+        history = self.metrics.history
         return {
-            "run": self.row.document(),
+            "run": asdict(self.row),
             "folder": str(self.run.paths.root),
             "checkpoints": str(self.run.paths.checkpoints),
             "record": asdict(self.run.record) if self.run.record else None,
             "attempts": [asdict(attempt) for attempt in self.attempts],
-            "curve": curve,
-            "holes": list(self.holes),
+            "curve": [{"step": s.step, "reward": s["reward"], "accuracy": s.accuracy} for s in history],
+            "holes": self.metrics.missing,
             "start": [asdict(spent) for spent in self.start],
             "step": [asdict(spent) for spent in self.step],
-            "proof": [asdict(shake) for shake in self.proof],
-            "set_aside": list(self.set_aside),
+            "proof": [asdict(one) for one in self.proof],
+            "set_aside": self.set_aside,
             "mismatch": self.advice.document(),
         }
 
 
-def detail(run: Known) -> Detail:
-    """Gather what is known of `run`."""
-    steps = metrics.recorded_history(run.paths, run.record)
-    last = run.last
-    return Detail(
-        row=row(run),
+def summarize(run: Run) -> Summary:
+    """Read what there is of `run`, which may lack a record, plans or metrics."""
+    notes: list[str] = []
+    if run.damage:
+        notes.append(f"The record is left out: {run.damage}.")
+    elif run.record is None:
+        notes.append("There is no record (run.json): state, times and causes are not known.")
+    metrics = read_run_metrics(run.paths, run.record)
+    plans = {number: plan for number in run.paths.attempts() if (plan := _plan(run, number, notes))}
+    handshakes = {number: _handshakes(run, number, notes) for number in run.paths.attempts()}
+    if not metrics.history:
+        notes.append("No step was logged.")
+    if metrics.missing:
+        notes.append(f"Steps without metrics: {', '.join(map(str, metrics.missing))}.")
+    return Summary(
+        row=row(run, metrics),
         run=run,
-        attempts=tuple(_attempts(run)),
-        steps=tuple(steps),
-        holes=tuple(metrics.holes(steps)),
-        start=tuple(start_shares(last) if last else ()),
-        step=tuple(step_shares(steps, starts(run.paths))),
-        proof=tuple(_proof(run)),
-        set_aside=tuple(
-            aside for attempt in (run.record.attempts if run.record else ()) for aside in attempt.set_aside
-        ),
-        advice=advice(run),
+        attempts=tuple(_attempts(run, metrics)),
+        metrics=metrics,
+        start=tuple(start_shares(run.last) if run.last else ()),
+        step=tuple(step_shares(metrics.history, metrics.resumed_after)),
+        plans=plans,
+        handshakes=handshakes,
+        advice=_advice(run, metrics),
+        notes=tuple(notes),
     )
 
 
-def advice(run: Known) -> Advice:
+def _plan(run: Run, number: int, notes: list[str]) -> dict[str, Any] | None:
+    try:
+        return store.read_plan(run.paths.attempt(number).plan)
+    except FileNotFoundError:
+        notes.append(f"Attempt {number} left no plan.")
+    except InputError as error:
+        notes.append(f"The plan of attempt {number} is left out: {error.message}.")
+    return None
+
+
+def _handshakes(run: Run, number: int, notes: list[str]) -> list[Handshake]:
+    """Handshakes of an attempt: its files, or what the record holds of them."""
+    recorded = next((one.proof for one in run.attempts if one.number == number), ())
+    try:
+        found = list(contract.read_handshakes(run.paths.attempt(number).plugins))
+        return found or [Handshake(**one) for one in recorded]
+    except (ValueError, TypeError, AttributeError):
+        notes.append(f"A handshake of attempt {number} is damaged.")
+        return []
+
+
+def _advice(run: Run, metrics: RunMetrics) -> Advice:
     """Mismatch advice on the newest attempt that logged metrics, with the cap that it was started with."""
-    logged = run.logged()
-    if logged is None:
+    number = run.logged()
+    if number is None:
         return mismatch.advise([], None)
-    number, files = logged
     cap = run.setting(number, "correction", "cap")
-    return mismatch.advise(read_metrics(files.metrics), cap if isinstance(cap, int | float) else None)
+    return mismatch.advise(metrics.attempts.get(number, ()), cap if isinstance(cap, int | float) else None)
 
 
-def _attempts(run: Known) -> Iterable[AttemptRow]:
-    recorded = {attempt.number: attempt for attempt in run.record.attempts} if run.record else {}
-    for number in sorted({*recorded, *run.paths.attempts()}):
+def _attempts(run: Run, metrics: RunMetrics) -> Iterator[AttemptRow]:
+    recorded = {attempt.number: attempt for attempt in run.attempts}
+    for number in sorted({*recorded, *metrics.attempts}):
         if attempt := recorded.get(number):
             yield _attempt(attempt)
         else:
-            logged = read_metrics(run.paths.attempt(number).metrics)
-            yield AttemptRow(number=number, last_step=max((step.step for step in logged), default=None))
+            yield AttemptRow(
+                number=number, last_step=max((step.step for step in metrics.attempts[number]), default=None)
+            )
 
 
 def _attempt(attempt: Attempt) -> AttemptRow:
     state = store.state(attempt)
-    ends = {"running": datetime.now(UTC).isoformat(), "lost": attempt.updated}
-    end = attempt.ended or ends.get(state, attempt.updated)
+    end = attempt.ended or (datetime.now(UTC).isoformat() if state == "running" else attempt.updated)
     return AttemptRow(
         number=attempt.number,
         state=state,
         started=attempt.started,
-        seconds=max(0.0, (datetime.fromisoformat(end) - datetime.fromisoformat(attempt.started)).total_seconds()),
+        seconds=_seconds(attempt.started, end),
         last_step=attempt.last_step,
         resumed_from=attempt.resumed_from,
         exit_code=attempt.exit_code,
         error=attempt.error,
         hint=attempt.hint,
     )
-
-
-def _proof(run: Known) -> Iterable[Handshake]:
-    """Handshakes of the newest attempt that has some: from its record, else from its folder."""
-    for attempt in reversed(run.record.attempts if run.record else ()):
-        if attempt.proof:
-            with contextlib.suppress(TypeError):
-                return [Handshake(**shake) for shake in attempt.proof]
-    for number in reversed(run.paths.attempts()):
-        with contextlib.suppress(TypeError, ValueError, AttributeError):
-            if found := list(contract.read_handshakes(run.paths.attempt(number).plugins)):
-                return found
-    return []

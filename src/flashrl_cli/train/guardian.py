@@ -1,7 +1,7 @@
 """Stands between flashrl and the command that it runs: `python -m flashrl_cli.train.guardian LIFELINE COMMAND…`.
 
-LIFELINE is the number of a pipe's reading end whose other end flashrl holds. When flashrl is killed the pipe closes, and the
-guardian ends the command with all that it started. It adopts orphans, so nothing escapes it.
+LIFELINE is the number of a pipe's reading end whose other end flashrl holds. When flashrl is killed the pipe closes,
+and the guardian ends the command with all that it started. It adopts orphans, so nothing escapes it.
 """
 
 from __future__ import annotations

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What must be proven: `workers` rollout workers that hold `precision` and a KV cache in `kv_cache`; 0: nothing to prove.
+    """What must be proven: `workers` rollout workers that hold `precision` and a KV cache in `kv_cache`; 0 for nothing.
 
-    Exactly `bf16_workers` of them must hold bf16 instead; `lm_head` is the dtype in which all must compute logits, None for any.
-    `smoothed` counts the tensors that a profile must have changed at the last refit; None means at least one, where the
-    profile is not on this machine.
+    Exactly `bf16_workers` of them must hold bf16 instead; `lm_head` is the dtype in which all must compute logits, None
+    for any. `smoothed` counts the tensors that a profile must have changed at the last refit; None means at least one,
+    where the profile is not on this machine.
     """
 
     precision: str
@@ -36,7 +36,7 @@ class Expectation:
 
 
 def expectation(plan: LaunchPlan) -> Expectation:
-    """What a plan's rollout workers must prove; with verl's own worker extension (bf16, fp8-block on CUDA) nothing is written."""
+    """What a plan's rollout workers must prove: nothing with verl's own worker extension (bf16, fp8-block on CUDA)."""
     resources, rollout = plan.spec.resources, plan.spec.rollout
     ours = any(contract.WORKER_EXTENSION in str(override) for override in plan.overrides)
     return Expectation(
@@ -118,4 +118,5 @@ def missing(expected: Expectation, handshakes: list[Handshake]) -> str | None:
     """Once a step was sampled, every worker must have written its handshake: who has not, or None."""
     if len(handshakes) >= expected.workers:
         return None
-    return f"{expected.precision} rollouts were asked for, but {len(handshakes)} of {expected.workers} workers proved theirs"
+    proven = f"{len(handshakes)} of {expected.workers} workers proved theirs"
+    return f"{expected.precision} rollouts were asked for, but {proven}"

@@ -1,4 +1,4 @@
-"""From a preset and options to what starts a run: the plan of its next attempt, judged against verl's own configuration.
+"""From a preset and options to what starts a run: the plan of its next attempt, judged on verl's own configuration.
 
 Nothing is started here. `plan` says what a plan is, `resume` where a run goes on, `run` carries a plan out.
 """
@@ -18,7 +18,7 @@ from flashrl_cli.config.layers import Difference, differences, leaves
 from flashrl_cli.config.resolve import read_spec
 from flashrl_cli.errors import InputError, Problem
 from flashrl_cli.paths import FOLDER_NAME
-from flashrl_cli.runs.store import read_plan
+from flashrl_cli.runs.store import newest_plan
 from flashrl_cli.train.plan import LaunchPlan, build_plan, default_name, run_paths
 from flashrl_cli.train.preflight import shape
 from flashrl_cli.train.resume import FROM_NOTHING, Resume, choose
@@ -52,8 +52,8 @@ def next_plan(
 ) -> LaunchPlan:
     """Plan of the next attempt of a run; `look_only` plans for a used name, too.
 
-    Raises InputError: for a name in use, a step that cannot be loaded, and, without `force`, for a run that was started with
-    another configuration.
+    Raises InputError: for a name in use, a step that cannot be loaded, and, without `force`, for a run that was started
+    with another configuration.
     """
     run_name = default_name(resolved.spec.name, resolved.spec) if name is None else name
     run = run_paths(run_name, resolved.spec, paths.runs_root(), paths.checkpoints_root())
@@ -69,12 +69,12 @@ def next_plan(
 
 
 def judge(resolved: Resolved, plan: LaunchPlan) -> Tree:
-    """verl's configuration of a plan. Raises InputError with all that is wrong with it; EnvironmentNotReady without verl."""
+    """verl's configuration of a plan. Raises InputError with all that is wrong; EnvironmentNotReady without verl."""
     return check_overrides(resolved, plan.overrides, shape(resolved.spec.model.path))
 
 
 def preview(preset: str, options: Options) -> tuple[Resolved, LaunchPlan]:
-    """A preset and the plan of its first run under its default name. Raises InputError with what the spec has against it."""
+    """A preset and the plan of its first run under its default name. Raises InputError where its values break rules."""
     resolved = read(preset, options).checked()
     return resolved, _first_plan(resolved)
 
@@ -138,8 +138,8 @@ FREE = (
     "verl.ray_kwargs.",
     "verl.+ray_kwargs.",
 )
-"""Keys, and starts of keys, that a run may change when it goes on: how long it is, how it is watched, where it runs and what it
-writes, but not what it learns."""
+"""Keys, and starts of keys, that a run may change when it goes on: how long it is, how it is watched, where it runs and
+what it writes, but not what it learns."""
 
 
 def plan_hash(plan: LaunchPlan) -> str:
@@ -153,9 +153,7 @@ def changes(plan: LaunchPlan) -> list[Difference]:
 
     Empty for a first one, or where that one's plan does not hold the preset's values.
     """
-    before = (plan.paths.attempt(number).plan for number in reversed(plan.paths.attempts()))
-    file = next((path for path in before if path.is_file()), None)
-    recorded = read_plan(file).get("spec") if file else None
+    recorded = newest_plan(plan.paths).get("spec")
     if recorded is None:
         return []
     origins = {key: str(origin) for key, origin in plan.origins.items()}

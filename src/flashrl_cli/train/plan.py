@@ -1,6 +1,7 @@
 """The launch plan: everything that a run will be started with, computed and printable before anything starts.
 
-Pure: no clock, no environment; `--dry-run` prints exactly what a launch executes, as one shell script or as one document.
+Pure: no clock, no environment; `--dry-run` prints exactly what a launch executes, as one shell script or as one
+document.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class LaunchPlan:
 
 
 def default_name(preset: str, spec: RunSpec) -> str:
-    """Name of a run that was given none, such as `tiny-int8-kv8-tis2`: preset, precision, what else changes the rollouts, cap."""
+    """Name of a run that was given none: preset, precision, other changes of rollouts, cap (`tiny-int8-kv8-tis2`)."""
     rollout, cap = spec.rollout, spec.correction.cap
     parts = {
         "kv8": rollout.kv_cache == "fp8",
@@ -81,7 +82,7 @@ def build_plan(
     resume: Resume = FROM_NOTHING,
     logging: str | None = None,
 ) -> LaunchPlan:
-    """Plan of attempt `attempt` of run `name`, going on from `resume`; roots are absolute, `logging` is the plugins' level."""
+    """Plan of an attempt of run `name`, going on from `resume`; roots are absolute, `logging` is the plugins' level."""
     spec = resolved.spec
     run = run_paths(name, spec, runs_root, checkpoints_root)
     files = run.attempt(attempt)
@@ -145,8 +146,8 @@ def _hydra_settings(files: AttemptPaths) -> tuple[str, ...]:
 def plan_script(plan: LaunchPlan, remarks: Sequence[str] = (), *, submission: Sequence[str] = ()) -> str:
     """The plan as a POSIX shell script: overrides by theme, environment, files; `remarks` are comments at its top.
 
-    It runs what a launch runs, less the watching; overrides come in another order, which means nothing to Hydra. With lines of
-    a `submission`, which take the overrides as `$@`, it ends in these and leaves the environment to them.
+    It runs what a launch runs, less the watching; overrides come in another order, which means nothing to Hydra. With
+    lines of a `submission`, which take the overrides as `$@`, it ends in these and leaves the environment to them.
     """
     attempt = plan.attempt_paths
     lines = [

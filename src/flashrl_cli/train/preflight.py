@@ -1,8 +1,8 @@
 """Can this machine run a preset? Found out before anything starts, every reason at once.
 
-`train` refuses to start over the failures; `flashrl doctor --preset` shows the same findings, the good ones too. In this order:
-software (`machine.software`), what the run computes on (Ray, sockets, GPUs, attention), what it reads (data files, models, a
-smoothing profile), room for its checkpoints, its loggers, and at last the rows of its data files.
+`train` refuses to start over the failures; `flashrl doctor --preset` shows the same findings, the good ones too. In
+this order: software (`machine.software`), what the run computes on (Ray, sockets, GPUs, attention), what it reads (data
+files, models, a smoothing profile), room for its checkpoints, its loggers, and at last the rows of its data files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from flashrl_cli.machine import gpus, ray_state, software, system
 from flashrl_cli.machine.finding import Finding, fail, ok, problems, warn
 from flashrl_cli.memory import estimate
 from flashrl_cli.memory.model import shape_of
-from flashrl_cli.precision import KV8_GPUS, PRECISIONS
 from flashrl_cli.text import counted
 from flashrl_cli.verl import environment, rewards
 from flashrl_cli.verl.overrides import data_path, model_path
@@ -56,7 +55,8 @@ def check(plan: LaunchPlan) -> None:
     raise EnvironmentNotReady(
         f"this machine cannot run {plan.preset}: {', '.join(dict.fromkeys(str(problem.where) for problem in found))}",
         problems=[*found, *row_problems(plan.spec)],
-        hint=f"{'; '.join(fixes[:MOST_FIXES])}; `flashrl doctor --preset` shows all that was checked, `--dry-run` the plan alone",
+        hint=f"{'; '.join(fixes[:MOST_FIXES])}; `flashrl doctor --preset` shows all that was checked, "
+        "`--dry-run` the plan alone",
     )
 
 
@@ -103,7 +103,7 @@ def device_findings(spec: RunSpec, versions: Mapping[str, str]) -> Iterator[Find
     elif joined is None:
         found = gpus.seen()
         yield _enough_gpus(spec, len(found))
-        yield from _gpu_precision(spec, found)
+        yield from gpus.gpus_lack(spec.rollout.precision, found, kv8=spec.rollout.kv_cache != "auto")
         yield from gpus.driver(found, gpus.cuda_of(versions.get("torch", "")), compatible=gpus.COMPATIBLE.is_dir())
         if software.installed_stack(versions) is software.GPU:
             yield _attention(spec, versions)
@@ -138,14 +138,6 @@ def _ray(spec: RunSpec, joined: tuple[str, str] | None) -> Iterator[Finding]:
         yield fail("Ray", text, "`train --executor ray` leaves them out, `RAY_ADDRESS=local` has a Ray of its own")
 
 
-def _gpu_precision(spec: RunSpec, found: Sequence[gpus.Gpu]) -> Iterator[Finding]:
-    precision = spec.rollout.precision
-    if reason := gpus.lacks(precision, found):
-        yield fail("rollout.precision", reason, f"--rollout {PRECISIONS[precision].instead}")
-    if spec.rollout.kv_cache != "auto" and (reason := gpus.outside(KV8_GPUS, "an FP8 KV cache", found)):
-        yield fail("rollout.kv_cache", reason, "--set rollout.kv_cache=auto")
-
-
 def _enough_gpus(spec: RunSpec, found: int) -> Finding:
     """Whether a machine with `found` GPUs, and no cluster, has what a run on GPUs asks for."""
     asked = spec.resources
@@ -171,7 +163,7 @@ def _attention(spec: RunSpec, versions: Mapping[str, str]) -> Finding:
 
 
 def storage_findings(spec: RunSpec) -> Iterator[Finding]:
-    """Yield what is there of the files and models that `spec` names, and whether the disk has room for its checkpoints."""
+    """Yield which files and models that `spec` names are there, and whether the disk has room for its checkpoints."""
     here = local_inputs(spec)
     for key, path in here.items():
         if key == PROFILE:
@@ -227,9 +219,10 @@ _MAKE_PROFILE = "`flashrl quantize MODEL --calibrate PARQUET` makes one, --set r
 
 
 def judge_profile(path: Path, model: Path | None) -> Finding:
-    """Whether `path` is a profile of the HF folder `model` that training begins with (None for one on the hub: not looked at).
+    """Whether `path` is a profile of the HF folder `model` that training begins with (None: on the hub, not compared).
 
-    Smoothing preserves what any weights of that shape compute, so that a profile of other weights helps less and harms nothing.
+    Smoothing preserves what any weights of that shape compute, so that a profile of other weights helps less and harms
+    nothing.
     """
     if not path.is_file():
         return fail(PROFILE, f"{path} does not exist", _MAKE_PROFILE)
@@ -371,7 +364,7 @@ class Memory:
 
 
 def memory_of(resolved: Resolved, tree: Tree, gpus: Sequence[int] = ()) -> Memory:
-    """Memory of a run on this machine's `gpus` (bytes of each), or as `resources.gpu_memory_gib` says, or on 80 GB GPUs."""
+    """Memory of a run on `gpus` (bytes of each), or as `resources.gpu_memory_gib` says, or on 80 GB GPUs."""
     spec = resolved.spec
     if spec.resources.platform == "cpu":
         return Memory(unknown="it is estimated for GPUs only")
@@ -410,7 +403,7 @@ def _parameters(model: str) -> int | None:
 
 
 def gpu_memory(spec: RunSpec) -> list[int]:
-    """Bytes of each GPU of this machine; empty for a run on a CPU, or on a cluster, whose GPUs cannot be seen from here."""
+    """Bytes of each GPU here; empty for a run on a CPU, or on a cluster, whose GPUs cannot be seen from here."""
     if spec.resources.platform == "cpu" or _cluster(spec):
         return []
     return [gpu.memory_mib << 20 for gpu in gpus.seen() if gpu.memory_mib]

@@ -1,14 +1,9 @@
-"""Commands with everything they start, so that all of it can be ended, and the signals that end a command in order.
+"""Commands with everything they start, so that all of it can be ended.
 
-Ray puts its daemons into sessions of their own and rewrites process titles, so neither process groups nor environments find
-them again. On Linux this process becomes the "subreaper" instead: whatever loses its parent becomes a child of ours. Between
-us and the command is a guardian (`train.guardian`), a subreaper too: when we are killed, it ends the command, and when it is
-killed, we do.
-
-Signals follow the usual rule of Unix: INT and HUP, which a terminal sends to all that it started, stay ignored if they were when
-flashrl was started. `nohup` ignores HUP and a shell INT (for `command &` in a script), so that a command outlives its terminal;
-Python, and with it every flashrl command without handlers of its own, does the same. TERM is sent to this very process, and
-always ends it.
+Ray puts its daemons into sessions of their own and rewrites process titles, so neither process groups nor environments
+find them again. On Linux this process becomes the "subreaper" instead: whatever loses its parent becomes a child of
+ours. Between us and the command is a guardian (`train.guardian`), a subreaper too: when we are killed, it ends the
+command, and when it is killed, we do.
 """
 
 from __future__ import annotations
@@ -20,27 +15,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Protocol
 
 import psutil
-
-from flashrl_cli.errors import ExitCode, FlashrlError
 
 if TYPE_CHECKING:
     from flashrl_cli.train.plan import LaunchPlan
 
 
 class Handle(Protocol):
-    """A plan under way: `process.Tree` or `ray_job.RayJob`. Its files appear in the attempt's folder while `tend` is called."""
+    """A plan under way (`Tree`, `ray_job.RayJob`): its files appear in the attempt's folder while `tend` is called."""
 
     def poll(self) -> int | None:
         """Exit code of the command, None while it runs; a signal's number negative."""
 
     def tend(self) -> None:
-        """Look after what runs: note new processes, or fetch what a cluster has logged; called several times a second."""
+        """Note new processes, or fetch what a cluster has logged; called several times a second."""
 
     def terminate(self) -> None:
         """Ask the command to end."""
@@ -51,69 +43,6 @@ class Handle(Protocol):
 
 Start = Callable[["LaunchPlan"], Handle]
 """Starts a plan; raises EnvironmentNotReady where it cannot."""
-
-
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl-C, `kill`, and a terminal that was closed."""
-_OF_A_TERMINAL = frozenset({signal.SIGINT, signal.SIGHUP})
-
-
-class Interrupted(FlashrlError):
-    """A signal ended the run; the exit code is the signal's."""
-
-    def __init__(self, number: int, hint: str) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}", hint=hint)
-        self.exit_code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED
-
-
-def say_if_ignored(say: Callable[[str], None]) -> None:
-    """Say that Ctrl-C has no effect, if SIGINT was ignored when this process was started; for a command that takes long."""
-    if _stays_ignored(signal.SIGINT):
-        say(
-            "SIGINT was ignored when this command was started, as a shell does for `command &` in a script: "
-            f"Ctrl-C will not stop it, `kill {os.getpid()}` will"
-        )
-
-
-@contextlib.contextmanager
-def collected() -> Iterator[list[int]]:
-    """Collect INT, TERM and HUP in the list it yields, instead of dying of them; INT and HUP may be ignored (see above)."""
-    received: list[int] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-
-    with _handled(note):
-        yield received
-
-
-@contextlib.contextmanager
-def raised(hint: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Let INT, TERM and HUP raise Interrupted where the program is, so that what it opened is closed in order.
-
-    INT and HUP may be ignored (see above): `say` is called where INT is.
-    """
-
-    def end(number: int, _frame: FrameType | None) -> None:
-        raise Interrupted(number, hint)
-
-    say_if_ignored(say)
-    with _handled(end):
-        yield
-
-
-@contextlib.contextmanager
-def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in ENDING if not _stays_ignored(number)}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
-
-
-def _stays_ignored(number: signal.Signals) -> bool:
-    return number in _OF_A_TERMINAL and signal.getsignal(number) == signal.SIG_IGN
 
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -129,7 +58,7 @@ class Descendants:
         self._known: set[psutil.Process] = set()
 
     def note(self) -> None:
-        """Keep in mind what runs now, where orphans are adopted by others; on Linux they come to us, and are found at any time."""
+        """Remember what runs now, where orphans are adopted by others; on Linux they come to us."""
         if sys.platform != "linux":
             self.alive()
 

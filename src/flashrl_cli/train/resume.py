@@ -28,8 +28,8 @@ WORTH_REDOING_S = 600.0
 class Resume:
     """What an attempt goes on from, and what it moves out of the way before.
 
-    verl would load what its tracker names, complete or not, and later steps of an abandoned branch would stay among the new
-    ones.
+    verl would load what its tracker names, complete or not, and later steps of an abandoned branch would stay among the
+    new ones.
     """
 
     folder: Path | None = None
@@ -50,7 +50,7 @@ class Resume:
         return [*start, *(f"setting {path.name} aside: {why}" for path, why in self.superseded)]
 
     def prepare(self) -> None:
-        """Move superseded steps to `.set_aside`, and have verl's tracker name the step that the attempt goes on from."""
+        """Move superseded steps to `.set_aside`, and have verl's tracker name the step to go on from."""
         for path, why in self.superseded:
             saved.set_aside(path, why)
         if self.superseded and self.checkpoints:
@@ -99,7 +99,7 @@ def _folder(mode: str) -> Path:
 
 
 def _newest(steps: Sequence[Saved], run: RunPaths) -> Saved | None:
-    """The newest complete step; the one before it if only the metrics of the newest are missing and few steps lie between.
+    """The newest complete step; the one before it if the newest's metrics alone are missing, and few steps are between.
 
     verl saves a step before it validates and logs it (trainer/ppo/v1/trainer_base.py:480-515).
     """

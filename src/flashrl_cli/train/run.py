@@ -1,4 +1,4 @@
-"""One attempt of a run from its claim to its end, on record all the while; in this process, or in one that outlives the terminal."""
+"""One attempt of a run from its claim to its end, on record all the while; here, or detached from the terminal."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import __version__
+from flashrl_cli import __version__, signals
 from flashrl_cli.errors import ExitCode, FlashrlError, InputError, RunFailed, exit_code_of
 from flashrl_cli.machine.software import probe_versions
 from flashrl_cli.runs import store
 from flashrl_cli.runs.metrics import Tail
 from flashrl_cli.runs.store import Attempt, Phase, RunRecord
 from flashrl_cli.secrets import without_secrets
-from flashrl_cli.train import process
 from flashrl_cli.train.launch import plan_hash
 from flashrl_cli.train.supervise import supervise
 
@@ -46,7 +45,7 @@ def run_plan(
     `command` is the command line that asked for it. Raises InputError if the run is under way already, and what
     `supervise` raises.
     """
-    with process.collected() as received:
+    with signals.collected() as received:
         _claim(plan, command)
         try:
             plan.resume.prepare()
@@ -104,7 +103,7 @@ def _attempt(plan: LaunchPlan, command: Sequence[str]) -> Attempt:
 def _ending(error: BaseException) -> dict[str, Any]:
     """Fields of the record of an attempt that `error` ended."""
     code = int(exit_code_of(error))
-    if isinstance(error, process.Interrupted):
+    if isinstance(error, signals.Interrupted):
         return {"status": "stopped", "exit_code": code, "error": error.message}
     if isinstance(error, FlashrlError):
         return {"status": "failed", "exit_code": code, "error": error.message.partition("\n")[0], "hint": error.hint}

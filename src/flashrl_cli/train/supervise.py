@@ -1,7 +1,7 @@
 """Run a launch plan: start it, watch log, metrics and handshakes, show what happens, and leave nothing behind.
 
-verl waits for ever when a vLLM worker dies, and goes on when the rollout engine is broken. So the run is ended here: on a
-failure that the log shows, on lost or implausible metrics, on a precision that is not proven, and when nothing moves.
+verl waits for ever when a vLLM worker dies, and goes on when the rollout engine is broken. So the run is ended here: on
+a failure that the log shows, on lost or implausible metrics, on a precision that is not proven, and when nothing moves.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from flashrl_cli import contract, files
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
 from flashrl_cli.files import last_lines
 from flashrl_cli.runs.metrics import MetricsTail, Tail
+from flashrl_cli.signals import Interrupted
 from flashrl_cli.train import handshake
 from flashrl_cli.train.plan import plan_document
-from flashrl_cli.train.process import Interrupted
 from flashrl_cli.verl.causes import CAUSES, Cause, cause_in
-from flashrl_cli.verl.logs import StartPhase, phase_after, plain, root_error, telling, total_steps
+from flashrl_cli.verl.logs import StartPhase, notable, phase_after, plain, root_error, total_steps
 
 if TYPE_CHECKING:
     from flashrl_cli.config.spec import WatchSpec
@@ -44,8 +44,8 @@ def supervise(
 ) -> int:
     """Execute `plan` to its end and return the number of steps done; nothing of it runs any more afterwards.
 
-    `received` grows by the signals that come in (`process.collected`); `vocabulary` is the policy's number of tokens, if known.
-    Raises RunFailed, EnvironmentNotReady or Interrupted with the log's end.
+    `received` grows by the signals that come in (`signals.collected`); `vocabulary` is the policy's number of tokens,
+    if known. Raises RunFailed, EnvironmentNotReady or Interrupted with the log's end.
     """
     paths = plan.attempt_paths
     paths.plugins.mkdir(parents=True)
@@ -78,7 +78,7 @@ def _follow(watch: Watch, received: list[int]) -> None:
 
 
 def _check_complete(watch: Watch) -> None:
-    """Raise RunFailed for a run that ended with exit code 0 before its last step, as verl does when its epochs are over."""
+    """Raise RunFailed for a run that ended before its last step, although with 0, as verl does after its last epoch."""
     if not watch.steps:
         raise RunFailed("verl ended without a step", hint="a finished run goes on with a larger trainer.steps")
     if watch.total is not None and watch.last < watch.total:
@@ -101,7 +101,7 @@ def _end(handle: Handle, grace_s: float, received: list[int]) -> None:
 
 def _with_log(message: str, plan: LaunchPlan) -> str:
     log = plan.attempt_paths.log
-    tail = telling(last_lines(log, 200))[-TAIL_LINES:]
+    tail = notable(last_lines(log, 200))[-TAIL_LINES:]
     return "\n".join([message, *(f"  | {line[:300]}" for line in tail), f"log: {log}"])
 
 
@@ -154,7 +154,7 @@ class Watch:
         cause = cause_in(line)
         if cause is None:
             return
-        # the more specific the cause, the earlier it stands
+        # the more specific a cause, the earlier it is in the list
         self.cause = min(self.cause or cause, cause, key=CAUSES.index)
         if cause.fatal and self._doomed is None:
             self._doomed = (cause, time.monotonic())
@@ -230,11 +230,12 @@ def broken_rollout(step: StepMetrics, bounds: WatchSpec, vocabulary: int | None)
     """Why the rollout does not sample from the policy, or None if it does (or nothing was sampled in this step).
 
     verl scores the sampled tokens again with the trainer. Quantization moves those log-probs a little, which truncated
-    importance sampling corrects; an engine whose refit is broken samples from something else, which nothing corrects. The
-    bounds lie between: healthy INT8 and FP8 runs show |KL| below 0.05 and a correlation above 0.95, an engine left on its
-    dummy weights a KL above 3 and a correlation near 0.
+    importance sampling corrects; an engine whose refit is broken samples from something else, which nothing corrects.
+    The bounds lie between: healthy INT8 and FP8 runs show |KL| below 0.05 and a correlation above 0.95, an engine left
+    on its dummy weights a KL above 3 and a correlation near 0.
 
-    KL in nats a token, absolute because verl estimates it from samples; weights are importance weights after truncation.
+    KL in nats a token, absolute because verl estimates it from samples; weights are importance weights after
+    truncation.
     """
     kl, weight = step["kl"], step["weight_mean"]
     if _samples_uniformly(step, vocabulary):
@@ -262,7 +263,7 @@ def _uncorrelated(step: StepMetrics, bounds: WatchSpec) -> str | None:
     # a policy that is sure of every token has no spread to correlate, so a low correlation alone proves nothing
     if correlation < bounds.min_correlation and difference > bounds.max_prob_difference:
         return (
-            f"probabilities of the sampled tokens correlate by {correlation:.2f} only (bound {bounds.min_correlation:g}) "
-            f"and differ by {difference:.2f} on average"
+            f"probabilities of the sampled tokens correlate by {correlation:.2f} only "
+            f"(bound {bounds.min_correlation:g}) and differ by {difference:.2f} on average"
         )
     return None

@@ -1,6 +1,7 @@
-"""A sweep: its points become runs that are all judged before the first one starts; then one after another, and a table of them.
+"""A sweep: its points become runs, all judged before the first one starts, run one after another, and compared.
 
-`sweep_axes` reads what varies. A point's run is planned, judged, checked and run as a single one is (`launch`, `executors`, `run`).
+`sweep_axes` reads what varies. A point's run is planned, judged, checked and run as a single one is (`launch`,
+`executors`, `run`).
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from flashrl_cli import paths
 from flashrl_cli.errors import EnvironmentNotReady, FlashrlError, InputError, Location, Problem, RunFailed
 from flashrl_cli.runs import store
 from flashrl_cli.runs.metrics import history
+from flashrl_cli.signals import Interrupted
 from flashrl_cli.text import counted
 from flashrl_cli.train import launch
 from flashrl_cli.train.launch import Launch
 from flashrl_cli.train.plan import default_name, run_paths
-from flashrl_cli.train.process import Interrupted
 from flashrl_cli.train.run import refuse_running
 from flashrl_cli.train.sweep_axes import run_names
 from flashrl_cli.verl.metrics import SWEEP
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 State = Literal["waiting", "running", "begun", "done"]
-"""Of a point's run before the sweep: `done` has all the steps that its plan wants, `begun` has an attempt, `running` lives."""
+"""Of a point's run before the sweep: `done` has all steps of its plan, `begun` has an attempt, `running` lives."""
 NAMED_BY_DEFAULT = (
     "rollout", "tis", "rollout.precision", "correction.cap", "rollout.kv_cache", "rollout.lm_head_fp32", "rollout.mix",
 )  # fmt: skip
@@ -63,8 +64,8 @@ class Job:
 class UsedNames:
     """What a sweep does about runs that exist already.
 
-    `resume` is auto or never, which holds for runs without an attempt: those with one go on. `force` goes on with what was
-    started with another configuration, `look_only` allows for runs that are under way.
+    `resume` is auto or never, which holds for runs without an attempt: those with one go on. `force` goes on with what
+    was started with another configuration, `look_only` allows for runs that are under way.
     """
 
     resume: str = "never"
@@ -150,7 +151,7 @@ def _state(plan: LaunchPlan) -> State:
 
 
 class PointProblems:
-    """Collects the problems of single points, from errors of one class, and states each once, with the values that it goes with."""
+    """Collects the problems of points, from errors of one class; states each once, with the values that it comes with."""
 
     def __init__(self, points: Sequence[Point], error: type[FlashrlError] = InputError) -> None:
         self.points, self.error = points, error
@@ -176,7 +177,7 @@ class PointProblems:
         return [self._located(problem, points) for problem, points in self._found.items()]
 
     def _located(self, problem: Problem, points: Sequence[Point]) -> Problem:
-        """The problem as it is if all points have it, else with the one value that its points share, else with their names."""
+        """The problem alone if all points have it, else with the one value that its points share, else with them."""
         if self._are_all(points):
             return problem
         for key, text in points[0].values:

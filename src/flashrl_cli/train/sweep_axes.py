@@ -1,4 +1,4 @@
-"""What varies in a sweep: keys and values of `--sweep`, from the command line and from files; their combinations, and their names."""
+"""What varies in a sweep: keys and values of `--sweep`, from options and files, their combinations and their names."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Why a run failed: what lines in the logs of verl, Ray, vLLM and torch mean, and what to do about it.
 
 The texts are those of verl 0.9.1, Ray 2.60, vLLM 0.24 to 0.28 and torch 2.11 to 2.13. A healthy log shows words such as `Failed to`,
-`No such file or directory` and `ModuleNotFoundError` too, so a pattern names the whole phrase of the failure.
+`No such file or directory` and `ModuleNotFoundError` too, so a pattern names the complete phrase of the failure.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ GPU = (
         "gpu-kernel",
         "a GPU kernel went wrong",
         "`CUDA_LAUNCH_BLOCKING=1` before the command makes the log name the kernel; "
-        "`--rollout bf16` tells whether quantization is at fault",
+        "`--rollout bf16` shows whether quantization is at fault",
         r"CUDA error: (an illegal memory access was encountered|device-side assert triggered|misaligned address)",
     ),
     _cause(
@@ -98,7 +98,7 @@ GPU = (
     _cause(
         "nccl-error",
         "the GPUs could not talk to each other (NCCL)",
-        "`NCCL_DEBUG=INFO` before the command makes the log say why; NCCL_SOCKET_IFNAME names the network to use",
+        "`NCCL_DEBUG=INFO` before the command makes the log show why; NCCL_SOCKET_IFNAME names the network to use",
         r"DistBackendError: NCCL error",
         r"nccl(UnhandledCuda|System|Remote|Internal)Error:",
     ),
@@ -126,7 +126,7 @@ MACHINE = (
     _cause(
         "disk-full",
         "a disk is full",
-        "`df -h` tells which: that of the checkpoints, of the run's folder, of /tmp (Ray), or /dev/shm; free space there",
+        "`df -h` shows which: that of the checkpoints, of the run's folder, of /tmp (Ray), or /dev/shm; free space there",
         r"No space left on device",
         r"Disk quota exceeded",
         r"PytorchStreamWriter failed writing file",
@@ -322,7 +322,7 @@ ENGINE = (
     _cause(
         "engine-start",
         "the rollout engine did not start",
-        "the lines above it in the log say why",
+        "the lines above it in the log show why",
         r"Engine core initialization failed",
         r"EngineCore failed to start",
         r"WorkerProc failed to start",
@@ -330,7 +330,7 @@ ENGINE = (
     _cause(
         "engine-died",
         "a worker of the rollout engine died",
-        "`dmesg` tells whether the system killed it for memory; `--resume auto` goes on from the last checkpoint",
+        "`dmesg` shows whether the system killed it for memory; `--resume auto` goes on from the last checkpoint",
         r"(Worker|Engine core) proc \S+ died unexpectedly",
         r"RayWorkerProc rank=\S+ died unexpectedly",
         r"engine core exited unexpectedly",
@@ -343,13 +343,13 @@ SAMPLING = (
     _cause(
         "sampling-batch",
         "no response of a whole batch could be sampled and scored",
-        "the exceptions after `Error in _run_prompt` in the log say why",
+        "the exceptions after `Error in _run_prompt` in the log show why",
         r"selected terminal groups with no materializable trajectories",
     ),
     _cause(
         "sampling",
         "responses could not be sampled or scored",
-        "the exceptions after `Error in _run_prompt` in the log say why",
+        "the exceptions after `Error in _run_prompt` in the log show why",
         r"Error in _run_prompt\b",
         fatal=False,  # verl goes on with the other prompts
     ),
@@ -384,7 +384,7 @@ RAY = (
     _cause(
         "worker-died",
         "a Ray worker died",
-        "the lines above it in the log say why; `dmesg` tells whether the system killed it for memory",
+        "the lines above it in the log show why; `dmesg` shows whether the system killed it for memory",
         r"ActorDiedError",
         r"WorkerCrashedError",
         r"A worker died or was killed",

@@ -1,4 +1,4 @@
-"""verl's checkpoint layout: its folder and file names, and what a run's overrides say about checkpoints and validation data.
+"""verl's checkpoint layout: its folder and file names, and what a run's overrides mean for checkpoints and validation data.
 
 Written by verl 0.9.1, one step by utils/checkpoint/fsdp_checkpoint_manager.py:272-476, a run by
 trainer/ppo/v1/trainer_base.py:948-1029: actor, critic, data.pt, and the tracker last.

@@ -1,7 +1,7 @@
 """verl's own Hydra tree, composed with our overrides, without importing verl or torch.
 
 Hydra stops at the first wrong key. So a list that composes is accepted at once; one that does not is compared key by
-key with the tree, to tell everything that is wrong.
+key with the tree, to report everything that is wrong.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Tree:
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
     def container(self) -> dict[str, Any]:
-        """The whole tree as plain data, interpolations unresolved."""
+        """The tree as plain data, interpolations unresolved."""
         from omegaconf import OmegaConf
 
         plain: dict[str, Any] = OmegaConf.to_container(self._config, resolve=False)
@@ -84,7 +84,7 @@ def attempt(overrides: Sequence[Override]) -> tuple[Tree | None, list[Problem]]:
 
 
 def _explain(overrides: Sequence[Override]) -> tuple[list[Override], list[Problem]]:
-    """Overrides of keys that the tree lacks, and what to say of each.
+    """Overrides of keys that the tree lacks, and the problem with each.
 
     Overrides that choose a part of the tree (`model_engine=megatron`) count first.
     """
@@ -95,8 +95,8 @@ def _explain(overrides: Sequence[Override]) -> tuple[list[Override], list[Proble
         keys = frozenset(_keys(compose([str(group) for group in groups])))
     except HydraException as error:
         return groups, [_refusal(error, groups[0].origin.where)]
-    told = [(override, problem) for override in overrides if (problem := _problem(override, keys))]
-    return [override for override, _ in told], [problem for _, problem in told]
+    wrong = [(override, problem) for override in overrides if (problem := _problem(override, keys))]
+    return [override for override, _ in wrong], [problem for _, problem in wrong]
 
 
 def _refusal(error: Exception, where: Location | None) -> Problem:

@@ -177,7 +177,11 @@ class Settings:
     def fix(self, key: str, value: Any, *, new: bool = False) -> str:
         """The option that sets the key; `new` for one that verl's tree lacks."""
         text = str(value).lower() if isinstance(value, bool) else quote(value)
-        return self.resolved.option(written(key, new=new), text)
+        return self.option(written(key, new=new), text)
+
+    def option(self, name: str, value: Any) -> str:
+        """The option that sets a key of the spec: that of a sweep for a key that it varies."""
+        return self.resolved.option(name, value)
 
     def problem(self, message: str, hint: str, *keys: str) -> Problem:
         """A problem that was written at the first of `keys` that a person set."""
@@ -332,7 +336,7 @@ class TrainerSettings:
     log_probs_follow: bool = True
     """Whether log-probs have the update's token budget, as verl's default has it, rather than one of their own."""
     mean_share: float = 0.5
-    """Mean length of the sequences as a share of the longest. Nothing in a configuration tells it; it counts where sequences are padded."""
+    """Mean length of the sequences as a share of the longest. No configuration states it; it counts where sequences are padded."""
 
     @property
     def world(self) -> int:

@@ -1,6 +1,6 @@
 """Keys of verl's that do nothing in a run of flashrl's, with the name that lives.
 
-The run: verl 0.9.1, V1 trainer in mode sync, FSDP or FSDP2, vLLM. verl itself says nothing about such a key. A key is
+The run: verl 0.9.1, V1 trainer in mode sync, FSDP or FSDP2, vLLM. verl itself does not report such a key. A key is
 listed when no code of that path acts on it, whatever its value. Left out: `data.truncation` and `val_kwargs.do_sample`,
 which the original recipes carry and which do no harm. Files in `why` are below verl/; "no reader" is by search.
 """
@@ -21,7 +21,7 @@ class DeadKey(NamedTuple):
     why: str
 
     def covers(self, key: str) -> bool:
-        """Whether `key` is this one or lies below it."""
+        """Whether `key` is this one or below it."""
         return key == self.key or key.startswith(f"{self.key}.")
 
 

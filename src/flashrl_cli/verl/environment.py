@@ -1,12 +1,7 @@
-"""What verl 0.9.1 and Ray take where a run joins a Ray cluster as a job, and not a Ray of its own.
+"""What a run needs of the machine and of Ray: environment variables, flash-attn, disk for checkpoints, loggers, arguments of Ray.
 
-Environment variables of a run, by platform.
-
-What verl will need of a machine for a run: flash-attn or not, and disk for its checkpoints.
-
-What verl's loggers need on the machine that drives a run: a package, and for some a login.
-
-verl constructs them after the models are loaded (verl/utils/tracking.py:62-189), so that a missing one is found minutes into a run.
+verl constructs its loggers after the models are loaded (verl/utils/tracking.py:62-189), so that a package or login which is missing
+would be found minutes into a run.
 """
 
 from __future__ import annotations
@@ -22,7 +17,7 @@ from urllib.parse import urlsplit
 from flashrl_cli import contract, paths
 from flashrl_cli.errors import Problem
 from flashrl_cli.precision import BY_METHOD
-from flashrl_cli.verl.config import bf16_replicas
+from flashrl_cli.verl.config import MODEL, ROLES, bf16_replicas
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
@@ -32,9 +27,8 @@ if TYPE_CHECKING:
 
 DTYPE = "actor_rollout_ref.rollout.dtype"
 METRICS_PATH = "VERL_FILE_LOGGER_PATH"
-
 COMMON = {
-    "HYDRA_FULL_ERROR": "1",  # Hydra otherwise cuts the traceback that tells why a worker died
+    "HYDRA_FULL_ERROR": "1",  # Hydra otherwise cuts the traceback that shows why a worker died
     "PYTHONUNBUFFERED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
@@ -58,7 +52,7 @@ def run_environment(spec: RunSpec, attempt: AttemptPaths, *, logging: str | None
 
     `logging` is the plugins' level, which a job of a Ray cluster would not inherit.
     """
-    told = {} if logging is None else {contract.ENV_LOGGING: logging}
+    level = {} if logging is None else {contract.ENV_LOGGING: logging}
     platform = CPU if spec.resources.platform == "cpu" else {}
     own = {
         contract.ENV_PLUGIN_DIR: str(attempt.plugins),
@@ -71,7 +65,7 @@ def run_environment(spec: RunSpec, attempt: AttemptPaths, *, logging: str | None
         own[contract.ENV_ROLLOUT] = options.text()
     if options.bf16_replicas:
         own |= MIXED
-    return dict(sorted((COMMON | platform | told | spec.env | own).items()))
+    return dict(sorted((COMMON | platform | level | spec.env | own).items()))
 
 
 def rollout_options(spec: RunSpec) -> contract.RolloutOptions:
@@ -87,19 +81,15 @@ def rollout_options(spec: RunSpec) -> contract.RolloutOptions:
 
 
 def _engine_is_bf16(spec: RunSpec) -> bool:
-    """Whether an engine of a dense model (verl.demands refuses 8-bit experts) casts all its weights to bf16, verl's own default."""
+    """Whether an engine of a dense model (verl/lint refuses 8-bit experts) casts all its weights to bf16, verl's own default."""
     return spec.verl.get(DTYPE, "bfloat16") in {"bfloat16", "bf16"}
 
 
-ATTENTION = "actor_rollout_ref.model.override_config.attn_implementation"
-UNPADDED = "actor_rollout_ref.model.use_remove_padding"
-SEQUENCE_PARALLEL = "actor_rollout_ref.actor.ulysses_sequence_parallel_size"
-SAVED = "actor_rollout_ref.actor.checkpoint.save_contents"
-LORA = "actor_rollout_ref.model.lora_rank"
-KEPT = "trainer.max_actor_ckpt_to_keep"
 FLASH = "flash_attention_2"
 """verl's default (verl/workers/config/model.py:185)."""
-WITHOUT_FLASH = f"--set verl.+{ATTENTION}=sdpa --set verl.{UNPADDED}=false"
+SAVED = "actor_rollout_ref.actor.checkpoint.save_contents"
+KEPT = "trainer.max_actor_ckpt_to_keep"
+WITHOUT_FLASH = f"--set verl.+{ROLES['actor'].attention}=sdpa --set verl.{ROLES['actor'].padding}=false"
 """Options of a run that needs no flash-attn; slower, and not for a critic or for sequence parallelism."""
 KEEP_ONE = f"--set verl.{KEPT}=1"
 BYTES = {"model": 4, "optimizer": 8, "hf_model": 2}
@@ -109,12 +99,12 @@ Measured on a checkpoint of `tiny`: 1,464,996 and 2,928,624 bytes for 0.366 M pa
 
 def needs_flash(spec: RunSpec) -> bool:
     """Whether a run on GPUs dies without flash-attn, as it is configured."""
-    return cannot_do_without_flash(spec) or str(_given(spec, ATTENTION, FLASH)) == FLASH
+    return cannot_do_without_flash(spec) or str(_given(spec, ROLES["actor"].attention, FLASH)) == FLASH
 
 
 def cannot_do_without_flash(spec: RunSpec) -> bool:
     """Whether no option helps: verl loads a critic with flash-attn always (verl/utils/model.py:649), Ulysses cuts unpadded sequences."""
-    parallel = _given(spec, SEQUENCE_PARALLEL, 1)
+    parallel = _given(spec, ROLES["actor"].sequence_parallel[0], 1)
     return spec.algorithm.advantage == "gae" or (isinstance(parallel, int) and parallel > 1)
 
 
@@ -125,14 +115,14 @@ def checkpoint_bytes(spec: RunSpec, parameters: int) -> int:
     """
     contents = _given(spec, SAVED, ["model", "optimizer"])
     held = {str(name) for name in (contents if isinstance(contents, list) else [contents])}
-    if _given(spec, LORA, 0):
+    if _given(spec, f"{MODEL}.lora_rank", 0):
         held.discard("optimizer")
     models = 2 if spec.algorithm.advantage == "gae" else 1
     return models * parameters * sum(size for name, size in BYTES.items() if name in held)
 
 
 def checkpoints_kept(spec: RunSpec) -> int | None:
-    """Checkpoints that lie on the disk in the end: 0 for none; None where verl keeps all and their number is not known."""
+    """Checkpoints that are on the disk in the end: 0 for none; None where verl keeps all and their number is not known."""
     trainer = spec.trainer
     if trainer.save_every <= 0:
         return 0
@@ -195,6 +185,14 @@ def vemlp_login(environment: Mapping[str, str], _: Path) -> bool:
     return all(environment.get(key) for key in VEMLP)
 
 
+def _names(file: Path, host: str) -> bool:
+    """Whether a netrc file has a login for a host."""
+    try:
+        return host in netrc.netrc(file).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
 LOGGERS = {
     "console": Logger(),
     "file": Logger(),
@@ -235,14 +233,6 @@ def demanding(names: Sequence[str]) -> Iterator[str]:
             yield name
 
 
-def _names(file: Path, host: str) -> bool:
-    """Whether a netrc file has a login for a host."""
-    try:
-        return host in netrc.netrc(file).hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
 RAY_INIT = "ray_kwargs.ray_init"
 ENV_VARS = f"{RAY_INIT}.runtime_env.env_vars"
 REFUSED_ON_A_CLUSTER = (
@@ -252,37 +242,19 @@ REFUSED_ON_A_CLUSTER = (
 """Arguments with which `ray.init` raises ValueError where it finds a cluster to join (ray/_private/worker.py:1936)."""
 OWN_RAY = frozenset(
     {
-        "num_cpus",
-        "num_gpus",
-        "resources",
-        "labels",
-        "object_store_memory",
-        "_system_config",
-        "_enable_object_reconstruction",
-        "include_dashboard",
-        "dashboard_host",
-        "dashboard_port",
-        "address",
-        "_node_ip_address",
-        "_temp_dir",
-        "_redis_password",
-        "_plasma_directory",
+        "num_cpus", "num_gpus", "resources", "labels", "object_store_memory", "_system_config",
+        "_enable_object_reconstruction", "include_dashboard", "dashboard_host", "dashboard_port", "address",
+        "_node_ip_address", "_temp_dir", "_redis_password", "_plasma_directory",
     }
-)
+)  # fmt: skip
 """Arguments of `ray.init` that make a Ray of one's own; it refuses most of them on a cluster (ray/_private/worker.py:1936)."""
 VERL_VARIABLES = frozenset(
     {
-        "VERL_FULL_DETERMINISM",
-        "VLLM_BATCH_INVARIANT",
-        "VERL_RL_INSIGHT_ENABLE",
-        "PYTHONHASHSEED",
-        "CUBLAS_WORKSPACE_CONFIG",
-        "FLASH_ATTENTION_DETERMINISTIC",
-        "NCCL_DETERMINISTIC",
-        "NCCL_ALGO",
+        "VERL_FULL_DETERMINISM", "VLLM_BATCH_INVARIANT", "VERL_RL_INSIGHT_ENABLE", "PYTHONHASHSEED",
+        "CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC", "NCCL_DETERMINISTIC", "NCCL_ALGO",
         "TRANSFER_QUEUE_ENABLE",
     }
-)
+)  # fmt: skip
 """Variables that verl hands to its workers itself, from the driver's environment or of its own accord
 (verl/trainer/constants_ppo.py:141, verl/trainer/main_ppo.py:69); Ray refuses a job that sets them, too."""
 CPUS_A_DEVICE = 3
@@ -299,6 +271,11 @@ def on_cluster(resolved: Resolved) -> Resolved:
         spec=resolved.spec.model_copy(update={"verl": kept}),
         origins={key: origin for key, origin in resolved.origins.items() if key not in dropped},
     )
+
+
+def _makes_own_ray(key: str) -> bool:
+    prefix = f"{RAY_INIT}."
+    return key.startswith(prefix) and key.removeprefix(prefix).partition(".")[0] in OWN_RAY
 
 
 def ray_arguments(verl: Mapping[str, Any]) -> dict[str, Any]:
@@ -318,18 +295,8 @@ def worker_variables(verl: Mapping[str, Any]) -> dict[str, str]:
 
 
 def driver_only(overrides: Iterable[Override]) -> frozenset[str]:
-    """Variables that must be in the driver's environment alone: verl hands them on, and Ray refuses to be told twice."""
+    """Variables that must be in the driver's environment alone: verl hands them on, and Ray refuses to be given them twice."""
     return VERL_VARIABLES.union(*(_below(ENV_VARS, o.key, o.value) for o in overrides))
-
-
-def without_shared_folder(env: Mapping[str, str], attempt: Path) -> dict[str, str]:
-    """The environment where the attempt's folder is on no cluster node: verl makes folders below a root, not above a file."""
-    return {key: value for key, value in env.items() if key != METRICS_PATH} | {LOGGER_ROOT: str(attempt / "node")}
-
-
-def _makes_own_ray(key: str) -> bool:
-    prefix = f"{RAY_INIT}."
-    return key.startswith(prefix) and key.removeprefix(prefix).partition(".")[0] in OWN_RAY
 
 
 def _below(parent: str, key: str, value: object) -> dict[str, Any]:
@@ -343,3 +310,8 @@ def _below(parent: str, key: str, value: object) -> dict[str, Any]:
             name = parent.removeprefix(f"{key}.").partition(".")[0]
             return _below(parent, f"{key}.{name}", value.get(name))
     return {}
+
+
+def without_shared_folder(env: Mapping[str, str], attempt: Path) -> dict[str, str]:
+    """The environment where the attempt's folder is on no cluster node: verl makes folders below a root, not above a file."""
+    return {key: value for key, value in env.items() if key != METRICS_PATH} | {LOGGER_ROOT: str(attempt / "node")}

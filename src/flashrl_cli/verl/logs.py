@@ -1,13 +1,8 @@
-"""verl's console lines as the metrics that its file logger writes, for runs whose files lie on other machines.
+"""What the logs of verl 0.9.1 and Ray 2.60 say of a run: phases of a start, metrics on the console, the exception at the root of a failure.
 
-`step:3 - critic/score/mean:0.5 - actor/pg_loss:np.float64(0.01) - …` (verl/utils/logger/aggregate_logger.py:26), behind a prefix
-of Ray's. Numbers only; NaN and infinity are None, as in the file (orjson).
-
-What lines of verl's and Ray's logs mean: the phases of a start. `causes` tells why a run failed, `tracebacks` where.
-
-The texts are those of verl 0.9.1 and Ray 2.60.
-
-The exception at the root of a failed run, out of a log in which verl, Ray and vLLM nest and interleave tracebacks.
+`causes` says why a run failed; this module finds where, in a log in which verl, Ray and vLLM nest and interleave tracebacks. verl's
+console prints a step as `step:3 - critic/score/mean:0.5 - actor/pg_loss:np.float64(0.01) - …` (verl/utils/logger/aggregate_logger.py:26),
+behind a prefix of Ray's; that stands in for verl's metrics file where the file is on another machine.
 """
 
 from __future__ import annotations
@@ -19,6 +14,25 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+IDLE_TALK = re.compile(r"engine is not available: |^(\([^)]*\) )?\s+warnings\.warn\(")
+"""Warnings of every process of verl's as it starts, about engines that nobody asked for (verl/workers/engine/__init__.py)."""
+TOTAL_STEPS = re.compile(r"Total training steps: (\d+)")
+
+
+def plain(line: str) -> str:
+    """A log line without colour codes and trailing white space."""
+    return ANSI.sub("", line).rstrip()
+
+
+def notable(lines: Iterable[str]) -> list[str]:
+    """Lines as `plain` gives them, less empty ones and the warnings of every start."""
+    return [line for line in map(plain, lines) if line and not IDLE_TALK.search(line)]
+
+
+def total_steps(line: str) -> int | None:
+    """The number of steps that the run will have, where verl logs it."""
+    found = TOTAL_STEPS.search(line)
+    return int(found[1]) if found else None
 
 
 class StartPhase(enum.Enum):
@@ -45,16 +59,6 @@ class StartPhase(enum.Enum):
         self.words, self.clock_s, self.texts = words, clock_s, texts
 
 
-IDLE_TALK = re.compile(r"engine is not available: |^(\([^)]*\) )?\s+warnings\.warn\(")
-"""What every process of verl's says as it starts, of engines that nobody asked for (verl/workers/engine/__init__.py)."""
-TOTAL_STEPS = re.compile(r"Total training steps: (\d+)")
-
-
-def plain(line: str) -> str:
-    """A log line without colour codes and trailing white space."""
-    return ANSI.sub("", line).rstrip()
-
-
 def phase_after(line: str, current: StartPhase) -> StartPhase | None:
     """The phase that `line` begins; None if it begins none later than `current`: with several nodes lines are repeated late."""
     phases = list(StartPhase)
@@ -62,15 +66,35 @@ def phase_after(line: str, current: StartPhase) -> StartPhase | None:
     return next((phase for phase in later if any(text in line for text in phase.texts)), None)
 
 
-def telling(lines: Iterable[str]) -> list[str]:
-    """Lines as `plain` gives them, less empty ones and what is said in every start."""
-    return [line for line in map(plain, lines) if line and not IDLE_TALK.search(line)]
+STEP = re.compile(r"(?:^|\s)step:(\d+) - (.+)$")
+WRAPPED = re.compile(r"^np\.\w+\((.*)\)$")
+SEPARATOR = " - "
 
 
-def total_steps(line: str) -> int | None:
-    """The number of steps that the run will have, where verl tells it."""
-    found = TOTAL_STEPS.search(line)
-    return int(found[1]) if found else None
+def read_line(line: str) -> tuple[int, dict[str, float | None]] | None:
+    """Step and metrics of a console line without colours; None for any other line."""
+    found = STEP.search(line)
+    if found is None:
+        return None
+    data: dict[str, float | None] = {}
+    for pair in found[2].split(SEPARATOR):
+        key, colon, text = pair.rpartition(":")
+        number = _number(text.strip())
+        if not colon or not key or number is None:
+            return None
+        data[key] = number if math.isfinite(number) else None
+    return int(found[1]), data
+
+
+def _number(text: str) -> float | None:
+    wrapped = WRAPPED.match(text)
+    bare = wrapped[1] if wrapped else text
+    if bare in ("True", "False"):
+        return float(bare == "True")
+    try:
+        return float(bare)
+    except ValueError:
+        return None
 
 
 SOURCE = re.compile(
@@ -88,14 +112,14 @@ FOLLOWS = re.compile(
     r"ActorDiedError|ActorUnavailableError|RayActorError|WorkerCrashedError|EngineDeadError|CancelledError|KeyboardInterrupt"
     r"|SystemExit|BrokenPipeError|Connection was likely closed|Engine core initialization failed|WorkerProc initialization failed|cancelled"
 )
-"""Exceptions that only say that something else failed."""
+"""Exceptions that only follow from another failure."""
 EMPTY = re.compile(r"EngineDeadError|SystemExit")
-"""Exceptions that tell nothing: a stack trace that is not there when the engine was killed, and the answer to SIGTERM."""
+"""Exceptions without information: a stack trace that is not there when the engine was killed, and the answer to SIGTERM."""
 UNFINISHED = re.compile(
     r":$|: \d+ validation errors? for \w+$|: Error\(s\) in loading state_dict for \w+:$|before finishing this task\.$"
 )
 DEATH = re.compile(r"Worker PID: (?P<pid>\d+) Worker exit type: \S+ Worker exit detail: (?P<why>[^.]+)")
-"""What Ray tells of a process that died without an exception."""
+"""What Ray logs of a process that died without an exception."""
 MAX_LENGTH = 300
 
 
@@ -110,7 +134,7 @@ class _Raised:
 
 
 def root_error(lines: Sequence[str]) -> str | None:
-    """The exception that made a run fail, in one line with the file and line that raised it, or None if the log tells nothing.
+    """The exception that made a run fail, in one line with the file and line that raised it, or None if the log has none.
 
     It is the last of the log that is no mere consequence of another process's end; of nested ones the innermost. Without
     one it is the first process of Ray's that died.
@@ -129,7 +153,7 @@ def _last(raised: Sequence[_Raised]) -> str | None:
 
 
 def _first_death(lines: Sequence[str]) -> str | None:
-    """The first process whose death Ray's raylet tells, by the name that Ray puts before its lines."""
+    """The first process whose death Ray's raylet logs, by the name that Ray puts before its lines."""
     texts = [plain(line) for line in lines]
     death = next((found for text in texts if (found := DEATH.search(text))), None)
     if death is None:
@@ -158,8 +182,8 @@ def _exceptions(written: Sequence[tuple[int, str]]) -> Iterator[_Raised]:
 
 def _message(text: str, following: str) -> str:
     """An exception's line, with the next one where that says what is wrong."""
-    told = f"{text} {following.strip()}" if UNFINISHED.search(text) else text
-    return told if len(told) <= MAX_LENGTH else told[: MAX_LENGTH - 1] + "…"
+    whole = f"{text} {following.strip()}" if UNFINISHED.search(text) else text
+    return whole if len(whole) <= MAX_LENGTH else whole[: MAX_LENGTH - 1] + "…"
 
 
 def _split(line: str) -> tuple[str, str]:
@@ -192,34 +216,3 @@ def _is_own(path: str) -> bool:
 def _short(path: str) -> str:
     """A path less the folder of installed packages."""
     return PACKAGES.sub("", path)
-
-
-STEP = re.compile(r"(?:^|\s)step:(\d+) - (.+)$")
-WRAPPED = re.compile(r"^np\.\w+\((.*)\)$")
-SEPARATOR = " - "
-
-
-def read_line(line: str) -> tuple[int, dict[str, float | None]] | None:
-    """Step and metrics of a console line without colours; None for any other line."""
-    found = STEP.search(line)
-    if found is None:
-        return None
-    data: dict[str, float | None] = {}
-    for pair in found[2].split(SEPARATOR):
-        key, colon, text = pair.rpartition(":")
-        number = _number(text.strip())
-        if not colon or not key or number is None:
-            return None
-        data[key] = number if math.isfinite(number) else None
-    return int(found[1]), data
-
-
-def _number(text: str) -> float | None:
-    wrapped = WRAPPED.match(text)
-    bare = wrapped[1] if wrapped else text
-    if bare in ("True", "False"):
-        return float(bare == "True")
-    try:
-        return float(bare)
-    except ValueError:
-        return None

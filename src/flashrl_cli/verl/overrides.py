@@ -1,11 +1,7 @@
 """A resolved RunSpec as overrides of verl 0.9.1: the one table between flashrl's names and verl's.
 
-A field is emitted when someone set it (or it was derived); an untouched default is verl's own and stays unsaid, except
-where flashrl's default differs (`always`).
-
-Values as Hydra's command line reads them back.
-
-verl's keys by what they are about, for people who read a list of overrides.
+A field is emitted when someone set it (or it was derived); an untouched default is verl's own and stays unsaid, except where flashrl's
+default differs (`always`). `quote` writes values as Hydra's command line reads them back, `by_theme` groups overrides for people.
 """
 
 from __future__ import annotations
@@ -176,7 +172,7 @@ TABLE = (
 
 
 def overrides(resolved: Resolved, places: Places) -> tuple[Override, ...]:
-    """Everything that verl is told, grouped: fixed, typed fields, overlong, precision, correction, run, verbatim.
+    """Everything that verl is given, grouped: fixed, typed fields, overlong, precision, correction, run, verbatim.
 
     Pure, but that a relative path in the spec is taken from the working folder.
     """

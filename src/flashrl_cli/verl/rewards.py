@@ -28,7 +28,7 @@ LONGEST_TRUTH = 10_000
 class Scorer:
     """One of verl's reward functions, and the data sources that its dispatch sends there.
 
-    `answer` is how a response gives the answer `{}`; None where a truth does not say what a right answer is (tests of
+    `answer` is how a response gives the answer `{}`; None where a truth is not itself a right answer (tests of
     programs). `module` is imported from verl; a `light` one needs nothing but the standard library and is loaded by
     itself. `reads` is how many characters at the end of a response are looked at.
     """

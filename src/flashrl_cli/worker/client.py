@@ -17,7 +17,7 @@ from flashrl_cli import contract, files
 from flashrl_cli.errors import RunFailed
 from flashrl_cli.machine import system
 from flashrl_cli.verl.causes import cause_in
-from flashrl_cli.verl.logs import root_error, telling
+from flashrl_cli.verl.logs import notable, root_error
 from flashrl_cli.worker import protocol
 
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -151,5 +151,5 @@ def died(code: int, log: Path, *, who: str, hints: Mapping[str, str]) -> RunFail
     what = f"{who} ended with code {code}"
     if root := root_error(lines):
         return RunFailed(f"{what}: {root}", hint=f"its whole log: {log}")
-    tail = "\n".join(f"  {line[:_WIDTH]}" for line in telling(lines)[-_TAIL_LINES:])
+    tail = "\n".join(f"  {line[:_WIDTH]}" for line in notable(lines)[-_TAIL_LINES:])
     return RunFailed(f"{what}:\n{tail}" if tail else f"{what}, its log is empty", hint=f"its whole log: {log}")

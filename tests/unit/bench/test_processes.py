@@ -103,6 +103,20 @@ def test_no_response_is_cut_by_the_engines_limit() -> None:
         limit([[1] * 40], 120)
 
 
+@pytest.mark.parametrize(("batch", "fitting", "decoding"), [(4, 4, True), (8, 4, False), (0, 4, True)])
+def test_decoding_alone_has_a_speed_where_all_sequences_run_at_once(
+    batch: int, fitting: int, decoding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prefill of those that wait for others would be in it."""
+    monkeypatch.setattr(engine.Rollout, "_fitting", lambda self, length: fitting)
+    monkeypatch.setattr(engine.Rollout, "_seconds", lambda self, batch, prompt, response, seed: float(response))
+    made = object.__new__(engine.Rollout)
+    found = made.speed(batch=batch, prompt=8, response=5, repeats=2, advance=print)
+    assert found["batch"] == (batch or fitting)
+    assert (found["tokens_s"], found["prefill_s"]) == (float(batch or fitting), 1.0)
+    assert ("decode_tokens_s" in found) is decoding
+
+
 def test_decoding_has_a_speed_only_where_it_took_time() -> None:
     assert engine._decoding(60, [2.0, 3.0, 4.0]) == {"decode_tokens_s": 20.0, "decode_values": [30.0, 20.0, 15.0]}
     assert engine._decoding(0, [0.1]) == {}, "a response of one token is prefill alone"
@@ -119,18 +133,14 @@ def by_hand() -> dict[str, Any]:
     return statistics(ROLLOUT, TRAIN, [3, 1])
 
 
-def test_differences_of_log_probs() -> None:
-    found = by_hand()["abs_difference"]
+def test_differences_and_both_estimators_of_the_kl() -> None:
+    found, kl = by_hand()["abs_difference"], by_hand()["kl"]
     assert found["mean"] == pytest.approx((0 + 1 + 1 + 2) * LOG2 / 4)
     assert found["max"] == pytest.approx(2 * LOG2)
     # between the third and the fourth of 0, 1, 1, 2 (times log 2), at 0.99 * 3 = 2.97 of the way
     assert found["p99"] == pytest.approx((1 + 0.97) * LOG2)
-
-
-def test_both_estimators_of_the_kl() -> None:
-    found = by_hand()["kl"]
-    assert found["k1"] == pytest.approx(-(0 + 1 - 1 + 2) * LOG2 / 4)
-    assert found["k3"] == pytest.approx(((1 + 2 + 0.5 + 4) - 4 - 2 * LOG2) / 4)
+    assert kl["k1"] == pytest.approx(-(0 + 1 - 1 + 2) * LOG2 / 4)
+    assert kl["k3"] == pytest.approx(((1 + 2 + 0.5 + 4) - 4 - 2 * LOG2) / 4)
 
 
 def test_weights_of_tokens() -> None:
@@ -161,11 +171,8 @@ def test_the_same_on_both_sides_is_no_mismatch() -> None:
     assert (found["kl"]["k1"], found["kl"]["k3"], found["token_weights"]["effective"]) == (0, 0, 1)
 
 
-def test_large_ratios_do_not_overflow_the_effective_size() -> None:
+def test_what_is_far_off_stays_finite() -> None:
     assert statistics([-600.0, 0.0], [0.0, 0.0], [2])["token_weights"]["effective"] == pytest.approx(0.5)
-
-
-def test_a_sequence_that_is_far_off_stays_finite() -> None:
     found = statistics([-30.0] * 40, [0.0] * 40, [40])
     assert math.isfinite(found["sequence_weights"]["mean"])
     assert found["sequence_weights"]["above_8"] == 1.0
@@ -180,18 +187,21 @@ def test_k3_is_never_negative_and_shares_are_shares(pairs: list[tuple[float, flo
 
 
 @pytest.mark.parametrize(
-    ("rollout", "train", "lengths"),
-    [([-1.0], [-1.0, -2.0], [1]), ([-1.0, -2.0], [-1.0, -2.0], [1]), ([-1.0], [-1.0], [1, 0]), ([], [], [])],
+    ("rollout", "train", "lengths", "message"),
+    [
+        ([-1.0], [-1.0, -2.0], [1], "do not fit"),
+        ([-1.0, -2.0], [-1.0, -2.0], [1], "do not fit"),
+        ([-1.0], [-1.0], [1, 0], "do not fit"),
+        ([], [], [], "do not fit"),
+        ([-1.0, math.nan], [-1.0, -1.0], [2], "not finite"),
+        ([-1.0, -math.inf], [-1.0, -1.0], [2], "not finite"),
+    ],
 )
-def test_what_does_not_fit_is_refused(rollout: list[float], train: list[float], lengths: list[int]) -> None:
-    with pytest.raises(ValueError, match="do not fit"):
+def test_what_are_no_log_probs_of_sequences_is_refused(
+    rollout: list[float], train: list[float], lengths: list[int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
         statistics(rollout, train, lengths)
-
-
-@pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_what_is_no_log_prob_is_refused(value: float) -> None:
-    with pytest.raises(ValueError, match="not finite"):
-        statistics([-1.0, value], [-1.0, -1.0], [2])
 
 
 def test_a_policy_with_random_weights_is_told() -> None:

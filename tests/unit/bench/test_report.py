@@ -14,10 +14,7 @@ def test_a_speed_up_has_the_bounds_of_the_repeats() -> None:
     assert (found.value, found.least, found.greatest) == pytest.approx((1.5, 140 / 110, 160 / 90))
     assert found.text == "1.50x (1.27 to 1.78)"
     assert speed_up([150.0, 150.01], [100.0]).text == "1.50x"
-
-
-def test_even_counts_of_repeats_take_the_mean_of_the_middle() -> None:
-    assert speed_up([1.0, 3.0], [1.0]).value == 2
+    assert speed_up([1.0, 3.0], [1.0]).value == 2, "even counts take the mean of the middle"
 
 
 def test_faster_at_many_and_slower_at_few_sequences() -> None:

@@ -15,6 +15,7 @@ from flashrl_cli.bench.request import FIT, FITTING, Asked, Machine, Request, pla
 from flashrl_cli.cli.bench import bench
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.machine import gpus, software, system
+from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.weights.shape import of_config
 from tests.saved_files import saved_tensors
 from tests.unit.bench.lab import HOLDS
@@ -70,7 +71,7 @@ def ask(**asked: Any) -> Request:
     return plan(Asked(**{**usual, "model": "shape:7b/2", **asked}))
 
 
-def test_sizes_are_the_machines_unless_they_are_given() -> None:
+def test_sizes_are_the_machines_unless_they_are_given(tmp_path: Path) -> None:
     usual = ask()
     assert (usual.batches, usual.prompt, usual.response) == ((4, 16), 64, 32)
     assert usual.defaults == ("--batch 4,16", "--prompt 64", "--response 32")
@@ -80,6 +81,7 @@ def test_sizes_are_the_machines_unless_they_are_given() -> None:
     fitting = ask(batch="fit,8")
     assert (fitting.batches, fitting.options.max_num_seqs) == ((FIT, 8), FITTING)
     assert given.options.max_num_seqs == 8
+    assert (usual.folder, ask(folder=tmp_path).folder) == (tmp_path / "runs" / ".bench", tmp_path)
 
 
 def test_a_gpu_has_larger_defaults_and_takes_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,11 +94,6 @@ def test_a_gpu_has_larger_defaults_and_takes_the_memory_that_is_free(monkeypatch
     assert (asked.devices, asked.engine.gpu_memory_utilization) == ("0", 0.9)
     assert asked.options.gpu_memory_utilization is None
     assert not asked.options.enforce_eager
-
-
-def test_points_are_kept_beside_the_runs(tmp_path: Path) -> None:
-    assert ask().folder == tmp_path / "runs" / ".bench"
-    assert ask(folder=tmp_path / "there").folder == tmp_path / "there"
 
 
 def test_a_mismatch_has_its_prompts(hf: Path, prompts: Path) -> None:
@@ -138,15 +135,13 @@ def test_what_is_wrong_is_said(asked: dict[str, Any], message: str, hint: str) -
     assert hint in (caught.value.hint or "")
 
 
-def test_a_model_that_is_quantized_is_refused(hf: Path) -> None:
-    config = json.loads((hf / "config.json").read_text())
-    quantized = {**config, "quantization_config": {"quant_method": "compressed-tensors"}}
+def test_a_model_that_is_quantized_or_torn_is_refused(hf: Path) -> None:
+    config = (hf / "config.json").read_text()
+    quantized = {**json.loads(config), "quantization_config": {"quant_method": "compressed-tensors"}}
     (hf / "config.json").write_text(json.dumps(quantized))
     with pytest.raises(InputError, match="quantized already"):
         request.find(str(hf))
-
-
-def test_a_torn_model_is_refused(hf: Path) -> None:
+    (hf / "config.json").write_text(config)
     (hf / "model.safetensors").write_bytes(b"12345678")
     with pytest.raises(InputError, match="torn"):
         request.find(str(hf))
@@ -263,15 +258,11 @@ def test_where_blocks_cannot_run_their_sizes_stop_nothing(hf: Path) -> None:
 
 
 def test_without_vllm_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ask().versions == software.versions_of(request.PACKAGES)
     monkeypatch.undo()
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(EnvironmentNotReady, match="not installed"):
         request.here()
-
-
-def test_versions_are_of_what_is_installed() -> None:
-    assert ask().versions.keys() <= set(request.PACKAGES)
-    assert set(software.DISTRIBUTIONS) & set(request.PACKAGES)
 
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "model_type": "qwen3_moe"}
@@ -314,7 +305,7 @@ def test_variants_are_read_once_each_in_their_order(tmp_path: Path) -> None:
     ("text", "message", "hint"),
     [
         ("int9", "no precision 'int9'", "did you mean int8?"),
-        ("bf16,", "no precision ''", "there are bf16, int8, fp8, fp8-block"),
+        ("bf16,", "no precision ''", f"there are {', '.join(PRECISIONS)}"),
         ("int8+kv", "no suffix 'kv'", "did you mean kv8?"),
         ("int8+xyzzy", "no suffix 'xyzzy'", "there are kv8, head32, smooth"),
         ("int8+smooth", "needs a profile", "--profile FILE"),

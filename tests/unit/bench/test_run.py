@@ -18,7 +18,7 @@ from flashrl_cli.bench.report import Report
 from flashrl_cli.bench.request import FIT, Machine
 from flashrl_cli.bench.run import Measured, Pace, Point, Progress, Session, Store, count, points
 from flashrl_cli.errors import RunFailed
-from flashrl_cli.train.process import Interrupted
+from flashrl_cli.signals import Interrupted
 from flashrl_cli.verl.causes import CAUSES
 from flashrl_cli.worker import client
 from tests.unit.bench.lab import HF, MISMATCH, OPTIONS, Workers, facts, obedient, request
@@ -260,27 +260,24 @@ def test_points_come_in_their_order_and_refits_last(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changed",
+    ("changed", "shared"),
     [
-        {"model": HF},
-        {"variants": parse("int8+kv8", None)},
-        {"options": dataclasses.replace(OPTIONS, max_num_seqs=17)},
-        {"versions": {"vllm": "0.24.0"}},
-        {"machine": Machine("cuda", "H100")},
+        ({"model": HF}, 0),
+        ({"variants": parse("int8+kv8", None)}, 0),
+        ({"options": dataclasses.replace(OPTIONS, max_num_seqs=17)}, 0),
+        ({"versions": {"vllm": "0.24.0"}}, 0),
+        ({"machine": Machine("cuda", "H100")}, 0),
+        ({"prompt": 9}, 1),
+        ({"repeats": 1}, 1),
+        ({"batches": (4, 32)}, 2),
+        ({"engine": dataclasses.replace(OPTIONS, gpu_memory_utilization=0.8)}, 3),  # memory that happens to be free
     ],
 )
-def test_a_point_is_another_if_anything_that_it_depends_on_is(changed: dict[str, Any], tmp_path: Path) -> None:
-    assert not keys(tmp_path) & keys(tmp_path, **changed)
-
-
-def test_sizes_change_the_points_that_they_belong_to(tmp_path: Path) -> None:
-    assert len(keys(tmp_path) & keys(tmp_path, batches=(4, 32))) == 2
-    assert len(keys(tmp_path) & keys(tmp_path, prompt=9)) == 1
-    assert len(keys(tmp_path) & keys(tmp_path, repeats=1)) == 1
-
-
-def test_the_memory_that_happens_to_be_free_changes_no_point(tmp_path: Path) -> None:
-    assert keys(tmp_path) == keys(tmp_path, engine=dataclasses.replace(OPTIONS, gpu_memory_utilization=0.8))
+def test_a_point_is_another_if_anything_that_it_depends_on_is(
+    changed: dict[str, Any], shared: int, tmp_path: Path
+) -> None:
+    assert len(keys(tmp_path)) == 3
+    assert len(keys(tmp_path) & keys(tmp_path, **changed)) == shared
 
 
 def test_the_trainers_dtype_changes_the_score_alone(tmp_path: Path) -> None:
@@ -289,15 +286,12 @@ def test_the_trainers_dtype_changes_the_score_alone(tmp_path: Path) -> None:
     assert len(keys(tmp_path, **asked) - keys(tmp_path, **other)) == 1
 
 
-def test_a_result_is_read_again(tmp_path: Path) -> None:
+def test_results_are_kept_and_fresh_passes_over_earlier_ones(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert store.load(POINT) is None
     store.save(POINT, {"tokens_s": 5.0})
     assert Store(tmp_path).load(POINT) == {"tokens_s": 5.0}
-
-
-def test_fresh_passes_over_what_was_there_and_not_what_it_measured(tmp_path: Path) -> None:
-    Store(tmp_path).save(POINT, {"tokens_s": 5.0})
+    assert json.loads((tmp_path / "abc.json").read_text())["asked"] == {"batch": 4}
     fresh = Store(tmp_path, fresh=True)
     assert fresh.load(POINT) is None
     fresh.save(POINT, {"tokens_s": 6.0})
@@ -308,11 +302,6 @@ def test_fresh_passes_over_what_was_there_and_not_what_it_measured(tmp_path: Pat
 def test_what_cannot_be_read_counts_for_nothing(text: str, tmp_path: Path) -> None:
     (tmp_path / "abc.json").write_text(text)
     assert Store(tmp_path).load(POINT) is None
-
-
-def test_what_was_asked_stands_beside_the_result(tmp_path: Path) -> None:
-    Store(tmp_path).save(POINT, {"tokens_s": 5.0})
-    assert json.loads((tmp_path / "abc.json").read_text())["asked"] == {"batch": 4}
 
 
 class Clock:
@@ -336,23 +325,18 @@ def test_the_budget_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
     assert Pace(None, clock).fits(second)
 
 
-def test_a_larger_batch_takes_no_more_a_sequence(tmp_path: Path) -> None:
-    pace = Pace(None, Clock())
-    _, few, many = points(request(tmp_path), request(tmp_path).variants[0])
-    assert pace.expected(many) is None
-    pace.note(few, 10.0)
-    assert pace.expected(many) == 40.0
-    pace.note(many, 12.0)
-    assert pace.expected(many) == 12.0
-
-
-def test_the_time_that_is_left_is_told_once_it_is_known(tmp_path: Path) -> None:
+def test_the_time_that_is_left(tmp_path: Path) -> None:
+    """Known once a like point was measured; a larger batch takes no more a sequence."""
     pace = Pace(None, Clock())
     start, few, many = points(request(tmp_path), request(tmp_path).variants[0])
+    assert pace.expected(many) is None
     pace.note(start, 60.0)
     assert pace.left([few]) == ""
     assert pace.left([start, few]) == "more than 60 s left"
     pace.note(few, 10.0)
+    assert pace.expected(many) == 40.0
     assert pace.left([start, few]) == "about 70 s left"
     assert pace.left([start, few, many]) == "about 2 min left"
     assert pace.left([]) == ""
+    pace.note(many, 12.0)
+    assert pace.expected(many) == 12.0

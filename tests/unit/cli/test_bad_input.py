@@ -1,6 +1,7 @@
 """Bad input as people type it: exit 2, what and where and the fix on stderr, nothing on stdout, nothing written.
 
-Keys of verl's that need its tree to be known: test_bad_verl_input.py; input at random: config/test_random_input.py.
+Keys of verl's that its tree judges need verl's wheel and Hydra, and import no torch. What a unit test of the
+configuration refuses is not repeated here; input at random is in tests/unit/config/test_resolve.py.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from flashrl_cli.cli.app import main
+from flashrl_cli.precision import PRECISIONS, joined
 
 BASE = """\
 model: {path: Qwen/Qwen3-0.6B}
@@ -24,6 +27,7 @@ trainer: {project: p}
 """
 ROLLOUT = "{log_prob_micro_batch_size_per_gpu: 8, n: 8}"
 DRY = ("train", "--dry-run", "--preset")
+ONE_OF = f"should be one of {joined(map(repr, sorted(PRECISIONS)), 'or')}"
 
 
 class Said(NamedTuple):
@@ -44,7 +48,7 @@ def tree(root: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs `flashrl WORDS` in this process and in an empty folder that holds p.yaml; asserts that nothing is written."""
+    """Runs `flashrl WORDS` in this process, in a folder that holds p.yaml alone; asserts that nothing is written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.yaml").write_text(BASE)
 
@@ -158,7 +162,7 @@ SETS = [
     ("algorithm.advantage=ppo", "should be one of 'gae' or 'grpo'"),
     ("algorithm.loss_aggregation=token_mean", "did you mean --set algorithm.loss_aggregation=token-mean?"),
     ("rollout.precision=int8-w8a8", "did you mean --set rollout.precision=int8?"),
-    ("rollout.precision=int4", "should be one of 'bf16', 'fp8', 'fp8-block' or 'int8'"),
+    ("rollout.precision=int3", ONE_OF),
     ("correction.cap=off", "should be a number", "--tis takes a cap above 0, or off"),
     ("description=3", "should be text", "did you mean --set 'description=\"3\"'?"),
     ("name=a/b", "should be the name of a folder"),
@@ -179,11 +183,11 @@ OPTIONS = [
         (("--tis", text), "--tis: correction.cap = ", "hint: --tis takes a cap above 0, or off")
         for text in ("-1", "0", "none", "nan", ".nan", "inf", "1e400", "", "OFF", "2x", "2,5", "[2]", "true", "null")
     ],
-    (("--rollout", "int4"), "should be one of 'bf16', 'fp8', 'fp8-block' or 'int8'"),
+    (("--rollout", "int3"), ONE_OF),
     (("--rollout", "INT8"), "hint: did you mean --rollout int8?"),
     (("--rollout", "int8-w8a8"), "hint: did you mean --rollout int8?"),
     (("--rollout", "fp16"), "should be one of", "hint: did you mean --rollout bf16?"),
-    (("--rollout", "w8a8"), "should be one of 'bf16', 'fp8', 'fp8-block' or 'int8'"),
+    (("--rollout", "w8a8"), ONE_OF),
     (("--rollout", ""), 'rollout.precision = "": should be one of'),
     (("--resume", "yes"), "error: --resume yes: ", "--resume takes auto|never|PATH"),
     (("--name", "../x"), "error: --name ../x: "),
@@ -212,7 +216,7 @@ def test_options(run: Run, words: tuple[str, ...], parts: tuple[str, ...]) -> No
         (("presets", "show"), "Missing argument"),
         (("presets", "show", "dapo32b"), "did you mean dapo-32b?"),
         (("presets", "show", "p.yaml", "--set", "trainer.nnodes=2"), "--set resources.nodes=…"),
-        (("presets", "show", "p.yaml", "--rollout", "int4"), "should be one of"),
+        (("presets", "show", "p.yaml", "--rollout", "int3"), "should be one of"),
     ],
 )
 def test_commands(run: Run, words: tuple[str, ...], part: str) -> None:
@@ -366,3 +370,76 @@ def test_everything_at_once_in_order_and_nothing_twice(run: Run, tmp_path: Path)
         "--set data.val",
     ]
     assert len(set(lines)) == len(lines)
+
+
+with_verl = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not installed")
+WITHOUT_PREFIX = [
+    ("actor_rollout_ref.actor.use_dynamic_bsz=true", "--set verl.actor_rollout_ref.actor.use_dynamic_bsz=…"),
+    ("trainer.val_only=true", "keys of verl's own go under verl: --set verl.trainer.val_only=…"),
+    ("data.shuffle=false", "--set verl.data.shuffle=…"),
+    ("+trainer.val_only=true", "--set verl.trainer.val_only=…"),
+    ("+trainer.nothing=1", "--set verl.+trainer.nothing=… adds a key that verl's own tree lacks"),
+    ("actor_rollout_ref.actor.optim.lrr=1", "did you mean verl's actor_rollout_ref.actor.optim.lr?"),
+    ("actor_rollout_ref.actor.optim.lrr=1", "--set algorithm.lr=…"),
+    ("actor_rollout_ref.actor.use_dynamic_bzs=1", "did you mean verl's actor_rollout_ref.actor.use_dynamic_bsz?"),
+    ("actor_rollout_ref.actor.grad_clip=1", "verl.actor_rollout_ref.actor.optim.clip_grad"),
+    ("nothing.at.all=1", "keys of a preset are name, "),
+]
+UNDER_VERL = [
+    ("verl.actor_rollout_ref.actor.optim.lr=1", "--set algorithm.lr=…"),
+    ("verl.actor_rollout_ref.actor.optim.lrr=1", "did you mean actor_rollout_ref.actor.optim.lr"),
+    ("verl.actor_rollout_ref.actor.imp_ratio_cap=2", "--tis CAP"),
+    ("verl.reward_model.reward_manager=dapo", "reward.manager"),
+    ("verl.a.b=1", "verl has no key a.b"),
+    ("verl.trainer.val_onlys=true", "did you mean trainer.val_only?"),
+    ("verl.+trainer.val_only=true", "write it without the +"),
+    ("verl.++trainer.val_only=true", "`++` and `~` before a key of verl's are refused"),
+    ("verl.~trainer.val_only=1", "`++` and `~` before a key of verl's are refused"),
+]
+
+
+@with_verl
+@pytest.mark.parametrize(("text", "hint"), WITHOUT_PREFIX)
+def test_keys_of_verl_without_the_prefix(run: Run, text: str, hint: str) -> None:
+    assert_refused(run(*DRY, "p.yaml", "--set", text), f"unknown key {text.partition('=')[0]}\n", hint)
+
+
+@with_verl
+@pytest.mark.parametrize(("text", "hint"), UNDER_VERL)
+def test_keys_under_verl(run: Run, text: str, hint: str) -> None:
+    assert_refused(run(*DRY, "p.yaml", "--set", text), f"  --set {text.partition('=')[0]}: ", hint)
+
+
+@with_verl
+def test_a_map_of_verls_at_the_top_of_a_file(run: Run, tmp_path: Path) -> None:
+    write(tmp_path / "p.yaml", f"{BASE}actor_rollout_ref: {{actor: {{use_dynamic_bsz: true, optim: {{lr: 1}}}}}}\n")
+    assert_refused(
+        run(*DRY, "p.yaml"),
+        "p.yaml:6: unknown key actor_rollout_ref.actor.use_dynamic_bsz\n",
+        "--set verl.actor_rollout_ref.actor.use_dynamic_bsz=…",
+        "p.yaml:6: unknown key actor_rollout_ref.actor.optim.lr\n",
+    )
+
+
+@with_verl
+def test_a_configuration_of_verls_is_translated_key_by_key(run: Run, tmp_path: Path) -> None:
+    write(
+        tmp_path / "p.yaml",
+        "algorithm: {adv_estimator: grpo}\n"
+        "data: {train_files: x, max_prompt_length: 4}\n"
+        "trainer: {nnodes: 1, project_name: x, val_only: true}\n",
+    )
+    said = run(*DRY, "p.yaml")
+    keys = ("algorithm.advantage", "data.train", "resources.nodes", "trainer.project", "verl.trainer.val_only")
+    assert_refused(said, *(f"--set {key}=…" for key in keys))
+    missing = next(line for line in said.stderr.splitlines() if "not set:" in line)
+    assert "data.val" in missing
+    assert "algorithm.advantage" not in missing
+
+
+@with_verl
+def test_wrong_keys_of_flashrl_and_of_verl_are_reported_together(run: Run) -> None:
+    sets = ("rolout.n=3", "verl.data.sed=1", "verl.+actor_rollout_ref.actor.optim.wd=1")
+    said = run(*DRY, "p.yaml", *(word for text in sets for word in ("--set", text)))
+    hints = ("did you mean rollout.n?", "verl has no key data.sed", "FSDPOptimizerConfig has no wd")
+    assert_refused(said, "3 problems\n", *hints)

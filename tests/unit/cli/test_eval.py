@@ -20,6 +20,7 @@ from flashrl_cli.evals import evaluation
 from flashrl_cli.evals.job import Job, Order
 from flashrl_cli.evals.questions import Question
 from flashrl_cli.evals.results import Grade, Response
+from tests import sample_rows
 from tests.unit.evals.lab import Engines, Graders, answer, checkpoint, scripted
 
 
@@ -30,19 +31,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
 
 @pytest.fixture
 def data(tmp_path: Path) -> str:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = [
-        {
-            "data_source": "openai/gsm8k",
-            "prompt": [{"role": "user", "content": f"{n}?"}],
-            "reward_model": {"ground_truth": str(n)},
-        }
-        for n in range(4)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "sums.parquet")
-    return str(tmp_path / "sums.parquet")
+    return str(sample_rows.write(tmp_path / "sums.parquet"))
 
 
 @pytest.fixture
@@ -76,15 +65,6 @@ def test_json_is_one_document(run: Path, data: str, engines: Engines, capsys: py
     document = json.loads(capsys.readouterr().out)
     assert [(row["step"], row["n"]) for row in document["results"]] == [(1, 2), (2, 2)]
     assert document == json.loads((run / "there" / "eval.json").read_text())
-
-
-def test_watching_gives_json_lines(
-    run: Path, data: str, engines: Engines, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(evaluation, "looks", lambda patterns, say: iter([True, True, False]))
-    evaluate([str(run)], dataset=data, json=True, watch=True)
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [len(line["results"]) for line in lines] == [2, 2], "one when something was new, and the last"
 
 
 class HalfRight(Graders):
@@ -129,7 +109,7 @@ def test_a_newest_step_that_cannot_be_read_does_not_pass(
     assert "95 % interval" in capsys.readouterr().out
 
 
-def test_watching_judges_the_end_alone(
+def test_watching_gives_json_lines_and_judges_the_end_alone(
     run: Path, data: str, engines: Engines, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A policy is not good at first; a threshold that ended the watching would never see what it becomes."""
@@ -138,7 +118,8 @@ def test_watching_judges_the_end_alone(
     with pytest.raises(BelowThreshold):
         evaluate([str(run)], dataset=data, json=True, watch=True, fail_under="0.6")
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["threshold"]["passed"] for line in lines] == [False, False], "told at each look, judged at the end"
+    assert [len(line["results"]) for line in lines] == [2, 2], "one when something was new, and the last"
+    assert [line["threshold"]["passed"] for line in lines] == [False, False], "in each document, judged at the end"
     evaluate([str(run)], dataset=data, json=True, watch=True, fail_under="0.4")
 
 
@@ -155,7 +136,7 @@ def test_a_threshold_that_is_none_is_refused_before_anything_starts(
 
 
 @pytest.mark.parametrize("fail_under", [None, "0.5"])
-def test_what_was_passed_over_is_told(
+def test_what_was_skipped_is_reported(
     fail_under: str | None, run: Path, data: str, engines: Engines, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = run / "global_step_1" / "actor" / "huggingface" / "model.safetensors"

@@ -62,7 +62,7 @@ def test_ls_wraps_descriptions_into_their_column(folder):
     assert max(map(len, lines)) <= 160
 
 
-def test_ls_tells_of_presets_that_do_not_load(folder):
+def test_ls_warns_of_presets_that_do_not_load(folder):
     (folder / "presets").mkdir()
     (folder / "presets" / "broken.yaml").write_text("a: 1\n")
     result = RUNNER.invoke(app, ["presets", "ls"], catch_exceptions=False)
@@ -104,15 +104,15 @@ def test_show_verl_is_word_for_word_what_a_dry_run_launches():
     dry = RUNNER.invoke(app, ["train", "--preset", "tiny", "--dry-run", "--json"], catch_exceptions=False)
     overrides = json.loads(dry.stdout)["overrides"]
     assert out("show", "tiny", "--verl").splitlines() == overrides
-    told = document("show", "tiny", "--verl")["verl"]
-    assert [one["override"] for one in told] == overrides
+    launched = document("show", "tiny", "--verl")["verl"]
+    assert [one["override"] for one in launched] == overrides
     lines = out("show", "tiny", "--verl", "--origins").splitlines()
     assert [line.split()[-1] for line in lines if line.startswith("trainer.device=")] == ["presets/base/cpu.yaml:5"]
 
 
 def test_show_refuses_with_all_problems():
     with pytest.raises(InputError) as caught:
-        out("show", "tiny", "--set", "a=1", "--rollout", "int4")
+        out("show", "tiny", "--set", "a=1", "--rollout", "int3")
     assert len(caught.value.problems) == 2
 
 
@@ -202,7 +202,7 @@ def test_check_asks_for_every_preset_with_the_options(verdicts):
     assert verdicts == [(name, Options(tis="off")) for name in names()]
 
 
-def test_check_tells_all_problems_and_refuses(verdicts):
+def test_check_prints_all_problems_and_refuses(verdicts):
     result = RUNNER.invoke(app, ["presets", "check", "bad", "tiny"])
     assert result.stdout == "✗ bad\n    f.yaml:1: wrong\n      hint: right\n    bare\n✓ tiny\n"
     assert isinstance(result.exception, InputError)

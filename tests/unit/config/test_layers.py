@@ -122,7 +122,3 @@ def test_equal_values_of_another_type_differ():
 def test_text_of_another_language_is_shown_as_it_is():
     (found,) = differences({"x": Verbatim("[1,'2']")}, {"x": Verbatim("True")})
     assert found.shown() == ("[1,'2']", "True")
-
-
-def test_nothing():
-    assert list(differences({}, {})) == []

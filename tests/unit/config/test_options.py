@@ -83,7 +83,7 @@ KEPT = [
     ),
     *("yes", "no", "on", "off", "a=b", "=", "a:b", "-x", "naïve"),
 ]
-"""Texts of which a file would drop or change a part (a comment, a marker, an empty block, a line break), and their neighbours."""
+"""Texts of which a file would drop or change a part (comment, marker, empty block, line break), and similar ones."""
 REFUSED = [
     *('"a" #b', "'a' #b", "[1] #b", "{a: 1} #b", "a: b #c", "[1, #x\n 2]", '"a\nb"', "...", "%x"),
     *("@x", "`x", "!tag x", "&anchor x", "*alias", "- a #b", '"a', "\0", "\x1b[0m", ","),

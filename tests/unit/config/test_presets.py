@@ -11,8 +11,9 @@ from flashrl_cli import __version__, paths
 from flashrl_cli.config import presets
 from flashrl_cli.config.layers import Layer, merge
 from flashrl_cli.config.presets import copy_preset, names
-from flashrl_cli.config.resolve import catalog, load_spec
+from flashrl_cli.config.resolve import catalog
 from flashrl_cli.errors import InputError, Problem
+from tests.specs import load_spec
 
 
 @pytest.fixture(autouse=True)

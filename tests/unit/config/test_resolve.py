@@ -15,10 +15,11 @@ from pydantic import ValidationError
 from flashrl_cli.config import diagnose
 from flashrl_cli.config.diagnose import Suggestion, keys_of
 from flashrl_cli.config.layers import Layer, Origin
-from flashrl_cli.config.resolve import load_spec
+from flashrl_cli.config.resolve import Options, read_spec
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.errors import InputError, Location, Problem
 from flashrl_cli.render.output import print_error
+from tests.specs import load_spec
 
 BASE = """\
 model: {path: Qwen/Qwen3-0.6B}
@@ -106,13 +107,13 @@ def test_one_missing_key(preset):
 
 
 @pytest.mark.parametrize("written", ["LR: 1e-6", "lr:1e-6", "Lr: 1e-6", "l_r: 1e-6", "learn_lr: 1e-6"])
-def test_a_misspelled_key_is_not_told_as_missing_too(preset, written):
+def test_a_misspelled_key_is_not_reported_as_missing_too(preset, written):
     (problem,) = problems(preset(base=BASE.replace("lr: 1e-6", written)))
     assert problem.message.startswith("unknown key algorithm.")
     assert problem.hint == "did you mean algorithm.lr?"
 
 
-def test_the_value_that_was_meant_is_told_as_it_was_written(preset):
+def test_the_value_that_was_meant_is_written_as_it_was(preset):
     assert problems(preset(), rollout="INT8")[0].hint == "did you mean --rollout int8?"
     assert problems(preset(base=BASE.replace("n: 8", "n: 8.0")))[0].hint == "did you mean n: 8?"
 
@@ -124,7 +125,7 @@ def test_no_guess_where_none_would_fit(preset, text):
     assert problems(preset(), sets=[text])[0].hint is None
 
 
-def test_a_value_over_a_part_is_told_though_another_layer_covers_it(preset):
+def test_a_value_over_a_part_is_reported_though_another_layer_covers_it(preset):
     found = problems(preset(), sets=["rollout=8", "rollout.n=4", "algorithm=null"])
     assert [(str(p.where), p.message) for p in found] == [
         ("--set rollout", "rollout = 8: should be a map of keys"),
@@ -139,14 +140,13 @@ def test_environment_values_are_the_text_that_was_written(preset):
 
 
 def test_keys_of_another_program_are_translated(preset):
-    found = problems(
-        preset("other: {x: 1}\n"), sets=["foo=1"], translate={"other.x": Suggestion("it is rollout.n")}.get
-    )
-    assert [p.hint for p in found] == ["it is rollout.n", found[1].hint]
+    translate = {"other.x": Suggestion("it is rollout.n")}.get
+    found = read_spec(preset("other: {x: 1}\n"), Options(sets=["foo=1"]), translate).broken
+    assert [problem.hint for problem in found] == ["it is rollout.n", found[1].hint]
     assert (found[1].hint or "").startswith("keys of a preset are")
 
 
-def test_rules_are_told_with_their_place(preset):
+def test_rules_are_reported_with_their_place(preset):
     (problem,) = problems(preset(), sets=["algorithm.mini_batch_size=30"])
     assert problem == Problem(
         "algorithm.mini_batch_size: 30 does not divide data.train_batch_size = 64",
@@ -214,7 +214,7 @@ TEXT = st.text(max_size=20) | SCRAPS
 EDITS = st.lists(st.tuples(st.integers(0, len(BASE)), TEXT, st.integers(0, 3)), min_size=1, max_size=4)
 
 
-def told(preset: Path, *sets: str) -> None:
+def loads_or_is_refused(preset: Path, *sets: str) -> None:
     """Load a preset; the only thing that may come of it is an InputError, and it can be printed."""
     try:
         load_spec(str(preset), sets=sets)
@@ -229,18 +229,18 @@ def test_a_preset_edited_at_random(tmp_path: Path, edits: list[tuple[int, str, i
     for start, new, dropped in edits:
         text = text[:start] + new + text[start + dropped :]
     (tmp_path / "p.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
-    told(tmp_path / "p.yaml")
+    loads_or_is_refused(tmp_path / "p.yaml")
 
 
 @given(st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass")))
 @QUICK
 def test_a_random_file(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "p.yaml").write_bytes(raw)
-    told(tmp_path / "p.yaml")
+    loads_or_is_refused(tmp_path / "p.yaml")
 
 
 @given(st.text(max_size=30) | st.tuples(st.sampled_from([*keys_of(RunSpec), "env.A", "verl.a"]), TEXT).map("=".join))
 @QUICK
 def test_a_random_assignment(tmp_path: Path, text: str) -> None:
     (tmp_path / "p.yaml").write_text(BASE)
-    told(tmp_path / "p.yaml", text)
+    loads_or_is_refused(tmp_path / "p.yaml", text)

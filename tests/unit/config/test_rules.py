@@ -7,8 +7,9 @@ import shlex
 import pytest
 
 from flashrl_cli.config import presets
-from flashrl_cli.config.resolve import RULES, load_spec
+from flashrl_cli.config.resolve import RULES
 from flashrl_cli.errors import InputError
+from tests.specs import load_spec
 
 
 @pytest.mark.parametrize("name", presets.names())
@@ -108,7 +109,7 @@ CASES = [
     (
         "mix_has_two_precisions",
         GAE,
-        ("rollout.mix=0.5",),
+        ("rollout.precision=bf16", "rollout.mix=0.5"),
         "every replica is in bf16 already",
         "--set rollout.precision=int8",
     ),
@@ -142,17 +143,17 @@ LEGAL = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "preset", "sets", "says", "hint"), CASES)
-def test_broken(rule, preset, sets, says, hint):
+@pytest.mark.parametrize(("rule", "preset", "sets", "message", "hint"), CASES)
+def test_broken(rule, preset, sets, message, hint):
     with pytest.raises(InputError) as caught:
         load_spec(preset, sets=sets)
     (problem,) = caught.value.problems
-    assert says in problem.message
+    assert message in problem.message
     assert hint in (problem.hint or "")
 
 
-@pytest.mark.parametrize(("rule", "preset", "sets", "says", "hint"), CASES)
-def test_the_hint_mends_it(rule, preset, sets, says, hint):
+@pytest.mark.parametrize(("rule", "preset", "sets", "message", "hint"), CASES)
+def test_the_hint_fixes_it(rule, preset, sets, message, hint):
     key, _, value = shlex.split(hint)[1].partition("=")
     kept = [text for text in sets if text.partition("=")[0] != key]
     assert load_spec(preset, sets=[*kept, f"{key}={value}"]).spec
@@ -189,5 +190,5 @@ def test_what_just_holds_is_let_through(preset, sets):
 
 
 def test_every_rule_has_a_case():
-    by_hand = {"no_secret_is_written_down"}  # what mends it is done in a shell
+    by_hand = {"no_secret_is_written_down"}  # its fix is done in a shell
     assert {rule.__name__ for rule in RULES} == {rule for rule, *_ in CASES} | by_hand

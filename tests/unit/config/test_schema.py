@@ -15,6 +15,7 @@ from flashrl_cli.config import schema, spec
 from flashrl_cli.config.diagnose import keys_of
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.config.yaml_file import read
+from flashrl_cli.precision import PRECISIONS
 
 PAGE = Path(__file__).parents[3] / "docs" / "presets.md"
 MARK = "edit the docstrings there. -->\n"
@@ -42,9 +43,9 @@ def test_every_key_is_documented_once():
     assert all(row.meaning for row in rows().values())
 
 
-def test_rows_tell_values_defaults_and_meaning():
+def test_rows_hold_values_defaults_and_meaning():
     found = rows()
-    assert found["rollout.precision"][1:3] == ("`bf16`, `fp8`, `fp8-block`, `int8`", "`bf16`")
+    assert found["rollout.precision"][1:3] == (", ".join(f"`{name}`" for name in sorted(PRECISIONS)), "`bf16`")
     assert found["rollout.top_p"][1:3] == ("number above 0, at most 1", "`1.0`")
     assert found["critic.lr"].default == "`1e-5`"
     assert found["data.train_batch_size"][1:3] == ("whole number above 0", "must be set")
@@ -83,7 +84,7 @@ def test_shipped_files_keep_to_it(path):
 @pytest.mark.parametrize(
     "text",
     [
-        "rollout: {precision: int4}",
+        "rollout: {precision: int3}",
         "data: {train_batch_size: 0}",
         "data: {train_batch_size: many}",
         "rolout: {n: 2}",

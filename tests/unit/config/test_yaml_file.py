@@ -109,7 +109,7 @@ def test_refusals_say_the_line(text, line, part):
         ("a: {b:\t1}", "indent with spaces, not with tabs"),
         ("a: @b", "quote it"),
         ("a: it's: b", "quote text that holds a colon; keys of one map start in one column"),
-        ("a: 1\nb", "between a key and its value stand a colon and a space"),
+        ("a: 1\nb", "write a colon and a space between a key and its value"),
         ("a:\n  b: 1\n c: 2", "keys of one map start in one column"),
         ("a: [b\nc: d", "close the bracket; quote text that holds brackets"),
         ("a: {b: ${c}}", "close the bracket; quote text that holds brackets"),

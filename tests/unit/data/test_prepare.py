@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from flashrl_cli.data import prepare
 from flashrl_cli.data.prepare import TICK, Request, Split, Unique, build_split, prepare_dataset, requests, summary_table
 from flashrl_cli.data.recipes import Recipe
-from flashrl_cli.data.rows import BadRow, BadRows, Place, Raw, Row, make_row
-from flashrl_cli.errors import EnvironmentNotReady, InputError
+from flashrl_cli.data.rows import BadRow, BadRows, Raw, Row, make_row
+from flashrl_cli.errors import EnvironmentNotReady, InputError, Location
 from flashrl_cli.paths import DatasetPaths
 from flashrl_cli.render.output import Output
 
@@ -146,7 +146,7 @@ def test_bad_rows_of_both_splits_are_told_and_nothing_is_written(
     with pytest.raises(InputError, match="gsm8k: 2 rows cannot be used; nothing was written") as caught:
         run("gsm8k", gsm8k_folder)
     expected = [f"{gsm8k_folder}/train.jsonl:2", f"{gsm8k_folder}/test.jsonl:1"]
-    assert [problem.where for problem in caught.value.problems] == expected
+    assert [str(problem.where) for problem in caught.value.problems] == expected
     assert caught.value.problems[0].message.startswith(message)
     assert snapshot(tmp_path / "out/gsm8k") == before
 
@@ -288,7 +288,7 @@ def convert(raw: Raw, split: str, index: int) -> Row:
 
 
 def build(raws: Iterable[Raw], bad: BadRows | None = None, ticks: list[int] | None = None, **options: Any) -> Split:
-    located = ((Place("f", line), raw) for line, raw in enumerate(raws, start=1))
+    located = ((Location("f", line), raw) for line, raw in enumerate(raws, start=1))
     recipe = Recipe(splits=("train",), convert=convert, columns=("prompt", "answer", "source"))
     options = {"dedupe": True, "limit": None} | options
     advance = (ticks if ticks is not None else []).append
@@ -305,7 +305,7 @@ rows = st.lists(st.builds(make_row, st.just("math"), st.sampled_from("abc"), st.
 @given(rows=rows)
 def test_deduplication_is_idempotent_and_accounts_for_every_row(rows: list[Row]) -> None:
     unique, again = Unique(), Unique()
-    kept = list(unique.keep_first((Place("f", number), one) for number, one in enumerate(rows)))
+    kept = list(unique.keep_first((Location("f", number), one) for number, one in enumerate(rows)))
     assert list(again.keep_first(kept)) == kept
     assert again == Unique(0, 0)
     assert len(kept) + unique.duplicates == len(rows)
@@ -334,7 +334,7 @@ def test_bad_rows_are_noted_with_their_place_and_the_rest_is_read() -> None:
     bad = BadRows()
     built = build(raws(("a", None), ("b", "1"), ("c", None)), bad)
     assert len(built.rows) == 1
-    assert [(problem.where, problem.message) for problem in bad.problems()] == [("f:1", "no answer; 2 rows: 1, 3")]
+    assert [(str(problem.where), problem.message) for problem in bad.problems()] == [("f:1", "no answer; 2 rows: 1, 3")]
 
 
 def test_a_data_source_without_a_reward_is_a_bad_row() -> None:
@@ -346,7 +346,7 @@ def test_a_data_source_without_a_reward_is_a_bad_row() -> None:
 def test_a_truth_that_its_scorer_does_not_pay_for_is_a_bad_row() -> None:
     bad = BadRows()
     build([{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "x" * 300}, {"prompt": "c", "answer": "\n"}], bad)
-    assert [(p.where, p.message.partition(" is ")[2][:12]) for p in bad.problems()] == [
+    assert [(str(p.where), p.message.partition(" is ")[2][:12]) for p in bad.problems()] == [
         ("f:3", "empty"),
         ("f:2", "longer than "),
     ]

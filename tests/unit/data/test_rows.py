@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from flashrl_cli.data import readers
 from flashrl_cli.data.prepare import Request, prepare_dataset
-from flashrl_cli.data.rows import BadRow, BadRows, Fault, Needs, Place, Scoring, judge, text
-from flashrl_cli.errors import InputError
+from flashrl_cli.data.rows import BadRow, BadRows, Fault, Needs, Scoring, judge, text
+from flashrl_cli.errors import InputError, Location
 from flashrl_cli.evals import questions
 from flashrl_cli.paths import DatasetPaths
 from flashrl_cli.render.output import Output
@@ -24,7 +24,7 @@ from tests.sample_rows import row, truth
 def found(*rows: dict[str, Any], needs: Needs | None = None) -> list[tuple[str | None, str]]:
     """Where and what is wrong with rows that are numbered from 1."""
     bad = BadRows()
-    located = ((Place("a.parquet", number, "row"), one) for number, one in enumerate(rows, start=1))
+    located = ((Location("a.parquet", number, unit="row"), one) for number, one in enumerate(rows, start=1))
     judge(located, needs or Needs(), bad)
     assert all(problem.hint for problem in bad.problems() if "number" not in problem.message), "every fault has a fix"
     return [(str(problem.where), problem.message) for problem in bad.problems()]
@@ -193,13 +193,13 @@ def test_no_bad_row_is_no_error() -> None:
 def test_all_bad_rows_are_counted_and_the_first_five_of_each_kind_listed() -> None:
     bad = BadRows()
     for number in range(1, 1235):
-        bad.add(Place("train.jsonl", number), Fault("not JSON", "mend it", f"v{number}"))
+        bad.add(Location("train.jsonl", number), Fault("not JSON", "mend it", f"v{number}"))
         if number in {2, 3}:
-            bad.add(Place("train.jsonl", number), Fault("no prompt"))
-    bad.add(Place("test.parquet", 7, "row"), Fault("not JSON", "mend it"))
+            bad.add(Location("train.jsonl", number), Fault("no prompt"))
+    bad.add(Location("test.parquet", 7, unit="row"), Fault("not JSON", "mend it"))
     with pytest.raises(InputError, match=r"^gsm8k: 1,235 rows cannot be used; nothing was written$") as caught:
         bad.check("gsm8k", "; nothing was written")
-    assert [(problem.where, problem.message, problem.hint) for problem in caught.value.problems] == [
+    assert [(str(problem.where), problem.message, problem.hint) for problem in caught.value.problems] == [
         ("train.jsonl:1", "not JSON; 1,234 rows: 1 (v1), 2 (v2), 3 (v3), 4 (v4), 5 (v5), …", "mend it"),
         ("train.jsonl:2", "no prompt; 2 rows: 2, 3", None),
         ("test.parquet:row 7", "not JSON", "mend it"),
@@ -208,7 +208,7 @@ def test_all_bad_rows_are_counted_and_the_first_five_of_each_kind_listed() -> No
 
 def test_one_bad_row_reads_well() -> None:
     bad = BadRows()
-    bad.add(Place("train.jsonl", 7), Fault("not JSON", value="Extra data"))
+    bad.add(Location("train.jsonl", 7), Fault("not JSON", value="Extra data"))
     with pytest.raises(InputError, match=r"^gsm8k: 1 row cannot be used$") as caught:
         bad.check("gsm8k")
     assert caught.value.problems[0].message == "not JSON: Extra data"
@@ -217,7 +217,7 @@ def test_one_bad_row_reads_well() -> None:
 def test_many_kinds_are_cut_and_counted() -> None:
     bad = BadRows()
     for number in range(1, 31):
-        bad.add(Place("a", number), Fault(f"kind {number}"))
+        bad.add(Location("a", number), Fault(f"kind {number}"))
     assert len(bad.problems()) == 13
     assert bad.problems()[-1].message == "and 18 more kinds of faults"
 
@@ -285,7 +285,7 @@ def test_any_row_is_refused_by_number_or_paid_in_full(
         return
     places = [f"{source}:{number}" for number in range(1, len(rows) + 1)]
     assert error.problems, error.message
-    assert {problem.where for problem in error.problems} <= {*places, None}
+    assert {str(problem.where) for problem in error.problems} <= {*places, "None"}
     assert not (folder / "out").exists(), "nothing is left behind"
     "".join(f"{problem.message}{problem.hint}" for problem in error.problems).encode()
 

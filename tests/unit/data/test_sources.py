@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from flashrl_cli.data import readers, sources
 from flashrl_cli.data.recipes import RECIPES
-from flashrl_cli.data.rows import BadRows, Place
+from flashrl_cli.data.rows import BadRows
 from flashrl_cli.data.sources import HubSource, LocalSource, SumsSource, open_source
-from flashrl_cli.errors import EnvironmentNotReady, InputError
+from flashrl_cli.errors import EnvironmentNotReady, InputError, Location
 from flashrl_cli.machine import software
 
 
@@ -163,7 +163,7 @@ import json, sys
 from flashrl_cli.data.sources import HubSource
 from flashrl_cli.data.rows import BadRows
 source = HubSource(sys.argv[1], None, ("train", "test"))
-rows = list(source.rows("test", BadRows()))
+rows = [(str(place), row) for place, row in source.rows("test", BadRows())]
 print(json.dumps([rows, source.count("train"), source.describe()["files"]]))
 """
 
@@ -176,7 +176,7 @@ def test_rows_come_through_load_dataset(gsm8k_folder: Path, tmp_path: Path) -> N
     )
     rows, count, files = json.loads(done.stdout.splitlines()[-1])
     first = {"question": "test 1?", "answer": "Count.\n#### 1,000"}
-    assert rows[0] == [[f"{gsm8k_folder}:test", 1, "row"], first]
+    assert rows[0] == [f"{gsm8k_folder}:test:row 1", first]
     assert (len(rows), count) == (2, 3)
     assert [len(files[split]) for split in ("train", "test")] == [1, 1]
     assert files["test"][0]["path"].endswith("-test.arrow")
@@ -223,7 +223,7 @@ def answer_with(result: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str,
 def test_a_set_of_one_split_takes_the_only_one_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = answer_with({"train": Table([{"n": 1}])}, monkeypatch)
     source = HubSource("a/b", "c", ("test",))
-    assert list(source.rows("test", BadRows())) == [(Place("a/b:test", 1, "row"), {"n": 1})]
+    assert list(source.rows("test", BadRows())) == [(Location("a/b:test", 1, unit="row"), {"n": 1})]
     assert source.count("test") == 1
     description = source.describe()
     assert description["files"]["test"][0]["path"] == __file__

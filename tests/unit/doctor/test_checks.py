@@ -4,6 +4,7 @@ hub."""
 from __future__ import annotations
 
 import os
+import shutil
 import site
 import sys
 from importlib import metadata
@@ -14,11 +15,13 @@ import psutil
 import pytest
 
 from flashrl_cli.doctor import checks
-from flashrl_cli.doctor.checks import GIB, Disk, Script
+from flashrl_cli.doctor.checks import Disk, Report, Script
 from flashrl_cli.machine import gpus, ray_state, software
-from flashrl_cli.machine.finding import Finding, Level
+from flashrl_cli.machine.finding import Finding, Level, fail, ok, warn
 from flashrl_cli.machine.gpus import Gpu
 from flashrl_cli.machine.software import CPU, GPU, Stack
+from flashrl_cli.precision import PRECISIONS
+from flashrl_cli.text import GIB
 from tests.unit.machine.test_gpus import A100, B200, H100, L4, T4, V100
 from tests.unit.machine.test_software import CPU_VERSIONS, GPU_VERSIONS
 
@@ -106,22 +109,16 @@ def test_startup_files_are_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(checks.probe_startup_files()) == [str(packages / "usercustomize.py"), str(packages / "patch.pth")]
 
 
-@pytest.mark.parametrize(("importable", "level"), [(True, "fail"), (False, "warn")])
-def test_a_leftover_patch_matters_where_its_package_is(importable: bool, level: str) -> None:
-    (finding,) = checks.leftovers(["/s/usercustomize.py"], importable=importable, variables=[])
-    assert finding.level == level
-    assert "/s/usercustomize.py" in str(finding.fix)
-    assert (checks.UNINSTALL in str(finding.fix)) is importable
-
-
-def test_variables_of_the_original() -> None:
+def test_leftovers_matter_where_the_originals_package_is() -> None:
+    for importable, level in ((True, "fail"), (False, "warn")):
+        (finding,) = checks.leftovers(["/s/usercustomize.py"], importable=importable, variables=[])
+        assert finding.level == level
+        assert "/s/usercustomize.py" in str(finding.fix)
+        assert (checks.UNINSTALL in str(finding.fix)) is importable
     names = checks.original_variables({"FLASHRL_CONFIG": "x", "FLASHRL_DATA": "y"})
     assert names == ["FLASHRL_CONFIG"]
     (finding,) = checks.leftovers([], importable=False, variables=names)
     assert (finding.level, finding.fix) == ("warn", "unset FLASHRL_CONFIG")
-
-
-def test_nothing_is_left() -> None:
     assert not list(checks.leftovers([], importable=True, variables=[]))
 
 
@@ -139,10 +136,8 @@ def test_python(version: tuple[int, int, int], level: str) -> None:
 
 
 @pytest.mark.parametrize(("versions", "stack"), [(CPU_VERSIONS, CPU), (GPU_VERSIONS, GPU)])
-def test_a_pinned_stack_is_fine(versions: dict[str, str], stack: object) -> None:
-    assert stack in (CPU, GPU)
-    chosen = CPU if stack is CPU else GPU
-    found = [*software.verl_version(versions), *checks.packages(versions, chosen), *software.one_vllm(versions)]
+def test_a_pinned_stack_is_fine(versions: dict[str, str], stack: Stack) -> None:
+    found = [*software.verl_version(versions), *checks.packages(versions, stack), *software.one_vllm(versions)]
     assert [finding.name for finding in found] == list(versions)
     assert set(levels(found).values()) == {Level.OK}
 
@@ -214,7 +209,9 @@ def test_no_gpu_has_no_driver_and_no_precision() -> None:
         ([H100, A100], "bf16, int8"),
     ],
 )
-def test_precisions(found: list[Gpu], able: str) -> None:
+def test_precisions(found: list[Gpu], able: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {name: PRECISIONS[name] for name in ("bf16", "int8", "fp8", "fp8-block")}
+    monkeypatch.setattr(checks, "PRECISIONS", rows)
     (finding,) = checks.precisions(found)
     assert finding.text.partition(";")[0] == able
     assert (finding.level == "ok") is (able == "bf16, int8, fp8, fp8-block")
@@ -240,22 +237,16 @@ def test_disks(free: float, total: float, stack: str, level: str) -> None:
     assert "for runs, data" in finding.text
 
 
-def test_a_folder_that_cannot_be_written() -> None:
+def test_disks_are_probed_once_each_and_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = {"runs": tmp_path / "not/yet", "data": tmp_path}
+    (disk,) = checks.probe_disks(places)
+    assert (disk.holds, disk.unwritable) == ("runs, data", ())
+    assert 0 < disk.free < disk.total
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    (disk,) = checks.probe_disks(places)
+    assert disk.unwritable == (str(tmp_path),)
     (finding,) = checks.disks([Disk("data", 100 * GIB, 200 * GIB, ("/data",))], "cpu")
     assert (finding.level, finding.text) == ("fail", "cannot write to /data")
-
-
-def test_folders_of_one_disk_are_told_together(tmp_path: Path) -> None:
-    (disk,) = checks.probe_disks({"runs": tmp_path / "not/yet", "data": tmp_path})
-    assert disk.holds == "runs, data"
-    assert 0 < disk.free < disk.total
-    assert not disk.unwritable
-
-
-def test_unwritable_folders_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    (disk,) = checks.probe_disks({"runs": tmp_path / "not/yet"})
-    assert disk.unwritable == (str(tmp_path),)
 
 
 @pytest.mark.parametrize(
@@ -273,9 +264,6 @@ def test_shared_memory(free: float, memory: float, stack: str, level: str) -> No
     finding = checks.shared_memory(int(free * GIB), int(memory * GIB), stack)
     assert finding.level == level
     assert (finding.fix is None) is (level == "ok")
-
-
-def test_small_shared_memory_gets_the_size_that_is_wanted() -> None:
     assert "--shm-size=9g" in str(checks.shared_memory(0, 2000 * GIB, "gpu").fix)
 
 
@@ -292,23 +280,19 @@ def test_open_files(open_files: int, stack: str, level: str) -> None:
     first, *rest = checks.limits(open_files, -1, stack)
     assert (first.name, first.level) == ("open files", level)
     assert [finding.name for finding in rest] == (["locked memory"] if stack == "gpu" else [])
+    _, locked = checks.limits(65536, 8 * 2**20, "gpu")
+    assert (locked.level, locked.text) == ("ok", "8 MiB; InfiniBand wants no limit")
 
 
-def test_locked_memory_is_only_told() -> None:
-    _, finding = checks.limits(65536, 8 * 2**20, "gpu")
-    assert (finding.level, finding.text) == ("ok", "8 MiB; InfiniBand wants no limit")
-
-
-def test_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_the_containers_and_shared_memory_may_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checks, "CGROUP_MEMORY", tmp_path / "memory.max")
     whole = checks.probe_memory()
     (tmp_path / "memory.max").write_text("max\n")
     assert checks.probe_memory() == whole > GIB
     (tmp_path / "memory.max").write_text("1073741824\n")
     assert checks.probe_memory() == GIB
-
-
-def test_shared_memory_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "SHM", tmp_path / "none")
     assert checks.probe_shm() == 0
     monkeypatch.setattr(checks, "SHM", tmp_path)
@@ -347,15 +331,12 @@ def test_ports(monkeypatch: pytest.MonkeyPatch) -> None:
 HOME = Path("/people/somebody")
 
 
-def test_token(tmp_path: Path) -> None:
+def test_access_to_the_hub(tmp_path: Path) -> None:
     environment = {"HF_HOME": str(tmp_path)}
     assert not checks.probe_token(environment, HOME)
     assert checks.probe_token({"HF_TOKEN": "x"}, HOME)
     (tmp_path / "token").write_text("x")
     assert checks.probe_token(environment, HOME)
-
-
-def test_hub() -> None:
     on = checks.hub_access(Path("/c"), None, token=True, endpoint="https://mirror")
     assert on.text == "switched on at https://mirror, with a token; cache /c"
     off = checks.hub_access(Path("/c"), "HF_HUB_OFFLINE", token=False, endpoint=None)
@@ -376,3 +357,77 @@ def test_hub() -> None:
 )
 def test_proxies(environment: dict[str, str], levels: list[str]) -> None:
     assert [finding.level for finding in checks.proxies(environment)] == levels
+
+
+@pytest.fixture
+def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without GPUs and without Ray."""
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/no-ray-is-here")  # a path of pytest is too long for sockets
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(checks, "probe_daemons", list)
+    monkeypatch.setattr(checks, "probe_ports", list)
+
+
+def names(found: Report) -> list[str]:
+    return [finding.name for finding in found.findings]
+
+
+@pytest.mark.usefixtures("bare_machine")
+def test_a_cpu_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software, "probe_versions", lambda: {"verl": "0.9.1", "torch": "2.13.0+cpu"})
+    monkeypatch.setattr(checks, "find_spec", lambda name: name)
+    found = checks.check_machine()
+    assert found.stack == "cpu"
+    assert {"python", "verl", "torch", "command", "verl.plugins", "GPUs", "disk", "memory", "Ray", "hub"} <= set(
+        names(found)
+    )
+    assert not {"driver", "flash-attn", "precisions", "locked memory"} & set(names(found))
+
+
+@pytest.mark.usefixtures("bare_machine")
+def test_a_gpu_stack_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software, "probe_versions", lambda: {"verl": "0.9.1", "vllm": "0.24.0", "torch": "2.11.0"})
+    found = checks.check_machine()
+    assert found.stack == "gpu"
+    assert {"flash-attn", "locked memory"} <= set(names(found))
+    assert not found.ok
+    (gpus,) = (finding for finding in found.findings if finding.name == "GPUs")
+    assert gpus.level == "fail"
+
+
+@pytest.mark.usefixtures("bare_machine")
+def test_without_a_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software, "probe_versions", dict)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    found = checks.check_machine()
+    assert found.stack is None
+    assert not found.ok
+    assert set(software.MODULES) <= set(names(found))
+
+
+def test_a_preset_s_word_counts() -> None:
+    machine = Report(
+        "gpu", (ok("verl", "0.9.1"), warn("flash-attn", "not installed"), ok("disk", "a"), ok("disk", "b"))
+    )
+    assert machine.ok
+    both = machine.with_preset([ok("verl", "0.9.1"), fail("flash-attn", "verl asks for it"), ok("data.train", "/x")])
+    assert [(finding.name, finding.level) for finding in both.findings] == [
+        ("verl", "ok"),
+        ("disk", "ok"),
+        ("disk", "ok"),
+        ("flash-attn", "fail"),
+        ("data.train", "ok"),
+    ]
+    assert not both.ok
+
+
+def test_document() -> None:
+    document = checks.document(Report("cpu", (fail("a", "b", "c"),)), "tiny")
+    assert document == {
+        "schema_version": 1,
+        "stack": "cpu",
+        "preset": "tiny",
+        "checks": [{"name": "a", "level": "fail", "text": "b", "fix": "c"}],
+        "ok": False,
+    }

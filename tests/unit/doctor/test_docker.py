@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,11 @@ def command(folders: Folders = HERE, *inside: str, **options: Any) -> docker.Wor
     return docker.command(folders, inside or ("bash",), **given)
 
 
-def test_flags_of_the_original_recipe() -> None:
+def test_flags_of_the_original_recipe_and_the_pinned_image() -> None:
     assert ORIGINAL in shlex.join(docker.argv(command()))
-
-
-def test_the_image_is_pinned_for_the_stack() -> None:
+    assert ("--rm", "-it") in command()
+    assert ("--rm", "-i") in command(terminal=False)
+    assert [("--net=host",) in command(nodes=nodes) for nodes in (1, 4)] == [False, True]  # Ray's workers elsewhere
     assert "vllm024" in docker.IMAGE
     assert GPU.pins["vllm"].startswith("0.24.")
     assert len(docker.IMAGE.partition("@sha256:")[2]) == 64
@@ -51,21 +52,9 @@ def test_folders_are_mounted_once_and_under_their_own_names() -> None:
 
 
 def test_what_is_read_elsewhere_is_mounted_for_reading() -> None:
-    folders = Folders(
-        work=Path("/w"),
-        data=Path("/d"),
-        runs=Path("/w/runs"),
-        checkpoints=Path("/w/c"),
-        hub=Path("/h"),
-        source=Path("/w"),
-        read=(Path("/models/a"), Path("/d/gsm8k")),
-    )
-    assert [line[1] for line in command(folders) if line[0] == "-v"] == [
-        "/w:/w",
-        "/d:/d",
-        "/h:/h",
-        "/models/a:/models/a:ro",
-    ]
+    inside = replace(HERE, checkpoints=Path("/w/c"), source=Path("/w"), read=(Path("/models/a"), Path("/d/gsm8k")))
+    mounts = [line[1] for line in command(inside) if line[0] == "-v"]
+    assert mounts == ["/w:/w", "/d:/d", "/h:/h", "/models/a:/models/a:ro"]
 
 
 def test_the_stack_is_installed_before_the_command() -> None:
@@ -94,16 +83,6 @@ def test_secrets_are_passed_by_name() -> None:
     assert "OTHER" not in text
 
 
-@pytest.mark.parametrize(("nodes", "host"), [(1, False), (4, True)])
-def test_several_nodes_need_the_host_s_network(nodes: int, host: bool) -> None:
-    assert (("--net=host",) in command(nodes=nodes)) is host
-
-
-def test_without_a_terminal() -> None:
-    assert ("--rm", "-it") in command()
-    assert ("--rm", "-i") in command(terminal=False)
-
-
 def test_the_script_is_the_command() -> None:
     words = command(HERE, "flashrl", "train", "--set", "a='x y'")
     text = docker.script(words)
@@ -126,21 +105,9 @@ def test_run_makes_the_folders_and_becomes_docker(tmp_path: Path, monkeypatch: p
     called: list[tuple[str, list[str]]] = []
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(os, "execv", lambda program, argv: called.append((program, argv)))
-    folders = Folders(
-        work=tmp_path,
-        data=tmp_path / "d",
-        runs=tmp_path / "r",
-        checkpoints=tmp_path / "c",
-        hub=tmp_path / "h",
-        source=tmp_path,
-    )
+    made: dict[str, Any] = {name: tmp_path / name for name in ("data", "runs", "checkpoints", "hub")}
+    folders = replace(HERE, work=tmp_path, source=tmp_path, **made)
     words = command(folders)
     docker.run(words, folders)
     assert called == [("/bin/docker", docker.argv(words))]
     assert all(folder.is_dir() for folder in folders.written)
-
-
-def test_run_without_docker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-    with pytest.raises(EnvironmentNotReady, match="docker is not installed"):
-        docker.run(command(), HERE)

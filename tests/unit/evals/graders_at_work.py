@@ -1,4 +1,4 @@
-"""Run as a script: `graders_at_work.py OUT RESPONSE…` grades responses by two graders and a verl of a few lines, then writes OUT.
+"""A script, `graders_at_work.py OUT RESPONSE…`: two graders and a verl of a few lines grade responses, into OUT.
 
 A response is what the scorer then does, see VERL; `@N` in front makes N copies of it.
 """
@@ -47,21 +47,21 @@ def write_packages(folder: Path) -> None:
 
 
 def main() -> None:
-    from flashrl_cli.evals import graders as pool
+    from flashrl_cli.evals import graders
     from flashrl_cli.evals.questions import Question
     from flashrl_cli.evals.results import Response
 
     out, *words = sys.argv[1:]
-    pool.LIMIT_S, pool._CHUNK_LIMIT_S, pool._BY_THE_CLOCK = 1.0, 0.5, 12
+    graders.LIMIT_S, graders._CHUNK_LIMIT_S, graders._BY_THE_CLOCK = 1.0, 0.5, 12
     texts = [text for word in words for text in _copies(word)]
     question = Question([], "codecontests", "right", None)
     responses = [Response(question=0, sample=n, response=text, tokens=1, cut=False) for n, text in enumerate(texts)]
-    with pool.Graders(workers=2) as graders:
+    with graders.Graders(workers=2) as pool:
         if os.environ.get("KILL_IDLE"):
-            graders.grade([question], responses[:1])
+            pool.grade([question], responses[:1])
             _kill_graders()
         threading.Timer(0.5, lambda: print("grading", flush=True)).start()
-        grades = graders.grade([question], responses)
+        grades = pool.grade([question], responses)
     Path(out).write_text(json.dumps([asdict(grade) for grade in grades]), encoding="utf-8")
 
 

@@ -110,7 +110,7 @@ class Engines:
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Engines:
-    """Put Engines and Graders in place of those of an evaluation; of no architecture it is known which tensors it has."""
+    """Put Engines and Graders in place of an evaluation's own; nothing is known of any architecture's tensors."""
     found = Engines()
     monkeypatch.setattr(job, "engine", found)
     monkeypatch.setattr(evaluation, "Graders", Graders)

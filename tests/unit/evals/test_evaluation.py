@@ -24,8 +24,9 @@ from flashrl_cli.evals.job import EngineSettings, Job, Order, Sampling
 from flashrl_cli.evals.questions import DataSet
 from flashrl_cli.runs import store
 from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
-from flashrl_cli.runs.store import Known
+from flashrl_cli.runs.store import Run as RunOnDisk
 from flashrl_cli.weights import accounting
+from tests import sample_rows
 from tests.saved_files import saved_profile
 from tests.unit.evals.lab import (
     ENGINE,
@@ -429,22 +430,13 @@ def test_looks_go_on_until_after_the_end(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_no_run_is_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "every", list[Known])
+    monkeypatch.setattr(store, "all_runs", list[RunOnDisk])
     assert list(evaluation.looks(["x"], lambda text: None, poll_s=0)) == [False]
 
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    row = {
-        "data_source": "openai/gsm8k",
-        "prompt": [{"role": "user", "content": "?"}],
-        "reward_model": {"ground_truth": "2"},
-    }
-    pq.write_table(pa.Table.from_pylist([row] * 3), tmp_path / "test.parquet")
-    return tmp_path / "test.parquet"
+    return sample_rows.write(tmp_path / "test.parquet")
 
 
 def model(folder: Path) -> Path:
@@ -472,7 +464,7 @@ def test_base_and_baseline_come_first_and_once(tmp_path: Path, rows: Path) -> No
         request = find(rows, *patterns, base=str(start))
         assert [one.hf for one in request.checkpoints] == [start, saved]
         assert request.base == request.checkpoints[0]
-        assert request.prompts == 6
+        assert request.prompts == 8
     both = find(rows, saved, base=str(start), baseline=str(start), limit=2)
     assert [one.hf for one in both.checkpoints] == [start, saved]
     assert both.base == both.baseline == both.checkpoints[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,32 +13,18 @@ from flashrl_cli.errors import InputError
 from flashrl_cli.evals import questions
 from tests import sample_rows
 
-ROW = {
-    "data_source": "openai/gsm8k",
-    "prompt": [{"role": "user", "content": "1 + 1?"}],
-    "reward_model": {"style": "rule", "ground_truth": "2"},
-    "extra_info": {"index": 0, "split": "test"},
-}
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return path
+ROW = sample_rows.row()
 
 
 def record(run: str, attempt: int, *overrides: str) -> Path:
     plan = paths.runs_root() / run / f"attempt_{attempt}" / "plan.json"
     plan.parent.mkdir(parents=True)
-    plan.write_text(json.dumps({"overrides": overrides}))
+    plan.write_text(json.dumps({"schema_version": 1, "overrides": overrides, "env": {}, "files": {}}))
     return paths.checkpoints_root() / "project" / run
 
 
 def test_rows_become_questions(tmp_path: Path) -> None:
-    file = write(tmp_path / "test.parquet", [ROW, ROW, ROW])
+    file = sample_rows.write(tmp_path / "test.parquet", [ROW, ROW, ROW])
     found = questions.read(file, limit=2)
     assert len(found) == 2
     assert json.loads(found[0].line()) == {
@@ -51,7 +36,7 @@ def test_rows_become_questions(tmp_path: Path) -> None:
 
 
 def test_missing_columns_are_named(tmp_path: Path) -> None:
-    file = write(tmp_path / "test.parquet", [{"question": "1 + 1?", "prompt": "x"}])
+    file = sample_rows.write(tmp_path / "test.parquet", [{"question": "1 + 1?", "prompt": "x"}])
     with pytest.raises(InputError, match="lacks the column data_source, reward_model") as caught:
         questions.read(file, None)
     assert "question, prompt" in str(caught.value.hint)
@@ -59,27 +44,23 @@ def test_missing_columns_are_named(tmp_path: Path) -> None:
 
 def test_every_bad_row_is_named(tmp_path: Path) -> None:
     rows = [ROW, {**ROW, "prompt": []}, {**ROW, "reward_model": {"style": "rule", "ground_truth": None}}]
-    file = write(tmp_path / "test.parquet", rows)
+    file = sample_rows.write(tmp_path / "test.parquet", rows)
     with pytest.raises(InputError, match=r"test\.parquet: 2 rows cannot be used") as caught:
         questions.read(file, None)
-    assert [p.where for p in caught.value.problems] == [f"{file}:row 2", f"{file}:row 3"]
+    assert [str(p.where) for p in caught.value.problems] == [f"{file}:row 2", f"{file}:row 3"]
 
 
 def test_no_parquet_and_no_rows(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("no")
     with pytest.raises(InputError, match="cannot read"):
         questions.read(tmp_path / "x.parquet", None)
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.Table.from_pylist([ROW]).slice(0, 0), tmp_path / "empty.parquet")
     with pytest.raises(InputError, match="no rows"):
-        questions.read(tmp_path / "empty.parquet", None)
+        questions.read(sample_rows.write(tmp_path / "empty.jsonl", []), None)
 
 
 def test_named_data_sets_and_files(tmp_path: Path) -> None:
-    prepared = write(paths.data_root() / "gsm8k" / "test.parquet", [ROW, ROW])
-    other = write(tmp_path / "mine.parquet", [ROW])
+    prepared = sample_rows.write(paths.data_root() / "gsm8k" / "test.parquet", [ROW, ROW])
+    other = sample_rows.write(tmp_path / "mine.parquet", [ROW])
     found = questions.choose_questions(f"gsm8k, {other},gsm8k", [], 1)
     assert [(one.name, one.file, len(one.questions)) for one in found] == [
         ("gsm8k", prepared, 1),
@@ -94,14 +75,15 @@ def test_named_data_sets_and_files(tmp_path: Path) -> None:
 
 def test_names_that_are_alike_get_longer(tmp_path: Path) -> None:
     files = [
-        write(tmp_path / folder / f"{name}.parquet", [ROW]) for folder, name in (("a", "x"), ("b", "x"), ("b", "y"))
+        sample_rows.write(tmp_path / folder / f"{name}.parquet", [ROW])
+        for folder, name in (("a", "x"), ("b", "x"), ("b", "y"))
     ]
     found = questions.choose_questions(",".join(map(str, files)), [], None)
     assert [one.name for one in found] == ["a/x", "b/x", "y"]
 
 
 def test_default_is_what_the_last_attempt_validated_on(tmp_path: Path) -> None:
-    first, second = (write(tmp_path / name / "test.parquet", [ROW]) for name in ("one", "two"))
+    first, second = (sample_rows.write(tmp_path / name / "test.parquet", [ROW]) for name in ("one", "two"))
     record("a", 1, "data.val_files=/old.parquet")
     a = record("a", 10, f"data.val_files=[{first},{second}]")
     b = record("b", 1, f"data.val_files=[{first},{second}]")

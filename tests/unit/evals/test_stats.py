@@ -266,7 +266,7 @@ def test_bootstrap_is_reproducible() -> None:
     )
 )
 def test_bootstrap_is_never_more_certain_than_flipped_signs(rows: list[list[float]]) -> None:
-    """Few questions prove little: of d that differ no p is below 2 / 2^d; 0 lies in the interval where p is not small."""
+    """Few questions prove little: of d that differ no p is below 2 / 2^d; with a large p the interval has 0 in it."""
     shares = [list(column) for column in zip(*rows, strict=True)]
     pairs = list(itertools.combinations(range(len(shares)), 2))
     with pytest.MonkeyPatch.context() as patch:

@@ -121,8 +121,10 @@ def said(*right: int, questions: int = 1000, baseline: Entry | None = None) -> l
 
 @pytest.mark.parametrize(
     ("p", "text"),
-    [(0.0, "p < 0.001"), (0.00099, "p < 0.001"), (0.001, "p = 0.001"), (0.0123, "p = 0.012"), (0.0496, "p = 0.0496"), (0.4, "p = 0.40"),
-     (1.0, "p = 1.00")],
+    [
+        (0.0, "p < 0.001"), (0.00099, "p < 0.001"), (0.001, "p = 0.001"), (0.0123, "p = 0.012"), (0.0496, "p = 0.0496"),
+        (0.4, "p = 0.40"), (1.0, "p = 1.00"),
+    ],
 )  # fmt: skip
 def test_p(p: float, text: str) -> None:
     assert p_text(p) == text
@@ -228,7 +230,7 @@ def shown(threshold: verdicts.Threshold) -> list[tuple[str, bool]]:
 
 
 def test_a_threshold_judges_what_training_ended_with() -> None:
-    """Neither a base nor a step that was better once; steps by number, each run and each model by itself, every data set."""
+    """Neither a base nor a step that was better once; each run and each model by itself, on every data set."""
     other = (
         entry("b", 7, single(4, 0)),
         entry("model", None, single(1, 3)),

@@ -6,7 +6,6 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,20 +31,6 @@ def test_own_ray(tmp_path: Path) -> None:
     assert (finding.level, finding.text) == ("ok", "a run starts its own")
 
 
-def test_a_cluster_by_its_variable(tmp_path: Path) -> None:
-    assert ray_state.probe_cluster({"RAY_ADDRESS": "10.0.0.1:6379"}) == ("10.0.0.1:6379", "RAY_ADDRESS")
-    assert ray_state.probe_cluster({"RAY_ADDRESS": "local", "RAY_TMPDIR": str(tmp_path)}) is None
-
-
-def test_a_cluster_that_ray_start_noted(tmp_path: Path) -> None:
-    note = tmp_path / "ray/ray_current_cluster"
-    note.parent.mkdir()
-    note.write_text("")
-    assert ray_state.probe_cluster({"RAY_TMPDIR": str(tmp_path)}) is None
-    note.write_text("10.0.0.1:6379\n")
-    assert ray_state.probe_cluster({"RAY_TMPDIR": str(tmp_path)}) == ("10.0.0.1:6379", str(note))
-
-
 @pytest.mark.parametrize(
     ("source", "answers", "level", "fix"),
     [
@@ -62,21 +47,14 @@ def test_joining(source: str, answers: bool | None, level: str, fix: str | None)
     assert "10.0.0.1:6379" in finding.text
 
 
-@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "http://127.0.0.1:{}"])
-def test_a_port_that_answers(form: str, listening: int) -> None:
-    assert ray_state.probe_answers(form.format(listening)) is True
-
-
-def test_a_port_that_does_not(listening: int) -> None:
+def test_whether_a_port_answers(listening: int) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         closed = server.getsockname()[1]
-    assert closed != listening
+    for form in ("127.0.0.1:{}", "ray://127.0.0.1:{}", "http://127.0.0.1:{}"):
+        assert ray_state.probe_answers(form.format(listening)) is True
     assert ray_state.probe_answers(f"127.0.0.1:{closed}") is False
-
-
-@pytest.mark.parametrize("address", ["auto", "", "host", "host:port", "host:99999999"])
-def test_an_address_without_a_port_is_not_judged(address: str) -> None:
-    assert ray_state.probe_answers(address) is None
+    for unnamed in ("auto", "", "host", "host:port", "host:99999999"):
+        assert ray_state.probe_answers(unnamed) is None
 
 
 def test_a_cluster_is_found_where_ray_looks_for_its_note(tmp_path: Path) -> None:
@@ -88,6 +66,7 @@ def test_a_cluster_is_found_where_ray_looks_for_its_note(tmp_path: Path) -> None
     a, b, empty = (str(tmp_path / name) for name in ("a", "b", "empty"))
     note = f"{a}/ray/ray_current_cluster"
     assert ray_state.probe_cluster({"TMPDIR": a}) == ("a:6379", note)
+    assert ray_state.probe_cluster({"RAY_ADDRESS": "10.0.0.1:6379"}) == ("10.0.0.1:6379", "RAY_ADDRESS")
     assert ray_state.probe_cluster({"TMPDIR": b, "RAY_TMPDIR": a}) == ("a:6379", note)
     assert ray_state.probe_cluster({"TMPDIR": a, "RAY_TMPDIR": empty}) is None
     assert ray_state.probe_cluster({"TMPDIR": b}, {"_temp_dir": f"{a}/ray"}) == ("a:6379", note)
@@ -101,6 +80,9 @@ def test_a_cluster_is_found_where_ray_looks_for_its_note(tmp_path: Path) -> None
     )
     Path(note).write_bytes(b"\xff:6379")
     assert ray_state.probe_cluster({"TMPDIR": a}) == ("\ufffd:6379", note)
+    for nothing in ("", "\n"):
+        Path(note).write_text(nothing, encoding="utf-8")
+        assert ray_state.probe_cluster({"TMPDIR": a}) is None
     Path(note).unlink()
     Path(note).mkdir()
     assert ray_state.probe_cluster({"TMPDIR": a}) is None
@@ -200,36 +182,27 @@ def test_sockets_of_engines_and_graders_fit(tmp_path: Path, monkeypatch: pytest.
     system.check_sockets({})
 
 
-def checkpoints(one: int, kept: int | None, free: int, nodes: int = 1) -> Any:
-    return system.checkpoints(one, kept, free, nodes=nodes, folder="/c", keep_fewer="--keep")
-
-
 @pytest.mark.parametrize(
-    ("one", "kept", "free", "nodes", "level"),
+    ("one", "kept", "free", "nodes", "level", "text"),
     [
-        (100, 0, 0, 1, "ok"),
-        (100, 3, 300, 1, "ok"),
-        (100, 3, 299, 1, "warn"),
-        (100, 3, 99, 1, "fail"),
-        (100, None, 100, 1, "ok"),
-        (100, None, 99, 1, "fail"),
-        (100, 1, 50, 4, "warn"),  # if each node has a disk of its own, a quarter fits
-        (100, 1, 24, 4, "fail"),
+        (100, 0, 0, 1, "ok", "none are saved"),
+        (100, 3, 300, 1, "ok", "3 checkpoints of 0.1 kB in /c, 0.3 kB free"),
+        (100, 3, 299, 1, "warn", "--keep, or FLASHRL_CHECKPOINTS"),
+        (100, 3, 99, 1, "fail", "FLASHRL_CHECKPOINTS names a folder on a larger disk"),
+        (100, None, 750, 1, "ok", "room for 7; all are kept"),
+        (100, None, 100, 1, "ok", "room for 1; all are kept"),
+        (100, None, 99, 1, "fail", "a checkpoint of"),
+        (100, 1, 50, 4, "warn", "a checkpoint of"),  # if each node has a disk of its own, a quarter fits
+        (100, 1, 24, 4, "fail", "a checkpoint of"),
     ],
 )
-def test_checkpoints(one: int, kept: int | None, free: int, nodes: int, level: str) -> None:
-    assert checkpoints(one, kept, free, nodes).level == level
-
-
-def test_how_many_fit_is_told_where_all_are_kept() -> None:
-    assert "room for 7; all are kept" in checkpoints(100, None, 750).text
-
-
-def test_fewer_can_be_kept() -> None:
-    assert str(checkpoints(100, 3, 150).fix).startswith("--keep, or FLASHRL_CHECKPOINTS")
+def test_room_for_checkpoints(one: int, kept: int | None, free: int, nodes: int, level: str, text: str) -> None:
+    found = system.checkpoints(one, kept, free, nodes=nodes, folder="/c", keep_fewer="--keep")
+    assert found.level == level
+    assert text in f"{found.text} {found.fix}"
 
 
 @pytest.mark.parametrize(("needed", "free", "level"), [(None, 0, "ok"), (100, 100, "ok"), (100, 99, "fail")])
-def test_download(needed: int | None, free: int, level: str) -> None:
+def test_room_for_a_download(needed: int | None, free: int, level: str) -> None:
     finding = system.download("model.path", "a/b", needed, free, "/hub")
     assert (finding.name, finding.level) == ("model.path", level)

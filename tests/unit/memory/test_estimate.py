@@ -1,3 +1,5 @@
+"""The estimate of a run: its phases, the verdict, the advice, and how they are shown."""
+
 from __future__ import annotations
 
 import cProfile
@@ -8,8 +10,8 @@ from dataclasses import replace
 import pytest
 
 from flashrl_cli.memory import advise, parts
-from flashrl_cli.memory.estimate import document, judge, of_settings, possible
-from flashrl_cli.memory.parts import GIB
+from flashrl_cli.memory.estimate import block, document, judge, of_settings, possible, summary
+from flashrl_cli.text import GIB
 from flashrl_cli.verl.config import Batch, EngineSettings, TrainerSettings
 from flashrl_cli.weights.shape import ModelShape
 
@@ -178,3 +180,32 @@ def test_advice_is_possible(settings: TrainerSettings, shape: ModelShape) -> Non
     assert possible(settings, shape)
     assert not possible(replace(settings, rollout=replace(settings.rollout, tensor_parallel=8)), shape)
     assert not possible(replace(settings, mini_batch=3, n=1), shape)
+
+
+def test_summaries(settings: TrainerSettings, shape: ModelShape) -> None:
+    fits = summary(of_settings(settings, shape, None, 80 * GIB))
+    assert fits[0].startswith("✓ fits: ")
+    assert "of 80.0 GiB a GPU" in fits[0]
+    assert len(fits) == 2
+    over = summary(of_settings(settings, shape, None, 16 * GIB))
+    assert over[0].startswith("✗ over: ")
+    assert "vLLM would not start" in over[2]
+    assert over[3].startswith("most would help: --set ")
+
+
+def test_a_block_for_comments(settings: TrainerSettings, shape: ModelShape) -> None:
+    lines = block(of_settings(settings, shape, None, 80 * GIB))
+    assert lines[0].startswith("✓ fits: ")
+    assert [line.split("  ")[1] for line in lines[1:5]] == ["rollout", "log-probs", "actor update", "weight update"]
+    assert lines[1].count(",") == 2
+    assert lines[5].startswith("KV cache of an engine: ")
+
+
+def test_the_longest_block(settings: TrainerSettings, shape: ModelShape) -> None:
+    budget = Batch(tokens=262144)
+    actor = replace(settings.actor, train=budget, infer=budget, remove_padding=False, checkpointing=False)
+    run = replace(settings, actor=actor, critic=replace(actor, strategy="fsdp2"))
+    lines = block(of_settings(run, shape, None, 8 * GIB))
+    assert len(lines) == 9
+    assert max(map(len, lines)) <= 110
+    assert " without padding) of 8.0 GiB a GPU" in lines[0]

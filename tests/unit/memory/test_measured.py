@@ -12,7 +12,8 @@ import pytest
 from flashrl_cli.memory import parts
 from flashrl_cli.memory.estimate import phases, run_of
 from flashrl_cli.memory.model import shape_of
-from flashrl_cli.memory.parts import FRAGMENTS, GIB, model_of, total
+from flashrl_cli.memory.parts import FRAGMENTS, model_of, total
+from flashrl_cli.text import GIB
 from flashrl_cli.verl.config import Batch, EngineSettings, RolloutSettings, TrainerSettings
 from flashrl_cli.weights.shape import ModelShape
 

@@ -1,28 +1,68 @@
-"""Runs on disk, as attempts leave them."""
+"""Runs on disk, as attempts leave them: with and without records, in the folders that the environment names."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flashrl_cli import files, paths
-from flashrl_cli.config.resolve import load_spec
+from flashrl_cli.contract import Handshake
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.runs import store
 from flashrl_cli.runs.store import Attempt, RunRecord
 from flashrl_cli.train.plan import build_plan, plan_document
 from flashrl_cli.verl.metrics import NAMES, TIMINGS
+from tests.specs import load_spec
 
 Logged = Mapping[str, float | None]
+
+THEN = "2026-03-01T10:00:00+00:00"
+LATER = "2026-03-01T11:30:00+00:00"
+GONE: dict[str, Any] = {"pid": 4_000_000, "pid_started": 1.0}
+"""A process that does not exist (above Linux's largest pid)."""
+REWARD: Logged = {"critic/score/mean": 0.5}
+
+
+def place(name: str = "r") -> RunPaths:
+    """Where a run of that name is; nothing is made."""
+    return RunPaths(name, paths.runs_root() / name, paths.checkpoints_root() / "tiny" / name)
 
 
 def a_run(name: str = "r") -> RunPaths:
     """A run that has a folder and nothing in it."""
-    root = paths.runs_root() / name
-    root.mkdir(parents=True)
-    return RunPaths(name, root, root)
+    run = place(name)
+    run.root.mkdir(parents=True)
+    return run
+
+
+def make(name: str, *attempts: Attempt, checkpoints: int = 0) -> RunPaths:
+    """Run `name` with a record of `attempts` (none without), their folders, and a checkpoint of so many bytes."""
+    run = place(name)
+    for number in [one.number for one in attempts] or [1]:
+        run.attempt(number).root.mkdir(parents=True)
+    if attempts:
+        write_record(run, attempts)
+    if checkpoints:
+        file = run.checkpoints / "global_step_1" / "actor" / "model.pt"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"x" * checkpoints)
+    return run
+
+
+def attempt(number: int = 1, **fields: Any) -> Attempt:
+    """An attempt of this process that is done, unless `fields` say otherwise."""
+    given = {"status": "done", "started": THEN, "updated": LATER, **store.own_process(), **fields}
+    return Attempt(number=number, **given)
+
+
+def write_record(run: RunPaths, attempts: Iterable[Attempt], **fields: Any) -> RunRecord:
+    """Write the run's record."""
+    given = {"project": "tiny", "preset": "demo", "created": THEN, "checkpoints": str(run.checkpoints), **fields}
+    whole = RunRecord(name=run.name, attempts=tuple(attempts), **given)
+    return store.change(run, lambda _: whole)
 
 
 def training(reward: float | None = 0.5, **more: float | None) -> Logged:
@@ -43,15 +83,30 @@ def validation(accuracy: float | None) -> Logged:
 
 
 def log(run: RunPaths, number: int, steps: Mapping[int, Logged]) -> None:
-    """Write the metrics of attempt `number`."""
-    lines = [json.dumps({"step": step, "data": data}) for step, data in steps.items()]
-    files.write_text(run.attempt(number).metrics, "".join(f"{line}\n" for line in lines))
+    """Append steps to the metrics of attempt `number`."""
+    file = run.attempt(number).metrics
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as stream:
+        stream.writelines(json.dumps({"step": step, "data": data}) + "\n" for step, data in steps.items())
 
 
-def plan(run: RunPaths, number: int, *sets: str, cap: str | None = "2", **changes: Any) -> dict[str, Any]:
-    """Write attempt `number`'s plan of the preset tiny, with top-level `changes` to the document."""
+def planned(run: RunPaths, number: int, **spec: Any) -> None:
+    """The least plan of attempt `number`, with these parts of the preset."""
+    plan = {
+        "schema_version": 1,
+        "preset": "older",
+        "overrides": [],
+        "env": {},
+        "files": {"checkpoints": str(run.checkpoints)},
+        "spec": spec,
+    }
+    files.write_json(run.attempt(number).plan, plan)
+
+
+def plan(run: RunPaths, number: int, *sets: str) -> dict[str, Any]:
+    """Write attempt `number`'s plan of the preset tiny."""
     built = build_plan(
-        load_spec("tiny", rollout="int8", tis=cap, sets=sets),
+        load_spec("tiny", rollout="int8", tis="2", sets=sets),
         name=run.name,
         attempt=number,
         python=sys.executable,
@@ -59,24 +114,31 @@ def plan(run: RunPaths, number: int, *sets: str, cap: str | None = "2", **change
         checkpoints_root=paths.checkpoints_root(),
         data_root=paths.data_root(),
     )
-    document = plan_document(built) | changes
+    document = plan_document(built)
     files.write_json(run.attempt(number).plan, document)
     return document
 
 
-def an_attempt(number: int = 1, **fields: Any) -> Attempt:
-    """An attempt that is done, after ten minutes."""
-    minute = 20 * number
+def handshake(precision: str = "int8", **fields: Any) -> Handshake:
+    """What a rollout worker reports of itself."""
     given: dict[str, Any] = {
-        "status": "done",
-        "started": f"2026-01-02T03:{minute:02}:00+00:00",
-        "updated": f"2026-01-02T03:{minute + 10:02}:00+00:00",
+        "host": "h",
+        "pid": 1,
+        "quantized_layers": 14,
+        "linear_layers": 15,
+        "quantized_bytes": 9,
+        "kernel": "Int8Kernel",
+        "vllm": "0",
+        "torch": "2",
+        "device": "cpu",
+        "refits": 1,
+        "refit_s": 0.123,
+        **fields,
     }
-    return Attempt(number=number, **given | fields)
+    return Handshake(precision=precision, **given)
 
 
-def write_record(run: RunPaths, attempts: Iterable[Attempt], **fields: Any) -> RunRecord:
-    """Write the run's record."""
-    given = {"project": "p", "preset": "tiny", "created": "2026-01-02T03:20:00+00:00", "checkpoints": "/c/p/r"}
-    whole = RunRecord(name=run.name, attempts=tuple(attempts), **given | fields)
-    return store.change(run, lambda _: whole)
+def touch(run: RunPaths, moment: float) -> None:
+    """Date everything in the run's folder."""
+    for path in (*run.root.rglob("*"), run.root):
+        os.utime(path, (moment, moment))

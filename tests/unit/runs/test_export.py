@@ -13,8 +13,8 @@ import yaml
 
 from flashrl_cli import hub
 from flashrl_cli.errors import EnvironmentNotReady, InputError, NothingMatched, RunFailed
-from flashrl_cli.runs.checkpoints import Stock, take_stock
 from flashrl_cli.runs.export import STALE, Facts, Repository, choose, export, repository, text
+from flashrl_cli.runs.saved import CheckpointList, list_checkpoints
 from flashrl_cli.weights import accounting
 from tests.run_lab import Lab
 
@@ -48,7 +48,7 @@ def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def stock(lab: Lab) -> Stock:
+def listed(lab: Lab) -> CheckpointList:
     """Steps 1 to 3, all with weights in Hugging Face's form; 3 lacks what a resume needs."""
     lab.recorded(versions={"verl": "0.9.1"})
     lab.save(1, 2, 3)
@@ -57,41 +57,41 @@ def stock(lab: Lab) -> Stock:
         safetensors(lab.hf(step) / "model.safetensors", SHAPES)
         (lab.hf(step) / "config.json").write_text(json.dumps(CONFIG))
     (lab.run.checkpoints / "global_step_3" / "actor" / "optim_world_size_2_rank_0.pt").unlink()
-    return take_stock(lab.run)
+    return list_checkpoints(lab.run)
 
 
-def test_a_step_by_every_name(stock: Stock) -> None:
-    assert [choose(stock, step).step for step in ("2", "latest", "best")] == [2, 3, 1]
+def test_a_step_by_every_name(listed: CheckpointList) -> None:
+    assert [choose(listed, step).step for step in ("2", "latest", "best")] == [2, 3, 1]
 
 
 @pytest.mark.parametrize("step", ["newest", "-1", "1.0", "", "²"])
-def test_what_names_no_step(step: str, stock: Stock) -> None:
+def test_what_names_no_step(step: str, listed: CheckpointList) -> None:
     with pytest.raises(InputError, match="neither a number") as caught:
-        choose(stock, step)
+        choose(listed, step)
     assert caught.value.hint == "steps with weights: 1, 2, 3"
 
 
-def test_a_step_that_is_not_there(stock: Stock, lab: Lab) -> None:
+def test_a_step_that_is_not_there(listed: CheckpointList, lab: Lab) -> None:
     with pytest.raises(NothingMatched, match="run r: no weights of step 7"):
-        choose(stock, "7")
+        choose(listed, "7")
     shutil.rmtree(lab.run.checkpoints)
     with pytest.raises(NothingMatched, match="no weights of step latest") as caught:
-        choose(take_stock(lab.run), "latest")
+        choose(list_checkpoints(lab.run), "latest")
     assert caught.value.hint == "steps with weights: none"
 
 
-def test_best_needs_scores_or_a_single_step(stock: Stock, lab: Lab) -> None:
+def test_best_needs_scores_or_a_single_step(listed: CheckpointList, lab: Lab) -> None:
     lab.run.attempt(1).metrics.unlink()
     with pytest.raises(NothingMatched, match="no scores"):
-        choose(take_stock(lab.run), "best")
+        choose(list_checkpoints(lab.run), "best")
     for step in (1, 2):
         shutil.rmtree(lab.run.checkpoints / f"global_step_{step}")
-    assert choose(take_stock(lab.run), "best").step == 3
+    assert choose(list_checkpoints(lab.run), "best").step == 3
 
 
-def test_an_export(stock: Stock, tmp_path: Path) -> None:
+def test_an_export(listed: CheckpointList, tmp_path: Path) -> None:
     target = tmp_path / "out" / "model"
-    made = export(stock, choose(stock, "1"), target)
+    made = export(listed, choose(listed, "1"), target)
     assert (made.step, made.tensors, made.parameters, made.compared) == (1, 2, 10, "compared with the config")
     names = {"README.md", "config.json", "model.safetensors", "tokenizer_config.json"}
     assert {path.name for path in target.iterdir()} == names
@@ -118,37 +118,39 @@ def test_an_export(stock: Stock, tmp_path: Path) -> None:
     ],
 )
 def test_weights_that_do_not_fit_are_not_exported(
-    shapes: dict[str, tuple[int, ...]], names: str, stock: Stock, lab: Lab, tmp_path: Path
+    shapes: dict[str, tuple[int, ...]], names: str, listed: CheckpointList, lab: Lab, tmp_path: Path
 ) -> None:
     safetensors(lab.hf(1) / "model.safetensors", shapes)
     with pytest.raises(RunFailed, match=f"step 1 cannot be exported: .*{names}"):
-        export(stock, choose(stock, "1"), tmp_path / "out")
+        export(listed, choose(listed, "1"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_index_that_lies(stock: Stock, lab: Lab, tmp_path: Path) -> None:
+def test_an_index_that_lies(listed: CheckpointList, lab: Lab, tmp_path: Path) -> None:
     index = {"weight_map": {"a.weight": "model.safetensors"}}
     (lab.hf(1) / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(RunFailed, match=r"holds what model\.safetensors\.index\.json does not place in it: b\.weight"):
-        export(stock, choose(stock, "1"), tmp_path / "out")
+        export(listed, choose(listed, "1"), tmp_path / "out")
 
 
-def test_an_architecture_that_is_unknown(stock: Stock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_architecture_that_is_unknown(
+    listed: CheckpointList, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(accounting, "_of_config", lambda text: None)
-    assert "index" in export(stock, choose(stock, "1"), tmp_path / "out").compared
+    assert "index" in export(listed, choose(listed, "1"), tmp_path / "out").compared
 
 
-def test_a_place_that_cannot_be_written(stock: Stock, tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written(listed: CheckpointList, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(EnvironmentNotReady, match="cannot be written"):
-        export(stock, choose(stock, "1"), tmp_path / "file" / "out")
+        export(listed, choose(listed, "1"), tmp_path / "file" / "out")
 
 
-def test_an_adapter_is_no_model(stock: Stock, lab: Lab, tmp_path: Path) -> None:
+def test_an_adapter_is_no_model(listed: CheckpointList, lab: Lab, tmp_path: Path) -> None:
     (lab.hf(1) / "model.safetensors").unlink()
     (lab.hf(1).parent / "lora_train_meta.json").write_text("{}")
     with pytest.raises(InputError, match="step 1 is a LoRA adapter"):
-        export(take_stock(lab.run), choose(take_stock(lab.run), "1"), tmp_path / "out")
+        export(list_checkpoints(lab.run), choose(list_checkpoints(lab.run), "1"), tmp_path / "out")
 
 
 def plan(**model: str) -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""The advice agrees with the truth: tokens are sampled, verl's metrics computed from them, and the advice held against the tokens."""
+"""The advice agrees with the truth: tokens are sampled, verl's metrics computed from them, and moments, bounds and the advice
+compared with the tokens themselves."""
 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
 
@@ -10,10 +12,96 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashrl_cli.runs.mismatch import ALIKE, CAPS, HALF, NEGLIGIBLE, NOTABLE, RECENT, SOURCES, Advice, advise, percent
+from flashrl_cli.runs.mismatch import (
+    ALIKE,
+    CAPS,
+    HALF,
+    NEGLIGIBLE,
+    NOTABLE,
+    RECENT,
+    SOURCES,
+    Advice,
+    Moments,
+    advise,
+    percent,
+    pool,
+    usable_ratios,
+)
 from flashrl_cli.verl.metrics import read_step
 from tests.unit.runs import sampled
 from tests.unit.runs.sampled import Batch, mean
+
+# ratios of the sampled tokens
+
+LOGS = st.tuples(st.floats(-6, 0), st.floats(-6, 0))
+BATCHES = st.lists(st.lists(st.lists(LOGS, min_size=1, max_size=6), min_size=3, max_size=3), min_size=1, max_size=3)
+CAP = st.floats(1, 20)
+SLACK = 1e-9
+
+
+@given(BATCHES, CAP)
+def test_pooled_moments_are_those_of_all_tokens(batches: list[Batch], cap: float) -> None:
+    seen, r = pool(sampled.steps(batches, cap)), sampled.ratios(batches)
+    w = [min(one, cap) for one in r]
+    assert seen.ratios.mean == pytest.approx(mean(r))
+    assert seen.ratios.square == pytest.approx(mean([one**2 for one in r]))
+    assert seen.kl == pytest.approx(-mean([math.log(one) for one in r]), abs=1e-9)
+    assert seen.weights
+    assert seen.weights.moments.mean == pytest.approx(mean(w))
+    assert seen.weights.moments.square == pytest.approx(mean([one**2 for one in w]))
+    assert seen.weights.moments.effective == pytest.approx(sum(w) ** 2 / sum(one**2 for one in w) / len(w))
+    assert seen.weights.above == pytest.approx(sum(one > cap for one in r) / len(r))
+    assert seen.tokens == pytest.approx(len(r))
+    assert seen.cut == pytest.approx(mean([max(0.0, one - cap) for one in r]), abs=1e-8)
+    assert mean([abs(one - 1) for one in r]) <= seen.deviation + 1e-6
+    without = pool(sampled.steps(batches, None))
+    assert (without.weights, without.cut, without.deviation) == (None, None, seen.deviation)
+
+
+@given(BATCHES, CAP, CAP, st.booleans())
+def test_bounds_for_another_cap_hold(batches: list[Batch], cap: float, other: float, off: bool) -> None:
+    seen, r = pool(sampled.steps(batches, None if off else cap)), sampled.ratios(batches)
+    least, most = seen.cut_at(other)
+    assert least - 1e-7 <= mean([max(0.0, one - other) for one in r]) <= most + 1e-7
+    assert mean([min(one, other) ** 2 for one in r]) <= seen.square_at(other) * (1 + SLACK) + 1e-7
+    assert mean([float(one > other) for one in r]) <= seen.ratios.share_above(other) + SLACK
+
+
+@given(st.floats(0.1, 5), st.floats(0, 5), st.floats(0.1, 50))
+def test_the_bound_of_the_excess_is_met_by_two_points(average: float, spread: float, cap: float) -> None:
+    moments = Moments(average, average**2 + spread**2)
+    spread = math.sqrt(moments.square - average**2)  # what a float keeps of a small one
+    if 2 * average * cap < moments.square:
+        high, share = moments.square / average, average**2 / moments.square  # and zero
+    else:
+        distance = math.hypot(cap - average, spread)
+        high = cap + distance
+        share = (1 - (cap - average) / distance) / 2 if distance else 0.0
+    assert moments.excess(cap) == pytest.approx(share * (high - cap), abs=1e-9)
+
+
+def test_what_is_missing_is_not_known() -> None:
+    data = sampled.logged(sampled.sample(0.1, responses=2), 2)
+    for name in ("perf/total_num_tokens", "training/rollout_probs_diff_mean", "training/rollout_probs_diff_max"):
+        del data[name]
+    seen = pool([read_step(1, data)])
+    assert (seen.tokens, seen.mean_error, seen.prob_diff, seen.prob_diff_max) == (None, None, None, None)
+    data["response_length/mean"] = None
+    assert pool([read_step(1, data)]).length is None
+    data |= {"response_length/mean": 0.0, "perf/total_num_tokens": 20.0}
+    empty = pool([read_step(1, data)])
+    assert (empty.tokens, empty.mean_error) == (0.0, None)
+    assert Moments(0.0, 0.0).effective == 0
+
+
+@pytest.mark.parametrize("name", ["rollout_corr/kl", "rollout_corr/k3_kl", "rollout_corr/chi2_token"])
+def test_a_step_without_a_finite_value_is_of_no_use(name: str) -> None:
+    data = sampled.logged(sampled.sample(0.1, responses=1), 2)
+    assert usable_ratios(read_step(1, data))
+    assert not usable_ratios(read_step(1, data | {name: None}))
+
+
+# advice
 
 
 def outliers(share: float, wild: float, calm: float = 0.05) -> Callable[[random.Random], float]:
@@ -69,18 +157,19 @@ def test_a_verdict_is_true_of_the_tokens(calm: float, share: float, cap: float |
 
 
 def test_nearly_the_same_needs_no_tis() -> None:
-    assert advice(sampled.sample(0.005), 2).verdict == "optional"
-    assert advice(sampled.sample(0.005), None).verdict == "optional"
+    for cap in (2, None):
+        assert advice(sampled.sample(0.005), cap).verdict == "optional"
 
 
 def test_as_far_as_int8_a_cap_of_two_fits_and_one_of_eight_is_too_large() -> None:
     batch = sampled.sample(0.15)
-    seen = advice(batch, 2).seen
-    assert seen
-    assert 0.001 < seen.k3 < 0.05
-    assert advice(batch, 2).verdict == "keep"
-    found = advice(batch, 8)
-    assert (found.verdict, found.better) == ("lower", 2)
+    found = advice(batch, 2)
+    assert found.verdict == "keep"
+    assert found.seen
+    assert 0.001 < found.seen.k3 < 0.05
+    assert "far:" not in found.lines[0]
+    larger = advice(batch, 8)
+    assert (larger.verdict, larger.better) == ("lower", 2)
     assert cut(batch, 2) < NEGLIGIBLE
 
 
@@ -91,13 +180,21 @@ def test_outliers_that_carry_weight_want_a_larger_cap() -> None:
     assert cut(batch, 4) < cut(batch, 2)
     assert effective(batch, 4) >= HALF
     assert any("4" in line and "take it" in line for line in found.lines)
+    said = " ".join(found.lines)
+    r = sampled.ratios([batch])
+    assert f"cuts {percent(mean([float(one > 2) for one in r]))} of the tokens and {percent(cut(batch, 2))}" in said
+    assert f"leave {percent(effective(batch, 2))} of the tokens" in said
+    assert f"{percent(effective(batch, 1e9))} without a cap" in said
+    assert "that of one token by up to 4" in said
 
 
 def test_too_far_apart_no_cap_helps() -> None:
     batch = sampled.sample(3.0)
     for cap in (2.0, 8.0):
-        assert advice(batch, cap).verdict == "reduce"
-        assert "bf16" in advice(batch, cap).lines[-1]
+        found = advice(batch, cap)
+        assert found.verdict == "reduce"
+        assert "That is far" in found.lines[0]
+        assert "bf16" in found.lines[-1]
 
 
 def test_a_ratio_that_carries_much_weight_is_no_matter_of_caps() -> None:
@@ -109,11 +206,6 @@ def test_a_ratio_that_carries_much_weight_is_no_matter_of_caps() -> None:
     assert found.verdict == "reduce"
 
 
-def test_far_is_said() -> None:
-    assert "That is far" in advice(sampled.sample(1.0), 8).lines[0]
-    assert "far:" not in advice(sampled.sample(0.15), 8).lines[0]
-
-
 def test_off_but_far_apart_a_cap_is_worth_trying() -> None:
     batch = sampled.sample(outliers(0.02, 1.5, 0.2))
     found = advice(batch, None)
@@ -122,16 +214,6 @@ def test_off_but_far_apart_a_cap_is_worth_trying() -> None:
     assert f"--tis {found.better:g}" in found.lines[-1]
     assert found.seen
     assert cut(batch, found.better) <= found.seen.cut_at(found.better)[1]
-
-
-def test_the_sentences_say_what_the_tokens_say() -> None:
-    batch = sampled.sample(outliers(0.06, 2.5))
-    said = " ".join(advice(batch, 2).lines)
-    r = sampled.ratios([batch])
-    assert f"cuts {percent(mean([float(one > 2) for one in r]))} of the tokens and {percent(cut(batch, 2))}" in said
-    assert f"leave {percent(effective(batch, 2))} of the tokens" in said
-    assert f"{percent(effective(batch, 1e9))} without a cap" in said
-    assert "that of one token by up to 4" in said
 
 
 def test_long_responses_add_the_nats_up() -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from flashrl_cli.config.resolve import Resolved, load_spec
+from flashrl_cli.config.resolve import Resolved
 from flashrl_cli.contract import Handshake
 from flashrl_cli.train.plan import LaunchPlan, build_plan
 from flashrl_cli.verl.metrics import StepMetrics
+from tests.specs import load_spec
 
 
 def plan_of(
@@ -33,14 +34,14 @@ def plan_of(
 
 def planned(preset: str = "tiny", *sets: str, root: Path = Path("/w"), **options: str | None) -> LaunchPlan:
     """Plan of a preset under `--set` texts and other options."""
-    return plan_of(load_spec(preset, sets=sets, **options), root)  # type: ignore[arg-type]
+    return plan_of(load_spec(preset, sets=sets, **options), root)
 
 
 def handshake(**changes: Any) -> Handshake:
     """Handshake of an INT8 worker."""
     whole: dict[str, Any] = {
-        "host": "node-1", "pid": 1, "precision": "int8", "quantized_layers": 14, "linear_layers": 15, "quantized_bytes": 9,
-        "kernel": "K", "vllm": "0", "torch": "2", "device": "cpu", "refits": 1, "refit_s": 0.1,
+        "host": "node-1", "pid": 1, "precision": "int8", "quantized_layers": 14, "linear_layers": 15,
+        "quantized_bytes": 9, "kernel": "K", "vllm": "0", "torch": "2", "device": "cpu", "refits": 1, "refit_s": 0.1,
     }  # fmt: skip
     return Handshake(**whole | changes)
 
@@ -92,7 +93,7 @@ class Clock:
 
 
 class FakeJobs:
-    """`ray_job.Jobs` whose every answer can be made to fail. A job's log is what `log` holds; `run` makes a submitted job's state."""
+    """`ray_job.Jobs` whose answers can be made to fail; `log` has the logs, `run` makes a submitted job's state."""
 
     def __init__(self, run: Callable[[str], tuple[str, str]] | None = None) -> None:
         self.jobs: dict[str, SimpleNamespace] = {}

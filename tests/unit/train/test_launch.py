@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from flashrl_cli import paths
-from flashrl_cli.config.resolve import Options, load_spec
+from flashrl_cli.config.resolve import Options
 from flashrl_cli.errors import InputError
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.train.launch import next_attempt, plan_hash, preview
 from flashrl_cli.verl.environment import on_cluster
+from tests.specs import load_spec
 from tests.unit.train.builders import plan_of, planned
 
 

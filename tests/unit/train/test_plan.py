@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from flashrl_cli.config.layers import leaves
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.train.plan import LaunchPlan, default_name, plan_document, plan_script
+from tests.specs import load_spec
 from tests.unit.train.builders import plan_of
 
 

@@ -1,9 +1,8 @@
-"""Everything that a command starts is found and ended, wherever it hides; signals end a command in order, unless ignored."""
+"""Everything that a command starts is found and ended, wherever it hides."""
 
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -13,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flashrl_cli.errors import ExitCode
-from flashrl_cli.train.process import Interrupted, Tree, collected, raised, say_if_ignored
-from tests.conftest import starting_with
+from flashrl_cli.train.process import Tree
+
+pytestmark = pytest.mark.processes
 
 WAIT = "import os, signal, sys, time\n"
 DAEMON = """
@@ -50,7 +49,6 @@ def ended(tree: Tree) -> int:
     return code
 
 
-@pytest.mark.processes
 def test_environment_folder_and_both_outputs(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("before\n")
     script = (
@@ -62,7 +60,6 @@ def test_environment_folder_and_both_outputs(tmp_path: Path) -> None:
     tree.kill()
 
 
-@pytest.mark.processes
 def test_a_daemon_of_its_own_session_is_found_and_ended(tmp_path: Path) -> None:
     tree = start(tmp_path, DAEMON)
     pid = int(appears(tmp_path / "daemon"))
@@ -74,7 +71,6 @@ def test_a_daemon_of_its_own_session_is_found_and_ended(tmp_path: Path) -> None:
     assert tree.processes() == []
 
 
-@pytest.mark.processes
 def test_kill_is_gentle_first_when_there_is_time(tmp_path: Path) -> None:
     script = """
 def bye(*_):
@@ -91,7 +87,6 @@ time.sleep(120)
     assert tree.poll() == 0
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("grace_s", [0.0, 0.2])
 def test_kill_ends_what_ignores_sigterm(grace_s: float, tmp_path: Path) -> None:
     tree = start(tmp_path, 'signal.signal(signal.SIGTERM, signal.SIG_IGN); open("ready", "w").close(); time.sleep(120)')
@@ -101,7 +96,6 @@ def test_kill_ends_what_ignores_sigterm(grace_s: float, tmp_path: Path) -> None:
     assert not psutil.pid_exists(tree.pid)
 
 
-@pytest.mark.processes
 def test_what_ran_before_is_spared(tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "120"]) as other:
         try:
@@ -113,7 +107,6 @@ def test_what_ran_before_is_spared(tmp_path: Path) -> None:
             other.kill()
 
 
-@pytest.mark.processes
 def test_terminating_what_has_ended_is_no_error(tmp_path: Path) -> None:
     tree = start(tmp_path, "")
     ended(tree)
@@ -143,7 +136,6 @@ def gone(pid: int) -> bool:
     return True
 
 
-@pytest.mark.processes
 @LINUX
 @pytest.mark.parametrize("stubborn", [False, True], ids=["gentle", "ignores-TERM"])
 def test_everything_ends_with_a_launcher_that_is_killed(stubborn: bool, tmp_path: Path) -> None:
@@ -156,7 +148,6 @@ def test_everything_ends_with_a_launcher_that_is_killed(stubborn: bool, tmp_path
     assert gone(daemon)
 
 
-@pytest.mark.processes
 @LINUX
 def test_everything_is_ended_when_the_guardian_is_killed(tmp_path: Path) -> None:
     tree = start(tmp_path, DAEMON + "time.sleep(120)")
@@ -168,7 +159,6 @@ def test_everything_is_ended_when_the_guardian_is_killed(tmp_path: Path) -> None
     assert tree.processes() == []
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
 def test_a_command_ended_by_a_signal_says_so(number: signal.Signals, tmp_path: Path) -> None:
     tree = start(tmp_path, f"os.kill(os.getpid(), {int(number)})")
@@ -176,7 +166,6 @@ def test_a_command_ended_by_a_signal_says_so(number: signal.Signals, tmp_path: P
     tree.kill()
 
 
-@pytest.mark.processes
 def test_no_pipe_is_left_open(tmp_path: Path) -> None:
     before = psutil.Process().num_fds()
     tree = start(tmp_path, "")
@@ -184,65 +173,3 @@ def test_no_pipe_is_left_open(tmp_path: Path) -> None:
     tree.kill()
     tree.kill()
     assert psutil.Process().num_fds() == before
-
-
-INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-IGNORED = [(), (INT,), (HUP,), (INT, HUP), (INT, TERM, HUP)]
-"""By an interactive shell, in the background of a script, by nohup, by both, and by whoever ignores what nobody should."""
-
-
-@pytest.mark.parametrize("ignored", IGNORED)
-def test_int_and_hup_stay_ignored_and_term_never_is(ignored: tuple[signal.Signals, ...]) -> None:
-    with starting_with(signal.SIG_DFL, INT, HUP), starting_with(signal.SIG_IGN, *ignored):
-        before = {number: signal.getsignal(number) for number in (INT, TERM, HUP)}
-        with collected() as received:
-            for number in (INT, HUP, TERM):
-                os.kill(os.getpid(), number)
-        assert received == [number for number in (INT, HUP, TERM) if number == TERM or number not in ignored]
-        assert {number: signal.getsignal(number) for number in before} == before
-
-
-@pytest.mark.parametrize(("number", "code"), [(INT, 130), (TERM, 143), (HUP, 143)])
-def test_each_raises_with_its_exit_code(number: signal.Signals, code: int) -> None:
-    with starting_with(signal.SIG_DFL, INT, HUP), pytest.raises(Interrupted) as caught, raised("go on", pytest.fail):
-        os.kill(os.getpid(), number)
-    assert (caught.value.exit_code, caught.value.hint) == (ExitCode(code), "go on")
-
-
-@pytest.mark.parametrize("number", [INT, HUP])
-def test_an_ignored_one_raises_nothing(number: signal.Signals) -> None:
-    said: list[str] = []
-    with starting_with(signal.SIG_IGN, number), raised("go on", said.append):
-        os.kill(os.getpid(), number)
-    assert len(said) == (number == INT)
-
-
-@pytest.mark.parametrize("ignored", IGNORED)
-def test_it_is_said_that_ctrl_c_has_no_effect(ignored: tuple[signal.Signals, ...]) -> None:
-    said: list[str] = []
-    with starting_with(signal.SIG_DFL, INT, HUP), starting_with(signal.SIG_IGN, *ignored):
-        say_if_ignored(said.append)
-    assert len(said) == (INT in ignored)
-    assert all(f"Ctrl-C will not stop it, `kill {os.getpid()}` will" in line for line in said)
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize("background", [False, True])
-def test_long_commands_say_it_in_the_background_of_a_script(background: bool, tmp_path: Path) -> None:
-    """Each fails right after it, for want of its input. A dry run, a listing and help are over at once, and say nothing."""
-    long = [
-        "train --preset nothing", "eval nothing", "bench --model nothing", "quantize nothing --scheme int8",
-        "prepare gsm8k --source nothing", "runs watch nothing", "doctor --quant --docker",
-    ]  # fmt: skip
-    commands = [*long, "train --preset nothing --dry-run", "runs ls", "eval --help"]
-    flashrl = f"{shlex.quote(sys.executable)} -m flashrl_cli"
-    lines = [
-        f"{flashrl} {words} {f'2> {number} &' * background or f'2> {number}'}" for number, words in enumerate(commands)
-    ]
-    (tmp_path / "script").write_text("\n".join([*lines, "wait", ""]))
-    with starting_with(signal.SIG_DFL, INT, HUP):
-        subprocess.run(["sh", "script"], cwd=tmp_path, stdout=subprocess.DEVNULL, check=True, timeout=300)
-    said = [(tmp_path / str(number)).read_text() for number in range(len(commands))]
-    warned = ["Ctrl-C will not stop it" in text for text in said]
-    assert warned == [background and words in long for words in commands], said
-    assert all("error:" in text and "Traceback" not in text for text in said[: len(long)]), said

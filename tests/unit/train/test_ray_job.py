@@ -20,7 +20,6 @@ import pytest
 
 from flashrl_cli import contract
 from flashrl_cli.config import presets
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.contract import HANDSHAKE_MARK, read_handshakes
 from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
 from flashrl_cli.paths import AttemptPaths
@@ -42,6 +41,7 @@ from flashrl_cli.train.executors.ray_job import (
 from flashrl_cli.train.plan import LaunchPlan, plan_script
 from flashrl_cli.train.process import Handle
 from flashrl_cli.verl.environment import on_cluster
+from tests.specs import load_spec
 from tests.unit.train.builders import Clock, FakeJobs, handshake, plan_of
 
 ADDRESS = "http://head:8265"
@@ -49,22 +49,8 @@ ADDRESS = "http://head:8265"
 
 SHAKE = handshake()
 NASTY = [
-    "plain",
-    "a b",
-    "it's",
-    '"$HOME"',
-    "`id`",
-    "$(id)",
-    "a;b&c|d",
-    "\\",
-    "a\nb",
-    "*",
-    "é→",
-    "!x",
-    "",
-    "-n",
-    "#no",
-    "~",
+    *("plain", "a b", "it's", '"$HOME"', "`id`", "$(id)", "a;b&c|d", "\\", "a\nb"),
+    *("*", "é→", "!x", "", "-n", "#no", "~"),
 ]
 Plan = Callable[..., LaunchPlan]
 
@@ -103,10 +89,14 @@ def test_an_executor_that_there_is_not(name: str, address: str | None, message: 
     assert "--executor" in str(caught.value.hint)
 
 
-def test_this_machine_takes_a_preset_as_it_is(tiny_plan: Plan) -> None:
+def test_this_machine_takes_a_preset_as_it_is(tiny_plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     found, plan = load_spec("tiny"), tiny_plan()
     assert Place().fit(found) is found
     assert (Place().submission_script(plan), Place().document(plan)) == ([], {})
+    checked: list[Any] = []
+    monkeypatch.setattr(preflight, "check", checked.append)
+    assert Place().ready(plan, pytest.fail) is start_here
+    assert checked == [plan]
 
 
 def test_a_cluster_is_given_a_job(tiny_plan: Plan) -> None:
@@ -115,14 +105,6 @@ def test_a_cluster_is_given_a_job(tiny_plan: Plan) -> None:
     job = place.document(tiny_plan())["ray"]
     assert set(job) == {"address", "submission_id", "entrypoint", "runtime_env", "metadata"}
     assert place.gpu_memory(tiny_plan()) == []
-
-
-def test_a_local_run_is_started_as_ever(tiny_plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    checked: list[Any] = []
-    monkeypatch.setattr(preflight, "check", lambda *found: checked.append(found))
-    plan = tiny_plan()
-    assert Place().ready(plan, pytest.fail) is start_here
-    assert checked == [(plan,)]
 
 
 def test_the_record_names_the_job(tiny_plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +117,10 @@ def test_the_record_names_the_job(tiny_plan: Plan, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ray_job, "connect", lambda _: jobs)
     monkeypatch.setattr(ray_ready, "check", lambda *_: ray_ready.Readiness(shared=False, nodes=2))
     monkeypatch.setattr(preflight, "check", lambda *_: pytest.fail("this machine need not be able to"))
+    judged: list[LaunchPlan] = []
+    monkeypatch.setattr(preflight, "check_rows", judged.append)
     handle = Place("http://h:1").ready(plan, said.append)(plan)
+    assert judged == [plan]
     assert isinstance(handle, ray_job.RayJob)
     handle.kill()
     found = store.load(plan.paths.record)
@@ -196,15 +181,12 @@ def test_ray_folds_neither_steps_nor_handshakes_into_one(tiny_plan: Plan) -> Non
     assert not allowed.search("loading")
 
 
-def test_names_of_jobs() -> None:
+def test_a_jobs_name_is_the_runs_and_fits_into_a_url_and_a_file() -> None:
     plan = shared_plan("tiny")
     assert re.fullmatch(r"r-2-[0-9a-f]{8}", submission_id(plan))
     assert submission_id(plan) == submission_id(shared_plan("dapo-32b"))
-
-
-def test_a_jobs_name_fits_into_a_url_and_a_file(tiny_plan: Plan) -> None:
-    name = submission_id(dataclasses.replace(tiny_plan(), name="my run: é/#?"))
-    assert re.fullmatch(r"my-run-------1-[0-9a-f]{8}", name)
+    odd = submission_id(dataclasses.replace(plan, name="my run: é/#?"))
+    assert re.fullmatch(r"my-run-------2-[0-9a-f]{8}", odd)
 
 
 @pytest.mark.processes
@@ -223,7 +205,7 @@ def test_a_shell_reads_the_entry_point_back(nasty: str, tiny_plan: Plan, tmp_pat
 @pytest.mark.processes
 @pytest.mark.parametrize("weird", ["plain", "it's", "a b\nc", "$HOME `x`"])
 def test_the_script_submits_the_same_job(weird: str, tmp_path: Path) -> None:
-    """A `ray` that prints its arguments stands in for Ray's."""
+    """A `ray` that prints its arguments is in place of Ray's."""
     ray = tmp_path / "bin/ray"
     ray.parent.mkdir()
     ray.write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n')
@@ -262,8 +244,8 @@ def log(attempt: AttemptPaths, text: str) -> None:
         stream.write(text)
 
 
-def printed(shake: contract.Handshake) -> str:
-    return HANDSHAKE_MARK + json.dumps(dataclasses.asdict(shake))
+def printed(one: contract.Handshake) -> str:
+    return HANDSHAKE_MARK + json.dumps(dataclasses.asdict(one))
 
 
 def test_steps_appear_in_the_metrics_file(attempt: AttemptPaths) -> None:
@@ -292,20 +274,16 @@ def test_a_line_that_two_nodes_send_is_one_step(attempt: AttemptPaths) -> None:
 
 def test_handshakes_appear_in_the_plugins_folder(attempt: AttemptPaths) -> None:
     extraction = LogExtraction(attempt)
+    for damaged in ("{", "[]", "7", '{"schema_version": 2}', '{"schema_version": 1}', ""):
+        log(attempt, f"{HANDSHAKE_MARK}{damaged}\n")
+    extraction.poll()
+    assert list(read_handshakes(attempt.plugins)) == []
     log(attempt, f"\x1b[36m(vLLMHttpServer pid=3, ip=127.0.0.3)\x1b[0m (Worker pid=8) {printed(SHAKE)}\n")
     extraction.poll()
     assert list(read_handshakes(attempt.plugins)) == [SHAKE]
-    later = dataclasses.replace(SHAKE, refits=2)
-    log(attempt, f"{printed(later)}\n{printed(dataclasses.replace(SHAKE, pid=9))}\n")
+    log(attempt, f"{printed(handshake(refits=2))}\n{printed(handshake(pid=9))}\n")
     extraction.poll()
-    assert [(shake.pid, shake.refits) for shake in read_handshakes(attempt.plugins)] == [(1, 2), (9, 1)]
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "7", '{"schema_version": 2}', '{"schema_version": 1}', ""])
-def test_what_only_looks_like_a_handshake_is_passed_over(attempt: AttemptPaths, text: str) -> None:
-    log(attempt, f"{HANDSHAKE_MARK}{text}\n")
-    LogExtraction(attempt).poll()
-    assert list(read_handshakes(attempt.plugins)) == []
+    assert [(one.pid, one.refits) for one in read_handshakes(attempt.plugins)] == [(1, 2), (9, 1)]
 
 
 def test_workers_print_handshakes_where_they_are_asked_to(
@@ -313,9 +291,9 @@ def test_workers_print_handshakes_where_they_are_asked_to(
 ) -> None:
     contract.write_handshake(tmp_path, SHAKE)
     assert capsys.readouterr().out == ""
-    monkeypatch.setenv(contract.ENV_TELL, "1")
+    monkeypatch.setenv(contract.ENV_PRINT, "1")
     contract.write_handshake(tmp_path, SHAKE)
-    assert contract.told_handshake(capsys.readouterr().out) == SHAKE
+    assert contract.printed_handshake(capsys.readouterr().out) == SHAKE
 
 
 # the job under way

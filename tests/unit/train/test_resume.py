@@ -1,4 +1,4 @@
-"""A run goes on from the newest step that can be loaded, and what is in the way is named and set aside."""
+"""A run goes on from the newest step that can be loaded, and what is in the way is named and moved."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from flashrl_cli.config.resolve import load_spec
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.errors import InputError
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.train.resume import FROM_NOTHING, WORTH_REDOING_S, choose
 from flashrl_cli.verl import checkpoints
 from tests.saved_files import saved_step
+from tests.specs import load_spec
+
+ACTOR = "verl.actor_rollout_ref.actor.checkpoint"
 
 
 @pytest.fixture
@@ -26,10 +28,11 @@ def spec() -> RunSpec:
     return load_spec("gsm8k-grpo-0.5b", sets=["resources.gpus_per_node=2"]).spec
 
 
-def logged(run: RunPaths, *steps: int, pace: float = 1.0) -> None:
-    run.attempt(1).root.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"step": step, "data": {"timing_s/step": pace}}) for step in steps]
-    run.attempt(1).metrics.write_text("\n".join([*lines, ""]))
+def saved(run: RunPaths, *steps: int, tracked: int | None = None) -> None:
+    for step in steps:
+        saved_step(run.checkpoints, step)
+    if tracked is not None:
+        (run.checkpoints / checkpoints.TRACKER).write_text(str(tracked))
 
 
 def torn(run: RunPaths, step: int) -> Path:
@@ -39,28 +42,36 @@ def torn(run: RunPaths, step: int) -> Path:
     return folder
 
 
+def logged(run: RunPaths, *steps: int, pace: float = 1.0) -> None:
+    run.attempt(1).root.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"step": step, "data": {"timing_s/step": pace}}) for step in steps]
+    run.attempt(1).metrics.write_text("\n".join([*lines, ""]))
+
+
 def test_never_and_no_checkpoints_start_from_nothing(run: RunPaths, spec: RunSpec) -> None:
-    saved_step(run.checkpoints, 5)
+    saved(run, 5)
     assert choose(spec, run, "never") is FROM_NOTHING
     assert choose(spec, RunPaths("s", run.root, run.checkpoints / "s"), "auto") == FROM_NOTHING
 
 
-def test_newest_complete_step_is_gone_on_from(run: RunPaths, spec: RunSpec) -> None:
-    for step in (5, 10, 9):
-        saved_step(run.checkpoints, step)
+def test_the_newest_complete_step_is_taken_whatever_the_tracker_names(run: RunPaths, spec: RunSpec) -> None:
+    torn(run, 4)
+    saved(run, 5, 10, 9, tracked=5)
     found = choose(spec, run, "auto")
     assert (found.step, found.folder, found.superseded) == (10, run.checkpoints / "global_step_10", ())
 
 
-def test_a_half_written_step_is_set_aside_and_named(run: RunPaths, spec: RunSpec) -> None:
-    saved_step(run.checkpoints, 5)
+def test_a_half_written_step_is_named_and_moved(run: RunPaths, spec: RunSpec) -> None:
     half = torn(run, 10)
-    (run.checkpoints / checkpoints.TRACKER).write_text("10")
+    saved(run, 5, tracked=10)
     found = choose(spec, run, "auto")
     assert found.step == 5
     ((path, why),) = found.superseded
     assert path == half
     assert "incomplete: actor/model_world_size_2_rank_1.pt: truncated or damaged" in why
+    first, second = found.lines()
+    assert first == f"going on from step 5: {run.checkpoints}/global_step_5"
+    assert second.startswith("setting global_step_10 aside: incomplete")
     assert half.exists(), "choosing changes nothing: a dry run does it, too"
     found.prepare()
     assert not half.exists()
@@ -70,29 +81,24 @@ def test_a_half_written_step_is_set_aside_and_named(run: RunPaths, spec: RunSpec
 
 def test_with_no_complete_step_verl_must_start_anew(run: RunPaths, spec: RunSpec) -> None:
     torn(run, 5)
-    (run.checkpoints / checkpoints.TRACKER).write_text("5")
+    saved(run, tracked=5)
     found = choose(spec, run, "auto")
     assert (found.folder, len(found.superseded)) == (None, 1)
     found.prepare()
     assert checkpoints.tracked_step(run.checkpoints) is None
 
 
-def test_an_older_damaged_step_is_in_nobodys_way(run: RunPaths, spec: RunSpec) -> None:
-    torn(run, 5)
-    saved_step(run.checkpoints, 10)
-    assert choose(spec, run, "auto").superseded == ()
-
-
-def test_a_complete_step_that_the_tracker_does_not_name_yet_is_taken(run: RunPaths, spec: RunSpec) -> None:
-    saved_step(run.checkpoints, 5)
-    saved_step(run.checkpoints, 10)
-    (run.checkpoints / checkpoints.TRACKER).write_text("5")
-    assert choose(spec, run, "auto").step == 10
+def test_only_what_a_resume_loads_must_be_complete(run: RunPaths) -> None:
+    """Such as the model alone, which a preset may say for verl."""
+    saved(run, 5)
+    (run.checkpoints / "global_step_5/actor/optim_world_size_2_rank_0.pt").unlink()
+    for contents, step in (("[model,optimizer]", None), ("[model]", 5)):
+        asked = load_spec("gsm8k-grpo-0.5b", sets=["resources.gpus_per_node=2", f"{ACTOR}.load_contents={contents}"])
+        assert choose(asked.spec, run, "auto").step == step
 
 
 def test_a_named_step_supersedes_later_ones(run: RunPaths, spec: RunSpec) -> None:
-    for step in (5, 10, 15):
-        saved_step(run.checkpoints, step)
+    saved(run, 5, 10, 15)
     found = choose(spec, run, str(run.checkpoints / "global_step_5"))
     assert [path.name for path, _ in found.superseded] == ["global_step_10", "global_step_15"]
     assert all("goes on from step 5" in why for _, why in found.superseded)
@@ -112,7 +118,7 @@ def test_another_runs_step_can_be_named(run: RunPaths, spec: RunSpec, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["global_step_6", "other", "global_step_7", "alway"])
-def test_resume_from_nothing_is_refused(name: str, tmp_path: Path, run: RunPaths, spec: RunSpec) -> None:
+def test_a_resume_from_what_is_no_step_is_refused(name: str, tmp_path: Path, run: RunPaths, spec: RunSpec) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "global_step_7").write_text("a file")
     with pytest.raises(InputError, match="no folder global_step_N") as caught:
@@ -120,7 +126,7 @@ def test_resume_from_nothing_is_refused(name: str, tmp_path: Path, run: RunPaths
     assert caught.value.hint == "--resume takes auto|never|PATH"
 
 
-def test_resume_from_a_damaged_step_is_refused(run: RunPaths, spec: RunSpec) -> None:
+def test_a_resume_from_a_damaged_step_is_refused(run: RunPaths, spec: RunSpec) -> None:
     with pytest.raises(InputError, match="cannot be loaded") as caught:
         choose(spec, run, str(torn(run, 5)))
     assert "rank_1.pt: truncated or damaged" in caught.value.problems[0].message
@@ -139,45 +145,34 @@ def test_another_world_size_is_refused(run: RunPaths) -> None:
 
 def test_a_critic_is_part_of_a_step_where_one_is_trained(run: RunPaths) -> None:
     gae = load_spec("gsm8k-0.5b", sets=["resources.gpus_per_node=2"]).spec
-    saved_step(run.checkpoints, 5)
+    saved(run, 5)
     assert choose(gae, run, "auto").folder is None
     saved_step(run.checkpoints, 10, critic=True)
     assert choose(gae, run, "auto").step == 10
 
 
-def test_a_step_without_its_metrics_is_made_again_where_that_is_cheap(run: RunPaths, spec: RunSpec) -> None:
-    for step in (5, 10):
-        saved_step(run.checkpoints, step)
-    logged(run, *range(1, 10))
+@pytest.mark.parametrize(
+    ("steps", "metrics", "pace", "taken", "superseded"),
+    [
+        ((5, 10), range(1, 10), 1.0, 5, ["global_step_10"]),  # it is cheap to make step 10 again, with its metrics
+        ((5, 10), range(1, 10), WORTH_REDOING_S / 5 + 1, 10, []),
+        ((2,), [1], 1.0, None, ["global_step_2"]),
+        ((2,), None, 1.0, 2, []),
+    ],
+)
+def test_a_step_without_its_metrics_is_made_again_where_that_is_cheap(
+    steps: tuple[int, ...],
+    metrics: list[int] | None,
+    pace: float,
+    taken: int | None,
+    superseded: list[str],
+    run: RunPaths,
+    spec: RunSpec,
+) -> None:
+    saved(run, *steps)
+    if metrics:
+        logged(run, *metrics, pace=pace)
     found = choose(spec, run, "auto")
-    assert found.step == 5
-    assert [(path.name, why) for path, why in found.superseded] == [
-        ("global_step_10", "its metrics were not written: the run goes on from step 5")
-    ]
-
-
-def test_a_step_without_its_metrics_is_kept_where_it_was_dear(run: RunPaths, spec: RunSpec) -> None:
-    for step in (5, 10):
-        saved_step(run.checkpoints, step)
-    logged(run, *range(1, 10), pace=WORTH_REDOING_S / 5 + 1)
-    assert choose(spec, run, "auto").step == 10
-
-
-def test_the_first_step_without_its_metrics_starts_anew(run: RunPaths, spec: RunSpec) -> None:
-    saved_step(run.checkpoints, 2)
-    logged(run, 1)
-    found = choose(spec, run, "auto")
-    assert (found.folder, len(found.superseded)) == (None, 1)
-
-
-def test_without_any_metrics_the_newest_is_taken(run: RunPaths, spec: RunSpec) -> None:
-    saved_step(run.checkpoints, 2)
-    assert choose(spec, run, "auto").step == 2
-
-
-def test_what_happens_is_said(run: RunPaths, spec: RunSpec) -> None:
-    saved_step(run.checkpoints, 5)
-    torn(run, 10)
-    first, second = choose(spec, run, "auto").lines()
-    assert first == f"going on from step 5: {run.checkpoints}/global_step_5"
-    assert second.startswith("setting global_step_10 aside: incomplete")
+    assert found.step == taken
+    reason = f"its metrics were not written: the run goes on from step {taken or 0}"
+    assert [(path.name, why) for path, why in found.superseded] == [(name, reason) for name in superseded]

@@ -18,14 +18,14 @@ import pytest
 import typer
 
 from flashrl_cli.cli import app
-from flashrl_cli.errors import EnvironmentNotReady, ExitCode, InputError, RunFailed
+from flashrl_cli.errors import EnvironmentNotReady, ExitCode, FlashrlError, InputError, RunFailed
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.runs import store
 from flashrl_cli.runs.store import Attempt
+from flashrl_cli.signals import Interrupted
 from flashrl_cli.train import run as run_module
 from flashrl_cli.train.executors import start_here
 from flashrl_cli.train.plan import LaunchPlan
-from flashrl_cli.train.process import Interrupted
 from flashrl_cli.train.run import NotStarted, console, detach, git_state, run_plan
 from flashrl_cli.verl.metrics import read_step
 from tests.unit.train.builders import handshake
@@ -95,41 +95,26 @@ def test_a_finished_attempt(attempted: Callable[..., Attempt], seen: Any) -> Non
         (RunFailed("it broke\n  | log", hint="fix it"), "failed", 1),
         (EnvironmentNotReady("it broke", hint="fix it"), "failed", 3),
         (Interrupted(2, "fix it"), "stopped", 130),
+        (Interrupted(15, "fix it"), "stopped", 143),
         (Interrupted(1, "fix it"), "stopped", 143),
+        (KeyboardInterrupt(), "failed", 130),
+        (OSError(errno.EACCES, "Permission denied", "/runs/r"), "failed", 3),
+        (OSError(errno.ENOSPC, "No space left on device"), "failed", 3),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "failed", 70),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "failed", 1),
         (ZeroDivisionError("it broke"), "failed", 70),
+        (MemoryError(), "failed", 70),
     ],
+    ids=repr,
 )
-def test_how_an_attempt_ended(error: BaseException, status: str, code: int, attempted: Callable[..., Attempt]) -> None:
+def test_how_an_attempt_ended_with_the_exit_code_of_the_process(
+    error: BaseException, status: str, code: int, attempted: Callable[..., Attempt], monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = attempted(error)
     assert (found.status, found.exit_code, found.last_step) == (status, code, 2)
     assert found.ended
     assert "\n" not in str(found.error)
-    assert found.hint == ("fix it" if status == "failed" and code != 70 else None)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        RunFailed("it broke"),
-        EnvironmentNotReady("it broke"),
-        Interrupted(2, "go on"),
-        Interrupted(15, "go on"),
-        Interrupted(1, "go on"),
-        KeyboardInterrupt(),
-        OSError(errno.EACCES, "Permission denied", "/runs/r"),
-        OSError(errno.ENOSPC, "No space left on device"),
-        ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
-        BrokenPipeError(errno.EPIPE, "Broken pipe"),
-        ZeroDivisionError("it broke"),
-        MemoryError(),
-    ],
-    ids=repr,
-)
-@pytest.mark.parametrize("debug", ["", "1"])
-def test_the_record_has_the_exit_code_of_the_process(
-    error: BaseException, debug: str, attempted: Callable[..., Attempt], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FLASHRL_DEBUG", debug)
+    assert found.hint == ("fix it" if status == "failed" and isinstance(error, FlashrlError) else None)
     command = typer.Typer(pretty_exceptions_enable=False)
 
     @command.command()
@@ -137,9 +122,11 @@ def test_the_record_has_the_exit_code_of_the_process(
         raise error
 
     monkeypatch.setattr(app, "app", lambda _words: command([]))
-    with pytest.raises(SystemExit) as caught:
-        app.main()
-    assert attempted(error).exit_code == caught.value.code
+    for debug in ("", "1"):
+        monkeypatch.setenv("FLASHRL_DEBUG", debug)
+        with pytest.raises(SystemExit) as caught:
+            app.main()
+        assert caught.value.code == code
 
 
 def test_a_later_attempt_keeps_the_earlier(

@@ -1,6 +1,7 @@
 """A run is followed to its end, ended when it must be, and leaves nothing behind.
 
-First with processes: a small script in place of verl; then by a clock that the test moves; then the bounds of a healthy rollout.
+First with processes: a small script in place of verl; then by a clock that the test moves; then the bounds of a healthy
+rollout.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ import pytest
 from flashrl_cli import contract
 from flashrl_cli.config.spec import WatchSpec
 from flashrl_cli.contract import Handshake, write_handshake
-from flashrl_cli.errors import EnvironmentNotReady, ExitCode, RunFailed
+from flashrl_cli.errors import EnvironmentNotReady, ExitCode, FlashrlError, RunFailed
+from flashrl_cli.signals import Interrupted, collected
 from flashrl_cli.train import supervise
 from flashrl_cli.train.executors import start_here
 from flashrl_cli.train.plan import LaunchPlan, plan_document
-from flashrl_cli.train.process import Interrupted, Tree, collected
+from flashrl_cli.train.process import Tree
 from flashrl_cli.verl.metrics import StepMetrics
 from tests.conftest import starting_with
 from tests.unit.train.builders import Clock, handshake
@@ -46,7 +48,8 @@ def log(text):
     print(text, flush=True)
 
 def step(number, **data):
-    data = {"actor/grad_norm": 0.5, "actor/pg_loss": 0.1, "critic/score/mean": 0.3, **{k.replace("__", "/"): v for k, v in data.items()}}
+    given = {k.replace("__", "/"): v for k, v in data.items()}
+    data = {"actor/grad_norm": 0.5, "actor/pg_loss": 0.1, "critic/score/mean": 0.3, **given}
     if number == 0:
         data = {"val-core/tiny/acc/mean@1": 0.5}
     with open(os.environ["VERL_FILE_LOGGER_PATH"], "a") as stream:
@@ -54,7 +57,8 @@ def step(number, **data):
 
 def shake(precision="int8"):
     write_handshake(plugin_dir(), Handshake(
-        host="h", pid=1, precision=precision, quantized_layers=14 * (precision != "bf16"), linear_layers=15, quantized_bytes=9,
+        host="h", pid=1, precision=precision, quantized_layers=14 * (precision != "bf16"), linear_layers=15,
+        quantized_bytes=9,
         kernel="K", vllm="0", torch="2", device="cpu", refits=1, refit_s=0.1))
 
 def ready(name):
@@ -162,54 +166,80 @@ def test_success(run: Callable[..., int], tmp_path: Path, seen: Any, tiny_plan: 
     assert "Total training steps: 2" in (attempt / "driver.log").read_text()
 
 
-@pytest.mark.processes
-def test_other_precision_than_asked_for_ends_the_run_before_its_first_step(run: Callable[..., int], seen: Any) -> None:
-    with pytest.raises(
-        EnvironmentNotReady, match="int8 rollouts were asked for, but worker 1 on h holds bf16"
-    ) as caught:
-        run('log("loading weights")\nshake("bf16")\ntime.sleep(120)')
-    assert seen.steps == []
-    assert seen.proofs == []
-    assert "--rollout bf16" in str(caught.value.hint)
-    assert "  | loading weights\nlog: " in caught.value.message
-
-
-@pytest.mark.processes
-def test_step_without_a_proof_ends_the_run(run: Callable[..., int]) -> None:
-    with pytest.raises(EnvironmentNotReady, match="0 of 1 workers proved theirs") as caught:
-        run("step(1)\ntime.sleep(120)")
-    assert "plugins" in str(caught.value.hint)
-
-
-@pytest.mark.processes
-def test_nan_ends_the_run(run: Callable[..., int], seen: Any) -> None:
-    with pytest.raises(RunFailed, match="step 2: NaN in grad_norm\n"):
-        run("shake(); step(1); step(2, actor__grad_norm=None); time.sleep(120)")
-    assert seen.steps == [1, 2]
+HANGS = "\ntime.sleep(120)"
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    ("metrics", "told"),
+    ("script", "limits", "error", "message", "hint", "steps"),
     [
-        ("rollout_corr__kl=3.7, rollout_corr__rollout_is_mean=0.08", r"KL between rollout and trainer is 3\.7"),
-        ("rollout_corr__kl=0.01, rollout_corr__rollout_is_mean=0.08", r"importance weights' mean is 0\.08"),
         (
-            "rollout_corr__kl=0.01, rollout_corr__rollout_log_ppl=5.557, rollout_corr__training_log_ppl=0.4",
-            r"samples uniformly: mean log-prob -5\.56 = -ln\(259\)",
+            'log("loading weights")\nshake("bf16")' + HANGS, {}, EnvironmentNotReady,
+            r"int8 rollouts were asked for, but worker 1 on h holds bf16 .*\n  \| loading weights\nlog: ",
+            "--rollout bf16", [],
+        ),
+        ("step(1)" + HANGS, {}, EnvironmentNotReady, "0 of 1 workers proved theirs", "plugins", [1]),
+        (
+            "shake(); step(1); step(2, actor__grad_norm=None)" + HANGS, {}, RunFailed, "step 2: NaN in grad_norm\n",
+            "learning rate", [1, 2],
+        ),
+        (
+            "shake(); step(1, rollout_corr__kl=3.7, rollout_corr__rollout_is_mean=0.08)" + HANGS, {},
+            EnvironmentNotReady, r"step 1: the rollout engine does not sample.*KL between rollout and trainer is 3\.7",
+            "no mismatch for TIS", [1],
+        ),
+        (
+            "shake(); step(1, rollout_corr__rollout_log_ppl=5.557, rollout_corr__training_log_ppl=0.4)" + HANGS, {},
+            EnvironmentNotReady, r"samples uniformly: mean log-prob -5\.56 = -ln\(259\)", "no mismatch for TIS", [1],
+        ),
+        (
+            'sys.stdout.write("CUDA out of memory")\nsys.stdout.flush()\nsys.exit(1)', {}, RunFailed,
+            r"a GPU ran out of memory.*\n  \| CUDA out of memory", "rollout.gpu_memory_utilization", [],
+        ),
+        (
+            'log("OSError: [Errno 28] No space left on device")\nlog("ray.exceptions.ActorDiedError: gone")\nsys.exit(1)',
+            {}, RunFailed, "a disk is full", "", [],
+        ),
+        ('log("hm")\nsys.exit(7)', {}, RunFailed, r"verl ended with exit code 7\n  \| hm\n", "the log's end", []),
+        (
+            'log("Worker proc VllmWorker-0 died unexpectedly")' + HANGS, {"failure_grace_s": 0.3}, RunFailed,
+            "a worker of the rollout engine died", "", [],
+        ),
+        (
+            HANGS, {"start_timeout_s": 5}, RunFailed, r"no progress for 5 s during the start \(starting verl\)",
+            "watch.start_timeout_s", [],
+        ),
+        (
+            "shake()\nstep(1)" + HANGS, {"step_timeout_s": 0.3}, RunFailed, r"no progress for 0\.3 s during a step",
+            "watch.step_timeout_s", [1],
+        ),
+        ("", {}, RunFailed, "verl ended without a step", "trainer.steps", []),
+        ("shake()\nstep(0)", {}, RunFailed, "verl ended without a step", "trainer.steps", [0]),
+        (
+            'log("Total training steps: 3")\nshake()\nstep(1)\nstep(2)', {}, RunFailed, "verl ended after step 2 of 3",
+            "trainer.epochs", [1, 2],
         ),
     ],
-)
-def test_rollout_that_does_not_sample_from_the_policy_ends_the_run(
-    metrics: str, told: str, run: Callable[..., int]
+)  # fmt: skip
+def test_what_ends_a_run(
+    script: str,
+    limits: dict[str, float],
+    error: type[FlashrlError],
+    message: str,
+    hint: str,
+    steps: list[int],
+    run: Callable[..., int],
+    seen: Any,
 ) -> None:
-    with pytest.raises(EnvironmentNotReady, match=f"step 1: the rollout engine does not sample.*{told}") as caught:
-        run(f"shake()\nstep(1, {metrics})\ntime.sleep(120)", vocabulary=259)
-    assert "no mismatch for TIS" in str(caught.value.hint)
+    with pytest.raises(error, match=f"(?s){message}") as caught:
+        run(script, vocabulary=259, **limits)
+    assert hint in str(caught.value.hint)
+    assert seen.steps == steps
+    assert bool(seen.proofs) == ("shake()" in script)
 
 
 @pytest.mark.processes
-def test_failure_is_told_with_cause_hint_and_the_logs_end(run: Callable[..., int], tmp_path: Path) -> None:
+def test_a_failure_comes_with_cause_hint_and_the_logs_end(run: Callable[..., int], tmp_path: Path) -> None:
     script = """
     log("ray.exceptions.ActorDiedError: less specific than what follows")
     for number in range(30):
@@ -229,40 +259,6 @@ def test_failure_is_told_with_cause_hint_and_the_logs_end(run: Callable[..., int
         "  | " + "the last word".ljust(300, "."),
     ]
     assert last == f"log: {tmp_path}/runs/r/attempt_1/driver.log"
-
-
-@pytest.mark.processes
-def test_failure_whose_last_line_has_no_end_is_told(run: Callable[..., int]) -> None:
-    with pytest.raises(RunFailed, match="a GPU ran out of memory") as caught:
-        run('sys.stdout.write("CUDA out of memory")\nsys.stdout.flush()\nsys.exit(1)')
-    assert "  | CUDA out of memory" in caught.value.message
-
-
-@pytest.mark.processes
-def test_failure_without_a_known_cause_tells_the_exit_code(run: Callable[..., int]) -> None:
-    with pytest.raises(RunFailed, match=r"verl ended with exit code 7\n  \| hm\n"):
-        run('log("hm")\nsys.exit(7)')
-
-
-@pytest.mark.processes
-def test_run_that_hangs_after_a_fatal_line_is_ended(run: Callable[..., int]) -> None:
-    with pytest.raises(RunFailed, match="a worker of the rollout engine died"):
-        run('log("Worker proc VllmWorker-0 died unexpectedly")\ntime.sleep(120)', failure_grace_s=0.3)
-
-
-@pytest.mark.processes
-def test_start_without_progress_is_ended(run: Callable[..., int], tmp_path: Path) -> None:
-    with pytest.raises(RunFailed, match=r"no progress for 5 s during the start \(starting verl\)") as caught:
-        run("time.sleep(120)", start_timeout_s=5)
-    assert "watch.start_timeout_s" in str(caught.value.hint)
-
-
-@pytest.mark.processes
-def test_step_without_progress_is_ended(run: Callable[..., int], seen: Any) -> None:
-    with pytest.raises(RunFailed, match=r"no progress for 0\.3 s during a step") as caught:
-        run("shake()\nstep(1)\ntime.sleep(120)", step_timeout_s=0.3)
-    assert seen.steps == [1]
-    assert "watch.step_timeout_s" in str(caught.value.hint)
 
 
 @pytest.mark.processes
@@ -321,21 +317,6 @@ def test_child_that_ignores_the_request_to_end_is_killed(run: Callable[..., int]
     """
     with pytest.raises(Interrupted):
         run(script, stop_grace_s=0.3)
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize("script", ["", "shake()\nstep(0)"])
-def test_end_without_a_training_step_is_a_failure(script: str, run: Callable[..., int]) -> None:
-    with pytest.raises(RunFailed, match="verl ended without a step") as caught:
-        run(script)
-    assert "trainer.steps" in str(caught.value.hint)
-
-
-@pytest.mark.processes
-def test_end_before_the_last_step_is_a_failure(run: Callable[..., int]) -> None:
-    with pytest.raises(RunFailed, match="verl ended after step 2 of 3") as caught:
-        run('log("Total training steps: 3")\nshake()\nstep(1)\nstep(2)')
-    assert "trainer.epochs" in str(caught.value.hint)
 
 
 @pytest.mark.processes
@@ -436,11 +417,11 @@ def test_verl_has_its_grace_after_a_fatal_line_and_the_first_cause_counts(
         watch.look()
 
 
-def test_a_step_after_a_fatal_line_ends_the_grace(tiny_plan: Plan, seen: Any, clock: Clock) -> None:
+def test_a_run_that_goes_on_after_a_fatal_line_is_not_ended(tiny_plan: Plan, seen: Any, clock: Clock) -> None:
     plan = tiny_plan(failure_grace_s=10)
     write_handshake(plan.attempt_paths.plugins, handshake())
     watch = watching(plan, seen)
-    add(plan.attempt_paths.log, "OSError: [Errno 28] No space left on device")
+    add(plan.attempt_paths.log, "ray.exceptions.ActorDiedError: gone")
     watch.look()
     add(plan.attempt_paths.metrics, line(1))
     watch.look()

@@ -20,10 +20,10 @@ from flashrl_cli.errors import EnvironmentNotReady, FlashrlError, InputError, Lo
 from flashrl_cli.paths import AttemptPaths, RunPaths
 from flashrl_cli.runs import store
 from flashrl_cli.runs.store import Attempt, RunRecord
+from flashrl_cli.signals import Interrupted
 from flashrl_cli.train import launch
 from flashrl_cli.train.launch import Launch
 from flashrl_cli.train.plan import LaunchPlan, plan_document
-from flashrl_cli.train.process import Interrupted
 from flashrl_cli.train.sweep import (
     HEADINGS,
     Job,
@@ -103,11 +103,11 @@ def test_names_of_their_own_as_single_runs_have_them(judged: list[str]) -> None:
 
 
 def test_every_error_of_every_point_at_once(judged: list[str]) -> None:
-    found = problems("rollout=int8,int4", "tis=2,x", "rollout.nn=1,2", "algorithm.mini_batch_size=7,16")
+    found = problems("rollout=int8,int3", "tis=2,x", "rollout.nn=1,2", "algorithm.mini_batch_size=7,16")
     assert [(str(problem.where), problem.message.split(":")[0]) for problem in found] == [
         ("--sweep tis=x", "correction.cap = x"),
         ("--sweep rollout.nn", "unknown key rollout.nn"),
-        ("--sweep rollout=int4", "rollout.precision = int4"),
+        ("--sweep rollout=int3", "rollout.precision = int3"),
     ]
     assert judged == []
 

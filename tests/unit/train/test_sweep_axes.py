@@ -1,4 +1,4 @@
-"""What `--sweep` is given: keys, values and files, and everything wrong with them at once; every combination has a name of its own."""
+"""What `--sweep` is given, and everything wrong with it at once; every combination has a name of its own."""
 
 from __future__ import annotations
 

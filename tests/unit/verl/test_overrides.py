@@ -1,4 +1,4 @@
-"""What each part of a spec becomes for verl."""
+"""What each part of a spec becomes for verl, how values are written for Hydra, and how overrides are grouped for people."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from flashrl_cli import contract
+from flashrl_cli.config import presets
 from flashrl_cli.config.diagnose import keys_of
-from flashrl_cli.config.layers import Origin
-from flashrl_cli.config.resolve import load_spec
+from flashrl_cli.config.layers import DEFAULT, Origin
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.errors import Location
-from flashrl_cli.verl.overrides import ENGINE, ROLLOUT, TABLE, Places, overrides
+from flashrl_cli.precision import PRECISIONS
+from flashrl_cli.verl.overrides import ENGINE, ROLLOUT, TABLE, Override, Places, by_theme, overrides, quote
+from tests.specs import load_spec
 
 EXTENSION = f"{ENGINE}.worker_extension_cls"
 
@@ -47,7 +51,7 @@ def test_precision_on_gpus_leaves_verls_own_path_alone_but_for_flashrls_methods(
     assert found[f"+{EXTENSION}"] == extension
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8-block", "int8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_on_cpu_every_precision_refits_through_the_extension(precision):
     found = values("tiny", rollout=precision)
     assert found[f"+{EXTENSION}"] == contract.WORKER_EXTENSION
@@ -64,7 +68,7 @@ def test_tis_and_its_absence():
     assert on[f"{ROLLOUT}.calculate_log_probs"] is True
 
 
-def test_untouched_defaults_stay_unsaid():
+def test_untouched_defaults_are_not_emitted():
     found = values("tiny")
     assert f"{ROLLOUT}.top_p" not in found
     assert values("tiny", sets=["rollout.top_p=1.0"])[f"{ROLLOUT}.top_p"] == 1.0
@@ -124,7 +128,7 @@ def test_resume():
     )
 
 
-def test_overlong_penalty_says_all_five_keys():
+def test_overlong_penalty_has_all_five_keys():
     found = values("dapo-32b", sets=["data.max_response_length=8192"])
     kwargs = {key.rpartition(".")[2]: v for key, v in found.items() if key.startswith("+reward.reward_kwargs")}
     assert kwargs == {"enable": True, "len": 4096, "penalty_factor": 1.0, "log": False, "max_resp_len": 8192}
@@ -145,3 +149,91 @@ def test_every_override_has_an_origin():
     assert str(found["critic.strategy"]).startswith("presets/base/cpu.yaml:")
     assert found["algorithm.rollout_correction.rollout_is"] == Origin("option", Location("--tis"))
     assert found[f"{ROLLOUT}.max_model_len"].layer == "derived"
+
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text()
+    | st.text("'\\\"=,[]{}$: \n~", max_size=6)
+)
+
+
+def parsed(text: str) -> object:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create().parse_override(f"key={text}").value()
+
+
+@given(SCALARS | st.lists(SCALARS, max_size=4))
+@example("\\")
+@example("\\'")
+@example("a'b\\\\'")
+@example("1_2")
+@example("nan")
+@example("/path with space/x,y=z'q")
+@example("${a.b}")
+@example(["a]b", "", None])
+def test_hydra_reads_it_back(value):
+    found = parsed(quote(value))
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1e-6, "1e-6"),
+        (1e-10, "1e-10"),
+        (2.0, "2.0"),
+        (1e22, "1e+22"),
+        (True, "True"),
+        (None, "null"),
+        (["console", "file"], "[console,file]"),
+        (("a b",), "['a b']"),
+        ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"),
+        ("/a/b.parquet", "/a/b.parquet"),
+        ("token-mean", "token-mean"),
+        ("~/x", "'~/x'"),
+        ("NULL", "'NULL'"),
+        ("", "''"),
+        ("it's", "'it\\'s'"),
+    ],
+)
+def test_texts_that_people_read(value, text):
+    assert quote(value) == text
+
+
+PLACES = Places(name="run", data=Path("/data"), checkpoints=Path("/ckpt/run"))
+
+
+def test_every_override_has_one_theme():
+    for name in presets.names():
+        given = overrides(load_spec(name, tis="2"), PLACES)
+        grouped = by_theme(given)
+        assert sorted(map(str, given)) == sorted(str(o) for group in grouped.values() for o in group)
+        assert all(grouped.values())
+
+
+def test_the_most_particular_theme_has_a_key():
+    keys = [
+        "ray_kwargs.ray_init.num_cpus",
+        "reward.num_workers",
+        "reward_model.enable",
+        "algorithm.rollout_correction.rollout_is",
+        "algorithm.adv_estimator",
+        "actor_rollout_ref.rollout.logprobs_mode",
+        "actor_rollout_ref.rollout.n",
+        "data.val_files",
+    ]
+    grouped = by_theme([Override(key, 1, DEFAULT) for key in keys])
+    assert {theme: [o.key for o in group] for theme, group in grouped.items()} == {
+        "data": ["data.val_files"],
+        "importance sampling": ["algorithm.rollout_correction.rollout_is", "actor_rollout_ref.rollout.logprobs_mode"],
+        "algorithm": ["algorithm.adv_estimator"],
+        "rollout": ["actor_rollout_ref.rollout.n"],
+        "reward": ["reward.num_workers"],
+        "machine": ["ray_kwargs.ray_init.num_cpus", "reward_model.enable"],
+    }

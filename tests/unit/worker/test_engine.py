@@ -111,7 +111,7 @@ BLOCKS = {
 @pytest.mark.parametrize(
     ("variant", "changed", "own", "on_gpu"),
     [
-        (Variant(precision="bf16"), {}, {"quantization": None}, {}),
+        (Variant(precision="bf16"), {}, {}, {}),
         (
             Variant(precision="int8", kv8=True),
             {"gpu_memory_utilization": 0.5, "kv_memory": 1.5, "tensor_parallel": 2},
@@ -134,35 +134,25 @@ def test_arguments_of_a_benchmark(
     own: dict[str, Any],
     on_gpu: dict[str, Any],
 ) -> None:
-    asked: dict[str, Any] = {"tensor_parallel": 1, "max_num_seqs": 16, "max_model_len": 112, "enforce_eager": True}
-    options = EngineOptions(**{"gpu_memory_utilization": None, "kv_memory": None, **asked, **changed})
-    arguments = variant.arguments(2)
-    Rollout(
-        EngineJob(
-            model=str(tmp_path),
-            weights=None,
-            arguments=arguments,
-            options=options,
-            questions=None,
-            response=8,
-            longest=None,
-        )
-    )
-    wanted = usual(
-        tmp_path,
-        generation_config="vllm",
-        logprobs_mode="processed_logprobs",
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-        max_num_seqs=16,
-        max_model_len=112,
-        **{"tensor_parallel_size": 1, "enforce_eager": True, **on_gpu}
-        if platform == "gpu"
-        else {"tensor_parallel_size": 1, "enforce_eager": True, "gpu_memory_utilization": 0.2},
-    )
-    wanted |= {"worker_extension_cls": contract.BENCH_EXTENSION, **own}
-    if platform == "gpu":
-        wanted["max_num_batched_tokens"] = 16384
+    sizes: dict[str, Any] = {"tensor_parallel": 1, "max_num_seqs": 16, "max_model_len": 112, "enforce_eager": True}
+    options = EngineOptions(**{"gpu_memory_utilization": None, "kv_memory": None, **sizes, **changed})
+    plain: dict[str, Any] = {"weights": None, "questions": None, "response": 8, "longest": None}
+    Rollout(EngineJob(model=str(tmp_path), arguments=variant.arguments(2), options=options, **plain))
+    here: dict[str, Any] = {"gpu_memory_utilization": 0.2} if platform == "cpu" else {"max_num_batched_tokens": 16384}
+    wanted = {
+        **usual(tmp_path, worker_extension_cls=contract.BENCH_EXTENSION),
+        "generation_config": "vllm",
+        "logprobs_mode": "processed_logprobs",
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "enforce_eager": True,
+        "tensor_parallel_size": 1,
+        "max_num_seqs": 16,
+        "max_model_len": 112,
+        **here,
+        **own,
+        **(on_gpu if platform == "gpu" else {}),
+    }
     if "hf_overrides" in own:
         del wanted["quantization"]
     assert LLM.arguments == wanted

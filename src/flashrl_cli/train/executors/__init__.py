@@ -70,9 +70,8 @@ class Place:
         say(f"asking every node of the Ray cluster at {address} …")
         jobs = ray_job.connect(address)
         found = ray_ready.check(plan, jobs, address)
-        say(
-            f"{counted(found.nodes, 'node')}; metrics and proof come {'as files' if found.shared else 'from the job log'}"
-        )
+        source = "as files" if found.shared else "from the job log"
+        say(f"{counted(found.nodes, 'node')}; metrics and proof come {source}")
 
         def start(plan: LaunchPlan) -> Handle:
             job = ray_job.submit(jobs, plan, address, shared=found.shared)

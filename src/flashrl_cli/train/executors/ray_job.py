@@ -1,7 +1,8 @@
 """A launch plan as a Ray job: what is submitted, and the job under way, followed and ended through Ray's job server.
 
-In the order of a run: the job's request, which is pure and printable; its submission; the handle that supervises it, with
-what follows its log, watches its nodes, and reads metrics and handshakes out of the log; at the end, Ray's job client.
+In the order of a run: the job's request, which is pure and printable; its submission; the handle that supervises it,
+with what follows its log, watches its nodes, and reads metrics and handshakes out of the log; at the end, Ray's job
+client.
 """
 
 from __future__ import annotations
@@ -52,11 +53,12 @@ class Job:
 def job_request(plan: LaunchPlan, address: str, *, shared: bool = True) -> Job:
     """The job of a plan; `shared`: the attempt's folder is one and the same here and on every node.
 
-    Where it is not, workers print their handshakes to the log, and verl's metrics file is made on the node that writes it.
+    Where it is not, workers print their handshakes to the log, and verl's metrics file is made on the node that writes
+    it.
     """
     env = dict(plan.env) if shared else environment.without_shared_folder(plan.env, plan.attempt_paths.root)
     if not shared:
-        env[contract.ENV_TELL] = "1"
+        env[contract.ENV_PRINT] = "1"
     env[DEDUP] = f"(?:{env[DEDUP]})|{UNFOLDED}" if DEDUP in env else UNFOLDED
     alone = environment.driver_only(plan.overrides)
     drivers = [f"{key}={value}" for key, value in env.items() if key in alone]
@@ -164,7 +166,7 @@ class RayJob:
         return self._code
 
     def tend(self) -> None:
-        """Take metrics and handshakes out of what the log brought. Raises RunFailed, once, when a node of the job is lost."""
+        """Take metrics and handshakes out of the log. Raises RunFailed, once, when a node of the job is lost."""
         if self._extraction:
             self._extraction.poll()
         if self._code is None and not self._lost:
@@ -240,7 +242,7 @@ LOG_PAUSES_S = (5.0, 1.0, 2.0, 5.0, 10.0, 20.0)
 
 
 class LogFollower(threading.Thread):
-    """Appends a job's log to a file until the job has ended. Ray streams it from its start: what the file has is skipped."""
+    """Appends a job's log to a file until the job has ended. Ray streams it from its start: what is here is skipped."""
 
     def __init__(self, jobs: Jobs, job_id: str, file: Path) -> None:
         super().__init__(name=f"log of {job_id}", daemon=True)
@@ -296,8 +298,8 @@ NODES_PAUSE_S = 5.0
 NODE_DEATH_S = 45.0
 """Ray declares a node dead after five lost health checks, 3 s apart and more; the job itself may fail at once."""
 SIGNS_OF_LOSS = re.compile(
-    r"ActorDiedError|ActorUnavailableError|NodeDiedError|WorkerCrashedError|Connection (reset|closed|refused)|Broken pipe"
-    r"|NCCL|[Gg]loo|died|unreachable|RpcError"
+    r"ActorDiedError|ActorUnavailableError|NodeDiedError|WorkerCrashedError|Connection (reset|closed|refused)"
+    r"|Broken pipe|NCCL|[Gg]loo|died|unreachable|RpcError"
 )
 """What a log shows where a failure may come from a lost node."""
 
@@ -319,7 +321,7 @@ class NodeWatch:
         self._due = 0.0
 
     def lost(self, job_id: str | None) -> Lost | None:
-        """The node that died since the first call and held actors of Ray's job `job_id`; None if none did, or nobody answers."""
+        """The node with actors of Ray's job `job_id` that died since the first call; None if none, or no answer."""
         now = time.monotonic()
         if job_id is None or now < self._due:
             return None
@@ -351,7 +353,7 @@ class NodeWatch:
 
 
 class LogExtraction:
-    """Writes `metrics.jsonl` and `plugins/` out of the attempt's log, as verl and the plugins would on a shared disk."""
+    """Writes `metrics.jsonl` and `plugins/` out of the attempt's log, as verl and the plugins do on a shared disk."""
 
     def __init__(self, attempt: AttemptPaths) -> None:
         self._attempt = attempt
@@ -365,7 +367,7 @@ class LogExtraction:
             self._take(plain(line))
 
     def _take(self, line: str) -> None:
-        shake = contract.told_handshake(line)
+        shake = contract.printed_handshake(line)
         if shake is not None:
             contract.write_handshake(self._attempt.plugins, shake)
             return

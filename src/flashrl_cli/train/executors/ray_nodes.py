@@ -1,6 +1,7 @@
-"""Run on a Ray cluster as a job, `python -m flashrl_cli.train.executors.ray_nodes REQUEST`: what each node has, as a line of JSON.
+"""A job of a Ray cluster, `python -m flashrl_cli.train.executors.ray_nodes REQUEST`: prints what each node has.
 
-The task of each node goes there by value, as functions of `__main__` do, so that it answers where flashrl is not installed, too.
+The task of each node goes there by value, as functions of `__main__` do, so that it answers where flashrl is not
+installed, too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ ANSWER_S = 90.0
 
 
 def examine(request: dict[str, Any]) -> dict[str, Any]:
-    """Run on a node: versions of `distributions`, which of `paths` exist, what the `tokens` hold, where flashrl's plugins are.
+    """Run on a node: versions of `distributions`, which `paths` exist, what `tokens` hold, where flashrl's plugins are.
 
     `variables` are those of the node's environment that its workers would inherit.
     """

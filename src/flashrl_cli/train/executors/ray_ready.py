@@ -152,7 +152,7 @@ def _versions_here() -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """The answer of `ray_nodes`: a mapping of each alive node, the files that the head could not make, the text of the tokens."""
+    """The answer of `ray_nodes`: each alive node, the files that the head could not make, the text of the tokens."""
 
     nodes: Sequence[Mapping[str, Any]]
     refused: Mapping[str, str]
@@ -201,7 +201,8 @@ def _resources(plan: LaunchPlan, nodes: Sequence[Mapping[str, Any]]) -> Iterator
         for n in nodes
     )
     yield Problem(
-        f"it needs {counted(asked.nodes, 'node')} with {counted(asked.gpus_per_node, 'free GPU')} and {cpus} free CPUs each; {there}",
+        f"it needs {counted(asked.nodes, 'node')} with {counted(asked.gpus_per_node, 'free GPU')} "
+        f"and {cpus} free CPUs each; {there}",
         "resources",
         "wait for the jobs that hold them (`ray job list`), or --set resources.nodes=…"
         if sum(n["devices"] >= asked.gpus_per_node for n in nodes) >= asked.nodes

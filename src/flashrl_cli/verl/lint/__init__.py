@@ -1,10 +1,8 @@
-"""The last word before a launch: are these overrides what verl will act on?
+"""What verl 0.9.1, vLLM or Ray would refuse late, or silently do otherwise, judged on verl's composed tree before a start.
 
-What verl 0.9.1, vLLM or Ray would refuse or silently do otherwise LATER, judged on verl's composed tree before a start.
-
-verl checks a part of its configuration at the start of its driver, another in workers, minutes later, and some not at all. A
-rule is a generator over `Settings`; its docstring states the consequence and where it is known from. Add one to the RULES of
-the module it belongs to. Rules judge what is certain: a setting that works is never refused.
+verl checks a part of its configuration at the start of its driver, another in workers, minutes later, and some not at all. A rule is a
+generator over `Settings`; its docstring states the consequence and where it is known from. A new one goes to the RULES of the module
+that it belongs to. Rules judge what is certain: a setting that works is never refused.
 """
 
 from __future__ import annotations

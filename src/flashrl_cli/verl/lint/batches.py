@@ -87,7 +87,7 @@ def mini_batch_fills_processes(s: Settings) -> Iterator[Problem]:
         if (role == "critic" and not s.has_critic) or not mini or not shares or mini * n % shares == 0:
             continue
         if role == "critic" and mini == s.spec.algorithm.mini_batch_size and shares == s.data_parallel("actor"):
-            continue  # the policy's mini-batch, which is told already
+            continue  # the policy's mini-batch, which is reported already
         yield s.problem(
             f"{written(key)} = {mini} prompts x {n} responses do not split over {shares} data-parallel processes",
             _fitting_mini(s, key, mini, shares),
@@ -105,7 +105,7 @@ def _fitting_mini(s: Settings, key: str, mini: int, shares: int) -> str:
     if fitting:
         return s.fix(key, min(fitting, key=lambda size: abs(size - mini)))
     rounded = math.ceil(batch / step) * step
-    return f"--set data.train_batch_size={rounded} --set algorithm.mini_batch_size={rounded}"
+    return " ".join(s.option(name, rounded) for name in ("data.train_batch_size", "algorithm.mini_batch_size"))
 
 
 def batch_fills_devices(s: Settings) -> Iterator[Problem]:
@@ -115,7 +115,7 @@ def batch_fills_devices(s: Settings) -> Iterator[Problem]:
         step = s.devices // math.gcd(s.devices, n)
         yield s.problem(
             f"data.train_batch_size = {batch} prompts x {n} responses do not divide by {s.devices} devices",
-            f"--set data.train_batch_size={math.ceil(batch / step) * step}",
+            s.option("data.train_batch_size", math.ceil(batch / step) * step),
             "data.train_batch_size",
             f"{ROLLOUT}.n",
             "trainer.n_gpus_per_node",
@@ -179,7 +179,7 @@ def token_budget_holds_a_sequence(s: Settings) -> Iterator[Problem]:
 
 
 def _follows_update(s: Settings, step: Pass) -> bool:
-    """Whether a pass takes over the update's budget, so that it is told there."""
+    """Whether a pass takes over the update's budget, so that it is reported there."""
     same = s.get(UPDATE.dynamic) and s.sequence_parallel(step.role) == s.sequence_parallel("actor")
     return step in (LOG_PROBS, REFERENCE) and bool(same) and s.get(step.tokens) == s.get(UPDATE.tokens)
 

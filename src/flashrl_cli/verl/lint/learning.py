@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashrl_cli.verl.config import written
+from flashrl_cli.verl.environment import LOGGERS
 from flashrl_cli.verl.overrides import ACTOR, CORRECTION, OVERLONG, ROLLOUT
 
 if TYPE_CHECKING:
@@ -19,47 +20,15 @@ if TYPE_CHECKING:
     from flashrl_cli.verl.config import Rule, Settings
 
 LOSSES = (
-    "vanilla",
-    "dppo_tv",
-    "dppo_kl",
-    "gspo",
-    "sapo",
-    "gpg",
-    "clip_cov",
-    "kl_cov",
-    "geo_mean",
-    "dro",
-    "cispo",
+    "vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "geo_mean", "dro", "cispo",
     "bypass_mode",
-)
+)  # fmt: skip
 """Names that verl registers (trainer/ppo/core_algos.py:1285-2413)."""
 REJECTIONS = (
-    "token_k1",
-    "token_k2",
-    "token_k3",
-    "seq_sum_k1",
-    "seq_sum_k2",
-    "seq_sum_k3",
-    "seq_mean_k1",
-    "seq_mean_k2",
-    "seq_mean_k3",
-    "seq_max_k2",
-    "seq_max_k3",
-)
+    "token_k1", "token_k2", "token_k3", "seq_sum_k1", "seq_sum_k2", "seq_sum_k3", "seq_mean_k1", "seq_mean_k2",
+    "seq_mean_k3", "seq_max_k2", "seq_max_k3",
+)  # fmt: skip
 """Options of rejection sampling (trainer/ppo/rollout_corr_helper.py:77)."""
-LOGGERS = (
-    "console",
-    "file",
-    "wandb",
-    "tensorboard",
-    "mlflow",
-    "swanlab",
-    "trackio",
-    "clearml",
-    "vemlp_wandb",
-    "rl_insight",
-)
-"""Loggers of verl's (utils/tracking.py:49)."""
 REPORTED = ("reward", "score", "acc", "overlong_reward", "overlong")
 """Numbers that verl's own reward functions and managers report (experimental/reward_loop/reward_manager/, utils/reward_score/)."""
 SAMPLER = "trainer.v1.sampler.custom_sampler.path"
@@ -135,7 +104,7 @@ def metric_is_reported(s: Settings) -> Iterator[Problem]:
 
 
 def sampler_filters_groups(s: Settings) -> Iterator[Problem]:
-    """A custom sampler is not told what to filter or to refill (trainer/ppo/v1/trainer_base.py:165), and flashrl's does not."""
+    """A custom sampler does not get what to filter or to refill (trainer/ppo/v1/trainer_base.py:165), and flashrl's does not."""
     refill = "trainer.v1.sampler.sync_refill_failed_groups"
     for wanted, key in (
         (s.spec.algorithm.filter_groups.enable, "algorithm.filter_groups.enable"),
@@ -226,9 +195,9 @@ def overlong_is_typed(s: Settings) -> Iterator[Problem]:
     """The penalty takes five keys that agree, or fails in a worker (experimental/reward_loop/reward_manager/dapo.py:33-48)."""
     enable = f"{OVERLONG}.enable"
     if s.get(enable) and s.spec.reward.overlong is None:
-        manager = "" if s.spec.reward.manager == "dapo" else "--set reward.manager=dapo "
-        buffer = max(s.spec.data.max_response_length // 5, 1)
-        hint = f"{manager}--set reward.overlong.buffer_len={buffer} instead"
+        manager = "" if s.spec.reward.manager == "dapo" else f"{s.option('reward.manager', 'dapo')} "
+        buffer = s.option("reward.overlong.buffer_len", max(s.spec.data.max_response_length // 5, 1))
+        hint = f"{manager}{buffer} instead"
         yield s.problem(f"verl.{enable} alone is not enough", hint, enable)
 
 
@@ -255,7 +224,7 @@ def validation_only_validates(s: Settings) -> Iterator[Problem]:
     if s.get(key) and not s.spec.trainer.validate_before:
         yield s.problem(
             f"verl.{key} without trainer.validate_before would train",
-            "--set trainer.validate_before=true",
+            s.option("trainer.validate_before", True),
             key,
             "trainer.val_before_train",
         )

@@ -29,27 +29,12 @@ if TYPE_CHECKING:
 
 OVERRIDE_CONFIG = f"{MODEL}.override_config"
 VALIDATION = f"{ROLLOUT}.val_kwargs"
-ARGUMENTS = {
-    **{
-        name: f"{ROLLOUT}.{name}"
-        for name in (
-            "dtype",
-            "load_format",
-            "max_model_len",
-            "max_num_seqs",
-            "enable_chunked_prefill",
-            "max_num_batched_tokens",
-            "enable_prefix_caching",
-            "enable_sleep_mode",
-            "logprobs_mode",
-            "enforce_eager",
-            "gpu_memory_utilization",
-            "disable_log_stats",
-            "seed",
-            "scheduling_policy",
-            "data_parallel_size",
-        )
-    },
+SAME_NAME = (
+    "dtype", "load_format", "max_model_len", "max_num_seqs", "enable_chunked_prefill", "max_num_batched_tokens",
+    "enable_prefix_caching", "enable_sleep_mode", "logprobs_mode", "enforce_eager", "gpu_memory_utilization",
+    "disable_log_stats", "seed", "scheduling_policy", "data_parallel_size",
+)  # fmt: skip
+ARGUMENTS = {name: f"{ROLLOUT}.{name}" for name in SAME_NAME} | {
     "tensor_parallel_size": TENSOR_PARALLEL,
     "pipeline_parallel_size": f"{ROLLOUT}.pipeline_model_parallel_size",
     "trust_remote_code": f"{MODEL}.trust_remote_code",
@@ -76,9 +61,9 @@ def positions_hold_a_sequence(s: Settings) -> Iterator[Problem]:
         response = held - s.spec.data.max_prompt_length
         yield s.problem(
             f"rollout.max_model_len = {asked} is more than the model's {held} positions",
-            f"--set data.max_response_length={response}"
+            s.option("data.max_response_length", response)
             if response > 0
-            else f"--set data.max_prompt_length={held // 2}",
+            else s.option("data.max_prompt_length", held // 2),
             f"{ROLLOUT}.max_model_len",
             "data.max_response_length",
             "data.max_prompt_length",
@@ -106,7 +91,7 @@ def engine_arguments_are_said_once(s: Settings) -> Iterator[Problem]:
 
 
 def blocks_keep_their_configuration(s: Settings) -> Iterator[Problem]:
-    """verl's FP8 in blocks is told to vLLM as `hf_overrides`, which the engine's own would replace (vllm_async_server.py:346-349)."""
+    """verl passes FP8 in blocks to vLLM as `hf_overrides`, which the engine's own would replace (vllm_async_server.py:346-349)."""
     overrides = s.get(f"{ENGINE}.hf_overrides")
     row = PRECISIONS[s.spec.rollout.precision]
     if row.vllm_config and overrides is not None:
@@ -135,7 +120,7 @@ def quantization_is_known(s: Settings) -> Iterator[Problem]:
 
 
 def experts_are_quantized(s: Settings) -> Iterator[Problem]:
-    """flashrl's methods quantize linear layers; experts, nearly all of such a model, would stay bf16 (plugins/online_linear.py)."""
+    """flashrl's methods quantize linear layers; experts, nearly all of such a model, would stay bf16 (plugins/linear.py)."""
     row = PRECISIONS[s.spec.rollout.precision]
     if row.method and not row.experts and s.shape and s.shape.experts:
         yield s.problem(
@@ -151,14 +136,14 @@ def cache_bound_is_known(s: Settings) -> Iterator[Problem]:
     if s.spec.rollout.kv_cache != "auto" and s.shape and s.shape.architecture not in contract.CACHE_FAMILIES:
         yield s.problem(
             f"an FP8 KV cache has no scales for a {s.shape.architecture} model, only for {', '.join(contract.CACHE_FAMILIES)}",
-            "--set rollout.kv_cache=auto",
+            s.option("rollout.kv_cache", "auto"),
             "rollout.kv_cache",
             f"{MODEL}.path",
         )
 
 
 def blocks_fill_shards(s: Settings) -> Iterator[Problem]:
-    """Each device's part of a layer is whole FP8 blocks of 128, or vLLM refuses to build or to run it, or mixes up its scales.
+    """Each device's part of a layer is made of complete FP8 blocks of 128, or vLLM refuses to build or to run it, or mixes up its scales.
 
     vllm/model_executor/layers/quantization/utils/fp8_utils.py:1193 (linear layers) and :595 (their input), fp8.py:534 (experts);
     layers that are joined are let through and share a block's scale, of which the last one loaded stays (layers/linear.py:505).
@@ -186,14 +171,14 @@ def unfilled(row: Precision, shape: ModelShape, tp: int, *, whole_experts: bool 
 def blocks_are_several(s: Settings) -> Iterator[Problem]:
     """No layer's input is a single FP8 block: of its scales [rows, 1] verl drops a dimension, and vLLM refuses the first weights.
 
-    verl/utils/vllm/vllm_quant_utils.py:396 in 0.9.1; it quantizes a whole weight, whatever part of it a device takes.
+    verl/utils/vllm/vllm_quant_utils.py:396 in 0.9.1; it quantizes a complete weight, whatever part of it a device takes.
     """
     row = PRECISIONS[s.spec.rollout.precision]
     if not row.block or s.shape is None or s.spec.resources.platform == "cpu":
         return
     if narrow := single(row, s.shape):
         yield s.problem(
-            f"verl cannot load {row.number} blocks ({row.name}) into layers whose input is one block of {row.block}: "
+            f"verl cannot load {row.number_format} blocks ({row.name}) into layers whose input is one block of {row.block}: "
             f"{', '.join(narrow)}",
             f"--rollout {row.sibling}",
             f"{ROLLOUT}.quantization",
@@ -224,7 +209,7 @@ def _widths(shape: ModelShape, tp: int, whole_experts: bool) -> Iterator[tuple[s
 
 
 def mix_leaves_both(s: Settings) -> Iterator[Problem]:
-    """At least one replica in each precision; a replica is told by its number (plugins/replica.py)."""
+    """At least one replica in each precision; a replica is known by its number (plugins/linear.py)."""
     mix, engines = s.spec.rollout.mix, replicas(s.spec)
     if not mix or bf16_replicas(s.spec) < engines:
         return
@@ -233,20 +218,20 @@ def mix_leaves_both(s: Settings) -> Iterator[Problem]:
         yield s.problem(
             f"rollout.mix = {mix:g} wants two replicas or more, and {s.devices} devices with {engine_devices(s.spec)} "
             f"an engine make {engines}",
-            "--set rollout.mix=0, or more devices",
+            f"{s.option('rollout.mix', 0)}, or more devices",
             "rollout.mix",
             TENSOR_PARALLEL,
         )
         return
     yield s.problem(
         f"rollout.mix = {mix:g} would leave all {engines} replicas in bf16 and none in {precision}",
-        f"--set rollout.mix={math.floor(1000 * (engines - 1) / engines) / 1000}",
+        s.option("rollout.mix", math.floor(1000 * (engines - 1) / engines) / 1000),
         "rollout.mix",
     )
 
 
 def adapter_reaches_the_engine(s: Settings) -> Iterator[Problem]:
-    """flashrl's worker extension refits whole weights, and proves those; an adapter goes past it (plugins/verl_refit.py)."""
+    """flashrl's worker extension refits complete weights, and proves those; it does not see an adapter (plugins/verl_refit.py)."""
     merge, rank = f"{MODEL}.lora.merge", f"{MODEL}.lora_rank"
     if s.has_adapter and s.refits_with_flashrl and not s.get(merge):
         precision = s.spec.rollout.precision
@@ -270,7 +255,7 @@ def blocks_quantize_the_base(s: Settings) -> Iterator[Problem]:
         and s.spec.resources.platform == "cuda"
     ):
         yield s.problem(
-            f"{row.name} rollouts would take the base model's bf16 files for {row.number}: verl syncs the adapter alone",
+            f"{row.name} rollouts would take the base model's bf16 files for {row.number_format}: verl syncs the adapter alone",
             s.fix(merge, True),
             load,
             f"{MODEL}.lora_rank",

@@ -151,7 +151,7 @@ def drafts_leave_the_distribution(s: Settings) -> Iterator[Problem]:
 
 
 def _written(s: Settings, key: str) -> list[str]:
-    """The overrides' keys that are `key` or lie below it."""
+    """The overrides' keys that are `key` or below it."""
     return [override.key for override in s.overrides if f"{override.key}.".startswith(f"{key}.")]
 
 

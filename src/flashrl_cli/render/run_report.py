@@ -1,0 +1,165 @@
+"""The report of a run: all that is known of it as one document, and as one HTML page (`flashrl runs report`).
+
+A run without a record, plans or metrics has a report, too, of what there is; its notes say what could not be read.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from flashrl_cli.config.layers import leaves
+from flashrl_cli.config.yaml_file import text_of
+from flashrl_cli.render.figure import panels
+from flashrl_cli.render.html import drawing_note, figures, page
+from flashrl_cli.runs.curves import SMOOTHING, curve, title
+from flashrl_cli.runs.summary import ran_s, start_shares, totals
+from flashrl_cli.secrets import HIDDEN, looks_secret, without_secrets
+from flashrl_cli.verl.metrics import LEARNING_CURVES, MISMATCH, MISMATCH_CURVES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from flashrl_cli.render.figure import Panel
+    from flashrl_cli.runs.store import Attempt
+    from flashrl_cli.runs.summary import Summary
+
+SCHEMA_VERSION = 1
+
+Changed = Callable[[Mapping[str, Any], Mapping[str, Any]], Sequence[tuple[str, str, str]]]
+"""What the second of two plans' documents changed from the first: key, value before, value after."""
+
+
+def report_page(found: Summary, changed: Changed) -> str:
+    """The report as an HTML page that stands alone; needs matplotlib and jinja2."""
+    document = report_document(found, changed)
+    git = {f"git {name}": text_of(value) for name, value in (document["git"] or {}).items()}
+    return page(
+        "report.html",
+        title=document["name"],
+        report=document,
+        titles={name: title(name) for name in (document["mismatch"] or {"values": ()})["values"]},
+        curves=figures(_panels(found, LEARNING_CURVES), "curve"),
+        mismatch_curves=figures(_panels(found, MISMATCH_CURVES), "mismatch"),
+        start_phases=list(dict.fromkeys(spent["what"] for start in document["starts"] for spent in start["phases"])),
+        configuration=[list(rows) for _, rows in itertools.groupby(document["configuration"], key=_part)],
+        software=document["versions"] | git,
+        note=drawing_note(SMOOTHING, resumed=bool(found.metrics.resumed_after)),
+    )
+
+
+def _panels(found: Summary, metrics: Sequence[str]) -> list[Panel]:
+    steps, starts = found.metrics.history, found.metrics.resumed_after
+    drawn = {metric: curve(found.run.name, steps, metric, starts) for metric in metrics}
+    return panels({metric: [one] for metric, one in drawn.items() if one}, SMOOTHING)
+
+
+def _part(row: Mapping[str, str]) -> str:
+    return row["key"].partition(".")[0]
+
+
+def report_document(found: Summary, changed: Changed) -> dict[str, Any]:
+    """The report of a run as plain data; values that look like secrets are hidden.
+
+    `changed` lists what one plan changed from another; see `Changed`.
+    """
+    plan, record, last = found.plan, found.run.record, found.run.last
+    spec = plan.get("spec", {})
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": found.run.name,
+        "state": found.run.state or "unknown",
+        "preset": record.preset if record else plan.get("preset"),
+        "description": spec.get("description") or None,
+        "project": record.project if record else spec.get("trainer", {}).get("project"),
+        "created": record.created if record else None,
+        "checkpoints": record.checkpoints if record else plan.get("files", {}).get("checkpoints"),
+        "notes": list(found.notes),
+        "totals": asdict(totals(record, found.metrics.history)),
+        "step": [asdict(spent) for spent in found.step],
+        "starts": [_start(attempt) for attempt in found.run.attempts if len(attempt.phases) > 1],
+        "mismatch": _mismatch(found),
+        "proof": [{"attempt": number, **asdict(one)} for number, listed in found.handshakes.items() for one in listed],
+        "attempts": list(_attempts(found)),
+        "configuration": _configuration(plan),
+        "overrides": list(without_secrets(tuple(plan.get("overrides", ())))),
+        "changes": list(_changes(found, changed)),
+        "environment": {name: _shown(name, value) for name, value in plan.get("env", {}).items()},
+        "versions": dict(last.versions) if last else {},
+        "git": dict(last.git) if last and last.git else None,
+    }
+
+
+def _start(attempt: Attempt) -> dict[str, Any]:
+    phases = start_shares(attempt)
+    seconds = sum(spent.seconds for spent in phases)
+    return {"attempt": attempt.number, "seconds": seconds, "phases": [asdict(spent) for spent in phases]}
+
+
+def _mismatch(found: Summary) -> dict[str, Any] | None:
+    """Rollout against trainer: each metric's mean, extremes and last value, and the advice; None without metrics."""
+    values = {}
+    for name in MISMATCH:
+        known = [value for metrics in found.metrics.history if (value := metrics[name]) is not None]
+        if known:
+            values[name] = {
+                "mean": sum(known) / len(known),
+                "least": min(known),
+                "greatest": max(known),
+                "last": known[-1],
+            }
+    return {"values": values, "advice": found.advice.document()} if values else None
+
+
+def _attempts(found: Summary) -> Iterator[dict[str, Any]]:
+    """What the attempts' table shows, and how each was started; without a record only numbers are known."""
+    shown = ("started", "ended", "resumed_from", "last_step", "exit_code", "error", "hint", "host", "executor")
+    recorded = {attempt.number: attempt for attempt in found.run.attempts}
+    for one in found.attempts:
+        attempt = recorded.get(one.number)
+        yield {
+            "number": one.number,
+            "state": one.state or "unknown",
+            **{name: getattr(attempt, name, None) for name in shown},
+            "ran_s": ran_s(attempt) if attempt else None,
+            "set_aside": list(attempt.set_aside) if attempt else [],
+            "argv": list(without_secrets(attempt.argv)) if attempt else [],
+        }
+
+
+def _configuration(plan: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Every value of the preset with where it came from; none for plans that were recorded before they held them."""
+    origins = plan.get("origins", {})
+    return [
+        {"key": key, "value": _shown(key, text_of(value)), "origin": origins.get(key, "")}
+        for key, value in leaves(plan.get("spec", {}))
+        if key != "description"
+    ]
+
+
+def _changes(found: Summary, changed: Changed) -> Iterator[dict[str, Any]]:
+    """What each attempt's plan, versions and git state changed from the attempt before."""
+    for before, after in itertools.pairwise(sorted(found.plans)):
+        rows = [*changed(found.plans[before], found.plans[after]), *_other_changes(found.run.attempts, before, after)]
+        shown = [{"key": key, "before": _shown(key, a), "after": _shown(key, b)} for key, a, b in rows]
+        yield {"before": before, "after": after, "differences": shown}
+
+
+def _other_changes(attempts: Sequence[Attempt], before: int, after: int) -> list[tuple[str, str, str]]:
+    """Versions and git state of two attempts, where they differ."""
+    by_number = {attempt.number: attempt for attempt in attempts}
+    if not {before, after} <= by_number.keys():
+        return []
+    a, b = ({**attempt.versions, **_git(attempt)} for attempt in (by_number[before], by_number[after]))
+    return [(key, a.get(key, "–"), b.get(key, "–")) for key in {**a, **b} if a.get(key) != b.get(key)]
+
+
+def _git(attempt: Attempt) -> dict[str, str]:
+    return {f"git {key}": text_of(value) for key, value in (attempt.git or {}).items()}
+
+
+def _shown(key: str, value: str) -> str:
+    """The value of a dotted key or a variable, unless it looks like a secret."""
+    return HIDDEN if looks_secret(key.rpartition(".")[2], value) else value

@@ -1,0 +1,258 @@
+"""Runs as text: the list of runs, one run in full, its checkpoints and what a prune would delete."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from flashrl_cli.machine import software
+from flashrl_cli.render import figure
+from flashrl_cli.render.live import describe
+from flashrl_cli.render.text_plot import text_panel
+from flashrl_cli.runs.saved import writers
+from flashrl_cli.text import age, binary_size, counted, duration, size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from flashrl_cli.render.output import Output
+    from flashrl_cli.runs.delete import Prune
+    from flashrl_cli.runs.saved import CheckpointList, Saved
+    from flashrl_cli.runs.summary import AttemptRow, Row, Spent, Summary
+    from flashrl_cli.verl.metrics import StepMetrics
+
+COLUMNS = ("name", "preset", "state", "step", "reward", "acc.", "att.", "changed", "disk")
+_LEFT = ("name", "preset", "state")
+_DISPENSABLE = ("att.", "preset", "acc.", "disk")
+"""Columns that go where a terminal is too narrow, in this order."""
+_HOLES = 10
+
+
+def ago(moment: str, now: datetime | None = None) -> str:
+    """Age of a time of the record's, in its largest unit."""
+    return age(((now or datetime.now(UTC)) - datetime.fromisoformat(moment)).total_seconds())
+
+
+def listing(rows: Sequence[Row], width: int) -> list[str]:
+    """The list as lines, with as many columns as `width` has room for."""
+    columns = list(zip(COLUMNS, *_cells(rows), strict=True))
+    for name in ("", *_DISPENSABLE):
+        columns = [column for column in columns if column[0] != name]
+        lines = aligned(list(zip(*columns, strict=True)), right=[i for i, c in enumerate(columns) if c[0] not in _LEFT])
+        if max(map(len, lines)) <= width:
+            break
+    return lines
+
+
+def _cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Cells of the list, under COLUMNS."""
+    return [
+        (
+            row.name,
+            row.preset or "–",
+            row.state or "?",
+            progress(row),
+            _number(row.reward),
+            _number(row.accuracy),
+            str(row.attempts),
+            ago(row.changed),
+            size(row.run_bytes + row.checkpoint_bytes),
+        )
+        for row in rows
+    ]
+
+
+def progress(row: Row) -> str:
+    """`3/20`, as far as known."""
+    if row.step is None and row.total_steps is None:
+        return "–"
+    return f"{row.step or 0}/{row.total_steps or '?'}"
+
+
+def aligned(rows: Sequence[Sequence[str]], *, right: Iterable[int] = ()) -> list[str]:
+    """Rows as lines of columns, two spaces between; columns whose index is in `right` end together."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    ends = set(right)
+    return [
+        "  ".join(
+            c.rjust(w) if i in ends else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def show(out: Output, found: Summary) -> None:
+    """Print one run in full on stdout."""
+    for lines in (_head(found), _attempts(found.attempts)):
+        out.text("\n".join(lines) + "\n")
+    _paragraphs(out, _errors(found.attempts))
+    start = f"the start of attempt {found.attempts[-1].number if found.attempts else '?'} took"
+    for lines in (_spent(start, found.start), _spent("a step took on average", found.step)):
+        if lines:
+            out.text("\n".join(lines) + "\n")
+    _paragraphs(out, _proof(found))
+    _curve(out, found.metrics.history)
+    _paragraphs(out, ["rollout against trainer", *(f"  {line}" for line in found.advice.lines)], end="")
+
+
+def _head(found: Summary) -> list[str]:
+    row, run = found.row, found.run
+    rows = [
+        ("run", f"{row.name} ({row.preset or 'preset unknown'}), {row.state or 'state unknown'}, step {progress(row)}"),
+        ("folder", f"{run.paths.root} ({size(row.run_bytes)})"),
+        ("checkpoints", f"{run.paths.checkpoints} ({size(row.checkpoint_bytes) if row.checkpoint_bytes else 'none'})"),
+    ]
+    if row.problem:
+        rows.append(("record", row.problem))
+    if found.metrics.missing:
+        shown = ", ".join(map(str, found.metrics.missing[:_HOLES])) + (
+            " …" if len(found.metrics.missing) > _HOLES else ""
+        )
+        rows.append(("holes", f"{counted(len(found.metrics.missing), 'step')} below the last without metrics: {shown}"))
+    rows += [("set aside", aside) for aside in found.set_aside]
+    return aligned(rows)
+
+
+def _attempts(attempts: Sequence[AttemptRow]) -> list[str]:
+    if not attempts:
+        return ["no attempt"]
+    heading = ("attempt", "state", "started", "took", "step", "from", "exit")
+    rows = [
+        (
+            str(one.number),
+            one.state or "?",
+            _local(one.started),
+            duration(one.seconds),
+            _whole(one.last_step),
+            _whole(one.resumed_from),
+            _whole(one.exit_code),
+        )
+        for one in attempts
+    ]
+    return aligned([heading, *rows], right=(0, 3, 4, 5, 6))
+
+
+def _errors(attempts: Sequence[AttemptRow]) -> list[str]:
+    lines = []
+    for one in attempts:
+        if one.error:
+            lines.append(f"attempt {one.number}: {one.error}")
+        if one.error and one.hint:
+            lines.append(f"  hint: {one.hint}")
+    return lines
+
+
+def _spent(heading: str, spent: Sequence[Spent]) -> list[str]:
+    """A heading with the sum, and a line for each part; nothing without parts."""
+    if not spent:
+        return []
+    rows = [(f"  {one.what}", _exact(one.seconds), f"{one.share:.0%}") for one in spent]
+    return [f"{heading} {_exact(sum(one.seconds for one in spent))}", *aligned(rows, right=(1, 2))]
+
+
+def _exact(seconds: float) -> str:
+    """As `duration`, with a tenth of a second where that is worth knowing."""
+    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
+
+
+def _proof(found: Summary) -> list[str]:
+    return [f"proven: {describe(found.proof)}"] if found.proof else ["proven: nothing (no rollout worker reported)"]
+
+
+def _curve(out: Output, steps: Sequence[StepMetrics]) -> None:
+    points = [(step.step, reward) for step in steps if (reward := step["reward"]) is not None]
+    if len(points) < 2:
+        return
+    if not figure.installed("plotext"):
+        out.say(f"no curve: plotext is not installed; {software.install_extra('plot')}")
+        return
+    series = figure.Series(label="reward", xs=[step for step, _ in points], ys=[reward for _, reward in points])
+    out.text(text_panel(figure.panel([series], "reward")) + "\n")
+
+
+def _paragraphs(out: Output, lines: Sequence[str], end: str = "\n") -> None:
+    """Print lines wrapped to the width, each with its indent, and `end` after them."""
+    from textwrap import wrap
+
+    if not lines:
+        return
+    width = min(out.stdout.width, 120)
+    wrapped = []
+    for line in lines:
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        wrapped += wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    out.text("\n".join(wrapped) + end)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _whole(value: int | None) -> str:
+    return "–" if value is None else str(value)
+
+
+def _local(moment: str | None) -> str:
+    if moment is None:
+        return "–"
+    return datetime.fromisoformat(moment).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def show_checkpoints(output: Output, listed: CheckpointList) -> None:
+    """Print a run's checkpoints on stdout, and on stderr what may be written or deleted there."""
+    if not listed.saved and not listed.set_aside:
+        output.say(f"no checkpoints in {listed.run.checkpoints}")
+        return
+    score = {"evaluation": "accuracy (evaluation)", "validation": "accuracy (validation)", "reward": "reward"}
+    columns = ["step", "state", "size", "HF weights", score[listed.scores.by] if listed.scores else "score", "", "age"]
+    output.table(columns, [_saved_row(listed, one) for one in listed.saved])
+    if any(writers(listed.run.checkpoints)):
+        output.say("the run is running: a step that is incomplete may be being saved")
+    _show_set_aside(output, listed)
+
+
+def _show_set_aside(output: Output, listed: CheckpointList) -> None:
+    if listed.set_aside:
+        rows = [[one.path.name, binary_size(one.bytes), one.reason] for one in listed.set_aside]
+        output.table(["set aside", "size", "why"], rows)
+        output.say(f"`flashrl runs checkpoints {listed.run.name} --set-aside` deletes what was set aside")
+    if listed.leftovers:
+        size = binary_size(sum(one.bytes for one in listed.leftovers))
+        output.say(f"an interrupted prune left {size}: the next one deletes them")
+
+
+def _saved_row(listed: CheckpointList, one: Saved) -> list[object]:
+    score = listed.scores.values.get(one.step) if listed.scores else None
+    marks, written = ", ".join(_marks(listed, one)), age(time.time() - one.written)
+    return [one.step, _state(one), binary_size(one.bytes), one.has_hf, score, marks, written]
+
+
+def _state(one: Saved) -> str:
+    if one.complete:
+        return "complete"
+    more = f" and {len(one.problems) - 1} more" if len(one.problems) > 1 else ""
+    return f"incomplete: {one.problems[0]}{more}"
+
+
+def _marks(listed: CheckpointList, one: Saved) -> list[str]:
+    marks = {"newest": one.step == listed.newest, "best": one.step == listed.best, "tracked": one.tracked}
+    return [mark for mark, holds in marks.items() if holds] + (["LoRA"] if one.lora else [])
+
+
+def show_prune(output: Output, planned: Prune) -> None:
+    """Print a verdict on each step on stdout, and on stderr how many would go."""
+    rows: list[Sequence[object]] = [
+        [
+            v.saved.step,
+            "stays" if v.stays else "goes",
+            ", ".join(v.stays) or _state(v.saved),
+            binary_size(v.saved.bytes),
+        ]
+        for v in planned.verdicts
+    ]
+    hidden = [(one, "set aside") for one in planned.set_aside]
+    hidden += [(one, "left by an interrupted prune") for one in planned.leftovers]
+    rows += [[one.path.name, "goes", why, binary_size(one.bytes)] for one, why in hidden]
+    output.table(["step", "", "why", "size"], rows)
+    output.say(f"{len(planned.going)} go, which frees {binary_size(planned.freed)}")

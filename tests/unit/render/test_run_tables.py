@@ -1,0 +1,140 @@
+"""Runs as people see them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict
+from datetime import UTC, datetime
+
+import pytest
+
+from flashrl_cli.render import figure, run_tables
+from flashrl_cli.render.output import Output
+from flashrl_cli.render.run_tables import ago, aligned, listing
+from flashrl_cli.runs.store import Phase, find
+from flashrl_cli.runs.summary import Row, summarize
+from tests.unit.render.test_live import DATA
+from tests.unit.runs import on_disk
+
+ROW = Row(
+    name="tiny-int8-tis2",
+    preset="tiny",
+    state="running",
+    step=3,
+    total_steps=20,
+    reward=0.5,
+    accuracy=None,
+    attempts=2,
+    changed=on_disk.THEN,
+    run_bytes=1_000_000,
+    checkpoint_bytes=2_000_000,
+    problem=None,
+)
+
+
+@pytest.mark.parametrize(
+    ("moment", "text"),
+    [
+        ("2026-03-01T11:59:01+00:00", "59 s"),
+        ("2026-03-01T11:57:00+00:00", "3 min"),
+        ("2026-03-01T13:00:00+02:00", "60 min"),
+        ("2026-03-01T09:00:00+00:00", "3 h"),
+        ("2026-02-01T12:00:00+00:00", "28 d"),
+        ("2026-03-01T12:00:05+00:00", "0 s"),
+    ],
+)
+def test_ages(moment: str, text: str) -> None:
+    assert ago(moment, datetime(2026, 3, 1, 12, tzinfo=UTC)) == text
+
+
+def test_columns_are_aligned() -> None:
+    assert aligned([("a", "bb", "c"), ("aaa", "b", "")], right=(1,)) == ["a    bb  c", "aaa   b"]
+
+
+def test_a_list() -> None:
+    unknown = dataclasses.replace(
+        ROW, name="old", preset=None, state=None, step=None, total_steps=None, reward=None, attempts=0
+    )
+    heading, first, second = listing([ROW, unknown], 160)
+    assert heading.split() == list(run_tables.COLUMNS)
+    assert first.split()[:7] == ["tiny-int8-tis2", "tiny", "running", "3/20", "0.500", "–", "2"]
+    assert first.endswith("3 MB")
+    assert second.split()[:7] == ["old", "–", "?", "–", "–", "–", "0"]
+
+
+@pytest.mark.parametrize(
+    ("width", "gone"), [(80, set()), (70, {"att."}), (60, {"att.", "preset"}), (54, {"att.", "preset", "acc."})]
+)
+def test_a_narrow_list_has_fewer_columns(width: int, gone: set[str]) -> None:
+    lines = listing([ROW], width)
+    assert max(map(len, lines)) <= width
+    assert set(run_tables.COLUMNS) - set(lines[0].split()) == gone
+
+
+def test_what_fits_nowhere_keeps_its_name_and_state() -> None:
+    assert {"name", "state", "step"} <= set(listing([ROW], 10)[0].split())
+
+
+def shown(name: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    run_tables.show(Output(), summarize(find(name)))
+    out, err = capsys.readouterr()
+    return out, err
+
+
+@pytest.fixture
+def demo() -> None:
+    phases = (Phase(name="starting Ray", began=on_disk.THEN), Phase(name="sampling responses", began=on_disk.LATER))
+    failed = on_disk.attempt(1, status="failed", exit_code=1, error="out of memory " * 20, hint="use less", last_step=2)
+    done = on_disk.attempt(
+        2, resumed_from=2, phases=phases, proof=(asdict(on_disk.handshake()),), set_aside=("global_step_3: torn",)
+    )
+    run = on_disk.make("demo", failed, done, checkpoints=5000)
+    on_disk.log(run, 1, {1: DATA, 2: DATA})
+    on_disk.log(run, 2, {4: DATA})
+
+
+@pytest.mark.usefixtures("demo")
+def test_a_run_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    out, err = shown("demo", capsys)
+    assert "demo (demo), done, step 4/?" in out
+    assert "(5 kB)" in out
+    assert "holes        1 step below the last without metrics: 3" in out
+    assert "set aside    global_step_3: torn" in out
+    table = [line.split() for line in out.splitlines()]
+    assert ["1", "failed", "2026-03-01", "1", "h", "30", "min", "2", "–", "1"] in [
+        r[:3] + r[4:] for r in table if len(r) > 8
+    ]
+    assert "attempt 1: out of memory" in out
+    assert "hint: use less" in out
+    assert "starting Ray  1 h 30 min" in out
+    assert "generate  3.2 s  32%" in out
+    assert "proven: int8 in 1 rollout worker: 14 of 15 linear layers" in out
+    assert "●" in out
+    assert "rollout against trainer" in out
+    assert max(map(len, out.splitlines())) <= 160
+    assert err == ""
+
+
+@pytest.mark.usefixtures("demo")
+def test_without_plotext_it_is_said_and_the_rest_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figure, "installed", lambda _: False)
+    out, err = shown("demo", capsys)
+    assert "plotext is not installed" in err
+    assert "●" not in out
+    assert "rollout against trainer" in out
+
+
+def test_a_run_of_which_nothing_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    on_disk.a_run("empty")
+    out, _ = shown("empty", capsys)
+    assert "preset unknown" in out
+    assert "state unknown" in out
+    assert "no attempt" in out
+    assert "(none)" in out
+
+
+def test_a_damaged_record_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    on_disk.make("broken", on_disk.attempt()).record.write_text("{")
+    assert "is no run record" in shown("broken", capsys)[0]
