@@ -37,7 +37,9 @@ VLLM = ((0, 24), (0, 28))
 """First and last version of vLLM whose insides the plugins were read against: those of the two pinned stacks."""
 VLLM_NAMES = f"vLLM {VLLM[0][0]}.{VLLM[0][1]} to {VLLM[1][0]}.{VLLM[1][1]}"
 CACHE_FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
-"""Values of `model_type` whose queries, keys and values are known to stay within the bound of an FP8 KV cache (plugins/kv_scales.py)."""
+"""Values of `model_type` whose queries, keys and values are known to stay within the bound of an FP8 KV cache
+(plugins/kv_scales.py).
+"""
 WORKER_EXTENSION = "flashrl_cli.plugins.verl_refit.RefitWorkerExtension"
 """Class that verl's vLLM workers take their weight update from."""
 CHECKED_EXTENSION = "flashrl_cli.plugins.verl_refit.CheckedWorkerExtension"
@@ -56,8 +58,8 @@ SCHEMA_VERSION = 1
 class RolloutOptions:
     """What a rollout engine does beside its precision.
 
-    `profile` is the absolute path of a smoothing profile; `bf16_replicas` is how many replicas, the first ones, stay in bf16;
-    `bf16_transfer` has the trainer send its weights in bf16.
+    `profile` is the absolute path of a smoothing profile; `bf16_replicas` is how many replicas, the first ones, stay in
+    bf16; `bf16_transfer` has the trainer send its weights in bf16.
     """
 
     profile: str | None = None
@@ -86,9 +88,9 @@ class Handshake:
     """What one rollout worker really runs, written after its first refit and renewed at each later one.
 
     `quantized_layers` counts linear layers whose weights are held in `precision`; `quantized_bytes` is the size of
-    those weights; `kernel` names vLLM's kernel class; `refit_s` is the last weight update's seconds. `kv_cache` is the cache's
-    dtype as vLLM names it, `lm_head` the dtype in which logits are computed, `smoothed` counts tensors that a profile changed, and
-    `received` names the dtypes that the weights came in.
+    those weights; `kernel` names vLLM's kernel class; `refit_s` is the last weight update's seconds. `kv_cache` is the
+    cache's dtype as vLLM names it, `lm_head` the dtype in which logits are computed, `smoothed` counts tensors that a
+    profile changed, and `received` names the dtypes that the weights came in.
     """
 
     host: str
@@ -175,9 +177,12 @@ def _handshake(data: dict[str, Any]) -> Handshake | None:
 
 
 THREADS = {"GOMP_SPINCOUNT": "1000"}
-"""Waiting OpenMP threads spin shortly, then sleep. Several processes share the cores here, and a thread that spins keeps the one it
-waits for from running: on two cores with one busy process beside it, training the tiny policy took 14 times as long with
-libgomp's own count, and not longer than its share with this one. To be set before torch is imported."""
+"""Waiting OpenMP threads spin shortly, then sleep.
+
+Several processes share the cores here, and a thread that spins keeps the one it waits for from running: on two cores
+with one busy process beside it, training the tiny policy took 14 times as long with libgomp's own count, and not longer
+than its share with this one. To be set before torch is imported.
+"""
 KV_CACHE_GIB = 1
 """vLLM's KV cache on a CPU, in GiB: its default is far more than small models need."""
 ENGINE = {**THREADS, "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB)}

@@ -1,7 +1,8 @@
 """The precisions of rollouts, a row each: everything that depends on which one a run takes is read from here.
 
-A new precision is a row, its name in `PrecisionName` (and in `RefittedName` if flashrl's weight update brings its weights), and
-its linear method in plugins/linear.py. Standard library only: the plugins import it in every worker, the command line for `--help`.
+A new precision is a row, its name in `PrecisionName` (and in `RefittedName` if flashrl's weight update brings its
+weights), and its linear method in plugins/linear.py. Standard library only: the plugins import it in every worker, the
+command line for `--help`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ PrecisionName = Literal["bf16", "fp8", "fp8-block", "int8"]
 RefittedName = Literal["bf16", "int8", "fp8"]
 """Those of engines that take their weights from disk: `eval` and the reload test of `doctor`."""
 Option = Literal["kv8", "head32", "smooth", "mix"]
-"""What a run may have beside its precision: an FP8 KV cache, float32 logits, a smoothing profile, some replicas in bf16."""
+"""What a run may have beside its precision: an FP8 KV cache, float32 logits, a smoothing profile, some replicas in
+bf16.
+"""
 WITH_ALL: frozenset[Option] = frozenset({"kv8", "head32", "smooth", "mix"})
 
 
@@ -35,7 +38,9 @@ class Precision:
     number_format: str
     """Format of the weights, as messages name it."""
     method: str | None = None
-    """vLLM's `quantization`: the method that plugins/linear.py registers, whose weights come by flashrl's own weight update."""
+    """vLLM's `quantization`: the method that plugins/linear.py registers, whose weights come by flashrl's own weight
+    update.
+    """
     verl: str | None = None
     """verl's own name for it, where verl's code quantizes the weights and brings them."""
     vllm_config: Mapping[str, Any] = field(default_factory=dict)
@@ -43,11 +48,15 @@ class Precision:
     weight_bytes: float
     """Bytes a weight of a quantized layer; scales come on top, a float32 each."""
     block: int | None = None
-    """Rows and columns of a square of weights that share a scale; None for one scale a row (output channel), or no scales."""
+    """Rows and columns of a square of weights that share a scale; None for one scale a row (output channel), or no
+    scales.
+    """
     experts: bool
     """Whether the experts of a mixture are quantized, too; otherwise they stay in bf16."""
     mlp_bytes: int
-    """Bytes a token for each unit of an MLP's width, of gate and up projection and their product; 2 B each, and its 8-bit copy."""
+    """Bytes a token for each unit of an MLP's width, of gate and up projection and their product; 2 B each, and its
+    8-bit copy.
+    """
     asleep_bytes: int
     """Bytes that a sleeping engine keeps beside context and CUDA graphs, the largest that was measured."""
     gpus: Capabilities
@@ -86,7 +95,8 @@ INT8 = Precision(
     experts=False,
     mlp_bytes=7,
     asleep_bytes=1000 << 20,  # 0.4 to 1.0 GiB
-    # INT8 tensor cores begin with Turing; vLLM's CUTLASS kernels end with Hopper (docs/features/quantization/int8.md of vLLM)
+    # INT8 tensor cores begin with Turing; vLLM's CUTLASS kernels end with Hopper (docs/features/quantization/int8.md of
+    # vLLM)
     gpus=Capabilities((7, 5), below=(10, 0)),
     cpu=True,  # oneDNN
     instead="fp8",
@@ -130,7 +140,9 @@ FP8_BLOCK = Precision(
 PRECISIONS: dict[str, Precision] = {row.name: row for row in (BF16, INT8, FP8, FP8_BLOCK)}
 """All of them, in the order in which they are listed."""
 KV8_GPUS = Capabilities((9, 0), below=(10, 0))
-"""GPUs for an FP8 KV cache: elsewhere vLLM takes FlashInfer (platforms/cuda.py:142 in 0.24), which does not read new scales."""
+"""GPUs for an FP8 KV cache: elsewhere vLLM takes FlashInfer (platforms/cuda.py:142 in 0.24), which does not read new
+scales.
+"""
 
 METAVAR = "|".join(PRECISIONS)
 REFITTED = tuple(name for name, row in PRECISIONS.items() if row.verl is None)

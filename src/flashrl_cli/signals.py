@@ -1,9 +1,9 @@
 """Signals that end a command in order instead of killing it where it is.
 
-They follow the usual rule of Unix: INT and HUP, which a terminal sends to all that it started, stay ignored if they were
-when flashrl was started. `nohup` ignores HUP and a shell INT (for `command &` in a script), so that a command outlives its
-terminal; Python, and with it every flashrl command without handlers of its own, does the same. TERM is sent to this very
-process, and always ends it.
+They follow the usual rule of Unix: INT and HUP, which a terminal sends to all that it started, stay ignored if they
+were when flashrl was started. `nohup` ignores HUP and a shell INT (for `command &` in a script), so that a command
+outlives its terminal; Python, and with it every flashrl command without handlers of its own, does the same. TERM is
+sent to this very process, and always ends it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Every key, option, command and variable that a message, a hint or a page names is one that there is.
 
-Keys are looked up in verl's composed tree and in the fields of a preset, and must be neither dead nor flashrl's own; options and
-commands in the command line; variables in the code that reads them. Hints that a rule makes of what it finds are tested with the rules
-(tests/contract/test_demands.py, tests/unit/verl/test_keys.py): there the hint is applied, and must help.
+Keys are looked up in verl's composed tree and in the fields of a preset, and must be neither dead nor flashrl's own;
+options and commands in the command line; variables in the code that reads them. Hints that a rule makes of what it
+finds are tested with the rules (tests/contract/test_demands.py, tests/unit/verl/test_keys.py): there the hint is
+applied, and must help.
 """
 
 from __future__ import annotations

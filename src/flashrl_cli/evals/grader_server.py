@@ -1,7 +1,7 @@
 """The process that graders are forked from imports this module, and nothing else does: importing it prepares the process.
 
-verl's import takes 7 s of a CPU. It is done once, here; a grader that was killed comes back in milliseconds. A module of
-its own, because `multiprocessing` gives the process that forks nothing but names of modules to import.
+verl's import takes 7 s of a CPU. It is done once, here; a grader that was killed comes back in milliseconds. A module
+of its own, because `multiprocessing` gives the process that forks nothing but names of modules to import.
 """
 
 from __future__ import annotations

@@ -140,8 +140,8 @@ def stack_for(platform: str, versions: Mapping[str, str]) -> Iterator[Finding]:
 def flash_attention(versions: Mapping[str, str], instead: str) -> Finding:
     """Whether flash-attn is installed on a machine with GPUs; `instead` are the options of a run that does without.
 
-    verl 0.9.1 asks for flash_attention_2 unless configured otherwise (verl/workers/config/model.py:185) and falls back to
-    nothing. Transformers takes a kernel from the hub if the package `kernels` is installed
+    verl 0.9.1 asks for flash_attention_2 unless configured otherwise (verl/workers/config/model.py:185) and falls back
+    to nothing. Transformers takes a kernel from the hub if the package `kernels` is installed
     (transformers/modeling_utils.py:1936).
     """
     if "flash-attn" in versions:

@@ -1,8 +1,9 @@
 """Will a run fit: the peak memory of each phase of a training step on one GPU, a verdict, and the one key that would help most.
 
-Trainer and engine share the GPUs of verl's hybrid engine: the engine sleeps while the trainer works, and what the trainer does not
-offload stays while the engine samples (verl/workers/engine_workers.py:728, update_weights; verl/workers/engine/base.py:314). Pure:
-everything comes from the composed configuration, the model's shape and the GPU's size. Formulas and their sources: docs/memory-model.md.
+Trainer and engine share the GPUs of verl's hybrid engine: the engine sleeps while the trainer works, and what the
+trainer does not offload stays while the engine samples (verl/workers/engine_workers.py:728, update_weights;
+verl/workers/engine/base.py:314). Pure: everything comes from the composed configuration, the model's shape and the
+GPU's size. Formulas and their sources: docs/memory-model.md.
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ if TYPE_CHECKING:
 H100_BYTES = 81_559 << 20
 """Size to assume where no GPU can be asked: an H100 of 80 GB, as nvidia-smi gives it."""
 TRAINER_CONTEXT = 1480 << 20
-"""Bytes of a trainer process outside torch: 1,473 MiB measured under FSDP1 on two GPUs, of which 523 are the CUDA context."""
+"""Bytes of a trainer process outside torch: 1,473 MiB measured under FSDP1 on two GPUs, of which 523 are the CUDA
+context.
+"""
 ENGINE_CONTEXT = 512 << 20
-"""Bytes of an engine's CUDA context, which vLLM does not count against its budget; taken to be as large as the trainer's."""
+"""Bytes of an engine's CUDA context, which vLLM does not count against its budget; taken to be as large as the
+trainer's.
+"""
 Verdict = Literal["fits", "tight", "over"]
 RANK: dict[Verdict, int] = {"fits": 0, "tight": 1, "over": 2}
 
@@ -210,7 +215,8 @@ def _log_probs(run: Run) -> tuple[Item, ...]:
     idle = resident(run.critic, "critic") if run.critic else ()
     found = [(*loaded, *idle, *own)]
     if settings.reference:
-        # the reference is kept on the CPU and gathered layer by layer (verl/workers/engine/fsdp/transformer_impl.py:429)
+        # the reference is kept on the CPU and gathered layer by layer
+        # (verl/workers/engine/fsdp/transformer_impl.py:429)
         other = parts.inference(run.shape, actor, settings, settings.reference, logits=True, entropy=False)
         found.append((*resident(actor, "actor"), *idle, *other))
     if run.critic:
@@ -236,7 +242,8 @@ def _actor_update(run: Run) -> tuple[Item, ...]:
 def _weight_update(run: Run) -> tuple[Item, ...]:
     """Weights go one full tensor at a time through a bucket that the engine copies from (verl bucketed_weight_transfer.py).
 
-    FSDP1 exports a second copy of its shards; FSDP2 stages tensors from wherever they are (transformer_impl.py:977, get_per_tensor_param).
+    FSDP1 exports a second copy of its shards; FSDP2 stages tensors from wherever they are (transformer_impl.py:977,
+    get_per_tensor_param).
     """
     actor = run.actor
     size = actor.engine.model_bytes

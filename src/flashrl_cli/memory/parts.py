@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 MARGIN = 0.1
 """Share by which an item may be larger than estimated."""
 FRAGMENTS = 0.3
-"""The same for what a pass allocates and frees: the caching allocator held 30 to 33 % more than that, see docs/memory-model.md."""
+"""The same for what a pass allocates and frees: the caching allocator held 30 to 33 % more than that, see
+docs/memory-model.md.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,8 @@ def adapter_parameters(shape: ModelShape, rank: int, targets: tuple[str, ...] | 
 def resident(model: Model, role: str, *, training: bool = False, loaded: bool = False) -> tuple[Item, ...]:
     """States of a model that are on the GPU: all while it trains, parameters when it is `loaded` to work, else what is not offloaded.
 
-    verl loads parameters and optimizer at the start of a phase and puts them back at its end (verl/workers/engine/base.py:314).
+    verl loads parameters and optimizer at the start of a phase and puts them back at its end
+    (verl/workers/engine/base.py:314).
     """
     engine = model.engine
     if engine.offload_policy:
@@ -157,8 +160,8 @@ def resident(model: Model, role: str, *, training: bool = False, loaded: bool = 
 def gathered(model: Model) -> int:
     """Bytes of the unsharded copies while the model works.
 
-    FSDP1 keeps the unit of embeddings and head from the forward to the end of the backward; FSDP2 as verl wraps it gathers each when
-    it is needed (verl/utils/fsdp_utils.py:549). Without resharding the whole model stays.
+    FSDP1 keeps the unit of embeddings and head from the forward to the end of the backward; FSDP2 as verl wraps it
+    gathers each when it is needed (verl/utils/fsdp_utils.py:549). Without resharding the whole model stays.
     """
     engine = model.engine
     if not engine.reshard:
@@ -216,8 +219,9 @@ def tokens(batch: Batch, settings: TrainerSettings, engine: EngineSettings, prom
 def _padded(budget: int, sequences: int, settings: TrainerSettings) -> Load:
     """Load of a budget without remove-padding, which can exceed it: a micro-batch of short sequences and one long one grows most.
 
-    Sequences are packed by their real tokens into as few micro-batches as the budget allows, balanced (verl/utils/seqlen_balancing.py:400),
-    and each is padded to its longest (verl/workers/engine/fsdp/transformer_impl.py:1281), taken to be the longest of all.
+    Sequences are packed by their real tokens into as few micro-batches as the budget allows, balanced
+    (verl/utils/seqlen_balancing.py:400), and each is padded to its longest
+    (verl/workers/engine/fsdp/transformer_impl.py:1281), taken to be the longest of all.
     """
     real = sequences * settings.length * settings.mean_share
     batches = min(sequences, math.ceil(real / budget))
@@ -268,8 +272,8 @@ def inference(
 def layer_activations(shape: ModelShape, bytes_each: int) -> int:
     """Bytes a token that autograd saves in one layer.
 
-    Two norms save a float32 copy of their input and of its product, their output in the working precision twice; attention saves
-    queries, keys, values and output; the gated MLP saves four tensors of its width.
+    Two norms save a float32 copy of their input and of its product, their output in the working precision twice;
+    attention saves queries, keys, values and output; the gated MLP saves four tensors of its width.
     """
     norms = shape.norms_per_layer * shape.hidden * (4 + 2 * bytes_each)
     attention = bytes_each * (2 * shape.query_size + 2 * shape.kv_size)
@@ -336,8 +340,9 @@ def infer_logits(shape: ModelShape, engine: EngineSettings, load: Load, temperat
 def entropy_bytes(engine: EngineSettings) -> tuple[int, int]:
     """Bytes a logit for the entropy beside the logits: at its peak, and what stays for a backward pass.
 
-    Under autocast softmax and logsumexp work in float32 (ATen/autocast_mode.h): probabilities, a cast of the logits and their
-    exponentials, 4 B each (verl/utils/torch_functional.py, entropy_from_logits). Compiled, it is taken to be fused.
+    Under autocast softmax and logsumexp work in float32 (ATen/autocast_mode.h): probabilities, a cast of the logits and
+    their exponentials, 4 B each (verl/utils/torch_functional.py, entropy_from_logits). Compiled, it is taken to be
+    fused.
     """
     if engine.compiled and engine.remove_padding:
         return 0, engine.compute_bytes

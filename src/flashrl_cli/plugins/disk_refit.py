@@ -37,8 +37,8 @@ class DiskRefitExtension:
     def load_from_disk(self, source: dict[str, Any]) -> dict[str, Any]:
         """Refit the engine with the weights that `source` (a Weights as plain data) names; what it holds then (a Handshake).
 
-        Weights that cannot be read, or that leave a parameter of the engine as it was, give `unreadable` (the reason) and `spoilt`:
-        whether the engine is of no use after that.
+        Weights that cannot be read, or that leave a parameter of the engine as it was, give `unreadable` (the reason)
+        and `spoilt`: whether the engine is of no use after that.
         """
         tensors = Weights.of(source).tensors()
         begun = False

@@ -1,12 +1,13 @@
 """Scales of a KV cache in FP8, made of the weights at every refit.
 
 vLLM takes 1 for each scale that a checkpoint does not bring (`set_default_quant_scales` in
-vllm/model_executor/layers/attention/attention.py), and what is larger than e4m3's 448 saturates without a word; its own calibration is
-deprecated and happens once, on an engine's first, dummy weights. Here a bound takes their place. Attention reads the output of an RMSNorm,
-g * u with |u| <= sqrt(H), so that row w of a projection with bias b gives at most sqrt(H) |g * w| + |b| (Cauchy-Schwarz); rotary
-embeddings mix two rows, at most sqrt(2) times that, and YaRN multiplies both by more than 1; heads that are normed themselves (Qwen3) reach
-sqrt(d) max|g|. e4m3 is a floating format: within its range the relative error does not depend on the scale, which need not be tight but
-safe, and a power of two is exact. Families whose norms compute something else (Gemma's 1 + g, LayerNorm's bias) are refused.
+vllm/model_executor/layers/attention/attention.py), and what is larger than e4m3's 448 saturates without a word; its own
+calibration is deprecated and happens once, on an engine's first, dummy weights. Here a bound takes their place.
+Attention reads the output of an RMSNorm, g * u with |u| <= sqrt(H), so that row w of a projection with bias b gives at
+most sqrt(H) |g * w| + |b| (Cauchy-Schwarz); rotary embeddings mix two rows, at most sqrt(2) times that, and YaRN
+multiplies both by more than 1; heads that are normed themselves (Qwen3) reach sqrt(d) max|g|. e4m3 is a floating
+format: within its range the relative error does not depend on the scale, which need not be tight but safe, and a power
+of two is exact. Families whose norms compute something else (Gemma's 1 + g, LayerNorm's bias) are refused.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ class _Seen:
         self.weights.clear()
 
     def bound(self, part: str, amplitude: float) -> torch.Tensor:
-        """Largest value that queries, keys or values can have, a float32 scalar. Raises KeyError for what did not arrive."""
+        """Largest value that queries, keys or values can have, a float32 scalar.
+
+        Raises KeyError for what did not arrive.
+        """
         rotated = 1.0 if part == "v" else math.sqrt(2) * amplitude
         if part in self.norms:
             gain = self.norms[part].float()
@@ -107,7 +111,10 @@ class KvScales:
         seen.settle()
 
     def set(self) -> None:
-        """Set the scales, to be called when all weights are loaded. Raises RuntimeError if a layer's did not arrive under known names."""
+        """Set the scales, to be called when all weights are loaded.
+
+        Raises RuntimeError if a layer's did not arrive under known names.
+        """
         try:
             bounds = [[self._seen[index].bound(part, self._amplitude) for part in "qkv"] for index in self._layers]
         except KeyError as missing:
@@ -132,7 +139,8 @@ def keep_over_sleep() -> None:
     """Have scales outlive the waking of the KV cache, which follows the refit in verl's order (idempotent).
 
     vLLM sets all of them to 1 then, and says that restoring calibrated ones is left to do (`init_fp8_kv_scales`,
-    vllm/v1/worker/gpu_model_runner.py:939 in 0.24, :1031 in 0.28); it does so in the buffers only, not in the numbers beside them.
+    vllm/v1/worker/gpu_model_runner.py:939 in 0.24, :1031 in 0.28); it does so in the buffers only, not in the numbers
+    beside them.
     """
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -163,7 +171,8 @@ def _set(layer: Any, part: str, value: float) -> None:
 def of(model: torch.nn.Module, family: str) -> KvScales | None:
     """The watcher of a model whose cache has one scale a layer; None for caches in 16 bits or with scales of their own.
 
-    Raises RuntimeError for a `family` (model_type) whose bound is not known, and for attention that would not read new scales.
+    Raises RuntimeError for a `family` (model_type) whose bound is not known, and for attention that would not read new
+    scales.
     """
     layers = {
         int(found[1]): layer

@@ -1,9 +1,9 @@
 """Linear layers that a rollout engine holds in 8 bits, made of the floating weights as these are loaded; and logits in float32.
 
-Weights are symmetric with one scale per output channel, activations symmetric with one scale per token, computed by the kernel: the
-vector-wise quantization of LLM.int8() (Dettmers et al., 2022, arXiv 2208.07339, section 2) without its outlier path. Shaped after vLLM's
-online FP8 methods (vllm/model_executor/layers/quantization/online/fp8.py), so that loading and reloading work layer by layer; the GEMM is
-vLLM's own.
+Weights are symmetric with one scale per output channel, activations symmetric with one scale per token, computed by the
+kernel: the vector-wise quantization of LLM.int8() (Dettmers et al., 2022, arXiv 2208.07339, section 2) without its
+outlier path. Shaped after vLLM's online FP8 methods (vllm/model_executor/layers/quantization/online/fp8.py), so that
+loading and reloading work layer by layer; the GEMM is vLLM's own.
 
 - INT8: scale = max|w| / 127. vLLM has the method for experts but not for dense layers. CUTLASS on CUDA, oneDNN or AMX on a CPU.
 - FP8: float8_e4m3, scale = max|w| / 448, the scheme of vLLM's own online method `fp8_per_channel` (Fp8PtpcOnlineLinearMethod,
@@ -11,14 +11,14 @@ vLLM's own.
   one pass over each rank's rows, so that a refit can write them as they arrive.
 
 `rollout.mix` keeps some of a run's replicas in bf16. verl gives all replicas the same engine arguments
-(verl/workers/rollout/vllm_rollout/vllm_async_server.py:1310); what differs is a variable that each server actor sets before it starts its
-engine, for the sockets that weights come through, and that all processes of the engine inherit.
+(verl/workers/rollout/vllm_rollout/vllm_async_server.py:1310); what differs is a variable that each server actor sets
+before it starts its engine, for the sockets that weights come through, and that all processes of the engine inherit.
 
 `rollout.lm_head_fp32` asks for logits in float32. vLLM computes them in the model's dtype and converts them afterwards
-(vllm/v1/sample/sampler.py:97), so that bf16 leaves 8 bits of each logit. vLLM's own `head_dtype` does this for generation from 0.28 on; in
-0.24 it is for pooling models only (vllm/config/model.py:1671). The logits processor is replaced through vLLM's hook for layers from
-outside (vllm/model_executor/custom_op.py, `register_oot`), so that the head and its weights stay what they are: tied or not, packed or
-not, refitted in place or layer by layer.
+(vllm/v1/sample/sampler.py:97), so that bf16 leaves 8 bits of each logit. vLLM's own `head_dtype` does this for
+generation from 0.28 on; in 0.24 it is for pooling models only (vllm/config/model.py:1671). The logits processor is
+replaced through vLLM's hook for layers from outside (vllm/model_executor/custom_op.py, `register_oot`), so that the
+head and its weights stay what they are: tied or not, packed or not, refitted in place or layer by layer.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class OnlineLinearMethod(LinearMethodBase):
     precision: ClassVar[str]
     dtype: ClassVar[torch.dtype]
     row_kernels: ClassVar[frozenset[str]] = frozenset()
-    """Kernels that keep weight and scales as `quantize` writes them, transposed at most: those can be written in place."""
+    """Kernels that keep weight and scales as `quantize` writes them, transposed at most: those can be written in place.
+    """
 
     def __init__(self) -> None:
         contract.require_vllm(vllm.__version__)
@@ -130,8 +131,9 @@ class OnlineLinearMethod(LinearMethodBase):
 class Rows:
     """Output channels of an 8-bit weight [N, K], dressed as the parameter that vLLM's loaders copy shards into.
 
-    A loader narrows the weight to the rows of its shard and copies (vllm/model_executor/layers/linear.py, `weight_loader` of each
-    layer); here that copy quantizes. A scale belongs to one row, so that the shards of a fused layer may come one by one.
+    A loader narrows the weight to the rows of its shard and copies (vllm/model_executor/layers/linear.py,
+    `weight_loader` of each layer); here that copy quantizes. A scale belongs to one row, so that the shards of a fused
+    layer may come one by one.
     """
 
     output_dim = 0
@@ -370,8 +372,9 @@ def float32_logits(
 ) -> torch.Tensor:
     """Hidden states [..., H] times the head's weight [V, H]: float32 logits [..., V].
 
-    A product of two bf16 numbers is exact in float32, so that the GPU's kernel for bf16 computes in float32 already and only its output
-    was rounded: it reads the bf16 weights, where a float32 copy of them takes 2 GiB at 7B. Elsewhere both are converted at each step.
+    A product of two bf16 numbers is exact in float32, so that the GPU's kernel for bf16 computes in float32 already and
+    only its output was rounded: it reads the bf16 weights, where a float32 copy of them takes 2 GiB at 7B. Elsewhere
+    both are converted at each step.
     """
     if not isinstance(head.quant_method, UnquantizedEmbeddingMethod):
         raise TypeError(f"logits in float32 need floating weights, and the lm_head has {type(head.quant_method)}")

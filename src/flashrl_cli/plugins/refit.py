@@ -1,7 +1,8 @@
 """New weights for a running vLLM engine, in any precision, and the proof of what the engine then holds.
 
-Each tensor of an update passes through a smoothing profile (if the run has one) and what watches it for the KV cache's scales and for
-completeness, and is then loaded in one of two ways. Either way buckets may split a layer, and CUDA graphs stay valid.
+Each tensor of an update passes through a smoothing profile (if the run has one) and what watches it for the KV cache's
+scales and for completeness, and is then loaded in one of two ways. Either way buckets may split a layer, and CUDA
+graphs stay valid.
 
 - In place: straight into the weights that the engine computes with. On CUDA most dense models need no more: floating weights are used as
   they are loaded, and 8-bit ones have a scale per row, so each shard can be quantized into its rows as it arrives.
@@ -53,11 +54,13 @@ def refit(
     reused: bool = False,
     watched: bool | None = None,
 ) -> float:
-    """Reload `model` in place; `stream(load)` must call `load(bucket)` for each bucket of (name, tensor). Returns seconds.
+    """Reload `model` in place; `stream(load)` must call `load(bucket)` for each bucket of (name, tensor).
 
-    The profile of this process's RolloutOptions is applied to each tensor before it is quantized.
-    `reused` says that a bucket's memory holds other weights after `load` has returned (and its device is synchronized).
-    `watched` is as Coverage takes it. Raises Incomplete if a parameter was not written: the engine holds no policy then.
+    Returns seconds.
+
+    The profile of this process's RolloutOptions is applied to each tensor before it is quantized. `reused` says that a
+    bucket's memory holds other weights after `load` has returned (and its device is synchronized). `watched` is as
+    Coverage takes it. Raises Incomplete if a parameter was not written: the engine holds no policy then.
     """
     import vllm
 
@@ -93,8 +96,8 @@ def refit(
 class Smoothing:
     """One weight update under a smoothing profile, or under none.
 
-    Tensors come in memory that verl uses again or that other processes share: what is smoothed is new, one tensor at a time, and the
-    rest passes as it is. The scales are moved to the device once and stay there.
+    Tensors come in memory that verl uses again or that other processes share: what is smoothed is new, one tensor at a
+    time, and the rest passes as it is. The scales are moved to the device once and stay there.
     """
 
     def __init__(self, profile: Profile | None, device: torch.device) -> None:
@@ -114,7 +117,10 @@ class Smoothing:
             yield name, profile.apply(name, tensor.to(self._device))
 
     def finish(self) -> int:
-        """How many tensors were smoothed. Raises Unreadable if the profile names more: the engine then holds no policy at all."""
+        """How many tensors were smoothed.
+
+        Raises Unreadable if the profile names more: the engine then holds no policy at all.
+        """
         lacking = sorted(self._profile.names - self._changed) if self._profile else []
         if lacking:
             what = f"the weight update lacked {len(lacking)} tensors that the profile smooths, {lacking[0]} among them"
@@ -227,8 +233,9 @@ def layerwise(
 def repack_tied_head(model: torch.nn.Module, model_config: Any) -> None:
     """Give a tied lm_head the new embedding where the kernel keeps a packed copy of its own (vLLM's CPU build).
 
-    The layerwise reload sees no weights loaded for a tied head and leaves the copy made from the engine's first, dummy weights:
-    the engine then samples uniformly while every metric looks fine (vllm/model_executor/layers/vocab_parallel_embedding.py:61).
+    The layerwise reload sees no weights loaded for a tied head and leaves the copy made from the engine's first, dummy
+    weights: the engine then samples uniformly while every metric looks fine
+    (vllm/model_executor/layers/vocab_parallel_embedding.py:61).
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 

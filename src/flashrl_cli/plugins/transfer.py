@@ -36,12 +36,14 @@ class InBf16(Mapping[str, Any]):
 
 
 def send_bf16() -> None:
-    """Halve what a weight update gathers among GPUs and sends to the engine (idempotent). Raises RuntimeError for another verl than 0.9.1.
+    """Halve what a weight update gathers among GPUs and sends to the engine (idempotent).
+
+    Raises RuntimeError for another verl than 0.9.1.
 
     verl gathers and sends the trainer's float32 as it is, because some weights of mixtures of experts must keep it
-    (verl/workers/rollout/vllm_rollout/bucketed_weight_transfer.py:127); a dense model's engine casts every weight to bf16, and so does
-    flashrl before it quantizes (plugins/linear.py). The state dict passes through `convert_weight_keys` just before it is
-    gathered (verl/workers/engine/fsdp/transformer_impl.py:1018).
+    (verl/workers/rollout/vllm_rollout/bucketed_weight_transfer.py:127); a dense model's engine casts every weight to
+    bf16, and so does flashrl before it quantizes (plugins/linear.py). The state dict passes through
+    `convert_weight_keys` just before it is gathered (verl/workers/engine/fsdp/transformer_impl.py:1018).
     """
     if importlib.metadata.version("verl") != VERL_VERSION:
         raise RuntimeError(f"flashrl sends weights in bf16 with verl {VERL_VERSION} only")

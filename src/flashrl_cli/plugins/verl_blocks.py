@@ -1,7 +1,8 @@
 """FP8 in blocks under measurement: its weights are quantized and loaded by verl's own code, as in a run with such rollouts.
 
-verl's worker extension patches vLLM when it is made, before the engine builds its layers (verl/workers/rollout/vllm_rollout/utils.py:178
-in 0.9.1), and `update_weights_from_ipc` (:248) takes the steps that `_renew` takes here, with buckets that a trainer sends.
+verl's worker extension patches vLLM when it is made, before the engine builds its layers
+(verl/workers/rollout/vllm_rollout/utils.py:178 in 0.9.1), and `update_weights_from_ipc` (:248) takes the steps that
+`_renew` takes here, with buckets that a trainer sends.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Entry point `verl.plugins`: verl imports this module in every process of a run (it loads plugins, it does not call them).
 
-Outside a run of flashrl's it does nothing; on a GPU it only has weights sent in bf16, where that loses nothing. verl hides an exception
-raised here behind a debug line, so the launcher proves in the handshake files what really runs.
+Outside a run of flashrl's it does nothing; on a GPU it only has weights sent in bf16, where that loses nothing. verl
+hides an exception raised here behind a debug line, so the launcher proves in the handshake files what really runs.
 """
 
 from __future__ import annotations

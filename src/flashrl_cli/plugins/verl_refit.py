@@ -1,7 +1,7 @@
 """The weight update of verl's rollout workers, through the layerwise reload and with a handshake file.
 
-verl takes the class by a plain override (`rollout.engine_kwargs.vllm.worker_extension_cls`). Its own update loads into the live
-parameters, which quantized layers and vLLM's CPU build do not have any more.
+verl takes the class by a plain override (`rollout.engine_kwargs.vllm.worker_extension_cls`). Its own update loads into
+the live parameters, which quantized layers and vLLM's CPU build do not have any more.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Why a run failed: what lines in the logs of verl, Ray, vLLM and torch mean, and what to do about it.
 
-The texts are those of verl 0.9.1, Ray 2.60, vLLM 0.24 to 0.28 and torch 2.11 to 2.13. A healthy log shows words such as `Failed to`,
-`No such file or directory` and `ModuleNotFoundError` too, so a pattern names the complete phrase of the failure.
+The texts are those of verl 0.9.1, Ray 2.60, vLLM 0.24 to 0.28 and torch 2.11 to 2.13. A healthy log shows words such as
+`Failed to`, `No such file or directory` and `ModuleNotFoundError` too, so a pattern names the complete phrase of the
+failure.
 """
 
 from __future__ import annotations

@@ -53,7 +53,10 @@ class Tree:
 
 
 def tree(overrides: Sequence[str]) -> Tree:
-    """Configuration of verl with `overrides` applied strictly. Raises HydraException; EnvironmentNotReady without verl."""
+    """Configuration of verl with `overrides` applied strictly.
+
+    Raises HydraException; EnvironmentNotReady without verl.
+    """
     import hydra
 
     with hydra.initialize_config_dir(str(config_folder()), version_base=None):

@@ -1,6 +1,7 @@
 """verl's composed configuration of a run under typed names: for the rules of `lint`, and for the memory estimate.
 
-Where verl keeps a setting twice, this follows what its FSDP engine reads (verl/workers/engine/fsdp/transformer_impl.py).
+Where verl keeps a setting twice, this follows what its FSDP engine reads
+(verl/workers/engine/fsdp/transformer_impl.py).
 """
 
 from __future__ import annotations
@@ -143,7 +144,10 @@ def written(key: str, *, new: bool = False) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """A resolved spec, its overrides and verl's composed tree. `shape` is None where the model is not known on this machine."""
+    """A resolved spec, its overrides and verl's composed tree.
+
+    `shape` is None where the model is not known on this machine.
+    """
 
     resolved: Resolved
     overrides: Sequence[Override]
@@ -267,7 +271,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """One FSDP engine of verl: how a model is sharded, what is offloaded, what a forward pass holds. Sizes in bytes an element."""
+    """One FSDP engine of verl: how a model is sharded, what is offloaded, what a forward pass holds.
+
+    Sizes in bytes an element.
+    """
 
     strategy: str = "fsdp"
     fsdp_size: int = -1
@@ -336,7 +343,10 @@ class TrainerSettings:
     log_probs_follow: bool = True
     """Whether log-probs have the update's token budget, as verl's default has it, rather than one of their own."""
     mean_share: float = 0.5
-    """Mean length of the sequences as a share of the longest. No configuration states it; it counts where sequences are padded."""
+    """Mean length of the sequences as a share of the longest.
+
+    No configuration states it; it counts where sequences are padded.
+    """
 
     @property
     def world(self) -> int:

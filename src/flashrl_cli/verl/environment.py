@@ -1,7 +1,7 @@
 """What a run needs of the machine and of Ray: environment variables, flash-attn, disk for checkpoints, loggers, arguments of Ray.
 
-verl constructs its loggers after the models are loaded (verl/utils/tracking.py:62-189), so that a package or login which is missing
-would be found minutes into a run.
+verl constructs its loggers after the models are loaded (verl/utils/tracking.py:62-189), so that a package or login
+which is missing would be found minutes into a run.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ CPU = {
     **contract.ENGINE,
 }
 MIXED = {
-    # vLLM finds compiled models by their configuration, which replicas of two precisions share (vllm/compilation/decorators.py:525);
-    # verl switches that off, too, unless the environment says otherwise (verl/trainer/constants_ppo.py:93)
+    # vLLM finds compiled models by their configuration, which replicas of two precisions share
+    # (vllm/compilation/decorators.py:525); verl switches that off, too, unless the environment says otherwise
+    # (verl/trainer/constants_ppo.py:93)
     "VLLM_DISABLE_COMPILE_CACHE": "1",
 }
 OWNED = frozenset({contract.ENV_PLUGIN_DIR, contract.ENV_PLATFORM, contract.ENV_ROLLOUT, METRICS_PATH})
@@ -93,8 +94,9 @@ WITHOUT_FLASH = f"--set verl.+{ROLES['actor'].attention}=sdpa --set verl.{ROLES[
 """Options of a run that needs no flash-attn; slower, and not for a critic or for sequence parallelism."""
 KEEP_ONE = f"--set verl.{KEPT}=1"
 BYTES = {"model": 4, "optimizer": 8, "hf_model": 2}
-"""Bytes a parameter of what a checkpoint may hold: weights in float32, Adam's two moments in float32, an export in bfloat16.
-Measured on a checkpoint of `tiny`: 1,464,996 and 2,928,624 bytes for 0.366 M parameters."""
+"""Bytes a parameter of what a checkpoint may hold: weights in float32, Adam's two moments in float32, an export in
+bfloat16. Measured on a checkpoint of `tiny`: 1,464,996 and 2,928,624 bytes for 0.366 M parameters.
+"""
 
 
 def needs_flash(spec: RunSpec) -> bool:
@@ -247,7 +249,9 @@ OWN_RAY = frozenset(
         "_node_ip_address", "_temp_dir", "_redis_password", "_plasma_directory",
     }
 )  # fmt: skip
-"""Arguments of `ray.init` that make a Ray of one's own; it refuses most of them on a cluster (ray/_private/worker.py:1936)."""
+"""Arguments of `ray.init` that make a Ray of one's own; it refuses most of them on a cluster
+(ray/_private/worker.py:1936).
+"""
 VERL_VARIABLES = frozenset(
     {
         "VERL_FULL_DETERMINISM", "VLLM_BATCH_INVARIANT", "VERL_RL_INSIGHT_ENABLE", "PYTHONHASHSEED",

@@ -1,8 +1,9 @@
 """What the logs of verl 0.9.1 and Ray 2.60 say of a run: phases of a start, metrics on the console, the exception at the root of a failure.
 
-`causes` says why a run failed; this module finds where, in a log in which verl, Ray and vLLM nest and interleave tracebacks. verl's
-console prints a step as `step:3 - critic/score/mean:0.5 - actor/pg_loss:np.float64(0.01) - …` (verl/utils/logger/aggregate_logger.py:26),
-behind a prefix of Ray's; that stands in for verl's metrics file where the file is on another machine.
+`causes` says why a run failed; this module finds where, in a log in which verl, Ray and vLLM nest and interleave
+tracebacks. verl's console prints a step as `step:3 - critic/score/mean:0.5 - actor/pg_loss:np.float64(0.01) - …`
+(verl/utils/logger/aggregate_logger.py:26), behind a prefix of Ray's; that stands in for verl's metrics file where the
+file is on another machine.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from dataclasses import dataclass
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 IDLE_TALK = re.compile(r"engine is not available: |^(\([^)]*\) )?\s+warnings\.warn\(")
-"""Warnings of every process of verl's as it starts, about engines that nobody asked for (verl/workers/engine/__init__.py)."""
+"""Warnings of every process of verl's as it starts, about engines that nobody asked for
+(verl/workers/engine/__init__.py).
+"""
 TOTAL_STEPS = re.compile(r"Total training steps: (\d+)")
 
 
@@ -38,8 +41,8 @@ def total_steps(line: str) -> int | None:
 class StartPhase(enum.Enum):
     """What a run does as it starts, in order: words for people and run.json, the longest time in seconds, and texts in the log.
 
-    A line that contains one of the texts begins the phase. The times are some ten times what a large model takes on slow disks;
-    None is that of a step, for the first step's sampling.
+    A line that contains one of the texts begins the phase. The times are some ten times what a large model takes on
+    slow disks; None is that of a step, for the first step's sampling.
     """
 
     VERL = ("starting verl", 600)
@@ -114,7 +117,9 @@ FOLLOWS = re.compile(
 )
 """Exceptions that only follow from another failure."""
 EMPTY = re.compile(r"EngineDeadError|SystemExit")
-"""Exceptions without information: a stack trace that is not there when the engine was killed, and the answer to SIGTERM."""
+"""Exceptions without information: a stack trace that is not there when the engine was killed, and the answer to
+SIGTERM.
+"""
 UNFINISHED = re.compile(
     r":$|: \d+ validation errors? for \w+$|: Error\(s\) in loading state_dict for \w+:$|before finishing this task\.$"
 )
@@ -136,8 +141,8 @@ class _Raised:
 def root_error(lines: Sequence[str]) -> str | None:
     """The exception that made a run fail, in one line with the file and line that raised it, or None if the log has none.
 
-    It is the last of the log that is no mere consequence of another process's end; of nested ones the innermost. Without
-    one it is the first process of Ray's that died.
+    It is the last of the log that is no mere consequence of another process's end; of nested ones the innermost.
+    Without one it is the first process of Ray's that died.
     """
     sources: dict[str, list[tuple[int, str]]] = {}
     for number, line in enumerate(lines):

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 class Metric:
     """A metric under flashrl's `name` and verl's; `verl` is None for what is computed from several of verl's.
 
-    `title` and `unit` are for figures; `heading` and `form` (a format specification) for columns of tables. NaN in a `watched` one
-    means that the run is lost.
+    `title` and `unit` are for figures; `heading` and `form` (a format specification) for columns of tables. NaN in a
+    `watched` one means that the run is lost.
     """
 
     name: str
@@ -81,8 +81,8 @@ METRICS = {
 
 A new one is a row here, and its name in the tuples below of the places that show it.
 
-Rollout against trainer, over the response tokens of a step's batch, with r = p_train / p_rollout of the sampled token and, under
-token-level TIS, w = min(r, cap); in verl/trainer/ppo/rollout_corr_helper.py unless another file is named:
+Rollout against trainer, over the response tokens of a step's batch, with r = p_train / p_rollout of the sampled token
+and, under token-level TIS, w = min(r, cap); in verl/trainer/ppo/rollout_corr_helper.py unless another file is named:
 
 - `kl` (:959): mean of -ln r; may be negative. `kl_k3` (:966): mean of r - ln r - 1. Both before the cap, ln r not clamped.
 - `chi2` (:1001): mean of r² - 1, before the cap, ln r clamped to ±20. Logged without TIS too, like the two above.
@@ -115,7 +115,9 @@ SPARED = _those(
 )
 """Columns that a narrow terminal does without, the first one first."""
 SWEEP = _those("reward", "kl", "truncated", "step_s", "tokens_per_s")
-"""Columns of a sweep's table, each the arithmetic mean over a run's last steps; accuracy is that of the last validation."""
+"""Columns of a sweep's table, each the arithmetic mean over a run's last steps; accuracy is that of the last
+validation.
+"""
 PLOTTED = ("reward", "accuracy", "response_length", "kl", "truncated", "entropy", "step_s")
 """Metrics that `runs plot` draws where none are named."""
 LEARNING_CURVES = ("reward", "accuracy", "response_length", "entropy", "grad_norm", "step_s")
@@ -159,7 +161,8 @@ class StepMetrics:
     lost: tuple[str, ...]
     """Watched metrics that verl logged as NaN."""
     trained: bool = True
-    """False for a validation alone, which verl logs before it trains: as step 0, or as the step that it resumed from."""
+    """False for a validation alone, which verl logs before it trains: as step 0, or as the step that it resumed from.
+    """
     logged: Mapping[str, float | None] = field(default_factory=dict)
     """All that verl logged, under its own names."""
 

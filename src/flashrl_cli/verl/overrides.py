@@ -1,7 +1,8 @@
 """A resolved RunSpec as overrides of verl 0.9.1: the one table between flashrl's names and verl's.
 
-A field is emitted when someone set it (or it was derived); an untouched default is verl's own and stays unsaid, except where flashrl's
-default differs (`always`). `quote` writes values as Hydra's command line reads them back, `by_theme` groups overrides for people.
+A field is emitted when someone set it (or it was derived); an untouched default is verl's own and stays unsaid, except
+where flashrl's default differs (`always`). `quote` writes values as Hydra's command line reads them back, `by_theme`
+groups overrides for people.
 """
 
 from __future__ import annotations
@@ -219,8 +220,8 @@ def _overlong(resolved: Resolved) -> Iterator[Override]:
 def _precision(resolved: Resolved) -> Iterator[Override]:
     """verl's own precision by verl's key; flashrl's vLLM methods by the engine's arguments, their weights through its worker extension.
 
-    With bf16 and verl's own on CUDA the extension takes verl's own update, and checks that it was complete. vLLM's CPU build packs weights
-    away after loading, so that every precision needs flashrl's there.
+    With bf16 and verl's own on CUDA the extension takes verl's own update, and checks that it was complete. vLLM's CPU
+    build packs weights away after loading, so that every precision needs flashrl's there.
     """
     origin = resolved.origins["rollout.precision"]
     rollout = resolved.spec.rollout

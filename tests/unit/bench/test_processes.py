@@ -1,4 +1,6 @@
-"""The processes of a benchmark without vLLM and Transformers: what they get and give, and statistics of a mismatch by hand."""
+"""The processes of a benchmark without vLLM and Transformers: what they get and give, and statistics of a mismatch by
+hand.
+"""
 
 from __future__ import annotations
 

@@ -43,7 +43,9 @@ def test_sources_that_have_no_scorer_or_no_right_answer_are_passed_over() -> Non
     "piece", ["$", "\\boxed{", "{", "}", "a ", "\\frac", "\\sqrt", "<answer>", "#### ", "Answer:", "1"]
 )
 def test_no_truth_keeps_a_light_scorer_busy(scorer: rewards.Scorer, piece: str) -> None:
-    """They work in this process, on bounded texts: the longest that are let through, of what their patterns look for, end soon."""
+    """They work in this process, on bounded texts: the longest that are let through, of what their patterns look for,
+    end soon.
+    """
     source = min(scorer.sources)
     text = (piece * scorer.reads)[: scorer.reads - len(scorer.answer or "") - 20]
     for one in (text, text[:-1] + "x", "x" + text):

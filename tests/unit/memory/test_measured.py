@@ -1,4 +1,6 @@
-"""The estimate against what GPUs measured: benchmarks/results/fit_on_gpu.json (one H100) and fit_verl_run.json (a run of verl's)."""
+"""The estimate against what GPUs measured: benchmarks/results/fit_on_gpu.json (one H100) and fit_verl_run.json (a run
+of verl's).
+"""
 
 from __future__ import annotations
 

@@ -140,7 +140,9 @@ def test_a_closed_stream_is_nowhere_and_never_a_file_of_ours(closed: str, left: 
 
 @pytest.mark.processes
 def test_a_reader_that_goes_away_ends_no_work(tmp_path: Path) -> None:
-    """stdout and stderr into a pipe that nobody reads: prints, tables, a progress bar, an error; the work goes on to its end."""
+    """stdout and stderr into a pipe that nobody reads: prints, tables, a progress bar, an error; the work goes on to
+    its end.
+    """
     mark = tmp_path / "done"
     work = (
         "import time\n"
@@ -160,7 +162,9 @@ def test_a_reader_that_goes_away_ends_no_work(tmp_path: Path) -> None:
 @pytest.mark.processes
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_loses_a_result_only_with_an_error() -> None:
-    """A result that is lost is an error (exit 3), after the work; talk that is lost is none; an exit code of the work's own stays."""
+    """A result that is lost is an error (exit 3), after the work; talk that is lost is none; an exit code of the work's
+    own stays.
+    """
     program = [sys.executable, "-m", "flashrl_cli"]
     with Path("/dev/full").open("wb") as full:
         for words in (["--version"], ["--help"], ["presets", "ls"], ["presets", "show", "tiny", "--json"]):

@@ -66,7 +66,9 @@ def write_record(run: RunPaths, attempts: Iterable[Attempt], **fields: Any) -> R
 
 
 def training(reward: float | None = 0.5, **more: float | None) -> Logged:
-    """What a training step logs: every metric that flashrl names, and `more` of them; underscored phases are `seconds_actor`."""
+    """What a training step logs: every metric that flashrl names, and `more` of them; underscored phases are
+    `seconds_actor`.
+    """
     named = dict.fromkeys(NAMES, 1.0) | {"reward": reward, "step_s": 10.0}
     seconds = {"generate": 4.0, "actor": 3.0}
     for name, value in more.items():

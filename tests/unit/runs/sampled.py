@@ -1,4 +1,6 @@
-"""Log-probs of sampled tokens, and what verl logs of them: written after verl's formulae, held to verl's code by a contract test."""
+"""Log-probs of sampled tokens, and what verl logs of them: written after verl's formulae, held to verl's code by a
+contract test.
+"""
 
 from __future__ import annotations
 

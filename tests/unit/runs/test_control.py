@@ -1,4 +1,6 @@
-"""Following shows what another process does, up to its end; stopping asks the very process that was recorded, and no other."""
+"""Following shows what another process does, up to its end; stopping asks the very process that was recorded, and no
+other.
+"""
 
 from __future__ import annotations
 

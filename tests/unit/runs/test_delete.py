@@ -1,4 +1,6 @@
-"""Deleting takes what was asked for, and nothing else that anybody may miss; a killed deletion leaves nothing half-deleted."""
+"""Deleting takes what was asked for, and nothing else that anybody may miss; a killed deletion leaves nothing
+half-deleted.
+"""
 
 from __future__ import annotations
 

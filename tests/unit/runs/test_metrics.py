@@ -1,4 +1,6 @@
-"""Metrics arrive while they are written, attempts merge into one history, and metrics become curves of one or several runs."""
+"""Metrics arrive while they are written, attempts merge into one history, and metrics become curves of one or several
+runs.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The advice agrees with the truth: tokens are sampled, verl's metrics computed from them, and moments, bounds and the advice
-compared with the tokens themselves."""
+"""The advice agrees with the truth: tokens are sampled, verl's metrics computed from them, and moments, bounds and the
+advice compared with the tokens themselves.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Which saved steps a resume can read and how good they are; what is set aside loses nothing; who may be writing is known."""
+"""Which saved steps a resume can read and how good they are; what is set aside loses nothing; who may be writing is
+known.
+"""
 
 from __future__ import annotations
 

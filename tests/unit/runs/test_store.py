@@ -1,4 +1,6 @@
-"""A run on disk is found by its name in whatever state it is, its record survives what happens to runs, its plans are found."""
+"""A run on disk is found by its name in whatever state it is, its record survives what happens to runs, its plans are
+found.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The list of runs, a run in numbers, and all that is known of it: from records, metrics and folders, whatever is missing."""
+"""The list of runs, a run in numbers, and all that is known of it: from records, metrics and folders, whatever is
+missing.
+"""
 
 from __future__ import annotations
 

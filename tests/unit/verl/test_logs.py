@@ -1,4 +1,6 @@
-"""What the lines of a run's log mean: why it failed, the exception at the root, the phase of its start, metrics on the console."""
+"""What the lines of a run's log mean: why it failed, the exception at the root, the phase of its start, metrics on the
+console.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ EXPECTED = {
 }
 """Log to the id of its most specific cause, and the exception at its root; `…` stands for any text, nothing for none.
 
-A log without a heading is of a run of verl 0.9.1 with Ray 2.60 and vLLM that was made to fail; a heading says where else a text is from.
+A log without a heading is of a run of verl 0.9.1 with Ray 2.60 and vLLM that was made to fail; a heading says where
+else a text is from.
 """
 
 

@@ -1,4 +1,6 @@
-"""What each part of a spec becomes for verl, how values are written for Hydra, and how overrides are grouped for people."""
+"""What each part of a spec becomes for verl, how values are written for Hydra, and how overrides are grouped for
+people.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What is wrong with a checkpoint's tensors is found by names, shapes and dtypes, all of it at once, and no good one is refused."""
+"""What is wrong with a checkpoint's tensors is found by names, shapes and dtypes, all of it at once, and no good one is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +124,9 @@ def test_what_a_file_beside_the_index_holds_is_said(tmp_path: Path) -> None:
 
 
 def test_an_index_and_its_files(tmp_path: Path) -> None:
-    """A file that is missing, empty, a link to nowhere or to itself; one of several that is not named; names in the wrong file."""
+    """A file that is missing, empty, a link to nowhere or to itself; one of several that is not named; names in the
+    wrong file.
+    """
     names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     index = tmp_path / "model.safetensors.index.json"
     assert index_problems(tmp_path) == []

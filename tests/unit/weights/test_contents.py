@@ -173,7 +173,9 @@ def test_a_file_that_the_index_does_not_name_is_another_model(tmp_path: Path) ->
 
 
 def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
-    """Left out and named, unless it is a part of the model; so are a link to itself and one to a blob of the hub's cache that is gone."""
+    """Left out and named, unless it is a part of the model; so are a link to itself and one to a blob of the hub's
+    cache that is gone.
+    """
     hf = model(tmp_path / "m")
     for name, target in (("README.md", "/nonexistent/blob"), ("LICENSE", "LICENSE"), ("notes.txt", "../../blobs/0a1b")):
         (hf / name).unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """What verl 0.9.1, vLLM or Ray would refuse late, or silently do otherwise, judged on verl's composed tree before a start.
 
-verl checks a part of its configuration at the start of its driver, another in workers, minutes later, and some not at all. A rule is a
-generator over `Settings`; its docstring states the consequence and where it is known from. A new one goes to the RULES of the module
-that it belongs to. Rules judge what is certain: a setting that works is never refused.
+verl checks a part of its configuration at the start of its driver, another in workers, minutes later, and some not at
+all. A rule is a generator over `Settings`; its docstring states the consequence and where it is known from. A new one
+goes to the RULES of the module that it belongs to. Rules judge what is certain: a setting that works is never refused.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How a step's responses are split over processes and forward passes: divisibility, micro-batches, token budgets.
 
-verl judges a part of this at its start and the rest with an assertion in a worker, in the first step or whenever the first
-long response comes. Lines are verl 0.9.1's.
+verl judges a part of this at its start and the rest with an assertion in a worker, in the first step or whenever the
+first long response comes. Lines are verl 0.9.1's.
 """
 
 from __future__ import annotations

@@ -75,8 +75,9 @@ def engine_parallelism_is_supported(s: Settings) -> Iterator[Problem]:
 def sequence_parallelism_fits(s: Settings) -> Iterator[Problem]:
     """Sharing a sequence needs a device mesh that fits, unpadded input and flash attention.
 
-    The first two are refused when workers start (workers/engine/fsdp/transformer_impl.py:148, 247). verl exchanges heads in
-    the flash-attention function alone (models/transformers/monkey_patch.py:544): another would attend within a device's part.
+    The first two are refused when workers start (workers/engine/fsdp/transformer_impl.py:148, 247). verl exchanges
+    heads in the flash-attention function alone (models/transformers/monkey_patch.py:544): another would attend within a
+    device's part.
     """
     for role in s.roles():
         degree, keys = s.sequence_parallel(role), ROLES[role].sequence_parallel
@@ -117,7 +118,8 @@ def critic_shares_sequences_by_its_engine(s: Settings) -> Iterator[Problem]:
 def heads_split(s: Settings) -> Iterator[Problem]:
     """Attention heads divide over the devices that share them; each key-value head has a device or a device has it whole.
 
-    Training: models/transformers/monkey_patch.py:343; engine: vllm/config/model.py:1367, vllm/model_executor/models/qwen2.py:139.
+    Training: models/transformers/monkey_patch.py:343; engine: vllm/config/model.py:1367,
+    vllm/model_executor/models/qwen2.py:139.
     """
     if s.shape is None:
         return
@@ -172,7 +174,8 @@ def cpus_needed(s: Settings) -> int:
     """Ray CPUs that verl reserves on one node; it waits for ever where there are fewer.
 
     Three a device (single_controller/ray/base.py:146, 192), the transfer queue's controller and storage units
-    (transfer_queue/controller.py:943, storage/simple_storage.py:722), and what the reward manager `remote` starts in each worker.
+    (transfer_queue/controller.py:943, storage/simple_storage.py:722), and what the reward manager `remote` starts in
+    each worker.
     """
     remote = (s.size("reward.num_workers") or 1) ** 2 if s.spec.reward.manager == "remote" else 0
     return 3 * s.spec.resources.gpus_per_node + 1 + (s.size(STORAGE_UNITS) or 0) + remote
@@ -181,8 +184,8 @@ def cpus_needed(s: Settings) -> int:
 def ray_has_resources(s: Settings) -> Iterator[Problem]:
     """Ray's own numbers of CPUs and GPUs, where they are given.
 
-    Too few CPUs: placement groups wait for ever (single_controller/ray/base.py:160). Too few GPUs: refused in a worker (240).
-    A cluster that runs already takes neither (ray/_private/worker.py:1938).
+    Too few CPUs: placement groups wait for ever (single_controller/ray/base.py:160). Too few GPUs: refused in a worker
+    (240). A cluster that runs already takes neither (ray/_private/worker.py:1938).
     """
     cpus, gpus = s.size(RAY_CPUS), s.size(RAY_GPUS)
     if s.spec.resources.nodes > 1:
@@ -210,7 +213,8 @@ def ray_has_resources(s: Settings) -> Iterator[Problem]:
 def cpu_gets_what_it_needs(s: Settings) -> Iterator[Problem]:
     """FSDP1 asks for an accelerator (torch/distributed/fsdp/_init_utils.py:389), flash attention and sleeping engines are CUDA's.
 
-    verl's defaults are the other way round, each found in a worker (workers/config/model.py:185, vllm/config/model.py:595).
+    verl's defaults are the other way round, each found in a worker (workers/config/model.py:185,
+    vllm/config/model.py:595).
     """
     if s.spec.resources.platform != "cpu":
         return

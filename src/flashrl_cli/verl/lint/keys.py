@@ -1,8 +1,9 @@
 """The keys of verl's that a person gives: refused where they do nothing, are flashrl's own, or have a value of another type.
 
 Hydra cannot check an added key (`+key`). But verl turns most nodes of its tree into the dataclass that their `_target_`
-names (verl/utils/config.py, omega_conf_to_dataclass): an unknown name ends the run in a worker, minutes after the start. So added keys are
-compared with the dataclasses in verl's source, which is read and not imported. Maps (`dict`, `Any`, nodes without a class) take any name.
+names (verl/utils/config.py, omega_conf_to_dataclass): an unknown name ends the run in a worker, minutes after the
+start. So added keys are compared with the dataclasses in verl's source, which is read and not imported. Maps (`dict`,
+`Any`, nodes without a class) take any name.
 """
 
 from __future__ import annotations
@@ -128,7 +129,10 @@ def own_environment(resolved: Resolved, _: Sequence[Override]) -> Iterator[Probl
 
 
 def no_idle_options(resolved: Resolved, _: Sequence[Override]) -> Iterator[Problem]:
-    """An option given for this very run is read by someone. Presets may hold values for switches that they leave off."""
+    """An option given for this very run is read by someone.
+
+    Presets may hold values for switches that they leave off.
+    """
     algorithm = resolved.spec.algorithm
     readers = {
         "algorithm.kl_loss_coef": (algorithm.kl_loss, "algorithm.kl_loss=true"),
@@ -199,7 +203,9 @@ NUMBERS = (
     "ray_kwargs.ray_init.num_gpus",
     "reward.num_workers",
 )
-"""Keys whose values the rules of this package reckon with: true or false, and whole numbers. null is verl's own to judge."""
+"""Keys whose values the rules of this package reckon with: true or false, and whole numbers. null is verl's own to
+judge.
+"""
 
 
 def values_have_types(s: Settings) -> Iterator[Problem]:
@@ -215,7 +221,9 @@ def values_have_types(s: Settings) -> Iterator[Problem]:
 
 
 MAPS = frozenset({"reward", "global_profiler", "global_profiler.global_tool_config.nsys"})
-"""Nodes with a `_target_` that V1 reads as maps, with names that the class lacks (reward_loop/reward_manager/dapo.py:33)."""
+"""Nodes with a `_target_` that V1 reads as maps, with names that the class lacks
+(reward_loop/reward_manager/dapo.py:33).
+"""
 
 
 @dataclass(frozen=True, slots=True)

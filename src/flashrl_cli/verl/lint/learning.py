@@ -30,7 +30,9 @@ REJECTIONS = (
 )  # fmt: skip
 """Options of rejection sampling (trainer/ppo/rollout_corr_helper.py:77)."""
 REPORTED = ("reward", "score", "acc", "overlong_reward", "overlong")
-"""Numbers that verl's own reward functions and managers report (experimental/reward_loop/reward_manager/, utils/reward_score/)."""
+"""Numbers that verl's own reward functions and managers report (experimental/reward_loop/reward_manager/,
+utils/reward_score/).
+"""
 SAMPLER = "trainer.v1.sampler.custom_sampler.path"
 OWN_SAMPLER = "pkg://flashrl_cli.plugins.sampler"
 REWARD_FUNCTION = "reward.custom_reward_function.path"

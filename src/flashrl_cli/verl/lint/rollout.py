@@ -39,7 +39,8 @@ ARGUMENTS = {name: f"{ROLLOUT}.{name}" for name in SAME_NAME} | {
     "pipeline_parallel_size": f"{ROLLOUT}.pipeline_model_parallel_size",
     "trust_remote_code": f"{MODEL}.trust_remote_code",
 }
-"""Arguments of the engine that verl gives from keys of its own (workers/rollout/vllm_rollout/vllm_async_server.py:326)."""
+"""Arguments of the engine that verl gives from keys of its own (workers/rollout/vllm_rollout/vllm_async_server.py:326).
+"""
 LARGEST_RANK = 512
 BOUNDS: dict[str, tuple[Callable[[float], bool], float]] = {
     "temperature": (lambda t: t >= 0, 1.0),
@@ -145,8 +146,9 @@ def cache_bound_is_known(s: Settings) -> Iterator[Problem]:
 def blocks_fill_shards(s: Settings) -> Iterator[Problem]:
     """Each device's part of a layer is made of complete FP8 blocks of 128, or vLLM refuses to build or to run it, or mixes up its scales.
 
-    vllm/model_executor/layers/quantization/utils/fp8_utils.py:1193 (linear layers) and :595 (their input), fp8.py:534 (experts);
-    layers that are joined are let through and share a block's scale, of which the last one loaded stays (layers/linear.py:505).
+    vllm/model_executor/layers/quantization/utils/fp8_utils.py:1193 (linear layers) and :595 (their input), fp8.py:534
+    (experts); layers that are joined are let through and share a block's scale, of which the last one loaded stays
+    (layers/linear.py:505).
     """
     tp, row = s.spec.rollout.tensor_parallel, PRECISIONS[s.spec.rollout.precision]
     if not row.block or s.shape is None or s.spec.resources.platform == "cpu":
@@ -171,7 +173,8 @@ def unfilled(row: Precision, shape: ModelShape, tp: int, *, whole_experts: bool 
 def blocks_are_several(s: Settings) -> Iterator[Problem]:
     """No layer's input is a single FP8 block: of its scales [rows, 1] verl drops a dimension, and vLLM refuses the first weights.
 
-    verl/utils/vllm/vllm_quant_utils.py:396 in 0.9.1; it quantizes a complete weight, whatever part of it a device takes.
+    verl/utils/vllm/vllm_quant_utils.py:396 in 0.9.1; it quantizes a complete weight, whatever part of it a device
+    takes.
     """
     row = PRECISIONS[s.spec.rollout.precision]
     if not row.block or s.shape is None or s.spec.resources.platform == "cpu":
@@ -243,7 +246,8 @@ def adapter_reaches_the_engine(s: Settings) -> Iterator[Problem]:
 def blocks_quantize_the_base(s: Settings) -> Iterator[Problem]:
     """verl quantizes weights to FP8 when it syncs them; beside an adapter it syncs the base only into a dummy engine.
 
-    Otherwise vLLM reads the bf16 files as if they were FP8, with scales that nothing sets (workers/engine_workers.py:673, 793).
+    Otherwise vLLM reads the bf16 files as if they were FP8, with scales that nothing sets
+    (workers/engine_workers.py:673, 793).
     """
     merge, load = f"{MODEL}.lora.merge", f"{ROLLOUT}.load_format"
     row = PRECISIONS[s.spec.rollout.precision]

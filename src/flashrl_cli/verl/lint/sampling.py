@@ -129,8 +129,8 @@ def drafts_leave_the_distribution(s: Settings) -> Iterator[Problem]:
     """Speculative decoding: nobody has measured that weights keep their mean under it; made-up acceptance changes what is sampled.
 
     Its log-probs are put together from target and bonus logits by code of their own
-    (vllm/v1/sample/rejection_sampler.py:205); with `rejection_sample_method: synthetic` tokens are accepted at a given rate
-    (:80). A drafting model would get dummy weights, and a refit for multi-token prediction alone
+    (vllm/v1/sample/rejection_sampler.py:205); with `rejection_sample_method: synthetic` tokens are accepted at a given
+    rate (:80). A drafting model would get dummy weights, and a refit for multi-token prediction alone
     (workers/rollout/vllm_rollout/utils.py:223).
     """
     drafts, reader = _drafts(s), _reader(s)
