@@ -1,1 +1,1 @@
-"""Presets: YAML layers merged into a typed RunSpec, with the origin of every value."""
+"""Presets: YAML layers that are merged into a typed RunSpec, with the origin of every value."""

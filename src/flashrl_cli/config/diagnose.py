@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, as problems: where it was written, what is wrong, and what was probably meant."""
+"""Turns errors in a configuration into problems: what is wrong, where it was written, and what was probably meant."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 class Suggestion(NamedTuple):
-    """A hint to an unknown key, and the keys of the spec that it names."""
+    """A hint for an unknown key, and the keys of the spec that the hint names."""
 
     hint: str
     keys: Sequence[str] = ()
 
 
 Translate = Callable[[str], Suggestion | None]
-"""What a key that the spec lacks is called elsewhere; None for one that means nothing there either."""
+"""Function from a key that the spec lacks to a hint from another program (verl); None if that lacks the key, too."""
 
 KINDS = {
     "tuple_type": "a list",
@@ -40,25 +40,28 @@ KINDS = {
     "bool_type": "true or false",
 }
 HINTS = {"correction.cap": "--tis takes a cap above 0, or off"}
-"""Hints to values of keys that have an option of their own."""
+"""Hints for wrong values of keys that have a command-line option besides `--set`."""
 IN_FILES = ("extends",)
-"""Keys of a preset's file that are not the spec's."""
+"""Keys of a preset file that the spec lacks."""
 SHOWN = 60
 """Characters of a value that a message shows."""
 
 
 def well_shaped(layer: Layer, problems: list[Problem]) -> Layer:
-    """`layer` less the values that are where a map belongs, each a problem; they would hide what other layers hold."""
+    """The layer without values that should be maps, each of which is added to `problems`.
+
+    Such a value would replace the maps of other layers.
+    """
     return replace(layer, data=_shaped(layer.data, RunSpec, "", layer, problems))
 
 
 def problems_of(
     errors: Sequence[ErrorDetails], origins: Mapping[str, Origin], translate: Translate = lambda _: None
 ) -> list[Problem]:
-    """pydantic's errors as problems; an unknown map is one for each of its keys.
+    """pydantic's errors as problems, one for each key of an unknown map.
 
-    Keys that are missing are one problem, less those that the hint to an unknown key names, which were probably
-    misspelled.
+    All missing keys together are one problem. It leaves out keys that the hint for an unknown key names, because these
+    were probably misspelled.
     """
     found: list[Problem] = []
     missing: list[str] = []
@@ -78,14 +81,14 @@ def problems_of(
 
 
 def origin_of(key: str, origins: Mapping[str, Origin]) -> Origin:
-    """Origin of a key: its own, that of the first key in it (for a map), or of the key around it (for an item)."""
+    """Origin of a key: its own, that of the first key in a map, or that of the key which contains an item."""
     inside = (origin for other, origin in origins.items() if other == key or other.startswith(f"{key}."))
     outside = (origins[other] for other in _ancestors(key) if other in origins)
     return next(inside, None) or next(outside, DEFAULT)
 
 
 def keys_of(part: type[Part], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of a part of the spec, those of its sub-parts included."""
+    """Yield the dotted keys of a part of the spec, including those of its sub-parts."""
     for name, info in part.model_fields.items():
         sub = _part_in(info.annotation)
         if sub:
@@ -105,7 +108,7 @@ def _part_in(annotation: Any) -> type[Part] | None:
 
 
 def _field(key: str) -> FieldInfo | None:
-    """Field of a dotted key; None for an item in a list or a map."""
+    """pydantic's field of a dotted key; None for an item in a list or a map."""
     part: type[Part] | None = RunSpec
     info = None
     for name in key.split("."):
@@ -152,7 +155,7 @@ def _no_map(key: str, value: Any, origin: Origin) -> Problem:
 
 
 def _required(key: str) -> list[str]:
-    """The keys that have to be set for `key`: itself, or those in it."""
+    """The keys that must be set for `key`: the key itself, or the required keys of its part."""
     info = _field(key)
     sub = _part_in(info.annotation) if info else None
     if sub is None:
@@ -169,7 +172,7 @@ def _missing(keys: Sequence[str]) -> Iterator[Problem]:
 
 
 def _instead(key: str, translate: Translate) -> Suggestion:
-    """What to write for an unknown key: what another program calls it, the nearest known keys, or its part's keys."""
+    """Hint for an unknown key: a translation of another program's key, the nearest keys, or the keys of its part."""
     known = [*keys_of(RunSpec), *IN_FILES]
     same = yaml_file.same_key(key, known)
     if same == key:
@@ -221,7 +224,7 @@ def _fits(key: str, value: Any) -> bool:
 
 
 def _written(key: str, value: Any, origin: Origin) -> str:
-    """A value as it is written where the refused one was."""
+    """A value in the syntax of the place in which the refused one was written: an option or a line of YAML."""
     if origin.layer in ("option", "set"):
         return option(key, text_of(value), origin.where)
     return f"{key.rpartition('.')[2]}: {text_of(value)}"

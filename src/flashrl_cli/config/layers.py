@@ -1,4 +1,4 @@
-"""Layers of configuration merged into one with the origin of every value, and the differences of two configurations."""
+"""Merges layers of configuration, keeping the origin of every value, and compares two configurations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Origin(NamedTuple):
-    """Where a value came from: the kind of layer, and where it was written, or the reason to derive it."""
+    """Where a value comes from: the type of its layer, and where it was written or why it was derived."""
 
     layer: Literal["default", "preset", "option", "set", "derived"]
     where: Location | None = None
@@ -26,13 +26,14 @@ class Origin(NamedTuple):
 
 DEFAULT = Origin("default")
 FLAG_OF = {"rollout.precision": "--rollout", "correction.cap": "--tis"}
-"""Keys that have an option of their own."""
+"""Keys that have a command-line option besides `--set`."""
 
 
 def option(key: str, value: Any, where: Location | None) -> str:
-    """The option that gives a key another value: the one `where` it was written, if any.
+    """The command-line option that gives a key another value, with shell quoting.
 
-    A sweep has its own names for keys that have an option.
+    If `where` names the option that set the key, that option is used; it is `--sweep` with the sweep's own name for the
+    key if a sweep varies it.
     """
     text = value if isinstance(value, str) else text_of(value)
     if where and where.source == "--sweep":
@@ -44,20 +45,23 @@ def option(key: str, value: Any, where: Location | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Values of one origin: a preset file (with the line of each key), an option, one `--set`, or a derivation."""
+    """Values of one origin: a preset file (with the line of each key), an option, a `--set`, or a derivation."""
 
     origin: Origin
     data: Mapping[str, Any]
     lines: Mapping[str, int] = field(default_factory=dict)
 
     def origin_of(self, key: str) -> Origin:
-        """Origin of the dotted `key`: the layer's, with the key's line in a file."""
+        """Origin of a dotted key: that of the layer, with the key's line if the layer is a file."""
         where = self.origin.where
         return self.origin._replace(where=where.at(self.lines[key])) if where and key in self.lines else self.origin
 
 
 def merge(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, Origin]]:
-    """Merge maps deeply, later layers win, lists replace; returns the data and the origin of every dotted leaf."""
+    """Merge layers into the data and the origin of every dotted leaf.
+
+    Maps are merged deeply; a list or a scalar of a later layer replaces what earlier layers hold.
+    """
     data: dict[str, Any] = {}
     origins: dict[str, Origin] = {}
     for layer in layers:
@@ -66,7 +70,7 @@ def merge(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, Origin]]:
 
 
 def leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of everything that is not a map."""
+    """Yield (dotted key, value) of every value in nested maps that is not itself a map."""
     for name, value in data.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping):
@@ -76,7 +80,7 @@ def leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
-    """Map that holds `value` at a dotted RunSpec key; names under `verl` and `env` may contain dots themselves."""
+    """Nested map with `value` at a dotted RunSpec key; names under `verl` and `env` may contain dots."""
     head, _, rest = key.partition(".")
     if not rest:
         return {head: value}
@@ -105,18 +109,18 @@ def _forget(origins: dict[str, Origin], key: str) -> None:
 
 
 ABSENT: Final = object()
-"""The value of a key on the side that does not have it."""
+"""The value of a key in the configuration that lacks it."""
 
 
 class Verbatim(str):
-    """Text that is shown as it is: a value in another language than a preset's."""
+    """Text that is shown unchanged, because it is not a value in a preset's syntax."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A key whose values differ; `origin` is the second one's, empty where nobody recorded it."""
+    """A key whose values differ; `origin` is that of the second value, empty if it is not known."""
 
     key: str
     a: Any
@@ -124,11 +128,11 @@ class Difference:
     origin: str = ""
 
     def shown(self) -> tuple[str, str]:
-        """Both values as text; a side that lacks the key is "–"."""
+        """Both values as text; "–" for a configuration that lacks the key."""
         return _shown(self.a), _shown(self.b)
 
     def data(self) -> dict[str, Any]:
-        """The same as plain data; the side that lacks the key is left out."""
+        """The difference as plain data; a value is left out if its configuration lacks the key."""
         sides = {name: value for name, value in (("a", self.a), ("b", self.b)) if value is not ABSENT}
         return {"key": self.key, **sides, "origin": self.origin}
 
@@ -136,9 +140,9 @@ class Difference:
 def differences(
     a: Mapping[str, Any], b: Mapping[str, Any], origins: Mapping[str, str] | None = None
 ) -> Iterator[Difference]:
-    """Yield the keys that differ, in `a`'s order, then those that `b` alone has; `origins` are those of `b`'s values.
+    """Yield the keys that differ, in `a`'s order, then those that only `b` has; `origins` are those of `b`'s values.
 
-    Values differ when their texts do: 1, 1.0 and true are three values to verl.
+    Values differ if their texts do: 1, 1.0 and true are three different values to verl.
     """
     for key in {**a, **b}:
         difference = Difference(key, a.get(key, ABSENT), b.get(key, ABSENT), (origins or {}).get(key, ""))

@@ -1,6 +1,6 @@
-"""Finding preset files, following their `extends` chains, and copying one to a file of one's own.
+"""Finds preset files, follows their `extends` chains, and copies a preset to an editable file.
 
-A preset's name is its path below a presets folder without `.yaml`; parts that are not runnable are below `base/`.
+A preset's name is its path below a presets folder, without `.yaml`. Parts that cannot be run alone are below `base/`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from flashrl_cli.errors import InputError, Location, Problem
 from flashrl_cli.files import write_text
 
 MAX_DEPTH = 4
-"""Files in one chain of `extends`: a deeper one is hard to follow."""
+"""Most files in one chain of `extends`; a longer chain would be hard to follow."""
 OWN_KEYS = ("name", "description")
 """Keys that describe one preset and are not inherited."""
 VERBATIM = ("env",)
-"""Keys whose values are text as it was written: the variable `010` is not `10`."""
+"""Keys whose values are taken as text, exactly as written: the variable `010` is not `10`."""
 
 
 def search_path() -> tuple[Path, ...]:
@@ -35,19 +35,19 @@ def search_path() -> tuple[Path, ...]:
 
 
 def names() -> list[str]:
-    """Names of the runnable presets on the search path, sorted; reads no file."""
+    """Sorted names of the runnable presets on the search path; the files are not read."""
     return sorted(name for name in _all_names() if not name.startswith("base/"))
 
 
 def is_path(reference: str) -> bool:
-    """Whether a reference is a file's path, not a preset's name: it ends in .yaml or starts with `.`, `/` or `~`."""
+    """Whether a reference is a path, not a name: it ends in .yaml or .yml, or starts with `.`, `/` or `~`."""
     return reference.endswith((".yaml", ".yml")) or reference.startswith((".", "/", "~"))
 
 
 def locate(reference: str, beside: Path | None = None) -> Path:
-    """File of a preset name, or of a path (see `is_path`) relative to `beside`.
+    """File of a preset, given by name or by a path (see `is_path`) relative to the folder `beside`.
 
-    Raises InputError with the nearest names.
+    Raises InputError if there is no such file, with the nearest names as a hint.
     """
     if is_path(reference):
         path = _absolute(reference, beside)
@@ -63,9 +63,10 @@ def locate(reference: str, beside: Path | None = None) -> Path:
 
 
 def read_layers(reference: str, problems: list[Problem]) -> list[Layer]:
-    """Layers of a preset in order of precedence, its own last; a part reached twice counts once, where it came first.
+    """Layers of a preset in order of precedence, its own file last.
 
-    Raises InputError when the preset itself does not exist; everything else wrong is appended to `problems`.
+    A file that is extended twice counts once, at its first place. Raises InputError if the preset itself does not
+    exist; all other problems are appended to `problems`.
     """
     found: dict[Path, Layer] = {}
     _collect(locate(reference), (), found, problems)
@@ -107,7 +108,7 @@ def _references(value: Any, where: Location, problems: list[Problem]) -> list[st
 
 
 def _shown(path: Path) -> str:
-    """Name of a file in problems and origins: below the presets folder, below the working folder, or in full."""
+    """Name of a file in problems and origins: relative to a presets folder or the working folder, or absolute."""
     for root in (paths.presets_root(), Path.cwd() / "presets"):
         if path.is_relative_to(root):
             return f"presets/{path.relative_to(root)}"
@@ -115,12 +116,12 @@ def _shown(path: Path) -> str:
 
 
 def shortest(path: Path) -> str:
-    """`path` as one would type it: relative below the working folder, absolute elsewhere."""
+    """The shortest form of a path: relative if it is below the working folder, absolute otherwise."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _absolute(reference: str, beside: Path | None) -> Path:
-    """Path of a file; an unknown `~user` stays, and is not found."""
+    """Absolute path of a file; an unknown `~user` is left in it, so the file will not be found."""
     return Path(os.path.abspath((beside or Path()) / os.path.expanduser(reference)))  # noqa: PTH111  # Path's raises
 
 
@@ -137,7 +138,7 @@ def _all_names() -> set[str]:
 
 
 def _nearest(name: str) -> str:
-    """Hint to a name that is no preset's: a file that is called so, the nearest names, or all."""
+    """Hint for an unknown preset name: a file of that name, the nearest presets, or all presets."""
     files = [name, *(f"{folder}{name}{ending}" for folder in ("", "presets/") for ending in (".yaml", ".yml"))]
     if found := next((file for file in files if _is_file(file)), None):
         return f"for the file: {found if is_path(found) else f'./{found}'}"
@@ -150,7 +151,7 @@ def _nearest(name: str) -> str:
 
 
 def _nearest_file(reference: str, path: Path) -> str:
-    """Hint to a missing file: the preset of its name, the nearest files beside it, or where presets are listed."""
+    """Hint for a missing file: a preset of that name, similar files in its folder, or how to list the presets."""
     stem = _stem(reference)
     if stem in _all_names():
         return f"did you mean the preset {stem}?"
@@ -173,12 +174,12 @@ def _files_in(folder: Path) -> list[str]:
 
 
 def _stem(reference: str) -> str:
-    """Name that a reference to a preset would have if it had no folder `presets/` and no ending."""
+    """Preset name of a reference, without the folder `presets/` and the file extension."""
     return reference.strip().removesuffix(".yaml").removesuffix(".yml").removeprefix("./").removeprefix("presets/")
 
 
 class Edit(NamedTuple):
-    """Text from offset `start` to `end` replaced by another."""
+    """Replacement of the text between the offsets `start` and `end`."""
 
     start: int
     end: int
@@ -186,10 +187,10 @@ class Edit(NamedTuple):
 
 
 def copy_preset(reference: str, destination: str, *, force: bool = False) -> Path:
-    """Write an editable copy of a preset; returns its path, absolute.
+    """Write an editable copy of a preset and return its absolute path.
 
     `destination` is a file (`.yaml` is added to a name without it) or a folder, in which the preset keeps its name.
-    Raises InputError when the source cannot be read, the file exists and `force` is off, or it cannot be written.
+    Raises InputError if the source cannot be read, if the file exists and `force` is off, or if it cannot be written.
     """
     source = locate(reference)
     target = _target(source, destination)
@@ -225,7 +226,7 @@ def _edited(text: str, source: Path, target: Path) -> str:
 
 
 def _edits(text: str, source: Path, target: Path) -> Iterator[Edit]:
-    """Yield the changes that a file needs under its new name and in its new folder."""
+    """Yield the edits that adapt a preset to its new name and its `extends` paths to the new folder."""
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     for key, value in root.value if root else ():
         if key.value == "name":
@@ -241,7 +242,7 @@ def _replaced(node: yaml.Node, text: str) -> Edit:
 
 
 def _relative(parent: str, source: Path, target: Path) -> str:
-    """Path of a parent beside `source` as seen from `target`; absolute and home paths stay."""
+    """Path, relative to `target`, of a parent given relative to `source`; absolute and `~` paths are unchanged."""
     if parent.startswith(("/", "~")):
         return parent
     moved = os.path.relpath(paths.absolute(source.parent / parent), target.parent)

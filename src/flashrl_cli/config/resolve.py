@@ -1,8 +1,8 @@
-"""From a preset and the command line to a checked RunSpec that knows where each value came from.
+"""Resolves a preset and command-line options into a checked RunSpec with the origin of each value.
 
-In reading order: values that follow from others, the rules between the values of a spec, the options of the command
-line as layers over a preset, reading it all, and a summary of each preset. Nothing here knows of verl: what verl itself
-demands is judged in `verl.lint`.
+In reading order: values that are derived from others, rules between the values of a spec, command-line options as
+layers over a preset, reading and validating all layers, and a summary of each preset. Nothing here depends on verl; the
+rules for what verl requires are in `verl.lint`.
 
 To add a rule, write a generator over RunSpec and list it in RULES.
 """
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def derived_layers(spec: RunSpec) -> Iterator[Layer]:
-    """Yield a layer for every key that is null and whose value follows from others."""
+    """Yield a layer for every key that is null and whose value is derived from other keys."""
     critic, trains_critic = spec.critic, spec.algorithm.advantage == "gae"
     longest = spec.data.max_prompt_length + spec.data.max_response_length
     if spec.rollout.max_model_len is None:
@@ -54,7 +54,7 @@ def _derived(key: str, value: int | str, reason: str) -> Layer:
 
 
 class Violation(NamedTuple):
-    """A broken rule: the key to look at, what is wrong, and the fix: text, or values of keys (one is enough)."""
+    """A broken rule: the key, what is wrong, and the fix as text (`hint`) or as alternative values of keys (`fix`)."""
 
     key: str
     message: str
@@ -66,7 +66,7 @@ Rule = Callable[[RunSpec], Iterator[Violation]]
 
 
 def mini_batch_divides_batch(spec: RunSpec) -> Iterator[Violation]:
-    """A step's prompts are divided evenly among its optimizer steps."""
+    """The mini-batch divides the batch, so that each optimizer step gets the same number of prompts."""
     mini, batch = spec.algorithm.mini_batch_size, spec.data.train_batch_size
     if mini > batch:
         yield Violation(
@@ -84,13 +84,13 @@ def mini_batch_divides_batch(spec: RunSpec) -> Iterator[Violation]:
 
 
 def group_has_members(spec: RunSpec) -> Iterator[Violation]:
-    """GRPO compares responses to one prompt; with a single one every advantage is 0."""
+    """GRPO compares the responses to one prompt; with a single response every advantage is 0."""
     if spec.algorithm.advantage == "grpo" and spec.rollout.n == 1:
         yield Violation("rollout.n", "GRPO needs more than one response a prompt", fix={"rollout.n": 8})
 
 
 def filtered_groups_vary(spec: RunSpec) -> Iterator[Violation]:
-    """A group of one has no spread: nothing would ever be filtered (GRPO says more, above)."""
+    """A group of one response never varies, so filtering would be meaningless; see `group_has_members` for GRPO."""
     if spec.algorithm.filter_groups.enable and spec.rollout.n == 1 and spec.algorithm.advantage != "grpo":
         yield Violation(
             "algorithm.filter_groups.enable",
@@ -100,14 +100,17 @@ def filtered_groups_vary(spec: RunSpec) -> Iterator[Violation]:
 
 
 def metrics_are_written(spec: RunSpec) -> Iterator[Violation]:
-    """The table, the guard and `runs` read verl's file logger."""
+    """verl's file logger is on: the table of a run, its guard and `flashrl runs` read its metrics."""
     if "file" not in spec.trainer.logger:
         shown = ",".join((*spec.trainer.logger, "file"))
         yield Violation("trainer.logger", "lacks file, which flashrl reads", fix={"trainer.logger": f"[{shown}]"})
 
 
 def overlong_fits(spec: RunSpec) -> Iterator[Violation]:
-    """A penalty needs the manager that applies it and fits into the response (verl asserts so in a worker)."""
+    """An overlong penalty needs a manager that applies it, and a buffer no longer than a response.
+
+    verl asserts the latter in a worker.
+    """
     overlong, longest = spec.reward.overlong, spec.data.max_response_length
     if overlong and spec.reward.manager != "dapo":
         yield Violation(
@@ -122,13 +125,13 @@ def overlong_fits(spec: RunSpec) -> Iterator[Violation]:
 
 
 def dual_clip_bounds_from_above(spec: RunSpec) -> Iterator[Violation]:
-    """Dual clip bounds the loss of ratios above 1 (arXiv 1912.09729, eq. 5); verl asserts it in the first update."""
+    """Dual clip needs a bound above 1 (arXiv 1912.09729, eq. 5); verl asserts it in the first update."""
     if spec.algorithm.clip_c <= 1:
         yield Violation("algorithm.clip_c", f"{spec.algorithm.clip_c:g} is not above 1", fix={"algorithm.clip_c": 3.0})
 
 
 def warmup_ends(spec: RunSpec) -> Iterator[Violation]:
-    """In the warm-up the policy does not learn: it needs a critic that does, and an end within the run."""
+    """The warm-up, in which only the critic learns, needs a critic and must end within the run."""
     warmup, steps = spec.trainer.critic_warmup, spec.trainer.steps
     if warmup and spec.algorithm.advantage != "gae":
         yield Violation(
@@ -145,7 +148,7 @@ def warmup_ends(spec: RunSpec) -> Iterator[Violation]:
 
 
 def engine_holds_a_sequence(spec: RunSpec) -> Iterator[Violation]:
-    """The engine silently ends a response at the length of its longest sequence."""
+    """The engine's longest sequence holds prompt and response; otherwise it silently cuts responses short."""
     longest = spec.data.max_prompt_length + spec.data.max_response_length
     held = spec.rollout.max_model_len
     if held is not None and held < longest:
@@ -157,7 +160,7 @@ def engine_holds_a_sequence(spec: RunSpec) -> Iterator[Violation]:
 
 
 def engine_batches_its_sequences(spec: RunSpec) -> Iterator[Violation]:
-    """A decoding step takes a token of every running sequence (vLLM refuses less: vllm/config/scheduler.py:263)."""
+    """A decoding step takes one token of each running sequence; vLLM refuses less (vllm/config/scheduler.py:263)."""
     tokens, sequences = spec.rollout.max_num_batched_tokens, spec.rollout.max_num_seqs
     if tokens < sequences:
         yield Violation(
@@ -168,7 +171,7 @@ def engine_batches_its_sequences(spec: RunSpec) -> Iterator[Violation]:
 
 
 def mix_has_two_precisions(spec: RunSpec) -> Iterator[Violation]:
-    """Some replicas in bf16 and the others quantized, by methods that know their replica: verl's own does not."""
+    """A mix of bf16 and quantized replicas needs a flashrl method: verl's own quantizes all replicas alike."""
     row = PRECISIONS[spec.rollout.precision]
     if spec.rollout.mix and "mix" not in row.goes_with:
         why = f"{row.name} is for all replicas alike" if row.quantized else f"every replica is in {row.name} already"
@@ -176,7 +179,7 @@ def mix_has_two_precisions(spec: RunSpec) -> Iterator[Violation]:
 
 
 def logits_are_proven(spec: RunSpec) -> Iterator[Violation]:
-    """Logits in float32 are proven at flashrl's own weight update."""
+    """Logits in float32 need a precision whose weight update verifies them, which is flashrl's own."""
     row = PRECISIONS[spec.rollout.precision]
     if spec.rollout.lm_head_fp32 and "head32" not in row.goes_with:
         why = f"{row.name} rollouts do not know it"
@@ -184,7 +187,7 @@ def logits_are_proven(spec: RunSpec) -> Iterator[Violation]:
 
 
 def cache_in_8_bits_has_scales(spec: RunSpec) -> Iterator[Violation]:
-    """The scales of an FP8 cache come with flashrl's own weight update (plugins/kv_scales.py)."""
+    """An FP8 KV cache needs flashrl's own weight update, which sets its scales (plugins/kv_scales.py)."""
     row = PRECISIONS[spec.rollout.precision]
     if spec.rollout.kv_cache != "auto" and "kv8" not in row.goes_with:
         yield Violation(
@@ -195,7 +198,7 @@ def cache_in_8_bits_has_scales(spec: RunSpec) -> Iterator[Violation]:
 
 
 def profile_is_applied(spec: RunSpec) -> Iterator[Violation]:
-    """Smoothing only reduces quantization error, and verl's own weight update does not apply it."""
+    """A smoothing profile needs a quantized precision with flashrl's weight update; verl's does not apply it."""
     row = PRECISIONS[spec.rollout.precision]
     if spec.rollout.profile is None or "smooth" in row.goes_with:
         return
@@ -209,9 +212,9 @@ def profile_is_applied(spec: RunSpec) -> Iterator[Violation]:
 
 
 def no_secret_is_written_down(spec: RunSpec) -> Iterator[Violation]:
-    """A preset is shared, and a plan is kept with the run: neither may hold a credential."""
+    """No preset contains a credential: presets are shared, and a plan is stored with the run."""
     named = {f"env.{name}": (name, value) for name, value in spec.env.items()}
-    # among verl's keys only capitals distinguish a variable's name from a key like `pad_token`
+    # among verl's keys, only capitals distinguish an environment variable from a key like `pad_token`
     last = {key: key.rpartition(".")[2] for key in spec.verl}
     named |= {f"verl.{key}": (last[key] if last[key].isupper() else "", str(spec.verl[key] or "")) for key in last}
     for key, (name, value) in named.items():
@@ -243,15 +246,15 @@ RULES: tuple[Rule, ...] = (
 
 EXAMPLE = "--set algorithm.lr=1e-6"
 SWEPT = {"rollout": "rollout.precision", "tis": "correction.cap"}
-"""A sweep's own names for keys that have an option."""
+"""Short names that a sweep accepts for keys with an option of the same name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """The command line's part of a configuration.
 
-    `rollout` is a precision, `tis` the text of a cap or `off`, `sets` are texts `key=value`, `point` is what `--sweep`
-    gives this run: a text for each key that varies.
+    `rollout` is a precision; `tis` is the text of a cap, or `off`; `sets` are texts of the form `key=value`; `point` is
+    this run's point of a sweep, a text for each key that varies.
     """
 
     rollout: str | None = None
@@ -267,7 +270,10 @@ NO_OPTIONS = Options()
 
 
 def option_layers(options: Options, problems: list[Problem]) -> Iterator[Layer]:
-    """Yield a layer for each option given, the strongest last; a bad text is a problem and its layer empty."""
+    """Yield a layer for each option given, in order of precedence, the strongest last.
+
+    An option with a malformed text is added to `problems`, and its layer is empty.
+    """
     if options.rollout is not None:
         yield _flag("rollout.precision", options.rollout, Location("--rollout"))
     if options.tis is not None:
@@ -280,14 +286,14 @@ def option_layers(options: Options, problems: list[Problem]) -> Iterator[Layer]:
     for key, text in options.point:
         where = Location("--sweep", key=key)
         if key in SWEPT:
-            item = yaml_file.value(text).data  # a list's item may be quoted; an option's text is not
+            item = yaml_file.value(text).data  # an item of a list may be quoted; the text of an option is not
             yield _flag(SWEPT[key], item if isinstance(item, str) else text, where)
         else:
             yield _assignment(f"{key}={text}", where, problems)
 
 
 def is_text(key: str) -> bool:
-    """Whether a key's value is a text whatever it looks like: that of a variable, `env.NAME`."""
+    """Whether a key's value is always text, even if it looks like a number: that of a variable, `env.NAME`."""
     head, dot, _ = key.partition(".")
     return bool(dot) and head in VERBATIM
 
@@ -297,7 +303,7 @@ def _flag(key: str, text: str, where: Location) -> Layer:
 
 
 def _cap(text: str) -> Any:
-    """Number of a `--tis` text, None for `off`; anything else as it is, for the spec to refuse."""
+    """Cap given by a `--tis` text, None for `off`; any other text is returned unchanged, and the spec refuses it."""
     number = yaml_file.value(text).data
     if isinstance(number, int | float) and not isinstance(number, bool):
         return number
@@ -342,55 +348,56 @@ def _bad_value(key: str, text: str, found: Sequence[Problem]) -> Problem | None:
 
 
 UNKNOWN = "extra_forbidden"
-"""pydantic's name for a key that a model lacks."""
+"""pydantic's error type for a key that a model lacks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A valid spec, the origin of each of its dotted leaf keys, and the problems that leave it valid.
+    """A valid spec, the origin of each of its dotted leaf keys, and the problems in spite of which it is valid.
 
-    `broken` holds what could be left out (unknown keys, unreadable lines) or, where nothing was, the rules that values
-    break.
+    `broken` holds the problems of what was left out (unknown keys, unreadable lines) or, if nothing was left out, the
+    broken rules.
     """
 
     spec: RunSpec
     origins: Mapping[str, Origin]
     preset: str = ""
-    """The name or the file that the user gave."""
+    """The preset as the user gave it: a name or a file."""
     layers: Sequence[Layer] = ()
     broken: tuple[Problem, ...] = ()
 
     def checked(self) -> Resolved:
-        """Itself. Raises InputError with everything that is broken."""
+        """Return the object itself; raises InputError with all problems if there are any."""
         if self.broken:
             raise self.refusal(self.broken)
         return self
 
     def refusal(self, problems: Sequence[Problem]) -> InputError:
-        """The error with `problems`, in the order of the files and options in which they were written."""
+        """InputError with `problems`, sorted by the files and options in which they were written."""
         return _refusal(self.preset, problems, self.layers)
 
     def value(self, key: str) -> Any:
-        """Value at a dotted key of typed fields (not under `verl` or `env`); None below a part that is null."""
+        """Value of a typed field by its dotted key (not under `verl` or `env`); None below a part that is null."""
         value: Any = self.spec
         for name in key.split("."):
             value = getattr(value, name) if value is not None else None
         return value
 
     def is_set(self, key: str) -> bool:
-        """Whether the value was written or derived, and is not merely the default."""
+        """Whether a value was written or derived, and is not just the default."""
         return self.origins.get(key, DEFAULT).layer != "default"
 
     def option(self, key: str, value: Any) -> str:
-        """The option that would give a key another value: that of the sweep for a key that the sweep varies."""
+        """The command-line option that gives a key another value: `--sweep` for a key that a sweep varies."""
         return option(key, value, self.origins.get(key, DEFAULT).where)
 
 
 def read_spec(preset: str, options: Options = NO_OPTIONS, translate: Translate = lambda _: None) -> Resolved:
-    """Read a preset (name or file), apply the options, validate; problems that leave a valid spec are in the result.
+    """Read a preset (name or file), apply the options and validate the result.
 
-    `translate` gives the hint to a key that the spec lacks and another program has. Reads preset files and the working
-    folder. Raises InputError with every problem, each with its file and line or its option, in their order.
+    Problems in spite of which the spec is valid are in the result; otherwise raises InputError with every problem, each
+    with its file and line or its option, in their order. `translate` gives the hint for a key that the spec lacks and
+    another program has. Reads preset files and the working folder.
     """
     problems: list[Problem] = []
     read = [*presets.read_layers(preset, problems), *option_layers(options, problems)]
@@ -399,7 +406,7 @@ def read_spec(preset: str, options: Options = NO_OPTIONS, translate: Translate =
     errors = _errors(data)
     if errors:
         found = diagnose.problems_of(errors, origins, translate)
-        # a key that is missing may be in a line that could not be read
+        # a missing key may be in a line that could not be read
         problems += [problem for problem in found if problem.where or not problems]
     unknown = [error["loc"] for error in errors if error["type"] == UNKNOWN]
     if len(unknown) < len(errors):
@@ -408,7 +415,7 @@ def read_spec(preset: str, options: Options = NO_OPTIONS, translate: Translate =
     layers += derived_layers(spec)
     data, written = merge(layers)
     spec = RunSpec.model_validate(_without(data, unknown))
-    # a rule may be broken only because something was left out
+    # with something left out, a rule may be broken only because of that
     broken = problems or _broken_rules(spec, written)
     origins = {key: written.get(key, DEFAULT) for key, _ in leaves(spec.model_dump())}
     return Resolved(spec, origins, preset, tuple(layers), tuple(broken))
@@ -442,7 +449,7 @@ def _refusal(preset: str, problems: Sequence[Problem], layers: Sequence[Layer]) 
     order = {layer.origin.where: number for number, layer in enumerate(layers)}
 
     def place(problem: Problem) -> tuple[int, int]:
-        """Number of the layer, and line; what was written nowhere comes last."""
+        """Number of the problem's layer, and its line; problems without a location come last."""
         where = problem.where if isinstance(problem.where, Location) else None
         return (order.get(where.at(None), len(order)), where.line or 0) if where else (len(order), 0)
 
@@ -452,10 +459,10 @@ def _refusal(preset: str, problems: Sequence[Problem], layers: Sequence[Layer]) 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """One runnable preset in a line; `error` is set (and most else empty) for one that does not load.
+    """Summary of a runnable preset; if it cannot be loaded, `error` is set and most other fields are empty.
 
-    `tis` is the cap of truncated importance sampling, `gpus` the number of GPUs in all (0 on CPU), `devices` the same
-    as text: machines × GPUs on each.
+    `tis` is the cap of truncated importance sampling, `gpus` the total number of GPUs (0 on CPU), and `devices` the
+    same as text: nodes × GPUs per node.
     """
 
     name: str
@@ -470,7 +477,7 @@ class Summary:
 
 
 def catalog() -> Iterator[Summary]:
-    """Yield a summary of every preset on the search path, by name."""
+    """Yield a summary of every runnable preset on the search path, sorted by name."""
     for name in presets.names():
         try:
             yield _summary(name)

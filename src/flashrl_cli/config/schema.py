@@ -1,7 +1,7 @@
-"""The language of presets as a JSON schema and as tables of documentation, both from the spec and its docstrings.
+"""The keys of presets as a JSON schema and as documentation tables, both made from the spec and its docstrings.
 
-pydantic can read the docstrings itself (`use_attribute_docstrings`), but would do so for every command that loads a
-preset and make the spec's import a quarter slower; here its source is parsed once, when someone asks.
+pydantic can read the docstrings itself (`use_attribute_docstrings`), but would do so in every command that loads a
+preset and make the spec's import a quarter slower. Here the spec's source is parsed only when the schema is requested.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OPEN_MAPS: Mapping[str, Schema] = {
     "env": {"title": "text or numbers", "type": ["string", "number"]},
     "verl": {"title": "values or lists of values", "anyOf": [_SCALAR, {"type": "array", "items": _SCALAR}]},
 }
-"""Values of the maps with free keys: validators check them, and pydantic's schema does not describe those."""
+"""Values of the maps with arbitrary keys; validators check them, which pydantic's schema does not describe."""
 EXTENDS: Schema = {
     "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
     "default": [],
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 def preset_schema() -> Schema:
     """JSON schema (draft 2020-12) of a preset file.
 
-    `required` is renamed `x-required`: a file may leave out what it extends or what `--set` gives.
+    `required` is renamed to `x-required`, because a file may leave out keys that it inherits or that `--set` gives.
     """
     schema = spec.RunSpec.model_json_schema()
     documented = _docstrings()
@@ -70,7 +70,7 @@ def preset_schema() -> Schema:
 
 
 def sections(schema: Schema) -> Iterator[tuple[str, str, list[Row]]]:
-    """Yield (title, meaning, rows) of the keys that belong to no part of a preset, then of every part."""
+    """Yield (title, meaning, rows) for the keys that belong to no part of a preset, then for every part."""
     parts = {name: part for name, field in schema["properties"].items() if (part := _part(field, schema))}
     single = {name: field for name, field in schema["properties"].items() if name not in parts}
     yield "At the top", "Keys that belong to no part.", list(_rows(schema | {"properties": single}, "", schema))
@@ -79,12 +79,12 @@ def sections(schema: Schema) -> Iterator[tuple[str, str, list[Row]]]:
 
 
 def tables() -> str:
-    """Markdown: a table for every part of a preset."""
+    """Markdown text with a table for every part of a preset."""
     return "\n".join(_table(*section) for section in sections(preset_schema()))
 
 
 def _docstrings() -> dict[tuple[str, str], str]:
-    """The text below each field, by class and field; lines joined."""
+    """The docstring of each field of the spec, by class and field name, on one line."""
     found = {}
     for part in ast.parse(inspect.getsource(spec)).body:
         if not isinstance(part, ast.ClassDef):
@@ -97,7 +97,7 @@ def _docstrings() -> dict[tuple[str, str], str]:
 
 
 def _part(field: Schema, schema: Schema) -> Schema | None:
-    """The part that a field holds (perhaps or null), None for a plain value."""
+    """Schema of the part that a field holds, even if the field may be null; None for a plain value."""
     options = [field, *field.get("anyOf", [])]
     reference = next((option["$ref"] for option in options if "$ref" in option), None)
     return schema["$defs"][reference.rpartition("/")[2]] if reference else None

@@ -1,7 +1,7 @@
-"""RunSpec: what a training run is, typed as far as flashrl reasons about it.
+"""RunSpec: the typed description of a training run, with a field for each setting that flashrl reasons about.
 
-Each field's docstring is its documentation. A default stated here is verl's own (a contract test compares them), except
-where the docstring says otherwise. Every other key of verl's goes under `verl:` word for word.
+Each field's docstring is its documentation (docs/presets.md). The defaults are verl's own, which a contract test
+checks, except where a docstring gives verl's. Every other verl key is given under `verl:` with verl's name.
 """
 
 from __future__ import annotations

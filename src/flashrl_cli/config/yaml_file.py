@@ -1,8 +1,8 @@
-"""YAML text to plain data with the line of every key, values back to text, and what a misspelled one probably meant.
+"""Reads YAML as plain data with the line of every key, writes values as text, and finds what a typing error meant.
 
-PyYAML reads YAML 1.1, where `1e-6` is text, `off` is false and `1:30` is ninety, and lets the last of two equal keys
-win. Here scalars follow the YAML 1.2 core schema, and what would be read as something other than its writer meant is
-refused: equal keys, tags, aliases (presets compose by `extends`), Python's None, typographic quotes.
+PyYAML reads YAML 1.1, in which `1e-6` is text, `off` is false and `1:30` is ninety, and of two equal keys it keeps the
+last. Here scalars follow the YAML 1.2 core schema, and whatever might be read differently from what its writer meant is
+refused: equal keys, tags, aliases (presets use `extends` instead), Python's None, and typographic quotes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import yaml
 from flashrl_cli.errors import Location, Problem
 
 MAX_BYTES = 100_000
-"""A preset is a page of text; anything near this size is some other file."""
+"""Largest size of a file, in bytes; a preset has about a page of text, so a larger file is something else."""
 QUOTES = "“”„‟‘’‚‛«»"
-"""What word processors and chats make of straight quotes."""
+"""Typographic quotes, by which word processors and chat programs replace straight ones."""
 
 
 class _Scalar(NamedTuple):
-    """One type of YAML 1.2's core schema: what its text looks like, how it can start, what it becomes."""
+    """One type of YAML 1.2's core schema: pattern of its text, possible first characters, and conversion."""
 
     pattern: str
     starts: str
@@ -34,12 +34,12 @@ class _Scalar(NamedTuple):
 
 
 NOWHERE = Location("")
-"""The location of a text that was not written by a user, or whose problems are not reported."""
+"""Location of a text that no user wrote, or whose problems are not reported."""
 _TAG = "tag:yaml.org,2002:"
 _ALIAS, _ANCHOR = "*", "&"
 _LINE_BREAK = re.compile("[\n\r\x85\u2028\u2029]")
 _REFUSED: Any = object()
-"""In place of a refused value: it is left out of the data, so that it is not reported twice."""
+"""Marks a refused value, which is left out of the data so that it is not reported twice."""
 _SCALARS = {
     "null": _Scalar(r"~|null|Null|NULL|", "~nN", lambda _: None),
     "bool": _Scalar(r"true|True|TRUE|false|False|FALSE", "tTfF", lambda text: text.lower() == "true"),
@@ -64,16 +64,17 @@ _ADVICE = {
     "unexpected end of stream": "close the quote",
     "but found another document": "one preset a file: drop what follows `---`",
 }
-"""How to fix what PyYAML refuses, by a part of its message."""
+"""How to fix a syntax error, by a part of PyYAML's message."""
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012  # PyYAML copies it before changing it
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """As PyYAML, but an alias is a node of its own: refused in its own line, and no way to a tree without end.
+        """Compose nodes as PyYAML does, but an alias or an anchored node becomes a special node that is refused.
 
-        So is what has an anchor, which would be dropped where no alias is allowed.
+        An alias is thereby reported in its own line and cannot make the tree infinite. An anchor would otherwise be
+        dropped silently.
         """
         if not self.check_event(yaml.AliasEvent):
             anchor = self.peek_event().anchor  # type: ignore[no-untyped-call]
@@ -92,23 +93,24 @@ for _name, _scalar in _SCALARS.items():
 
 @dataclass(slots=True)
 class Document:
-    """One YAML text: its data, the line (from 1) of every dotted key, and what is wrong with it."""
+    """A YAML text after parsing: its data, the line (from 1) of every dotted key, and its problems."""
 
     where: Location
-    """The file, or the option."""
+    """The file or the option that contains the text."""
     data: Any = None
     lines: dict[str, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     def line_of(self, key: str) -> Location:
-        """Where a dotted key was written: its line, or the first line."""
+        """Location of a dotted key: its line, or the first line if the key was not read."""
         return self.where.at(self.lines.get(key, 1))
 
 
 def parse(text: str, where: Location = NOWHERE, *, verbatim: Collection[str] = ()) -> Document:
-    """Parse one YAML document of the file or option `where`; never raises: see `Document.problems`, each with its line.
+    """Parse the YAML document of the file or option `where`.
 
-    Numbers and truth values below the top-level keys `verbatim` stay the text that was written.
+    Never raises; errors are in `Document.problems`, each with its line. Numbers and truth values below the top-level
+    keys `verbatim` remain text, exactly as written.
     """
     document = Document(where)
     try:
@@ -124,11 +126,11 @@ def parse(text: str, where: Location = NOWHERE, *, verbatim: Collection[str] = (
 
 
 def value(text: str, where: Location = NOWHERE, *, is_text: bool = False) -> Document:
-    """Parse one value as an option holds it: YAML of which nothing is dropped without a word, unlike in a file.
+    """Parse the value of an option: YAML of which, unlike in a file, nothing is silently dropped.
 
-    A single text stays as it was written, with what a file would take for a comment (`try #3`), a marker (`--- x`), a
-    block (`|`) or a line break to fold; only blanks around it, and quotes around all of it, do not count. A list, a map
-    or quoted text that would lose a part is a problem. With `is_text`, the value is a text whatever it looks like.
+    A plain text is kept as it was written, including what would be a comment (`try #3`), a marker (`--- x`), a block
+    (`|`) or a folded line break in a file; only surrounding blanks and quotes around the full text are removed. A list,
+    a map or a quoted text of which YAML would drop a part is a problem. With `is_text`, the value is always text.
     """
     written = text.strip()
     document = parse(written, where, verbatim=("",) if is_text else ())
@@ -150,7 +152,7 @@ def value(text: str, where: Location = NOWHERE, *, is_text: bool = False) -> Doc
 
 
 def _loses(text: str) -> bool:
-    """Whether YAML drops a part of `text`: comments, document markers, line breaks in a single text, an empty block."""
+    """Whether YAML drops a part of `text`: a comment, a document marker, a line break in a text, or an empty block."""
     end = 0
     for token in yaml.scan(text, Loader=_Loader):
         start = token.start_mark.index
@@ -168,7 +170,7 @@ def _loses(text: str) -> bool:
 
 
 def items(text: str, where: Location) -> tuple[list[str], list[Problem]]:
-    """Texts of the items of a list that is written without its brackets, such as `1e-6, [a, b], "x, y"`."""
+    """Texts of the items of a list written without brackets, such as `1e-6, [a, b], "x, y"`, and the problems."""
     source, no_list = f"[{text}]", f"{text[:40]!r} is no list of values"
     try:
         node = yaml.compose(source, Loader=_Loader)
@@ -187,9 +189,9 @@ def items(text: str, where: Location) -> tuple[list[str], list[Problem]]:
 
 
 def read(path: Path, shown: str, *, verbatim: Collection[str] = (), kind: str = "preset") -> Document:
-    """Read a YAML file that holds a map (an empty file is an empty map); never raises, see `Document.problems`.
+    """Read a YAML file that contains a map; an empty file is an empty map.
 
-    In problems the file is called `shown`, and `kind` is what such a file is.
+    Never raises; errors are in `Document.problems`, which call the file `shown` and its type `kind`.
     """
     where = Location(shown)
     text = _read_text(path, where, kind)
@@ -210,7 +212,7 @@ def _kind(data: Any) -> str:
 
 def _read_text(path: Path, where: Location, kind: str) -> str | Problem:
     try:
-        with path.open("rb") as stream:  # a device or a pipe has no size to ask for
+        with path.open("rb") as stream:  # devices and pipes have no size that could be checked first
             raw = stream.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
             return Problem(f"larger than {MAX_BYTES:,} bytes: not a {kind}", where)
@@ -239,7 +241,7 @@ def _syntax_problem(error: yaml.YAMLError, text: str, where: Location) -> Proble
 
 
 class _Builder:
-    """Turns PyYAML's nodes into data, noting lines and problems in a document."""
+    """Converts PyYAML's nodes into data, and records lines and problems in a document."""
 
     def __init__(self, document: Document, verbatim: Collection[str]) -> None:
         self.document = document
@@ -271,7 +273,7 @@ class _Builder:
         return {name: value for name, value in data.items() if value is not _REFUSED}
 
     def name(self, node: yaml.Node) -> Any:
-        """Name of a key."""
+        """Name of a key; `_REFUSED`, with a problem recorded, for one that is not plain text."""
         if not isinstance(node, yaml.ScalarNode):
             return self.refuse(node, "a key in brackets; presets know no expressions", "write the value out")
         name = str(node.value)
@@ -317,13 +319,13 @@ class _Builder:
         return self.refuse(node, f"tag {tag} is not supported", "presets hold plain text, numbers, lists and maps")
 
     def refuse(self, node: yaml.Node, message: str, hint: str | None = None) -> Any:
-        """Note a problem; returns what replaces the value."""
+        """Record a problem, and return the marker that replaces the value."""
         self.document.problems.append(Problem(message, self.document.where.at(node.start_mark.line + 1), hint))
         return _REFUSED
 
 
 def text_of(value: Any) -> str:
-    """Text that is read back as an equal value of the same type: `null`, `true`, `1e-6`, `[console, file]`."""
+    """YAML text of a value, from which an equal value of the same type is read: `null`, `1e-6`, `[console, file]`."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(text_of, value))}]"
     if isinstance(value, str):
@@ -334,7 +336,7 @@ def text_of(value: Any) -> str:
 
 
 def _is_plain(text: str) -> bool:
-    """Whether text needs no quotes, alone or within a list."""
+    """Whether a text needs no quotes, alone and within a list."""
     return _reads(text, text) and _reads(f"[{text}]", [text])
 
 
@@ -344,22 +346,22 @@ def _reads(text: str, value: Any) -> bool:
 
 
 CUTOFF = 0.6
-"""Likeness, from 0 to 1, below which nobody would see one name in the other (difflib's own default)."""
+"""Least similarity, from 0 to 1, at which one name may be a misspelling of another (difflib's default)."""
 _WORDS = {
     None: ("", "none", "null", "nil", "off", "no", "false"),
     True: ("true", "yes", "on", "1", "y"),
     False: ("false", "no", "off", "0", "n"),
 }
-"""How null and truth values are written elsewhere."""
+"""Other spellings of null and truth values."""
 
 
 def fold(text: str) -> str:
-    """`text` less what is easily typed differently: case, dashes, spaces, quotes around it."""
+    """A text without differences that are easily typed: case, dashes, spaces, surrounding quotes."""
     return re.sub(r"[-\s]+", "_", text.strip(f" \t'\"-+{QUOTES}").casefold())
 
 
 def nearest(text: str, names: Iterable[str], count: int = 2) -> list[str]:
-    """Up to `count` names that are nearly `text`, the nearest first; one alone if the difference folds away."""
+    """Up to `count` names similar to `text`, the nearest first; just one if it equals `text` after folding."""
     folded = {fold(name).replace("_", ""): name for name in names}
     written = fold(text).replace("_", "")
     return [
@@ -368,13 +370,13 @@ def nearest(text: str, names: Iterable[str], count: int = 2) -> list[str]:
 
 
 def same_key(text: str, keys: Sequence[str]) -> str | None:
-    """The key that `text` is, but for what folds away, `/` for dots, or a value that runs on (`lr:1e-6`)."""
+    """The key that `text` equals after folding, with `/` read as a dot and without an attached value (`lr:1e-6`)."""
     forms = (fold(text).replace("/", "."), re.split("[:=]", fold(text))[0])
     return next((form for form in forms if form in keys), None)
 
 
 def nearest_keys(text: str, keys: Sequence[str]) -> list[str]:
-    """Up to two dotted keys that are nearly `text`; the last name weighs twice what precedes it."""
+    """Up to two dotted keys similar to `text`; the last name weighs twice as much as the names before it."""
     head, _, name = fold(text).rpartition(".")
     scores = {}
     for key in keys:
@@ -388,7 +390,7 @@ def nearest_keys(text: str, keys: Sequence[str]) -> list[str]:
 
 
 def readings(value: Any, example: Any = None) -> Iterator[Any]:
-    """Yield other ways to read a refused value, the likeliest first; `example` is a value that its key can have."""
+    """Yield other readings of a refused value, the likeliest first; `example` is a valid value of its key."""
     if isinstance(value, float) and value.is_integer():
         yield int(value)
     if isinstance(value, list) and len(value) == 1:

@@ -15,9 +15,10 @@ from flashrl_cli.precision import BY_METHOD, PRECISIONS, joined
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Why a run failed, recognized by a pattern in its log; `fatal` ones end a run that does not end itself.
+    """Why a run failed, recognized by a pattern in its log.
 
-    `what` and `hint` are for people; commands that have a better hint than a training run's look it up by `id`.
+    `what` and `hint` are shown to the user; a command that has a better hint than a training run's looks it up by
+    `id`. A `fatal` cause makes flashrl end a run that does not end itself.
     """
 
     id: str
@@ -93,7 +94,8 @@ GPU = (
     _cause(
         "nccl-timeout",
         "the GPUs waited in vain for one of them",
-        "look in the log for the rank that died or hung first: the others only waited, and verl has no key for how long",
+        "look in the log for the rank that died or hung first: the others only waited, "
+        "and verl has no key for how long",
         r"Watchdog caught collective operation timeout",
     ),
     _cause(
@@ -127,7 +129,8 @@ MACHINE = (
     _cause(
         "disk-full",
         "a disk is full",
-        "`df -h` shows which: that of the checkpoints, of the run's folder, of /tmp (Ray), or /dev/shm; free space there",
+        "`df -h` shows which: that of the checkpoints, of the run's folder, of /tmp (Ray), or /dev/shm; "
+        "free space there",
         r"No space left on device",
         r"Disk quota exceeded",
         r"PytorchStreamWriter failed writing file",
@@ -140,7 +143,7 @@ MACHINE = (
         "give this user the right to it (`ls -ld PATH`), or name others with FLASHRL_CHECKPOINTS and FLASHRL_RUNS",
         r"PermissionError: \[Errno 13\]",
         r"OSError: \[Errno 30\] Read-only file system",
-        fatal=False,  # libraries try caches and go on without
+        fatal=False,  # libraries try to use caches and go on without them
     ),
     _cause(
         "files-open",
@@ -162,7 +165,7 @@ MACHINE = (
         "end the leftover Ray or vLLM process that holds it: `ss -ltnp` names it",
         r"[Aa]ddress already in use",
         r"EADDRINUSE",
-        fatal=False,  # torch warns so of one address family and goes on with the other
+        fatal=False,  # torch also logs this for one address family and goes on with the other
     ),
 )
 
@@ -227,12 +230,13 @@ INPUTS = (
         "the data lacks a column that verl reads",
         "`flashrl prepare NAME --force` writes all of prompt, data_source, reward_model and extra_info",
         r"KeyError: '(prompt|data_source|reward_model|extra_info)'$",
-        fatal=False,  # a reward function may raise the same, and verl goes on
+        fatal=False,  # a reward function may raise the same exception, after which verl goes on
     ),
     _cause(
         "no-data",
         "no training data is left",
-        "raise data.max_prompt_length (longer prompts are dropped), or lower data.train_batch_size to the rows there are",
+        "raise data.max_prompt_length (longer prompts are dropped), "
+        "or lower data.train_batch_size to the rows there are",
         r"filter dataset len: 0$",
         r"num_samples should be a positive integer value, but got num_samples=0",
     ),
@@ -269,7 +273,7 @@ SETUP = (
         r"^(\([^)]*\) )*ModuleNotFoundError: No module named",
         r"^(\([^)]*\) )*ImportError: ",
         r"importlib\.metadata\.PackageNotFoundError: ",
-        fatal=False,  # libraries log what they do without, and verl ends itself
+        fatal=False,  # libraries also log missing optional packages, and verl ends itself for a required one
     ),
     _cause(
         "cluster-small",
@@ -283,8 +287,9 @@ ENGINE = (
     _cause(
         "engine-unwritten",
         "a weight update left parameters of the rollout engine without their new weights",
-        "the rollouts would not be the policy's: the log names the parameters; vLLM's model of this architecture and the trainer's "
-        "must have the same weights (look at model.path's config.json), and `flashrl doctor --quant` tests the engine itself",
+        "the rollouts would not be the policy's: the log names the parameters; vLLM's model of this architecture "
+        "and the trainer's must have the same weights (look at model.path's config.json), "
+        "and `flashrl doctor --quant` tests the engine itself",
         r"coverage\.Incomplete: the weight update (left|lacked|brought)",
         r"coverage\.Incomplete: (the engine refused|\d+ tensors of) the weight update",
     ),
@@ -304,8 +309,8 @@ ENGINE = (
     _cause(
         "quantization",
         "the rollout engine does not know the quantization",
-        f"rollout.precision takes {joined(PRECISIONS, 'or')}; {joined(BY_METHOD, 'and')} need flashrl installed beside vLLM "
-        "on every node",
+        f"rollout.precision takes {joined(PRECISIONS, 'or')}; {joined(BY_METHOD, 'and')} need flashrl installed "
+        "beside vLLM on every node",
         r"Unknown quantization method",
     ),
     _cause(
@@ -393,7 +398,7 @@ RAY = (
 )
 
 CAUSES = (*GPU, *MACHINE, *INPUTS, *SETUP, *ENGINE, *RAY, *SAMPLING)
-"""Most specific first."""
+"""All causes, the most specific first: `cause_in` returns the first that matches."""
 
 
 def cause_in(line: str) -> Cause | None:

@@ -1,7 +1,7 @@
-"""verl's checkpoint layout: its folder and file names, and what a run's overrides mean for checkpoints and validation data.
+"""verl's checkpoint layout, and what a run's overrides mean for its checkpoints and its validation data.
 
-Written by verl 0.9.1, one step by utils/checkpoint/fsdp_checkpoint_manager.py:272-476, a run by
-trainer/ppo/v1/trainer_base.py:948-1029: actor, critic, data.pt, and the tracker last.
+The layout is that of verl 0.9.1. utils/checkpoint/fsdp_checkpoint_manager.py:272-476 writes the files of one model;
+trainer/ppo/v1/trainer_base.py:948-1029 writes a step: actor, critic, data.pt, and the run's tracker last.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import Any
 from flashrl_cli.weights import VERL_META
 
 TRACKER = "latest_checkpointed_iteration.txt"
-"""Number of the last step that was saved completely; verl writes it last."""
+"""File with the number of the last step that was saved completely; verl writes it last."""
 ACTOR = "actor"
 CRITIC = "critic"
 HUGGINGFACE = "huggingface"
-"""Folder in `actor/` with config and tokenizer, and with merged weights only if the run saved them too."""
+"""Folder in `actor/` with configuration and tokenizer; it has merged weights only if the run saved them too."""
 STEP_HUGGINGFACE = "actor_huggingface"
-"""Folder in a step into which the original project merged its weights."""
+"""Folder in a step's folder into which the original FlashRL project merged its weights."""
 HF_FILES = ("config.json", "tokenizer_config.json")
-"""What that folder holds at least."""
+"""Files that a Hugging Face folder has at least."""
 LORA = VERL_META
 DATA = "data.pt"
-"""Where the data loader stood; written after the models, so a step without it was cut off."""
+"""State of the data loader; verl writes it after the models, so a step without it was not saved completely."""
 FSDP_CONFIG = "fsdp_config.json"
 PARTS = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
-"""What verl calls a part of a checkpoint (in `save_contents`, `load_contents`) to the start of its files' names."""
+"""The parts of a checkpoint by verl's names (in `save_contents`, `load_contents`): the start of their files' names."""
 
 _STEP = re.compile(r"global_step_(\d+)")
 _SHARD = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
@@ -64,7 +64,7 @@ def step_name(step: int) -> str:
 
 
 def step_number(name: str) -> int | None:
-    """Step of a folder called `name`, or None if it is no step."""
+    """Step number in a folder's name; None if the folder is not that of a step."""
     match = _STEP.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -78,7 +78,7 @@ def tracked_step(run: Path) -> int | None:
 
 
 def shards(actor: Path) -> Shards | None:
-    """Shards that belong to `actor`; None if it has none at all."""
+    """Model shards of the checkpoint in `actor`; None if it has none at all."""
     world_size = max((int(m[1]) for m in map(_SHARD.fullmatch, _names(actor)) if m), default=None)
     if world_size is None:
         return None
@@ -87,7 +87,10 @@ def shards(actor: Path) -> Shards | None:
 
 
 def recorded_world_size(model: Path) -> int | None:
-    """Number of processes that saved `model` (an `actor/` or `critic/`), as they recorded it; None without a readable record."""
+    """Number of processes that saved `model` (an `actor/` or `critic/`), as verl recorded it beside the shards.
+
+    None without a readable record.
+    """
     try:
         world_size = int(json.loads((model / FSDP_CONFIG).read_text(encoding="utf-8"))["world_size"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -103,16 +106,16 @@ def part_files(model: Path, world_size: int, parts: Iterable[str]) -> list[Path]
 
 
 def loaded(overrides: Iterable[str]) -> Loaded:
-    """What a run with these overrides (`key=value` in Hydra's grammar) loads when it resumes.
+    """Parts that a run with these overrides (`key=value` in Hydra's grammar) loads when it resumes.
 
-    Without `load_contents` that is what it saves (verl/trainer/config/actor/actor.yaml:139).
+    Without `load_contents` a run loads what it saves (verl/trainer/config/actor/actor.yaml:139).
     """
     given = list(overrides)
     return _loaded(lambda key: _given(given, key))
 
 
 def loaded_by(verl: Mapping[str, Any]) -> Loaded:
-    """What a run of a preset with these keys of verl's loads when it resumes: see `loaded`."""
+    """Parts that a run whose preset has these verl keys loads when it resumes; see `loaded`."""
     return _loaded(lambda key: verl.get(key, verl.get(f"+{key}")))
 
 
@@ -140,7 +143,7 @@ def model_path(overrides: Iterable[str]) -> str | None:
 
 
 def _given(overrides: Iterable[str], key: str) -> Any:
-    """Value of `key` among overrides, the last one if there are more; None if it is not among them."""
+    """Value of `key` among overrides, the last one if it is given several times; None if it is not given."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     found = [text for text in overrides if text.lstrip("+").startswith(f"{key}=")]

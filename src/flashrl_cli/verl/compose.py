@@ -1,7 +1,7 @@
 """verl's own Hydra tree, composed with our overrides, without importing verl or torch.
 
-Hydra stops at the first wrong key. So a list that composes is accepted at once; one that does not is compared key by
-key with the tree, to report everything that is wrong.
+Hydra stops at the first wrong key. A list of overrides that composes is accepted at once; one that does not is compared
+key by key with the tree, so that everything wrong with it is reported.
 """
 
 from __future__ import annotations
@@ -38,14 +38,17 @@ class Tree:
         self._config = config
 
     def get(self, key: str) -> Any:
-        """Value at a dotted key with its interpolations resolved; a map or list as plain data, None where there is none."""
+        """Value at a dotted key with its interpolations resolved; None where the tree has none.
+
+        Maps and lists are returned as plain data.
+        """
         from omegaconf import OmegaConf
 
         value = OmegaConf.select(self._config, key, throw_on_missing=False)
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
     def container(self) -> dict[str, Any]:
-        """The tree as plain data, interpolations unresolved."""
+        """The tree as plain data, with interpolations left unresolved."""
         from omegaconf import OmegaConf
 
         plain: dict[str, Any] = OmegaConf.to_container(self._config, resolve=False)
@@ -53,9 +56,9 @@ class Tree:
 
 
 def tree(overrides: Sequence[str]) -> Tree:
-    """Configuration of verl with `overrides` applied strictly.
+    """verl's configuration with `overrides` applied strictly.
 
-    Raises HydraException; EnvironmentNotReady without verl.
+    Raises HydraException for an override that Hydra refuses, and EnvironmentNotReady when verl is not installed.
     """
     import hydra
 
@@ -64,14 +67,15 @@ def tree(overrides: Sequence[str]) -> Tree:
 
 
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
-    """`tree` as plain data."""
+    """verl's configuration with `overrides` applied, as plain data; see `tree`."""
     return tree(overrides).container()
 
 
 def attempt(overrides: Sequence[Override]) -> tuple[Tree | None, list[Problem]]:
-    """The tree of those overrides that verl's own has a place for, and what is wrong with the others.
+    """The tree composed of the overrides whose keys are right, and the problems with the others.
 
-    None where Hydra refuses the rest, too. Raises EnvironmentNotReady without verl.
+    The tree is None where Hydra refuses the remaining overrides, too. Raises EnvironmentNotReady when verl is not
+    installed.
     """
     from hydra.errors import HydraException
 
@@ -87,9 +91,9 @@ def attempt(overrides: Sequence[Override]) -> tuple[Tree | None, list[Problem]]:
 
 
 def _explain(overrides: Sequence[Override]) -> tuple[list[Override], list[Problem]]:
-    """Overrides of keys that the tree lacks, and the problem with each.
+    """Overrides with a wrong key, and the problem with each.
 
-    Overrides that choose a part of the tree (`model_engine=megatron`) count first.
+    Overrides that choose a part of the tree (`model_engine=megatron`) are applied before keys are looked up.
     """
     from hydra.errors import HydraException
 

@@ -1,6 +1,6 @@
-"""verl's composed configuration of a run under typed names: for the rules of `lint`, and for the memory estimate.
+"""verl's composed configuration of a run under typed names, for the rules of `lint` and for the memory estimate.
 
-Where verl keeps a setting twice, this follows what its FSDP engine reads
+Where verl has a setting under two keys, this module reads the one that verl's FSDP engine reads
 (verl/workers/engine/fsdp/transformer_impl.py).
 """
 
@@ -30,7 +30,7 @@ DTYPE_BYTES = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, "fl
 
 
 class Role(NamedTuple):
-    """Where verl keeps what it knows of a model that it trains or scores: nodes of its tree, and keys."""
+    """Nodes and keys of verl's tree that configure one model which verl trains or scores with."""
 
     node: str
     fsdp: str
@@ -45,12 +45,12 @@ class Role(NamedTuple):
 
     @property
     def padding(self) -> str:
-        """Key that leaves out padding."""
+        """Key of the switch that removes padding from the input."""
         return f"{self.model}.use_remove_padding"
 
     @property
     def attention(self) -> str:
-        """Key of Transformers' attention; verl's tree lacks it."""
+        """Key of Transformers' attention implementation; verl's tree lacks it, so it is given with a `+`."""
         return f"{self.model}.override_config.attn_implementation"
 
 
@@ -67,20 +67,20 @@ ROLES = {
         MODEL,
         (f"{REF}.ulysses_sequence_parallel_size", f"{REF}.fsdp_config.ulysses_sequence_parallel_size"),
     ),
-    # the critic has another key, which is never read
+    # `critic.ulysses_sequence_parallel_size` is not listed: verl never reads it
     "critic": Role("critic", "critic.fsdp", "critic.model", ("critic.fsdp.ulysses_sequence_parallel_size",)),
 }
 
 
 class Pass(NamedTuple):
-    """A forward pass of verl's over a batch: whose model, and the keys that say how the batch is split."""
+    """One of verl's passes over a batch: the model's role, and the keys that decide how the batch is split."""
 
     name: str
     role: str
     dynamic: str
     micro: str
     whole_micro: str
-    """The micro-batch over all devices: verl's former key."""
+    """Key of the micro-batch size over all devices, which verl replaced with the one per device."""
     tokens: str
 
 
@@ -117,11 +117,11 @@ CRITIC = Pass(
     "critic.ppo_infer_max_token_len_per_gpu",
 )
 CRITIC_TOKENS = 32768
-"""The critic's token budget where none is set (verl/workers/config/critic.py:89); it is not in verl's tree."""
+"""The critic's token budget where none is set (verl/workers/config/critic.py:89); verl's tree lacks the key."""
 
 
 def engine_devices(spec: RunSpec) -> int:
-    """Devices an engine takes (verl/workers/rollout/replica.py:107; verl has no pipeline parallelism for vLLM)."""
+    """Devices of one engine (verl/workers/rollout/replica.py:107; verl has no pipeline parallelism for vLLM)."""
     width = spec.verl.get(DATA_PARALLEL, spec.verl.get(f"+{DATA_PARALLEL}"))
     return spec.rollout.tensor_parallel * (width if isinstance(width, int) and width > 0 else 1)
 
@@ -132,13 +132,16 @@ def replicas(spec: RunSpec) -> int:
 
 
 def bf16_replicas(spec: RunSpec) -> int:
-    """Replicas that `rollout.mix` leaves in bf16, the first ones: its share of all, rounded up."""
-    # 0.07 x 100 is a little more than 7 in binary
+    """Number of replicas that `rollout.mix` leaves in bf16: its share of all, rounded up; they are the first ones."""
+    # 0.07 x 100 is a little more than 7 in binary floating point
     return math.ceil(spec.rollout.mix * replicas(spec) - 1e-9)
 
 
 def written(key: str, *, new: bool = False) -> str:
-    """A key of verl's as a person writes it: the typed field that becomes it, or `verl.KEY`; `new` if verl's tree lacks it."""
+    """The name under which a preset sets a verl key: the typed field that becomes it, or `verl.KEY`.
+
+    `new` is for a key that verl's tree lacks.
+    """
     return FIELDS.get(key, f"verl.{'+' if new else ''}{key}")
 
 
@@ -156,20 +159,23 @@ class Settings:
 
     @property
     def spec(self) -> RunSpec:
-        """The typed spec."""
+        """The typed spec of the run."""
         return self.resolved.spec
 
     def get(self, key: str) -> Any:
-        """Value of verl's key after composition, defaults included; None where there is none."""
+        """Value of a verl key after composition, defaults included; None where the tree has none."""
         return self.tree.get(key)
 
     def size(self, key: str) -> int | None:
-        """A whole number at the key; None for anything else."""
+        """Value of a verl key if it is an integer; None for anything else."""
         value = self.get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
     def where(self, *keys: str) -> Location | None:
-        """Where the first of these keys (or fields) that a person set was written; an option given for this run before any preset."""
+        """Where the first of these keys (or fields) that the user set was written; None if the user set none.
+
+        An option given for this run comes before any preset.
+        """
         places = {**self.resolved.origins, **{override.key: override.origin for override in self.overrides}}
         origins = [places[key] for key in keys if key in places]
         for layers in (("set", "option"), ("preset",)):
@@ -179,16 +185,16 @@ class Settings:
         return None
 
     def fix(self, key: str, value: Any, *, new: bool = False) -> str:
-        """The option that sets the key; `new` for one that verl's tree lacks."""
+        """The command-line option that sets a verl key; `new` is for a key that verl's tree lacks."""
         text = str(value).lower() if isinstance(value, bool) else quote(value)
         return self.option(written(key, new=new), text)
 
     def option(self, name: str, value: Any) -> str:
-        """The option that sets a key of the spec: that of a sweep for a key that it varies."""
+        """The command-line option that sets a key of the spec: `--sweep` for a key that a sweep varies."""
         return self.resolved.option(name, value)
 
     def problem(self, message: str, hint: str, *keys: str) -> Problem:
-        """A problem that was written at the first of `keys` that a person set."""
+        """A problem, located where the first of `keys` that the user set was written."""
         return Problem(message, self.where(*keys), hint)
 
     @property
@@ -198,7 +204,7 @@ class Settings:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence that can come back from the engine."""
+        """Tokens of the longest sequence that the engine can return, prompt included."""
         return min(self.spec.data.max_length, self.spec.rollout.max_model_len or self.spec.data.max_length)
 
     @property
@@ -209,35 +215,41 @@ class Settings:
 
     @property
     def has_reference(self) -> bool:
-        """Whether verl scores a reference policy (verl/trainer/ppo/utils.py:75)."""
+        """Whether verl computes log-probs of a reference policy (verl/trainer/ppo/utils.py:75)."""
         return self.spec.algorithm.kl_loss or self.spec.algorithm.kl_in_reward
 
     @property
     def has_adapter(self) -> bool:
-        """Whether the policy trains LoRA; the reference policy is then the policy without it (v1/trainer_base.py:237)."""
+        """Whether the policy is trained with LoRA.
+
+        The reference policy is then the policy without its adapter (verl/trainer/ppo/v1/trainer_base.py:237).
+        """
         return self.lora_rank("actor") > 0
 
     def lora_rank(self, role: str) -> int:
-        """Rank of a model's adapter, 0 for none (verl/workers/engine/fsdp/transformer_impl.py:162; `lora.rank` is Megatron's)."""
+        """Rank of a model's LoRA adapter; 0 for none.
+
+        FSDP reads `lora_rank` (verl/workers/engine/fsdp/transformer_impl.py:162); `lora.rank` is Megatron's.
+        """
         return self.size(f"{ROLES[role].model}.lora_rank") or 0
 
     @property
     def refits_with_flashrl(self) -> bool:
-        """Whether the engine's weights come through flashrl's worker extension."""
+        """Whether flashrl's worker extension, rather than verl's, writes the weights into the engine."""
         return bool(self.get(f"{ENGINE}.worker_extension_cls") == contract.WORKER_EXTENSION)
 
     def sequence_parallel(self, role: str) -> int:
-        """Devices that share a sequence in the training of `role`."""
+        """Number of devices that share a sequence in the training of `role`; 1 without sequence parallelism."""
         degrees = [self.size(key) or 1 for key in ROLES[role].sequence_parallel]
         return next((degree for degree in degrees if degree > 1), 1)
 
     def data_parallel(self, role: str) -> int | None:
-        """Shares that a batch of `role` is split into; None where sequence parallelism does not fit the devices."""
+        """Shares that a batch of `role` is split into; None if sequence parallelism does not fit the devices."""
         devices, degree = self.devices, self.sequence_parallel(role)
         return devices // degree if devices % degree == 0 else None
 
     def roles(self) -> Iterator[str]:
-        """Models that verl builds for training: keys of ROLES."""
+        """Yield the roles (keys of ROLES) for which verl builds a separate model in the trainer."""
         yield "actor"
         if self.has_reference and not self.has_adapter:
             yield "reference policy"
@@ -249,7 +261,7 @@ class Settings:
         return step is CRITIC or bool(self.get(step.dynamic))
 
     def token_budget(self, step: Pass) -> int | None:
-        """Tokens that a device takes at once in a pass that is split by tokens."""
+        """Tokens that a device takes at once in a pass that splits its batch by tokens; None if no budget is set."""
         return self.size(step.tokens) or (CRITIC_TOKENS if step is CRITIC else None)
 
 
@@ -257,13 +269,13 @@ Rule = Callable[[Settings], Iterator[Problem]]
 
 
 def largest_divisor(number: int, at_most: int) -> int:
-    """Largest divisor of `number` that is not above `at_most`."""
+    """Largest divisor of `number` that is at most `at_most`."""
     return max(d for d in range(1, max(at_most, 1) + 1) if number % d == 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One forward pass: `sequences` of them, or `tokens` a GPU where verl batches by tokens."""
+    """Size of one forward pass on a GPU: `sequences`, or `tokens` where verl batches by tokens."""
 
     sequences: int | None = None
     tokens: int | None = None
@@ -271,9 +283,9 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """One FSDP engine of verl: how a model is sharded, what is offloaded, what a forward pass holds.
+    """One FSDP engine of verl: how a model is sharded, what is offloaded, and what a forward pass holds.
 
-    Sizes in bytes an element.
+    Fields that end in `_bytes` are sizes per element, in bytes.
     """
 
     strategy: str = "fsdp"
@@ -289,7 +301,7 @@ class EngineSettings:
     compute_bytes: int = 2
     reduce_bytes: int = 4
     adam_bytes: int = 8
-    """Optimizer state of one parameter."""
+    """Optimizer state of one parameter, in bytes."""
     train: Batch
     infer: Batch
     checkpointing: bool = True
@@ -303,12 +315,12 @@ class EngineSettings:
     entropy_chunk: int | None = None
     lora_rank: int = 0
     lora_targets: tuple[str, ...] | None = None
-    """Names of the adapted linear layers; None for all."""
+    """Names of the linear layers that LoRA adapts; None for all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutSettings:
-    """One vLLM engine; tokens and sequences are limits of its scheduler."""
+    """One vLLM engine; the numbers of tokens and sequences are limits of its scheduler."""
 
     precision: str
     tensor_parallel: int
@@ -323,7 +335,7 @@ class RolloutSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerSettings:
-    """A run, as far as memory goes. Lengths in tokens, `bucket` in bytes."""
+    """What decides the memory of a run; lengths are in tokens, `bucket` is in bytes."""
 
     nodes: int
     gpus_per_node: int
@@ -336,31 +348,31 @@ class TrainerSettings:
     actor: EngineSettings
     critic: EngineSettings | None
     reference: Batch | None
-    """Forward pass of a reference policy that is a model of its own; None without one."""
+    """Forward pass of a reference policy that is a separate model; None without one."""
     rollout: RolloutSettings
     bucket: int
     colocated: bool = True
     log_probs_follow: bool = True
-    """Whether log-probs have the update's token budget, as verl's default has it, rather than one of their own."""
+    """Whether log-probs take the policy update's token budget (verl's default) rather than a separately set one."""
     mean_share: float = 0.5
     """Mean length of the sequences as a share of the longest.
 
-    No configuration states it; it counts where sequences are padded.
+    No configuration sets it; it matters where sequences are padded.
     """
 
     @property
     def world(self) -> int:
-        """GPUs that train."""
+        """Number of GPUs of the run."""
         return self.nodes * self.gpus_per_node
 
     @property
     def length(self) -> int:
-        """Longest sequence."""
+        """Longest sequence, prompt and response together, in tokens."""
         return self.prompt + self.response
 
 
 def trainer_settings(s: Settings) -> TrainerSettings:
-    """What decides memory in a composed configuration. Raises ValueError for a training engine other than FSDP."""
+    """What decides memory in a composed configuration; raises ValueError for a training engine other than FSDP."""
     return TrainerSettings(
         nodes=s.spec.resources.nodes,
         gpus_per_node=s.spec.resources.gpus_per_node,
@@ -398,7 +410,7 @@ def _actor(s: Settings) -> EngineSettings:
 
 
 def _engine(s: Settings, name: str, train: Batch, infer: Batch, **more: Any) -> EngineSettings:
-    """A training engine of `name` (a key of ROLES), with what its role alone has in `more`."""
+    """The training engine of `name` (a key of ROLES); `more` holds the fields that only this role sets."""
     role = ROLES[name]
     strategy = s.get(role.strategy)
     if strategy not in {"fsdp", "fsdp2"}:
@@ -436,7 +448,7 @@ def _engine(s: Settings, name: str, train: Batch, infer: Batch, **more: Any) -> 
 def _rollout(s: Settings) -> RolloutSettings:
     rollout = s.spec.rollout
     return RolloutSettings(
-        # a mixed run must fit where its larger replicas are
+        # a run with `rollout.mix` must fit on the GPUs of its bf16 replicas, which are larger
         precision="bf16" if rollout.mix else rollout.precision,
         tensor_parallel=rollout.tensor_parallel,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
@@ -473,4 +485,4 @@ SET_KEYS = {
         "gpus_per_node": "trainer.n_gpus_per_node",
     }.items()
 }
-"""What can be changed to save memory, and the key that `--set` takes for it."""
+"""What can be changed to save memory, with the key that `--set` takes for it."""

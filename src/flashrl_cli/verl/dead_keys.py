@@ -1,8 +1,9 @@
-"""Keys of verl's that do nothing in a run of flashrl's, with the name that lives.
+"""verl keys that have no effect in a run of flashrl's, with what to write instead.
 
-The run: verl 0.9.1, V1 trainer in mode sync, FSDP or FSDP2, vLLM. verl itself does not report such a key. A key is
-listed when no code of that path acts on it, whatever its value. Left out: `data.truncation` and `val_kwargs.do_sample`,
-which the original recipes carry and which do no harm. Files in `why` are below verl/; "no reader" is by search.
+Such a run uses verl 0.9.1's V1 trainer in mode sync, FSDP or FSDP2, and vLLM. verl itself does not report these keys. A
+key is listed if none of the code that such a run executes acts on it, whatever its value. `data.truncation` and
+`val_kwargs.do_sample` are not listed: the original recipes set them, and they do no harm. Files in `why` are relative
+to verl/; "no reader" was found by searching verl's source.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import NamedTuple
 
 
 class DeadKey(NamedTuple):
-    """A key, or the start of keys, that does nothing; what to write instead, and how it is known.
+    """A key, or a prefix of keys, that has no effect; what to write instead, and how this is known.
 
-    In `instead`, `verl.KEY` is a key of verl's and any other dotted name a field of the spec.
+    In `instead`, `verl.KEY` is a verl key; any other dotted name is a field of the spec.
     """
 
     key: str
@@ -21,7 +22,7 @@ class DeadKey(NamedTuple):
     why: str
 
     def covers(self, key: str) -> bool:
-        """Whether `key` is this one or below it."""
+        """Whether `key` is this key or below it."""
         return key == self.key or key.startswith(f"{self.key}.")
 
 
@@ -152,7 +153,7 @@ IGNORED = (
     DeadKey("trainer.v1.colocate_async", _NOTHING, _OTHER_MODE),
     DeadKey("trainer.v1.separate_async", _NOTHING, _OTHER_MODE),
 )
-"""In verl's tree: they compose."""
+"""Keys in verl's tree, which Hydra therefore accepts."""
 
 REMOVED = (
     DeadKey(f"{A}.behav_imp_weight_cap", _TIS, "was renamed"),
@@ -226,11 +227,12 @@ REMOVED = (
     DeadKey("trainer.val_generations_to_log_to_wandb", "verl.trainer.log_val_generations", "was renamed"),
     DeadKey("trainer.worker_nsight_options", "verl.global_profiler.global_tool_config.nsys.*", "was moved"),
 )
-"""Not in verl's tree any more, or never: they compose with a `+` only. From the configuration files of older verl."""
+"""Keys of older configuration files that verl's tree no longer has, or never had; Hydra accepts them only with a `+`.
+"""
 
 DEAD_KEYS = IGNORED + REMOVED
 
 
 def dead_key(key: str) -> DeadKey | None:
-    """The entry for a key of verl's that does nothing; the most particular one, None for a living key."""
+    """The most specific entry for a verl key that has no effect; None for a key that has one."""
     return max((dead for dead in DEAD_KEYS if dead.covers(key)), key=lambda dead: len(dead.key), default=None)

@@ -1,7 +1,8 @@
-"""What a run needs of the machine and of Ray: environment variables, flash-attn, disk for checkpoints, loggers, arguments of Ray.
+"""What a run needs of the machine and of Ray.
 
-verl constructs its loggers after the models are loaded (verl/utils/tracking.py:62-189), so that a package or login
-which is missing would be found minutes into a run.
+That is environment variables, flash-attn, disk space for checkpoints, loggers with their packages and logins, and
+arguments of Ray. verl constructs its loggers after the models are loaded (verl/utils/tracking.py:62-189), so without
+this check a missing package or login would end a run minutes after its start.
 """
 
 from __future__ import annotations
@@ -28,37 +29,38 @@ if TYPE_CHECKING:
 DTYPE = "actor_rollout_ref.rollout.dtype"
 METRICS_PATH = "VERL_FILE_LOGGER_PATH"
 COMMON = {
-    "HYDRA_FULL_ERROR": "1",  # Hydra otherwise cuts the traceback that shows why a worker died
+    "HYDRA_FULL_ERROR": "1",  # without it Hydra shortens the traceback that shows why a worker died
     "PYTHONUNBUFFERED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 CPU = {
     "VERL_PLATFORM": "cpu",  # the platform that flashrl's plugin registers
-    "VERL_ENGINE_DEVICE": "cuda",  # verl registers its training engines for cuda and npu only; this is its own switch
-    "RAY_enable_worker_prestart": "0",  # Ray otherwise starts idle workers for its 16 logical CPUs before anybody asks
+    "VERL_ENGINE_DEVICE": "cuda",  # verl registers its training engines for cuda and npu only; the switch is verl's
+    "RAY_enable_worker_prestart": "0",  # Ray otherwise starts idle workers for its 16 logical CPUs ahead of need
     **contract.ENGINE,
 }
 MIXED = {
-    # vLLM finds compiled models by their configuration, which replicas of two precisions share
-    # (vllm/compilation/decorators.py:525); verl switches that off, too, unless the environment says otherwise
+    # vLLM caches compiled models by their configuration, which replicas of two precisions share
+    # (vllm/compilation/decorators.py:525); verl switches the cache off, too, unless the environment sets the variable
     # (verl/trainer/constants_ppo.py:93)
     "VLLM_DISABLE_COMPILE_CACHE": "1",
 }
 OWNED = frozenset({contract.ENV_PLUGIN_DIR, contract.ENV_PLATFORM, contract.ENV_ROLLOUT, METRICS_PATH})
-"""Variables that a preset cannot set: files of the attempt are found by them."""
+"""Variables that a preset cannot set, because flashrl finds an attempt's files by them."""
 
 
 def run_environment(spec: RunSpec, attempt: AttemptPaths, *, logging: str | None = None) -> dict[str, str]:
-    """What a run adds to the environment: flashrl's, the preset's `env` over it, then the attempt's files.
+    """The variables that a run adds to the environment.
 
-    `logging` is the plugins' level, which a job of a Ray cluster would not inherit.
+    Those of the preset's `env` replace flashrl's defaults; those of the attempt's files replace both. `logging` is the
+    log level of the plugins, which a job of a Ray cluster would not inherit.
     """
     level = {} if logging is None else {contract.ENV_LOGGING: logging}
     platform = CPU if spec.resources.platform == "cpu" else {}
     own = {
         contract.ENV_PLUGIN_DIR: str(attempt.plugins),
         contract.ENV_PLATFORM: spec.resources.platform,
-        # verl's logger truncates the file it opens, so that every attempt needs its own (verl/utils/tracking.py:541).
+        # verl's logger truncates the file it opens, so every attempt needs its own (verl/utils/tracking.py:541)
         METRICS_PATH: str(attempt.metrics),
     }
     options = rollout_options(spec)
@@ -70,7 +72,7 @@ def run_environment(spec: RunSpec, attempt: AttemptPaths, *, logging: str | None
 
 
 def rollout_options(spec: RunSpec) -> contract.RolloutOptions:
-    """What the plugins do to a run's rollout engines beside their precision."""
+    """What the plugins do to a run's rollout engines besides setting their precision."""
     rollout = spec.rollout
     profile = None if rollout.profile is None else str(paths.absolute(rollout.profile))
     return contract.RolloutOptions(
@@ -82,38 +84,47 @@ def rollout_options(spec: RunSpec) -> contract.RolloutOptions:
 
 
 def _engine_is_bf16(spec: RunSpec) -> bool:
-    """Whether an engine of a dense model (verl/lint refuses 8-bit experts) casts all its weights to bf16, verl's own default."""
+    """Whether the rollout engine casts all its weights to bf16, which is verl's default.
+
+    This holds for dense models; verl/lint refuses experts in 8 bits.
+    """
     return spec.verl.get(DTYPE, "bfloat16") in {"bfloat16", "bf16"}
 
 
 FLASH = "flash_attention_2"
-"""verl's default (verl/workers/config/model.py:185)."""
+"""verl's default attention implementation (verl/workers/config/model.py:185)."""
 SAVED = "actor_rollout_ref.actor.checkpoint.save_contents"
 KEPT = "trainer.max_actor_ckpt_to_keep"
 WITHOUT_FLASH = f"--set verl.+{ROLES['actor'].attention}=sdpa --set verl.{ROLES['actor'].padding}=false"
-"""Options of a run that needs no flash-attn; slower, and not for a critic or for sequence parallelism."""
+"""Options of a run without flash-attn; it is slower, and has no critic and no sequence parallelism."""
 KEEP_ONE = f"--set verl.{KEPT}=1"
 BYTES = {"model": 4, "optimizer": 8, "hf_model": 2}
-"""Bytes a parameter of what a checkpoint may hold: weights in float32, Adam's two moments in float32, an export in
-bfloat16. Measured on a checkpoint of `tiny`: 1,464,996 and 2,928,624 bytes for 0.366 M parameters.
+"""Bytes per parameter of each part of a checkpoint.
+
+The parts are weights in float32, Adam's two moments in float32, and an export in bfloat16. Measured on a checkpoint of
+`tiny`: 1,464,996 and 2,928,624 bytes for 0.366 M parameters.
 """
 
 
 def needs_flash(spec: RunSpec) -> bool:
-    """Whether a run on GPUs dies without flash-attn, as it is configured."""
+    """Whether a run on GPUs, as it is configured, fails without flash-attn."""
     return cannot_do_without_flash(spec) or str(_given(spec, ROLES["actor"].attention, FLASH)) == FLASH
 
 
 def cannot_do_without_flash(spec: RunSpec) -> bool:
-    """Whether no option helps: verl loads a critic with flash-attn always (verl/utils/model.py:649), Ulysses cuts unpadded sequences."""
+    """Whether a run needs flash-attn whatever options it is given.
+
+    verl always loads a critic with flash-attn (verl/utils/model.py:649), and Ulysses sequence parallelism splits
+    unpadded sequences, for which verl needs flash-attn.
+    """
     parallel = _given(spec, ROLES["actor"].sequence_parallel[0], 1)
     return spec.algorithm.advantage == "gae" or (isinstance(parallel, int) and parallel > 1)
 
 
 def checkpoint_bytes(spec: RunSpec, parameters: int) -> int:
-    """Bytes of one checkpoint of a policy with so many parameters, a critic counted as large as the policy.
+    """Bytes of one checkpoint of a policy with `parameters` parameters; a critic counts as much as the policy.
 
-    With LoRA the optimizer holds the adapters alone, whose size does not count.
+    With LoRA the optimizer holds the state of the adapters only, whose size is neglected.
     """
     contents = _given(spec, SAVED, ["model", "optimizer"])
     held = {str(name) for name in (contents if isinstance(contents, list) else [contents])}
@@ -124,7 +135,10 @@ def checkpoint_bytes(spec: RunSpec, parameters: int) -> int:
 
 
 def checkpoints_kept(spec: RunSpec) -> int | None:
-    """Checkpoints that are on the disk in the end: 0 for none; None where verl keeps all and their number is not known."""
+    """Number of checkpoints that are on the disk when the run ends.
+
+    None if verl keeps all of them and the number of steps is not known.
+    """
     trainer = spec.trainer
     if trainer.save_every <= 0:
         return 0
@@ -136,12 +150,12 @@ def checkpoints_kept(spec: RunSpec) -> int | None:
 
 
 def _given(spec: RunSpec, key: str, default: VerlValue) -> VerlValue:
-    """Value that a preset gives to a verl key word for word."""
+    """Value that a preset gives to a verl key under `verl:`; `default` if it gives none."""
     return spec.verl.get(key, spec.verl.get(f"+{key}", default))
 
 
 Login = Callable[[Mapping[str, str], Path], bool]
-"""Whether there is a login, from the environment and the home folder."""
+"""Function that judges, from the environment and the home folder, whether the user is logged in."""
 WANDB_AWAY = {"offline", "disabled", "dryrun"}
 SWANLAB_AWAY = {"local", "offline", "disabled"}
 VEMLP = ("VOLC_ACCESS_KEY_ID", "VOLC_SECRET_ACCESS_KEY", "MLP_TRACKING_REGION")
@@ -149,7 +163,7 @@ VEMLP = ("VOLC_ACCESS_KEY_ID", "VOLC_SECRET_ACCESS_KEY", "MLP_TRACKING_REGION")
 
 @dataclass(frozen=True, slots=True)
 class Logger:
-    """One of verl's loggers: the module it imports, what installs that, and the login it needs with its command."""
+    """One of verl's loggers: the module it imports, the package with that module, the login, and how to log in."""
 
     module: str | None = None
     package: str | None = None
@@ -158,7 +172,7 @@ class Logger:
 
 
 def wandb_login(environment: Mapping[str, str], home: Path) -> bool:
-    """A key or identity token, a line for its host in netrc, or a mode without a server."""
+    """Whether Weights & Biases has a key, an identity token, an entry in netrc, or a mode without a server."""
     if environment.get("WANDB_MODE", "").lower() in WANDB_AWAY:
         return True
     if environment.get("WANDB_API_KEY") or environment.get("WANDB_IDENTITY_TOKEN_FILE"):
@@ -169,26 +183,26 @@ def wandb_login(environment: Mapping[str, str], home: Path) -> bool:
 
 
 def swanlab_login(environment: Mapping[str, str], home: Path) -> bool:
-    """A key, the file that `swanlab login` writes, or a mode without a server."""
+    """Whether SwanLab has a key, the file that `swanlab login` writes, or a mode without a server."""
     if environment.get("SWANLAB_MODE", "").lower() in SWANLAB_AWAY or environment.get("SWANLAB_API_KEY"):
         return True
     return (Path(environment.get("SWANLAB_SAVE_DIR") or home / ".swanlab") / ".netrc").is_file()
 
 
 def clearml_login(environment: Mapping[str, str], home: Path) -> bool:
-    """Keys, or the file that `clearml-init` writes."""
+    """Whether ClearML has its two keys, or the file that `clearml-init` writes."""
     keys = ("CLEARML_API_ACCESS_KEY", "CLEARML_API_SECRET_KEY")
     file = Path(environment.get("CLEARML_CONFIG_FILE") or home / "clearml.conf")
     return all(environment.get(key) for key in keys) or file.is_file()
 
 
 def vemlp_login(environment: Mapping[str, str], _: Path) -> bool:
-    """The three variables that verl reads (verl/utils/tracking.py:150-152)."""
+    """Whether the three variables that verl reads are set (verl/utils/tracking.py:150-152)."""
     return all(environment.get(key) for key in VEMLP)
 
 
 def _names(file: Path, host: str) -> bool:
-    """Whether a netrc file has a login for a host."""
+    """Whether a netrc file has an entry for a host."""
     try:
         return host in netrc.netrc(file).hosts
     except (OSError, netrc.NetrcParseError):
@@ -209,13 +223,13 @@ LOGGERS = {
     "vemlp_wandb": Logger("volcengine_ml_platform", "volcengine-ml-platform", vemlp_login, f"set {', '.join(VEMLP)}"),
     "rl_insight": Logger("rl_insight", "rl-insight"),
 }
-"""Names that verl 0.9.1 knows (verl/utils/tracking.py:49-60) and what each needs."""
+"""The loggers of verl 0.9.1 by name (verl/utils/tracking.py:49-60), and what each needs."""
 
 
 def problems(
     names: Sequence[str], environment: Mapping[str, str], installed: Callable[[str], bool], home: Path
 ) -> Iterator[Problem]:
-    """Yield what keeps each of a run's loggers from starting; `installed` answers for a module's name."""
+    """Yield what keeps a run's loggers from starting; `installed` says whether a module can be imported."""
     for name in names:
         logger = LOGGERS.get(name)
         if logger is None:
@@ -229,7 +243,7 @@ def problems(
 
 
 def demanding(names: Sequence[str]) -> Iterator[str]:
-    """Yield those of the names that need more than verl itself."""
+    """Yield the loggers among `names` that need a package beyond verl itself."""
     for name in names:
         if name in LOGGERS and LOGGERS[name].module:
             yield name
@@ -249,7 +263,7 @@ OWN_RAY = frozenset(
         "_node_ip_address", "_temp_dir", "_redis_password", "_plasma_directory",
     }
 )  # fmt: skip
-"""Arguments of `ray.init` that make a Ray of one's own; it refuses most of them on a cluster
+"""Arguments of `ray.init` that configure a newly started Ray; `ray.init` refuses most of them on a cluster
 (ray/_private/worker.py:1936).
 """
 VERL_VARIABLES = frozenset(
@@ -259,15 +273,18 @@ VERL_VARIABLES = frozenset(
         "TRANSFER_QUEUE_ENABLE",
     }
 )  # fmt: skip
-"""Variables that verl hands to its workers itself, from the driver's environment or of its own accord
-(verl/trainer/constants_ppo.py:141, verl/trainer/main_ppo.py:69); Ray refuses a job that sets them, too."""
+"""Variables that verl itself hands to its workers; Ray refuses a job that sets them a second time.
+
+verl takes them from the driver's environment or sets them (verl/trainer/constants_ppo.py:141,
+verl/trainer/main_ppo.py:69).
+"""
 CPUS_A_DEVICE = 3
-"""Ray CPUs that verl takes with each GPU, on the GPU's node (verl/single_controller/ray/base.py:146 and 192)."""
+"""Ray CPUs that verl reserves with each GPU, on the GPU's node (verl/single_controller/ray/base.py:146 and 192)."""
 LOGGER_ROOT = "VERL_FILE_LOGGER_ROOT"
 
 
 def on_cluster(resolved: Resolved) -> Resolved:
-    """The preset without the keys of verl's that make a Ray of one's own (a CPU preset has some)."""
+    """The preset without the verl keys that configure a newly started Ray, some of which CPU presets have."""
     kept = {key: value for key, value in resolved.spec.verl.items() if not _makes_own_ray(key.removeprefix("+"))}
     dropped = {f"verl.{key}" for key in resolved.spec.verl.keys() - kept.keys()}
     return dataclasses.replace(
@@ -283,7 +300,7 @@ def _makes_own_ray(key: str) -> bool:
 
 
 def ray_arguments(verl: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments that `ray.init` gets of a preset's keys of verl, however deep they are written; null is none."""
+    """Arguments of `ray.init` that a preset's verl keys set, at whatever depth; those set to null are left out."""
     found: dict[str, Any] = {}
     for key, value in verl.items():
         found.update(_below(RAY_INIT, key.removeprefix("+"), value))
@@ -291,7 +308,7 @@ def ray_arguments(verl: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def worker_variables(verl: Mapping[str, Any]) -> dict[str, str]:
-    """Variables that a preset's keys of verl set for Ray's workers alone."""
+    """Environment variables that a preset's verl keys set for Ray's workers only."""
     found: dict[str, str] = {}
     for key, value in verl.items():
         found.update({name: str(text) for name, text in _below(ENV_VARS, key.removeprefix("+"), value).items()})
@@ -299,12 +316,15 @@ def worker_variables(verl: Mapping[str, Any]) -> dict[str, str]:
 
 
 def driver_only(overrides: Iterable[Override]) -> frozenset[str]:
-    """Variables that must be in the driver's environment alone: verl hands them on, and Ray refuses to be given them twice."""
+    """Variables that may be in the driver's environment only, not in that of the Ray job.
+
+    verl hands them to its workers, and Ray refuses variables that are set twice.
+    """
     return VERL_VARIABLES.union(*(_below(ENV_VARS, o.key, o.value) for o in overrides))
 
 
 def _below(parent: str, key: str, value: object) -> dict[str, Any]:
-    """What a key and its value set directly below `parent`, which is written as a path of names or as maps."""
+    """Values that a key sets directly below `parent`, whether written as a dotted key or as nested maps."""
     if key.startswith(f"{parent}."):
         return {key.removeprefix(f"{parent}."): value}
     if isinstance(value, Mapping):
@@ -317,5 +337,8 @@ def _below(parent: str, key: str, value: object) -> dict[str, Any]:
 
 
 def without_shared_folder(env: Mapping[str, str], attempt: Path) -> dict[str, str]:
-    """The environment where the attempt's folder is on no cluster node: verl makes folders below a root, not above a file."""
+    """The environment for a cluster whose nodes do not share the attempt's folder.
+
+    verl then gets a root folder for its metrics: it creates folders below a root, but not those above a file.
+    """
     return {key: value for key, value in env.items() if key != METRICS_PATH} | {LOGGER_ROOT: str(attempt / "node")}

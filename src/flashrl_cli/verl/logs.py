@@ -1,8 +1,8 @@
-"""What the logs of verl 0.9.1 and Ray 2.60 say of a run: phases of a start, metrics on the console, the exception at the root of a failure.
+"""Reads the logs of verl 0.9.1 and Ray 2.60: phases of a start, metrics, and the exception that caused a failure.
 
-`causes` says why a run failed; this module finds where, in a log in which verl, Ray and vLLM nest and interleave
+`causes` explains why a run failed; this module finds where, in a log in which verl, Ray and vLLM nest and interleave
 tracebacks. verl's console prints a step as `step:3 - critic/score/mean:0.5 - actor/pg_loss:np.float64(0.01) - …`
-(verl/utils/logger/aggregate_logger.py:26), behind a prefix of Ray's; that stands in for verl's metrics file where the
+(verl/utils/logger/aggregate_logger.py:26), after a prefix of Ray's; these lines replace verl's metrics file where the
 file is on another machine.
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 IDLE_TALK = re.compile(r"engine is not available: |^(\([^)]*\) )?\s+warnings\.warn\(")
-"""Warnings of every process of verl's as it starts, about engines that nobody asked for
+"""Warnings of every verl process as it starts, about engines that the run does not use
 (verl/workers/engine/__init__.py).
 """
 TOTAL_STEPS = re.compile(r"Total training steps: (\d+)")
@@ -28,28 +28,29 @@ def plain(line: str) -> str:
 
 
 def notable(lines: Iterable[str]) -> list[str]:
-    """Lines as `plain` gives them, less empty ones and the warnings of every start."""
+    """Lines after `plain`, without empty ones and without the warnings of every start."""
     return [line for line in map(plain, lines) if line and not IDLE_TALK.search(line)]
 
 
 def total_steps(line: str) -> int | None:
-    """The number of steps that the run will have, where verl logs it."""
+    """The number of steps that the run will have, if verl logs it in `line`."""
     found = TOTAL_STEPS.search(line)
     return int(found[1]) if found else None
 
 
 class StartPhase(enum.Enum):
-    """What a run does as it starts, in order: words for people and run.json, the longest time in seconds, and texts in the log.
+    """The phases of a run's start, in order: name, longest time in seconds, and texts of the log.
 
-    A line that contains one of the texts begins the phase. The times are some ten times what a large model takes on
-    slow disks; None is that of a step, for the first step's sampling.
+    The name is shown and written to run.json. A log line that contains one of the texts begins the phase. The times
+    are about ten times what a large model takes on slow disks; None means the time limit of a step, for the sampling of
+    the first step.
     """
 
     VERL = ("starting verl", 600)
     RAY = ("starting Ray", 600, "[validate_config] All configuration checks passed")
     TRAINER = ("starting the trainer", 600, "Started a local Ray instance", "Connected to Ray cluster")
     DATA = ("loading the data", 1800, "{'actor_rollout_ref': ")
-    # an autoscaler brings machines first; Ray itself waits for ever
+    # an autoscaler may have to start machines first; Ray itself waits forever
     WORKERS = ("placing the workers", 1800, "worker group kwargs:")
     POLICY = ("loading the policy", 1800, "create worker group")
     ENGINE = ("starting the rollout engine", 600, "actor and ref model engine initialized")
@@ -63,7 +64,10 @@ class StartPhase(enum.Enum):
 
 
 def phase_after(line: str, current: StartPhase) -> StartPhase | None:
-    """The phase that `line` begins; None if it begins none later than `current`: with several nodes lines are repeated late."""
+    """The phase that `line` begins; None if it begins none that is later than `current`.
+
+    With several nodes, lines of earlier phases are repeated late.
+    """
     phases = list(StartPhase)
     later = phases[phases.index(current) + 1 :]
     return next((phase for phase in later if any(text in line for text in phase.texts)), None)
@@ -75,7 +79,7 @@ SEPARATOR = " - "
 
 
 def read_line(line: str) -> tuple[int, dict[str, float | None]] | None:
-    """Step and metrics of a console line without colours; None for any other line."""
+    """Step and metrics of a line of verl's console, without colour codes; None for any other line."""
     found = STEP.search(line)
     if found is None:
         return None
@@ -101,9 +105,10 @@ def _number(text: str) -> float | None:
 
 
 SOURCE = re.compile(
-    r"(\((?:raylet\b[^()]*|[^()]*\bpid=\d+[^()]*)\) ?|\[rank\d+\]:(?: |$)|(?:ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\] ?)"
+    r"(\((?:raylet\b[^()]*|[^()]*\bpid=\d+[^()]*)\) ?|\[rank\d+\]:(?: |$)"
+    r"|(?:ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\] ?)"
 )
-"""What Ray, torch and vLLM put before every line of a process: who wrote it."""
+"""Prefix with which Ray, torch and vLLM mark which process wrote a line."""
 REPEATED = re.compile(r" \[repeated \d+x across cluster\].*$")
 FRAME = re.compile(r'^\s+(?:\| )?File "(?P<path>[^"]+)", line (?P<line>\d+), in ')
 EXCEPTION = re.compile(r"^(?:[a-z_]\w*\.)*[A-Z_]\w*(?::( .*)?)?$")
@@ -112,19 +117,20 @@ HEADER = re.compile(
 )
 PACKAGES = re.compile(r"^.*/(?:site|dist)-packages/")
 FOLLOWS = re.compile(
-    r"ActorDiedError|ActorUnavailableError|RayActorError|WorkerCrashedError|EngineDeadError|CancelledError|KeyboardInterrupt"
-    r"|SystemExit|BrokenPipeError|Connection was likely closed|Engine core initialization failed|WorkerProc initialization failed|cancelled"
+    r"ActorDiedError|ActorUnavailableError|RayActorError|WorkerCrashedError|EngineDeadError|CancelledError"
+    r"|KeyboardInterrupt|SystemExit|BrokenPipeError|Connection was likely closed|Engine core initialization failed"
+    r"|WorkerProc initialization failed|cancelled"
 )
-"""Exceptions that only follow from another failure."""
+"""Exceptions that are only consequences of another failure."""
 EMPTY = re.compile(r"EngineDeadError|SystemExit")
-"""Exceptions without information: a stack trace that is not there when the engine was killed, and the answer to
-SIGTERM.
+"""Exceptions without information: one that refers to a stack trace, which a killed engine does not leave, and the
+reaction to SIGTERM.
 """
 UNFINISHED = re.compile(
     r":$|: \d+ validation errors? for \w+$|: Error\(s\) in loading state_dict for \w+:$|before finishing this task\.$"
 )
 DEATH = re.compile(r"Worker PID: (?P<pid>\d+) Worker exit type: \S+ Worker exit detail: (?P<why>[^.]+)")
-"""What Ray logs of a process that died without an exception."""
+"""Line that Ray logs about a process that died without an exception."""
 MAX_LENGTH = 300
 
 
@@ -139,10 +145,10 @@ class _Raised:
 
 
 def root_error(lines: Sequence[str]) -> str | None:
-    """The exception that made a run fail, in one line with the file and line that raised it, or None if the log has none.
+    """The exception that made a run fail, in one line with the file and line that raised it.
 
-    It is the last of the log that is no mere consequence of another process's end; of nested ones the innermost.
-    Without one it is the first process of Ray's that died.
+    It is the last exception of the log that is not merely a consequence of another process's end; of nested exceptions,
+    the innermost. Without one it is the first Ray process that died. None if the log shows neither.
     """
     sources: dict[str, list[tuple[int, str]]] = {}
     for number, line in enumerate(lines):
@@ -158,7 +164,7 @@ def _last(raised: Sequence[_Raised]) -> str | None:
 
 
 def _first_death(lines: Sequence[str]) -> str | None:
-    """The first process whose death Ray's raylet logs, by the name that Ray puts before its lines."""
+    """The first process whose death Ray's raylet logs, under the name that prefixes its lines."""
     texts = [plain(line) for line in lines]
     death = next((found for text in texts if (found := DEATH.search(text))), None)
     if death is None:
@@ -186,13 +192,13 @@ def _exceptions(written: Sequence[tuple[int, str]]) -> Iterator[_Raised]:
 
 
 def _message(text: str, following: str) -> str:
-    """An exception's line, with the next one where that says what is wrong."""
+    """An exception's line, joined with the next one if only that line explains the error."""
     whole = f"{text} {following.strip()}" if UNFINISHED.search(text) else text
     return whole if len(whole) <= MAX_LENGTH else whole[: MAX_LENGTH - 1] + "…"
 
 
 def _split(line: str) -> tuple[str, str]:
-    """Who wrote a line, and what."""
+    """Split a log line into the mark of the process that wrote it, and the text."""
     text, source = REPEATED.sub("", plain(line)), ""
     while found := SOURCE.match(text):
         source, text = source + _origin(found[0]), text[found.end() :]
@@ -200,12 +206,12 @@ def _split(line: str) -> tuple[str, str]:
 
 
 def _origin(prefix: str) -> str:
-    """A prefix less the time and place of a vLLM log call, which differ from line to line."""
+    """The part of a prefix that identifies a process; empty for vLLM's, whose time and place change every line."""
     return "" if prefix.startswith(("ERROR", "CRITICAL")) else prefix.strip()
 
 
 def _place(frames: Sequence[tuple[str, int]]) -> str:
-    """The innermost frame in the user's or verl's code, else the innermost at all."""
+    """`file:line` of the innermost frame in the user's, verl's or flashrl's code; else of the innermost frame."""
     own = [frame for frame in frames if _is_own(frame[0])]
     path, number = (own or frames)[-1]
     return f"{_short(path)}:{number}"
@@ -219,5 +225,5 @@ def _is_own(path: str) -> bool:
 
 
 def _short(path: str) -> str:
-    """A path less the folder of installed packages."""
+    """A path without the folder of installed packages."""
     return PACKAGES.sub("", path)

@@ -1,6 +1,6 @@
-"""verl's metric names, and a step's metrics under the names that flashrl shows.
+"""verl's metric names, and the metrics of a step under flashrl's names.
 
-Source of the names: verl 0.9.1, verl/trainer/ppo/metric_utils.py, verl/trainer/ppo/rollout_corr_helper.py,
+The names are those of verl 0.9.1: verl/trainer/ppo/metric_utils.py, verl/trainer/ppo/rollout_corr_helper.py and
 verl/utils/debug/metrics.py. A value is None where verl logged NaN (its file logger writes null) or nothing.
 """
 
@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric under flashrl's `name` and verl's; `verl` is None for what is computed from several of verl's.
+    """A metric under flashrl's `name` and verl's; `verl` is None for a metric computed from several of verl's.
 
-    `title` and `unit` are for figures; `heading` and `form` (a format specification) for columns of tables. NaN in a
-    `watched` one means that the run is lost.
+    Figures show `title` and `unit`; columns of tables have `heading` and `form` (a format specification). A NaN in a
+    `watched` metric means that the run is lost.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Metric:
     watched: bool = False
 
     def cell(self, value: float | None) -> str:
-        """A value as a column shows it, `–` for none."""
+        """Text of a value in a column of a table; `–` for None."""
         return "–" if value is None else format(value, self.form)
 
 
@@ -77,25 +77,29 @@ METRICS = {
         Metric("step_s", "timing_s/step", "time of a step", "s", heading="s/step", form=".1f"),
     )
 }
-"""All metrics of a step; lengths in tokens, KL and NLL in nats a token, `tokens_per_s` a device.
+"""All metrics of a step.
 
-A new one is a row here, and its name in the tuples below of the places that show it.
+Lengths are in tokens, KL and NLL in nats per token, `tokens_per_s` per device. To add a metric, add a row here and its
+name to the tuples below for the tables and figures that show it.
 
-Rollout against trainer, over the response tokens of a step's batch, with r = p_train / p_rollout of the sampled token
-and, under token-level TIS, w = min(r, cap); in verl/trainer/ppo/rollout_corr_helper.py unless another file is named:
+Metrics that compare rollout and trainer are taken over the response tokens of a step's batch. With
+r = p_train / p_rollout of the sampled token and, under token-level TIS, the importance weight w = min(r, cap), they are
+(lines of verl/trainer/ppo/rollout_corr_helper.py unless another file is named):
 
-- `kl` (:959): mean of -ln r; may be negative. `kl_k3` (:966): mean of r - ln r - 1. Both before the cap, ln r not clamped.
-- `chi2` (:1001): mean of r² - 1, before the cap, ln r clamped to ±20. Logged without TIS too, like the two above.
-- `weight_mean` (:723), `weight_max` (:737), `weight_std` (:749), `effective` (:757): of w, after the cap. `effective` is
-  (mean w)² / mean w², a share of the tokens. At sequence level `weight_max` is before the cap (:708).
-- `truncated` (:728): share of tokens with r > cap, so before it.
-- `rollout_nll`, `train_nll` (:972, :952): mean over responses, not over tokens.
-- `prob_diff`, `prob_diff_max` (verl/utils/debug/metrics.py:118, 117): |p_train - p_rollout|; probabilities, although its
-  docstring says log-probs.
+- `kl` (:959) is the mean of -ln r, which may be negative; `kl_k3` (:966) is the mean of r - ln r - 1. Both are taken
+  before the cap, and ln r is not clamped.
+- `chi2` (:1001) is the mean of r² - 1 before the cap, with ln r clamped to ±20. Like the two above it is logged without
+  TIS, too.
+- `weight_mean` (:723), `weight_max` (:737), `weight_std` (:749) and `effective` (:757) are of w, after the cap.
+  `effective` is (mean w)² / mean w², a share of the tokens. At sequence level `weight_max` is before the cap (:708).
+- `truncated` (:728) is the share of tokens with r > cap.
+- `rollout_nll` and `train_nll` (:972, :952) are means over responses, not over tokens.
+- `prob_diff` and `prob_diff_max` (verl/utils/debug/metrics.py:118, 117) are the mean and the maximum of
+  |p_train - p_rollout|. These are probabilities, although verl's docstring calls them log-probs.
 """
 
 NAMES = {name: metric.verl for name, metric in METRICS.items() if metric.verl}
-"""flashrl's name of a metric to verl's."""
+"""Metrics that verl logs: flashrl's name to verl's."""
 
 WATCHED = tuple(name for name, metric in METRICS.items() if metric.watched)
 """Metrics whose NaN means that the run is lost."""
@@ -109,22 +113,23 @@ LIVE = _those(
     *("reward", "response_length", "kl", "weight_mean", "weight_max", "truncated"),
     *("entropy", "grad_norm", "tokens_per_s", "step_s"),
 )
-"""Columns of the table of a run that is under way, beside accuracy."""
+"""Columns of the table that a running training shows, besides accuracy."""
 SPARED = _those(
     "weight_max", "grad_norm", "weight_mean", "entropy", "response_length", "tokens_per_s", "truncated", "kl"
 )
-"""Columns that a narrow terminal does without, the first one first."""
+"""Columns of `LIVE` in the order in which they are left out on a narrow terminal."""
 SWEEP = _those("reward", "kl", "truncated", "step_s", "tokens_per_s")
-"""Columns of a sweep's table, each the arithmetic mean over a run's last steps; accuracy is that of the last
-validation.
+"""Columns of a sweep's table, besides accuracy.
+
+Each is the arithmetic mean over a run's last steps; accuracy is that of the last validation.
 """
 PLOTTED = ("reward", "accuracy", "response_length", "kl", "truncated", "entropy", "step_s")
-"""Metrics that `runs plot` draws where none are named."""
+"""Metrics that `runs plot` draws by default."""
 LEARNING_CURVES = ("reward", "accuracy", "response_length", "entropy", "grad_norm", "step_s")
 MISMATCH_CURVES = ("kl", "weight_max", "truncated", "effective")
-"""Metrics that the page of `runs report` draws."""
+"""Metrics of rollout against trainer that the page of `runs report` draws."""
 MISMATCH = ("kl", "weight_mean", "weight_max", "truncated", "effective", "prob_diff", "prob_correlation")
-"""Metrics of rollout against trainer of which `runs report` has mean, extremes and last value."""
+"""Metrics of rollout against trainer whose mean, extremes and last value `runs report` lists."""
 
 TIMINGS = {
     "generate": "timing_s/gen",
@@ -137,22 +142,22 @@ TIMINGS = {
     "save": "timing_s/save_checkpoint",
     "validate": "timing_s/testing",
 }
-"""Phases of a step to verl's timers, in seconds."""
+"""Phases of a step to verl's timers, whose values are in seconds."""
 
 BESIDE_STEP = "validate"
-"""The phase that verl's timer of the step leaves out (verl/trainer/ppo/v1/trainer_base.py:494)."""
+"""The phase that verl's timer of the step does not include (verl/trainer/ppo/v1/trainer_base.py:494)."""
 
 SECONDS = "seconds."
-"""Before a phase's name: the metric of its seconds."""
+"""Prefix of the name of a metric that is a phase's duration: `seconds.refit`."""
 
 VALIDATION = "val-"
-"""What the names of validation metrics start with (verl/trainer/ppo/v1/trainer_base.py:1356-1379)."""
+"""Start of the names of validation metrics (verl/trainer/ppo/v1/trainer_base.py:1356-1379)."""
 ACCURACY = re.compile(r"^val-core/(?P<data>.+)/(?P<metric>[^/]+)/mean@\d+$")
 
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """One step of training (or validation before training: step 0)."""
+    """Metrics of one training step, or of a validation before training (step 0)."""
 
     step: int
     values: Mapping[str, float | None]
@@ -161,23 +166,25 @@ class StepMetrics:
     lost: tuple[str, ...]
     """Watched metrics that verl logged as NaN."""
     trained: bool = True
-    """False for a validation alone, which verl logs before it trains: as step 0, or as the step that it resumed from.
+    """False for a validation without a training step.
+
+    verl logs one before it trains, as step 0 or as the step that it resumed from.
     """
     logged: Mapping[str, float | None] = field(default_factory=dict)
-    """All that verl logged, under its own names."""
+    """Everything that verl logged, under verl's names."""
 
     def __getitem__(self, name: str) -> float | None:
         return self.values.get(name)
 
 
 def verl_name(name: str) -> str:
-    """verl's name of a metric: of one of `NAMES`, of `seconds.<phase>`; any other name is verl's own already."""
+    """verl's name of a metric called as in `NAMES` or `seconds.<phase>`; any other name is returned unchanged."""
     phase = name.removeprefix(SECONDS) if name.startswith(SECONDS) else ""
     return TIMINGS.get(phase) or NAMES.get(name, name)
 
 
 def read_step(step: int, data: Mapping[str, float | None]) -> StepMetrics:
-    """A line of verl's metrics file under flashrl's names; accuracy is the mean over validation sets."""
+    """Metrics of a line of verl's metrics file; accuracy is the mean over the validation sets."""
     accuracies = [value for key, value in data.items() if value is not None and ACCURACY.match(key)]
     return StepMetrics(
         step=step,

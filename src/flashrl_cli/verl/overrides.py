@@ -1,8 +1,8 @@
-"""A resolved RunSpec as overrides of verl 0.9.1: the one table between flashrl's names and verl's.
+"""Translates a resolved RunSpec into overrides of verl 0.9.1, by the only table from flashrl's names to verl's.
 
-A field is emitted when someone set it (or it was derived); an untouched default is verl's own and stays unsaid, except
-where flashrl's default differs (`always`). `quote` writes values as Hydra's command line reads them back, `by_theme`
-groups overrides for people.
+A field becomes an override if it was set or derived. An untouched default is verl's own and is left out, except where
+flashrl's default differs (`always`). `quote` writes values as Hydra's command line reads them back; `by_theme` groups
+overrides for display.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Value = bool | int | float | str | None | Sequence["Value"]
 
-# Text that Hydra's lexer takes as it is. Anything that could be a number, a keyword or an operator is quoted instead.
+# Text that Hydra's lexer takes as it is; anything that could be a number, a keyword or an operator is quoted.
 _PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_/.+%@-]*")
 _KEYWORD = re.compile(r"null|true|false|inf|nan", re.IGNORECASE)
 
@@ -46,12 +46,15 @@ def quote(value: Value) -> str:
 
 
 def _float(value: float) -> str:
-    """Shortest text, `1e-6` rather than Python's `1e-06`."""
+    """Shortest text of a number: `1e-6` rather than Python's `1e-06`."""
     return re.sub(r"e([-+]?)0+(\d)", r"e\1\2", repr(value))
 
 
 def _quoted(text: str) -> str:
-    """Single-quoted; backslashes count only before a quote (hydra/core/override_parser/types.py, QuotedString)."""
+    """Text in single quotes; backslashes are escaped only before a quote.
+
+    See QuotedString in hydra/core/override_parser/types.py.
+    """
     escaped = re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
     return f"'{escaped}'"
 
@@ -65,7 +68,7 @@ OVERLONG = "reward.reward_kwargs.overlong_buffer_cfg"
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """One `key=value` for verl, with its origin; `added` keys are not in verl's tree and take a `+`."""
+    """One `key=value` for verl, with its origin; an `added` key is not in verl's tree and takes a `+`."""
 
     key: str
     value: Value
@@ -78,7 +81,7 @@ class Override:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """What a run's overrides need beside its spec: its name and absolute folders."""
+    """What a run's overrides need besides its spec: the run's name and absolute folders."""
 
     name: str
     data: Path
@@ -87,7 +90,7 @@ class Places:
 
 
 class Entry(NamedTuple):
-    """A field of the spec and the verl key that it becomes."""
+    """A field of the spec, the verl key that it becomes, and how its value is converted."""
 
     field: str
     key: str
@@ -97,14 +100,14 @@ class Entry(NamedTuple):
 
 
 def model_path(reference: str, data: Path) -> str:
-    """Absolute path of `prepared:NAME` or of a local folder; a Hugging Face id stays as it is."""
+    """Absolute path of `prepared:NAME` or of a local folder; a Hugging Face id is returned unchanged."""
     if prepared := paths.prepared_model(reference, data):
         return str(prepared)
     return str(paths.absolute(reference)) if reference.startswith(("/", "~", ".")) else reference
 
 
 def data_path(split: str) -> Callable[[str, Path], str]:
-    """Converter to an absolute path: of a prepared data set's name (its `split` file), or of a path."""
+    """Converter of a prepared data set's name (to its `split` file) or of a path to an absolute path."""
 
     def convert(reference: str, data: Path) -> str:
         if "/" in reference or reference.endswith((".parquet", ".json", ".jsonl")):
@@ -142,7 +145,7 @@ TABLE = (
     Entry("critic.path", "critic.model.path", convert=model_path),
     Entry("critic.lr", "critic.optim.lr"),
     Entry("critic.micro_batch_size_per_gpu", "critic.ppo_micro_batch_size_per_gpu"),
-    # What bounds V1's critic (verl/trainer/ppo/v1/trainer_base.py:266); in verl's dataclass, not in its tree.
+    # V1's critic is bounded by this key (verl/trainer/ppo/v1/trainer_base.py:266), which only verl's dataclass has
     Entry("critic.max_tokens_per_gpu", "critic.ppo_infer_max_token_len_per_gpu", added=True),
     Entry("rollout.n", f"{ROLLOUT}.n"),
     Entry("rollout.temperature", f"{ROLLOUT}.temperature"),
@@ -173,9 +176,9 @@ TABLE = (
 
 
 def overrides(resolved: Resolved, places: Places) -> tuple[Override, ...]:
-    """Everything that verl is given, grouped: fixed, typed fields, overlong, precision, correction, run, verbatim.
+    """All overrides of a run, grouped: fixed, typed fields, overlong, precision, correction, run, verbatim.
 
-    Pure, but that a relative path in the spec is taken from the working folder.
+    Pure, except that relative paths in the spec are resolved against the working folder.
     """
     return (
         *_fixed(),
@@ -209,7 +212,7 @@ def _has_no_reader(entry: Entry, resolved: Resolved) -> bool:
 
 
 def _overlong(resolved: Resolved) -> Iterator[Override]:
-    """What verl's `dapo` reward manager demands beside the typed fields (reward_loop/reward_manager/dapo.py:33-48)."""
+    """What verl's `dapo` reward manager needs besides the typed fields (reward_loop/reward_manager/dapo.py:33-48)."""
     if resolved.spec.reward.overlong:
         why = Origin("derived", reason="reward.overlong")
         yield Override(f"{OVERLONG}.enable", True, why, added=True)
@@ -218,10 +221,11 @@ def _overlong(resolved: Resolved) -> Iterator[Override]:
 
 
 def _precision(resolved: Resolved) -> Iterator[Override]:
-    """verl's own precision by verl's key; flashrl's vLLM methods by the engine's arguments, their weights through its worker extension.
+    """The rollout's precision: verl's by verl's key, flashrl's vLLM methods by arguments of the engine.
 
-    With bf16 and verl's own on CUDA the extension takes verl's own update, and checks that it was complete. vLLM's CPU
-    build packs weights away after loading, so that every precision needs flashrl's there.
+    The worker extension receives the weight updates. For flashrl's methods it replaces verl's weight update; for bf16
+    and verl's own precisions on CUDA it runs verl's and checks that the update was complete. vLLM's CPU build repacks
+    weights after loading, so there every precision needs flashrl's weight update.
     """
     origin = resolved.origins["rollout.precision"]
     rollout = resolved.spec.rollout
@@ -243,7 +247,7 @@ def _precision(resolved: Resolved) -> Iterator[Override]:
 
 
 def _extension_reason(resolved: Resolved) -> str | None:
-    """The field because of which rollout workers take flashrl's weight update, None where verl's own does, checked."""
+    """The field that makes rollout workers use flashrl's weight update; None if they use verl's, with a check."""
     rollout = resolved.spec.rollout
     if PRECISIONS[rollout.precision].method:
         return "rollout.precision"
@@ -253,7 +257,7 @@ def _extension_reason(resolved: Resolved) -> str | None:
 
 
 def _correction(resolved: Resolved) -> Iterator[Override]:
-    """Truncated importance sampling: verl's decoupled mode, token level (verl/trainer/ppo/rollout_corr_helper.py)."""
+    """Truncated importance sampling in verl's decoupled mode, per token (verl/trainer/ppo/rollout_corr_helper.py)."""
     cap, origin = resolved.spec.correction.cap, resolved.origins["correction.cap"]
     if cap is None:
         yield Override(f"{CORRECTION}.rollout_is", None, origin)
@@ -269,7 +273,7 @@ def _correction(resolved: Resolved) -> Iterator[Override]:
 
 
 def _run(resolved: Resolved, places: Places) -> Iterator[Override]:
-    """What depends on this run and not on the preset. Folders are absolute: Ray's workers have folders of their own."""
+    """What depends on the run, not on its preset; folders are absolute, as Ray's workers have other working folders."""
     if resolved.spec.resources.platform == "cpu":
         yield Override("trainer.device", "cpu", resolved.origins["resources.platform"])
     why = Origin("derived", reason="the run's name")
@@ -305,12 +309,12 @@ THEMES: Mapping[str, tuple[str, ...]] = {
     "reward": ("reward",),
     "trainer": ("trainer",),
 }
-"""Starts of keys, by theme in the order of reading; the first theme that covers a key has it."""
+"""Prefixes of keys by theme, in the order of display; a key belongs to the first theme that covers it."""
 OTHER = "machine"
 
 
 def by_theme(overrides: Iterable[Override]) -> dict[str, list[Override]]:
-    """The overrides by theme, in the order of `THEMES` and, within one, of the list; no empty themes."""
+    """The overrides by theme, in the order of `THEMES` and, within a theme, of the list; empty themes are left out."""
     groups: dict[str, list[Override]] = {theme: [] for theme in (*THEMES, OTHER)}
     for override in overrides:
         groups[_theme(override.key)].append(override)

@@ -1,7 +1,7 @@
-"""verl's reward functions: which scores a `data_source`, how a right answer is written for it, and what it pays.
+"""verl's reward functions: which one scores a `data_source`, the form of a right answer, and its score.
 
-Spelled here so that `prepare`, `train` and `eval` need not import verl, which takes seconds. A row whose data source
-has no scorer would end a run at its first step.
+They are listed here so that `prepare`, `train` and `eval` need not import verl, which takes seconds. A row whose data
+source has no scorer would end a run at its first step.
 """
 
 from __future__ import annotations
@@ -19,18 +19,22 @@ from typing import Any
 from flashrl_cli.errors import EnvironmentNotReady
 
 PAID_IN_FULL = 1.0
-"""What every scorer of verl's gives to a right answer."""
+"""Score that each of verl's scorers gives to a right answer."""
 LONGEST_TRUTH = 10_000
-"""Characters of a truth at most: scorers search it with patterns whose time grows with the square of its length."""
+"""Characters that a ground truth may have at most.
+
+Scorers search it with regular expressions whose time grows with the square of its length.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scorer:
-    """One of verl's reward functions, and the data sources that its dispatch sends there.
+    """One of verl's reward functions, and the data sources that verl's dispatch sends to it.
 
-    `answer` is how a response gives the answer `{}`; None where a truth is not itself a right answer (tests of
-    programs). `module` is imported from verl; a `light` one needs nothing but the standard library and is loaded by
-    itself. `reads` is how many characters at the end of a response are looked at.
+    `answer` is the form in which a response gives the answer `{}`; None where a ground truth is not itself a right
+    answer (tests of programs). `module` is the scorer's module in verl; a `light` one needs nothing but the standard
+    library and is loaded without the rest of verl. `reads` is the number of characters at the end of a response that
+    the scorer reads.
     """
 
     module: str
@@ -91,12 +95,12 @@ PREFIXES = tuple(prefix for scorer in SCORERS for prefix in scorer.prefixes)
 
 
 def scorer(data_source: str) -> Scorer | None:
-    """The scorer that verl 0.9.1 sends `data_source` to; None if it has none."""
+    """The scorer to which verl 0.9.1 sends `data_source`; None if verl has none for it."""
     return next((s for s in SCORERS if data_source in s.sources or data_source.startswith(s.prefixes)), None)
 
 
 def is_scored(data_source: str) -> bool:
-    """Whether verl 0.9.1 has a reward for `data_source`."""
+    """Whether verl 0.9.1 has a scorer for `data_source`."""
     return scorer(data_source) is not None
 
 
@@ -111,9 +115,10 @@ def is_math(data_source: str) -> bool:
 
 
 def points(data_source: str, truth: Any) -> float:
-    """What verl pays for `truth` itself, written as a right answer of a `data_source` whose scorer knows that form.
+    """verl's score of a response that gives `truth` itself in the form that the scorer of `data_source` reads.
 
-    Raises what the scorer raises: ImportError if it lacks a library.
+    Raises ValueError if the data source has no such form, and whatever the scorer raises: ImportError if a library is
+    missing.
     """
     found = scorer(data_source)
     if found is None or found.answer is None:
@@ -130,7 +135,7 @@ def points(data_source: str, truth: Any) -> float:
 
 
 def require_verl() -> Path:
-    """Folder of the installed verl, which is not imported. Raises EnvironmentNotReady if there is none."""
+    """Folder of the installed verl, found without importing it; raises EnvironmentNotReady if there is none."""
     spec = importlib.util.find_spec("verl")
     if spec is None or not spec.submodule_search_locations:
         raise EnvironmentNotReady(
@@ -141,7 +146,7 @@ def require_verl() -> Path:
 
 
 def own_reward(keys: Mapping[str, Any]) -> bool:
-    """Whether responses are scored by something other than verl's functions, by a run's verbatim verl keys."""
+    """Whether the verl keys of a run's `verl:` section replace verl's reward functions by other scorers."""
     given = _plain(keys)
     return bool(
         given.get("reward.custom_reward_function.path")
@@ -151,12 +156,12 @@ def own_reward(keys: Mapping[str, Any]) -> bool:
 
 
 def own_rows(keys: Mapping[str, Any]) -> bool:
-    """Whether the data is read by a data set class of the person's own, by a run's verbatim verl keys."""
+    """Whether the verl keys of a run's `verl:` section name a data set class of the user's."""
     return bool(_plain(keys).get("data.custom_cls.path"))
 
 
 def prompt_column(keys: Mapping[str, Any]) -> str:
-    """The column that holds the prompt, by a run's verbatim verl keys."""
+    """The column that holds the prompt, according to the verl keys of a run's `verl:` section."""
     return str(_plain(keys).get("data.prompt_key") or "prompt")
 
 
@@ -165,7 +170,7 @@ def _plain(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _said(scorer: Scorer, truth: Any) -> Any:
-    """What a response would say of `truth`: of several golden answers the first."""
+    """What a response answers with for `truth`: the first of several golden answers."""
     if scorer is not SEARCH:
         return truth
     target = truth["target"]
@@ -174,7 +179,7 @@ def _said(scorer: Scorer, truth: Any) -> Any:
 
 @functools.cache
 def _light(module: str) -> Callable[[str, Any], Any]:
-    """verl's `compute_score` out of one file of plain Python, without importing the verl around it."""
+    """verl's `compute_score` in one module, loaded from its file without importing the rest of verl."""
     file = require_verl() / "utils" / "reward_score" / f"{module}.py"
     spec = importlib.util.spec_from_file_location(f"_verl_reward_{module}", file)
     if spec is None or spec.loader is None:

@@ -1,8 +1,9 @@
-"""What verl 0.9.1, vLLM or Ray would refuse late, or silently do otherwise, judged on verl's composed tree before a start.
+"""Preflight rules on verl's composed tree: what verl 0.9.1, vLLM or Ray would refuse late or silently do otherwise.
 
-verl checks a part of its configuration at the start of its driver, another in workers, minutes later, and some not at
-all. A rule is a generator over `Settings`; its docstring states the consequence and where it is known from. A new one
-goes to the RULES of the module that it belongs to. Rules judge what is certain: a setting that works is never refused.
+verl checks a part of its configuration when its driver starts, another part in workers, minutes later, and some keys
+not at all. A rule is a generator over `Settings`; its docstring states the consequence and the source of that
+knowledge. A new rule is added to the RULES of its module. Rules report only what is certain to go wrong: a setting that
+works is never refused.
 """
 
 from __future__ import annotations
@@ -25,31 +26,34 @@ if TYPE_CHECKING:
     from flashrl_cli.weights.shape import ModelShape
 
 FIRST: tuple[Rule, ...] = (keys.values_have_types, trains_with_fsdp)
-"""Rules that the others rely on: where one is broken, the others are not asked."""
+"""Rules that the others rely on: if one of them is broken, the others are not evaluated."""
 RULES: tuple[Rule, ...] = (*FIRST, *batches.RULES, *devices.RULES, *rollout.RULES, *sampling.RULES, *learning.RULES)
 
 
 def problems(
     resolved: Resolved, overrides: Sequence[Override], tree: Tree, shape: ModelShape | None = None
 ) -> list[Problem]:
-    """Everything that `tree` (verl's, composed of `overrides`) would fail with later; `shape` is the model's, if known."""
+    """Everything that a run of verl's `tree`, composed of `overrides`, would fail with later.
+
+    `shape` is the policy's; rules that need it are skipped where it is None.
+    """
     settings = Settings(resolved, overrides, tree, shape)
     wrong = [problem for rule in FIRST for problem in rule(settings)]
     return wrong or [problem for rule in RULES[len(FIRST) :] for problem in rule(settings)]
 
 
 def notes(resolved: Resolved, overrides: Sequence[Override], tree: Tree) -> list[str]:
-    """What a person should know of what the run will report, where nothing is wrong."""
+    """Notes on the numbers that a run will report, for a configuration without problems."""
     return sampling.notes(Settings(resolved, overrides, tree))
 
 
 def check_overrides(resolved: Resolved, overrides: Sequence[Override], shape: ModelShape | None = None) -> compose.Tree:
-    """verl's configuration of a run, in which nothing is wrong. `shape` is the policy's, where it is known.
+    """verl's configuration of a run, after checking it; `shape` is the policy's, if it is known.
 
-    Raises InputError with every problem of the spec's rules, of the keys and of what verl would do with them;
-    EnvironmentNotReady without verl.
+    Raises InputError with every broken rule of the spec, every wrong key and every problem that `problems` finds, and
+    EnvironmentNotReady when verl is not installed.
     """
-    # A key that the rules refuse by its name is not reported again for being unknown.
+    # a key that the rules refuse by its name is not reported a second time as unknown
     judged = [o for o in overrides if not dead_key(o.key) and not keys.is_forced(o.key)]
     try:
         tree, unknown = compose.attempt(judged)
@@ -60,7 +64,7 @@ def check_overrides(resolved: Resolved, overrides: Sequence[Override], shape: Mo
     found = [*resolved.broken, *keys.verbatim_key_problems(resolved, overrides), *unknown]
     if tree:
         found += keys.added_key_problems(judged, tree)
-    if tree and not resolved.broken:  # what verl would make of values that do not go together only follows from that
+    if tree and not resolved.broken:  # with broken rules of the spec, later problems would only be their consequences
         places = {problem.where for problem in found}
         later = problems(resolved, judged, tree, shape)
         found += [problem for problem in later if problem.where not in places]

@@ -1,7 +1,7 @@
-"""How a step's responses are split over processes and forward passes: divisibility, micro-batches, token budgets.
+"""Rules on how a step's responses are split over processes and forward passes.
 
-verl judges a part of this at its start and the rest with an assertion in a worker, in the first step or whenever the
-first long response comes. Lines are verl 0.9.1's.
+They concern divisibility, micro-batches and token budgets. verl checks a part of this when it starts, and the rest by
+assertions in a worker, in the first step or at the first long response. Cited lines are verl 0.9.1's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def dynamic_batches_everywhere(s: Settings) -> Iterator[Problem]:
-    """Updates and log-probs are split alike: an assertion when the workers start (workers/engine_workers.py:616)."""
+    """Updates and log-probs must be split alike: workers assert it when they start (workers/engine_workers.py:616)."""
     if bool(s.get(UPDATE.dynamic)) != bool(s.get(LOG_PROBS.dynamic)):
         yield s.problem(
             f"{written(LOG_PROBS.dynamic)} = {s.get(LOG_PROBS.dynamic)} and "
@@ -40,9 +40,10 @@ def dynamic_batches_everywhere(s: Settings) -> Iterator[Problem]:
 
 
 def micro_batch_is_given(s: Settings) -> Iterator[Problem]:
-    """Without dynamic batches each pass has a size (workers/config/actor.py:207, critic.py:150, utils/config.py:155).
+    """Without dynamic batches each pass needs a micro-batch size.
 
-    V1's workers read the size per device alone (workers/engine_workers.py:636); the critic is content with either.
+    verl refuses a configuration without one (workers/config/actor.py:207, critic.py:150, utils/config.py:155). V1's
+    workers read only the size per device (workers/engine_workers.py:636); for the critic either key is enough.
     """
     for step in _fixed(s):
         sizes = [s.get(step.micro)]
@@ -60,7 +61,7 @@ def micro_batch_is_given(s: Settings) -> Iterator[Problem]:
 
 
 def micro_batch_is_given_once(s: Settings) -> Iterator[Problem]:
-    """Both of a pass's sizes are refused (utils/config.py:158, workers/config/actor.py:202, critic.py:154)."""
+    """verl refuses both sizes of a pass together (utils/config.py:158, workers/config/actor.py:202, critic.py:154)."""
     for step in _fixed(s):
         if s.get(step.micro) is not None and s.get(step.whole_micro) is not None:
             yield s.problem(
@@ -71,7 +72,7 @@ def micro_batch_is_given_once(s: Settings) -> Iterator[Problem]:
 
 
 def _fixed(s: Settings) -> Iterator[Pass]:
-    """Passes that ask for a micro-batch size. verl asks for the reference's whenever the policy's is fixed."""
+    """Yield the passes that need a micro-batch size; the reference policy's does whenever the policy's is fixed."""
     if not s.get(UPDATE.dynamic):
         yield from (UPDATE, LOG_PROBS)
     if s.has_reference and not (s.get(UPDATE.dynamic) and (s.get(REFERENCE.dynamic) or s.has_adapter)):
@@ -81,13 +82,16 @@ def _fixed(s: Settings) -> Iterator[Pass]:
 
 
 def mini_batch_fills_processes(s: Settings) -> Iterator[Problem]:
-    """Each process takes an equal share of a mini-batch: asserted in the first update (workers/engine_workers.py:267)."""
+    """Each process takes an equal share of a mini-batch.
+
+    verl asserts it in the first update (workers/engine_workers.py:267).
+    """
     for role, key in (("actor", f"{ACTOR}.ppo_mini_batch_size"), ("critic", "critic.ppo_mini_batch_size")):
         mini, shares, n = s.size(key), s.data_parallel(role), s.spec.rollout.n
         if (role == "critic" and not s.has_critic) or not mini or not shares or mini * n % shares == 0:
             continue
         if role == "critic" and mini == s.spec.algorithm.mini_batch_size and shares == s.data_parallel("actor"):
-            continue  # the policy's mini-batch, which is reported already
+            continue  # the same numbers as the policy's mini-batch, which is reported already
         yield s.problem(
             f"{written(key)} = {mini} prompts x {n} responses do not split over {shares} data-parallel processes",
             _fitting_mini(s, key, mini, shares),
@@ -99,7 +103,7 @@ def mini_batch_fills_processes(s: Settings) -> Iterator[Problem]:
 
 
 def _fitting_mini(s: Settings, key: str, mini: int, shares: int) -> str:
-    """The option for the nearest mini-batch that splits and divides the batch, or for a batch that has one."""
+    """Option for the nearest mini-batch that splits evenly and divides the batch, or for a batch that has one."""
     batch, step = s.spec.data.train_batch_size, shares // math.gcd(shares, s.spec.rollout.n)
     fitting = [size for size in range(step, batch + 1, step) if batch % size == 0]
     if fitting:
@@ -109,7 +113,10 @@ def _fitting_mini(s: Settings, key: str, mini: int, shares: int) -> str:
 
 
 def batch_fills_devices(s: Settings) -> Iterator[Problem]:
-    """Without dynamic batches the step's responses divide by the devices, whatever shares a sequence (utils/config.py:124)."""
+    """Without dynamic batches the number of a step's responses must be divisible by the number of devices.
+
+    verl checks it even where several devices share a sequence (utils/config.py:124).
+    """
     batch, n = s.spec.data.train_batch_size, s.spec.rollout.n
     if not s.get(UPDATE.dynamic) and batch * n % s.devices:
         step = s.devices // math.gcd(s.devices, n)
@@ -123,7 +130,7 @@ def batch_fills_devices(s: Settings) -> Iterator[Problem]:
 
 
 def micro_batch_divides_share(s: Settings) -> Iterator[Problem]:
-    """A fixed micro-batch divides what a process gets: asserted in the first step (workers/engine/utils.py:125)."""
+    """A fixed micro-batch must divide a process's share: asserted in the first step (workers/engine/utils.py:125)."""
     for step in (UPDATE, LOG_PROBS, *([REFERENCE] if s.has_reference and not s.has_adapter else [])):
         micro, rows = s.size(step.micro), _rows(s, step)
         if s.get(step.dynamic) or not micro or not rows or rows % micro == 0:
@@ -139,9 +146,9 @@ def micro_batch_divides_share(s: Settings) -> Iterator[Problem]:
 
 
 def _rows(s: Settings, step: Pass) -> int | None:
-    """Responses that a process gets at once; None where they do not split.
+    """Responses that a process gets in a pass; None where they do not split evenly.
 
-    verl fills a batch up to what both models' mini-batches divide (trainer/ppo/v1/trainer_base.py:1589).
+    verl fills a batch up to a multiple of both models' mini-batches (trainer/ppo/v1/trainer_base.py:1589).
     """
     shares, n = s.data_parallel(step.role), s.spec.rollout.n
     mini = s.spec.algorithm.mini_batch_size * n
@@ -159,9 +166,10 @@ def _fitting_micro(s: Settings, step: Pass) -> int:
 
 
 def token_budget_holds_a_sequence(s: Settings) -> Iterator[Problem]:
-    """A dynamic micro-batch holds the longest sequence, or the run ends with the first such (utils/seqlen_balancing.py:384).
+    """A token budget must hold the longest sequence; otherwise the first such sequence ends the run.
 
-    The critic always batches by tokens: V1 leaves its engine at that default (trainer/ppo/v1/trainer_base.py:266).
+    The assertion is in utils/seqlen_balancing.py:384. The critic always batches by tokens: V1 leaves its engine at that
+    default (trainer/ppo/v1/trainer_base.py:266).
     """
     for step in (UPDATE, LOG_PROBS, REFERENCE, CRITIC):
         budget = s.token_budget(step)
@@ -179,13 +187,16 @@ def token_budget_holds_a_sequence(s: Settings) -> Iterator[Problem]:
 
 
 def _follows_update(s: Settings, step: Pass) -> bool:
-    """Whether a pass takes over the update's budget, so that it is reported there."""
+    """Whether a pass takes its token budget from the update, for which a problem is then reported."""
     same = s.get(UPDATE.dynamic) and s.sequence_parallel(step.role) == s.sequence_parallel("actor")
     return step in (LOG_PROBS, REFERENCE) and bool(same) and s.get(step.tokens) == s.get(UPDATE.tokens)
 
 
 def prompts_come_in_whole_batches(s: Settings) -> Iterator[Problem]:
-    """The data loader's batches make up a step's (trainer/ppo/v1/trainer_base.py:1485); dynamic sampling loads singly (735)."""
+    """The prompts of a step must be a whole number of the data loader's batches.
+
+    See trainer/ppo/v1/trainer_base.py:1485; with dynamic sampling verl loads prompts one at a time (:735).
+    """
     loaded, batch = s.size("data.gen_batch_size"), s.spec.data.train_batch_size
     if not loaded:
         return

@@ -1,6 +1,6 @@
-"""What the devices must offer: engines, sequence parallelism, sharding, Ray's logical resources, a machine without a GPU.
+"""Rules on devices: engines, sequence parallelism, sharding, Ray's logical resources, and machines without a GPU.
 
-Lines are verl 0.9.1's, where no other library is named.
+Cited lines are verl 0.9.1's unless another library is named.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ STORAGE_UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
 
 
 def trains_with_fsdp(s: Settings) -> Iterator[Problem]:
-    """Another engine's checkpoints are not what flashrl reads, and neither stack has its packages.
+    """flashrl reads FSDP checkpoints only, and its pinned stacks lack the packages of other training engines.
 
-    Layout: utils/checkpoint/fsdp_checkpoint_manager.py:302.
+    The layout of these checkpoints is that of utils/checkpoint/fsdp_checkpoint_manager.py:302.
     """
     for role in s.roles():
         strategy = s.get(ROLES[role].strategy)
@@ -38,9 +38,10 @@ def trains_with_fsdp(s: Settings) -> Iterator[Problem]:
 
 
 def engines_fit_devices(s: Settings) -> Iterator[Problem]:
-    """Engines take all devices, each a part of a node or whole nodes (workers/engine_workers.py:659, workers/rollout/replica.py:114).
+    """Rollout engines take all devices, each engine a part of one node or a number of full nodes.
 
-    verl places an engine by the order of the devices and would start one across two nodes as if it were on the first.
+    See workers/engine_workers.py:659 and workers/rollout/replica.py:114. verl assigns devices to engines in order, and
+    would start an engine that spans two nodes as if all its devices were on the first.
     """
     size, node = engine_devices(s.spec), s.spec.resources.gpus_per_node
     if (node % size == 0) if size <= node else (size % node == 0 and s.devices % size == 0):
@@ -57,13 +58,17 @@ def engines_fit_devices(s: Settings) -> Iterator[Problem]:
 
 
 def engine_parallelism_is_supported(s: Settings) -> Iterator[Problem]:
-    """verl refuses the others when it builds the rollout (workers/config/rollout.py:281-322)."""
+    """verl refuses pipeline parallelism and some expert parallelism when it builds the rollout.
+
+    The checks are in workers/config/rollout.py:281-322.
+    """
     pipeline, experts = f"{ROLLOUT}.pipeline_model_parallel_size", f"{ROLLOUT}.expert_parallel_size"
     if (s.size(pipeline) or 1) > 1:
         yield s.problem(f"verl has no pipeline parallelism for vLLM: verl.{pipeline}", s.fix(pipeline, 1), pipeline)
     if (s.size(experts) or 1) > 1 and s.size(experts) != engine_devices(s.spec):
         yield s.problem(
-            f"verl.{experts} = {s.get(experts)} is not rollout.tensor_parallel x data_parallel_size = {engine_devices(s.spec)}",
+            f"verl.{experts} = {s.get(experts)} is not "
+            f"rollout.tensor_parallel x data_parallel_size = {engine_devices(s.spec)}",
             s.fix(experts, engine_devices(s.spec)),
             experts,
             TENSOR_PARALLEL,
@@ -73,11 +78,11 @@ def engine_parallelism_is_supported(s: Settings) -> Iterator[Problem]:
 
 
 def sequence_parallelism_fits(s: Settings) -> Iterator[Problem]:
-    """Sharing a sequence needs a device mesh that fits, unpadded input and flash attention.
+    """Sequence parallelism needs a degree that divides the devices, unpadded input and flash attention.
 
-    The first two are refused when workers start (workers/engine/fsdp/transformer_impl.py:148, 247). verl exchanges
-    heads in the flash-attention function alone (models/transformers/monkey_patch.py:544): another would attend within a
-    device's part.
+    verl checks the first two when workers start (workers/engine/fsdp/transformer_impl.py:148, 247). It exchanges heads
+    between devices in the flash-attention function only (models/transformers/monkey_patch.py:544); any other attention
+    would attend within each device's part of a sequence only.
     """
     for role in s.roles():
         degree, keys = s.sequence_parallel(role), ROLES[role].sequence_parallel
@@ -109,16 +114,17 @@ def sequence_parallelism_fits(s: Settings) -> Iterator[Problem]:
 
 
 def critic_shares_sequences_by_its_engine(s: Settings) -> Iterator[Problem]:
-    """The critic's own key is never handed to its engine, unlike the actor's (workers/config/critic.py:212-220)."""
+    """verl never passes the critic's own key to its engine, unlike the actor's (workers/config/critic.py:212-220)."""
     key, living = "critic.ulysses_sequence_parallel_size", ROLES["critic"].sequence_parallel[0]
     if s.has_critic and (s.size(key) or 1) > 1:
         yield s.problem(f"verl does not act on {key}", f"{s.fix(living, s.get(key))} instead", key)
 
 
 def heads_split(s: Settings) -> Iterator[Problem]:
-    """Attention heads divide over the devices that share them; each key-value head has a device or a device has it whole.
+    """The number of attention heads must be divisible by the number of devices that share them.
 
-    Training: models/transformers/monkey_patch.py:343; engine: vllm/config/model.py:1367,
+    Key-value heads are distributed evenly, or each is copied to equally many devices. For training see
+    models/transformers/monkey_patch.py:343; for the engine vllm/config/model.py:1367 and
     vllm/model_executor/models/qwen2.py:139.
     """
     if s.shape is None:
@@ -135,7 +141,8 @@ def heads_split(s: Settings) -> Iterator[Problem]:
                 d for d in range(1, degree) if _split(s.shape.heads, s.shape.kv_heads, d) and s.devices % d == 0
             )
             yield s.problem(
-                f"{written(key)} = {degree}: {what} cannot split {s.shape.heads} heads ({s.shape.kv_heads} of keys and values)",
+                f"{written(key)} = {degree}: {what} cannot split {s.shape.heads} heads "
+                f"({s.shape.kv_heads} of keys and values)",
                 s.fix(key, fitting),
                 key,
             )
@@ -146,7 +153,7 @@ def _split(heads: int, kv_heads: int, degree: int) -> bool:
 
 
 def shards_fit_devices(s: Settings) -> Iterator[Problem]:
-    """Groups of shards fill the devices (workers/engine/fsdp/utils.py:50): one left over has no place in the mesh."""
+    """The FSDP size must divide the devices, or some have no place in the mesh (workers/engine/fsdp/utils.py:50)."""
     for role in s.roles():
         key = f"{ROLES[role].fsdp}.fsdp_size"
         size = s.size(key)
@@ -159,7 +166,10 @@ def shards_fit_devices(s: Settings) -> Iterator[Problem]:
 
 
 def offload_policy_is_fsdp2s(s: Settings) -> Iterator[Problem]:
-    """FSDP1 does not look at it: the parameters would stay on the GPU (workers/engine/fsdp/transformer_impl.py:423-449)."""
+    """FSDP1 ignores `offload_policy`: the parameters would stay on the GPU.
+
+    See workers/engine/fsdp/transformer_impl.py:423-449.
+    """
     for role in s.roles():
         key = f"{ROLES[role].fsdp}.offload_policy"
         if role != "reference policy" and s.get(key) and s.get(ROLES[role].strategy) == "fsdp":
@@ -171,21 +181,21 @@ def offload_policy_is_fsdp2s(s: Settings) -> Iterator[Problem]:
 
 
 def cpus_needed(s: Settings) -> int:
-    """Ray CPUs that verl reserves on one node; it waits for ever where there are fewer.
+    """Number of Ray CPUs that verl reserves on one node; with fewer it waits forever.
 
-    Three a device (single_controller/ray/base.py:146, 192), the transfer queue's controller and storage units
-    (transfer_queue/controller.py:943, storage/simple_storage.py:722), and what the reward manager `remote` starts in
-    each worker.
+    These are three per device (single_controller/ray/base.py:146, 192), one each for the transfer queue's controller
+    and storage units (transfer_queue/controller.py:943, storage/simple_storage.py:722), and those of the processes that
+    the reward manager `remote` starts in each worker.
     """
     remote = (s.size("reward.num_workers") or 1) ** 2 if s.spec.reward.manager == "remote" else 0
     return 3 * s.spec.resources.gpus_per_node + 1 + (s.size(STORAGE_UNITS) or 0) + remote
 
 
 def ray_has_resources(s: Settings) -> Iterator[Problem]:
-    """Ray's own numbers of CPUs and GPUs, where they are given.
+    """The numbers of CPUs and GPUs given to Ray must be enough for the run.
 
-    Too few CPUs: placement groups wait for ever (single_controller/ray/base.py:160). Too few GPUs: refused in a worker
-    (240). A cluster that runs already takes neither (ray/_private/worker.py:1938).
+    With too few CPUs placement groups wait forever (single_controller/ray/base.py:160); too few GPUs are refused in a
+    worker (:240). A Ray cluster that already runs accepts neither number (ray/_private/worker.py:1938).
     """
     cpus, gpus = s.size(RAY_CPUS), s.size(RAY_GPUS)
     if s.spec.resources.nodes > 1:
@@ -211,10 +221,10 @@ def ray_has_resources(s: Settings) -> Iterator[Problem]:
 
 
 def cpu_gets_what_it_needs(s: Settings) -> Iterator[Problem]:
-    """FSDP1 asks for an accelerator (torch/distributed/fsdp/_init_utils.py:389), flash attention and sleeping engines are CUDA's.
+    """A run on CPUs needs FSDP2, an attention other than flash attention, and an engine that does not sleep.
 
-    verl's defaults are the other way round, each found in a worker (workers/config/model.py:185,
-    vllm/config/model.py:595).
+    FSDP1 requires an accelerator (torch/distributed/fsdp/_init_utils.py:389); flash attention and sleeping engines need
+    CUDA. verl's defaults would fail in a worker (workers/config/model.py:185, vllm/config/model.py:595).
     """
     if s.spec.resources.platform != "cpu":
         return

@@ -1,9 +1,10 @@
-"""The keys of verl's that a person gives: refused where they do nothing, are flashrl's own, or have a value of another type.
+"""Rules on the verl keys that a user sets: their names, their owners and the types of their values.
 
-Hydra cannot check an added key (`+key`). But verl turns most nodes of its tree into the dataclass that their `_target_`
-names (verl/utils/config.py, omega_conf_to_dataclass): an unknown name ends the run in a worker, minutes after the
-start. So added keys are compared with the dataclasses in verl's source, which is read and not imported. Maps (`dict`,
-`Any`, nodes without a class) take any name.
+Keys are refused if they have no effect, are set by flashrl itself, or have a value of the wrong type. Hydra cannot
+check an added key (`+key`), but verl turns most nodes of its tree into the dataclass that their `_target_` names
+(verl/utils/config.py, omega_conf_to_dataclass), where an unknown name ends the run in a worker, minutes after the
+start. Added keys are therefore compared with the dataclasses in verl's source, which is parsed and not imported. Maps
+(`dict`, `Any`, nodes without a class) accept any name.
 """
 
 from __future__ import annotations
@@ -48,26 +49,26 @@ _APART = {
     f"{CORRECTION}.rollout_is_threshold": "--tis",
 }
 OWNED = {entry.key: f"--set {entry.field}=…" for entry in TABLE} | _APART
-"""Keys that flashrl itself gives to verl, and how a person sets them."""
+"""Keys that flashrl itself gives to verl, and the option by which a user sets them."""
 
 
 def verbatim_key_problems(resolved: Resolved, overrides: Sequence[Override]) -> list[Problem]:
-    """Everything wrong with the verbatim keys, without looking at verl's own tree."""
+    """All problems of the keys under `verl:` that can be found without verl's own tree."""
     return [problem for rule in RULES for problem in rule(resolved, overrides)]
 
 
 def verbatim(resolved: Resolved, overrides: Sequence[Override]) -> Iterator[Override]:
-    """The overrides that come from the spec's `verl` map; they come last."""
+    """Yield the overrides that come from the spec's `verl` map; they are the last ones."""
     yield from overrides[len(overrides) - len(resolved.spec.verl) :]
 
 
 def is_forced(key: str) -> bool:
-    """Whether a key, less its one `+`, goes around Hydra's check: `++key` takes any misspelling, `~key` deletes."""
+    """Whether a key, without one leading `+`, evades Hydra's check: `++key` accepts any name, `~key` deletes a key."""
     return key.startswith(("+", "~"))
 
 
 def no_forced_keys(_: Resolved, overrides: Sequence[Override]) -> Iterator[Problem]:
-    """A launcher that lets a misspelled key pass has checked nothing."""
+    """`++key` and `~key` are refused, because Hydra would accept a misspelled key."""
     for override in overrides:
         if is_forced(override.key):
             bare = override.key.lstrip("+~")
@@ -76,7 +77,7 @@ def no_forced_keys(_: Resolved, overrides: Sequence[Override]) -> Iterator[Probl
 
 
 def no_dead_keys(_: Resolved, overrides: Sequence[Override]) -> Iterator[Problem]:
-    """Keys that compose and do nothing."""
+    """Keys without effect, which Hydra accepts, are refused; see `dead_keys`."""
     for override in overrides:
         dead = dead_key(override.key)
         if dead:
@@ -86,7 +87,7 @@ def no_dead_keys(_: Resolved, overrides: Sequence[Override]) -> Iterator[Problem
 
 
 def no_owned_keys(resolved: Resolved, overrides: Sequence[Override]) -> Iterator[Problem]:
-    """Each setting has one key: one that flashrl emits, or has a typed field for, is not given word for word."""
+    """A key that flashrl sets, or has a typed field for, may not be given under `verl:`; no key may be given twice."""
     counts = Counter(override.key for override in overrides)
     for override in verbatim(resolved, overrides):
         if override.key in OWNED:
@@ -98,7 +99,10 @@ def no_owned_keys(resolved: Resolved, overrides: Sequence[Override]) -> Iterator
 
 
 def one_quantization(resolved: Resolved, overrides: Sequence[Override]) -> Iterator[Problem]:
-    """The rollout's precision has one switch; verl's own would fight flashrl's engine arguments or go unproven."""
+    """Only `rollout.precision` sets the rollout's precision.
+
+    verl's own key would contradict flashrl's engine arguments, or its precision would not be verified.
+    """
     for override in verbatim(resolved, overrides):
         if override.key == f"{ENGINE}.quantization" or (
             override.key == f"{ROLLOUT}.quantization"
@@ -112,7 +116,7 @@ def one_quantization(resolved: Resolved, overrides: Sequence[Override]) -> Itera
 
 
 def no_bypass_with_correction(resolved: Resolved, overrides: Sequence[Override]) -> Iterator[Problem]:
-    """V1 drops the correction in bypass mode without a word (verl/trainer/ppo/v1/trainer_base.py:1640)."""
+    """V1 silently skips the importance correction in bypass mode (verl/trainer/ppo/v1/trainer_base.py:1640)."""
     for override in verbatim(resolved, overrides):
         if override.key == f"{CORRECTION}.bypass_mode" and override.value and resolved.spec.correction.cap is not None:
             yield Problem(
@@ -123,13 +127,13 @@ def no_bypass_with_correction(resolved: Resolved, overrides: Sequence[Override])
 
 
 def own_environment(resolved: Resolved, _: Sequence[Override]) -> Iterator[Problem]:
-    """The files of an attempt and the proof of the precision depend on these variables."""
+    """A preset may not set the variables by which flashrl finds an attempt's files and verifies the precision."""
     for name in sorted(environment.OWNED & resolved.spec.env.keys()):
         yield Problem(f"{name} is flashrl's own", resolved.origins[f"env.{name}"].where, "drop it")
 
 
 def no_idle_options(resolved: Resolved, _: Sequence[Override]) -> Iterator[Problem]:
-    """An option given for this very run is read by someone.
+    """An option given by `--set` must have an effect: the switch that makes verl read it must be on.
 
     Presets may hold values for switches that they leave off.
     """
@@ -150,7 +154,7 @@ def no_idle_options(resolved: Resolved, _: Sequence[Override]) -> Iterator[Probl
 
 
 def _says_something(value: object) -> bool:
-    """Whether it is more than nothing: weights of 0 are how a script switches a term off."""
+    """Whether a value asks for an effect: null does not, nor does a weight of 0, by which scripts switch a term off."""
     return value is False or value not in (0, None)
 
 
@@ -203,13 +207,17 @@ NUMBERS = (
     "ray_kwargs.ray_init.num_gpus",
     "reward.num_workers",
 )
-"""Keys whose values the rules of this package reckon with: true or false, and whole numbers. null is verl's own to
-judge.
+"""Keys whose values the rules of this package compute with: SWITCHES are true or false, NUMBERS are integers.
+
+Whether null is allowed is left to verl.
 """
 
 
 def values_have_types(s: Settings) -> Iterator[Problem]:
-    """verl merges the tree into dataclasses when it starts (utils/config.py:60) and does sums with the rest."""
+    """Switches and numbers must have the right type: verl merges them into dataclasses or computes with them.
+
+    The merge, at verl's start, is in utils/config.py:60.
+    """
     for override in s.overrides:
         key, value = override.key, override.value
         if key in SWITCHES and not isinstance(value, bool | None):
@@ -221,23 +229,23 @@ def values_have_types(s: Settings) -> Iterator[Problem]:
 
 
 MAPS = frozenset({"reward", "global_profiler", "global_profiler.global_tool_config.nsys"})
-"""Nodes with a `_target_` that V1 reads as maps, with names that the class lacks
+"""Nodes with a `_target_` that V1 nevertheless reads as maps, so they may have names which the class lacks
 (reward_loop/reward_manager/dapo.py:33).
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Dataclass:
-    """One of verl's dataclasses: its fields, inherited ones included, and its `file:line`."""
+    """One of verl's dataclasses: its name, its `file:line` and its fields, inherited ones included."""
 
     name: str
     place: str
     fields: dict[str, tuple[str, ast.expr]]
-    """Name to the module that declares the field, and its annotation."""
+    """Name of a field to the module that declares it, and its annotation."""
 
 
 def added_key_problems(overrides: Sequence[Override], tree: compose.Tree) -> list[Problem]:
-    """Added keys that the dataclass of their node lacks. `tree` may hold the overrides already."""
+    """Problems of added keys that the dataclass of their node lacks; `tree` may already contain the overrides."""
     return [problem for override in overrides if override.added and (problem := _problem(override, tree))]
 
 
@@ -252,7 +260,7 @@ def _problem(override: Override, tree: compose.Tree) -> Problem | None:
 
 
 def _owner(key: str, name: str, parent: Dataclass | None, tree: compose.Tree) -> Dataclass | None:
-    """The dataclass of the node at `key`: by its own `_target_`, else by its field's type in `parent`."""
+    """The dataclass of the node at `key`: that of its `_target_`, else the type of its field in `parent`."""
     if key in MAPS:
         return None
     target = tree.get(f"{key}._target_")
@@ -269,7 +277,7 @@ def _hint(parts: Sequence[str], index: int, owner: Dataclass) -> str:
 
 
 def _typed(module: str, annotation: ast.expr) -> Dataclass | None:
-    """The dataclass that an annotation is, alone, as `Optional[X]` or as `X | None`; None for anything else."""
+    """The dataclass X of an annotation `X`, `Optional[X]` or `X | None`; None for any other annotation."""
     match annotation:
         case ast.Name(id=name):
             return find(module, name)
@@ -282,7 +290,7 @@ def _typed(module: str, annotation: ast.expr) -> Dataclass | None:
 
 @cache
 def find(module: str, name: str) -> Dataclass | None:
-    """The dataclass `name` as verl's `module` knows it, also by import; None if it is none or is not verl's."""
+    """The dataclass that verl's `module` defines or imports as `name`; None if there is none or it is not verl's."""
     for node in _body(module):
         if isinstance(node, ast.ClassDef) and node.name == name:
             return _dataclass(module, node)
@@ -304,7 +312,7 @@ def _dataclass(module: str, node: ast.ClassDef) -> Dataclass | None:
 
 
 def _sources(module: str, node: ast.ImportFrom, name: str) -> Iterator[tuple[str, str]]:
-    """Where an import may have `name` from: (module, name there)."""
+    """Yield the places from which an import may take `name`, as (module, name in that module)."""
     source = node.module or ""
     if node.level:
         file = _file(module)
@@ -324,14 +332,14 @@ def _body(module: str) -> list[ast.stmt]:
 
 @cache
 def _text(module: str) -> str:
-    """Source of a module of verl's; empty for any other."""
+    """Source text of a verl module; empty for any other module."""
     file = _file(module)
     return (_root() / file).read_text(encoding="utf-8") if file else ""
 
 
 @cache
 def _file(module: str) -> Path | None:
-    """File of a module of verl's, from the folder that verl is installed in; None for any other module."""
+    """File of a verl module, relative to the folder in which verl is installed; None for any other module."""
     path = _root().joinpath(*module.split("."))
     files = (path / "__init__.py", path.with_suffix(".py"))
     return next((f.relative_to(_root()) for f in files if module.startswith("verl.") and f.is_file()), None)
@@ -343,9 +351,9 @@ def _root() -> Path:
 
 
 def translation(key: str) -> Suggestion | None:
-    """Hint to a key that is verl's, or nearly so; None for one that means nothing to verl either.
+    """Hint for an unknown key that is a verl key, or similar to one; None for a key that verl lacks, too.
 
-    Composes verl's tree (once a process) for keys that flashrl has no field for; without verl those are unknown.
+    Composes verl's tree, once per process, for keys that flashrl has no field for; without verl these are unknown.
     """
     bare = key.lstrip("+~").removeprefix("verl.").lstrip("+~")
     exact = _exact(bare)

@@ -1,6 +1,6 @@
-"""What the trainer would refuse late, or do otherwise than it reads: losses, correction, critic, rewards, checkpoints, logs.
+"""Rules on the trainer: losses, importance correction, critic, rewards, checkpoints, validation and loggers.
 
-Lines are verl 0.9.1's.
+Each reports what verl would refuse late, or do otherwise than the configuration suggests. Cited lines are verl 0.9.1's.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ LOSSES = (
     "vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "geo_mean", "dro", "cispo",
     "bypass_mode",
 )  # fmt: skip
-"""Names that verl registers (trainer/ppo/core_algos.py:1285-2413)."""
+"""Policy losses that verl registers (trainer/ppo/core_algos.py:1285-2413)."""
 REJECTIONS = (
     "token_k1", "token_k2", "token_k3", "seq_sum_k1", "seq_sum_k2", "seq_sum_k3", "seq_mean_k1", "seq_mean_k2",
     "seq_mean_k3", "seq_max_k2", "seq_max_k3",
 )  # fmt: skip
 """Options of rejection sampling (trainer/ppo/rollout_corr_helper.py:77)."""
 REPORTED = ("reward", "score", "acc", "overlong_reward", "overlong")
-"""Numbers that verl's own reward functions and managers report (experimental/reward_loop/reward_manager/,
+"""Fields that verl's own reward functions and managers report (experimental/reward_loop/reward_manager/,
 utils/reward_score/).
 """
 SAMPLER = "trainer.v1.sampler.custom_sampler.path"
@@ -40,7 +40,10 @@ _DISTILLS = "distillation.enabled"
 
 
 def loss_is_known(s: Settings) -> Iterator[Problem]:
-    """An unknown loss ends the run in its first update (trainer/ppo/core_algos.py:81), as does DRO without its weight (2029)."""
+    """An unknown policy loss, or DRO without its weight, ends the run in its first update.
+
+    See trainer/ppo/core_algos.py:81 and, for DRO, :2029.
+    """
     mode, weight = f"{ACTOR}.policy_loss.loss_mode", f"{ACTOR}.policy_loss.dro_beta"
     loss = s.get(mode)
     if loss not in LOSSES:
@@ -50,7 +53,10 @@ def loss_is_known(s: Settings) -> Iterator[Problem]:
 
 
 def rejection_is_complete(s: Settings) -> Iterator[Problem]:
-    """Rejection sampling names known options and a threshold, or ends the first step (trainer/ppo/rollout_corr_helper.py:252, 867)."""
+    """Rejection sampling with an unknown option or without a threshold ends the run in its first step.
+
+    See trainer/ppo/rollout_corr_helper.py:252, 867.
+    """
     key, threshold = f"{CORRECTION}.rollout_rs", f"{CORRECTION}.rollout_rs_threshold"
     given = s.get(key)
     if given is None:
@@ -63,7 +69,10 @@ def rejection_is_complete(s: Settings) -> Iterator[Problem]:
 
 
 def log_probs_come_with_samples(s: Settings) -> Iterator[Problem]:
-    """Without the engine's log-probs rejection does nothing (trainer/ppo/v1/trainer_base.py:1768) and bypass mode fails (1644)."""
+    """Without the rollout's log-probs, rejection sampling does nothing and bypass mode fails.
+
+    See trainer/ppo/v1/trainer_base.py:1768 for rejection sampling, :1644 for bypass mode.
+    """
     known = f"{ROLLOUT}.calculate_log_probs"
     for key in (f"{CORRECTION}.rollout_rs", f"{CORRECTION}.bypass_mode"):
         if s.get(key) and not s.get(known):
@@ -71,9 +80,10 @@ def log_probs_come_with_samples(s: Settings) -> Iterator[Problem]:
 
 
 def bypass_reads_its_settings(s: Settings) -> Iterator[Problem]:
-    """Bypass mode skips the correction (trainer/ppo/v1/trainer_base.py:1767) and leaves the loss as it is in V1.
+    """Bypass mode skips the correction, and V1 does not change the loss for it.
 
-    `loss_type` is read by the loss `bypass_mode`, out of the policy loss's own copy (trainer/ppo/core_algos.py:2484).
+    See trainer/ppo/v1/trainer_base.py:1767. Only the loss `bypass_mode` reads `loss_type`, and it reads the copy in the
+    policy loss's configuration (trainer/ppo/core_algos.py:2484).
     """
     bypass, rejection, form = (f"{CORRECTION}.{name}" for name in ("bypass_mode", "rollout_rs", "loss_type"))
     if s.get(bypass) and s.get(rejection):
@@ -83,7 +93,10 @@ def bypass_reads_its_settings(s: Settings) -> Iterator[Problem]:
 
 
 def critic_follows_advantage(s: Settings) -> Iterator[Problem]:
-    """GAE fails without a critic's values; another advantage would train a critic for nothing (trainer/ppo/utils.py:96)."""
+    """GAE fails without a critic's values; with another advantage a critic would be trained without being used.
+
+    See trainer/ppo/utils.py:96.
+    """
     key, advantage = "critic.enable", s.spec.algorithm.advantage
     if s.get(key) is not None and bool(s.get(key)) != (advantage == "gae"):
         yield s.problem(
@@ -94,9 +107,9 @@ def critic_follows_advantage(s: Settings) -> Iterator[Problem]:
 
 
 def metric_is_reported(s: Settings) -> Iterator[Problem]:
-    """Dynamic sampling ends the run where a reward lacks its metric (trainer/ppo/v1/replay_buffer.py:304).
+    """Dynamic sampling ends the run if the reward does not report its metric (trainer/ppo/v1/replay_buffer.py:304).
 
-    A reward function or manager of the person's own may report anything, and `rate_limited` is made for one.
+    A user's reward function or manager may report any field; the manager `rate_limited` is made for such a function.
     """
     groups, key = s.spec.algorithm.filter_groups, "algorithm.filter_groups.metric"
     own = s.get(REWARD_FUNCTION) or s.get("reward.reward_manager.source") != "register"
@@ -106,7 +119,10 @@ def metric_is_reported(s: Settings) -> Iterator[Problem]:
 
 
 def sampler_filters_groups(s: Settings) -> Iterator[Problem]:
-    """A custom sampler does not get what to filter or to refill (trainer/ppo/v1/trainer_base.py:165), and flashrl's does not."""
+    """flashrl's sampler neither filters nor refills groups: verl does not pass these settings to custom samplers.
+
+    See trainer/ppo/v1/trainer_base.py:165.
+    """
     refill = "trainer.v1.sampler.sync_refill_failed_groups"
     for wanted, key in (
         (s.spec.algorithm.filter_groups.enable, "algorithm.filter_groups.enable"),
@@ -119,7 +135,10 @@ def sampler_filters_groups(s: Settings) -> Iterator[Problem]:
 
 
 def filter_sees_rewards(s: Settings) -> Iterator[Problem]:
-    """A reward model on the trainer's devices scores after the filter: refused in a worker (trainer/ppo/v1/trainer_base.py:200)."""
+    """A reward model on the trainer's devices scores too late for dynamic sampling, which needs the rewards.
+
+    verl refuses this in a worker (trainer/ppo/v1/trainer_base.py:200).
+    """
     model, pool = "reward.reward_model.enable", "reward.reward_model.enable_resource_pool"
     if s.spec.algorithm.filter_groups.enable and s.get(model) and not s.get(pool):
         yield s.problem(
@@ -130,10 +149,10 @@ def filter_sees_rewards(s: Settings) -> Iterator[Problem]:
 
 
 def teacher_exists(s: Settings) -> Iterator[Problem]:
-    """Distillation needs devices of its own and a model on them, or ends in the driver's workers, after Ray has started.
+    """Distillation needs separate devices and a teacher model on them.
 
-    trainer/ppo/v1/trainer_base.py:839; workers/config/distillation.py:164-168, and :308 for the entry that is dropped
-    beside others.
+    Without these the run ends in a worker, after Ray has started (trainer/ppo/v1/trainer_base.py:839,
+    workers/config/distillation.py:164-168). verl drops the entry `teacher_model` if there are other teachers (:308).
     """
     if not s.get(_DISTILLS):
         return
@@ -156,9 +175,10 @@ def teacher_exists(s: Settings) -> Iterator[Problem]:
 
 
 def reward_model_exists(s: Settings) -> Iterator[Problem]:
-    """Its tokenizer is loaded in each reward worker (experimental/reward_loop/reward_loop.py:128); a pool has devices.
+    """A reward model needs a path, and its resource pool needs devices.
 
-    The pool: trainer/ppo/v1/trainer_base.py:826.
+    Each reward worker loads the model's tokenizer (experimental/reward_loop/reward_loop.py:128); the pool is created in
+    trainer/ppo/v1/trainer_base.py:826.
     """
     enable, path, pool = (f"reward.reward_model.{name}" for name in ("enable", "model_path", "enable_resource_pool"))
     nodes = "reward.reward_model.nnodes"
@@ -169,16 +189,20 @@ def reward_model_exists(s: Settings) -> Iterator[Problem]:
 
 
 def workers_exist(s: Settings) -> Iterator[Problem]:
-    """No agent loop worker: no chunk to split a batch into (trainer/ppo/v1/agent_loop_tq.py:251); no reward worker: no score."""
+    """A run needs at least one agent loop worker and one reward worker.
+
+    A batch is split over the agent loop workers (trainer/ppo/v1/agent_loop_tq.py:251), and reward workers score it.
+    """
     for key in (f"{ROLLOUT}.agent.num_workers", "reward.num_workers"):
         if (s.size(key) or 0) < 1:
             yield s.problem(f"verl.{key} = {s.get(key)}: at least one has to work", s.fix(key, 1), key)
 
 
 def reward_function_is_there(s: Settings) -> Iterator[Problem]:
-    """The file is loaded in each reward worker, whose working folder is another (utils/import_utils.py:179).
+    """The file of a reward function must exist and be given by an absolute path.
 
-    Whether an absolute path exists is only known for a run on this machine.
+    Each reward worker loads it, and the workers' working folder is another one (utils/import_utils.py:179). Whether the
+    path exists can be checked only for a run on this machine.
     """
     given = s.get(REWARD_FUNCTION)
     if not given or str(given).startswith("pkg://"):
@@ -194,7 +218,10 @@ def reward_function_is_there(s: Settings) -> Iterator[Problem]:
 
 
 def overlong_is_typed(s: Settings) -> Iterator[Problem]:
-    """The penalty takes five keys that agree, or fails in a worker (experimental/reward_loop/reward_manager/dapo.py:33-48)."""
+    """The overlong penalty needs five keys that agree, or it fails in a worker.
+
+    See experimental/reward_loop/reward_manager/dapo.py:33-48; the field `reward.overlong` sets all of them.
+    """
     enable = f"{OVERLONG}.enable"
     if s.get(enable) and s.spec.reward.overlong is None:
         manager = "" if s.spec.reward.manager == "dapo" else f"{s.option('reward.manager', 'dapo')} "
@@ -204,9 +231,9 @@ def overlong_is_typed(s: Settings) -> Iterator[Problem]:
 
 
 def checkpoints_resume(s: Settings) -> Iterator[Problem]:
-    """An interrupted run goes on from its step with what is loaded: without the weights, from the base model's.
+    """A run that resumes without loading the weights would continue at its step with those of the base model.
 
-    utils/checkpoint/fsdp_checkpoint_manager.py:203; trainer/ppo/v1/trainer_base.py:879.
+    See utils/checkpoint/fsdp_checkpoint_manager.py:203 and trainer/ppo/v1/trainer_base.py:879.
     """
     for model in (ACTOR, *(["critic"] if s.has_critic else [])):
         for name in ("save_contents", "load_contents"):
@@ -221,7 +248,10 @@ def checkpoints_resume(s: Settings) -> Iterator[Problem]:
 
 
 def validation_only_validates(s: Settings) -> Iterator[Problem]:
-    """`val_only` is looked at after the first validation: without one verl trains (trainer/ppo/v1/trainer_base.py:446)."""
+    """verl reads `val_only` only after a validation before training; without that validation it trains.
+
+    See trainer/ppo/v1/trainer_base.py:446.
+    """
     key = "trainer.val_only"
     if s.get(key) and not s.spec.trainer.validate_before:
         yield s.problem(
@@ -233,14 +263,14 @@ def validation_only_validates(s: Settings) -> Iterator[Problem]:
 
 
 def loggers_are_known(s: Settings) -> Iterator[Problem]:
-    """An unknown logger ends the run once everything is loaded (utils/tracking.py:71)."""
+    """An unknown logger ends the run after all models are loaded (utils/tracking.py:71)."""
     for name in s.spec.trainer.logger:
         if name not in LOGGERS:
             yield s.problem(f"verl has no logger {name}", f"verl's are {', '.join(LOGGERS)}", "trainer.logger")
 
 
 def _instead(s: Settings, key: str, given: object, names: tuple[str, ...]) -> str:
-    """The option with the name that was probably meant, or all names."""
+    """Hint for an unknown name: the option with the name that was probably meant, or all names."""
     near = get_close_matches(str(given), names, n=1)
     return s.fix(key, near[0]) if near else f"one of {', '.join(names)}"
 

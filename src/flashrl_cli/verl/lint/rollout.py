@@ -1,6 +1,7 @@
-"""What the rollout engine would refuse, or take and do otherwise: lengths, arguments, precision, adapters, validation.
+"""Rules on the rollout engine: lengths, arguments, precision, adapters, experts, validation.
 
-Lines are verl 0.9.1's, where vLLM is not named.
+Each reports what the engine would refuse, or accept and do otherwise. Cited lines are verl 0.9.1's unless vLLM is
+named.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ ARGUMENTS = {name: f"{ROLLOUT}.{name}" for name in SAME_NAME} | {
     "pipeline_parallel_size": f"{ROLLOUT}.pipeline_model_parallel_size",
     "trust_remote_code": f"{MODEL}.trust_remote_code",
 }
-"""Arguments of the engine that verl gives from keys of its own (workers/rollout/vllm_rollout/vllm_async_server.py:326).
+"""Arguments of the engine that verl sets from its own keys (workers/rollout/vllm_rollout/vllm_async_server.py:326).
 """
 LARGEST_RANK = 512
 BOUNDS: dict[str, tuple[Callable[[float], bool], float]] = {
@@ -48,12 +49,15 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], float]] = {
     "top_k": (lambda k: k >= -1, -1),
     "n": (lambda n: n >= 1, 1),
 }
-"""What vLLM samples with, and a value that it does."""
+"""Sampling options: a test of the values that vLLM accepts, and one such value for a hint."""
 QUANTIZATIONS = ("fp8", "torchao", "ascend")
 
 
 def positions_hold_a_sequence(s: Settings) -> Iterator[Problem]:
-    """No longer sequences than the model has positions (workers/rollout/vllm_rollout/vllm_async_server.py:1107)."""
+    """The engine's longest sequence may not exceed the model's positions.
+
+    See workers/rollout/vllm_rollout/vllm_async_server.py:1107.
+    """
     key = f"{OVERRIDE_CONFIG}.max_position_embeddings"
     held = s.size(f"{OVERRIDE_CONFIG}.model_config.max_position_embeddings") or s.size(key)
     held = held or (s.shape.max_positions if s.shape else None)
@@ -73,7 +77,10 @@ def positions_hold_a_sequence(s: Settings) -> Iterator[Problem]:
 
 
 def engine_arguments_are_said_once(s: Settings) -> Iterator[Problem]:
-    """Engine arguments given directly win over verl's keys (vllm_async_server.py:349), and verl then counts with another value."""
+    """Engine arguments given directly replace those from verl's keys, but verl itself goes on using its keys.
+
+    See workers/rollout/vllm_rollout/vllm_async_server.py:349.
+    """
     given = s.get(ENGINE) or {}
     for name in (name for name in given if "-" in str(name)):
         key = f"{ENGINE}.{name}"
@@ -92,7 +99,10 @@ def engine_arguments_are_said_once(s: Settings) -> Iterator[Problem]:
 
 
 def blocks_keep_their_configuration(s: Settings) -> Iterator[Problem]:
-    """verl passes FP8 in blocks to vLLM as `hf_overrides`, which the engine's own would replace (vllm_async_server.py:346-349)."""
+    """verl passes the configuration of block-wise FP8 to vLLM as `hf_overrides`, which the same argument would replace.
+
+    See workers/rollout/vllm_rollout/vllm_async_server.py:346-349.
+    """
     overrides = s.get(f"{ENGINE}.hf_overrides")
     row = PRECISIONS[s.spec.rollout.precision]
     if row.vllm_config and overrides is not None:
@@ -105,7 +115,10 @@ def blocks_keep_their_configuration(s: Settings) -> Iterator[Problem]:
 
 
 def quantization_is_known(s: Settings) -> Iterator[Problem]:
-    """verl's engine refuses another name when it starts, and QAT replaces what was asked for (vllm_async_server.py:1216, 1241)."""
+    """verl's engine refuses an unknown quantization when it starts; QAT replaces the configured precision.
+
+    See workers/rollout/vllm_rollout/vllm_async_server.py:1216, 1241.
+    """
     key = f"{ROLLOUT}.quantization"
     if s.get(key) is not None and s.get(key) not in QUANTIZATIONS:
         hint = "--rollout int8" if str(s.get(key)).startswith("int8") else f"one of {', '.join(QUANTIZATIONS)}"
@@ -113,7 +126,8 @@ def quantization_is_known(s: Settings) -> Iterator[Problem]:
     trained, followed = f"{ACTOR}.fsdp_config.qat.enable", f"{ROLLOUT}.qat.enable"
     if s.get(followed) and s.spec.rollout.precision != "bf16":
         yield s.problem(
-            f"quantization-aware training decides the rollout's precision, not rollout.precision = {s.spec.rollout.precision}",
+            "quantization-aware training decides the rollout's precision, "
+            f"not rollout.precision = {s.spec.rollout.precision}",
             f"--rollout bf16, or {s.fix(trained, False)}",
             trained,
             followed,
@@ -121,7 +135,10 @@ def quantization_is_known(s: Settings) -> Iterator[Problem]:
 
 
 def experts_are_quantized(s: Settings) -> Iterator[Problem]:
-    """flashrl's methods quantize linear layers; experts, nearly all of such a model, would stay bf16 (plugins/linear.py)."""
+    """Some of flashrl's methods quantize no experts, so nearly all weights of such a model would stay in bf16.
+
+    These methods quantize linear layers only (plugins/linear.py).
+    """
     row = PRECISIONS[s.spec.rollout.precision]
     if row.method and not row.experts and s.shape and s.shape.experts:
         yield s.problem(
@@ -133,10 +150,15 @@ def experts_are_quantized(s: Settings) -> Iterator[Problem]:
 
 
 def cache_bound_is_known(s: Settings) -> Iterator[Problem]:
-    """The scales of an FP8 cache come of a bound known for some families; with another the first refit fails (plugins/kv_scales.py)."""
+    """An FP8 KV cache needs a model family for which flashrl knows a bound of keys and values.
+
+    flashrl computes the cache's scales from this bound; for any other family the first refit fails
+    (plugins/kv_scales.py).
+    """
     if s.spec.rollout.kv_cache != "auto" and s.shape and s.shape.architecture not in contract.CACHE_FAMILIES:
         yield s.problem(
-            f"an FP8 KV cache has no scales for a {s.shape.architecture} model, only for {', '.join(contract.CACHE_FAMILIES)}",
+            f"an FP8 KV cache has no scales for a {s.shape.architecture} model, "
+            f"only for {', '.join(contract.CACHE_FAMILIES)}",
             s.option("rollout.kv_cache", "auto"),
             "rollout.kv_cache",
             f"{MODEL}.path",
@@ -144,11 +166,11 @@ def cache_bound_is_known(s: Settings) -> Iterator[Problem]:
 
 
 def blocks_fill_shards(s: Settings) -> Iterator[Problem]:
-    """Each device's part of a layer is made of complete FP8 blocks of 128, or vLLM refuses to build or to run it, or mixes up its scales.
+    """Each device's part of a layer must consist of complete FP8 blocks of 128.
 
-    vllm/model_executor/layers/quantization/utils/fp8_utils.py:1193 (linear layers) and :595 (their input), fp8.py:534
-    (experts); layers that are joined are let through and share a block's scale, of which the last one loaded stays
-    (layers/linear.py:505).
+    Otherwise vLLM refuses to build or to run the layer: vllm/model_executor/layers/quantization/utils/fp8_utils.py:1193
+    (linear layers) and :595 (their input), fp8.py:534 (experts). It accepts such parts in merged layers, but these then
+    share the scale of a block, and the scale that is loaded last replaces the others (layers/linear.py:505).
     """
     tp, row = s.spec.rollout.tensor_parallel, PRECISIONS[s.spec.rollout.precision]
     if not row.block or s.shape is None or s.spec.resources.platform == "cpu":
@@ -158,7 +180,8 @@ def blocks_fill_shards(s: Settings) -> Iterator[Problem]:
     if broken:
         fitting = [d for d in range(1, tp) if tp % d == 0 and not unfilled(row, s.shape, d, whole_experts=whole)]
         yield s.problem(
-            f"blocks of {row.block} ({row.name}) do not fill a device's part of {', '.join(broken)} at rollout.tensor_parallel = {tp}",
+            f"blocks of {row.block} ({row.name}) do not fill a device's part of {', '.join(broken)} "
+            f"at rollout.tensor_parallel = {tp}",
             s.fix(TENSOR_PARALLEL, max(fitting)) if fitting else f"--rollout {row.sibling}",
             TENSOR_PARALLEL,
             f"{ROLLOUT}.quantization",
@@ -166,23 +189,24 @@ def blocks_fill_shards(s: Settings) -> Iterator[Problem]:
 
 
 def unfilled(row: Precision, shape: ModelShape, tp: int, *, whole_experts: bool = False) -> list[str]:
-    """What of a model on one device of `tp` is not made of complete blocks of a precision, in words."""
+    """Names of the parts of a model that, on one of `tp` devices, do not consist of complete blocks of a precision."""
     return [what for what, width in _widths(shape, tp, whole_experts) if row.block and width % row.block]
 
 
 def blocks_are_several(s: Settings) -> Iterator[Problem]:
-    """No layer's input is a single FP8 block: of its scales [rows, 1] verl drops a dimension, and vLLM refuses the first weights.
+    """Each layer's input must be wider than one FP8 block, or vLLM refuses the first weight update.
 
-    verl/utils/vllm/vllm_quant_utils.py:396 in 0.9.1; it quantizes a complete weight, whatever part of it a device
-    takes.
+    The scales of such a layer have shape [rows, 1], of which verl drops the last dimension
+    (verl/utils/vllm/vllm_quant_utils.py:396). verl quantizes complete weights, so the tensor-parallel degree does not
+    matter.
     """
     row = PRECISIONS[s.spec.rollout.precision]
     if not row.block or s.shape is None or s.spec.resources.platform == "cpu":
         return
     if narrow := single(row, s.shape):
         yield s.problem(
-            f"verl cannot load {row.number_format} blocks ({row.name}) into layers whose input is one block of {row.block}: "
-            f"{', '.join(narrow)}",
+            f"verl cannot load {row.number_format} blocks ({row.name}) into layers "
+            f"whose input is one block of {row.block}: {', '.join(narrow)}",
             f"--rollout {row.sibling}",
             f"{ROLLOUT}.quantization",
             f"{MODEL}.path",
@@ -190,7 +214,7 @@ def blocks_are_several(s: Settings) -> Iterator[Problem]:
 
 
 def single(row: Precision, shape: ModelShape) -> list[str]:
-    """What goes into a layer of a model as a single block of a precision (or less), in words."""
+    """Names of the inputs of a model's layers that are no wider than one block of a precision."""
     heads = ("the heads", shape.heads * shape.head_dim)
     mlp = ("the experts", shape.expert_intermediate) if shape.experts else ("the MLP", shape.intermediate)
     return [
@@ -199,7 +223,10 @@ def single(row: Precision, shape: ModelShape) -> list[str]:
 
 
 def _widths(shape: ModelShape, tp: int, whole_experts: bool) -> Iterator[tuple[str, int]]:
-    """Rows or columns of each kind of layer on one device of `tp`; key-value heads and the hidden state are never cut."""
+    """Yield the name and the width (rows or columns) of each type of layer on one of `tp` devices.
+
+    Single key-value heads and the hidden state are never split.
+    """
     yield "the hidden state", shape.hidden
     yield "the queries", shape.heads * shape.head_dim // tp
     yield "the keys", max(shape.kv_heads // tp, 1) * shape.head_dim
@@ -212,7 +239,10 @@ def _widths(shape: ModelShape, tp: int, whole_experts: bool) -> Iterator[tuple[s
 
 
 def mix_leaves_both(s: Settings) -> Iterator[Problem]:
-    """At least one replica in each precision; a replica is known by its number (plugins/linear.py)."""
+    """A mix must leave at least one replica in each precision.
+
+    The plugins choose the precision by the number of the replica (plugins/linear.py).
+    """
     mix, engines = s.spec.rollout.mix, replicas(s.spec)
     if not mix or bf16_replicas(s.spec) < engines:
         return
@@ -234,7 +264,10 @@ def mix_leaves_both(s: Settings) -> Iterator[Problem]:
 
 
 def adapter_reaches_the_engine(s: Settings) -> Iterator[Problem]:
-    """flashrl's worker extension refits complete weights, and proves those; it does not see an adapter (plugins/verl_refit.py)."""
+    """flashrl's worker extension refits complete weights only, so a LoRA adapter must be merged into them.
+
+    The handshake then verifies those weights; the extension would not see a separate adapter (plugins/verl_refit.py).
+    """
     merge, rank = f"{MODEL}.lora.merge", f"{MODEL}.lora_rank"
     if s.has_adapter and s.refits_with_flashrl and not s.get(merge):
         precision = s.spec.rollout.precision
@@ -244,9 +277,10 @@ def adapter_reaches_the_engine(s: Settings) -> Iterator[Problem]:
 
 
 def blocks_quantize_the_base(s: Settings) -> Iterator[Problem]:
-    """verl quantizes weights to FP8 when it syncs them; beside an adapter it syncs the base only into a dummy engine.
+    """With an unmerged LoRA adapter, FP8 rollouts need an engine that starts with dummy weights.
 
-    Otherwise vLLM reads the bf16 files as if they were FP8, with scales that nothing sets
+    verl quantizes weights to FP8 when it sends them, and with an adapter it sends the base model only to an engine with
+    dummy weights. Any other engine would read the bf16 files as if they were FP8, with scales that nothing sets
     (workers/engine_workers.py:673, 793).
     """
     merge, load = f"{MODEL}.lora.merge", f"{ROLLOUT}.load_format"
@@ -259,7 +293,8 @@ def blocks_quantize_the_base(s: Settings) -> Iterator[Problem]:
         and s.spec.resources.platform == "cuda"
     ):
         yield s.problem(
-            f"{row.name} rollouts would take the base model's bf16 files for {row.number_format}: verl syncs the adapter alone",
+            f"{row.name} rollouts would take the base model's bf16 files for {row.number_format}: "
+            "verl syncs the adapter alone",
             s.fix(merge, True),
             load,
             f"{MODEL}.lora_rank",
@@ -267,10 +302,11 @@ def blocks_quantize_the_base(s: Settings) -> Iterator[Problem]:
 
 
 def adapter_is_well_formed(s: Settings) -> Iterator[Problem]:
-    """LoRA under FSDP: one rank, that vLLM has room for, and a base model in the engine where one is presumed.
+    """LoRA under FSDP needs `lora_rank`, a rank that vLLM supports and, for `layered_summon`, loaded base weights.
 
-    workers/rollout/vllm_rollout/utils.py:97; workers/engine/fsdp/transformer_impl.py:162 (`lora.rank` is Megatron's);
-    utils/fsdp_utils.py:728.
+    The largest rank is checked in workers/rollout/vllm_rollout/utils.py:97. `lora.rank` is Megatron's; FSDP reads
+    `lora_rank` (workers/engine/fsdp/transformer_impl.py:162). `layered_summon` fails unless the engine has loaded the
+    base model (utils/fsdp_utils.py:728).
     """
     rank, other, path = f"{MODEL}.lora_rank", f"{MODEL}.lora.rank", f"{MODEL}.lora_adapter_path"
     layered, load = f"{ROLLOUT}.layered_summon", f"{ROLLOUT}.load_format"
@@ -285,9 +321,10 @@ def adapter_is_well_formed(s: Settings) -> Iterator[Problem]:
 
 
 def routes_are_read(s: Settings) -> Iterator[Problem]:
-    """FSDP replays no routes of experts (workers/engine_workers.py:498-505): they are read for load metrics or not at all.
+    """Under FSDP the experts' routes that the engine returns are used for load-balance metrics only.
 
-    The metrics are skipped with a warning where the engine returns no routes (trainer/ppo/metric_utils.py:304).
+    FSDP does not replay routes (workers/engine_workers.py:498-505). verl skips the metrics with a warning if the engine
+    returns no routes (trainer/ppo/metric_utils.py:304).
     """
     replay, interval = f"{ROLLOUT}.enable_rollout_routing_replay", f"{ROLLOUT}.moe_load_balance_metrics_interval"
     metrics = (s.size(interval) or 0) > 0
@@ -306,25 +343,28 @@ def routes_are_read(s: Settings) -> Iterator[Problem]:
 
 
 def next_tokens_are_trained(s: Settings) -> Iterator[Problem]:
-    """Multi-token prediction is Megatron's: nothing in workers/engine/fsdp knows of `mtp`, whose layers get no weights.
+    """Multi-token prediction needs Megatron: verl's FSDP engine (workers/engine/fsdp) never reads `mtp`.
 
-    The engine starts with dummy weights and gets those of the trainer's model, so that drafts would be random
-    (workers/rollout/vllm_rollout/utils.py:395); without `enable` nothing happens (.../vllm_async_server.py:377).
+    The rollout engine starts with dummy weights and gets those of the trainer's model, which has no such layers, so
+    drafts would be random (workers/rollout/vllm_rollout/utils.py:395). Without `enable`, verl ignores `enable_rollout`
+    (workers/rollout/vllm_rollout/vllm_async_server.py:377).
     """
     for name in ("enable", "enable_rollout"):
         key = f"{MODEL}.mtp.{name}"
         if s.get(key):
             yield s.problem(
-                f"verl.{key}: the FSDP trainer has no layers for multi-token prediction, so that the engine's get no weights",
+                f"verl.{key}: the FSDP trainer has no layers for multi-token prediction, "
+                "so that the engine's get no weights",
                 s.fix(key, False),
                 key,
             )
 
 
 def transfers_are_direct(s: Settings) -> Iterator[Problem]:
-    """The synchronous trainer hands weights over directly, whatever is asked for (trainer/ppo/v1/trainer_base.py:382).
+    """The synchronous trainer always sends weights directly, whatever backend is configured.
 
-    Each worker would build the other backend for nothing, or fail at its packages (workers/engine_workers.py:686).
+    See trainer/ppo/v1/trainer_base.py:382. Each worker would create the other backend without using it, or fail because
+    its packages are missing (workers/engine_workers.py:686).
     """
     key = f"{ROLLOUT}.checkpoint_engine.backend"
     if s.get(key) != "naive":
@@ -336,9 +376,10 @@ def transfers_are_direct(s: Settings) -> Iterator[Problem]:
 
 
 def validation_samples(s: Settings) -> Iterator[Problem]:
-    """V1 samples at `val_kwargs.temperature` and does not read `do_sample` (trainer/ppo/v1/agent_loop_tq.py:74).
+    """Validation needs sampling options that vLLM accepts, and a temperature above 0 if responses are to differ.
 
-    Beyond vLLM's bounds every validation response fails (vllm/sampling_params.py:563-582).
+    V1 samples at `val_kwargs.temperature` and does not read `do_sample` (trainer/ppo/v1/agent_loop_tq.py:74). With
+    options outside vLLM's bounds every validation response fails (vllm/sampling_params.py:563-582).
     """
     for name, (holds, value) in BOUNDS.items():
         key = f"{VALIDATION}.{name}"

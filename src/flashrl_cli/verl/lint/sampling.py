@@ -1,13 +1,13 @@
-"""Whether a response's log-probs are those of the distribution that it was sampled from, and how responses are drawn.
+"""Rules on sampling: a response's log-probs must be those of the distribution from which it was sampled.
 
-An importance weight w = p_trainer / p_rollout has mean 1 over sampled tokens if and only if p_rollout is what the
-engine sampled with, and that leaves out no token of the trainer's. Lines are verl 0.9.1's, where vLLM (0.28) is not
-named.
+An importance weight w = p_trainer / p_rollout has mean 1 over sampled tokens if and only if p_rollout is the
+distribution that the engine sampled from, and that distribution excludes no token which the trainer's includes. Cited
+lines are verl 0.9.1's, and vLLM 0.28's where vllm/ is named.
 
-In V1 a training request has temperature, top_p, top_k, repetition_penalty 1 and ignore_eos, and nothing else
-(trainer/ppo/v1/agent_loop_tq.py:64, workers/rollout/vllm_rollout/vllm_async_server.py:622-634): no key reaches min_p,
-other penalties, bad words, stop strings, a bias or a grammar, and a model folder's generation_config.json gives its
-stop tokens alone (vllm/sampling_params.py:656).
+In V1 a training request sets temperature, top_p, top_k, repetition_penalty 1 and ignore_eos, and nothing else
+(trainer/ppo/v1/agent_loop_tq.py:64, workers/rollout/vllm_rollout/vllm_async_server.py:622-634). No key sets min_p,
+other penalties, bad words, stop strings, a bias or a grammar, and of a model folder's generation_config.json only the
+stop tokens are used (vllm/sampling_params.py:656).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 TEMPERATURE, TOP_P, TOP_K = f"{ROLLOUT}.temperature", f"{ROLLOUT}.top_p", f"{ROLLOUT}.top_k"
 MODE, LOG_PROBS = f"{ROLLOUT}.logprobs_mode", f"{ROLLOUT}.calculate_log_probs"
 LEAST_TEMPERATURE = 0.01
-"""What vLLM raises a lower temperature to (vllm/sampling_params.py:28, 476)."""
+"""Lowest temperature above 0 at which vLLM samples; it raises lower ones to it (vllm/sampling_params.py:28, 476)."""
 PROCESSED, RAW = "processed_logprobs", "raw_logprobs"
-"""vLLM's log-probs after temperature and truncation, as they were sampled from, and before both."""
+"""Modes of vLLM's log-probs: after temperature and truncation, which is what it samples from, and before both."""
 OF_A_REQUEST = frozenset(
     {
         "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "n",
@@ -38,17 +38,18 @@ OF_A_REQUEST = frozenset(
         "allowed_token_ids", "thinking_token_budget",
     }
 )  # fmt: skip
-"""Options of a request to vLLM (vllm/sampling_params.py), none of which is an argument of its server."""
+"""Options of a request to vLLM (vllm/sampling_params.py); none of them is an argument of vLLM's server."""
 DRAFTS = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
 """Arguments of vLLM's server that switch speculative decoding on (vllm/engine/arg_utils.py:642, 1619)."""
 
 
 def weights_see_what_was_sampled(s: Settings) -> Iterator[Problem]:
-    """Top-p and top-k are in vLLM's log-probs and not in the trainer's: E[w] is the kept mass, not 1.
+    """With top-p or top-k, E[w] is the kept probability mass, not 1: only vLLM's log-probs reflect the truncation.
 
     vllm/v1/sample/ops/topk_topp_sampler.py normalizes over the kept tokens,
-    workers/engine/fsdp/transformer_impl.py:1386 over all. Rejection sampling (trainer/ppo/rollout_corr_helper.py:849)
-    and bypass mode (trainer/ppo/v1/trainer_base.py:1640) take the same ratio.
+    workers/engine/fsdp/transformer_impl.py:1386 over all tokens. Rejection sampling
+    (trainer/ppo/rollout_corr_helper.py:849) and bypass mode (trainer/ppo/v1/trainer_base.py:1640) use the same ratio of
+    probabilities.
     """
     reader = _reader(s)
     if reader is None or s.get(MODE) != PROCESSED:
@@ -63,10 +64,11 @@ def weights_see_what_was_sampled(s: Settings) -> Iterator[Problem]:
 
 
 def log_probs_are_of_the_samples(s: Settings) -> Iterator[Problem]:
-    """Raw log-probs are before the temperature (vllm/v1/sample/sampler.py:88), by which the trainer divides.
+    """The rollout's log-probs must be those after the temperature, by which the trainer divides its logits.
 
-    Logits are no log-probs, as which verl compares them (trainer/ppo/rollout_corr_helper.py:941). Without a mode vLLM
-    takes its own, raw (vllm/config/model.py:250).
+    vLLM takes raw log-probs before the temperature (vllm/v1/sample/sampler.py:88), and raw is its default mode
+    (vllm/config/model.py:250). Its modes for logits return values that verl would compare as if they were log-probs
+    (trainer/ppo/rollout_corr_helper.py:941).
     """
     mode = s.get(MODE) or RAW
     if not s.get(LOG_PROBS) or mode == PROCESSED:
@@ -81,9 +83,9 @@ def log_probs_are_of_the_samples(s: Settings) -> Iterator[Problem]:
 
 
 def temperature_is_the_engines(s: Settings) -> Iterator[Problem]:
-    """vLLM samples at 0.01 at least (vllm/sampling_params.py:476), and the trainer divides by what was asked for.
+    """vLLM samples at a temperature of at least 0.01, but the trainer divides by the configured one.
 
-    trainer/ppo/v1/trainer_base.py:1655.
+    See vllm/sampling_params.py:476 and trainer/ppo/v1/trainer_base.py:1655.
     """
     asked = s.spec.rollout.temperature
     if asked < LEAST_TEMPERATURE:
@@ -95,9 +97,9 @@ def temperature_is_the_engines(s: Settings) -> Iterator[Problem]:
 
 
 def requests_are_not_engine_arguments(s: Settings) -> Iterator[Problem]:
-    """vLLM's server ends at an unknown argument, minutes after the start.
+    """vLLM's server fails at an unknown argument, minutes after the start of the run.
 
-    workers/rollout/vllm_rollout/vllm_async_server.py:470.
+    See workers/rollout/vllm_rollout/vllm_async_server.py:470.
     """
     given = s.get(ENGINE) or {}
     for name in sorted(OF_A_REQUEST & given.keys()):
@@ -111,9 +113,9 @@ def requests_are_not_engine_arguments(s: Settings) -> Iterator[Problem]:
 
 
 def logits_are_not_processed(s: Settings) -> Iterator[Problem]:
-    """A logits processor may leave tokens out before the log-probs are taken, and the trainer has none.
+    """A logits processor may exclude tokens before vLLM takes log-probs, and the trainer applies none.
 
-    vllm/v1/sample/sampler.py:401.
+    See vllm/v1/sample/sampler.py:401.
     """
     key, reader = f"{ENGINE}.logits_processors", _reader(s)
     if s.get(key) and reader:
@@ -126,12 +128,12 @@ def logits_are_not_processed(s: Settings) -> Iterator[Problem]:
 
 
 def drafts_leave_the_distribution(s: Settings) -> Iterator[Problem]:
-    """Speculative decoding: nobody has measured that weights keep their mean under it; made-up acceptance changes what is sampled.
+    """Under speculative decoding, importance weights have not been shown to have mean 1.
 
-    Its log-probs are put together from target and bonus logits by code of their own
-    (vllm/v1/sample/rejection_sampler.py:205); with `rejection_sample_method: synthetic` tokens are accepted at a given
-    rate (:80). A drafting model would get dummy weights, and a refit for multi-token prediction alone
-    (workers/rollout/vllm_rollout/utils.py:223).
+    vLLM assembles the log-probs from target and bonus logits in separate code
+    (vllm/v1/sample/rejection_sampler.py:205). With `rejection_sample_method: synthetic` it accepts tokens at a given
+    rate (:80), so responses are not sampled from the policy. A draft model would start with dummy weights, which only
+    multi-token prediction's refit replaces (workers/rollout/vllm_rollout/utils.py:223).
     """
     drafts, reader = _drafts(s), _reader(s)
     if drafts is None:
@@ -144,19 +146,20 @@ def drafts_leave_the_distribution(s: Settings) -> Iterator[Problem]:
         )
     elif reader:
         yield s.problem(
-            f"speculative decoding with {reader}: that its log-probs are those of what it samples from is not known here",
+            f"speculative decoding with {reader}: "
+            "that its log-probs are those of what it samples from is not known here",
             f"{drop}, or {_without(s)}",
             *written,
         )
 
 
 def _written(s: Settings, key: str) -> list[str]:
-    """The overrides' keys that are `key` or below it."""
+    """Keys of overrides that are `key` or below it."""
     return [override.key for override in s.overrides if f"{override.key}.".startswith(f"{key}.")]
 
 
 def _drafts(s: Settings) -> dict[str, Any] | None:
-    """vLLM's speculative configuration as given in either form, or as JSON; None for none."""
+    """vLLM's speculative configuration, given as a map, as JSON or by separate arguments; None if there is none."""
     given = s.get(ENGINE) or {}
     config = given.get(DRAFTS[0])
     if isinstance(config, str):
@@ -169,11 +172,11 @@ def _drafts(s: Settings) -> dict[str, Any] | None:
 
 
 def responses_of_a_group_differ(s: Settings) -> Iterator[Problem]:
-    """With full determinism every request of a replica has one seed: equal prompts get equal responses.
+    """With full determinism every request of a replica has the same seed, so equal prompts get equal responses.
 
-    workers/rollout/vllm_rollout/vllm_async_server.py:627; V1 gives requests no priority that would distinguish them
-    (experimental/agent_loop/single_turn_agent_loop.py:69), so that all go to one replica, too
-    (workers/rollout/router.py:193). vLLM's CPU engine ends at the first partial prefill of a request with a seed
+    See workers/rollout/vllm_rollout/vllm_async_server.py:627. V1 gives requests no priority that would distinguish them
+    (experimental/agent_loop/single_turn_agent_loop.py:69), so all of them go to the same replica
+    (workers/rollout/router.py:193). vLLM's CPU engine fails at the first partial prefill of a request with a seed
     (vllm/v1/worker/gpu_model_runner.py:3825).
     """
     key = f"{ROLLOUT}.full_determinism"
@@ -189,7 +192,7 @@ def responses_of_a_group_differ(s: Settings) -> Iterator[Problem]:
 
 
 def notes(s: Settings) -> list[str]:
-    """What to know of the numbers that a run will report, in sentences."""
+    """Notes, in sentences, on how to read the numbers that a run will report."""
     if _reader(s) or s.get(MODE) != PROCESSED or not s.get(LOG_PROBS):
         return []
     cut = " and ".join(f"{written(key)} = {s.get(key)}" for key, _ in _truncations(s))
@@ -202,7 +205,7 @@ def notes(s: Settings) -> list[str]:
 
 
 def _truncations(s: Settings) -> Iterator[tuple[str, float]]:
-    """Keys by which training rollouts leave tokens out, with the value that leaves out none."""
+    """Yield the keys that make training rollouts exclude tokens, each with the value that excludes none."""
     if s.spec.rollout.top_p < 1:
         yield TOP_P, 1.0
     if s.spec.rollout.top_k > 0:
@@ -210,7 +213,7 @@ def _truncations(s: Settings) -> Iterator[tuple[str, float]]:
 
 
 def _reader(s: Settings) -> str | None:
-    """What the loss takes the rollout's log-probs for."""
+    """Name of the setting through which the loss uses the rollout's log-probs; None if nothing uses them."""
     if s.spec.correction.cap is not None:
         return "truncated importance sampling"
     if s.get(f"{CORRECTION}.rollout_rs"):
