@@ -194,4 +194,4 @@ this one no longer than its share of the cores implies. It must be set before to
 KV_CACHE_GIB = 1
 """Size of vLLM's KV cache on a CPU, in GiB. vLLM's default is far more than small models need."""
 ENGINE = {**THREADS, "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB)}
-"""Environment of processes that start a vLLM engine on a CPU."""
+"""Environment of processes that start a vLLM engine."""
