@@ -315,8 +315,9 @@ class OnlineConfig(QuantizationConfig):
         return cls(ignore=list(config.get("ignore", [])))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> LinearMethodBase | None:
-        """The method of a layer: 8 bits for linear layers, unless the replica stays in bf16, and vLLM's default for
-        others.
+        """The quantization method of a layer; None, which is vLLM's default, for anything but a linear layer.
+
+        A linear layer is quantized to 8 bits, unless it is ignored or the replica stays in bf16.
         """
         if not isinstance(layer, LinearBase):
             return None
