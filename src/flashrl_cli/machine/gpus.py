@@ -92,14 +92,15 @@ def vendors(
         AMD, (hip and cuda and (hip != cuda or "," in hip or (count or 1) > 1), rocr and (cuda or hip)), strict=True
     ):
         if ends:
-            text = f"{name}={environment[name]} beside CUDA_VISIBLE_DEVICES, which Ray sets for each worker, ends verl's workers"
+            text = (
+                f"{name}={environment[name]} beside CUDA_VISIBLE_DEVICES, which Ray sets for each worker, "
+                "ends verl's workers"
+            )
             yield fail(name, text, f"take env.{name} out of the preset" if name in preset else f"unset {name}")
 
 
 def driver(gpus: Sequence[Gpu], cuda: int, *, compatible: bool) -> Iterator[Finding]:
-    """Yield whether the driver is new enough for torch's CUDA; `compatible` says that NVIDIA's cuda-compat is
-    installed.
-    """
+    """Yield whether the driver is new enough for torch's CUDA; `compatible` says that cuda-compat is installed."""
     if not gpus:
         return
     version, least = gpus[0].driver, DRIVERS.get(cuda, DRIVERS[PINNED_CUDA])

@@ -72,8 +72,8 @@ def folder_findings(environment: Mapping[str, str], arguments: Mapping[str, obje
     elif longest > SOCKET_BYTES:
         yield fail(
             "Ray's folder",
-            f"{found.path} ({found.source}) is {longest - SOCKET_BYTES} bytes too long: the sockets that Ray makes there "
-            f"would have paths of {longest} bytes, and the system takes {SOCKET_BYTES}",
+            f"{found.path} ({found.source}) is {longest - SOCKET_BYTES} bytes too long: the sockets "
+            f"that Ray makes there would have paths of {longest} bytes, and the system takes {SOCKET_BYTES}",
             f"{fix}, or a shorter {found.source}",
         )
     elif not os.access(paths.existing(Path(found.path)), os.W_OK | os.X_OK):

@@ -35,7 +35,8 @@ def cpu_lacks(precision: str, *, kv8: bool = False) -> Iterator[Finding]:
     if not row.cpu:
         yield fail(
             "rollout.precision",
-            f"{row.number_format} rollouts need a GPU (compute capability {'.'.join(map(str, row.gpus.least))} or newer)",
+            f"{row.number_format} rollouts need a GPU "
+            f"(compute capability {'.'.join(map(str, row.gpus.least))} or newer)",
             f"`--rollout {row.instead}` runs on a CPU",
         )
     if kv8 and not has_avx512():
@@ -57,7 +58,10 @@ def sockets(environment: Mapping[str, str], *, training: bool = True) -> Iterato
         folder = environment.get(place, TMP)
         longest = len(os.fsencode(folder + rest))
         if longest > SOCKET_BYTES:
-            text = f"{folder} ({place}) is {longest - SOCKET_BYTES} bytes too long for the sockets of vLLM and of Python's processes"
+            text = (
+                f"{folder} ({place}) is {longest - SOCKET_BYTES} bytes too long "
+                "for the sockets of vLLM and of Python's processes"
+            )
             yield fail("sockets", text, f"a shorter {place}, such as `export {place}=/tmp`")
     if training and not _takes_files(TMP):
         yield fail(

@@ -77,11 +77,11 @@ def _events() -> Emit:
 
 
 def _end_with_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print a traceback and end the process immediately, because processes that vLLM started might block its exit
-    forever.
+    """Print a traceback and end the process immediately.
 
-    torch.distributed calls this with `sys.stderr` replaced by a buffer, to put the rank before each line
-    (torch/distributed/distributed_c10d.py, `_distributed_excepthook`).
+    Processes that vLLM started might otherwise block its exit forever. torch.distributed calls this with `sys.stderr`
+    replaced by a buffer, to put the rank before each line (torch/distributed/distributed_c10d.py,
+    `_distributed_excepthook`).
     """
     traceback.print_exception(kind, error, trace, file=sys.__stderr__)
     os._exit(ExitCode.FAILED)
