@@ -65,7 +65,10 @@ class Rollout:
         self._fill()
 
     def facts(self) -> dict[str, Any]:
-        """Seconds to import vLLM and to start the engine, tokens of the KV cache, bytes of the weights, and handshakes."""
+        """The engine's start-up times in seconds, tokens of KV cache, bytes of weights, and handshakes.
+
+        Importing vLLM and starting the engine are timed separately.
+        """
         cache = self._llm.llm_engine.vllm_config.cache_config
         workers = self._llm.collective_rpc("bench_facts")
         return {
@@ -102,7 +105,7 @@ class Rollout:
         }
 
     def _fitting(self, length: int) -> int:
-        """Number of sequences of `length` tokens that the engine runs at once with all keys and values in its cache, at
+        """Number of sequences of `length` tokens that fit completely into the engine's KV cache and run at once; at
         least 1.
         """
         cache = self._llm.llm_engine.vllm_config.cache_config
@@ -123,7 +126,7 @@ class Rollout:
         }
 
     def sample(self, *, samples: int, response: int, out: str) -> dict[str, Any]:
-        """Write `samples` responses to the prompts, used in turn, of at most `response` tokens, with their log-probs."""
+        """Write `samples` responses of at most `response` tokens with their log-probs, using the prompts in turn."""
         from vllm import SamplingParams
 
         prompts = [self._prompts[number % len(self._prompts)] for number in range(samples)]
@@ -177,7 +180,7 @@ class Rollout:
             yield engine.tokens_of(tokenizer, json.loads(line))
 
     def _limit(self) -> int:
-        """Maximum length of a sequence: that of the options, or what the prompts need so that no response is cut off."""
+        """Maximum length of a sequence: that of the options, or enough that no response to the prompts is cut off."""
         usual, most = self._job.options.max_model_len, self._job.longest
         needed = max(map(len, self._prompts)) + self._job.response if self._prompts else 0
         if most and needed > most:

@@ -379,7 +379,7 @@ def _check_variants(chosen: Sequence[Variant], where: Machine, found: Model, ten
 
 
 def _check_variant(variant: Variant, name: str, shape: ModelShape) -> None:
-    """Raise InputError for a mixture whose experts would stay in bf16, and for an FP8 KV cache without a known bound."""
+    """Raise InputError for experts that would stay in bf16, and for an FP8 KV cache without a known bound."""
     row = PRECISIONS[variant.precision]
     if row.method and shape.experts and not row.experts:
         what = f"--rollout {variant.name}: the {shape.experts} experts of {name} would stay in bf16"

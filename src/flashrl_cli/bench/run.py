@@ -265,9 +265,7 @@ def _fixed(request: Request, variant: Variant) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """Callbacks for progress: messages, and the number of finished points; `finished` is called after each measured
-    one.
-    """
+    """Callbacks for progress: `say` for messages, `advance` for finished points, `finished` after each measurement."""
 
     say: Callable[[str], None]
     advance: Callable[[int, str], None]

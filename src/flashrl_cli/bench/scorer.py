@@ -1,4 +1,4 @@
-"""The mismatch between rollout and trainer: `python -m flashrl_cli.bench.scorer JOB.json` scores sampled responses.
+"""The mismatch between rollout and trainer: `python -m flashrl_cli.bench.scorer JOB.json` scores responses.
 
 The trainer's log-probs come from a forward pass of Transformers over complete sequences, as verl's trainer computes
 them: weights and activations in bf16 (or float32), and the log-softmax of the logits in float32 (as flash-attn's cross

@@ -45,7 +45,7 @@ def cpu_lacks(precision: str, *, kv8: bool = False) -> Iterator[Finding]:
 
 
 def sockets(environment: Mapping[str, str], *, training: bool = True) -> Iterator[Finding]:
-    """Yield failures if vLLM, Python's process pools or, when `training`, verl's weight transfer cannot create sockets.
+    """Yield failures if vLLM, Python's process pools or verl's weight transfer (`training`) cannot create sockets.
 
     Python creates them in its folder for temporary files (`pymp-…/listener-…`), vLLM there or in VLLM_RPC_BASE_PATH,
     named by a UUID (vllm/utils/network_utils.py), and verl always in /tmp

@@ -1,11 +1,11 @@
 """Checks that a weight update wrote every parameter of the engine, before the engine generates anything.
 
-vLLM silently keeps parameters that an update leaves out: the layerwise reload restores the previous tensors with a
-warning (`finalize_layerwise_processing`, vllm/model_executor/model_loader/reload/layerwise.py), and a loader of shards
-knows only its own shards. So the elements that loaders copy into each parameter are counted by their position: a shard
-that arrives twice does not hide one that is missing. Counting looks at shapes and addresses, never at values. Which
-elements are written depends only on the names and shapes that were sent. A later update with the names and shapes of a
-complete one is therefore complete, and is not counted again.
+vLLM does not fail if an update leaves out parameters: the layerwise reload restores the previous tensors with a warning
+(`finalize_layerwise_processing`, vllm/model_executor/model_loader/reload/layerwise.py), and a loader of shards knows
+only its own shards. So the elements that loaders copy into each parameter are counted by their position: a shard that
+arrives twice does not hide one that is missing. Counting looks at shapes and addresses, never at values. Which elements
+are written depends only on the names and shapes that were sent. A later update with the names and shapes of a complete
+one is therefore complete, and is not counted again.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class Coverage:
     def _refuse_biases(self) -> None:
         """Raise Incomplete for biases of layers that have none.
 
-        vLLM's loaders silently drop such biases, because GPTQ checkpoints hold zeros there (models/utils.py,
+        vLLM's loaders silently drop such biases, to tolerate the extra ones of GPTQ checkpoints (models/utils.py,
         `AutoWeightsLoader`).
         """
         packed = getattr(self._model, "packed_modules_mapping", None) or {}
@@ -178,7 +178,8 @@ class Coverage:
     def _say_unused(self) -> None:
         """Warn of tensors that were not written to any parameter.
 
-        It is no error: a pipeline stage and an engine without a model's extra heads rightly leave out many tensors.
+        This is not an error: a pipeline stage and an engine without a model's extra heads rightly leave out many
+        tensors.
         """
         if not self._landed:
             return  # the model reads all of a bucket before it loads it

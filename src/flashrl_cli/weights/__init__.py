@@ -232,8 +232,9 @@ class Weights:
         return source
 
     def _tied_head(self, source: Source) -> str | None:
-        """Name of an lm_head that the config ties; None without one. Raises Unreadable if it differs from the
-        embedding.
+        """Name of an lm_head that the config ties to the embedding; None without one.
+
+        Raises Unreadable if the two differ.
         """
         if not ties_head(self.hf, source):
             return None

@@ -1,7 +1,8 @@
-"""LoRA adapters added to the matrices of their base: W + alpha / r * B @ A (arXiv 2106.09685, section 4.1) in float32.
+"""LoRA adapters added to the matrices of their base: W + alpha / r * B @ A in float32.
 
-Adapters are read as PEFT writes them (adapter_config.json, adapter_model.safetensors), or as verl does: the state dict
-of the wrapped model in shards, and lora_train_meta.json. Anything else in an adapter is refused by name, not ignored.
+The formula is that of arXiv 2106.09685, section 4.1. Adapters are read as PEFT writes them (adapter_config.json,
+adapter_model.safetensors), or as verl does: the state dict of the wrapped model in shards, and lora_train_meta.json.
+Anything else in an adapter is refused by name, not ignored.
 """
 
 from __future__ import annotations
