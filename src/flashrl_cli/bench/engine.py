@@ -105,8 +105,9 @@ class Rollout:
         }
 
     def _fitting(self, length: int) -> int:
-        """Number of sequences of `length` tokens that fit completely into the engine's KV cache and run at once; at
-        least 1.
+        """Number of sequences of `length` tokens that the engine can run at once, at least 1.
+
+        All their keys and values must fit into the KV cache, and vLLM's `max_num_seqs` limits their number.
         """
         cache = self._llm.llm_engine.vllm_config.cache_config
         tokens = (cache.num_gpu_blocks or 0) * (cache.block_size or 0)
