@@ -1,6 +1,7 @@
-"""What the command line and the plugins inside verl and vLLM agree on: environment variables, handshake files, class names.
+"""The contract between the command line and the plugins in verl and vLLM.
 
-Standard library only: the plugins import it in every worker.
+It covers environment variables, handshake files, class names and supported versions. It uses the standard library only,
+because the plugins import it in every worker.
 """
 
 from __future__ import annotations
@@ -21,45 +22,48 @@ if TYPE_CHECKING:
     import logging
 
 ENV_PLUGIN_DIR = "FLASHRL_PLUGIN_DIR"
-"""Folder for handshake files. Unset means: not a run of flashrl's, and the plugins do nothing."""
+"""Folder for handshake files. If it is unset, the process does not belong to a flashrl run and the plugins do nothing.
+"""
 ENV_PLATFORM = "FLASHRL_PLATFORM"
-"""`cpu` or `cuda`: which platform the plugins prepare verl for."""
+"""The platform for which the plugins prepare verl: `cpu` or `cuda`."""
 ENV_ROLLOUT = "FLASHRL_ROLLOUT"
-"""A RolloutOptions as JSON: what the plugins do to a rollout engine beside its precision. Unset means: nothing."""
+"""RolloutOptions as JSON: what the plugins change in a rollout engine besides its precision. If it is unset, they
+change nothing.
+"""
 ENV_LOGGING = "FLASHRL_LOGGING_LEVEL"
-"""How much the plugins log of what they do: `DEBUG`, `INFO`, or `WARNING` where it is unset."""
+"""Logging level of the plugins: `DEBUG`, `INFO`, or `WARNING` (the default)."""
 ENV_PRINT = "FLASHRL_TELL"
-"""Set where the launcher cannot see the folder: workers print their handshakes, too."""
+"""Set if the launcher cannot read the handshake folder: workers then print their handshakes as well."""
 HANDSHAKE_MARK = "FLASHRL_HANDSHAKE "
-"""Begins a printed handshake; Ray and vLLM put prefixes before it."""
+"""Start of a printed handshake within its line; Ray and vLLM put prefixes before it."""
 
 VLLM = ((0, 24), (0, 28))
-"""First and last version of vLLM whose insides the plugins were read against: those of the two pinned stacks."""
+"""First and last supported version of vLLM. The plugins depend on vLLM internals, which were checked in the versions of
+the two pinned stacks.
+"""
 VLLM_NAMES = f"vLLM {VLLM[0][0]}.{VLLM[0][1]} to {VLLM[1][0]}.{VLLM[1][1]}"
 CACHE_FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
-"""Values of `model_type` whose queries, keys and values are known to stay within the bound of an FP8 KV cache
-(plugins/kv_scales.py).
-"""
+"""Values of `model_type` for which the scales of an FP8 KV cache can be bounded (plugins/kv_scales.py)."""
 WORKER_EXTENSION = "flashrl_cli.plugins.verl_refit.RefitWorkerExtension"
-"""Class that verl's vLLM workers take their weight update from."""
+"""vLLM worker extension that gives verl's rollout workers flashrl's weight update."""
 CHECKED_EXTENSION = "flashrl_cli.plugins.verl_refit.CheckedWorkerExtension"
-"""The same where verl's own weight update is taken as it is, but for a check that every parameter was written."""
+"""vLLM worker extension that uses verl's own weight update and checks that it wrote every parameter."""
 EVAL_EXTENSION = "flashrl_cli.plugins.disk_refit.DiskRefitExtension"
-"""Class that evaluation engines take new weights from, read from disk."""
+"""vLLM worker extension of evaluation engines, which read new weights from disk."""
 BENCH_EXTENSION = "flashrl_cli.plugins.disk_refit.BenchExtension"
-"""Class that the engines of the benchmark are measured through."""
+"""vLLM worker extension through which the benchmark measures its engines."""
 BLOCKS_EXTENSION = "flashrl_cli.plugins.verl_blocks.BlocksExtension"
-"""The same for FP8 in blocks, whose weights come by verl's own code."""
+"""vLLM worker extension of the benchmark for block-wise FP8, whose weights are quantized and loaded by verl's code."""
 
 SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutOptions:
-    """What a rollout engine does beside its precision.
+    """Options of a rollout engine besides its precision.
 
-    `profile` is the absolute path of a smoothing profile; `bf16_replicas` is how many replicas, the first ones, stay in
-    bf16; `bf16_transfer` has the trainer send its weights in bf16.
+    `profile` is the absolute path of a smoothing profile. The first `bf16_replicas` replicas stay in bf16.
+    `lm_head_fp32` asks for logits in float32. `bf16_transfer` makes the trainer send its weights in bf16.
     """
 
     profile: str | None = None
@@ -68,29 +72,30 @@ class RolloutOptions:
     bf16_transfer: bool = False
 
     def text(self) -> str:
-        """The value of ENV_ROLLOUT: what differs from the defaults."""
+        """The value of ENV_ROLLOUT: the options that differ from their defaults, as JSON."""
         usual = asdict(type(self)())
         return json.dumps({key: value for key, value in asdict(self).items() if value != usual[key]})
 
     @classmethod
     def here(cls) -> RolloutOptions:
-        """Options of this process's engine, from its environment."""
+        """The options of this process's engine, read from its environment."""
         text = os.environ.get(ENV_ROLLOUT)
         return cls(**json.loads(text)) if text else cls()
 
 
 PLAIN = RolloutOptions()
-"""Nothing beside the precision."""
+"""Default options: nothing besides the precision."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handshake:
-    """What one rollout worker really runs, written after its first refit and renewed at each later one.
+    """What one rollout worker really runs, written after its first refit and renewed after each later one.
 
-    `quantized_layers` counts linear layers whose weights are held in `precision`; `quantized_bytes` is the size of
-    those weights; `kernel` names vLLM's kernel class; `refit_s` is the last weight update's seconds. `kv_cache` is the
-    cache's dtype as vLLM names it, `lm_head` the dtype in which logits are computed, `smoothed` counts tensors that a
-    profile changed, and `received` names the dtypes that the weights came in.
+    `quantized_layers` counts linear layers whose weights are held in `precision`, and `quantized_bytes` is the size of
+    those weights. `kernel` is the name of vLLM's kernel class. `refit_s` is the duration of the last weight update in
+    seconds. `kv_cache` is the cache's dtype as vLLM names it, `lm_head` the dtype in which logits are computed.
+    `smoothed` counts the tensors that a smoothing profile changed. `received` names the dtypes in which the weights
+    arrived.
     """
 
     host: str
@@ -113,20 +118,23 @@ class Handshake:
 
 
 def knows_vllm(version: str) -> bool:
-    """Whether the plugins are made for a version of vLLM, such as `0.24.0` or `0.28.0+cpu`."""
+    """Whether the plugins support a version of vLLM, such as `0.24.0` or `0.28.0+cpu`."""
     numbers = re.match(r"(\d+)\.(\d+)", version)
     return numbers is not None and VLLM[0] <= (int(numbers[1]), int(numbers[2])) <= VLLM[1]
 
 
 def require_vllm(version: str) -> None:
-    """Raise RuntimeError for a version of vLLM that the plugins are not made for."""
+    """Raise RuntimeError for a version of vLLM that the plugins do not support."""
     if not knows_vllm(version):
         raise RuntimeError(f"flashrl's rollouts are made for {VLLM_NAMES}, and this is {version}")
 
 
 @functools.cache
 def logger() -> logging.Logger:
-    """The plugins' logger, at the level that ENV_LOGGING names; its lines go to stderr, where verl and vLLM write theirs."""
+    """The plugins' logger, at the level that ENV_LOGGING sets.
+
+    It writes to stderr, as verl and vLLM do.
+    """
     import logging
 
     found = logging.getLogger("flashrl")
@@ -147,14 +155,14 @@ def plugin_dir() -> Path | None:
 
 
 def write_handshake(folder: Path, handshake: Handshake) -> None:
-    """Write `<host>-<pid>.json` atomically; print it, too, where the launcher asks for that."""
+    """Write `<host>-<pid>.json` atomically, and print the handshake as well if ENV_PRINT is set."""
     files.write_json(folder / f"{handshake.host}-{handshake.pid}.json", asdict(handshake))
     if os.environ.get(ENV_PRINT):
         print(HANDSHAKE_MARK + json.dumps(asdict(handshake)), flush=True)
 
 
 def printed_handshake(line: str) -> Handshake | None:
-    """The handshake that a line of a log holds, None for any other line or one of another schema version."""
+    """The handshake in a line of a log; None for any other line and for another schema version."""
     _, mark, text = line.partition(HANDSHAKE_MARK)
     if not mark:
         return None
@@ -165,7 +173,7 @@ def printed_handshake(line: str) -> Handshake | None:
 
 
 def read_handshakes(folder: Path) -> Iterator[Handshake]:
-    """Yield the handshakes found in `folder`; a file of another schema version is passed over."""
+    """Yield the handshakes found in `folder`, skipping files of another schema version."""
     for path in sorted(folder.glob("*.json")):
         handshake = _handshake(json.loads(path.read_text(encoding="utf-8")))
         if handshake is not None:
@@ -177,13 +185,13 @@ def _handshake(data: dict[str, Any]) -> Handshake | None:
 
 
 THREADS = {"GOMP_SPINCOUNT": "1000"}
-"""Waiting OpenMP threads spin shortly, then sleep.
+"""Environment that makes waiting OpenMP threads spin only briefly before they sleep.
 
-Several processes share the cores here, and a thread that spins keeps the one it waits for from running: on two cores
-with one busy process beside it, training the tiny policy took 14 times as long with libgomp's own count, and not longer
-than its share with this one. To be set before torch is imported.
+Several processes share the cores, and a spinning thread keeps the thread that it waits for from running. On two cores
+with one other busy process, training the tiny policy took 14 times as long with libgomp's default spin count, and with
+this one no longer than its share of the cores implies. It must be set before torch is imported.
 """
 KV_CACHE_GIB = 1
-"""vLLM's KV cache on a CPU, in GiB: its default is far more than small models need."""
+"""Size of vLLM's KV cache on a CPU, in GiB. vLLM's default is far more than small models need."""
 ENGINE = {**THREADS, "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB)}
-"""For processes that start a vLLM engine."""
+"""Environment of processes that start a vLLM engine."""

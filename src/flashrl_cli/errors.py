@@ -1,8 +1,8 @@
-"""Everything that can go wrong for a user, and the exit code it ends with.
+"""Errors that a user can act on, and the exit code of each.
 
-An error describes what happened and names the one command or key that fixes it. Only `cli.app.main` catches these. Any
-other exception is an error of the disk or a bug; `exit_code_of` gives the code of each, for the process and for a run's
-record alike.
+An error describes what happened and names the one command or key that fixes it. Only `cli.app.main` catches these
+errors. Any other exception is a disk error or a bug. `exit_code_of` maps every exception to its exit code, for the
+process and for a run's record alike.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class ExitCode(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where an input was written: a file, with a line or a row (from 1), or an option, with the key that it sets."""
+    """Where an input was given: a file with a line or row (from 1), or an option with the key that it sets."""
 
     source: str
     line: int | None = None
     key: str | None = None
     unit: str = ""
-    """What `line` counts, where that is not lines: `row`."""
+    """What `line` counts if it does not count lines: `row`."""
 
     def __str__(self) -> str:
         if self.line is not None:
@@ -44,15 +44,15 @@ class Location:
         return self.source if self.key is None else f"{self.source} {self.key}"
 
     def at(self, line: int | None) -> Location:
-        """A line of the same file."""
+        """The location of another line in the same file."""
         return replace(self, line=line)
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong with an input: what, where, and the fix.
+    """One problem with an input: what is wrong, where, and how to fix it.
 
-    `where` is the location in which it was written, or the name of what is wrong (a logger, a node).
+    `where` is the location of the input, or the name of what is wrong (a logger, a node).
     """
 
     message: str
@@ -66,7 +66,7 @@ class Problem:
 
 
 class FlashrlError(Exception):
-    """A failure that the user can act on: what, the fix, every problem found (not the first), and the exit code."""
+    """A failure that the user can act on: its message, the fix, all problems found, and the exit code."""
 
     exit_code: ExitCode = ExitCode.FAILED
 
@@ -84,36 +84,39 @@ class InputError(FlashrlError):
 
 
 class EnvironmentNotReady(FlashrlError):
-    """This machine cannot do what was asked, or what was asked for was not proven (exit 3)."""
+    """This machine cannot do what was asked, or a requested property could not be proven (exit 3)."""
 
     exit_code = ExitCode.ENVIRONMENT
 
 
 class NothingMatched(FlashrlError):
-    """A pattern named nothing that can be worked on (exit 4)."""
+    """A pattern matched nothing that can be worked on (exit 4)."""
 
     exit_code = ExitCode.NO_MATCH
 
 
 class BelowThreshold(FlashrlError):
-    """What was judged is below the threshold that was asked for; the judgement itself went well (exit 5)."""
+    """A score is below the requested threshold, although the measurement itself succeeded (exit 5)."""
 
     exit_code = ExitCode.THRESHOLD
 
 
 class RunFailed(FlashrlError):
-    """The launched work failed (exit 1)."""
+    """The launched job failed (exit 1)."""
 
     exit_code = ExitCode.FAILED
 
 
 def is_of_the_disk(error: BaseException) -> bool:
-    """Whether an error concerns a disk, a path or its permissions: it has a path, unlike one of a connection."""
+    """Whether an error concerns a disk, a path or its permissions.
+
+    Such an error has a path, unlike a connection error.
+    """
     return isinstance(error, OSError) and bool(error.filename or error.errno == errno.ENOSPC)
 
 
 def exit_code_of(error: BaseException) -> ExitCode:
-    """The code that a command ends with when `error` ends it."""
+    """The exit code of a command that `error` ends."""
     if isinstance(error, FlashrlError):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Files that are never seen half-written, and their hashes."""
+"""Atomic writing, locking and hashing of files."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def alone(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
-    """Hold a lock on `path`, which need not exist, against this user's other processes; yields whether another held it.
+    """Hold a lock on `path` against this user's other processes; yields whether another process held it before.
 
-    `waiting` is called before another is waited for. The lock is in the folder of temporary files: `path` may be on a
-    read-only disk, and nothing is made beside it. Where no lock can be made, nothing is waited for.
+    `path` need not exist. `waiting` is called before this process waits for another. The lock file is in the folder of
+    temporary files, because `path` may be on a read-only disk. If no lock can be created, this does not wait at all.
     """
     from filelock import FileLock, Timeout
 
@@ -51,7 +51,7 @@ def alone(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) to `path` atomically, making its folder."""
+    """Write `text` (UTF-8) to `path` atomically, creating its folder."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -62,7 +62,10 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def json_text(data: Any, **form: Any) -> str:
-    """JSON as text that UTF-8 can encode; escaped where a file name holds bytes that are not UTF-8 (PEP 383)."""
+    """JSON text that can be encoded as UTF-8.
+
+    Non-ASCII text is escaped if a file name in it holds bytes that are not UTF-8 (PEP 383).
+    """
     text = json.dumps(data, ensure_ascii=False, **form)
     try:
         text.encode("utf-8")
@@ -72,7 +75,7 @@ def json_text(data: Any, **form: Any) -> str:
 
 
 def last_lines(path: Path, count: int) -> list[str]:
-    """The last `count` lines of a text file, undecodable bytes replaced; none if there is no file."""
+    """The last `count` lines of a text file, with undecodable bytes replaced; an empty list if there is no file."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""HF models on disk and on the Hugging Face hub: its cache and offline switch, and what makes a folder a model.
+"""Hugging Face models on disk and on the hub: the cache, offline mode, and checks of a model's folder.
 
 Only `resolves` and `from_hub` use the network.
 """
@@ -25,7 +25,7 @@ TRUE = {"1", "on", "yes", "true"}
 
 
 def hub_home(environment: Mapping[str, str], home: Path) -> Path:
-    """Folder of everything from the hub (huggingface_hub/constants.py)."""
+    """Folder of all data of the Hugging Face libraries (huggingface_hub/constants.py)."""
     caches = Path(environment.get("XDG_CACHE_HOME") or home / ".cache")
     return Path(environment.get("HF_HOME") or caches / "huggingface").expanduser()
 
@@ -37,12 +37,15 @@ def hub_cache(environment: Mapping[str, str], home: Path) -> Path:
 
 
 def offline(environment: Mapping[str, str]) -> str | None:
-    """The variable that keeps this machine off the hub, if one does."""
+    """The environment variable that switches the hub off; None if no such variable is set."""
     return next((name for name in OFFLINE if environment.get(name, "").lower() in TRUE), None)
 
 
 def resolves(environment: Mapping[str, str]) -> bool:
-    """Whether the hub can be named, here or by a proxy; without that its libraries would try for half a minute."""
+    """Whether the hub's host name resolves, or a proxy is configured.
+
+    The hub's libraries would retry for half a minute without either.
+    """
     if urllib.request.getproxies():
         return True
     host = urlsplit(environment.get("HF_ENDPOINT") or "https://huggingface.co").hostname or ""
@@ -54,18 +57,21 @@ def resolves(environment: Mapping[str, str]) -> bool:
 
 
 def is_cached(model: str, cache: Path) -> bool:
-    """Whether some revision of a hub model is in the cache: its config.json is."""
+    """Whether the cache has some revision of a hub model, judged by its config.json."""
     return any((cache / f"models--{model.replace('/', '--')}").glob("snapshots/*/config.json"))
 
 
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-"""Files one of which every tokenizer has."""
+"""Every tokenizer has at least one of these files."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DOWNLOADED = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "*.jinja"]
 
 
 def hf_problem(folder: Path) -> str | None:
-    """Why `folder` is no complete HF model (config, and safetensors in one file or as indexed); None if it is."""
+    """Why `folder` is not a complete HF model; None if it is.
+
+    A complete model has a config.json and all safetensors files, either one file or those that its index names.
+    """
     if problem := config_problem(folder):
         return problem
     index = folder / "model.safetensors.index.json"
@@ -80,7 +86,7 @@ def hf_problem(folder: Path) -> str | None:
 
 
 def config_problem(folder: Path) -> str | None:
-    """Why `folder` has no readable config.json; None if it has."""
+    """Why `folder` has no readable config.json; None if it has one."""
     try:
         config = _config(folder)
     except OSError:
@@ -91,23 +97,23 @@ def config_problem(folder: Path) -> str | None:
 
 
 def tokenizer_problem(folder: Path) -> str | None:
-    """`no tokenizer` if `folder` has none; None if it has."""
+    """`no tokenizer` if `folder` has none; None if it has one."""
     return None if any((folder / name).is_file() for name in TOKENIZERS) else "no tokenizer"
 
 
 def quantization(hf: Path) -> str | None:
-    """Method by which the weights of the model `hf` are quantized (`fp8`, …); None if they are not."""
+    """Quantization method of the weights of the model `hf` (such as `fp8`); None if they are not quantized."""
     found = _config(hf).get("quantization_config")
     return str(found.get("quant_method") or "an unnamed method") if isinstance(found, dict) else None
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` has the form `owner/name` of a model on the hub."""
+    """Whether `name` has the form `owner/name` of a model id on the hub."""
     return bool(_HUB_ID.fullmatch(name))
 
 
 def model_folder(name: str) -> Path:
-    """The complete HF model that `name` stands for: a folder, or an id on the hub. Raises InputError if it is none."""
+    """Folder of the HF model `name`, which is a folder or an id on the hub. Raises InputError if it is incomplete."""
     folder = paths.absolute(name)
     if not folder.exists() and is_hub_id(name):
         return from_hub(name)
@@ -117,7 +123,10 @@ def model_folder(name: str) -> Path:
 
 
 def from_hub(name: str) -> Path:
-    """Folder of the model or adapter `name` in the hub's cache, downloaded unless offline. Raises InputError."""
+    """Folder of the model or adapter `name` in the hub's cache, downloaded if necessary.
+
+    Raises InputError if it is not in the cache and cannot be downloaded, or is not a model.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -1,6 +1,6 @@
-"""Where prepared data, runs, checkpoints and presets are on disk.
+"""Locations of prepared data, runs, checkpoints and presets.
 
-Every path is absolute, because Ray starts workers in folders of its own.
+Every path is absolute, because Ray starts workers in other working folders.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from pathlib import Path
 from flashrl_cli.errors import InputError
 
 FOLDER_NAME = r"^[^/.\x00-\x1f][^/\x00-\x1f]{0,199}$"
-"""What may name a preset, a project or a run: one visible folder."""
+"""Valid names of presets, projects and runs: one visible folder."""
 
 
 def absolute(path: str | Path) -> Path:
-    """Expand `~` and make absolute, without following links (a link's name is part of the user's naming).
+    """Expand `~` and make the path absolute, without following links, whose names the user chose.
 
-    A `~user` who does not exist stays as it is. Raises InputError where the working folder is gone.
+    The path is unchanged if it begins with a `~user` who does not exist. Raises InputError if the working folder was
+    deleted.
     """
     try:
         return Path(os.path.abspath(os.path.expanduser(path)))  # noqa: PTH111  # pathlib's raises
@@ -27,7 +28,7 @@ def absolute(path: str | Path) -> Path:
 
 
 def existing(path: Path) -> Path:
-    """The folder itself, or the nearest above it that exists."""
+    """The path itself, or its nearest parent that exists."""
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
@@ -47,27 +48,27 @@ def checkpoints_root() -> Path:
 
 
 def presets_root() -> Path:
-    """Folder of the shipped presets: inside the wheel, or the repository's own for an editable install."""
+    """Folder of the shipped presets: in the wheel, or in the repository for an editable install."""
     packaged = Path(__file__).parent / "_presets"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "presets"
 
 
 def checkout() -> Path | None:
-    """The folder of flashrl's repository where it runs from one (an editable install); None for a wheel."""
+    """Folder of flashrl's repository in an editable install; None for a wheel."""
     root = presets_root().parent
     return root if (root / "pyproject.toml").is_file() else None
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetPaths:
-    """Files of one prepared data set under the data root (or under `root`, when given)."""
+    """Files of one prepared data set, in the folder `root`."""
 
     name: str
     root: Path
 
     @classmethod
     def named(cls, name: str) -> DatasetPaths:
-        """The data set `name` in its default place."""
+        """The data set `name` in its default folder below the data root."""
         return cls(name=name, root=data_root() / name)
 
     def split(self, split: str) -> Path:
@@ -76,12 +77,12 @@ class DatasetPaths:
 
     @property
     def manifest(self) -> Path:
-        """Manifest: sources, their hashes, and what was prepared from them."""
+        """Manifest: the sources, their hashes, and what was prepared from them."""
         return self.root / "manifest.json"
 
     @property
     def model(self) -> Path:
-        """HF folder of the policy that a data set brings along (only `tiny` does)."""
+        """HF folder of the policy that belongs to the data set (only `tiny` has one)."""
         return self.root / "model"
 
 
@@ -98,7 +99,7 @@ class AttemptPaths:
 
     @property
     def metrics(self) -> Path:
-        """verl's metrics, one JSON object a step."""
+        """verl's metrics, one JSON object per step."""
         return self.root / "metrics.jsonl"
 
     @property
@@ -136,7 +137,7 @@ class RunPaths:
 
 
 def prepared_model(reference: str, root: Path | None = None) -> Path | None:
-    """Folder of the model `prepared:NAME`, below the data root (or `root`, if given); None for another reference."""
+    """Folder of the model `prepared:NAME` below the data root (or `root`, if given); None for another reference."""
     name = reference.removeprefix("prepared:")
     if name == reference:
         return None

@@ -1,8 +1,8 @@
-"""The precisions of rollouts, a row each: everything that depends on which one a run takes is read from here.
+"""The table of rollout precisions: everything that depends on a run's precision is read from here.
 
-A new precision is a row, its name in `PrecisionName` (and in `RefittedName` if flashrl's weight update brings its
-weights), and its linear method in plugins/linear.py. Standard library only: the plugins import it in every worker, the
-command line for `--help`.
+To add a precision, add a row, its name in `PrecisionName` (and in `RefittedName` if flashrl's weight update brings its
+weights), and its linear method in plugins/linear.py. The module uses the standard library only, because the plugins
+import it in every worker, and the command line for `--help`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any, Literal
 PrecisionName = Literal["bf16", "fp8", "fp8-block", "int8"]
 """Values of `rollout.precision`."""
 RefittedName = Literal["bf16", "int8", "fp8"]
-"""Those of engines that take their weights from disk: `eval` and the reload test of `doctor`."""
+"""Precisions of engines that read their weights from disk: `eval` and the reload test of `doctor`."""
 Option = Literal["kv8", "head32", "smooth", "mix"]
-"""What a run may have beside its precision: an FP8 KV cache, float32 logits, a smoothing profile, some replicas in
-bf16.
+"""Options that a run may combine with its precision: an FP8 KV cache, float32 logits, a smoothing profile, or some
+replicas in bf16.
 """
 WITH_ALL: frozenset[Option] = frozenset({"kv8", "head32", "smooth", "mix"})
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """Compute capabilities of NVIDIA's GPUs that have a kernel, from `least` to before `below`."""
+    """Compute capabilities of the NVIDIA GPUs that have a kernel: from `least` up to, but not including, `below`."""
 
     least: tuple[int, int]
     below: tuple[int, int] | None = None
@@ -32,40 +32,40 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
-    """One arithmetic of the linear layers in a rollout engine."""
+    """The arithmetic of the linear layers in a rollout engine."""
 
     name: PrecisionName
     number_format: str
-    """Format of the weights, as messages name it."""
+    """Number format of the weights, as messages name it."""
     method: str | None = None
-    """vLLM's `quantization`: the method that plugins/linear.py registers, whose weights come by flashrl's own weight
+    """vLLM's `quantization`: the method that plugins/linear.py registers, whose weights arrive through flashrl's weight
     update.
     """
     verl: str | None = None
-    """verl's own name for it, where verl's code quantizes the weights and brings them."""
+    """verl's name for the precision if verl's code quantizes and loads its weights."""
     vllm_config: Mapping[str, Any] = field(default_factory=dict)
-    """The `quantization_config` that verl gives vLLM for it, less `ignored_layers`."""
+    """The `quantization_config` that verl passes to vLLM for it, without `ignored_layers`."""
     weight_bytes: float
-    """Bytes a weight of a quantized layer; scales come on top, a float32 each."""
+    """Bytes per weight of a quantized layer, without the float32 scales."""
     block: int | None = None
-    """Rows and columns of a square of weights that share a scale; None for one scale a row (output channel), or no
+    """Side of a square block of weights that share a scale. None means one scale per row (output channel), or no
     scales.
     """
     experts: bool
-    """Whether the experts of a mixture are quantized, too; otherwise they stay in bf16."""
+    """Whether the experts of a mixture of experts are quantized too; otherwise they stay in bf16."""
     mlp_bytes: int
-    """Bytes a token for each unit of an MLP's width, of gate and up projection and their product; 2 B each, and its
-    8-bit copy.
+    """Bytes per token and unit of MLP width for the outputs of the gate and up projections and their product: 2 bytes
+    each, plus the product's 8-bit copy.
     """
     asleep_bytes: int
-    """Bytes that a sleeping engine keeps beside context and CUDA graphs, the largest that was measured."""
+    """Bytes that a sleeping engine keeps besides its context and CUDA graphs: the largest measured value."""
     gpus: Capabilities
     cpu: bool
     """Whether vLLM has a kernel for a CPU."""
     instead: PrecisionName
-    """What to take on GPUs without its kernel."""
+    """The precision to use instead on GPUs without its kernel."""
     sibling: PrecisionName
-    """The quantized precision nearest to it, to take for an option that it does not go with."""
+    """The most similar quantized precision, to use for an option that this one does not support."""
     goes_with: frozenset[Option] = WITH_ALL
 
     @property
@@ -129,19 +129,19 @@ FP8_BLOCK = Precision(
     weight_bytes=1,
     block=128,
     experts=True,
-    mlp_bytes=5,  # of the product only the 8-bit copy
+    mlp_bytes=5,  # the product is held only in its 8-bit copy
     asleep_bytes=1950 << 20,  # 1.5 to 1.9 GiB
     gpus=Capabilities((8, 9)),
     cpu=False,
     instead="int8",
     sibling="fp8",
-    goes_with=frozenset(),  # what brings and proves these is flashrl's weight update
+    goes_with=frozenset(),  # all options need flashrl's weight update, which applies and proves them
 )
 PRECISIONS: dict[str, Precision] = {row.name: row for row in (BF16, INT8, FP8, FP8_BLOCK)}
-"""All of them, in the order in which they are listed."""
+"""All precisions, in the order in which they are listed."""
 KV8_GPUS = Capabilities((9, 0), below=(10, 0))
-"""GPUs for an FP8 KV cache: elsewhere vLLM takes FlashInfer (platforms/cuda.py:142 in 0.24), which does not read new
-scales.
+"""GPUs that support an FP8 KV cache. On others vLLM uses FlashInfer (platforms/cuda.py:142 in 0.24), which does not
+read new scales.
 """
 
 METAVAR = "|".join(PRECISIONS)
@@ -149,7 +149,7 @@ REFITTED = tuple(name for name, row in PRECISIONS.items() if row.verl is None)
 SMOOTHED = tuple(name for name, row in PRECISIONS.items() if "smooth" in row.goes_with)
 ON_CPU = tuple(name for name, row in PRECISIONS.items() if row.cpu)
 BY_METHOD = tuple(name for name, row in PRECISIONS.items() if row.method)
-"""Those of flashrl's own methods."""
+"""Precisions that use flashrl's own quantization methods."""
 WITH_EXPERTS = tuple(name for name, row in PRECISIONS.items() if row.experts)
 
 
@@ -159,6 +159,6 @@ def method(name: str) -> str | None:
 
 
 def joined(names: Iterable[str], word: str) -> str:
-    """Names as a sentence has them: `bf16, int8 or fp8` with the word `or`."""
+    """Names joined as in a sentence: `bf16, int8 or fp8` with the word `or`."""
     *others, last = names
     return f"{', '.join(others)} {word} {last}" if others else last

@@ -1,9 +1,9 @@
-"""Signals that end a command in order instead of killing it where it is.
+"""Handling of the signals that end a command, so that it can clean up first.
 
-They follow the usual rule of Unix: INT and HUP, which a terminal sends to all that it started, stay ignored if they
-were when flashrl was started. `nohup` ignores HUP and a shell INT (for `command &` in a script), so that a command
-outlives its terminal; Python, and with it every flashrl command without handlers of its own, does the same. TERM is
-sent to this very process, and always ends it.
+INT and HUP, which a terminal sends to all its processes, stay ignored if they were ignored when flashrl was started.
+This is the usual rule of Unix: `nohup` ignores HUP and a shell ignores INT (for `command &` in a script), so that a
+command outlives its terminal. Python does the same for commands that install no handlers. TERM is sent to this very
+process, and always ends it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from types import FrameType
 from flashrl_cli.errors import ExitCode, FlashrlError
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl-C, `kill`, and a terminal that was closed."""
+"""Ctrl-C, `kill`, and the closing of a terminal."""
 _OF_A_TERMINAL = frozenset({signal.SIGINT, signal.SIGHUP})
 
 
 class Interrupted(FlashrlError):
-    """A signal ended the run; the exit code is the signal's."""
+    """A signal ended the command; the exit code follows from the signal."""
 
     def __init__(self, number: int, hint: str) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}", hint=hint)
@@ -30,7 +30,7 @@ class Interrupted(FlashrlError):
 
 
 def say_if_ignored(say: Callable[[str], None]) -> None:
-    """For a command that takes long: say that Ctrl-C has no effect, if SIGINT was ignored when it was started."""
+    """Warn that Ctrl-C has no effect if SIGINT was ignored when a long command was started."""
     if _stays_ignored(signal.SIGINT):
         say(
             "SIGINT was ignored when this command was started, as a shell does for `command &` in a script: "
@@ -40,7 +40,10 @@ def say_if_ignored(say: Callable[[str], None]) -> None:
 
 @contextlib.contextmanager
 def collected() -> Iterator[list[int]]:
-    """Collect INT, TERM and HUP in a list instead of dying of them; INT and HUP may be ignored (see above)."""
+    """Collect INT, TERM and HUP in a list instead of ending the process.
+
+    INT and HUP may be ignored (see the module's docstring).
+    """
     received: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
@@ -52,9 +55,9 @@ def collected() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def raised(hint: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Let INT, TERM and HUP raise Interrupted where the program is, so that what it opened is closed in order.
+    """Make INT, TERM and HUP raise Interrupted where the program is, so that open resources are closed in order.
 
-    INT and HUP may be ignored (see above): `say` is called where INT is.
+    INT and HUP may be ignored (see the module's docstring); `say` is called with a warning if INT is.
     """
 
     def end(number: int, _frame: FrameType | None) -> None:

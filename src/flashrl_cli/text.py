@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 GIB = 2**30
-"""Bytes in a GiB, the unit of memory; files are counted in powers of ten (see `size`)."""
+"""Bytes in a GiB, the unit of memory sizes; file sizes use powers of ten (see `size`)."""
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:
-    """A count with its noun: `1 checkpoint`, `1,200 rows`; `many` is the plural where it is not `one` with an s."""
+    """A count with its noun: `1 checkpoint`, `1,200 rows`; `many` is the plural if it is not `one` with an s."""
     return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
 
@@ -29,7 +29,7 @@ def binary_size(count: float) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """A duration, the shorter the more exact: `45 s`, `12 min`, `3 h 20 min`, `5 d`; "–" for none."""
+    """A duration, more exact the shorter it is: `45 s`, `12 min`, `3 h 20 min`, `5 d`; "–" for None."""
     if seconds is None:
         return "–"
     minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
@@ -41,7 +41,7 @@ def duration(seconds: float | None) -> str:
 
 
 def age(seconds: float) -> str:
-    """An age in its largest unit of which there are two: `119 s`, `2 min`, `47 h`, `2 d`; the future is `0 s`."""
+    """An age in the largest unit of which it has at least two: `119 s`, `2 min`, `47 h`, `2 d`; the future is `0 s`."""
     seconds = max(seconds, 0.0)
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:

@@ -1,1 +1,1 @@
-"""Throughput, refit time and train/rollout mismatch of rollout precisions."""
+"""The benchmark of rollout precisions: throughput, refit time, and train/rollout mismatch."""

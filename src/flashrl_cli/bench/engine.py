@@ -1,6 +1,7 @@
-"""The process of one engine under measurement: `python -m flashrl_cli.bench.engine JOB.json`.
+"""The process of one measured engine: `python -m flashrl_cli.bench.engine JOB.json`.
 
-The engine is set up as a rollout of RL is: log-probs of what was sampled, no text, no prefix cache.
+The engine is configured like a rollout engine in RL: it returns log-probs of sampled tokens but no text, and has no
+prefix cache.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.worker import engine, server
 
 BATCHED_TOKENS = 16384
-"""Tokens that a step on a GPU computes at most; vLLM's default depends on the GPU."""
+"""Maximum number of tokens per step on a GPU; vLLM's default depends on the GPU."""
 _WARM_UP = 24
-"""Tokens a response to warm up."""
+"""Tokens per response of the warm-up."""
 Advance = Callable[[str], None]
 
 
 class Rollout:
-    """The engine of a job, with its weights in it.
+    """The engine of a job, with its weights loaded.
 
-    Raises InputError for prompts that leave no room, Unreadable for weights or a tokenizer that cannot be read.
+    Raises InputError for prompts that leave no room for a response, and Unreadable for weights or a tokenizer that
+    cannot be read.
     """
 
     def __init__(self, job: EngineJob) -> None:
@@ -37,7 +39,7 @@ class Rollout:
         options = job.options
         share, cache = options.gpu_memory_utilization, options.kv_memory
         started = time.perf_counter()
-        from vllm import LLM  # noqa: F401 - what importing it takes is a figure of its own
+        from vllm import LLM  # noqa: F401 - the duration of the import is reported separately
 
         imported = time.perf_counter()
         self._llm = engine.start(
@@ -49,7 +51,7 @@ class Rollout:
             tensor_parallel_size=options.tensor_parallel,
             max_num_seqs=options.max_num_seqs,
             max_model_len=limit,
-            # on a CPU the KV cache's size is a variable of the environment
+            # on a CPU an environment variable sets the KV cache's size
             on_cpu={"enforce_eager": options.enforce_eager},
             on_gpu={
                 "enforce_eager": options.enforce_eager,
@@ -63,7 +65,10 @@ class Rollout:
         self._fill()
 
     def facts(self) -> dict[str, Any]:
-        """Seconds to import vLLM and to start the engine, tokens of KV cache, bytes of weights, and handshakes."""
+        """The engine's start-up times in seconds, tokens of KV cache, bytes of weights, and handshakes.
+
+        Importing vLLM and starting the engine are timed separately.
+        """
         cache = self._llm.llm_engine.vllm_config.cache_config
         workers = self._llm.collective_rpc("bench_facts")
         return {
@@ -75,10 +80,11 @@ class Rollout:
         }
 
     def speed(self, *, batch: int, prompt: int, response: int, repeats: int, advance: Advance) -> dict[str, Any]:
-        """Output tokens a second, end to end, of `batch` random prompts at once.
+        """End-to-end output tokens per second for `batch` random prompts at once.
 
-        `prompt` and `response` are tokens of each. FIT takes as many as the KV cache holds whole. Where all run at
-        once, so does decoding alone: without the first tokens' time.
+        `prompt` and `response` are the tokens of each sequence. The batch FIT stands for as many sequences as fit
+        completely into the KV cache. If all sequences run at once, the speed of decoding alone is also measured,
+        without the time to the first tokens.
         """
         fitting = self._fitting(prompt + response)
         batch = batch or fitting
@@ -99,7 +105,10 @@ class Rollout:
         }
 
     def _fitting(self, length: int) -> int:
-        """Sequences of `length` tokens that the engine computes at once with all their keys and values, 1 at least."""
+        """Number of sequences of `length` tokens that the engine can run at once, at least 1.
+
+        All their keys and values must fit into the KV cache, and vLLM's `max_num_seqs` limits their number.
+        """
         cache = self._llm.llm_engine.vllm_config.cache_config
         tokens = (cache.num_gpu_blocks or 0) * (cache.block_size or 0)
         return max(1, min(tokens // length, self._job.options.max_num_seqs))
@@ -118,7 +127,7 @@ class Rollout:
         }
 
     def sample(self, *, samples: int, response: int, out: str) -> dict[str, Any]:
-        """Write `samples` responses to the prompts in turn, of at most `response` tokens, with their log-probs."""
+        """Write `samples` responses of at most `response` tokens with their log-probs, using the prompts in turn."""
         from vllm import SamplingParams
 
         prompts = [self._prompts[number % len(self._prompts)] for number in range(samples)]
@@ -139,7 +148,7 @@ class Rollout:
         return {"tokens": sum(map(len, found.responses)), "sequences": samples}
 
     def _fill(self) -> None:
-        """Real weights from disk, random ones for a shape."""
+        """Load real weights from disk, or random ones for a shape."""
         if self._job.weights is None:
             self._llm.collective_rpc("bench_fill")
         else:
@@ -172,7 +181,7 @@ class Rollout:
             yield engine.tokens_of(tokenizer, json.loads(line))
 
     def _limit(self) -> int:
-        """Longest sequence: what the options say, or what the prompts need, so that no response is cut by it."""
+        """Maximum length of a sequence: that of the options, or enough that no response to the prompts is cut off."""
         usual, most = self._job.options.max_model_len, self._job.longest
         needed = max(map(len, self._prompts)) + self._job.response if self._prompts else 0
         if most and needed > most:
@@ -182,7 +191,7 @@ class Rollout:
 
 
 def _decoding(tokens: int, seconds: list[float]) -> dict[str, Any]:
-    """Speed of decoding `tokens` in each repeat's seconds without the prefill; nothing where no time is left."""
+    """Speed of decoding `tokens` in the seconds of each repeat without prefill; empty if no time is left."""
     if not tokens or min(seconds) <= 0:
         return {}
     values = [round(tokens / one, 1) for one in seconds]
@@ -194,7 +203,7 @@ def _logprobs(output: Any) -> list[float]:
 
 
 def serve(data: dict[str, Any], orders: server.Orders, emit: server.Emit) -> None:
-    """Fulfil orders; the first one starts the engine."""
+    """Execute orders; the first one starts the engine."""
     rollout: Rollout | None = None
     for asked in orders:
         rollout = rollout or Rollout(EngineJob.of(data))

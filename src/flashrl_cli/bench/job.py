@@ -1,8 +1,8 @@
-"""What the processes of a benchmark get and give: a variant of rollouts, its engine's job, and sampled responses.
+"""Inputs and outputs of the benchmark's processes: a rollout variant, its engine's job, and sampled responses.
 
-An engine gets an EngineJob, the scorer the keys `model` (an HF folder) and `dtype` (what the trainer computes in:
-bfloat16 or float32). Orders have a key `kind` (run.KINDS); events are `advance` (note), and `done` (result), which ends
-the order (worker.protocol).
+An engine receives an EngineJob, and the scorer the keys `model` (an HF folder) and `dtype` (in which the trainer
+computes: bfloat16 or float32). Orders have a key `kind` (run.KINDS). Events are `advance` (note), and `done` (result),
+which completes the order (worker.protocol).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _FLOAT32 = ("float32", "fp32")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """Rollouts of one precision, and what else their engine does.
+    """A rollout variant: a precision and further options of its engine.
 
-    `kv8`: an FP8 KV cache; `head32`: logits in float32; `profile`: the smoothing profile that is applied at each refit.
+    `kv8` means an FP8 KV cache, `head32` logits in float32; `profile` is the smoothing profile that each refit applies.
     """
 
     precision: str
@@ -38,15 +38,15 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """As it is written on the command line: `int8+kv8`."""
+        """The variant's name on the command line: `int8+kv8`."""
         chosen = zip(SUFFIXES, (self.kv8, self.head32, self.profile is not None), strict=True)
         return "+".join([self.precision, *(suffix for suffix, on in chosen if on)])
 
     def arguments(self, layers: int) -> dict[str, Any]:
-        """Arguments of vLLM for a model with so many layers."""
+        """vLLM's arguments for a model with this number of layers."""
         row = PRECISIONS[self.precision]
         if row.verl:
-            # verl leaves the routers of experts as they are
+            # verl does not quantize the routers of experts
             quantization = {**row.vllm_config, "ignored_layers": [f"model.layers.{n}.mlp.gate" for n in range(layers)]}
             return {
                 "worker_extension_cls": contract.BLOCKS_EXTENSION,
@@ -56,16 +56,16 @@ class Variant:
         return {"worker_extension_cls": contract.BENCH_EXTENSION, "quantization": row.method, **cache}
 
     def options(self) -> RolloutOptions:
-        """Options of the plugins inside the engine."""
+        """The variant's RolloutOptions for the plugins inside the engine."""
         return RolloutOptions(profile=str(self.profile) if self.profile else None, lm_head_fp32=self.head32)
 
     def key(self) -> dict[str, Any]:
-        """What distinguishes it from every other variant; a profile counts by its content."""
+        """Plain data that distinguishes it from every other variant; a profile is identified by its content."""
         profile = files.sha256(self.profile) if self.profile else None
         return {**asdict(self), "profile": profile}
 
     def contradiction(self, holds: dict[str, Any]) -> str | None:
-        """Where what an engine holds (a contract.Handshake) is something else; None if it is this variant."""
+        """The difference of an engine's contract.Handshake from this variant; None if they agree."""
         if holds["precision"] != self.precision:
             layers = f"{holds['quantized_layers']} of {holds['linear_layers']} linear layers are quantized"
             found = f"{holds['precision']} ({layers}, kernel {holds['kernel']})"
@@ -80,7 +80,10 @@ class Variant:
 
 
 def parse(text: str, profile: Path | None) -> tuple[Variant, ...]:
-    """Variants of `bf16,int8+kv8`, each once. Raises InputError for unknown words and unusable profiles."""
+    """The variants in a text such as `bf16,int8+kv8`, each once.
+
+    Raises InputError for unknown words and unusable profiles.
+    """
     found = tuple(dict.fromkeys(_variant(word.strip(), profile) for word in text.split(",")))
     if profile and not any(variant.profile for variant in found):
         raise InputError(f"--profile {profile}: no variant uses it", hint="--rollout int8,int8+smooth")
@@ -122,7 +125,7 @@ def _known(word: str, words: tuple[str, ...], what: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How engines run: `kv_memory` in GiB (None: what is left), lengths in tokens, `tensor_parallel` in GPUs."""
+    """Engine options: `kv_memory` in GiB (None: all that is left), lengths in tokens, `tensor_parallel` in GPUs."""
 
     tensor_parallel: int
     max_num_seqs: int
@@ -134,10 +137,10 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineJob:
-    """One engine: `arguments` are vLLM's for the variant.
+    """The job of one engine; `arguments` are vLLM's for the variant.
 
-    `weights` (a Weights as plain data) are None where random ones are wanted. `questions` is a file of chat prompts,
-    one a line, that get up to `response` tokens each later; for them the engine takes longer sequences than its options
+    `weights` (a Weights as plain data) is None for random ones. `questions` is a file of chat prompts, one per line,
+    for later responses of up to `response` tokens each; for them the engine accepts longer sequences than its options
     say, up to `longest`.
     """
 
@@ -151,7 +154,7 @@ class EngineJob:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> EngineJob:
-        """The job that `dataclasses.asdict` made plain."""
+        """The job from the plain data of `dataclasses.asdict`."""
         return cls(**{**data, "options": EngineOptions(**data["options"])})
 
 
@@ -164,7 +167,7 @@ class Samples:
     logprobs: Sequence[Sequence[float]]
 
     def write(self, path: Path) -> None:
-        """Write to `path`, all sequences end to end."""
+        """Write the samples to `path`, with all sequences concatenated."""
         kinds: dict[str, Any] = {"prompts": np.int32, "responses": np.int32, "logprobs": np.float64}
         arrays: dict[str, Any] = {}
         for name, kind in kinds.items():
@@ -176,7 +179,7 @@ class Samples:
 
     @classmethod
     def read(cls, path: Path) -> Samples:
-        """Read what `write` wrote."""
+        """Read the samples that `write` wrote."""
         with np.load(path, allow_pickle=False) as stored:
             return cls(**{name: _split(stored, name) for name in ("prompts", "responses", "logprobs")})
 

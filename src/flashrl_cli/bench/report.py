@@ -1,7 +1,7 @@
-"""The report of a benchmark: a table, sentences, and one document.
+"""The report of a benchmark: a table, sentences, and a JSON document.
 
-Sentences claim no more than repeats of the same measurement allow: a speed-up lies between the slowest repeat over the
-fastest of bf16 and the other way round; where that includes 1, nothing is claimed.
+Sentences claim no more than repeats of the same measurement support: a speed-up is between the slowest repeat over the
+fastest of bf16, and the fastest over the slowest. If that range includes 1, nothing is claimed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flashrl_cli.text import counted
 
 @dataclass(frozen=True, slots=True)
 class SpeedUp:
-    """Median over median, and the least and greatest that repeats allow."""
+    """A speed-up as the ratio of medians, with the least and greatest ratio of single repeats."""
 
     value: float
     least: float
@@ -26,27 +26,27 @@ class SpeedUp:
 
     @property
     def text(self) -> str:
-        """As `1.45x`, with its bounds where these round to something else."""
+        """The speed-up as `1.45x`, with its bounds if they are rounded to other values."""
         bounds = f"{self.least:.2f} to {self.greatest:.2f}"
         return f"{self.value:.2f}x" + ("" if f"{self.least:.2f}" == f"{self.greatest:.2f}" else f" ({bounds})")
 
     @property
     def sure(self) -> bool:
-        """Whether all repeats agree on faster or slower."""
+        """Whether all repeats agree that it is faster or slower."""
         return not self.least <= 1 <= self.greatest
 
 
 Speeds = Mapping[int, Sequence[float]]
-"""Tokens a second of each repeat, by batch."""
+"""Tokens per second of each repeat, by batch."""
 
 
 def speed_up(values: Sequence[float], base: Sequence[float]) -> SpeedUp:
-    """Of repeats over those of the base."""
+    """The speed-up of repeats over those of the base."""
     return SpeedUp(median(values) / median(base), min(values) / max(base), max(values) / min(base))
 
 
 def sentences(speeds: Mapping[str, Speeds], base: str | None) -> Iterator[str]:
-    """What the speeds of variants say against those of `base`; nothing where there is nothing to compare with."""
+    """Yield sentences that compare the speeds of variants with those of `base`; nothing without a base."""
     against = speeds.get(base or "", {})
     others = {name: by_batch for name, by_batch in speeds.items() if name != base}
     for batch in sorted(against):
@@ -76,12 +76,12 @@ def _sentence(batch: int, found: Mapping[str, SpeedUp], base: str, *, single: bo
 
 SCHEMA_VERSION = 1
 TIMES = "x"
-"""Column of a speed-up, after that of the speed."""
+"""Heading of the speed-up's column, which follows that of the speed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was measured for a request; `command` is the command line that asked for it."""
+    """The results for a request; `command` is the command line of the benchmark."""
 
     request: Request
     measured: Sequence[Measured]
@@ -89,12 +89,12 @@ class Report:
 
     @property
     def base(self) -> str | None:
-        """The variant that others are compared with: the first plain bf16."""
+        """The variant with which others are compared: the first plain bf16."""
         return next((one.variant.name for one in self.measured if one.variant.name == "bf16"), None)
 
     @property
     def speeds(self) -> dict[str, dict[int, list[float]]]:
-        """Repeats by variant and batch."""
+        """Speeds of all repeats by variant and batch."""
         return {
             one.variant.name: {point.asked["batch"]: result["values"] for point, result in one.of(SPEED)}
             for one in self.measured
@@ -102,15 +102,15 @@ class Report:
 
     @property
     def failed(self) -> list[Measured]:
-        """Variants that something went wrong with."""
+        """Variants with an error."""
         return [one for one in self.measured if one.failure and not one.failure.left_out]
 
     def sentences(self) -> list[str]:
-        """What the figures say, and how far they can be trusted."""
+        """Sentences on the results and how reliable they are."""
         return [*sentences(self.speeds, self.base), *self._of_mismatch(), *self._notes()]
 
     def table(self) -> tuple[list[str], list[list[object]]]:
-        """Columns and rows of the table, without columns that have no value."""
+        """Columns and rows of the table, without empty columns."""
         columns = ["rollout"]
         for batch in self.request.batches:
             columns += [f"tok/s at {batch or FIT_WORD}", TIMES]
@@ -130,7 +130,7 @@ class Report:
         return [columns[n] for n in used], [[row[n] for n in used] for row in rows]
 
     def document(self) -> dict[str, Any]:
-        """For programs: sizes in bytes and tokens, times in seconds, speeds in output tokens a second."""
+        """Plain data for JSON: sizes in bytes and tokens, times in seconds, speeds in output tokens per second."""
         return {
             "schema_version": SCHEMA_VERSION,
             "command": list(self.command),
@@ -198,7 +198,8 @@ class Report:
             weights = result["token_weights"]
             yield (
                 f"{name} against the trainer: KL {result['kl']['k3']:.2g} nats a token (k3), "
-                f"{100 * weights['above_2']:.2g} % of {result['tokens']:,} weights above 2, the largest {weights['max']:.3g}"
+                f"{100 * weights['above_2']:.2g} % of {result['tokens']:,} weights above 2, "
+                f"the largest {weights['max']:.3g}"
             )
 
     def _notes(self) -> Iterator[str]:

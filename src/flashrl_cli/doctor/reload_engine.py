@@ -1,8 +1,8 @@
 """The engine process of the reload test: `python -m flashrl_cli.doctor.reload_engine JOB.json`.
 
-A tiny Qwen2 is loaded with dummy weights, as training loads it, and takes two policies in turn: A, B, and A again. What
-it answers with B is compared with Transformers on the CPU, in float32. Random weights of usual size would sample about
-uniformly and hide a broken refit; these are large, so that the two policies differ by nats.
+A tiny Qwen2 is loaded with dummy weights, as in training, and takes two policies in turn: A, B, and A again. Its
+log-probs with B are compared with those of Transformers on the CPU in float32. Random weights of the usual size would
+sample almost uniformly and hide a broken refit; these are large, so that the two policies differ by nats.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from transformers import Qwen2ForCausalLM
 
 SEQUENCES, PROMPT, NEW = 16, 32, 16
-"""Prompts, tokens of each, and tokens generated after each."""
+"""Number of prompts, tokens per prompt, and tokens generated after each."""
 VOCABULARY = 512
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
-"""Shapes that every 8-bit kernel takes; heads of 64."""
+"""Shapes that every 8-bit kernel supports; heads have 64 dimensions."""
 SPREAD, EMBEDDING_SPREAD = 0.05, 0.1
-"""Standard deviations of the weights of layers and of the embedding, which is the head; an untrained Qwen2 has 0.02.
+"""Standard deviations of the weights of the layers and of the tied embedding; an untrained Qwen2 has 0.02.
 
-With a larger embedding each token would be followed by itself, whatever the layers say.
+With a larger embedding each token would predict itself, whatever the layers compute.
 """
 MEMORY, KV_BYTES = 0.05, 1 << 28
-"""Share of the device's memory that must be free, and what the KV cache takes of it."""
+"""Fraction of the device's memory that must be free, and bytes of the KV cache."""
 
 Answer = dict[str, list[Any]]
 
 
 def serve(job: dict[str, Any], orders: server.Orders, emit: server.Emit) -> None:
-    """Answer the one order with what is measured at the job's precision."""
+    """Answer the only order with the measurements at the job's precision."""
     next(orders)
     precision, folder = job["precision"], Path(job["work"])
     started = time.perf_counter()
@@ -47,7 +47,7 @@ def serve(job: dict[str, Any], orders: server.Orders, emit: server.Emit) -> None
 
 
 def policy(folder: Path, seed: int) -> Qwen2ForCausalLM:
-    """Write a policy in bf16 to `folder`; the same one in float32."""
+    """Write a random policy in bf16 to `folder`, and return it in float32."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -64,7 +64,7 @@ def policy(folder: Path, seed: int) -> Qwen2ForCausalLM:
 
 
 def start(folder: Path, precision: str) -> Any:
-    """An engine for the architecture in `folder`; on CUDA with graphs for decoding, which a refit must not break."""
+    """An engine for the architecture in `folder`; on CUDA with graphs for decoding, which must survive a refit."""
     graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, SEQUENCES]}
     memory = {"gpu_memory_utilization": MEMORY}
     return engine.start(
@@ -80,9 +80,9 @@ def start(folder: Path, precision: str) -> Any:
 
 
 def measure(llm: Any, folder: Path, models: dict[str, Qwen2ForCausalLM]) -> dict[str, Any]:
-    """What the engine holds after three refits, and how far its log-probs are from Transformers'.
+    """The engine's handshake after three refits, and the differences of its log-probs from those of Transformers.
 
-    Mean |difference| in nats, of the tokens that it reads and of those that it makes.
+    Differences are mean absolute values in nats, separately for prompt tokens and generated tokens.
     """
     holds, answers = [], []
     for name in "ABA":
@@ -100,7 +100,7 @@ def measure(llm: Any, folder: Path, models: dict[str, Qwen2ForCausalLM]) -> dict
 
 
 def answer(llm: Any) -> Answer:
-    """Tokens of each sequence, prompt and greedy answer, and the log-prob of each but the first."""
+    """Token ids of each sequence (prompt and greedy response), and the log-probs of all tokens but the first."""
     from vllm import SamplingParams
 
     asked = SamplingParams(
@@ -114,7 +114,7 @@ def answer(llm: Any) -> Answer:
 
 
 def prompts() -> list[list[int]]:
-    """The same random tokens at every call."""
+    """Prompts of random tokens, the same at every call."""
     import torch
 
     rows: list[list[int]] = torch.randint(
@@ -124,7 +124,7 @@ def prompts() -> list[list[int]]:
 
 
 def truth(model: Qwen2ForCausalLM, rows: list[list[int]]) -> list[list[float]]:
-    """Log-probs of each token but the first by Transformers."""
+    """Log-probs of all tokens but the first, computed by Transformers."""
     import torch
 
     ids = torch.tensor(rows)
@@ -135,7 +135,7 @@ def truth(model: Qwen2ForCausalLM, rows: list[list[int]]) -> list[list[float]]:
 
 
 def mean_difference(left: list[list[float]], right: list[list[float]]) -> float:
-    """Mean |left - right| over all tokens; NaN if any is."""
+    """Mean |left - right| over all tokens; NaN if any value is NaN."""
     pairs = [pair for rows in zip(left, right, strict=True) for pair in zip(*rows, strict=True)]
     return sum(abs(a - b) for a, b in pairs) / len(pairs)
 

@@ -1,1 +1,1 @@
-"""What this machine has: GPUs, processors, memory, disk and installed versions, read without changing anything."""
+"""State of this machine: GPUs, processors, memory, disks and installed versions, read without changing anything."""

@@ -1,4 +1,4 @@
-"""One line of a diagnosis: its level, what was found, and what would fix it."""
+"""One line of a diagnosis: its level, the finding and its fix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flashrl_cli.errors import Problem
 
 
 class Level(enum.StrEnum):
-    """How a check ended: a run can start, can start with a risk, or cannot start."""
+    """Result of a check: a run can start, can start with a risk, or cannot start."""
 
     OK = "ok"
     WARN = "warn"
@@ -19,7 +19,7 @@ class Level(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found; `fix` is the one command, key or variable that fixes it."""
+    """Result of one check; `fix` is the one command, key or variable that fixes the problem."""
 
     name: str
     level: Level
@@ -33,17 +33,17 @@ def ok(name: str, text: str) -> Finding:
 
 
 def warn(name: str, text: str, fix: str | None = None) -> Finding:
-    """A check that found a risk; a run can start all the same."""
+    """A check that found a risk; a run can still start."""
     return Finding(name, Level.WARN, text, fix)
 
 
 def fail(name: str, text: str, fix: str | None = None) -> Finding:
-    """A check that failed: a run cannot start before it is fixed, or would not run as it is configured."""
+    """A check that failed: until it is fixed, a run cannot start or would not run as configured."""
     return Finding(name, Level.FAIL, text, fix)
 
 
 def problems(findings: Iterable[Finding]) -> Iterator[Problem]:
-    """The failures among findings, as what an error lists."""
+    """The failures among the findings, as Problems of an error."""
     for finding in findings:
         if finding.level is Level.FAIL:
             yield Problem(finding.text, where=finding.name, hint=finding.fix)

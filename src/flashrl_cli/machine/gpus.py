@@ -1,4 +1,4 @@
-"""The NVIDIA GPUs of this machine, as `nvidia-smi` lists them, and the versions that they ask for."""
+"""The NVIDIA GPUs of this machine, as `nvidia-smi` lists them, and the driver versions that they need."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from flashrl_cli.text import counted
 
 QUERY = ("--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader,nounits")
 DRIVERS = {13: 580, 12: 525}
-"""Oldest driver for each major version of CUDA (NVIDIA's CUDA compatibility guide, minor version compatibility)."""
+"""Oldest driver of each major CUDA version (NVIDIA's CUDA compatibility guide, minor version compatibility)."""
 PINNED_CUDA = 13
-"""CUDA of the pinned torch wheel (its nvidia-cuda-runtime in requirements/gpu.txt)."""
+"""CUDA version of the pinned torch wheel (its nvidia-cuda-runtime in requirements/gpu.txt)."""
 
 
 COMPATIBLE = Path("/usr/local/cuda/compat")
-"""NVIDIA's cuda-compat, with which an older driver of a data centre's GPU serves a newer CUDA."""
+"""NVIDIA's cuda-compat, with which an older driver of a data-centre GPU supports a newer CUDA."""
 
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -41,7 +41,7 @@ class Gpu:
 
 
 def probe(query: Sequence[str] = QUERY) -> str | None:
-    """The output of `nvidia-smi` for `query`, or why there is none; None where it is not installed."""
+    """The output of `nvidia-smi` for `query`, or its error message; None if it is not installed."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
@@ -55,12 +55,15 @@ def probe(query: Sequence[str] = QUERY) -> str | None:
 
 
 def parse(text: str | None) -> list[Gpu]:
-    """GPUs in the answer of `nvidia-smi`; lines that describe none (errors, MIG slices) are passed over."""
+    """GPUs in the output of `nvidia-smi`; lines that describe no GPU (errors, MIG slices) are skipped."""
     return [gpu for line in (text or "").splitlines() if (gpu := _gpu(line)) is not None]
 
 
 def visible(gpus: Sequence[Gpu], allowed: str | None) -> list[Gpu]:
-    """The GPUs that `CUDA_VISIBLE_DEVICES` leaves: by index; by UUID only their number is known."""
+    """The GPUs that `CUDA_VISIBLE_DEVICES` leaves visible.
+
+    Indices select GPUs; of UUIDs only their number is used.
+    """
     if allowed is None:
         return list(gpus)
     names = [name.strip() for name in allowed.split(",") if name.strip()]
@@ -77,11 +80,10 @@ def seen() -> list[Gpu]:
 def vendors(
     environment: Mapping[str, str], count: int | None, *, preset: Mapping[str, str] = NOTHING
 ) -> Iterator[Finding]:
-    """Yield variables of an AMD environment that end verl's workers (verl/single_controller/base/worker.py:231).
+    """Yield failures for AMD device variables that crash verl's workers (verl/single_controller/base/worker.py:231).
 
-    `count` is the number of devices of a run on a node, None if unknown; `preset` are the variables of its `env`. Ray
-    sets CUDA_VISIBLE_DEVICES for every worker that has a device, on the CPU stack, too. A variable that is empty does
-    not count.
+    `count` is the number of a run's devices per node, None if unknown; `preset` are the variables of its `env`. Ray
+    sets CUDA_VISIBLE_DEVICES for every worker that has a device, on the CPU stack, too. An empty variable is ignored.
     """
     ray_sets = not environment.get("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES")
     cuda = environment.get("CUDA_VISIBLE_DEVICES") or ("0" if ray_sets else "")
@@ -90,12 +92,15 @@ def vendors(
         AMD, (hip and cuda and (hip != cuda or "," in hip or (count or 1) > 1), rocr and (cuda or hip)), strict=True
     ):
         if ends:
-            text = f"{name}={environment[name]} beside CUDA_VISIBLE_DEVICES, which Ray sets for each worker, ends verl's workers"
+            text = (
+                f"{name}={environment[name]} beside CUDA_VISIBLE_DEVICES, which Ray sets for each worker, "
+                "ends verl's workers"
+            )
             yield fail(name, text, f"take env.{name} out of the preset" if name in preset else f"unset {name}")
 
 
 def driver(gpus: Sequence[Gpu], cuda: int, *, compatible: bool) -> Iterator[Finding]:
-    """Yield whether the driver is new enough for torch's CUDA; `compatible` says that NVIDIA's cuda-compat is there."""
+    """Yield whether the driver is new enough for torch's CUDA; `compatible` says that cuda-compat is installed."""
     if not gpus:
         return
     version, least = gpus[0].driver, DRIVERS.get(cuda, DRIVERS[PINNED_CUDA])
@@ -112,13 +117,13 @@ def driver(gpus: Sequence[Gpu], cuda: int, *, compatible: bool) -> Iterator[Find
 
 
 def cuda_of(torch: str) -> int:
-    """Major version of CUDA that a torch is built for: 12 for `2.11.0+cu128`, the pinned one without a local part."""
+    """Major CUDA version of a torch build: 12 for `2.11.0+cu128`, the pinned one without a local version part."""
     _, _, local = torch.partition("+cu")
     return int(local[:2]) if local[:2].isdigit() else PINNED_CUDA
 
 
 def gpus_lack(precision: str, found: Sequence[Gpu], *, kv8: bool = False) -> Iterator[Finding]:
-    """Yield that some GPU has no kernel for a precision or an FP8 KV cache, and what runs there instead."""
+    """Yield a failure if some GPU has no kernel for a precision or an FP8 KV cache, with an alternative."""
     if reason := lacks(precision, found):
         yield fail("rollout.precision", reason, f"--rollout {PRECISIONS[precision].instead}")
     if kv8 and (reason := _outside(KV8_GPUS, "an FP8 KV cache", found)):
@@ -157,23 +162,23 @@ def dotted(capability: tuple[int, int]) -> str:
 
 
 def _number(version: str) -> int:
-    """Branch of a driver: 580 of 580.65.06."""
+    """Branch number of a driver version: 580 for 580.65.06."""
     branch = version.partition(".")[0]
     return int(branch) if branch.isdigit() else 0
 
 
 _FREE = ("--query-gpu=index,memory.total,memory.free", "--format=csv,noheader,nounits")
 _USUAL = 0.9
-"""vLLM's own gpu_memory_utilization."""
+"""vLLM's default gpu_memory_utilization."""
 _MARGIN = 0.03
-"""Share of the memory that stays free beside other processes and the engine."""
+"""Fraction of the memory that stays free beside the engine and other processes."""
 _LEAST = 0.1
-"""A GPU with less free memory than this share of it has no room."""
+"""Least fraction of free memory with which a GPU is used."""
 
 
 @dataclass(frozen=True, slots=True)
 class FreeMemory:
-    """All memory of a GPU and what is free of it, in MiB; `index` is the GPU's."""
+    """Total and free memory of a GPU in MiB; `index` is the GPU's index."""
 
     index: int
     total: int
@@ -181,15 +186,16 @@ class FreeMemory:
 
     @property
     def share(self) -> float:
-        """Share of its memory that an engine may take."""
+        """Fraction of its memory that an engine may take."""
         return min(_USUAL, self.free / self.total - _MARGIN)
 
 
 def choose_free(count: int, share: float | None) -> tuple[str | None, float | None]:
-    """Choose the `count` GPUs with the most free memory, so that an engine does not get in a training run's way.
+    """Choose the `count` GPUs with the most free memory, so that an engine does not disturb a training run.
 
-    Returns CUDA_VISIBLE_DEVICES for the engine, None if that is set already or there is no GPU, and the share of their
-    memory that it may take: `share` where it is given. Raises EnvironmentNotReady if too few GPUs have free memory.
+    Returns CUDA_VISIBLE_DEVICES for the engine, None if it is already set or there is no GPU, and the fraction of their
+    memory that the engine may take: `share` if it is given. Raises EnvironmentNotReady if too few GPUs have free
+    memory.
     """
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return None, share
@@ -198,14 +204,14 @@ def choose_free(count: int, share: float | None) -> tuple[str | None, float | No
 
 
 def parse_free(text: str) -> list[FreeMemory]:
-    """GPUs in the answer of `nvidia-smi`; lines that describe none are passed over."""
+    """GPUs in the output of `nvidia-smi`; lines that describe no GPU are skipped."""
     rows = [[part.strip() for part in line.split(",")] for line in text.splitlines()]
     numbers = [list(map(int, row)) for row in rows if len(row) == 3 and all(part.isdigit() for part in row)]
     return [FreeMemory(*row) for row in numbers if row[1]]
 
 
 def freest(count: int, share: float | None, found: Sequence[FreeMemory]) -> tuple[str, float]:
-    """The choice of `choose_free` among `found`. Raises EnvironmentNotReady if too few have free memory."""
+    """The choice of `choose_free` among the GPUs `found`. Raises EnvironmentNotReady if too few have free memory."""
     if len(found) < count:
         raise EnvironmentNotReady(f"--tp {count}: this machine has {counted(len(found), 'GPU')}")
     chosen = sorted(found, key=lambda gpu: (-gpu.share, gpu.index))[:count]

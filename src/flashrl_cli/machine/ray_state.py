@@ -1,8 +1,8 @@
-"""Ray on this machine: a cluster that a run would join, the folder of its own Ray, daemons left behind, ports in use.
+"""State of Ray on this machine: the cluster that a run would join, Ray's folder, leftover daemons, ports in use.
 
-`ray.init()` without an address, as verl calls it, joins the cluster of `RAY_ADDRESS`, else the one that `ray start`
-noted in `ray_current_cluster` of Ray's folder, whether it still runs or not (ray/_private/services.py:413). That folder
-is its argument `_temp_dir`, or `ray` below RAY_TMPDIR, else below TMPDIR, else below /tmp (ray/_common/utils.py:327).
+`ray.init()` without an address, as verl calls it, joins the cluster of `RAY_ADDRESS`, or else the one that `ray start`
+recorded in `ray_current_cluster` of Ray's folder, even if it no longer runs (ray/_private/services.py:413). That folder
+is the argument `_temp_dir`, or `ray` below RAY_TMPDIR, else below TMPDIR, else below /tmp (ray/_common/utils.py:327).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ FOLDER_VARIABLES = ("RAY_TMPDIR", "TMPDIR")
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """Where a Ray of one's own keeps its sessions, and the variable or key that says so."""
+    """Folder in which a run's own Ray keeps its sessions, and the variable or key that sets it."""
 
     path: str
     source: str
 
 
 def folder(environment: Mapping[str, str], arguments: Mapping[str, object] = NOTHING) -> Folder:
-    """Ray's folder in an environment; `arguments` are those of `ray.init`. An empty variable counts, too."""
+    """Ray's folder in an environment; `arguments` are those of `ray.init`. An empty variable counts as set."""
     if given := arguments.get("_temp_dir"):
         return Folder(str(given), "_temp_dir")
     name = next((name for name in FOLDER_VARIABLES if name in environment), None)
@@ -40,7 +40,7 @@ def folder(environment: Mapping[str, str], arguments: Mapping[str, object] = NOT
 
 
 def probe_cluster(environment: Mapping[str, str], arguments: Mapping[str, object] = NOTHING) -> tuple[str, str] | None:
-    """Address of the cluster that a run here joins, and where that is written; None if it starts its own Ray."""
+    """Address of the cluster that a run here joins, and where it was configured; None if the run starts its own Ray."""
     address, source = str(arguments.get("address") or "auto"), "verl.ray_kwargs.ray_init.address"
     if address == "auto":
         address, source = environment.get("RAY_ADDRESS") or "auto", "RAY_ADDRESS"
@@ -57,7 +57,7 @@ def probe_cluster(environment: Mapping[str, str], arguments: Mapping[str, object
 
 
 def folder_findings(environment: Mapping[str, str], arguments: Mapping[str, object] = NOTHING) -> Iterator[Finding]:
-    """Yield what keeps Ray of one's own from making its sockets in its folder, and vLLM from making its own."""
+    """Yield failures if a run's own Ray, or vLLM, cannot create its sockets in Ray's folder."""
     found = folder(environment, arguments)
     fix = (
         "--set verl.+ray_kwargs.ray_init._temp_dir=/tmp/ray"
@@ -72,8 +72,8 @@ def folder_findings(environment: Mapping[str, str], arguments: Mapping[str, obje
     elif longest > SOCKET_BYTES:
         yield fail(
             "Ray's folder",
-            f"{found.path} ({found.source}) is {longest - SOCKET_BYTES} bytes too long: the sockets that Ray makes there "
-            f"would have paths of {longest} bytes, and the system takes {SOCKET_BYTES}",
+            f"{found.path} ({found.source}) is {longest - SOCKET_BYTES} bytes too long: the sockets "
+            f"that Ray makes there would have paths of {longest} bytes, and the system takes {SOCKET_BYTES}",
             f"{fix}, or a shorter {found.source}",
         )
     elif not os.access(paths.existing(Path(found.path)), os.W_OK | os.X_OK):
@@ -83,7 +83,7 @@ def folder_findings(environment: Mapping[str, str], arguments: Mapping[str, obje
 
 
 def probe_answers(address: str) -> bool | None:
-    """Whether something listens at `host:port`; None for an address that names no port here."""
+    """Whether something listens at `host:port`; None for an address without a port."""
     parts = urlsplit(address if "://" in address else f"//{address}")
     try:
         host, port = parts.hostname, parts.port
@@ -99,7 +99,7 @@ def probe_answers(address: str) -> bool | None:
 
 
 def cluster(joined: tuple[str, str] | None, *, answers: bool | None) -> Finding:
-    """Which Ray a run uses."""
+    """The finding on the Ray cluster that a run uses."""
     if joined is None:
         return ok("Ray", "a run starts its own")
     address, source = joined
@@ -113,5 +113,5 @@ def cluster(joined: tuple[str, str] | None, *, answers: bool | None) -> Finding:
 
 
 def unset(source: str) -> str:
-    """How to be rid of a variable of the shell, or of a key of the preset (which has a dot)."""
+    """How to remove a shell variable, or a key of the preset (which has a dot)."""
     return f"take {source} out of the preset" if "." in source else f"unset {source}"

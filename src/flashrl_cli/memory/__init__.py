@@ -1,1 +1,1 @@
-"""A training run's peak memory on a GPU, estimated before anything starts, from config.json alone."""
+"""Estimate of a training run's peak GPU memory, made from config.json alone before anything starts."""

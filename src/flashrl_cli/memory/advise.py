@@ -1,4 +1,4 @@
-"""The one change of a run that would help its memory most, found by trying the candidates on the estimate."""
+"""The one change of a run that would reduce its memory best, found by trying candidates on the estimate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from flashrl_cli.verl.config import EngineSettings, TrainerSettings
 
 Score = Callable[["TrainerSettings"], tuple[int, int]]
-"""Rank of the verdict (0 fits) and peak bytes."""
+"""Rank of the verdict (0 if the run fits) and peak in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,10 @@ Candidate = tuple[str, Any, "TrainerSettings"]
 
 
 def best(settings: TrainerSettings, score: Score) -> Advice | None:
-    """The first candidate that makes the run fit (they are ordered by what they cost), else the one that lowers the peak most."""
+    """The first candidate with which the run fits, else the one that lowers the peak most.
+
+    Candidates are ordered by their cost.
+    """
     start = score(settings)
     tried = [(score(changed), name, value) for name, value, changed in candidates(settings)]
     fitting = [entry for entry in tried if entry[0][0] == 0]
@@ -47,7 +50,7 @@ def best(settings: TrainerSettings, score: Score) -> Advice | None:
 
 
 def candidates(settings: TrainerSettings) -> Iterator[Candidate]:
-    """Changes in the order of what they cost: recomputation and transfers first, smaller passes, then more GPUs."""
+    """Changes in the order of their cost: recomputation and transfers first, then smaller passes, then more GPUs."""
     yield from _actor_switches(settings)
     yield from _critic_switches(settings)
     yield from _engine(settings)
@@ -63,7 +66,7 @@ def candidates(settings: TrainerSettings) -> Iterator[Candidate]:
 
 def _actor_switches(settings: TrainerSettings) -> Iterator[Candidate]:
     actor = settings.actor
-    # without padding verl needs flash-attn on a GPU
+    # verl's remove-padding needs flash-attn on a GPU
     names = ["remove_padding"] if actor.flash_attention else []
     names += ["checkpointing", "fused_kernels", "optimizer_offload", "param_offload"]
     if actor.strategy == "fsdp2":
@@ -83,7 +86,7 @@ def _critic_switches(settings: TrainerSettings) -> Iterator[Candidate]:
 
 
 def _engine(settings: TrainerSettings) -> Iterator[Candidate]:
-    """Shares of the GPU around the present one, the nearest first."""
+    """Values of the engine's share of the GPU around the present one, the nearest first."""
     share = settings.rollout.gpu_memory_utilization
     for step in range(1, 13):
         for value in (round(share - 0.05 * step, 2), round(share + 0.05 * step, 2)):
@@ -125,7 +128,7 @@ def _switched(engine: EngineSettings, name: str) -> EngineSettings:
 
 
 def _halves(value: int | None, least: int) -> Iterator[int]:
-    """A count halved again and again while that is a whole number, not below the least."""
+    """A count halved again and again while it stays an integer and is not below the minimum."""
     while value and value % 2 == 0 and value // 2 >= least:
         value //= 2
         yield value

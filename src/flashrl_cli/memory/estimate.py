@@ -1,9 +1,9 @@
-"""Will a run fit: the peak memory of each phase of a training step on one GPU, a verdict, and the one key that would help most.
+"""Estimate of whether a run fits into GPU memory: the peak of each phase of a training step, a verdict and advice.
 
-Trainer and engine share the GPUs of verl's hybrid engine: the engine sleeps while the trainer works, and what the
-trainer does not offload stays while the engine samples (verl/workers/engine_workers.py:728, update_weights;
-verl/workers/engine/base.py:314). Pure: everything comes from the composed configuration, the model's shape and the
-GPU's size. Formulas and their sources: docs/memory-model.md.
+Trainer and engine share the GPUs of verl's hybrid engine: the engine sleeps while the trainer works, and states that
+the trainer does not offload stay on the GPU while the engine samples (verl/workers/engine_workers.py:728,
+update_weights; verl/workers/engine/base.py:314). The estimate depends only on the composed configuration, the model's
+shape and the GPU's size. Formulas and their sources are in docs/memory-model.md.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from flashrl_cli.weights.shape import ModelShape
 
 H100_BYTES = 81_559 << 20
-"""Size to assume where no GPU can be asked: an H100 of 80 GB, as nvidia-smi gives it."""
+"""GPU size that is assumed if no GPU can be queried: an H100 of 80 GB, as nvidia-smi reports it."""
 TRAINER_CONTEXT = 1480 << 20
-"""Bytes of a trainer process outside torch: 1,473 MiB measured under FSDP1 on two GPUs, of which 523 are the CUDA
+"""Bytes of a trainer process outside torch: 1,473 MiB measured under FSDP1 on two GPUs, of which 523 MiB are the CUDA
 context.
 """
 ENGINE_CONTEXT = 512 << 20
-"""Bytes of an engine's CUDA context, which vLLM does not count against its budget; taken to be as large as the
+"""Bytes of an engine's CUDA context, which vLLM does not count against its budget; assumed to be as large as the
 trainer's.
 """
 Verdict = Literal["fits", "tight", "over"]
@@ -40,19 +40,19 @@ RANK: dict[Verdict, int] = {"fits": 0, "tight": 1, "over": 2}
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """One phase and its peak on a GPU."""
+    """One phase and its memory on a GPU."""
 
     name: str
     items: tuple[Item, ...]
 
     @property
     def bytes(self) -> int:
-        """Peak of the phase."""
+        """Peak of the phase in bytes."""
         return total(self.items)
 
     @property
     def at_worst(self) -> float:
-        """Peak with the margin of every item on top."""
+        """Peak in bytes if every item reaches its margin."""
         return sum(part.bytes * (1 + part.margin) for part in self.items)
 
 
@@ -63,19 +63,19 @@ class Estimate:
     gpu_bytes: int
     phases: tuple[Phase, ...]
     least: int
-    """Bytes of the peak if no sequence is shorter than the longest, so that nothing is lost to padding."""
+    """Bytes of the peak if all sequences have the maximum length, so that no memory is lost to padding."""
     kv_tokens: int
-    """Tokens that one engine's KV cache holds."""
+    """Capacity of one engine's KV cache in tokens."""
     wanted_tokens: int
-    """Tokens of all sequences that an engine may run at once, at full length."""
+    """Tokens of all sequences that an engine may run at once, each at its maximum length."""
     starts: bool
-    """Whether the cache holds one sequence of `max_model_len`, without which vLLM does not start."""
+    """Whether the KV cache holds one sequence of `max_model_len`, without which vLLM does not start."""
     verdict: Verdict
     advice: Advice | None
 
     @property
     def peak(self) -> Phase:
-        """The phase that takes most."""
+        """The phase with the highest peak."""
         return max(self.phases, key=lambda phase: phase.bytes)
 
 
@@ -86,9 +86,9 @@ def estimate(
     critic_shape: ModelShape | None = None,
     gpu_bytes: int = H100_BYTES,
 ) -> Estimate:
-    """Estimate of a resolved preset and its composed configuration, on GPUs of `gpu_bytes`.
+    """Estimate for a resolved preset and its composed configuration, on GPUs of `gpu_bytes`.
 
-    Without `critic_shape` a critic starts from the policy. Raises ValueError for a training engine other than FSDP.
+    Without `critic_shape` a critic has the policy's shape. Raises ValueError for a training engine other than FSDP.
     """
     return of_settings(trainer_settings(Settings(resolved, (), tree)), shape, critic_shape, gpu_bytes)
 
@@ -96,7 +96,7 @@ def estimate(
 def of_settings(
     settings: TrainerSettings, shape: ModelShape, critic_shape: ModelShape | None, gpu_bytes: int
 ) -> Estimate:
-    """Estimate of a run given as settings."""
+    """Estimate for a run that is given by its settings."""
 
     def peaks(changed: TrainerSettings) -> tuple[Engine, tuple[Phase, ...], int]:
         run = run_of(changed, shape, critic_shape, gpu_bytes)
@@ -124,14 +124,21 @@ def of_settings(
 
 
 def judge(engine: Engine, found: tuple[Phase, ...], least: int, gpu_bytes: int) -> Verdict:
-    """`over` when even the `least` peak exceeds the GPU or vLLM cannot start, `tight` when padding or the margins might."""
+    """The verdict on the phases of a run.
+
+    It is `over` if even the `least` peak exceeds the GPU or vLLM cannot start, and `tight` if padding or the margins
+    might exceed the GPU.
+    """
     if not engine.starts or least > gpu_bytes:
         return "over"
     return "tight" if any(phase.at_worst > gpu_bytes for phase in found) else "fits"
 
 
 def possible(settings: TrainerSettings, shape: ModelShape) -> bool:
-    """Whether verl and vLLM take the numbers of GPUs: heads divide over an engine, responses over the trainers."""
+    """Whether verl and vLLM accept the numbers of GPUs.
+
+    Heads must divide over an engine's GPUs, responses over the trainers.
+    """
     parts = settings.actor.sequence_parallel
     responses = settings.mini_batch * settings.n * parts
     return shape.heads % settings.rollout.tensor_parallel == 0 and responses % settings.world == 0
@@ -139,7 +146,7 @@ def possible(settings: TrainerSettings, shape: ModelShape) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Everything that the phases need, worked out once."""
+    """All values that the phases need, computed once."""
 
     settings: TrainerSettings
     shape: ModelShape
@@ -150,7 +157,7 @@ class Run:
 
 
 def run_of(settings: TrainerSettings, shape: ModelShape, critic_shape: ModelShape | None, gpu_bytes: int) -> Run:
-    """Models and engine of a run; without a shape of its own the critic starts from the policy."""
+    """Models and engine of a run; without a `critic_shape` the critic has the policy's shape."""
     value = critic_shape or shape
     return Run(
         settings=settings,
@@ -172,7 +179,7 @@ def phases(run: Run) -> tuple[Phase, ...]:
 
 
 def _awake(run: Run) -> tuple[Item, ...]:
-    """The engine's budget, in its parts."""
+    """The engine's memory budget, in its parts."""
     engine, rollout = run.engine, run.settings.rollout
     gpus = f"{rollout.precision}, / {counted(rollout.tensor_parallel, 'GPU')}"
     share = f"{rollout.gpu_memory_utilization:g} of the GPU, less weights and working memory"
@@ -185,7 +192,10 @@ def _awake(run: Run) -> tuple[Item, ...]:
 
 
 def _asleep(run: Run) -> tuple[Item, ...]:
-    """The engine while the trainer works; without sleep it keeps everything, on GPUs of its own it is not there."""
+    """The engine's memory while the trainer works.
+
+    Without sleep it keeps everything; if it has separate GPUs, it takes nothing here.
+    """
     if not run.settings.colocated:
         return ()
     if not run.settings.rollout.sleeps:
@@ -196,7 +206,7 @@ def _asleep(run: Run) -> tuple[Item, ...]:
 
 
 def _idle(run: Run) -> tuple[Item, ...]:
-    """What the trainer leaves on the GPU while the engine samples."""
+    """The trainer's states that stay on the GPU while the engine samples."""
     if not run.settings.colocated:
         return ()
     critic = resident(run.critic, "critic") if run.critic else ()
@@ -208,7 +218,7 @@ def _context() -> tuple[Item, ...]:
 
 
 def _log_probs(run: Run) -> tuple[Item, ...]:
-    """The larger of the policy's old log-probs, the reference's and the values of the critic."""
+    """The largest of three passes: the policy's old log-probs, the reference's log-probs and the critic's values."""
     settings, actor = run.settings, run.actor
     own = parts.inference(run.shape, actor, settings, actor.engine.infer, logits=True, entropy=True)
     loaded = resident(actor, "actor", loaded=True)
@@ -240,7 +250,7 @@ def _actor_update(run: Run) -> tuple[Item, ...]:
 
 
 def _weight_update(run: Run) -> tuple[Item, ...]:
-    """Weights go one full tensor at a time through a bucket that the engine copies from (verl bucketed_weight_transfer.py).
+    """The weight update, which sends one full tensor at a time through a bucket (verl bucketed_weight_transfer.py).
 
     FSDP1 exports a second copy of its shards; FSDP2 stages tensors from wherever they are (transformer_impl.py:977,
     get_per_tensor_param).
@@ -275,7 +285,7 @@ def _idle_or_loaded(run: Run, *, loaded: bool) -> tuple[Item, ...]:
 
 
 def document(found: Estimate) -> dict[str, Any]:
-    """An estimate as plain data for JSON; sizes in bytes."""
+    """An estimate as plain data for JSON; sizes are in bytes."""
     advice = found.advice
     return {
         "gpu_bytes": found.gpu_bytes,
@@ -298,7 +308,7 @@ MARKS = {"fits": "✓", "tight": "!", "over": "✗"}
 
 
 def summary(found: Estimate) -> list[str]:
-    """The verdict, the KV cache and the advice, a line each."""
+    """The verdict, the KV cache and the advice, one line each."""
     peak = found.peak
     padding = f" ({_gib(found.least)} without padding)" if found.least < peak.bytes else ""
     size = f"{_gib(peak.bytes)}{padding} of {_gib(found.gpu_bytes)} GiB"
@@ -314,7 +324,10 @@ def summary(found: Estimate) -> list[str]:
 
 
 def block(found: Estimate) -> list[str]:
-    """An estimate as at most ten lines of plain text: the summary, with the three largest items of each phase after its verdict."""
+    """An estimate as at most ten lines of plain text.
+
+    It is the summary, with the three largest items of each phase after the verdict.
+    """
     verdict, *others = summary(found)
     return [verdict, *(_phase(phase) for phase in found.phases), *others]
 

@@ -1,4 +1,4 @@
-"""The shape of a model without a network: from its folder, the Hugging Face cache, or a table of common models."""
+"""The shape of a model, found offline: in its folder, the Hugging Face cache, or a table of common models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QWEN25 = {
 """`SIZES` of Qwen2.5 (arXiv 2412.15115, table 1), as in the config.json files on the hub."""
 QWEN25_TIED = {"0.5B", "1.5B", "3B"}
 QWEN25_SHORT = {"0.5B", "3B"}
-"""Base models with a context of 32k; the others' is 128k, that of all instruct models is 32k."""
+"""Base models with a context of 32k; the other base models have 128k, and all instruct models 32k."""
 QWEN3 = {
     "0.6B": (1024, 28, 16, 8, 128, 3072, 151936),
     "1.7B": (2048, 28, 16, 8, 128, 6144, 151936),
@@ -40,9 +40,9 @@ QWEN3_TIED = {"0.6B", "1.7B", "4B"}
 
 
 def shape_of(reference: str, data_root: Path) -> ModelShape | None:
-    """Shape of `prepared:NAME`, a folder or a Hugging Face id, from this machine alone; None where nothing here knows it.
+    """Shape of a model on this machine: `prepared:NAME`, a folder or a Hugging Face id; None if it is unknown here.
 
-    Raises ValueError when a config.json was found and is no plain decoder's.
+    Raises ValueError if the config.json does not describe a plain decoder.
     """
     path = model_path(reference, data_root)
     if path.startswith("/"):
@@ -51,7 +51,7 @@ def shape_of(reference: str, data_root: Path) -> ModelShape | None:
 
 
 def _read(file: Path | None) -> ModelShape | None:
-    """Shape from a config.json; None where there is none, or none that can be read."""
+    """Shape from a config.json; None if it is missing or cannot be read."""
     try:
         config = json.loads(file.read_text(encoding="utf-8")) if file else None
     except (OSError, ValueError):
@@ -71,7 +71,7 @@ def _cached(model: str) -> Path | None:
 
 @cache
 def _table() -> dict[str, ModelShape]:
-    """Shapes by Hugging Face id."""
+    """Shapes of the table's models, by Hugging Face id."""
     return {**_qwen25(), **_qwen3()}
 
 

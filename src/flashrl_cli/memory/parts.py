@@ -1,12 +1,13 @@
-"""The shares of one GPU's memory, each with the formula that it came from: trainer states, trainer passes, the rollout engine.
+"""The parts of one GPU's memory, each with its formula: trainer states, trainer passes, the rollout engine.
 
-- States are those of ZeRO stage 3 (Rajbhandari et al., 2019, arXiv 1910.02054, section 5.3) in verl's precisions: parameters, gradients
-  and Adam's two moments in float32, working copies in bfloat16; FSDP shards them and gathers layers while they work.
-- Passes: activations, logits and gradients of a forward (and backward) pass. Activations are counted per token from what autograd saves
-  in a decoder layer of Transformers, in the manner of Korthikanti et al., 2022 (arXiv 2205.05198, section 4); attention is taken to be
-  fused, so nothing grows with the square of the length.
-- Engine: vLLM takes `gpu_memory_utilization` of the GPU, subtracts weights and the peak of a profiling pass, and fills the rest with KV
-  blocks (vllm/v1/worker/gpu_worker.py, determine_available_memory).
+- States are those of ZeRO stage 3 (Rajbhandari et al., 2019, arXiv 1910.02054, section 5.3) in verl's precisions:
+  parameters, gradients and Adam's two moments in float32, working copies in bfloat16. FSDP shards them, and gathers
+  layers while they compute.
+- Passes are activations, logits and gradients of a forward (and backward) pass. Activations are counted per token from
+  the tensors that autograd saves in a decoder layer of Transformers, in the manner of Korthikanti et al., 2022 (arXiv
+  2205.05198, section 4). Attention is assumed to be fused, so nothing grows with the square of the length.
+- Engine: vLLM takes `gpu_memory_utilization` of the GPU, subtracts weights and the peak of a profiling pass, and fills
+  the rest with KV blocks (vllm/v1/worker/gpu_worker.py, determine_available_memory).
 """
 
 from __future__ import annotations
@@ -24,16 +25,19 @@ if TYPE_CHECKING:
     from flashrl_cli.weights.shape import ModelShape
 
 MARGIN = 0.1
-"""Share by which an item may be larger than estimated."""
+"""Fraction by which an item may exceed its estimate."""
 FRAGMENTS = 0.3
-"""The same for what a pass allocates and frees: the caching allocator held 30 to 33 % more than that, see
-docs/memory-model.md.
+"""Fraction by which memory that a pass allocates and frees may exceed its estimate: the caching allocator held 30 to 33
+% more, see docs/memory-model.md.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Bytes on one GPU; `margin` is the share that may come on top, 0 for a budget that the engine does not exceed."""
+    """An amount of memory on one GPU in bytes.
+
+    `margin` is the fraction that may come on top; it is 0 for a budget that the engine does not exceed.
+    """
 
     name: str
     bytes: int
@@ -42,17 +46,17 @@ class Item:
 
 
 def item(name: str, size: float, formula: str, *, margin: float = MARGIN) -> Item:
-    """An item of `size` bytes, rounded."""
+    """An item of `size` bytes, rounded to an integer."""
     return Item(name, round(size), formula, margin)
 
 
 def _passing(name: str, size: float, formula: str) -> Item:
-    """An item that is allocated and freed in every pass."""
+    """An item that is allocated and freed in every pass, with FRAGMENTS as its margin."""
     return item(name, size, formula, margin=FRAGMENTS)
 
 
 def total(items: tuple[Item, ...]) -> int:
-    """Bytes of all items together."""
+    """Sum of all items in bytes."""
     return sum(part.bytes for part in items)
 
 
@@ -61,7 +65,7 @@ def _size(part: Item) -> int:
 
 
 LAYERS_GATHERED = {"fsdp": 2, "fsdp2": 3}
-"""Layers in bfloat16 at once: the one at work, the one prefetched, and FSDP2's buffer to copy out of."""
+"""Gathered bfloat16 layers at a time: the one that computes, the prefetched one, and FSDP2's copy-out buffer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +78,7 @@ class Model:
     """Parameters of the largest layer."""
     embeddings: int
     head: int
-    """0 for a tied head or a critic's."""
+    """Parameters of the head; 0 for a tied head or a critic's."""
     shards: int
     engine: EngineSettings
 
@@ -100,7 +104,7 @@ class Model:
 
     @property
     def root(self) -> int:
-        """Parameters outside the layers, of which FSDP1 makes one unit."""
+        """Parameters outside the layers, which are one unit under FSDP1."""
         return self.embeddings + self.head
 
 
@@ -123,7 +127,7 @@ def model_of(shape: ModelShape, engine: EngineSettings, world: int, *, critic: b
 
 
 def adapter_parameters(shape: ModelShape, rank: int, targets: tuple[str, ...] | None) -> int:
-    """Parameters of a LoRA adapter, rank * (inputs + outputs) a matrix (Hu et al., 2021); packed experts get none."""
+    """Parameters of a LoRA adapter, rank * (inputs + outputs) per matrix (Hu et al., 2021); packed experts get none."""
     q, kv, hidden, wide = shape.query_size, shape.kv_size, shape.hidden, shape.intermediate
     attention = {"q_proj": hidden + q, "k_proj": hidden + kv, "v_proj": hidden + kv, "o_proj": q + hidden}
     mlp = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), hidden + wide)
@@ -134,9 +138,10 @@ def adapter_parameters(shape: ModelShape, rank: int, targets: tuple[str, ...] | 
 
 
 def resident(model: Model, role: str, *, training: bool = False, loaded: bool = False) -> tuple[Item, ...]:
-    """States of a model that are on the GPU: all while it trains, parameters when it is `loaded` to work, else what is not offloaded.
+    """States of a model that are on the GPU.
 
-    verl loads parameters and optimizer at the start of a phase and puts them back at its end
+    These are all states while it trains, its parameters if it is `loaded` for a pass, and otherwise the states that are
+    not offloaded. verl loads parameters and optimizer at the start of a phase and offloads them again at its end
     (verl/workers/engine/base.py:314).
     """
     engine = model.engine
@@ -158,10 +163,11 @@ def resident(model: Model, role: str, *, training: bool = False, loaded: bool = 
 
 
 def gathered(model: Model) -> int:
-    """Bytes of the unsharded copies while the model works.
+    """Bytes of the unsharded copies while the model computes.
 
-    FSDP1 keeps the unit of embeddings and head from the forward to the end of the backward; FSDP2 as verl wraps it
-    gathers each when it is needed (verl/utils/fsdp_utils.py:549). Without resharding the whole model stays.
+    FSDP1 keeps the unit of embeddings and head from the forward pass to the end of the backward pass. FSDP2, as verl
+    wraps it, gathers each when it is needed (verl/utils/fsdp_utils.py:549). Without resharding the complete model stays
+    gathered.
     """
     engine = model.engine
     if not engine.reshard:
@@ -172,7 +178,7 @@ def gathered(model: Model) -> int:
 
 
 def unsharded_gradients(model: Model, parameters: int) -> int:
-    """Bytes to reduce the gradients of a unit: in the working precision, then in that of the reduction."""
+    """Bytes needed to reduce the gradients of a unit: in the working precision, then in that of the reduction."""
     if model.frozen:
         return 0
     return parameters * (model.engine.compute_bytes + model.engine.reduce_bytes)
@@ -187,14 +193,14 @@ def kept_gradients(model: Model) -> int:
 
 
 FUSED_CHUNK = 512
-"""Tokens whose logits verl's fused head holds at once (verl/utils/experimental/torch_functional.py:98)."""
+"""Tokens whose logits verl's fused head holds at a time (verl/utils/experimental/torch_functional.py:98)."""
 FUSED_BACKWARD, FUSED_FORWARD = 26, 20
-"""Bytes a logit of such a chunk: float32 logits, probabilities, one-hot and their products."""
+"""Bytes per logit of such a chunk: float32 logits, probabilities, one-hot vectors and their products."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Tokens of one GPU in one pass: what is `computed`, padding included, and how many of them are `real`."""
+    """Tokens of one GPU in one pass: those that are `computed`, including padding, and the `real` ones among them."""
 
     computed: int
     real: int
@@ -205,7 +211,10 @@ class Load:
 
 
 def tokens(batch: Batch, settings: TrainerSettings, engine: EngineSettings, prompts: int) -> Load:
-    """The budget, or the micro-batch at full length, but no more than there are; with padding, what the budget grows to."""
+    """Load of one pass: the token budget or the micro-batch at full length, but at most all tokens there are.
+
+    With padding, it is the size to which the budget can grow.
+    """
     share = engine.sequence_parallel
     sequences = max(1, prompts * settings.n * share // settings.world)
     if batch.tokens and not engine.remove_padding:
@@ -217,11 +226,11 @@ def tokens(batch: Batch, settings: TrainerSettings, engine: EngineSettings, prom
 
 
 def _padded(budget: int, sequences: int, settings: TrainerSettings) -> Load:
-    """Load of a budget without remove-padding, which can exceed it: a micro-batch of short sequences and one long one grows most.
+    """Load of a token budget without remove-padding, which padding can exceed.
 
-    Sequences are packed by their real tokens into as few micro-batches as the budget allows, balanced
-    (verl/utils/seqlen_balancing.py:400), and each is padded to its longest
-    (verl/workers/engine/fsdp/transformer_impl.py:1281), taken to be the longest of all.
+    It grows most for a micro-batch of short sequences and one long one. Sequences are packed by their real tokens into
+    as few micro-batches as the budget allows, balanced (verl/utils/seqlen_balancing.py:400), and each is padded to its
+    longest sequence (verl/workers/engine/fsdp/transformer_impl.py:1281), assumed to be the longest of all.
     """
     real = sequences * settings.length * settings.mean_share
     batches = min(sequences, math.ceil(real / budget))
@@ -231,7 +240,10 @@ def _padded(budget: int, sequences: int, settings: TrainerSettings) -> Load:
 
 
 def training(shape: ModelShape, model: Model, settings: TrainerSettings, role: str) -> tuple[Item, ...]:
-    """States and passes of an update, at the moment that takes most: logits, a layer's backward, the last reduction, Adam's step."""
+    """States and passes of an update, at the moment of its peak.
+
+    The peak is at the logits, a layer's backward pass, the last reduction of gradients, or Adam's step.
+    """
     engine = model.engine
     load = tokens(engine.train, settings, engine, settings.mini_batch)
     kept = saved(shape, engine, load)
@@ -258,7 +270,7 @@ def training(shape: ModelShape, model: Model, settings: TrainerSettings, role: s
 def inference(
     shape: ModelShape, model: Model, settings: TrainerSettings, batch: Batch, *, logits: bool, entropy: bool
 ) -> tuple[Item, ...]:
-    """A pass without gradients, without the states; `logits` is off for a critic."""
+    """Memory of a pass without gradients, excluding the states; `logits` is off for a critic."""
     engine = model.engine
     load = tokens(batch, settings, engine, settings.train_batch)
     wide = engine.compute_bytes * (3 * mlp_width(shape) + 4 * shape.hidden) + 4 * shape.hidden
@@ -270,9 +282,9 @@ def inference(
 
 
 def layer_activations(shape: ModelShape, bytes_each: int) -> int:
-    """Bytes a token that autograd saves in one layer.
+    """Bytes per token that autograd saves in one layer.
 
-    Two norms save a float32 copy of their input and of its product, their output in the working precision twice;
+    Two norms save a float32 copy of their input and of its product, and their output in the working precision twice;
     attention saves queries, keys, values and output; the gated MLP saves four tensors of its width.
     """
     norms = shape.norms_per_layer * shape.hidden * (4 + 2 * bytes_each)
@@ -281,14 +293,14 @@ def layer_activations(shape: ModelShape, bytes_each: int) -> int:
 
 
 def mlp_width(shape: ModelShape) -> int:
-    """Width of what a token passes through in an MLP layer: the dense one, or its experts together."""
+    """Width of the MLP that a token passes through in one layer: the dense MLP, or its selected experts together."""
     if not shape.experts:
         return shape.intermediate
     return shape.experts_per_token * (shape.expert_intermediate + shape.hidden // 2) + shape.shared_intermediate
 
 
 def saved(shape: ModelShape, engine: EngineSettings, load: Load) -> Item:
-    """What is kept for the backward pass: each layer's input with gradient checkpointing, everything without."""
+    """Activations saved for the backward pass: each layer's input with gradient checkpointing, everything without."""
     each = engine.compute_bytes
     if not engine.checkpointing:
         size = layer_activations(shape, each)
@@ -300,7 +312,7 @@ def saved(shape: ModelShape, engine: EngineSettings, load: Load) -> Item:
 
 
 def recomputed(shape: ModelShape, engine: EngineSettings, count: int) -> int:
-    """Bytes of the layer in its backward pass: its activations, unless they are saved, and their gradients."""
+    """Bytes of one layer in its backward pass: its activations, unless they are already saved, and their gradients."""
     each = engine.compute_bytes
     own = layer_activations(shape, each) if engine.checkpointing else 0
     return count * (own + each * (3 * mlp_width(shape) + 2 * shape.hidden))
@@ -322,7 +334,10 @@ def train_logits(shape: ModelShape, engine: EngineSettings, load: Load, temperat
 
 
 def infer_logits(shape: ModelShape, engine: EngineSettings, load: Load, temperature: float, *, entropy: bool) -> Item:
-    """Logits of a pass without gradients; verl takes the entropy along with old log-probs (trainer/ppo/v1/trainer_base.py:1653)."""
+    """Logits of a pass without gradients.
+
+    verl computes the entropy together with old log-probs (trainer/ppo/v1/trainer_base.py:1653).
+    """
     each = engine.compute_bytes
     if engine.fused_kernels:
         size = min(load.computed, FUSED_CHUNK) * shape.vocab * FUSED_FORWARD
@@ -338,11 +353,11 @@ def infer_logits(shape: ModelShape, engine: EngineSettings, load: Load, temperat
 
 
 def entropy_bytes(engine: EngineSettings) -> tuple[int, int]:
-    """Bytes a logit for the entropy beside the logits: at its peak, and what stays for a backward pass.
+    """Bytes per logit for the entropy, besides the logits: at its peak, and those kept for a backward pass.
 
     Under autocast softmax and logsumexp work in float32 (ATen/autocast_mode.h): probabilities, a cast of the logits and
-    their exponentials, 4 B each (verl/utils/torch_functional.py, entropy_from_logits). Compiled, it is taken to be
-    fused.
+    their exponentials, 4 B each (verl/utils/torch_functional.py, entropy_from_logits). A compiled entropy is assumed to
+    be fused.
     """
     if engine.compiled and engine.remove_padding:
         return 0, engine.compute_bytes
@@ -351,7 +366,7 @@ def entropy_bytes(engine: EngineSettings) -> tuple[int, int]:
 
 
 def _logits(shape: ModelShape, load: Load, computed: int, real: int) -> Item:
-    """Logits at `computed` bytes each, and at `real` bytes more for those that are not padding."""
+    """Logits at `computed` bytes each, and `real` bytes more for those that are not padding."""
     if load.real == load.computed:
         computed, real = computed + real, 0
     size = shape.vocab * (load.computed * computed + load.real * real)
@@ -360,18 +375,18 @@ def _logits(shape: ModelShape, load: Load, computed: int, real: int) -> Item:
 
 
 BLOCK = 16
-"""Tokens of a KV block."""
+"""Tokens per KV block."""
 OUTSIDE_TORCH = 200 << 20
 """Bytes of libraries that vLLM counts against its budget: 182 and 194 MiB measured for bf16 on one GPU."""
 GRAPHS, GRAPHS_OF_LAYER = 120 << 20, 11 << 20
-"""Bytes of CUDA graphs: 348 to 471 MiB measured for 28 layers, 752 to 881 for 64 (51 sizes of batch, the default)."""
+"""Bytes of CUDA graphs: 348 to 471 MiB measured for 28 layers, 752 to 881 for 64 (51 batch sizes, the default)."""
 SAMPLER_BYTES = 18
-"""Bytes a logit of the warm-up of the sampler: 18.3 measured with 1,024 sequences and a vocabulary of 151,936."""
+"""Bytes per logit in the sampler's warm-up: 18.3 measured with 1,024 sequences and a vocabulary of 151,936."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """One GPU's share of an engine, in bytes, and the tokens that its KV cache holds."""
+    """One GPU's share of an engine in bytes, and the KV cache's capacity in tokens."""
 
     budget: int
     weights: int
@@ -381,16 +396,16 @@ class Engine:
     kv_tokens: int
     wanted_tokens: int
     sequence_tokens: int
-    """Longest sequence."""
+    """Maximum length of a sequence in tokens."""
 
     @property
     def starts(self) -> bool:
-        """Whether the KV cache holds one sequence of the longest length; vLLM refuses to start otherwise."""
+        """Whether the KV cache holds one sequence of the maximum length; otherwise vLLM refuses to start."""
         return self.kv_tokens >= self.sequence_tokens
 
 
 def engine(shape: ModelShape, settings: TrainerSettings, gpu_bytes: int) -> Engine:
-    """The engine of a rollout on a GPU of `gpu_bytes`."""
+    """The engine of the rollouts on a GPU of `gpu_bytes`."""
     rollout = settings.rollout
     held = weights(shape, rollout.precision, rollout.tensor_parallel)
     busy = working(shape, rollout)
@@ -412,9 +427,10 @@ def engine(shape: ModelShape, settings: TrainerSettings, gpu_bytes: int) -> Engi
 
 
 def weights(shape: ModelShape, precision: str, tensor_parallel: int = 1) -> int:
-    """Bytes of the weights on one GPU: those of quantized layers and their float32 scales, and 2 B of every other weight.
+    """Bytes of the weights on one GPU.
 
-    Embeddings, head and norms stay bf16 in every precision, experts in most (plugins/linear.py).
+    Quantized layers have 8-bit weights and float32 scales, every other weight takes 2 B. Embeddings, head and norms
+    stay in bf16 in every precision, experts in most (plugins/linear.py).
     """
     counts, row = parameters(shape), PRECISIONS[precision]
     if not row.quantized:
@@ -426,7 +442,7 @@ def weights(shape: ModelShape, precision: str, tensor_parallel: int = 1) -> int:
 
 
 def output_channels(shape: ModelShape) -> int:
-    """Outputs of all linear layers, each of which has a scale under int8 and fp8."""
+    """Total number of outputs of all linear layers, each of which has one scale under int8 and fp8."""
     dense = shape.layers - shape.expert_layers
     attention = shape.query_size + 2 * shape.kv_size + shape.hidden
     shared = shape.expert_layers * bool(shape.shared_intermediate) * (2 * shape.shared_intermediate + shape.hidden)
@@ -434,13 +450,16 @@ def output_channels(shape: ModelShape) -> int:
 
 
 def kv_bytes(shape: ModelShape, rollout: RolloutSettings) -> int:
-    """Bytes of keys and values a token on one GPU; heads are repeated where there are more GPUs than heads."""
+    """Bytes of keys and values per token on one GPU; heads are replicated if there are more GPUs than heads."""
     heads = max(1, shape.kv_heads // rollout.tensor_parallel)
     return 2 * shape.layers * heads * shape.head_dim * rollout.kv_bytes
 
 
 def working(shape: ModelShape, rollout: RolloutSettings) -> int:
-    """Bytes that vLLM reserves beside weights and cache: the larger of a full batch in an MLP and of the sampler, and CUDA graphs."""
+    """Bytes that vLLM reserves besides weights and KV cache.
+
+    They are CUDA graphs and the larger of two peaks: a full batch in an MLP, or the sampler.
+    """
     width = shape.intermediate if not shape.experts else shape.experts_per_token * shape.expert_intermediate
     token = PRECISIONS[rollout.precision].mlp_bytes * width / rollout.tensor_parallel + 8 * shape.hidden
     sampler = rollout.max_num_seqs * shape.vocab * SAMPLER_BYTES

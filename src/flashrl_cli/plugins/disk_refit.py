@@ -1,6 +1,7 @@
-"""vLLM worker extensions of engines that flashrl itself starts: new weights read from disk, and what `flashrl bench` measures.
+"""vLLM worker extensions of the engines that flashrl starts itself.
 
-One engine serves every checkpoint of an architecture.
+They refit an engine with weights read from disk, so that one engine serves every checkpoint of an architecture, and
+they take the measurements of `flashrl bench`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
 Named = tuple[str, torch.Tensor]
 Sizes = tuple[str, tuple[int, ...]]
 BUCKET_BYTES = 2**28
-"""Weights handed to vLLM at a time: few calls of the model's loader, and little memory beside the model."""
+"""Bytes of weights that are loaded at a time: the model's loader is called rarely, and needs little extra memory."""
 DEVICE_BUCKET_BYTES = {"cuda": 2 << 30, "cpu": 1 << 28}
-"""verl's default on a GPU (rollout.checkpoint_engine.update_weights_bucket_megabytes)."""
+"""Bytes of a bucket in the benchmark, by device; verl's default on a GPU
+(rollout.checkpoint_engine.update_weights_bucket_megabytes).
+"""
 _WIDTH = 1024
 _AT_ONCE = 1 << 25
 _SCALE = 0.05
@@ -35,15 +38,15 @@ class DiskRefitExtension:
     """vLLM worker extension (`worker_extension_cls`) that reloads weights from disk."""
 
     def load_from_disk(self, source: dict[str, Any]) -> dict[str, Any]:
-        """Refit the engine with the weights that `source` (a Weights as plain data) names; what it holds then (a Handshake).
+        """Refit the engine with the weights `source` (a Weights as plain data), and return its Handshake as plain data.
 
-        Weights that cannot be read, or that leave a parameter of the engine as it was, give `unreadable` (the reason)
-        and `spoilt`: whether the engine is of no use after that.
+        If the weights cannot be read, or leave a parameter of the engine unwritten, the result has `unreadable` (the
+        reason) and `spoilt` (whether the engine no longer holds a usable policy).
         """
         tensors = Weights.of(source).tensors()
         begun = False
         try:
-            # this opens all files: most that is wrong with them shows here, before the engine is touched
+            # this opens all files, so that most problems show before the engine changes
             first = next(tensors)
             begun = True
             return self._refit(itertools.chain([first], tensors))
@@ -55,19 +58,19 @@ class DiskRefitExtension:
             for bucket in _buckets(tensors):
                 load(bucket)
 
-        # each checkpoint may have names of its own
+        # names may differ from checkpoint to checkpoint
         handshake = self._describe(refits=1, seconds=self._renew(stream, watched=True))
         log(handshake)
         return asdict(handshake)
 
     def _renew(self, stream: Stream, *, reused: bool = False, watched: bool | None = None) -> float:
-        """Give the engine the weights of a stream, as `refit` takes it; seconds."""
+        """Refit the engine with the weights of a stream, as `refit` takes it; returns seconds."""
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         config = runner.vllm_config.model_config
         return refit(runner.model, config, self._device(), stream, reused=reused, watched=watched)
 
     def holds(self) -> dict[str, Any]:
-        """What the engine holds (a Handshake as plain data) without a refit."""
+        """The engine's Handshake as plain data, without a refit."""
         return asdict(self._describe(refits=0, seconds=0.0))
 
     def _describe(self, *, refits: int, seconds: float) -> contract.Handshake:
@@ -95,18 +98,22 @@ class BenchExtension(DiskRefitExtension):
     """vLLM worker extension (`worker_extension_cls`) of the benchmark's engines."""
 
     def bench_facts(self) -> dict[str, Any]:
-        """What this worker holds (a Handshake), and the bytes of its weights."""
+        """This worker's Handshake as `holds`, and the bytes of its weights."""
         model = self.model_runner.model  # type: ignore[attr-defined]
         return {"holds": self.holds(), "weights_bytes": _weights_bytes(model)}
 
     def bench_fill(self) -> None:
-        """Refit with random weights: vLLM's dummy loader leaves 8-bit ones unset, and zeros would run faster than a model does."""
+        """Refit with random weights.
+
+        vLLM's dummy loader leaves 8-bit weights uninitialized, and zeros would run faster than a real model.
+        """
         self._renew(_Random(_sizes_by_config(self._config()), self._device()).stream, reused=True)
 
     def bench_refit(self, repeats: int, source: dict[str, Any] | None) -> dict[str, Any]:
-        """Seconds of refits with random weights from this device's memory, after one to warm up; extra bytes of one (None on a CPU).
+        """Durations in seconds of refits with random weights in this device's memory, after one warm-up refit.
 
-        `source` (a Weights as plain data) names the weights and their sizes; without it the model's config does.
+        The result also has the extra memory of a refit in bytes (None on a CPU). `source` (a Weights as plain data)
+        determines the names and shapes of the weights; without it the model's config does.
         """
         sizes = _sizes_on_disk(source) if source else _sizes_by_config(self._config())
         weights = _Random(sizes, self._device())
@@ -127,7 +134,10 @@ class BenchExtension(DiskRefitExtension):
 
 
 def _weights_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters, each counted once; 8-bit weights by their number, because a kernel for the CPU hides its packed copy."""
+    """Bytes of all parameters, each counted once.
+
+    8-bit weights are counted by their number of elements, because a CPU kernel hides its packed copy.
+    """
     stored: dict[int, int] = {}
     hidden = 0
     for layer in model.modules():
@@ -141,13 +151,16 @@ def _weights_bytes(model: torch.nn.Module) -> int:
 
 
 class _Random:
-    """Weights of given names and sizes in bf16, all of them views of one buffer: rows of very different size, the same in each bucket."""
+    """Random bf16 weights of given names and shapes, all of them views of one buffer.
+
+    Their rows differ widely in scale, and every bucket has the same values.
+    """
 
     def __init__(self, sizes: Iterable[Sizes], device: torch.device) -> None:
         self._device = device
         listed = list(sizes)
         counts = [math.prod(size) for _, size in listed]
-        # as verl does: what fills no bucket alone is sent in a larger one
+        # as verl does: a tensor that exceeds the bucket enlarges it
         room = max(*counts, min(sum(counts), DEVICE_BUCKET_BYTES[device.type] // torch.bfloat16.itemsize))
         self.bytes = sum(counts) * torch.bfloat16.itemsize
         self.buckets = list(_packed(listed, room))
@@ -171,7 +184,7 @@ class _Random:
 
 
 def _packed(sizes: Iterable[Sizes], room: int) -> Iterator[list[tuple[str, tuple[int, ...], int]]]:
-    """Buckets of (name, size, first element) that fit into `room` elements, filled one after another as verl's sender fills them."""
+    """Buckets of (name, shape, first element) of at most `room` elements, filled in the order of verl's sender."""
     bucket: list[tuple[str, tuple[int, ...], int]] = []
     offset = 0
     for name, size in sizes:
@@ -185,7 +198,7 @@ def _packed(sizes: Iterable[Sizes], room: int) -> Iterator[list[tuple[str, tuple
 
 
 def _sizes_by_config(config: Any) -> Iterator[Sizes]:
-    """Names and sizes of the weights that Transformers gives a model with this config; a tied head has none of its own."""
+    """Names and shapes of the weights that Transformers gives a model with this config; a tied head is left out."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

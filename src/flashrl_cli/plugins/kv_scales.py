@@ -1,13 +1,15 @@
-"""Scales of a KV cache in FP8, made of the weights at every refit.
+"""Scales of an FP8 KV cache, computed from the weights at every refit.
 
-vLLM takes 1 for each scale that a checkpoint does not bring (`set_default_quant_scales` in
-vllm/model_executor/layers/attention/attention.py), and what is larger than e4m3's 448 saturates without a word; its own
-calibration is deprecated and happens once, on an engine's first, dummy weights. Here a bound takes their place.
-Attention reads the output of an RMSNorm, g * u with |u| <= sqrt(H), so that row w of a projection with bias b gives at
-most sqrt(H) |g * w| + |b| (Cauchy-Schwarz); rotary embeddings mix two rows, at most sqrt(2) times that, and YaRN
-multiplies both by more than 1; heads that are normed themselves (Qwen3) reach sqrt(d) max|g|. e4m3 is a floating
-format: within its range the relative error does not depend on the scale, which need not be tight but safe, and a power
-of two is exact. Families whose norms compute something else (Gemma's 1 + g, LayerNorm's bias) are refused.
+vLLM uses 1 for each scale that a checkpoint does not contain (`set_default_quant_scales` in
+vllm/model_executor/layers/attention/attention.py), and values above e4m3's maximum of 448 saturate silently. Its own
+calibration is deprecated and happens once, with an engine's initial dummy weights.
+
+Here the scales follow from an upper bound. Attention reads the output of an RMSNorm, g * u with |u| <= sqrt(H), so row
+w of a projection with bias b gives at most sqrt(H) |g * w| + |b| (Cauchy-Schwarz). Rotary embeddings mix two rows,
+which gives at most sqrt(2) times that, and YaRN multiplies both by more than 1. Heads that are normalized themselves
+(Qwen3) reach sqrt(d) max|g|. Since e4m3 is a floating-point format, its relative error within its range does not depend
+on the scale: the scale has to be safe but not tight, and a power of two is exact. Families whose norms compute
+something else (Gemma's 1 + g, LayerNorm's bias) are refused.
 """
 
 from __future__ import annotations
@@ -26,23 +28,27 @@ if TYPE_CHECKING:
     from flashrl_cli.plugins.coverage import Bucket
 
 LARGEST = 448.0
-"""Of float8_e4m3fn."""
+"""Largest finite value of float8_e4m3fn."""
 MARGIN = 1.15
-"""For what is added to a product by weights and activations in FP8, (1 + 2^-4)^2, and by bf16."""
+"""Factor for the rounding errors of a product of FP8 weights and activations, (1 + 2^-4)^2, and of bf16."""
 BACKENDS = {"FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN"}
-"""Attention that reads the scales at every step. FlashInfer keeps those of its first step, and CUDA graphs its numbers
-(vllm/v1/attention/backends/flashinfer.py:1476, :1806 in 0.24), while the cache is written with the new ones."""
+"""Attention backends that read the scales at every step.
+
+FlashInfer keeps the scales of its first step, and CUDA graphs keep its host-side numbers
+(vllm/v1/attention/backends/flashinfer.py:1476, :1806 in 0.24), while the cache is written with the new ones.
+"""
 _FP8 = {"fp8", "fp8_e4m3"}
 _MARK = "_flashrl_patched"
 _NAME = re.compile(
-    r"(?:^|\.)layers\.(\d+)\.(?:self_attn\.(?:([qkv])_proj\.(weight|bias)|([qk])_norm\.weight)|(input_layernorm)\.weight)$"
+    r"(?:^|\.)layers\.(\d+)\."
+    r"(?:self_attn\.(?:([qkv])_proj\.(weight|bias)|([qk])_norm\.weight)|(input_layernorm)\.weight)$"
 )
 _INDEX = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass(slots=True)
 class _Seen:
-    """What has arrived for one layer; tensors are copies, as what they come from is written anew."""
+    """The tensors that arrived for one layer, as copies, because their source buffers are overwritten."""
 
     gain: torch.Tensor | None = None
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -53,7 +59,7 @@ class _Seen:
     width: int = 0
 
     def settle(self) -> None:
-        """Let go of the projections whose norm is known."""
+        """Reduce the projections whose norm has arrived to their row norms, and free them."""
         if self.gain is None:
             return
         square = self.gain.float().square()
@@ -62,9 +68,9 @@ class _Seen:
         self.weights.clear()
 
     def bound(self, part: str, amplitude: float) -> torch.Tensor:
-        """Largest value that queries, keys or values can have, a float32 scalar.
+        """Upper bound of the absolute values of queries, keys or values, a float32 scalar.
 
-        Raises KeyError for what did not arrive.
+        Raises KeyError for a tensor that did not arrive.
         """
         rotated = 1.0 if part == "v" else math.sqrt(2) * amplitude
         if part in self.norms:
@@ -77,9 +83,9 @@ class _Seen:
 
 
 class KvScales:
-    """Watches the weights of one refit pass by, then sets the scales of `layers` (attention by layer number).
+    """Observes the weights of one refit, then sets the scales of `layers` (attention layers by layer number).
 
-    `amplitude` is what rotary embeddings multiply queries and keys by.
+    `amplitude` is the factor by which rotary embeddings multiply queries and keys.
     """
 
     def __init__(self, layers: dict[int, Any], amplitude: float = 1.0) -> None:
@@ -87,7 +93,7 @@ class KvScales:
         self._seen: dict[int, _Seen] = {}
 
     def bucket(self, weights: Bucket) -> Bucket:
-        """The bucket as it is, noted while it is read by the names of Hugging Face's Llama, Qwen2 and Qwen3."""
+        """Yield the bucket unchanged, recording tensors with the names of Hugging Face's Llama, Qwen2 and Qwen3."""
         for name, tensor in weights:
             found = _NAME.search(name)
             if found and int(found[1]) in self._layers:
@@ -97,7 +103,7 @@ class KvScales:
     def _note(self, found: re.Match[str], tensor: torch.Tensor) -> None:
         index, part, kind, normed, before = found.groups()
         seen = self._seen.setdefault(int(index), _Seen())
-        # an evaluation's weights are read into the CPU's memory, but for those that a profile changed
+        # an evaluation's weights are in CPU memory, except those that a profile changed
         tensor = tensor.to(self._layers[int(index)]._k_scale.device, copy=True)
         if before:
             seen.gain = tensor
@@ -111,9 +117,9 @@ class KvScales:
         seen.settle()
 
     def set(self) -> None:
-        """Set the scales, to be called when all weights are loaded.
+        """Set the scales; to be called after all weights are loaded.
 
-        Raises RuntimeError if a layer's did not arrive under known names.
+        Raises RuntimeError if the tensors of a layer did not arrive under known names.
         """
         try:
             bounds = [[self._seen[index].bound(part, self._amplitude) for part in "qkv"] for index in self._layers]
@@ -131,16 +137,16 @@ class KvScales:
 
 
 def scale(bound: float) -> float:
-    """The power of two by which values up to `bound` are divided to fit into e4m3; 1 where all are 0."""
+    """The power of two that divides values up to `bound` so that they fit into e4m3; 1 if `bound` is 0."""
     return 2.0 ** math.ceil(math.log2(MARGIN * bound / LARGEST)) if bound > 0 else 1.0
 
 
 def keep_over_sleep() -> None:
-    """Have scales outlive the waking of the KV cache, which follows the refit in verl's order (idempotent).
+    """Preserve the scales when the KV cache wakes up, which follows the refit in verl's order (idempotent).
 
-    vLLM sets all of them to 1 then, and says that restoring calibrated ones is left to do (`init_fp8_kv_scales`,
-    vllm/v1/worker/gpu_model_runner.py:939 in 0.24, :1031 in 0.28); it does so in the buffers only, not in the numbers
-    beside them.
+    vLLM then resets all scales to 1, and its code notes that restoring calibrated ones is still to be done
+    (`init_fp8_kv_scales`, vllm/v1/worker/gpu_model_runner.py:939 in 0.24, :1031 in 0.28). It resets only the buffers,
+    not the Python floats next to them.
     """
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -161,7 +167,7 @@ def keep_over_sleep() -> None:
 
 
 def _set(layer: Any, part: str, value: float) -> None:
-    """As `set_default_quant_scales` does: CUDA graphs read the buffer, other backends the number."""
+    """Set a scale as `set_default_quant_scales` does: CUDA graphs read the buffer, other backends the Python float."""
     getattr(layer, f"_{part}_scale").fill_(value)
     setattr(layer, f"_{part}_scale_float", value)
     if hasattr(layer, f"_{part}_scale_cpu"):
@@ -169,9 +175,9 @@ def _set(layer: Any, part: str, value: float) -> None:
 
 
 def of(model: torch.nn.Module, family: str) -> KvScales | None:
-    """The watcher of a model whose cache has one scale a layer; None for caches in 16 bits or with scales of their own.
+    """The KvScales of a model with one scale per layer; None for 16-bit caches and other kinds of scales.
 
-    Raises RuntimeError for a `family` (model_type) whose bound is not known, and for attention that would not read new
+    Raises RuntimeError for a `family` (model_type) without a known bound, and for attention that would not read new
     scales.
     """
     layers = {
@@ -191,12 +197,15 @@ def of(model: torch.nn.Module, family: str) -> KvScales | None:
 
 
 def _amplitude(model: torch.nn.Module) -> float:
-    """Largest cosine in the model's rotary embeddings: YaRN multiplies them (vllm/.../rotary_embedding/yarn_scaling_rope.py:81)."""
+    """Largest cosine in the model's tables of rotary embeddings.
+
+    It exceeds 1 under YaRN, which multiplies the tables (vllm/.../rotary_embedding/yarn_scaling_rope.py:81).
+    """
     tables = (getattr(layer, "cos_sin_cache", None) for layer in model.modules())
     return max((float(table[0].abs().max()) for table in tables if table is not None), default=1.0)
 
 
 def precision(model: torch.nn.Module) -> str:
-    """The KV cache's precision as `rollout.kv_cache` names it: `fp8` where every layer has it, else `auto`."""
+    """The KV cache's precision as `rollout.kv_cache` names it: `fp8` if every layer has it, else `auto`."""
     kinds = {layer.kv_cache_dtype for layer in model.modules() if type(layer) is Attention}
     return "fp8" if kinds and kinds <= _FP8 else "auto"

@@ -1,24 +1,28 @@
-"""Linear layers that a rollout engine holds in 8 bits, made of the floating weights as these are loaded; and logits in float32.
+"""Linear layers that a rollout engine quantizes to 8 bits as floating-point weights are loaded, and float32 logits.
 
-Weights are symmetric with one scale per output channel, activations symmetric with one scale per token, computed by the
-kernel: the vector-wise quantization of LLM.int8() (Dettmers et al., 2022, arXiv 2208.07339, section 2) without its
-outlier path. Shaped after vLLM's online FP8 methods (vllm/model_executor/layers/quantization/online/fp8.py), so that
-loading and reloading work layer by layer; the GEMM is vLLM's own.
+Weights are symmetric with one scale per output channel, and activations symmetric with one scale per token, which the
+kernel computes. This is the vector-wise quantization of LLM.int8() (Dettmers et al., 2022, arXiv 2208.07339, section 2)
+without its outlier path. The code follows vLLM's online FP8 methods
+(vllm/model_executor/layers/quantization/online/fp8.py), so that loading and reloading work layer by layer; the GEMM is
+vLLM's own.
 
-- INT8: scale = max|w| / 127. vLLM has the method for experts but not for dense layers. CUTLASS on CUDA, oneDNN or AMX on a CPU.
-- FP8: float8_e4m3, scale = max|w| / 448, the scheme of vLLM's own online method `fp8_per_channel` (Fp8PtpcOnlineLinearMethod,
-  online/fp8.py:283 in 0.24). vLLM's later versions make the scale in several passes and share it among tensor-parallel ranks; here it is
-  one pass over each rank's rows, so that a refit can write them as they arrive.
+- INT8: scale = max|w| / 127. vLLM has such a method for experts but not for dense layers. The kernels are CUTLASS on
+  CUDA, and oneDNN or AMX on a CPU.
+- FP8: float8_e4m3, scale = max|w| / 448, the scheme of vLLM's own online method `fp8_per_channel`
+  (Fp8PtpcOnlineLinearMethod, online/fp8.py:283 in 0.24). Later versions of vLLM compute the scale in several passes and
+  share it among tensor-parallel ranks. Here it is one pass over each rank's rows, so that a refit can write rows as
+  they arrive.
 
 `rollout.mix` keeps some of a run's replicas in bf16. verl gives all replicas the same engine arguments
-(verl/workers/rollout/vllm_rollout/vllm_async_server.py:1310); what differs is a variable that each server actor sets
-before it starts its engine, for the sockets that weights come through, and that all processes of the engine inherit.
+(verl/workers/rollout/vllm_rollout/vllm_async_server.py:1310). The replicas differ only in an environment variable with
+their rank, which each server actor sets before it starts its engine, for the sockets of the weight transfer, and which
+all processes of the engine inherit.
 
 `rollout.lm_head_fp32` asks for logits in float32. vLLM computes them in the model's dtype and converts them afterwards
-(vllm/v1/sample/sampler.py:97), so that bf16 leaves 8 bits of each logit. vLLM's own `head_dtype` does this for
-generation from 0.28 on; in 0.24 it is for pooling models only (vllm/config/model.py:1671). The logits processor is
-replaced through vLLM's hook for layers from outside (vllm/model_executor/custom_op.py, `register_oot`), so that the
-head and its weights stay what they are: tied or not, packed or not, refitted in place or layer by layer.
+(vllm/v1/sample/sampler.py:97), so that bf16 leaves 8 bits of precision. vLLM's own `head_dtype` provides float32 logits
+for generation from 0.28 on; in 0.24 it is for pooling models only (vllm/config/model.py:1671). The logits processor is
+replaced through vLLM's hook for out-of-tree layers (vllm/model_executor/custom_op.py, `register_oot`), so that the head
+and its weights do not change, whether they are tied, packed, or refitted in place or layer by layer.
 """
 
 from __future__ import annotations
@@ -45,20 +49,21 @@ from flashrl_cli import contract
 from flashrl_cli.precision import PRECISIONS
 
 RANK = "VERL_REPLICA_RANK"
-"""The replica's number, from 0 (vllm_async_server.py:136; read by verl's own workers in vllm_rollout/utils.py:424)."""
+"""The replica's number, from 0 (vllm_async_server.py:136; verl's own workers read it in vllm_rollout/utils.py:424)."""
 DONE = "_already_called_process_weights_after_loading"
-"""vLLM's own marker that a layer is processed (vllm/model_executor/model_loader/reload/layerwise.py)."""
+"""vLLM's own marker of a processed layer (vllm/model_executor/model_loader/reload/layerwise.py)."""
 Loader = Callable[..., None]
 
 
 class OnlineLinearMethod(LinearMethodBase):
-    """Loads a floating weight on the meta device, and holds it in 8 bits once the layer is complete."""
+    """Loads a floating-point weight via the meta device, and holds it in 8 bits once the layer is complete."""
 
     uses_meta_device = True
     precision: ClassVar[str]
     dtype: ClassVar[torch.dtype]
     row_kernels: ClassVar[frozenset[str]] = frozenset()
-    """Kernels that keep weight and scales as `quantize` writes them, transposed at most: those can be written in place.
+    """Kernels that keep weight and scales as `quantize` writes them, at most transposed, so that both can be written in
+    place.
     """
 
     def __init__(self) -> None:
@@ -66,19 +71,19 @@ class OnlineLinearMethod(LinearMethodBase):
         self.quantized_bytes = 0
         self.kernel: Any = None
         self._shape: torch.Size | None = None
-        """[N, K] of a weight whose rows may be written one shard at a time."""
+        """Shape [N, K] of a weight whose rows may be written one shard at a time; None for any other weight."""
 
     @abstractmethod
     def choose_kernel(self, layer: torch.nn.Module) -> Any:
-        """vLLM's kernel for the layer, whose weight is there but not loaded."""
+        """vLLM's kernel for the layer, whose weight is registered but not loaded yet."""
 
     @abstractmethod
     def quantize(self, weight: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor) -> None:
-        """Write the 8-bit values [N, K] of a contiguous floating weight [N, K] and their float32 scales [N, 1]."""
+        """Write the 8-bit values [N, K] and float32 scales [N, 1] of a contiguous floating-point weight [N, K]."""
 
     @abstractmethod
     def hand_over(self, layer: torch.nn.Module, rows: torch.Tensor, scales: torch.Tensor) -> None:
-        """Register weight and scales with the layer as the kernel wants them."""
+        """Register weight and scales with the layer in the kernel's layout."""
 
     def create_weights(
         self,
@@ -101,11 +106,11 @@ class OnlineLinearMethod(LinearMethodBase):
         initialize_online_processing(layer)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Replace the floating weight by 8-bit rows and hand it to the kernel; a second call does nothing."""
+        """Replace the floating-point weight by 8-bit rows and pass them to the kernel; a second call does nothing."""
         if getattr(layer, DONE, False):
             return
         weight = layer.weight.data.contiguous()
-        # a model may have put a loader of its own in its place, which could ask more of a weight than rows
+        # a model may have replaced the loader by one that needs more of a weight than its rows
         self._shape = weight.shape if original_loader(layer.weight) == layer.weight_loader else None
         rows = torch.empty_like(weight, dtype=self.dtype)
         scales = torch.empty(weight.shape[0], 1, dtype=torch.float32, device=weight.device)
@@ -116,7 +121,7 @@ class OnlineLinearMethod(LinearMethodBase):
         setattr(layer, DONE, True)
 
     def rows(self, layer: torch.nn.Module) -> Rows | None:
-        """The layer's weight to write new rows into, None where the kernel keeps it in another form."""
+        """The layer's weight as Rows to write into; None if the kernel keeps it in another layout."""
         weight, scales = layer.weight.data.t(), layer.weight_scale.data
         plain = (
             type(self.kernel).__name__ in self.row_kernels and weight.shape == self._shape and weight.is_contiguous()
@@ -124,16 +129,16 @@ class OnlineLinearMethod(LinearMethodBase):
         return Rows(self, layer.orig_dtype, weight, scales) if plain else None
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., K] times the 8-bit weight: [..., N], in x's dtype."""
+        """Multiply x [..., K] by the 8-bit weight: returns [..., N] in x's dtype."""
         return self.kernel.apply_weights(layer, x, bias)
 
 
 class Rows:
-    """Output channels of an 8-bit weight [N, K], dressed as the parameter that vLLM's loaders copy shards into.
+    """Rows (output channels) of an 8-bit weight [N, K], with the interface of a parameter that vLLM's loaders write to.
 
-    A loader narrows the weight to the rows of its shard and copies (vllm/model_executor/layers/linear.py,
-    `weight_loader` of each layer); here that copy quantizes. A scale belongs to one row, so that the shards of a fused
-    layer may come one by one.
+    A loader narrows the weight to the rows of its shard and copies into them (vllm/model_executor/layers/linear.py,
+    `weight_loader` of each layer); here that copy quantizes. Each scale belongs to one row, so the shards of a fused
+    layer may arrive one by one.
     """
 
     output_dim = 0
@@ -149,20 +154,20 @@ class Rows:
 
     @property
     def written(self) -> int:
-        """How many rows were written, each counted once."""
+        """Number of rows that were written, each counted once."""
         return sum(self._parts.values())
 
     @property
     def data(self) -> Rows:
-        """Itself: there is nothing below it that a loader may write to."""
+        """The object itself, because loaders write to `parameter.data`."""
         return self
 
     def size(self) -> torch.Size:
-        """[N, K]."""
+        """Shape [N, K] of the weight."""
         return self.shape
 
     def narrow(self, dim: int, start: int, length: int) -> _Part:
-        """Rows `start` to `start + length`; columns cannot be written alone, because a scale spans its row."""
+        """Rows `start` to `start + length`. Raises RuntimeError for columns, because a scale spans its complete row."""
         if dim != self.output_dim:
             raise RuntimeError("a loader wants columns of a weight with one scale per row")
         return _Part(self, start, length)
@@ -172,7 +177,7 @@ class Rows:
         self.write(0, source)
 
     def write(self, start: int, source: torch.Tensor) -> None:
-        """Quantize `source` [M, K] into the rows from `start` on, in the dtype that a loaded weight would have had."""
+        """Quantize `source` [M, K] into the rows from `start` on, cast first to the dtype of an unquantized weight."""
         count = source.shape[0]
         source = source.to(self._weight.device, self._dtype).contiguous()
         rows = slice(start, start + count)
@@ -181,7 +186,7 @@ class Rows:
 
 
 class _Part:
-    """Some rows of a weight; what a loader gets when it narrows one."""
+    """Some rows of a weight: the result of a loader's `narrow`."""
 
     def __init__(self, whole: Rows, start: int, length: int) -> None:
         self._whole, self._start = whole, start
@@ -193,7 +198,7 @@ class _Part:
 
 
 def original_loader(parameter: torch.Tensor) -> Loader | None:
-    """A parameter's loader without the wrappers of the layerwise reload, which drop what they get outside of one."""
+    """A parameter's loader without the wrappers of the layerwise reload, which drop tensors outside of a reload."""
     loader: Any = getattr(parameter, "weight_loader", None)
     while getattr(loader, "__name__", "") == "online_process_loader":
         loader = loader.__wrapped__
@@ -217,16 +222,19 @@ class Int8OnlineLinearMethod(OnlineLinearMethod):
         )
 
     def quantize(self, weight: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor) -> None:
-        """One pass of vLLM's kernel for activations on CUDA, the same in PyTorch elsewhere; an all-zero row gets a tiny scale."""
+        """Quantize per row with vLLM's activation kernel on CUDA, or the same arithmetic in PyTorch elsewhere.
+
+        An all-zero row gets a tiny scale.
+        """
         if weight.is_cuda:
-            # what vllm/_custom_ops.py:scaled_int8_quant calls, which allocates its outputs
+            # the kernel behind vllm/_custom_ops.py:scaled_int8_quant, which would allocate its outputs
             torch.ops._C.dynamic_scaled_int8_quant(rows, weight, scales, None)
             return
         scales.copy_((weight.abs().amax(dim=1, keepdim=True).float() / 127).clamp_min(1e-8))
         rows.copy_((weight.float() / scales).round_().clamp_(-127, 127))
 
     def hand_over(self, layer: torch.nn.Module, rows: torch.Tensor, scales: torch.Tensor) -> None:
-        """Weight [N, K], which the kernel transposes (CUTLASS) or packs (oneDNN)."""
+        """Register the weight [N, K], which the kernel transposes (CUTLASS) or packs (oneDNN)."""
         layer.register_parameter("weight", torch.nn.Parameter(rows, requires_grad=False))
         layer.register_parameter("weight_scale", torch.nn.Parameter(scales, requires_grad=False))
         for name in ("input_scale", "input_zero_point", "azp_adj"):
@@ -246,7 +254,7 @@ class Fp8OnlineLinearMethod(OnlineLinearMethod):
     row_kernels = frozenset({"CutlassFP8ScaledMMLinearKernel"})
 
     def choose_kernel(self, layer: torch.nn.Module) -> Any:
-        """The FP8 kernel; Marlin's would compute with 16-bit activations, which is not what was asked for."""
+        """The FP8 kernel. Raises ValueError for Marlin's, which would compute with 16-bit activations."""
         kernel = init_fp8_linear_kernel(
             activation_quant_key=kFp8DynamicTokenSym,
             weight_quant_key=kFp8StaticChannelSym,
@@ -260,11 +268,11 @@ class Fp8OnlineLinearMethod(OnlineLinearMethod):
         return kernel
 
     def quantize(self, weight: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor) -> None:
-        """One pass of vLLM's kernel for activations, which vllm/_custom_ops.py:scaled_fp8_quant calls; CUDA only."""
+        """Quantize per row with vLLM's activation kernel, as vllm/_custom_ops.py:scaled_fp8_quant does; CUDA only."""
         torch.ops._C.dynamic_per_token_scaled_fp8_quant(rows, weight, scales, None)
 
     def hand_over(self, layer: torch.nn.Module, rows: torch.Tensor, scales: torch.Tensor) -> None:
-        """Weight [K, N], column-major; the kernel pads odd shapes itself."""
+        """Register the weight [K, N], column-major; the kernel pads odd shapes itself."""
         layer.register_parameter("weight", torch.nn.Parameter(rows.t(), requires_grad=False))
         layer.register_parameter("weight_scale", torch.nn.Parameter(scales, requires_grad=False))
         layer.input_scale = None
@@ -272,7 +280,7 @@ class Fp8OnlineLinearMethod(OnlineLinearMethod):
 
 
 class OnlineConfig(QuantizationConfig):
-    """Every linear layer in 8 bits, except `ignore` patterns; lm_head, embeddings and experts stay as they are."""
+    """Quantizes every linear layer to 8 bits, except `ignore` patterns, lm_head, embeddings and experts."""
 
     method: ClassVar[type[OnlineLinearMethod]]
 
@@ -282,32 +290,35 @@ class OnlineConfig(QuantizationConfig):
 
     @classmethod
     def get_name(cls) -> str:
-        """Name to pass as vLLM's `quantization`."""
+        """Name of the method in vLLM's `quantization`."""
         return str(PRECISIONS[cls.method.precision].method)
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Least compute capability, as vLLM writes it: 89 for 8.9."""
+        """Minimum compute capability, as vLLM writes it: 89 for 8.9."""
         major, minor = PRECISIONS[cls.method.precision].gpus.least
         return 10 * major + minor
 
     @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        """Activation dtypes that the kernels take."""
+        """Activation dtypes that the kernels accept."""
         return [torch.bfloat16, torch.half]
 
     @classmethod
     def get_config_filenames(cls) -> list[str]:
-        """None: the method needs no file beside the checkpoint."""
+        """An empty list: the method needs no further file of the checkpoint."""
         return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> OnlineConfig:
-        """Build from `hf_overrides.quantization_config`; `ignore` lists layer names or `re:` patterns."""
+        """Create the config from `hf_overrides.quantization_config`; `ignore` lists layer names or `re:` patterns."""
         return cls(ignore=list(config.get("ignore", [])))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> LinearMethodBase | None:
-        """8 bits for linear layers, vLLM's default for the rest, and for all in a replica that stays in bf16."""
+        """The quantization method of a layer; None, which is vLLM's default, for anything but a linear layer.
+
+        A linear layer is quantized to 8 bits, unless it is ignored or the replica stays in bf16.
+        """
         if not isinstance(layer, LinearBase):
             return None
         plain = stays_in_bf16() or should_ignore_layer(
@@ -330,11 +341,14 @@ class Fp8OnlineConfig(OnlineConfig):
 
 
 CONFIGS: tuple[type[OnlineConfig], ...] = (Int8OnlineConfig, Fp8OnlineConfig)
-"""What vLLM learns from the plugin: one for every precision with a method of flashrl's."""
+"""The configs that the plugin registers with vLLM: one for every precision with a flashrl method."""
 
 
 def stays_in_bf16() -> bool:
-    """Whether this process's engine keeps its linear layers in bf16; raises RuntimeError where a mixed run's replica has no number."""
+    """Whether this process's engine keeps its linear layers in bf16.
+
+    Raises RuntimeError if the run is mixed and the replica has no number.
+    """
     count = contract.RolloutOptions.here().bf16_replicas
     if count == 0:
         return False
@@ -348,19 +362,22 @@ DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp
 
 
 def register_float32_head() -> None:
-    """Have every model that is built from now on compute its logits in float32 (idempotent)."""
+    """Make every model that is built from now on compute its logits in float32 (idempotent)."""
     contract.require_vllm(vllm.__version__)
     if LogitsProcessor.__name__ not in op_registry_oot:
         LogitsProcessor.register_oot(Float32LogitsProcessor)
 
 
 class Float32LogitsProcessor(LogitsProcessor):
-    """vLLM's logits processor, multiplying into float32. Scale and soft cap come after it, in float32, too."""
+    """vLLM's logits processor with a float32 product; scale and soft cap are then applied in float32, too."""
 
     def _get_logits(
         self, hidden_states: torch.Tensor, lm_head: VocabParallelEmbedding, embedding_bias: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """As the base's (logits_processor.py:86 in 0.24, :182 in 0.28): gathered over ranks, without the vocabulary's padding."""
+        """Logits gathered over ranks, without the vocabulary's padding.
+
+        It follows the base class (logits_processor.py:86 in 0.24, :182 in 0.28).
+        """
         logits: torch.Tensor | None = float32_logits(lm_head, hidden_states, embedding_bias)
         if lm_head.tp_size > 1:
             logits = self._gather_logits(logits)
@@ -370,11 +387,11 @@ class Float32LogitsProcessor(LogitsProcessor):
 def float32_logits(
     head: VocabParallelEmbedding, hidden: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Hidden states [..., H] times the head's weight [V, H]: float32 logits [..., V].
+    """Multiply hidden states [..., H] by the head's weight [V, H]: returns float32 logits [..., V].
 
-    A product of two bf16 numbers is exact in float32, so that the GPU's kernel for bf16 computes in float32 already and
-    only its output was rounded: it reads the bf16 weights, where a float32 copy of them takes 2 GiB at 7B. Elsewhere
-    both are converted at each step.
+    A product of two bf16 numbers is exact in float32, and the GPU's bf16 kernel already accumulates in float32; only
+    its output was rounded. So it reads the bf16 weights here and returns float32: a float32 copy of the weights would
+    take 2 GiB at 7B. Elsewhere both operands are converted at each step. Raises TypeError for a quantized head.
     """
     if not isinstance(head.quant_method, UnquantizedEmbeddingMethod):
         raise TypeError(f"logits in float32 need floating weights, and the lm_head has {type(head.quant_method)}")
@@ -387,7 +404,7 @@ def float32_logits(
 
 
 def head_dtype(model: torch.nn.Module) -> str:
-    """The dtype in which a model computes logits, `fp32` for one whose every logits processor does."""
+    """The dtype in which a model computes logits: `fp32` if all its logits processors do."""
     processors = [layer for layer in model.modules() if isinstance(layer, LogitsProcessor)]
     embeddings = (layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding))
     weights = next((layer.weight.dtype for layer in embeddings), torch.get_default_dtype())
@@ -397,5 +414,5 @@ def head_dtype(model: torch.nn.Module) -> str:
 
 
 def _is_float32(processor: LogitsProcessor) -> bool:
-    """Ours, or one that `hf_overrides` told so (0.25 and newer may have the attribute)."""
+    """Whether a processor computes in float32: flashrl's, or one set so by `hf_overrides` (possible from 0.25 on)."""
     return isinstance(processor, Float32LogitsProcessor) or getattr(processor, "head_dtype", None) == torch.float32

@@ -1,14 +1,16 @@
-"""New weights for a running vLLM engine, in any precision, and the proof of what the engine then holds.
+"""Weight updates (refits) of a running vLLM engine in any precision, and the handshake that shows what it holds.
 
-Each tensor of an update passes through a smoothing profile (if the run has one) and what watches it for the KV cache's
-scales and for completeness, and is then loaded in one of two ways. Either way buckets may split a layer, and CUDA
+Each tensor of an update passes through the run's smoothing profile, if any, and is recorded for the KV cache's scales
+and the completeness check. It is then loaded in one of two ways. In both, a layer may be split across buckets, and CUDA
 graphs stay valid.
 
-- In place: straight into the weights that the engine computes with. On CUDA most dense models need no more: floating weights are used as
-  they are loaded, and 8-bit ones have a scale per row, so each shard can be quantized into its rows as it arrives.
-- By vLLM's layerwise reload (vllm/model_executor/model_loader/reload/layerwise.py), which restores each layer to its unloaded form, joins
-  its shards in new memory, quantizes the whole and copies the result into the storage that was there before: five times the bytes that
-  must move. For models with anything else (experts, latent attention, vision towers, padded kernels), and on a CPU.
+- In place: directly into the weights that the engine computes with. On CUDA this suffices for most dense models:
+  floating-point weights are used as they are loaded, and 8-bit weights have one scale per row, so each shard can be
+  quantized into its rows as it arrives.
+- By vLLM's layerwise reload (vllm/model_executor/model_loader/reload/layerwise.py), which restores each layer to its
+  unloaded form, joins its shards in new memory, quantizes the complete layer and copies the result into the original
+  storage. This moves five times as many bytes. It serves all other models (experts, latent attention, vision towers,
+  padded kernels), and CPUs.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ Stream = Callable[[Load], None]
 SMOOTHED = "flashrl_smoothed"
 """Attribute of a model: how many tensors the profile changed at its last refit."""
 AS_LOADED = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
-"""Methods that use a weight as it is loaded, on CUDA (their `process_weights_after_loading` acts on the CPU only)."""
+"""Methods that use a weight as it is loaded on CUDA (their `process_weights_after_loading` only acts on a CPU)."""
 
 
 def refit(
@@ -54,13 +56,12 @@ def refit(
     reused: bool = False,
     watched: bool | None = None,
 ) -> float:
-    """Reload `model` in place; `stream(load)` must call `load(bucket)` for each bucket of (name, tensor).
+    """Refit `model` with a stream of buckets, and return the duration in seconds.
 
-    Returns seconds.
-
-    The profile of this process's RolloutOptions is applied to each tensor before it is quantized. `reused` says that a
-    bucket's memory holds other weights after `load` has returned (and its device is synchronized). `watched` is as
-    Coverage takes it. Raises Incomplete if a parameter was not written: the engine holds no policy then.
+    `stream(load)` must call `load(bucket)` for each bucket of (name, tensor). The profile of this process's
+    RolloutOptions is applied to each tensor before it is quantized. `reused` says that the memory of a bucket is
+    overwritten after `load` has returned (and its device is synchronized). `watched` is the argument of Coverage.
+    Raises Incomplete if a parameter was not written: the engine then holds no valid policy.
     """
     import vllm
 
@@ -94,10 +95,10 @@ def refit(
 
 
 class Smoothing:
-    """One weight update under a smoothing profile, or under none.
+    """Applies a smoothing profile, if any, to one weight update.
 
-    Tensors come in memory that verl uses again or that other processes share: what is smoothed is new, one tensor at a
-    time, and the rest passes as it is. The scales are moved to the device once and stay there.
+    Tensors arrive in memory that verl reuses or that other processes share, so each smoothed tensor is a new one; all
+    others pass unchanged. The scales are moved to the device once and stay there.
     """
 
     def __init__(self, profile: Profile | None, device: torch.device) -> None:
@@ -105,7 +106,7 @@ class Smoothing:
         self._changed: set[str] = set()
 
     def bucket(self, weights: Bucket) -> Bucket:
-        """The bucket, smoothed on the engine's device while it is read."""
+        """The bucket, with its tensors smoothed on the engine's device as they are read."""
         return weights if self._profile is None else self._smoothed(weights, self._profile)
 
     def _smoothed(self, weights: Bucket, profile: Profile) -> Iterator[tuple[str, torch.Tensor]]:
@@ -117,9 +118,9 @@ class Smoothing:
             yield name, profile.apply(name, tensor.to(self._device))
 
     def finish(self) -> int:
-        """How many tensors were smoothed.
+        """Number of tensors that were smoothed.
 
-        Raises Unreadable if the profile names more: the engine then holds no policy at all.
+        Raises Unreadable if a tensor of the profile did not arrive: the engine then holds no valid policy.
         """
         lacking = sorted(self._profile.names - self._changed) if self._profile else []
         if lacking:
@@ -129,7 +130,7 @@ class Smoothing:
 
 
 def profile_here() -> Profile | None:
-    """The profile of this process's engine. Raises Unreadable."""
+    """The profile of this process's engine; None without one. Raises Unreadable if it cannot be read."""
     path = contract.RolloutOptions.here().profile
     return None if path is None else _read(Path(path))
 
@@ -148,7 +149,7 @@ def _plain(layer: torch.nn.Module) -> bool:
     method = getattr(layer, "quant_method", None)
     if isinstance(method, OnlineLinearMethod):
         return _rows(layer) is not None
-    # plain attention prepares scales of its cache, and nothing from weights
+    # plain attention only prepares scales of its cache, nothing that depends on weights
     if type(method) in AS_LOADED or type(layer) is Attention:
         return True
     return method is None and not hasattr(layer, "process_weights_after_loading")
@@ -161,9 +162,9 @@ def _rows(layer: torch.nn.Module) -> Rows | None:
 
 @contextmanager
 def in_place(model: torch.nn.Module, landed: Callable[[], None]) -> Iterator[dict[str, Rows]]:
-    """Within, `model.load_weights` writes into the weights that the engine computes with.
+    """Context in which `model.load_weights` writes directly into the weights that the engine computes with.
 
-    Yields the 8-bit ones by the name of their layer; `landed` is called whenever rows of one were written.
+    Yields the 8-bit weights by the name of their layer. `landed` is called after each write of their rows.
     """
     open_rows: dict[str, Rows] = {}
     for name, layer in model.named_modules():
@@ -182,7 +183,7 @@ def in_place(model: torch.nn.Module, landed: Callable[[], None]) -> Iterator[dic
 
 
 def _into(rows: Rows, loader: Loader, landed: Callable[[], None]) -> Loader:
-    """A weight loader that has vLLM's own copy into `rows` instead of the parameter."""
+    """A weight loader that makes vLLM's own loader write into `rows` instead of the parameter."""
 
     def load(parameter: torch.Tensor, loaded: torch.Tensor, *shard: object) -> None:
         loader(rows, loaded, *shard)
@@ -193,9 +194,10 @@ def _into(rows: Rows, loader: Loader, landed: Callable[[], None]) -> Loader:
 
 @contextmanager
 def _named_once(model: torch.nn.Module) -> Iterator[None]:
-    """Within, modules that load weights list their parameters once instead of for every bucket: half of a refit's time at 32B.
+    """Context in which modules list their parameters once instead of for every bucket.
 
-    Each `load_weights` begins with a walk over all modules (vllm/model_executor/models/qwen2.py:437 in 0.24).
+    Each `load_weights` begins with a walk over all modules (vllm/model_executor/models/qwen2.py:437 in 0.24), which is
+    half of a refit's time at 32B.
     """
     loading = [module for module in model.modules() if hasattr(module, "load_weights")]
     for module in loading:
@@ -216,11 +218,14 @@ def _listed(
 def layerwise(
     model: torch.nn.Module, model_config: Any, device: torch.device, stream: Stream, *, reused: bool = False
 ) -> None:
-    """vLLM's layerwise reload; its loaders keep tensors until their layer is complete, so those of `reused` memory are copied."""
+    """Refit by vLLM's layerwise reload.
+
+    Its loaders keep tensors until their layer is complete, so tensors in `reused` memory are copied.
+    """
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     def load(bucket: Bucket) -> None:
-        # read one by one, as coverage notes which tensor is written where
+        # tensors are read one by one, because coverage records which one is written where
         model.load_weights((name, tensor.clone() if reused else tensor) for name, tensor in bucket)
 
     with torch.device(device):
@@ -231,10 +236,10 @@ def layerwise(
 
 
 def repack_tied_head(model: torch.nn.Module, model_config: Any) -> None:
-    """Give a tied lm_head the new embedding where the kernel keeps a packed copy of its own (vLLM's CPU build).
+    """Update a tied lm_head for which the kernel keeps a separate packed copy (vLLM's CPU build).
 
-    The layerwise reload sees no weights loaded for a tied head and leaves the copy made from the engine's first, dummy
-    weights: the engine then samples uniformly while every metric looks fine
+    The layerwise reload sees no weights loaded for a tied head, and leaves the copy of the engine's initial dummy
+    weights. The engine would then sample uniformly while every metric looks fine
     (vllm/model_executor/layers/vocab_parallel_embedding.py:61).
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -249,7 +254,7 @@ def repack_tied_head(model: torch.nn.Module, model_config: Any) -> None:
 
 
 def describe(model: torch.nn.Module, *, device: torch.device, refits: int, refit_s: float) -> contract.Handshake:
-    """What `model` holds after a refit, counted from its layers."""
+    """The Handshake of `model` after a refit, counted from its layers."""
     import vllm
     from vllm.model_executor.layers.linear import LinearBase
 
@@ -275,7 +280,7 @@ def describe(model: torch.nn.Module, *, device: torch.device, refits: int, refit
 
 
 def log(handshake: contract.Handshake) -> None:
-    """Write a line about a refit to the log, at level INFO."""
+    """Log a refit in one line, at level INFO."""
     contract.logger().info(
         "refit %d took %.3f s: %s, %d of %d linear layers quantized (%d bytes), %s, logits in %s, KV cache %s",
         handshake.refits,

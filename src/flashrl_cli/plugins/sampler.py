@@ -1,8 +1,8 @@
-"""verl's synchronous replay buffer, asking for finished rollouts more often.
+"""verl's synchronous replay buffer with a shorter poll interval.
 
-Stock verl 0.9.1 sleeps 2 s between looks at its queue (verl/trainer/ppo/v1/replay_buffer.py:144), which is nothing
-beside minutes of generation and most of a step of the small default on a CPU. Used through verl's own hook
-`trainer.v1.sampler.custom_sampler`, which does not serve dynamic sampling (`algorithm.filter_groups`).
+Stock verl 0.9.1 sleeps 2 s between polls of its queue (verl/trainer/ppo/v1/replay_buffer.py:144). That is negligible
+beside minutes of generation, but most of a step of the small default run on a CPU. The class is used through verl's
+hook `trainer.v1.sampler.custom_sampler`, which does not support dynamic sampling (`algorithm.filter_groups`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weights on their way from the trainer to the rollout engine in bf16 instead of float32."""
+"""Transfer of weights from the trainer to the rollout engine in bf16 instead of float32."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from flashrl_cli.plugins.cpu import MARK, VERL_VERSION
 
 _READERS = ("verl.utils.model", "verl.workers.engine.fsdp.transformer_impl")
-"""Where the function is, and who imports it by name."""
+"""The modules with the function: the one that defines it and the one that imports it by name."""
 
 
 class InBf16(Mapping[str, Any]):
-    """A state dict whose float32 tensors are cast when they are asked for: a shard at a time, on the trainer's device."""
+    """A state dict that casts each float32 tensor to bf16 on access, shard by shard on the trainer's device."""
 
     def __init__(self, weights: Mapping[str, Any]) -> None:
         self._weights = weights
@@ -36,14 +36,13 @@ class InBf16(Mapping[str, Any]):
 
 
 def send_bf16() -> None:
-    """Halve what a weight update gathers among GPUs and sends to the engine (idempotent).
+    """Halve the bytes that a weight update gathers among GPUs and sends to the engine (idempotent).
 
-    Raises RuntimeError for another verl than 0.9.1.
-
-    verl gathers and sends the trainer's float32 as it is, because some weights of mixtures of experts must keep it
-    (verl/workers/rollout/vllm_rollout/bucketed_weight_transfer.py:127); a dense model's engine casts every weight to
-    bf16, and so does flashrl before it quantizes (plugins/linear.py). The state dict passes through
-    `convert_weight_keys` just before it is gathered (verl/workers/engine/fsdp/transformer_impl.py:1018).
+    verl gathers and sends the trainer's float32 weights unchanged, because some weights of mixtures of experts must
+    stay in float32 (verl/workers/rollout/vllm_rollout/bucketed_weight_transfer.py:127). A dense model's engine casts
+    every weight to bf16, and so does flashrl before it quantizes (plugins/linear.py). The state dict passes through
+    `convert_weight_keys` just before it is gathered (verl/workers/engine/fsdp/transformer_impl.py:1018). Raises
+    RuntimeError for a verl other than 0.9.1.
     """
     if importlib.metadata.version("verl") != VERL_VERSION:
         raise RuntimeError(f"flashrl sends weights in bf16 with verl {VERL_VERSION} only")

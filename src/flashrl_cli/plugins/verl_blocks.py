@@ -1,8 +1,8 @@
-"""FP8 in blocks under measurement: its weights are quantized and loaded by verl's own code, as in a run with such rollouts.
+"""Benchmark of block-wise FP8, whose weights are quantized and loaded by verl's own code as in training.
 
-verl's worker extension patches vLLM when it is made, before the engine builds its layers
-(verl/workers/rollout/vllm_rollout/utils.py:178 in 0.9.1), and `update_weights_from_ipc` (:248) takes the steps that
-`_renew` takes here, with buckets that a trainer sends.
+verl's worker extension patches vLLM when it is created, before the engine builds its layers
+(verl/workers/rollout/vllm_rollout/utils.py:178 in 0.9.1). Its `update_weights_from_ipc` (:248) takes the same steps as
+`_renew` here, with buckets that a trainer sends.
 """
 
 from __future__ import annotations
@@ -29,17 +29,20 @@ if TYPE_CHECKING:
 
 
 class BlocksExtension(BenchExtension, vLLMColocateWorkerExtension):
-    """vLLM worker extension (`worker_extension_cls`) of the benchmark's engines with FP8 in blocks."""
+    """vLLM worker extension (`worker_extension_cls`) of the benchmark's engines with block-wise FP8."""
 
     def _renew(self, stream: Stream, *, reused: bool = False, watched: bool | None = None) -> float:
-        """verl's weight update without its transfer; it keeps no tensor of a bucket, so `reused` changes nothing."""
+        """Run verl's weight update without its transfer; returns seconds.
+
+        It keeps no tensor of a bucket, so `reused` changes nothing.
+        """
         contract.require_vllm(vllm.__version__)
         model, device = self.model_runner.model, self._device()
         coverage = Coverage(model, ties_head=ties_head(self.model_runner.vllm_config.model_config), watched=watched)
         started = time.perf_counter()
 
         def load(bucket: Bucket) -> None:
-            # verl receives them on the device, where its kernel quantizes them
+            # verl receives tensors on the device, where its kernel quantizes them
             here = [(name, tensor.to(device)) for name, tensor in coverage.bucket(bucket)]
             with coverage.noting():
                 self._update_weights(here, peft_config=None, base_sync_done=False)
@@ -53,7 +56,7 @@ class BlocksExtension(BenchExtension, vLLMColocateWorkerExtension):
         return time.perf_counter() - started
 
     def _describe(self, *, refits: int, seconds: float) -> contract.Handshake:
-        """Counted from the layers whose weight and method are FP8 in blocks; without one what the engine holds instead."""
+        """The Handshake, counted from the layers with block-wise FP8; the base class's if there are none."""
         handshake = super()._describe(refits=refits, seconds=seconds)
         blocks = [layer for layer in self.model_runner.model.modules() if _in_blocks(layer)]
         if not blocks:

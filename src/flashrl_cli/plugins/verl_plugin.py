@@ -1,7 +1,8 @@
-"""Entry point `verl.plugins`: verl imports this module in every process of a run (it loads plugins, it does not call them).
+"""Entry point `verl.plugins`: verl imports this module in every process of a run.
 
-Outside a run of flashrl's it does nothing; on a GPU it only has weights sent in bf16, where that loses nothing. verl
-hides an exception raised here behind a debug line, so the launcher proves in the handshake files what really runs.
+verl loads plugins without calling them, so the module acts when it is imported. Outside of a flashrl run it does
+nothing. On a GPU it only makes the trainer send weights in bf16, where that loses nothing. verl logs an exception
+raised here at DEBUG level only, so the launcher uses the handshake files to verify what really runs.
 """
 
 from __future__ import annotations

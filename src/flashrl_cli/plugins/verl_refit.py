@@ -1,7 +1,7 @@
-"""The weight update of verl's rollout workers, through the layerwise reload and with a handshake file.
+"""The weight update of verl's rollout workers: flashrl's refit, with a handshake file.
 
-verl takes the class by a plain override (`rollout.engine_kwargs.vllm.worker_extension_cls`). Its own update loads into
-the live parameters, which quantized layers and vLLM's CPU build do not have any more.
+verl accepts the class by a plain override (`rollout.engine_kwargs.vllm.worker_extension_cls`). verl's own update loads
+into the live parameters, which quantized layers and vLLM's CPU build no longer have.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from flashrl_cli.plugins.refit import Load, describe, log, refit
 
 
 class CheckedWorkerExtension(vLLMColocateWorkerExtension):
-    """verl's worker extension and its own weight update, which fails unless every parameter of the engine was written."""
+    """verl's worker extension and weight update, which fails unless every parameter of the engine was written."""
 
     _coverage: Coverage | None = None
 
     def update_weights_from_ipc(
         self, peft_config: dict[str, Any] | None = None, base_sync_done: bool = False, use_shm: bool = False
     ) -> None:
-        """Receive all buckets of a weight update. Raises Incomplete if they leave a parameter as it was."""
+        """Receive all buckets of a weight update. Raises Incomplete if they leave a parameter unwritten."""
         adapter_alone = peft_config and base_sync_done
         self._coverage = None if adapter_alone else self._new_coverage()
         super().update_weights_from_ipc(peft_config=peft_config, base_sync_done=base_sync_done, use_shm=use_shm)
@@ -35,7 +35,7 @@ class CheckedWorkerExtension(vLLMColocateWorkerExtension):
     def _update_weights(
         self, weights: list[tuple[str, torch.Tensor]], peft_config: dict[str, Any] | None, base_sync_done: bool
     ) -> None:
-        """Load a bucket by verl's code, noting what is written."""
+        """Load a bucket with verl's code, recording what is written."""
         if self._coverage is None:
             super()._update_weights(weights, peft_config=peft_config, base_sync_done=base_sync_done)
             return
@@ -49,7 +49,7 @@ class CheckedWorkerExtension(vLLMColocateWorkerExtension):
 
 
 class RefitWorkerExtension(CheckedWorkerExtension):
-    """verl's worker extension with another `update_weights_from_ipc`; adapters (LoRA) still take verl's way."""
+    """verl's worker extension with flashrl's `update_weights_from_ipc`; adapters (LoRA) still use verl's own update."""
 
     refits = 0
 
@@ -60,7 +60,7 @@ class RefitWorkerExtension(CheckedWorkerExtension):
         if peft_config:
             super().update_weights_from_ipc(peft_config=peft_config, base_sync_done=base_sync_done, use_shm=use_shm)
             return
-        # vLLM's CPU worker leaves it unset
+        # vLLM's CPU worker does not set the device
         self.device: torch.device = self.device or torch.device("cpu")
         device = self.device
         runner = self.model_runner
@@ -79,7 +79,7 @@ class RefitWorkerExtension(CheckedWorkerExtension):
             log(handshake)
 
     def _receive(self, load: Load, device: torch.device, use_shm: bool) -> set[torch.dtype]:
-        """Load every bucket of an update; the dtypes that came."""
+        """Load every bucket of an update, and return the dtypes that arrived."""
         from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 
         dtypes: set[torch.dtype] = set()

@@ -1,7 +1,7 @@
 """Entry point `vllm.general_plugins`: vLLM calls `register` in every process that it starts.
 
-It registers flashrl's quantization methods, has the load of a model's folder checked, and registers the float32
-head where a run asks for it; nothing in runs that are not flashrl's.
+It registers flashrl's quantization methods, checks that loading a model's folder writes every parameter, and registers
+the float32 head if a run asks for it. Outside of a flashrl run it does nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from flashrl_cli import contract
 
 
 def register() -> None:
-    """Register flashrl's quantization methods, and what the run's RolloutOptions ask for, with vLLM (idempotent)."""
+    """Register flashrl's quantization methods and the options of the run's RolloutOptions with vLLM (idempotent)."""
     if contract.plugin_dir() is None:
         return
     from vllm.model_executor.layers.quantization import register_quantization_config

@@ -1,7 +1,7 @@
-"""Whole tensors from disk: an HF folder, verl's FSDP shards, or a LoRA adapter on its base.
+"""Complete tensors from disk: from an HF folder, verl's FSDP checkpoint shards, or a LoRA adapter and its base.
 
-Used by the merge, and by the evaluation's vLLM worker, which must not import more of flashrl than this. torch is
-imported when tensors are read; `check` and `fingerprint` do without it.
+The merge and the evaluation's vLLM worker use this; the latter must not import more of flashrl. torch is imported when
+tensors are read; `check` and `fingerprint` do not need it.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ OF_THE_MODEL = (
     "config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "chat_template*", "*processor_config.json", "*.model", "*.tiktoken", "*.py",
 )  # fmt: skip
-"""Files of an HF folder that change answers as the weights do."""
+"""Files of an HF folder that affect generated answers, as the weights do."""
 _TEXTS = frozenset({"", ".json", ".jinja", ".txt", ".md", ".model", ".tiktoken", ".py", ".yaml", ".yml", ".bpe"})
-"""Ends of names of what may go along: never weights in any form."""
+"""Suffixes of files that may be copied along; no form of weights has them."""
 _ONCE = (
     "*.index.json", "params.json", "trainer_state.json", "*_results.json", PEFT_CONFIG, VERL_META,
 )  # fmt: skip
-"""Texts about this folder's own weights or of the training, and would be wrong in another folder."""
+"""Texts about this folder's weights or about the training, which would be wrong in another folder."""
 _TEMPLATES = "additional_chat_templates"
-"""Folder in which Transformers keeps chat templates with names."""
+"""Folder in which Transformers keeps named chat templates."""
 HEAD = "lm_head.weight"
 _EMBEDDING = "embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Companions:
-    """Files, relative to the folder, that a copy takes along beside the weights, and names of what it leaves behind."""
+    """Files, relative to the folder, that are copied along with the weights, and names of what is left behind."""
 
     taken: tuple[Path, ...]
     left: tuple[str, ...]
 
 
 def companions(hf: Path, without: Collection[str] = ()) -> Companions:
-    """What goes with the model in `hf`: config, tokenizer, chat templates, code and texts, but for the names `without`.
+    """Files that belong to the model in `hf`, except the names `without`.
 
-    Weights in other forms, what a trainer keeps and links that lead nowhere are left behind and named, unless they are
-    hidden. Raises Unreadable for a part of the model that is such a link.
+    They are config, tokenizer, chat templates, code and texts. Weights in other formats, a trainer's files and broken
+    links are left behind, and listed unless they are hidden. Raises Unreadable if a part of the model is a broken link.
     """
     weights = {file.name for file in model_files(hf)} | {INDEX}
     dead = [path.name for path in _parts(hf) if not path.exists()]
@@ -78,12 +78,12 @@ def companions(hf: Path, without: Collection[str] = ()) -> Companions:
 
 
 def beside(hf: Path) -> Iterator[Path]:
-    """Small files of `hf` that change answers."""
+    """Small files of `hf` that affect generated answers."""
     yield from (path for path in _parts(hf) if path.is_file())
 
 
 def _parts(hf: Path) -> list[Path]:
-    """Parts of the model, links that lead nowhere among them, which `Path.glob` passes over."""
+    """Parts of the model, including broken links, which `Path.glob` skips."""
     return sorted(path for path in hf.iterdir() if any(path.match(pattern) for pattern in OF_THE_MODEL))
 
 
@@ -117,11 +117,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """Where the weights of one checkpoint are.
+    """Location of the weights of one checkpoint.
 
-    In `shards` (in order of rank), else in the safetensors of `hf`, which has config and tokenizer in any case. With
-    `adapter` (a folder as PEFT writes it, or the `actor/` of a LoRA run) the adapter is added to the weights of `base`,
-    or to those in the shards.
+    They are in `shards` (in the order of ranks), or else in the safetensors files of `hf`, which contains config and
+    tokenizer in any case. If `adapter` is given (a folder as PEFT writes it, or the `actor/` of a LoRA run), the
+    adapter is added to the weights of `base`, or to those in the shards.
     """
 
     hf: Path
@@ -130,23 +130,23 @@ class Weights:
     base: Path | None = None
 
     def plain(self) -> dict[str, Any]:
-        """The same as plain data, for another process."""
+        """The location as plain data, for another process."""
         names = {name: str(path) for name in ("hf", "adapter", "base") if (path := getattr(self, name))}
         return {**names, "shards": [str(shard) for shard in self.shards]}
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Weights:
-        """The weights that `plain` made."""
+        """The weights from the plain data of `plain`."""
         paths = {name: Path(data[name]) for name in ("hf", "adapter", "base") if name in data}
         return cls(**paths, shards=tuple(map(Path, data["shards"])))
 
     def tensors(self) -> Iterator[tuple[str, Any]]:
-        """Name and whole tensor (on the CPU), one after another, under the names that Transformers gives them.
+        """Yield the name and complete tensor (on the CPU) of each weight, with the names of Transformers.
 
-        An HF folder's as they are stored, all others in bf16, and a tied lm_head left out of those. Files are mapped,
-        and what was used is let go: memory for a few tensors, not for the model. Raises Unreadable before the first
-        tensor for what `accounted` refuses, and where NaN or infinite values are met, after all that is left was looked
-        through for more of them.
+        Tensors of an HF folder keep their stored dtype; all others are in bf16, without a tied lm_head. Files are
+        memory-mapped and released after use, so this needs memory for a few tensors, not for the model. Raises
+        Unreadable before the first tensor for anything that `accounted` refuses. Raises Unreadable for NaN or infinite
+        values when they are met, after the remaining tensors were searched for more of them.
         """
         source = self.accounted()
         files = {name: stored.file for name, stored in source.items()}
@@ -158,11 +158,11 @@ class Weights:
             yield name, tensor
 
     def accounted(self) -> Source:
-        """What `tensors` reads, held against what the architecture has. Raises Unreadable with all that is wrong.
+        """The tensors that `tensors` reads, after comparing them with those of the architecture.
 
-        It costs a look at the files' tables of contents, and for an architecture that was never seen the import of
-        Transformers. Values are not read, but for those of an lm_head that config.json ties to the embedding: the two
-        must be the same.
+        It reads the files' tables of contents and, for an architecture that is not in the cache yet, imports
+        Transformers. Values are not read, except those of an lm_head that config.json ties to the embedding: the two
+        must be equal. Raises Unreadable with all problems.
         """
         self._check_index()
         source = self.source()
@@ -170,7 +170,7 @@ class Weights:
         return source
 
     def source(self) -> Source:
-        """What `tensors` reads, by name, with the shape and dtype of each: nothing is read yet. Raises Unreadable."""
+        """The tensors that `tensors` reads, by name, with shape and dtype, before reading any. Raises Unreadable."""
         if self.adapter:
             return self._adapted(self.adapter)
         if not self.shards:
@@ -183,7 +183,7 @@ class Weights:
         return self._without_tied(source)
 
     def check(self) -> None:
-        """Raise Unreadable for what a look at the files' tables of contents shows to be torn; reads no tensors."""
+        """Raise Unreadable for damage that the files' tables of contents show; reads no tensors."""
         for shard in self.shards:
             if problem := torn(shard):
                 raise Unreadable(f"{shard} is torn: {problem}")
@@ -196,10 +196,10 @@ class Weights:
             raise Unreadable("; ".join(problems))
 
     def fingerprint(self) -> str:
-        """Hex digest that changes with any tensor, the config or the tokenizer, and not with a copy or a date.
+        """Hex digest that depends on the tensors, the config and the tokenizer, but not on paths or dates.
 
-        From the CRC-32s that torch.save leaves in the shards, else from both ends of each tensor: training changes all
-        of a tensor. Raises Unreadable for what is torn.
+        It uses the CRC-32s that torch.save writes into the shards, or else both ends of each tensor, because training
+        changes all of a tensor. Raises Unreadable for damaged files.
         """
         digest = hashlib.sha256()
         for shard in self.shards:
@@ -232,7 +232,10 @@ class Weights:
         return source
 
     def _tied_head(self, source: Source) -> str | None:
-        """Name of an lm_head that the config ties, None without one. Raises Unreadable if it is not the embedding."""
+        """Name of an lm_head that the config ties to the embedding; None without one.
+
+        Raises Unreadable if the two differ.
+        """
         if not ties_head(self.hf, source):
             return None
         embedding = next(name for name in source if name.endswith(_EMBEDDING))
@@ -250,7 +253,7 @@ class Weights:
             yield from model_files(self.base or self.hf)
 
     def _beside(self) -> Iterator[Path]:
-        """Small files that change answers: those of `hf`, the adapter's, and the base's config."""
+        """Small files that affect generated answers: those of `hf`, the adapter's, and the base's config."""
         yield from beside(self.hf)
         if self.adapter:
             yield from (file for name in (PEFT_CONFIG, VERL_META) if (file := self.adapter / name).is_file())
@@ -259,20 +262,20 @@ class Weights:
 
 
 def holds_adapter_alone(shard: Path) -> bool:
-    """Whether a shard of a LoRA run was saved without the base's weights. Raises Unreadable for a torn file."""
+    """Whether a shard of a LoRA run was saved without the base's weights. Raises Unreadable for a damaged file."""
     return not any(text.endswith(".base_layer.weight") for text in texts(shard))
 
 
 def stored_in_float32(shard: Path) -> bool:
-    """Whether a shard holds tensors in float32, which take twice what they take in bf16.
+    """Whether a shard holds float32 tensors, which take twice as many bytes as in bf16.
 
-    Raises Unreadable for a torn file.
+    Raises Unreadable for a damaged file.
     """
     return "torch FloatStorage" in texts(shard)
 
 
 def ties_head(hf: Path, names: Collection[str]) -> bool:
-    """Whether a model holds an lm_head that its config ties to the embedding, so that no reader looks at it."""
+    """Whether a model has an lm_head that its config ties to the embedding, so that readers ignore it."""
     both = HEAD in names and any(name.endswith(_EMBEDDING) for name in names)
     return both and _is_tied(hf)
 

@@ -1,12 +1,12 @@
-"""Whether a checkpoint holds what its architecture expects, judged by names, shapes and dtypes: no tensor is read.
+"""Check that a checkpoint holds what its architecture expects, by names, shapes and dtypes, without reading tensors.
 
-One rule for every command that reads weights: each tensor of the architecture is there, with its shape, in floating
-point, and nothing else is. All that is wrong is reported at once, by tensor and file. Names that a wrapper has changed
-are refused with the fix rather than changed back: the folder would stay unreadable for every other tool.
+All commands that read weights use one rule: each tensor of the architecture is present with its shape and in floating
+point, and there are no others. All problems are reported at once, by tensor and file. Names that a wrapper changed are
+refused with the fix rather than renamed, because the folder would stay unreadable for every other tool.
 
-Transformers builds the architecture from its config without memory for weights. That costs some milliseconds, and
-importing torch and Transformers three to five seconds, so the result is kept in the user's cache, under the config and
-the version of Transformers: an architecture that was seen before costs neither.
+Transformers builds the architecture from its config without memory for weights. That takes some milliseconds, but
+importing torch and Transformers takes three to five seconds. So the result is stored in the user's cache, by the config
+and the version of Transformers, and a known architecture needs no import.
 """
 
 from __future__ import annotations
@@ -31,31 +31,32 @@ from flashrl_cli.weights.reading import FLOATS, Stored
 Shapes = dict[str, tuple[int, ...]]
 _FORMAT = 1
 _VOLATILE = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "attn_implementation"})
-"""Keys of config.json that change no tensor's name or shape."""
+"""Keys of config.json that affect no tensor's name or shape."""
 _PREFIX_OPTIONAL = frozenset({"gpt2", "bloom"})
 """Families whose published weights lack the body's prefix, which readers add (vllm/model_executor/models/gpt2.py)."""
 _OLD_BUFFERS = r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
-"""Buffers that older versions of Transformers saved, and that every reader computes for itself."""
+"""Buffers that older versions of Transformers saved, and that every reader computes itself."""
 _NOT_BUILT = (
-    ValueError, KeyError, TypeError, AttributeError, OSError, ImportError, RuntimeError, AssertionError, ZeroDivisionError,
+    ValueError, KeyError, TypeError, AttributeError, OSError, ImportError, RuntimeError, AssertionError,
+    ZeroDivisionError,
 )  # fmt: skip
-"""What Transformers raises for a config that it makes no model of."""
+"""Exceptions that Transformers raises for a config from which it cannot build a model."""
 WRAPPERS = {
     "_orig_mod.": "as torch.compile leaves them: save the model's _orig_mod",
     "module.": "as DistributedDataParallel leaves them: save the model's module",
     "base_model.model.": "as PEFT leaves them: save the model after merge_and_unload()",
 }
-"""Prefixes that a wrapper puts before all names, and what to do about it."""
+"""Prefixes that a wrapper puts before all names, and the fix for each."""
 _PART = re.compile(r".*-\d+-of-(\d+)\.safetensors")
 _LISTED = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """Names and shapes of a model's tensors, in each form that its weights are saved in (experts fused or one by one).
+    """Names and shapes of a model's tensors, in each form in which they are saved (experts fused or one by one).
 
-    `optional` are names that may lack, because they are tied to others; `ignored` are patterns of names that no reader
-    looks at; `integers` are names of the few tensors that hold no floating-point numbers.
+    `optional` are names that may be missing, because they are tied to others; `ignored` are patterns of names that no
+    reader uses; `integers` are names of the few tensors that hold no floating-point numbers.
     """
 
     forms: tuple[Shapes, ...]
@@ -64,15 +65,15 @@ class Expected:
     integers: frozenset[str]
 
     def form(self, found: Mapping[str, object]) -> Shapes:
-        """The form that has the most names in common with the tensors that are there."""
+        """The form that has the most names in common with the tensors that were found."""
         return max(self.forms, key=lambda form: len(form.keys() & found.keys()))
 
     def ignores(self, name: str) -> bool:
-        """Whether a tensor may be there that the model does not have."""
+        """Whether a tensor may be present although the model does not have it."""
         return any(re.search(pattern, name) for pattern in self.ignored)
 
     def text(self) -> str:
-        """The same as JSON."""
+        """The expected tensors as JSON."""
         return json.dumps(
             {
                 "forms": self.forms,
@@ -84,7 +85,7 @@ class Expected:
 
     @classmethod
     def of(cls, text: str) -> Expected:
-        """What `text` made. Raises ValueError, KeyError or TypeError for anything else."""
+        """The expected tensors from the JSON of `text`. Raises ValueError, KeyError or TypeError for anything else."""
         data = json.loads(text)
         return cls(
             forms=tuple({name: tuple(shape) for name, shape in form.items()} for form in data["forms"]),
@@ -95,9 +96,9 @@ class Expected:
 
 
 def expected(hf: Path) -> Expected | None:
-    """What the config of an HF folder asks for; None where the architecture is unknown or the weights are quantized.
+    """The tensors that an HF folder's config implies; None if the architecture is unknown or the weights are quantized.
 
-    No code of the folder's is run. Raises Unreadable for a config that cannot be read.
+    No code in the folder is run. Raises Unreadable for a config that cannot be read.
     """
     config = read_json(hf / "config.json")
     if "quantization_config" in config or not config.get("model_type"):
@@ -119,14 +120,14 @@ def _of_config(text: str) -> Expected | None:
 
 
 def _cache(text: str) -> Path:
-    """File in which what this config makes is kept."""
+    """Cache file of the architecture that this config describes."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     made_by = json.dumps([_FORMAT, metadata.version("transformers"), text])
     return root / "flashrl" / "architectures" / f"{hashlib.sha256(made_by.encode()).hexdigest()[:24]}.json"
 
 
 def _keep(file: Path, text: str) -> None:
-    """Write the cache, whole or not at all; one that cannot be written costs time, and nothing else."""
+    """Write the cache file atomically; a failure to write it only costs time, and is ignored."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".part", delete=False, encoding="utf-8") as out:
@@ -144,7 +145,7 @@ def _built(config: dict[str, Any]) -> Expected | None:
 
     try:
         found = _quietly(transformers.AutoConfig.for_model, **config)
-        found._attn_implementation = "eager"  # the trainer's may not be installed here
+        found._attn_implementation = "eager"  # the trainer's attention may not be installed here
         kind = _class(transformers, found)
         if kind is None:
             return None
@@ -167,7 +168,7 @@ def _built(config: dict[str, Any]) -> Expected | None:
 
 
 def _quietly(make: Callable[..., Any], *given: Any, **named: Any) -> Any:
-    """What a function of Transformers makes, without its remarks on the config."""
+    """The result of a function of Transformers, without its warnings about the config."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -179,7 +180,7 @@ def _quietly(make: Callable[..., Any], *given: Any, **named: Any) -> Any:
 
 
 def _class(transformers: Any, config: Any) -> Any:
-    """The model's class: the one that its config names, else its family's causal language model; None if unknown."""
+    """The model's class: the one that its config names, or else its family's causal language model; None if unknown."""
     named = (getattr(config, "architectures", None) or [None])[0]
     if named:
         return getattr(transformers, named, None)
@@ -191,7 +192,7 @@ def _shapes(tensors: Mapping[str, Any]) -> Shapes:
 
 
 def _ignored(model: Any) -> Iterator[str]:
-    """Patterns of names that the model, or a part of it, leaves unread."""
+    """Patterns of names that the model or one of its parts ignores."""
     for module in model.modules():
         yield from getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
 
@@ -200,11 +201,10 @@ Found = Mapping[str, Stored]
 
 
 def account(hf: Path, found: Found, expected: Expected | None) -> None:
-    """Compare the tensors that are there with those that the architecture has.
+    """Compare the tensors that were found with those of the architecture.
 
-    Raises Unreadable naming all tensors that lack, are too many or empty, or have another shape or kind of number.
-    Where the architecture is unknown (`expected` None), wrappers and empty tensors are looked for, and nothing else can
-    be.
+    Raises Unreadable naming all tensors that are missing, unexpected or empty, or have another shape or kind of number.
+    If the architecture is unknown (`expected` is None), only wrappers and empty tensors are detected.
     """
     problems = list(_wrapped(found, expected)) or [
         *_empty(found),
@@ -215,7 +215,7 @@ def account(hf: Path, found: Found, expected: Expected | None) -> None:
 
 
 def index_problems(hf: Path) -> list[str]:
-    """What an index and the files that it names do not agree in; nothing without an index. Raises Unreadable."""
+    """Disagreements between an index and the files that it names; empty without an index. Raises Unreadable."""
     if not (hf / INDEX).is_file():
         return []
     try:
@@ -242,7 +242,7 @@ def _index_and_file(file: str, named: set[str], there: set[str]) -> Iterator[str
 
 
 def _wrapped(found: Found, expected: Expected | None) -> Iterator[str]:
-    """A prefix that all names have, unless the architecture has it."""
+    """Yield the prefix of a wrapper that all names share, unless the architecture has it."""
     for prefix, fix in WRAPPERS.items():
         named = [name for name in found if name.startswith(prefix)]
         if named and len(named) == len(found) and not (expected and expected.form(found).keys() & found.keys()):
@@ -281,7 +281,7 @@ def _misshapen(names: Sequence[str], found: Found, wanted: Shapes) -> Iterator[s
 
 
 def _elsewhere(hf: Path, missing: Sequence[str]) -> str:
-    """A note on a safetensors file of the folder that holds missing tensors, and that no index names."""
+    """A note on a safetensors file of the folder that holds missing tensors but is in no index."""
     for file in sorted(hf.glob("*.safetensors")):
         try:
             if set(missing) & table(file)[0].keys():
@@ -298,7 +298,7 @@ def not_finite(names: Sequence[str], files: Mapping[str, Path | None]) -> Unread
 
 
 def some(names: Sequence[str]) -> str:
-    """The first names of a list, and how many more there are."""
+    """The first names of a list, and the number of the others."""
     return ", ".join(names[:_LISTED]) + _more(names)
 
 

@@ -1,4 +1,4 @@
-"""What is in the files of a checkpoint, read without torch or the tensors: complete or torn, changed or not."""
+"""Contents of checkpoint files, read without torch or the tensors, to detect damage and changes."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _DAMAGED = "truncated or damaged"
 _NO_ARCHIVE = (
     zipfile.BadZipFile, ValueError, struct.error, zlib.error, EOFError, NotImplementedError, RuntimeError,
 )  # fmt: skip
-"""What zipfile raises for bytes that are no whole archive."""
+"""Exceptions of zipfile for bytes that are not a complete archive."""
 _SAMPLE = 4096
 INDEX = "model.safetensors.index.json"
-"""File of an HF folder that names the file of each tensor, where there are several."""
+"""File of an HF folder that maps each tensor to its file, if there are several files."""
 
 
 class Unreadable(Exception):
-    """Weights that cannot be read, and why, with the file named."""
+    """Weights cannot be read; the message says why and names the file."""
 
 
 def model_files(hf: Path) -> list[Path]:
-    """The safetensors files of an HF folder: those that its index names, else the one there is. Raises Unreadable."""
+    """The safetensors files of an HF folder: those that its index names, or else the single one. Raises Unreadable."""
     index = hf / INDEX
     if not index.is_file():
         return [hf / "model.safetensors"]
@@ -38,15 +38,15 @@ def model_files(hf: Path) -> list[Path]:
 
 
 def is_missing(file: Path) -> bool:
-    """Whether a file is not there or empty; a link that leads nowhere, or in a circle, is not there."""
+    """Whether a file is missing or empty; a broken or circular link counts as missing."""
     return not file.is_file() or not file.stat().st_size
 
 
 def torn(file: Path) -> str | None:
-    """What is wrong with a file that torch.save wrote: `missing`, `empty`, `truncated or damaged`; None if it is whole.
+    """What is wrong with a file of torch.save: `missing`, `empty`, `truncated or damaged`; None if it is complete.
 
-    Such a file is a zip whose list of contents is at its end, so that a cut is found in milliseconds. Zeros in the
-    middle of a file of the right length are not found.
+    Such a file is a zip archive with its table of contents at the end, so truncation is found in milliseconds. Zeros in
+    the middle of a file of the right length are not found.
     """
     try:
         if not file.stat().st_size:
@@ -56,14 +56,14 @@ def torn(file: Path) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
     except OSError as error:
-        # a damaged list of contents sends zipfile to places before the file's start
+        # a damaged table of contents makes zipfile seek to before the file's start
         return _DAMAGED if error.errno == errno.EINVAL else f"unreadable ({error.strerror or error})"
     except _NO_ARCHIVE:
         return _DAMAGED
 
 
 def _is_whole(archive: zipfile.ZipFile) -> bool:
-    """Whether the archive holds a pickle with its checksum, and each tensor starts where the list of contents says."""
+    """Whether the archive has a pickle with a valid checksum, and all tensors start at the offsets of its table."""
     pickles = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
     if len(pickles) != 1:
         return False
@@ -74,7 +74,7 @@ def _is_whole(archive: zipfile.ZipFile) -> bool:
 
 
 def texts(file: Path) -> set[str]:
-    """Every text in the pickle of a file of torch.save's, the names of its tensors among them; it is not run.
+    """Every string in the pickle of a torch.save file, which include its tensors' names; the pickle is not executed.
 
     Raises Unreadable.
     """
@@ -89,9 +89,9 @@ def texts(file: Path) -> set[str]:
 
 
 def checksums(shard: Path) -> bytes:
-    """Name, size and CRC-32 of everything in a file of torch.save's, whatever the file is called.
+    """Name, size and CRC-32 of all members of a torch.save file, independent of the file's name.
 
-    Raises Unreadable if it is torn.
+    Raises Unreadable if it is damaged.
     """
     if problem := torn(shard):
         raise Unreadable(f"{shard} is torn: {problem}")
@@ -101,9 +101,9 @@ def checksums(shard: Path) -> bytes:
 
 
 def table(file: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of its tensors, and where their bytes start. Raises Unreadable if it is torn.
+    """The table of a safetensors file, and the offset of its tensors' bytes. Raises Unreadable if it is damaged.
 
-    The format: the length of the table in 8 bytes, the table as JSON, and the tensors' bytes without gaps.
+    The format is the length of the table in 8 bytes, the table as JSON, and the tensors' bytes without gaps.
     """
     size = 0
     try:
@@ -123,13 +123,13 @@ def table(file: Path) -> tuple[dict[str, Any], int]:
 
 
 def shapes(hf: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in an HF folder's safetensors files. Raises Unreadable for one that lacks or is torn."""
+    """Shapes of the tensors in an HF folder's safetensors files. Raises Unreadable for a missing or damaged file."""
     tables = (table(file)[0] for file in model_files(hf))
     return {name: tuple(entry["shape"]) for found in tables for name, entry in found.items()}
 
 
 def metadata(file: Path) -> dict[str, str]:
-    """What the writer of a whole safetensors file says beside its tensors."""
+    """The metadata of a complete safetensors file."""
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         found: dict[str, str] = json.loads(stream.read(length)).get("__metadata__", {})
@@ -137,7 +137,7 @@ def metadata(file: Path) -> dict[str, str]:
 
 
 def samples(file: Path) -> bytes:
-    """Digest of a safetensors file's table and of both ends of each tensor. Raises Unreadable if it is torn."""
+    """Digest of a safetensors file's table and of both ends of each tensor. Raises Unreadable if it is damaged."""
     entries, start = table(file)
     digest = hashlib.sha256(json.dumps(entries, sort_keys=True).encode())
     with file.open("rb") as stream:
@@ -150,7 +150,7 @@ def samples(file: Path) -> bytes:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises Unreadable."""
+    """The object in a JSON file. Raises Unreadable for anything else."""
     try:
         data = json.loads(read_bytes(file))
     except ValueError:
@@ -161,7 +161,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_bytes(file: Path) -> bytes:
-    """What is in a small file. Raises Unreadable."""
+    """The bytes of a small file. Raises Unreadable if it cannot be read."""
     try:
         return file.read_bytes()
     except OSError as error:

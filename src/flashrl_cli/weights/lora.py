@@ -1,7 +1,8 @@
-"""A LoRA adapter added to the matrices of its base: W + alpha / r * B @ A (arXiv 2106.09685, section 4.1), in float32.
+"""LoRA adapters added to the matrices of their base: W + alpha / r * B @ A in float32.
 
-As PEFT writes it (adapter_config.json, adapter_model.safetensors), or as verl does: the state dict of the wrapped model
-in shards, and lora_train_meta.json. What is more than that in an adapter is refused by name, not left out.
+The formula is that of arXiv 2106.09685, section 4.1. Adapters are read as PEFT writes them (adapter_config.json,
+adapter_model.safetensors), or as verl does: the state dict of the wrapped model in shards, and lora_train_meta.json.
+Anything else in an adapter is refused by name, not ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from flashrl_cli.weights.contents import Unreadable, read_json
 from flashrl_cli.weights.reading import Source, Stored, in_bf16, is_finite
 
 VERL_META = "lora_train_meta.json"
-"""Rank and alpha of LoRA shards (verl/utils/checkpoint/fsdp_checkpoint_manager.py:129)."""
+"""File with the rank and alpha of LoRA shards (verl/utils/checkpoint/fsdp_checkpoint_manager.py:129)."""
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 
@@ -28,14 +29,14 @@ _HARMLESS = frozenset({
     "peft_version", "auto_mapping", "megatron_core", "runtime_config", "qalora_group_size", "eva_config", "bias",
     "init_lora_weights",
 })  # fmt: skip
-"""Settings of PEFT's that are applied here, or that do not change what the two matrices do to a weight."""
+"""Settings of PEFT that are applied here, or that do not affect how the two matrices change a weight."""
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Ways to start an adapter that change the base's weights too (peft/tuners/lora/layer.py, reset_lora_parameters)."""
+"""Adapter initializations that change the base's weights, too (peft/tuners/lora/layer.py, reset_lora_parameters)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What the matrices of an adapter are multiplied by, their rank, and whether weights are stored transposed."""
+    """The factor of an adapter's matrices, their rank, and whether weights are stored transposed."""
 
     folder: Path
     rank: int
@@ -66,7 +67,7 @@ class Adapter:
         return cls(folder, rank, scale, bool(config.get("fan_in_fan_out")))
 
     def add(self, whole: Source, lora: Source) -> Source:
-        """`whole` in bf16, and changed where `lora` has matrices. Raises Unreadable for a matrix without a weight."""
+        """`whole` in bf16, with the products of `lora` added. Raises Unreadable for a matrix without a base weight."""
         pairs: dict[str, dict[str, Stored]] = {}
         for name, matrix in lora.items():
             match = _MATRIX.fullmatch(name)
@@ -104,7 +105,7 @@ def is_lora(name: str) -> bool:
 
 
 def unwrapped(name: str) -> str:
-    """A tensor's name in the model that PEFT has wrapped."""
+    """A tensor's name in the model before PEFT wrapped it."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 

@@ -1,10 +1,11 @@
-"""A smoothing profile: factors by which rows and columns of a model's tensors are multiplied before quantization.
+"""Smoothing profiles: factors that scale rows and columns of a model's tensors before quantization.
 
-It knows names and no architecture: for tensor NAME, `NAME.columns` [K] and `NAME.rows` [N] in float32, in a safetensors
-file whose metadata record what it was made of. Every scale is a power of two, so that smoothing changes exponents
-alone: it is exact in bf16 and in float32, and a model that is smoothed and not quantized computes the same bits.
+A profile refers to tensor names only, not to an architecture. For a tensor NAME it holds `NAME.columns` [K] and
+`NAME.rows` [N] in float32, in a safetensors file whose metadata describe how it was made. Every scale is a power of
+two, so smoothing changes exponents only: it is exact in bf16 and in float32, and a model that is smoothed but not
+quantized computes the same bits.
 
-torch is imported when tensors are smoothed; reading and checking do without it.
+torch is imported when tensors are smoothed; reading and checking do not need it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from flashrl_cli.weights.contents import Unreadable, metadata, table
 
 SCHEMA_VERSION = 1
 META = "flashrl_profile"
-"""Key of the safetensors metadata under which a profile describes itself, as JSON."""
+"""Key of the safetensors metadata that holds a profile's description, as JSON."""
 SHAPE = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -33,12 +34,11 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class About:
-    """What a profile was made of.
+    """How a profile was made.
 
-    `alpha` None means chosen layer by layer; `tokens` and `samples` count what was run through the model.
-
-    `shape` holds the model's SHAPE keys, `fingerprint` is `Weights.fingerprint`'s of it, `versions` those of the
-    packages that made it, `rows` the SHA-256 of the token ids that were run; profiles of before have none.
+    If `alpha` is None, it was chosen layer by layer. `tokens` and `samples` count the calibration data. `shape` holds
+    the model's SHAPE keys, `fingerprint` its `Weights.fingerprint`, `versions` the package versions, and `rows` the
+    SHA-256 of the calibration token ids (empty in older profiles).
     """
 
     model: str
@@ -53,7 +53,7 @@ class About:
     schema_version: int = SCHEMA_VERSION
 
     def metadata(self) -> dict[str, str]:
-        """The metadata of the profile's file: one key, because safetensors writes several in any order."""
+        """The metadata of the profile's file: a single key, because safetensors writes several keys in any order."""
         return {META: json.dumps(asdict(self))}
 
 
@@ -61,20 +61,20 @@ class About:
 class Profile:
     """A profile on disk.
 
-    `lengths` maps each tensor to the lengths of its scales: (columns, rows), None for one that it lacks.
+    `lengths` maps each tensor to the lengths of its scales (columns, rows), with None for a missing one.
     """
 
     path: Path
     about: About
     lengths: Mapping[str, tuple[int | None, int | None]]
     _scales: dict[Any, dict[str, tuple[Any, Any]]] = field(default_factory=dict, init=False, compare=False, repr=False)
-    """Scales by name, for each device and dtype that tensors came in."""
+    """Scales by name, for each device and dtype of the tensors."""
 
     @classmethod
     def read(cls, path: Path) -> Profile:
         """The profile in a file.
 
-        Raises Unreadable for a file that is missing, torn, or no profile with sound scales.
+        Raises Unreadable for a file that is missing, damaged, or not a profile with valid scales.
         """
         entries, start = table(path)
         about = _about(path)
@@ -93,11 +93,11 @@ class Profile:
 
     @property
     def names(self) -> frozenset[str]:
-        """The tensors that it changes."""
+        """Names of the tensors that the profile changes."""
         return frozenset(self.lengths)
 
     def suits(self, config: Mapping[str, Any]) -> str | None:
-        """Why it is of another model than the one with this config.json, or None."""
+        """Why the profile belongs to another model than the one with this config.json; None if it suits the model."""
         for key, wanted in self.about.shape.items():
             found = config.get(key)
             if None not in {wanted, found} and found != wanted:
@@ -105,7 +105,7 @@ class Profile:
         return None
 
     def fits(self, shapes: Shapes) -> str | None:
-        """Why it cannot be applied to tensors of these shapes, or None."""
+        """Why the profile cannot be applied to tensors of these shapes; None if it can."""
         for name, lengths in sorted(self.lengths.items()):
             if name not in shapes:
                 return f"it smooths {name}, which the model lacks"
@@ -114,10 +114,10 @@ class Profile:
         return None
 
     def apply(self, name: str, tensor: Any) -> Any:
-        """`tensor`, smoothed in new memory on its own device and in its dtype; itself, if the profile does not name it.
+        """The smoothed `tensor` in new memory, or `tensor` itself if the profile does not name it.
 
-        One multiplication in place of a copy, two where both rows and columns have scales. Raises Unreadable for
-        another shape.
+        The result has the tensor's device and dtype. It takes one multiplication instead of a copy, or two if both rows
+        and columns have scales. Raises Unreadable for a wrong shape.
         """
         if name not in self.lengths:
             return tensor
@@ -145,7 +145,7 @@ class Profile:
 
 
 def _misfit(name: str, lengths: tuple[int | None, int | None], shape: Sequence[int]) -> str | None:
-    """Why scales of these lengths do not fit a tensor: [N, K], or [N] where there are no columns."""
+    """Why scales of these lengths do not fit a tensor of shape [N, K], or [N] without columns."""
     columns, rows = lengths
     if len(shape) in {1, 2} and rows in {None, shape[0]} and (columns is None or list(shape[1:]) == [columns]):
         return None
@@ -167,7 +167,7 @@ def _about(path: Path) -> About:
 
 
 def _check_scales(path: Path, start: int) -> None:
-    """Raise Unreadable unless every scale, that is all bytes beyond the file's table, is a positive power of two."""
+    """Raise Unreadable unless every scale, that is every value after the file's table, is a positive power of two."""
     scales = array("f")
     scales.frombytes(path.read_bytes()[start:])
     for scale in set(scales):

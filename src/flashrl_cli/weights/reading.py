@@ -1,7 +1,7 @@
-"""Tensors out of files, one at a time: a file is mapped, not read, and each tensor's part of it is let go when used.
+"""Reading of tensors one at a time: files are memory-mapped, and each tensor's part is released after use.
 
 Shards are joined as `python -m verl.model_merger merge` joins them (verl/model_merger/fsdp_model_merger.py): along
-their placement, replicated copies taken once. Unlike there, files are read with `weights_only`.
+their placement, with replicated copies used once. Unlike there, files are read with `weights_only`.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from typing import Any
 from flashrl_cli.weights.contents import Unreadable, table
 
 _DTYPES = {
-    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.int64": "I64",
-    "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8", "torch.bool": "BOOL",
+    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
+    "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8",
+    "torch.bool": "BOOL",
 }  # fmt: skip
-"""Dtypes of torch's to safetensors' names for them."""
+"""safetensors' names of torch's dtypes."""
 _TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FLOATS = frozenset(_TORCH)
 _PIECE = 2 * 2**20
-"""Bytes that are held of a file that is copied."""
+"""Bytes in memory of a file that is being copied."""
 _FORBIDDEN = re.compile(r"GLOBAL (\S+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """A tensor that is still in its file: what it will be (`dtype` as safetensors names it), and what reads it, once.
+    """A tensor that is still in its file: its shape and `dtype` (as safetensors names it), and its one-time reader.
 
-    `file` is the file, or the folder of shards that hold it in parts; `parts` gives these as they are mapped, as often
-    as it is called.
+    `file` is the file, or the folder of the shards that hold it in parts. `parts` returns these as memory-mapped
+    tensors, as often as it is called.
     """
 
     shape: tuple[int, ...]
@@ -46,11 +47,11 @@ class Stored:
 
 
 Source = dict[str, Stored]
-"""Tensors by their names."""
+"""Stored tensors by name."""
 
 
 def from_safetensors(files: Iterable[Path]) -> Source:
-    """The tensors of safetensors files as they are stored. Raises Unreadable for a torn file."""
+    """The tensors of safetensors files, with their stored dtypes. Raises Unreadable for a damaged file."""
     from safetensors import SafetensorError, safe_open
 
     source: Source = {}
@@ -75,9 +76,9 @@ def _sliced(opened: Any, name: str, file: Path) -> Stored:
 
 
 def copied(file: Path, target: Path) -> list[str]:
-    """Copy a safetensors file to a new one; the names of its tensors with NaN or infinite values, seen while they pass.
+    """Copy a safetensors file to a new one, and return the names of its tensors with NaN or infinite values.
 
-    Raises Unreadable where `file` cannot be read, OSError where `target` cannot be written.
+    Raises Unreadable if `file` cannot be read, and OSError if `target` cannot be written.
     """
     import torch
 
@@ -99,7 +100,7 @@ def copied(file: Path, target: Path) -> list[str]:
 
 
 def _next(source: RawIOBase, view: memoryview, file: Path) -> memoryview:
-    """`view`, filled with the next bytes of a file."""
+    """Fill `view` with the next bytes of a file. Raises Unreadable at the file's end."""
     done = 0
     while done < len(view):
         try:
@@ -113,9 +114,9 @@ def _next(source: RawIOBase, view: memoryview, file: Path) -> memoryview:
 
 
 def from_shards(shards: Sequence[Path], *, exact: bool = False) -> Source:
-    """The tensors that the state dicts of all ranks hold in parts, in bf16 or, `exact`, as they are stored.
+    """The tensors whose parts are in the state dicts of all ranks, in bf16 or, if `exact`, in their stored dtype.
 
-    Raises Unreadable, here or when one is read.
+    Raises Unreadable, here or when a tensor is read.
     """
     ranks = [_load(shard) for shard in shards]
     everywhere = set.intersection(*map(set, ranks))
@@ -139,14 +140,14 @@ def _in_parts(name: str, ranks: list[dict[str, Any]], shard: Path, *, exact: boo
 
 
 def _local(part: Any) -> Any:
-    """What one rank holds of a tensor."""
+    """The local part of a tensor on one rank."""
     return part.to_local() if hasattr(part, "to_local") else part
 
 
 def equal(one: Stored, other: Stored) -> bool:
-    """Whether two tensors in files have the same values.
+    """Whether two stored tensors have the same values.
 
-    Raises ValueError for those that are made while they are read.
+    Raises ValueError for tensors that are computed while they are read.
     """
     if one.parts is None or other.parts is None:
         raise ValueError("only what is in a file can be compared before it is read")
@@ -164,17 +165,19 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def is_finite(tensor: Any) -> bool:
-    """Whether a tensor holds neither NaN nor infinite values, in one pass; 8-bit ones and integers pass."""
+    """Whether a tensor has neither NaN nor infinite values, in one pass; 8-bit values and integers always pass."""
     import torch
 
-    if not tensor.is_floating_point() or tensor.itemsize < 2 or not tensor.numel():  # no minimum of 8-bit values
+    if (
+        not tensor.is_floating_point() or tensor.itemsize < 2 or not tensor.numel()
+    ):  # torch has no minimum of 8-bit floats
         return True
-    # NaN is passed on by minimum and maximum; isfinite().all() takes 20 times as long
+    # minimum and maximum propagate NaN; isfinite().all() takes 20 times as long
     return all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(tensor)).tolist())
 
 
 def in_bf16(source: Source) -> Source:
-    """`source` whose tensors are in bf16, as far as they are floating-point."""
+    """`source` with its floating-point tensors in bf16."""
     return {
         name: replace(one, dtype=_rounded_dtype(one.dtype), read=partial(_read_in_bf16, one.read), parts=None)
         for name, one in source.items()
@@ -214,7 +217,10 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 def _join(name: str, ranks: list[dict[str, Any]], *, exact: bool) -> Any:
-    """One tensor from its parts, which the ranks let go: joined along the sharded dimension, else the first copy."""
+    """One tensor from its parts: joined along the sharded dimension, or else the first copy.
+
+    The parts are removed from the ranks' state dicts.
+    """
     from torch.distributed.tensor import DTensor
 
     parts = [rank.pop(name) for rank in ranks]
@@ -231,7 +237,7 @@ def _joined(name: str, parts: list[Any], *, exact: bool) -> Any:
     import torch
 
     first = parts[0]
-    *outer, placement = first.placements  # a mesh of two dimensions is (replicas, shards)
+    *outer, placement = first.placements  # a device mesh with two dimensions is (replicas, shards)
     if placement.is_partial() or not all(one.is_replicate() for one in outer):
         raise Unreadable(f"{name} is placed as {first.placements}, not sharded along one dimension")
     mesh = first.device_mesh.mesh
@@ -240,7 +246,7 @@ def _joined(name: str, parts: list[Any], *, exact: bool) -> Any:
         raise Unreadable(f"{name} is spread over {mesh.numel()} ranks, and there are shards of {len(parts)}")
     local = [parts[rank].to_local() for rank in of_one_replica]
     if not exact:
-        local = [_rounded(part) for part in local]  # before they are joined, which takes half the memory
+        local = [_rounded(part) for part in local]  # rounded before joining, which halves the memory
     whole = torch.cat(local, dim=placement.dim) if placement.is_shard() else local[0]
     if whole.shape != first.shape:
         raise Unreadable(f"{name} is {tuple(whole.shape)} when joined, not {tuple(first.shape)}")

@@ -1,4 +1,4 @@
-"""The numbers of a Hugging Face config.json that decide how large a decoder is, and its parameter counts."""
+"""The sizes of a decoder from its Hugging Face config.json, and its parameter counts."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ REQUIRED = {
     "vocab": "vocab_size",
     "max_positions": "max_position_embeddings",
 }
-"""Attributes of a shape and the fields of config.json without which there is none."""
+"""Attributes of a shape and the required fields of config.json that they come from."""
 UNSUPPORTED = ("text_config", "kv_lora_rank", "linear_num_value_heads", "ssm_state_size", "num_nextn_predict_layers")
-"""Fields of models that are no plain decoder (images, latent or linear attention): a guess would be far off."""
+"""Fields of models that are not plain decoders (images, latent or linear attention), for which a guess would be far
+off.
+"""
 GEMMA = {"gemma": 2, "gemma2": 4, "gemma3_text": 4}
-"""Norms a layer of the architectures whose embeddings are tied unless config.json says otherwise."""
+"""Norms per layer of the architectures whose embeddings are tied unless config.json says otherwise."""
 QK_NORM = {"qwen3", "qwen3_moe", "gemma3_text"}
 QKV_BIAS = {"qwen2", "qwen2_moe"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """A decoder: sizes in elements, `intermediate` of the dense MLP, `expert_intermediate` of one expert."""
+    """Shape of a decoder: `intermediate` is the width of the dense MLP, `expert_intermediate` of one expert."""
 
     architecture: str
     layers: int
@@ -41,9 +43,9 @@ class ModelShape:
     experts_per_token: int = 0
     expert_intermediate: int = 0
     shared_intermediate: int = 0
-    """Of the expert that sees every token (qwen2_moe); 0 for none."""
+    """Width of the expert that every token uses (qwen2_moe); 0 for none."""
     dense_layers: int = 0
-    """Layers of a mixture-of-experts model that have a dense MLP instead."""
+    """Number of layers of a mixture-of-experts model that have a dense MLP instead."""
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: bool = False
@@ -51,42 +53,42 @@ class ModelShape:
 
     @property
     def query_size(self) -> int:
-        """Width of all query heads together."""
+        """Total width of all query heads."""
         return self.heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
-        """Width of all key (or value) heads together."""
+        """Total width of all key (or value) heads."""
         return self.kv_heads * self.head_dim
 
     @property
     def expert_layers(self) -> int:
-        """Layers whose MLP is a mixture of experts."""
+        """Number of layers whose MLP is a mixture of experts."""
         return self.layers - self.dense_layers if self.experts else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameters:
-    """Parameter counts of a whole model; `head` is 0 where it is tied to the embeddings."""
+    """Parameter counts of a complete model; `head` is 0 if it is tied to the embeddings."""
 
     embeddings: int
     linear: int
-    """Weights of attention and dense MLPs: what rollouts quantize."""
+    """Weights of attention and dense MLPs, which rollouts quantize."""
     experts: int
     other: int
-    """Norms, biases, routers."""
+    """Parameters of norms, biases and routers."""
     head: int
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Total number of parameters."""
         return self.embeddings + self.linear + self.experts + self.other + self.head
 
 
 def of_config(config: Mapping[str, Any]) -> ModelShape:
-    """Shape of a model from its config.json; an unknown architecture with the usual fields counts as a Llama.
+    """Shape of a model from its config.json; an unknown architecture with the usual fields is treated as a Llama.
 
-    Raises ValueError that names the fields which are missing, or which make the model something else.
+    Raises ValueError naming the fields that are missing, or that show another kind of model.
     """
     kind = str(config.get("model_type", "unknown"))
     if strange := [field for field in UNSUPPORTED if config.get(field)]:
@@ -116,7 +118,7 @@ def _number(config: Mapping[str, Any], field: str) -> int | None:
 
 
 def _mixture(config: Mapping[str, Any], layers: int) -> dict[str, int]:
-    """Fields of a mixture of experts, under Qwen's or Mixtral's names; empty for a dense model."""
+    """Fields of a mixture of experts, with Qwen's or Mixtral's names; empty for a dense model."""
     experts = _number(config, "num_experts") or _number(config, "num_local_experts")
     if not experts:
         return {}
@@ -132,7 +134,7 @@ def _mixture(config: Mapping[str, Any], layers: int) -> dict[str, int]:
 
 
 def parameters(shape: ModelShape) -> Parameters:
-    """Parameter counts of the model. A gated MLP has three matrices, attention four."""
+    """Parameter counts of the model; a gated MLP has three matrices, attention four."""
     table = shape.vocab * shape.hidden
     attention = 2 * shape.hidden * (shape.query_size + shape.kv_size)
     dense = shape.layers - shape.expert_layers

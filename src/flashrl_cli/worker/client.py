@@ -1,4 +1,4 @@
-"""The command line's side of a worker process: start it, give it orders, and end it with all that it started."""
+"""The client side of a worker process: start it, send it orders, and end it with all its child processes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from flashrl_cli.verl.logs import notable, root_error
 from flashrl_cli.worker import protocol
 
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-"""Keeps vLLM's scheduler in the worker itself; a process of its own costs memory and the time to start it."""
+"""Keeps vLLM's scheduler in the worker itself; a separate process costs memory and start-up time."""
 _ENDING_S = 60.0
-"""Seconds that the kernel may take to free the memory of a killed process on a busy machine."""
+"""Time limit in seconds for the kernel to free the memory of a killed process on a busy machine."""
 _READ_LINES = 400
 _TAIL_LINES = 15
 _WIDTH = 300
@@ -33,24 +33,27 @@ Process = subprocess.Popen[bytes]
 
 
 class Worker:
-    """A running worker process, `who` in messages; `hints` are fixes by a cause's id (verl.causes), for when it dies."""
+    """A running worker process.
+
+    `who` names it in messages; `hints` are fixes by the id of a cause (verl.causes), for the case that it dies.
+    """
 
     def __init__(self, process: Process, log: Path, who: str, hints: Mapping[str, str]) -> None:
         self._process, self._log, self._who, self._hints = process, log, who, hints
 
     @property
     def pid(self) -> int:
-        """Its process id, which is that of its group."""
+        """Its process id, which is also its group's."""
         return self._process.pid
 
     def ask(self, order: Mapping[str, Any], *, limit_s: float | None = None) -> Iterator[dict[str, Any]]:
-        """Give an order; its events as they come, up to one of protocol.LAST.
+        """Send an order and yield its events as they arrive, up to one of protocol.LAST.
 
-        Raises the error that the process reports, and RunFailed if it died or did not end the order within `limit_s`
+        Raises the error that the process reports, and RunFailed if it died or did not finish the order within `limit_s`
         seconds.
         """
         orders, events = self._process.stdin, self._process.stdout
-        with contextlib.suppress(BrokenPipeError):  # a process that died says why below
+        with contextlib.suppress(BrokenPipeError):  # why a process died is reported below
             if orders:
                 orders.write(protocol.line(order).encode())
                 orders.flush()
@@ -68,7 +71,7 @@ class Worker:
 
     @contextlib.contextmanager
     def _limited(self, seconds: float | None) -> Iterator[threading.Event]:
-        """Within, the process is ended after `seconds`, which sets the event."""
+        """Context in which the process is ended after `seconds`, which also sets the yielded event."""
         late = threading.Event()
 
         def end() -> None:
@@ -96,9 +99,9 @@ def worker(
     who: str,
     hints: Mapping[str, str],
 ) -> Iterator[Worker]:
-    """`python -m module JOB`, with the job's file in the folder `work` and all other output at the end of `log`.
+    """Run `python -m module JOB` as a worker, with the job's file in `work` and other output appended to `log`.
 
-    However the caller leaves, nothing stays running. Raises EnvironmentNotReady where it could not make its sockets.
+    No process is left when the context ends. Raises EnvironmentNotReady if the worker could not create its sockets.
     """
     system.check_sockets(env)
     argv = [sys.executable, "-m", module, str(protocol.write_job(work, job))]
@@ -111,8 +114,8 @@ def environment(
 ) -> dict[str, str]:
     """Environment of a process with a vLLM engine: offline, and with flashrl's plugin for vLLM.
 
-    The plugin's handshakes go to the folder `plugins`. `devices` are as in CUDA_VISIBLE_DEVICES; `fixed` variables are
-    set whatever the user's environment says, `defaults` are not.
+    The plugin writes its handshakes to the folder `plugins`. `devices` is a value of CUDA_VISIBLE_DEVICES. `fixed`
+    variables override the user's environment, `defaults` do not.
     """
     ours = {contract.ENV_PLUGIN_DIR: str(plugins), "HF_HUB_OFFLINE": "1"}
     visible = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
@@ -122,7 +125,7 @@ def environment(
 
 @contextlib.contextmanager
 def group(argv: Sequence[str], env: Mapping[str, str], stderr: int = subprocess.DEVNULL) -> Iterator[Process]:
-    """A process with pipes to its stdin and stdout, in a group of its own, which is killed when the caller leaves."""
+    """Run a process with pipes to its stdin and stdout in a separate process group, which is killed at the end."""
     process = subprocess.Popen(
         argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, start_new_session=True
     )
@@ -143,7 +146,10 @@ def _kill_group(process: Process) -> None:
 
 
 def died(code: int, log: Path, *, who: str, hints: Mapping[str, str]) -> RunFailed:
-    """The error for a process `who` that ended with exit code `code` before its work was done; `hints` by a cause's id."""
+    """The error for a process that ended with exit code `code` before it had finished.
+
+    `who` names it in the message; `hints` are fixes by the id of a cause (verl.causes).
+    """
     lines = files.last_lines(log, _READ_LINES)
     cause = next((found for line in lines if (found := cause_in(line)) and found.id in hints), None)
     if cause:

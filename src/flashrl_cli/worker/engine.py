@@ -1,6 +1,6 @@
-"""The one place that starts a vLLM engine, and what all that hold one need: new weights, tokenizers and stop tokens.
+"""The only place that starts a vLLM engine, with the functions that all its users share.
 
-Imported in worker processes only.
+These are refits, tokenizers and stop tokens. It is imported in worker processes only.
 """
 
 from __future__ import annotations
@@ -12,38 +12,38 @@ from typing import Any
 from flashrl_cli.weights import Unreadable, read_json
 
 CPU_MEMORY = 0.2
-"""Share of the machine's memory that vLLM's CPU worker insists on being free; the KV cache has its own size."""
+"""Fraction of the machine's memory that vLLM's CPU worker requires to be free; the KV cache has a separate size."""
 Messages = list[dict[str, str]]
 
 
 class Spoilt(Unreadable):
-    """Weights that turned out to be unreadable when some of them were in the engine already."""
+    """Weights turned out to be unreadable after some of them were already loaded into the engine."""
 
 
 def start(model: str, *, on_cpu: Mapping[str, Any], on_gpu: Mapping[str, Any], **arguments: Any) -> Any:
-    """vLLM's `LLM` for the HF folder `model`: bf16 activations, dummy weights, and tokens in and out instead of text.
+    """vLLM's `LLM` for the HF folder `model`: bf16 activations, dummy weights, and token ids instead of text.
 
-    `arguments` are vLLM's, `on_cpu` and `on_gpu` those for one kind of machine; they win over what is usual here.
+    `arguments` are passed to vLLM, with `on_cpu` or `on_gpu` for the present device; they override the defaults here.
     """
     from vllm import LLM
 
     usual = {"dtype": "bfloat16", "load_format": "dummy", "skip_tokenizer_init": True}
-    # a CPU has no graphs to capture
+    # there are no CUDA graphs to capture on a CPU
     cpu = {"enforce_eager": True, "gpu_memory_utilization": CPU_MEMORY, **on_cpu}
     return LLM(**{"model": model, **usual, **arguments, **(cpu if is_cpu() else on_gpu)})
 
 
 def is_cpu() -> bool:
-    """Whether vLLM computes on the CPU here."""
+    """Whether vLLM computes on the CPU in this process."""
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())
 
 
 def refit(llm: Any, source: Mapping[str, Any]) -> dict[str, Any]:
-    """Have all ranks read `source` (a Weights as plain data); the first's contract.Handshake, as plain data.
+    """Refit all ranks from `source` (a Weights as plain data), and return the first rank's Handshake as plain data.
 
-    Raises Unreadable for weights that no rank took, Spoilt if the engine holds no complete policy after that.
+    Raises Unreadable for weights that no rank loaded, and Spoilt if the engine then holds no complete policy.
     """
     ranks: list[dict[str, Any]] = llm.collective_rpc("load_from_disk", args=(source,))
     failed = [rank for rank in ranks if "unreadable" in rank]
@@ -67,16 +67,16 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 def tokens_of(tokenizer: Any, prompt: Messages) -> list[int]:
-    """Token ids of a prompt by a tokenizer's chat template, up to where the response begins."""
+    """Token ids of a prompt in a tokenizer's chat template, up to the start of the response."""
     tokens: list[int] = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     return tokens
 
 
 def stop_tokens(folder: Path, tokenizer: Any) -> list[int]:
-    """Ids that end a response: the tokenizer's, and those of generation_config.json or else of config.json.
+    """Token ids that end a response: the tokenizer's, and those of generation_config.json or else of config.json.
 
-    Raises Unreadable. Transformers and vLLM take the file as it is where there is one; what the model's config names as
-    its ends is taken here even if the file names none.
+    Transformers and vLLM use generation_config.json alone if it exists. Here the end tokens of the model's config are
+    used even if that file names none. Raises Unreadable if a file cannot be read.
     """
     file = folder / "generation_config.json"
     config = read_json(folder / "config.json")

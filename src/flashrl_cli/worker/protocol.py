@@ -1,9 +1,9 @@
-"""What the command line and a worker process say to each other.
+"""The protocol between the command line and a worker process.
 
 A worker is `python -m MODULE JOB.json`. The job is one JSON object in a file that is written before the process starts.
-Orders are JSON objects, one a line, on its stdin; the process ends itself when that closes. Events are JSON objects,
-one a line, on its stdout, with a key `event`. Any number of them answers an order, up to one of LAST, or up to `error`,
-with which the process ends.
+Orders are JSON objects, one per line, on the worker's stdin; the process ends when that closes. Events are JSON
+objects, one per line, on its stdout, with a key `event`. An order is answered by any number of events, up to one of
+LAST, or up to `error`, with which the process ends.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 from flashrl_cli import errors, files
 
 LAST = frozenset({"done", "skipped", "restart"})
-"""Events that end an order."""
+"""Events that complete an order."""
 ERROR = "error"
 
 
 def write_job(folder: Path, job: Mapping[str, Any]) -> Path:
-    """Write the job file of a worker into its folder; returns the file."""
+    """Write the job file of a worker into its folder, and return its path."""
     file = folder / "job.json"
     files.write_json(file, job)
     return file
@@ -34,12 +34,12 @@ def read_job(file: Path) -> dict[str, Any]:
 
 
 def line(message: Mapping[str, Any]) -> str:
-    """An order or an event as one line."""
+    """An order or an event as one line of JSON."""
     return json.dumps(message) + "\n"
 
 
 def error_event(error: errors.FlashrlError) -> dict[str, Any]:
-    """The event that reports an error which the user can act on."""
+    """The event that reports an error on which the user can act."""
     return {"event": ERROR, "kind": type(error).__name__, "message": error.message, "hint": error.hint}
 
 

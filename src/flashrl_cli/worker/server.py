@@ -1,4 +1,4 @@
-"""The worker process's side: orders from stdin, events to stdout, and an end that is certain."""
+"""The server side of a worker process: orders from stdin, events to stdout, and a reliable exit."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def run(serve: Callable[[dict[str, Any], Orders, Emit], None]) -> None:
-    """Have `serve(job, orders, emit)` work on the job that the command line names; the process ends when it returns.
+    """Run `serve(job, orders, emit)` for the job that the command line names; the process ends when it returns.
 
-    An error that the user can act on goes to the command line as an event, any other to the log as a traceback.
+    An error on which the user can act is sent to the command line as an event; any other is logged with its traceback.
     """
     orders, emit = begin()
     try:
@@ -43,9 +43,9 @@ def run(serve: Callable[[dict[str, Any], Orders, Emit], None]) -> None:
 
 
 def begin() -> tuple[Orders, Emit]:
-    """Orders as they come, and how to send events.
+    """The stream of orders, and the function that sends events.
 
-    From here on the process ends with its parent, and at once with any error.
+    From this call on the process ends with its parent, and immediately at any error.
     """
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(lines,), daemon=True).start()
@@ -54,15 +54,16 @@ def begin() -> tuple[Orders, Emit]:
 
 
 def end_with_parent(number: int) -> None:
-    """Have the kernel send signal `number` to this process when its parent dies; only Linux does."""
+    """Make the kernel send signal `number` to this process when its parent dies; this works on Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def _events() -> Emit:
-    """Keep stdout for events, and send what libraries print there to stderr, which is the log.
+    """Reserve stdout for events, and redirect what libraries print there to stderr, which is the log.
 
-    What vLLM forks must not hold it: the command line learns of this process's end by the end of its events.
+    Processes that vLLM forks must not inherit the events' pipe: the command line recognizes this process's end by the
+    end of that pipe.
     """
     stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -76,20 +77,21 @@ def _events() -> Emit:
 
 
 def _end_with_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A failure ends the process at once: what vLLM has started might hold it for ever.
+    """Print a traceback and end the process immediately.
 
-    torch.distributed calls this with `sys.stderr` replaced by a buffer, to put the rank before each line
-    (torch/distributed/distributed_c10d.py, `_distributed_excepthook`).
+    Processes that vLLM started might otherwise block its exit forever. torch.distributed calls this with `sys.stderr`
+    replaced by a buffer, to put the rank before each line (torch/distributed/distributed_c10d.py,
+    `_distributed_excepthook`).
     """
     traceback.print_exception(kind, error, trace, file=sys.__stderr__)
     os._exit(ExitCode.FAILED)
 
 
 def _listen(lines: queue.SimpleQueue[bytes]) -> None:
-    """Pass orders on, and end with the other side.
+    """Pass orders on, and end the process when the other side closes the pipe.
 
-    Taking vLLM down in order takes seconds, and nothing of it is needed any more. Without `sys.stdin`: its lock, held
-    by a waiting reader, would be held for ever in what vLLM forks.
+    Shutting vLLM down in order would take seconds, and nothing of it is needed any more. This does not use `sys.stdin`:
+    its lock, held by a waiting reader, would stay locked forever in processes that vLLM forks.
     """
     rest = b""
     while chunk := os.read(0, 1 << 16):
