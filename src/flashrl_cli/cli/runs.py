@@ -279,7 +279,8 @@ def export(
         return
     out.text(str(target))
     out.say(
-        f"{counted(made.tensors, 'tensor')}, {counted(made.parameters, 'parameter')}, {binary_size(made.bytes)}, {made.compared}"
+        f"{counted(made.tensors, 'tensor')}, {counted(made.parameters, 'parameter')}, {binary_size(made.bytes)}, "
+        f"{made.compared}"
     )
     if url:
         out.say(f"uploaded to {url}")
