@@ -126,7 +126,7 @@ def write(weights: Weights, folder: Path) -> Written:
 
 
 def take_along(hf: Path, folder: Path) -> tuple[str, ...]:
-    """Copy config, tokenizer and texts of an HF folder; names what was not copied. Raises Unreadable, OSError."""
+    """Copy config, tokenizer and texts of an HF folder; returns names of what is left. Raises Unreadable, OSError."""
     found = companions(hf, without=(layout.FSDP_CONFIG, layout.LORA))
     for name in found.taken:
         (folder / name).parent.mkdir(exist_ok=True)

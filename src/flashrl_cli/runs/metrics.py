@@ -120,7 +120,7 @@ class RunMetrics:
 
     @property
     def resumed_after(self) -> tuple[int, ...]:
-        """Steps after which later attempts resumed, where the metrics of both attempts are part of the history."""
+        """Steps after which later attempts resumed, unless a still later attempt went back before them."""
         attempts = ([metrics.step for metrics in logged if metrics.trained] for logged in self.attempts.values())
         began = [min(steps) - 1 for steps in attempts if steps]
         later = {step for index, step in enumerate(began[1:], start=2) if all(step < after for after in began[index:])}

@@ -72,7 +72,7 @@ class Attempt:
     argv: tuple[str, ...] = ()
     """The flashrl command line."""
     plan_hash: str = ""
-    """SHA-256 of the settings that determine what the plan trains (`train.review.plan_hash`)."""
+    """SHA-256 of the settings that determine what the plan trains (`train.launch.plan_hash`)."""
     resumed_from: int | None = None
     """Step of the checkpoint that the attempt resumed from."""
     last_step: int | None = None
