@@ -35,7 +35,9 @@ def bench(
         typer.Option(
             "--rollout",
             metavar="KIND,...",
-            help=f"{joined(PRECISIONS, 'or')}, each with any of +kv8 (FP8 KV cache), +head32 (float32 logits), +smooth.",
+            help=(
+                f"{joined(PRECISIONS, 'or')}, each with any of +kv8 (FP8 KV cache), +head32 (float32 logits), +smooth."
+            ),
         ),
     ] = "bf16,int8",
     batch: Annotated[

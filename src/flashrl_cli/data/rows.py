@@ -338,7 +338,7 @@ class BadRows:
         return [*found[:_KINDS], *more]
 
     def check(self, name: str, after: str = "") -> None:
-        """Raise InputError if there was any fault; `name` names the rows' owner, `after` the consequence."""
+        """Raise InputError if there was any fault; `name` says whose rows they are, `after` names the consequence."""
         if self.count:
             rows = counted(self.count, "row")
             raise InputError(

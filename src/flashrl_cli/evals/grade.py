@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 _THIN = re.compile(r"\{,\}|(?:,?\\[,!;:]\s*)(?=\d{3}(?!\d))")
 """Separators that LaTeX puts between thousands, in addition to the plain comma."""
 _NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]}])-\s?)?(?:\\?\$\s?)?(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<!\d)\.\d+)"
+    r"(?P<sign>(?<![\w)\]}])-\s?)?(?:\\?\$\s?)?"
+    r"(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<!\d)\.\d+)"
 )
 _AFTER_HASHES = re.compile(r"####[ \t]*([^\n]*)")
 _AFTER_ANSWER = re.compile(r"answer[ \t]*:[ \t]*([^\n]*)", re.IGNORECASE)

@@ -231,12 +231,16 @@ than a mismatch is wrong.
 """
 
 SOURCES = {
-    "verl": "verl 0.9.1, verl/trainer/ppo/rollout_corr_helper.py:717-759, 952-1001; verl/utils/debug/metrics.py:116-119",
+    "verl": (
+        "verl 0.9.1, verl/trainer/ppo/rollout_corr_helper.py:717-759, 952-1001; verl/utils/debug/metrics.py:116-119"
+    ),
     "Kish": "L. Kish, Survey Sampling, 1965: effective sample size (sum w)² / sum w²; verl's over capped weights: :757",
     "Ionides": "E. L. Ionides, Truncated Importance Sampling, JCGS 17 (2008) 295: the bias is the weight above the cap",
     "Yao": "F. Yao et al., 2025, fengyao.notion.site/off-policy-rl: noise goes with the square of the weight",
     "Pinsker": "Pinsker's inequality, and Cauchy and Schwarz: mean |r - 1| from the KL and from the second moment",
-    "Scarf": "H. Scarf, A min-max solution of an inventory problem, 1958: the most weight above a cap, given two moments",
+    "Scarf": (
+        "H. Scarf, A min-max solution of an inventory problem, 1958: the most weight above a cap, given two moments"
+    ),
     "mean": "mean of p/q over samples of q is the sum of p where q > 0, which is at most 1",
 }
 """Sources of the rules, by the name that sentences give in brackets."""

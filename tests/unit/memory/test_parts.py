@@ -1,4 +1,4 @@
-"""The shares of a GPU's memory: states, passes and the engine, each held against arithmetic by hand or a measurement."""
+"""The parts of a GPU's memory: states, passes and the engine, each compared with arithmetic or a measurement."""
 
 from __future__ import annotations
 
