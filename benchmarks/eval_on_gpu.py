@@ -89,8 +89,9 @@ def make(size: str, seed: int, folder: Path, tokenizer: Path, *, shard: bool) ->
 
 
 class Memory:
-    """Peaks of a process tree's anonymous memory and of the GPU's, in GiB, sampled ten times a second while it is
-    entered.
+    """Peaks in GiB of a process tree's anonymous memory and of the GPU's memory.
+
+    Memory is sampled ten times a second while the context is open.
     """
 
     def __init__(self, pid: int) -> None:

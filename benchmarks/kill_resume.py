@@ -1,10 +1,10 @@
-"""Runs killed with KILL at random moments, then resumed until they end: does anything get lost, or stay behind?
+"""Kill runs at random moments and resume them until they end, to check that nothing is lost or left behind.
 
     python benchmarks/kill_resume.py [--kills 20] [--per-run 5] [--steps 6] [--jobs 1] [--latest-s 130] [--out FILE]
 
 Needs `flashrl prepare tiny`. Each run trains the preset tiny (INT8, TIS), saving every step, and ends at --steps or a
-little later. An attempt is struck at a random time: flashrl itself, the guardian, or any process of the tree gets KILL.
-What then must hold: the attempt ends by itself within two minutes (or is not touched by it, goes on, and is struck
+little later. At a random time flashrl itself, the guardian, or any process of the tree gets KILL.
+Then the following must hold: the attempt ends by itself within two minutes (or is not touched by it, goes on, and is struck
 again), no process is left, the next attempt resumes from the newest complete step, and in the end every step has its
 metrics.
 """

@@ -1,5 +1,4 @@
-"""One point of refit_gpu.py, in a process of its own: an engine with dummy weights, refitted and timed, or its tokens
-per second.
+"""Run one point of refit_gpu.py in a separate process: refits of an engine with dummy weights, or its tokens per second.
 
 PYTHONPATH=.:src:SITE python benchmarks/refit_points.py POINT OUT
 """
@@ -52,8 +51,9 @@ def names(found: ModelShape) -> Iterator[Sizes]:
 
 
 def packed(sizes: Iterator[Sizes], room: int) -> Iterator[list[tuple[str, tuple[int, ...], int, int]]]:
-    """Buckets of (name, size, first element, elements) that fit into `room` elements, filled as verl's sender fills
-    them.
+    """Buckets of (name, size, first element, elements) that fit into `room` elements.
+
+    They are filled in the same way as by verl's sender.
     """
     bucket: list[tuple[str, tuple[int, ...], int, int]] = []
     offset = 0
@@ -174,8 +174,9 @@ class RefitBench:
         ]
 
     def bench_same(self) -> dict[str, Any]:
-        """Whether both ways leave the same bits in every weight, from buckets that all differ; at the start none is
-        right.
+        """Whether both ways leave the same bits in every weight.
+
+        All buckets differ, and at the start no weight is right.
         """
         import torch
 
@@ -255,8 +256,9 @@ def measure_refit(size: str, precision: str, dtype: str, folder: str) -> dict[st
 
 
 def measure_speed(size: str, precision: str, sequences: list[int], new: int, folder: str) -> dict[str, Any]:
-    """Output tokens a second, end to end, of so many prompts of 512 random tokens that get `new` tokens each; three
-    times.
+    """Output tokens per second, end to end, measured three times.
+
+    Each of the prompts has 512 random tokens and gets `new` tokens.
     """
     import numpy as np
     from vllm import SamplingParams

@@ -125,7 +125,7 @@ def refits(results: Results) -> str:
 
 
 def weight_updates(results: Results) -> str:
-    """Whole weight updates: seconds by machine, the median and its rounds' least and greatest."""
+    """Complete weight updates: seconds by machine, the median and its rounds' least and greatest."""
     runs = results("weight_update")["runs"]
     found = [{point["variant"]: point for point in run["points"]} for run in runs]
     variants = dict.fromkeys(variant for points in found for variant in points)
