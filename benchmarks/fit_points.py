@@ -28,7 +28,7 @@ UTILIZATION, SEQUENCES, BATCHED_TOKENS, MAX_LEN = 0.95, 256, 16384, 2048
 
 
 class EngineFacts:
-    """vLLM worker extension: what the worker knows of its own memory."""
+    """vLLM worker extension: reports the memory that the worker measured."""
 
     def fit_facts(self) -> dict[str, int | None]:
         import torch

@@ -5,9 +5,9 @@
 Writes models of Qwen2.5-1.5B's shapes with random weights (28 layers: 3.1 GB in bf16) into a temporary folder under
 --work, which needs twice that. `cp` and the quantization take turns. Cold: all pages of the model are dropped from the
 cache before. Seconds are a command's own until it ends; `core` leaves out the start of Python and torch, which no `cp`
-has and which is reported separately. Neither side waits for the disk; `synced` counts until all is on it. `cpu` is what a
-command took of the cores, its start included, whatever else runs. A virtual machine gives free memory back to its host
-and pays seconds for each GB that it takes again, so both sides begin right after a copy of the model was made and
+has and which is reported separately. Neither side waits for the disk; `synced` counts until all is on it. `cpu` is what
+a command took of the cores, its start included, whatever else runs. A virtual machine gives free memory back to its
+host and pays seconds for each GB that it takes again, so both sides begin right after a copy of the model was made and
 removed, whose memory they find: the quantization with Python and torch started.
 """
 

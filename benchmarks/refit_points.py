@@ -1,4 +1,6 @@
-"""Run one point of refit_gpu.py in a separate process: refits of an engine with dummy weights, or its tokens per second.
+"""Run one point of refit_gpu.py in a separate process: refits of an engine, or its tokens per second.
+
+The engine has dummy weights.
 
 PYTHONPATH=.:src:SITE python benchmarks/refit_points.py POINT OUT
 """
@@ -86,7 +88,7 @@ class RefitBench:
         import torch
 
         kind: torch.dtype = getattr(torch, dtype)
-        # verl sends what fills no bucket alone, through memory of its own
+        # verl sends a tensor that does not fit into a bucket separately, through other memory
         room = max(BUCKET // kind.itemsize, shape(size).vocab * shape(size).hidden)
         self.buffer = torch.empty(room, dtype=kind, device=self.device)
         self._fill(0)
@@ -118,7 +120,7 @@ class RefitBench:
 
         runner = self.model_runner
         arguments = (runner.model, runner.vllm_config.model_config, self.device)
-        # the whole of the old way: copies out of the buffer, then vLLM's layerwise reload
+        # the complete old way: copies out of the buffer, then vLLM's layerwise reload
         chosen = refit.refit if how == "in place" else refit.layerwise
         chosen(*arguments, lambda load: self._stream(load, **options), reused=True)
 

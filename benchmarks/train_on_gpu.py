@@ -69,7 +69,7 @@ def judged(steps: list[dict[str, Any]], wanted: int) -> list[str]:
 
 
 def run_case(case: str, steps: int, extra: list[str], limit: float) -> dict[str, Any]:
-    """One run, ended after `limit` seconds; what it told."""
+    """One run, ended after `limit` seconds; its result."""
     argv = command(case, steps, extra)
     started = time.monotonic()
     with Path(f"{case}.err").open("w", encoding="utf-8") as errors:
