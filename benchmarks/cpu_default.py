@@ -1,6 +1,6 @@
-"""How fast the CPU default is: from start to the first step, and seconds a step by phase.
+"""Measure the CPU default: seconds from start to the first step, and seconds per step by phase.
 
-Medians over runs, kept as JSON.
+Medians over runs are stored as JSON.
 
     python benchmarks/cpu_default.py [--runs 3] [--steps 8] [--out benchmarks/results/cpu_default.json]
 

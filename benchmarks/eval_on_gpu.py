@@ -1,12 +1,12 @@
-"""The evaluation engine on a GPU: seconds and memory to take a checkpoint from disk, and whether answers are a fresh
-engine's.
+"""Measure how the evaluation engine loads checkpoints on a GPU, and compare its answers with a fresh engine's.
 
-    PYTHONPATH=src:SITE python benchmarks/eval_on_gpu.py [--out benchmarks/results/eval_on_gpu.json] [--sizes 0.5b,7b] [PATTERN...]
+    PYTHONPATH=src:SITE python benchmarks/eval_on_gpu.py [--out benchmarks/results/eval_on_gpu.json] \\
+        [--sizes 0.5b,7b] [PATTERN...]
 
-For each size of Qwen2.5 two checkpoints with weights of their own are made: a float32 shard as verl saves it for one
-rank (all of it, so that it is the most there is to read), and a bf16 folder. One engine takes both, each twice, in
-turn. PATTERNs name checkpoints of a policy that adds: the same in each of --rollouts, with greedy answers, and then
-each is taken by an engine of its own.
+It measures the seconds and the memory of loading a checkpoint from disk. For each size of Qwen2.5 two checkpoints with
+different weights are made: a float32 shard as verl saves it for one rank (all of the model, which is the most there is
+to read), and a bf16 folder. One engine loads both alternately, each twice. PATTERNs name checkpoints of a policy that
+adds: they are loaded in the same way in each of --rollouts, with greedy answers, and then each by a separate engine.
 """
 
 from __future__ import annotations
@@ -89,8 +89,9 @@ def make(size: str, seed: int, folder: Path, tokenizer: Path, *, shard: bool) ->
 
 
 class Memory:
-    """Peaks of a process tree's anonymous memory and of the GPU's, in GiB, sampled ten times a second while it is
-    entered.
+    """Peaks in GiB of a process tree's anonymous memory and of the GPU's memory.
+
+    Memory is sampled ten times a second while the context is open.
     """
 
     def __init__(self, pid: int) -> None:

@@ -1,11 +1,10 @@
-"""Ten checkpoints evaluated by `flashrl eval`, and as one does it by hand: merge each to a folder, start vLLM on it,
-grade.
+"""Compare `flashrl eval` of ten checkpoints with evaluation by hand: merge each, start vLLM on it, grade.
 
     python benchmarks/eval_vs_merge.py [--checkpoints 10] [--prompts 256] [--out benchmarks/results/eval_vs_merge.json]
 
 Needs `flashrl prepare tiny`, and an idle machine. The checkpoints are verl's own (FSDPCheckpointManager): the tiny
-policy with a noise that grows with the step. By hand, a step is `python -m verl.model_merger merge`, then a new process
-with vLLM, greedy, and verl's scorer. That engine runs as vLLM starts it by default, in a process of its own, and once
+policy with noise that grows with the step. By hand, a step is `python -m verl.model_merger merge`, then a new process
+with vLLM, greedy, and verl's scorer. That engine runs in a separate process, which is vLLM's default, and once
 more in one process (as flashrl's does), which takes less to start. All must find the same accuracies, to the last
 digit; 1 is returned if they do not.
 """
@@ -108,7 +107,7 @@ def answer(folder: Path, data: Path, prompts: int) -> float:
 
 
 def by_hand(run: Path, step: int, work: Path, prompts: int) -> ByHand:
-    """Merge and answer, each in a process of its own."""
+    """Merge and answer, each in a separate process."""
     merged, out = work / f"merged-{step}", work / f"accuracy-{step}.json"
     actor = run / f"global_step_{step}" / "actor"
     merge = ["-m", "verl.model_merger", "merge", "--backend", "fsdp"]
@@ -139,7 +138,7 @@ def by_flashrl(run: Path, work: Path, prompts: int) -> tuple[float, dict[int, fl
 
 
 def timed(argv: list[str], env: dict[str, str], stdout: Path | None = None) -> float:
-    """Seconds of `python ARGV`; what it says is shown only if it fails, and ends this script then."""
+    """Seconds of `python ARGV`; its output is shown only if it fails, which ends this script."""
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, *argv], check=False, env={**os.environ, **env}, capture_output=True, encoding="utf-8"
@@ -183,7 +182,7 @@ def compare(checkpoints: int, prompts: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Compare, tell, and keep the result; 1 if both sides did not find the same."""
+    """Compare, print and store the result; returns 1 if the two sides differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoints", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=256)

@@ -1,12 +1,12 @@
-"""The memory estimate against a GPU: weights and KV tokens that vLLM reports, and the peak of a training step under
-FSDP.
+"""Compare the memory estimate with a GPU: vLLM's weights and KV tokens, and the peak of a training step under FSDP.
 
-    PYTHONPATH=src:SITE python benchmarks/fit_on_gpu.py --out benchmarks/results/fit_on_gpu.json [--points POINT,POINT] [--budget 520]
+    PYTHONPATH=src:SITE python benchmarks/fit_on_gpu.py --out benchmarks/results/fit_on_gpu.json \\
+        [--points POINT,POINT] [--budget 520]
 
 A point is `train:SIZE:STRATEGY:TOKENS:KIND` or `engine:SIZE:PRECISION`: SIZE one of Qwen2.5's (7b/4: its first four
 layers), STRATEGY fsdp or fsdp2, KIND ckpt (gradient checkpointing), plain (without) or fused (with verl's fused head),
-PRECISION one of rollouts. Weights are random. Every point runs in a process of its own (fit_points.py) and is written
-as soon as it is known; one that no longer fits into the budget is left out.
+PRECISION one of rollouts. Weights are random. Every point runs in a separate process (fit_points.py) and is written as
+soon as it is known; points that no longer fit into the budget are left out.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def run_point(point: str, folder: Path, limit: float) -> dict[str, Any]:
     if not out.exists():
         return {"point": point, "failed": f"exit {code}", "seconds": seconds, "log": text[-3000:]}
     said = re.findall(
-        r"(?:Model loading took|Available KV cache memory|GPU KV cache size|Graph capturing finished|Sleep mode freed).*",
+        r"(?:Model loading took|Available KV cache memory|GPU KV cache size|Graph capturing finished|"
+        r"Sleep mode freed).*",
         text,
     )
     return {"point": point, **json.loads(out.read_text()), "exit": code, "seconds": seconds, "log": said}

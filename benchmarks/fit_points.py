@@ -1,4 +1,4 @@
-"""One point of fit_on_gpu.py, in a process of its own: measure, estimate, compare, write.
+"""Run one point of fit_on_gpu.py in a separate process: measure, estimate, compare, write.
 
 python benchmarks/fit_points.py POINT OUT
 """
@@ -28,7 +28,7 @@ UTILIZATION, SEQUENCES, BATCHED_TOKENS, MAX_LEN = 0.95, 256, 16384, 2048
 
 
 class EngineFacts:
-    """vLLM worker extension: what the worker knows of its own memory."""
+    """vLLM worker extension: reports the memory that the worker measured."""
 
     def fit_facts(self) -> dict[str, int | None]:
         import torch
@@ -89,9 +89,7 @@ def trainer_settings(actor: EngineSettings, length: int, rollout: RolloutSetting
 
 
 def run_engine(size: str, precision: str, out: Path) -> None:
-    """Start vLLM as verl does (sleep mode, CUDA graphs) and write what it says; then put it to sleep and say what it
-    keeps.
-    """
+    """Start vLLM as verl does (sleep mode, CUDA graphs), and write its memory while it runs and while it sleeps."""
     settings = engine_settings(precision).rollout
     register()
     from vllm import LLM
@@ -136,8 +134,9 @@ def register() -> None:
 
 
 def arguments(precision: str) -> dict[str, Any]:
-    """What vLLM is given for a precision; fp8-block as verl gives it
-    (workers/rollout/vllm_rollout/vllm_async_server.py:1254).
+    """Arguments of vLLM for a precision.
+
+    Those of fp8-block are verl's (workers/rollout/vllm_rollout/vllm_async_server.py:1254).
     """
     row = PRECISIONS[precision]
     if row.vllm_config:
@@ -241,8 +240,9 @@ def sharded(model: Any, strategy: str, device: str) -> Any:
 
 
 def loss(model: Any, count: int, vocab: int, kind: str, device: str) -> Any:
-    """A policy-gradient-like loss of one packed sequence of `count` tokens; its logits die with this function, as in
-    verl.
+    """A policy-gradient-like loss of one packed sequence of `count` tokens.
+
+    Its logits are freed when this function returns, as in verl.
     """
     import torch
 
@@ -260,8 +260,9 @@ def wanted_of(kind: str) -> dict[str, Any]:
 
 
 def log_probs(logits: Any, labels: Any) -> Any:
-    """Log-probs [T] of labels under logits [T, V], through verl's own function where it can be imported without
-    flash-attn.
+    """Log-probs [T] of labels under logits [T, V].
+
+    They are computed by verl's own function where it can be imported without flash-attn.
     """
     try:
         from verl.utils.torch_functional import logprobs_from_logits_v2 as by_rows

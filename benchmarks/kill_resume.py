@@ -1,12 +1,11 @@
-"""Runs killed with KILL at random moments, then resumed until they end: does anything get lost, or stay behind?
+"""Kill runs at random moments and resume them until they end, to check that nothing is lost or left behind.
 
     python benchmarks/kill_resume.py [--kills 20] [--per-run 5] [--steps 6] [--jobs 1] [--latest-s 130] [--out FILE]
 
 Needs `flashrl prepare tiny`. Each run trains the preset tiny (INT8, TIS), saving every step, and ends at --steps or a
-little later. An attempt is struck at a random time: flashrl itself, the guardian, or any process of the tree gets KILL.
-What then must hold: the attempt ends by itself within two minutes (or is not touched by it, goes on, and is struck
-again), no process is left, the next attempt resumes from the newest complete step, and in the end every step has its
-metrics.
+little later. At a random time flashrl itself, the guardian, or any process of the tree gets KILL. Then the following
+must hold: the attempt ends by itself within two minutes (or is not touched by it, goes on, and is struck again), no
+process is left, the next attempt resumes from the newest complete step, and in the end every step has its metrics.
 """
 
 from __future__ import annotations
@@ -209,7 +208,7 @@ def one_run(
 
 
 def main() -> int:
-    """Strike, tell, and keep the result; 1 if anything went wrong."""
+    """Run all strikes, print and store the result; returns 1 if anything went wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--per-run", type=int, default=5)

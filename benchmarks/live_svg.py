@@ -1,5 +1,6 @@
-"""The live table of a finished run as an SVG, as rich draws it: `python benchmarks/live_svg.py runs/NAME/attempt_N
-docs/live.svg`.
+"""Export the live table of a finished run as an SVG, as rich draws it.
+
+python benchmarks/live_svg.py runs/NAME/attempt_N docs/live.svg
 """
 
 from __future__ import annotations

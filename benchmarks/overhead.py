@@ -1,10 +1,9 @@
-"""What flashrl costs: median step time under `flashrl train` over that of bare `python -m verl.trainer.main_ppo`, in
-alternation.
+"""Measure the overhead of flashrl: median step time of `flashrl train` relative to bare verl, in alternation.
 
     python benchmarks/overhead.py [--pairs 3] [--steps 8] [--out benchmarks/results/overhead.json]
 
-Needs `flashrl prepare tiny`. Both sides get the same overrides and environment (those of `train --dry-run --json`);
-step times are verl's own timer, the first step left out.
+Needs `flashrl prepare tiny`. Bare verl is `python -m verl.trainer.main_ppo`. Both sides get the same overrides and
+environment (those of `train --dry-run --json`); step times are verl's own timer, the first step left out.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def one_run(side: str, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Alternate, print and keep the ratio."""
+    """Run both sides in alternation, print and store the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)

@@ -1,13 +1,13 @@
-"""A model quantized on disk, against a plain copy of it by `cp`: seconds and memory, with the page cache cold and warm.
+"""Compare quantizing a model on disk with copying it by `cp`: seconds and memory, with a cold and a warm page cache.
 
     python benchmarks/quantize_disk.py [--layers 28] [--repeat 3] [--out benchmarks/results/quantize_disk.json]
 
 Writes models of Qwen2.5-1.5B's shapes with random weights (28 layers: 3.1 GB in bf16) into a temporary folder under
 --work, which needs twice that. `cp` and the quantization take turns. Cold: all pages of the model are dropped from the
 cache before. Seconds are a command's own until it ends; `core` leaves out the start of Python and torch, which no `cp`
-has and which is told beside it. Neither side waits for the disk; `synced` counts until all is on it. `cpu` is what a
-command took of the cores, its start included, whatever else runs. A virtual machine gives free memory back to its host
-and pays seconds for each GB that it takes again, so both sides begin right after a copy of the model was made and
+has and which is reported separately. Neither side waits for the disk; `synced` counts until all is on it. `cpu` is what
+a command took of the cores, its start included, whatever else runs. A virtual machine gives free memory back to its
+host and pays seconds for each GB that it takes again, so both sides begin right after a copy of the model was made and
 removed, whose memory they find: the quantization with Python and torch started.
 """
 
@@ -56,7 +56,7 @@ def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def config(layers: int, dtype: str) -> dict[str, Any]:
-    """Its config.json."""
+    """The config.json of that model."""
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -106,10 +106,9 @@ def cache(folder: Path, *, warm: bool) -> None:
 
 
 def measured(argv: list[str], prepare: Callable[[], None], *, waits: bool) -> dict[str, float]:
-    """Seconds of a command, until its files are on the disk, and its peak memory in MiB: anonymous, and resident in
-    all.
+    """Seconds of a command, until its files are on the disk, and its peak anonymous and resident memory in MiB.
 
-    `prepare` is called before; for a command that `waits` to be told to go on, when it has started and says so.
+    `prepare` is called before the command; if the command `waits` for a signal to continue, once it has started.
     """
     start, started = 0.0, time.monotonic()
     process = _started(argv) if waits else None
@@ -139,7 +138,7 @@ def _started(argv: list[str]) -> subprocess.Popen[str]:
 
 
 def _followed(process: subprocess.Popen[str]) -> tuple[str, str, dict[str, float]]:
-    """What a command says after it was told to go on, and its peak memory."""
+    """Output of a command after its signal to continue, and its peak memory."""
     if process.stdin:
         process.stdin.close()
     peaks = {"RssAnon": 0, "VmHWM": 0}
@@ -160,8 +159,9 @@ def _cpu() -> float:
 
 
 def quantize(model: str, out: str, scheme: str, *, waits: bool = False) -> float:
-    """Seconds of what `flashrl quantize` does after the start of Python and torch, and when it is told to go on if it
-    `waits`.
+    """Seconds of `flashrl quantize` without the start of Python and torch.
+
+    If it `waits`, it begins when it gets the signal to continue.
     """
     import torch
 
@@ -205,7 +205,7 @@ def _median(runs: list[dict[str, float]], key: str) -> float:
 
 
 def main() -> None:
-    """Measure all cases, tell, and keep the result."""
+    """Measure all cases, print and store the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--repeat", type=int, default=3)

@@ -1,4 +1,4 @@
-"""The same model in data-free W8A8 by flashrl and by llmcompressor: seconds, and the error of each layer.
+"""Compare data-free W8A8 of a model by flashrl and by llmcompressor: seconds, and the error of each layer.
 
     PYTHONPATH=. python benchmarks/quantize_vs_llmcompressor.py PYTHON [--layers 6] [--repeat 3]
 
@@ -87,7 +87,7 @@ def errors(model: Path, quantized: Path) -> Errors:
 
 
 def timed(python: str, way: str, model: Path, out: Path, scheme: str) -> dict[str, float]:
-    """Seconds of one way in a process of its own; what it says is shown only if it fails, and ends this script then."""
+    """Seconds of one way in a separate process; its output is shown only if it fails, which ends this script."""
     shutil.rmtree(out, ignore_errors=True)
     root = Path(__file__).parents[1]
     env = {**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}", "HF_HUB_OFFLINE": "1"}
@@ -133,7 +133,7 @@ def compare(python: str, model: Path, scheme: str, repeat: int) -> dict[str, Any
 
 
 def main() -> int:
-    """Compare both schemes, tell, and keep the result."""
+    """Compare both schemes, print and store the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("python", nargs="?")
     parser.add_argument("--layers", type=int, default=6)

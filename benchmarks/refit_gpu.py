@@ -1,11 +1,12 @@
-"""Refits of a running engine and its tokens per second, for each precision of rollouts, on one GPU.
+"""Measure refits of a running engine and its tokens per second, for each rollout precision, on one GPU.
 
-    PYTHONPATH=.:src:SITE python benchmarks/refit_gpu.py --out benchmarks/results/refit_gpu.json [--points POINT,POINT] [--budget 520]
+    PYTHONPATH=.:src:SITE python benchmarks/refit_gpu.py --out benchmarks/results/refit_gpu.json \\
+        [--points POINT,POINT] [--budget 520]
 
 A point is `refit:SIZE:PRECISION:DTYPE` (SIZE one of Qwen2.5's or its first layers, `7b/4`; DTYPE of the weights sent, 2
 GiB a bucket; the time is the engine's own, without the transfer) or `speed:SIZE:PRECISION:SEQUENCES+SEQUENCES:TOKENS`.
-Weights are random. Every point runs in a process of its own (refit_points.py) and is written as soon as it is known;
-one that no longer fits into the budget is left out.
+Weights are random. Every point runs in a separate process (refit_points.py) and is written as soon as it is known;
+points that no longer fit into the budget are left out.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""One point of refit_gpu.py, in a process of its own: an engine with dummy weights, refitted and timed, or its tokens
-per second.
+"""Run one point of refit_gpu.py in a separate process: refits of an engine, or its tokens per second.
+
+The engine has dummy weights.
 
 PYTHONPATH=.:src:SITE python benchmarks/refit_points.py POINT OUT
 """
@@ -52,8 +53,9 @@ def names(found: ModelShape) -> Iterator[Sizes]:
 
 
 def packed(sizes: Iterator[Sizes], room: int) -> Iterator[list[tuple[str, tuple[int, ...], int, int]]]:
-    """Buckets of (name, size, first element, elements) that fit into `room` elements, filled as verl's sender fills
-    them.
+    """Buckets of (name, size, first element, elements) that fit into `room` elements.
+
+    They are filled in the same way as by verl's sender.
     """
     bucket: list[tuple[str, tuple[int, ...], int, int]] = []
     offset = 0
@@ -86,7 +88,7 @@ class RefitBench:
         import torch
 
         kind: torch.dtype = getattr(torch, dtype)
-        # verl sends what fills no bucket alone, through memory of its own
+        # verl sends a tensor that does not fit into a bucket separately, through other memory
         room = max(BUCKET // kind.itemsize, shape(size).vocab * shape(size).hidden)
         self.buffer = torch.empty(room, dtype=kind, device=self.device)
         self._fill(0)
@@ -118,7 +120,7 @@ class RefitBench:
 
         runner = self.model_runner
         arguments = (runner.model, runner.vllm_config.model_config, self.device)
-        # the whole of the old way: copies out of the buffer, then vLLM's layerwise reload
+        # the complete old way: copies out of the buffer, then vLLM's layerwise reload
         chosen = refit.refit if how == "in place" else refit.layerwise
         chosen(*arguments, lambda load: self._stream(load, **options), reused=True)
 
@@ -174,8 +176,9 @@ class RefitBench:
         ]
 
     def bench_same(self) -> dict[str, Any]:
-        """Whether both ways leave the same bits in every weight, from buckets that all differ; at the start none is
-        right.
+        """Whether both ways leave the same bits in every weight.
+
+        All buckets differ, and at the start no weight is right.
         """
         import torch
 
@@ -255,8 +258,9 @@ def measure_refit(size: str, precision: str, dtype: str, folder: str) -> dict[st
 
 
 def measure_speed(size: str, precision: str, sequences: list[int], new: int, folder: str) -> dict[str, Any]:
-    """Output tokens a second, end to end, of so many prompts of 512 random tokens that get `new` tokens each; three
-    times.
+    """Output tokens per second, end to end, measured three times.
+
+    Each of the prompts has 512 random tokens and gets `new` tokens.
     """
     import numpy as np
     from vllm import SamplingParams

@@ -1,13 +1,14 @@
-"""What a smoothing profile adds to each refit: all tensors of a model smoothed on the device, beside a copy of the same
-tensors.
+"""Measure what a smoothing profile adds to each refit: smoothing all tensors of a model on the device, or copying them.
 
-    PYTHONPATH=.:src python benchmarks/smoothing_cost.py --sizes 7b,32b --profiles DIR --out benchmarks/results/smoothing_cost.json
+    PYTHONPATH=.:src python benchmarks/smoothing_cost.py --sizes 7b,32b --profiles DIR \\
+        --out benchmarks/results/smoothing_cost.json
 
-SIZE is one of Qwen2.5's or its first layers (`7b/4`). Weights are random and every layer's are the same memory; scales
-are random and on every tensor that one can be on. The profiles stay in DIR, so that whole refits can be timed with them
-and without (compare `in place`; the direct `layerwise` call beside it smooths nothing):
+SIZE is one of Qwen2.5's or its first layers (`7b/4`). Weights are random and all layers share the same memory; scales
+are random, for every tensor that can have one. The profiles stay in DIR, so that complete refits can be timed with them
+and without (compare `in place`; the direct `layerwise` call next to it smooths nothing):
 
-    FLASHRL_ROLLOUT='{"profile": "DIR/7b.safetensors"}' PYTHONPATH=.:src:SITE python benchmarks/refit_points.py refit:7b:int8:bfloat16 OUT
+    FLASHRL_ROLLOUT='{"profile": "DIR/7b.safetensors"}' PYTHONPATH=.:src:SITE \\
+        python benchmarks/refit_points.py refit:7b:int8:bfloat16 OUT
 """
 
 from __future__ import annotations

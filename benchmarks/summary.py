@@ -23,7 +23,7 @@ def code(text: str) -> str:
 
 
 def speeds(one: dict[str, Any], *, bounds: bool) -> Iterator[str]:
-    """Tokens a second at each batch, with the speed-up over bf16, and with `bounds` the range that the repeats allow."""
+    """Yield tokens per second at each batch size, with the speed-up over bf16 and, with `bounds`, its range."""
     for found in one["speed"]:
         up = found["speed_up"]
         left_open = f": {up['least']:.2f} to {up['greatest']:.2f}" if up and bounds else ""

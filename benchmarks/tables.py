@@ -98,7 +98,7 @@ def speed_earlier(results: Results) -> str:
     return markdown(["machine", "rollout", "tok/s at 64", "tok/s at 256"], rows, words=2)
 
 
-# Weight updates: the engine's refit, and the whole update from the trainer.
+# Weight updates: the engine's refit, and the complete update from the trainer.
 
 
 def refits(results: Results) -> str:
@@ -125,7 +125,7 @@ def refits(results: Results) -> str:
 
 
 def weight_updates(results: Results) -> str:
-    """Whole weight updates: seconds by machine, the median and its rounds' least and greatest."""
+    """Complete weight updates: seconds by machine, the median and its rounds' least and greatest."""
     runs = results("weight_update")["runs"]
     found = [{point["variant"]: point for point in run["points"]} for run in runs]
     variants = dict.fromkeys(variant for points in found for variant in points)
@@ -270,7 +270,7 @@ def quantize_cp(results: Results) -> str:
 
 
 def quantize_others(results: Results) -> str:
-    """Against llmcompressor: seconds of whole commands, and errors of the layers."""
+    """Against llmcompressor: seconds of complete commands, and errors of the layers."""
     rows = []
     for case in results("quantize_vs_llmcompressor")["cases"]:
         seconds = [f"{case['medians'][tool]['seconds']:.1f} s" for tool in ("flashrl", "oneshot", "model_free_ptq")]

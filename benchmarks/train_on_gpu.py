@@ -1,7 +1,7 @@
-"""`flashrl train --preset tiny-gpu` with each kind of rollout, one after another, each judged by a policy that knows
-something.
+"""Run `flashrl train --preset tiny-gpu` with each rollout precision, and check each run by a warmed-up policy.
 
-    PYTHONPATH=.:src:SITE python benchmarks/train_on_gpu.py --out FILE.json [--cases int8,fp8+kv8,int8+tp2] [--set KEY=VALUE] [--budget 500]
+    PYTHONPATH=.:src:SITE python benchmarks/train_on_gpu.py --out FILE.json [--cases int8,fp8+kv8,int8+tp2] \\
+        [--set KEY=VALUE] [--budget 500]
 
 A case is a precision with options: `kv8` (rollout.kv_cache=fp8), `tp2` (one engine on two GPUs), `dp2` (two engines).
 Real verl, Ray and vLLM: FSDP on CUDA, CUDA graphs, sleep level 2, TIS 2. A case passes if the run ends well and its
@@ -35,7 +35,8 @@ OPTIONS = {
     "dp2": _TWO_GPUS,
 }
 SHOWN = (
-    "step", "reward", "kl", "kl_k3", "weight_mean", "weight_max", "prob_correlation", "prob_diff", "step_s", "weight_update_s",
+    "step", "reward", "kl", "kl_k3", "weight_mean", "weight_max", "prob_correlation", "prob_diff", "step_s",
+    "weight_update_s",
 )  # fmt: skip
 NEEDED_S = 100
 """Seconds that must be left for a case to be started."""
@@ -68,7 +69,7 @@ def judged(steps: list[dict[str, Any]], wanted: int) -> list[str]:
 
 
 def run_case(case: str, steps: int, extra: list[str], limit: float) -> dict[str, Any]:
-    """One run, ended after `limit` seconds; what it told."""
+    """One run, ended after `limit` seconds; its result."""
     argv = command(case, steps, extra)
     started = time.monotonic()
     with Path(f"{case}.err").open("w", encoding="utf-8") as errors:

@@ -234,7 +234,9 @@ def main() -> None:
     register_varlen()
     report = {
         "schema_version": 1,
-        "what": "the trainer's part of a step: log-probs and one update of packed sequences, by verl and by a bare loop",
+        "what": (
+            "the trainer's part of a step: log-probs and one update of packed sequences, by verl and by a bare loop"
+        ),
         "model": "SmolLM2-135M's shape, random weights",
         "device": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "verl": verl.__version__},

@@ -1,5 +1,4 @@
-"""A whole weight update of verl's: gathering from FSDP, the transfer over CUDA IPC, and the engine's refit, on one GPU
-or several.
+"""Measure verl's complete weight update on GPUs: gathering from FSDP, transfer over CUDA IPC, and the engine's refit.
 
     PYTHONPATH=.:src:SITE python benchmarks/weight_update.py --out FILE.json [--gpus 2] [--size 7b] [--budget 300]
 

@@ -49,7 +49,7 @@ def sharded(model: str) -> Any:
 
 
 def gathered(module: Any) -> Iterator[tuple[str, Any]]:
-    """Whole weights, as verl's engine gathers them for the rollout."""
+    """Full weights, as verl's engine gathers them for the rollout."""
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 
     engine: Any = object.__new__(FSDPEngine)

@@ -15,8 +15,10 @@ pytestmark = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not i
 WATCHED = """
 import json, os, sys
 seen = []
-STARTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.exec", "os.system", "socket.connect", "socket.getaddrinfo")
-CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.utime", "shutil.")
+STARTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.exec", "os.system", \
+"socket.connect", "socket.getaddrinfo")
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", \
+"os.utime", "shutil.")
 def hook(event, args):
     if event.startswith(STARTS + CHANGES):
         seen.append([event, str(args)])

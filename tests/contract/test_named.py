@@ -122,7 +122,7 @@ def commands() -> dict[tuple[str, ...], set[str]]:
 
 
 def texts_of(file: Path) -> Iterator[str]:
-    """Lines of a page; string constants of a module, its docstrings aside, with what its f-strings take from constants."""
+    """Lines of a page; string constants of a module without docstrings, with the constants in its f-strings."""
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".md":
         yield from text.splitlines()

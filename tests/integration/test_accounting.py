@@ -27,7 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 Tensors = dict[str, "torch.Tensor"]
 SIZES = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "vocab_size": 48, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"],
 }  # fmt: skip
 DOWN, NORM, EMBEDDING, HEAD = (

@@ -1,1 +1,1 @@
-"""One thin file per command: parse, call the core, render."""
+"""The commands: a thin module each, which parses options, calls the core and renders the result."""

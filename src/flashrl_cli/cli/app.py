@@ -26,7 +26,7 @@ app = typer.Typer(
     help="Train language models by RL with quantized rollouts, on stock verl, Ray and vLLM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # rich's help costs as much again as everything else that `--help` does
+    rich_markup_mode=None,  # rich's help costs as much time as everything else in `--help`
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -58,7 +58,7 @@ app.command("doctor")(doctor)
 
 
 def main() -> None:
-    """The `flashrl` program: a closed stream ends no work, and a result that could not be written is an error."""
+    """Run `flashrl`; a closed stream does not end its work, but a result that cannot be written is an error."""
     from flashrl_cli.render.output import guard_streams, lost_result, print_error
 
     guard_streams()
@@ -77,9 +77,9 @@ def main() -> None:
 
 
 def _run() -> None:
-    """Run the command line; whatever ends it is reported, and ends the process with its exit code.
+    """Run the command line; every error is reported, and determines the exit code.
 
-    An error of the user's, or of a disk, is reported as `error:` and `hint:`, anything else, a bug, with its traceback.
+    Errors of the user or of a disk are reported as `error:` and `hint:`, anything else, a bug, with its traceback.
     """
     try:
         app(_words(sys.argv[1:]))
@@ -106,5 +106,5 @@ def _report(error: BaseException) -> None:
 
 
 def _words(argv: list[str]) -> list[str]:
-    """`eval show` is one command: `eval` takes any words as patterns, and so can have no commands below it."""
+    """Join `eval show` into one word: `eval` takes any words as patterns, so it cannot have sub-commands."""
     return ["eval show", *argv[2:]] if argv[:2] == ["eval", "show"] else argv

@@ -35,7 +35,9 @@ def bench(
         typer.Option(
             "--rollout",
             metavar="KIND,...",
-            help=f"{joined(PRECISIONS, 'or')}, each with any of +kv8 (FP8 KV cache), +head32 (float32 logits), +smooth.",
+            help=(
+                f"{joined(PRECISIONS, 'or')}, each with any of +kv8 (FP8 KV cache), +head32 (float32 logits), +smooth."
+            ),
         ),
     ] = "bf16,int8",
     batch: Annotated[
@@ -116,7 +118,7 @@ def bench(
 
 
 def _bench(json_mode: bool, written: dict[str, Path | None], options: dict[str, Any]) -> None:
-    """Measure what the `options` ask for; the document and the figure go to the files `written`."""
+    """Measure what the `options` request; the document and the figure are written to the files in `written`."""
     from flashrl_cli import files, paths, signals
     from flashrl_cli.bench.request import Asked, plan
     from flashrl_cli.render import figure
@@ -132,7 +134,7 @@ def _bench(json_mode: bool, written: dict[str, Path | None], options: dict[str, 
     with signals.raised("the same command goes on from here", output.say):
         request = plan(asked)
         with files.alone(request.folder, lambda: _say_waiting(output, request.folder)) as waited:
-            # what memory is free, and on which GPU, is another answer once the other one has ended
+            # the free memory and GPU can only be determined once the other benchmark has ended
             report = _measured(output, plan(asked) if waited else request, out)
         if png:
             _draw(output, report, png)
@@ -161,7 +163,7 @@ def _check_place(option: str, file: Path | None) -> None:
 
 
 def _measured(output: Output, request: Request, out: Path | None) -> Report:
-    """The finished report; `out` has it after every point, so that an interruption leaves what there is."""
+    """The finished report; it is saved to `out` after every point, so that an interruption loses little."""
     from flashrl_cli import files
     from flashrl_cli.bench import run
     from flashrl_cli.bench.report import Report

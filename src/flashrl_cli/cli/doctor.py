@@ -75,7 +75,7 @@ def doctor(
 
 
 def _options(preset: str | None, rollout: str | None, tis: str | None, sets: list[str] | None) -> list[str]:
-    """The options as `flashrl train` takes them."""
+    """The options in the form of `flashrl train`."""
     single = {"--preset": preset, "--rollout": rollout, "--tis": tis}
     words = [word for option, value in single.items() if value is not None for word in (option, value)]
     return words + [word for text in sets or () for word in ("--set", text)]
@@ -164,7 +164,7 @@ def _docker(resolved: Resolved | None, options: list[str], out: Output, *, run: 
 
 
 def _read(resolved: Resolved, options: list[str]) -> list[Path]:
-    """What the run reads of this machine: data, models, and the preset if it is a file."""
+    """Paths on this machine that the run reads: data, models, and the preset if it is a file."""
     from flashrl_cli.train.preflight import local_inputs
 
     preset = paths.absolute(options[options.index("--preset") + 1])

@@ -160,14 +160,14 @@ def _progress(output: Output, label: str, prompts: int | None) -> Iterator[Progr
 
 
 class Speed:
-    """Tokens per second since the first ones came."""
+    """Generated tokens per second since the first tokens arrived."""
 
     def __init__(self) -> None:
         self._tokens = 0
         self._began: float | None = None
 
     def after(self, tokens: int) -> str:
-        """The speed after `tokens` more, as it is shown; empty as long as there is none."""
+        """The speed after `tokens` more tokens, as text; empty until it can be computed."""
         now = time.monotonic()
         if self._began is None:
             self._began = now if tokens else None
@@ -177,7 +177,7 @@ class Speed:
 
 
 def _show_newest(output: Output, report: Report) -> None:
-    """One look's result while others are still to come."""
+    """Show the result of one search while other checkpoints are still to come."""
     if output.json_mode:
         output.json_line(report.document())
     else:

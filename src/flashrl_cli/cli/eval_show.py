@@ -1,4 +1,4 @@
-"""`flashrl eval show`: responses of an evaluation, for reading."""
+"""`flashrl eval show`: read the responses of an evaluation."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _print(output: Output, seen: View, found: dict[str, Any], *, full: bool, ste
 
 
 def _sections(seen: View, found: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Headings with the questions below them."""
+    """Yield headings with the questions below them."""
     match found["view"]:
         case "worst":
             wrong, step = found["wrong"], found["step"]

@@ -1,6 +1,6 @@
-"""Arguments and options that several commands share, and what the shell completes for them.
+"""Arguments and options that several commands share, with their shell completion.
 
-Completion lists the names of presets and runs from folders alone; no file is read.
+Completion lists the names of presets and runs from folder listings; no file is read.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from flashrl_cli.precision import METAVAR
 
 
 def preset_names(incomplete: str) -> list[str]:
-    """Names of the presets that start so; none for a path, which the shell completes itself."""
+    """Names of the presets that start with `incomplete`; none for a path, which the shell completes itself."""
     from flashrl_cli.config.presets import names
 
     return [name for name in names() if name.startswith(incomplete)]
 
 
 def run_names(incomplete: str) -> list[str]:
-    """Names of the runs on disk that start so."""
+    """Names of the runs on disk that start with `incomplete`."""
     from flashrl_cli.runs import store
 
     return [name for name in store.run_names() if name.startswith(incomplete)]
 
 
 def preset_and_run_names(incomplete: str) -> list[str]:
-    """Names of presets, then of runs."""
+    """Names of presets, then of runs, that start with `incomplete`."""
     return [*preset_names(incomplete), *run_names(incomplete)]
 
 
 def executors(incomplete: str) -> list[str]:
-    """Where a run can be executed."""
+    """Names of the executors that start with `incomplete`."""
     return [name for name in ("local", "ray") if name.startswith(incomplete)]
 
 

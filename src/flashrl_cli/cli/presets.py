@@ -1,4 +1,4 @@
-"""`flashrl presets`: what can be trained, where each of a preset's values comes from, and whether verl takes them."""
+"""`flashrl presets`: list and show presets, the origin of their values, and whether verl accepts them."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def schema() -> None:
 
 
 def _print_catalog(out: Output, found: Sequence[Summary]) -> None:
-    """Print one row a preset; descriptions are wrapped into what width is left."""
+    """Print one row per preset; descriptions are wrapped to the remaining width."""
     rows = [("name", "model", "algorithm", "rollout", "TIS", "GPUs", "description")]
     for one in found:
         cap = "" if one.tis is None else f"{one.tis:g}"

@@ -1,7 +1,4 @@
-"""`flashrl quantize`: a model in 8 bits on disk, and the profile that smooths it.
-
-The argument and the options of `flashrl quantize`.
-"""
+"""`flashrl quantize`: quantize a model on disk to 8 bits, and calibrate its smoothing profile."""
 
 from __future__ import annotations
 
@@ -56,7 +53,7 @@ Alpha = Annotated[
 
 SCHEMA_VERSION = 1
 SAMPLES = 64
-"""Prompts of a calibration, if none are asked for."""
+"""Default number of prompts for a calibration."""
 
 
 def quantize(
@@ -100,7 +97,7 @@ def quantize(
 
 
 def _refuse_without(needed: str, value: object, options: dict[str, object]) -> None:
-    """Raise InputError for options that say something of another one which is missing."""
+    """Raise InputError for options that only have a meaning with another option, which is missing."""
     for name, given in options.items():
         if value is None and given:
             raise InputError(f"{name} is for {needed}", hint=f"add {needed}, or leave {name} out")
@@ -118,7 +115,7 @@ def _alpha(text: str | None) -> float | None:
 def _calibrate(
     output: Output, model: str, parquet: Path, samples: int, alpha: float | None, out: Path | None
 ) -> tuple[Path, dict[str, Any]]:
-    """Write a profile; where it is, and what it does."""
+    """Write a smoothing profile; returns its path and a description of its effect."""
     from flashrl_cli.quantize.calibrate import calibrate
     from flashrl_cli.quantize.inputs import new_profile
 
@@ -132,7 +129,7 @@ def _calibrate(
 
 
 def _alone(output: Output, target: Path) -> AbstractContextManager[bool]:
-    """Two commands that make one thing: the second waits, and finds it made."""
+    """Lock `target`: of two commands that produce the same file, the second waits and then finds it complete."""
     from flashrl_cli import files
 
     return files.alone(target, lambda: output.say(f"another command makes {target}: waiting for it"))
@@ -141,7 +138,7 @@ def _alone(output: Output, target: Path) -> AbstractContextManager[bool]:
 def _quantize(
     output: Output, model: str, out: Path | None, scheme: str, ignore: list[str], profile: Path | None
 ) -> dict[str, Any]:
-    """Write the quantized folder; its manifest."""
+    """Write the quantized folder and return its manifest."""
     from flashrl_cli.quantize import layer_errors
     from flashrl_cli.quantize.inputs import plan
     from flashrl_cli.quantize.offline import quantize as write

@@ -1,4 +1,4 @@
-"""`flashrl runs`: what was trained and how it went; watch, stop and delete runs, and what they saved."""
+"""`flashrl runs`: list, show, watch, stop and delete runs, and handle their checkpoints."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def rm(
 
 
 def _announce(out: Output, planned: Sequence[Removal]) -> None:
-    """Print what would go on stderr, with sizes."""
+    """Print what would be deleted on stderr, with sizes."""
     from flashrl_cli.render.run_tables import aligned
 
     rows = []
@@ -279,7 +279,8 @@ def export(
         return
     out.text(str(target))
     out.say(
-        f"{counted(made.tensors, 'tensor')}, {counted(made.parameters, 'parameter')}, {binary_size(made.bytes)}, {made.compared}"
+        f"{counted(made.tensors, 'tensor')}, {counted(made.parameters, 'parameter')}, {binary_size(made.bytes)}, "
+        f"{made.compared}"
     )
     if url:
         out.say(f"uploaded to {url}")
@@ -389,7 +390,7 @@ def report(
 
 
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """What a plan changed from another: the preset's values (verl's overrides where one lacks them), the environment."""
+    """Values of a preset (or verl's overrides, where a plan lacks them) and variables that changed between plans."""
     from flashrl_cli.train.diff import compare
 
     found = compare(before, after)

@@ -1,4 +1,4 @@
-"""`flashrl train`: a run of a preset, or with `--sweep` one for each point, planned, judged, checked and run alike."""
+"""`flashrl train`: run a preset, or with `--sweep` one run per point, all planned, checked and executed alike."""
 
 from __future__ import annotations
 
@@ -104,13 +104,13 @@ def train(
 
 @dataclass(frozen=True, slots=True)
 class Starter:
-    """What is done with a launch, a single run's and a sweep's: shown, or checked where it would run, and started."""
+    """Shows, checks and starts a launch, of a single run or of a sweep."""
 
     output: Output
     place: Place
 
     def show(self, launch: Launch) -> None:
-        """Print the plan: as a script, or as a document."""
+        """Print the plan as a script or as a document."""
         from flashrl_cli.train.plan import plan_document, plan_script
         from flashrl_cli.train.preflight import memory_of
         from flashrl_cli.verl.lint import notes
@@ -125,11 +125,11 @@ class Starter:
             self.output.text(plan_script(plan, [*memory.lines, *noted], submission=submission))
 
     def check(self, plan: LaunchPlan) -> Start:
-        """Check that a plan can run, and return how it is started. Raises EnvironmentNotReady, InputError."""
+        """Check that a plan can run, and return the function that starts it. Raises EnvironmentNotReady, InputError."""
         return self.place.ready(plan, self.output.say)
 
     def run(self, launch: Launch) -> None:
-        """Check a launch, and train it to its end, watched."""
+        """Check a launch, and train it to its end under supervision."""
         from flashrl_cli.render.live import display_for
         from flashrl_cli.train.preflight import vocabulary
         from flashrl_cli.train.run import run_plan
@@ -144,7 +144,7 @@ class Starter:
         output.say(f"done: {counted(steps, 'step')}; checkpoints in {plan.paths.checkpoints}")
 
     def detach(self, launch: Launch) -> None:
-        """Check a launch, and have another process train it, and a sweep's others after it."""
+        """Check a launch, and let another process train it and the remaining runs of a sweep."""
         from flashrl_cli.train.run import detach
 
         self._ready(launch)
@@ -156,7 +156,7 @@ class Starter:
         output.say(f"`flashrl runs watch {plan.name}` shows it, `flashrl runs stop {plan.name}` ends it")
 
     def _ready(self, launch: Launch) -> Start:
-        """Check a launch, and warn of what keeps no run from starting."""
+        """Check a launch, and print warnings about problems that do not prevent a start."""
         from flashrl_cli.runs import store
         from flashrl_cli.train.preflight import memory_of
         from flashrl_cli.train.run import refuse_running
@@ -182,7 +182,7 @@ def _plan_sweep(
     *,
     many: bool,
 ) -> list[Job]:
-    """Every run of the sweep, judged; `many` allows for more than 64. Raises InputError with all that is wrong."""
+    """Every run of the sweep, checked; `many` permits more than 64. Raises InputError with every problem."""
     from flashrl_cli.train.sweep import plan_jobs
     from flashrl_cli.train.sweep_axes import points, read_axes
 
@@ -194,7 +194,7 @@ def _plan_sweep(
 
 
 def _show_sweep(jobs: Sequence[Job], output: Output) -> None:
-    """Print what a sweep would run."""
+    """Print the runs that a sweep would execute."""
     from flashrl_cli.train.plan import plan_document
 
     if not output.json_mode:
@@ -215,7 +215,7 @@ def _show_sweep(jobs: Sequence[Job], output: Output) -> None:
 
 
 def _run_sweep(jobs: Sequence[Job], starter: Starter, *, fail_fast: bool) -> None:
-    """Check all that is not done, train it, and print the table of all runs.
+    """Check and train all unfinished runs, and print the table of all runs.
 
     Raises EnvironmentNotReady before anything starts, RunFailed if runs failed.
     """
@@ -232,13 +232,13 @@ def _run_sweep(jobs: Sequence[Job], starter: Starter, *, fail_fast: bool) -> Non
 
 
 class SweepProgress:
-    """Shows on stderr how a sweep goes on, or as events on stdout."""
+    """Shows the progress of a sweep on stderr, or as events on stdout."""
 
     def __init__(self, output: Output, total: int) -> None:
         self.output, self.total = output, total
 
     def begins(self, number: int, job: Job) -> None:
-        """Event `point`."""
+        """Print event `point`, or its line."""
         doing = "is done" if job.launch is None else "goes on" if job.state == "begun" else "starts"
         if self.output.json_mode:
             _event(self.output, "point", number=number, of=self.total, run=job.run.name, doing=doing)
@@ -246,14 +246,14 @@ class SweepProgress:
             self.output.say(f"[{number}/{self.total}] {job.point}: run {job.run.name} {doing}")
 
     def failed(self, job: Job, error: FlashrlError) -> None:
-        """A warning, or event `failed`."""
+        """Print a warning, or event `failed`."""
         if self.output.json_mode:
             _event(self.output, "failed", run=job.run.name, error=error.message, hint=error.hint)
         else:
             self.output.warn(f"run {job.run.name} failed: {error.message}")
 
     def ended(self, job: Job) -> None:
-        """Event `result`."""
+        """Print event `result`, or its line."""
         from flashrl_cli.train.sweep import row
 
         if self.output.json_mode:
@@ -261,7 +261,7 @@ class SweepProgress:
 
 
 def _report(jobs: Sequence[Job], output: Output) -> None:
-    """Print the table of all runs as they are now, or event `sweep`."""
+    """Print the current table of all runs, or event `sweep`."""
     from flashrl_cli.train import sweep
 
     rows = [sweep.row(job.point, job.run) for job in jobs]

@@ -1,1 +1,1 @@
-"""Data sets: raw rows to verl rows, prepared with a manifest."""
+"""Data sets: raw rows are converted to verl rows, and written with a manifest."""

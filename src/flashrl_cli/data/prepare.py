@@ -1,4 +1,4 @@
-"""`flashrl prepare`: one data set from its source to verl's files, or found up to date.
+"""`flashrl prepare`: convert one data set from its source to verl's files, unless they are up to date.
 
 All rows are read, converted, checked and measured before anything is written.
 """
@@ -30,11 +30,11 @@ TOKENS = {"p50": "tokens p50", "p99": "tokens p99", "longest": "longest"}
 
 
 class Reporter(Protocol):
-    """Where progress is reported."""
+    """Interface for progress and messages."""
 
     @property
     def live(self) -> bool:
-        """Whether bars may be drawn."""
+        """Whether progress bars may be drawn."""
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -43,12 +43,12 @@ class Reporter(Protocol):
         """Print a warning."""
 
     def progress(self, label: str, total: int | None) -> AbstractContextManager[Callable[[int], None]]:
-        """Show how far something is; what it yields is called with the number of rows done."""
+        """Show the progress of a task; yields a function that is called with the number of further rows done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One data set: where to, from what, and how."""
+    """One data set to prepare: the target, the source, and the options."""
 
     paths: DatasetPaths
     source: str | None = None
@@ -72,7 +72,7 @@ def requests(
     offline: bool = False,
     force: bool = False,
 ) -> list[Request]:
-    """One request per name. InputError lists unknown names, and options that the named sets have no use for."""
+    """One request per name. InputError lists unknown names, and options that the named sets do not use."""
     given = {"--source": source, "--out": out, "--limit": limit, "--tokenizer": tokenizer, "--seed": seed}
     problems = [*_unknown(names), *_misused(names, {option for option, value in given.items() if value is not None})]
     if problems:
@@ -113,7 +113,7 @@ def _misused(names: Sequence[str], given: set[str]) -> Iterator[Problem]:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Tokenizer of a local folder or a hub id. EnvironmentNotReady if it is neither here nor to be had."""
+    """Tokenizer of a local folder or a hub id. EnvironmentNotReady if it is neither local nor available."""
     local = absolute(name)
     if not local.is_dir():
         detect_offline()
@@ -141,7 +141,7 @@ def prompt_tokens(tokenizer: Any, rows: Sequence[Row], advance: Callable[[int], 
 
 
 def summary(lengths: Sequence[int]) -> dict[str, int]:
-    """Median, 99th percentile (nearest rank) and maximum."""
+    """Median, 99th percentile (nearest rank) and maximum of the lengths."""
     ordered = sorted(lengths)
     ranks = {"p50": 0.5, "p99": 0.99, "longest": 1.0}
     return {name: ordered[math.ceil(part * len(ordered)) - 1] for name, part in ranks.items()}
@@ -152,13 +152,13 @@ Built = tuple[Location, Row]
 
 @dataclass(slots=True)
 class Unique:
-    """Keeps the first of rows with equal prompts; counts the others, and those of them that give another answer."""
+    """Keeps the first of rows with equal prompts; counts the others, and those of them with another answer."""
 
     duplicates: int = 0
     conflicts: int = 0
 
     def keep_first(self, rows: Iterable[Built]) -> Iterator[Built]:
-        """Yield the rows whose prompt has not come before."""
+        """Yield the rows whose prompt has not occurred before."""
         answers: dict[tuple[str, ...], str] = {}
         for place, row in rows:
             prompt, answer = tuple(turn["content"] for turn in row["prompt"]), row["reward_model"]["ground_truth"]
@@ -172,7 +172,7 @@ class Unique:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The rows of a split that are kept, how many others were there, and in how many rows something was left out."""
+    """The kept rows of a split, the number of other rows, and the number of rows from which columns were dropped."""
 
     rows: list[Row]
     duplicates: int
@@ -180,7 +180,7 @@ class Split:
     dropped: dict[str, int] = field(default_factory=dict)
 
     def counts(self) -> dict[str, Any]:
-        """What the manifest says of it."""
+        """The split's entry in the manifest."""
         longest = max(sum(len(turn["content"]) for turn in row["prompt"]) for row in self.rows)
         return {
             "duplicates": self.duplicates,
@@ -200,7 +200,7 @@ def build_split(
     bad: BadRows,
     advance: Callable[[int], None],
 ) -> Split:
-    """Rows of split `name`, each judged as training would be paid for it; what cannot be used goes to `bad`.
+    """Rows of split `name`, each checked by the scorer that training would use; unusable rows go to `bad`.
 
     Reading stops when `limit` rows are kept.
     """
@@ -236,7 +236,7 @@ def _converted(
 
 
 def summary_table(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[object]]]:
-    """Columns and rows, one row a split; lengths are those of prompts, in tokens where these were counted."""
+    """Columns and rows of the summary, one row per split; lengths are those of prompts, in tokens where counted."""
     splits = [(result["dataset"], split, entry) for result in results for split, entry in result["splits"].items()]
     counted = any("prompt_tokens" in entry for _, _, entry in splits)
     lengths = list(TOKENS.values()) if counted else ["longest (characters)"]
@@ -257,9 +257,9 @@ Counts = dict[str, dict[str, Any]]
 
 
 def prepare_dataset(request: Request, output: Reporter) -> dict[str, Any]:
-    """Prepare one data set, unless what is there is up to date; returns `status`, `path` and its manifest.
+    """Prepare one data set, unless it is up to date; returns `status`, `path` and its manifest.
 
-    InputError lists the rows that cannot be used; then, and after any other failure, what was there is there still.
+    InputError lists the rows that cannot be used; after this and any other failure, the previous files are unchanged.
     """
     if request.offline:
         go_offline()
@@ -294,14 +294,14 @@ def _prepare_or_keep(request: Request, output: Reporter) -> dict[str, Any]:
 
 
 def _refuse_own_folder(source: Source, paths: DatasetPaths) -> None:
-    """Input beside output would be taken for input, or for output, by the next run."""
+    """Refuse a source in the target folder, whose input and output files the next run would confuse."""
     inputs = [path for split in source.files.values() for path in split] if isinstance(source, LocalSource) else []
     if any(path.resolve().parent == paths.root.resolve() for path in inputs):
         raise InputError(f"{paths.root} is both source and output", hint="--out names another folder")
 
 
 def _options(request: Request, recipe: Recipe) -> dict[str, Any]:
-    """What decides on the rows, apart from the source; an option that a recipe does not heed is left out."""
+    """The options that determine the rows, apart from the source; options that a recipe does not use are left out."""
     options: dict[str, Any] = {"limit": request.limit}
     if recipe.repeats:
         options["dedupe"] = request.dedupe
@@ -311,7 +311,7 @@ def _options(request: Request, recipe: Recipe) -> dict[str, Any]:
 
 
 def _up_to_date(request: Request, recipe: Recipe, source: Source, earlier: writing.Manifest) -> bool:
-    """Whether preparing again would give what the `earlier` manifest describes, and that is still there."""
+    """Whether preparing again would give what the `earlier` manifest describes, and its files still exist unchanged."""
     expected = {"dataset": request.paths.name, "flashrl": __version__, "options": _options(request, recipe)}
     return (
         all(earlier.get(key) == value for key, value in expected.items())
@@ -322,7 +322,7 @@ def _up_to_date(request: Request, recipe: Recipe, source: Source, earlier: writi
 
 
 def _refuse_loss(paths: DatasetPaths, source: Source, earlier: writing.Manifest) -> None:
-    """A folder holds one data set from one source: a second would leave splits behind that do not belong to it."""
+    """Refuse to replace a data set from another source, which would leave splits behind that do not belong to it."""
     there = earlier.get("dataset", paths.name)
     lost = set(earlier.get("splits", ())) - set(source.splits)
     if there != paths.name or lost:
@@ -343,7 +343,7 @@ def _prepare(request: Request, recipe: Recipe, source: Source, output: Reporter)
 
 
 def _build_all(request: Request, recipe: Recipe, source: Source, output: Reporter) -> dict[str, Split]:
-    """Every split in full, so that nothing is written unless all is well."""
+    """Build every split completely, so that nothing is written if one of them fails."""
     name, bad, splits = request.paths.name, BadRows(), {}
     for split in source.splits:
         total = request.limit or source.count(split)

@@ -1,6 +1,6 @@
-"""Raw rows out of local files, each with its place: a line, or a row of Parquet, counted from 1.
+"""Read raw rows from local files, each with its position: a line, or a row of Parquet, counted from 1.
 
-Libraries that come with the `data` extra, imported when first needed, with the fix when they are not installed.
+Libraries of the `data` extra are imported when they are first needed; an error names the fix if they are missing.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from flashrl_cli.machine import software
 SUFFIXES = (".jsonl", ".json", ".parquet")
 BATCH = 4096
 _BATCH_WITH_MEDIA = 64
-"""A row may hold megabytes of images."""
+"""Batch size for files with media, because one row may hold megabytes of images."""
 GAP = re.compile(r"[\s,]*")
 
 
 def require(module: str) -> Any:
-    """The module; EnvironmentNotReady if its package is not installed."""
+    """Import a module; EnvironmentNotReady if its package is not installed."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -36,9 +36,10 @@ def require(module: str) -> Any:
 
 
 def read(path: Path, bad: BadRows, columns: Sequence[str] | None = None) -> Iterator[Located]:
-    """Yield the rows of one file; what is no row at all goes to `bad`. InputError if the file cannot be read.
+    """Yield the rows of one file; entries that are not rows go to `bad`. InputError if the file cannot be read.
 
-    Of Parquet only `columns` are read, if any are named; of images, videos and audios only whether a row has some.
+    Of Parquet files only `columns` are read, if any are named; of images, videos and audios only whether a row has
+    some.
     """
     if path.suffix == ".parquet":
         yield from _parquet(path, columns)
@@ -49,9 +50,9 @@ def read(path: Path, bad: BadRows, columns: Sequence[str] | None = None) -> Iter
 
 
 def read_rows(path: Path, needs: Needs, bad: BadRows) -> Iterator[Located]:
-    """Yield what is needed of the rows of a file in verl's schema.
+    """Yield the required columns of the rows of a file in verl's schema.
 
-    InputError if it cannot be read or lacks a column.
+    InputError if the file cannot be read or lacks a column.
     """
     if path.suffix not in SUFFIXES:
         raise InputError(f"cannot read {path}", hint=f"known formats are {', '.join(SUFFIXES)}")
@@ -69,7 +70,7 @@ def read_rows(path: Path, needs: Needs, bad: BadRows) -> Iterator[Located]:
 
 
 def count(path: Path) -> int | None:
-    """Number of rows, for the progress bar; None where the file would have to be read for it."""
+    """Number of rows, for the progress bar; None if the complete file would have to be read to count them."""
     if path.suffix == ".parquet":
         with readable(path):
             return int(require("pyarrow.parquet").read_metadata(path).num_rows)
@@ -81,7 +82,7 @@ def count(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn what a broken or forbidden file raises into InputError (Arrow's own errors are ValueErrors or OSErrors)."""
+    """Convert errors of a broken or forbidden file to InputError (Arrow's own errors are ValueErrors or OSErrors)."""
     try:
         yield
     except (OSError, ValueError, OverflowError, NotImplementedError) as error:
@@ -104,13 +105,13 @@ def _lines(path: Path, bad: BadRows) -> Iterator[Located]:
 
 
 def _is_array(path: Path) -> bool:
-    """Whether a JSON file is one array; many `.json` files hold one object a line instead."""
+    """Whether a JSON file is one array; many `.json` files instead hold one object per line."""
     with readable(path), path.open("rb") as stream:
         return stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def _array(path: Path, bad: BadRows) -> Iterator[Located]:
-    """Rows of `[{…}, {…}]`, decoded one by one so that each knows its line."""
+    """Yield the rows of `[{…}, {…}]`, decoded one by one so that the line of each is known."""
     with readable(path):
         content = path.read_text(encoding="utf-8-sig")
     decoder, line, seen = json.JSONDecoder(), 1, 0
@@ -162,7 +163,7 @@ def _parquet(path: Path, columns: Sequence[str] | None) -> Iterator[Located]:
 
 
 def _next(batches: Iterator[Any], path: Path, *, shorten: bool) -> list[dict[str, Any]] | None:
-    """Rows of the next batch; with `shorten` the media in it are replaced by whether there are any."""
+    """Rows of the next batch; with `shorten`, media are replaced by whether there are any."""
     with readable(path):
         batch = next(batches, None)
         if batch is None:
@@ -177,7 +178,7 @@ def _next(batches: Iterator[Any], path: Path, *, shorten: bool) -> list[dict[str
 
 
 def _filled(column: Any) -> list[bool]:
-    """Whether each value is there and, if it is a list, holds something."""
+    """Whether each value is present and, if it is a list, not empty."""
     pa, compute = require("pyarrow"), require("pyarrow.compute")
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         column = compute.list_value_length(column)

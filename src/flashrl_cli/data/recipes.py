@@ -1,4 +1,4 @@
-"""How each data set's raw rows become verl rows: pure functions, and where the raw rows are by default.
+"""How each data set's raw rows are converted to verl rows (pure functions), and the default sources.
 
 Prompt wording, ground truth and data_source are those of verl's examples/data_preprocess/{gsm8k,math_dataset}.py and,
 for DAPO and AIME, those in BytedTsinghua-SIA/DAPO-Math-17k.
@@ -30,18 +30,18 @@ _FORMULA = "as a response would write it: 1000 for 1e3, 5 for $5, \\frac{1}{2} f
 _NUMBER = "a plain number, such as 72, -5 or 0.25"
 
 Convert = Callable[[Raw, str, int], Row]
-"""Raw row, split and index within the split's source to a row; raises BadRow."""
+"""Converts a raw row, a split and the index within the split's source to a row; raises BadRow."""
 _COMPETITION = ("problem", "Problem", "answer", "Answer")
 TINY = "tiny"
-"""The data set that brings its own policy; `data.tiny` makes both."""
+"""Name of the data set that includes a policy; `data.tiny` creates both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One data set: the splits it writes, how a raw row is converted, and its home on the hub (None: made here).
+    """One data set: the splits it writes, how a raw row is converted, and its hub id (None: generated locally).
 
-    `columns` are those that are read of a raw row. `repeats` marks sets whose published files hold every prompt many
-    times over.
+    `columns` are the columns of a raw row that are read. `repeats` marks sets whose published files contain every
+    prompt many times.
     """
 
     splits: tuple[str, ...]
@@ -53,7 +53,7 @@ class Recipe:
 
 
 def gsm8k(raw: Raw, split: str, index: int) -> Row:
-    """GSM8K: the number after `#### `, without thousands separators."""
+    """GSM8K: the truth is the number after `#### `, without thousands separators."""
     question, answer = text(raw, "question"), text(raw, "answer")
     _, mark, final = answer.rpartition(GSM8K_MARK)
     if not mark or not final.strip():
@@ -63,7 +63,7 @@ def gsm8k(raw: Raw, split: str, index: int) -> Row:
 
 
 def math(raw: Raw, split: str, index: int) -> Row:
-    r"""MATH: the content of the solution's last `\boxed{}`."""
+    r"""MATH: the truth is the content of the solution's last `\boxed{}`."""
     problem, answer = text(raw, "problem"), boxed_answer(text(raw, "solution"))
     if not answer or not answer.strip():
         raise BadRow("'solution' has no answer in \\boxed{}")
@@ -72,7 +72,7 @@ def math(raw: Raw, split: str, index: int) -> Row:
 
 
 def math_500(raw: Raw, split: str, index: int) -> Row:
-    """MATH-500: the answer has a column of its own."""
+    """MATH-500: the truth has a separate column."""
     extra, source = {"split": split, "index": index}, "HuggingFaceH4/MATH-500"
     prompt = f"{text(raw, 'problem')} {MATH_SUFFIX}"
     return make_row(source, prompt, _plain(source, text(raw, "answer")), extra)
@@ -81,8 +81,9 @@ def math_500(raw: Raw, split: str, index: int) -> Row:
 def boxed_answer(solution: str) -> str | None:
     r"""Content of the last `\boxed{…}` (or `\boxed …` up to the next dollar sign); None if none closes.
 
-    Gives what verl's `remove_boxed(last_boxed_only_string(solution))` gives, and None where that fails
-    (verl/utils/reward_score/math_reward.py:51-93): a ground truth must be cut the way the scorer cuts a response.
+    The result equals that of verl's `remove_boxed(last_boxed_only_string(solution))`, and is None where that fails
+    (verl/utils/reward_score/math_reward.py:51-93): a ground truth must be extracted in the same way as the scorer
+    extracts the answer from a response.
     """
     if f"{BOX} " in solution:
         return solution.rpartition(f"{BOX} ")[2].partition("$")[0]
@@ -104,7 +105,7 @@ def _closing_brace(text: str) -> int | None:
 
 
 def competition(data_source: str) -> Convert:
-    """Converter for DAPO and AIME: verl rows are taken as they are, problems get DAPO's wording."""
+    """Converter for DAPO and AIME: verl rows are kept unchanged, plain problems get DAPO's prompt wording."""
 
     def convert(raw: Raw, split: str, index: int) -> Row:
         if "reward_model" in raw:
@@ -118,7 +119,7 @@ def competition(data_source: str) -> Convert:
 
 
 def _number(raw: Raw, source: str) -> str:
-    """The answer of a row, which may be a number of JSON's."""
+    """The answer of a row, which may be a JSON number."""
     value = raw.get("answer", raw.get("Answer"))
     if type(value) is int or (isinstance(value, float) and value.is_integer()):
         return str(int(value))
@@ -126,10 +127,9 @@ def _number(raw: Raw, source: str) -> str:
 
 
 def _plain(source: str, truth: str) -> str:
-    """A truth as a response would write it: scorers compare text, and a response says 73 where some sets say 073.
+    """A truth as a response would write it: scorers compare text, and a response has 73 where some sets have 073.
 
-    Formulas of MATH are taken as they are, as its scorer expects them. BadRow for a number in a form that no response
-    has.
+    Formulas of MATH are kept unchanged, as its scorer expects them. BadRow for a number in a form that no response has.
     """
     scorer = rewards.scorer(source)
     number = truths.plain_number(truth) if scorer in {rewards.GSM8K, rewards.DAPO} else None
@@ -143,7 +143,7 @@ def _plain(source: str, truth: str) -> str:
 
 
 def adopt(raw: Raw, split: str, index: int) -> Row:
-    """A row that has verl's schema already, checked, with the split it is written to."""
+    """A row that already has verl's schema, after a check, with the split that it is written to."""
     if fault := next(faults(raw, Needs()), None):
         raise BadRow(fault.message, fix=fault.fix, value=fault.value)
     source, reward, extra = raw["data_source"], raw["reward_model"], raw.get("extra_info") or {}
@@ -167,7 +167,7 @@ def _message(turn: Raw) -> Message:
 
 
 def _without_empty(value: Any, depth: int = 0) -> Any:
-    """`value` with null for every empty object, which Parquet cannot hold; what is nested too deep is refused later."""
+    """`value` with null for each empty object, which Parquet cannot hold; nesting beyond the limit is refused later."""
     if depth > DEEPEST:
         return value
     if isinstance(value, dict):
@@ -185,7 +185,7 @@ def _holds_empty(value: Any, depth: int = 0) -> bool:
 
 
 def dropped(raw: Raw, columns: tuple[str, ...]) -> Iterator[str]:
-    """Yield the columns and keys of a raw row that are not taken: all but `columns`, or but verl's if it has these."""
+    """Yield the columns and keys of a raw row that are dropped: all but `columns`, or but verl's if it has these."""
     adopted = "reward_model" in raw
     for name, value in raw.items():
         if name not in (VERL_COLUMNS if adopted else columns) and not _is_nothing(value):

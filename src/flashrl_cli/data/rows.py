@@ -1,7 +1,7 @@
-"""The row that verl trains on, and the one judge of rows: for `prepare`, `train`, `eval`, `bench` and `--calibrate`.
+"""The row that verl trains on, and the check of rows for `prepare`, `train`, `eval`, `bench` and `--calibrate`.
 
-A row that no answer can be paid for trains nothing and evaluates to zero, without an error anywhere: it is refused
-before anything starts, with file, row and fix.
+A row for which no answer can get a reward trains nothing and evaluates to zero without any error. It is therefore
+refused before anything starts, with file, row and fix.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from flashrl_cli.text import counted
 from flashrl_cli.verl import rewards
 
 SHOWN = 5
-"""Rows of a kind that are listed."""
+"""Number of rows that are listed for each type of fault."""
 _KINDS = 12
-"""Kinds of faults that are listed."""
+"""Number of types of faults that are listed."""
 _LONGEST_VALUE = 40
 ROLES = ("system", "user", "assistant", "tool")
 ASKING = ("user", "tool")
-"""Roles of a last message, which the model answers."""
+"""Roles of a last message that a model answers."""
 MEDIA = ("images", "videos", "audios")
-"""Columns that verl shows to a model beside the prompt."""
+"""Columns with media that verl shows to a model in addition to the prompt."""
 _TYPES: dict[type, str] = {
     type(None): "null", bool: "true or false", int: "a whole number", float: "a number", str: "text",
     dict: "an object", list: "a list", tuple: "a map",
@@ -39,14 +39,14 @@ Raw = Mapping[str, Any]
 
 
 class Message(TypedDict):
-    """One turn of the prompt, before the chat template."""
+    """One turn of the prompt, before the chat template is applied."""
 
     role: str
     content: str
 
 
 class Reward(TypedDict):
-    """What the scorer compares a response with."""
+    """The value that the scorer compares a response with."""
 
     style: str
     ground_truth: str
@@ -67,7 +67,7 @@ Located = tuple[Location, Raw]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What makes a row unfit; `value` is what the row holds there, and no part of the kind of fault."""
+    """The reason why a row is unusable; `value` is the row's content there, and no part of the type of fault."""
 
     message: str
     fix: str | None = None
@@ -75,7 +75,7 @@ class Fault:
 
 
 class BadRow(ValueError):
-    """A raw row that cannot become a training row."""
+    """A raw row that cannot be converted to a training row."""
 
     def __init__(self, message: str, *, fix: str | None = None, value: Any = None) -> None:
         super().__init__(message)
@@ -83,7 +83,7 @@ class BadRow(ValueError):
 
 
 class Scoring(enum.Enum):
-    """What responses to the rows are scored by: verl's functions, something of the person's own, or nothing at all."""
+    """What scores the responses to the rows: verl's functions, the user's own function, or nothing."""
 
     VERL = enum.auto()
     OWN = enum.auto()
@@ -92,13 +92,13 @@ class Scoring(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What rows are read for."""
+    """The requirements on rows, which depend on their use."""
 
     scoring: Scoring = Scoring.VERL
     prompt: str = "prompt"
-    """The column of the prompt."""
+    """The column that holds the prompt."""
     text_only: bool = False
-    """Whether the model is shown the prompt alone, without images."""
+    """Whether the model is shown only the prompt, without images."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -109,7 +109,7 @@ class Needs:
 
 
 def make_row(data_source: str, prompt: str, truth: str, extra: Mapping[str, Any], *, ability: str = "math") -> Row:
-    """Row with one user turn and a rule-based reward."""
+    """Create a row with one user turn and a rule-based reward."""
     return Row(
         data_source=data_source,
         prompt=[Message(role="user", content=prompt)],
@@ -120,7 +120,7 @@ def make_row(data_source: str, prompt: str, truth: str, extra: Mapping[str, Any]
 
 
 def text(raw: Raw, *columns: str) -> str:
-    """Text of the first of `columns` that `raw` has; BadRow if there is none, or it is empty or no text."""
+    """Text of the first of `columns` that `raw` has; BadRow if there is none, or it is empty or not a text."""
     column = next((name for name in columns if name in raw), None)
     if column is None:
         raise BadRow(f"no column {columns[0]!r} (the row has: {', '.join(map(printable, raw)) or 'nothing'})")
@@ -133,30 +133,30 @@ def text(raw: Raw, *columns: str) -> str:
 
 
 def kind(value: Any) -> str:
-    """What a value is, in words that JSON and Parquet share."""
+    """Name of a value's type, in terms that apply to both JSON and Parquet."""
     return kind_of(type(value))
 
 
 def kind_of(type_: type) -> str:
-    """What values of a type are, in words that JSON and Parquet share."""
+    """Name of a type, in terms that apply to both JSON and Parquet."""
     return _TYPES.get(type_, type_.__name__)
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: printable, on one line and short, however deep it is."""
+    """A value in the form used in messages: printable, on one line and short, however deeply nested it is."""
     line = repr(value) if isinstance(value, str) else reprlib.repr(value)
     return line if len(line) <= _LONGEST_VALUE else f"{line[:_LONGEST_VALUE]}…"
 
 
 def printable(name: Any) -> str:
-    """A column's name, or a key, as a message can show it."""
+    """A column name or key in a form that a message can show."""
     return str(name) if str(name).isprintable() else ascii(name)
 
 
 def judge(located: Iterable[Located], needs: Needs, bad: BadRows) -> list[Raw]:
-    """The rows that can be used as `needs` says; what is wrong with the others goes to `bad`.
+    """The rows that are usable for `needs`; faults of the other rows go to `bad`.
 
-    Raises EnvironmentNotReady if verl's reward functions, or what they need, are not installed.
+    Raises EnvironmentNotReady if verl's reward functions, or libraries that they need, are not installed.
     """
     rows: list[Raw] = []
     places: list[Location] = []
@@ -186,7 +186,7 @@ def _claim(row: Raw) -> truths.Claim:
 
 
 def faults(row: Raw, needs: Needs) -> Iterator[Fault]:
-    """Yield what is wrong with the form of a row."""
+    """Yield the faults in the form of a row."""
     if missing := [name for name in needs.columns if name not in row]:
         yield Fault(f"no column {', '.join(missing)}", f"it has: {', '.join(map(printable, row)) or 'nothing'}")
         return
@@ -224,7 +224,7 @@ def _prompt_faults(prompt: Any, column: str) -> Iterator[Fault]:
 
 
 def _message_fault(turn: Mapping[str, Any], column: str) -> Fault | None:
-    """What is wrong with one message."""
+    """The fault of one message, or None."""
     role, content = turn.get("role"), turn.get("content")
     if role is None and turn.get("from") is not None:
         fix = "rename them to role (human: user, gpt: assistant) and content"
@@ -244,7 +244,7 @@ def _content_fault(turn: Mapping[str, Any], role: str, content: Any) -> Fault | 
         return Fault(f"the content of the {role} message {what}", "text in every message")
     if content is not None and not isinstance(content, str):
         return Fault(f"the content of the {role} message is {kind(content)}, not text", None, shown(content))
-    if not (content or "").strip() and role == "user":  # an empty system message turns off a template's own
+    if not (content or "").strip() and role == "user":  # an empty system message disables the template's default one
         return Fault("the content of the user message is empty", "remove the row, or ask something")
     return None
 
@@ -265,7 +265,7 @@ def _reward_faults(row: Raw, needs: Needs) -> Iterator[Fault]:
 
 
 def _truth_faults(source: str, truth: Any) -> Iterator[Fault]:
-    """What keeps a truth from being compared at all; whether it can be matched is for the scorer to say."""
+    """Yield reasons why a truth cannot be compared at all; whether it can be matched is up to the scorer."""
     scorer, name = rewards.scorer(source), "reward_model.ground_truth"
     if scorer is rewards.SEARCH:
         target = truth.get("target") if isinstance(truth, dict) else None
@@ -295,7 +295,7 @@ def _are_test_cases(truth: Any) -> bool:
 
 @dataclass(slots=True)
 class _Group:
-    """Rows of one file with one kind of fault: how many, and the first few."""
+    """Rows of one file with the same type of fault: their number, and the first few."""
 
     count: int = 0
     first: list[tuple[Location, str | None]] = field(default_factory=list)
@@ -316,7 +316,7 @@ class _Group:
 
 
 class BadRows:
-    """Every row that cannot be used: how many there are, and the first few of each kind of fault in each file."""
+    """All rows that cannot be used: their number, and the first few of each type of fault in each file."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -324,21 +324,21 @@ class BadRows:
         self._groups: dict[tuple[str, Fault], _Group] = {}
 
     def add(self, place: Location, fault: Fault) -> None:
-        """Note one fault of a row."""
+        """Record one fault of a row."""
         self.count += place != self._last
         self._last = place
         group = self._groups.setdefault((place.source, Fault(fault.message, fault.fix)), _Group())
         group.add(place, fault.value)
 
     def problems(self) -> list[Problem]:
-        """One problem for each kind of fault in each file, in the order of their first rows."""
+        """One problem for each type of fault in each file, in the order of their first rows."""
         found = [group.problem(fault) for (_, fault), group in self._groups.items()]
         left_out = len(found) - _KINDS
         more = [Problem(f"and {left_out:,} more kinds of faults")] if left_out > 0 else []
         return [*found[:_KINDS], *more]
 
     def check(self, name: str, after: str = "") -> None:
-        """Raise InputError if there was any; `name` says whose rows they are, `after` what follows from it."""
+        """Raise InputError if there was any fault; `name` says whose rows they are, `after` names the consequence."""
         if self.count:
             rows = counted(self.count, "row")
             raise InputError(

@@ -1,6 +1,7 @@
-"""Where a data set's raw rows come from: local files, the Hugging Face hub, or sums drawn by a seed.
+"""Sources of a data set's raw rows: local files, the Hugging Face hub, or sums drawn with a seed.
 
-The three have the same few methods, and describe themselves in a form that the manifest keeps and is compared with.
+All three have the same few methods, and describe themselves in a form that is stored in the manifest and compared
+later.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SPLITS = ("train", "test")
 
 @dataclass(slots=True)
 class HubSource:
-    """A data set on the hub, or in the hub's cache on this machine."""
+    """A data set on the hub, or in the hub's local cache."""
 
     label: str
     config: str | None
@@ -49,7 +50,7 @@ class HubSource:
                 yield Location(f"{self.label}:{split}", number, unit="row"), row
 
     def count(self, split: str) -> int:
-        """Rows of a split, downloading it first."""
+        """Number of rows of a split, which is downloaded first."""
         return len(self._split(split))
 
     def describe(self) -> dict[str, Any]:
@@ -59,11 +60,11 @@ class HubSource:
         return {"kind": "hub", "id": self.label, "config": self.config, "files": stamps}
 
     def matches(self, was: dict[str, Any]) -> bool:
-        """Whether it is the same id; a newer commit is fetched only when asked for (`--force`)."""
+        """Whether the id is the same; a newer commit is only fetched on request (`--force`)."""
         return (was.get("kind"), was.get("id"), was.get("config")) == ("hub", self.label, self.config)
 
     def _split(self, split: str) -> Any:
-        """The split, or, for a set of one split, the only one that the hub has."""
+        """The split, or the only one that the hub has for a data set of one split."""
         self._load()
         if split in self.loaded:
             return self.loaded[split]
@@ -88,45 +89,45 @@ class HubSource:
 
 
 def go_offline() -> None:
-    """Keep the hub's libraries, which must not have been imported yet, from the network."""
+    """Disable network access of the hub's libraries, which must not have been imported yet."""
     os.environ.update(dict.fromkeys(OFFLINE, "1"))
 
 
 def is_offline() -> bool:
-    """Whether the hub's libraries keep from the network."""
+    """Whether network access of the hub's libraries is disabled."""
     return os.environ.get(OFFLINE[0], "").lower() in {"1", "on", "yes", "true"}
 
 
 def detect_offline() -> None:
-    """Go offline if the hub cannot be named, here or by a proxy: its libraries would try for half a minute."""
+    """Go offline if the hub's name cannot be resolved, here or by a proxy: its libraries would retry for long."""
     if not is_offline() and not resolves(os.environ):
         go_offline()
 
 
 def hide_progress() -> None:
-    """Keep the hub's libraries, which must not have been imported yet, from drawing bars."""
+    """Disable progress bars of the hub's libraries, which must not have been imported yet."""
     os.environ.update(dict.fromkeys(NO_PROGRESS, "1"))
 
 
 class Source(Protocol):
-    """Raw rows by split of the data set that is to be written."""
+    """Interface of a source: raw rows by split of the data set that is written."""
 
     @property
     def label(self) -> str:
-        """What a person calls it: the path or id that was given."""
+        """The path or id that the user gave."""
 
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits that will be written."""
 
     def rows(self, split: str, bad: BadRows) -> Iterator[Located]:
-        """Yield `(where, raw row)`; what is no row goes to `bad`."""
+        """Yield `(where, raw row)`; entries that are not rows go to `bad`."""
 
     def count(self, split: str) -> int | None:
-        """Number of rows, if it is known beforehand."""
+        """Number of rows, if it is known in advance."""
 
     def describe(self) -> dict[str, Any]:
-        """What it is, for the manifest, with hashes of the inputs."""
+        """Description of the source for the manifest, with hashes of the inputs."""
 
     def matches(self, was: dict[str, Any]) -> bool:
         """Whether `was`, read back from a manifest, describes this source as it is now."""
@@ -141,7 +142,7 @@ class LocalSource:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that files were found for."""
+        """The splits for which files were found."""
         return tuple(self.files)
 
     def rows(self, split: str, bad: BadRows) -> Iterator[Located]:
@@ -149,17 +150,17 @@ class LocalSource:
         return itertools.chain.from_iterable(readers.read(path, bad) for path in self.files[split])
 
     def count(self, split: str) -> int | None:
-        """Rows of all the split's files."""
+        """Number of rows of all the split's files."""
         counts = [readers.count(path) for path in self.files[split]]
         return None if None in counts else sum(filter(None, counts))
 
     def describe(self) -> dict[str, Any]:
-        """Files with size, time and hash."""
+        """Files with size, modification time and hash."""
         stamps = {split: [_stamp(path) for path in paths] for split, paths in self.files.items()}
         return {"kind": "local", "path": str(absolute(self.label)), "files": stamps}
 
     def matches(self, was: dict[str, Any]) -> bool:
-        """Whether it is the same files, unchanged."""
+        """Whether the files are the same and unchanged."""
         if was.get("kind") != "local" or list(was["files"]) != list(self.files):
             return False
         return all(
@@ -176,7 +177,7 @@ def _stamp(path: Path) -> Stamp:
 
 @dataclass(frozen=True, slots=True)
 class SumsSource:
-    """The sums of `arith`, drawn by a seed, which is among the manifest's options."""
+    """The sums of `arith`, drawn with a seed, which is among the manifest's options."""
 
     seed: int
     label: str = "numbers drawn here"
@@ -192,20 +193,20 @@ class SumsSource:
         return ((Location(split, number, unit="row"), {"a": a, "b": b}) for number, (a, b) in drawn)
 
     def count(self, split: str) -> int:
-        """Rows of the split."""
+        """Number of rows of the split."""
         return arith.SIZES[split]
 
     def describe(self) -> dict[str, Any]:
-        """Nothing but that it is made here."""
+        """A description that only says that the data is generated locally."""
         return {"kind": "generated"}
 
     def matches(self, was: dict[str, Any]) -> bool:
-        """Whether that was made here as well."""
+        """Whether `was` describes generated sums, too."""
         return was == self.describe()
 
 
 def open_source(recipe: Recipe, given: str | None, seed: int) -> Source:
-    """The source that `--source` names, or the recipe's own. InputError if it is neither a path nor a hub id."""
+    """The source that `--source` names, or the recipe's default. InputError if it is neither a path nor a hub id."""
     if given is None:
         if recipe.hub is None:
             return SumsSource(seed)
@@ -233,14 +234,14 @@ def _find_files(path: Path, recipe: Recipe) -> dict[str, tuple[Path, ...]]:
 
 
 def _belongs(path: Path, split: str) -> bool:
-    """Whether a file's name says that it holds `split`: `train.jsonl`, `train-00000-of-00002.parquet`."""
+    """Whether a file's name shows that it holds `split`: `train.jsonl`, `train-00000-of-00002.parquet`."""
     return re.fullmatch(rf"{split}([-_.].*)?", path.stem) is not None
 
 
 def _in_folder(folder: Path, recipe: Recipe) -> dict[str, tuple[Path, ...]]:
     """Files of every split of the recipe; a set of one split takes whichever split the folder holds.
 
-    Looks in the folder itself, then in the sub-folders where the hub keeps data: the config's and `data`.
+    It searches the folder itself, then the sub-folders where the hub stores data: the config's and `data`.
     """
     for place in (folder, *(folder / name for name in (recipe.config, "data") if name)):
         data = sorted(p for p in place.glob("*") if p.suffix in readers.SUFFIXES and p.is_file())
@@ -262,7 +263,7 @@ def _what_is_there(folder: Path, wanted: str) -> str:
 
 
 def _one_format(folder: Path, files: tuple[Path, ...]) -> tuple[Path, ...]:
-    """Refuse a split that is there twice, in two formats."""
+    """Refuse a split that exists in two formats."""
     if len({path.suffix for path in files}) > 1:
         names = ", ".join(path.name for path in files)
         raise InputError(

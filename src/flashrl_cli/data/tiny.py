@@ -1,8 +1,8 @@
-"""`flashrl prepare tiny`: sums and a small Qwen2 that can add, made here from nothing but a seed, in about a minute.
+"""`flashrl prepare tiny`: generate sums and a small Qwen2 that can add from a seed, in about a minute.
 
 Reinforcement learning on it must have something to improve and must show when a rollout engine is broken, so the policy
-is neither random nor perfect: it first learns sums digit by digit from clean demonstrations, then picks up carelessness
-from demonstrations of which half are wrong. The skill stays underneath, and training takes the carelessness out again.
+is neither random nor perfect: it first learns sums digit by digit from correct demonstrations, then becomes careless
+through demonstrations of which half are wrong. The skill remains, and training removes the carelessness.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """How the policy is trained: sizes in demonstrations, learning rates of AdamW, accuracies that end a phase."""
+    """How the policy is trained: sizes in demonstrations, AdamW learning rates, accuracies that end a phase."""
 
     batch: int = 48
     clean_lr: float = 2e-3
@@ -71,9 +71,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, *, tied: bool = True, width: int = 128) -> Qwen2ForCausalLM:
-    """Untrained float32 Qwen2, 0.4 M parameters at the usual `width`; its embedding has `len(tokenizer)` rows.
+    """Create an untrained float32 Qwen2, 0.4 M parameters at the usual `width`, with `len(tokenizer)` embedding rows.
 
-    verl masks the rows beyond the vocabulary in the rollout only, which would show up as a constant KL.
+    verl masks embedding rows beyond the vocabulary in the rollout only, which would appear as a constant KL.
     """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -95,7 +95,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, tied: bool = True, width: 
 
 
 class Demonstrations:
-    """Batches of worked sums, clean or careless, tokenized once."""
+    """Batches of worked sums, correct or careless, tokenized once."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         self.tokenizer = tokenizer
@@ -115,7 +115,7 @@ class Demonstrations:
         return self.rng.choice(self.pairs["train"])
 
     def answer(self, a: int, b: int, *, careless: bool) -> str:
-        """The worked solution of a + b, or, half of the time when careless, that of another sum."""
+        """The worked solution of a + b, or, in half of the cases if `careless`, that of another sum."""
         if careless and self.rng.random() < 0.5:
             a, b = self.pair()
         return solution(a, b) + END
@@ -172,10 +172,10 @@ def _teach(
 def warm_up(
     *, seed: int, tied: bool = True, width: int = 128, recipe: WarmUp | None = None, report: Report = lambda _: None
 ) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast, dict[str, float]]:
-    """Teach a new policy until its sampled accuracy lies between `recipe.floor` and `recipe.careless`.
+    """Train a new policy until its sampled accuracy is between `recipe.floor` and `recipe.careless`.
 
-    Returns model (float32), tokenizer and {"accuracy", "skilled_accuracy", "clean_steps", "careless_steps"}.
-    The same seed, thread count and processor give the same policy. Raises RunFailed when it cannot be taught.
+    Returns model (float32), tokenizer and {"accuracy", "skilled_accuracy", "clean_steps", "careless_steps"}. The same
+    seed, thread count and processor give the same policy. Raises RunFailed if the policy does not reach that range.
     """
     import torch
 
@@ -197,7 +197,7 @@ def warm_up(
 def _learn(
     model: Qwen2ForCausalLM, optimizer: Any, demonstrations: Demonstrations, recipe: WarmUp, report: Report
 ) -> tuple[int, float]:
-    """Clean demonstrations until the policy is skilled; returns steps and sampled accuracy."""
+    """Train on correct demonstrations until the policy is skilled; returns steps and sampled accuracy."""
     step, accuracy = 0, 0.0
     while accuracy < recipe.skilled and step < recipe.max_clean_steps:
         _set_lr(optimizer, recipe.clean_lr * min(1.0, (step + 1) / recipe.warmup_steps))
@@ -212,7 +212,7 @@ def _learn(
 def _grow_careless(
     model: Qwen2ForCausalLM, optimizer: Any, demonstrations: Demonstrations, recipe: WarmUp, report: Report
 ) -> tuple[int, float]:
-    """Half-wrong demonstrations until the policy is careless; returns steps and sampled accuracy."""
+    """Train on half-wrong demonstrations until the policy is careless; returns steps and sampled accuracy."""
     step, accuracy = 0, 1.0
     _set_lr(optimizer, recipe.careless_lr)
     while accuracy > recipe.careless and step < recipe.max_careless_steps:
@@ -238,9 +238,9 @@ def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 
 def prepare_tiny(paths: DatasetPaths, *, seed: int, force: bool, report: Report) -> dict[str, Any]:
-    """Make `arith` rows and a warmed-up policy in `paths`, unless they are there already; returns status and manifest.
+    """Create `arith` rows and a warmed-up policy in `paths`, unless they exist; returns status and manifest.
 
-    Takes about a minute on two cores. RunFailed if the policy cannot be taught.
+    It takes about a minute on two cores. RunFailed if the policy cannot be trained.
     """
     there = writing.read_manifest(paths)
     if not force and there is not None and _up_to_date(paths, there, seed):

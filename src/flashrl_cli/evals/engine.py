@@ -1,7 +1,7 @@
 """The engine process of an evaluation: `python -m flashrl_cli.evals.engine JOB.json`.
 
-One vLLM engine serves all checkpoints of an architecture, and takes their weights in place. Tokens go in and tokens
-come out, so that each checkpoint is read with its own tokenizer and chat template.
+One vLLM engine serves all checkpoints of an architecture and loads their weights in place. It receives and returns
+tokens, so that each checkpoint is used with its own tokenizer and chat template.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flashrl_cli.worker import engine, server
 
 
 class Outgrown(Exception):
-    """A checkpoint that the running engine cannot answer for as an engine of its own would."""
+    """The running engine cannot answer for a checkpoint as an engine that starts with it would."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class _Text:
 
     @classmethod
     def of(cls, folder: Path, prompts: Sequence[engine.Messages]) -> _Text:
-        """That of an HF folder. Raises Unreadable."""
+        """Read the tokenizer and its ids from an HF folder. Raises Unreadable."""
         tokenizer = engine.tokenizer_of(folder)
         rows = [engine.tokens_of(tokenizer, prompt) for prompt in prompts]
         largest = max((max(row, default=0) for row in rows), default=0)
@@ -48,11 +48,11 @@ class _Text:
 
 
 class Generator:
-    """One vLLM engine for the architecture of `job.start`, which takes the weights of checkpoints in place.
+    """One vLLM engine for the architecture of `job.start`, which loads the weights of checkpoints in place.
 
-    `prompts` are all that will be asked: they say how long a sequence gets. Raises InputError before vLLM starts if one
-    leaves no room for a response, Unreadable for a tokenizer that cannot be used or quantized weights that are not
-    complete.
+    `prompts` are all prompts of the job, which determine the length of sequences. Raises InputError before vLLM starts
+    if a prompt leaves no room for a response, Unreadable for a tokenizer that cannot be used or for incomplete
+    quantized weights.
     """
 
     def __init__(self, job: Job, prompts: Sequence[engine.Messages]) -> None:
@@ -68,7 +68,7 @@ class Generator:
         if not row.cpu and engine.is_cpu():
             hint = f"--rollout {joined(ON_CPU, 'or')}"
             raise EnvironmentNotReady(f"vLLM has no {row.number_format} kernel for a CPU", hint=hint)
-        # read by the plugins in this process and in those that vLLM starts
+        # the plugins read this in this process and in those that vLLM starts
         os.environ[contract.ENV_ROLLOUT] = contract.RolloutOptions(profile=job.engine.profile).text()
         share = job.engine.gpu_memory_utilization
         self._llm = engine.start(
@@ -87,15 +87,16 @@ class Generator:
         )
 
     def load(self, weights: Weights) -> dict[str, Any]:
-        """Take `weights`, their tokenizer and stop tokens, unless held already; the engine's contract.Handshake.
+        """Load `weights` with their tokenizer and stop tokens, unless loaded already; returns the contract.Handshake.
 
-        Raises Unreadable for weights that cannot be read and a tokenizer that does not fit them, Spoilt if the engine
-        holds no policy after that, Outgrown if another engine must answer for them, and EnvironmentNotReady if they are
-        not held in the precision asked for: what was not quantized must not pass for it.
+        Raises Unreadable for weights that cannot be read or a tokenizer that does not fit them, Spoilt if the engine
+        holds no valid policy afterwards, Outgrown if another engine must answer for them, and EnvironmentNotReady if
+        the engine does not hold them in the requested precision: results without quantization must not count as
+        quantized.
         """
         if self._is_held(weights):
             return self._holds
-        # compared by content: a run that starts over writes other weights to the same place
+        # compared by content: a run that starts over writes other weights to the same path
         content = weights.fingerprint()
         text = _Text.of(weights.hf, self._prompts)
         if self._needed(weights.hf, text) > self._limit or (self._job.quantized and content != self._started_with):
@@ -110,7 +111,7 @@ class Generator:
             return False
         try:
             return self._loaded[1] == weights.fingerprint()
-        except (Unreadable, OSError):  # removed since it was loaded
+        except (Unreadable, OSError):  # the weights were removed after they were loaded
             return True
 
     def _check_vocabulary(self, folder: Path, text: _Text) -> None:
@@ -137,7 +138,7 @@ class Generator:
         return holds
 
     def answer(self, prompts: Mapping[int, engine.Messages]) -> Iterator[list[Response]]:
-        """Samples of each of `prompts` (by number), as the prompts are finished.
+        """Yield the samples of each of `prompts` (by number) as soon as a prompt is finished.
 
         Raises InputError for a prompt that leaves no room for a response.
         """
@@ -161,14 +162,14 @@ class Generator:
             )
 
     def _needed(self, folder: Path, text: _Text) -> int:
-        """Tokens of the longest sequence: what is asked for, or what the prompts need if the model knows that many."""
+        """Length of the longest sequence in tokens: as requested, or what the prompts need if the model allows it."""
         if self._job.engine.max_model_len:
             return self._job.engine.max_model_len
         needed = text.longest + self._job.sampling.max_tokens
         return min(needed, int(read_json(folder / "config.json").get("max_position_embeddings", needed)))
 
     def _parameters(self, number: int) -> Any:
-        """Parameters of prompt `number`: a seed of its own makes its responses independent of the batch it is in."""
+        """Sampling parameters of prompt `number`; its own seed makes responses independent of the batch."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -202,7 +203,7 @@ class Generator:
 
 
 def serve(data: dict[str, Any], orders: server.Orders, emit: server.Emit) -> None:
-    """Fulfil orders until one has spoilt the engine or needs another."""
+    """Process orders until one has spoilt the engine or needs another engine."""
     job = Job.of(data)
     emit("stage", text="starting the vLLM engine")
     prompts = [_prompts(job.questions(number)) for number in range(job.data_sets)]

@@ -1,7 +1,7 @@
-"""An evaluation from request to report, once or as long as the runs behind it are training.
+"""An evaluation from request to report, once or repeatedly while the evaluated runs are training.
 
-One engine for each architecture takes the weights of checkpoints in turn. Responses are graded while the next are
-generated, and each result is kept as soon as it is there.
+One engine for each architecture loads the weights of checkpoints in turn. Responses are graded while the next ones are
+generated, and each result is stored as soon as it is complete.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     from flashrl_cli.worker.client import Worker
 
 POLL_S = 5.0
-"""How often watching looks for new checkpoints."""
+"""Seconds between two searches for new checkpoints while runs are watched."""
 _MOST_GRADERS = 8
 _CACHE = "results"
-"""Folder of an evaluation in which each checkpoint's graded responses are kept."""
+"""Folder of an evaluation that stores each checkpoint's graded responses."""
 # Keys of config.json that saving a policy again may change, and that responses do not depend on here.
 _VOLATILE = frozenset({
     "_name_or_path", "dtype", "torch_dtype", "attn_implementation", "transformers_version", "use_cache",
@@ -55,11 +55,11 @@ _VOLATILE = frozenset({
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is to be evaluated, complete: checkpoints (`base` and `baseline` among them), questions, settings.
+    """A complete description of an evaluation: checkpoints (including `base` and `baseline`), questions, settings.
 
     `base` is the policy that the runs began with, `baseline` a model that the best step is compared with. `skipped` are
-    folders that the patterns name and that hold no checkpoint. `folder` takes the results and the engine's log.
-    `fail_under` is the accuracy that is to be reached (verdicts.Threshold).
+    folders that the patterns name but that hold no checkpoint. `folder` receives the results and the engine's log.
+    `fail_under` is the accuracy that must be reached (verdicts.Threshold).
     """
 
     patterns: tuple[str, ...]
@@ -87,7 +87,7 @@ class Request:
         out: Path | None,
         fail_under: float | None = None,
     ) -> Request:
-        """Look up checkpoints and questions. Raises InputError or NothingMatched for what is not there."""
+        """Look up checkpoints and questions. Raises InputError or NothingMatched for missing ones."""
         found = find(patterns)
         start, other = (hf_folder(path) if path else None for path in (base, baseline))
         runs = (c.source for c in found.checkpoints if c.step is not None)
@@ -107,18 +107,18 @@ class Request:
         )
 
     def again(self) -> Request:
-        """The request with the checkpoints that its patterns name now. Raises NothingMatched if there are none."""
+        """The request with the checkpoints that its patterns match now. Raises NothingMatched if there are none."""
         found = find(self.patterns)
         checkpoints = _together(found.checkpoints, self.base, self.baseline)
         return dataclasses.replace(self, checkpoints=checkpoints, skipped=found.skipped)
 
     @property
     def prompts(self) -> int:
-        """Prompts to answer, over all checkpoints."""
+        """Number of prompts to answer, over all checkpoints."""
         return len(self.checkpoints) * sum(len(one.questions) for one in self.data)
 
     def settings(self) -> dict[str, Any]:
-        """Settings of the report, as plain data."""
+        """Settings for the report, as plain data."""
         return {"sampling": asdict(self.sampling), "rollout": self.engine.rollout, "profile": self.engine.profile}
 
 
@@ -140,7 +140,7 @@ def check_profile(engine: EngineSettings, folders: Iterable[Path]) -> None:
         try:
             config = read_json(folder / "config.json")
         except Unreadable:
-            continue  # skipped later, with the reason
+            continue  # this checkpoint is skipped later, with the reason
         if "quantization_config" in config:
             raise InputError(f"{folder} is quantized already and takes no profile", hint=without)
         if unlike := profile.suits(config):
@@ -150,13 +150,13 @@ def check_profile(engine: EngineSettings, folders: Iterable[Path]) -> None:
 def _together(
     found: Iterable[Checkpoint], base: Checkpoint | None, baseline: Checkpoint | None
 ) -> tuple[Checkpoint, ...]:
-    """Base, baseline and what was found, each once."""
+    """Base, baseline and the checkpoints found, without duplicates."""
     extra = [one for one in (base, baseline) if one]
     return tuple({one.path: one for one in (*extra, *found)}.values())
 
 
 def _place(checkpoints: Iterable[Checkpoint]) -> Path:
-    """`eval/` in the one run, or in the one project of the runs, else in the working folder."""
+    """The folder `eval/` in the only run, in the only project of the runs, or else in the working folder."""
     sources = {c.source for c in checkpoints if c.step is not None}
     projects = {source.parent for source in sources}
     root = sources.pop() if len(sources) == 1 else projects.pop() if len(projects) == 1 else Path.cwd()
@@ -165,7 +165,7 @@ def _place(checkpoints: Iterable[Checkpoint]) -> Path:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How an evaluation reports: `say` takes a sentence, `advance` how many more prompts and tokens are done."""
+    """How an evaluation reports: `say` prints a sentence, `advance` counts further prompts and tokens."""
 
     say: Callable[[str], None]
     advance: Callable[[int, int], None]
@@ -180,7 +180,7 @@ class Finished:
 
 
 def evaluate(request: Request, progress: Progress) -> Finished:
-    """Evaluate what the request names, and write the report to its folder.
+    """Evaluate the checkpoints of the request, and write the report to its folder.
 
     Raises NothingMatched if no checkpoint could be read, RunFailed if an engine died.
     """
@@ -191,9 +191,10 @@ def evaluate(request: Request, progress: Progress) -> Finished:
 def watch(
     lookup: Callable[[], Request], patterns: Sequence[str], progress: Progress, show: Callable[[Report], None]
 ) -> Finished:
-    """Evaluate what is there and whatever the runs behind `patterns` save, until they end; `show` gets each new report.
+    """Evaluate existing checkpoints and those that the runs of `patterns` still save, until these runs end.
 
-    Raises what `evaluate` does, NothingMatched only once no run is left that could save something.
+    `show` receives each new report. Raises the errors of `evaluate`, but NothingMatched only once no run is left that
+    could save a checkpoint.
     """
     request: Request | None = None
     evaluation: Evaluation | None = None
@@ -211,7 +212,7 @@ def watch(
                 if training and len(evaluation.results) > known:
                     show(finished.report)
             except NothingMatched:
-                # while a run is training there may be something at the next look
+                # while a run is training, the next search may find a checkpoint
                 if not training and finished is None:
                     raise
     if finished is None:
@@ -220,9 +221,9 @@ def watch(
 
 
 def looks(patterns: Sequence[str], say: Callable[[str], None], *, poll_s: float = POLL_S) -> Iterator[bool]:
-    """Now, and again as long as a run behind the patterns is training, and once when the last has ended.
+    """Yield now, repeatedly while a run of the patterns is training, and once after the last one has ended.
 
-    Yields whether one is training, that is, whether there will be another look.
+    Each value says whether a run is training, that is, whether another search will follow.
     """
     announced: list[str] = []
     while True:
@@ -237,13 +238,13 @@ def looks(patterns: Sequence[str], say: Callable[[str], None], *, poll_s: float 
 
 
 def behind(patterns: Sequence[str]) -> list[Run]:
-    """Runs whose checkpoints the patterns name, or would name once there are some."""
+    """Runs whose checkpoints the patterns match, or would match once there are some."""
     wanted = [str(paths.absolute(pattern)) for pattern in patterns]
     return [run for run in store.all_runs() if any(names_checkpoints(one, run.paths.checkpoints) for one in wanted)]
 
 
 def names_checkpoints(pattern: str, run_checkpoints: Path) -> bool:
-    """Whether a glob or path names a run's folder of checkpoints, or what is in or around that folder."""
+    """Whether a glob or path names a run's checkpoint folder, or something inside or around that folder."""
     inside = run_checkpoints / step_name(0)
     literal = Path(pattern)
     if literal == run_checkpoints or run_checkpoints in literal.parents:
@@ -253,7 +254,7 @@ def names_checkpoints(pattern: str, run_checkpoints: Path) -> bool:
 
 @dataclass(slots=True)
 class _Running:
-    """The engine that is up, and the architecture of the checkpoints that it can take."""
+    """The running engine, and the architecture of the checkpoints that it can load."""
 
     architecture: str
     engine: Worker
@@ -261,14 +262,14 @@ class _Running:
 
 
 class Evaluation:
-    """An engine and graders that stay up from checkpoint to checkpoint; leaving this context ends both.
+    """An engine and graders that keep running from checkpoint to checkpoint; leaving this context ends both.
 
-    Both start when there is something to do for them. `results` (by a unit's key) and `skipped` (by a checkpoint's
-    path) grow as units are finished.
+    Both start when they are first needed. `results` (by a unit's key) and `skipped` (by a checkpoint's path) grow as
+    units are finished.
     """
 
     def __init__(self, request: Request, progress: Progress) -> None:
-        """For `request` and those that differ from it in nothing but their checkpoints."""
+        """Prepare for `request` and for requests that differ from it only in their checkpoints."""
         self.results: dict[str, Evaluated] = {}
         self.skipped: dict[Path, Skipped] = {}
         self._request, self._progress = request, progress
@@ -296,7 +297,7 @@ class Evaluation:
         self._closing.close()
 
     def report(self, request: Request) -> Finished:
-        """Evaluate what is left of the request's checkpoints, and write the report of all of them.
+        """Evaluate the remaining checkpoints of the request, and write the report of all of them.
 
         Raises NothingMatched if no checkpoint could be read, RunFailed if an engine died.
         """
@@ -312,7 +313,7 @@ class Evaluation:
         wanted = [*pruned, *present]
         self.work([one for one in wanted if one.key not in self.results])
         skipped += self.skipped.values()
-        # two checkpoints with the same weights have one result
+        # two checkpoints with the same weights share one result
         evaluated = [
             dataclasses.replace(self.results[one.key], checkpoint=one.checkpoint, data=one.data)
             for one in wanted
@@ -333,7 +334,7 @@ class Evaluation:
         return Finished(report, request.folder)
 
     def work(self, units: Iterable[Unit]) -> None:
-        """Finish `units`: kept results are taken, and units that another evaluation works on come last.
+        """Finish `units`: stored results are reused, and units that another evaluation works on come last.
 
         Raises RunFailed if an engine died.
         """
@@ -355,7 +356,7 @@ class Evaluation:
         self._grading.clear()
 
     def _pruned(self, request: Request, present: Sequence[Unit]) -> list[Unit]:
-        """What was evaluated of steps that training has removed since: their results keep the curve."""
+        """Results of steps that training has removed since they were evaluated; they keep the curve complete."""
         runs = {one.source: one.run for one in request.checkpoints}
         found = self._cache.pruned((one.path for one in request.skipped), {one.asked: one.data for one in present})
 
@@ -365,7 +366,7 @@ class Evaluation:
         return [dataclasses.replace(one, checkpoint=labelled(one.checkpoint)) for one in found]
 
     def _reuse(self, unit: Unit) -> bool:
-        """Take the kept result of a unit, if there is one. Returns whether nothing is left to do for it."""
+        """Reuse the stored result of a unit, if there is one. Returns whether the unit is finished."""
         if unit.checkpoint.path not in self.skipped:
             kept = self._cache.load(unit)
             if kept is None:
@@ -375,8 +376,8 @@ class Evaluation:
         return True
 
     def _do(self, unit: Unit) -> None:
-        """Have a claimed unit answered; it is graded in a thread, which then releases the claim."""
-        if self._reuse(unit):  # by another evaluation since we looked
+        """Get the answers to a claimed unit; a thread grades them and then releases the claim."""
+        if self._reuse(unit):  # another evaluation may have finished it meanwhile
             self._cache.release(unit)
             return
         file = self._cache.answers(unit)
@@ -385,7 +386,7 @@ class Evaluation:
         self._progress.advance(done, 0)
         try:
             self._ensure_engine(unit.checkpoint)
-        except (Unreadable, OSError) as error:  # a training run may have removed it since we looked
+        except (Unreadable, OSError) as error:  # a training run may have removed it meanwhile
             self._skip(unit, str(error), done=done)
             return
         order = Order(
@@ -413,7 +414,7 @@ class Evaluation:
                     self._grading.append(self._thread.submit(self._grade, unit, holds, seconds))
 
     def _grade(self, unit: Unit, holds: dict[str, Any], seconds: float) -> None:
-        """Grade what was answered, and keep it (in a thread of its own, while the engine goes on)."""
+        """Grade the answers and store the result (in a separate thread, while the engine continues)."""
         found = results.read_answers(self._cache.answers(unit))
         responses = tuple(sample for number in sorted(found) for sample in found[number])
         grades = tuple(self._start_graders().grade(unit.data.questions, responses))
@@ -425,7 +426,7 @@ class Evaluation:
         self._cache.release(unit)
 
     def _skip(self, unit: Unit, reason: str, *, done: int) -> None:
-        """Give up a claimed unit's checkpoint; `done` of the unit's prompts are reported already."""
+        """Give up a claimed unit's checkpoint; `done` of the unit's prompts have been reported already."""
         path = unit.checkpoint.path
         self.skipped[path] = Skipped(path, reason, refused=path.is_dir())
         self._warn(self.skipped[path])
@@ -433,13 +434,13 @@ class Evaluation:
         self._cache.release(unit)
 
     def _warn(self, skipped: Skipped) -> None:
-        """Say what is not evaluated, once, and as soon as it is known: the rest may take hours."""
+        """Report once, and as soon as it is known, what is not evaluated: the rest may take hours."""
         if skipped.path not in self._warned:
             self._warned.add(skipped.path)
             self._progress.say(f"warning: skipped {skipped.path}: {skipped.reason}")
 
     def _events(self, unit: Unit, order: Order) -> Iterator[dict[str, Any]]:
-        """Events of an order; where the engine asks for it, from another one that starts with the unit's checkpoint."""
+        """Events of an order; if the engine requests it, from a new engine that starts with the unit's checkpoint."""
         while up := self._up:
             for event in up.engine.ask(order.plain()):
                 if event["event"] == "restart":
@@ -451,10 +452,10 @@ class Evaluation:
                 return
 
     def _ensure_engine(self, checkpoint: Checkpoint) -> None:
-        """Have an engine up for the checkpoint's architecture. Raises Unreadable for weights that none would take."""
+        """Ensure that an engine runs for the checkpoint's architecture. Raises Unreadable for unusable weights."""
         wanted = architecture(checkpoint)
         if self._up is None or self._up.architecture != wanted:
-            checkpoint.weights.accounted()  # an engine would find the same, after half a minute of starting
+            checkpoint.weights.accounted()  # an engine would find the same problem after half a minute of starting
             self._stop_engine()
             self._up = self._start(checkpoint, wanted)
 
@@ -476,9 +477,9 @@ class Evaluation:
             return _Running(wanted, engine, stack.pop_all())
 
     def _start_graders(self) -> Graders:
-        """The graders, which the first call starts."""
+        """The graders; the first call starts them."""
         if self._graders is None:
-            # few are enough: a response takes them less than a millisecond
+            # few are enough: grading a response takes less than a millisecond
             workers = max(1, min(_MOST_GRADERS, (os.cpu_count() or 1) // 2))
             self._graders = self._closing.enter_context(Graders(workers=workers))
         return self._graders
@@ -490,10 +491,10 @@ class Evaluation:
 
 
 def architecture(checkpoint: Checkpoint) -> str:
-    """What two checkpoints must share to run in one engine: config.json but for what saving it again changes.
+    """The properties that two checkpoints must share to use one engine: config.json without what saving changes.
 
-    Quantized weights are loaded by the engine's start, each by an engine of its own. Raises Unreadable without a
-    config.
+    Quantized weights can only be loaded when an engine starts, so each needs a separate one. Raises Unreadable without
+    a config.
     """
     config = read_json(checkpoint.hf / "config.json")
     alone = str(checkpoint.hf) if checkpoint.quantized else ""
@@ -507,7 +508,7 @@ def _name(unit: Unit) -> str:
 
 @contextlib.contextmanager
 def _log(folder: Path) -> Iterator[Path]:
-    """An empty log file: engine.log, or one with the process's number if another evaluation writes that."""
+    """An empty log file: engine.log, or one named after the process if another evaluation writes that."""
     import filelock
 
     lock = filelock.FileLock(folder / ".engine.lock")

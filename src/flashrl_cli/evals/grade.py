@@ -1,11 +1,11 @@
-r"""Right or wrong: by verl's own scorer, so that evaluation and training reward agree, and by the answer itself.
+r"""Grade responses by verl's own scorer, so that evaluation and training reward agree, and by the answer itself.
 
-verl's verdict counts the form, too: `#### 72` for GSM8K, `\boxed{72}` or `Answer: 72` elsewhere. Two others look for
-the answer anywhere in a response (`flexible`) and in its last box (`boxed`), by math-verify, which compares formulas by
-their meaning. Numbers are those of lm-evaluation-harness for GSM8K (lm_eval/tasks/gsm8k/gsm8k.yaml, filter
-flexible-extract: the last match counts; commas, dollar signs and a trailing dot do not), with three differences: a
-match has a digit, a comma belongs to a number only where it separates thousands, and a hyphen is a sign only where
-nothing stands before it (`8-3` ends with 3).
+verl's verdict also depends on the form: `#### 72` for GSM8K, `\boxed{72}` or `Answer: 72` elsewhere. Two other
+extractors find the answer anywhere in a response (`flexible`) and in its last box (`boxed`); they use math-verify,
+which compares formulas by their meaning. Numbers are those of lm-evaluation-harness for GSM8K
+(lm_eval/tasks/gsm8k/gsm8k.yaml, filter flexible-extract: the last match counts; commas, dollar signs and a trailing dot
+do not), with three differences: a match has a digit, a comma belongs to a number only where it separates thousands, and
+a hyphen is a sign only where no character precedes it (`8-3` ends with 3).
 
 Graders (evals/graders.py) call these functions, and end those that take too long.
 """
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from flashrl_cli.evals.questions import Question
 
 _THIN = re.compile(r"\{,\}|(?:,?\\[,!;:]\s*)(?=\d{3}(?!\d))")
-"""What LaTeX puts between thousands, beside the plain comma."""
+"""Separators that LaTeX puts between thousands, in addition to the plain comma."""
 _NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]}])-\s?)?(?:\\?\$\s?)?(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<!\d)\.\d+)"
+    r"(?P<sign>(?<![\w)\]}])-\s?)?(?:\\?\$\s?)?"
+    r"(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<!\d)\.\d+)"
 )
 _AFTER_HASHES = re.compile(r"####[ \t]*([^\n]*)")
 _AFTER_ANSWER = re.compile(r"answer[ \t]*:[ \t]*([^\n]*)", re.IGNORECASE)
@@ -44,7 +45,7 @@ def last_number(text: str) -> Decimal | None:
 
 
 def number(text: str) -> Decimal | None:
-    """The number that `text` is; None if it is anything else, too."""
+    """The number that `text` is; None if the text holds anything else."""
     found = _NUMBER.fullmatch(_plain(text))
     return found and _value(found)
 
@@ -56,17 +57,17 @@ def last_box(text: str) -> str | None:
 
 
 def without_end(answer: str) -> str:
-    """`answer` without a full stop and a percent sign at its end, thousands separated by nothing but commas."""
+    """`answer` without a full stop and a percent sign at its end, and with plain commas between thousands."""
     return _plain(answer).strip().removesuffix(".").removesuffix("%").removesuffix("\\").rstrip()
 
 
 def without_unit(answer: str) -> str:
-    """`answer` without words after the number that it ends with: 72 of `72 clips`."""
+    """`answer` without the words after its number: 72 of `72 clips`."""
     return re.sub(r"(?<=\d)\s+[a-zA-Z][a-zA-Z ]*$", "", answer)
 
 
 def prediction(text: str) -> str | None:
-    """The answer as a reader would find it: in the last box, else after ####, after `Answer:`, or the last number."""
+    """The answer that a reader would find: in the last box, after ####, after `Answer:`, or the last number."""
     for found in (last_box(text), _last(_AFTER_HASHES, text), _last(_AFTER_ANSWER, text)):
         if found:
             return found
@@ -89,13 +90,13 @@ def _value(found: re.Match[str]) -> Decimal:
 
 
 _RIGHT = 0.5
-"""A score above it is right: scorers give 0 or 1, or -1 or 1; geo3k gives 0.1 for the form and 0.9 for the answer."""
+"""A score above it is right. Scorers give 0 or 1, or -1 or 1; geo3k gives 0.1 for the form and 0.9 for the answer."""
 _LONGEST_PROBLEM = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """verl's verdict: `score` and whether it is right; `problem` says why there is none."""
+    """verl's verdict: `score` and whether it is right; `problem` says why there is no verdict."""
 
     score: float = 0.0
     correct: bool = False
@@ -104,7 +105,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """The answer in a response, see Grade; `problem` says why it could not be compared."""
+    """The answer in a response (see Grade); `problem` says why it could not be compared."""
 
     flexible: bool | None = None
     boxed: bool | None = None
@@ -113,14 +114,14 @@ class Reading:
 
 
 def unread(question: Question, response: str, problem: str) -> Reading:
-    """The reading of a `response` that could not be compared: wrong where it would have been right or wrong."""
+    """The reading of a `response` that could not be compared: it counts as wrong where an extractor applies."""
     if _comparison(question.data_source) is None:
         return Reading(problem=problem)
     return Reading(flexible=False, boxed=False, prediction=prediction(response), problem=problem)
 
 
 def joined(verdict: Verdict, reading: Reading) -> Grade:
-    """Both as one grade; verl's problem goes before the other's."""
+    """Combine both into one grade; verl's problem takes precedence."""
     return Grade(
         score=verdict.score,
         correct=verdict.correct,
@@ -132,7 +133,7 @@ def joined(verdict: Verdict, reading: Reading) -> Grade:
 
 
 def grade_all(work: Sequence[tuple[Question, str]]) -> list[Grade]:
-    """Grades of responses, each with its question."""
+    """Grade several responses, each given with its question."""
     return [joined(judge(question, response), read(question, response)) for question, response in work]
 
 
@@ -148,7 +149,7 @@ def judge(question: Question, response: str) -> Verdict:
 
 
 def read(question: Question, response: str) -> Reading:
-    """The answer in `response` and whether it is the truth; nothing where that is neither number nor formula."""
+    """The answer in `response` and whether it is right; empty if the truth is neither number nor formula."""
     compare = _comparison(question.data_source)
     if compare is None:
         return Reading()
@@ -162,7 +163,7 @@ def read(question: Question, response: str) -> Reading:
 
 
 def _score(question: Question, response: str) -> tuple[float, bool]:
-    """Score and whether it is right (verl/utils/reward_score/__init__.py, default_compute_score)."""
+    """Score of a response and whether it is right (verl/utils/reward_score/__init__.py, default_compute_score)."""
     from verl.utils.reward_score import default_compute_score
 
     result = default_compute_score(question.data_source, response, question.ground_truth, question.extra_info)
@@ -179,20 +180,20 @@ def _comparison(source: str) -> Callable[[str, str], tuple[bool, bool]] | None:
 
 
 def _compare_number(truth: str, response: str) -> tuple[bool, bool]:
-    """Whether the last number is `truth`, and whether the last box is."""
+    """Whether the last number equals `truth`, and whether the last box does."""
     flexible, box = _is_number(truth, last_number(response)), last_box(response)
     if not box:
         return flexible, False
     answer = without_unit(box)
-    said = number(answer)  # of numbers math-verify says the same, and takes some milliseconds
+    said = number(answer)  # math-verify gives the same result for numbers, but takes some milliseconds
     return flexible, _same(truth, answer) if said is None else _is_number(truth, said)
 
 
 def _compare_formula(truth: str, response: str) -> tuple[bool, bool]:
-    r"""Whether the answer is `truth`, and whether the last box is.
+    r"""Whether the answer equals `truth`, and whether the last box does.
 
-    The answer is the last box or what math-verify takes for it: of several boxes that makes a set, and
-    `\boxed{3}, so \boxed{4}` would never be 4.
+    The answer is the last box, or else the text that math-verify extracts. It would combine several boxes into a set,
+    and `\boxed{3}, so \boxed{4}` would never equal 4.
     """
     box, wanted = last_box(response), without_end(truth)
     boxed = bool(box) and _same(wanted, box or "")
@@ -211,7 +212,7 @@ def _same(truth: str, answer: str) -> bool:
 
 
 def _verifies(truth: str, text: str) -> bool:
-    """Whether math-verify reads `truth` in `text`, without its alarm: a grader's limit ends C code, too."""
+    """Whether math-verify finds `truth` in `text`; its alarm is off, because a grader's limit also ends C code."""
     from math_verify import parse, verify
 
     wanted = parse(rf"\boxed{{{truth}}}", parsing_timeout=None)

@@ -1,7 +1,8 @@
-"""The process that graders are forked from imports this module, and nothing else does: importing it prepares the process.
+"""Prepares the process that graders are forked from; only that process imports this module.
 
-verl's import takes 7 s of a CPU. It is done once, here; a grader that was killed comes back in milliseconds. A module
-of its own, because `multiprocessing` gives the process that forks nothing but names of modules to import.
+verl's import takes 7 s of CPU time. It is done once, here, so that a grader that was killed is replaced in
+milliseconds. This is a separate module because `multiprocessing` accepts only names of modules to import in the forking
+process.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ _ENVIRONMENT = {"VERL_USE_EXTERNAL_PLUGINS": "none", "CUDA_VISIBLE_DEVICES": "",
 
 
 def prepare() -> None:
-    """Make this process one that graders are forked from: silent, off GPUs, with all imported that grades.
+    """Make this process one that graders are forked from: silent, without GPUs, with all grading libraries imported.
 
-    It must not have threads when it forks, so nothing here leaves one.
+    It must not have threads when it forks, so nothing here leaves one running.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     nowhere = os.open(os.devnull, os.O_RDWR)
@@ -31,7 +32,7 @@ def prepare() -> None:
     prepared = threading.Event()
     watch = threading.Thread(target=_end_with, args=(os.getppid(), prepared))
     watch.start()
-    # whatever cannot be imported fails again in the graders, where the failure is reported
+    # imports that fail here fail again in the graders, which report the failure
     with contextlib.suppress(Exception):
         _import()
     prepared.set()
@@ -43,7 +44,7 @@ def _import() -> None:
         importlib.import_module(f"verl.utils.reward_score.{name}")
     from math_verify import parse, verify
 
-    # the parser learns its grammar by use
+    # the first use makes the parser build its grammar
     verify(
         parse(r"\boxed{\frac{1}{2}}", parsing_timeout=None),
         parse("$x^2 = 1,000$", parsing_timeout=None),

@@ -1,7 +1,7 @@
-"""Graders: processes beside the command line in which verl and math-verify judge responses while others are generated.
+"""Grader processes, in which verl and math-verify judge responses while other responses are generated.
 
-A response can hang what grades it: `10^{10^{10}}` in a box, or a regular expression in C code, where no signal helps.
-It costs its process and some seconds of one grader, and nothing else.
+A response can hang its grader: `10^{10^{10}}` in a box, or a regular expression in C code, which signal handlers cannot
+interrupt. It then costs one grader process and some of its seconds, and nothing else.
 """
 
 from __future__ import annotations
@@ -39,31 +39,33 @@ A = TypeVarTuple("A")
 _PACKAGES = ("pebble", "math_verify", "verl")
 _SERVER = "flashrl_cli.evals.grader_server"
 LIMIT_S = 5.0
-"""Seconds of a CPU that grading one response may take."""
+"""CPU seconds that grading one response may take."""
 _CHUNK = 32
-"""Responses in one message to a grader; also how many are graded again, one by one, for one that hangs."""
+"""Number of responses in one message to a grader, and number that is graded again one by one if one of them hangs."""
 _CHUNK_LIMIT_S = 2.0
-"""Seconds of a CPU for a chunk, which takes milliseconds; the responses of one that takes longer are graded singly."""
+"""CPU seconds that a chunk may take, which normally takes milliseconds; the responses of a slower chunk are graded
+singly.
+"""
 _BY_THE_CLOCK = 12
-"""How many times as long it may take by the clock: a busy machine must not make a right answer wrong."""
+"""Factor by which wall-clock time may exceed CPU time: a busy machine must not make a right answer wrong."""
 _TRIES = 3
 
 
 def begin() -> None:
-    """Prepare a grader: it ends with the command line, and by SIGTERM even in C code, with what verl's scorers start.
+    """Prepare a grader: it ends with the command line, and on SIGTERM, even in C code, with all its children.
 
-    They start processes with a time limit of their own, which a fork keeps and a new import of verl would not.
+    Scorers of verl start processes with a separate time limit, which a fork keeps and a new import of verl would not.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     multiprocessing.set_start_method("fork", force=True)
     threading.Thread(target=_end_with_command_line, daemon=True).start()
     os.register_at_fork(after_in_child=partial(end_with_parent, signal.SIGKILL))
-    with contextlib.suppress(OSError):  # where memory gets short, a grader is the least loss
+    with contextlib.suppress(OSError):  # when memory runs out, losing a grader costs least
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
 
 
 def run(most_cpu_s: float, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call `function` in a grader; the kernel ends that with SIGVTALRM after `most_cpu_s` of a CPU, in C code too."""
+    """Call `function` in a grader; the kernel ends it with SIGVTALRM after `most_cpu_s` CPU seconds, even in C."""
     signal.setitimer(signal.ITIMER_VIRTUAL, most_cpu_s)
     try:
         return function(*args, **kwargs)
@@ -79,9 +81,9 @@ def _end_with_command_line() -> None:
 
 
 class Graders:
-    """`workers` processes that grade, from entering to leaving; they start in the background, which takes some 7 s.
+    """`workers` processes that grade while this context is open; they start in the background, in about 7 s.
 
-    Raises EnvironmentNotReady if a package for it is missing. All methods may be called from any thread.
+    Raises EnvironmentNotReady if a required package is missing. All methods may be called from any thread.
     """
 
     def __init__(self, *, workers: int) -> None:
@@ -100,7 +102,7 @@ class Graders:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End all graders. Those that still import are not waited for: they end after that, or with this process."""
+        """End all graders without waiting for those that still import: they end after that, or with this process."""
         self._closed = True
         ending = threading.Thread(target=self._end, daemon=True)
         ending.start()
@@ -108,10 +110,10 @@ class Graders:
             ending.join()
 
     def grade(self, questions: Sequence[Question], responses: Sequence[Response]) -> list[Grade]:
-        """One grade for each of `responses`, in their order; waits for them.
+        """One grade for each of `responses`, in their order; waits until all are graded.
 
-        Raises EnvironmentNotReady if a scorer lacks a library, RunFailed if graders die over and over, CancelledError
-        if they are ended meanwhile.
+        Raises EnvironmentNotReady if a scorer lacks a library, RunFailed if graders die repeatedly, CancelledError if
+        they are ended meanwhile.
         """
         work = [(questions[response.question], response.response) for response in responses]
         size = max(1, min(_CHUNK, math.ceil(len(work) / self._workers)))
@@ -123,7 +125,7 @@ class Graders:
         return found
 
     def _singly(self, chunk: Sequence[tuple[Question, str]]) -> list[Grade]:
-        """Grades of a chunk that one of its responses has spoilt: verl's verdict must not be lost with the other."""
+        """Grades of a chunk that failed because of one response; keeps verl's verdict if the comparison failed."""
         verdicts = self._call_all(LIMIT_S, grade.judge, chunk)
         readings = self._call_all(LIMIT_S, grade.read, chunk)
         return [
@@ -135,7 +137,7 @@ class Graders:
         ]
 
     def _call_all(self, limit_s: float, function: Callable[[*A], R], calls: Sequence[tuple[*A]]) -> list[R | Exception]:
-        """What `function` returns for each of `calls`, or the exception that says why its grader was ended."""
+        """The result of `function` for each of `calls`, or the exception with the reason why its grader was ended."""
         queued = [(call, self._queue(limit_s, function, call)) for call in calls]
         found: list[R | Exception] = []
         for call, future in queued:
@@ -146,7 +148,7 @@ class Graders:
     def _outcome(
         self, future: Future[R], limit_s: float, function: Callable[[*A], R], call: tuple[*A]
     ) -> R | Exception:
-        """What a queued call returns; it is queued again where all graders died."""
+        """The result of a queued call, which is queued again if all graders died."""
         from pebble import ProcessExpired
 
         for _ in range(_TRIES):
@@ -161,13 +163,13 @@ class Graders:
         raise RunFailed(f"all graders died, {_TRIES} times", hint="flashrl doctor reports how much memory is free")
 
     def _queue(self, limit_s: float, function: Callable[[*A], R], call: tuple[*A]) -> Future[R]:
-        """Queue a call; where all graders are gone, new ones are started first."""
+        """Queue a call; if no grader is left, new ones are started first."""
         with self._lock:
             if self._closed:
                 raise CancelledError
             try:
                 future = self._schedule(limit_s, function, call)
-            except RuntimeError:  # pebble gives up a pool when a grader dies that had nothing to do
+            except RuntimeError:  # pebble abandons a pool when an idle grader dies
                 threading.Thread(target=_stop, args=(self._pool,), daemon=True).start()
                 self._pool = self._new_pool()
                 future = self._schedule(limit_s, function, call)
@@ -187,7 +189,7 @@ class Graders:
         return ProcessPool(self._workers, initializer=begin, context=context)
 
     def _start(self) -> None:
-        with contextlib.suppress(RuntimeError):  # then the first call starts them, or says why not
+        with contextlib.suppress(RuntimeError):  # on failure the first call starts them or reports the reason
             self._pool.active  # noqa: B018  (asking starts a pool)
 
     def _end(self) -> None:

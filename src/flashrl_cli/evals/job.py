@@ -1,8 +1,8 @@
-"""What an evaluation asks of its engine process: the job, and an order for each checkpoint and data set.
+"""The interface of the engine process: the job, and an order for each checkpoint and data set.
 
 Events (worker.protocol) are `stage` (text), `loaded` (holds: a contract.Handshake), `advance` (prompts, tokens), and
 one that ends the order: `done` (seconds), `skipped` (reason; ends: whether the process ends with it), or `restart`,
-with which the process ends and the order is given to one that starts with its checkpoint.
+after which the process ends and a new one that starts with the order's checkpoint receives the order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How responses are drawn; temperature 0 is greedy. `max_tokens` bounds a response, in tokens."""
+    """How responses are sampled; temperature 0 is greedy. `max_tokens` is the maximum response length in tokens."""
 
     n: int = 1
     temperature: float = 0.0
@@ -33,11 +33,11 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """How the engine runs: `rollout` is the precision of the linear layers.
+    """Settings of the engine: `rollout` is the precision of the linear layers.
 
-    `max_model_len` is in tokens, None as many as the prompts need. `gpu_memory_utilization` is the share of each GPU's
-    memory that vLLM takes, None its default; `tensor_parallel` counts GPUs; `profile` is the absolute path of a
-    smoothing profile.
+    `max_model_len` is in tokens, None for as many as the prompts need. `gpu_memory_utilization` is the share of each
+    GPU's memory that vLLM takes, None for its default; `tensor_parallel` counts GPUs; `profile` is the absolute path of
+    a smoothing profile.
     """
 
     rollout: str = "bf16"
@@ -49,9 +49,9 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One engine: `start` is an HF folder with its architecture; `quantized` is the method of quantized weights.
+    """One engine: `start` is an HF folder with its architecture; `quantized` is the weights' quantization method.
 
-    `work` is a folder for the questions, one file for each of `data_sets` data sets.
+    `work` is a folder for the questions, with one file for each of the `data_sets` data sets.
     """
 
     start: Path
@@ -62,11 +62,11 @@ class Job:
     engine: EngineSettings
 
     def questions(self, number: int) -> Path:
-        """Questions of data set `number`, one JSON object a line."""
+        """File with the questions of data set `number`, one JSON object per line."""
         return self.work / f"questions-{number}.jsonl"
 
     def write_questions(self, number: int, questions: Sequence[Question]) -> None:
-        """Write the file that `questions` names."""
+        """Write `questions` to the file of data set `number`."""
         self.questions(number).write_text("".join(q.line() + "\n" for q in questions), encoding="utf-8")
 
     def plain(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Job:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Job:
-        """The job that `plain` gave."""
+        """Restore a job from the data of `plain`."""
         places = {key: Path(data[key]) for key in ("start", "work")}
         how = {"sampling": Sampling(**data["sampling"]), "engine": EngineSettings(**data["engine"])}
         return cls(**{**data, **places, **how})
@@ -97,7 +97,7 @@ class Order:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Order:
-        """The order that `plain` gave."""
+        """Restore an order from the data of `plain`."""
         answers, answered = Path(data["answers"]), tuple(data["answered"])
         return cls(weights=Weights.of(data["weights"]), data=data["data"], answers=answers, answered=answered)
 
@@ -111,14 +111,15 @@ HINTS = {
     ),
     "model-length": "a smaller --max-tokens or --max-model-len",
 }
-"""What helps here, by a cause's id; verl.causes has the hints for a training run."""
+"""Hints for an evaluation, by the id of a cause; verl.causes has the hints for a training run."""
 
 
 @contextlib.contextmanager
 def engine(job: Job, log: Path, devices: str | None = None) -> Iterator[client.Worker]:
-    """An engine for `job`, which takes Orders; its output goes to `log`.
+    """Start an engine for `job`, which takes Orders; its output goes to `log`.
 
-    `devices` are as in CUDA_VISIBLE_DEVICES, None for all. However the caller leaves, nothing stays running.
+    `devices` has the form of CUDA_VISIBLE_DEVICES, None for all. However the caller leaves the context, no process is
+    left.
     """
     env = client.environment(job.work, devices, client.ONE_PROCESS)
     who = "the evaluation engine"

@@ -1,4 +1,4 @@
-"""Questions in verl's row schema: a prepared data set, a file of rows, or the run's own validation set."""
+"""Questions in verl's row schema, from a prepared data set, a file of rows, or the run's own validation set."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSet:
-    """Questions under one name, and the file they were read from."""
+    """Questions under one name, and the file that they were read from."""
 
     name: str
     file: Path
@@ -43,9 +43,9 @@ class DataSet:
 def choose_questions(
     names: str | None, run_folders: Iterable[Path], limit: int | None, *, scoring: Scoring = Scoring.VERL
 ) -> tuple[DataSet, ...]:
-    """Data sets of `--dataset` (names or files, with commas between); when it is None, the runs' own validation files.
+    """Data sets of `--dataset` (comma-separated names or files); if it is None, the runs' own validation files.
 
-    Raises InputError if that names nothing, or not the same for all runs, or holds rows that are not fit for `scoring`.
+    Raises InputError if there are none, if they differ between runs, or if rows are not fit for `scoring`.
     """
     chosen = _recorded(run_folders) if names is None else [_named(name.strip()) for name in names.split(",")]
     files = list(dict.fromkeys(chosen))
@@ -56,9 +56,9 @@ def choose_questions(
 
 
 def read(file: Path, limit: int | None, *, scoring: Scoring = Scoring.VERL) -> list[Question]:
-    """The first `limit` questions of a file of rows; all of its rows are checked.
+    """The first `limit` questions of a file of rows, all of which are checked.
 
-    Raises InputError naming missing columns and rows that are not fit for `scoring`.
+    Raises InputError that names missing columns and rows that are not fit for `scoring`.
     """
     needs, bad = Needs(scoring=scoring, text_only=True), BadRows()
     rows = judge(readers.read_rows(file, needs, bad), needs, bad)
@@ -82,7 +82,7 @@ def _named(data: str) -> Path:
 
 
 def _recorded(run_folders: Iterable[Path]) -> list[Path]:
-    """Validation files of the runs' newest plans, which must be the same for all."""
+    """Validation files in the runs' newest plans, which must be the same for all runs."""
     recorded = set()
     for folder in run_folders:
         plan = store.newest_plan(store.read_run(paths.runs_root() / folder.name).paths)
@@ -96,14 +96,14 @@ def _recorded(run_folders: Iterable[Path]) -> list[Path]:
 
 
 def _labels(files: Sequence[Path]) -> dict[Path, str]:
-    """A name for each file: of `test` files their folder's, else the file's own; both where two would have the same."""
+    """A name for each file: its folder's for `test` files, else the file's own; both where names would collide."""
     names = {file: file.parent.name if file.stem == "test" else file.stem for file in files}
     count = Counter(names.values())
     return {file: name if count[name] == 1 else f"{file.parent.name}/{file.stem}" for file, name in names.items()}
 
 
 def _question(row: Raw) -> Question:
-    """The question of a row that passed the checks; a column that its scoring does not need may be missing."""
+    """The question of a row that passed the checks; columns that its scoring does not need may be missing."""
     reward = row.get("reward_model")
     truth = reward.get("ground_truth") if isinstance(reward, dict) else None
     return Question(row["prompt"], str(row.get("data_source") or ""), truth, row.get("extra_info"))

@@ -1,7 +1,7 @@
-"""Every graded response of an evaluation, in one Parquet file, and which of them are worth reading.
+"""All graded responses of an evaluation in one Parquet file, and the selection of those worth reading.
 
-Its questions are counted from 1, as rows of a data set are. Worth reading are the questions that are hardest, those
-that changed between two steps, or a single one.
+Questions are counted from 1, like the rows of a data set. Worth reading are the questions that are hardest and those
+whose result changed between two steps; a single question can be selected, too.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _COLUMNS = {
     "tokens": "int64", "cut": "bool", "problem": "string",
 }  # fmt: skip
 _MARKS = ("run", "step", "dataset", "question", "sample", "correct", "cut")
-"""Columns that say what was right, without the texts."""
+"""Columns that say which responses were right, without the texts."""
 _ANSWER = (
     "step", "sample", "response", "prediction", "score", "correct", "flexible", "boxed", "tokens", "cut", "problem",
 )  # fmt: skip
 _DEPTHS = ("", "*/", "*/*/")
-"""Where evaluations are below the folder of checkpoints: beside projects, in one, in a run."""
+"""Where evaluations are below the checkpoint folder: beside projects, in a project, in a run."""
 
 Step = int | None
 
 
 def write(path: Path, entries: Iterable[Entry]) -> None:
-    """Write the responses of `entries`, a row each, under the run and step that the entry is shown as."""
+    """Write the responses of `entries`, one row each, under the run and step that the entry is shown as."""
     pa, pq = require("pyarrow"), require("pyarrow.parquet")
     schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in _COLUMNS.items()])
     with files.replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
@@ -49,9 +49,9 @@ def write(path: Path, entries: Iterable[Entry]) -> None:
 
 
 def read(path: Path, columns: Sequence[str] = tuple(_COLUMNS), **only: Any) -> list[dict[str, Any]]:
-    """Rows of the file at `path`, of which `only` names columns and what they must be (a list: one of these).
+    """Rows of the file at `path`; `only` maps columns to the required value (or a list of values).
 
-    Raises InputError if it is no such file.
+    Raises InputError if it is not a file of responses.
     """
     pa, pq = require("pyarrow"), require("pyarrow.parquet")
     filters = [(name, "in" if isinstance(value, list) else "=", value) for name, value in only.items()]
@@ -66,7 +66,7 @@ def read(path: Path, columns: Sequence[str] = tuple(_COLUMNS), **only: Any) -> l
 
 
 def text_of(prompt: Sequence[Mapping[str, Any]]) -> str:
-    """Chat messages as text: a lone one as it is, several under their roles."""
+    """Chat messages as text: a single one unchanged, several with their roles."""
     texts = [(str(message.get("role")), _text(message.get("content"))) for message in prompt]
     return texts[0][1] if len(texts) == 1 else "\n\n".join(f"[{role}]\n{text}" for role, text in texts)
 
@@ -93,9 +93,10 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """One run on one data set out of a file of responses; `runs` and `datasets` name all that the file has.
+    """One run on one data set in a file of responses; `runs` and `datasets` are all names in the file.
 
-    `marks` holds by step and question whether each sample is right; `cut` by step how many ended at the token limit.
+    `marks` says by step and question whether each sample is right; `cut` counts by step the responses that ended at the
+    token limit.
     """
 
     file: Path
@@ -118,11 +119,11 @@ class View:
 
     @property
     def best(self) -> Step:
-        """The step of the highest accuracy; of two that are equal the later one."""
+        """The step with the highest accuracy; the later one if two are equal."""
         return max(list(self.marks)[::-1], key=self.accuracy)
 
     def checked(self, step: int) -> int:
-        """`step`; InputError if it was not evaluated."""
+        """Return `step`; raises InputError if it was not evaluated."""
         if step not in self.marks:
             known = ", ".join("–" if one is None else str(one) for one in self.marks)
             raise InputError(f"step {step} of {self.run} is not in {self.file}", hint=f"steps there: {known}")
@@ -133,7 +134,7 @@ class View:
 class Changed:
     """Questions answered right more often at one step than at another (`gained`), and less often (`lost`).
 
-    `p` is that of these two steps alone. `same` counts the other questions.
+    `p` is the p-value of these two steps alone. `same` counts the other questions.
     """
 
     gained: tuple[int, ...]
@@ -143,9 +144,9 @@ class Changed:
 
 
 def find(where: str | None) -> Path:
-    """The file of responses in a folder (its own, or that of a run's or project's `eval/`).
+    """The file of responses in a folder, or in the `eval/` folder of a run or project.
 
-    Without a folder it is the newest one under the checkpoints. Raises NothingMatched if there are none.
+    Without a folder it is the newest one below the checkpoints. Raises NothingMatched if there are none.
     """
     if where is not None:
         path = paths.absolute(where)
@@ -163,9 +164,9 @@ def find(where: str | None) -> Path:
 
 
 def view(file: Path, run: str | None, dataset: str | None) -> View:
-    """The responses in `file` of a run (by default that with most steps) on a data set (by default the first).
+    """The responses in `file` of a run (by default the one with most steps) on a data set (by default the first).
 
-    Raises InputError for a run or data set that is not there.
+    Raises InputError for a run or data set that is not in the file.
     """
     rows = read(file, _MARKS)
     if not rows:
@@ -195,14 +196,14 @@ def view(file: Path, run: str | None, dataset: str | None) -> View:
 
 
 def worst(seen: View, step: Step) -> list[int]:
-    """Questions that are not always answered right at `step`: fewest right first, then fewest right at all steps."""
+    """Questions that are not always answered right at `step`: fewest right there first, then fewest right overall."""
     at_all = {q: [mark for marks in seen.marks.values() for mark in marks.get(q, ())] for q in seen.marks[step]}
     ranked = sorted(seen.marks[step], key=lambda q: (_share(seen.marks[step][q]), _share(at_all[q]), q))
     return [question for question in ranked if not all(seen.marks[step][question])]
 
 
 def changed(seen: View, before: Step, after: Step) -> Changed:
-    """What changed from step `before` to step `after`, the largest changes first."""
+    """Questions that changed from step `before` to step `after`, the largest changes first."""
     one, other = seen.marks[before], seen.marks[after]
     if one.keys() != other.keys():
         raise InputError(f"steps {before} and {after} did not answer the same questions")
@@ -221,8 +222,8 @@ def changed(seen: View, before: Step, after: Step) -> Changed:
 def questions(seen: View, numbers: Sequence[int], steps: Iterable[Step], *, brief: bool) -> list[dict[str, Any]]:
     """Questions by `numbers` with their responses at `steps`, as plain data.
 
-    With `brief` one response a step: a wrong one if any is wrong, but of several steps that with most right ones shows
-    a right one.
+    With `brief` one response per step: a wrong one if there is any; for several steps, the step with most right
+    responses shows a right one.
     """
     wanted = list(steps)
     rows = read(seen.file, run=seen.run, dataset=seen.dataset, question=list(numbers)) if numbers else []

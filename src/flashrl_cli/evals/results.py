@@ -1,7 +1,7 @@
-"""Responses, their grades, and what an evaluation found out about one checkpoint on one data set.
+"""Responses, their grades, and the result of one checkpoint on one data set.
 
-While an engine answers, all samples of a question go to one line of a JSON file as soon as they are there: a process
-that is killed loses the questions that it was answering, and no others.
+While an engine answers, all samples of a question are written to one line of a JSON file as soon as they are complete:
+a process that is killed loses only the questions that it was answering.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Response:
 class Grade:
     """How a response was judged.
 
-    `score` is what verl's scorer gave and `correct` whether that is right (strict: the form counts). `flexible` and
-    `boxed` compare the answer itself, found anywhere or in the last box; None where that extractor does not apply to
-    the data set. `prediction` is the answer that was found, None if none was. `problem` says why one of them gave no
-    verdict; that one counts as wrong.
+    `score` is the value of verl's scorer and `correct` whether that is right (strict: the form counts). `flexible` and
+    `boxed` compare the answer itself, found anywhere or in the last box; they are None where that extractor does not
+    apply to the data set. `prediction` is the answer that was found, or None. `problem` says why a scorer gave no
+    verdict; that verdict counts as wrong.
     """
 
     score: float
@@ -56,7 +56,7 @@ class Grade:
 class Evaluated:
     """Graded responses of one checkpoint to one data set, ordered by question and sample.
 
-    `holds` is what the engine held (a contract.Handshake as plain data), `seconds` what generating took.
+    `holds` describes what the engine held (a contract.Handshake as plain data); `seconds` is the generation time.
     """
 
     checkpoint: Checkpoint
@@ -74,14 +74,14 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A result under the run and step that a report shows it as: a base is step 0 of every run that began with it."""
+    """A result under the run and step that a report shows; a base is step 0 of every run that began with it."""
 
     run: str
     step: int | None
     result: Evaluated
 
     def called_in(self, run: str) -> str:
-        """What a sentence about `run` calls it."""
+        """The name of this entry in a sentence about `run`."""
         if run == self.run:
             return "the model" if self.step is None else f"step {self.step}"
         return self.run if self.step is None else f"{self.run} step {self.step}"
@@ -99,7 +99,7 @@ def append(file: Path, samples: Sequence[Response]) -> None:
 
 
 def read_answers(file: Path) -> dict[int, list[Response]]:
-    """Samples by question. A line that was cut off when its writer was killed is left out and removed from the file."""
+    """Samples by question. An incomplete line of a writer that was killed is skipped and removed from the file."""
     if not file.is_file():
         return {}
     complete = list(_complete_lines(file))
@@ -110,7 +110,7 @@ def read_answers(file: Path) -> dict[int, list[Response]]:
 
 
 def _complete_lines(file: Path) -> Iterator[tuple[str, list[Response]]]:
-    # responses hold characters that `str.splitlines` would split at
+    # responses contain characters that `str.splitlines` would split at
     with file.open(encoding="utf-8", errors="replace", newline="\n") as stream:
         for line in stream:
             try:

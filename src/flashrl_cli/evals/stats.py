@@ -1,6 +1,6 @@
 """Statistics of an evaluation: accuracies with their intervals, pass@k, maj@n, and differences of accuracies.
 
-Of differences on the same questions p-values and intervals hold for several pairs together.
+For differences on the same questions, p-values and intervals are corrected for multiple pairs.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def wilson(p: float, trials: float, z: float = Z95) -> tuple[float, float]:
 def accuracy(correct: Sequence[Sequence[bool]]) -> Estimate:
     """Share of right responses, `correct[prompt][sample]`, with its 95 % interval; needs at least one response.
 
-    Samples of one prompt are alike and say less than as many prompts: Wilson's interval is taken at the effective
-    number of trials, total / design effect (L. Kish, Survey Sampling, 1965, ch. 5), from prompts to responses.
+    Samples of one prompt are correlated and carry less information than as many prompts: Wilson's interval uses the
+    effective number of trials, total / design effect (L. Kish, Survey Sampling, 1965, ch. 5), which is between the
+    number of prompts and the number of responses.
     """
     total = sum(map(len, correct))
     p = sum(map(sum, correct)) / total
@@ -63,7 +64,7 @@ def budgets(n: int) -> list[int]:
 
 
 def pass_at(k: int, correct: Sequence[Sequence[bool]]) -> float:
-    """Share of questions of which at least one of `k` responses is right, without bias; `correct[prompt][sample]`.
+    """Unbiased share of questions with at least one right response out of `k`; `correct[prompt][sample]`.
 
     From n ≥ k responses, c of them right, it is the mean of 1 - C(n-c, k) / C(n, k) (M. Chen et al., arXiv 2107.03374,
     eq. 1).
@@ -75,9 +76,9 @@ def pass_at(k: int, correct: Sequence[Sequence[bool]]) -> float:
 def majority(votes: Sequence[Sequence[tuple[str | None, bool]]]) -> float:
     """Share of questions whose most frequent answer is right (maj@n).
 
-    `votes[prompt][sample]` is an answer and whether it is right. None does not vote, and without a vote a question
-    counts as wrong. Numbers are alike however they are written. Among answers that are equally frequent one is drawn:
-    the question counts by the share of right ones.
+    `votes[prompt][sample]` is an answer and whether it is right. None does not vote, and a question without votes
+    counts as wrong. Numbers are equal regardless of their notation. If several answers are equally frequent, the
+    question counts by the share of right ones among them, which is the expectation of a random draw.
     """
     return sum(map(_elected, votes)) / len(votes)
 
@@ -92,7 +93,7 @@ def _elected(votes: Sequence[tuple[str | None, bool]]) -> float:
 
 
 def _plain(answer: str) -> str:
-    """An answer as it is counted: a number without separators, dollar signs, trailing zeros; a text without spaces."""
+    """The normalized answer: a number without separators, dollar signs, trailing zeros; a text without spaces."""
     text = "".join(answer.split())
     try:
         return str(Decimal(text.replace(",", "").replace("$", "")).normalize())
@@ -106,15 +107,15 @@ ALPHA = 0.05
 RESAMPLES = 10_000
 _ROUNDING = 1e-12
 _CHUNK = 4_000_000
-"""Questions drawn at a time: 32 MB."""
+"""Number of elements drawn at a time: 32 MB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """Accuracy of one minus that of another, as a share.
+    """Accuracy of one column minus that of another, as a share.
 
-    `p` is that of the pair alone. `adjusted` and the 95 % interval `lo` to `hi` are corrected for all pairs that are
-    looked at together.
+    `p` is the p-value of the pair alone. `adjusted` and the 95 % interval from `lo` to `hi` are corrected for all pairs
+    that are compared together.
     """
 
     value: float
@@ -125,11 +126,11 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether chance is ruled out, at 5 %."""
+        """Whether the difference is significant at the 5 % level."""
         return self.adjusted < ALPHA
 
     def turned(self) -> Difference:
-        """The other minus the one."""
+        """The difference with its sign reversed."""
         return replace(self, value=-self.value, lo=-self.hi, hi=-self.lo)
 
 
@@ -138,10 +139,10 @@ def differences(
 ) -> list[Difference]:
     """`columns[a] - columns[b]` for each pair (a, b); `columns[one][question]` is the share of right responses.
 
-    With `single` (one response a question, so shares are 0 or 1) exact McNemar tests and Newcombe's intervals, at the
-    level that holds for all pairs together (Bonferroni); `stepwise` makes the p-values those of S. Holm, Scand. J.
-    Stat. 6 (1979) 65, which are lower, so that an interval may hold 0 though p is below 0.05. Without `single` a
-    bootstrap over questions.
+    With `single` (one response per question, so shares are 0 or 1) it uses exact McNemar tests and Newcombe's
+    intervals, at the level that holds for all pairs together (Bonferroni); `stepwise` uses the p-values of S. Holm,
+    Scand. J. Stat. 6 (1979) 65, which are lower, so that an interval may contain 0 although p is below 0.05. Without
+    `single` it uses a bootstrap over questions.
     """
     if not pairs:
         return []
@@ -149,7 +150,7 @@ def differences(
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Two-sided exact p of McNemar's test, a fair coin's: `only_a` and `only_b` questions are right in one alone."""
+    """Two-sided exact p of McNemar's test; `only_a` and `only_b` count the questions that are right in one alone."""
     n = only_a + only_b
     term = total = 1
     for i in range(min(only_a, only_b)):
@@ -159,9 +160,9 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 def newcombe(both: int, only_a: int, only_b: int, neither: int, z: float) -> tuple[float, float]:
-    """Interval of the difference of two paired proportions, a - b.
+    """Confidence interval of the difference of two paired proportions, a - b.
 
-    R. G. Newcombe, Statistics in Medicine 17 (1998) 2635, method 10: Wilson intervals of both, joined by their
+    R. G. Newcombe, Statistics in Medicine 17 (1998) 2635, method 10: Wilson intervals of both, combined by their
     correlation.
     """
     n = both + only_a + only_b + neither
@@ -188,7 +189,7 @@ def _joined(one: float, other: float, phi: float) -> float:
 
 
 def _phi(both: int, only_a: int, only_b: int, neither: int) -> float:
-    """Correlation of the two, with Newcombe's correction for continuity."""
+    """Correlation (phi) of the two, with Newcombe's continuity correction."""
     margins = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
     excess = float(both * neither - only_a * only_b)
     if excess > 0:
@@ -212,16 +213,17 @@ def _mcnemar(columns: Sequence[Sequence[float]], pairs: Sequence[Pair], *, stepw
 
 
 def _table(a: Any, b: Any) -> tuple[int, int, int, int]:
-    """How often both are right, only the first, only the second, and neither."""
+    """Number of questions where both are right, only the first, only the second, and neither."""
     return int((a & b).sum()), int((a & ~b).sum()), int((~a & b).sum()), int((~a & ~b).sum())
 
 
 def _bootstrap(columns: Sequence[Sequence[float]], pairs: Sequence[Pair]) -> list[Difference]:
-    """By the largest |difference| / standard error among all pairs in each of 10,000 resamples of the questions.
+    """Differences by a max-T bootstrap with 10,000 resamples of the questions.
 
-    That is single-step max-T (P. H. Westfall, S. S. Young, Resampling-Based Multiple Testing, 1993, 2.2), with the
-    tails of Student's t: an interval excludes 0 where its adjusted p is below 0.05. Of d questions that differ no p is
-    below a sign-flip test's least, 2 / 2^d.
+    Each resample contributes the largest |difference| / standard error among all pairs. That is single-step max-T (P.
+    H. Westfall, S. S. Young, Resampling-Based Multiple Testing, 1993, 2.2), with the tails of Student's t: an interval
+    excludes 0 where its adjusted p is below 0.05. With d questions that differ, no p is below the minimum of a
+    sign-flip test, 2 / 2^d.
     """
     import numpy as np
 
@@ -247,18 +249,18 @@ def _bootstrap(columns: Sequence[Sequence[float]], pairs: Sequence[Pair]) -> lis
 
 
 def _error(drawn: Any, pair: Pair) -> float:
-    """Standard error of the difference of two means; 0 where nothing but rounding varies."""
+    """Standard error of the difference of two means; 0 where the values differ only by rounding."""
     error = math.sqrt(float(((drawn[pair[0]] - drawn[pair[1]]) ** 2).mean()))
     return error if error > _ROUNDING else 0.0
 
 
 def _scaled(drawn: Any, pair: Pair, error: float) -> Any:
-    """Size of each resample's deviation in standard errors; 0 where nothing varies."""
+    """Absolute deviation of each resample in standard errors; 0 where there is no variation."""
     return abs(drawn[pair[0]] - drawn[pair[1]]) / (error or math.inf)
 
 
 def _as_normal(t: float, freedom: int) -> float:
-    """The normal quantile with the tail of Student's `t` (M. Abramowitz, I. Stegun, 26.7.8).
+    """The normal quantile with the same tail as Student's `t` (M. Abramowitz, I. Stegun, 26.7.8).
 
     An observed difference is divided by an estimated error, a resampled one by the error that it was drawn with.
     """
@@ -266,7 +268,7 @@ def _as_normal(t: float, freedom: int) -> float:
 
 
 def _as_t(normal: float, freedom: int) -> float:
-    """The inverse of `_as_normal`; infinity where no t is that far out."""
+    """The inverse of `_as_normal`; infinity where no t corresponds."""
     if not normal:
         return 0.0
     rest = (1 - 1 / (4 * freedom)) ** 2 - normal * normal / (2 * freedom)
@@ -274,14 +276,14 @@ def _as_t(normal: float, freedom: int) -> float:
 
 
 def _share(drawn: Any, value: float) -> float:
-    """Share of resamples at least as extreme as what was seen, which counts as one of them (so it is never 0)."""
+    """Share of resamples at least as extreme as the observation, which counts as one of them (so it is never 0)."""
     return (1 + int((drawn >= value * (1 - 1e-12)).sum())) / (1 + len(drawn))
 
 
 def _deviations(shares: Any) -> Any:
     """Resampled means minus the mean, [column][resample].
 
-    Stretched by √(n / (n - 1)), because a resample varies less than a sample (T. C. Hesterberg, The American
+    They are scaled by √(n / (n - 1)), because a resample varies less than a sample (T. C. Hesterberg, The American
     Statistician 69 (2015) 371).
     """
     import numpy as np

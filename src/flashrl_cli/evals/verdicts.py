@@ -1,6 +1,6 @@
-"""What an evaluation's numbers allow to be said: which steps are better, as sentences, and whether a threshold is met.
+"""The conclusions that an evaluation supports: which steps are better, as sentences, and whether a threshold is met.
 
-Steps are compared in pairs on the same questions; no sentence claims more than its p-value does.
+Steps are compared in pairs on the same questions; no sentence claims more than its p-value supports.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DETECTABLE = 0.05
 """A difference, as a share, that an evaluation should be able to detect."""
 _LISTED = 12
 _EQUAL = 1e-12
-"""An accuracy that is a mean of means may miss the number that it is by this much."""
+"""Tolerance of comparing accuracies: a mean of means may differ from the exact number by this much."""
 
 Against = Literal["first", "baseline", "step"]
 Method = Literal["mcnemar", "bootstrap"]
@@ -34,10 +34,10 @@ Method = Literal["mcnemar", "bootstrap"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """The best of a run on one data set minus another: its first step, a baseline, or any other step.
+    """The best step of a run on one data set compared with its first step, a baseline, or any other step.
 
     The difference is corrected for having chosen the best: it holds for all `among` pairs that this one was chosen from
-    (each step with the first or with the baseline; of later steps among themselves every pair).
+    (each step with the first or with the baseline; among later steps every pair).
     """
 
     run: str
@@ -60,7 +60,7 @@ class Comparison:
 def compare(entries: Sequence[Entry], baseline: Entry | None = None) -> list[Comparison]:
     """Compare the best of `entries` with the others: one run's results on one data set, in the order of its steps.
 
-    Training began with the first. Raises InputError if they did not answer the same questions.
+    The first entry is where training began. Raises InputError if they did not answer the same questions.
     """
     everything = [*entries, *([baseline] if baseline else [])]
     _check_questions([entry.result for entry in everything])
@@ -68,7 +68,7 @@ def compare(entries: Sequence[Entry], baseline: Entry | None = None) -> list[Com
     columns = [[sum(samples) / len(samples) for samples in one] for one in marks]
     method: Method = "mcnemar" if all(len(samples) == 1 for one in marks for samples in one) else "bootstrap"
     best = max(range(len(entries)), key=lambda index: (sum(columns[index]), index))
-    run = entries[-1].run  # the first may be a base, which is no run's
+    run = entries[-1].run  # the first may be a base, which belongs to no run
     found = []
     for against, pairs in _families(entries, best, baseline):
         tested = differences(columns, pairs, single=method == "mcnemar", stepwise=against == "step")
@@ -95,7 +95,7 @@ def compare(entries: Sequence[Entry], baseline: Entry | None = None) -> list[Com
 
 
 def _check_questions(results: Sequence[Evaluated]) -> None:
-    """Raise InputError unless all answered the same questions of the same data set."""
+    """Raise InputError unless all results answered the same questions of the same data set."""
     first = results[0]
     asked = {response.question for response in first.responses}
     for other in results[1:]:
@@ -108,7 +108,7 @@ def _check_questions(results: Sequence[Evaluated]) -> None:
 
 
 def _families(entries: Sequence[Entry], best: int, baseline: Entry | None) -> Iterator[tuple[Against, list[Pair]]]:
-    """Pairs of indices that those with the best are chosen from; a baseline's index follows those of all entries."""
+    """Yield the pairs of indices among which the best is chosen; a baseline's index follows those of all entries."""
     steps = range(len(entries))
     if best > 0:
         yield "first", [(step, 0) for step in steps[1:]]
@@ -118,7 +118,7 @@ def _families(entries: Sequence[Entry], best: int, baseline: Entry | None) -> It
 
 
 def on_steps(comparisons: Sequence[Comparison]) -> list[str]:
-    """Sentences on each run and data set, and once what the numbers are corrected for."""
+    """Sentences on each run and data set, and once a sentence on the correction of the numbers."""
     several = len({c.run for c in comparisons}) > 1
     said = []
     for (run, dataset), group in groupby(comparisons, key=lambda c: (c.run, c.dataset)):
@@ -157,7 +157,7 @@ def _against_baseline(c: Comparison) -> str:
 
 
 def _among_steps(found: Sequence[Comparison], beaten: set[str]) -> Iterator[str]:
-    """Which steps may be as good as the best, without those that another sentence says are `beaten`."""
+    """Yield which steps may be as good as the best, without those that another sentence reports as `beaten`."""
     if not found:
         return
     best, clear = found[0].best, [c.difference.adjusted for c in found if c.difference.significant]
@@ -189,22 +189,22 @@ def _amount(d: Difference) -> str:
 
 
 def p_text(p: float) -> str:
-    """A p-value as it is written in a sentence."""
+    """A p-value in the form used in sentences."""
     if p < 0.001:
         return "p < 0.001"
     digits = 2 if p >= 0.1 else 3
     if round(p, digits) == ALPHA:
-        digits = 4  # what is below the threshold is not shown as the threshold
+        digits = 4  # a value below the threshold must not be rounded to the threshold
     return f"p = {p:.{digits}f}"
 
 
 def points(share: float) -> str:
-    """A difference in percentage points."""
+    """A difference in percentage points, as text."""
     return f"{round(100 * share, 1) + 0.0:.1f}"
 
 
 def understated(entries: Sequence[Entry]) -> Iterator[str]:
-    """A sentence on each data set and extractor that finds significantly more right answers than the strict scorer."""
+    """Yield a sentence for each data set and extractor with significantly more right answers than the strict scorer."""
     for dataset in dict.fromkeys(entry.result.data.name for entry in entries):
         of_data = [entry for entry in entries if entry.result.data.name == dataset]
         distinct = list({id(entry.result): entry for entry in of_data}.values())
@@ -221,7 +221,7 @@ def understated(entries: Sequence[Entry]) -> Iterator[str]:
 
 
 def _gaps(entries: Sequence[Entry], extractor: str) -> Iterator[tuple[Difference, Entry]]:
-    """Share of right answers by an extractor minus the strict one, over the questions that the extractor applies to."""
+    """Yield the share of right answers by an extractor minus the strict one, over the questions where it applies."""
     strict, loose = [], []
     for entry in entries:
         graded = [[grade for _, grade in samples] for samples in entry.result.by_question()]
@@ -236,9 +236,9 @@ def _gaps(entries: Sequence[Entry], extractor: str) -> Iterator[tuple[Difference
 
 
 def without_verdict(entries: Sequence[Entry]) -> Iterator[str]:
-    """A sentence on each data set with responses that a scorer (verl's, or that of another extractor) did not judge."""
+    """Yield a sentence for each data set with responses that a scorer (verl's or another) did not judge."""
     for dataset in dict.fromkeys(entry.result.data.name for entry in entries):
-        # a base is an entry of every run
+        # a base is listed as an entry of every run
         results = {id(e.result): e.result for e in entries if e.result.data.name == dataset}.values()
         if count := sum(grade.problem is not None for result in results for grade in result.grades):
             yield (
@@ -249,7 +249,7 @@ def without_verdict(entries: Sequence[Entry]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """An accuracy that a threshold applies to; the step is None for a model that is no step of a run."""
+    """An accuracy that a threshold applies to; the step is None for a model that is not a step of a run."""
 
     run: str
     step: int | None
@@ -259,17 +259,18 @@ class Judged:
 
     @property
     def where(self) -> str:
-        """What was judged, on what."""
+        """The model and data set that were judged."""
         return f"{self.run}{'' if self.step is None else f' step {self.step}'}, {self.dataset}"
 
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """What `--fail-under` says of an evaluation.
+    """The result of `--fail-under` for an evaluation.
 
-    Judged are what training ended with, on every data set: the newest step of each run, and each model that is no step.
-    Earlier steps are not, nor are base and baseline unless nothing else was evaluated. What should have been judged and
-    could not be evaluated is in `missing` and does not pass: an older step's accuracy says nothing about it.
+    The threshold applies to the final models on every data set: the newest step of each run, and each model that is not
+    a step. It does not apply to earlier steps, nor to base and baseline unless nothing else was evaluated. A model that
+    should have been judged but could not be evaluated is in `missing` and does not pass: the accuracy of an older step
+    does not replace it.
     """
 
     least: float
@@ -278,11 +279,11 @@ class Threshold:
 
     @property
     def passed(self) -> bool:
-        """Whether everything reaches the threshold."""
+        """Whether every judged accuracy reaches the threshold and none is missing."""
         return not self.missing and all(one.passed for one in self.judged)
 
     def document(self) -> dict[str, Any]:
-        """The judgement as plain data."""
+        """The result as plain data."""
         return {
             "fail_under": self.least,
             "passed": self.passed,
@@ -291,7 +292,7 @@ class Threshold:
         }
 
     def require(self) -> None:
-        """Raise BelowThreshold with everything that does not pass."""
+        """Raise BelowThreshold, which names everything that does not pass."""
         if self.passed:
             return
         problems = [
@@ -304,7 +305,7 @@ class Threshold:
 
 
 def judge(least: float, entries: Sequence[Entry], *, beside: Sequence[Path], skipped: Sequence[Skipped]) -> Threshold:
-    """Judge by a threshold what was evaluated; `beside` are the folders of base and baseline."""
+    """Apply a threshold to the evaluated models; `beside` are the folders of base and baseline."""
     own = [entry for entry in entries if entry.result.checkpoint.path not in beside] or list(entries)
     newest: dict[Path, int] = {}
     for entry in own:

@@ -1,8 +1,8 @@
-"""The two schemes of a W8A8 checkpoint, and the arithmetic of 8-bit weights on a CPU with the error that it causes.
+"""The two schemes of a W8A8 checkpoint, and the arithmetic of 8-bit weights on a CPU with its error.
 
-Weights: symmetric, one scale per output channel, max|w| / 127 or max|w| / 448; activations: symmetric, one scale per
-token, computed by the engine. That is what `--rollout int8` and `--rollout fp8` make of weights as they are loaded
-(plugins/linear.py). Each row is quantized by itself, in pieces that a core's cache holds.
+Weights are symmetric with one scale per output channel, max|w| / 127 or max|w| / 448; activations are symmetric with
+one scale per token, computed by the engine. `--rollout int8` and `--rollout fp8` quantize weights in the same way when
+they load them (plugins/linear.py). Each row is quantized separately, in pieces that fit into a core's cache.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     import torch
 
 _PIECE = 2**18
-"""Elements that are worked on at once."""
+"""Number of elements that are processed at once."""
 _NUMBER = 0x7F
-"""All bits of an e4m3 but its sign: 0 is stored as 0 and as -0."""
+"""All bits of an e4m3 except its sign: 0 is stored as 0 and as -0."""
 _E4M3 = ~0x4000
-"""Mask of an e4m3 that was moved into a float16 by 7 bits: all but the highest bit of the exponent, which holds its
-sign.
+"""Mask for an e4m3 that was shifted into a float16 by 7 bits: all bits but the highest one of the exponent, which holds
+the sign.
 """
 _HALVES = 2.0**8
-"""What evens out the exponents' biases, 7 and 15."""
+"""Factor between the exponent biases of float16 and e4m3, 15 and 7."""
 _ROUNDING = 1 + 2.0**-20
 
 
@@ -33,7 +33,8 @@ _ROUNDING = 1 + 2.0**-20
 class Scheme:
     """How a weight is stored: `largest` is the largest value of its `dtype`, `least` the smallest scale.
 
-    `dtype` is safetensors' name, `kind` compressed-tensors' type, `format` its name for the layout in the file.
+    `dtype` is the name in safetensors, `kind` the type in compressed-tensors, `format` its name for the layout in the
+    file.
     """
 
     name: str
@@ -44,11 +45,11 @@ class Scheme:
     least: float
 
     def config(self, ignore: Sequence[str]) -> dict[str, Any]:
-        """config.json's `quantization_config`: all linear layers but those that `ignore` names or matches.
+        """The `quantization_config` of config.json: all linear layers except those that `ignore` names or matches.
 
-        As compressed-tensors writes it (compressed_tensors/quantization/quant_config.py), and as vLLM reads it since
-        0.24
-        (vllm/model_executor/layers/quantization/compressed_tensors/, _quantization_scheme_map_from_config).
+        It has the form in which compressed-tensors writes it (compressed_tensors/quantization/quant_config.py) and vLLM
+        reads it since 0.24 (vllm/model_executor/layers/quantization/compressed_tensors/,
+        _quantization_scheme_map_from_config).
         """
         bits = {"num_bits": 8, "type": self.kind, "symmetric": True}
         group = {
@@ -102,22 +103,22 @@ class Losses:
 
 
 class Room:
-    """Memory for one block of a weight and one piece of that, which a thread uses again and again."""
+    """Buffers for one block of a weight and for one piece of that block, which a thread reuses."""
 
     def __init__(self) -> None:
         self._tensors: dict[tuple[str, torch.Size], tuple[torch.Tensor, ...]] = {}
         self._memory: dict[str, torch.Tensor] = {}
 
     def bits(self, shape: torch.Size) -> torch.Tensor:
-        """Integers in 16 bits, in the shape of a block."""
+        """A buffer of 16-bit integers in the shape of a block."""
         return self._of("int16", shape, 1)[0]
 
     def floats(self, shape: torch.Size) -> tuple[torch.Tensor, ...]:
-        """Two tensors of float32, in the shape of a piece."""
+        """Two float32 buffers in the shape of a piece."""
         return self._of("float32", shape, 2)
 
     def _of(self, dtype: str, shape: torch.Size, count: int) -> tuple[torch.Tensor, ...]:
-        """The same tensors for the same shape: to make views anew for every piece takes 5 % of all time."""
+        """The buffers for a shape, cached: creating the views for every piece takes 5 % of the total time."""
         import torch
 
         if (dtype, shape) not in self._tensors:
@@ -134,9 +135,9 @@ def quantize(weight: torch.Tensor, scheme: Scheme, values: torch.Tensor, scales:
 
     The weight has 16 or 32 bits; float32 is rounded to bf16 first.
 
-    scale = max|w| / scheme.largest, value = w / scale, rounded to even: what plugins/linear.py computes on a CPU,
-    and vLLM's kernel for fp8 (csrc/quantization/w8a8/fp8/common.cu, dynamic_per_token_scaled_fp8_quant). Raises
-    ValueError for what is no number.
+    scale = max|w| / scheme.largest, value = w / scale, rounded to even: this is the computation of plugins/linear.py on
+    a CPU, and of vLLM's kernel for fp8 (csrc/quantization/w8a8/fp8/common.cu, dynamic_per_token_scaled_fp8_quant).
+    Raises ValueError for values that are not finite.
     """
     import torch
 
@@ -155,7 +156,7 @@ def quantize(weight: torch.Tensor, scheme: Scheme, values: torch.Tensor, scales:
 
 
 def _largest(weight: torch.Tensor, room: Room) -> torch.Tensor:
-    """max|w| of each row [N, 1], by the integers of the same bits, which order positive floats alike, and faster."""
+    """max|w| of each row [N, 1], from the bits read as integers, which order positive floats equally and faster."""
     import torch
 
     bits = room.bits(weight.shape)
@@ -172,9 +173,9 @@ def _quantize(
     norms: torch.Tensor,
     errors: torch.Tensor,
 ) -> None:
-    """The values of some rows; `norms` [N, 1] of w / scale, and `errors` of what rounding it to 8 bits changes.
+    """Quantize some rows; sets `norms` [N, 1] of w / scale, and `errors` of rounding to 8 bits.
 
-    Each pass is one call for all rows, which costs as much as ten thousands of values.
+    Each pass is one call for all rows, because a call costs as much as tens of thousands of values.
     """
     import torch
 
@@ -191,7 +192,7 @@ def _quantize(
 
 
 def _halves(values: torch.Tensor, room: Room) -> torch.Tensor:
-    """e4m3 as float16, _HALVES times too small, by moving bits: many times faster on a CPU than torch's conversion."""
+    """Convert e4m3 to float16 values, _HALVES times too small, by shifting bits: much faster on a CPU than torch."""
     import torch
 
     moved = room.bits(values.shape).copy_(values.view(torch.int8)).bitwise_left_shift_(7).bitwise_and_(_E4M3)
@@ -199,7 +200,7 @@ def _halves(values: torch.Tensor, room: Room) -> torch.Tensor:
 
 
 def _zeros(values: torch.Tensor) -> int:
-    """How many are stored as 0; numpy counts many times faster than torch."""
+    """Number of values stored as 0; numpy counts many times faster than torch."""
     import numpy as np
     import torch
 
@@ -208,7 +209,7 @@ def _zeros(values: torch.Tensor) -> int:
 
 
 def _beyond(weight: torch.Tensor, largest: torch.Tensor, limits: torch.Tensor) -> int:
-    """Values that do not fit the range; the scale of a row is made so that there are none."""
+    """Number of values outside the range; there are none if each scale is derived from the row's largest value."""
     if not bool((largest > limits).any()):
         return 0
     return int((weight.abs() > limits).sum())

@@ -1,7 +1,7 @@
-"""A smoothing profile for a model, from the activations of its linear layers while it reads worked answers.
+"""Calibrate a smoothing profile from the activations of a model's linear layers on worked answers.
 
 s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) (SmoothQuant, arXiv 2211.10438, equation 4), rounded to powers of two, so
-that the division is exact in bf16. Rounding costs little beside what an outlier costs: with planted ones an error of
+that the division is exact in bf16. Rounding costs little compared with an outlier: with artificial outliers an error of
 14.2 % falls to 1.00 %, and to 0.88 % with scales that are not rounded.
 """
 
@@ -36,26 +36,26 @@ if TYPE_CHECKING:
     from flashrl_cli.evals.questions import Question
 
 MAX_TOKENS = 1024
-"""A sample is cut here."""
+"""Number of tokens to which a sample is cut."""
 KEPT = 256
-"""Rows of a layer's input that errors are measured on, from all samples alike."""
+"""Number of rows of a layer's input on which errors are measured, drawn evenly from all samples."""
 SHIFTS = (0.25, 0.5, 0.75)
-"""Of all logarithms before they are rounded: a common factor changes nothing in INT8, but which of them are rounded up
-and which down.
+"""Offsets that are added to all logarithms before rounding. A common factor changes nothing in INT8, but an offset
+changes which logarithms are rounded up or down.
 """
 LEAST_GAIN = 0.01
-"""Share of the error that scales must save to be kept: less is noise of the sample."""
+"""Share of the error that scales must save to be kept; smaller gains are noise of the sample."""
 _TINY = 1e-5
 _MOST = 12
-"""Largest exponent: beyond 2^12 a channel is not evened out but lost."""
+"""Largest exponent: a channel that needs more than 2^12 cannot be smoothed usefully."""
 SCHEMA_VERSION = 1
 _MADE_BY = ("torch", "transformers")
 _LINES = 10
-"""Lines of progress of each part of the work."""
+"""Number of progress lines for each part of the work."""
 
 
 def texts(questions: Sequence[Question], count: int) -> list[list[dict[str, str]]]:
-    """`count` conversations, spread evenly over the data: prompt and solution, else the final answer if any."""
+    """`count` conversations, spread evenly over the data: prompt and solution, or else the final answer, if any."""
     count = max(0, min(count, len(questions)))
     return [_worked(questions[number * len(questions) // count]) for number in range(count)]
 
@@ -81,11 +81,11 @@ def tokens(folder: Path, conversations: Iterable[list[dict[str, str]]]) -> list[
 
 
 class Seen:
-    """Inputs of one layer: `peak` [K] is max|X_j| of all tokens, `rows` [about KEPT, K] are those of some; float32.
+    """Inputs of one layer: `peak` [K] is max|X_j| over all tokens, `rows` [about KEPT, K] a sample; float32.
 
-    A sample's first token is left out: its activations are huge in many models and like no other token's (Sun et al.
-    2024, arXiv 2402.17762), and scales that even them out spoil the weights for all others. Per-token scales keep it to
-    itself.
+    The first token of each sample is left out: in many models its activations are huge and unlike those of other tokens
+    (Sun et al. 2024, arXiv 2402.17762), and scales that smooth them spoil the weights for all others. Per-token scales
+    limit the effect to that token.
     """
 
     def __init__(self, samples: int) -> None:
@@ -94,7 +94,7 @@ class Seen:
         self.peak: Any = None
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Take the inputs [1, T, K] of one sample of two tokens or more."""
+        """Record the inputs [1, T, K] of one sample of at least two tokens."""
         import torch
 
         flat = inputs.detach()[0, 1:]
@@ -111,7 +111,7 @@ class Seen:
 
 @contextmanager
 def watching(model: torch.nn.Module, readers: Iterable[str], samples: int) -> Iterator[dict[str, Seen]]:
-    """Within, what the modules named `readers` are given is seen."""
+    """While this context is open, the inputs of the modules named `readers` are recorded."""
     seen = {name: Seen(samples) for name in readers}
     hooks = [model.get_submodule(name).register_forward_pre_hook(_adder(one)) for name, one in seen.items()]
     try:
@@ -126,14 +126,14 @@ def _adder(seen: Seen) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
 
 
 ALPHAS = tuple(step / 10 for step in range(10))
-"""What is tried where no alpha is given: 0.0 evens out weights alone, 0.9 activations nearly alone."""
+"""Values that are tried if no alpha is given: 0.0 smooths weights only, 0.9 almost only activations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """Scales [K] of a junction's inputs, as its readers' columns take them, and relative output errors of each reader.
+    """Scales [K] of a junction's inputs, applied to the columns of its readers, and the readers' relative errors.
 
-    `alpha` and `scales` are None where nothing is gained.
+    `alpha` and `scales` are None where smoothing gains nothing.
     """
 
     alpha: float | None
@@ -145,9 +145,9 @@ class Choice:
 def choose(
     junction: Junction, inputs: torch.Tensor, peak: torch.Tensor, weights: Sequence[torch.Tensor], alpha: float | None
 ) -> Choice:
-    """The scales for alpha, or with None those of ALPHAS under which the readers' errors are least.
+    """The scales for alpha, or for None those of ALPHAS with the smallest error of the readers.
 
-    `inputs` [T, K] and `weights` [N, K] are float32, `peak` [K] is max|X_j| over all that was seen.
+    `inputs` [T, K] and `weights` [N, K] are float32, `peak` [K] is max|X_j| over all recorded tokens.
     """
     exact = [inputs @ weight.T for weight in weights]
 
@@ -165,10 +165,7 @@ def choose(
 def balanced(
     junction: Junction, peak: torch.Tensor, weights: Sequence[torch.Tensor], alpha: float, shift: float = 0.0
 ) -> torch.Tensor:
-    """Scales [K], powers of two around 1: equal for the query heads of one key-value head, 1 for unused channels.
-
-    `shift` is one of SHIFTS, or 0.
-    """
+    """Scales [K], powers of two around 1: equal for the query heads of one key-value head, 1 for unused channels."""
     import torch
 
     widest = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
@@ -180,17 +177,17 @@ def balanced(
 
 
 def made(junction: Junction, scales: torch.Tensor) -> torch.Tensor:
-    """What the rows of the junction's makers are multiplied by: the inverse, which is exact."""
+    """Factors for the rows of the junction's makers: the inverse scales, which are exact."""
     return 1 / _shared(junction, scales)
 
 
 def _shared(junction: Junction, values: torch.Tensor) -> torch.Tensor:
-    """The largest of `values` [K] over the query heads of each key-value head: [K / copies]."""
+    """The maximum of `values` [K] over the query heads of each key-value head: [K / copies]."""
     return values.view(junction.heads, junction.copies, -1).amax(1).flatten()
 
 
 def _spread(junction: Junction, values: torch.Tensor) -> torch.Tensor:
-    """`values` [K / copies] for each query head: [K]."""
+    """Repeat `values` [K / copies] for each query head: [K]."""
     return values.view(junction.heads, 1, -1).repeat(1, junction.copies, 1).flatten()
 
 
@@ -199,7 +196,7 @@ def errors(
 ) -> tuple[float, ...]:
     """Relative error of each weight's output in INT8: the root mean square over tokens of |y_int8 - y| / |y|.
 
-    Weights have a scale per output channel, activations one per token, both symmetric, as the kernels have.
+    As in the kernels, weights have one scale per output channel and activations one per token, both symmetric.
     """
     if scales is not None:
         inputs = inputs / scales
@@ -213,7 +210,7 @@ def errors(
 
 
 def in_int8(values: torch.Tensor) -> torch.Tensor:
-    """Rows [M, K] as INT8 holds them: round(x / s) s with s = max|row| / 127."""
+    """Rows [M, K] after rounding to INT8: round(x / s) s with s = max|row| / 127."""
     step = (values.abs().amax(1, keepdim=True) / 127).clamp_min(1e-8)
     return (values / step).round().mul_(step)
 
@@ -227,9 +224,9 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerChange:
-    """One linear layer before and after smoothing: max|X|, max|W| and its output's error; alpha None: unchanged.
+    """One linear layer before and after smoothing: max|X|, max|W| and the error of its output; alpha None: unchanged.
 
-    max|W| is of the columns' scales alone: those of rows cancel in a weight with one scale per row. The error is
+    max|W| includes the scales of columns only: those of rows cancel in a weight with one scale per row. The error is
     that of `errors`.
     """
 
@@ -242,7 +239,7 @@ class LayerChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibrated:
-    """A profile that was written and its effect on each linear layer; without `layers` it was there already."""
+    """A written profile and its effect on each linear layer; without `layers` it existed already."""
 
     profile: Profile
     layers: tuple[LayerChange, ...]
@@ -256,7 +253,7 @@ class Calibrated:
         return fmean(one.error[0] for one in self.layers), fmean(one.error[1] for one in self.layers)
 
     def verdict(self) -> str:
-        """What it brought, in a sentence."""
+        """The effect of the profile, as a sentence."""
         if self.error is None:
             return "the profile is already there, made of the same"
         before, after = self.error
@@ -267,7 +264,7 @@ class Calibrated:
         )
 
     def document(self) -> dict[str, Any]:
-        """All of it as plain data."""
+        """The result as plain data."""
         return {
             "schema_version": SCHEMA_VERSION,
             "profile": str(self.profile.path),
@@ -283,10 +280,10 @@ class Calibrated:
 def calibrate(model: Path, parquet: Path, *, samples: int, alpha: float | None, out: Path, say: Say) -> Calibrated:
     """Write to `out` the smoothing profile of the HF folder `model`, calibrated on `samples` rows of a data set.
 
-    `alpha` None chooses, layer by layer, what gives the least error; `say` prints the progress. The same input gives
-    the same profile, and one that is there already is taken. Nothing is written before the end. Raises InputError for a
-    model, data or an alpha that cannot be used and for an `out` made of something else, RunFailed if nothing is gained,
-    EnvironmentNotReady if the model does not fit into memory.
+    With `alpha` None, each layer gets the alpha with the smallest error; `say` prints the progress. The same input
+    gives the same profile, and an existing profile is reused. Nothing is written before the end. Raises InputError for
+    a model, data or an alpha that cannot be used and for an `out` made from other inputs, RunFailed if nothing is
+    gained, EnvironmentNotReady if the model does not fit into memory.
     """
     if alpha is not None and not 0 <= alpha < 1:
         raise InputError(f"alpha is {alpha}, and should be from 0 to less than 1", hint="--alpha auto")
@@ -327,7 +324,7 @@ def _about(model: Path, config: dict[str, Any], parquet: Path, rows: Sequence[li
 
 
 def _kept(out: Path, about: About) -> Profile | None:
-    """The profile of before, if there is one. Raises InputError where it was made of something else."""
+    """The existing profile, if there is one. Raises InputError if it was made from other inputs."""
     found = there(out)
     if found and found.about != about:
         what = f"{out} exists already, and was made of another model, other data or with other options"
@@ -347,7 +344,7 @@ def _described(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]
 
 
 def _room(parameters: int) -> None:
-    """Raise EnvironmentNotReady where the CPU's memory cannot hold the model in float32; a GPU raises its own error."""
+    """Raise EnvironmentNotReady if the CPU's memory cannot hold the model in float32; a GPU raises its own error."""
     import psutil
     import torch
 
@@ -374,7 +371,7 @@ def _worked_out(
 
 
 def _loaded(folder: Path) -> Any:
-    """The model, as it is stored on a GPU, in float32 on a CPU."""
+    """Load the model: in its stored dtype on a GPU, in float32 on a CPU."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -386,12 +383,12 @@ def _loaded(folder: Path) -> Any:
 
 
 def _run(model: Any, places: Sequence[Junction], rows: Sequence[list[int]], say: Say) -> dict[str, Seen]:
-    """What the first reader of each junction is given; all of one junction are given the same."""
+    """Record the inputs of the first reader of each junction; all readers of a junction have the same inputs."""
     import torch
 
     with watching(model, (place.readers[0] for place in places), len(rows)) as seen:
         for number, row in enumerate(rows, start=1):
-            # the body alone: logits of a whole vocabulary are not needed
+            # the body alone: the logits of the full vocabulary are not needed
             model.model(input_ids=torch.tensor([row], device=model.device), use_cache=False)
             _tell(say, "run through the model", number, len(rows), "samples")
     return seen
@@ -400,7 +397,7 @@ def _run(model: Any, places: Sequence[Junction], rows: Sequence[list[int]], say:
 def _choose(
     model: Any, places: Sequence[Junction], seen: dict[str, Seen], alpha: float | None, say: Say
 ) -> tuple[dict[str, torch.Tensor], tuple[LayerChange, ...]]:
-    """Scales of all junctions under the names that a profile gives them, and each layer's change."""
+    """Scales of all junctions under their names in a profile, and the change of each layer."""
     found: dict[str, torch.Tensor] = {}
     changes: list[LayerChange] = []
     for number, place in enumerate(places, start=1):
@@ -441,7 +438,7 @@ def _save(tensors: dict[str, torch.Tensor], about: About, out: Path) -> None:
     try:
         with files.replacing(out) as temporary:
             save_file({name: one.clone() for name, one in tensors.items()}, temporary, about.metadata())
-    except (OSError, SafetensorError) as error:  # a full disk is the latter
+    except (OSError, SafetensorError) as error:  # a full disk raises SafetensorError
         reason = getattr(error, "strerror", None) or error
         raise EnvironmentNotReady(f"{out} cannot be written: {reason}", hint="--profile FILE elsewhere") from None
 

@@ -1,4 +1,4 @@
-"""What a person asks to have quantized, looked up and judged before anything is written."""
+"""Look up and check the model that the user wants to quantize, before anything is written."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 _OTHER_FORMS = ("*.bin", "*.pth", "*.gguf")
 _TRANSPOSED = frozenset({"gpt2", "openai-gpt"})
-"""Families whose linear weights are stored as [K, N] (transformers' Conv1D), which vLLM turns as it loads them."""
+"""Families whose linear weights are stored as [K, N] (transformers' Conv1D); vLLM transposes them on load."""
 _SENSES = ("vision_config", "audio_config")
 _PACKED = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv")
 _IN_8_BITS = ("F8", "I8", "U8")
 _STATE = ".A_log"
-"""A tensor that every Mamba layer has, some of whose linear modules vLLM makes without quantization."""
+"""Suffix of a tensor that every Mamba layer has; vLLM does not quantize some of that layer's linear modules."""
 ELSEWHERE = "--profile FILE elsewhere, or remove it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A model, what becomes of its tensors, and the folder to make. `name` is what a person calls the model."""
+    """A model, the treatment of its tensors, and the folder to create. `name` is the user's name for the model."""
 
     name: str
     checkpoint: Checkpoint
@@ -50,7 +50,7 @@ class Request:
     left: tuple[str, ...]
 
     def warnings(self) -> Iterator[str]:
-        """What a person should know before: layers that stay or run more slowly, and files that are not copied."""
+        """Yield warnings for the user: layers that stay in 16 bits or are slower, and files that are not copied."""
         if self.left:
             yield merge.left_behind(self.checkpoint.hf, self.left)
         if self.choice.experts:
@@ -67,7 +67,7 @@ class Request:
 
 
 def plan(model: str, out: Path | None, scheme_name: str, ignore: Sequence[str], profile: Path | None) -> Request:
-    """Look everything up. Raises InputError for a model that cannot be read or quantized."""
+    """Look up and check all inputs. Raises InputError for a model that cannot be read or quantized."""
     wanted = arithmetic.named(scheme_name)
     checkpoint = lookup(model)
     try:
@@ -102,7 +102,7 @@ def plan(model: str, out: Path | None, scheme_name: str, ignore: Sequence[str], 
 
 
 def lookup(model: str) -> Checkpoint:
-    """The one model that is meant: a folder, a step of a run, an adapter, an id on the hub. Raises InputError."""
+    """The model that is meant: a folder, a step of a run, an adapter, or an id on the hub. Raises InputError."""
     folder = paths.absolute(model)
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
         other = next((file.name for form in _OTHER_FORMS for file in sorted(folder.glob(form))), None)
@@ -124,7 +124,7 @@ def new_profile(model: str, out: Path | None) -> tuple[Path, Path]:
 
 
 def there(profile: Path) -> Profile | None:
-    """What was calibrated to a file before; None where nothing is. Raises InputError for a file that is no profile."""
+    """The profile in an existing file; None if there is no file. Raises InputError if the file is not a profile."""
     try:
         return Profile.read(profile) if profile.exists() else None
     except Unreadable:
@@ -132,7 +132,7 @@ def there(profile: Path) -> Profile | None:
 
 
 def check_room(target: Path, size: int) -> None:
-    """Raise EnvironmentNotReady where `size` bytes do not fit."""
+    """Raise EnvironmentNotReady if `size` bytes do not fit on the disk of `target`."""
     free = shutil.disk_usage(existing(target)).free
     if size > free:
         what = f"{size / GIB:.2f} GiB of quantized weights, and {free / GIB:.2f} GiB are free"
@@ -165,7 +165,7 @@ def _refuse_tensors(tensors: dict[str, Tensor]) -> None:
 
 
 def _refuse_inside(checkpoint: Checkpoint, target: Path) -> None:
-    """A folder within the model's would be taken for part of it, the model itself would be lost."""
+    """Refuse a target within the model's folder, which would be taken for part of it, or equal to it."""
     shards = {shard.parent for shard in checkpoint.shards}
     sources = shards | {one for one in (checkpoint.hf, checkpoint.adapter) if one}
     if any(source.resolve() in {target.resolve(), *target.resolve().parents} for source in sources):

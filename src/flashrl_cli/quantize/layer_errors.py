@@ -1,4 +1,4 @@
-"""What quantizing a model cost and saved, layer by layer."""
+"""The error and the saved bytes of quantizing a model, layer by layer."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ COLUMNS = ("layer", "shape", "error %", "to zero %", "MiB", "in 8 bits")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """One quantized weight [N, K]. `error` is ‖W − Q·s‖ / ‖W‖ (Frobenius), W as a bf16 engine holds it.
+    """One quantized weight [N, K]; `error` is ‖W − Q·s‖ / ‖W‖ (Frobenius) with W as a bf16 engine holds it.
 
-    `zeros` is the share of values that are stored as 0; `clipped` the share beyond the range, which a scale made of the
-    largest value leaves at 0. `before` and `after` are bytes, scales included.
+    `zeros` is the share of values that are stored as 0; `clipped` the share beyond the range, which is 0 for scales
+    that are derived from the largest value. `before` and `after` are bytes, including scales.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Layer:
 
     @classmethod
     def of(cls, name: str, shape: tuple[int, ...], losses: Losses, *, before: int, after: int) -> Layer:
-        """The report on a weight with these losses."""
+        """The report on a weight with the given losses."""
         count = math.prod(shape)
         return cls(
             name=name,
@@ -58,7 +58,7 @@ class Report:
     after: int
 
     def document(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """The report as plain data."""
         return {
             "totals": {
                 "layers": len(self.layers),
@@ -74,7 +74,7 @@ class Report:
 
 
 def table(document: dict[str, Any]) -> tuple[Sequence[str], list[Sequence[object]]]:
-    """Columns and rows of the layers with the largest errors, out of `Report.document`."""
+    """Columns and rows of the layers with the largest errors, from `Report.document`."""
     worst = sorted(document["layers"], key=lambda layer: -layer["error"])[:_WORST]
     return COLUMNS, [
         (
@@ -90,7 +90,7 @@ def table(document: dict[str, Any]) -> tuple[Sequence[str], list[Sequence[object
 
 
 def summary(document: dict[str, Any]) -> str:
-    """One sentence on the whole."""
+    """A one-sentence summary of the report."""
     totals = document["totals"]
     sizes = f"{totals['bytes_before'] / _MIB:,.1f} MiB of weights became {totals['bytes_after'] / _MIB:,.1f} MiB"
     errors = f"{100 * totals['mean_error']:.3f} % in the mean, {100 * totals['worst_error']:.3f} % at worst"

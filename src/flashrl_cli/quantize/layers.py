@@ -1,9 +1,9 @@
-"""Which of a model's tensors are linear layers to quantize, and which may be scaled against each other, by their names.
+"""Find the linear layers of a model to quantize, and those that can be scaled against each other, by their names.
 
 SmoothQuant (Xiao et al. 2022, arXiv 2211.10438, section 4): column j of a weight is multiplied by s_j, and channel j of
-its input divided by it. The division costs nothing where a tensor makes that channel alone: the weight of a norm, the
-rows of v_proj (attention mixes positions, not channels) and of up_proj (the activation of gate_proj is multiplied by
-its output). What is computed stays the same.
+its input divided by it. The division is free if a tensor produces that channel alone: the weight of a norm, the rows of
+v_proj (attention mixes positions, not channels) and of up_proj (the activation of gate_proj is multiplied by its
+output). The model's output does not change.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from flashrl_cli.errors import InputError, Problem
 from flashrl_cli.text import counted
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Values of `model_type` whose layers are named and wired as `_layer` says (transformers/models/*/modeling_*.py)."""
+"""Values of `model_type` whose layers have the names and connections that `_layer` assumes
+(transformers/models/*/modeling_*.py).
+"""
 Shapes = Mapping[str, Sequence[int]]
 HEAD = "lm_head"
 PATTERN = "re:"
-"""Begins an entry of `ignore` that is a regular expression, matched from a name's start
+"""Prefix of an entry of `ignore` that is a regular expression, which is matched from the start of a name
 (compressed_tensors/utils/match.py).
 """
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
-"""Layers that vLLM joins into one (`packed_modules_mapping` of its models), which then has one scheme."""
+"""Layers that vLLM joins into one (`packed_modules_mapping` of its models), so that they need the same scheme."""
 TILE = 16
-"""What both sizes of a weight must be a multiple of for vLLM's CUTLASS kernels (vllm/_custom_ops.py:850 in 0.24,
+"""Both sizes of a weight must be a multiple of it for vLLM's CUTLASS kernels (vllm/_custom_ops.py:850 in 0.24,
 cutlass_scaled_mm).
 """
 EXPERTS_HINT = "--ignore 're:.*experts.*'"
@@ -40,10 +42,10 @@ _LISTED = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Junction:
-    """A place in a model where scales can be moved.
+    """A place in a model where scales can be moved from one tensor to others.
 
-    `readers` are linear modules with one input [K], `makers` tensors of K rows.
-    With `copies` above 1 each of `heads` key-value heads is read by that many query heads: makers have K / copies rows.
+    `readers` are linear modules with one common input [K], `makers` are tensors of K rows that produce it. With
+    `copies` above 1, that many query heads read each of `heads` key-value heads, and makers have K / copies rows.
     """
 
     readers: tuple[str, ...]
@@ -53,9 +55,9 @@ class Junction:
 
 
 def junctions(config: Mapping[str, Any], shapes: Shapes) -> list[Junction]:
-    """All junctions of a model, by its config.json and the shapes of its tensors.
+    """All junctions of a model, found by its config.json and the shapes of its tensors.
 
-    Raises InputError for a family whose wiring is not known, a quantized model, or norms with a bias.
+    Raises InputError for a family with unknown connections, a quantized model, or norms with a bias.
     """
     family = config.get("model_type")
     if family not in FAMILIES:
@@ -99,9 +101,9 @@ def _rows(module: str, shapes: Shapes) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """Modules whose weight is quantized, linear modules that stay, and entries for config.json's `ignore` that say so.
+    """Modules to quantize, linear modules that stay in 16 bits, and the corresponding `ignore` entries of config.json.
 
-    `odd` are quantized modules whose shape CUTLASS does not take; `experts` those among the ones that stay.
+    `odd` are quantized modules whose shape CUTLASS does not support; `experts` are those among the modules that stay.
     """
 
     quantized: tuple[str, ...]
@@ -112,10 +114,10 @@ class Choice:
 
 
 def choose(shapes: Shapes, ignore: Sequence[str]) -> Choice:
-    """Divide a model's tensors. `ignore` holds names of layers and `re:` patterns.
+    """Decide which of a model's tensors are quantized. `ignore` holds names of layers and `re:` patterns.
 
-    Raises InputError for an entry that is no pattern or matches nothing, for experts that it does not cover, for layers
-    that vLLM joins and of which it covers some, and for a model without linear layers.
+    Raises InputError for an entry that is not a valid pattern or matches nothing, for experts that it does not cover,
+    for layers that vLLM joins and of which it covers only some, and for a model without linear layers.
     """
     patterns = {entry: _pattern(entry) for entry in ignore}
     modules = [name.removesuffix(_WEIGHT) for name in shapes if is_matrix(name, shapes[name])]
@@ -139,7 +141,7 @@ def choose(shapes: Shapes, ignore: Sequence[str]) -> Choice:
 
 
 def is_matrix(name: str, shape: Sequence[int]) -> bool:
-    """Whether a tensor is the weight [N, K] of a linear module: no embedding, no expert's."""
+    """Whether a tensor is the weight [N, K] of a linear module, excluding embeddings and experts."""
     module = name.removesuffix(_WEIGHT)
     last = module.rsplit(".", 1)[-1]
     embeds = "emb" in last or last in {"wte", "wpe"}
@@ -147,7 +149,7 @@ def is_matrix(name: str, shape: Sequence[int]) -> bool:
 
 
 def _is_layer(module: str) -> bool:
-    """Whether a linear module is one of a numbered layer's, and no router, whose choice decides for a whole expert."""
+    """Whether a linear module belongs to a numbered layer and is not a router, whose output selects experts."""
     last = module.rsplit(".", 1)[-1]
     return bool(_IN_LAYER.search(module)) and last not in _ROUTERS and ".router." not in module
 
@@ -158,12 +160,12 @@ def is_expert(name: str) -> bool:
 
 
 def _experts(shapes: Shapes) -> list[str]:
-    """Modules, or fused tensors, that hold experts' matrices."""
+    """Modules, or fused tensors, that hold the matrices of experts."""
     return [name.removesuffix(_WEIGHT) for name in shapes if is_expert(name) and len(shapes[name]) > 1]
 
 
 def _pattern(entry: str) -> re.Pattern[str]:
-    """What matches the names that an entry of `ignore` means. Raises InputError."""
+    """The regular expression for the names that an entry of `ignore` means. Raises InputError."""
     if not entry.startswith(PATTERN):
         return re.compile(re.escape(entry) + r"\Z")
     try:
@@ -173,7 +175,7 @@ def _pattern(entry: str) -> re.Pattern[str]:
 
 
 def _refuse_useless(patterns: Mapping[str, re.Pattern[str]], modules: Sequence[str]) -> None:
-    """A pattern that matches nothing is a slip of the pen, and the layer that it meant would be quantized."""
+    """Refuse patterns without a match: they are probably typing errors, and the intended layer would be quantized."""
     problems = []
     for entry, pattern in patterns.items():
         if not any(map(pattern.match, modules)):

@@ -1,6 +1,6 @@
-"""A model's folder in 8 bits, written while the model is read: the folder appears complete or not at all.
+"""Write a model's folder in 8 bits while the model is read; the folder appears complete or not at all.
 
-A manifest in it records what it was made of, so that the same command finds that there is nothing to do.
+A manifest in the folder records its inputs, so that repeating the command recognizes a finished result.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ SCHEMA_VERSION = 1
 _PACKAGES = ("torch", "safetensors")
 _THREADS = 16
 _WAITING = 8
-"""Tensors whose pieces may wait for a thread; each holds no memory."""
+"""Number of tensors whose pieces may wait for a thread; waiting pieces hold no memory."""
 _WIDE = ("F32", "F64")
 _WEIGHT, _SCALE = ".weight", ".weight_scale"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """All that decides what is written: fingerprint of the weights, scheme, ignored layers, hash of the profile."""
+    """All inputs that determine the result: fingerprint of the weights, scheme, ignored layers, hash of the profile."""
 
     fingerprint: str
     scheme: str
@@ -62,7 +62,7 @@ def inputs(weights: Weights, scheme: str, ignore: Sequence[str], profile: Path |
 
 
 def write(folder: Path, source: str, made_of: Inputs, report: dict[str, Any]) -> dict[str, Any]:
-    """Write the manifest of a quantized `folder`, and return it. `source` names the model as a person does."""
+    """Write the manifest of a quantized `folder`, and return it. `source` is the user's name for the model."""
     document = {
         "schema_version": SCHEMA_VERSION,
         "source": source,
@@ -75,7 +75,7 @@ def write(folder: Path, source: str, made_of: Inputs, report: dict[str, Any]) ->
 
 
 def found(folder: Path, made_of: Inputs) -> dict[str, Any] | None:
-    """The manifest of a whole folder that was made of the same inputs; None for any other."""
+    """The manifest of a complete folder that was made from the same inputs; None for any other folder."""
     try:
         document = read_json(folder / FILE)
         Weights(hf=folder).check()
@@ -94,7 +94,7 @@ Advance = Callable[[str], object]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """A tensor on its way from one folder to the other: as it is, in another dtype, or in 8 bits by `scheme`."""
+    """A tensor to be written to the new folder: unchanged, in another dtype, or in 8 bits by `scheme`."""
 
     tensor: Tensor
     dtype: str
@@ -102,7 +102,7 @@ class Move:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """What it becomes in the new file."""
+        """The entries that it becomes in the new file."""
         whole = Entry(name=self.tensor.name, dtype=self.dtype, shape=self.tensor.shape)
         if self.scheme is None:
             return (whole,)
@@ -110,12 +110,12 @@ class Move:
 
     @property
     def scale(self) -> str:
-        """Name of its scales."""
+        """Name of the tensor's scales."""
         return self.tensor.name.removesuffix(_WEIGHT) + _SCALE
 
     @property
     def bytes(self) -> int:
-        """What it takes in the new file."""
+        """Number of bytes that it takes in the new file."""
         return sum(entry.bytes for entry in self.entries)
 
 
@@ -123,12 +123,12 @@ Shards = dict[str, list[Move]]
 
 
 def quantize(wanted: Request, advance: Advance) -> tuple[dict[str, Any], bool]:
-    """The manifest of the quantized folder, and whether it was there already, made of the same.
+    """Quantize a model; returns the manifest, and whether a folder from the same inputs existed already.
 
-    `advance` is called with the name of each tensor that is done.
+    `advance` is called with the name of each finished tensor.
 
-    Raises InputError for a folder that holds something else and for weights that cannot be read, EnvironmentNotReady
-    where the result does not fit or cannot be written.
+    Raises InputError for a folder that holds something else and for weights that cannot be read, EnvironmentNotReady if
+    the result does not fit or cannot be written.
     """
     path = wanted.profile.path if wanted.profile else None
     try:
@@ -151,7 +151,7 @@ def quantize(wanted: Request, advance: Advance) -> tuple[dict[str, Any], bool]:
 
 
 def sharded(wanted: Request) -> Shards:
-    """Each new file and what goes into it: the files that the model has, else some of about merge.FILE_BYTES."""
+    """Each new file and its tensors: the same files as the model's, or else files of about merge.FILE_BYTES."""
     quantized = {module + _WEIGHT for module in wanted.choice.quantized}
     wide = _is_wide(wanted)
     moves = [
@@ -170,7 +170,7 @@ def sharded(wanted: Request) -> Shards:
 
 
 def _move(tensor: Tensor, scheme: Scheme | None, wide: bool) -> Move:
-    """Where one tensor goes. In a `wide` model, which engines round to bf16 anyway, everything else is rounded here."""
+    """Plan one tensor; in a `wide` model, whose tensors engines round to bf16, all other tensors are rounded here."""
     if scheme:
         return Move(tensor=tensor, dtype=scheme.dtype, scheme=scheme)
     return Move(tensor=tensor, dtype="BF16" if wide and tensor.dtype in FLOATS else tensor.dtype)
@@ -202,7 +202,7 @@ def _write(wanted: Request, shards: Shards, folder: Path, advance: Advance) -> R
 
 
 def _is_wide(wanted: Request) -> bool:
-    """Whether the model is in float32, as trainers keep it."""
+    """Whether the model is in float32, which trainers use."""
     return any(wanted.tensors[module + _WEIGHT].dtype in _WIDE for module in wanted.choice.quantized)
 
 
@@ -221,7 +221,7 @@ def _write_index(folder: Path, shards: Shards) -> None:
 
 @contextmanager
 def _threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads for all cores, each with torch's own parallelism off; what waits is dropped when something fails."""
+    """Threads for all cores, each with torch's parallelism off; waiting work is dropped when something fails."""
     import torch
 
     before = torch.get_num_threads()
@@ -235,7 +235,7 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
 
 
 class _Workers:
-    """Moves tensors into one file, by pieces, in all threads; `bad` gathers those with NaN or infinite values."""
+    """Moves tensors into one file, in pieces, with all threads; `bad` collects tensors with NaN or infinite values."""
 
     def __init__(
         self, pool: ThreadPoolExecutor, out: ShardFile, wanted: Request, advance: Advance, bad: dict[str, Path | None]
@@ -246,11 +246,11 @@ class _Workers:
         self._desk = Desk()
 
     def move(self, moves: Sequence[Move]) -> Iterator[Layer]:
-        """Move all of them; yields a report on each that becomes 8-bit. Raises Unreadable and OSError."""
+        """Move all tensors; yields a report on each quantized one. Raises Unreadable and OSError."""
         waiting: deque[tuple[Move, list[Future[Losses]]]] = deque()
         for move in moves:
             waiting.append((move, self._begun(move)))
-            # what is whole in memory goes before the next one comes
+            # a tensor that is completely in memory is finished before the next one is read
             while len(waiting) > (0 if self._is_made(move.tensor) else _WAITING):
                 yield from self._finished(*waiting.popleft())
         while waiting:
@@ -264,7 +264,7 @@ class _Workers:
         return [self._pool.submit(put, span) for span in move.tensor.spans(step)]
 
     def _is_made(self, tensor: Tensor) -> bool:
-        """Whether a tensor must be whole in memory: joined of parts, or smoothed."""
+        """Whether a tensor must be completely in memory: joined from parts, or smoothed."""
         return tensor.stored is not None or (self._profile is not None and tensor.name in self._profile.names)
 
     def _made(self, tensor: Tensor) -> Tensor:
@@ -281,7 +281,7 @@ class _Workers:
             yield Layer.of(name, shape, losses, before=move.tensor.bytes, after=move.bytes)
 
     def _quantize(self, move: Move, scheme: Scheme, span: range) -> Losses:
-        """Some rows of a weight, in 8 bits."""
+        """Quantize some rows of a weight to 8 bits."""
         columns, desk, name = move.tensor.shape[1], self._desk, move.tensor.name
         rows = len(span) // columns
         values, scales = desk.memory("values", len(span)), desk.memory("scales", 4 * rows)
@@ -301,7 +301,7 @@ class _Workers:
         return losses
 
     def _copy(self, move: Move, span: range) -> Losses:
-        """Some elements of a tensor, as they are or rounded."""
+        """Copy some elements of a tensor, unchanged or rounded."""
         data = self._desk.converted(move.tensor, span, move.dtype)
         if move.dtype in FLOATS and not is_finite(self._desk.tensor(move.dtype, data)):
             self._bad[move.tensor.name] = move.tensor.origin

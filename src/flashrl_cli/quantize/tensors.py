@@ -1,6 +1,6 @@
-"""A model's tensors in pieces, read and written by several threads, so that memory stays small.
+"""Read and write a model's tensors in pieces with several threads, so that memory use stays small.
 
-Files are read without mapping them. Of a new file, the place of each tensor is settled before the first byte is
+Files are read without memory mapping. In a new file, the offset of each tensor is fixed before the first byte is
 written.
 """
 
@@ -25,16 +25,17 @@ if TYPE_CHECKING:
     import torch
 
 BLOCK = 2 * 2**20
-"""Bytes that one thread holds of a tensor."""
+"""Bytes of a tensor that one thread holds at a time."""
 _TORCH = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "I16": "int16",
     "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
 BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-"""Size of one element, by safetensors' names of dtypes."""
+"""Size of one element in bytes, by safetensors' names of dtypes."""
 INDEX = "model.safetensors.index.json"
 _ALIGNED = 8
 _FORMAT = {"format": "pt"}
@@ -42,7 +43,7 @@ _FORMAT = {"format": "pt"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tensor:
-    """A tensor of the model, in `file` from byte `start` on, or made by `stored`; `dtype` in safetensors' names."""
+    """A tensor of the model, in `file` from byte `start`, or made by `stored`; `dtype` is safetensors' name."""
 
     name: str
     shape: tuple[int, ...]
@@ -51,40 +52,40 @@ class Tensor:
     start: int = 0
     stored: Stored | None = None
     whole: Any = None
-    """The tensor itself, once it was made."""
+    """The tensor itself, once it is complete in memory."""
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def bytes(self) -> int:
-        """Its size as it is read."""
+        """Size in bytes as it is read."""
         return BYTES[self.dtype] * self.elements
 
     @property
     def origin(self) -> Path | None:
-        """What it is read from, to name it."""
+        """The file that it is read from, for messages."""
         return self.stored.file if self.stored else self.file
 
     def made(self) -> Tensor:
-        """The same, in memory. Raises Unreadable."""
+        """The same tensor, in memory. Raises Unreadable."""
         if self.stored:
             return replace(self, stored=None, file=self.stored.file, whole=self.stored.read().contiguous())
         return replace(self, whole=Desk().elements(self, range(self.elements)).view(self.shape))
 
     def spans(self, step: int = 1) -> Iterator[range]:
-        """Ranges of its elements of about BLOCK bytes, each a multiple of `step`."""
+        """Yield ranges of its elements of about BLOCK bytes, each a multiple of `step`."""
         size = max(1, BLOCK // (BYTES[self.dtype] * step)) * step
         for start in range(0, self.elements, size):
             yield range(start, min(start + size, self.elements))
 
 
 def described(weights: Weights) -> dict[str, Tensor]:
-    """All tensors of a model by name; a tied lm_head is left out. Reads no tensor.
+    """All tensors of a model by name, without a tied lm_head; no tensor is read.
 
-    Raises Unreadable for what is torn or unknown.
+    Raises Unreadable for files that are truncated or of an unknown form.
     """
     plain = not (weights.shards or weights.adapter)
     found = dict(_in_files(weights.hf)) if plain else dict(_made(weights))
@@ -118,21 +119,21 @@ def _made(weights: Weights) -> Iterator[tuple[str, Tensor]]:
 
 
 class Desk(threading.local):
-    """Memory for one block, which a thread uses again and again."""
+    """Memory for one block per thread, which is reused."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, bytearray] = {}
         self.room = Room()
 
     def elements(self, tensor: Tensor, span: range) -> torch.Tensor:
-        """Elements of a tensor [len(span)], until this thread asks again. Raises Unreadable."""
+        """Elements of a tensor [len(span)], valid until this thread calls it again. Raises Unreadable."""
         if tensor.whole is not None:
             flat: torch.Tensor = tensor.whole.view(-1)[span.start : span.stop]
             return flat
         return self.tensor(tensor.dtype, self._read(tensor, span))
 
     def converted(self, tensor: Tensor, span: range, dtype: str) -> memoryview:
-        """The bytes of elements, in `dtype`."""
+        """The bytes of the elements, converted to `dtype`."""
         if tensor.whole is None and tensor.dtype == dtype:
             return self._read(tensor, span)
         memory = self.memory("values", BYTES[dtype] * len(span))
@@ -140,7 +141,7 @@ class Desk(threading.local):
         return memory
 
     def memory(self, use: str, size: int) -> memoryview:
-        """`size` bytes of this thread's, the same for the same `use`."""
+        """`size` bytes of memory of this thread, the same for equal `use`."""
         buffer = self._buffers.get(use)
         if buffer is None or len(buffer) < size:
             buffer = self._buffers[use] = bytearray(size)
@@ -148,7 +149,7 @@ class Desk(threading.local):
 
     @staticmethod
     def tensor(dtype: str, memory: memoryview) -> torch.Tensor:
-        """A tensor [elements] over `memory`."""
+        """A tensor [elements] that shares `memory`."""
         import torch
 
         return torch.frombuffer(memory, dtype=getattr(torch, _TORCH[dtype]))
@@ -166,7 +167,7 @@ class Desk(threading.local):
 
 
 def _fill(view: memoryview, file: Path, start: int) -> None:
-    """Read a file from byte `start` on. Raises OSError, and Unreadable where the file ends too early."""
+    """Fill `view` from byte `start` of a file. Raises OSError, and Unreadable if the file ends too early."""
     with file.open("rb", buffering=0) as stream:
         done = 0
         while done < len(view):
@@ -192,7 +193,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The first bytes of a file, where each of its tensors begins, and its whole size."""
+    """The header of a file, the offset of each of its tensors, and its total size."""
 
     head: bytes
     starts: Mapping[str, int]
@@ -200,7 +201,7 @@ class Layout:
 
 
 def layout(entries: Iterable[Entry], metadata: Mapping[str, str] = _FORMAT) -> Layout:
-    """Place tensors as safetensors' own writer does: the largest elements first, so that all are aligned."""
+    """Place tensors like safetensors' own writer: the largest elements first, so that all are aligned."""
     table: dict[str, object] = {"__metadata__": dict(metadata)}
     starts, end = {}, 0
     for entry in sorted(entries, key=lambda entry: (-BYTES[entry.dtype], entry.name)):

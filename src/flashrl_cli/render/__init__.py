@@ -1,1 +1,1 @@
-"""How results look: tables, live progress, plots."""
+"""Rendering of results: tables, live progress, plots."""

@@ -1,4 +1,4 @@
-"""Questions with their responses as plain text: nothing in a response can change the terminal or pass for markup."""
+"""Questions with their responses as plain text, in which responses cannot control the terminal or act as markup."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from flashrl_cli.text import counted
 
 _KEPT = 400
-"""Characters at each end of a text that is shortened: answers are at the end."""
+"""Characters at each end of a shortened text; the end is included because it holds the answer."""
 _INDENT = "    "
 _TAB = 4
 _BRIEF = 200
-"""Characters of a truth, an answer or a problem that are shown."""
+"""Number of characters of a truth, an answer or a problem that are shown."""
 
 
 def question_lines(question: Mapping[str, Any], *, width: int, full: bool) -> Iterator[str]:
@@ -31,13 +31,13 @@ def question_lines(question: Mapping[str, Any], *, width: int, full: bool) -> It
 
 
 def safe(text: str) -> str:
-    """`text` with line ends and printable characters alone; anything else becomes its escape sequence."""
+    """`text` with line ends and printable characters only; all others are replaced by escape sequences."""
     plain = text.replace("\r\n", "\n").expandtabs(_TAB)
     return "".join(map(_printable, plain))
 
 
 def shortened(text: str) -> str:
-    """`text` without its middle, if that is long, and with what was left out."""
+    """`text` without its middle if it is long, with a note on the number of omitted characters."""
     left_out = len(text) - 2 * _KEPT
     if left_out <= _KEPT // 4:
         return text
@@ -45,7 +45,7 @@ def shortened(text: str) -> str:
 
 
 def _heading(response: Mapping[str, Any], samples: int) -> str:
-    """Where a response comes from and how it was judged."""
+    """A heading with the origin and the grade of a response."""
     where = _step(response["step"]) + (f", sample {response['sample']}" if samples > 1 else "")
     parts = [f"{where}: {_mark(response['correct'])}"]
     parts += [
@@ -61,7 +61,7 @@ def _heading(response: Mapping[str, Any], samples: int) -> str:
 
 
 def _brief(text: str) -> str:
-    """`text` on one line, without its end if it is long."""
+    """`text` on one line, truncated if it is long."""
     line = " ".join(safe(text).split())
     return line if len(line) <= _BRIEF else f"{line[:_BRIEF]}…"
 

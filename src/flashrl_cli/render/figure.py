@@ -1,7 +1,7 @@
-"""Panels of curves over training steps, and their drawing: a PNG of all of them, or an SVG of each for an HTML page.
+"""Panels of curves over training steps, drawn as one PNG, or as one SVG per panel for an HTML page.
 
-Also groups of bars as a PNG: the speeds of a benchmark, a group for each batch. Drawing needs matplotlib; `text_plot`
-draws panels as text.
+The speeds of a benchmark are drawn as a PNG of grouped bars, one group per batch size. Drawing needs matplotlib;
+`text_plot` draws panels as text.
 """
 
 from __future__ import annotations
@@ -28,23 +28,25 @@ if TYPE_CHECKING:
 
 INK, MUTED, RULE = "#1f2329", "#6a7079", "#dfe2e6"
 CURVES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a5195", "#808080")
-"""After Okabe and Ito: most eyes can distinguish them; yellow is darker than theirs, black is left to text."""
+"""Colours by Okabe and Ito, which most people can distinguish; yellow is darker than theirs, and black is left for
+text.
+"""
 VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", **{c: f"--curve-{n}" for n, c in enumerate(CURVES, 1)}}
-"""Colour to the CSS variable that stands for it in an SVG, so that the page may be dark."""
+"""CSS variable for each colour in an SVG, so that the page can have a dark theme."""
 
 STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.unicode_minus": False, "svg.fonttype": "none"}
-"""matplotlib's settings for every figure."""
+"""matplotlib settings for every figure."""
 _DASHES = ("-", "--", ":")
 _FEW = 40
-"""Points up to which each of a curve is marked."""
+"""Largest number of points for which each point of a curve is marked."""
 _MOST = 600
-"""Points of a curve that are drawn; of more, the least and the greatest of each stretch."""
+"""Largest number of points of a curve that are drawn; longer curves are reduced to the extremes of each section."""
 _METADATA = ("Creator", "Date", "Format", "Type")
 _TICKS = 12
 _MARGIN = 0.06
 """Free space above and below curves, as a share of their height."""
 _GROUP = 0.8
-"""Width of a group of bars, of 1 between two groups."""
+"""Width of a group of bars, relative to the distance between groups."""
 
 Style = tuple[str, str]
 """A curve's colour, and its dashes."""
@@ -54,8 +56,8 @@ Style = tuple[str, str]
 class Series:
     """One curve: `ys` at steps `xs`, None where its line breaks.
 
-    With `los` and `his` each point has an interval; with `raw` the curve is that of smoothed values. `starts` are the
-    steps after which later attempts went on.
+    With `los` and `his` each point has an interval; with `raw` the curve shows smoothed values. `starts` are the steps
+    after which later attempts resumed.
     """
 
     label: str
@@ -77,7 +79,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """Curves on one pair of axes: `limits` are the vertical one's, `ticks` the horizontal one's (None: any)."""
+    """Curves on one pair of axes; `limits` are for the vertical axis, `ticks` for the horizontal (None: automatic)."""
 
     title: str
     series: Sequence[Series]
@@ -86,7 +88,7 @@ class Panel:
 
 
 def panels(found: Mapping[str, Sequence[curves.Curve]], weight: float) -> list[Panel]:
-    """A panel for each metric, with its curves smoothed by `weight` over their own values."""
+    """A panel for each metric: its raw values, and curves smoothed by `weight` above them."""
     drawn = {metric: [_series(one, weight) for one in listed] for metric, listed in found.items()}
     return [Panel(title=heading(metric), series=series, limits=_around(series)) for metric, series in drawn.items()]
 
@@ -104,21 +106,21 @@ def heading(metric: str) -> str:
 
 
 def panel(series: Sequence[Series], title: str) -> Panel:
-    """One panel of curves. Those with intervals are of few steps, all of them marked, and of shares."""
+    """One panel of curves; those with intervals show shares at few steps, all of which are marked."""
     if all(one.los for one in series):
         return Panel(title=title, series=series, limits=_tenths(series), ticks=_ticks(series))
     return Panel(title=title, series=series, limits=_around(series))
 
 
 def _tenths(series: Sequence[Series]) -> tuple[float, float]:
-    """Limits of the vertical axis: the tenths that hold every interval."""
+    """Limits of the vertical axis in multiples of 0.1 that include every interval."""
     lower = math.floor(min(min(one.los) for one in series) * 10) / 10
     upper = math.ceil(max(max(one.his) for one in series) * 10) / 10
     return lower, max(upper, lower + 0.1)
 
 
 def _around(series: Sequence[Series]) -> tuple[float, float]:
-    """Limits of the vertical axis: a little more than all values, raw ones too; a flat curve is in the middle."""
+    """Limits of the vertical axis: a little more than all values, including raw ones; a flat curve is centred."""
     values = [y for one in series for y in (*one.ys, *one.raw) if y is not None]
     lower, upper = min(values), max(values)
     margin = _MARGIN * (upper - lower) or abs(upper) / 10 or 1.0
@@ -126,7 +128,7 @@ def _around(series: Sequence[Series]) -> tuple[float, float]:
 
 
 def _ticks(series: Sequence[Series]) -> list[int]:
-    """Steps to mark on the horizontal axis: all of them, or evenly every few if there are many."""
+    """Steps to mark on the horizontal axis: all of them, or a regular selection if there are many."""
     steps = sorted({x for one in series for x in one.xs})
     return steps[:: math.ceil(len(steps) / _TICKS)]
 
@@ -143,7 +145,7 @@ def labels(panels: Sequence[Panel]) -> list[str]:
 
 
 def span(panels: Sequence[Panel]) -> tuple[int, int]:
-    """First and last step of all curves; a lone step has room on both sides."""
+    """First and last step of all curves; a single step gets space on both sides."""
     steps = [x for panel in panels for one in panel.series for x in one.xs]
     first, last = min(steps), max(steps)
     return (first, last) if first < last else (first - 1, last + 1)
@@ -161,7 +163,7 @@ def require(package: str) -> None:
 
 
 def write_png(panels: Sequence[Panel], path: Path) -> None:
-    """Draw panels to `path`, two in a row; needs no display."""
+    """Draw panels to `path`, two per row; needs no display."""
     require("matplotlib")
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -183,9 +185,9 @@ def write_png(panels: Sequence[Panel], path: Path) -> None:
 
 
 def inline_svgs(panels: Sequence[Panel], prefix: str) -> Iterator[str]:
-    """One `<svg>` a panel, without its title, in the page's font and the colours of `VARIABLES`.
+    """Yield one `<svg>` per panel, without title, in the page's font and the colours of `VARIABLES`.
 
-    Ids begin with `prefix` and the panel's number: those of several SVGs in one page do not clash.
+    Ids begin with `prefix` and the panel's number, so that those of several SVGs in one page do not collide.
     """
     require("matplotlib")
     import matplotlib as mpl
@@ -194,7 +196,7 @@ def inline_svgs(panels: Sequence[Panel], prefix: str) -> Iterator[str]:
     looks = styles(panels)
     for number, panel in enumerate(panels):
         stream = io.StringIO()
-        # with a salt of ours the same curves give the same file
+        # with a fixed salt the same curves give the same file
         with mpl.rc_context({**STYLE, "svg.hashsalt": prefix}):
             figure = Figure(figsize=(5, 2.4), layout="constrained")
             _draw(figure.add_subplot(), panel, looks, span(panels))
@@ -223,7 +225,7 @@ def _draw(axes: Axes, panel: Panel, looks: Mapping[str, Style], steps: tuple[int
 
 
 def _draw_series(axes: Axes, one: Series, look: Style) -> None:
-    """The curve, raw values thin beneath smoothed ones, intervals shaded, a thin line where a later attempt went on."""
+    """Draw a curve: thin raw values below smoothed ones, shaded intervals, thin lines where attempts resumed."""
     colour, dashes = look
     for start in one.starts:
         axes.axvline(start + 0.5, color=colour, alpha=0.6, linewidth=0.8, linestyle=":")
@@ -238,7 +240,7 @@ def _draw_series(axes: Axes, one: Series, look: Style) -> None:
 
 
 def thinned(xs: Sequence[int], ys: Sequence[float | None]) -> tuple[list[int], list[float]]:
-    """At most about `_MOST` points that look like all of them; None becomes NaN, which breaks a line."""
+    """About `_MOST` points at most that look like the full curve; None becomes NaN, which breaks a line."""
     points = [(x, math.nan if y is None else y) for x, y in zip(xs, ys, strict=True)]
     if len(points) > _MOST:
         length = math.ceil(2 * len(points) / _MOST)
@@ -248,7 +250,7 @@ def thinned(xs: Sequence[int], ys: Sequence[float | None]) -> tuple[list[int], l
 
 
 def _extremes(stretch: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The least and the greatest point of a stretch in their order, and one where the line breaks."""
+    """The smallest and the largest point of a section in their order, and one where the line breaks."""
     drawn = [point for point in stretch if not math.isnan(point[1])]
     broken = [point for point in stretch if math.isnan(point[1])][:1]
     ends = [pick(drawn, key=lambda point: point[1]) for pick in (min, max)] if drawn else []
@@ -256,7 +258,7 @@ def _extremes(stretch: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def _isolated(ys: Sequence[float]) -> list[int]:
-    """Indices of values between two breaks, which no line shows."""
+    """Indices of values between two breaks, which a line does not show."""
     padded = [math.nan, *ys, math.nan]
     triples = zip(padded, ys, padded[2:], strict=False)
     return [
@@ -277,9 +279,9 @@ def _handles(looks: Mapping[str, Style]) -> list[Any]:
 
 
 def _for_page(svg: str, prefix: str, label: str) -> str:
-    """matplotlib's SVG file as an element of an HTML page."""
+    """Convert matplotlib's SVG file to an element of an HTML page."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)  # it would style the whole page
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)  # it would apply to the page
     view = re.search(r'viewBox="([^"]*)"', svg)
     opening = f'<svg viewBox="{view[1] if view else ""}" role="img" aria-label="{html.escape(label)}">'
     svg = re.sub(r"<svg[^>]*>", lambda _: opening, svg, count=1)
@@ -291,9 +293,9 @@ def _for_page(svg: str, prefix: str, label: str) -> str:
 
 
 def write_bars_png(speeds: Mapping[str, Mapping[int, Sequence[float]]], path: Path, *, about: str) -> None:
-    """Draw medians by label and batch to `path`, the spread of the repeats as thin lines, `about` what below.
+    """Draw medians by label and batch to `path`, with the range of the repeats as thin lines and `about` below.
 
-    Needs no display.
+    It needs no display.
     """
     require("matplotlib")
     import matplotlib as mpl
@@ -323,7 +325,7 @@ def write_bars_png(speeds: Mapping[str, Mapping[int, Sequence[float]]], path: Pa
 def _draw_bars(
     axes: Any, label: str, by_batch: Mapping[int, Sequence[float]], batches: Sequence[int], place: int, count: int
 ) -> None:
-    """The bars of one label; a batch that it has no value for stays empty."""
+    """Draw the bars of one label; a batch without a value has no bar."""
     width = _GROUP / count
     found = [(group, by_batch[batch]) for group, batch in enumerate(batches) if batch in by_batch]
     xs = [group + (place - (count - 1) / 2) * width for group, _ in found]

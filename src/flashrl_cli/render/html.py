@@ -1,4 +1,4 @@
-"""HTML pages that stand alone: one file, nothing loaded from elsewhere, light and dark, printable. Needs jinja2."""
+"""Self-contained HTML pages: one file without external resources, light and dark, printable. Needs jinja2."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _DARK_CURVES = ("#5aaeea", "#f58b4c", "#3cc79a", "#e2a3c8", "#d8ae3c", "#9ad6f7"
 
 
 def curves_page(panels: Sequence[Panel], *, note: str) -> str:
-    """A page of curves alone, with the names of their runs and a `note` on how they are drawn."""
+    """A page of curves only, with the names of their runs and a `note` on how they are drawn."""
     looks = styles(panels)
     return page("curves.html", title=" · ".join(looks), looks=looks, figures=figures(panels, "c"), note=note)
 
 
 def drawing_note(weight: float, *, resumed: bool) -> str:
-    """How curves are drawn, for those who look at them."""
+    """A note for readers on how curves are drawn."""
     bold = f"Bold: exponential moving average with weight {weight:g}; thin: each step." if weight else "Each step."
     return f"{bold} Dotted line: a later attempt went on from there." if resumed else bold
 
@@ -39,12 +39,12 @@ def figures(panels: Sequence[Panel], prefix: str) -> list[tuple[str, Any]]:
     """Title and SVG of each panel; ids in the page begin with `prefix`."""
     from markupsafe import Markup
 
-    drawn = inline_svgs(panels, prefix)  # all text in them is matplotlib's own or escaped
+    drawn = inline_svgs(panels, prefix)  # matplotlib wrote or escaped all text in them
     return [(panel.title, Markup(svg)) for panel, svg in zip(panels, drawn, strict=True)]  # noqa: S704
 
 
 def page(template: str, **values: Any) -> str:
-    """The page that a template makes of `values`; whatever is in them is escaped."""
+    """Render a template with `values`, all of which are escaped."""
     require("jinja2")
     import jinja2
 
@@ -66,29 +66,29 @@ def page(template: str, **values: Any) -> str:
 
 
 def number(value: float | None) -> str:
-    """Four digits of a number, whole ones in full; "–" for none."""
+    """A number with four digits, integers in full; "–" for None."""
     if value is None:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:#.4g}"
 
 
 def digits(value: float) -> str:
-    """A reward or an accuracy, to three decimals."""
+    """A reward or an accuracy with three decimals."""
     return f"{value:.3f}"
 
 
 def whole(value: float | None) -> str:
-    """A large number, rounded; "–" for none."""
+    """A large number, rounded to an integer; "–" for None."""
     return "–" if value is None else f"{value:,.0f}"
 
 
 def percent(share: float | None) -> str:
-    """A share in percent; "–" for none."""
+    """A share in percent; "–" for None."""
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as people say them, two units at most; "–" for none."""
+    """Seconds in at most two units; "–" for None."""
     if seconds is None:
         return "–"
     if seconds < 59.5:
@@ -98,7 +98,7 @@ def duration(seconds: float | None) -> str:
 
 
 def moment(text: str | None) -> str:
-    """A record's time (ISO 8601, UTC) to the minute; "–" for none, and what is no time as it is."""
+    """A record's time (ISO 8601, UTC) to the minute; "–" for None, and unchanged if it is not a time."""
     if not text:
         return "–"
     try:
@@ -108,7 +108,7 @@ def moment(text: str | None) -> str:
 
 
 def breakable(key: str) -> Markup:
-    """A dotted key, escaped, that breaks after its dots."""
+    """A dotted key, escaped, that may be wrapped after its dots."""
     from markupsafe import Markup, escape
 
     return Markup(".<wbr>").join(map(escape, key.split(".")))

@@ -1,4 +1,4 @@
-"""A run while it happens: one live table for people, a line a step for logs, JSON lines for programs."""
+"""Display of a run in progress: a live table on a terminal, one line per step for logs, JSON lines for programs."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 ROWS = 12
-"""Steps that the live table shows."""
+"""Number of steps that the live table shows."""
 
 _GAP = 3
 _FRAME = 8
-"""Lines of the live display beside the rows of its table."""
+"""Number of lines of the live display in addition to the rows of its table."""
 
 
 def describe(handshakes: Sequence[Handshake]) -> str:
-    """The proof in one line."""
+    """A one-line description of the proven precision."""
     quantized = [one for one in handshakes if one.precision != "bf16"] or handshakes
     first, plain = quantized[0], len(handshakes) - len(quantized)
     layers = f"{first.quantized_layers} of {first.linear_layers} linear layers, " if first.precision != "bf16" else ""
@@ -39,7 +39,7 @@ def describe(handshakes: Sequence[Handshake]) -> str:
 
 
 def _extras(worker: Handshake) -> str:
-    """Options that a worker runs with beside its precision, each with a comma behind it; empty for none."""
+    """Options of a worker in addition to its precision, each followed by a comma; empty if there are none."""
     parts = {
         f"KV cache in {worker.kv_cache}": worker.kv_cache != "auto",
         "logits in fp32": worker.lm_head == "fp32",
@@ -49,7 +49,7 @@ def _extras(worker: Handshake) -> str:
 
 
 def eta(seconds_a_step: list[float], left: int) -> str:
-    """Time for `left` steps at the pace of the steps given, as `m:ss` or `h:mm:ss`."""
+    """Remaining time for `left` steps at the pace of the given steps, as `m:ss` or `h:mm:ss`."""
     if not seconds_a_step:
         return "–"
     total = int(left * sum(seconds_a_step) / len(seconds_a_step))
@@ -58,40 +58,40 @@ def eta(seconds_a_step: list[float], left: int) -> str:
 
 
 class PlainDisplay:
-    """One line a phase and a step, on stderr and stdout."""
+    """Prints one line per phase on stderr and per step on stdout."""
 
     def __init__(self, output: Output, total: int | None) -> None:
         self.output, self.total = output, total
 
     def expect(self, total: int) -> None:
-        """Keep the number of steps."""
+        """Remember the number of steps."""
         self.total = total
 
     def phase(self, text: str) -> None:
-        """A line on stderr."""
+        """Print the phase on stderr."""
         self.output.say(f"{text} …")
 
     def proven(self, handshakes: list[Handshake], /) -> None:
-        """A line on stderr."""
+        """Print the proof on stderr."""
         self.output.say(f"proven: {describe(handshakes)}")
 
     def step(self, metrics: StepMetrics) -> None:
-        """A line on stdout."""
+        """Print the step on stdout."""
         fields = [f"{one.heading} {one.cell(value)}" for one in LIVE if (value := metrics[one.name]) is not None]
         if metrics.accuracy is not None:
             fields.insert(0, f"accuracy {metrics.accuracy:.3f}")
         self.output.text(f"step {metrics.step}/{self.total or '?'}  " + "  ".join(fields))
 
     def tick(self) -> None:
-        """Nothing: written lines stay as they are."""
+        """Do nothing: printed lines do not change."""
 
     def over(self, state: str, *, exit_code: int, error: str | None = None) -> None:
-        """A line on stderr."""
+        """Print the end of the run on stderr."""
         self.output.say(_ending(state, exit_code, error))
 
 
 class JsonDisplay:
-    """One JSON object a line on stdout: phase, proof and step events."""
+    """Prints one JSON object per line on stdout: phase, proof and step events."""
 
     def __init__(self, output: Output, total: int | None) -> None:
         self.output, self.total = output, total
@@ -100,32 +100,32 @@ class JsonDisplay:
         self.output.json_line({"schema_version": SCHEMA_VERSION, "event": event, **data})
 
     def expect(self, total: int) -> None:
-        """Keep the number of steps."""
+        """Remember the number of steps."""
         self.total = total
 
     def phase(self, text: str) -> None:
-        """Event `phase`."""
+        """Print event `phase`."""
         self._event("phase", doing=text)
 
     def proven(self, handshakes: list[Handshake], /) -> None:
-        """Event `proof`, with every worker's handshake."""
+        """Print event `proof`, with every worker's handshake."""
         self._event("proof", workers=[asdict(one) for one in handshakes])
 
     def step(self, metrics: StepMetrics) -> None:
-        """Event `step`, with every metric that flashrl names and the seconds of each phase."""
+        """Print event `step`, with every metric that flashrl names and the seconds of each phase."""
         values = {**metrics.values, "accuracy": metrics.accuracy, "seconds": dict(metrics.seconds)}
         self._event("step", step=metrics.step, total=self.total, **values)
 
     def tick(self) -> None:
-        """Nothing: written lines stay as they are."""
+        """Do nothing: printed lines do not change."""
 
     def over(self, state: str, *, exit_code: int, error: str | None = None) -> None:
-        """Event `end`."""
+        """Print event `end`."""
         self._event("end", state=state, exit_code=exit_code, error=error)
 
 
 class LiveDisplay:
-    """One table that is redrawn: the last steps, what is being done now, the time left."""
+    """A table that is redrawn: the last steps, the current phase, the remaining time."""
 
     def __init__(self, title: str, total: int | None, elapsed_s: float = 0.0) -> None:
         self.title, self.total = title, total
@@ -137,15 +137,15 @@ class LiveDisplay:
         self.redraw: Callable[[], None] = lambda: None
 
     def expect(self, total: int) -> None:
-        """Keep the number of steps."""
+        """Remember the number of steps."""
         self.total = total
 
     def phase(self, text: str) -> None:
-        """Show the phase under the table, with the time since it began."""
+        """Show the phase below the table, with the time since it began."""
         self.doing, self.since = text, time.monotonic()
 
     def proven(self, handshakes: list[Handshake], /) -> None:
-        """Show the proof under the table."""
+        """Show the proof below the table."""
         self.proof = describe(handshakes)
 
     def step(self, metrics: StepMetrics) -> None:
@@ -154,18 +154,18 @@ class LiveDisplay:
         self.doing, self.since = f"step {metrics.step + 1}", time.monotonic()
 
     def tick(self) -> None:
-        """Redraw the table: its times go on."""
+        """Redraw the table, because its times change."""
         self.redraw()
 
     def over(self, state: str, *, exit_code: int, error: str | None = None) -> None:
-        """Show how it ended instead of what is being done."""
+        """Show how the run ended instead of the current phase."""
         self.ending = _ending(state, exit_code, error)
         self.redraw()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.text import Text
 
-        # a table is as wide and as high as the terminal is now, which may have been resized
+        # the table has the current size of the terminal, which may have been resized
         yield self._table(options.max_width, console.height) if self.rows else Text(self.title, style="bold")
         if self.rows and self.rows[-1].seconds:
             yield Text(_phases(self.rows[-1]), style="dim")
@@ -199,7 +199,7 @@ class LiveDisplay:
         return out
 
     def _columns(self, rows: Sequence[StepMetrics]) -> dict[str, list[str]]:
-        """Cells of `rows` by heading; accuracy only where there is one."""
+        """Cells of `rows` by heading; accuracy only if a row has one."""
         columns = {"step": [f"{row.step}/{self.total or '?'}" for row in rows]}
         if any(row.accuracy is not None for row in rows):
             columns["accuracy"] = [METRICS["accuracy"].cell(row.accuracy) for row in rows]
@@ -207,7 +207,7 @@ class LiveDisplay:
 
 
 def _fitting(columns: dict[str, list[str]], width: int) -> dict[str, list[str]]:
-    """The columns that a terminal of `width` has room for."""
+    """The columns that fit into a terminal of `width`."""
     fitting = dict(columns)
     for metric in SPARED:
         needed = sum(max(map(len, (name, *cells))) + _GAP for name, cells in fitting.items())
@@ -221,9 +221,9 @@ def _fitting(columns: dict[str, list[str]], width: int) -> dict[str, list[str]]:
 def display_for(
     output: Output, *, title: str, total: int | None, elapsed_s: float = 0.0
 ) -> Iterator[PlainDisplay | JsonDisplay | LiveDisplay]:
-    """The display that fits the reader of `output`.
+    """Choose the display that fits the reader of `output`.
 
-    `total` is the number of steps, if known, `elapsed_s` the seconds that the run has taken already.
+    `total` is the number of steps, if known, `elapsed_s` the seconds that the run has taken so far.
     """
     if output.json_mode:
         yield JsonDisplay(output, total)

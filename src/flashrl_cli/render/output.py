@@ -1,9 +1,9 @@
-"""One door to the terminal: data on stdout, messages on stderr, in the form that the reader wants.
+"""All terminal output: data on stdout, messages on stderr, in the form that suits the reader.
 
-Three readers: a person at a terminal (colour, live displays), a person reading a log (plain lines), a program
-(`--json`).
+There are three types of readers: a person at a terminal (colour, live displays), a person who reads a log (plain
+lines), and a program (`--json`).
 
-A reader that goes away (`| head -1`), an encoding that lacks a character and a disk that is full end no work: see
+A closed pipe (`| head -1`), an encoding that lacks a character and a full disk do not end any work: see
 `guard_streams`.
 """
 
@@ -30,30 +30,30 @@ if TYPE_CHECKING:
 
 PLAIN_WIDTH = 160
 ERRORS = "flashrl"
-"""Name of the error handler of our streams (`codecs.register_error`)."""
+"""Name of the error handler of flashrl's streams (`codecs.register_error`)."""
 PLAIN = str.maketrans(
     {"…": "...", "→": "->", "±": "+-", "≤": "<=", "≥": ">=", "‖": "||"}
     | dict(zip("–—−×·²✓✗─━│┊●★“”‘’", "---x*2+x--||**\"\"''", strict=True))
 )
-"""What flashrl writes beyond ASCII, for encodings that lack it."""
+"""Replacements of flashrl's own non-ASCII characters, for encodings that lack them."""
 GONE = frozenset({errno.EPIPE, errno.EIO})
-"""Errors of a stream that nobody reads any more: a pipe without a reader, a terminal that was closed."""
+"""Errors of a stream that has no reader any more: a closed pipe or a closed terminal."""
 
 
 class Advance(Protocol):
-    """What moves a progress bar on."""
+    """A function that advances a progress bar."""
 
     def __call__(self, n: int, note: str = "", /) -> None:
-        """`n` more are done; `note` is shown at the bar's end."""
+        """Advance by `n`; `note` is shown at the bar's end."""
 
 
 def is_live(stream: Any) -> bool:
-    """Whether a live display makes sense on `stream`: a terminal, not CI, not switched off."""
+    """Whether a live display is possible on `stream`: a terminal, not CI, not disabled."""
     return bool(stream.isatty()) and not os.environ.get("CI") and not os.environ.get("FLASHRL_NO_PROGRESS")
 
 
 class Descriptor(io.RawIOBase):
-    """A file descriptor that takes everything: what cannot be written is kept as `lost`, and the rest is dropped."""
+    """A file descriptor whose writes never fail: the first error is stored as `lost`, and further data is dropped."""
 
     def __init__(self, number: int) -> None:
         self._number = number
@@ -75,7 +75,7 @@ class Descriptor(io.RawIOBase):
     def write(self, data: Any) -> int:
         """Write a part of `data`; returns its length.
 
-        Raises SystemExit where nobody reads a command that only shows.
+        Raises SystemExit if the reader of a command that only displays has gone.
         """
         while self.lost is None:
             try:
@@ -91,11 +91,10 @@ class Descriptor(io.RawIOBase):
 
 
 def guard_streams() -> None:
-    """Give the process a stdout and a stderr that end no work.
+    """Give the process a stdout and a stderr whose errors do not end any work.
 
-    Characters that the encoding lacks become plain ones or escapes, bytes of file names that are no text stay what they
-    are, what nobody reads is dropped, and where a stream is closed (`>&-`) it is /dev/null, before a file of ours gets
-    its number.
+    Characters that the encoding lacks are replaced or escaped, undecodable bytes of file names are kept, output without
+    a reader is dropped, and a closed stream (`>&-`) is replaced by /dev/null, before another file gets its number.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
@@ -103,7 +102,7 @@ def guard_streams() -> None:
     codecs.register_error(ERRORS, _replaced)
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
-        if stream is not getattr(sys, f"__{name}__"):  # another program's own, such as pytest's
+        if stream is not getattr(sys, f"__{name}__"):  # another program's stream, such as pytest's
             continue
         text = io.TextIOWrapper(
             io.BufferedWriter(Descriptor(number)),
@@ -117,7 +116,7 @@ def guard_streams() -> None:
 
 
 def end_when_unread() -> None:
-    """From now on, end in good order once nobody reads: for a command that shows what others do."""
+    """From now on, end the process normally once nobody reads: for a command that shows what others do."""
     for descriptor in _descriptors():
         descriptor.ends_unread = True
 
@@ -125,7 +124,7 @@ def end_when_unread() -> None:
 def lost_result() -> OSError | None:
     """Why a part of the result did not reach its file, such as a full disk.
 
-    None if it did, or if nobody wanted to read it.
+    None if it was written completely, or if nobody wanted to read it.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -134,13 +133,13 @@ def lost_result() -> OSError | None:
 
 
 def _descriptors() -> list[Descriptor]:
-    """Those of the guarded streams, stdout's first."""
+    """The descriptors of the guarded streams, stdout's first."""
     raws = [getattr(getattr(stream, "buffer", None), "raw", None) for stream in (sys.stdout, sys.stderr)]
     return [raw for raw in raws if isinstance(raw, Descriptor)]
 
 
 def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Stand-in for the first character that an encoding lacks."""
+    """Replacement for the first character that an encoding lacks."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     character = error.object[error.start]
@@ -151,20 +150,20 @@ def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _json(data: dict[str, Any], **form: Any) -> str:
-    """JSON that any reader can decode: escaped where the stream is not UTF-8, or a text is not."""
+    """JSON that any reader can decode: escaped if the stream is not UTF-8 or a string is not valid Unicode."""
     is_utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
     return files.json_text(data, **form) if is_utf8 else json.dumps(data, **form)
 
 
 class Output:
-    """Where a command writes its result (stdout) and its messages (stderr)."""
+    """Writes the result of a command (stdout) and its messages (stderr)."""
 
     def __init__(self, *, json_mode: bool = False) -> None:
         self.json_mode = json_mode
 
     @cached_property
     def stdout(self) -> Console:
-        """Rich console on stdout; off a terminal it is wide and plain."""
+        """Rich console on stdout; without a terminal it is wide and plain."""
         return _console(sys.stdout)
 
     @cached_property
@@ -186,7 +185,7 @@ class Output:
         print(_json(data), flush=True)
 
     def text(self, text: str) -> None:
-        """Print a line of the result on stdout, as it is."""
+        """Print a line of the result on stdout, unchanged."""
         print(text, flush=True)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> None:
@@ -196,14 +195,14 @@ class Output:
         self.stdout.print(table(columns, rows, title=title))
 
     def wide_table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], *, joined: str = "") -> None:
-        """Print a table of many numbers on stdout, in parts where its columns do not fit (`tables.parts`)."""
+        """Print a table of many numbers on stdout, in parts if its columns do not fit (`tables.parts`)."""
         from flashrl_cli.render.tables import parts
 
         for part in parts(columns, rows, self.stdout, joined=joined):
             self.stdout.print(part)
 
     def say(self, text: str) -> None:
-        """Print a line for the person on stderr, not part of the result."""
+        """Print a message on stderr, which is not part of the result."""
         self.stderr.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
@@ -212,7 +211,7 @@ class Output:
 
     @contextlib.contextmanager
     def progress(self, label: str, total: int | None) -> Iterator[Advance]:
-        """Show a bar with ETA on a terminal, else one line when it begins; yields `advance(n, note)`."""
+        """Show a bar with ETA on a terminal, else one line at the start; yields `advance(n, note)`."""
         if not self.live:
             self.say(f"{label} …")
             yield lambda *_: None

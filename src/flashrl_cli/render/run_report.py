@@ -1,6 +1,6 @@
-"""The report of a run: all that is known of it as one document, and as one HTML page (`flashrl runs report`).
+"""The report of a run: all that is known about it, as a document and as an HTML page (`flashrl runs report`).
 
-A run without a record, plans or metrics has a report, too, of what there is; its notes say what could not be read.
+A run without a record, plans or metrics gets a report of what is available; its notes name what could not be read.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 Changed = Callable[[Mapping[str, Any], Mapping[str, Any]], Sequence[tuple[str, str, str]]]
-"""What the second of two plans' documents changed from the first: key, value before, value after."""
+"""Differences of the second plan document from the first: key, old value, new value."""
 
 
 def report_page(found: Summary, changed: Changed) -> str:
-    """The report as an HTML page that stands alone; needs matplotlib and jinja2."""
+    """The report as a self-contained HTML page; needs matplotlib and jinja2."""
     document = report_document(found, changed)
     git = {f"git {name}": text_of(value) for name, value in (document["git"] or {}).items()}
     return page(
@@ -63,7 +63,7 @@ def _part(row: Mapping[str, str]) -> str:
 def report_document(found: Summary, changed: Changed) -> dict[str, Any]:
     """The report of a run as plain data; values that look like secrets are hidden.
 
-    `changed` lists what one plan changed from another; see `Changed`.
+    `changed` lists the differences between two plans; see `Changed`.
     """
     plan, record, last = found.plan, found.run.record, found.run.last
     spec = plan.get("spec", {})
@@ -99,7 +99,7 @@ def _start(attempt: Attempt) -> dict[str, Any]:
 
 
 def _mismatch(found: Summary) -> dict[str, Any] | None:
-    """Rollout against trainer: each metric's mean, extremes and last value, and the advice; None without metrics."""
+    """Mismatch metrics with mean, extremes and last value, and the advice; None without metrics."""
     values = {}
     for name in MISMATCH:
         known = [value for metrics in found.metrics.history if (value := metrics[name]) is not None]
@@ -114,7 +114,7 @@ def _mismatch(found: Summary) -> dict[str, Any] | None:
 
 
 def _attempts(found: Summary) -> Iterator[dict[str, Any]]:
-    """What the attempts' table shows, and how each was started; without a record only numbers are known."""
+    """Yield the rows of the attempts' table, with how each was started; without a record only numbers are known."""
     shown = ("started", "ended", "resumed_from", "last_step", "exit_code", "error", "hint", "host", "executor")
     recorded = {attempt.number: attempt for attempt in found.run.attempts}
     for one in found.attempts:
@@ -130,7 +130,7 @@ def _attempts(found: Summary) -> Iterator[dict[str, Any]]:
 
 
 def _configuration(plan: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Every value of the preset with where it came from; none for plans that were recorded before they held them."""
+    """Every value of the preset with its origin; empty for plans that were recorded before plans contained them."""
     origins = plan.get("origins", {})
     return [
         {"key": key, "value": _shown(key, text_of(value)), "origin": origins.get(key, "")}
@@ -140,7 +140,7 @@ def _configuration(plan: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _changes(found: Summary, changed: Changed) -> Iterator[dict[str, Any]]:
-    """What each attempt's plan, versions and git state changed from the attempt before."""
+    """Yield the differences of each attempt's plan, versions and git state from those of the previous attempt."""
     for before, after in itertools.pairwise(sorted(found.plans)):
         rows = [*changed(found.plans[before], found.plans[after]), *_other_changes(found.run.attempts, before, after)]
         shown = [{"key": key, "before": _shown(key, a), "after": _shown(key, b)} for key, a, b in rows]
@@ -148,7 +148,7 @@ def _changes(found: Summary, changed: Changed) -> Iterator[dict[str, Any]]:
 
 
 def _other_changes(attempts: Sequence[Attempt], before: int, after: int) -> list[tuple[str, str, str]]:
-    """Versions and git state of two attempts, where they differ."""
+    """Versions and git state that differ between two attempts."""
     by_number = {attempt.number: attempt for attempt in attempts}
     if not {before, after} <= by_number.keys():
         return []
@@ -161,5 +161,5 @@ def _git(attempt: Attempt) -> dict[str, str]:
 
 
 def _shown(key: str, value: str) -> str:
-    """The value of a dotted key or a variable, unless it looks like a secret."""
+    """The value of a dotted key or a variable, hidden if it looks like a secret."""
     return HIDDEN if looks_secret(key.rpartition(".")[2], value) else value

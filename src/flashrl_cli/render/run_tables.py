@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 COLUMNS = ("name", "preset", "state", "step", "reward", "acc.", "att.", "changed", "disk")
 _LEFT = ("name", "preset", "state")
 _DISPENSABLE = ("att.", "preset", "acc.", "disk")
-"""Columns that go where a terminal is too narrow, in this order."""
+"""Columns that are dropped in this order if a terminal is too narrow."""
 _HOLES = 10
 
 
 def ago(moment: str, now: datetime | None = None) -> str:
-    """Age of a time of the record's, in its largest unit."""
+    """Age of a time in the record, in its largest unit."""
     return age(((now or datetime.now(UTC)) - datetime.fromisoformat(moment)).total_seconds())
 
 
 def listing(rows: Sequence[Row], width: int) -> list[str]:
-    """The list as lines, with as many columns as `width` has room for."""
+    """The list of runs as lines, with as many columns as `width` permits."""
     columns = list(zip(COLUMNS, *_cells(rows), strict=True))
     for name in ("", *_DISPENSABLE):
         columns = [column for column in columns if column[0] != name]
@@ -46,7 +46,7 @@ def listing(rows: Sequence[Row], width: int) -> list[str]:
 
 
 def _cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Cells of the list, under COLUMNS."""
+    """Cells of the list of runs, in the order of COLUMNS."""
     return [
         (
             row.name,
@@ -64,14 +64,14 @@ def _cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def progress(row: Row) -> str:
-    """`3/20`, as far as known."""
+    """Done and planned steps such as `3/20`, as far as they are known."""
     if row.step is None and row.total_steps is None:
         return "–"
     return f"{row.step or 0}/{row.total_steps or '?'}"
 
 
 def aligned(rows: Sequence[Sequence[str]], *, right: Iterable[int] = ()) -> list[str]:
-    """Rows as lines of columns, two spaces between; columns whose index is in `right` end together."""
+    """Rows as lines of columns with two spaces between; columns whose index is in `right` are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     ends = set(right)
     return [
@@ -144,7 +144,7 @@ def _errors(attempts: Sequence[AttemptRow]) -> list[str]:
 
 
 def _spent(heading: str, spent: Sequence[Spent]) -> list[str]:
-    """A heading with the sum, and a line for each part; nothing without parts."""
+    """A heading with the sum, and a line for each part; empty if there are no parts."""
     if not spent:
         return []
     rows = [(f"  {one.what}", _exact(one.seconds), f"{one.share:.0%}") for one in spent]
@@ -152,7 +152,7 @@ def _spent(heading: str, spent: Sequence[Spent]) -> list[str]:
 
 
 def _exact(seconds: float) -> str:
-    """As `duration`, with a tenth of a second where that is worth knowing."""
+    """Format seconds like `duration`, but with tenths below one minute."""
     return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
 
 
@@ -172,7 +172,7 @@ def _curve(out: Output, steps: Sequence[StepMetrics]) -> None:
 
 
 def _paragraphs(out: Output, lines: Sequence[str], end: str = "\n") -> None:
-    """Print lines wrapped to the width, each with its indent, and `end` after them."""
+    """Print lines wrapped to the width, each with its indentation, and `end` after them."""
     from textwrap import wrap
 
     if not lines:
@@ -200,7 +200,7 @@ def _local(moment: str | None) -> str:
 
 
 def show_checkpoints(output: Output, listed: CheckpointList) -> None:
-    """Print a run's checkpoints on stdout, and on stderr what may be written or deleted there."""
+    """Print a run's checkpoints, including superseded ones, and on stderr notes on running and interrupted commands."""
     if not listed.saved and not listed.set_aside:
         output.say(f"no checkpoints in {listed.run.checkpoints}")
         return
@@ -241,7 +241,7 @@ def _marks(listed: CheckpointList, one: Saved) -> list[str]:
 
 
 def show_prune(output: Output, planned: Prune) -> None:
-    """Print a verdict on each step on stdout, and on stderr how many would go."""
+    """Print a verdict on each step on stdout, and on stderr how many would be deleted."""
     rows: list[Sequence[object]] = [
         [
             v.saved.step,

@@ -1,4 +1,4 @@
-"""Plain data to rich tables."""
+"""Convert plain data to rich tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _UNBOUND = 10_000
-"""A width in which nothing is folded."""
+"""A width at which no cell is wrapped."""
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> Table:
@@ -31,7 +31,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: st
 def parts(
     columns: Sequence[str], rows: Sequence[Sequence[object]], console: Console, *, joined: str = ""
 ) -> Iterator[Table]:
-    """One table where `console` is wide enough for it, else as many as it takes; each begins with the first column.
+    """One table if `console` is wide enough for it, else several that each begin with the first column.
 
     Columns that are called `joined` stay with the one before them.
     """

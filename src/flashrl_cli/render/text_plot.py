@@ -1,4 +1,4 @@
-"""Panels of curves as text, for a terminal or a log. Needs plotext."""
+"""Draw panels of curves as text, for a terminal or a log. Needs plotext."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from flashrl_cli.render.figure import Panel, Series
 
 Style = tuple[str, str | None]
-"""A curve's mark, and its colour."""
+"""A curve's marker and its colour."""
 
 _MARKS = "●○■□▲△◆◇"
 _COLOURS = ("blue", "orange", "green", "magenta", "cyan", "red")
@@ -23,21 +23,21 @@ _ALONE = (76, 18)
 _BESIDE = (76, 13)
 _GAP = "   "
 _FEW = 24
-"""Points up to which each of a curve is marked; of more every so many is, and the last one."""
+"""Largest number of points for which each point is marked; longer curves have regular marks and one at the end."""
 _SOME = 12
 _TICK_WIDTH = 10
-"""Columns for a mark of the horizontal axis with its space."""
+"""Number of columns for a tick label of the horizontal axis with its space."""
 _TICK_HEIGHT = 3
 
 
 def text_panel(panel: Panel) -> str:
-    """One panel as lines of plain text, with its legend in it."""
+    """One panel as lines of plain text, including its legend."""
     styles = _styles([panel], colour=False)
     return "\n".join(line.rstrip() for line in _lines(panel, _ALONE, span([panel]), styles, legend=len(styles) > 1))
 
 
 def text_panels(panels: Sequence[Panel], *, width: int, colour: bool = False) -> str:
-    """Panels below, and where `width` columns allow, beside each other; above them which mark is whose curve."""
+    """Panels below and, if `width` permits, beside each other, with a legend of all curves above them."""
     columns = max(1, (width + len(_GAP)) // (_BESIDE[0] + len(_GAP)))
     size = (min(width, _BESIDE[0]), _BESIDE[1])
     styles = _styles(panels, colour=colour)
@@ -51,7 +51,7 @@ def text_panels(panels: Sequence[Panel], *, width: int, colour: bool = False) ->
 def _lines(
     panel: Panel, size: tuple[int, int], steps: tuple[int, int], styles: Mapping[str, Style], *, legend: bool
 ) -> list[str]:
-    """Lines of one panel over `steps` (first, last), `size` is columns and lines."""
+    """Lines of one panel over `steps` (first, last); `size` is columns and lines."""
     require("plotext")
     import plotext
 
@@ -76,7 +76,7 @@ def _lines(
 
 
 def _styles(panels: Sequence[Panel], *, colour: bool) -> dict[str, Style]:
-    """Mark and colour of each curve's label, the same in all panels."""
+    """Marker and colour of each curve's label, the same in all panels."""
     inks: Iterable[str | None] = itertools.cycle(_COLOURS) if colour else itertools.repeat(None)
     return dict(zip(labels(panels), zip(itertools.cycle(_MARKS), inks, strict=False), strict=False))
 
@@ -95,7 +95,7 @@ def _draw_raw(figure: Any, one: Series, marker: Any) -> None:
 
 
 def _draw_line(figure: Any, one: Series, marker: Any) -> None:
-    """The curve, piece by piece (plotext ends the process on NaN), and its intervals.
+    """Draw a curve, piece by piece (plotext ends the process on NaN), and its intervals.
 
     plotext's error bars are symmetric, so they are drawn around the middle of each interval.
     """
@@ -108,7 +108,7 @@ def _draw_line(figure: Any, one: Series, marker: Any) -> None:
 
 
 def _marked(one: Series) -> tuple[list[int], list[float]]:
-    """Points of a curve that get its mark."""
+    """Points of a curve that get a marker."""
     points = [(x, y) for x, y in zip(one.xs, one.ys, strict=True) if y is not None]
     shown = points if len(points) <= _FEW else [*points[:: math.ceil(len(points) / _SOME)], points[-1]]
     return [x for x, _ in shown], [y for _, y in shown]
@@ -130,7 +130,7 @@ def _set_axes(figure: Any, panel: Panel, size: tuple[int, int], steps: tuple[int
 
 
 def even_ticks(first: float, last: float, count: int, *, least: float = 0.0) -> list[float]:
-    """About `count` multiples of 1, 2 or 5 times a power of ten from `first` to `last`, `least` apart at the least."""
+    """About `count` multiples of 1, 2 or 5 times a power of ten from `first` to `last`, at least `least` apart."""
     apart = max(least, (last - first) / count)
     power = 10.0 ** math.floor(math.log10(apart))
     distance = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= apart * (1 - 1e-9))

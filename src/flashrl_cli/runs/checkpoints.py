@@ -1,6 +1,6 @@
-"""What patterns name: checkpoints and models whose weights can be evaluated, and why the rest cannot.
+"""Find the checkpoints and models that patterns name, and say why others cannot be evaluated.
 
-`find` and `hf_folder` go down from a pattern: `_meant` (paths on disk, else a model on the hub) → `_inside` (the steps,
+`find` and `hf_folder` start from a pattern: `_meant` (paths on disk, else a model on the hub) → `_inside` (the steps,
 models and adapters of a folder) → `_step`, `_model` or `_adapter` (the weights of one of them).
 """
 
@@ -21,7 +21,7 @@ from flashrl_cli.verl import checkpoints as layout
 from flashrl_cli.weights import PEFT_CONFIG, PEFT_WEIGHTS, Unreadable, Weights, holds_adapter_alone, read_json
 
 EVAL_FOLDER = "eval"
-"""Folder of a run that holds its evaluation; a glob over the run's steps meets it."""
+"""Folder of a run that holds its evaluation; a glob over the run's steps matches it as well."""
 _DEPTH = 3  # checkpoints/<project>/<run>/global_step_N
 _LISTED = 8
 
@@ -30,10 +30,9 @@ _LISTED = 8
 class Checkpoint:
     """Weights that can be evaluated.
 
-    `hf` is an HF folder, or config and tokenizer alone with the weights elsewhere (see `Weights`). `source` is what it
-    belongs to: the run's folder, or the model's own folder when it is no step of a run (`step` None). `run` is the
-    shortest name that distinguishes the sources. `quantized` is the method by which the HF folder's weights are
-    quantized.
+    `hf` is an HF folder, or config and tokenizer alone with the weights elsewhere (see `Weights`). `source` is the
+    run's folder, or the model's own folder if it is not a step of a run (`step` is None then). `run` is the shortest
+    name that distinguishes the sources. `quantized` is the quantization method of the HF folder's weights.
     """
 
     source: Path
@@ -47,20 +46,20 @@ class Checkpoint:
 
     @property
     def weights(self) -> Weights:
-        """Where its weights are on disk."""
+        """Where the checkpoint's weights are on disk."""
         return Weights(hf=self.hf, shards=self.shards, adapter=self.adapter, base=self.base)
 
     @property
     def path(self) -> Path:
-        """The folder that is this checkpoint's alone: two adapters can share the `hf` of their base."""
+        """The folder that belongs to this checkpoint alone: two adapters can share the `hf` of their base."""
         return self.adapter if self.adapter and not self.shards else self.hf
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """What a pattern named and cannot be evaluated, and why.
+    """Something that a pattern names but that cannot be evaluated, with the reason.
 
-    `refused` if it is a checkpoint whose weights are wrong.
+    `refused` marks a checkpoint whose weights are wrong.
     """
 
     path: Path
@@ -70,17 +69,17 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What patterns name: checkpoints by run and numeric step, without repetitions, and what was passed over."""
+    """All that patterns name: checkpoints by run and numeric step, without duplicates, and what was skipped."""
 
     checkpoints: tuple[Checkpoint, ...]
     skipped: tuple[Skipped, ...]
 
 
 def find(patterns: Sequence[str]) -> Found:
-    """Look up globs and paths, and ids of models on the hub.
+    """Look up globs, paths, and ids of models on the hub.
 
-    A path may be that of a project, a run, a step, `actor`, an HF or an adapter folder. Raises NothingMatched if none
-    of it can be evaluated, naming what is there instead; InputError for a hub model that is not to be had.
+    A path may be that of a project, a run, a step, `actor`, an HF folder or an adapter folder. Raises NothingMatched,
+    which names what is there instead, if nothing can be evaluated; InputError for a hub model that is not available.
     """
     found: dict[str, Checkpoint | Skipped] = {}
     for item in (item for pattern in patterns for item in _meant(pattern)):
@@ -93,7 +92,7 @@ def find(patterns: Sequence[str]) -> Found:
 
 
 def nothing(patterns: Sequence[str], skipped: Iterable[Skipped]) -> NothingMatched:
-    """The error for patterns of which nothing can be evaluated: each thing passed over, or what is there."""
+    """The error for patterns that match nothing that can be evaluated; it names what was skipped or what is there."""
     lines = [f"  {s.path}: {s.reason}" for s in skipped] or [f"  {_there(p)}" for p in patterns]
     what = " ".join(patterns)
     hint = "name a run folder, global_step_N folders, an HF folder with safetensors, or a model on the hub"
@@ -101,9 +100,9 @@ def nothing(patterns: Sequence[str], skipped: Iterable[Skipped]) -> NothingMatch
 
 
 def model_or_step(path: Path) -> tuple[Path, int | None] | None:
-    """What a path that was passed over would have been: the run's folder and the step, a model's folder and None.
+    """The run's folder and step of a skipped path, or a model's folder and None.
 
-    None for neither, such as a step's critic and what else is in its folder beside the policy.
+    Returns None for neither, such as a step's critic or other files in its folder beside the policy.
     """
     policy = {layout.ACTOR, layout.HUGGINGFACE, layout.STEP_HUGGINGFACE}
     for folder in (path, *path.parents):
@@ -115,7 +114,7 @@ def model_or_step(path: Path) -> tuple[Path, int | None] | None:
 def hf_folder(path: str) -> Checkpoint:
     """The one model that `path` names: an HF or adapter folder, a step, or an id on the hub.
 
-    Raises InputError if it is none.
+    Raises InputError if `path` names no model.
     """
     hint = "name a folder with config.json and safetensors, a global_step_N, or a model on the hub"
     items = list(_meant(path))
@@ -146,7 +145,7 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def _named(path: Path) -> Iterator[Checkpoint | Skipped]:
-    """What one existing path names; a path that a person named is never passed over in silence."""
+    """Yield what one existing path names; a path that the user named explicitly is never skipped silently."""
     if path.name in {layout.TRACKER, EVAL_FOLDER}:
         return
     if path.is_file():
@@ -159,13 +158,13 @@ def _named(path: Path) -> Iterator[Checkpoint | Skipped]:
 
 
 def _inside(folder: Path, depth: int) -> Iterator[Checkpoint | Skipped]:
-    """Checkpoints that `folder` is, is part of, or holds."""
+    """Yield the checkpoints that `folder` is, is part of, or holds."""
     if folder.name == layout.HUGGINGFACE and folder.parent.name == layout.ACTOR:
         folder = folder.parent
     if folder.name in {layout.ACTOR, layout.STEP_HUGGINGFACE}:
         folder = folder.parent
     if layout.step_number(folder.name) is None and layout.step_number(folder.resolve().name) is not None:
-        folder = folder.resolve()  # a link like `latest` means its step
+        folder = folder.resolve()  # a link such as `latest` is replaced by the step that it points to
     if layout.step_number(folder.name) is not None or (folder / layout.ACTOR).is_dir():
         yield _step(folder)
     elif (folder / "config.json").is_file():
@@ -222,7 +221,7 @@ def _weights(folder: Path, actor: Path) -> Checkpoint | str:
     own = actor / layout.HUGGINGFACE
     lora = (actor / layout.LORA).is_file()
     shards = layout.shards(actor)
-    if not (lora and shards):  # what verl saves of an adapter in Hugging Face's form has the wrapped model's names
+    if not (lora and shards):  # the adapter that verl saves in Hugging Face's format has the names of the wrapped model
         for hf in (own, folder / layout.STEP_HUGGINGFACE, actor):
             if hub.hf_problem(hf) is None:
                 return Checkpoint(source=folder, step=None, hf=hf, quantized=hub.quantization(hf))
@@ -250,9 +249,9 @@ def _lora(folder: Path, found: Checkpoint, actor: Path) -> Checkpoint | str:
 
 
 def _base_of_run(run_folder: Path) -> Path | None:
-    """The model that a run started from, by the plan of its newest attempt.
+    """The model that a run started from, according to the plan of its newest attempt.
 
-    Raises InputError if it is not to be had.
+    Raises InputError if the model is not available.
     """
     run = store.read_run(paths.runs_root() / run_folder.name).paths
     name = layout.model_path(store.newest_plan(run).get("overrides", []))

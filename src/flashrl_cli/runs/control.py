@@ -1,7 +1,7 @@
-"""Follow a run that another process supervises, and end it: its record and metrics are read as they are written.
+"""Follow a run that another process supervises, and stop it.
 
-`Display` is what a run reports to while it goes on: `train` writes to it, and `Follower` as well; `render.live` draws
-it.
+The run's record and metrics are read as they are written. `Display` is the interface that a run reports its progress
+to: both `train` and `Follower` write to it, and `render.live` draws it.
 """
 
 from __future__ import annotations
@@ -31,45 +31,45 @@ if TYPE_CHECKING:
 
 FOLLOW_POLL_S = 0.2
 RECORD_S = 1.0
-"""Time between two readings of the record; the metrics are read with every poll."""
+"""Seconds between two reads of the record; the metrics are read with every poll."""
 GRACE_S = 60.0
-"""Time that verl gets to end where the plan does not set it: the default of `watch.stop_grace_s`."""
+"""Seconds that verl gets to end where the plan does not set it: the default of `watch.stop_grace_s`."""
 MORE_S = 30.0
-"""Time beyond it for the processes that verl leaves, and for the record."""
+"""Further seconds for the processes that verl leaves behind, and for the record."""
 BETWEEN_S = 0.5
-"""Time between the two signals of an immediate end."""
+"""Seconds between the two signals of an immediate stop."""
 POLL_S = 0.2
 
 
 class Display(Protocol):
-    """What a run reports its phases and steps to."""
+    """The interface that a run reports its phases and steps to."""
 
     def expect(self, total: int) -> None:
-        """The run will have `total` steps."""
+        """Announce that the run will have `total` steps."""
 
     def phase(self, text: str) -> None:
-        """The run began another phase."""
+        """Report that the run began another phase."""
 
     def proven(self, handshakes: list[Handshake], /) -> None:
-        """The rollout workers proved their precision."""
+        """Report that the rollout workers proved their precision."""
 
     def step(self, metrics: StepMetrics) -> None:
-        """A step is done."""
+        """Report a finished step."""
 
     def tick(self) -> None:
-        """Nothing happened since the last call, but time has passed."""
+        """Called regularly while nothing happens, so that displayed times can advance."""
 
 
 class Watching(Display, Protocol):
-    """A display that also shows the end."""
+    """A display that also shows how the run ended."""
 
     def over(self, state: str, *, exit_code: int, error: str | None = None) -> None:
-        """The run is over."""
+        """Report that the run is over."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How the attempt ended, with the exit code that its command had."""
+    """How the attempt ended, with the exit code of its command."""
 
     state: Status
     exit_code: int
@@ -77,13 +77,13 @@ class Ending:
 
 
 def age(attempt: Attempt) -> float:
-    """Seconds since an attempt started, up to its end."""
+    """Seconds from an attempt's start to its end, or to now while it runs."""
     end = datetime.fromisoformat(attempt.ended) if attempt.ended else datetime.now(UTC)
     return max(0.0, (end - datetime.fromisoformat(attempt.started)).total_seconds())
 
 
 class Follower:
-    """One attempt of a run, shown on a display as far as it got and while it goes on."""
+    """Shows one attempt of a run on a display: what it has done so far, then each event as it happens."""
 
     def __init__(self, run: Run, attempt: Attempt, display: Watching) -> None:
         self.run, self.attempt, self.display = run, attempt, display
@@ -95,7 +95,7 @@ class Follower:
     def follow(self) -> Ending:
         """Show the attempt until it is over."""
         while True:
-            # before the metrics are read, so that none written before the end is missed
+            # before the metrics are read, so that nothing written just before the end is missed
             state = self._state()
             self._show()
             if state != "running":
@@ -106,13 +106,13 @@ class Follower:
 
     def _state(self) -> Status:
         state = store.state(self.attempt)
-        if state == "lost":  # or it ended in order, and said so after the last look at its record
+        if state == "lost":  # the attempt may also have ended normally and recorded that after the last read
             self._look()
             state = store.state(self.attempt)
         return state
 
     def _look(self) -> None:
-        """Read the record anew; one that is gone or damaged changes nothing."""
+        """Read the record again; a record that is missing or damaged changes nothing."""
         self._looked = time.monotonic()
         with contextlib.suppress(InputError, OSError):
             found = store.load(self.run.paths.record)
@@ -147,7 +147,7 @@ class Follower:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stopped:
-    """What was done: `stopped` is False if nothing ran any more. `state` is the attempt's state afterwards."""
+    """Result of a stop: `stopped` is False if nothing was running; `state` is the attempt's state afterwards."""
 
     name: str
     attempt: int
@@ -158,9 +158,10 @@ class Stopped:
 
 
 def stop(run: Run, *, at_once: bool = False, say: Callable[[str], None] = lambda _: None) -> Stopped:
-    """End the newest attempt of `run` and wait until its supervisor is gone; nothing to do if it does not run.
+    """Stop the newest attempt of `run` and wait until its supervisor has ended; does nothing if it is not running.
 
-    Raises InputError without a record, EnvironmentNotReady where it cannot be ended from here, RunFailed if it goes on.
+    Raises InputError if there is no record, EnvironmentNotReady if the run cannot be stopped from here, RunFailed if it
+    does not end.
     """
     attempt = run.last
     if attempt is None:
@@ -180,7 +181,7 @@ def stop(run: Run, *, at_once: bool = False, say: Callable[[str], None] = lambda
 
 
 def supervisor(attempt: Attempt) -> psutil.Process | None:
-    """The process that supervises `attempt` on this machine, if it is the very one that was recorded and lives."""
+    """The process that supervises `attempt` on this machine, if it is still the recorded one and alive."""
     import psutil
 
     if attempt.status != "running" or not store.is_alive(attempt.pid, attempt.pid_started):
@@ -198,11 +199,11 @@ def _end(run: Run, attempt: Attempt, process: psutil.Process, *, at_once: bool, 
     how = "at once" if at_once else f"and wait up to {limit:.0f} s (`--now` makes short work of it)"
     say(f"ending {run.name}, attempt {attempt.number}: ask process {process.pid} to stop {how}")
     began = time.monotonic()
-    # a run that was started in the background of a script ignores INT; TERM always reaches it
+    # a run that a script started in the background ignores INT; TERM always reaches it
     _signal(process, signal.SIGTERM, run)
     if at_once:
         time.sleep(BETWEEN_S)
-        # another number, because two equal signals may arrive as one; and TERM, because the other may be ignored
+        # a different signal, because two equal ones may be delivered as one, and TERM because INT may be ignored
         _signal(process, signal.SIGINT, run)
         _signal(process, signal.SIGTERM, run)
     while store.is_alive(attempt.pid, attempt.pid_started):
@@ -243,7 +244,7 @@ def _over_there(run: Run, attempt: Attempt, at_once: bool) -> str:
 
 
 def _check_job(run: Run, attempt: Attempt) -> None:
-    """Raise EnvironmentNotReady if a Ray job may go on although its supervisor is gone."""
+    """Raise EnvironmentNotReady if the attempt's Ray job may still run although its supervisor has ended."""
     if command := orphan(attempt):
         raise EnvironmentNotReady(
             f"the process that supervised {run.name} is gone, its Ray job {attempt.job_id} may still run",
@@ -252,7 +253,7 @@ def _check_job(run: Run, attempt: Attempt) -> None:
 
 
 def orphan(attempt: Attempt) -> list[str] | None:
-    """The command that ends the attempt's Ray job, if that may go on although its supervisor is gone."""
+    """The command that stops the attempt's Ray job, if it may still run although its supervisor has ended."""
     if store.state(attempt) != "lost" or attempt.executor != "ray" or not attempt.job_id:
         return None
     address = ["--address", attempt.ray_address] if attempt.ray_address else []

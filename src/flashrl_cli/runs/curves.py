@@ -24,14 +24,14 @@ SCHEMA_VERSION = 1
 ACCURACY = "accuracy"
 SMOOTHING = 0.6
 _NEAR = 4
-"""Names that are suggested instead of an unknown one."""
+"""Number of similar names that are suggested for an unknown one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """One metric of one run: its value at each of `steps`, None where a line over them breaks (NaN, or a lost step).
+    """One metric of one run: its value at each of `steps`, None where the line breaks (NaN, or a lost step).
 
-    `starts` are the steps after which later attempts resumed, `every_step` whether all training steps logged the
+    `starts` are the steps after which later attempts resumed; `every_step` says whether all training steps logged the
     metric.
     """
 
@@ -43,7 +43,7 @@ class Curve:
     every_step: bool = True
 
     def smoothed(self, weight: float) -> list[float | None]:
-        """The values smoothed by `weight`; those of a metric that is measured now and then are left as they are."""
+        """The values smoothed by `weight`; a metric that is measured only now and then is not smoothed."""
         return smoothed(self.values, weight if self.every_step else 0)
 
 
@@ -58,8 +58,8 @@ def title(metric: str) -> tuple[str, str]:
 def curve(run: str, history: Sequence[StepMetrics], metric: str, starts: Sequence[int] = ()) -> Curve | None:
     """The curve of `metric`, by flashrl's name or verl's; None if no step has a value of it.
 
-    Steps that did not log it (only some validate) have no point. But a metric that every training step logs breaks
-    where the history has a hole.
+    Steps that did not log the metric (only some steps validate) have no point. A metric that every training step logs
+    breaks where the history has a gap.
     """
     found = points(history, metric)
     if all(value is None for value in found.values()):
@@ -73,12 +73,12 @@ def curve(run: str, history: Sequence[StepMetrics], metric: str, starts: Sequenc
 
 
 def smoothed(values: Sequence[float | None], weight: float) -> list[float | None]:
-    """Exponential moving average of `values`; `weight` (0 to below 1) is that of the past.
+    """Exponential moving average of `values`; `weight` (at least 0, below 1) is the weight of the past.
 
-    None stays None and counts not.
+    None stays None and does not contribute to the average.
 
-    m_t = w m_(t-1) + (1 - w) x_t, divided by 1 - w^t so that the start is not drawn to zero: Kingma and Ba, Adam (arXiv
-    1412.6980, section 3), and the smoothing of TensorBoard's scalars.
+    m_t = w m_(t-1) + (1 - w) x_t, divided by 1 - w^t so that the start is not biased toward zero: Kingma and Ba, Adam
+    (arXiv 1412.6980, section 3), and the smoothing of TensorBoard's scalars.
     """
     out: list[float | None] = []
     mean, mass = 0.0, 0.0
@@ -101,13 +101,13 @@ def points(history: Sequence[StepMetrics], metric: str) -> dict[int, float | Non
 
 
 def _finite(value: object) -> float | None:
-    """A value that can be drawn; verl's file holds null for NaN, and may hold Infinity."""
+    """The value if it can be drawn, else None; verl's file holds null for NaN, and may hold Infinity."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """Curves of several runs by metric, and what was asked for and is not among them, a sentence each."""
+    """Curves of several runs by metric, with one sentence for each requested metric or run that is missing."""
 
     panels: Mapping[str, Sequence[Curve]]
     missing: tuple[str, ...]
@@ -120,7 +120,7 @@ class Gathered:
 
 
 def gather(runs: Sequence[RunPaths], asked: str | None) -> Gathered:
-    """Curves of `runs` for a comma-separated list of metrics, or for those of `PLOTTED` that there are.
+    """Curves of `runs` for a comma-separated list of metrics, or by default for those of `PLOTTED` that are present.
 
     Raises InputError for an unknown metric, NothingMatched if there is nothing to draw.
     """
@@ -147,9 +147,9 @@ def gather(runs: Sequence[RunPaths], asked: str | None) -> Gathered:
 
 
 def _chosen(asked: str, histories: Histories) -> list[str]:
-    """Metrics of a comma-separated list, each once.
+    """Metrics of a comma-separated list, without duplicates.
 
-    Raises InputError for names that neither flashrl nor any run has.
+    Raises InputError for names that neither flashrl nor any of the runs has.
     """
     names = list(dict.fromkeys(name for part in asked.split(",") if (name := part.strip())))
     if not names:
@@ -168,18 +168,18 @@ def _own_names() -> list[str]:
 
 
 def _known(histories: Histories) -> list[str]:
-    """flashrl's names, then verl's own that some run logged."""
+    """flashrl's names, then verl's names that some run logged."""
     logged = {key for history in histories.values() for metrics in history for key in metrics.logged}
     return [*_own_names(), *sorted(logged)]
 
 
 def _present(histories: Histories) -> str:
-    """flashrl's names of what some run has values of."""
+    """flashrl's names of the metrics that at least one run has values of."""
     by_run = histories.values()
     return ", ".join(n for n in _own_names() if any(v is not None for h in by_run for v in points(h, n).values()))
 
 
 def _near(name: str, known: Sequence[str]) -> list[str]:
-    """Names that look like `name`, or hold it."""
+    """Known names that resemble `name` or contain it."""
     holding = [one for one in known if name.lower() in one.lower()]
     return list(dict.fromkeys([*difflib.get_close_matches(name, known, _NEAR), *holding]))[:_NEAR]

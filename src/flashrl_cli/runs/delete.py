@@ -1,8 +1,8 @@
 """Delete runs, or checkpoints of one run.
 
-What would go is decided and shown first, checked again under the run's lock, and deleted then. What goes is renamed
-into a hidden folder before it is emptied, so that nothing half-deleted bears a run's or a step's name. What a killed
-deletion left there goes with the next one.
+What will be deleted is decided and shown first, checked again under the run's lock, and only then deleted. Folders are
+renamed into a hidden folder before they are emptied, so that nothing half-deleted has the name of a run or a step. The
+next deletion also removes what an interrupted one left there.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from flashrl_cli.runs.store import Run
 
 REMOVED = ".removed"
-"""Folder beside runs, and beside their checkpoints, in which removed ones wait for their deletion."""
+"""Folder beside runs, and beside their checkpoints, in which removed ones wait to be deleted."""
 KEEP = "last:3,best:1,every:50"
 _RULE = re.compile(r"(last|best|every):([1-9]\d{0,8})")
 
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Steps to keep: so many of the newest, so many of the best, and each that `every` divides."""
+    """Which steps to keep: a number of the newest, a number of the best, and each that `every` divides."""
 
     last: int = 0
     best: int = 0
@@ -45,7 +45,7 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A step, and why it stays; without a reason it goes."""
+    """A step with the reason to keep it; a step without a reason is deleted."""
 
     saved: Saved
     stays: tuple[str, ...]
@@ -53,12 +53,12 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prune:
-    """What a prune would do: a verdict on each step, and what goes of what is hidden already."""
+    """What a prune would do: a verdict on each step, and which hidden folders it would delete."""
 
     verdicts: tuple[Verdict, ...]
     set_aside: tuple[Hidden, ...] = ()
     leftovers: tuple[Hidden, ...] = ()
-    """What an interrupted prune did not delete."""
+    """Folders that an interrupted prune did not delete."""
 
     @property
     def going(self) -> list[Path]:
@@ -68,18 +68,18 @@ class Prune:
 
     @property
     def freed(self) -> int:
-        """Bytes of everything that goes."""
+        """Bytes of everything that would be deleted."""
         steps = sum(verdict.saved.bytes for verdict in self.verdicts if not verdict.stays)
         return steps + sum(one.bytes for one in (*self.set_aside, *self.leftovers))
 
     def document(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """The prune as plain data."""
         steps = [{"step": v.saved.step, "stays": list(v.stays), "bytes": v.saved.bytes} for v in self.verdicts]
         return {"steps": steps, "going": [str(path) for path in self.going], "bytes": self.freed}
 
 
 def parse_keep(text: str) -> Keep:
-    """`last:3,best:1,every:50` in any order, each at most once. Raises InputError."""
+    """Parse `last:3,best:1,every:50`, in any order and each at most once. Raises InputError."""
     rules = [_RULE.fullmatch(part.strip()) for part in text.split(",")]
     found = {rule[1]: int(rule[2]) for rule in rules if rule}
     if len(found) != len(rules):
@@ -88,9 +88,9 @@ def parse_keep(text: str) -> Keep:
 
 
 def plan_prune(listed: CheckpointList, keep: Keep | None, *, set_aside: bool) -> Prune:
-    """Decide what goes: without `keep` no step does, with `set_aside` all that was set aside.
+    """Decide what to delete: no step without `keep`, and with `set_aside` all superseded steps.
 
-    The newest complete step, the best one, and the one that verl resumes from stay always.
+    The newest complete step, the best one, and the one that verl resumes from are always kept.
     """
     last = [one.step for one in listed.saved if one.complete][-keep.last :] if keep and keep.last else []
     best = listed.scores.ranked()[: keep.best] if keep and listed.scores else []
@@ -110,9 +110,9 @@ def plan_prune(listed: CheckpointList, keep: Keep | None, *, set_aside: bool) ->
 def prune(run: RunPaths, keep: Keep | None, *, set_aside: bool, shown: Prune) -> None:
     """Delete what `shown` lists.
 
-    Raises InputError if the run is running, or has other checkpoints by now than were shown.
+    Raises InputError if the run is running, or if its checkpoints have changed since `shown` was made.
 
-    The run's lock is held while steps are renamed, not while they are deleted: that may take minutes.
+    The run's lock is held while steps are renamed, but not while they are deleted, which may take minutes.
     """
     with store.locked(run):
         refuse_while_running(run, "nothing is deleted")
@@ -121,7 +121,7 @@ def prune(run: RunPaths, keep: Keep | None, *, set_aside: bool, shown: Prune) ->
         waiting = [one.path for one in shown.leftovers]
         doomed = [*(hide(path, run.checkpoints / DOOMED) for path in shown.going if path not in waiting), *waiting]
     _delete(doomed)
-    with contextlib.suppress(OSError):  # another prune may be at work there
+    with contextlib.suppress(OSError):  # another prune may be working there
         (run.checkpoints / DOOMED).rmdir()
 
 
@@ -147,7 +147,7 @@ def _reasons(listed: CheckpointList, one: Saved, keep: Keep | None, last: list[i
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removal:
-    """Folders of one run that would go, with their bytes; `checkpoints` is None where none go."""
+    """Folders of one run that would be deleted, with their bytes; `checkpoints` is None if none would be."""
 
     run: Run
     root: Path
@@ -162,18 +162,18 @@ class Removal:
 
     @property
     def warning(self) -> str | None:
-        """What may still write to these folders, as far as can be seen from here."""
+        """A warning about processes that may still write to these folders, as far as they can be seen from here."""
         command = orphan(self.run.last) if self.run.last else None
         return f"the Ray job of {self.run.name} may still run: `{shlex.join(command)}` ends it" if command else None
 
     def document(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """The removal as plain data."""
         checkpoints = str(self.checkpoints) if self.checkpoints else None
         return {"name": self.run.name, "run": str(self.root), "checkpoints": checkpoints, "bytes": self.bytes}
 
 
 def plan_removal(name: str, *, keep_checkpoints: bool = False) -> Removal:
-    """What removing the run called `name` would remove. Raises InputError if it runs, or if a folder is not its own."""
+    """What removing the run `name` would delete. Raises InputError if it runs, or if a folder is not its own."""
     run = store.find(name)
     _check_ended(run)
     root = run.paths.root
@@ -194,9 +194,10 @@ def plan_removal(name: str, *, keep_checkpoints: bool = False) -> Removal:
 
 
 def remove(removal: Removal) -> None:
-    """Remove what was planned. Raises InputError if the run was started again meanwhile, or a folder cannot be removed.
+    """Delete what was planned. Raises InputError if the run was restarted meanwhile, or a folder cannot be removed.
 
-    Checkpoints go first: whenever this is killed, the run is there with its record or not at all.
+    Checkpoints are removed first: if this is killed at any point, the run either still exists with its record or not at
+    all.
     """
     folders = [folder for folder in (removal.checkpoints, removal.root) if folder is not None]
     try:
@@ -211,7 +212,7 @@ def remove(removal: Removal) -> None:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what killed removals left there; a project without runs goes too."""
+    """Delete what interrupted removals left in `parent`, and a project folder without runs."""
     for left in parent.glob(f"{REMOVED}*"):
         shutil.rmtree(left, ignore_errors=True)
     if parent.parent == paths.checkpoints_root():
@@ -228,7 +229,7 @@ def _check_ended(run: Run) -> None:
 
 
 def _worker(root: Path) -> str | None:
-    """A process whose working folder is in `root`, as verl's is: number and name. None without one."""
+    """Number and name of a process whose working folder is inside `root`, as verl's is; None if there is none."""
     import psutil
 
     for process in psutil.process_iter(["pid", "name", "cwd"]):
@@ -261,7 +262,7 @@ def _delete(folders: list[Path]) -> None:
     for folder in folders:
         try:
             shutil.rmtree(folder)
-        except FileNotFoundError:  # another command is deleting it too
+        except FileNotFoundError:  # another command is deleting it at the same time
             shutil.rmtree(folder, ignore_errors=True)
         except OSError as error:
             raise EnvironmentNotReady(

@@ -1,7 +1,7 @@
-"""A saved step as a Hugging Face model to keep or to publish: bf16 safetensors, config, tokenizer, a model card.
+"""Export a saved step as a Hugging Face model: bf16 safetensors, config, tokenizer, and a model card.
 
-The card says what was trained, how, and what is known of how good it is; no folder is named in it. An upload to the
-Hugging Face hub is refused, where it must be, before anything is exported.
+The card states what was trained, how, and what is known about its quality; it names no local folder. An upload to the
+Hugging Face hub that is not possible is refused before anything is exported.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SCORES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """Content of a card: the plan of the run's newest attempt, versions of packages, a score and its evidence."""
+    """Content of a card: the plan of the run's newest attempt, package versions, and a score with its evidence."""
 
     run: str
     step: int
@@ -42,7 +42,7 @@ class Facts:
 
 
 def text(facts: Facts) -> str:
-    """The card as Markdown with the hub's front matter."""
+    """The card as Markdown with the front matter of the hub."""
     base = _base(facts.plan)
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     lines += [f"base_model: {base}"] if _is_hub_id(base) else []
@@ -80,7 +80,7 @@ def _base(plan: Mapping[str, Any]) -> str:
 
 
 def _last(reference: object) -> str:
-    """A reference as it may be published: of a local path its last name alone."""
+    """A reference in a form that may be published: only the last part of a local path."""
     text = str(reference)
     return PurePath(text).name if text.startswith(("/", "~", ".")) else text
 
@@ -95,7 +95,7 @@ def _cell(value: object) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """A model that was written: how much of it there is, and what its tensors were compared with."""
+    """A model that was written: its size, and what its tensors were compared with."""
 
     run: str
     step: int
@@ -106,12 +106,12 @@ class Exported:
     compared: str
 
     def document(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """The result of the export as plain data."""
         return {**asdict(self), "path": str(self.path)}
 
 
 def choose(listed: CheckpointList, step: str) -> Saved:
-    """The step that a person means by a number, `latest` or `best`. Raises InputError or NothingMatched."""
+    """The step that the user names by a number, `latest` or `best`. Raises InputError or NothingMatched."""
     usable = {one.step: one for one in listed.saved if one.has_weights}
     numbers = ", ".join(map(str, usable)) or "none"
     if step == "latest":
@@ -129,9 +129,9 @@ def choose(listed: CheckpointList, step: str) -> Saved:
 
 
 def export(listed: CheckpointList, saved: Saved, target: Path) -> Exported:
-    """Write `saved` to `target`, which appears once all of it is there and its weights are what its config asks for.
+    """Write `saved` to `target`, which appears only once it is complete and its weights match its config.
 
-    Raises RunFailed for weights that cannot be read or do not fit their config, EnvironmentNotReady for a folder that
+    Raises RunFailed for weights that cannot be read or do not match their config, EnvironmentNotReady for a folder that
     cannot be written.
     """
     weights = _weights(saved)
@@ -185,20 +185,20 @@ def _card(listed: CheckpointList, saved: Saved) -> str:
 
 
 STALE = ["*.safetensors", "*.safetensors.index.json", "*.bin"]
-"""Weights of an earlier upload: left there, they would mix with the new ones."""
+"""Weights of an earlier upload, which would mix with the new ones if they were not deleted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """A repository of the hub, with the client (`huggingface_hub.HfApi`) that may write it."""
+    """A repository of the hub, with a client (`huggingface_hub.HfApi`) that may write to it."""
 
     name: str
     api: Any
 
     def upload(self, folder: Path, *, private: bool, message: str) -> str:
-        """Upload `folder` in one commit, in place of the weights that are there; the repository's address.
+        """Upload `folder` in one commit that replaces the weights there; returns the repository's address.
 
-        A repository that exists stays as visible as it is. Raises EnvironmentNotReady if the hub refuses.
+        A repository that exists keeps its visibility. Raises EnvironmentNotReady if the hub refuses the upload.
         """
         from huggingface_hub.errors import HTTPError
 
@@ -214,9 +214,10 @@ class Repository:
 
 
 def repository(name: str) -> Repository:
-    """The repository OWNER/NAME, ready to be written.
+    """The repository OWNER/NAME, ready for an upload.
 
-    Raises InputError for another name, EnvironmentNotReady without a library, a network or a token for that.
+    Raises InputError for a name of another form, EnvironmentNotReady if the library, the network or a valid token is
+    missing.
     """
     try:
         import huggingface_hub

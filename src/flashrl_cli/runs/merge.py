@@ -1,4 +1,4 @@
-"""Checkpoints as HF folders of their own: safetensors written while they are read, config and tokenizer beside them."""
+"""Write checkpoints as separate HF folders: safetensors streamed from the shards, with config and tokenizer."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from flashrl_cli.runs.checkpoints import Checkpoint
 
 FILE_BYTES = 2**30
-"""Size of one file of merged weights, which is in memory until it is written."""
+"""Size of one file of merged weights, which is held in memory until it is written."""
 Shapes = dict[str, tuple[int, ...]]
 
 _TRAINERS = {"attn_implementation", "_attn_implementation"}
 _DTYPE = ("dtype", "torch_dtype")
-"""Keys of config.json for the dtype of the weights; the second is that of Transformers before 5."""
+"""Keys of config.json for the dtype of the weights; the second is the one of Transformers before 5."""
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SAFETENSORS = {name: dtype for dtype, name in _NAMES.items()}
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -51,10 +51,10 @@ def merged(
 ) -> list[Path]:
     """Write one checkpoint to `target`, several to `target`/<run>/global_step_N; returns these folders.
 
-    Each folder appears once it is complete, and its weights are what its config asks for; then `advance(1)` is called,
-    and `warn` with what of the source was left behind. A checkpoint that cannot be read does not stop the others.
-    Raises InputError for a place that is not empty, EnvironmentNotReady where it does not fit or cannot be written, and
-    at the end RunFailed for all that cannot be read.
+    Each folder appears once it is complete and its weights match its config; then `advance(1)` is called, and `warn`
+    with the names of source files that were not copied. A checkpoint that cannot be read does not stop the others.
+    Raises InputError for a target that is not empty, EnvironmentNotReady where the result does not fit or cannot be
+    written, and at the end RunFailed for all checkpoints that cannot be read.
     """
     places = _places(checkpoints, target)
     _room(checkpoints, target)
@@ -79,12 +79,12 @@ def merged(
 
 
 def left_behind(hf: Path, names: Sequence[str]) -> str:
-    """A sentence on what of an HF folder does not go with its weights."""
+    """A sentence that names the files of an HF folder that are not copied with its weights."""
     return f"not copied from {hf}: {', '.join(names)}"
 
 
 def new_folder(target: Path) -> Path:
-    """`target`, if nothing is there yet that would be replaced. Raises InputError."""
+    """`target`, if nothing exists there that would be replaced. Raises InputError."""
     if target.is_symlink() or target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise InputError(f"{target} exists already", hint="name a folder that is new or empty")
     return target
@@ -92,7 +92,7 @@ def new_folder(target: Path) -> Path:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """What was written: shapes of its tensors, what they were compared with, what of the source was left behind."""
+    """What was written: shapes of its tensors, what they were compared with, and files that were not copied."""
 
     shapes: Shapes
     compared: str
@@ -100,10 +100,11 @@ class Written:
 
 
 def write(weights: Weights, folder: Path) -> Written:
-    """Make `folder`: the tensors of `weights` in safetensors, its tokenizer, and its config without the trainer's keys.
+    """Create `folder`: safetensors of `weights`, the tokenizer, and the config without the trainer's keys.
 
-    The weights of an HF folder are copied as they are, and its config names the dtype that it named. Raises Unreadable
-    before the first byte for tensors that are not those of the architecture, and for what is not finite.
+    The weights of an HF folder are copied unchanged, and the config keeps the dtype that it named. Raises Unreadable
+    before the first byte is written for tensors that are not those of the architecture, and for values that are not
+    finite.
     """
     weights.check()
     source = weights.accounted()
@@ -120,12 +121,12 @@ def write(weights: Weights, folder: Path) -> Written:
         clean_config(folder / "config.json", dtype_of({stored.dtype for stored in source.values()}, weights.hf))
     known = expected(weights.hf) is not None
     compared = "the config" if known else "the index (transformers has no such architecture, or it is quantized)"
-    # what is beside shards is the trainer's, and is no other form of the weights
+    # files beside the shards belong to the trainer, and are not another format of the weights
     return Written(shapes=shapes, compared=f"compared with {compared}", left=() if weights.shards else left)
 
 
 def take_along(hf: Path, folder: Path) -> tuple[str, ...]:
-    """Copy config, tokenizer and texts of an HF folder; names of what was left behind. Raises Unreadable, OSError."""
+    """Copy config, tokenizer and texts of an HF folder; returns names of what is left. Raises Unreadable, OSError."""
     found = companions(hf, without=(layout.FSDP_CONFIG, layout.LORA))
     for name in found.taken:
         (folder / name).parent.mkdir(exist_ok=True)
@@ -134,12 +135,12 @@ def take_along(hf: Path, folder: Path) -> tuple[str, ...]:
 
 
 def _copy_weights(hf: Path, folder: Path) -> None:
-    """Copy the files of the model's tensors and their index, looking at each value on its way. Raises Unreadable."""
+    """Copy the files of the model's tensors and their index, checking that values are finite. Raises Unreadable."""
     import torch
 
     bad: dict[str, Path | None] = {}
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a piece is small: threads that wait for each other took ten times as long
+    torch.set_num_threads(1)  # pieces are small: several threads took ten times as long
     try:
         for file in model_files(hf):
             bad |= dict.fromkeys(copied(file, folder / file.name), file)
@@ -171,14 +172,14 @@ def _room(checkpoints: Iterable[Checkpoint], target: Path) -> None:
 
 
 def _bytes(weights: Weights) -> int:
-    """Size that the weights will have, nearly: shards in float32 are halved."""
+    """Approximate size of the written weights: float32 shards are halved."""
     try:
         sharded = sum(shard.stat().st_size for shard in weights.shards)
         halved = weights.shards and stored_in_float32(weights.shards[0])
         whole = weights.base or (None if weights.shards else weights.hf)
         stored = sum(file.stat().st_size for file in model_files(whole)) if whole else 0
     except (Unreadable, OSError):
-        return 0  # reading the weights raises it
+        return 0  # reading the weights reports the error
     return stored + (sharded // 2 if halved else sharded)
 
 
@@ -210,7 +211,7 @@ def _groups(tensors: Iterator[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def clean_config(config: Path, dtype: str | None) -> None:
-    """Leave out of config.json what was the trainer's, and name `dtype` as the weights' (None: as it is named)."""
+    """Remove the trainer's keys from config.json, and set the weights' `dtype` (None: keep the one that is named)."""
     data = read_json(config)
     if "quantization_config" in data:
         return
@@ -221,10 +222,10 @@ def clean_config(config: Path, dtype: str | None) -> None:
 
 
 def dtype_of(stored: Collection[str], hf: Path) -> str | None:
-    """The dtype to name in config.json where that in `hf` is wider than all `stored` (safetensors' names); else None.
+    """The dtype to write to config.json if the one in `hf` is wider than all `stored` dtypes (safetensors' names).
 
-    A trainer names its float32, and a reader would make that of weights in 16 bits. Any other dtype is how the folder
-    was read until now.
+    Trainers name their float32, and a reader would convert 16-bit weights to it. Returns None otherwise: any other
+    dtype is the one with which the folder has been read so far.
     """
     config = read_json(hf / "config.json")
     asked = next((str(config[key]) for key in _DTYPE if config.get(key)), "")

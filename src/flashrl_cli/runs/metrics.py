@@ -1,4 +1,4 @@
-"""The metrics that verl writes while it trains, and a run's steps as one history, however many attempts it took.
+"""Metrics that verl writes while it trains, merged over all attempts of a run into one history.
 
 `Tail` reads the lines that another process appends to a file, `MetricsTail` the steps among them.
 """
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from flashrl_cli.runs.store import RunRecord
 
 LOOK_BACK = 1 << 20
-"""Bytes at the end of a metrics file in which the last accuracy is looked for: some 200 steps."""
+"""Bytes at the end of a metrics file that are searched for the last accuracy: about 200 steps."""
 
 
 class Tail:
-    """Complete lines of a growing file from byte `start` on, each once.
+    """Reads each complete line of a growing file once, from byte `start` on.
 
-    The file may not exist yet; a torn last line waits for its end.
+    The file may not exist yet; an incomplete last line is returned once its end is written.
     """
 
     def __init__(self, path: Path, *, start: int = 0) -> None:
@@ -38,7 +38,7 @@ class Tail:
     def poll(self, *, ended: bool = False) -> list[str]:
         """Lines completed since the last call, without their line ends; undecodable bytes are replaced.
 
-        Once the writer has `ended`, a last line without an end is a line too.
+        Once the writer has `ended`, a last line without a line end counts as well.
         """
         try:
             with self.path.open("rb") as stream:
@@ -52,13 +52,13 @@ class Tail:
 
 
 class MetricsTail:
-    """Yields each step once, as soon as its line is complete; lines that are no step are skipped."""
+    """Yields each step once, as soon as its line is complete; lines that hold no step are skipped."""
 
     def __init__(self, path: Path) -> None:
         self._tail = Tail(path)
 
     def poll(self) -> Iterator[StepMetrics]:
-        """Steps that were written since the last call."""
+        """Yield the steps that were written since the last call."""
         for line in self._tail.poll():
             step = _read(line)
             if step is not None:
@@ -66,12 +66,12 @@ class MetricsTail:
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:
-    """All steps of a metrics file, in order; empty if there is none."""
+    """All steps of a metrics file, in order; empty if the file does not exist."""
     return list(MetricsTail(path).poll())
 
 
 def read_last(path: Path) -> tuple[StepMetrics | None, float | None]:
-    """The last training step of a metrics file and the last accuracy, from the file's end alone."""
+    """The last training step of a metrics file and the last accuracy, read from the end of the file only."""
     try:
         with path.open("rb") as stream:
             stream.seek(max(0, path.stat().st_size - LOOK_BACK))
@@ -89,7 +89,7 @@ def last_values(logged: Sequence[StepMetrics]) -> tuple[StepMetrics | None, floa
 
 
 def _backwards(data: bytes, text: bytes) -> Iterator[StepMetrics]:
-    """Steps of the lines that hold `text`, the last one first."""
+    """Yield the steps of lines that contain `text`, the last one first."""
     end = len(data)
     while (found := data.rfind(text, 0, end)) >= 0:
         start, stop = data.rfind(b"\n", 0, found) + 1, data.find(b"\n", found)
@@ -100,7 +100,7 @@ def _backwards(data: bytes, text: bytes) -> Iterator[StepMetrics]:
 
 
 def _read(line: str) -> StepMetrics | None:
-    """The step of a line; None if the line is torn or no step's."""
+    """The step of a line; None if the line is incomplete or holds no step."""
     try:
         record = json.loads(line)
         step, data = int(record["step"]), dict(record["data"])
@@ -111,16 +111,16 @@ def _read(line: str) -> StepMetrics | None:
 
 @dataclass(frozen=True, slots=True)
 class RunMetrics:
-    """The metrics of a run, each attempt's file read once."""
+    """The metrics of a run, with each attempt's file read once."""
 
     attempts: Mapping[int, Sequence[StepMetrics]]
     """Steps by number of the attempt that logged them, in order of number."""
     history: list[StepMetrics]
-    """Every step once, in order of step, as the newest attempt that did it logged it."""
+    """Every step once, in order, from the newest attempt that logged it."""
 
     @property
     def resumed_after(self) -> tuple[int, ...]:
-        """Steps after which later attempts resumed, as far as their metrics still count."""
+        """Steps after which later attempts resumed, unless a still later attempt went back before them."""
         attempts = ([metrics.step for metrics in logged if metrics.trained] for logged in self.attempts.values())
         began = [min(steps) - 1 for steps in attempts if steps]
         later = {step for index, step in enumerate(began[1:], start=2) if all(step < after for after in began[index:])}
@@ -133,25 +133,25 @@ class RunMetrics:
 
 
 def read_run_metrics(run: RunPaths, record: RunRecord | None) -> RunMetrics:
-    """Read the metrics of all attempts of `run`; `record` is the run's, None where there is none to be had."""
+    """Read the metrics of all attempts of `run`; `record` is the run's record, None if it is not available."""
     resumed = {attempt.number: attempt.resumed_from or 0 for attempt in record.attempts} if record else {}
     attempts = {number: read_metrics(run.attempt(number).metrics) for number in run.attempts()}
     return RunMetrics(attempts, merge(attempts, resumed))
 
 
 def history(run: RunPaths) -> list[StepMetrics]:
-    """Every step of `run` once, in order of step, as the newest attempt that did it logged it.
+    """Every step of `run` once, in order, from the newest attempt that logged it.
 
-    Raises as `store.load`.
+    Raises the errors of `store.load`.
     """
     return read_run_metrics(run, store.load(run.record)).history
 
 
 def merge(attempts: Mapping[int, Sequence[StepMetrics]], resumed: Mapping[int, int]) -> list[StepMetrics]:
-    """Steps of attempts, by number in order of their start, with later ones over earlier ones.
+    """Merge the steps of all attempts (by number, in order of their start); later attempts override earlier ones.
 
-    `resumed` maps an attempt to the step that it resumed from: what earlier ones did beyond that was undone once the
-    attempt logged a step itself. An attempt that is not in it undoes nothing.
+    `resumed` maps an attempt to the step that it resumed from: once the attempt has logged a step itself, the steps of
+    earlier attempts beyond that one are dropped. An attempt that is not in `resumed` drops nothing.
     """
     steps: dict[int, StepMetrics] = {}
     for number, logged in attempts.items():
@@ -163,7 +163,7 @@ def merge(attempts: Mapping[int, Sequence[StepMetrics]], resumed: Mapping[int, i
 
 
 def _over(earlier: StepMetrics | None, later: StepMetrics) -> StepMetrics:
-    """`later`, unless it is a validation alone: that adds its accuracy to what the training of the step logged."""
+    """`later`, unless it holds only a validation: then its accuracy is added to the metrics of the training step."""
     if earlier is None or later.trained:
         return later
     return dataclasses.replace(earlier, accuracy=later.accuracy, logged={**earlier.logged, **later.logged})

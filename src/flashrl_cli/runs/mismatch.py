@@ -1,21 +1,21 @@
-"""Mismatch advice: how far rollout and trainer are apart, what the cap does about it, and whether another one would do.
+"""Mismatch advice: how far rollout and trainer differ, what the TIS cap does about it, and whether to change the cap.
 
-The correction multiplies each token's gradient term by w = min(r, cap), r = p_train / p_rollout. Two things follow from
-the ratios' moments whatever the gradient is:
+The correction multiplies each token's gradient term by the importance weight w = min(r, cap), r = p_train / p_rollout.
+Two properties follow from the moments of the ratios for any gradient:
 
 - Bias. The mean of r - w, the weight above the cap, times the largest term bounds what truncation takes from the
   gradient (E. L. Ionides, Truncated Importance Sampling, JCGS 17 (2008) 295). Without correction it is the mean of |r -
   1|.
-- Noise. Terms that are independent of their ratio have their noise multiplied by the mean of w²; one token by cap² at
-  most. A ratio of 16 counts 256-fold untruncated, 64-fold at cap 8, 4-fold at cap 2 (F. Yao et al., Your Efficient RL
-  Framework Secretly Brings You Off-Policy RL Training, 2025).
+- Noise. Terms that are independent of their ratio have their noise multiplied by the mean of w²; a single token by at
+  most cap². A ratio of 16 counts 256-fold untruncated, 64-fold at cap 8, 4-fold at cap 2 (F. Yao et al., Your Efficient
+  RL Framework Secretly Brings You Off-Policy RL Training, 2025).
 
-Noise averages out over tokens and steps and bias does not, so a cap is right where what it cuts is small, and smaller
-caps are insurance where they cut nothing. The bounds of what is small are this module's own.
+Noise averages out over tokens and steps, but bias does not. A cap is therefore right where the weight that it cuts is
+small, and a smaller cap that cuts nothing is free insurance. The thresholds for "small" are defined in this module.
 
-verl logs moments of the ratios, not the ratios themselves (`verl.metrics.NAMES` defines each metric). `pool` weighs the
-moments of several steps by their tokens, so that they are those of all their tokens together. What moments do not
-determine is bounded: every bound here holds for any distribution that has them.
+verl logs moments of the ratios, not the ratios themselves (`verl.metrics.NAMES` defines each metric). `pool` weights
+the moments of several steps by their tokens, which gives the moments over all their tokens together. What moments do
+not determine is bounded: every bound here holds for any distribution that has these moments.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Mean and mean square of something that is not negative."""
+    """Mean and mean square of a quantity that is not negative."""
 
     mean: float
     square: float
 
     @property
     def variance(self) -> float:
-        """Mean square distance from the mean."""
+        """Variance: the mean square minus the square of the mean."""
         return max(0.0, self.square - self.mean**2)
 
     @property
@@ -62,35 +62,35 @@ class Moments:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Token weights w = min(r, cap), as they were applied."""
+    """Token weights w = min(r, cap), as they were applied in training."""
 
     moments: Moments
     largest: float
     above: float
     """Share of tokens with r > cap."""
     worst: float
-    """Least effective sample size of a step, a share of its tokens."""
+    """Smallest effective sample size of any step, as a share of its tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ratios:
-    """Rollout against trainer over the tokens of the steps from `first` to `last`."""
+    """Ratios of trainer to rollout probabilities over the tokens of the steps from `first` to `last`."""
 
     first: int
     last: int
     kl: float
-    """Mean of -ln r, nats a token."""
+    """Mean of -ln r, in nats per token."""
     k3: float
-    """Mean of r - ln r - 1, nats a token: the same KL, never negative."""
+    """Mean of r - ln r - 1, in nats per token: an estimate of the same KL that is never negative."""
     ratios: Moments
     weights: Weights | None
-    """None where verl logged no weights: without TIS."""
+    """None where verl logged no weights, that is, without TIS."""
     prob_diff: float | None
     prob_diff_max: float | None
     length: float | None
-    """Mean length of a response, tokens."""
+    """Mean length of a response, in tokens."""
     tokens: float | None
-    """Response tokens, all together."""
+    """Number of response tokens in all steps together."""
 
     @property
     def cut(self) -> float | None:
@@ -103,18 +103,19 @@ class Ratios:
     def deviation(self) -> float:
         """Upper bound of the mean of |r - 1|: by Cauchy and Schwarz from the second moment, by Pinsker from the KL.
 
-        Pinsker's inequality in the form that needs no mean of 1, from (r - 1)² ≤ (4r + 2)/3 · (r - ln r - 1).
+        Pinsker's inequality is used in a form that does not require a mean of 1, from (r - 1)² ≤ (4r + 2)/3 · (r - ln r
+        - 1).
         """
         mean, square = self.ratios.mean, self.ratios.square
         return min(mean + 1, math.sqrt(max(0.0, min(square - 2 * mean + 1, (4 * mean + 2) / 3 * self.k3))))
 
     @property
     def mean_error(self) -> float | None:
-        """Standard error of the ratios' mean, tokens taken as independent; None if their number is not known."""
+        """Standard error of the ratios' mean with tokens taken as independent; None if their number is not known."""
         return math.sqrt(self.ratios.variance / self.tokens) if self.tokens else None
 
     def cut_at(self, cap: float) -> tuple[float, float]:
-        """Least and most that the weight above another `cap` can be."""
+        """Lower and upper bound of the weight above another `cap`."""
         most = min(self.ratios.mean, self.ratios.excess(cap))
         if self.weights is None or self.cut is None:
             return 0.0, most
@@ -125,7 +126,7 @@ class Ratios:
         return least, max(least, min(most, self.cut + weights.excess(cap)))
 
     def square_at(self, cap: float) -> float:
-        """Upper bound of the weights' mean square under another `cap`: what they multiply a gradient's noise by."""
+        """Upper bound of the weights' mean square under another `cap`, the factor on a gradient's noise."""
         most = min(self.ratios.square, cap * self.ratios.mean)
         if self.weights is None:
             return most
@@ -134,15 +135,15 @@ class Ratios:
 
 
 def usable_ratios(step: StepMetrics) -> bool:
-    """Whether a step logged the ratios' moments.
+    """Whether a step logged the moments of the ratios.
 
-    A batch that is infinitely far apart did not: verl logs infinity as null.
+    A batch with an infinite ratio did not: verl logs infinity as null.
     """
     return None not in (step["kl"], step["kl_k3"], step["chi2"])
 
 
 def pool(steps: Sequence[StepMetrics]) -> Ratios:
-    """The ratios of all tokens of `steps`, one or more, each of them usable."""
+    """The ratios of all tokens of `steps`; at least one step, all of them usable."""
     kl, k3, chi2 = (_mean(steps, name) or 0.0 for name in ("kl", "kl_k3", "chi2"))
     lengths = _all(step["response_length"] for step in steps)
     tokens = _all(map(_response_tokens, steps))
@@ -170,11 +171,11 @@ def _weights(steps: Sequence[StepMetrics]) -> Weights | None:
 
 
 def _mean(steps: Sequence[StepMetrics], name: str, deviation: str | None = None) -> float | None:
-    """Mean of a metric over the tokens of `steps` (its mean square, if its deviation is named).
+    """Mean of a metric over the tokens of `steps` (its mean square if the name of its deviation is given).
 
-    None where one lacks it.
+    None where a step lacks the metric.
 
-    A step has as many responses as another, so its tokens are as many as its responses are long.
+    All steps have the same number of responses, so their tokens are proportional to the mean response length.
     """
     values = _all(step[name] for step in steps)
     deviations = _all(step[deviation] for step in steps) if deviation else None
@@ -187,7 +188,7 @@ def _mean(steps: Sequence[StepMetrics], name: str, deviation: str | None = None)
 
 
 def _response_tokens(step: StepMetrics) -> float | None:
-    """Response tokens of a step: its tokens less those of the prompts."""
+    """Response tokens of a step: all its tokens minus those of the prompts."""
     counts = _all(step[name] for name in ("tokens", "response_length", "prompt_length"))
     if not counts:
         return None
@@ -196,53 +197,58 @@ def _response_tokens(step: StepMetrics) -> float | None:
 
 
 def _all(values: Iterable[float | None]) -> list[float] | None:
-    """The values, or None if one of them is."""
+    """The values, or None if one of them is None."""
     found = list(values)
     known = [value for value in found if value is not None]
     return known if len(known) == len(found) else None
 
 
 RECENT = 20
-"""Steps that are judged: the last ones, because the policy and with it the mismatch move."""
+"""Number of last steps that are judged, because the mismatch changes as the policy does."""
 CAPS = (2.0, 4.0, 8.0, 16.0)
-"""Caps that are weighed against each other; 2 is verl's default, and recipes of 32B models use 8."""
+"""Caps that are compared; 2 is verl's default, and recipes of 32B models use 8."""
 NEGLIGIBLE, NOTABLE = 0.001, 0.01
-"""Shares of the weight above the cap: below the first it is negligible, from the second on a larger cap is worth a
-thought.
+"""Shares of the weight above the cap: below the first it is negligible, from the second on a larger cap is considered.
 """
 ALIKE = 0.02
-"""Mean of |r - 1| below which a correction changes next to nothing, if no single ratio exceeds `CAPS[0]`."""
+"""Mean of |r - 1| below which a correction has almost no effect, if no single ratio exceeds `CAPS[0]`."""
 FAR = 0.05
-"""KL in nats a token that healthy INT8 and FP8 runs stay below (`launch.guard`)."""
+"""KL in nats per token that healthy INT8 and FP8 runs do not exceed (`launch.guard`)."""
 HALF = 0.5
-"""Effective sample size below which more than half of a batch is lost to its weights."""
+"""Effective sample size (share) below which more than half of a batch is lost to its weights."""
 OFF_MEAN, OFF_ERRORS = 0.02, 4.0
-"""The ratios' mean is wrong if it is off 1 by both: that much, and so many of its standard errors."""
+"""The ratios' mean is wrong if it differs from 1 by more than both: the first value, and the second one times its
+standard error.
+"""
 
 _CLOSER = "Bring rollout and trainer closer: a run with `--rollout bf16` shows how much of it is quantization."
 
 Verdict = Literal["keep", "raise", "lower", "optional", "try", "reduce", "check", "unknown"]
-"""`optional`: TIS changes next to nothing.
+"""Verdicts on the cap. `optional`: TIS has almost no effect.
 
-`try`: TIS is off and would not be idle. `reduce`: too far apart for any cap. `check`: something else than a mismatch is
-wrong.
+`try`: TIS is off and would have an effect. `reduce`: the mismatch is too large for any cap. `check`: something other
+than a mismatch is wrong.
 """
 
 SOURCES = {
-    "verl": "verl 0.9.1, verl/trainer/ppo/rollout_corr_helper.py:717-759, 952-1001; verl/utils/debug/metrics.py:116-119",
+    "verl": (
+        "verl 0.9.1, verl/trainer/ppo/rollout_corr_helper.py:717-759, 952-1001; verl/utils/debug/metrics.py:116-119"
+    ),
     "Kish": "L. Kish, Survey Sampling, 1965: effective sample size (sum w)² / sum w²; verl's over capped weights: :757",
     "Ionides": "E. L. Ionides, Truncated Importance Sampling, JCGS 17 (2008) 295: the bias is the weight above the cap",
     "Yao": "F. Yao et al., 2025, fengyao.notion.site/off-policy-rl: noise goes with the square of the weight",
     "Pinsker": "Pinsker's inequality, and Cauchy and Schwarz: mean |r - 1| from the KL and from the second moment",
-    "Scarf": "H. Scarf, A min-max solution of an inventory problem, 1958: the most weight above a cap, given two moments",
+    "Scarf": (
+        "H. Scarf, A min-max solution of an inventory problem, 1958: the most weight above a cap, given two moments"
+    ),
     "mean": "mean of p/q over samples of q is the sum of p where q > 0, which is at most 1",
 }
-"""Sources of the rules, by the name in brackets behind a sentence."""
+"""Sources of the rules, by the name that sentences give in brackets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One sentence, and the names in SOURCES of the rules that it rests on."""
+    """One sentence, with the names in SOURCES of the rules that it is based on."""
 
     text: str
     sources: tuple[str, ...] = ()
@@ -250,23 +256,23 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """What the recent steps say of rollout against trainer, and what to do about it."""
+    """What the recent steps show of the mismatch between rollout and trainer, and what to do about it."""
 
     verdict: Verdict
     cap: float | None
     """The cap that was judged."""
     better: float | None
-    """The cap to take instead, if one is advised."""
+    """The recommended cap, if it is another one."""
     seen: Ratios | None
     findings: tuple[Finding, ...]
 
     @property
     def lines(self) -> list[str]:
-        """For people: sentences, each with the sources of its rule in brackets."""
+        """The advice as text: sentences, each with the sources of its rule in brackets."""
         return [f"{one.text} [{', '.join(one.sources)}]" if one.sources else one.text for one in self.findings]
 
     def document(self) -> dict[str, Any]:
-        """For programs: verdict, pooled values, sentences, and the sources in full."""
+        """The advice as plain data: verdict, pooled values, sentences, and the sources in full."""
         used = {source for one in self.findings for source in one.sources}
         return {
             "verdict": self.verdict,
@@ -287,13 +293,13 @@ def advise(steps: Sequence[StepMetrics], cap: float | None) -> Advice:
         return Advice("unknown", cap, None, None, tuple(_nothing(lost)))
     seen = pool(usable)
     if cap is None and seen.weights and seen.weights.above:
-        cap = seen.weights.largest  # whatever is cut is cut to the cap
+        cap = seen.weights.largest  # every weight that is cut is cut to the cap
     verdict, better, judged = _judge(seen, cap)
     return Advice(verdict, cap, better, seen, (*_distance(seen, lost), *judged))
 
 
 def percent(share: float) -> str:
-    """A share in percent, two digits of it (three just below the whole)."""
+    """A share in percent with two digits (three just below 100 %)."""
     if 0 < share < 0.0001:
         return "under 0.01 %"
     if 0.95 <= share < 1:
@@ -316,22 +322,29 @@ def _nothing(lost: int) -> Iterator[Finding]:
 
 
 def _distance(seen: Ratios, lost: int) -> Iterator[Finding]:
-    """How far apart the two are, in nats and in probability."""
+    """Yield findings on how far rollout and trainer differ, in nats and in probability."""
     steps = f"step {seen.first}" if seen.first == seen.last else f"steps {seen.first} to {seen.last}"
     far = f". That is far: healthy INT8 and FP8 runs stay below {FAR:g}" if seen.k3 > FAR else ""
-    text = f"In {steps} rollout and trainer are {_number(seen.k3)} nats a token apart (KL; mean of log-ratios {seen.kl:.2g}){far}."
+    text = (
+        f"In {steps} rollout and trainer are {_number(seen.k3)} nats a token apart (KL; mean of log-ratios "
+        f"{seen.kl:.2g}){far}."
+    )
     yield Finding(text, ("verl",))
     if seen.prob_diff is not None and seen.prob_diff_max is not None:
-        text = f"A sampled token's probability differs by {seen.prob_diff:.2g} on average and {seen.prob_diff_max:.2g} at most."
+        text = (
+            f"A sampled token's probability differs by {seen.prob_diff:.2g} on average and {seen.prob_diff_max:.2g} "
+            "at most."
+        )
         yield Finding(text, ("verl",))
     if seen.length and seen.k3 * seen.length >= 1:
         yield Finding(
-            f"Over a response of {seen.length:.0f} tokens that is {_number(seen.k3 * seen.length)} nats: weights of tokens correct "
-            "each choice, not which texts come up."
+            f"Over a response of {seen.length:.0f} tokens that is {_number(seen.k3 * seen.length)} nats: weights of "
+            "tokens correct each choice, not which texts come up."
         )
     if lost:
         yield Finding(
-            f"{lost} more of these steps {'is' if lost == 1 else 'are'} left out: some ratio there is beyond what a float holds."
+            f"{lost} more of these steps {'is' if lost == 1 else 'are'} left out: some ratio there is beyond what a "
+            "float holds."
         )
 
 
@@ -353,8 +366,8 @@ def _wrong_mean(seen: Ratios) -> Iterator[Finding]:
     if error is None or abs(mean - 1) <= max(OFF_MEAN, OFF_ERRORS * error):
         return
     cause = (
-        "the rollout never samples tokens that the trainer finds likely (top_p, top_k), or the ratios that are missing are "
-        "too rare to have been seen"
+        "the rollout never samples tokens that the trainer finds likely (top_p, top_k), or the ratios that are "
+        "missing are too rare to have been seen"
         if mean < 1
         else "the log-probs that the rollout reports are not those that it samples by"
     )
@@ -368,19 +381,19 @@ def _wrong_weights(seen: Ratios, cap: float | None) -> Iterator[Finding]:
         yield Finding(f"A cap of {cap:g} was asked for, but verl logged no weights: nothing is corrected.", ("verl",))
     elif seen.weights.largest > cap * (1 + 1e-5):
         yield Finding(
-            f"The largest weight, {seen.weights.largest:.3g}, is above the cap of {cap:g}: these are no weights of tokens "
-            "truncated there (verl logs a sequence's before its cap).",
+            f"The largest weight, {seen.weights.largest:.3g}, is above the cap of {cap:g}: these are no weights of "
+            "tokens truncated there (verl logs a sequence's before its cap).",
             ("verl",),
         )
 
 
 def _effects(seen: Ratios, weights: Weights, cap: float | None) -> Iterator[Finding]:
-    """What the weights do: the tokens cut, the sample size left, the noise."""
+    """Yield findings on the effect of the weights: tokens cut, sample size left, noise."""
     cut = seen.cut or 0.0
     if weights.above and cap is not None:
         yield Finding(
-            f"The cap of {cap:g} cuts {percent(weights.above)} of the tokens and {percent(cut)} of the weight: times the "
-            "largest token's term, that is the most that it biases the gradient.",
+            f"The cap of {cap:g} cuts {percent(weights.above)} of the tokens and {percent(cut)} of the weight: times "
+            "the largest token's term, that is the most that it biases the gradient.",
             ("Ionides",),
         )
     else:
@@ -388,13 +401,14 @@ def _effects(seen: Ratios, weights: Weights, cap: float | None) -> Iterator[Find
     moments, free = weights.moments, seen.ratios
     alone = "" if free.square - moments.square < 1e-3 else f", {percent(free.effective)} without a cap"
     yield Finding(
-        f"The weights leave {percent(moments.effective)} of the tokens as effective sample size ({percent(weights.worst)} in "
-        f"the worst step){alone}.",
+        f"The weights leave {percent(moments.effective)} of the tokens as effective sample size "
+        f"({percent(weights.worst)} in the worst step){alone}.",
         ("Kish",),
     )
     alone = "" if not alone else f", without a cap by {free.square:.3g}"
     yield Finding(
-        f"They multiply the gradient's noise by {moments.square:.3g}, that of one token by up to {weights.largest**2:.3g}{alone}.",
+        f"They multiply the gradient's noise by {moments.square:.3g}, that of one token by up to "
+        f"{weights.largest**2:.3g}{alone}.",
         ("Yao",),
     )
     yield Finding(
@@ -403,7 +417,7 @@ def _effects(seen: Ratios, weights: Weights, cap: float | None) -> Iterator[Find
 
 
 def _of_cap(seen: Ratios, weights: Weights, cap: float | None) -> tuple[Verdict, float | None, list[Finding]]:
-    """Whether the cap fits: at most half a batch lost, little cut, and no larger than it need be."""
+    """Whether the cap fits: at most half a batch is lost, little is cut, and the cap is no larger than necessary."""
     cut, noisy = seen.cut or 0.0, weights.moments.effective < HALF
     if cap is not None and cut >= NOTABLE and not noisy:
         return _raise(seen, weights, cap)
@@ -413,8 +427,8 @@ def _of_cap(seen: Ratios, weights: Weights, cap: float | None) -> tuple[Verdict,
     smaller = next((c for c in CAPS if cap is not None and c < cap and seen.cut_at(c)[1] < enough), None)
     if cap is not None and smaller is not None:
         text = (
-            f"A cap of {smaller:g} would do: it would cut at most {percent(seen.cut_at(smaller)[1])} of the weight, and no "
-            f"token's noise would count more than {smaller**2:g}-fold (now up to {cap**2:g}-fold)."
+            f"A cap of {smaller:g} would do: it would cut at most {percent(seen.cut_at(smaller)[1])} of the weight, "
+            f"and no token's noise would count more than {smaller**2:g}-fold (now up to {cap**2:g}-fold)."
         )
         return "lower", smaller, [Finding(text, ("Scarf", "Yao"))]
     if noisy:
@@ -432,13 +446,13 @@ def _fitting(weights: Weights, cut: float) -> str:
 
 
 def _raise(seen: Ratios, weights: Weights, cap: float) -> tuple[Verdict, float | None, list[Finding]]:
-    """A notable cut: a cap twice as large, if that is sure to leave half the sample size."""
+    """A notable share is cut: advise a cap twice as large, if that certainly leaves half the sample size."""
     larger = 2 * cap
     least, most = seen.cut_at(larger)
     noise = seen.square_at(larger)
     text = (
-        f"A cap of {larger:g} would cut {percent(least)} to {percent(most)} of the weight instead of {percent(seen.cut or 0)}, "
-        f"and multiply the noise by {noise:.3g} at most (now {weights.moments.square:.3g})"
+        f"A cap of {larger:g} would cut {percent(least)} to {percent(most)} of the weight instead of "
+        f"{percent(seen.cut or 0)}, and multiply the noise by {noise:.3g} at most (now {weights.moments.square:.3g})"
     )
     if (seen.ratios.mean - most) ** 2 / noise >= HALF:
         return "raise", larger, [Finding(f"{text}: take it.", ("Ionides", "Scarf"))]
@@ -447,7 +461,7 @@ def _raise(seen: Ratios, weights: Weights, cap: float) -> tuple[Verdict, float |
 
 
 def _without_weights(seen: Ratios) -> tuple[Verdict, float | None, list[Finding]]:
-    """TIS is off: its weights are not known, but how far they could go is."""
+    """TIS is off: its weights are not known, but bounds of them are."""
     deviation, free = seen.deviation, seen.ratios
     findings = [
         Finding(f"TIS is off: the tokens' terms are off by at most {percent(deviation)} on average.", ("Pinsker",)),
@@ -461,7 +475,8 @@ def _without_weights(seen: Ratios) -> tuple[Verdict, float | None, list[Finding]
     findings.append(
         Finding(
             f"A cap of {cap:g} would cut at most {percent(free.share_above(cap))} of the tokens and "
-            f"{percent(seen.cut_at(cap)[1])} of the weight, and multiply the noise by {seen.square_at(cap):.3g} at most.",
+            f"{percent(seen.cut_at(cap)[1])} of the weight, and multiply the noise by {seen.square_at(cap):.3g} at "
+            "most.",
             ("Scarf", "Yao"),
         )
     )

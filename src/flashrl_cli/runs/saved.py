@@ -1,6 +1,6 @@
-"""The checkpoints that a run saved: what a resume can read, how good they are, what was set aside, who may write there.
+"""The checkpoints that a run saved: which can be resumed, how good they are, and which were superseded.
 
-Nothing here imports torch or reads weights: what is torn is found by its list of contents (`weights.torn`).
+Nothing here imports torch or reads weights: truncated files are found by their headers (`weights.torn`).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from flashrl_cli.paths import RunPaths
 
 SET_ASIDE = ".set_aside"
-"""Folder of a run's checkpoints that holds the steps that a resume moved out of its way.
+"""Hidden folder of a run's checkpoints that holds the superseded steps, which a resume moved out of its way.
 
-It is hidden, so that no pattern meets it.
+No pattern matches it, because it is hidden.
 """
 DOOMED = ".pruned"
-"""Folder of a run's checkpoints in which steps wait for their deletion."""
+"""Folder of a run's checkpoints in which steps wait to be deleted."""
 REASON = "reason.txt"
 
 _DAMAGED = "truncated or damaged"
@@ -44,23 +44,23 @@ Evidence = Literal["evaluation", "validation", "reward"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
-    """One `global_step_N` on disk."""
+    """One `global_step_N` folder on disk."""
 
     step: int
     path: Path
     problems: tuple[str, ...]
-    """Each file that a resume would miss, and what is wrong with it; empty for a step that is complete and readable."""
+    """Each file that a resume would lack, with what is wrong with it; empty for a complete and readable step."""
     world_size: int | None
-    """Trainer processes that saved it, and that alone can load it."""
+    """Number of trainer processes that saved the step; only the same number can load it."""
     bytes: int
     written: float
-    """When its newest file was written, seconds since the epoch."""
+    """Modification time of its newest file, in seconds since the epoch."""
     has_hf: bool
-    """Whether it also holds complete weights in Hugging Face's form."""
+    """Whether it also holds complete weights in Hugging Face's format."""
     has_weights: bool
-    """Whether the policy's weights are there in either form: enough to evaluate, though maybe not to resume from."""
+    """Whether the policy's weights are there in either format: enough to evaluate, but not necessarily to resume."""
     tracked: bool
-    """Whether it is the one that verl resumes from by itself."""
+    """Whether verl resumes from this step by default (its tracker file names it)."""
     lora: bool
 
     @property
@@ -70,15 +70,15 @@ class Saved:
 
 
 def saved_steps(run_checkpoints: Path, *, critic: bool, loaded: layout.Loaded | None = None) -> list[Saved]:
-    """Every step of a run's checkpoints, by number; empty if the folder is not there. See `inspect`."""
+    """Every step of a run's checkpoints, by number; empty if the folder does not exist. See `inspect`."""
     return [inspect(folder, critic=critic, loaded=loaded) for folder in _step_folders(run_checkpoints)]
 
 
 def inspect(step_folder: Path, *, critic: bool, loaded: layout.Loaded | None = None) -> Saved:
-    """What `step_folder` holds, and what a resume would miss there.
+    """Inspect `step_folder`: what it holds, and what a resume would lack there.
 
-    `critic`: the run trains one. `loaded`: what the run loads when it resumes (`verl.checkpoints.loaded`), by default
-    all. Raises EnvironmentNotReady for a folder that this user may not read.
+    `critic`: whether the run trains a critic. `loaded`: what the run loads when it resumes (`verl.checkpoints.loaded`),
+    by default everything. Raises EnvironmentNotReady for a folder that the user may not read.
     """
     step = layout.step_number(step_folder.name)
     if step is None:
@@ -102,7 +102,7 @@ def inspect(step_folder: Path, *, critic: bool, loaded: layout.Loaded | None = N
 
 
 def _step_folders(folder: Path) -> list[Path]:
-    """Folders `global_step_N` in `folder`, by number, and nothing else. Raises EnvironmentNotReady."""
+    """Folders `global_step_N` in `folder`, ordered by number. Raises EnvironmentNotReady."""
     with _readable(folder):
         names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
         steps = (step for step in map(layout.step_number, names) if step is not None)
@@ -127,7 +127,7 @@ def _problems(step_folder: Path, loaded: layout.Loaded, *, critic: bool) -> Iter
 
 
 def _model_problems(step_folder: Path, name: str, parts: frozenset[str]) -> Iterator[str]:
-    """What is wrong in `actor/` or `critic/`, each with the file's name in the step."""
+    """Yield what is wrong in `actor/` or `critic/`, each with the path of the file within the step."""
     model = step_folder / name
     if not model.is_dir():
         yield f"{name}/: missing"
@@ -159,9 +159,9 @@ def _unreadable_json(file: Path) -> str | None:
 
 
 def measure(folder: Path) -> tuple[int, float]:
-    """Bytes of all files in `folder`, links not followed, and when the newest was written (seconds since the epoch).
+    """Bytes of all files in `folder` (links not followed), and the newest modification time in seconds since the epoch.
 
-    Both are 0 where there is no folder; files that vanish meanwhile do not count.
+    Both are 0 if the folder does not exist; files that vanish meanwhile do not count.
     """
     size, newest = 0, 0.0
     with contextlib.suppress(FileNotFoundError):
@@ -175,22 +175,22 @@ def measure(folder: Path) -> tuple[int, float]:
 
 
 def set_aside(step_folder: Path, why: str) -> Path:
-    """Move a step out of its run's way, into `.set_aside` beside it, with the reason `why`; returns where it is now.
+    """Move a superseded step into `.set_aside` beside it, with the reason `why`; returns its new path.
 
-    See `hide`.
+    Raises the errors of `hide`.
     """
     target = hide(step_folder, step_folder.parent / SET_ASIDE)
-    # a missing reason is no failure: a full disk is what cuts checkpoints off in the first place
+    # a reason that cannot be written is no failure: often a full disk made the checkpoint incomplete
     with contextlib.suppress(OSError):
         files.write_text(target / REASON, f"{why}\n")
     return target
 
 
 def hide(folder: Path, place: Path) -> Path:
-    """Rename `folder` into the hidden folder `place` (on the same file system); returns where it is now.
+    """Rename `folder` into the hidden folder `place` (on the same file system); returns its new path.
 
-    Nothing is copied and nothing overwritten: where the name is taken, it gets a number. Raises EnvironmentNotReady if
-    the file system refuses.
+    Nothing is copied or overwritten: if the name is taken, a number is added. Raises EnvironmentNotReady if the file
+    system refuses.
     """
     try:
         target = _reserve(place, folder.name)
@@ -207,7 +207,7 @@ def hide(folder: Path, place: Path) -> Path:
 
 
 def _reserve(folder: Path, name: str) -> Path:
-    """A new, empty folder `name`, `name-2`, … in `folder`: renaming a folder over it replaces it, and nothing else."""
+    """Create a new, empty folder `name`, `name-2`, … in `folder`; renaming a folder over it replaces nothing else."""
     folder.mkdir(exist_ok=True)
     number = 1
     while True:
@@ -221,9 +221,9 @@ def _reserve(folder: Path, name: str) -> Path:
 
 
 def point_tracker(run_checkpoints: Path, step: int | None) -> None:
-    """Make verl resume from `step` by itself, or start anew for None.
+    """Make verl resume from `step` by default, or start from scratch for None.
 
-    Raises InputError if there is no such step: verl would start anew in silence.
+    Raises InputError if the step does not exist: verl would silently start from scratch.
     """
     tracker = run_checkpoints / layout.TRACKER
     if step is not None and not (run_checkpoints / layout.step_name(step)).is_dir():
@@ -239,21 +239,21 @@ def point_tracker(run_checkpoints: Path, step: int | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """A value for saved steps, all by the same evidence: accuracy of `evaluation` and `validation`, mean `reward`."""
+    """A value for each saved step from one evidence: accuracy of `evaluation`, of `validation`, or mean `reward`."""
 
     by: Evidence
     values: Mapping[int, float]
 
     def ranked(self) -> list[int]:
-        """Steps from the best on; of two that are equal the later one first."""
+        """Steps from best to worst; the later one first if two are equal."""
         return sorted(self.values, key=lambda step: (self.values[step], step), reverse=True)
 
 
 def scores(run: RunPaths, saved: Collection[Saved]) -> Scores | None:
-    """Scores of those of `saved` that hold weights, by the first evidence that has a value of one; None without any.
+    """Scores of those of `saved` that hold weights, by the first evidence that has any value; None if none has.
 
-    An evaluation that is older than a step's files was one of other weights. Reward is the mean over the step's own
-    batch.
+    An evaluation that is older than a step's files is ignored, because it evaluated other weights. Reward is the mean
+    over the step's own batch.
     """
     usable = {one.step: one for one in saved if one.has_weights}
     logged = functools.cache(lambda: history(run))
@@ -269,9 +269,9 @@ def scores(run: RunPaths, saved: Collection[Saved]) -> Scores | None:
 
 
 def _evaluated(run_checkpoints: Path, steps: Mapping[int, Saved]) -> dict[int, float]:
-    """Accuracy by step from the newest evaluation, of the run or of its project, that has one of `steps`.
+    """Accuracy by step from the newest evaluation, of the run or of its project, that includes one of `steps`.
 
-    Raises InputError for a file that is no evaluation.
+    Raises InputError for a file that is not an evaluation.
     """
     places = (run_checkpoints / EVAL_FOLDER, run_checkpoints.parent / EVAL_FOLDER)
     found = [file for place in places if (file := place / "eval.json").is_file()]
@@ -284,10 +284,10 @@ def _evaluated(run_checkpoints: Path, steps: Mapping[int, Saved]) -> dict[int, f
 
 
 def _rows(file: Path, run_checkpoints: Path) -> Iterator[tuple[int, float]]:
-    """Step and accuracy of an evaluation's rows that belong to the run, on the first of its data sets."""
+    """Yield step and accuracy of the evaluation's rows that belong to the run, on its first data set."""
     try:
         document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        first = document["datasets"][0]["name"] if "datasets" in document else None  # there were times of one alone
+        first = document["datasets"][0]["name"] if "datasets" in document else None  # older files have one set
         for row in document["results"]:
             if (
                 row.get("dataset") == first
@@ -306,7 +306,7 @@ def _is_of(weights: Path, run_checkpoints: Path, step: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """A step that was moved out of its run's way, and why."""
+    """A step that was moved out of its run's way, with the reason."""
 
     path: Path
     bytes: int
@@ -315,14 +315,14 @@ class Hidden:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointList:
-    """All checkpoints of a run, at one moment."""
+    """All checkpoints of a run at one moment."""
 
     run: RunPaths
     saved: tuple[Saved, ...]
     set_aside: tuple[Hidden, ...]
     scores: Scores | None
     leftovers: tuple[Hidden, ...] = ()
-    """What an interrupted prune did not delete."""
+    """Folders that an interrupted prune did not delete."""
 
     @property
     def newest(self) -> int | None:
@@ -358,7 +358,7 @@ class CheckpointList:
 
 
 def list_checkpoints(run: RunPaths) -> CheckpointList:
-    """All checkpoints of `run`, judged by what its newest attempt loads when it resumes."""
+    """All checkpoints of `run`, judged by what its newest attempt would load to resume."""
     plan = store.newest_plan(run)
     critic = plan.get("spec", {}).get("algorithm", {}).get("advantage") == "gae"
     saved = saved_steps(run.checkpoints, critic=critic, loaded=layout.loaded(plan.get("overrides", [])))
@@ -391,7 +391,7 @@ def _reason(path: Path) -> str:
 
 
 def refuse_while_running(run: RunPaths, doing: str) -> None:
-    """Raise InputError while `run`, or another run with the same folder of checkpoints, still writes there."""
+    """Raise InputError while `run`, or another run with the same checkpoint folder, still writes there."""
     names = list(writers(run.checkpoints))
     if not names and _trains(store.newest_plan(run).get("argv")):
         names = [f"{run.name} (flashrl is gone, verl is not)"]
@@ -403,7 +403,7 @@ def refuse_while_running(run: RunPaths, doing: str) -> None:
 
 
 def writers(run_checkpoints: Path) -> Iterator[str]:
-    """The recorded runs that are running and whose checkpoints are this folder, by whatever path: name and machine."""
+    """Yield name and machine of each running run whose checkpoints are in this folder, by whatever path."""
     real = os.path.realpath(run_checkpoints)
     for run in store.all_runs():
         if run.record and os.path.realpath(run.paths.checkpoints) == real:
@@ -412,7 +412,7 @@ def writers(run_checkpoints: Path) -> Iterator[str]:
 
 
 def _trains(argv: object) -> bool:
-    """Whether a process of this machine was started with exactly this command line."""
+    """Whether a process on this machine was started with exactly this command line."""
     import psutil
 
     return bool(argv) and any(process.info["cmdline"] == argv for process in psutil.process_iter(["cmdline"]))

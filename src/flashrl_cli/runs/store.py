@@ -1,12 +1,11 @@
-"""One run on disk: its record, its folders and the plans that its attempts were started with.
+"""One run on disk: its record, its folders, and the plans of its attempts.
 
-The record, `runs/<name>/run.json`, says what was started when and from what, by which attempt, and how it ended. The
-process that supervises an attempt writes it; every change goes through `change`, which locks the run, reads the record
-and replaces the file. An attempt's entry is never removed by a later attempt.
+The record, `runs/<name>/run.json`, holds when each attempt was started, from what, and how it ended. The process that
+supervises an attempt writes it; every change goes through `change`, which locks the run, reads the record and replaces
+the file. An attempt's entry is never removed by a later attempt.
 
-Whatever shows, follows, stops or deletes a run reads it with `find`, `all_runs` or `read_run`: with a record, with a
-damaged one, or without one, as runs were before there were records. What trains a run reads the record alone, with
-`load`.
+Code that shows, follows, stops or deletes a run reads it with `find`, `all_runs` or `read_run`, which also accept a
+damaged record or none (runs that are older than records). Code that trains a run reads the record alone, with `load`.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ from flashrl_cli.paths import AttemptPaths, RunPaths
 SCHEMA_VERSION = 1
 LOCK_TIMEOUT_S = 30.0
 PLAN_VERSION = 1
-"""`schema_version` of the plans that are written and read."""
+"""`schema_version` of plans."""
 _NEAR = 3
-"""Names that are suggested instead of an unknown one."""
+"""Number of similar names that are suggested for an unknown one."""
 
 Status = Literal["running", "done", "failed", "stopped", "lost"]
-"""`lost` is never written: it is the state of a `running` attempt whose process is gone."""
+"""State of an attempt. `lost` is never written: it is the state of a `running` attempt whose process has ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """Something that an attempt did before its first step, and when it began (ISO 8601, UTC)."""
+    """A phase of an attempt before its first step, and when it began (ISO 8601, UTC)."""
 
     name: str
     began: str
@@ -50,42 +49,42 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One start of a run. Times are ISO 8601 in UTC, steps are training steps, `None` is not known (yet)."""
+    """One start of a run. Times are ISO 8601 in UTC, steps are training steps, None means not known (yet)."""
 
     number: int
     status: Status
     started: str
     updated: str
-    """When this entry was last renewed: at each phase, each step, and the end."""
+    """When this entry was last updated: at each phase, at each step, and at the end."""
     ended: str | None = None
     exit_code: int | None = None
     error: str | None = None
-    """Why it failed, one line."""
+    """Why the attempt failed, in one line."""
     hint: str | None = None
     host: str = ""
     pid: int = 0
-    """The supervising flashrl process on `host`."""
+    """Process id of the supervising flashrl process on `host`."""
     pid_started: float = 0.0
-    """When that process started, seconds since the epoch: a pid alone may be another process's by now."""
+    """When that process started, in seconds since the epoch: the pid alone may have been reused."""
     executor: Literal["local", "ray"] = "local"
     ray_address: str | None = None
     job_id: str | None = None
     argv: tuple[str, ...] = ()
     """The flashrl command line."""
     plan_hash: str = ""
-    """SHA-256 of what the plan trains (`train.review.plan_hash`)."""
+    """SHA-256 of the settings that determine what the plan trains (`train.launch.plan_hash`)."""
     resumed_from: int | None = None
-    """Step of the checkpoint that it resumed from."""
+    """Step of the checkpoint that the attempt resumed from."""
     last_step: int | None = None
     total_steps: int | None = None
     phases: tuple[Phase, ...] = ()
     proof: tuple[Mapping[str, Any], ...] = ()
     """The rollout workers' handshakes (`contract.Handshake` as data)."""
     set_aside: tuple[str, ...] = ()
-    """Checkpoints that this attempt moved out of the way before it started, and why."""
+    """Superseded checkpoints that this attempt moved out of its way before it started, with the reasons."""
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     git: Mapping[str, Any] | None = None
-    """State of the repository that flashrl was called in: commit, branch, dirty."""
+    """State of the git repository that flashrl was called in: commit, branch, dirty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +96,7 @@ class RunRecord:
     preset: str
     created: str
     checkpoints: str
-    """Folder of its `global_step_N`."""
+    """Folder that contains the run's `global_step_N`."""
     attempts: tuple[Attempt, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
@@ -108,12 +107,12 @@ class RunRecord:
 
 
 def now() -> str:
-    """This moment as the record writes it."""
+    """The current time in the format of the record."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def load(path: Path) -> RunRecord | None:
-    """Read the record in `path` (a run.json); None if there is none. Raises InputError for a damaged or a newer one."""
+    """Read the record at `path` (a run.json); None if there is none. Raises InputError if it is damaged or newer."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         version = data["schema_version"]
@@ -127,7 +126,7 @@ def load(path: Path) -> RunRecord | None:
 
 
 def change(run: RunPaths, edit: Callable[[RunRecord | None], RunRecord]) -> RunRecord:
-    """Replace the record of `run` by what `edit` makes of it, while no other process does the same."""
+    """Replace the record of `run` by the result of `edit`, under the run's lock."""
     with locked(run):
         record = edit(load(run.record))
         files.write_json(run.record, dataclasses.asdict(record))
@@ -135,7 +134,7 @@ def change(run: RunPaths, edit: Callable[[RunRecord | None], RunRecord]) -> RunR
 
 
 def renew(run: RunPaths, number: int, **changes: Any) -> None:
-    """Set fields of attempt `number`, and when it was renewed; an attempt that the record lacks is not added."""
+    """Update fields of attempt `number`, and the time of the update; an attempt that the record lacks is not added."""
 
     def edit(record: RunRecord | None) -> RunRecord:
         if record is None:
@@ -151,7 +150,7 @@ def renew(run: RunPaths, number: int, **changes: Any) -> None:
 
 @contextlib.contextmanager
 def locked(run: RunPaths) -> Iterator[None]:
-    """Hold the run's lock; raises InputError if another process keeps it for half a minute."""
+    """Hold the run's lock; raises InputError if another process holds it for half a minute."""
     from filelock import FileLock, Timeout
 
     run.root.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -163,7 +162,7 @@ def locked(run: RunPaths) -> Iterator[None]:
 
 
 def state(attempt: Attempt) -> Status:
-    """The attempt's state now: `running` only as long as its process lives, which another machine's is taken to do."""
+    """The attempt's state now: `lost` for a `running` one whose process has ended, as far as this machine can see."""
     if attempt.status != "running" or attempt.host != socket.gethostname():
         return attempt.status
     return "running" if is_alive(attempt.pid, attempt.pid_started) else "lost"
@@ -181,7 +180,7 @@ def is_alive(pid: int, started: float) -> bool:
 
 
 def own_process() -> dict[str, Any]:
-    """Fields of an attempt that identify this process."""
+    """Fields of an attempt that identify the current process."""
     import psutil
 
     return {"host": socket.gethostname(), "pid": os.getpid(), "pid_started": psutil.Process().create_time()}
@@ -201,7 +200,7 @@ def _attempt(data: dict[str, Any]) -> Attempt:
 class Run:
     """A run on disk: its folders, and its record as far as it can be read.
 
-    `damage` says why there is no record although there is a file.
+    `damage` says why the record is missing although its file exists.
     """
 
     paths: RunPaths
@@ -210,12 +209,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """The run's name, which is the name of its folder."""
         return self.paths.name
 
     @property
     def attempts(self) -> tuple[Attempt, ...]:
-        """Attempts in the record, in order; none without a record."""
+        """Attempts in the record, in order; empty without a record."""
         return self.record.attempts if self.record else ()
 
     @property
@@ -237,13 +236,13 @@ class Run:
         return None
 
     def plan(self, number: int) -> dict[str, Any] | None:
-        """The plan that attempt `number` executed; None where it is missing or unreadable."""
+        """The plan that attempt `number` executed; None if it is missing or unreadable."""
         with contextlib.suppress(InputError, OSError):
             return read_plan(self.paths.attempt(number).plan)
         return None
 
     def setting(self, number: int, *keys: str) -> Any:
-        """A value of the preset in the plan of attempt `number`; None without such a plan or value."""
+        """A value of the preset in the plan of attempt `number`; None if there is no such plan or value."""
         value: Any = (self.plan(number) or {}).get("spec")
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
@@ -252,9 +251,9 @@ class Run:
     def recorded_paths(self) -> RunPaths:
         """The run's folders as its record names them.
 
-        Raises InputError without a record, or if its checkpoints' folder is another's.
+        Raises InputError without a record, or if the checkpoint folder is not the run's own.
 
-        A run's checkpoints are in a folder of its own name, so `/` or a home in a damaged record is refused.
+        The checkpoint folder has the run's name, so that a damaged record that names `/` or a home folder is refused.
         """
         if self.record is None:
             raise InputError(
@@ -272,9 +271,9 @@ class Run:
 
 
 def find(name: str) -> Run:
-    """The run called `name`.
+    """Find the run called `name`.
 
-    Raises InputError for what is no run's name, NothingMatched (with near names) for no run.
+    Raises InputError if `name` is not a valid name, NothingMatched (with similar names) if there is no such run.
     """
     if not re.match(paths.FOLDER_NAME, name):
         raise InputError(
@@ -302,7 +301,7 @@ def run_names() -> list[str]:
 
 
 def read_run(root: Path) -> Run:
-    """The run whose folder is `root`, whatever state it is in; the folder may be missing."""
+    """The run whose folder is `root`, whatever its state; the folder may be missing."""
     found, damage = None, None
     try:
         found = load(root / "run.json")
@@ -318,7 +317,7 @@ def read_run(root: Path) -> Run:
 
 
 def _check(found: RunRecord) -> None:
-    """Raise ValueError or TypeError for a record whose values are of other types than the rest of flashrl expects."""
+    """Raise ValueError or TypeError for a record whose values have unexpected types."""
     Path(found.checkpoints)
     for attempt in found.attempts:
         times = [attempt.started, attempt.updated, *(phase.began for phase in attempt.phases)]
@@ -331,7 +330,7 @@ def _check(found: RunRecord) -> None:
 
 
 def _checkpoints_by_plan(run: RunPaths) -> Path:
-    """Folder of checkpoints of a run without a record: its newest plan's, or the only one of its name."""
+    """Checkpoint folder of a run without a record: the one in its newest plan, or the only one of its name."""
     with contextlib.suppress(InputError, OSError):
         named = newest_plan(run).get("files", {}).get("checkpoints")
         if isinstance(named, str):
@@ -341,13 +340,13 @@ def _checkpoints_by_plan(run: RunPaths) -> Path:
 
 
 def newest_plan(run: RunPaths) -> dict[str, Any]:
-    """The plan of the newest attempt that left one; empty without any. Raises InputError as `read_plan`."""
+    """The newest plan that an attempt of the run left; empty if there is none. Raises InputError like `read_plan`."""
     file = _newest_plan_file(run)
     return read_plan(file) if file else {}
 
 
 def find_plan(reference: str) -> Path | None:
-    """A plan's file: itself, an attempt's, or that of a run's newest attempt; paths may start in the runs folder."""
+    """Path of a plan.json: itself, an attempt's, or a run's newest one; paths may be relative to the runs folder."""
     for place in (paths.absolute(reference), paths.absolute(paths.runs_root() / reference)):
         if place.is_file() and place.suffix == ".json":
             return place
@@ -358,9 +357,9 @@ def find_plan(reference: str) -> Path | None:
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """The plan's document (`train.plan.plan_document`).
+    """Read a plan's document (`train.plan.plan_document`).
 
-    Raises InputError when the file is none, or another version's.
+    Raises InputError if the file is not a plan, or one of another version.
     """
     hint = "a plan is the plan.json of a run's attempt; move a damaged one away"
     try:

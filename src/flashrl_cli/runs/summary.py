@@ -1,7 +1,7 @@
-"""A run as a row of the list, in numbers, and in full.
+"""A run as a row of the list, as numbers, and in full.
 
-`rows` is the list of runs, one `Row` each. `summarize` reads all files of one run, each once: `flashrl runs show`
-prints its `Summary` and `render.run_report` writes it as a report.
+`rows` is the list of runs, one `Row` each. `summarize` reads all files of one run once: `flashrl runs show` prints its
+`Summary` and `render.run_report` writes it as a report.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from flashrl_cli.verl.metrics import StepMetrics
 
 OTHER = "other"
-"""What verl's timer of a step holds beside its phases."""
+"""The part of verl's step timer that no phase covers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A run in the list. What is not known is None; times are ISO 8601 in UTC, sizes in bytes."""
+    """A run in the list. Unknown values are None; times are ISO 8601 in UTC, sizes in bytes."""
 
     name: str
     preset: str | None
@@ -50,16 +50,16 @@ class Row:
     run_bytes: int
     checkpoint_bytes: int
     problem: str | None
-    """Why there is no record, if there should be one."""
+    """Why the record is missing or unreadable, if the run should have one."""
 
 
 def rows() -> list[Row]:
-    """All runs, the one that changed last first."""
+    """All runs, the most recently changed one first."""
     return sorted(map(row, store.all_runs()), key=lambda one: (one.changed, one.name), reverse=True)
 
 
 def row(run: Run, metrics: RunMetrics | None = None) -> Row:
-    """The row of one run from its record and its metrics: the end of the newest file, unless all were read already."""
+    """The row of one run from its record and `metrics`, which default to the end of the newest metrics file."""
     step, accuracy = None, None
     if (logged := run.logged()) is not None:
         file = run.paths.attempt(logged).metrics
@@ -84,7 +84,7 @@ def row(run: Run, metrics: RunMetrics | None = None) -> Row:
 
 
 def _planned(run: Run) -> tuple[str | None, int | None]:
-    """Preset and number of steps by the newest plan that can be read; only read where the record lacks them."""
+    """Preset and number of steps from the newest readable plan; only read where the record lacks them."""
     if run.last and run.last.total_steps is not None:
         return None, None
     for number in reversed(run.paths.attempts()):
@@ -94,7 +94,7 @@ def _planned(run: Run) -> tuple[str | None, int | None]:
 
 
 def _changed(run: Run) -> str:
-    """When anything of a run without a record was written last."""
+    """When a file of a run without a record was last written."""
     attempts = [run.paths.attempt(number) for number in run.paths.attempts()]
     places = [run.paths.root, *(file for one in attempts for file in (one.root, one.log, one.metrics))]
     return datetime.fromtimestamp(max(map(_modified, places)), UTC).isoformat(timespec="seconds")
@@ -109,7 +109,7 @@ def _modified(path: Path) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A value and its step."""
+    """A value and the step that it belongs to."""
 
     step: int
     value: float
@@ -117,27 +117,27 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """A run in numbers; None for what is not known. Speeds are medians over the steps."""
+    """A run in numbers; None for unknown values. Speeds are medians over the steps."""
 
     steps: int
     """The last training step."""
     total_steps: int | None
     reward: tuple[Point, Point] | None
-    """Of the first and of the last step."""
+    """Reward of the first and of the last step."""
     accuracy: tuple[Point, Point] | None
-    """First and last validation."""
+    """Accuracy of the first and of the last validation."""
     running_s: float | None
-    """Seconds that all attempts ran, together."""
+    """Seconds that all attempts ran, added up."""
     step_s: float | None
     tokens_per_s: float | None
-    """Of each device."""
+    """Tokens per second and device."""
     tokens: float | None
-    """Prompts and responses of all steps."""
+    """Prompt and response tokens of all steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """Seconds spent on something, and the share of the whole."""
+    """Seconds spent on something, and their share of the total."""
 
     what: str
     seconds: float
@@ -145,7 +145,7 @@ class Spent:
 
 
 def totals(record: RunRecord | None, history: Sequence[StepMetrics]) -> Totals:
-    """The numbers of a run from its record, if it has one, and its metrics."""
+    """The numbers of a run from its metrics and, if it has one, its record."""
     attempts = record.attempts if record else ()
     trained = [metrics for metrics in history if metrics.trained]
     return Totals(
@@ -161,15 +161,16 @@ def totals(record: RunRecord | None, history: Sequence[StepMetrics]) -> Totals:
 
 
 def ran_s(attempt: Attempt) -> float:
-    """Seconds from an attempt's start to its end, or to when its entry was renewed last."""
+    """Seconds from an attempt's start to its end, or to the last update of its entry."""
     return _seconds(attempt.started, attempt.ended or attempt.updated)
 
 
 def step_shares(history: Sequence[StepMetrics], starts: Sequence[int] = ()) -> list[Spent]:
-    """Mean seconds of a step by phase, and the share of each, in the order of a step; what no phase covers comes last.
+    """Mean seconds of a step by phase, with their shares, in the order of a step; time outside the phases comes last.
 
     The first step of each attempt warms up, so it is left out unless there are no others; `starts` are the steps after
-    which later attempts resumed. Validation is spread over all steps: verl's timer of the step does not hold it.
+    which later attempts resumed. Validation time is spread over all steps, because verl's step timer does not include
+    it.
     """
     timed = [metrics for metrics in history if metrics.trained and metrics["step_s"]]
     first = {metrics.step for metrics in timed[:1]} | {step + 1 for step in starts}
@@ -181,7 +182,7 @@ def step_shares(history: Sequence[StepMetrics], starts: Sequence[int] = ()) -> l
 
 
 def start_shares(attempt: Attempt) -> list[Spent]:
-    """Seconds of each phase of an attempt's start; its last phase is the first step, unless it ended before that."""
+    """Seconds of each phase of an attempt's start; the last phase is the first step, unless it ended earlier."""
     began = [(phase.name, phase.began) for phase in attempt.phases]
     if attempt.last_step is None and attempt.ended:
         began.append(("", attempt.ended))
@@ -218,7 +219,7 @@ class AttemptRow:
     state: Status | None = None
     started: str | None = None
     seconds: float | None = None
-    """From its start to its end, or until now, or (when it is lost) until its entry was renewed last."""
+    """Seconds from its start to its end, to now, or (if it is lost) to the last update of its entry."""
     last_step: int | None = None
     resumed_from: int | None = None
     exit_code: int | None = None
@@ -228,27 +229,27 @@ class AttemptRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """All that is known of one run; `notes` say what could not be read."""
+    """All that is known about one run; `notes` name what could not be read."""
 
     row: Row
     run: Run
     attempts: tuple[AttemptRow, ...]
     metrics: RunMetrics
     start: tuple[Spent, ...]
-    """Phases of the newest attempt's start."""
+    """Phases of the start of the newest attempt."""
     step: tuple[Spent, ...]
-    """Phases of a mean step."""
+    """Phases of an average step."""
     plans: Mapping[int, Mapping[str, Any]]
-    """Documents of the plans by attempt."""
+    """The plans' documents, by attempt."""
     handshakes: dict[int, list[Handshake]]
-    """Of each attempt's rollout workers, as they were renewed last: its files, else what the record holds."""
+    """The latest handshakes of each attempt's rollout workers: from its files, else from the record."""
     advice: Advice
-    """On the newest attempt that logged metrics."""
+    """Mismatch advice on the newest attempt that logged metrics."""
     notes: tuple[str, ...]
 
     @property
     def proof(self) -> Sequence[Handshake]:
-        """Handshakes of the newest attempt that has some, as the record holds them from when they proved it."""
+        """Handshakes of the newest attempt that has some, as the record kept them when the precision was proven."""
         for attempt in reversed(self.run.attempts):
             if attempt.proof:
                 with contextlib.suppress(TypeError):
@@ -257,16 +258,16 @@ class Summary:
 
     @property
     def set_aside(self) -> list[str]:
-        """Checkpoints that attempts moved out of their way, and why."""
+        """Superseded checkpoints that attempts moved out of their way, with the reasons."""
         return [one for attempt in self.run.attempts for one in attempt.set_aside]
 
     @property
     def plan(self) -> Mapping[str, Any]:
-        """The newest plan, empty if there is none."""
+        """The newest plan; empty if there is none."""
         return self.plans[max(self.plans)] if self.plans else {}
 
     def document(self) -> dict[str, Any]:
-        """Plain data for `runs show --json`: the record word for word, and what is drawn from the metrics."""
+        """Plain data for `runs show --json`: the unchanged record, and what is computed from the metrics."""
         history = self.metrics.history
         return {
             "run": asdict(self.row),
@@ -285,7 +286,7 @@ class Summary:
 
 
 def summarize(run: Run) -> Summary:
-    """Read what there is of `run`, which may lack a record, plans or metrics."""
+    """Read the files of `run`, which may lack a record, plans or metrics."""
     notes: list[str] = []
     if run.damage:
         notes.append(f"The record is left out: {run.damage}.")
@@ -323,7 +324,7 @@ def _plan(run: Run, number: int, notes: list[str]) -> dict[str, Any] | None:
 
 
 def _handshakes(run: Run, number: int, notes: list[str]) -> list[Handshake]:
-    """Handshakes of an attempt: its files, or what the record holds of them."""
+    """Handshakes of an attempt, from its files or else from the record."""
     recorded = next((one.proof for one in run.attempts if one.number == number), ())
     try:
         found = list(contract.read_handshakes(run.paths.attempt(number).plugins))

@@ -1,1 +1,1 @@
-"""From a plan to a supervised run."""
+"""From a launch plan to a supervised run."""

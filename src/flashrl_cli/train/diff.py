@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Two configurations side by side; `values` is None where one was recorded before plans held them."""
+    """Two configurations side by side; `values` is None where a plan was recorded before plans contained them."""
 
     values: list[Difference] | None
     overrides: list[Difference]
@@ -30,9 +30,9 @@ class Comparison:
 
 
 def document_of(reference: str, options: Options) -> dict[str, Any]:
-    """The plan's document of a preset (with options), or of what a run, an attempt or a plan.json recorded.
+    """The plan document of a preset (with options), or the one that a run, an attempt or a plan.json recorded.
 
-    A name that is both a preset's and a run's is the preset's. Raises InputError.
+    A name of both a preset and a run means the preset. Raises InputError.
     """
     recorded = None if reference in presets.names() else find_plan(reference)
     if recorded and options:
@@ -47,7 +47,7 @@ def document_of(reference: str, options: Options) -> dict[str, Any]:
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
-    """Compare two plans' documents. Their names, folders and the presets' descriptions are not differences."""
+    """Compare two plan documents. Names, folders and descriptions of the presets do not count as differences."""
     typed = None
     if "spec" in a and "spec" in b:
         typed = list(differences(_values(a), _values(b), b["origins"]))
@@ -59,7 +59,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
 
 
 def _must_exist(reference: str) -> None:
-    """Raise InputError, with the nearest names of presets and of runs, for one that is neither's."""
+    """Raise InputError, with the most similar names, for a reference that is neither a preset nor a run."""
     try:
         presets.locate(reference)
     except InputError as error:
@@ -78,13 +78,13 @@ def _overrides(document: Mapping[str, Any]) -> dict[str, Verbatim]:
 
 
 def _environment(document: Mapping[str, Any]) -> dict[str, Verbatim]:
-    """What the plan adds to the environment, less what `env` of the spec sets already."""
+    """What the plan adds to the environment, without the variables that `env` of the spec sets."""
     in_spec = document.get("spec", {}).get("env", {})
     return {key: _without_places(value, document) for key, value in document["env"].items() if key not in in_spec}
 
 
 def _without_places(text: str, document: Mapping[str, Any]) -> Verbatim:
-    """`text` with the run's own name and folders replaced by what they are."""
+    """`text` with the run's name and folders replaced by placeholders."""
     if text == quote(document["name"]):
         return Verbatim("<name>")
     for what, place in sorted(document["files"].items(), key=lambda item: -len(item[1])):

@@ -1,7 +1,7 @@
-"""Stands between flashrl and the command that it runs: `python -m flashrl_cli.train.guardian LIFELINE COMMAND…`.
+"""Parent process of the command that flashrl runs: `python -m flashrl_cli.train.guardian LIFELINE COMMAND…`.
 
-LIFELINE is the number of a pipe's reading end whose other end flashrl holds. When flashrl is killed the pipe closes,
-and the guardian ends the command with all that it started. It adopts orphans, so nothing escapes it.
+LIFELINE is the file descriptor of a pipe's read end; flashrl holds the write end. When flashrl is killed, the pipe
+closes, and the guardian ends the command and all its descendants. It adopts orphans, so no process escapes it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from flashrl_cli.worker.server import end_with_parent
 
 POLL_S = 0.2
 GRACE_S = 10.0
-"""Time that the command gets to end by itself once nobody watches it any more."""
+"""Seconds that the command gets to end by itself once flashrl is gone."""
 
 
 def guard(lifeline: int, argv: list[str]) -> int:
-    """Run `argv` and return its exit code (a signal's number negative); ends all of it when `lifeline` closes."""
+    """Run `argv` and return its exit code (a signal's number negative); end it all when `lifeline` closes."""
     descendants = Descendants()
-    # blocked until the handler knows the command, or a TERM in between would leave it behind
+    # blocked until the handler knows the command; a TERM in between would leave the command behind
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, preexec_fn=_prepare)  # noqa: PLW1509 - system calls only
 
@@ -50,7 +50,7 @@ def _prepare() -> None:
 
 
 def main() -> None:
-    """Guard the command and end as it ended."""
+    """Run the command under guard, and end with its exit code or signal."""
     code = guard(int(sys.argv[1]), sys.argv[2:])
     if code < 0:
         with contextlib.suppress(OSError):  # KILL has no handler to reset

@@ -1,4 +1,4 @@
-"""The proof that a precision is live: handshakes of the rollout workers, compared with what was asked for."""
+"""The proof that a precision is in effect: the rollout workers' handshakes, compared with the request."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What must be proven: `workers` rollout workers that hold `precision` and a KV cache in `kv_cache`; 0 for nothing.
+    """What must be proven: `workers` rollout workers hold `precision` and a KV cache in `kv_cache`; 0 for nothing.
 
     Exactly `bf16_workers` of them must hold bf16 instead; `lm_head` is the dtype in which all must compute logits, None
-    for any. `smoothed` counts the tensors that a profile must have changed at the last refit; None means at least one,
-    where the profile is not on this machine.
+    for any. `smoothed` is the number of tensors that a profile must have changed at the last refit; None means at least
+    one, because the profile is not on this machine.
     """
 
     precision: str
@@ -53,7 +53,7 @@ def _smoothed(plan: LaunchPlan) -> int | None:
     profile = rollout_options(plan.spec).profile
     try:
         return len(Profile.read(Path(profile)).names) if profile else 0
-    except Unreadable:  # a cluster's nodes may see files that this machine does not
+    except Unreadable:  # nodes of a cluster may see files that this machine does not
         return None
 
 
@@ -101,7 +101,7 @@ def _smoothing(expected: Expectation, found: Handshake) -> str | None:
 
 
 def _mix(expected: Expectation, handshakes: list[Handshake]) -> str | None:
-    """Too many workers of one precision are too few of the other once all have written."""
+    """Report too many workers of one precision: once all have written, there will be too few of the other."""
     if not expected.bf16_workers:
         return None
     bf16 = sum(one.precision == "bf16" for one in handshakes)
@@ -115,7 +115,7 @@ def _mix(expected: Expectation, handshakes: list[Handshake]) -> str | None:
 
 
 def missing(expected: Expectation, handshakes: list[Handshake]) -> str | None:
-    """Once a step was sampled, every worker must have written its handshake: who has not, or None."""
+    """The workers whose handshake is missing, or None; every worker must have written one once a step was sampled."""
     if len(handshakes) >= expected.workers:
         return None
     proven = f"{len(handshakes)} of {expected.workers} workers proved theirs"

@@ -1,6 +1,6 @@
-"""From a preset and options to what starts a run: the plan of its next attempt, judged on verl's own configuration.
+"""From a preset and options to the plan of a run's next attempt, checked against verl's own configuration.
 
-Nothing is started here. `plan` says what a plan is, `resume` where a run goes on, `run` carries a plan out.
+Nothing is started here. `plan` defines plans, `resume` decides where a run continues, and `run` executes a plan.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """What starts a run, and a point of a sweep alike: the preset's values, the plan, verl's configuration of it."""
+    """What starts a run or a point of a sweep: the preset's values, the plan, and verl's configuration of it."""
 
     resolved: Resolved
     plan: LaunchPlan
@@ -43,17 +43,17 @@ class Launch:
 
 
 def read(preset: str, options: Options) -> Resolved:
-    """A preset under options, with hints from verl's keys to flashrl's. Raises InputError where it is no valid spec."""
+    """Read a preset with options; errors refer verl's keys to flashrl's. Raises InputError for an invalid spec."""
     return read_spec(preset, options, translation)
 
 
 def next_plan(
     resolved: Resolved, name: str | None, *, resume: str, look_only: bool = False, force: bool = False
 ) -> LaunchPlan:
-    """Plan of the next attempt of a run; `look_only` plans for a used name, too.
+    """Plan the next attempt of a run; `look_only` also plans for a name that is in use.
 
-    Raises InputError: for a name in use, a step that cannot be loaded, and, without `force`, for a run that was started
-    with another configuration.
+    Raises InputError for a name that is in use, for a step that cannot be loaded, and, without `force`, for a run that
+    was started with another configuration.
     """
     run_name = default_name(resolved.spec.name, resolved.spec) if name is None else name
     run = run_paths(run_name, resolved.spec, paths.runs_root(), paths.checkpoints_root())
@@ -69,18 +69,18 @@ def next_plan(
 
 
 def judge(resolved: Resolved, plan: LaunchPlan) -> Tree:
-    """verl's configuration of a plan. Raises InputError with all that is wrong; EnvironmentNotReady without verl."""
+    """verl's configuration of a plan. Raises InputError with every problem, EnvironmentNotReady without verl."""
     return check_overrides(resolved, plan.overrides, shape(resolved.spec.model.path))
 
 
 def preview(preset: str, options: Options) -> tuple[Resolved, LaunchPlan]:
-    """A preset and the plan of its first run under its default name. Raises InputError where its values break rules."""
+    """A preset and the plan of its first run under its default name. Raises InputError if its values break rules."""
     resolved = read(preset, options).checked()
     return resolved, _first_plan(resolved)
 
 
 def check(preset: str, options: Options) -> list[Problem]:
-    """What spec, rules or verl's tree have against a preset. Raises EnvironmentNotReady without verl."""
+    """Problems of a preset by the spec, the rules or verl's configuration. Raises EnvironmentNotReady without verl."""
     try:
         resolved = read(preset, options)
         judge(resolved, _first_plan(resolved))
@@ -90,9 +90,9 @@ def check(preset: str, options: Options) -> list[Problem]:
 
 
 def next_attempt(run: RunPaths, *, resume: str) -> int:
-    """Number of the attempt to start; a name that was used before is refused unless it is resumed.
+    """Number of the attempt to start; a name that was used before is refused unless the run is resumed.
 
-    verl goes on silently where a run of the same name left checkpoints.
+    Otherwise verl would silently continue from the checkpoints of an earlier run of the same name.
     """
     if not re.match(FOLDER_NAME, run.name):
         raise InputError(f"--name {run.name}: not the name of a folder", hint="no slash, and no dot at its start")
@@ -110,7 +110,7 @@ def _first_plan(resolved: Resolved) -> LaunchPlan:
 
 
 def _plan(resolved: Resolved, name: str, attempt: int, resume: Resume) -> LaunchPlan:
-    """A plan of this process: with its Python, its roots and its level of logging."""
+    """A plan for this process, with its Python, its root folders and its log level."""
     return build_plan(
         resolved,
         name=name,
@@ -138,12 +138,13 @@ FREE = (
     "verl.ray_kwargs.",
     "verl.+ray_kwargs.",
 )
-"""Keys, and starts of keys, that a run may change when it goes on: how long it is, how it is watched, where it runs and
-what it writes, but not what it learns."""
+"""Keys, and prefixes of keys, that may change when a run is resumed: how long it runs, how it is watched, where it runs
+and what it writes, but not what it learns.
+"""
 
 
 def plan_hash(plan: LaunchPlan) -> str:
-    """Hex SHA-256 of what a plan trains: its preset's values, less those that may change in mid-run (`FREE`)."""
+    """Hex SHA-256 of the values that determine what a plan trains, without those that may change (`FREE`)."""
     text = json.dumps(_trained(plan.spec.model_dump(mode="json")), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -151,7 +152,7 @@ def plan_hash(plan: LaunchPlan) -> str:
 def changes(plan: LaunchPlan) -> list[Difference]:
     """What `plan` trains differently from the run's newest attempt before it.
 
-    Empty for a first one, or where that one's plan does not hold the preset's values.
+    Empty for a first attempt, or if the earlier plan does not contain the preset's values.
     """
     recorded = newest_plan(plan.paths).get("spec")
     if recorded is None:

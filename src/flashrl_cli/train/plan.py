@@ -1,7 +1,7 @@
 """The launch plan: everything that a run will be started with, computed and printable before anything starts.
 
-Pure: no clock, no environment; `--dry-run` prints exactly what a launch executes, as one shell script or as one
-document.
+It is pure: it reads neither clock nor environment. `--dry-run` prints exactly what a launch executes, as one shell
+script or as one document.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ENTRY_POINT = "verl.trainer.main_ppo"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchPlan:
-    """One attempt of one run. `env` holds what is added to the environment; `cwd` is the attempt's folder."""
+    """One attempt of one run. `env` holds the variables added to the environment; `cwd` is the attempt's folder."""
 
     name: str
     preset: str
@@ -47,13 +47,13 @@ class LaunchPlan:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has done all its steps already, as far as `trainer.steps` tells."""
+        """Whether the run has already done all its steps, if `trainer.steps` gives their number."""
         steps, done = self.spec.trainer.steps, self.resume.step
         return steps is not None and done is not None and done >= steps
 
 
 def default_name(preset: str, spec: RunSpec) -> str:
-    """Name of a run that was given none: preset, precision, other changes of rollouts, cap (`tiny-int8-kv8-tis2`)."""
+    """Default name of a run: preset, precision, other rollout options, cap (for example `tiny-int8-kv8-tis2`)."""
     rollout, cap = spec.rollout, spec.correction.cap
     parts = {
         "kv8": rollout.kv_cache == "fp8",
@@ -66,7 +66,7 @@ def default_name(preset: str, spec: RunSpec) -> str:
 
 
 def run_paths(name: str, spec: RunSpec, runs_root: Path, checkpoints_root: Path) -> RunPaths:
-    """Folders of a run of that name: its checkpoints are kept by project."""
+    """Folders of a run of that name; its checkpoints are grouped by project."""
     return RunPaths(name, runs_root / name, checkpoints_root / spec.trainer.project / name)
 
 
@@ -82,7 +82,7 @@ def build_plan(
     resume: Resume = FROM_NOTHING,
     logging: str | None = None,
 ) -> LaunchPlan:
-    """Plan of an attempt of run `name`, going on from `resume`; roots are absolute, `logging` is the plugins' level."""
+    """Plan an attempt of run `name` that continues from `resume`; roots are absolute, `logging` is for the plugins."""
     spec = resolved.spec
     run = run_paths(name, spec, runs_root, checkpoints_root)
     files = run.attempt(attempt)
@@ -105,7 +105,7 @@ def build_plan(
 
 
 def plan_document(plan: LaunchPlan) -> dict[str, Any]:
-    """The plan as plain data: what `--dry-run --json` prints and `plan.json` holds."""
+    """The plan as plain data, as printed by `--dry-run --json` and stored in `plan.json`."""
     return {
         "schema_version": PLAN_VERSION,
         "preset": plan.preset,
@@ -139,15 +139,16 @@ def _files(plan: LaunchPlan) -> dict[str, str]:
 
 
 def _hydra_settings(files: AttemptPaths) -> tuple[str, ...]:
-    """Hydra's own settings: without them it makes an `outputs/` folder; its log goes to the attempt's."""
+    """Hydra's own settings: without them it creates an `outputs/` folder; its log goes to the attempt's folder."""
     return (f"hydra.run.dir={quote(str(files.root / 'hydra'))}", "hydra.output_subdir=null")
 
 
 def plan_script(plan: LaunchPlan, remarks: Sequence[str] = (), *, submission: Sequence[str] = ()) -> str:
     """The plan as a POSIX shell script: overrides by theme, environment, files; `remarks` are comments at its top.
 
-    It runs what a launch runs, less the watching; overrides come in another order, which means nothing to Hydra. With
-    lines of a `submission`, which take the overrides as `$@`, it ends in these and leaves the environment to them.
+    It runs what a launch runs, without the supervision; overrides are in another order, which is equivalent for Hydra.
+    With the lines of a `submission`, which take the overrides as `$@`, the script ends with them and leaves the
+    environment to the job.
     """
     attempt = plan.attempt_paths
     lines = [
@@ -199,5 +200,5 @@ def _execution(plan: LaunchPlan) -> Iterator[str]:
 
 
 def _quoted(word: str) -> str:
-    """As `shlex.quote`, but readable where Hydra's own quotes are in `word`."""
+    """Quote `word` like `shlex.quote`, but readably where it contains Hydra's own quotes."""
     return f'"{word}"' if "'" in word and not set(word) & set('$`"\\!') else shlex.quote(word)

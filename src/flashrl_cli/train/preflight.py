@@ -1,8 +1,9 @@
-"""Can this machine run a preset? Found out before anything starts, every reason at once.
+"""Preflight: check whether this machine can run a preset before anything starts, and report every problem at once.
 
-`train` refuses to start over the failures; `flashrl doctor --preset` shows the same findings, the good ones too. In
-this order: software (`machine.software`), what the run computes on (Ray, sockets, GPUs, attention), what it reads (data
-files, models, a smoothing profile), room for its checkpoints, its loggers, and at last the rows of its data files.
+`train` refuses to start if a check fails; `flashrl doctor --preset` shows the same findings and the successful ones.
+The order is: software (`machine.software`), what the run computes on (Ray, sockets, GPUs, attention), what it reads
+(data files, models, a smoothing profile), disk space for its checkpoints, its loggers, and finally the rows of its data
+files.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ if TYPE_CHECKING:
     from flashrl_cli.weights.shape import ModelShape
 
 MOST_FIXES = 2
-"""Fixes that the last line repeats, which is all that some logs keep."""
+"""Number of fixes that the last line repeats, because some logs keep only that line."""
 
 
 def check(plan: LaunchPlan) -> None:
-    """Raise EnvironmentNotReady with every reason why this machine cannot run `plan`, InputError for the rows alone."""
+    """Raise EnvironmentNotReady with every reason why this machine cannot run `plan`, InputError for rows alone."""
     found = list(problems(_machine(plan.spec)))
     if not found:
         return check_rows(plan)
@@ -71,7 +72,7 @@ def check_rows(plan: LaunchPlan) -> None:
 
 
 def findings(spec: RunSpec) -> Iterator[Finding]:
-    """Yield a finding for each thing that a run of `spec` needs of this machine, and for each kind of bad row."""
+    """Yield a finding for each requirement of a run of `spec` on this machine, and for each type of invalid row."""
     yield from _machine(spec)
     for problem in row_problems(spec):
         yield fail(str(problem.where or "rows"), problem.message, problem.hint)
@@ -91,7 +92,7 @@ def _machine(spec: RunSpec) -> Iterator[Finding]:
 
 
 def device_findings(spec: RunSpec, versions: Mapping[str, str]) -> Iterator[Finding]:
-    """Yield what this machine has of what `spec` computes on; the GPUs of a Ray cluster cannot be seen from here."""
+    """Yield findings on the hardware that `spec` runs on; the GPUs of a Ray cluster cannot be seen from here."""
     joined = _cluster(spec)
     yield from _ray(spec, joined)
     yield from system.sockets(_environment(spec))
@@ -110,12 +111,12 @@ def device_findings(spec: RunSpec, versions: Mapping[str, str]) -> Iterator[Find
 
 
 def _environment(spec: RunSpec) -> dict[str, str]:
-    """The environment of a run here: this process's, and the preset's `env` over it."""
+    """The environment of a run on this machine: that of this process, overridden by the preset's `env`."""
     return {**os.environ, **spec.env}
 
 
 def _cluster(spec: RunSpec) -> tuple[str, str] | None:
-    """The cluster that a run of `spec` joins, and the variable, key or file that says so."""
+    """The cluster that a run of `spec` joins, and the variable, key or file that names it."""
     joined = ray_state.probe_cluster(_environment(spec), environment.ray_arguments(spec.verl))
     if joined and joined[1] in spec.env:
         return joined[0], f"env.{joined[1]}"
@@ -123,7 +124,7 @@ def _cluster(spec: RunSpec) -> tuple[str, str] | None:
 
 
 def _ray(spec: RunSpec, joined: tuple[str, str] | None) -> Iterator[Finding]:
-    """Yield whether the run finds the Ray that it joins, or can start its own."""
+    """Yield whether the run finds the Ray cluster that it joins, or can start its own."""
     arguments = environment.ray_arguments(spec.verl)
     if joined is None:
         yield ray_state.cluster(None, answers=None)
@@ -139,7 +140,7 @@ def _ray(spec: RunSpec, joined: tuple[str, str] | None) -> Iterator[Finding]:
 
 
 def _enough_gpus(spec: RunSpec, found: int) -> Finding:
-    """Whether a machine with `found` GPUs, and no cluster, has what a run on GPUs asks for."""
+    """Whether a machine with `found` GPUs and no cluster has as many as a run on GPUs requires."""
     asked = spec.resources
     wanted = f"{asked.nodes} x {asked.gpus_per_node} CUDA GPUs"
     if asked.nodes == 1 and found >= asked.gpus_per_node:
@@ -152,7 +153,7 @@ def _enough_gpus(spec: RunSpec, found: int) -> Finding:
 
 
 def _attention(spec: RunSpec, versions: Mapping[str, str]) -> Finding:
-    """How a run on GPUs gets its attention: a run that asks for flash-attn dies without it."""
+    """Which attention a run on GPUs uses: a run that requires flash-attn fails without it."""
     finding = software.flash_attention(versions, environment.WITHOUT_FLASH)
     if "flash-attn" in versions or "kernels" in versions:
         return finding
@@ -163,7 +164,7 @@ def _attention(spec: RunSpec, versions: Mapping[str, str]) -> Finding:
 
 
 def storage_findings(spec: RunSpec) -> Iterator[Finding]:
-    """Yield which files and models that `spec` names are there, and whether the disk has room for its checkpoints."""
+    """Yield findings on the files and models that `spec` names, and on the disk space for its checkpoints."""
     here = local_inputs(spec)
     for key, path in here.items():
         if key == PROFILE:
@@ -180,7 +181,7 @@ PROFILE = "rollout.profile"
 
 
 def local_inputs(spec: RunSpec) -> dict[str, Path]:
-    """Spec keys to the files and folders that they name on this machine; a hub id names none."""
+    """Map spec keys to the files and folders on this machine that they name; hub ids are left out."""
     data_root = paths.data_root()
     named = {
         "data.train": data_path("train")(spec.data.train, data_root),
@@ -193,7 +194,7 @@ def local_inputs(spec: RunSpec) -> dict[str, Path]:
 
 
 def vocabulary(spec: RunSpec) -> int | None:
-    """Rows of the policy's embedding, from its config.json; None for a policy that is not on this machine."""
+    """Number of rows of the policy's embedding, from its config.json; None if the policy is not on this machine."""
     folder = local_inputs(spec).get("model.path")
     try:
         size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"] if folder else None
@@ -203,7 +204,7 @@ def vocabulary(spec: RunSpec) -> int | None:
 
 
 def _models(spec: RunSpec) -> dict[str, str]:
-    """Spec keys to the models that they name, here or on the hub."""
+    """Map spec keys to the models that they name, on this machine or on the hub."""
     critic = spec.critic.path if spec.algorithm.advantage == "gae" else None
     return {"model.path": spec.model.path} | ({"critic.path": critic} if critic else {})
 
@@ -219,10 +220,10 @@ _MAKE_PROFILE = "`flashrl quantize MODEL --calibrate PARQUET` makes one, --set r
 
 
 def judge_profile(path: Path, model: Path | None) -> Finding:
-    """Whether `path` is a profile of the HF folder `model` that training begins with (None: on the hub, not compared).
+    """Whether `path` is a smoothing profile that fits the HF folder `model` (None: on the hub, not compared).
 
-    Smoothing preserves what any weights of that shape compute, so that a profile of other weights helps less and harms
-    nothing.
+    `model` is what training begins with. Smoothing preserves the output of any weights of that shape, so a profile of
+    other weights helps less but does no harm.
     """
     if not path.is_file():
         return fail(PROFILE, f"{path} does not exist", _MAKE_PROFILE)
@@ -237,7 +238,7 @@ def judge_profile(path: Path, model: Path | None) -> Finding:
         unlike = profile.suits(read_json(model / "config.json")) or profile.fits(shapes(model))
         same = Weights(hf=model).fingerprint() == profile.about.fingerprint
     except Unreadable:
-        return ok(PROFILE, text)  # not in safetensors: shapes are compared with the profile's at each refit
+        return ok(PROFILE, text)  # not in safetensors: the profile's shapes are compared at each refit
     if unlike:
         return fail(PROFILE, f"{path} is of another model: {unlike}", _MAKE_PROFILE)
     return (
@@ -248,7 +249,7 @@ def judge_profile(path: Path, model: Path | None) -> Finding:
 
 
 def _hub_models(spec: RunSpec) -> Iterator[Finding]:
-    """Models that come from the hub: in its cache, or to be downloaded."""
+    """Yield findings on models from the hub: already in its cache, or to be downloaded."""
     cache, switch = hub.hub_cache(os.environ, Path.home()), hub.offline(os.environ)
     here = local_inputs(spec)
     for key, model in _models(spec).items():
@@ -296,9 +297,9 @@ DATA = ("data.train", "data.val")
 
 
 def row_problems(spec: RunSpec) -> list[Problem]:
-    """What is wrong with the rows of the files that are here, all of which are read.
+    """Problems in the rows of the data files on this machine, all of which are read.
 
-    Rows of a data set class that the preset names may have any form. Raises EnvironmentNotReady for a missing library.
+    Rows for a dataset class that the preset names may have any form. Raises EnvironmentNotReady for a missing library.
     """
     if rewards.own_rows(spec.verl):
         return []
@@ -324,10 +325,10 @@ def _problems_in(file: Path, needs: Needs) -> list[Problem]:
 
 
 def _uniform(located: Iterator[Located], needs: Needs, bad: BadRows) -> Iterator[Located]:
-    """Yield the rows; those of JSON whose types Arrow would not load with those of the rows before go to `bad`, too."""
+    """Yield the rows; JSON rows whose types Arrow could not combine with those of earlier rows also go to `bad`."""
     types = Types()
     for place, row in located:
-        if not place.unit and not any(faults(row, needs)):  # a line; Parquet has one type for each column
+        if not place.unit and not any(faults(row, needs)):  # a line of JSON; Parquet has one type for each column
             for fault in types.faults(place, row):
                 bad.add(place, fault)
         yield place, row
@@ -335,23 +336,23 @@ def _uniform(located: Iterator[Located], needs: Needs, bad: BadRows) -> Iterator
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """What is known of a run's memory: an estimate on GPUs of some size, or why there is none."""
+    """The memory that a run needs: an estimate for GPUs of a given size, or the reason why there is none."""
 
     gpu: str = ""
-    """Where the GPU's size is from."""
+    """Where the GPU's size comes from."""
     estimate: estimate.Estimate | None = None
     unknown: str = ""
 
     @property
     def lines(self) -> list[str]:
-        """Lines of a terminal, or of a script's comments."""
+        """Lines for a terminal or for the comments of a script."""
         if self.estimate is None:
             return [f"memory: not estimated, {self.unknown}"]
         return [f"memory of each GPU ({self.gpu}), estimated:", *estimate.block(self.estimate)]
 
     @property
     def warning(self) -> str | None:
-        """What deserves attention before a launch."""
+        """A warning to show before a launch, if there is one."""
         if self.estimate is None or self.estimate.verdict == "fits":
             return None
         return "; ".join(estimate.summary(self.estimate))
@@ -364,7 +365,7 @@ class Memory:
 
 
 def memory_of(resolved: Resolved, tree: Tree, gpus: Sequence[int] = ()) -> Memory:
-    """Memory of a run on `gpus` (bytes of each), or as `resources.gpu_memory_gib` says, or on 80 GB GPUs."""
+    """Memory of a run on `gpus` (bytes of each), on `resources.gpu_memory_gib`, or else on GPUs of 80 GB."""
     spec = resolved.spec
     if spec.resources.platform == "cpu":
         return Memory(unknown="it is estimated for GPUs only")
@@ -380,7 +381,7 @@ def memory_of(resolved: Resolved, tree: Tree, gpus: Sequence[int] = ()) -> Memor
 
 
 def _gpu(spec: RunSpec, gpus: Sequence[int]) -> tuple[int, str]:
-    """Bytes of a GPU, and where that is from."""
+    """Bytes of a GPU, and where that number comes from."""
     given = spec.resources.gpu_memory_gib
     if given is not None:
         return round(given * (1 << 30)), "resources.gpu_memory_gib"
@@ -390,14 +391,14 @@ def _gpu(spec: RunSpec, gpus: Sequence[int]) -> tuple[int, str]:
 
 
 def shape(model: str) -> ModelShape | None:
-    """Shape of a model, from what is on this machine; None where that does not say, or for anything but a decoder."""
+    """Shape of a model from files on this machine; None if they do not give it, or if the model is not a decoder."""
     with contextlib.suppress(ValueError):
         return shape_of(model, paths.data_root())
     return None
 
 
 def _parameters(model: str) -> int | None:
-    """Parameter count of a model, as far as this machine knows its shape."""
+    """Number of parameters of a model, if its shape is known on this machine."""
     found = shape(model)
     return parameters(found).total if found else None
 

@@ -1,9 +1,9 @@
-"""Commands with everything they start, so that all of it can be ended.
+"""Run commands so that all processes that they start can be ended.
 
-Ray puts its daemons into sessions of their own and rewrites process titles, so neither process groups nor environments
-find them again. On Linux this process becomes the "subreaper" instead: whatever loses its parent becomes a child of
-ours. Between us and the command is a guardian (`train.guardian`), a subreaper too: when we are killed, it ends the
-command, and when it is killed, we do.
+Ray moves its daemons into separate sessions and rewrites process titles, so neither process groups nor environments
+identify them. On Linux this process therefore becomes the "subreaper": processes that lose their parent become its
+children. Between this process and the command is a guardian (`train.guardian`), which is a subreaper too: it ends the
+command when this process is killed, and this process ends the command when the guardian is killed.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 class Handle(Protocol):
-    """A plan under way (`Tree`, `ray_job.RayJob`): its files appear in the attempt's folder while `tend` is called."""
+    """A plan being executed (`Tree`, `ray_job.RayJob`); `tend` keeps the files in the attempt's folder up to date."""
 
     def poll(self) -> int | None:
-        """Exit code of the command, None while it runs; a signal's number negative."""
+        """Exit code of the command (a signal's number negative), or None while it runs."""
 
     def tend(self) -> None:
         """Note new processes, or fetch what a cluster has logged; called several times a second."""
@@ -38,11 +38,11 @@ class Handle(Protocol):
         """Ask the command to end."""
 
     def kill(self, *, grace_s: float = 0.0) -> None:
-        """End everything that it started, at the latest after `grace_s` by force, and wait until none is left."""
+        """End all processes of the command, by force after `grace_s`, and wait until none is left."""
 
 
 Start = Callable[["LaunchPlan"], Handle]
-"""Starts a plan; raises EnvironmentNotReady where it cannot."""
+"""Function that starts a plan; raises EnvironmentNotReady if that is impossible."""
 
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -50,7 +50,7 @@ GUARDIAN = "flashrl_cli.train.guardian"
 
 
 class Descendants:
-    """What this process starts from now on, with all that it starts in turn, also what has lost its parent."""
+    """All processes that this process starts from now on, with their descendants and orphans."""
 
     def __init__(self) -> None:
         adopt_orphans()
@@ -58,20 +58,20 @@ class Descendants:
         self._known: set[psutil.Process] = set()
 
     def note(self) -> None:
-        """Remember what runs now, where orphans are adopted by others; on Linux they come to us."""
+        """Record the running processes where orphans are adopted by others; on Linux they come to this process."""
         if sys.platform != "linux":
             self.alive()
 
     def alive(self) -> list[psutil.Process]:
-        """Those that still run."""
-        # a psutil.Process is equal to another of the same pid only if it started at the same time
+        """The processes that still run."""
+        # a psutil.Process equals another one of the same pid only if both started at the same time
         self._known.update(set(psutil.Process().children(recursive=True)) - self._before)
         return [process for process in self._known if _alive(process)]
 
     def kill(self, *, grace_s: float = 0.0, unasked: int | None = None) -> None:
-        """End every one of them, at the latest after `grace_s` by KILL, until none is left.
+        """End all of these processes, with KILL after `grace_s`, until none is left.
 
-        The process `unasked` is not asked first: it ends by itself when the others do.
+        The process `unasked` gets no TERM: it ends by itself when the others do.
         """
         if grace_s:
             _signal_all([process for process in self.alive() if process.pid != unasked], signal.SIGTERM)
@@ -106,25 +106,25 @@ class Tree:
         self.pid = self._guardian.pid
 
     def poll(self) -> int | None:
-        """Exit code of the command, None while it runs; a signal's number negative."""
+        """Exit code of the command (a signal's number negative), or None while it runs."""
         return self._guardian.poll()
 
     def tend(self) -> None:
-        """Note what has been started."""
+        """Record the processes that have been started."""
         self._descendants.note()
 
     def processes(self) -> list[psutil.Process]:
-        """Everything that was started and that still runs."""
+        """All started processes that still run."""
         return self._descendants.alive()
 
     def terminate(self) -> None:
-        """Ask the command to end; the guardian passes it on."""
+        """Ask the command to end; the guardian forwards the signal."""
         with contextlib.suppress(ProcessLookupError):
             self._guardian.send_signal(signal.SIGTERM)
 
     def kill(self, *, grace_s: float = 0.0) -> None:
-        """End every process of the tree, at the latest after `grace_s` by KILL, until none is left."""
-        # the guardian would pass TERM on, and the command be asked twice
+        """End every process of the tree, with KILL after `grace_s`, until none is left."""
+        # the guardian would forward TERM, and the command would get it twice
         self._descendants.kill(grace_s=grace_s, unasked=self.pid)
         self._guardian.wait()
         with contextlib.suppress(OSError):  # a second kill finds it closed
@@ -133,7 +133,7 @@ class Tree:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of whatever loses its own below this process; Linux only, nothing happens elsewhere."""
+    """Become the parent of descendants that lose their own parent; on Linux only, elsewhere this does nothing."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
@@ -158,7 +158,7 @@ def _wait(processes: Sequence[psutil.Process], seconds: float) -> None:
 
 
 def _reap() -> None:
-    """Collect adopted children that have ended, or they stay as zombies until this process ends."""
+    """Collect adopted children that have ended; otherwise they remain zombies until this process ends."""
     for process in psutil.Process().children():
         if not _alive(process):
             with contextlib.suppress(psutil.Error, psutil.TimeoutExpired):

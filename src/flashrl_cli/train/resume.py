@@ -1,4 +1,4 @@
-"""Where a run goes on: from its newest step that is complete, from the one that was asked for, or from the start."""
+"""Where a run continues: from its newest complete step, from the step that was requested, or from the start."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ if TYPE_CHECKING:
 
 MODES = "auto|never|PATH"
 WORTH_REDOING_S = 600.0
-"""A curve without a hole is worth ten minutes of training, not more."""
+"""Seconds of training that are worth repeating to get a metrics curve without a gap."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resume:
-    """What an attempt goes on from, and what it moves out of the way before.
+    """What an attempt continues from, and which superseded steps it moves out of the way first.
 
-    verl would load what its tracker names, complete or not, and later steps of an abandoned branch would stay among the
-    new ones.
+    verl would load the step that its tracker names, complete or not, and later steps of an abandoned branch would
+    remain among the new ones.
     """
 
     folder: Path | None = None
-    """A `global_step_N`; None for a start from nothing."""
+    """A `global_step_N` folder; None to start from scratch."""
     superseded: tuple[tuple[Path, str], ...] = ()
-    """Steps to be moved out of the way, and why."""
+    """Superseded steps to be moved out of the way, with the reasons."""
     checkpoints: Path | None = None
     """The run's checkpoints, if it has any."""
 
     @property
     def step(self) -> int | None:
-        """Number of the step that the attempt goes on from."""
+        """Number of the step that the attempt continues from."""
         return checkpoints.step_number(self.folder.name) if self.folder else None
 
     def lines(self) -> list[str]:
-        """Lines of a terminal: where the run goes on, and what is set aside."""
+        """Lines for a terminal: where the run continues, and which steps are superseded."""
         start = [f"going on from step {self.step}: {self.folder}"] if self.folder else []
         return [*start, *(f"setting {path.name} aside: {why}" for path, why in self.superseded)]
 
     def prepare(self) -> None:
-        """Move superseded steps to `.set_aside`, and have verl's tracker name the step to go on from."""
+        """Move superseded steps to `.set_aside`, and make verl's tracker name the step to continue from."""
         for path, why in self.superseded:
             saved.set_aside(path, why)
         if self.superseded and self.checkpoints:
@@ -62,9 +62,9 @@ FROM_NOTHING = Resume()
 
 
 def choose(spec: RunSpec, run: RunPaths, mode: str) -> Resume:
-    """Where a run of `spec` goes on under `--resume MODE`.
+    """Choose where a run of `spec` continues under `--resume MODE`.
 
-    Raises InputError where the step cannot be loaded: not there, incomplete, or saved by another number of processes.
+    Raises InputError if the step cannot be loaded: missing, incomplete, or saved by another number of processes.
     """
     if mode == "never":
         return FROM_NOTHING
@@ -99,7 +99,7 @@ def _folder(mode: str) -> Path:
 
 
 def _newest(steps: Sequence[Saved], run: RunPaths) -> Saved | None:
-    """The newest complete step; the one before it if the newest's metrics alone are missing, and few steps are between.
+    """The newest complete step, or the one before if only the newest's metrics are missing and few steps are between.
 
     verl saves a step before it validates and logs it (trainer/ppo/v1/trainer_base.py:480-515).
     """
@@ -126,10 +126,10 @@ def _why(one: Saved, step: int, mode: str) -> str:
 
 
 def _check_world_size(spec: RunSpec, chosen: Saved) -> None:
-    """Raise InputError if as many processes as the run has cannot load the step.
+    """Raise InputError if the step was saved by a number of processes that differs from the run's.
 
-    Each loads the shards of its own rank and world size, or fails in a worker minutes after the start
-    (verl/utils/checkpoint/fsdp_checkpoint_manager.py:213).
+    Each process loads the shards of its own rank and world size; otherwise it would fail in a worker minutes after the
+    start (verl/utils/checkpoint/fsdp_checkpoint_manager.py:213).
     """
     nodes, world = spec.resources.nodes, spec.resources.devices
     saved_by = chosen.world_size

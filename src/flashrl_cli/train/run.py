@@ -1,4 +1,4 @@
-"""One attempt of a run from its claim to its end, on record all the while; here, or detached from the terminal."""
+"""Execute one attempt of a run and record it, from its claim to its end, in this process or a detached one."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def run_plan(
     vocabulary: int | None = None,
     command: Sequence[str] = (),
 ) -> int:
-    """Carry out `plan` and keep the run's record; returns the number of steps done.
+    """Execute `plan` and keep the run's record up to date; returns the number of steps done.
 
-    `command` is the command line that asked for it. Raises InputError if the run is under way already, and what
-    `supervise` raises.
+    `command` is the command line that requested it. Raises InputError if the run is already under way, and the errors
+    of `supervise`.
     """
     with signals.collected() as received:
         _claim(plan, command)
@@ -58,7 +58,7 @@ def run_plan(
 
 
 def _claim(plan: LaunchPlan, command: Sequence[str]) -> None:
-    """Enter the attempt into the record; of two processes that want the same run, one is refused."""
+    """Enter the attempt into the record; if two processes want the same run, one is refused."""
     fresh = RunRecord(
         name=plan.name,
         project=plan.spec.trainer.project,
@@ -101,7 +101,7 @@ def _attempt(plan: LaunchPlan, command: Sequence[str]) -> Attempt:
 
 
 def _ending(error: BaseException) -> dict[str, Any]:
-    """Fields of the record of an attempt that `error` ended."""
+    """Fields for the record of an attempt that `error` ended."""
     code = int(exit_code_of(error))
     if isinstance(error, signals.Interrupted):
         return {"status": "stopped", "exit_code": code, "error": error.message}
@@ -113,12 +113,12 @@ def _ending(error: BaseException) -> dict[str, Any]:
 def _close(plan: LaunchPlan, **fields: Any) -> None:
     try:
         store.renew(plan.paths, plan.attempt, ended=store.now(), **fields)
-    except (OSError, InputError) as error:  # the run is over, and its own end is what must be reported
+    except (OSError, InputError) as error:  # the run is over, and its own result is what must be reported
         print(f"warning: {plan.paths.record} was not renewed: {error}", file=sys.stderr)
 
 
 def refuse_running(found: RunRecord | None) -> None:
-    """Raise InputError if an attempt of a run is under way, here or (as far as its record says) elsewhere."""
+    """Raise InputError if an attempt of a run is under way, here or (according to its record) elsewhere."""
     last = found.last if found else None
     if found is None or last is None or store.state(last) != "running":
         return
@@ -130,9 +130,9 @@ def refuse_running(found: RunRecord | None) -> None:
 
 
 class Recording:
-    """A display that writes each event of one attempt into the run's record, then passes it on to `display`.
+    """A display that writes each event of one attempt to the run's record, then passes it to `display`.
 
-    A reader that went away (a closed pipe or terminal) does not end a run by itself: what ends it is a signal.
+    A closed pipe or terminal does not end a run; a signal does.
     """
 
     def __init__(self, display: Display, plan: LaunchPlan) -> None:
@@ -140,38 +140,38 @@ class Recording:
         self._phases: tuple[Phase, ...] = ()
 
     def expect(self, total: int) -> None:
-        """The run will have `total` steps."""
+        """Record and show the number of steps that the run will have."""
         self._renew(total_steps=total)
         with contextlib.suppress(OSError):
             self.display.expect(total)
 
     def phase(self, text: str) -> None:
-        """Something else is being done now."""
+        """Record and show that another phase began."""
         self._phases = (*self._phases, Phase(name=text, began=store.now()))
         self._renew(phases=self._phases)
         with contextlib.suppress(OSError):
             self.display.phase(text)
 
     def proven(self, shakes: list[Handshake]) -> None:
-        """The rollout workers proved their precision."""
+        """Record and show that the rollout workers proved their precision."""
         self._renew(proof=tuple(dataclasses.asdict(shake) for shake in shakes))
         with contextlib.suppress(OSError):
             self.display.proven(shakes)
 
     def step(self, metrics: StepMetrics) -> None:
-        """A step is done."""
+        """Record and show a finished step."""
         if metrics.trained:
             self._renew(last_step=metrics.step)
         with contextlib.suppress(OSError):
             self.display.step(metrics)
 
     def tick(self) -> None:
-        """Time passes."""
+        """Pass the call on."""
         with contextlib.suppress(OSError):
             self.display.tick()
 
     def _renew(self, **changes: Any) -> None:
-        # a full disk must not end a run that could go on: what is missing here is in the log and the metrics
+        # a full disk must not end a run that could continue: the log and the metrics hold what is missing here
         with contextlib.suppress(OSError):
             store.renew(self.plan.paths, self.plan.attempt, **changes)
 
@@ -182,7 +182,7 @@ TAIL_LINES = 20
 
 
 class NotStarted(RunFailed):
-    """The detached process ended before it began the attempt; its exit code is this one's."""
+    """The detached process ended before it began the attempt; this error has its exit code."""
 
     def __init__(self, code: int, last_lines: Sequence[str], console: Path) -> None:
         super().__init__("\n".join(["the detached run did not start", *(f"  | {line}" for line in last_lines)]))
@@ -191,14 +191,14 @@ class NotStarted(RunFailed):
 
 
 def console(run: RunPaths) -> Path:
-    """File with what a detached process of `run` would have written to its terminal."""
+    """File for the terminal output of a detached process of `run`."""
     return run.root / "console.log"
 
 
 def detach(run: RunPaths, command: Sequence[str]) -> Attempt:
-    """Run flashrl's `command` (less `--detach`) in a session of its own; returns once its attempt is on record.
+    """Run flashrl's `command` (without `--detach`) in a separate session; returns once its attempt is on record.
 
-    Raises NotStarted, with the end of its output, if it ends before.
+    Raises NotStarted, with the end of its output, if the process ends before that.
     """
     output = console(run)
     run.root.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -214,7 +214,7 @@ def detach(run: RunPaths, command: Sequence[str]) -> Attempt:
     while True:
         ended = child.poll()
         if attempt := _attempt_of(run, child.pid):
-            child.returncode = 0  # it outlives this process, which Popen would warn of
+            child.returncode = 0  # the child outlives this process; otherwise Popen would warn about it
             return attempt
         if ended is not None:
             raise NotStarted(ended, tail.poll(ended=True)[-TAIL_LINES:], output)
@@ -234,7 +234,7 @@ GIT_TIMEOUT_S = 10.0
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit, branch and whether tracked files were changed; None outside a repository, or without git."""
+    """Commit, branch and whether tracked files were changed; None outside a repository or without git."""
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
         return None

@@ -1,7 +1,8 @@
-"""Run a launch plan: start it, watch log, metrics and handshakes, show what happens, and leave nothing behind.
+"""Execute a launch plan: start it, watch log, metrics and handshakes, show progress, and leave no process behind.
 
-verl waits for ever when a vLLM worker dies, and goes on when the rollout engine is broken. So the run is ended here: on
-a failure that the log shows, on lost or implausible metrics, on a precision that is not proven, and when nothing moves.
+verl waits forever when a vLLM worker dies, and continues when the rollout engine is broken. The run is therefore ended
+here on a failure that the log shows, on lost or implausible metrics, on a precision that is not proven, and when no
+progress is made.
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ if TYPE_CHECKING:
 
 POLL_S = 0.2
 FAILURE_GRACE_S = 10.0
-"""Time that verl gets to end when it is asked to after a failure: there is nothing to save any more."""
+"""Seconds that verl gets to end after a failure, when there is nothing left to save."""
 KILL_GRACE_S = 3.0
-"""Time that what verl left behind gets, once verl itself has ended."""
+"""Seconds that the processes that verl left behind get to end, once verl itself has ended."""
 TAIL_LINES = 20
 TRACEBACK_LINES = 2000
-"""Lines at the log's end in which the exception at the root of a failure is looked for."""
+"""Number of lines at the end of the log in which the root exception of a failure is searched."""
 
 
 def supervise(
     plan: LaunchPlan, display: Display, received: list[int], *, start: Start, vocabulary: int | None = None
 ) -> int:
-    """Execute `plan` to its end and return the number of steps done; nothing of it runs any more afterwards.
+    """Execute `plan` to its end and return the number of steps done; no process of it is left afterwards.
 
-    `received` grows by the signals that come in (`signals.collected`); `vocabulary` is the policy's number of tokens,
-    if known. Raises RunFailed, EnvironmentNotReady or Interrupted with the log's end.
+    `received` is a list that grows by each signal received (`signals.collected`); `vocabulary` is the policy's number
+    of tokens, if known. Raises RunFailed, EnvironmentNotReady or Interrupted with the end of the log.
     """
     paths = plan.attempt_paths
     paths.plugins.mkdir(parents=True)
@@ -78,7 +79,7 @@ def _follow(watch: Watch, received: list[int]) -> None:
 
 
 def _check_complete(watch: Watch) -> None:
-    """Raise RunFailed for a run that ended before its last step, although with 0, as verl does after its last epoch."""
+    """Raise RunFailed for a run that ended before its last step with exit code 0, as verl does after its last epoch."""
     if not watch.steps:
         raise RunFailed("verl ended without a step", hint="a finished run goes on with a larger trainer.steps")
     if watch.total is not None and watch.last < watch.total:
@@ -89,7 +90,7 @@ def _check_complete(watch: Watch) -> None:
 
 
 def _end(handle: Handle, grace_s: float, received: list[int]) -> None:
-    """Ask what still runs to end, and kill it after `grace_s`, or at once when a second signal comes in."""
+    """Ask the remaining processes to end, and kill them after `grace_s`, or at once on a second signal."""
     if handle.poll() is None and len(received) < 2:
         handle.terminate()
         deadline = time.monotonic() + grace_s
@@ -107,7 +108,7 @@ def _with_log(message: str, plan: LaunchPlan) -> str:
 
 @dataclass
 class Watch:
-    """One attempt under way: what was seen of it so far."""
+    """One attempt under way: what has been seen of it so far."""
 
     plan: LaunchPlan
     display: Display
@@ -116,9 +117,9 @@ class Watch:
     steps: int = 0
     """Training steps done in this attempt."""
     last: int = 0
-    """The last of them, by its number."""
+    """Number of the last training step."""
     total: int | None = None
-    """Training steps that the run will have, as verl counts them."""
+    """Total number of training steps of the run, as verl counts them."""
 
     def __post_init__(self) -> None:
         self._log = Tail(self.plan.attempt_paths.log)
@@ -131,7 +132,7 @@ class Watch:
         self.cause: Cause | None = None
 
     def look(self, *, ended: bool = False) -> None:
-        """Read what happened since the last look; raises what ends the run. `ended`: nothing more will be written."""
+        """Read what happened since the last call; raises the error that ends the run. `ended`: it is complete."""
         for line in self._log.poll(ended=ended):
             self._read(plain(line))
         self._prove()
@@ -154,7 +155,7 @@ class Watch:
         cause = cause_in(line)
         if cause is None:
             return
-        # the more specific a cause, the earlier it is in the list
+        # more specific causes are earlier in the list
         self.cause = min(self.cause or cause, cause, key=CAUSES.index)
         if cause.fatal and self._doomed is None:
             self._doomed = (cause, time.monotonic())
@@ -182,7 +183,7 @@ class Watch:
             return
         self.steps += 1
         self.last = step.step
-        self._doomed = None  # whatever the log said, the run goes on
+        self._doomed = None  # whatever the log showed, the run continues
         self._prove()
         if not self._proven:
             reason = handshake.missing(self._expected, self._handshakes())
@@ -210,32 +211,34 @@ class Watch:
             )
 
     def _limit(self) -> tuple[float, str]:
-        """Seconds that the present phase may take, and the key of `watch` that sets them."""
+        """Seconds that the current phase may take, and the key of `watch` that sets them."""
         watch, clock = self.plan.spec.watch, self._phase.clock_s
         if self.steps or clock is None:
             return watch.step_timeout_s, "step_timeout_s"
         return watch.start_timeout_s or clock, "start_timeout_s"
 
     def failure(self, what: str | None, hint: str, otherwise: str = "") -> RunFailed:
-        """The error for a failed run: what is known of it, and the exception at its root, in one line."""
+        """The error for a failed run: the known cause, and the root exception in one line."""
         root = root_error(last_lines(self.plan.attempt_paths.log, TRACEBACK_LINES))
         return RunFailed(": ".join(filter(None, (what, root))) or otherwise, hint=hint)
 
 
 UNIFORM_TOLERANCE = 0.05
-"""Nats between the rollout's mean negative log-prob and ln(vocabulary) that count as sampling uniformly."""
+"""Largest difference in nats between the rollout's mean negative log-prob and ln(vocabulary) that counts as uniform
+sampling.
+"""
 
 
 def broken_rollout(step: StepMetrics, bounds: WatchSpec, vocabulary: int | None) -> str | None:
-    """Why the rollout does not sample from the policy, or None if it does (or nothing was sampled in this step).
+    """Why the rollout does not sample from the policy; None if it does, or if nothing was sampled in this step.
 
-    verl scores the sampled tokens again with the trainer. Quantization moves those log-probs a little, which truncated
-    importance sampling corrects; an engine whose refit is broken samples from something else, which nothing corrects.
-    The bounds lie between: healthy INT8 and FP8 runs show |KL| below 0.05 and a correlation above 0.95, an engine left
-    on its dummy weights a KL above 3 and a correlation near 0.
+    verl scores the sampled tokens again with the trainer. Quantization changes those log-probs a little, which
+    truncated importance sampling corrects; an engine whose refit is broken samples from another distribution, which
+    nothing corrects. The bounds separate the two cases: healthy INT8 and FP8 runs show |KL| below 0.05 and a
+    correlation above 0.95, an engine left with its dummy weights a KL above 3 and a correlation near 0.
 
-    KL in nats a token, absolute because verl estimates it from samples; weights are importance weights after
-    truncation.
+    KL is in nats per token, as an absolute value because verl estimates it from samples; weights are importance weights
+    after truncation.
     """
     kl, weight = step["kl"], step["weight_mean"]
     if _samples_uniformly(step, vocabulary):
@@ -252,7 +255,7 @@ def _samples_uniformly(step: StepMetrics, vocabulary: int | None) -> bool:
     if vocabulary is None or rollout is None or trainer is None:
         return False
     uniform = math.log(vocabulary)
-    # an untrained policy is uniform itself: then both agree and nothing is wrong
+    # an untrained policy is itself uniform: then both agree and nothing is wrong
     return abs(rollout - uniform) < UNIFORM_TOLERANCE and abs(trainer - rollout) > UNIFORM_TOLERANCE
 
 
@@ -260,7 +263,7 @@ def _uncorrelated(step: StepMetrics, bounds: WatchSpec) -> str | None:
     correlation, difference = step["prob_correlation"], step["prob_diff"]
     if correlation is None or difference is None:
         return None
-    # a policy that is sure of every token has no spread to correlate, so a low correlation alone proves nothing
+    # a policy that is certain of every token has no spread to correlate, so a low correlation alone proves nothing
     if correlation < bounds.min_correlation and difference > bounds.max_prob_difference:
         return (
             f"probabilities of the sampled tokens correlate by {correlation:.2f} only "

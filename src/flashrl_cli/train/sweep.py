@@ -1,7 +1,7 @@
-"""A sweep: its points become runs, all judged before the first one starts, run one after another, and compared.
+"""A sweep: its points become runs that are all checked before the first one starts, run in sequence, and compared.
 
-`sweep_axes` reads what varies. A point's run is planned, judged, checked and run as a single one is (`launch`,
-`executors`, `run`).
+`sweep_axes` reads what varies. A point's run is planned, checked and executed like a single run (`launch`, `executors`,
+`run`).
 """
 
 from __future__ import annotations
@@ -36,18 +36,20 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 State = Literal["waiting", "running", "begun", "done"]
-"""Of a point's run before the sweep: `done` has all steps of its plan, `begun` has an attempt, `running` lives."""
+"""State of a point's run before the sweep: `done` has all steps of its plan, `begun` has an attempt, `running` is
+alive.
+"""
 NAMED_BY_DEFAULT = (
     "rollout", "tis", "rollout.precision", "correction.cap", "rollout.kv_cache", "rollout.lm_head_fp32", "rollout.mix",
 )  # fmt: skip
-"""Keys whose values are in the name of a run that was given none."""
+"""Keys whose values are part of the default name of a run."""
 SHOWN = 3
-"""Points, or changed keys, that an error names."""
+"""Number of points, or of changed keys, that an error lists."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A point, its run, and what starts it: None for a run that is done, or running."""
+    """A point, its run, and the launch that starts it: None for a run that is done or running."""
 
     point: Point
     run: RunPaths
@@ -56,16 +58,16 @@ class Job:
 
     @property
     def from_step(self) -> int | None:
-        """Step that the run goes on from; None for one that starts from nothing, or does not start."""
+        """Step that the run continues from; None for one that starts from scratch, or does not start."""
         return self.launch.plan.resume.step if self.launch else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsedNames:
-    """What a sweep does about runs that exist already.
+    """How a sweep treats runs that exist already.
 
-    `resume` is auto or never, which holds for runs without an attempt: those with one go on. `force` goes on with what
-    was started with another configuration, `look_only` allows for runs that are under way.
+    `resume` is auto or never, and applies to runs without an attempt: runs with one are continued. `force` continues
+    runs that were started with another configuration, `look_only` permits runs that are under way.
     """
 
     resume: str = "never"
@@ -81,9 +83,9 @@ def plan_jobs(
     used: UsedNames,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[Job]:
-    """A job for each point; `read` reads the preset under a point's options, `advance` is called as points are judged.
+    """A job for each point; `read` reads the preset with a point's options, `advance` is called as points are checked.
 
-    Raises InputError with everything that is wrong with any of them, EnvironmentNotReady without verl.
+    Raises InputError with every problem of any point, EnvironmentNotReady without verl.
     """
     wrong = PointProblems(points)
     specs = [(point, found) for point in points if (found := wrong.collect(point, partial(read, point.options(given))))]
@@ -100,7 +102,7 @@ def plan_jobs(
 
 
 def _note_twins(specs: Sequence[tuple[Point, Resolved]], wrong: PointProblems) -> None:
-    """Note the points that would train the same as an earlier one."""
+    """Record a problem for points that would train the same as an earlier one."""
     first: dict[str, Point] = {}
     for point, resolved in specs:
         twin = first.setdefault(resolved.spec.model_dump_json(), point)
@@ -144,23 +146,26 @@ def _state(plan: LaunchPlan) -> State:
     last = found.last if found else None
     if last and store.state(last) == "running":
         return "running"
-    wanted = plan.spec.trainer.steps  # where they follow from epochs, a run that ended well did them
+    wanted = plan.spec.trainer.steps  # None where epochs decide: a run that ended well did them all
     if plan.is_finished or (last and last.status == "done" and (wanted is None or (last.last_step or 0) >= wanted)):
         return "done"
     return "begun" if plan.paths.attempts() else "waiting"
 
 
 class PointProblems:
-    """Collects the problems of points, from errors of one class; states each once, with the values that it comes with."""
+    """Collects the problems of points from errors of one class.
+
+    Each problem is reported once, with the values that it occurs with.
+    """
 
     def __init__(self, points: Sequence[Point], error: type[FlashrlError] = InputError) -> None:
         self.points, self.error = points, error
         self.readable = points
-        """Those whose configuration could be read, and which alone can have problems found later."""
+        """Points whose configuration could be read; only these can have problems that are found later."""
         self._found: dict[Problem, list[Point]] = {}
 
     def collect(self, point: Point, call: Callable[[], T]) -> T | None:
-        """Result of `call`, or None after an error of the class, whose problems are noted as the point's."""
+        """Result of `call`, or None after an error of the class, whose problems are recorded for the point."""
         try:
             return call()
         except self.error as error:
@@ -169,7 +174,7 @@ class PointProblems:
         return None
 
     def note(self, point: Point, problem: Problem) -> None:
-        """Keep one problem of one point."""
+        """Record one problem of one point."""
         self._found.setdefault(problem, []).append(point)
 
     def problems(self) -> list[Problem]:
@@ -177,7 +182,7 @@ class PointProblems:
         return [self._located(problem, points) for problem, points in self._found.items()]
 
     def _located(self, problem: Problem, points: Sequence[Point]) -> Problem:
-        """The problem alone if all points have it, else with the one value that its points share, else with them."""
+        """The problem alone if all points have it, else with the value that its points share, else with the points."""
         if self._are_all(points):
             return problem
         for key, text in points[0].values:
@@ -190,7 +195,7 @@ class PointProblems:
         return replace(problem, message=f"{problem.message} (at {named}{more})")
 
     def _are_all(self, points: Sequence[Point], value: tuple[str, str] | None = None) -> bool:
-        """Whether these are all points, or all readable ones, of that value."""
+        """Whether these are all points with that value, or all readable ones."""
         of_value = [
             {point for point in among if value is None or value in point.values}
             for among in (self.points, self.readable)
@@ -199,20 +204,20 @@ class PointProblems:
 
 
 class Progress(Protocol):
-    """Shows how a sweep goes on."""
+    """Interface that shows the progress of a sweep."""
 
     def begins(self, number: int, job: Job) -> None:
-        """Point `number` (from 1) is next."""
+        """Report that point `number` (from 1) is next."""
 
     def failed(self, job: Job, error: FlashrlError) -> None:
-        """A run failed, and the sweep goes on."""
+        """Report that a run failed and the sweep continues."""
 
     def ended(self, job: Job) -> None:
-        """Nothing is left to do for a point."""
+        """Report that a point is finished."""
 
 
 def check_all(jobs: Sequence[Job], check: Callable[[LaunchPlan], object]) -> None:
-    """Raise EnvironmentNotReady with every reason that `check` raises against a run that is left of a sweep."""
+    """Raise EnvironmentNotReady with every reason that `check` raises for the remaining runs of a sweep."""
     launches = {job.point: job.launch for job in jobs if job.launch}
     wrong = PointProblems(list(launches), EnvironmentNotReady)
     for point, one in launches.items():
@@ -226,10 +231,10 @@ def check_all(jobs: Sequence[Job], check: Callable[[LaunchPlan], object]) -> Non
 def run_jobs(
     jobs: Sequence[Job], train: Callable[[Launch], object], progress: Progress, *, fail_fast: bool = False
 ) -> list[Job]:
-    """Run what is left, in order; returns the jobs that failed. A failure ends the sweep only if `fail_fast`.
+    """Execute the remaining runs in order; returns the failed jobs. A failure ends the sweep only with `fail_fast`.
 
-    `train` trains one run to its end, and raises RunFailed, EnvironmentNotReady or Interrupted.
-    Raises Interrupted, and whatever kept a run from being started: that would keep the next from it, too.
+    `train` trains one run to its end, and raises RunFailed, EnvironmentNotReady or Interrupted. Raises Interrupted, and
+    any error that kept a run from starting, because it would keep the next one from starting, too.
     """
     failed: list[Job] = []
     for number, job in enumerate(jobs, 1):
@@ -260,7 +265,7 @@ def _run(one: Launch, train: Callable[[Launch], object]) -> FlashrlError | None:
 
 
 LAST_SHARE, LAST_LEAST = 10, 5
-"""Means are taken over the last tenth of a run's steps, and over five at least: one step is noise."""
+"""Means are taken over the last tenth of a run's steps, but at least over five, because a single step is noisy."""
 _FIRST, *_OTHERS = SWEEP
 HEADINGS = ("run", "state", "steps", _FIRST.heading, "accuracy", *(metric.heading for metric in _OTHERS), "best")
 
@@ -272,7 +277,7 @@ class Row:
     point: Point
     run: str
     state: str
-    """As the run's record has it, or `waiting`."""
+    """The state in the run's record, or `waiting`."""
     steps: int
     total: int | None
     means: dict[str, float | None]
@@ -305,13 +310,13 @@ class Row:
         ]
 
     def _cell(self, metric: Metric) -> float | None:
-        """The mean of a metric; a share as percents, as its heading says."""
+        """The mean of a metric; shares in percent, as the heading says."""
         mean = self.means[metric.name]
         return None if mean is None else mean * (100 if metric.form.endswith("%") else 1)
 
 
 def row(point: Point, run: RunPaths) -> Row:
-    """The run of a point as its record and its metrics show it now."""
+    """The row of a point, from the current record and metrics of its run."""
     found = store.load(run.record)
     last = found.last if found else None
     steps = history(run)
@@ -331,9 +336,9 @@ def row(point: Point, run: RunPaths) -> Row:
 
 
 def best(rows: Sequence[Row]) -> Row | None:
-    """The finished run of the highest accuracy, or of the highest reward where not all were validated.
+    """The finished run with the highest accuracy, or with the highest reward if not all were validated.
 
-    None where fewer than two have finished.
+    None if fewer than two have finished.
     """
     done = [one for one in rows if one.state == "done"]
     if len(done) < 2:

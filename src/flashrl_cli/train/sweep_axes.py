@@ -1,4 +1,4 @@
-"""What varies in a sweep: keys and values of `--sweep`, from options and files, their combinations and their names."""
+"""The axes of a sweep: keys and values of `--sweep` from options and files, their combinations and run names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = "--sweep rollout=bf16,int8, or --sweep FILE.yaml"
 SAME = {key: name for name, key in SWEPT.items()}
-"""Keys that have an option of their own, and the name of each in a sweep."""
+"""Keys that have a separate option, with the name of each in a sweep."""
 PLACES = ("name", "description", "trainer.project")
 """Keys that name a run or the folder of its checkpoints."""
 PARTS = ("grid", "zip")
@@ -34,7 +34,7 @@ PARTS = ("grid", "zip")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """Keys that vary together. A row holds a value's text for each, as `--set` (or `--rollout`, `--tis`) takes it."""
+    """Keys that vary together; each row has a value for each key, in the syntax of `--set`, `--rollout` or `--tis`."""
 
     keys: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -42,9 +42,9 @@ class Axis:
 
 
 def read_axes(texts: Sequence[str], given: Options) -> list[Axis]:
-    """Axes of all `--sweep` texts, in order; `given` are the options that hold for every run. Reads the files named.
+    """Axes of all `--sweep` texts, in order; `given` are the options that apply to every run. Reads the named files.
 
-    Raises InputError with everything that is wrong with them, less what only a preset can tell.
+    Raises InputError with every problem, except those that can be found only with the preset.
     """
     problems: list[Problem] = []
     axes: list[Axis] = []
@@ -57,7 +57,7 @@ def read_axes(texts: Sequence[str], given: Options) -> list[Axis]:
 
 
 def is_file(text: str) -> bool:
-    """Whether a `--sweep` text names a file; a key starts with none of `.`, `/` and `~`."""
+    """Whether a `--sweep` text names a file; keys never start with `.`, `/` or `~`."""
     return text.startswith((".", "/", "~")) or (text.endswith((".yaml", ".yml")) and "=" not in text)
 
 
@@ -91,7 +91,7 @@ def _of_file(text: str, problems: list[Problem]) -> Iterator[Axis]:
 
 
 def _of_parts(document: yaml_file.Document, as_written: Mapping[str, Any], problems: list[Problem]) -> Iterator[Axis]:
-    """Axes of a file's parts: each key of `grid` by itself, the keys of each map in the list `zip` together."""
+    """Yield axes of a file: each key of `grid` separately, the keys of each map in the list `zip` together."""
     unknown = [part for part in document.data if part not in PARTS]
     hint = "a sweep's keys are grid and zip"
     problems += [Problem(f"unknown key {part}", document.line_of(part), hint) for part in unknown]
@@ -134,12 +134,12 @@ def _axis(
 
 
 def _quoted(text: str) -> str:
-    """A variable's value as `--set` reads it back."""
+    """A variable's value in a form that `--set` reads back unchanged."""
     return text if yaml_file.value(text, is_text=True).data == text else json.dumps(text, ensure_ascii=False)
 
 
 def _misplaced(axes: Sequence[Axis], given: Options) -> Iterator[Problem]:
-    """Yield what is wrong with keys: given twice, by another option too, or naming a run's place."""
+    """Yield problems with keys: given twice, also given by another option, or naming a run's folder."""
     taken = {SAME.get(key, key): f"--set {key}" for key in (text.partition("=")[0].strip() for text in given.sets)}
     taken |= {"rollout": "--rollout"} if given.rollout is not None else {}
     taken |= {"tis": "--tis"} if given.tis is not None else {}
@@ -154,14 +154,14 @@ def _misplaced(axes: Sequence[Axis], given: Options) -> Iterator[Problem]:
 
 
 MANY, MOST = 64, 1000
-"""Runs that are started without being asked for twice, and runs that a sweep can have at all."""
+"""Number of runs above which `many` is required, and the largest number of runs in a sweep."""
 LONGEST_WORD = 40
 LONGEST_NAME = 190
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One combination: a text of each key that varies, in the order of the axes."""
+    """One combination: a value text for each key that varies, in the order of the axes."""
 
     values: tuple[tuple[str, str], ...]
 
@@ -177,7 +177,7 @@ class Point:
         return {key: _value(key, text) for key, text in self.values}
 
     def options(self, given: Options) -> Options:
-        """The options of its run; `given` are those that all points share."""
+        """The options of the point's run; `given` are the options that all points share."""
         return replace(given, point=self.values)
 
 
@@ -198,9 +198,10 @@ def points(axes: Sequence[Axis], *, many: bool = False) -> list[Point]:
 
 
 def run_names(bases: Sequence[str], found: Sequence[Point], *, in_bases: Sequence[str] = ()) -> list[str]:
-    """A name for each point's run: its base and a word for each value, but for the keys that are `in_bases` already.
+    """A name for the run of each point: its base and a word for each value, except for keys in `in_bases`.
 
-    Two points of the same words (paths that end alike) get a hash of their values, too; names depend on nothing else.
+    If two points get the same words (paths with equal ends), a hash of their values is added; names depend on nothing
+    else.
     """
     keys = [key for key, _ in found[0].values if key not in in_bases]
     heads = _heads(keys)
@@ -213,7 +214,7 @@ def run_names(bases: Sequence[str], found: Sequence[Point], *, in_bases: Sequenc
 
 
 def _heads(keys: Sequence[str]) -> dict[str, str]:
-    """Each key as it is written in names: as few of its last parts as distinguish it from the other keys."""
+    """Each key as it is written in names: with as few of its last parts as distinguish it from the other keys."""
     parts = {key: re.sub(r"[^\w.-]+", "", key, flags=re.ASCII).split(".") for key in keys}
     heads = {}
     for key in keys:
@@ -236,7 +237,7 @@ def _word(head: str, key: str, text: str) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value as a part of a name: the shorter form of a number, the last part of a path, letters and digits only."""
+    """A value as part of a name: the shorter form of a number, the last part of a path, letters and digits only."""
     text = value if isinstance(value, str) else text_of(value)
     if isinstance(value, float) and math.isfinite(value):
         scientific = f"{Decimal(repr(value)).normalize():e}".replace("e+", "e")
@@ -250,6 +251,6 @@ def _hash(point: Point) -> str:
 
 
 def _value(key: str, text: str) -> Any:
-    """What a text is to `--set`, which keeps some keys' as they are; the text itself where it is no value."""
+    """The value that `--set` makes of a text (some keys keep it as it is), or the text itself if it is not a value."""
     document = yaml_file.value(text, is_text=is_text(key))
     return text if document.problems else document.data

@@ -18,7 +18,8 @@ from flashrl_cli.machine.finding import Level
 
 def measured(precision: str = "int8", quantized: int = 8, **changes: Any) -> dict[str, Any]:
     holds = contract.Handshake(
-        host="h", pid=1, precision=precision, quantized_layers=quantized, linear_layers=8, quantized_bytes=9, kernel="K",
+        host="h", pid=1, precision=precision, quantized_layers=quantized, linear_layers=8, quantized_bytes=9,
+        kernel="K",
         vllm="0", torch="2", device="cpu", refits=1, refit_s=0.03,
     )  # fmt: skip
     figures = {"start_s": 12.3, "change": 3.0, "read_error": 0.05, "made_error": 0.04, "returns": True}

@@ -88,7 +88,7 @@ class Graders:
 
 
 class Engines:
-    """In place of `job.engine`: each engine follows a script; `jobs` and `orders` are what it got, `up` how many run."""
+    """Replaces `job.engine`: each engine follows a script; `jobs` and `orders` are its inputs, `up` counts engines."""
 
     def __init__(self, script: Script = answer) -> None:
         self.script, self.jobs, self.orders, self.up = script, list[Job](), list[Order](), 0

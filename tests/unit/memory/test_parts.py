@@ -1,4 +1,4 @@
-"""The shares of a GPU's memory: states, passes and the engine, each held against arithmetic by hand or a measurement."""
+"""The parts of a GPU's memory: states, passes and the engine, each compared with arithmetic or a measurement."""
 
 from __future__ import annotations
 
@@ -124,7 +124,12 @@ def test_checkpointing_keeps_the_inputs_of_layers(shape: ModelShape, engine: Eng
 def test_logits_in_training(
     changes: dict[str, object], temperature: float, factor: int, shape: ModelShape, engine: EngineSettings
 ) -> None:
-    item = parts.train_logits(shape, replace(engine, **changes), Load(1000, 1000), temperature)  # type: ignore[arg-type]
+    item = parts.train_logits(
+        shape,
+        replace(engine, **changes),  # type: ignore[arg-type]
+        Load(1000, 1000),
+        temperature,
+    )
     assert item.bytes == 1000 * V * factor
 
 

@@ -29,7 +29,8 @@ QWEN2: dict[str, tuple[int, ...]] = {
 }
 """A Qwen2 of one layer."""
 SIZES = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "vocab_size": 48,
 }  # fmt: skip
 """Its sizes, as its config.json names them."""

@@ -90,7 +90,8 @@ def test_a_report() -> None:
     assert len(rows[0]) == len(columns)
     assert rows[0][:2] == ("l12", "4 × 2")
     assert layer_errors.summary(document) == (
-        "12 layers in 8 bits, 1 kept in 16; 1.0 MiB of weights became 0.5 MiB; relative error 6.500 % in the mean, 12.000 % at worst"
+        "12 layers in 8 bits, 1 kept in 16; 1.0 MiB of weights became 0.5 MiB; "
+        "relative error 6.500 % in the mean, 12.000 % at worst"
     )
 
 

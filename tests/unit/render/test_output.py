@@ -99,7 +99,10 @@ def variables(**changes: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | changes
 
 
-PROSE = "o.text('… → ✓ é ж a/\\udcff'); o.say('quantized → é'); o.table(['a'], [['—'], ['x' * 300]]); o.document({'p': 'é\\udcff'})"
+PROSE = (
+    "o.text('… → ✓ é ж a/\\udcff'); o.say('quantized → é'); o.table(['a'], [['—'], ['x' * 300]]); "
+    "o.document({'p': 'é\\udcff'})"
+)
 ENCODINGS = [
     {"PYTHONIOENCODING": "ascii"},
     {"PYTHONIOENCODING": "latin-1"},
@@ -129,7 +132,10 @@ def test_an_encoding_that_lacks_characters_ends_nothing(changes: dict[str, str])
 @pytest.mark.processes
 @pytest.mark.parametrize(("closed", "left"), [("1>&-", "err"), ("2>&-", "out"), ("1>&- 2>&-", "")])
 def test_a_closed_stream_is_nowhere_and_never_a_file_of_ours(closed: str, left: str, tmp_path: Path) -> None:
-    code = f"f = open({str(tmp_path / 'f')!r}, 'w'); o.text('data'); o.say('talk'); print('more'); f.write('mine'); f.close()"
+    code = (
+        f"f = open({str(tmp_path / 'f')!r}, 'w'); o.text('data'); o.say('talk'); print('more'); "
+        "f.write('mine'); f.close()"
+    )
     start = "from flashrl_cli.render.output import *; guard_streams(); o = Output()\n"
     words = shlex.join([sys.executable, "-c", start + code])
     done = subprocess.run(["sh", "-c", f"{words} {closed}"], check=False, capture_output=True)
@@ -148,7 +154,8 @@ def test_a_reader_that_goes_away_ends_no_work(tmp_path: Path) -> None:
         "import time\n"
         "for n in range(3): o.json_line({'n': n}); o.say('x'); o.table(['a'], [['—']]); print('y', flush=True)\n"
         "with o.progress('work', 3) as advance: advance(1)\n"
-        f"open({str(mark)!r}, 'w').write('done'); print_error(InputError('e')); raise SystemExit(lost_result() is not None)"
+        f"open({str(mark)!r}, 'w').write('done'); print_error(InputError('e')); "
+        "raise SystemExit(lost_result() is not None)"
     )
     reading, writing = os.pipe()
     os.close(reading)

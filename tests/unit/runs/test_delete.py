@@ -373,7 +373,7 @@ def test_links_are_left_to_the_person_and_not_followed(tmp_path: Path) -> None:
 
 
 def test_a_killed_removal_leaves_no_half_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is removed when the process dies, names lead to a whole run or to none; the next removal takes the rest."""
+    """Whenever the process dies, a name refers to a complete run or none; the next removal deletes the rest."""
     run = make("demo", attempt(), checkpoints=50)
 
     def die(*_: object, **__: object) -> None:

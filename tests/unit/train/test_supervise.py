@@ -197,7 +197,10 @@ HANGS = "\ntime.sleep(120)"
             r"a GPU ran out of memory.*\n  \| CUDA out of memory", "rollout.gpu_memory_utilization", [],
         ),
         (
-            'log("OSError: [Errno 28] No space left on device")\nlog("ray.exceptions.ActorDiedError: gone")\nsys.exit(1)',
+            (
+                'log("OSError: [Errno 28] No space left on device")\n'
+                'log("ray.exceptions.ActorDiedError: gone")\nsys.exit(1)'
+            ),
             {}, RunFailed, "a disk is full", "", [],
         ),
         ('log("hm")\nsys.exit(7)', {}, RunFailed, r"verl ended with exit code 7\n  \| hm\n", "the log's end", []),

@@ -180,7 +180,8 @@ def test_ordinary_lines_mean_nothing(line: str) -> None:
 def test_warnings_of_every_start_are_left_out_of_a_tail() -> None:
     said = [
         (
-            "\x1b[36m(WorkerDict pid=1)\x1b[0m /v/verl/workers/engine/__init__.py:32: UserWarning: torchtitan engine is not available: "
+            "\x1b[36m(WorkerDict pid=1)\x1b[0m /v/verl/workers/engine/__init__.py:32: UserWarning: "
+            "torchtitan engine is not available: "
             "ModuleNotFoundError(\"No module named 'torchtitan'\")"
         ),
         '\x1b[36m(WorkerDict pid=1)\x1b[0m   warnings.warn(f"torchtitan engine is not available: {e!r}", stacklevel=1)',
@@ -191,7 +192,8 @@ def test_warnings_of_every_start_are_left_out_of_a_tail() -> None:
 
 
 VERLS = (
-    "\x1b[36m(TaskRunnerV1 pid=9, ip=10.0.0.2)\x1b[0m step:3 - critic/score/mean:0.5 - actor/pg_loss:np.float64(0.0123) - "
+    "\x1b[36m(TaskRunnerV1 pid=9, ip=10.0.0.2)\x1b[0m step:3 - critic/score/mean:0.5 - actor/pg_loss:"
+    "np.float64(0.0123) - "
     "response_length/max:np.float32(512.0) - training/num_turns/max:np.int64(2) - flag:True - x:nan - actor/lr:1e-06"
 )
 

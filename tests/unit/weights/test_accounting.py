@@ -54,8 +54,8 @@ def there(shapes: Mapping[str, Sequence[int]], dtype: str = "BF16") -> dict[str,
         (there({}), architecture({})),
     ],
     ids=[
-        "bf16", "fp16", "mixed", "a tied head stored", "a tied head left out", "buffers of old", "a buffer", "an integer buffer",
-        "experts fused", "experts one by one", "unknown", "a module called module", "nothing",
+        "bf16", "fp16", "mixed", "a tied head stored", "a tied head left out", "buffers of old", "a buffer",
+        "an integer buffer", "experts fused", "experts one by one", "unknown", "a module called module", "nothing",
     ],
 )  # fmt: skip
 def test_what_is_whole_passes(found: dict[str, Stored], wanted: Expected | None, tmp_path: Path) -> None:
@@ -71,7 +71,10 @@ def without(*names: str) -> dict[str, Stored]:
     [
         (without(DOWN), [f"missing 1 tensor: {DOWN}"]),
         (without(DOWN, HEAD), [f"missing 2 tensors: {HEAD}, {DOWN}"]),
-        (there(DENSE | {"model.layers.2.mlp.down_proj.weight": (4, 6)}), ["1 tensor that the architecture does not have"]),
+        (
+            there(DENSE | {"model.layers.2.mlp.down_proj.weight": (4, 6)}),
+            ["1 tensor that the architecture does not have"],
+        ),
         (there(DENSE | {NORM: (5,)}), [f"{NORM} (in {FILE.name}) [5], not [4]"]),
         (there(DENSE | {DOWN: (0,)}), ["1 tensor is empty, as DeepSpeed's ZeRO-3 leaves", f"{DOWN} (in {FILE.name})"]),
         (there(DENSE | {DOWN: (4, 0), NORM: (0,)}), ["2 tensors are empty"]),
@@ -82,7 +85,10 @@ def without(*names: str) -> dict[str, Stored]:
             [f"missing 1 tensor: {DOWN}", "does not have: x", f"{NORM} (in {FILE.name}) [2], not [4]"],
         ),
     ],
-    ids=["a layer", "two", "too many", "a shape", "empty", "all empty", "integers", "8-bit floats", "three things at once"],
+    ids=[
+        "a layer", "two", "too many", "a shape", "empty", "all empty", "integers", "8-bit floats",
+        "three things at once",
+    ],
 )  # fmt: skip
 def test_all_that_is_wrong_is_named(found: dict[str, Stored], said: list[str], tmp_path: Path) -> None:
     with pytest.raises(Unreadable) as caught:

@@ -128,12 +128,14 @@ def test_json_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 TAKEN = (
-    "LICENSE", "README.md", "added_tokens.json", "chat_template.jinja", "config.json", "generation_config.json", "merges.txt",
-    "modeling_own.py", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+    "LICENSE", "README.md", "added_tokens.json", "chat_template.jinja", "config.json", "generation_config.json",
+    "merges.txt", "modeling_own.py", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
 )  # fmt: skip
 LEFT = (
-    "consolidated.00.pth", "consolidated.safetensors", "flax_model.msgpack", "model.gguf", "model.onnx", "optimizer.pt", "params.json",
-    "pytorch_model.bin", "pytorch_model.bin.index.json", "rng_state.pth", "scheduler.pt", "tf_model.h5", "trainer_state.json",
+    "consolidated.00.pth", "consolidated.safetensors", "flax_model.msgpack", "model.gguf", "model.onnx", "optimizer.pt",
+    "params.json",
+    "pytorch_model.bin", "pytorch_model.bin.index.json", "rng_state.pth", "scheduler.pt", "tf_model.h5",
+    "trainer_state.json",
     "training_args.bin",
 )  # fmt: skip
 FOLDERS = ("checkpoint-500", "global_step_10", "onnx", "original", "runs")

@@ -108,7 +108,10 @@ def test_an_order_may_have_a_limit_of_time(start: Start) -> None:
 @pytest.mark.processes
 def test_a_killed_command_line_takes_the_worker_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    script = "from flashrl_cli.worker import server\norders, emit = server.begin()\nemit('stage', pid=__import__('os').getpid())\n"
+    script = (
+        "from flashrl_cli.worker import server\norders, emit = server.begin()\n"
+        "emit('stage', pid=__import__('os').getpid())\n"
+    )
     (tmp_path / "fake.py").write_text(f"{script}next(orders)\nnext(orders)\n")
     parent = f"""
         import os

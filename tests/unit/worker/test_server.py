@@ -42,7 +42,10 @@ def process(script: str, errors: Path, *, begin: str = BEGIN) -> Iterator[subpro
 
 
 def test_orders_come_line_by_line_and_the_end_of_stdin_ends_the_process(tmp_path: Path) -> None:
-    script = "print('words of a library', flush=True)\nfor _ in '12': emit('got', size=len(next(orders)['a']))\ntime.sleep(60)"
+    script = (
+        "print('words of a library', flush=True)\nfor _ in '12': emit('got', size=len(next(orders)['a']))\n"
+        "time.sleep(60)"
+    )
     with process(script, tmp_path / "log") as running:
         assert running.stdin is not None
         assert running.stdout is not None

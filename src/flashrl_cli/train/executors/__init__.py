@@ -1,4 +1,4 @@
-"""Where a run is executed: as a process of this machine, or as a job of a Ray cluster."""
+"""Where a run is executed: as a process on this machine, or as a job of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """This machine, or the Ray cluster whose job server is at `address`."""
+    """Where runs are executed: on this machine, or on the Ray cluster whose job server is at `address`."""
 
     address: str | None = None
 
@@ -35,7 +35,7 @@ class Place:
         return environment.on_cluster(resolved) if self.address else resolved
 
     def document(self, plan: LaunchPlan) -> dict[str, Any]:
-        """What `--dry-run --json` adds to the plan: the job that a cluster would be given."""
+        """What `--dry-run --json` adds to the plan: the job that would be submitted to a cluster."""
         if self.address is None:
             return {}
         from flashrl_cli.train.executors import ray_job
@@ -44,7 +44,7 @@ class Place:
         return {"ray": {"address": job.address, **ray_job.submission(job)}}
 
     def submission_script(self, plan: LaunchPlan) -> list[str]:
-        """The end of the script that `--dry-run` prints, where it submits a job to a cluster."""
+        """The end of the script that `--dry-run` prints, if it submits a job to a cluster."""
         if self.address is None:
             return []
         from flashrl_cli.train.executors import ray_job
@@ -52,13 +52,13 @@ class Place:
         return ray_job.submission_script(plan, ray_job.job_request(plan, self.address))
 
     def gpu_memory(self, plan: LaunchPlan) -> list[int]:
-        """Bytes of each GPU, as far as they can be seen from here."""
+        """Bytes of each GPU, if they can be seen from here."""
         return [] if self.address else preflight.gpu_memory(plan.spec)
 
     def ready(self, plan: LaunchPlan, say: Callable[[str], None]) -> Start:
-        """Check that `plan` can run there, and return how it is started.
+        """Check that `plan` can run there, and return the function that starts it.
 
-        Raises EnvironmentNotReady, or InputError for bad rows.
+        Raises EnvironmentNotReady, or InputError for invalid data rows.
         """
         if self.address is None:
             preflight.check(plan)
@@ -93,5 +93,5 @@ def chosen(name: str, address: str | None) -> Place:
 
 
 def start_here(plan: LaunchPlan) -> Handle:
-    """Start `plan` as a process of this machine."""
+    """Start `plan` as a process on this machine."""
     return Tree(plan.argv, env={**os.environ, **plan.env}, cwd=plan.cwd, log=plan.attempt_paths.log)

@@ -1,8 +1,8 @@
-"""A launch plan as a Ray job: what is submitted, and the job under way, followed and ended through Ray's job server.
+"""Run a launch plan as a Ray job through Ray's job server: submit it, follow it, and stop it.
 
-In the order of a run: the job's request, which is pure and printable; its submission; the handle that supervises it,
-with what follows its log, watches its nodes, and reads metrics and handshakes out of the log; at the end, Ray's job
-client.
+The module follows the order of a run: the job's request, which is pure and printable; its submission; the handle that
+supervises it, which follows its log, watches its nodes, and reads metrics and handshakes from the log; and finally
+Ray's job client.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 DEDUP = "RAY_DEDUP_LOGS_ALLOW_REGEX"
 UNFOLDED = rf"{contract.HANDSHAKE_MARK}|step:\d+ - "
-"""Lines that Ray must not fold into one: it takes lines of two workers for the same if they differ in numbers only."""
+"""Lines that Ray must not deduplicate: it treats lines of two workers as equal if they differ only in numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A job for Ray's job server at `address`: `runtime_env` reaches the driver and every actor on every node."""
+    """A job for Ray's job server at `address`; `runtime_env` applies to the driver and every actor on every node."""
 
     address: str
     submission_id: str
@@ -51,10 +51,10 @@ class Job:
 
 
 def job_request(plan: LaunchPlan, address: str, *, shared: bool = True) -> Job:
-    """The job of a plan; `shared`: the attempt's folder is one and the same here and on every node.
+    """The job of a plan; `shared` says that the attempt's folder is the same here and on every node.
 
-    Where it is not, workers print their handshakes to the log, and verl's metrics file is made on the node that writes
-    it.
+    Without a shared folder, workers print their handshakes to the log, and verl's metrics file is created on the node
+    that writes it.
     """
     env = dict(plan.env) if shared else environment.without_shared_folder(plan.env, plan.attempt_paths.root)
     if not shared:
@@ -76,13 +76,13 @@ def job_request(plan: LaunchPlan, address: str, *, shared: bool = True) -> Job:
 
 
 def submission_id(plan: LaunchPlan) -> str:
-    """Name of the job: run, attempt, and a digest of the attempt's folder, since others may use the same name."""
+    """Name of the job: run, attempt, and a digest of the attempt's folder, because others may use the same run name."""
     digest = hashlib.sha256(str(plan.attempt_paths.root).encode()).hexdigest()[:8]
     return f"{re.sub(r'[^A-Za-z0-9_.-]', '-', plan.name)}-{plan.attempt}-{digest}"
 
 
 def submission(job: Job) -> dict[str, Any]:
-    """The job as plain data, as `submit_job` takes it: for `--dry-run --json`, and for Ray."""
+    """The job as plain data in the form of `submit_job`, for `--dry-run --json` and for Ray."""
     return {
         "submission_id": job.submission_id,
         "entrypoint": f"exec {shlex.join(job.command)}",
@@ -92,9 +92,9 @@ def submission(job: Job) -> dict[str, Any]:
 
 
 def submission_script(plan: LaunchPlan, job: Job) -> list[str]:
-    """The end of a POSIX shell script that submits the job and waits for nothing; the overrides are its arguments `$@`.
+    """The end of a POSIX shell script that submits the job without waiting; the overrides are its arguments `$@`.
 
-    `ray job submit` quotes the words behind `--` for the shell that Ray starts them with.
+    `ray job submit` quotes the words after `--` for the shell that Ray starts them with.
     """
     options = {
         "--address": job.address,
@@ -112,9 +112,9 @@ def submission_script(plan: LaunchPlan, job: Job) -> list[str]:
 
 
 def submit(jobs: Jobs, plan: LaunchPlan, address: str, *, shared: bool) -> RayJob:
-    """Start a plan as a job of `jobs`, under the job's name or the first free one after it.
+    """Submit a plan as a job of `jobs`, under the job's name or the first free variant of it.
 
-    A cluster remembers the names of runs that were removed. Raises EnvironmentNotReady if Ray refuses the job.
+    A cluster also remembers the names of runs that were removed. Raises EnvironmentNotReady if Ray refuses the job.
     """
     job = job_request(plan, address, shared=shared)
     try:
@@ -130,17 +130,17 @@ def submit(jobs: Jobs, plan: LaunchPlan, address: str, *, shared: bool) -> RayJo
 
 
 STATUS_PAUSES_S = (1.5, 3.0, 6.0, 12.0, 20.0)
-"""Between two questions for the job's state: the first while it answers, the others after each failure to."""
+"""Seconds between two queries of the job's state: the first value while it answers, the others after each failure."""
 SERVER_PATIENCE_S = 120.0
-"""How long the job server may stay silent."""
+"""Seconds that the job server may fail to answer."""
 LOG_PATIENCE_S = 15.0
 STOP_PATIENCE_S = 60.0
-"""How long a job may take to stop: Ray itself kills its driver after 3 s."""
+"""Seconds that a job may take to stop: Ray itself kills its driver after 3 s."""
 ENDED = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": -signal.SIGTERM}
 
 
 class RayJob:
-    """A `process.Handle`. Where the attempt's folder is not shared, metrics and handshakes come out of the log."""
+    """A `process.Handle` for a Ray job; without a shared folder it reads metrics and handshakes from the log."""
 
     def __init__(self, jobs: Jobs, plan: LaunchPlan, job_id: str, *, shared: bool) -> None:
         self.id = job_id
@@ -157,23 +157,23 @@ class RayJob:
         self._failures = 0
 
     def poll(self) -> int | None:
-        """Exit code, None while the job runs.
+        """Exit code, or None while the job runs.
 
-        Raises RunFailed when the job server is silent for two minutes, and, once, when a lost node made the job fail.
+        Raises RunFailed if the job server does not answer for two minutes, and, once, if a lost node made the job fail.
         """
         if self._code is None and time.monotonic() >= self._due:
             self._ask()
         return self._code
 
     def tend(self) -> None:
-        """Take metrics and handshakes out of the log. Raises RunFailed, once, when a node of the job is lost."""
+        """Extract metrics and handshakes from the log. Raises RunFailed, once, when a node of the job is lost."""
         if self._extraction:
             self._extraction.poll()
         if self._code is None and not self._lost:
             self._raise_if(self._nodes.lost(self._ray_id))
 
     def terminate(self) -> None:
-        """Ask Ray to stop the job; a server that does not answer is asked again by `kill`."""
+        """Ask Ray to stop the job; `kill` repeats the request if the server does not answer."""
         try:
             self._jobs.stop_job(self.id)
         except (RuntimeError, OSError):
@@ -181,7 +181,7 @@ class RayJob:
         self._due = 0.0
 
     def kill(self, *, grace_s: float = 0.0) -> None:
-        """Stop the job and wait until it has ended. Raises RunFailed if it does not, or nobody answers."""
+        """Stop the job and wait until it has ended. Raises RunFailed if it goes on or the server is silent."""
         deadline = time.monotonic() + max(grace_s, STOP_PATIENCE_S)
         while self.poll() is None:
             self.terminate()
@@ -216,7 +216,7 @@ class RayJob:
         self._follower.finish(LOG_PATIENCE_S)
         code = info.driver_exit_code
         if state == "FAILED" and code is None:
-            # there was no driver to say why: its environment failed, or its node was lost
+            # there was no driver to report the cause: its environment failed, or its node was lost
             with self._log.open("a", encoding="utf-8") as stream:
                 stream.write(f"\nRay: {info.message}\n")
         if self._extraction:
@@ -236,13 +236,14 @@ class RayJob:
 
 
 SILENCE_S = 300.0
-"""A connection that brought nothing for so long is made anew: it may be dead without either side knowing."""
+"""Seconds without data after which a connection is reopened: it may be dead without either side noticing."""
 LOG_PAUSES_S = (5.0, 1.0, 2.0, 5.0, 10.0, 20.0)
-"""Before the next connection: after a stream that ended, after the first failure, the second …"""
+"""Seconds before the next connection: after a stream that ended, after the first failure, after the second, and so on.
+"""
 
 
 class LogFollower(threading.Thread):
-    """Appends a job's log to a file until the job has ended. Ray streams it from its start: what is here is skipped."""
+    """Appends a job's log to a file until the job ends; Ray streams from the start, so known text is skipped."""
 
     def __init__(self, jobs: Jobs, job_id: str, file: Path) -> None:
         super().__init__(name=f"log of {job_id}", daemon=True)
@@ -253,7 +254,7 @@ class LogFollower(threading.Thread):
         """Characters written so far."""
 
     def run(self) -> None:
-        """Follow, over as many connections as it takes."""
+        """Follow the log, reconnecting as often as necessary."""
         failures = 0
         while not self._ended.is_set():
             before = self._taken
@@ -265,7 +266,7 @@ class LogFollower(threading.Thread):
             self._ended.wait(LOG_PAUSES_S[min(failures, len(LOG_PAUSES_S) - 1)])
 
     def finish(self, patience_s: float) -> None:
-        """Called once the job has ended: wait for the rest of the stream, and fetch what it does not bring."""
+        """After the job has ended, wait for the rest of the stream, and fetch what it does not deliver."""
         self._ended.set()
         self.join(patience_s)
         if self.is_alive():
@@ -284,7 +285,7 @@ class LogFollower(threading.Thread):
                 position += len(chunk)
 
     def _take(self, text: str, *, start: int) -> None:
-        """Append what of `text`, which begins at character `start` of the log, is new."""
+        """Append the new part of `text`, which begins at character `start` of the log."""
         with self._lock:
             new = text[max(self._taken - start, 0) :]
             if new:
@@ -294,26 +295,28 @@ class LogFollower(threading.Thread):
 
 
 NODES_PAUSE_S = 5.0
-"""Between two questions for the cluster's nodes."""
+"""Seconds between two queries of the cluster's nodes."""
 NODE_DEATH_S = 45.0
-"""Ray declares a node dead after five lost health checks, 3 s apart and more; the job itself may fail at once."""
+"""Seconds after which Ray has declared a node dead: five lost health checks, at least 3 s apart; the job itself may
+fail at once.
+"""
 SIGNS_OF_LOSS = re.compile(
     r"ActorDiedError|ActorUnavailableError|NodeDiedError|WorkerCrashedError|Connection (reset|closed|refused)"
     r"|Broken pipe|NCCL|[Gg]loo|died|unreachable|RpcError"
 )
-"""What a log shows where a failure may come from a lost node."""
+"""Patterns in a log that indicate a failure that a lost node may have caused."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A node that is gone: its address, and what Ray says of it."""
+    """A lost node: its address, and Ray's message about it."""
 
     address: str
     reason: str
 
 
 class NodeWatch:
-    """Notices when a Ray cluster loses a node on which a job has actors: verl and vLLM may wait for ever for those."""
+    """Notices when a Ray cluster loses a node with actors of a job; verl and vLLM may wait for them forever."""
 
     def __init__(self, jobs: Jobs) -> None:
         self._jobs = jobs
@@ -329,10 +332,10 @@ class NodeWatch:
         try:
             return self._look(job_id)
         except (RuntimeError, OSError, KeyError, ValueError):
-            return None  # whether the job server answers at all is watched elsewhere
+            return None  # another part watches whether the job server answers at all
 
     def lost_in_the_end(self, job_id: str | None, log: Path) -> Lost | None:
-        """The lost node that made a job fail, waited for where the log shows that something broke off."""
+        """The lost node that made a job fail; waits for Ray to report it if the log indicates a lost connection."""
         suspect = len(self._alive) > 1 and SIGNS_OF_LOSS.search("\n".join(last_lines(log, 300)))
         deadline = time.monotonic() + (NODE_DEATH_S if suspect else 0.0)
         while True:
@@ -353,16 +356,16 @@ class NodeWatch:
 
 
 class LogExtraction:
-    """Writes `metrics.jsonl` and `plugins/` out of the attempt's log, as verl and the plugins do on a shared disk."""
+    """Writes `metrics.jsonl` and `plugins/` from the attempt's log, as verl and the plugins do on a shared disk."""
 
     def __init__(self, attempt: AttemptPaths) -> None:
         self._attempt = attempt
         self._tail = Tail(attempt.log)
-        # nodes that share Ray's own folder, such as two on one machine, each send all lines of it
+        # nodes that share Ray's folder, such as two on one machine, each send all its lines
         self._written: deque[tuple[int, dict[str, float | None]]] = deque(maxlen=8)
 
     def poll(self, *, ended: bool = False) -> None:
-        """Take in the lines that came since the last call."""
+        """Process the lines that arrived since the last call."""
         for line in self._tail.poll(ended=ended):
             self._take(plain(line))
 
@@ -382,13 +385,13 @@ class LogExtraction:
 REQUEST_TIMEOUT_S = (5.0, 30.0)
 """Seconds to connect, and to wait for an answer."""
 MOST_ROWS = 10_000
-"""Most rows that Ray's state API gives."""
+"""Largest number of rows that Ray's state API returns."""
 OVERRULING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-"""Variables that Ray's client takes for the address whatever it is given (ray/dashboard/utils.py)."""
+"""Variables that override the address given to Ray's client (ray/dashboard/utils.py)."""
 
 
 class Jobs(Protocol):
-    """What flashrl uses of `ray.job_submission.JobSubmissionClient`; requests raise RuntimeError or OSError."""
+    """The part of `ray.job_submission.JobSubmissionClient` in use; requests raise RuntimeError or OSError."""
 
     def submit_job(self, **job: Any) -> str:
         """Submit a job and return its id."""
@@ -397,31 +400,31 @@ class Jobs(Protocol):
         """State of a job: `status`, `message`, `driver_exit_code`."""
 
     def get_job_logs(self, job_id: str) -> str:
-        """All of a job's log so far."""
+        """A job's complete log so far."""
 
     def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
-        """The job's log from its start, in pieces as it grows, until the job has ended."""
+        """The job's log from its start, in pieces as it grows, until the job ends."""
 
     def stop_job(self, job_id: str) -> bool:
         """Ask a job to end."""
 
     def list_jobs(self) -> list[Any]:
-        """All jobs that the cluster knows."""
+        """All jobs known to the cluster."""
 
     def listed(self, what: str, **filters: str) -> list[dict[str, Any]]:
-        """Ray's `nodes` or `actors`, those whose fields are as `filters` say."""
+        """Ray's `nodes` or `actors` whose fields match `filters`."""
 
 
 def connect(address: str) -> Jobs:
-    """A client of the job server at `address` (its dashboard's http://host:8265, or a cluster's host:6379).
+    """Connect to the job server at `address` (its dashboard's http://host:8265, or a cluster's host:6379).
 
-    Raises EnvironmentNotReady where none answers.
+    Raises EnvironmentNotReady if no job server answers there.
     """
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):  # type: ignore[misc]  # Ray has no types here
-        """Stock requests wait for ever for a host that is gone."""
+        """A client with timeouts: Ray's own requests wait forever for a host that is gone."""
 
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
             try:
@@ -430,10 +433,10 @@ def connect(address: str) -> Jobs:
                 raise PermissionError(str(error)) from error
 
         def listed(self, what: str, **filters: str) -> Any:
-            """From the state API, as `ray list nodes` asks it (ray/util/state/api.py)."""
+            """List rows from the state API, with the request of `ray list nodes` (ray/util/state/api.py)."""
             params = {
                 "limit": MOST_ROWS,
-                "timeout": int(REQUEST_TIMEOUT_S[1]),  # Ray answers 500 to a number with a point
+                "timeout": int(REQUEST_TIMEOUT_S[1]),  # Ray answers 500 to a number with a decimal point
                 "filter_keys": list(filters),
                 "filter_predicates": ["="] * len(filters),
                 "filter_values": list(filters.values()),
@@ -454,7 +457,7 @@ def connect(address: str) -> Jobs:
 
 
 def _authenticated(make: Callable[[], Jobs]) -> Jobs:
-    """A client; where the cluster asks for a token, with the one that `ray start` and `ray.init` take by themselves."""
+    """A client; where the cluster asks for a token, with the one that `ray start` and `ray.init` use by default."""
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
     try:

@@ -1,7 +1,6 @@
-"""A job of a Ray cluster, `python -m flashrl_cli.train.executors.ray_nodes REQUEST`: prints what each node has.
+"""A Ray job that prints the resources of each node: `python -m flashrl_cli.train.executors.ray_nodes REQUEST`.
 
-The task of each node goes there by value, as functions of `__main__` do, so that it answers where flashrl is not
-installed, too.
+The task for each node is sent by value, as functions of `__main__` are, so that it also runs on nodes without flashrl.
 """
 
 from __future__ import annotations
@@ -13,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 MARK = "FLASHRL_NODES "
-"""Begins the answer; Ray's own lines surround it."""
+"""Marks the beginning of the answer among Ray's own lines."""
 ANSWER_S = 90.0
-"""How long all nodes together may take to answer: each starts a worker for it."""
+"""Seconds that all nodes together may take to answer; each starts a worker for it."""
 
 
 def examine(request: dict[str, Any]) -> dict[str, Any]:
-    """Run on a node: versions of `distributions`, which `paths` exist, what `tokens` hold, where flashrl's plugins are.
+    """Run on a node: versions of `distributions`, which `paths` exist, what `tokens` contain, where the plugins are.
 
-    `variables` are those of the node's environment that its workers would inherit.
+    `variables` are environment variables of the node that its workers would inherit.
     """
-    import contextlib  # by value, this function has the names of its own body only
+    import contextlib  # the function is sent by value and has only the names in its own body
     import os
     import platform
     import subprocess
@@ -54,12 +53,12 @@ def examine(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def ask(request: dict[str, Any]) -> dict[str, Any]:
-    """Every alive node with its resources, and its answer or why there is none. Call within a Ray job.
+    """Every live node with its resources, and its answer or the reason why there is none; call it within a Ray job.
 
-    `made` are files that this node makes for the others to look for.
+    `made` are files that this node creates so that the other nodes can look for them.
     """
     import ray
-    from ray._private.state import available_resources_per_node  # as verl asks for it
+    from ray._private.state import available_resources_per_node  # the function that verl uses
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     ray.init(log_to_driver=False, logging_level="ERROR")

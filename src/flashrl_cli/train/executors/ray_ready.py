@@ -1,6 +1,6 @@
-"""Can a Ray cluster run a plan? Each of its nodes is asked, by a small job, before the run is submitted.
+"""Check whether a Ray cluster can run a plan: a small job examines each node before the run is submitted.
 
-First the job and its answer, then what the answers mean for a plan, which is pure.
+The job and its answer come first, then the pure functions that compare the answers with a plan.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ if TYPE_CHECKING:
 MODULE = "flashrl_cli.train.executors.ray_nodes"
 COMPARED = ("flashrl-cli", "ray", *DISTRIBUTIONS)
 PATIENCE_S = 180.0
-"""For Ray to start the job and for every node to start a worker and answer."""
+"""Seconds for Ray to start the job and for every node to start a worker and answer."""
 POLL_S = 1.0
 OVER = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """A cluster that can run a plan; `shared`: the runs folder is the same here and on all its `nodes`."""
+    """A cluster that can run a plan; `shared` says that the runs folder is the same here and on all its `nodes`."""
 
     shared: bool
     nodes: int
 
 
 def check(plan: LaunchPlan, jobs: Jobs, address: str) -> Readiness:
-    """Ask every node. Raises EnvironmentNotReady with all that keeps the cluster from running `plan`."""
+    """Examine every node. Raises EnvironmentNotReady with every reason why the cluster cannot run `plan`."""
     secret = uuid.uuid4().hex
     token = plan.paths.root.parent / f".flashrl-{secret}"
     with _written(token, secret):
@@ -92,7 +92,7 @@ def _written(token: Path, text: str) -> Iterator[None]:
 
 
 def _output(jobs: Jobs, command: str, address: str) -> str:
-    """Log of a small job, once it has ended. Raises EnvironmentNotReady if it does not."""
+    """Log of a small job, once it has ended. Raises EnvironmentNotReady if it does not end."""
     try:
         job_id = jobs.submit_job(entrypoint=command, metadata={"flashrl": "nodes"})
         deadline = time.monotonic() + PATIENCE_S
@@ -112,7 +112,7 @@ def _output(jobs: Jobs, command: str, address: str) -> str:
 
 
 def _cluster(text: str, secret: str, address: str) -> Cluster:
-    """The answer in the job's log. Raises EnvironmentNotReady with the log's end if there is none."""
+    """The answer in the job's log. Raises EnvironmentNotReady with the log's end if there is no answer."""
     for line in text.splitlines():
         _, mark, answer = line.partition(MARK)
         if mark and answer.startswith("{"):
@@ -130,7 +130,7 @@ def _cluster(text: str, secret: str, address: str) -> Cluster:
 
 
 def _left(jobs: Jobs, plan: LaunchPlan) -> Iterator[Problem]:
-    """An earlier attempt that still runs there would write the same checkpoints."""
+    """Yield earlier attempts that still run on the cluster: they would write the same checkpoints."""
     for job in jobs.list_jobs():
         metadata = job.metadata or {}
         over = str(getattr(job.status, "value", job.status)) in OVER
@@ -152,7 +152,7 @@ def _versions_here() -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """The answer of `ray_nodes`: each alive node, the files that the head could not make, the text of the tokens."""
+    """The answer of `ray_nodes`: each live node, the files that the head could not create, the text of the tokens."""
 
     nodes: Sequence[Mapping[str, Any]]
     refused: Mapping[str, str]
@@ -164,19 +164,19 @@ class Cluster:
         return all(self.sees(node, "runs") for node in self.nodes)
 
     def sees(self, node: Mapping[str, Any], what: str) -> bool:
-        """Whether a node reads the right text in a token."""
+        """Whether a node reads the expected text in a token."""
         return bool(node.get("tokens", {}).get(what) == self.secret)
 
 
 def problems(plan: LaunchPlan, cluster: Cluster, here: Mapping[str, str]) -> Iterator[Problem]:
-    """Yield all that keeps the cluster from running `plan`; `here` are the versions of this machine's packages."""
+    """Yield each reason why the cluster cannot run `plan`; `here` are the versions of this machine's packages."""
     answered = [node for node in cluster.nodes if node["error"] is None]
     for node in cluster.nodes:
         if node["error"] is not None:
             yield Problem(f"it does not answer: {node['error']}", node["address"], "remove or repair the node")
     yield from _resources(plan, cluster.nodes)
     yield from _folders(plan, cluster, answered)
-    # every node must have this machine's versions, and the first node's of what is not installed here
+    # nodes must have this machine's versions, or the first node's for packages that are missing here
     wanted = {**(answered[0]["versions"] if answered else {}), **here}
     yield from _stack(plan, wanted)
     for node in answered:
@@ -190,7 +190,7 @@ def problems(plan: LaunchPlan, cluster: Cluster, here: Mapping[str, str]) -> Ite
 
 
 def _resources(plan: LaunchPlan, nodes: Sequence[Mapping[str, Any]]) -> Iterator[Problem]:
-    """verl takes whole nodes' shares: all devices of one share on one node, each with its CPUs."""
+    """Yield what the nodes lack: verl needs all devices of a node's share on one node, each with its CPUs."""
     asked = plan.spec.resources
     cpus = CPUS_A_DEVICE * asked.gpus_per_node
     enough = [n for n in nodes if n["free_devices"] >= asked.gpus_per_node and n["free_cpus"] >= cpus]
@@ -211,7 +211,7 @@ def _resources(plan: LaunchPlan, nodes: Sequence[Mapping[str, Any]]) -> Iterator
 
 
 def _folders(plan: LaunchPlan, cluster: Cluster, nodes: Sequence[Mapping[str, Any]]) -> Iterator[Problem]:
-    """Every trainer process writes its shard of a checkpoint, and reads it again on whatever node it starts next."""
+    """Yield folders that nodes do not share: trainers write checkpoint shards and read them on any node."""
     folder = plan.paths.checkpoints.parent
     if reason := cluster.refused.get("checkpoints"):
         yield Problem(f"the head node cannot write there: {reason}", str(folder), "set FLASHRL_CHECKPOINTS")
@@ -262,5 +262,5 @@ def _differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> Iterato
 
 
 def _compared(name: str, version: str) -> str:
-    """Python's patch releases are compatible; everything else must be the same."""
+    """The part of a version that must be equal: Python's patch releases are compatible, anything else must match."""
     return ".".join(version.split(".")[:2]) if name == "python" else version
