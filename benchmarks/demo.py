@@ -47,13 +47,13 @@ def flashrl(*args: str, capture: bool = False) -> tuple[str, float]:
 
 def summary(evaluation: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
     """What the demo proves: accuracy by step, the precision that the rollout workers held, and the seconds it took."""
-    shake = next(read_handshakes(ROOT / "runs" / RUN / "attempt_1" / "plugins"))
+    handshake = next(read_handshakes(ROOT / "runs" / RUN / "attempt_1" / "plugins"))
     return {
         "schema_version": 1,
         "steps": [{"step": row["step"], "accuracy": row["accuracy"]} for row in evaluation["results"]],
-        "rollout": shake.precision,
-        "int8_layers": shake.quantized_layers,
-        "kernel": shake.kernel,
+        "rollout": handshake.precision,
+        "int8_layers": handshake.quantized_layers,
+        "kernel": handshake.kernel,
         "tis_cap": CAP,
         "wall_s": {name: round(value, 1) for name, value in {**seconds, "total": sum(seconds.values())}.items()},
     }

@@ -215,8 +215,8 @@ class RefitBench:
 
         model = self.model_runner.model
         held = {value.data_ptr(): value.nbytes for value in model.parameters()}
-        shake = describe(model, device=self.device, refits=0, refit_s=0.0)
-        return {**asdict(shake), "weights_gib": round(sum(held.values()) / 2**30, 2)}
+        handshake = describe(model, device=self.device, refits=0, refit_s=0.0)
+        return {**asdict(handshake), "weights_gib": round(sum(held.values()) / 2**30, 2)}
 
 
 def engine(size: str, precision: str, folder: str, **options: Any) -> Any:

@@ -117,9 +117,9 @@ def engine(model: str, precision: str) -> None:
     for line in sys.stdin:
         if line.strip() == "holds":
             folder = contract.plugin_dir()
-            shakes = list(contract.read_handshakes(folder)) if folder else []
+            handshakes = list(contract.read_handshakes(folder)) if folder else []
             held = ("precision", "quantized_layers", "linear_layers", "refit_s", "received")
-            answer(**({name: getattr(shakes[0], name) for name in held} if shakes else {}))
+            answer(**({name: getattr(handshakes[0], name) for name in held} if handshakes else {}))
         else:
             llm.collective_rpc("update_weights_from_ipc")
             answer()

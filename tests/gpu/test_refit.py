@@ -198,9 +198,9 @@ def test_an_update_that_leaves_a_parameter_unwritten_fails(engines: Engines, pre
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_handshake_names_kernel_and_precision(engines: Engines, precision: str) -> None:
-    for shake in engines[f"{precision}-refitted"]["holds"]:
-        assert (shake["precision"], shake["kernel"]) == (precision, KERNELS[precision])
-        assert shake["quantized_layers"] == (0 if precision == "bf16" else shake["linear_layers"])
+    for handshake in engines[f"{precision}-refitted"]["holds"]:
+        assert (handshake["precision"], handshake["kernel"]) == (precision, KERNELS[precision])
+        assert handshake["quantized_layers"] == (0 if precision == "bf16" else handshake["linear_layers"])
 
 
 def test_the_cache_in_8_bits_gets_its_scales_at_each_refit(policies: Policies, engines: Engines) -> None:
@@ -208,7 +208,7 @@ def test_the_cache_in_8_bits_gets_its_scales_at_each_refit(policies: Policies, e
     assert refitted["digests"][-1] == once["digests"][0], "scales are among the buffers"
     assert refitted["digests"][0] != once["digests"][0]
     assert (refitted["logprobs"], refitted["generated"]) == (once["logprobs"], once["generated"])
-    assert {shake["kv_cache"] for shake in refitted["holds"]} == {"fp8"}
+    assert {handshake["kv_cache"] for handshake in refitted["holds"]} == {"fp8"}
     got, wanted, plain = (
         answers(rows, policies.length)
         for rows in (once["logprobs"], policies.truth["B"], engines["int8-B"]["logprobs"])

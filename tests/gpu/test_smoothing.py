@@ -52,7 +52,7 @@ def test_a_refit_with_a_profile(
     refitted = engine({**common, "model": str(policy), **refits}, tmp_path / "refitted")
     assert refitted["digests"] == fresh["digests"] * 2
     assert refitted["logprobs"] == fresh["logprobs"]
-    assert [shake["smoothed"] for shake in refitted["holds"]] == [len(profile.names)] * 2
+    assert [handshake["smoothed"] for handshake in refitted["holds"]] == [len(profile.names)] * 2
     if precision == "bf16":
         monkeypatch.delenv(contract.ENV_ROLLOUT)
         plain = engine({**common, "model": str(policy), "load_format": "auto", "refits": []}, tmp_path / "plain")

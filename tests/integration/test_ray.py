@@ -126,8 +126,8 @@ def test_two_nodes_train_together_until_one_is_lost(workshop: Workshop, cluster:
     assert f"error: the Ray cluster lost node {OTHER}" in err
     assert "hint: `--resume auto` goes on from the newest checkpoint" in err
     assert [event["step"] for event in events(out, "step")][:STEPS] == list(range(1, STEPS + 1))
-    shakes = list(read_handshakes(attempt.plugins))
-    assert [(shake.precision, shake.quantized_layers > 0) for shake in shakes] == [("int8", True)] * 2
+    handshakes = list(read_handshakes(attempt.plugins))
+    assert [(handshake.precision, handshake.quantized_layers > 0) for handshake in handshakes] == [("int8", True)] * 2
     saved = workshop.root / "checkpoints/tiny/two" / f"global_step_{STEPS}/actor"
     assert sorted(path.name for path in saved.glob("model_*")) == [
         "model_world_size_2_rank_0.pt",

@@ -139,6 +139,6 @@ def check(
         assert mean_difference(got, wanted) < mean_difference(got, other)
     int8, bf16 = (answers(results[f"{p} fresh"]["logprobs"], length) for p in ("int8", "bf16"))
     assert 0 < mean_difference(int8, bf16) < sum(tolerances.values()), "INT8 must differ from bf16, but little"
-    assert {shake["precision"] for shake in results["int8 refitted"]["holds"]} == {"int8"}
-    assert {shake["quantized_layers"] for shake in results["int8 refitted"]["holds"]} == {8}
-    assert {shake["precision"] for shake in results["bf16 refitted"]["holds"]} == {"bf16"}
+    assert {handshake["precision"] for handshake in results["int8 refitted"]["holds"]} == {"int8"}
+    assert {handshake["quantized_layers"] for handshake in results["int8 refitted"]["holds"]} == {8}
+    assert {handshake["precision"] for handshake in results["bf16 refitted"]["holds"]} == {"bf16"}

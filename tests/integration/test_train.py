@@ -13,13 +13,13 @@ INT8 = ("--rollout", "int8", "--tis", "2")
 
 def check_proof(out: str, attempt: Path) -> None:
     """Every linear layer of the policy is INT8, by vLLM's own kernel, again after every refit."""
-    (shake,) = read_handshakes(attempt / "plugins")
-    assert (shake.precision, shake.quantized_layers, shake.linear_layers) == ("int8", 8, 8)
+    (handshake,) = read_handshakes(attempt / "plugins")
+    assert (handshake.precision, handshake.quantized_layers, handshake.linear_layers) == ("int8", 8, 8)
     # per layer of the policy: qkv 3 x 128², o 128², gate and up 2 x 128 x 256, down 128 x 256
-    assert shake.quantized_bytes == 2 * (4 * 128 * 128 + 3 * 128 * 256)
-    assert "Int8" in shake.kernel
-    assert shake.refits >= 2
-    assert shake.received == "bfloat16", "the trainer's weights are float32, and cast before they are sent"
+    assert handshake.quantized_bytes == 2 * (4 * 128 * 128 + 3 * 128 * 256)
+    assert "Int8" in handshake.kernel
+    assert handshake.refits >= 2
+    assert handshake.received == "bfloat16", "the trainer's weights are float32, and cast before they are sent"
     assert events(out, "proof")[0]["workers"][0]["precision"] == "int8"
 
 

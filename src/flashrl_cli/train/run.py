@@ -152,11 +152,11 @@ class Recording:
         with contextlib.suppress(OSError):
             self.display.phase(text)
 
-    def proven(self, shakes: list[Handshake]) -> None:
+    def proven(self, handshakes: list[Handshake]) -> None:
         """Record and show that the rollout workers proved their precision."""
-        self._renew(proof=tuple(dataclasses.asdict(shake) for shake in shakes))
+        self._renew(proof=tuple(dataclasses.asdict(handshake) for handshake in handshakes))
         with contextlib.suppress(OSError):
-            self.display.proven(shakes)
+            self.display.proven(handshakes)
 
     def step(self, metrics: StepMetrics) -> None:
         """Record and show a finished step."""

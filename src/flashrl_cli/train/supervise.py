@@ -196,7 +196,7 @@ class Watch:
         if broken:
             raise EnvironmentNotReady(
                 f"step {step.step}: the rollout engine does not sample from the policy: {broken}",
-                hint="this is no mismatch for TIS to correct; `--rollout bf16` tells whether quantization is at fault",
+                hint="this is no mismatch for TIS to correct; `--rollout bf16` shows whether quantization is at fault",
             )
 
     def _check_clocks(self) -> None:

@@ -99,7 +99,7 @@ IGNORED = (
         "the engine reads its own (workers/engine/fsdp/transformer_impl.py:185)",
     ),
     DeadKey(f"{R}.agent.custom_async_server", _NOTHING, _NO_READER),
-    DeadKey(f"{R}.do_sample", "rollout.temperature", "vLLM is told temperature, top_p, top_k (v1/agent_loop_tq.py:64)"),
+    DeadKey(f"{R}.do_sample", "rollout.temperature", "vLLM gets temperature, top_p, top_k (v1/agent_loop_tq.py:64)"),
     DeadKey(f"{R}.log_prob_micro_batch_size", "rollout.log_prob_micro_batch_size_per_gpu", _ON_VALIDATION),
     DeadKey(f"{R}.multi_stage_wake_up", _NOTHING, _NO_READER),
     DeadKey(f"{R}.multi_turn.enable", f"verl.{R}.agent.default_agent_loop=tool_agent", _V0),

@@ -83,7 +83,10 @@ def test_the_document_holds_it_all(whole: RunPaths) -> None:
     assert {spent["what"] for spent in found["step"]} == {"generate", "actor", "other"}
     assert found["mismatch"]["values"]["kl"] == {"mean": 1, "least": 1, "greatest": 1, "last": 1}
     assert found["mismatch"]["advice"]["cap"] == 2
-    assert [(shake["attempt"], shake["kernel"]) for shake in found["proof"]] == [(1, "CutlassInt8"), (2, "CutlassInt8")]
+    assert [(handshake["attempt"], handshake["kernel"]) for handshake in found["proof"]] == [
+        (1, "CutlassInt8"),
+        (2, "CutlassInt8"),
+    ]
     assert [one["state"] for one in found["attempts"]] == ["failed", "done"]
     assert {"key": "correction.cap", "value": "2.0", "origin": "--tis"} in found["configuration"]
     assert found["versions"] == {"verl": "0.9.2"}
@@ -201,7 +204,7 @@ def test_damaged_files_are_told_and_left_out(damage: str, whole: RunPaths) -> No
     assert [note for note in found["notes"] if "record is left out" in note]
     assert [note for note in found["notes"] if "plan of attempt 1 is left out" in note]
     assert [note for note in found["notes"] if "handshake of attempt 2 is damaged" in note]
-    assert [shake["attempt"] for shake in found["proof"]] == [1]
+    assert [handshake["attempt"] for handshake in found["proof"]] == [1]
     assert "<svg" in page(whole)
 
 

@@ -47,8 +47,8 @@ class Screen:
     def phase(self, text: str) -> None:
         self.phases.append(text)
 
-    def proven(self, shakes: list[Handshake]) -> None:
-        self.proofs.append(shakes)
+    def proven(self, handshakes: list[Handshake]) -> None:
+        self.proofs.append(handshakes)
 
     def step(self, metrics: StepMetrics) -> None:
         self.steps.append(metrics.step)

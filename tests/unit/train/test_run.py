@@ -78,7 +78,7 @@ def test_a_finished_attempt(attempted: Callable[..., Attempt], seen: Any) -> Non
     assert (found.number, found.status, found.exit_code, found.error) == (1, "done", 0, None)
     assert (found.last_step, found.total_steps, found.resumed_from) == (2, 9, None)
     assert [phase.name for phase in found.phases] == ["starting Ray", "sampling responses"]
-    assert [shake["kernel"] for shake in found.proof] == ["K"]
+    assert [handshake["kernel"] for handshake in found.proof] == ["K"]
     assert found.started <= found.updated <= str(found.ended)
     assert (found.host, found.pid) == (socket.gethostname(), os.getpid())
     assert found.versions["flashrl-cli"]

@@ -55,7 +55,7 @@ def step(number, **data):
     with open(os.environ["VERL_FILE_LOGGER_PATH"], "a") as stream:
         stream.write(json.dumps({"step": number, "data": data}) + "\\n")
 
-def shake(precision="int8"):
+def handshake(precision="int8"):
     write_handshake(plugin_dir(), Handshake(
         host="h", pid=1, precision=precision, quantized_layers=14 * (precision != "bf16"), linear_layers=15,
         quantized_bytes=9,
@@ -148,7 +148,7 @@ def test_success(run: Callable[..., int], tmp_path: Path, seen: Any, tiny_plan: 
     script = """
     log("\\x1b[36m(Runner pid=7)\\x1b[0m Total training steps: 2")
     log("checkpoint engine manager initialized")
-    shake()
+    handshake()
     step(0)
     step(1)
     step(2)
@@ -157,7 +157,7 @@ def test_success(run: Callable[..., int], tmp_path: Path, seen: Any, tiny_plan: 
     assert seen.steps == [0, 1, 2]
     assert seen.total == 2
     assert seen.phases == ["starting verl", "loading the checkpoint"]
-    assert [[shake.precision for shake in shakes] for shakes in seen.proofs] == [["int8"]]
+    assert [[handshake.precision for handshake in handshakes] for handshakes in seen.proofs] == [["int8"]]
     assert seen.ticks
     attempt = tmp_path / "runs/r/attempt_1"
     document = json.loads((attempt / "plan.json").read_text())
@@ -174,22 +174,22 @@ HANGS = "\ntime.sleep(120)"
     ("script", "limits", "error", "message", "hint", "steps"),
     [
         (
-            'log("loading weights")\nshake("bf16")' + HANGS, {}, EnvironmentNotReady,
+            'log("loading weights")\nhandshake("bf16")' + HANGS, {}, EnvironmentNotReady,
             r"int8 rollouts were asked for, but worker 1 on h holds bf16 .*\n  \| loading weights\nlog: ",
             "--rollout bf16", [],
         ),
         ("step(1)" + HANGS, {}, EnvironmentNotReady, "0 of 1 workers proved theirs", "plugins", [1]),
         (
-            "shake(); step(1); step(2, actor__grad_norm=None)" + HANGS, {}, RunFailed, "step 2: NaN in grad_norm\n",
+            "handshake(); step(1); step(2, actor__grad_norm=None)" + HANGS, {}, RunFailed, "step 2: NaN in grad_norm\n",
             "learning rate", [1, 2],
         ),
         (
-            "shake(); step(1, rollout_corr__kl=3.7, rollout_corr__rollout_is_mean=0.08)" + HANGS, {},
+            "handshake(); step(1, rollout_corr__kl=3.7, rollout_corr__rollout_is_mean=0.08)" + HANGS, {},
             EnvironmentNotReady, r"step 1: the rollout engine does not sample.*KL between rollout and trainer is 3\.7",
             "no mismatch for TIS", [1],
         ),
         (
-            "shake(); step(1, rollout_corr__rollout_log_ppl=5.557, rollout_corr__training_log_ppl=0.4)" + HANGS, {},
+            "handshake(); step(1, rollout_corr__rollout_log_ppl=5.557, rollout_corr__training_log_ppl=0.4)" + HANGS, {},
             EnvironmentNotReady, r"samples uniformly: mean log-prob -5\.56 = -ln\(259\)", "no mismatch for TIS", [1],
         ),
         (
@@ -213,13 +213,13 @@ HANGS = "\ntime.sleep(120)"
             "watch.start_timeout_s", [],
         ),
         (
-            "shake()\nstep(1)" + HANGS, {"step_timeout_s": 0.3}, RunFailed, r"no progress for 0\.3 s during a step",
+            "handshake()\nstep(1)" + HANGS, {"step_timeout_s": 0.3}, RunFailed, r"no progress for 0\.3 s during a step",
             "watch.step_timeout_s", [1],
         ),
         ("", {}, RunFailed, "verl ended without a step", "trainer.steps", []),
-        ("shake()\nstep(0)", {}, RunFailed, "verl ended without a step", "trainer.steps", [0]),
+        ("handshake()\nstep(0)", {}, RunFailed, "verl ended without a step", "trainer.steps", [0]),
         (
-            'log("Total training steps: 3")\nshake()\nstep(1)\nstep(2)', {}, RunFailed, "verl ended after step 2 of 3",
+            'log("Total training steps: 3")\nhandshake()\nstep(1)\nstep(2)', {}, RunFailed, "verl ended after step 2 of 3",
             "trainer.epochs", [1, 2],
         ),
     ],
@@ -238,7 +238,7 @@ def test_what_ends_a_run(
         run(script, vocabulary=259, **limits)
     assert hint in str(caught.value.hint)
     assert seen.steps == steps
-    assert bool(seen.proofs) == ("shake()" in script)
+    assert bool(seen.proofs) == ("handshake()" in script)
 
 
 @pytest.mark.processes
@@ -326,7 +326,7 @@ def test_child_that_ignores_the_request_to_end_is_killed(run: Callable[..., int]
 def test_validation_after_a_resume_is_no_step(run: Callable[..., int], seen: Any) -> None:
     script = """
     log("Total training steps: 6")
-    shake()
+    handshake()
     with open(os.environ["VERL_FILE_LOGGER_PATH"], "a") as stream:
         stream.write(json.dumps({"step": 5, "data": {"val-core/tiny/acc/mean@1": 0.5}}) + "\\n")
     step(6)

@@ -370,9 +370,9 @@ class LogExtraction:
             self._take(plain(line))
 
     def _take(self, line: str) -> None:
-        shake = contract.printed_handshake(line)
-        if shake is not None:
-            contract.write_handshake(self._attempt.plugins, shake)
+        handshake = contract.printed_handshake(line)
+        if handshake is not None:
+            contract.write_handshake(self._attempt.plugins, handshake)
             return
         found = read_line(line)
         if found is not None and found not in self._written:
