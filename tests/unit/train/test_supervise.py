@@ -219,8 +219,8 @@ HANGS = "\ntime.sleep(120)"
         ("", {}, RunFailed, "verl ended without a step", "trainer.steps", []),
         ("handshake()\nstep(0)", {}, RunFailed, "verl ended without a step", "trainer.steps", [0]),
         (
-            'log("Total training steps: 3")\nhandshake()\nstep(1)\nstep(2)', {}, RunFailed, "verl ended after step 2 of 3",
-            "trainer.epochs", [1, 2],
+            'log("Total training steps: 3")\nhandshake()\nstep(1)\nstep(2)', {},
+            RunFailed, "verl ended after step 2 of 3", "trainer.epochs", [1, 2],
         ),
     ],
 )  # fmt: skip
