@@ -20,41 +20,22 @@ import psutil
 import pytest
 
 from flashrl_cli import paths
-from flashrl_cli.contract import Handshake
 from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
 from flashrl_cli.runs import control, store
 from flashrl_cli.runs.control import Ending, Follower, age, stop
 from flashrl_cli.runs.store import Attempt, Phase, find
-from flashrl_cli.verl.metrics import StepMetrics
 from tests.conftest import starting_with
 from tests.unit.runs import on_disk
 from tests.unit.runs.on_disk import GONE, REWARD, attempt, handshake, log, make
+from tests.unit.train.builders import Recorder
 
 
-class Screen:
-    """A display that keeps what it shows."""
+class Screen(Recorder):
+    """A display that also keeps how runs ended."""
 
     def __init__(self) -> None:
-        self.phases: list[str] = []
-        self.proofs: list[list[Handshake]] = []
-        self.steps: list[int] = []
-        self.total: int | None = None
+        super().__init__()
         self.ends: list[tuple[str, int, str | None]] = []
-
-    def expect(self, total: int) -> None:
-        self.total = total
-
-    def phase(self, text: str) -> None:
-        self.phases.append(text)
-
-    def proven(self, handshakes: list[Handshake]) -> None:
-        self.proofs.append(handshakes)
-
-    def step(self, metrics: StepMetrics) -> None:
-        self.steps.append(metrics.step)
-
-    def tick(self) -> None:
-        pass
 
     def over(self, state: str, *, exit_code: int, error: str | None = None) -> None:
         self.ends.append((state, exit_code, error))
