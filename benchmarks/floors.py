@@ -1,11 +1,12 @@
 """The floors of a training step: what an engine alone and a bare PyTorch loop need for the same tokens.
 
-    python -m benchmarks.floors engine|trainer JOB.json OUT.json
+    python -m benchmarks.floors engine|trainer|model JOB.json OUT.json
 
 `engine` generates with vLLM's `LLM`: the same prompts, the same sampling, and responses of the recorded lengths, so
 that it makes as many tokens as the training did. `trainer` computes log-probs of the same sequences once, and updates
 the policy once a mini-batch, with packed sequences and without verl. A job is the plain data of EngineJob or
 TrainerJob; its sequences are in a file of JSON lines (`Sample`), which `benchmarks.recorder` writes in a real run.
+`model` writes a model with a known shape and random weights, of which a run needs a folder.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.fit_points import shape
+
 from flashrl_cli import files
 from flashrl_cli.bench.job import Variant
+from flashrl_cli.bench.request import config_of
+from flashrl_cli.data.tiny import CHAT_TEMPLATE, make_tokenizer
 from flashrl_cli.runs.checkpoints import hf_folder
 from flashrl_cli.verl.config import MODEL
 from flashrl_cli.verl.overrides import ACTOR, ROLLOUT
@@ -35,6 +40,7 @@ PEAKS = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Dense bf16 operations a second by GPU, from NVIDIA's data sheets."""
 WARM_UP = (8, 16)
 """Requests and tokens of the engine's warm-up; CUDA graphs are captured before it."""
+SHARD_BYTES = 4 << 30
 LONG_S = 60.0
 """Seconds after which the engine does not generate once more."""
 LINEAR = {
@@ -42,6 +48,15 @@ LINEAR = {
     "mlp": ("gate_proj", "up_proj", "down_proj"),
 }
 """Linear layers of a decoder layer in Llama and Qwen, which LoRA's `all-linear` adapts."""
+
+
+SMOLLM2: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_size": 576,
+    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+    "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192,
+    "rope_theta": 1e5, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+}  # fmt: skip
+"""The config.json of SmolLM2-135M, as far as it decides the shape."""
 
 
 class Sample(NamedTuple):
@@ -319,12 +334,18 @@ class Loop:
         lengths = [len(one.tokens) for one in samples]
         parts = {"log-probs": self.timed(infer), "actor": self.timed(update)}
         peak = PEAKS.get(gpu()) if self.device == "cuda" else None
-        for name, found in parts.items():
-            passes = {"log-probs": 1, "actor": 3}[name]
-            rate = passes * self.operations(lengths) / found["seconds"] / job.devices
-            found |= {"tokens_s": round(sum(lengths) / found["seconds"], 1), "mfu": peak and round(rate / peak, 4)}
-        return {**parts, "sequences": len(samples), "tokens": sum(lengths), "budget": budget,
-                "micro_batches": len(packed), "attention": self.model.config._attn_implementation}  # fmt: skip
+        for found in parts.values():
+            found["tokens_s"] = round(sum(lengths) / found["seconds"], 1)
+        return {
+            **parts,
+            "operations": self.operations(lengths),
+            "peak": peak,
+            "sequences": len(samples),
+            "tokens": sum(lengths),
+            "budget": budget,
+            "micro_batches": len(packed),
+            "attention": self.model.config._attn_implementation,
+        }
 
     def timed(self, work: Callable[[], None]) -> dict[str, Any]:
         import torch
@@ -584,6 +605,63 @@ def register_varlen() -> None:
     AttentionMaskInterface.register("varlen", lambda *_, **__: None)
 
 
+# Models with random weights.
+
+
+def write_model(size: str, folder: Path) -> dict[str, Any]:
+    """Write an HF folder with a shape (`smollm2`, `7b`, `32b/4` for the first four layers) and random bf16 weights.
+
+    Its tokenizer reads bytes and has a token for every row of the embedding. Returns the number of parameters.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = make_tokenizer()
+    config = dict(SMOLLM2) if size == "smollm2" else config_of(shape(size))
+    config |= {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    _widen(tokenizer, config["vocab_size"]).save_pretrained(folder)
+    files.write_json(folder / "config.json", config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    shards: list[dict[str, Any]] = [{}]
+    weights: dict[str, str] = {}
+    total = 0
+    for name, weight in model.named_parameters():  # tied weights once
+        value = torch.ones if "norm" in name else torch.randn
+        made = value(weight.shape, dtype=torch.bfloat16, device=device)
+        if sum(one.nbytes for one in shards[-1].values()) + made.nbytes > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = (made if "norm" in name else made.mul_(0.02)).cpu()
+        weights[name] = f"model-{len(shards):05d}.safetensors"
+        total += made.nbytes
+        if len(shards) > 1 and shards[-2]:
+            save_file(shards[-2], folder / f"model-{len(shards) - 1:05d}.safetensors", {"format": "pt"})
+            shards[-2] = {}
+    save_file(shards[-1], folder / f"model-{len(shards):05d}.safetensors", {"format": "pt"})
+    index = {"metadata": {"total_size": total}, "weight_map": weights}
+    files.write_json(folder / "model.safetensors.index.json", index)
+    return {"parameters": total // 2, "folder": str(folder)}
+
+
+def _widen(tokenizer: Any, rows: int) -> Any:
+    """The tokenizer with further tokens that no text has, `rows` in all."""
+    from transformers import PreTrainedTokenizerFast
+
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = data["model"]["vocab"]
+    vocabulary |= {f"<{number}>": number for number in range(len(vocabulary), rows)}
+    wide = PreTrainedTokenizerFast(
+        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(json.dumps(data)),
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+    )
+    wide.chat_template = CHAT_TEMPLATE
+    return wide
+
+
 # A run's jobs.
 
 
@@ -653,7 +731,10 @@ def _verl(spec: Mapping[str, Any], key: str) -> Any:
 def main(kind: str, job: str, out: str) -> None:
     begun = time.perf_counter()
     data = read_json(Path(job))
-    result = engine(EngineJob(**data)) if kind == "engine" else trainer(TrainerJob(**data))
+    if kind == "model":
+        result = write_model(data["shape"], Path(data["folder"]))
+    else:
+        result = engine(EngineJob(**data)) if kind == "engine" else trainer(TrainerJob(**data))
     files.write_json(Path(out), {**result, "whole_s": round(time.perf_counter() - begun, 1), "job": data})
 
 

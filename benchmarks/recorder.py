@@ -26,11 +26,12 @@ def record(folder: Path) -> None:
     steps = itertools.count(1)
 
     def kv_clear(*, keys: Any, partition_id: str, **more: Any) -> Any:
-        if partition_id == "train":
+        # keys of prompts, which are cleared at other times, have no underscore
+        if partition_id == "train" and all("_" in key for key in keys):
             fields = ["prompts", "responses"]
             data = transfer_queue.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=fields)
             rows = [data[name].unbind() for name in fields]
-            # `<prompt>_<response>_<turn>`: responses to one prompt are together
+            # `<prompt>_<response>_<output>` (verl/trainer/ppo/v1/agent_loop_tq.py:177): those of a prompt are together
             order = sorted(range(len(keys)), key=lambda index: keys[index])
             lines = [
                 json.dumps({"prompt": rows[0][index].tolist(), "response": rows[1][index].tolist()}) for index in order

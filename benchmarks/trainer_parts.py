@@ -31,11 +31,7 @@ from typing import Any
 import torch  # noqa: TID253  (nothing here works without it)
 from benchmarks import floors
 
-VOCABULARY = 49152
-SHAPE = {
-    "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
-    "intermediate_size": 1536, "vocab_size": VOCABULARY, "tie_word_embeddings": True, "max_position_embeddings": 8192,
-}  # fmt: skip
+VOCABULARY = floors.SMOLLM2["vocab_size"]
 Sequences = list[list[int]]
 Measured = dict[str, Any]
 
@@ -186,7 +182,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**floors.SMOLLM2))
         model.to(torch.bfloat16).save_pretrained(folder)
         made = variants(Path(folder), sequences)
         for name in given.only.split(","):
