@@ -22,7 +22,6 @@ import contextlib
 import dataclasses
 import gzip
 import json
-import math
 import os
 import shutil
 import signal
@@ -65,7 +64,7 @@ SPIED = ("ray::WorkerDict", "ray::TaskRunner", "ray::AgentLoopWorker", "ray::vLL
 """Titles of the processes that py-spy records, one of each."""
 STAGES = ("update_actor", "compute_log_prob", "compute_ref_log_prob", "update_weights", "compute_values")
 """Functions of verl's trainer process by which its samples are grouped (verl/workers/engine_workers.py)."""
-SPY_S = 20
+SPY_S, SPY_RATE = 20, 50
 TOP = 15
 Result = dict[str, Any]
 
@@ -275,7 +274,9 @@ def _interrupt(process: subprocess.Popen[str]) -> None:
     """Have flashrl end its run, and kill it if it takes longer than its own time for that."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
-        threading.Timer(90, _kill, [process]).start()
+        later = threading.Timer(90, _kill, [process])
+        later.daemon = True
+        later.start()
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
@@ -394,7 +395,9 @@ class Spy:
         """Begin to record the descendants of a process; None where py-spy is not installed."""
         import psutil
 
-        command = shutil.which("py-spy")
+        # pip puts it beside python, or with --target below a folder of PYTHONPATH
+        places = [str(Path(sys.executable).parent), *(str(Path(one) / "bin") for one in sys.path), os.environ["PATH"]]
+        command = shutil.which("py-spy", path=os.pathsep.join(places))
         if command is None:
             print("py-spy is not installed: no profile of the processes", file=sys.stderr)
             return None
@@ -406,7 +409,7 @@ class Spy:
                 kind = next((one for one in SPIED if title.startswith(one) and one not in records), None)
                 if kind:
                     out = folder / f"{kind.rpartition(':')[2]}.raw"
-                    argv = [command, "record", "-d", str(SPY_S), "-r", "50", "-f", "raw", "-o", str(out), "-p",
+                    argv = [command, "record", "-d", str(SPY_S), "-r", str(SPY_RATE), "-f", "raw", "-o", str(out), "-p",
                             str(process.pid)]  # fmt: skip
                     records[kind] = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return cls(folder, records)
@@ -466,6 +469,20 @@ def own_time(events: Sequence[Mapping[str, Any]]) -> collections.Counter[str]:
     return spent
 
 
+def profile_text(result: Mapping[str, Any]) -> str:
+    """The heaviest functions of each process and stage, and the heaviest kernels of each trace, for reading."""
+    lines = []
+    for process, stages in (result.get("spied") or {}).items():
+        for stage, found in stages.items():
+            lines.append(f"{process}, {stage}: {found['samples']} samples of {SPY_S * SPY_RATE}")
+            lines += [f"  {count / (SPY_S * SPY_RATE):6.1%}  {name}" for name, count in found["self"].items()]
+    for name, found in (result.get("traced") or {}).items():
+        busy = f"{found['kernels']:,} kernels, busy {found['kernels_s']:.3f} s" if found["kernels"] else "no kernels"
+        lines.append(f"{name}: {found['seconds']:.3f} s, {busy}")
+        lines += [f"  {value:8.3f} s  {top}" for top, value in found["top_s"].items()]
+    return "\n".join([*lines, ""])
+
+
 # The whole.
 
 
@@ -492,8 +509,9 @@ def measure(plan: Plan, case: str, document: Result) -> None:
             measured = {name: result[name] for name in PARTS if name in result and "failed" not in result[name]}
             result["compared"] = compared(result["steps"], measured)
         if plan.given.profile and part == "train":
-            traces = sorted((plan.given.profile / case).glob("*.json.gz"))
-            result["traced"] = {file.name: traced(file) for file in traces}
+            profiles = _made(plan.given.profile / case)
+            result["traced"] = {file.name: traced(file) for file in sorted(profiles.glob("*.json.gz"))}
+            files.write_text(profiles / "summary.txt", profile_text(result))
         files.write_json(plan.given.out, document)
         print(f"{part}: {plan.left():.0f} s left\n{table([result])}", flush=True)
 
@@ -531,7 +549,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--label", help="the model's name in the results")
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--work", type=Path, help="for models, runs and samples; default: a folder that is removed")
-    parser.add_argument("--budget", type=float, default=math.inf, help="seconds for everything")
+    parser.add_argument("--budget", type=float, default=86400, help="seconds for everything")
     given = parser.parse_args(arguments)
     end = time.monotonic() + given.budget
     with contextlib.ExitStack() as stack:

@@ -85,6 +85,18 @@ def test_samples_of_py_spy_are_grouped_by_the_trainers_phases() -> None:
     }
 
 
+def test_a_profile_is_summed_up_for_reading() -> None:
+    spied = {"WorkerDict": {"update_actor": {"samples": 800, "self": {"matmul (t.py:3)": 500}}}}
+    traced = {"update.json.gz": {"seconds": 2.0, "kernels": 9000, "kernels_s": 0.5, "top_s": {"gemm": 0.3}}}
+    assert step.profile_text({"spied": spied, "traced": traced}).splitlines() == [
+        "WorkerDict, update_actor: 800 samples of 1000",
+        "   50.0%  matmul (t.py:3)",
+        "update.json.gz: 2.000 s, 9,000 kernels, busy 0.500 s",
+        "     0.300 s  gemm",
+    ]
+    assert step.profile_text({}) == ""
+
+
 def test_an_operators_own_time_leaves_out_those_that_it_calls() -> None:
     events = [
         {"name": "linear", "tid": 1, "ts": 0, "dur": 10},
