@@ -332,7 +332,21 @@ def sampled_memory() -> Iterator[list[int]]:
 # Floors.
 
 
-def floor(plan: Plan, part: str, case: str, trained: Mapping[str, Any], limit: float) -> Result:
+def alike(trained: Mapping[str, Any], job: floors.TrainerJob, earlier: Sequence[Mapping[str, Any]]) -> Result | None:
+    """A bare loop that another case of `earlier` has measured with a job and numbers of tokens that are the same."""
+    wanted = {**dataclasses.asdict(job), "samples": ""}
+    sizes = ("sequences", "tokens", "response_tokens")
+    for one in earlier:
+        done = one.get("trainer") or {}
+        same_job = {**done.get("job", {}), "samples": ""} == wanted
+        if same_job and one is not trained and all(one.get(key) == trained[key] for key in sizes):
+            return {**done, "measured_with": one["label"]}
+    return None
+
+
+def floor(
+    plan: Plan, part: str, case: str, trained: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]], limit: float
+) -> Result:
     """A floor of a run that has ended; `failed` with the end of its output where it has none."""
     attempt = AttemptPaths(plan.work / "runs" / f"step-{case.replace('+', '-')}" / "attempt_1")
     launched = read_json(attempt.plan)
@@ -352,6 +366,8 @@ def floor(plan: Plan, part: str, case: str, trained: Mapping[str, Any], limit: f
             env |= client.ONE_PROCESS
     else:
         job = floors.trainer_job(launched, recorded)
+        if same := alike(trained, job, earlier):
+            return same
         env.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     return child(part, dataclasses.asdict(job), plan.work / f"{case}-{part}", env, limit)
 
@@ -504,7 +520,7 @@ def measure(plan: Plan, case: str, document: Result) -> None:
         if part == "train":
             result |= train(plan, case, limit)
         elif "of_step" in result:
-            result[part] = floor(plan, part, case, result, limit)
+            result[part] = floor(plan, part, case, result, document["cases"], limit)
         if result.get("steps"):
             measured = {name: result[name] for name in PARTS if name in result and "failed" not in result[name]}
             result["compared"] = compared(result["steps"], measured)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -192,3 +193,14 @@ def test_engines_share_the_samples(plan: dict[str, Any]) -> None:
     assert len(floors.share(samples(*[5] * 8), plan["spec"])) == 4
     plan["spec"]["rollout"]["tensor_parallel"] = 2
     assert len(floors.share(samples(*[5] * 8), plan["spec"])) == 8
+
+
+def test_a_bare_loop_over_as_many_tokens_is_measured_once(plan: dict[str, Any], tmp_path: Path) -> None:
+    job = floors.trainer_job(plan, tmp_path / "s.jsonl")
+    sizes = {"sequences": 8, "tokens": 40, "response_tokens": 24}
+    done = {"actor": {"seconds": 2.0}, "job": {**dataclasses.asdict(job), "samples": "other.jsonl"}}
+    earlier = [{"label": "m bf16", "trainer": done, **sizes}]
+    assert step.alike(sizes, job, earlier) == {**done, "measured_with": "m bf16"}
+    assert step.alike({**sizes, "tokens": 41}, job, earlier) is None
+    assert step.alike(sizes, dataclasses.replace(job, mini_batches=1), earlier) is None
+    assert step.alike(sizes, job, [{"label": "m bf16", "trainer": {"failed": "exit 1"}, **sizes}]) is None
