@@ -314,14 +314,15 @@ class Loop:
         job = self.job
         samples = read_samples(Path(job.samples))
         batches = [list(self.micro_batches(part, budget)) for part in split(samples, job.mini_batches)]
-        packed = [one for batch in batches for one in batch]
+        micro = [one for batch in batches for one in batch]
+        self.warm_up(micro[0])
         old: list[Any] = []
 
         def infer() -> None:
             import torch
 
             with torch.no_grad():
-                old[:] = [self.log_probs(one) for one in packed]
+                old[:] = [self.log_probs(one) for one in micro]
 
         def update() -> None:
             before = iter(old)
@@ -343,9 +344,18 @@ class Loop:
             "sequences": len(samples),
             "tokens": sum(lengths),
             "budget": budget,
-            "micro_batches": len(packed),
+            "micro_batches": len(micro),
             "attention": self.model.config._attn_implementation,
         }
+
+    def warm_up(self, batch: Packed) -> None:
+        """Compute one micro-batch, the fullest, and forget it: it shows early whether it fits."""
+        import torch
+
+        with torch.no_grad():
+            old = self.log_probs(batch)
+        self.loss(batch, old, batch.responses).backward()
+        self.forget()
 
     def timed(self, work: Callable[[], None]) -> dict[str, Any]:
         import torch

@@ -237,7 +237,7 @@ def train(plan: Plan, case: str, limit: float) -> Result:
         spy: Spy | None = None
         try:
             for line in process.stdout or ():
-                event = json.loads(line)
+                event = json.loads(line) if line.startswith("{") else {}
                 told.append((time.monotonic() - begun, event))
                 if plan.given.profile and event.get("event") == "step" and event["step"] == plan.given.steps:
                     spy = Spy.on(process.pid, plan.given.profile / case)
