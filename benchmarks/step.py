@@ -262,7 +262,8 @@ def train(plan: Plan, case: str, limit: float) -> Result:
     if spy:
         result["spied"] = spy.summary()
     if not steps:
-        result["failed"] = f"exit {process.returncode}, no step: {_tail(attempt.log) or _tail(log)}"
+        said = events["end"][1]["error"] if "end" in events else None
+        result["failed"] = f"exit {process.returncode}, no step: {said or _tail(attempt.log) or _tail(log)}"
         return result
     chosen = median_step(steps)
     if (file := samples / f"{chosen}.jsonl").is_file():
