@@ -415,7 +415,9 @@ class Study:
         return set(self.record(name).get("evaluation", {})) >= set(EVALUATIONS)
 
     def given_up(self, name: str) -> bool:
-        return self.failures.get(name, 0) >= TRIES
+        """Whether a run failed too often, in this call or in an earlier one."""
+        earlier = name in self.by_name and self.record(name).get("failed") and not self.given.retry
+        return bool(earlier) or self.failures.get(name, 0) >= TRIES
 
     # training
 
@@ -616,7 +618,7 @@ class Shop:
                 continue
             run = study.by_name[name]
             # what was evaluated of an attempt whose checkpoints are lost is not of this one
-            study.write(run, **({} if done else {"evaluation": {}}))
+            study.write(run, failed=None, **({} if done else {"evaluation": {}}))
             self._begin("train", (name,), study.train_command(run, target), name)
             say(f"{name}: training from step {done} to {target}")
             return True
@@ -670,10 +672,11 @@ class Shop:
             say(f"{name}: {'stopped' if child.stopped else 'ended'} after {lasted:.0f} s at step {study.saved(name)}")
             return
         study.failures[name] = study.failures.get(name, 0) + 1
-        told = " ".join(files.last_lines(child.errors, 30))[-1500:]
-        say(f"{name}: failed with {code} after {lasted:.0f} s: {told}")
-        if study.given_up(name):
-            study.write(study.by_name[name], failed=told)
+        attempts = study.record(name).get("attempts", [])
+        why = f"exit code {code}: {(attempts[-1]['error'] if attempts else None) or 'not started'}"
+        say("\n".join([f"{name}: failed after {lasted:.0f} s, {why}", *files.last_lines(child.errors, 30)]))
+        if study.failures[name] >= TRIES:
+            study.write(study.by_name[name], failed=why)
 
     def _evaluated(self, child: Child) -> None:
         study, lasted = self.study, time.monotonic() - child.started
@@ -867,6 +870,7 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, on all GPUs together (default: %(default)s)")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="end within that time")
     parser.add_argument("--limit", type=int, help="evaluate on the first questions only")
+    parser.add_argument("--retry", action="store_true", help="train again what was given up after two failures")
     parser.add_argument("--keep", action="store_true", help="keep checkpoints that are evaluated")
     parser.add_argument("--collect", type=Path, nargs="+", metavar="STATE", help="only join records in one document")
     parser.add_argument("--out", type=Path, default=OUT, help="the document of --collect (default: %(default)s)")
@@ -893,6 +897,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(f"complete: {len(study.by_name) + 1 - len(missing)} of {len(study.by_name) + 1}")
     if missing:
         say(f"missing: {', '.join(missing)}")
+    if given_up := [name for name in missing if study.given_up(name)]:
+        say(f"given up, and not tried again without --retry: {', '.join(given_up)}")
     return int(bool(missing))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from benchmarks import parity, parity_report, warm_up
@@ -287,6 +289,120 @@ def test_a_state_of_other_options_is_refused(tmp_path: Path) -> None:
 def test_a_run_is_taken_as_far_as_the_time_allows(done: int, left: float, measured: bool, target: int | None) -> None:
     pace = parity.Pace(start_s=100, step_s=10, evaluate_s=120, measured=measured)
     assert pace.target(done, 60, left) == target
+
+
+# What is started when
+
+
+class Ended:
+    """A process that is over."""
+
+    returncode = 0
+
+    def poll(self) -> int:
+        return self.returncode
+
+
+class Instant(parity.Shop):
+    """Commands that are over as soon as the shop looks; `begun` has what was started: kind and runs."""
+
+    def __init__(self, study: parity.Study, seconds: float, code: int = 0) -> None:
+        super().__init__(study, None, [])
+        self.begun: list[tuple[str, tuple[str, ...]]] = []
+        self.seconds, self.code = seconds, code
+        self.done: set[str] = set()
+
+    @property
+    def left(self) -> float:
+        return self.seconds
+
+    def _begin(self, kind: str, runs: tuple[str, ...], argv: Sequence[str], name: str) -> None:
+        self.begun.append((kind, runs))
+        process = Ended()
+        process.returncode = self.code
+        nowhere = Path("/nonexistent")
+        self.children.append(parity.Child(kind, runs, cast("Any", process), None, nowhere, nowhere, nowhere))
+
+    def _trained(self, child: parity.Child) -> None:
+        if self.code:
+            super()._trained(child)
+            return
+        self.seconds -= 300
+        (name,) = child.runs
+        place = self.study.work / "checkpoints" / "p" / name
+        (place / f"global_step_{self.study.given.steps}").mkdir(parents=True)
+        (place / "latest_checkpointed_iteration.txt").write_text(str(self.study.given.steps), encoding="utf-8")
+
+    def _evaluated(self, child: parity.Child) -> None:
+        self.seconds -= 50
+        for name in child.runs:
+            record = self.study.record(name)
+            evaluation = {**record.get("evaluation", {}), child.kind: {}}
+            parity.write_record(self.study.record_path(name), {**record, "evaluation": evaluation})
+
+
+@pytest.fixture
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "LOOK_S", 0.0)
+
+
+def shop(tmp_path: Path, seconds: float, *words: str, code: int = 0) -> Instant:
+    """A shop for two settings of two seeds, 180 + 60 * 2 s each by its guess."""
+    found = study(tmp_path, "--profile", "smollm2", "--only", "bf16,int8", "--seeds", "0,1", *words)
+    found.profile = dataclasses.replace(found.profile, step_s=2.0)
+    return Instant(found, seconds, code)
+
+
+@pytest.mark.usefixtures("_no_waiting")
+def test_everything_is_trained_and_evaluated_once(tmp_path: Path) -> None:
+    one = shop(tmp_path, 10_000, "--jobs", "2")
+    one.work()
+    trained = [name for kind, (name, *_) in one.begun if kind == "train"]
+    assert trained == ["bf16-seed0", "int8-seed0", "bf16-seed1", "int8-seed1"]
+    for kind in parity.EVALUATIONS:
+        together = [runs for begun, runs in one.begun if begun == kind]
+        assert together == [("base", "bf16-seed0", "int8-seed0"), ("bf16-seed1", "int8-seed1")]
+    again = Instant(one.study, 10_000)
+    again.work()
+    assert again.begun == []
+
+
+@pytest.mark.usefixtures("_no_waiting")
+def test_nothing_is_started_that_cannot_end(tmp_path: Path) -> None:
+    one = shop(tmp_path, 500)  # one run is done, and its evaluation; then 150 s are left
+    one.work()
+    assert [kind for kind, _ in one.begun] == ["train", "greedy", "sampled"]
+    later = Instant(one.study, 170)
+    later.work()
+    assert later.begun == []
+
+
+@pytest.mark.usefixtures("_no_waiting")
+def test_what_an_earlier_call_trained_is_evaluated_first(tmp_path: Path) -> None:
+    one = shop(tmp_path, 400)
+    one.work()
+    assert [kind for kind, _ in one.begun] == ["train"]
+    later = Instant(one.study, 2_000)
+    later.work()
+    assert later.begun[:3] == [
+        ("greedy", ("base", "bf16-seed0")),
+        ("sampled", ("base", "bf16-seed0")),
+        ("train", ("int8-seed0",)),
+    ]
+
+
+@pytest.mark.usefixtures("_no_waiting")
+def test_a_run_that_fails_twice_is_given_up_until_it_is_asked_for_again(tmp_path: Path) -> None:
+    one = shop(tmp_path, 10_000, "--seeds", "0", code=1)
+    one.work()
+    assert [name for kind, (name, *_) in one.begun if kind == "train"] == ["bf16-seed0"] * 2 + ["int8-seed0"] * 2
+    again = shop(tmp_path, 10_000, "--seeds", "0")
+    again.work()
+    assert "train" not in [kind for kind, _ in again.begun]
+    asked = shop(tmp_path, 10_000, "--seeds", "0", "--retry")
+    asked.work()
+    assert [name for kind, (name, *_) in asked.begun if kind == "train"] == ["bf16-seed0", "int8-seed0"]
+    assert asked.study.record("bf16-seed0")["failed"] is None
 
 
 # The warm-up
