@@ -112,17 +112,19 @@ class Starter:
     def show(self, launch: Launch) -> None:
         """Print the plan as a script or as a document."""
         from flashrl_cli.train.plan import plan_document, plan_script
-        from flashrl_cli.train.preflight import memory_of
+        from flashrl_cli.train.preflight import memory_of, validation_of
         from flashrl_cli.verl.lint import notes
 
         plan = launch.plan
         memory, noted = memory_of(launch.resolved, launch.tree), notes(launch.resolved, plan.overrides, launch.tree)
+        validation = validation_of(launch.resolved, launch.tree, plan.resume.step or 0)
         if self.output.json_mode:
-            added = {"memory": memory.document(), "notes": noted}
+            added = {"memory": memory.document(), "validation": validation.document(), "notes": noted}
             self.output.document(plan_document(plan) | self.place.document(plan) | added)
         else:
             submission = self.place.submission_script(plan)
-            self.output.text(plan_script(plan, [*memory.lines, *noted], submission=submission))
+            remarks = [validation.text, *memory.lines, *noted]
+            self.output.text(plan_script(plan, remarks, submission=submission))
 
     def check(self, plan: LaunchPlan) -> Start:
         """Check that a plan can run, and return the function that starts it. Raises EnvironmentNotReady, InputError."""
@@ -131,16 +133,24 @@ class Starter:
     def run(self, launch: Launch) -> None:
         """Check a launch, and train it to its end under supervision."""
         from flashrl_cli.render.live import display_for
-        from flashrl_cli.train.preflight import vocabulary
+        from flashrl_cli.train.preflight import validation_of, vocabulary
         from flashrl_cli.train.run import run_plan
 
         start, plan, output = self._ready(launch), launch.plan, self.output
         output.say(f"run {plan.name}, attempt {plan.attempt}: `tail -F {plan.attempt_paths.log}` shows everything")
         for line in plan.resume.lines():
             output.say(line)
-        words = vocabulary(plan.spec)
+        validation = validation_of(launch.resolved, launch.tree, plan.resume.step or 0)
+        output.say(validation.text)
         with display_for(output, title=plan.name, total=plan.spec.trainer.steps) as display:
-            steps = run_plan(plan, display, start=start, vocabulary=words, command=["flashrl", *sys.argv[1:]])
+            steps = run_plan(
+                plan,
+                display,
+                start=start,
+                vocabulary=vocabulary(plan.spec),
+                validates=validation.size,
+                command=["flashrl", *sys.argv[1:]],
+            )
         output.say(f"done: {counted(steps, 'step')}; checkpoints in {plan.paths.checkpoints}")
 
     def detach(self, launch: Launch) -> None:
