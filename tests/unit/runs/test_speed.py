@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from flashrl_cli import files
+from flashrl_cli.paths import RunPaths
 from flashrl_cli.runs.speed import LAST, Speed, diagnose, recent
 from flashrl_cli.runs.store import find
 from flashrl_cli.runs.summary import summarize
@@ -233,12 +235,26 @@ def test_keys_of_a_recorded_run() -> None:
     assert Recorded({}).get(f"{M}.use_remove_padding") is True
 
 
-def test_a_run_on_disk_is_judged_by_its_newest_plan() -> None:
-    run = on_disk.make("demo", on_disk.attempt(1))
+def measured_run(name: str = "demo") -> RunPaths:
+    """The measured run on disk, without its plan."""
+    run = on_disk.make(name, on_disk.attempt(1))
     on_disk.log(run, 1, {number: dict(STEP) for number in range(1, 5)})
+    return run
+
+
+def with_plan(run: RunPaths) -> RunPaths:
+    """The run with the plan that it had."""
+    document = {"schema_version": 1, "env": {}, "files": {}, **plan(*MEASURED)}
+    files.write_json(run.attempt(1).plan, document)
+    return run
+
+
+def test_a_run_on_disk_is_judged_by_its_newest_plan() -> None:
+    run = measured_run()
     assert summarize(find("demo")).speed.slow == ()
-    document = on_disk.plan(run, 1)
-    assert document["spec"]["resources"]["platform"] == "cpu"
-    found = summarize(find("demo"))
-    assert found.speed.mfu is None
-    assert found.document()["speed"]["steps"] == 3
+    document = summarize(find(with_plan(run).name)).document()["speed"]
+    assert document["steps"] == 3
+    assert [one["cause"] for one in document["slow"]] == ["mfu", "padding", "passes"]
+    on_disk.plan(run, 2)
+    found = summarize(find("demo")).speed
+    assert (found.mfu, found.slow) == (None, ()), "its newest plan is for a CPU"
