@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from flashrl_cli.train.executors import Place
     from flashrl_cli.train.launch import Launch
     from flashrl_cli.train.plan import LaunchPlan
+    from flashrl_cli.train.preflight import Validation
     from flashrl_cli.train.process import Start
     from flashrl_cli.train.sweep import Job, UsedNames
 
@@ -112,17 +113,27 @@ class Starter:
     def show(self, launch: Launch) -> None:
         """Print the plan as a script or as a document."""
         from flashrl_cli.train.plan import plan_document, plan_script
-        from flashrl_cli.train.preflight import memory_of
+        from flashrl_cli.train.preflight import memory_of, validation_of
+        from flashrl_cli.train.speed import slow
         from flashrl_cli.verl.lint import notes
 
         plan = launch.plan
         memory, noted = memory_of(launch.resolved, launch.tree), notes(launch.resolved, plan.overrides, launch.tree)
+        validation = validation_of(launch.resolved, launch.tree, plan.resume.step or 0)
+        slowing = slow(launch, memory, validation)
         if self.output.json_mode:
-            added = {"memory": memory.document(), "notes": noted}
+            added = {
+                "memory": memory.document(),
+                "validation": validation.document(),
+                "slow": [one.document() for one in slowing],
+                "notes": noted,
+            }
             self.output.document(plan_document(plan) | self.place.document(plan) | added)
         else:
             submission = self.place.submission_script(plan)
-            self.output.text(plan_script(plan, [*memory.lines, *noted], submission=submission))
+            listed = [f"slows a step: {one}" for one in slowing]
+            remarks = [validation.text, *memory.lines, *listed, *noted]
+            self.output.text(plan_script(plan, remarks, submission=submission))
 
     def check(self, plan: LaunchPlan) -> Start:
         """Check that a plan can run, and return the function that starts it. Raises EnvironmentNotReady, InputError."""
@@ -134,13 +145,19 @@ class Starter:
         from flashrl_cli.train.preflight import vocabulary
         from flashrl_cli.train.run import run_plan
 
-        start, plan, output = self._ready(launch), launch.plan, self.output
+        (start, validation), plan, output = self._ready(launch), launch.plan, self.output
         output.say(f"run {plan.name}, attempt {plan.attempt}: `tail -F {plan.attempt_paths.log}` shows everything")
         for line in plan.resume.lines():
             output.say(line)
-        words = vocabulary(plan.spec)
         with display_for(output, title=plan.name, total=plan.spec.trainer.steps) as display:
-            steps = run_plan(plan, display, start=start, vocabulary=words, command=["flashrl", *sys.argv[1:]])
+            steps = run_plan(
+                plan,
+                display,
+                start=start,
+                vocabulary=vocabulary(plan.spec),
+                validates=validation.size,
+                command=["flashrl", *sys.argv[1:]],
+            )
         output.say(f"done: {counted(steps, 'step')}; checkpoints in {plan.paths.checkpoints}")
 
     def detach(self, launch: Launch) -> None:
@@ -155,21 +172,27 @@ class Starter:
         output.say(f"run {plan.name}, attempt {attempt.number}, goes on as process {attempt.pid}")
         output.say(f"`flashrl runs watch {plan.name}` shows it, `flashrl runs stop {plan.name}` ends it")
 
-    def _ready(self, launch: Launch) -> Start:
-        """Check a launch, and print warnings about problems that do not prevent a start."""
+    def _ready(self, launch: Launch) -> tuple[Start, Validation]:
+        """Check a launch, and print what it validates, and warnings about what does not prevent a start."""
         from flashrl_cli.runs import store
-        from flashrl_cli.train.preflight import memory_of
+        from flashrl_cli.train.preflight import memory_of, validation_of
         from flashrl_cli.train.run import refuse_running
+        from flashrl_cli.train.speed import slow
         from flashrl_cli.verl.lint import notes
 
         plan = launch.plan
         refuse_running(store.load(plan.paths.record))
         start = self.check(plan)
-        if warning := memory_of(launch.resolved, launch.tree, self.place.gpu_memory(plan)).warning:
-            self.output.warn(f"memory: {warning}")
+        memory = memory_of(launch.resolved, launch.tree, self.place.gpu_memory(plan))
+        validation = validation_of(launch.resolved, launch.tree, plan.resume.step or 0)
+        self.output.say(validation.text)
+        if memory.warning:
+            self.output.warn(f"memory: {memory.warning}")
+        for one in slow(launch, memory, validation):
+            self.output.warn(f"slows a step: {one}")
         for note in notes(launch.resolved, plan.overrides, launch.tree):
             self.output.warn(note)
-        return start
+        return start, validation
 
 
 def _plan_sweep(

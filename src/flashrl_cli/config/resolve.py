@@ -36,8 +36,12 @@ if TYPE_CHECKING:
     from flashrl_cli.config.spec import ResourceSpec
 
 
-def derived_layers(spec: RunSpec) -> Iterator[Layer]:
-    """Yield a layer for every key that is null and whose value is derived from other keys."""
+def derived_layers(spec: RunSpec, layers: Sequence[Layer]) -> Iterator[Layer]:
+    """Yield a layer for every key whose value is derived from others: it is null, or a later word overrules it.
+
+    `layers` are those that the spec was merged from. A later word is `trainer.validate_every` for
+    `trainer.validate_before`: who switches validation off wants none before the first step either.
+    """
     critic, trains_critic = spec.critic, spec.algorithm.advantage == "gae"
     longest = spec.data.max_prompt_length + spec.data.max_response_length
     if spec.rollout.max_model_len is None:
@@ -47,10 +51,23 @@ def derived_layers(spec: RunSpec) -> Iterator[Layer]:
     if trains_critic and critic.max_tokens_per_gpu is None and critic.micro_batch_size_per_gpu is not None:
         tokens = critic.micro_batch_size_per_gpu * longest
         yield _derived("critic.max_tokens_per_gpu", tokens, "critic.micro_batch_size_per_gpu full-length responses")
+    before, every = (_rank(key, layers) for key in ("trainer.validate_before", "trainer.validate_every"))
+    if spec.trainer.validate_every <= 0 and (before < every or before < 0):
+        yield _derived("trainer.validate_before", False, f"trainer.validate_every = {spec.trainer.validate_every}")
 
 
 def _derived(key: str, value: int | str, reason: str) -> Layer:
     return Layer(Origin("derived", reason=reason), nested(key, value))
+
+
+def _rank(key: str, layers: Sequence[Layer]) -> int:
+    """How late a key was set: the number of its last layer, the same for all options; -1 if none set it."""
+    ranks = [
+        len(layers) if layer.origin.layer in ("option", "set") else number
+        for number, layer in enumerate(layers)
+        if key in dict(leaves(layer.data))
+    ]
+    return max(ranks, default=-1)
 
 
 class Violation(NamedTuple):
@@ -412,7 +429,7 @@ def read_spec(preset: str, options: Options = NO_OPTIONS, translate: Translate =
     if len(unknown) < len(errors):
         raise _refusal(preset, problems, layers)
     spec = RunSpec.model_validate(_without(data, unknown))
-    layers += derived_layers(spec)
+    layers += list(derived_layers(spec, layers))
     data, written = merge(layers)
     spec = RunSpec.model_validate(_without(data, unknown))
     # with something left out, a rule may be broken only because of that

@@ -210,7 +210,8 @@ class TrainerSpec(Part):
     validate_every: int = -1
     """Steps between validations, the last step included; -1 for none."""
     validate_before: bool = True
-    """Validate the starting policy."""
+    """Validate the starting policy before the first step. False where `validate_every` is -1, unless this is set
+    beside it or later: by the same preset, by one that extends it, or by an option."""
     critic_warmup: Annotated[int, Field(ge=0)] = 0
     """Steps in which only the critic learns."""
     logger: Annotated[tuple[Text, ...], Field(strict=False)] = ("console", "file")

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli import hub, paths
 from flashrl_cli.data import readers
 from flashrl_cli.data.rows import BadRows, Needs, Scoring, faults, judge
-from flashrl_cli.data.writing import Types
+from flashrl_cli.data.writing import Types, rows_of
 from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
 from flashrl_cli.machine import gpus, ray_state, software, system
 from flashrl_cli.machine.finding import Finding, fail, ok, problems, warn
@@ -29,6 +29,7 @@ from flashrl_cli.memory import estimate
 from flashrl_cli.memory.model import shape_of
 from flashrl_cli.text import counted
 from flashrl_cli.verl import environment, rewards
+from flashrl_cli.verl.config import VALIDATION_LIMIT, VALIDATION_SAMPLES
 from flashrl_cli.verl.overrides import data_path, model_path
 from flashrl_cli.weights import Unreadable, Weights, read_json
 from flashrl_cli.weights.contents import shapes
@@ -362,6 +363,57 @@ class Memory:
         if self.estimate is None:
             return {"unknown": self.unknown}
         return {"gpu": self.gpu, **estimate.document(self.estimate)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """What a run validates, and when: `before` is the number of its first step, None if it does not start with it."""
+
+    data: str
+    prompts: int | None
+    """Rows of the file, of which verl leaves out overlong ones if the preset says so; None if they are not known."""
+    responses: int
+    """Responses to a prompt."""
+    before: int | None
+    every: int | None
+    """Steps between validations, of which the last step is one; None for none."""
+
+    @property
+    def size(self) -> str:
+        """What one validation generates."""
+        prompts = "all prompts" if self.prompts is None else counted(self.prompts, "prompt")
+        several = f" x {self.responses} responses" if self.responses > 1 else ""
+        return f"{prompts}{several} of {self.data}"
+
+    @property
+    def text(self) -> str:
+        """A sentence for a terminal, or for the comments of a script."""
+        times = [f"before step {self.before}"] if self.before is not None else []
+        if self.every == 1:
+            times += ["after every step"]
+        elif self.every is not None:
+            times += [f"every {self.every} steps", "after the last"]
+        if not times:
+            return "validation: none"
+        return f"validation: {self.size} {', '.join(times[:-1])}{' and ' if times[1:] else ''}{times[-1]}"
+
+    def document(self) -> dict[str, Any]:
+        """Plain data, for `--json`."""
+        return asdict(self)
+
+
+def validation_of(resolved: Resolved, tree: Tree, done: int = 0) -> Validation:
+    """What a run validates that goes on from step `done`; reads the manifest or the size of its validation data."""
+    spec = resolved.spec
+    path = Path(data_path("test")(spec.data.val, paths.data_root()))
+    rows, most = rows_of(path) if path.exists() else None, tree.get(VALIDATION_LIMIT)
+    return Validation(
+        data=path.name if path.name in spec.data.val else spec.data.val,
+        prompts=min(rows, most) if rows is not None and isinstance(most, int) and most > 0 else rows,
+        responses=tree.get(VALIDATION_SAMPLES),
+        before=done + 1 if spec.trainer.validate_before else None,
+        every=spec.trainer.validate_every if spec.trainer.validate_every > 0 else None,
+    )
 
 
 def memory_of(resolved: Resolved, tree: Tree, gpus: Sequence[int] = ()) -> Memory:

@@ -25,6 +25,10 @@ REF = "actor_rollout_ref.ref"
 MODEL = "actor_rollout_ref.model"
 TENSOR_PARALLEL = f"{ROLLOUT}.tensor_model_parallel_size"
 DATA_PARALLEL = f"{ROLLOUT}.data_parallel_size"
+VALIDATION_SAMPLES = f"{ROLLOUT}.val_kwargs.n"
+"""Key of the number of responses to a prompt in validation."""
+VALIDATION_LIMIT = "data.val_max_samples"
+"""Key of the largest number of prompts that a validation takes; below 1 for all."""
 FIELDS = {entry.key: entry.field for entry in TABLE}
 DTYPE_BYTES = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2}
 
