@@ -77,7 +77,7 @@ def train(
 
     if sweep:
         used = UsedNames(resume=resume, force=force, look_only=dry_run)
-        jobs = _plan_sweep(read, sweep, options, name, used, output, many=yes or dry_run)
+        jobs = _plan_sweep(read, sweep, options, name, used, place, output, many=yes or dry_run)
         first = next((job.launch for job in jobs if job.launch), None)
         if dry_run:
             _show_sweep(jobs, output)
@@ -89,8 +89,8 @@ def train(
     if fail_fast or yes:
         raise InputError("--fail-fast and --yes belong to --sweep")
     resolved = read(options)
-    plan = launch.next_plan(resolved, name, resume=resume, look_only=dry_run, force=force)
-    single = launch.Launch(resolved=resolved, plan=plan, tree=launch.judge(resolved, plan))
+    plan = launch.next_plan(resolved, name, resume=resume, look_only=dry_run, force=force, gpu_memory=place.gpu_memory)
+    single = launch.Launch(resolved=plan.resolved, plan=plan, tree=launch.judge(plan.resolved, plan))
     if dry_run:
         starter.show(single)
     elif plan.is_finished:
@@ -111,18 +111,20 @@ class Starter:
 
     def show(self, launch: Launch) -> None:
         """Print the plan as a script or as a document."""
+        from flashrl_cli.memory.budget import lines
         from flashrl_cli.train.plan import plan_document, plan_script
         from flashrl_cli.train.preflight import memory_of
         from flashrl_cli.verl.lint import notes
 
         plan = launch.plan
-        memory, noted = memory_of(launch.resolved, launch.tree), notes(launch.resolved, plan.overrides, launch.tree)
+        memory = memory_of(launch.resolved, launch.tree, self.place.gpu_memory(plan.spec))
+        noted = notes(launch.resolved, plan.overrides, launch.tree)
         if self.output.json_mode:
             added = {"memory": memory.document(), "notes": noted}
             self.output.document(plan_document(plan) | self.place.document(plan) | added)
         else:
             submission = self.place.submission_script(plan)
-            self.output.text(plan_script(plan, [*memory.lines, *noted], submission=submission))
+            self.output.text(plan_script(plan, [*memory.lines, *lines(launch.resolved), *noted], submission=submission))
 
     def check(self, plan: LaunchPlan) -> Start:
         """Check that a plan can run, and return the function that starts it. Raises EnvironmentNotReady, InputError."""
@@ -165,7 +167,7 @@ class Starter:
         plan = launch.plan
         refuse_running(store.load(plan.paths.record))
         start = self.check(plan)
-        if warning := memory_of(launch.resolved, launch.tree, self.place.gpu_memory(plan)).warning:
+        if warning := memory_of(launch.resolved, launch.tree, self.place.gpu_memory(plan.spec)).warning:
             self.output.warn(f"memory: {warning}")
         for note in notes(launch.resolved, plan.overrides, launch.tree):
             self.output.warn(note)
@@ -178,6 +180,7 @@ def _plan_sweep(
     options: Options,
     name: str | None,
     used: UsedNames,
+    place: Place,
     output: Output,
     *,
     many: bool,
@@ -190,7 +193,7 @@ def _plan_sweep(
         raise InputError(f"--resume {used.resume}: a sweep has many runs", hint="it goes on with each by itself")
     found = points(read_axes(texts, options), many=many)
     with output.progress(f"judging {counted(len(found), 'run')}", len(found)) as advance:
-        return plan_jobs(read, found, options, name, used, advance)
+        return plan_jobs(read, found, options, name, used, advance, place.gpu_memory)
 
 
 def _show_sweep(jobs: Sequence[Job], output: Output) -> None:
