@@ -239,7 +239,7 @@ class Search:
             if not fits(tokens):
                 continue
             if tokens < most:
-                return Size(tokens, f"the most that surely fits {self.gpu}", fits=True)
+                return Size(tokens, f"the most that fits {self.gpu} with all margins", fits=True)
             return Size(
                 tokens, "a GPU's share of the batch has no more" if whole <= most else "more is not faster", fits=True
             )
