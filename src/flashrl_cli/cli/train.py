@@ -78,7 +78,7 @@ def train(
 
     if sweep:
         used = UsedNames(resume=resume, force=force, look_only=dry_run)
-        jobs = _plan_sweep(read, sweep, options, name, used, output, many=yes or dry_run)
+        jobs = _plan_sweep(read, sweep, options, name, used, place, output, many=yes or dry_run)
         first = next((job.launch for job in jobs if job.launch), None)
         if dry_run:
             _show_sweep(jobs, output)
@@ -90,8 +90,8 @@ def train(
     if fail_fast or yes:
         raise InputError("--fail-fast and --yes belong to --sweep")
     resolved = read(options)
-    plan = launch.next_plan(resolved, name, resume=resume, look_only=dry_run, force=force)
-    single = launch.Launch(resolved=resolved, plan=plan, tree=launch.judge(resolved, plan))
+    plan = launch.next_plan(resolved, name, resume=resume, look_only=dry_run, force=force, gpu_memory=place.gpu_memory)
+    single = launch.Launch(resolved=plan.resolved, plan=plan, tree=launch.judge(plan.resolved, plan))
     if dry_run:
         starter.show(single)
     elif plan.is_finished:
@@ -112,13 +112,15 @@ class Starter:
 
     def show(self, launch: Launch) -> None:
         """Print the plan as a script or as a document."""
+        from flashrl_cli.memory.budget import lines
         from flashrl_cli.train.plan import plan_document, plan_script
         from flashrl_cli.train.preflight import memory_of, validation_of
         from flashrl_cli.train.speed import slow
         from flashrl_cli.verl.lint import notes
 
         plan = launch.plan
-        memory, noted = memory_of(launch.resolved, launch.tree), notes(launch.resolved, plan.overrides, launch.tree)
+        memory = memory_of(launch.resolved, launch.tree, self.place.gpu_memory(plan.spec))
+        noted = notes(launch.resolved, plan.overrides, launch.tree)
         validation = validation_of(launch.resolved, launch.tree, plan.resume.step or 0)
         slowing = slow(launch, memory, validation)
         if self.output.json_mode:
@@ -132,7 +134,7 @@ class Starter:
         else:
             submission = self.place.submission_script(plan)
             listed = [f"slows a step: {one}" for one in slowing]
-            remarks = [validation.text, *memory.lines, *listed, *noted]
+            remarks = [validation.text, *memory.lines, *lines(launch.resolved), *listed, *noted]
             self.output.text(plan_script(plan, remarks, submission=submission))
 
     def check(self, plan: LaunchPlan) -> Start:
@@ -183,7 +185,7 @@ class Starter:
         plan = launch.plan
         refuse_running(store.load(plan.paths.record))
         start = self.check(plan)
-        memory = memory_of(launch.resolved, launch.tree, self.place.gpu_memory(plan))
+        memory = memory_of(launch.resolved, launch.tree, self.place.gpu_memory(plan.spec))
         validation = validation_of(launch.resolved, launch.tree, plan.resume.step or 0)
         self.output.say(validation.text)
         if memory.warning:
@@ -201,6 +203,7 @@ def _plan_sweep(
     options: Options,
     name: str | None,
     used: UsedNames,
+    place: Place,
     output: Output,
     *,
     many: bool,
@@ -213,7 +216,7 @@ def _plan_sweep(
         raise InputError(f"--resume {used.resume}: a sweep has many runs", hint="it goes on with each by itself")
     found = points(read_axes(texts, options), many=many)
     with output.progress(f"judging {counted(len(found), 'run')}", len(found)) as advance:
-        return plan_jobs(read, found, options, name, used, advance)
+        return plan_jobs(read, found, options, name, used, advance, place.gpu_memory)
 
 
 def _show_sweep(jobs: Sequence[Job], output: Output) -> None:

@@ -59,8 +59,7 @@ def best(settings: TrainerSettings, score: Score) -> Advice | None:
 
 def candidates(settings: TrainerSettings) -> Iterator[Candidate]:
     """Changes in the order of their cost: recomputation and transfers first, then smaller passes, then more GPUs."""
-    yield from _actor_switches(settings)
-    yield from _critic_switches(settings)
+    yield from _switches(settings)
     yield from _engine(settings)
     yield from _smaller_passes(settings)
     yield from _smaller_critic(settings)
@@ -72,24 +71,21 @@ def candidates(settings: TrainerSettings) -> Iterator[Candidate]:
             yield "gpus_per_node", gpus, replace(settings, gpus_per_node=gpus)
 
 
-def _actor_switches(settings: TrainerSettings) -> Iterator[Candidate]:
-    actor = settings.actor
+def _switches(settings: TrainerSettings) -> Iterator[Candidate]:
+    """Switches that are off, of the policy and a critic together where one key sets both."""
+    actor, critic = settings.actor, settings.critic
     # verl's remove-padding needs flash-attn on a GPU
     names = ["remove_padding"] if actor.flash_attention else []
-    names += ["checkpointing", "fused_kernels", "optimizer_offload", "param_offload"]
-    if actor.strategy == "fsdp2":
-        names.append("offload_policy")
-    for name in names:
+    for name in (*names, "checkpointing"):
+        if not getattr(actor, name):
+            both = critic and _switched(critic, name)
+            yield name, True, replace(settings, actor=_switched(actor, name), critic=both)
+    names = ["fused_kernels", "optimizer_offload", "param_offload"]
+    for name in (*names, *(["offload_policy"] if actor.strategy == "fsdp2" else [])):
         if not getattr(actor, name):
             yield name, True, replace(settings, actor=_switched(actor, name))
-
-
-def _critic_switches(settings: TrainerSettings) -> Iterator[Candidate]:
-    critic = settings.critic
-    if critic is None:
-        return
-    for name in ("remove_padding", "checkpointing", "optimizer_offload", "param_offload"):
-        if not getattr(critic, name) and (name != "remove_padding" or critic.flash_attention):
+    for name in ("optimizer_offload", "param_offload"):
+        if critic and not getattr(critic, name):
             yield f"critic_{name}", True, replace(settings, critic=_switched(critic, name))
 
 

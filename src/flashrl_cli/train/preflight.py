@@ -217,6 +217,12 @@ def _how_to_make(path: Path) -> str:
     return "check the path"
 
 
+def bring(spec: RunSpec) -> str:
+    """How the policy of `spec` gets onto this machine."""
+    here = local_inputs(spec).get("model.path")
+    return _how_to_make(here) if here else f"`hf download {spec.model.path}`"
+
+
 _MAKE_PROFILE = "`flashrl quantize MODEL --calibrate PARQUET` makes one, --set rollout.profile=null goes without"
 
 
@@ -422,17 +428,25 @@ def memory_of(resolved: Resolved, tree: Tree, gpus: Sequence[int] = ()) -> Memor
     if spec.resources.platform == "cpu":
         return Memory(unknown="it is estimated for GPUs only")
     try:
-        policy = shape_of(spec.model.path, paths.data_root())
-        critic = shape_of(spec.critic.path, paths.data_root()) if spec.critic.path else None
+        policy, critic = model_shapes(spec)
         if policy is None:
             return Memory(unknown=f"no config.json of {spec.model.path} on this machine")
-        size, source = _gpu(spec, gpus)
+        size, source = gpu(spec, gpus)
         return Memory(gpu=source, estimate=estimate.estimate(resolved, tree, policy, critic, size))
     except ValueError as error:
         return Memory(unknown=str(error))
 
 
-def _gpu(spec: RunSpec, gpus: Sequence[int]) -> tuple[int, str]:
+def model_shapes(spec: RunSpec) -> tuple[ModelShape | None, ModelShape | None]:
+    """Shapes of the policy and of a critic with a model of its own, if files on this machine give them.
+
+    Raises ValueError for a model that is not a plain decoder.
+    """
+    critic = spec.critic.path
+    return shape_of(spec.model.path, paths.data_root()), shape_of(critic, paths.data_root()) if critic else None
+
+
+def gpu(spec: RunSpec, gpus: Sequence[int]) -> tuple[int, str]:
     """Bytes of a GPU, and where that number comes from."""
     given = spec.resources.gpu_memory_gib
     if given is not None:
@@ -457,6 +471,6 @@ def _parameters(model: str) -> int | None:
 
 def gpu_memory(spec: RunSpec) -> list[int]:
     """Bytes of each GPU here; empty for a run on a CPU, or on a cluster, whose GPUs cannot be seen from here."""
-    if spec.resources.platform == "cpu" or _cluster(spec):
+    if spec.resources.platform == "cpu" or spec.resources.nodes > 1 or _cluster(spec):
         return []
     return [gpu.memory_mib << 20 for gpu in gpus.seen() if gpu.memory_mib]

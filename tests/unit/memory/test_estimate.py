@@ -72,7 +72,7 @@ def test_a_reference_takes_a_pass_of_its_own(settings: TrainerSettings, shape: M
 @pytest.mark.parametrize(
     ("gpu", "changes", "share", "key"),
     [
-        (64, {"checkpointing": False}, 0.5, "enable_gradient_checkpointing"),
+        (64, {"checkpointing": False}, 0.5, "model.recompute"),
         (80, {}, 0.9, "optimizer_offload"),
         (80, {"optimizer_offload": True, "param_offload": True}, 0.98, "utilization"),
         (48, {"optimizer_offload": True, "param_offload": True, "fused_kernels": True}, 0.3, "utilization"),
@@ -129,7 +129,7 @@ def test_padding_alone_is_tight_not_over(settings: TrainerSettings, shape: Model
     assert (before.verdict, after.verdict) == ("fits", "tight")
     assert before.least == before.peak.bytes
     assert after.least < 80 * GIB < after.peak.bytes
-    assert str(after.advice) == "--set verl.actor_rollout_ref.model.use_remove_padding=true"
+    assert str(after.advice) == "--set model.packing=true"
     sdpa = replace(padded, actor=replace(padded.actor, flash_attention=False))
     assert (
         str(of_settings(sdpa, shape, None, 80 * GIB).advice)
