@@ -30,8 +30,7 @@ from flashrl_cli.bench.job import Variant
 from flashrl_cli.bench.request import config_of
 from flashrl_cli.data.tiny import CHAT_TEMPLATE, make_tokenizer
 from flashrl_cli.runs.checkpoints import hf_folder
-from flashrl_cli.verl.config import MODEL
-from flashrl_cli.verl.overrides import ACTOR, ROLLOUT
+from flashrl_cli.verl.overrides import ACTOR, MODEL, ROLLOUT
 from flashrl_cli.weights import Weights, read_json
 
 CHUNK = 1024

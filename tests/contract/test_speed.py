@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,7 +129,7 @@ def test_typical_prompts_are_said_where_they_were_counted(tmp_path: Path) -> Non
     from flashrl_cli.data.writing import write_dataset
 
     where = paths.DatasetPaths.named("gsm8k")
-    rows = [sample_rows.row(number) for number in range(4)]
+    rows: list[Any] = [sample_rows.row(number) for number in range(4)]
     write_dataset(where, {"train": rows}, {}, {"train": {"prompt_tokens": {"p50": 105, "p99": 220, "longest": 300}}})
     assert "(half of the prompts have at most 105)" in of(PADDED, STORED)["padding"].text
 

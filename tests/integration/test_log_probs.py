@@ -6,6 +6,7 @@ log-probs, entropies and gradients of a few sequences written to OUT, packed and
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import subprocess
@@ -148,7 +149,12 @@ def test_logits_that_are_not_dense_keep_their_values() -> None:
     from flashrl_cli.plugins import log_probs
 
     whole, labels = drawn(259, (4, 9))
-    for cut in (lambda z: z[:, :-1], lambda z: z[:, :, ::1].transpose(0, 1), lambda z: z[:1].expand(4, 9, 259)):
+    cuts: tuple[Callable[[Any], Any], ...] = (
+        lambda z: z[:, :-1],
+        lambda z: z.transpose(0, 1),
+        lambda z: z[:1].expand(4, 9, 259),
+    )
+    for cut in cuts:
         leaf = whole.clone().requires_grad_()
         logits = cut(leaf * 1)
         assert not logits.is_contiguous()
@@ -463,7 +469,7 @@ def compared(policy: Path, *, packed: bool, temperature: float) -> dict[str, flo
     twice = batch_of([torch.cat([one, one]) for one in sequences], temperature, packed=packed)
     for name, given in {"calls": data, "calls of twice as many tokens": twice}.items():
         with engine.eval_mode():
-            result[name] = len(calls(lambda given=given: engine.infer_batch(given.clone(), loss_function=None)))
+            result[name] = len(calls(functools.partial(engine.infer_batch, given.clone(), loss_function=None)))
     with engine.train_mode():
         engine.forward_backward_batch(data.clone(), of_the_engine)
         ours = {name: weight.grad.full_tensor() for name, weight in engine.module.named_parameters()}

@@ -6,6 +6,7 @@ import cProfile
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -249,7 +250,8 @@ def test_what_is_spared_fits_together(settings: TrainerSettings, shape: ModelSha
     for gpu in (40, 48, 64, 80):
         asked = replace(settings, actor=away, train_batch=8, mini_batch=8)
         found = spared(asked, shape, gpu)
-        changes = dict.fromkeys(found.offloads, False) | ({"checkpointing": False} if found.recompute else {})
+        changes: dict[str, Any] = dict.fromkeys(found.offloads, False)
+        changes |= {"checkpointing": False} if found.recompute else {}
         rollout = replace(asked.rollout, gpu_memory_utilization=found.engine_share or 0.5)
         together = replace(asked, actor=replace(asked.actor, **changes), rollout=rollout)
         if found != advise.Spare():

@@ -73,7 +73,7 @@ def plan(*sets: str, preset: str = "gsm8k-grpo-0.5b") -> dict[str, Any]:
     return {"spec": resolved.spec.model_dump(mode="json"), "overrides": [str(override) for override in given]}
 
 
-def of(*sets: str, **changed: float) -> dict[str, tuple[str, str]]:
+def of(*sets: str, **changed: Any) -> dict[str, tuple[str, str]]:
     """What is said of the measured run with more options and other values, by its cause: text and options."""
     found = diagnose(history(**changed), (), plan(*MEASURED, *sets))
     return {one.cause: (one.text, one.fix) for one in found.slow}

@@ -129,7 +129,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Any, tiny_plan: P
         plan = dataclasses.replace(tiny_plan(**watch), argv=(sys.executable, str(file)))
         if validates:
             trainer = plan.spec.trainer.model_copy(update={"validate_before": True})
-            plan = dataclasses.replace(plan, spec=plan.spec.model_copy(update={"trainer": trainer}))
+            spec = plan.spec.model_copy(update={"trainer": trainer})
+            plan = dataclasses.replace(plan, resolved=dataclasses.replace(plan.resolved, spec=spec))
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             with starting_with(signal.SIG_DFL, signal.SIGHUP), collected() as received:
