@@ -55,6 +55,16 @@ BENCH_EXTENSION = "flashrl_cli.plugins.disk_refit.BenchExtension"
 BLOCKS_EXTENSION = "flashrl_cli.plugins.verl_blocks.BlocksExtension"
 """vLLM worker extension of the benchmark for block-wise FP8, whose weights are quantized and loaded by verl's code."""
 
+LOG_PROBS_CHUNK = 128 << 20
+"""Bytes of float32 logits of which the trainer's log-probs and entropies are computed at a time on a GPU.
+
+A kernel then runs for some 0.1 ms, which hides its launch.
+"""
+LOG_PROBS_CHUNK_CPU = 4 << 20
+"""The same on a CPU, where a chunk and its temporaries stay in the last-level cache of most machines, and an operation
+has enough to do for the threads that it starts.
+"""
+
 SCHEMA_VERSION = 1
 
 

@@ -25,21 +25,13 @@ from typing import Any
 
 import torch
 
+from flashrl_cli import contract
 from flashrl_cli.plugins.cpu import MARK, VERL_VERSION
-
-CHUNK_BYTES = 128 << 20
-"""Size of a chunk in float32. A GPU then needs twice as much for a chunk's temporaries, and a kernel runs for some
-0.1 ms, which hides its launch.
-"""
-CPU_CHUNK_BYTES = 4 << 20
-"""The same on a CPU, where a chunk and its temporaries stay in the last-level cache of most machines, and an operation
-has enough to do for the threads that it starts.
-"""
 
 
 def chunks(logits: torch.Tensor, most: int | None = None) -> Iterator[slice]:
     """Slices of the rows of logits [rows, vocabulary], each within the bound in bytes, and of `most` rows at most."""
-    bound = CPU_CHUNK_BYTES if logits.device.type == "cpu" else CHUNK_BYTES
+    bound = contract.LOG_PROBS_CHUNK_CPU if logits.device.type == "cpu" else contract.LOG_PROBS_CHUNK
     size = max(1, bound // (4 * logits.shape[-1]))
     if most is not None:
         size = min(size, most)

@@ -311,7 +311,10 @@ class EngineSettings:
     remove_padding: bool = True
     fused_kernels: bool = False
     flash_attention: bool = True
-    """Whether log-probs come from flash-attn's cross-entropy, judged by the attention that the model uses."""
+    """Whether log-probs come from flash-attn's cross-entropy, judged by the attention that the model uses.
+
+    The entropy is verl's own then; otherwise both are flashrl's (plugins/log_probs.py).
+    """
     compiled: bool = True
     train_entropy: bool = False
     entropy_chunk: int | None = None
