@@ -22,10 +22,9 @@ from tests import sample_rows
 pytestmark = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not installed")
 
 A, M, R = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
-PADDED = f"verl.{M}.use_remove_padding=false"
-PACKED = f"verl.{M}.use_remove_padding=true"
+PADDED, PACKED = "model.packing=false", "model.packing=true"
 SDPA = f"verl.+{M}.override_config.attn_implementation=sdpa"
-STORED = f"verl.{M}.enable_gradient_checkpointing=false"
+STORED = "model.recompute=false"
 GRPO = (PACKED, STORED)
 """Options with which gsm8k-grpo-0.5b has nothing that slows it."""
 
@@ -39,15 +38,15 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def of(*sets: str, preset: str = "gsm8k-grpo-0.5b", validation: Validation | None = None) -> dict[str, speed.Slow]:
     """What slows a preset under options, by its cause, after all that is checked before a start."""
     resolved = launch.read(preset, Options(sets=sets)).checked()
-    plan = launch.next_plan(resolved, None, resume="never", look_only=True)
-    judged = launch.Launch(resolved=resolved, plan=plan, tree=launch.judge(resolved, plan))
-    memory = memory_of(resolved, judged.tree)
-    validated = validation or validation_of(resolved, judged.tree)
+    plan = launch.next_plan(resolved, None, resume="never", look_only=True, gpu_memory=lambda _: [])
+    judged = launch.Launch(resolved=plan.resolved, plan=plan, tree=launch.judge(plan.resolved, plan))
+    memory = memory_of(judged.resolved, judged.tree)
+    validated = validation or validation_of(judged.resolved, judged.tree)
     return {one.cause: one for one in slow(judged, memory, validated)}
 
 
 CASES = {
-    "padding": ((PADDED, STORED), "padding: 16 sequences of a pass are padded to the longest one, up to 2,048 tokens"),
+    "padding": ((PADDED, STORED), "padding: sequences of a pass are padded to the longest one, up to 2,048 tokens"),
     "attention": ((*GRPO, SDPA), "attention: sdpa computes all pairs of tokens of a packed pass"),
     "passes": (
         (
@@ -58,7 +57,7 @@ CASES = {
         "small passes: the policy update takes 160 of about 768 tokens for a mini-batch, and larger ones fit",
     ),
     "recomputation": (
-        (PACKED, f"verl.{M}.enable_gradient_checkpointing=true"),
+        (PACKED, "model.recompute=true"),
         "recomputation: updates compute each forward pass twice, a third more arithmetic; by the estimate of memory",
     ),
     "offload": (
@@ -107,8 +106,8 @@ def test_nothing_slows_a_run_that_is_set_well() -> None:
 
 
 def test_what_memory_does_not_allow_is_not_advised() -> None:
-    small = ("resources.gpu_memory_gib=24",)
-    kept = (PACKED, f"verl.{M}.enable_gradient_checkpointing=true", f"verl.{A}.fsdp_config.optimizer_offload=true")
+    small = ("resources.gpu_memory_gib=24", "algorithm.max_tokens_per_gpu=32768")
+    kept = (PACKED, "model.recompute=true", f"verl.{A}.fsdp_config.optimizer_offload=true")
     assert "recomputation" in of(*kept)
     assert of(*kept, *small) == {}
 
@@ -120,7 +119,7 @@ def test_short_or_single_sequences_are_not_worth_a_word() -> None:
 
 
 def test_a_critic_is_packed_with_its_policy() -> None:
-    fix = of(PADDED, "verl.critic.model.use_remove_padding=false", preset="gsm8k-0.5b")["padding"].fix
+    fix = of(PADDED, preset="gsm8k-0.5b")["padding"].fix
     assert "packing" in fix or ("actor_rollout_ref.model" in fix and "critic.model" in fix)
 
 
