@@ -64,6 +64,12 @@ SPIED = ("ray::WorkerDict", "ray::TaskRunner", "ray::AgentLoopWorker", "ray::vLL
 """Titles of the processes that py-spy records, one of each."""
 STAGES = ("update_actor", "compute_log_prob", "compute_ref_log_prob", "update_weights", "compute_values")
 """Functions of verl's trainer process by which its samples are grouped (verl/workers/engine_workers.py)."""
+WAITING = (
+    *("threading.py:", "selectors.py:", "zmq/sugar/poll.py:", "multiprocessing/connection.py:", "asyncio/runners.py:"),
+    *("concurrent/futures/thread.py:", "ray/_private/worker.py:", "transferqueue_utils.py:", "subprocess.py:"),
+    *("transfer_queue/client.py:", "storage/managers/base.py:"),
+)
+"""Files whose functions wait for others; py-spy does not see on every machine that a thread is idle."""
 SPY_S, SPY_RATE = 20, 50
 TOP = 15
 Result = dict[str, Any]
@@ -210,12 +216,12 @@ def search_path() -> str:
 
 
 def _torch_profiler(step: int, folder: Path) -> list[str]:
-    """Options for verl's torch profiler of the trainer's phases in one step, the first mini-batch of the update."""
+    """Options for verl's torch profiler, which writes a trace of each of the trainer's phases in one step."""
     config = f"verl.{ACTOR}.profiler"
     return [
         "verl.global_profiler.tool=torch", f"verl.global_profiler.steps=[{step}]", f"{config}.enable=true",
         f"{config}.save_path={folder.resolve()}", f"{config}.tool_config.torch.contents=[cuda]",
-        f"{config}.tool_config.torch.discrete=true", f"{config}.tool_config.torch.schedule.active=1",
+        f"{config}.tool_config.torch.discrete=true",
     ]  # fmt: skip
 
 
@@ -439,12 +445,17 @@ class Spy:
 
 
 def heaviest(text: str) -> dict[str, Any]:
-    """Samples of py-spy's raw format by stage: their number, and the TOP functions by samples in them alone."""
+    """Samples of py-spy's raw format by stage, without waiting threads: their number, and the TOP functions in which
+    most of them are.
+    """
     stages: dict[str, collections.Counter[str]] = {}
     for line in text.splitlines():
         stack, _, count = line.rpartition(" ")
         frames = stack.split(";")
-        stage = next((one for one in STAGES for frame in frames if frame.startswith(f"{one} ")), "others")
+        if not frames[-1] or any(file in frames[-1] for file in WAITING):
+            continue
+        called = {frame.partition(" (")[0].rpartition(".")[2] for frame in frames}
+        stage = next((one for one in STAGES if one in called), "others")
         stages.setdefault(stage, collections.Counter())[frames[-1]] += int(count)
     return {
         stage: {"samples": sum(found.values()), "self": dict(found.most_common(TOP))} for stage, found in stages.items()
