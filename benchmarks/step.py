@@ -23,6 +23,7 @@ import dataclasses
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -186,6 +187,23 @@ class Plan:
     def left(self) -> float:
         return self.end - time.monotonic()
 
+    @property
+    def model(self) -> str:
+        """The model's name in the results."""
+        given = self.given
+        return str(given.label or (Path(given.model).name if given.model else given.preset))
+
+    def name(self, case: str) -> str:
+        """The name of a case's run and of its folders."""
+        return re.sub(r"[^\w.-]+", "-", f"{self.model}-{case}")
+
+    def attempt(self, case: str) -> AttemptPaths:
+        return AttemptPaths(self.work / "runs" / self.name(case) / "attempt_1")
+
+    def samples(self, case: str) -> Path:
+        """The folder with the samples of a case's steps."""
+        return self.work / "samples" / self.name(case)
+
     def command(self, case: str) -> list[str]:
         """The line of `flashrl train` for a case: a precision, with `+kv8` for an FP8 KV cache."""
         given = self.given
@@ -197,8 +215,8 @@ class Plan:
         sets += [f"data.train={given.data}", f"data.val={given.data}"] if given.data else []
         sets += ["rollout.kv_cache=fp8"] if "kv8" in options else []
         if given.profile:
-            sets += _torch_profiler(steps, given.profile / case)
-        line = ["train", "--preset", given.preset, "--rollout", precision, "--name", f"step-{case.replace('+', '-')}"]
+            sets += _torch_profiler(steps, given.profile / self.name(case))
+        line = ["train", "--preset", given.preset, "--rollout", precision, "--name", self.name(case)]
         line += ["--tis", given.tis] if given.tis else []
         words = [word for one in (*sets, *given.sets) for word in ("--set", one)]
         return [sys.executable, "-m", "flashrl_cli", *line, *words, "--json"]
@@ -228,9 +246,10 @@ def _torch_profiler(step: int, folder: Path) -> list[str]:
 def train(plan: Plan, case: str, limit: float) -> Result:
     """Run a case, ended after `limit` seconds; its steps, and the step whose samples the floors take."""
     argv = plan.command(case)
-    samples = plan.work / "samples" / case
-    samples.mkdir(parents=True, exist_ok=True)
-    log = plan.work / f"{case}.err"
+    samples, attempt = plan.samples(case), plan.attempt(case)
+    for left in (samples, attempt.root.parent):  # of an earlier call with the same --work
+        shutil.rmtree(left, ignore_errors=True)
+    log = _made(samples) / "run.err"
     begun = time.monotonic()
     told: list[tuple[float, Result]] = []
     with log.open("w", encoding="utf-8") as errors, sampled_memory() as memory:
@@ -246,14 +265,13 @@ def train(plan: Plan, case: str, limit: float) -> Result:
                 event = json.loads(line) if line.startswith("{") else {}
                 told.append((time.monotonic() - begun, event))
                 if plan.given.profile and event.get("event") == "step" and event["step"] == plan.given.steps:
-                    spy = Spy.on(process.pid, plan.given.profile / case)
+                    spy = Spy.on(process.pid, plan.given.profile / plan.name(case))
             process.wait()
         finally:
             stop.cancel()
             _interrupt(process)
             process.wait()
     events = {event.get("event"): (at, event) for at, event in reversed(told)}  # the first of each
-    attempt = AttemptPaths(plan.work / "runs" / f"step-{case.replace('+', '-')}" / "attempt_1")
     steps = [_step(metrics) for metrics in read_metrics(attempt.metrics) if metrics.trained][: plan.given.steps]
     result: Result = {
         "exit": process.returncode,
@@ -355,11 +373,11 @@ def floor(
     plan: Plan, part: str, case: str, trained: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]], limit: float
 ) -> Result:
     """A floor of a run that has ended; `failed` with the end of its output where it has none."""
-    attempt = AttemptPaths(plan.work / "runs" / f"step-{case.replace('+', '-')}" / "attempt_1")
-    launched = read_json(attempt.plan)
-    recorded = plan.work / "samples" / case / f"{trained['of_step']}.jsonl"
+    launched = read_json(plan.attempt(case).plan)
+    recorded = plan.samples(case) / f"{trained['of_step']}.jsonl"
+    folder = plan.samples(case) / part
     env = {
-        **client.environment(_made(plan.work / "handshakes" / f"{case}-{part}"), None, {}),
+        **client.environment(_made(folder), None, {}),
         "PYTHONPATH": search_path(),
     }
     env |= {key: value for key, value in launched["env"].items() if key.startswith("VLLM_")}
@@ -376,7 +394,7 @@ def floor(
         if same := alike(trained, job, earlier):
             return same
         env.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    return child(part, dataclasses.asdict(job), plan.work / f"{case}-{part}", env, limit)
+    return child(part, dataclasses.asdict(job), folder, env, limit)
 
 
 def child(kind: str, job: Mapping[str, Any], folder: Path, env: Mapping[str, str], limit: float) -> Result:
@@ -516,10 +534,9 @@ def profile_text(result: Mapping[str, Any]) -> str:
 
 def measure(plan: Plan, case: str, document: Result) -> None:
     """Measure the parts of a case one after another, and write the document after each."""
-    name = plan.given.label or (Path(plan.given.model).name if plan.given.model else plan.given.preset)
-    label = f"{name} {case}"
+    label = f"{plan.model} {case}"
     earlier = next((one for one in document["cases"] if one["label"] == label), None)
-    result: Result = {"label": label, "model": name, "case": case, "machine": document["device"]}
+    result: Result = {"label": label, "model": plan.model, "case": case, "machine": document["device"]}
     if earlier and "train" not in plan.given.only:
         result = earlier
     document["cases"] = [one for one in document["cases"] if one["label"] != label] + [result]
@@ -537,7 +554,7 @@ def measure(plan: Plan, case: str, document: Result) -> None:
             measured = {name: result[name] for name in PARTS if name in result and "failed" not in result[name]}
             result["compared"] = compared(result["steps"], measured)
         if plan.given.profile and part == "train":
-            profiles = _made(plan.given.profile / case)
+            profiles = _made(plan.given.profile / plan.name(case))
             result["traced"] = {file.name: traced(file) for file in sorted(profiles.glob("*.json.gz"))}
             files.write_text(profiles / "summary.txt", profile_text(result))
         files.write_json(plan.given.out, document)
