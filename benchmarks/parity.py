@@ -114,8 +114,11 @@ ENVIRONMENT = {
     "VLLM_DISABLE_COMPILE_CACHE": "0",
 }
 
-ENGINE_SHARE = 0.4
-"""Share of a GPU's memory that the engines of all its runs take together."""
+ALONE, SHARED = 0.4, 0.2
+"""Share of the memory that an engine takes: of its GPU, or of its run's share of a GPU, where it is only what must be
+free at the start."""
+EVALUATING = 0.15
+"""Share of a GPU that the engine of an evaluation takes beside other runs."""
 KV_GIB = 8
 """KV cache of a run that shares its GPU. vLLM measures the free memory to find its own size, and fails if another
 process frees some meanwhile (vllm/v1/worker/gpu_worker.py, determine_available_memory)."""
@@ -496,7 +499,7 @@ class Study:
         if self.given.limit:
             line += ["--limit", str(self.given.limit)]
         if self.profile.cuda:
-            line += ["--gpu-memory-utilization", f"{ENGINE_SHARE / max(self.each, 2):.2f}"]
+            line += ["--gpu-memory-utilization", str(ALONE if self.each == 1 else EVALUATING)]
         return [*FLASHRL, *line]
 
     def longest_response(self) -> int:
@@ -737,11 +740,13 @@ def attempt_data(attempt: store.Attempt, steps: Sequence[Any]) -> dict[str, Any]
 
 def shared_memory(each: int, memory_gib: float | None) -> Iterator[str]:
     """Yield the options that divide a GPU of `memory_gib` among `each` runs at once."""
-    yield f"rollout.gpu_memory_utilization={ENGINE_SHARE / each:.2f}"
-    if each > 1:
-        yield f"verl.+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes={KV_GIB << 30}"
-        # passes of the trainer are cut to what the estimate finds to fit this
-        yield f"resources.gpu_memory_gib={0.9 * (memory_gib or DEFAULT_GIB) / each - KV_GIB:.1f}"
+    if each == 1:
+        yield f"rollout.gpu_memory_utilization={ALONE}"
+        return
+    yield f"rollout.gpu_memory_utilization={SHARED}"
+    yield f"verl.+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes={KV_GIB << 30}"
+    # the estimate cuts the trainer's passes to what fits this
+    yield f"resources.gpu_memory_gib={0.9 * (memory_gib or DEFAULT_GIB) / each:.1f}"
 
 
 def short(value: float | None) -> float | None:
