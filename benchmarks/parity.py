@@ -109,9 +109,6 @@ ENVIRONMENT = {
     "RAY_enable_worker_prestart": "0",  # Ray otherwise starts an idle process for each of its CPUs
     "TOKENIZERS_PARALLELISM": "false",
     "NO_COLOR": "1",
-    # verl switches vLLM's cache of compiled models off unless this is set (verl/trainer/constants_ppo.py:93): a minute
-    # of every start
-    "VLLM_DISABLE_COMPILE_CACHE": "0",
 }
 
 ALONE, SHARED = 0.4, 0.2
@@ -295,6 +292,9 @@ class Study:
             "PYTHONPYCACHEPREFIX": str(self.work / "pycache"),
         }
         self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        # verl switches vLLM's cache of compiled models off unless this is set (verl/trainer/constants_ppo.py:93), which
+        # costs most of a minute of every start
+        self.environment.setdefault("VLLM_DISABLE_COMPILE_CACHE", "0")
         if given.gsm8k or "FLASHRL_DATA" not in os.environ:
             self.environment["FLASHRL_DATA"] = str(self.work / "data")
 
