@@ -37,8 +37,7 @@ LONG_TAIL = 3
 WANTED = 0.1
 """Ratio of occasional work to the steps between, with the interval that is advised."""
 FEW_PASSES = 4
-SMALL_PASS = 16384
-"""Tokens of a pass that is bounded by tokens, below which a larger budget is worth trying."""
+"""Passes of a mini-batch up to which their size is not worth changing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,21 +241,17 @@ def padding(m: Measured) -> Iterator[Slow]:
 
 
 def passes(m: Measured) -> Iterator[Slow]:
-    """The update computes little in many small passes."""
+    """The update computes little in many passes whose size somebody gave."""
+    if not m.is_idle or not m.length or m.share("actor") < LARGE or not speed.is_counted(m.keys):
+        return
     rows, budget = speed.rows_of(m.keys, UPDATE), m.keys.get(UPDATE.tokens)
     responses = m.whole("algorithm", "mini_batch_size") * m.whole("rollout", "n") / m.devices
-    if not m.is_idle or not m.length or m.share("actor") < LARGE:
-        return
     if rows is not None:
-        longest = m.whole("data", "max_prompt_length") + m.whole("data", "max_response_length")
-        count, of, tokens = math.ceil(responses / rows), f"{rows} responses", rows * longest
-        of += f", about {rows * m.length:,.0f} tokens,"
-    elif isinstance(budget, int) and budget < SMALL_PASS:
-        count, of, tokens = math.ceil(responses * m.length / budget), f"{budget:,} tokens", 2 * budget
+        count, of = math.ceil(responses / rows), f"{rows} responses, about {rows * m.length:,.0f} tokens"
     else:
-        return
+        count, of = math.ceil(responses * m.length / budget), f"at most {budget:,} tokens"
     if count > FEW_PASSES:
-        yield speed.passes(m.keys, f"a mini-batch is updated in {count} passes of {of} each", tokens)
+        yield speed.passes(m.keys, f"a mini-batch is updated in {count} passes of {of}")
 
 
 def attention(m: Measured) -> Iterator[Slow]:
