@@ -4,9 +4,10 @@
 
 `engine` generates with vLLM's `LLM`: the same prompts, the same sampling, and responses of the recorded lengths, so
 that it makes as many tokens as the training did. `trainer` computes log-probs of the same sequences once, and updates
-the policy once a mini-batch, with packed sequences and without verl. A job is the plain data of EngineJob or
-TrainerJob; its sequences are in a file of JSON lines (`Sample`), which `benchmarks.recorder` writes in a real run.
-`model` writes a model with a known shape and random weights, of which a run needs a folder.
+the policy once a mini-batch, with packed sequences and without verl; the entropies that verl computes beside log-probs
+are left out. A job is the plain data of EngineJob or TrainerJob; its sequences are in a file of JSON lines (`Sample`),
+which `benchmarks.recorder` writes in a real run. `model` writes a model with a known shape and random
+weights, of which a run needs a folder.
 """
 
 from __future__ import annotations
