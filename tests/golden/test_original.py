@@ -22,9 +22,15 @@ PLACES = {
     EXTENSION,
 }
 """Paths, the run's name, and where flashrl's own class lies."""
-ADDED = {"gsm8k-0.5b": {"trainer.default_local_dir", "trainer.resume_mode", EXTENSION}, "dapo-32b": {EXTENSION}}
-"""What flashrl always says and a list leaves to verl: absolute checkpoints, to go on after an interruption, and that
-weight updates are checked.
+ALWAYS = {
+    EXTENSION,
+    "actor_rollout_ref.rollout.engine_kwargs.vllm.stream_interval",
+    "trainer.v1.sampler.custom_sampler.path",
+    "trainer.v1.sampler.custom_sampler.name",
+}
+ADDED = {"gsm8k-0.5b": {"trainer.default_local_dir", "trainer.resume_mode", *ALWAYS}, "dapo-32b": ALWAYS}
+"""What flashrl always says and a list leaves to verl: absolute checkpoints, to go on after an interruption, that weight
+updates are checked, and that a rollout exchanges fewer messages and is looked after more often.
 """
 PASSES = {
     "gsm8k-0.5b": {
