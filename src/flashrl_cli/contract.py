@@ -66,11 +66,11 @@ TOKENS_A_MESSAGE = 16
 LOG_PROBS_CHUNK = 128 << 20
 """Bytes of float32 logits of which the trainer's log-probs and entropies are computed at a time on a GPU.
 
-A kernel then runs for some 0.1 ms, which hides its launch.
+Temporaries need twice as much. A kernel then runs for some 0.1 ms, which hides its launch.
 """
-LOG_PROBS_CHUNK_CPU = 4 << 20
-"""The same on a CPU, where a chunk and its temporaries stay in the last-level cache of most machines, and an operation
-has enough to do for the threads that it starts.
+LOG_PROBS_CHUNK_CPU = 2 << 20
+"""The same on a CPU, where the temporaries stay in the caches, and an operation has enough to do for the threads that
+it starts.
 """
 
 SCHEMA_VERSION = 1

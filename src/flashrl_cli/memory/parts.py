@@ -336,9 +336,9 @@ def train_logits(shape: ModelShape, engine: EngineSettings, load: Load, temperat
         real = 0 if engine.remove_padding else each
         return max(_logits(shape, load, computed + peak, 0), _logits(shape, load, computed + kept, real), key=_size)
     if engine.train_entropy:
-        return _logits(shape, load, 3 * each, 0, chunks=2)
+        return _logits(shape, load, 3 * each, 0, chunked=True)
     computed, real = (computed, 0) if engine.remove_padding else (2 * each, each)
-    return _logits(shape, load, computed, real, chunks=0 if engine.flash_attention else 1)
+    return _logits(shape, load, computed, real, chunked=not engine.flash_attention)
 
 
 def infer_logits(shape: ModelShape, engine: EngineSettings, load: Load, temperature: float, *, entropy: bool) -> Item:
@@ -351,10 +351,8 @@ def infer_logits(shape: ModelShape, engine: EngineSettings, load: Load, temperat
         size = min(load.computed, FUSED_CHUNK) * shape.vocab * FUSED_FORWARD
         return _passing("logits", size, f"fused: {FUSED_CHUNK} tokens x {shape.vocab:,} x {FUSED_FORWARD} B")
     computed, real = each * (1 + (temperature != 1)), 0 if engine.remove_padding else each
-    if not engine.flash_attention:
-        return _logits(shape, load, computed, real, chunks=1 + entropy)
-    packed = _logits(shape, load, computed, real)
-    if not entropy:
+    packed = _logits(shape, load, computed, real, chunked=not engine.flash_attention)
+    if not entropy or not engine.flash_attention:
         return packed
     peak, _ = entropy_bytes(engine)
     if engine.entropy_chunk and engine.remove_padding:
@@ -375,19 +373,19 @@ def entropy_bytes(engine: EngineSettings) -> tuple[int, int]:
     return 8 + cast, 4 + cast
 
 
-def _logits(shape: ModelShape, load: Load, computed: int, real: int, *, chunks: int = 0) -> Item:
-    """Logits at `computed` bytes each, `real` bytes more for those that are not padding, and float32 chunks of them.
+def _logits(shape: ModelShape, load: Load, computed: int, real: int, *, chunked: bool = False) -> Item:
+    """Logits at `computed` bytes each, `real` bytes more for those that are not padding, and a chunk's temporaries.
 
-    The chunks are what flashrl's log-probs and entropies hold at a time (plugins/log_probs.py).
+    The latter are those of flashrl's log-probs and entropies: two float32 tensors (plugins/log_probs.py).
     """
     if load.real == load.computed:
         computed, real = computed + real, 0
     size = shape.vocab * (load.computed * computed + load.real * real)
     more = f" + {load.real:,} x {shape.vocab:,} x {real} B" if real else ""
-    if chunks:
+    if chunked:
         chunk = min(LOG_PROBS_CHUNK, 4 * load.computed * shape.vocab)
-        size += chunks * chunk
-        more += f" + {counted(chunks, 'chunk')} of {chunk >> 20} MiB"
+        size += 2 * chunk
+        more += f" + 2 x {chunk >> 20} MiB"
     return _passing("logits", size, f"{load} x {shape.vocab:,} x {computed} B{more}")
 
 
