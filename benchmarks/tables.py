@@ -390,6 +390,31 @@ def language_model(results: Results) -> str:
     return markdown(columns, rows)
 
 
+def trainer_parts(results: Results) -> str:
+    """Log-probs and one update of the same sequences, by what computes log-probs of logits."""
+    columns = ["variant", "log-probs, s", "update, s", "peak of the update, GiB"]
+    rows = [
+        [name, *(f"{min(found[part]['seconds']):.2f}" for part in ("log-probs", "update")), found["update"]["peak_gib"]]
+        for name, found in results("trainer_parts")["variants"].items()
+    ]
+    return markdown(columns, [[str(cell) for cell in row] for row in rows])
+
+
+def log_probs(results: Results) -> str:
+    """Log-probs and entropies by verl and in chunks: time of forward and backward, and the error."""
+    columns = ["logits", "log-probs, verl", "in chunks", "error, verl", "in chunks", "entropy, verl", "in chunks"]
+    columns += ["error, verl", "in chunks"]
+    rows = []
+    for case in results("log_probs_cpu")["cases"]:
+        row = [f"{case['vocabulary']:,} in {case['dtype']}"]
+        for name in ("log_probs", "entropy"):
+            ways = [case[name][way] for way in ("verl", "chunks")]
+            row += [f"{1e6 * way['forward and backward'] / case['tokens']:,.0f}" for way in ways]
+            row += [f"{way['error']:.0e}" for way in ways]
+        rows.append(row)
+    return markdown(columns, rows)
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "headline": headline,
     "summary": in_short,
@@ -403,6 +428,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "weight-updates": weight_updates,
     "runs": runs,
     "two-ranks": two_ranks,
+    "trainer-parts": trainer_parts,
+    "log-probs": log_probs,
     "steps": steps,
     "step-gains": step_gains,
     "quantize-cp": quantize_cp,

@@ -18,7 +18,9 @@ def rows_of(jagged: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     ends = torch.cat([offsets.new_zeros(1), lengths.cumsum(0)])
     shift = (offsets[indices] - ends[:-1]).repeat_interleave(lengths)
     positions = torch.arange(len(shift), device=offsets.device) + shift
-    return torch.nested.nested_tensor_from_jagged(values[positions.to(values.device)], ends)
+    # known here: a GPU would have to be waited for to find the longest row when the batch is padded there
+    extremes = {"min_seqlen": int(lengths.min()), "max_seqlen": int(lengths.max())}
+    return torch.nested.nested_tensor_from_jagged(values[positions.to(values.device)], ends, **extremes)
 
 
 def _dense(value: Any) -> bool:
