@@ -11,8 +11,7 @@ Variants are named after what makes log-probs of logits:
 - `chunked`: log p(y) = z_y - logsumexp(z) in float32 for 1,024 tokens at a time, with its gradient softmax(z) - 1[y];
 - `fused`: verl's `use_fused_kernels` with the torch backend (verl/models/transformers/dense_common.py).
 
-Packed sequences take `torch.nn.attention.varlen` by Transformers' attention interface. The floor is the same work
-without verl.
+Packed sequences take `varlen`, flashrl's attention (plugins/attention.py). The floor is the same work without verl.
 """
 
 from __future__ import annotations
@@ -66,30 +65,6 @@ def chunked(logits: torch.Tensor, labels: torch.Tensor, **_: Any) -> torch.Tenso
     """In place of verl's logprobs_from_logits."""
     flat: torch.Tensor = ChunkedLogProbs.apply(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
     return flat.view(labels.shape)
-
-
-def register_varlen() -> None:
-    """Have Transformers know torch's variable-length attention as `varlen`, for one row of packed sequences."""
-    from torch.nn.attention.varlen import varlen_attn
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    def attend(
-        _module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _mask: Any, scaling: float | None = None,
-        position_ids: torch.Tensor | None = None, **_: Any,
-    ) -> tuple[torch.Tensor, None]:  # fmt: skip
-        assert position_ids is not None
-        starts = torch.nonzero(position_ids[0] == 0)[:, 0]
-        ends = torch.cat([starts, starts.new_tensor([position_ids.numel()])]).int()
-        longest = int(ends.diff().max())
-        heads = q.shape[1] // k.shape[1]
-        q, k, v = (one.transpose(1, 2)[0].to(torch.bfloat16).contiguous() for one in (q, k, v))
-        k, v = (one.repeat_interleave(heads, 1) for one in (k, v))
-        out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0))
-        return out[None], None
-
-    AttentionInterface.register("varlen", attend)
-    AttentionMaskInterface.register("varlen", lambda *_, **__: None)
 
 
 def timed(work: Callable[[], None], repeats: int) -> Measured:
@@ -229,9 +204,11 @@ def main() -> None:
     import transformers
     import verl
 
+    from flashrl_cli.plugins import attention
+
     draw = random.Random(0)
     sequences = [[draw.randrange(VOCABULARY) for _ in range(draw.randint(150, 330))] for _ in range(given.sequences)]
-    register_varlen()
+    attention.register()
     report = {
         "schema_version": 1,
         "what": (

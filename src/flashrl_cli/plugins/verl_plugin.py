@@ -1,8 +1,9 @@
 """Entry point `verl.plugins`: verl imports this module in every process of a run.
 
 verl loads plugins without calling them, so the module acts when it is imported. Outside of a flashrl run it does
-nothing. On a GPU it only makes the trainer send weights in bf16, where that loses nothing. verl logs an exception
-raised here at DEBUG level only, so the launcher uses the handshake files to verify what really runs.
+nothing. On a GPU it makes the trainer send weights in bf16, where that loses nothing, and gives its models the
+attention of the configuration. verl logs an exception raised here at DEBUG level only, so the launcher uses the
+handshake files to verify what really runs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ if contract.plugin_dir() is not None:
 
         cpu.apply()
         cpu.register()
+    from flashrl_cli.plugins import attention
+
+    attention.apply()
     if contract.RolloutOptions.here().bf16_transfer:
         from flashrl_cli.plugins import transfer
 
