@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from flashrl_cli.train.preflight import with_attention
 from flashrl_cli.verl.overrides import Places, overrides
 from tests.specs import load_spec
 
 FOLDER = Path(__file__).parent / "original"
 CAPS = {"gsm8k-0.5b": "2", "dapo-32b": "8"}
+ATTENTION = "model.override_config.attn_implementation"
 EXTENSION = "actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls"
 PLACES = {
     "data.train_files",
@@ -22,9 +24,13 @@ PLACES = {
     EXTENSION,
 }
 """Paths, the run's name, and where flashrl's own class lies."""
-ADDED = {"gsm8k-0.5b": {"trainer.default_local_dir", "trainer.resume_mode", EXTENSION}, "dapo-32b": {EXTENSION}}
-"""What flashrl always says and a list leaves to verl: absolute checkpoints, to go on after an interruption, and that
-weight updates are checked.
+ALWAYS = {EXTENSION, f"actor_rollout_ref.{ATTENTION}"}
+ADDED = {
+    "gsm8k-0.5b": {"trainer.default_local_dir", "trainer.resume_mode", f"critic.{ATTENTION}", *ALWAYS},
+    "dapo-32b": ALWAYS,
+}
+"""What flashrl always says and a list leaves to verl: absolute checkpoints, to go on after an interruption, that weight
+updates are checked, and the attention.
 """
 OURS = {"fp8": "fp8-block"}
 """The lists' precisions under flashrl's names: verl's `quantization=fp8` has a scale for each block."""
@@ -53,7 +59,7 @@ def original(preset: str, precision: str, cap: str | None) -> Items:
 
 
 def ours(preset: str, precision: str, cap: str | None) -> Items:
-    resolved = load_spec(preset, rollout=OURS.get(precision, precision), tis=cap or "off")
+    resolved = with_attention(load_spec(preset, rollout=OURS.get(precision, precision), tis=cap or "off"))
     places = Places(name="run", data=Path("/data"), checkpoints=Path("/checkpoints/run"))
     texts = [str(override) for override in overrides(resolved, places)]
     items = parsed(texts)

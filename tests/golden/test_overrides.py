@@ -49,7 +49,7 @@ CASES = {
 
 
 def listed(preset: str, precision: str, tis: str) -> tuple[Override, ...]:
-    return overrides(load_spec(str(PRESETS[preset]), rollout=precision, tis=tis), PLACES)
+    return overrides(preflight.with_attention(load_spec(str(PRESETS[preset]), rollout=precision, tis=tis)), PLACES)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -69,7 +69,7 @@ def test_all_lists_are_there_and_no_others(request: pytest.FixtureRequest) -> No
 
 def refusal(preset: str, precision: str) -> InputError | None:
     try:
-        resolved = load_spec(str(PRESETS[preset]), rollout=precision, tis=cap(preset))
+        resolved = preflight.with_attention(load_spec(str(PRESETS[preset]), rollout=precision, tis=cap(preset)))
         check_overrides(resolved, overrides(resolved, PLACES), preflight.shape(resolved.spec.model.path))
     except InputError as error:
         return error

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from flashrl_cli.config.presets import names
+from flashrl_cli.train.preflight import with_attention
 from flashrl_cli.verl.overrides import Places, overrides
 from tests.specs import load_spec
 
@@ -49,7 +50,8 @@ def read(name: str) -> Items:
 
 def ours(preset: str, rollout: str = "bf16", tis: str = "off") -> Items:
     places = Places(name="run", data=Path("/data"), checkpoints=Path("/checkpoints/run"))
-    return items([str(override) for override in overrides(load_spec(preset, rollout=rollout, tis=tis), places)])
+    resolved = with_attention(load_spec(preset, rollout=rollout, tis=tis))
+    return items([str(override) for override in overrides(resolved, places)])
 
 
 def same(text: str, other: str | None) -> bool:

@@ -43,6 +43,11 @@ class ModelSpec(Part):
 
     path: Text
     """Hugging Face id, path of a folder (from `/`, `~` or `.`), or `prepared:NAME`: the model of that data set."""
+    attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
+    """Attention of policy, reference policy and critic in training (verl's own default is flash_attention_2, which
+    needs the flash-attn package). `varlen` is torch's own FlashAttention for packed sequences, `sdpa` torch's for
+    padded ones. `auto` is flash_attention_2 where flash-attn is installed, varlen where it can be, and sdpa
+    elsewhere."""
 
 
 class DataSpec(Part):

@@ -20,7 +20,7 @@ from flashrl_cli.errors import InputError, Problem
 from flashrl_cli.paths import FOLDER_NAME
 from flashrl_cli.runs.store import newest_plan
 from flashrl_cli.train.plan import LaunchPlan, build_plan, default_name, run_paths
-from flashrl_cli.train.preflight import shape
+from flashrl_cli.train.preflight import shape, with_attention
 from flashrl_cli.train.resume import FROM_NOTHING, Resume, choose
 from flashrl_cli.verl.lint import check_overrides
 from flashrl_cli.verl.lint.keys import translation
@@ -112,7 +112,7 @@ def _first_plan(resolved: Resolved) -> LaunchPlan:
 def _plan(resolved: Resolved, name: str, attempt: int, resume: Resume) -> LaunchPlan:
     """A plan for this process, with its Python, its root folders and its log level."""
     return build_plan(
-        resolved,
+        with_attention(resolved),
         name=name,
         attempt=attempt,
         python=sys.executable,
@@ -134,12 +134,13 @@ FREE = (
     "trainer.validate_every",
     "trainer.validate_before",
     "trainer.logger",
+    "model.attention",
     "resources.gpu_memory_gib",
     "verl.ray_kwargs.",
     "verl.+ray_kwargs.",
 )
-"""Keys, and prefixes of keys, that may change when a run is resumed: how long it runs, how it is watched, where it runs
-and what it writes, but not what it learns.
+"""Keys, and prefixes of keys, that may change when a run is resumed: how long it runs, how it is watched, where and by
+which kernels it runs, and what it writes, but not what it learns.
 """
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashrl_cli import contract
 from flashrl_cli.errors import Location, Problem
-from flashrl_cli.verl.overrides import ACTOR, ENGINE, ROLLOUT, TABLE, Override, quote
+from flashrl_cli.verl.overrides import ACTOR, ATTENTION, ENGINE, ROLLOUT, TABLE, Override, quote
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
@@ -49,9 +49,14 @@ class Role(NamedTuple):
         return f"{self.model}.use_remove_padding"
 
     @property
+    def compute_dtype(self) -> str:
+        """Key of the dtype in which FSDP computes; verl's tree lacks it, so it is given with a `+`."""
+        return f"{self.fsdp}.mixed_precision.param_dtype"
+
+    @property
     def attention(self) -> str:
         """Key of Transformers' attention implementation; verl's tree lacks it, so it is given with a `+`."""
-        return f"{self.model}.override_config.attn_implementation"
+        return f"{self.model}.{ATTENTION}"
 
 
 ROLES = {

@@ -1,6 +1,6 @@
 """What a run needs of the machine and of Ray.
 
-That is environment variables, flash-attn, disk space for checkpoints, loggers with their packages and logins, and
+That is environment variables, disk space for checkpoints, loggers with their packages and logins, and
 arguments of Ray. verl constructs its loggers after the models are loaded (verl/utils/tracking.py:62-189), so without
 this check a missing package or login would end a run minutes after its start.
 """
@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from flashrl_cli import contract, paths
 from flashrl_cli.errors import Problem
 from flashrl_cli.precision import BY_METHOD
-from flashrl_cli.verl.config import MODEL, ROLES, bf16_replicas
+from flashrl_cli.verl.config import MODEL, bf16_replicas
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
@@ -91,12 +91,8 @@ def _engine_is_bf16(spec: RunSpec) -> bool:
     return spec.verl.get(DTYPE, "bfloat16") in {"bfloat16", "bf16"}
 
 
-FLASH = "flash_attention_2"
-"""verl's default attention implementation (verl/workers/config/model.py:185)."""
 SAVED = "actor_rollout_ref.actor.checkpoint.save_contents"
 KEPT = "trainer.max_actor_ckpt_to_keep"
-WITHOUT_FLASH = f"--set verl.+{ROLES['actor'].attention}=sdpa --set verl.{ROLES['actor'].padding}=false"
-"""Options of a run without flash-attn; it is slower, and has no critic and no sequence parallelism."""
 KEEP_ONE = f"--set verl.{KEPT}=1"
 BYTES = {"model": 4, "optimizer": 8, "hf_model": 2}
 """Bytes per parameter of each part of a checkpoint.
@@ -104,21 +100,6 @@ BYTES = {"model": 4, "optimizer": 8, "hf_model": 2}
 The parts are weights in float32, Adam's two moments in float32, and an export in bfloat16. Measured on a checkpoint of
 `tiny`: 1,464,996 and 2,928,624 bytes for 0.366 M parameters.
 """
-
-
-def needs_flash(spec: RunSpec) -> bool:
-    """Whether a run on GPUs, as it is configured, fails without flash-attn."""
-    return cannot_do_without_flash(spec) or str(_given(spec, ROLES["actor"].attention, FLASH)) == FLASH
-
-
-def cannot_do_without_flash(spec: RunSpec) -> bool:
-    """Whether a run needs flash-attn whatever options it is given.
-
-    verl always loads a critic with flash-attn (verl/utils/model.py:649), and Ulysses sequence parallelism splits
-    unpadded sequences, for which verl needs flash-attn.
-    """
-    parallel = _given(spec, ROLES["actor"].sequence_parallel[0], 1)
-    return spec.algorithm.advantage == "gae" or (isinstance(parallel, int) and parallel > 1)
 
 
 def checkpoint_bytes(spec: RunSpec, parameters: int) -> int:

@@ -60,6 +60,9 @@ def _quoted(text: str) -> str:
 
 
 ACTOR = "actor_rollout_ref.actor"
+ATTENTION = "override_config.attn_implementation"
+"""Key, below a model's node, of Transformers' attention implementation; verl's tree lacks it."""
+AUTO = "auto"
 ROLLOUT = "actor_rollout_ref.rollout"
 ENGINE = f"{ROLLOUT}.engine_kwargs.vllm"
 CORRECTION = "algorithm.rollout_correction"
@@ -176,13 +179,14 @@ TABLE = (
 
 
 def overrides(resolved: Resolved, places: Places) -> tuple[Override, ...]:
-    """All overrides of a run, grouped: fixed, typed fields, overlong, precision, correction, run, verbatim.
+    """All overrides of a run, grouped: fixed, typed fields, attention, overlong, precision, correction, run, verbatim.
 
     Pure, except that relative paths in the spec are resolved against the working folder.
     """
     return (
         *_fixed(),
         *_fields(resolved, places.data),
+        *_attention(resolved),
         *_overlong(resolved),
         *_precision(resolved),
         *_correction(resolved),
@@ -209,6 +213,19 @@ def _fields(resolved: Resolved, data: Path) -> Iterator[Override]:
 
 def _has_no_reader(entry: Entry, resolved: Resolved) -> bool:
     return entry.field.startswith("critic.") and resolved.spec.algorithm.advantage != "gae"
+
+
+def _attention(resolved: Resolved) -> Iterator[Override]:
+    """The attention of policy and critic, none while it is `auto`.
+
+    A key under `verl:` takes its place, because it may name any implementation of Transformers.
+    """
+    value, origin = resolved.spec.model.attention, resolved.origins["model.attention"]
+    given = {written.removeprefix("+") for written in resolved.spec.verl}
+    for node in ("actor_rollout_ref.model", *(["critic.model"] if resolved.spec.algorithm.advantage == "gae" else [])):
+        key = f"{node}.{ATTENTION}"
+        if value != AUTO and key not in given:
+            yield Override(key, value, origin, added=True)
 
 
 def _overlong(resolved: Resolved) -> Iterator[Override]:
