@@ -28,43 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch  # noqa: TID253  (nothing here works without it)
+from benchmarks import floors
 
-ROWS = 1024
-"""Tokens whose logits are in float32 at once."""
-DEVICE = "cuda"
-VOCABULARY = 49152
-SHAPE = {
-    "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
-    "intermediate_size": 1536, "vocab_size": VOCABULARY, "tie_word_embeddings": True, "max_position_embeddings": 8192,
-}  # fmt: skip
+VOCABULARY = floors.SMOLLM2["vocab_size"]
 Sequences = list[list[int]]
 Measured = dict[str, Any]
-
-
-class ChunkedLogProbs(torch.autograd.Function):  # type: ignore[misc]
-    """log p of labels [tokens] under logits [tokens, vocabulary]; float32, the gradient in the logits' dtype."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        sums = torch.cat([torch.logsumexp(part.float(), -1) for part in logits.split(ROWS)])
-        ctx.save_for_backward(logits, labels, sums)
-        return logits.gather(-1, labels[:, None]).squeeze(-1).float() - sums
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        logits, labels, sums = ctx.saved_tensors
-        result = torch.empty_like(logits)
-        for first in range(0, len(logits), ROWS):
-            rows = slice(first, first + ROWS)
-            part = torch.exp(logits[rows].float() - sums[rows, None]).neg_().mul_(gradient[rows, None])
-            result[rows] = part.scatter_add_(-1, labels[rows, None], gradient[rows, None].float())
-        return result, None
-
-
-def chunked(logits: torch.Tensor, labels: torch.Tensor, **_: Any) -> torch.Tensor:
-    """In place of verl's logprobs_from_logits."""
-    flat: torch.Tensor = ChunkedLogProbs.apply(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
-    return flat.view(labels.shape)
 
 
 def timed(work: Callable[[], None], repeats: int) -> Measured:
@@ -81,27 +49,19 @@ def timed(work: Callable[[], None], repeats: int) -> Measured:
 
 
 def floor(folder: Path, sequences: Sequences, budget: int) -> Measured:
-    from transformers import AutoModelForCausalLM
+    """The bare loop of benchmarks.floors, with one mini-batch of these sequences."""
+    file = folder / "samples.jsonl"
+    floors.write_samples(file, [floors.Sample(one[:1], one[1:]) for one in sequences])
+    job = floors.TrainerJob(model=str(folder), samples=str(file), mini_batches=1, budget=budget)
+    found = floors.trainer(job)
+    parts = {"log-probs": found["log-probs"], "update": found["actor"]}
+    return {name: {"seconds": part["values"], "peak_gib": part["peak_gib"]} for name, part in parts.items()}
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="varlen").to(DEVICE)
-    packs: list[Sequences] = [[]]
-    for sequence in sequences:
-        if packs[-1] and sum(map(len, packs[-1])) + len(sequence) > budget:
-            packs.append([])
-        packs[-1].append(sequence)
 
-    def work(train: bool) -> None:
-        for pack in packs:
-            ids = torch.tensor([token for one in pack for token in one], device=DEVICE)[None]
-            positions = torch.cat([torch.arange(len(one)) for one in pack]).to(DEVICE)[None]
-            with torch.autocast(DEVICE, torch.bfloat16), torch.set_grad_enabled(train):
-                logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
-                log_probs = chunked(logits[:-1], ids[0, 1:])
-            if train:
-                (-log_probs.mean()).backward()
-        model.zero_grad()
-
-    return {"log-probs": timed(lambda: work(False), 3), "update": timed(lambda: work(True), 3)}
+def log_probs(logits: torch.Tensor, labels: torch.Tensor, **_: Any) -> torch.Tensor:
+    """In place of verl's logprobs_from_logits."""
+    flat: torch.Tensor = floors.chunked(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
+    return flat.view(labels.shape)
 
 
 def engine_of(folder: Path, *, fused: bool) -> Any:
@@ -109,6 +69,9 @@ def engine_of(folder: Path, *, fused: bool) -> Any:
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine import EngineRegistry
 
+    from flashrl_cli.plugins import attention
+
+    attention.register()
     model = HFModelConfig(
         path=str(folder), load_tokenizer=False, use_remove_padding=True, enable_gradient_checkpointing=False,
         use_fused_kernels=fused, fused_kernel_options={"impl_backend": "torch"} if fused else {},
@@ -167,7 +130,7 @@ def variants(folder: Path, sequences: Sequences) -> dict[str, Callable[[], dict[
     def packed() -> dict[str, Measured]:
         engine = engine_of(folder, fused=False)
         found = {"loop, 16k tokens": by_verl(engine, sequences, 16384, fused=False, repeats=1)}
-        verls.logprobs_from_logits = chunked
+        verls.logprobs_from_logits = log_probs
         for budget in (16384, 32768):
             name = f"chunked, {budget >> 10}k tokens"
             found[name] = by_verl(engine, sequences, budget, fused=False, repeats=3)
@@ -204,11 +167,8 @@ def main() -> None:
     import transformers
     import verl
 
-    from flashrl_cli.plugins import attention
-
     draw = random.Random(0)
     sequences = [[draw.randrange(VOCABULARY) for _ in range(draw.randint(150, 330))] for _ in range(given.sequences)]
-    attention.register()
     report = {
         "schema_version": 1,
         "what": (
@@ -223,7 +183,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**floors.SMOLLM2))
         model.to(torch.bfloat16).save_pretrained(folder)
         made = variants(Path(folder), sequences)
         for name in given.only.split(","):

@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 from flashrl_cli import contract, paths
 from flashrl_cli.errors import Problem
 from flashrl_cli.precision import BY_METHOD
-from flashrl_cli.verl.config import MODEL, bf16_replicas
+from flashrl_cli.verl.config import bf16_replicas
+from flashrl_cli.verl.overrides import MODEL
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
