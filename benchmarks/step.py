@@ -23,6 +23,7 @@ import dataclasses
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -64,6 +65,12 @@ SPIED = ("ray::WorkerDict", "ray::TaskRunner", "ray::AgentLoopWorker", "ray::vLL
 """Titles of the processes that py-spy records, one of each."""
 STAGES = ("update_actor", "compute_log_prob", "compute_ref_log_prob", "update_weights", "compute_values")
 """Functions of verl's trainer process by which its samples are grouped (verl/workers/engine_workers.py)."""
+WAITING = (
+    *("threading.py:", "selectors.py:", "zmq/sugar/poll.py:", "multiprocessing/connection.py:", "asyncio/runners.py:"),
+    *("concurrent/futures/thread.py:", "ray/_private/worker.py:", "transferqueue_utils.py:", "subprocess.py:"),
+    *("transfer_queue/client.py:", "storage/managers/base.py:"),
+)
+"""Files whose functions wait for others; py-spy does not see on every machine that a thread is idle."""
 SPY_S, SPY_RATE = 20, 50
 TOP = 15
 Result = dict[str, Any]
@@ -180,6 +187,23 @@ class Plan:
     def left(self) -> float:
         return self.end - time.monotonic()
 
+    @property
+    def model(self) -> str:
+        """The model's name in the results."""
+        given = self.given
+        return str(given.label or (Path(given.model).name if given.model else given.preset))
+
+    def name(self, case: str) -> str:
+        """The name of a case's run and of its folders."""
+        return re.sub(r"[^\w.-]+", "-", f"{self.model}-{case}")
+
+    def attempt(self, case: str) -> AttemptPaths:
+        return AttemptPaths(self.work / "runs" / self.name(case) / "attempt_1")
+
+    def samples(self, case: str) -> Path:
+        """The folder with the samples of a case's steps."""
+        return self.work / "samples" / self.name(case)
+
     def command(self, case: str) -> list[str]:
         """The line of `flashrl train` for a case: a precision, with `+kv8` for an FP8 KV cache."""
         given = self.given
@@ -191,8 +215,8 @@ class Plan:
         sets += [f"data.train={given.data}", f"data.val={given.data}"] if given.data else []
         sets += ["rollout.kv_cache=fp8"] if "kv8" in options else []
         if given.profile:
-            sets += _torch_profiler(steps, given.profile / case)
-        line = ["train", "--preset", given.preset, "--rollout", precision, "--name", f"step-{case.replace('+', '-')}"]
+            sets += _torch_profiler(steps, given.profile / self.name(case))
+        line = ["train", "--preset", given.preset, "--rollout", precision, "--name", self.name(case)]
         line += ["--tis", given.tis] if given.tis else []
         words = [word for one in (*sets, *given.sets) for word in ("--set", one)]
         return [sys.executable, "-m", "flashrl_cli", *line, *words, "--json"]
@@ -210,21 +234,22 @@ def search_path() -> str:
 
 
 def _torch_profiler(step: int, folder: Path) -> list[str]:
-    """Options for verl's torch profiler of the trainer's phases in one step, the first mini-batch of the update."""
+    """Options for verl's torch profiler, which writes a trace of each of the trainer's phases in one step."""
     config = f"verl.{ACTOR}.profiler"
     return [
         "verl.global_profiler.tool=torch", f"verl.global_profiler.steps=[{step}]", f"{config}.enable=true",
         f"{config}.save_path={folder.resolve()}", f"{config}.tool_config.torch.contents=[cuda]",
-        f"{config}.tool_config.torch.discrete=true", f"{config}.tool_config.torch.schedule.active=1",
+        f"{config}.tool_config.torch.discrete=true",
     ]  # fmt: skip
 
 
 def train(plan: Plan, case: str, limit: float) -> Result:
     """Run a case, ended after `limit` seconds; its steps, and the step whose samples the floors take."""
     argv = plan.command(case)
-    samples = plan.work / "samples" / case
-    samples.mkdir(parents=True, exist_ok=True)
-    log = plan.work / f"{case}.err"
+    samples, attempt = plan.samples(case), plan.attempt(case)
+    for left in (samples, attempt.root.parent):  # of an earlier call with the same --work
+        shutil.rmtree(left, ignore_errors=True)
+    log = _made(samples) / "run.err"
     begun = time.monotonic()
     told: list[tuple[float, Result]] = []
     with log.open("w", encoding="utf-8") as errors, sampled_memory() as memory:
@@ -240,14 +265,13 @@ def train(plan: Plan, case: str, limit: float) -> Result:
                 event = json.loads(line) if line.startswith("{") else {}
                 told.append((time.monotonic() - begun, event))
                 if plan.given.profile and event.get("event") == "step" and event["step"] == plan.given.steps:
-                    spy = Spy.on(process.pid, plan.given.profile / case)
+                    spy = Spy.on(process.pid, plan.given.profile / plan.name(case))
             process.wait()
         finally:
             stop.cancel()
             _interrupt(process)
             process.wait()
     events = {event.get("event"): (at, event) for at, event in reversed(told)}  # the first of each
-    attempt = AttemptPaths(plan.work / "runs" / f"step-{case.replace('+', '-')}" / "attempt_1")
     steps = [_step(metrics) for metrics in read_metrics(attempt.metrics) if metrics.trained][: plan.given.steps]
     result: Result = {
         "exit": process.returncode,
@@ -349,11 +373,11 @@ def floor(
     plan: Plan, part: str, case: str, trained: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]], limit: float
 ) -> Result:
     """A floor of a run that has ended; `failed` with the end of its output where it has none."""
-    attempt = AttemptPaths(plan.work / "runs" / f"step-{case.replace('+', '-')}" / "attempt_1")
-    launched = read_json(attempt.plan)
-    recorded = plan.work / "samples" / case / f"{trained['of_step']}.jsonl"
+    launched = read_json(plan.attempt(case).plan)
+    recorded = plan.samples(case) / f"{trained['of_step']}.jsonl"
+    folder = plan.samples(case) / part
     env = {
-        **client.environment(_made(plan.work / "handshakes" / f"{case}-{part}"), None, {}),
+        **client.environment(_made(folder), None, {}),
         "PYTHONPATH": search_path(),
     }
     env |= {key: value for key, value in launched["env"].items() if key.startswith("VLLM_")}
@@ -370,7 +394,7 @@ def floor(
         if same := alike(trained, job, earlier):
             return same
         env.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    return child(part, dataclasses.asdict(job), plan.work / f"{case}-{part}", env, limit)
+    return child(part, dataclasses.asdict(job), folder, env, limit)
 
 
 def child(kind: str, job: Mapping[str, Any], folder: Path, env: Mapping[str, str], limit: float) -> Result:
@@ -439,12 +463,17 @@ class Spy:
 
 
 def heaviest(text: str) -> dict[str, Any]:
-    """Samples of py-spy's raw format by stage: their number, and the TOP functions by samples in them alone."""
+    """Samples of py-spy's raw format by stage, without waiting threads: their number, and the TOP functions in which
+    most of them are.
+    """
     stages: dict[str, collections.Counter[str]] = {}
     for line in text.splitlines():
         stack, _, count = line.rpartition(" ")
         frames = stack.split(";")
-        stage = next((one for one in STAGES for frame in frames if frame.startswith(f"{one} ")), "others")
+        if not frames[-1] or any(file in frames[-1] for file in WAITING):
+            continue
+        called = {frame.partition(" (")[0].rpartition(".")[2] for frame in frames}
+        stage = next((one for one in STAGES if one in called), "others")
         stages.setdefault(stage, collections.Counter())[frames[-1]] += int(count)
     return {
         stage: {"samples": sum(found.values()), "self": dict(found.most_common(TOP))} for stage, found in stages.items()
@@ -505,10 +534,9 @@ def profile_text(result: Mapping[str, Any]) -> str:
 
 def measure(plan: Plan, case: str, document: Result) -> None:
     """Measure the parts of a case one after another, and write the document after each."""
-    name = plan.given.label or (Path(plan.given.model).name if plan.given.model else plan.given.preset)
-    label = f"{name} {case}"
+    label = f"{plan.model} {case}"
     earlier = next((one for one in document["cases"] if one["label"] == label), None)
-    result: Result = {"label": label, "model": name, "case": case, "machine": document["device"]}
+    result: Result = {"label": label, "model": plan.model, "case": case, "machine": document["device"]}
     if earlier and "train" not in plan.given.only:
         result = earlier
     document["cases"] = [one for one in document["cases"] if one["label"] != label] + [result]
@@ -526,7 +554,7 @@ def measure(plan: Plan, case: str, document: Result) -> None:
             measured = {name: result[name] for name in PARTS if name in result and "failed" not in result[name]}
             result["compared"] = compared(result["steps"], measured)
         if plan.given.profile and part == "train":
-            profiles = _made(plan.given.profile / case)
+            profiles = _made(plan.given.profile / plan.name(case))
             result["traced"] = {file.name: traced(file) for file in sorted(profiles.glob("*.json.gz"))}
             files.write_text(profiles / "summary.txt", profile_text(result))
         files.write_json(plan.given.out, document)

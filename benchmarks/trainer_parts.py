@@ -8,7 +8,7 @@ optimizer) of the same sequences of 150 to 330 tokens, which is about what GSM8K
 Variants are named after what makes log-probs of logits:
 
 - `loop`: verl's own without the flash-attn package, a Python loop over tokens (verl/utils/torch_functional.py:173);
-- `chunked`: log p(y) = z_y - logsumexp(z) in float32 for 1,024 tokens at a time, with its gradient softmax(z) - 1[y];
+- `chunked`: flashrl's, in chunks of tokens (src/flashrl_cli/plugins/log_probs.py);
 - `fused`: verl's `use_fused_kernels` with the torch backend (verl/models/transformers/dense_common.py).
 
 Packed sequences take `varlen`, flashrl's attention (plugins/attention.py). The floor is the same work without verl.
@@ -29,6 +29,8 @@ from typing import Any
 
 import torch  # noqa: TID253  (nothing here works without it)
 from benchmarks import floors
+
+from flashrl_cli.plugins import log_probs
 
 VOCABULARY = floors.SMOLLM2["vocab_size"]
 Sequences = list[list[int]]
@@ -56,12 +58,6 @@ def floor(folder: Path, sequences: Sequences, budget: int) -> Measured:
     found = floors.trainer(job)
     parts = {"log-probs": found["log-probs"], "update": found["actor"]}
     return {name: {"seconds": part["values"], "peak_gib": part["peak_gib"]} for name, part in parts.items()}
-
-
-def log_probs(logits: torch.Tensor, labels: torch.Tensor, **_: Any) -> torch.Tensor:
-    """In place of verl's logprobs_from_logits."""
-    flat: torch.Tensor = floors.chunked(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
-    return flat.view(labels.shape)
 
 
 def engine_of(folder: Path, *, fused: bool) -> Any:
@@ -130,7 +126,7 @@ def variants(folder: Path, sequences: Sequences) -> dict[str, Callable[[], dict[
     def packed() -> dict[str, Measured]:
         engine = engine_of(folder, fused=False)
         found = {"loop, 16k tokens": by_verl(engine, sequences, 16384, fused=False, repeats=1)}
-        verls.logprobs_from_logits = log_probs
+        verls.logprobs_from_logits = log_probs.log_probs
         for budget in (16384, 32768):
             name = f"chunked, {budget >> 10}k tokens"
             found[name] = by_verl(engine, sequences, budget, fused=False, repeats=3)

@@ -22,12 +22,9 @@ from tests import sample_rows
 pytestmark = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not installed")
 
 A, M, R = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
-PADDED = f"verl.{M}.use_remove_padding=false"
-PACKED = f"verl.{M}.use_remove_padding=true"
+PADDED = "model.packing=false"
 SDPA = f"verl.+{M}.override_config.attn_implementation=sdpa"
-STORED = f"verl.{M}.enable_gradient_checkpointing=false"
-GRPO = (PACKED, STORED)
-"""Options with which gsm8k-grpo-0.5b has nothing that slows it."""
+ROWS = ("algorithm.micro_batch_size_per_gpu=16", "rollout.log_prob_micro_batch_size_per_gpu=16")
 
 
 @pytest.fixture(autouse=True)
@@ -40,53 +37,48 @@ def of(*sets: str, preset: str = "gsm8k-grpo-0.5b", validation: Validation | Non
     """What slows a preset under options, by its cause, after all that is checked before a start."""
     resolved = launch.read(preset, Options(sets=sets)).checked()
     plan = launch.next_plan(resolved, None, resume="never", look_only=True)
-    judged = launch.Launch(resolved=resolved, plan=plan, tree=launch.judge(resolved, plan))
-    memory = memory_of(resolved, judged.tree)
-    validated = validation or validation_of(resolved, judged.tree)
+    judged = launch.Launch(resolved=plan.resolved, plan=plan, tree=launch.judge(plan.resolved, plan))
+    memory = memory_of(plan.resolved, judged.tree)
+    validated = validation or validation_of(plan.resolved, judged.tree)
     return {one.cause: one for one in slow(judged, memory, validated)}
 
 
 CASES = {
-    "padding": ((PADDED, STORED), "padding: 16 sequences of a pass are padded to the longest one, up to 2,048 tokens"),
-    "attention": ((*GRPO, SDPA), "attention: sdpa computes all pairs of tokens of a packed pass"),
+    "padding": ((PADDED, *ROWS), "padding: 16 sequences of a pass are padded to the longest one, up to 2,048 tokens"),
+    "attention": ((SDPA,), "attention: sdpa computes all pairs of tokens of a packed pass"),
     "passes": (
         (
-            *GRPO,
-            *("data.max_prompt_length=64", "data.max_response_length=128", "algorithm.micro_batch_size_per_gpu=8"),
-            "algorithm.mini_batch_size=256",
+            *("data.max_prompt_length=64", "data.max_response_length=128", "algorithm.mini_batch_size=256"),
+            "algorithm.micro_batch_size_per_gpu=8",
         ),
         "small passes: the policy update takes 160 of about 768 tokens for a mini-batch, and larger ones fit",
     ),
     "recomputation": (
-        (PACKED, f"verl.{M}.enable_gradient_checkpointing=true"),
+        ("model.recompute=true", "algorithm.max_tokens_per_gpu=4096"),
         "recomputation: updates compute each forward pass twice, a third more arithmetic; by the estimate of memory",
     ),
     "offload": (
         (
-            *GRPO,
             f"verl.{A}.fsdp_config.param_offload=true",
             f"verl.{A}.fsdp_config.optimizer_offload=true",
-            "data.train_batch_size=32",
-            "algorithm.mini_batch_size=32",
-            "data.max_response_length=256",
+            *("data.train_batch_size=32", "algorithm.mini_batch_size=32", "data.max_response_length=256"),
         ),
         "offload: parameters or optimizer state are copied to the CPU and back",
     ),
-    "graphs": ((*GRPO, "rollout.enforce_eager=true"), "generation: without CUDA graphs"),
+    "graphs": (("rollout.enforce_eager=true",), "generation: without CUDA graphs"),
     "waves": (
-        (*GRPO, "rollout.max_num_seqs=128"),
+        ("rollout.max_num_seqs=128",),
         "generation: an engine samples its 1,280 responses of a step in 10 waves of 128",
     ),
     "cache": (
         (
-            *GRPO,
             *("rollout.gpu_memory_utilization=0.1", "rollout.max_num_seqs=256", "data.max_response_length=7168"),
             *("algorithm.micro_batch_size_per_gpu=1", "rollout.log_prob_micro_batch_size_per_gpu=1"),
         ),
         "generation: the KV cache of an engine holds about ",
     ),
     "agents": (
-        (*GRPO, f"verl.{R}.agent.num_workers=1", "rollout.n=16", "rollout.max_num_seqs=4096"),
+        (f"verl.{R}.agent.num_workers=1", "rollout.n=16", "rollout.max_num_seqs=4096"),
         "generation: one agent-loop worker feeds the 4,096 responses of a step to the engines",
     ),
 }
@@ -103,25 +95,25 @@ def test_a_cause_is_named_and_its_option_avoids_it(cause: str) -> None:
 
 
 def test_nothing_slows_a_run_that_is_set_well() -> None:
-    assert of(*GRPO) == {}
+    assert of() == {}
 
 
 def test_what_memory_does_not_allow_is_not_advised() -> None:
     small = ("resources.gpu_memory_gib=24",)
-    kept = (PACKED, f"verl.{M}.enable_gradient_checkpointing=true", f"verl.{A}.fsdp_config.optimizer_offload=true")
+    kept = ("model.recompute=true", "algorithm.max_tokens_per_gpu=8192", "rollout.log_prob_max_tokens_per_gpu=8192")
     assert "recomputation" in of(*kept)
     assert of(*kept, *small) == {}
 
 
 def test_short_or_single_sequences_are_not_worth_a_word() -> None:
-    assert "padding" not in of(PADDED, STORED, "data.max_prompt_length=64", "data.max_response_length=64")
+    assert "padding" not in of(PADDED, "data.max_prompt_length=64", "data.max_response_length=64")
     alone = ("algorithm.micro_batch_size_per_gpu=1", "rollout.log_prob_micro_batch_size_per_gpu=1")
-    assert "padding" not in of(PADDED, STORED, *alone)
+    assert "padding" not in of(PADDED, *alone)
 
 
 def test_a_critic_is_packed_with_its_policy() -> None:
-    fix = of(PADDED, "verl.critic.model.use_remove_padding=false", preset="gsm8k-0.5b")["padding"].fix
-    assert "packing" in fix or ("actor_rollout_ref.model" in fix and "critic.model" in fix)
+    fix = of(PADDED, preset="gsm8k-0.5b")["padding"].fix
+    assert fix == "--set model.packing=true", "one key sets both"
 
 
 def test_typical_prompts_are_said_where_they_were_counted(tmp_path: Path) -> None:
@@ -131,7 +123,7 @@ def test_typical_prompts_are_said_where_they_were_counted(tmp_path: Path) -> Non
     where = paths.DatasetPaths.named("gsm8k")
     rows: list[Any] = [sample_rows.row(number) for number in range(4)]
     write_dataset(where, {"train": rows}, {}, {"train": {"prompt_tokens": {"p50": 105, "p99": 220, "longest": 300}}})
-    assert "(half of the prompts have at most 105)" in of(PADDED, STORED)["padding"].text
+    assert "(half of the prompts have at most 105)" in of(PADDED)["padding"].text
 
 
 @pytest.mark.parametrize(
@@ -149,7 +141,7 @@ def test_validations_that_generate_about_as_much_as_the_steps_between(
     prompts: int | None, every: int | None, responses: int, says: str | None
 ) -> None:
     asked = Validation(data="gsm8k", prompts=prompts, responses=responses, before=1, every=every)
-    found = of(*GRPO, validation=asked).get("validation")
+    found = of(validation=asked).get("validation")
     assert (str(found).partition("frequent validation: ")[2] if found else None) == says
 
 

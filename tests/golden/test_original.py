@@ -23,13 +23,19 @@ PLACES = {
     EXTENSION,
 }
 """Paths, the run's name, and where flashrl's own class lies."""
-ALWAYS = {EXTENSION, f"actor_rollout_ref.{ATTENTION}"}
+ALWAYS = {
+    EXTENSION,
+    f"actor_rollout_ref.{ATTENTION}",
+    "actor_rollout_ref.rollout.engine_kwargs.vllm.stream_interval",
+    "trainer.v1.sampler.custom_sampler.path",
+    "trainer.v1.sampler.custom_sampler.name",
+}
 ADDED = {
     "gsm8k-0.5b": {"trainer.default_local_dir", "trainer.resume_mode", f"critic.{ATTENTION}", *ALWAYS},
     "dapo-32b": ALWAYS,
 }
 """What flashrl always says and a list leaves to verl: absolute checkpoints, to go on after an interruption, that weight
-updates are checked, and the attention.
+updates are checked, the attention, and that a rollout exchanges fewer messages and is looked after more often.
 """
 PASSES = {
     "gsm8k-0.5b": {

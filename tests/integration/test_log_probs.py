@@ -6,7 +6,6 @@ log-probs, entropies and gradients of a few sequences written to OUT, packed and
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 import subprocess
@@ -83,7 +82,7 @@ def test_float32_is_the_reference(vocabulary: int, shape: tuple[int, ...]) -> No
         assert (one.dtype, one.shape) == (torch.float32, shape)
         assert (one - other).abs().max() < CLOSE
     weights = torch.randn(shape)
-    pairs = (
+    pairs: tuple[tuple[Any, Any, tuple[Any, ...]], ...] = (
         (log_probs.log_probs, lambda *given: exactly(*given)[0], (labels,)),
         (log_probs.entropy, lambda given: exactly(given, labels)[1], ()),
     )
@@ -149,12 +148,8 @@ def test_logits_that_are_not_dense_keep_their_values() -> None:
     from flashrl_cli.plugins import log_probs
 
     whole, labels = drawn(259, (4, 9))
-    cuts: tuple[Callable[[Any], Any], ...] = (
-        lambda z: z[:, :-1],
-        lambda z: z.transpose(0, 1),
-        lambda z: z[:1].expand(4, 9, 259),
-    )
-    for cut in cuts:
+    ways: tuple[Any, ...] = (lambda z: z[:, :-1], lambda z: z.transpose(0, 1), lambda z: z[:1].expand(4, 9, 259))
+    for cut in ways:
         leaf = whole.clone().requires_grad_()
         logits = cut(leaf * 1)
         assert not logits.is_contiguous()
@@ -214,7 +209,8 @@ def test_an_entropy_bonus_and_log_probs_of_the_same_logits() -> None:
     leaf.requires_grad_()
     right = exactly(leaf, labels)
     (exact,) = torch.autograd.grad(right[0].mean() + 0.3 * right[1].mean(), leaf)
-    for entropy in (log_probs.entropy, lambda z: torch.utils.checkpoint.checkpoint(log_probs.entropy, z)):
+    ways: tuple[Any, ...] = (log_probs.entropy, lambda z: torch.utils.checkpoint.checkpoint(log_probs.entropy, z))
+    for entropy in ways:
         leaf.grad = None
         logits = leaf * 1
         entropies = entropy(logits)
@@ -467,9 +463,11 @@ def compared(policy: Path, *, packed: bool, temperature: float) -> dict[str, flo
         for name in ("log_probs", "entropy")
     }
     twice = batch_of([torch.cat([one, one]) for one in sequences], temperature, packed=packed)
-    for name, given in {"calls": data, "calls of twice as many tokens": twice}.items():
-        with engine.eval_mode():
-            result[name] = len(calls(functools.partial(engine.infer_batch, given.clone(), loss_function=None)))
+    with engine.eval_mode():
+        result["calls"] = len(calls(lambda: engine.infer_batch(data.clone(), loss_function=None)))
+        result["calls of twice as many tokens"] = len(
+            calls(lambda: engine.infer_batch(twice.clone(), loss_function=None))
+        )
     with engine.train_mode():
         engine.forward_backward_batch(data.clone(), of_the_engine)
         ours = {name: weight.grad.full_tensor() for name, weight in engine.module.named_parameters()}

@@ -78,8 +78,8 @@ def test_the_table_has_a_line_for_each_phase_and_for_the_step() -> None:
 
 
 def test_samples_of_py_spy_are_grouped_by_the_trainers_phases() -> None:
-    text = "main (a.py:1);update_actor (w.py:9);matmul (t.py:3) 7\nmain (a.py:1);matmul (t.py:3) 2\n"
-    text += "main (a.py:1);update_actor (w.py:9);copy (t.py:4) 1\n"
+    text = "main (a.py:1);Worker.update_actor (w.py:9);matmul (t.py:3) 7\nmain (a.py:1);matmul (t.py:3) 2\n"
+    text += "main (a.py:1);update_actor (w.py:9);copy (t.py:4) 1\nThread.run (threading.py:982) 90\n"
     assert step.heaviest(text) == {
         "update_actor": {"samples": 8, "self": {"matmul (t.py:3)": 7, "copy (t.py:4)": 1}},
         "others": {"samples": 2, "self": {"matmul (t.py:3)": 2}},

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.memory.parts import model_of
-from flashrl_cli.verl.config import SET_KEYS
+from flashrl_cli.verl.config import SET_KEYS, Batch
 from flashrl_cli.weights.shape import parameters
 
 if TYPE_CHECKING:
@@ -142,12 +142,11 @@ def _rollout(settings: TrainerSettings, **changes: Any) -> TrainerSettings:
     return replace(settings, rollout=replace(settings.rollout, **changes))
 
 
-FILLED = 3e12
-"""Parameters times tokens of a pass that keep a GPU busy: at 6 FLOP each, forward and backward take about 50 ms of an
-H100 at 40 % of its peak, of which launching the kernels is a small part.
-"""
 BUSY = 4e14
 """FLOP a second of a busy GPU: 40 % of an H100's peak in bf16."""
+ENOUGH_WORK = 4e12
+"""Parameters times tokens of a pass that take a GPU longer than Python needs to launch their kernels: 60 ms at
+400 Tflop/s forward and backward, against 1 to 2 ms a layer."""
 COPIED = 10e9
 """Bytes a second between GPU and CPU, from memory that is not pinned."""
 DEAR = 0.05
@@ -160,12 +159,10 @@ FEW_PASSES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passes:
-    """How the policy update computes a mini-batch: the number of passes, the tokens of each, and tokens that fit."""
+    """How the policy update computes a mini-batch: the number of passes, and the tokens of each."""
 
     count: int
     tokens: int
-    fitting: int
-    """The largest budget of tokens a pass that was found to fit, at most what fills the GPU or holds the mini-batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +170,7 @@ class Spare:
     """What costs time and saves memory that the estimate says is free; all of it fits at once."""
 
     passes: Passes | None = None
-    """Passes of the policy update, if they are small and larger ones fit."""
+    """Passes of the policy update, if they are small and passes of twice their size fit."""
     recompute: bool = False
     """Whether recomputation of activations can go, of policy and critic."""
     offloads: tuple[str, ...] = ()
@@ -185,21 +182,11 @@ class Spare:
 
 def spare(settings: TrainerSettings, shape: ModelShape, fits: Callable[[TrainerSettings], bool]) -> Spare:
     """What a run that fits could do without: small passes first, then recomputation, then offload."""
-    current, small = settings, _small_passes(settings, shape)
-    passes = None
-    if small:
-        for tokens in _doubled(small.tokens, small.tokens * small.count, FILLED / active(shape)):
-            larger = replace(current.actor.train, sequences=None, tokens=max(tokens, settings.length))
-            changed = replace(current, actor=replace(current.actor, train=larger))
-            if not fits(changed):
-                break
-            passes = replace(small, fitting=max(tokens, settings.length))
-            current = changed
-    without = replace(
-        current,
-        actor=replace(current.actor, checkpointing=False),
-        critic=current.critic and replace(current.critic, checkpointing=False),
-    )
+    passes = _small_passes(settings, shape)
+    larger = updating(settings, max(2 * passes.tokens, settings.length)) if passes else settings
+    passes = passes if fits(larger) else None
+    current = larger if passes else settings
+    without = recomputing(current, False)
     recompute = without != current and fits(without)
     current = without if recompute else current
     gone: dict[str, tuple[str, ...]] = {"actor": (), "critic": ()}
@@ -241,11 +228,22 @@ def _transfer_s(settings: TrainerSettings, shape: ModelShape, engine: EngineSett
     return (6 * model.params if name == "param_offload" else 2 * model.adam) / COPIED
 
 
-def active(shape: ModelShape) -> int:
-    """Parameters that a token is computed with: of a mixture of experts, those of the experts that it takes."""
+def active(shape: ModelShape) -> float:
+    """Parameters without those of the experts that a token does not take."""
     counts = parameters(shape)
-    share = shape.experts_per_token / shape.experts if shape.experts else 0
-    return round(counts.linear + counts.experts * share + shape.vocab * shape.hidden)
+    idle = 1 - shape.experts_per_token / shape.experts if shape.experts else 0
+    return counts.total - idle * counts.experts
+
+
+def recomputing(settings: TrainerSettings, recompute: bool) -> TrainerSettings:
+    """Settings of a run whose policy and critic compute activations again, or do not."""
+    critic = settings.critic and replace(settings.critic, checkpointing=recompute)
+    return replace(settings, actor=replace(settings.actor, checkpointing=recompute), critic=critic)
+
+
+def updating(settings: TrainerSettings, tokens: int) -> TrainerSettings:
+    """Settings of a run whose policy is updated in passes of `tokens`."""
+    return replace(settings, actor=replace(settings.actor, train=Batch(tokens=tokens)))
 
 
 def _small_passes(settings: TrainerSettings, shape: ModelShape) -> Passes | None:
@@ -254,13 +252,6 @@ def _small_passes(settings: TrainerSettings, shape: ModelShape) -> Passes | None
     batch = settings.mini_batch * settings.n * mean / settings.world
     tokens = actor.train.tokens or (actor.train.sequences or 1) * mean / actor.sequence_parallel
     count = math.ceil(batch / tokens)
-    if count <= FEW_PASSES or tokens * active(shape) >= FILLED:
+    if count <= FEW_PASSES or tokens * active(shape) >= ENOUGH_WORK:
         return None
-    return Passes(count=count, tokens=round(tokens), fitting=round(tokens))
-
-
-def _doubled(tokens: int, batch: int, filled: float) -> Iterator[int]:
-    """Twice the number of tokens, and so on, until a pass holds the batch or fills the GPU."""
-    while tokens < min(batch, filled):
-        tokens *= 2
-        yield tokens
+    return Passes(count=count, tokens=round(tokens))

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from flashrl_cli.config.layers import Origin
+from flashrl_cli.memory.advise import ENOUGH_WORK, active, recomputing, updating
 from flashrl_cli.memory.estimate import phases, run_of
 from flashrl_cli.text import GIB
 from flashrl_cli.verl.config import ROLES, Batch
 from flashrl_cli.verl.overrides import AUTO
-from flashrl_cli.weights.shape import parameters
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
@@ -37,9 +37,6 @@ pass while 6 floating-point operations a parameter and token are computed, at 40
 exchange from 10,700 tokens on."""
 LEAST_ENOUGH = 2048
 """The same within a node, at 300 GB/s between GPUs: 1,800 tokens."""
-ENOUGH_WORK = 4e12
-"""Parameters times tokens of a pass that take a GPU longer than Python needs to launch their kernels: 60 ms at
-400 Tflop/s forward and backward, against 1 to 2 ms a layer."""
 UNKNOWN = 4096
 """Tokens of a pass that surely fit where nothing is known of the model."""
 LOGITS_ON_CPU = 1 << 30
@@ -190,9 +187,7 @@ class Search:
 
     def enough(self, settings: TrainerSettings, shape: ModelShape) -> int:
         """Tokens of a pass that keep a GPU busy; at most those that a mini-batch has."""
-        counts = parameters(shape)
-        idle = 1 - shape.experts_per_token / shape.experts if shape.experts else 0
-        work = math.ceil(ENOUGH_WORK / (counts.total - idle * counts.experts))
+        work = math.ceil(ENOUGH_WORK / active(shape))
         tokens = ENOUGH if settings.nodes > 1 else min(ENOUGH, max(LEAST_ENOUGH, work))
         return min(tokens, _all(settings, settings.mini_batch, settings.actor.sequence_parallel))
 
@@ -250,17 +245,6 @@ def _all(settings: TrainerSettings, prompts: int, share: int) -> int:
     """Tokens of a GPU if all responses to a number of prompts have full length."""
     sequences = max(1, prompts * settings.n * share // settings.world)
     return math.ceil(sequences * settings.length / share)
-
-
-def recomputing(settings: TrainerSettings, recompute: bool) -> TrainerSettings:
-    """Settings of a run whose policy and critic compute activations again, or do not."""
-    critic = settings.critic and replace(settings.critic, checkpointing=recompute)
-    return replace(settings, actor=replace(settings.actor, checkpointing=recompute), critic=critic)
-
-
-def updating(settings: TrainerSettings, tokens: int) -> TrainerSettings:
-    """Settings of a run whose policy is updated in passes of `tokens`."""
-    return replace(settings, actor=replace(settings.actor, train=Batch(tokens=tokens)))
 
 
 def scoring(settings: TrainerSettings, tokens: int) -> TrainerSettings:

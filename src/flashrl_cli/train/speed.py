@@ -95,9 +95,9 @@ def attention(p: Planned) -> Iterator[Slow]:
 def passes(p: Planned) -> Iterator[Slow]:
     """A mini-batch in many passes that do not fill the GPU, though larger ones fit."""
     found = p.estimate.spare.passes if p.estimate else None
-    if found and found.fitting > found.tokens:
+    if found and speed.is_counted(p.settings):
         evidence = f"the policy update takes {found.count} of about {found.tokens:,} tokens for a mini-batch"
-        yield speed.passes(p.settings, f"{evidence}, and larger ones fit", found.fitting)
+        yield speed.passes(p.settings, f"{evidence}, and larger ones fit")
 
 
 def recomputation(p: Planned) -> Iterator[Slow]:

@@ -191,6 +191,10 @@ class Settings:
                     return origin.where
         return None
 
+    def is_given(self, key: str) -> bool:
+        """Whether a preset or an option set a verl key to anything but null."""
+        return self.get(key) is not None and self.where(key) is not None
+
     def fix(self, key: str, value: Any, *, new: bool = False) -> str:
         """The command-line option that sets a verl key; `new` is for a key that verl's tree lacks."""
         text = str(value).lower() if isinstance(value, bool) else quote(value)

@@ -66,6 +66,9 @@ MODEL = "actor_rollout_ref.model"
 REF = "actor_rollout_ref.ref"
 ROLLOUT = "actor_rollout_ref.rollout"
 ENGINE = f"{ROLLOUT}.engine_kwargs.vllm"
+STREAM_INTERVAL = f"{ENGINE}.stream_interval"
+SAMPLER = "trainer.v1.sampler.custom_sampler.path"
+SAMPLER_NAME = "trainer.v1.sampler.custom_sampler.name"
 CORRECTION = "algorithm.rollout_correction"
 AUTO = "auto"
 OVERLONG = "reward.reward_kwargs.overlong_buffer_cfg"
@@ -194,6 +197,7 @@ def overrides(resolved: Resolved, places: Places) -> tuple[Override, ...]:
     """
     return (
         *_fixed(),
+        *_quick(resolved),
         *_fields(resolved, places.data),
         *_attention(resolved),
         *_passes(resolved),
@@ -210,6 +214,18 @@ def _fixed() -> Iterator[Override]:
     yield Override("trainer.use_v1", True, why)
     yield Override("trainer.v1.trainer_mode", "sync", why)
     yield Override(f"{ROLLOUT}.name", "vllm", Origin("derived", reason="verl names no engine by default"))
+
+
+def _quick(resolved: Resolved) -> Iterator[Override]:
+    """What makes a rollout with many short responses quick (plugins/sampler.py, plugins/outputs.py)."""
+    given = {written.removeprefix("+") for written in resolved.spec.verl}
+    if not given & {SAMPLER, SAMPLER_NAME}:
+        why = Origin("derived", reason="verl's own buffer looks for finished responses every 2 s")
+        yield Override(SAMPLER, contract.SAMPLER[0], why)
+        yield Override(SAMPLER_NAME, contract.SAMPLER[1], why)
+    if STREAM_INTERVAL not in given:
+        why = Origin("derived", reason="nothing reads a response before it is complete")
+        yield Override(STREAM_INTERVAL, contract.TOKENS_A_MESSAGE, why, added=True)
 
 
 def _fields(resolved: Resolved, data: Path) -> Iterator[Override]:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from flashrl_cli.config import yaml_file
 from flashrl_cli.config.layers import option
 from flashrl_cli.verl.config import FIELDS, LOG_PROBS, ROLES, UPDATE, VALIDATION_LIMIT, Pass, written
-from flashrl_cli.verl.overrides import ROLLOUT
+from flashrl_cli.verl.overrides import AUTO, ROLLOUT
 
 AGENTS = f"{ROLLOUT}.agent.num_workers"
 GRAPHS = f"{ROLLOUT}.enforce_eager"
@@ -44,6 +44,9 @@ class Keys(Protocol):
 
     def get(self, key: str) -> Any:
         """Value of a key; None where verl's tree has none."""
+
+    def is_given(self, key: str) -> bool:
+        """Whether a preset or an option set a key; a value that was derived is not given."""
 
     def fix(self, key: str, value: Any, *, new: bool = False) -> str:
         """The command-line option that sets a key; `new` is for a key that verl's tree lacks."""
@@ -76,7 +79,12 @@ class Recorded:
         value: Any = self.plan.get("spec", {})
         for name in FIELDS.get(key, "").split("."):
             value = value.get(name) if isinstance(value, Mapping) else None
-        return DEFAULTS.get(key) if value in (None, "auto") else value
+        return DEFAULTS.get(key) if value in (None, AUTO) else value
+
+    def is_given(self, key: str) -> bool:
+        """Whether the plan has an origin of a key's field that is neither verl's default nor derived."""
+        origin = self.plan.get("origins", {}).get(written(key), "default")
+        return self.get(key) is not None and not origin.startswith(("default", "derived"))
 
     def fix(self, key: str, value: Any, *, new: bool = False) -> str:
         """The `--set` that gives a key another value."""
@@ -112,7 +120,7 @@ def attention_of(k: Keys, role: str = "actor") -> str:
 def _unmasked(k: Keys, roles: Iterable[str]) -> list[str]:
     """Options for an attention that takes packed sequences one by one."""
     masked = [ROLES[role].attention for role in roles if attention_of(k, role) in MASKED]
-    return [k.fix(key, "auto" if key in FIELDS else FLASH, new=True) for key in masked]
+    return [k.fix(key, AUTO if key in FIELDS else FLASH, new=True) for key in masked]
 
 
 def padded(k: Keys, roles: Iterable[str]) -> list[str]:
@@ -136,19 +144,16 @@ def attention(k: Keys, roles: Iterable[str]) -> Iterator[Slow]:
         yield Slow("attention", text, _joined(_unmasked(k, found)))
 
 
-def passes(k: Keys, evidence: str, tokens: int) -> Slow:
-    """A mini-batch takes many small passes; `tokens` is a budget that holds them in fewer."""
-    return Slow("passes", f"small passes: {evidence}", _by_tokens(k, tokens))
+def is_counted(k: Keys) -> bool:
+    """Whether somebody counted the responses or tokens of an update's pass, instead of leaving it to the memory."""
+    return k.is_given(UPDATE.micro) or k.is_given(UPDATE.tokens)
 
 
-def _by_tokens(k: Keys, tokens: int) -> str:
-    """Options that batch the policy's passes by `tokens` instead of by responses."""
-    if UPDATE.tokens in FIELDS:
-        rows = [step.micro for step in (UPDATE, LOG_PROBS) if k.get(step.micro) is not None]
-        return _joined([*(k.fix(key, None) for key in rows), k.fix(UPDATE.tokens, tokens)])
-    if k.get(UPDATE.dynamic):
-        return k.fix(UPDATE.tokens, tokens)
-    return _joined([k.fix(UPDATE.dynamic, True), k.fix(UPDATE.tokens, tokens)])
+def passes(k: Keys, evidence: str) -> Slow:
+    """A mini-batch takes many small passes, which the estimate of memory would make larger."""
+    rows = [step.micro for step in (UPDATE, LOG_PROBS) if k.is_given(step.micro)]
+    fix = _joined([*(k.fix(key, None) for key in rows), k.fix(UPDATE.tokens, AUTO)])
+    return Slow("passes", f"small passes: {evidence}", fix)
 
 
 def recomputation(k: Keys, roles: Iterable[str], evidence: str = "") -> Iterator[Slow]:
@@ -201,11 +206,11 @@ def agents(k: Keys, responses: int) -> Iterator[Slow]:
         yield Slow("agents", text, k.fix(AGENTS, max(8, 2 * workers)))
 
 
-def waiting(mean: float, longest: float, limit: int | None) -> Slow:
-    """A phase of generation ends with its longest response; lengths are in tokens, `limit` is the preset's."""
-    cut = ", the limit" if limit is not None and longest >= limit else ""
-    text = f"generation: every step waits for its longest response, {longest:,.0f} tokens{cut} where the mean is"
-    return Slow("waiting", f"{text} {mean:,.0f}; a lower data.max_response_length or more prompts a step wait less")
+def waiting(mean: float, longest: float, cut: float) -> Slow:
+    """Generation ends with its longest response; lengths are in tokens, `cut` is the share that reaches the limit."""
+    limit = f", the limit that {cut:.0%} of the responses reach" if cut else ""
+    text = f"generation: a step waits for its longest response, {longest:,.0f} tokens where the mean is {mean:,.0f}"
+    return Slow("waiting", f"{text}{limit}; a lower data.max_response_length or more prompts a step wait less")
 
 
 def validation(k: Keys, evidence: str, every: int) -> Slow:

@@ -258,10 +258,14 @@ def test_options_for_every_run_do_not_undo_the_hard_ones(tmp_path: Path) -> None
 def test_runs_that_share_a_gpu_share_its_memory(tmp_path: Path) -> None:
     alone, three = study(tmp_path), study(tmp_path, "--gpus", "0,1", "--jobs", "6")
     name = "int8-seed0"
-    assert options_of(alone.train_command(alone.by_name[name], 60))["rollout.gpu_memory_utilization"] == "0.40"
-    shared = options_of(three.train_command(three.by_name[name], 60))
-    assert shared["rollout.gpu_memory_utilization"] == "0.13"
+    single = options_of(alone.train_command(alone.by_name[name], 60))
+    assert single["rollout.gpu_memory_utilization"] == "0.4"
+    assert "resources.gpu_memory_gib" not in single
+    shared = dict(one.split("=") for one in parity.shared_memory(three.each, 140.0))
+    assert shared["rollout.gpu_memory_utilization"] == "0.2"
+    assert shared["resources.gpu_memory_gib"] == "42.0"
     assert any("kv_cache_memory_bytes" in key for key in shared)
+    assert shared.keys() <= options_of(three.train_command(three.by_name[name], 60)).keys()
 
 
 def test_a_state_of_other_options_is_refused(tmp_path: Path) -> None:
@@ -339,6 +343,13 @@ class Instant(parity.Shop):
             record = self.study.record(name)
             evaluation = {**record.get("evaluation", {}), child.kind: {}}
             parity.write_record(self.study.record_path(name), {**record, "evaluation": evaluation})
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test asks the driver."""
+    about = {"device": "a GPU", "memory_gib": 140.0, "gpus": 2, "cores": 16, "versions": {}}
+    monkeypatch.setattr(parity, "machine", lambda: about)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from flashrl_cli.signals import Interrupted
 from flashrl_cli.train import launch, preflight, run, sweep_axes
 from flashrl_cli.train.executors import ray_job, ray_ready
 from flashrl_cli.train.plan import LaunchPlan, plan_document
+from flashrl_cli.verl.compose import Tree
 from flashrl_cli.verl.metrics import NAMES
 from tests import sample_rows
 from tests.saved_files import saved_step
@@ -452,8 +453,13 @@ class Trainer:
 def trainer(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     """What trains the runs of a sweep; there is the data of tiny, and no time for verl's tree."""
 
-    def judge(resolved: Resolved, plan: LaunchPlan) -> None:
+    from omegaconf import OmegaConf
+
+    tree = Tree(OmegaConf.create({"actor_rollout_ref": {"rollout": {"val_kwargs": {"n": 1}}}}))
+
+    def judge(resolved: Resolved, plan: LaunchPlan) -> Tree:
         resolved.checked()
+        return tree
 
     made = Trainer()
     monkeypatch.setattr(launch, "judge", judge)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from flashrl_cli.memory import budget
+from flashrl_cli.memory import advise, budget
 from flashrl_cli.memory.budget import CAP, CRITIC, LOG_PROBS, RECOMPUTE, STEP, UPDATE, Gpu, Search
 from flashrl_cli.text import GIB
 from flashrl_cli.verl.config import Batch, TrainerSettings
@@ -42,7 +42,7 @@ def with_critic(settings: TrainerSettings) -> TrainerSettings:
 def test_passes_grow_with_the_memory_from_one_sequence_to_the_cap(
     settings: TrainerSettings, shape: ModelShape, recompute: bool
 ) -> None:
-    run = budget.recomputing(settings, recompute)
+    run = advise.recomputing(settings, recompute)
     tokens = [int(chosen(run, shape, gib, (UPDATE,))[UPDATE].value) for gib in range(8, 400, 7)]
     assert tokens == sorted(tokens)
     assert (tokens[0], tokens[-1]) == (share(settings), CAP)
@@ -57,7 +57,7 @@ def test_a_budget_fits_and_a_larger_one_would_not(
     run = replace(settings, response=response, actor=replace(settings.actor, sequence_parallel=parallel))
     search = Search(shape, None, gpu(gib))
     for size, apply, phase in (
-        (search.update(run), budget.updating, "actor update"),
+        (search.update(run), advise.updating, "actor update"),
         (search.log_probs(run), budget.scoring, "log-probs"),
     ):
         assert size.tokens >= share(run)
@@ -80,9 +80,9 @@ def test_recomputation_only_where_long_passes_do_not_fit_without(settings: Train
     enough = search.enough(settings, shape)
     for gib in range(16, 300, 9):
         found = chosen(settings, shape, gib)
-        without = Search(shape, None, gpu(gib)).update(budget.recomputing(settings, False))
+        without = Search(shape, None, gpu(gib)).update(advise.recomputing(settings, False))
         assert found[RECOMPUTE].value == (not without.fits or without.tokens < enough)
-        with_it = Search(shape, None, gpu(gib)).update(budget.recomputing(settings, bool(found[RECOMPUTE].value)))
+        with_it = Search(shape, None, gpu(gib)).update(advise.recomputing(settings, bool(found[RECOMPUTE].value)))
         assert found[UPDATE].value == with_it.tokens
     assert {chosen(settings, shape, gib)[RECOMPUTE].value for gib in (24, 300)} == {True, False}
 
@@ -110,7 +110,7 @@ def test_an_engine_that_does_not_sleep_leaves_less(settings: TrainerSettings, sh
 
 
 def test_a_critic_gets_what_its_own_phases_leave(settings: TrainerSettings, shape: ModelShape) -> None:
-    both = budget.recomputing(with_critic(settings), True)
+    both = advise.recomputing(with_critic(settings), True)
     keys = (UPDATE, LOG_PROBS, CRITIC)
     tokens = [int(chosen(both, shape, gib, keys)[CRITIC].value) for gib in range(30, 400, 20)]
     assert tokens == sorted(tokens)

@@ -225,12 +225,11 @@ def test_free_memory_is_spent_on_what_costs_time(settings: TrainerSettings, shap
     assert of_settings(stored, shape, None, 80 * GIB).verdict == "fits", "as the estimate promised"
 
 
-def test_small_passes_grow_until_they_fill_the_gpu(settings: TrainerSettings, shape: ModelShape) -> None:
+def test_small_passes_are_named_where_larger_ones_fit(settings: TrainerSettings, shape: ModelShape) -> None:
     short = replace(settings, prompt=64, response=64, rollout=replace(settings.rollout, max_model_len=128))
     found = spared(short, shape).passes
     assert found is not None
     assert (found.count, found.tokens) == (16, 128), "32 sequences a GPU, two a pass, half as long as the longest"
-    assert found.fitting == 512 or found.fitting * advise.active(shape) < 2 * advise.FILLED
     assert spared(replace(short, mini_batch=8), shape).passes is None, "four passes are few"
     assert spared(settings, shape).passes is None, "two sequences of 4,096 tokens fill it"
 

@@ -99,7 +99,7 @@ def test_what_slows_a_step_is_in_the_page() -> None:
     text = page(run)
     assert "What slows a step" in text
     assert "0.5 %<small>of the GPU&#39;s peak arithmetic (MFU)" in text or "0.5 %<small>of the GPU's peak" in text
-    assert "<code>--set verl.actor_rollout_ref" in text or "<code>--set model.packing" in text
+    assert "<code>--set model.packing=true" in text
 
 
 def test_what_changed_between_attempts(whole: RunPaths) -> None:

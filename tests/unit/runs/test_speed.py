@@ -18,9 +18,9 @@ from tests.specs import load_spec
 from tests.unit.runs import on_disk
 
 A, M, R = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
-PADDED = f"verl.{M}.use_remove_padding=false"
+PADDED = "model.packing=false"
 SDPA = f"verl.+{M}.override_config.attn_implementation=sdpa"
-STORED = f"verl.{M}.enable_gradient_checkpointing=false"
+STORED = "model.recompute=false"
 
 MEASURED = (
     "data.train_batch_size=128",
@@ -70,7 +70,11 @@ def plan(*sets: str, preset: str = "gsm8k-grpo-0.5b") -> dict[str, Any]:
     resolved = load_spec(preset, sets=sets)
     root = on_disk.place().root
     given = overrides(resolved, Places(name="r", data=root, checkpoints=root))
-    return {"spec": resolved.spec.model_dump(mode="json"), "overrides": [str(override) for override in given]}
+    return {
+        "spec": resolved.spec.model_dump(mode="json"),
+        "origins": {key: str(origin) for key, origin in resolved.origins.items()},
+        "overrides": [str(override) for override in given],
+    }
 
 
 def of(*sets: str, **changed: Any) -> dict[str, tuple[str, str]]:
@@ -88,27 +92,30 @@ def test_the_measured_step() -> None:
     assert update.text.startswith("policy update: 61% of a step at 0.5% of the GPU's peak arithmetic (MFU)")
     assert update.fix == ""
     assert "sequences of 210 tokens are padded to up to 565: up to 63% of what the trainer computes" in padding.text
-    assert "use_remove_padding=true" in padding.fix or "model.packing=true" in padding.fix
+    assert padding.fix.startswith("--set model.packing=true ")
     assert "attention" in padding.fix or "attn_implementation" in padding.fix, "packed input needs another one"
-    assert "8 passes of 64 responses, about 13,424 tokens, each" in passes.text
-    assert "=36864" in passes.fix, "the same memory: 64 sequences of 576 tokens"
+    assert "a mini-batch is updated in 8 passes of 64 responses, about 13,424 tokens" in passes.text
+    assert passes.fix == (
+        "--set algorithm.micro_batch_size_per_gpu=null --set rollout.log_prob_micro_batch_size_per_gpu=null "
+        "--set algorithm.max_tokens_per_gpu=auto"
+    )
     assert found.facts == (
         "policy update at 0.5% of the GPU's peak arithmetic (MFU), 2,826 tokens a second and device, "
-        "responses of 100 tokens, the longest 256, up to 63% padding"
+        "responses of 100 tokens, the longest 256, 2% cut at the limit, up to 63% padding"
     )
 
 
 def test_a_run_that_is_set_well_is_told_nothing() -> None:
     well = {"perf/mfu/actor": 0.35, "timing_s/update_actor": 4.0, "timing_s/old_log_prob": 1.0, "timing_s/step": 18.0}
-    packed = (f"verl.{M}.use_remove_padding=true", f"verl.+{M}.override_config.attn_implementation=flash_attention_2")
+    packed = ("model.packing=true", f"verl.+{M}.override_config.attn_implementation=flash_attention_2")
     assert of(*packed, **well, **{"response_length/max": 250.0}) == {}
 
 
 @pytest.mark.parametrize(
     ("sets", "cause", "fix"),
     [
-        ((f"verl.{M}.use_remove_padding=true",), "attention", ("attn_implementation=flash_attention_2", "attention=")),
-        ((f"verl.{M}.enable_gradient_checkpointing=true",), "recomputation", ("=false",)),
+        (("model.packing=true",), "attention", ("attn_implementation=flash_attention_2", "attention=")),
+        (("model.recompute=true",), "recomputation", ("--set model.recompute=false",)),
         ((f"verl.{A}.fsdp_config.optimizer_offload=true",), "offload", ("optimizer_offload=false",)),
     ],
 )
@@ -145,7 +152,13 @@ LONG = {"timing_s/gen": 200.0, "timing_s/step": 264.0}
             "one agent-loop worker feeds the 4,096 responses",
             f"--set verl.{R}.agent.num_workers=8",
         ),
-        ((), {"response_length/mean": 60.0}, "waiting", "256 tokens, the limit where the mean is 60", ""),
+        (
+            (),
+            {"response_length/mean": 60.0},
+            "waiting",
+            "256 tokens where the mean is 60, the limit that 2% of the responses reach",
+            "",
+        ),
     ],
 )
 def test_what_generation_waits_for(
@@ -258,3 +271,27 @@ def test_a_run_on_disk_is_judged_by_its_newest_plan() -> None:
     on_disk.plan(run, 2)
     found = summarize(find("demo")).speed
     assert (found.mfu, found.slow) == (None, ()), "its newest plan is for a CPU"
+
+
+@pytest.mark.parametrize(
+    ("sets", "text"),
+    [
+        (("algorithm.max_tokens_per_gpu=8192",), "14 passes of at most 8,192 tokens"),
+        (("algorithm.max_tokens_per_gpu=65536",), None),
+        ((), None),
+    ],
+)
+def test_only_passes_that_somebody_counted_are_advised_on(sets: tuple[str, ...], text: str | None) -> None:
+    by_tokens = [one for one in MEASURED if "micro_batch_size" not in one]
+    found = {one.cause: one for one in diagnose(history(), (), plan(*by_tokens, *sets)).slow}
+    assert ("passes" in found) is (text is not None)
+    if text:
+        assert text in found["passes"].text
+        assert found["passes"].fix == "--set algorithm.max_tokens_per_gpu=auto"
+
+
+def test_responses_are_cut_only_at_the_limit() -> None:
+    assert diagnose(history(), (), plan(*MEASURED)).cut == 0.02
+    shorter = history({"response_length/max": 250.0})
+    assert diagnose(shorter, (), plan(*MEASURED)).cut == 0, "it is only the longest of its batch"
+    assert diagnose(history(), (), {}).cut is None
