@@ -77,7 +77,7 @@ def plain_environment(request: pytest.FixtureRequest, tmp_path: Path, monkeypatc
         monkeypatch.setenv(name, str(tmp_path / name.removeprefix("FLASHRL_").lower()))
     for name in (*TERMINAL, *MACHINE):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("flashrl_cli.machine.software.has_flash_attention", lambda: False)
+    monkeypatch.setattr("flashrl_cli.machine.software.find_spec", lambda _: None)
 
 
 @contextlib.contextmanager

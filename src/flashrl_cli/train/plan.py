@@ -189,7 +189,8 @@ def _head(plan: LaunchPlan) -> Iterator[str]:
     correction = f"truncated importance sampling at {cap:g}" if cap is not None else "no importance sampling"
     yield f"{spec.model.path}, {spec.algorithm.advantage}, {spec.rollout.precision} rollouts, {correction}"
     used = [f"{one.value} ({one.origin})" for one in plan.overrides if one.key.endswith(f".{ATTENTION}")]
-    yield f"attention in training: {', '.join(dict.fromkeys(used))}"
+    if used:
+        yield f"attention in training: {', '.join(dict.fromkeys(used))}"
 
 
 def _comments(texts: Sequence[str] | Iterator[str]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What a run needs of its machine and of Ray: variables, flash-attn, disk, loggers, arguments of Ray."""
+"""What a run needs of its machine and of Ray: variables, disk, loggers, arguments of Ray."""
 
 from __future__ import annotations
 
@@ -78,31 +78,8 @@ def test_a_preset_can_change_settings_but_not_the_attempts_files():
     assert found["FLASHRL_PLUGIN_DIR"] == "/runs/x/attempt_1/plugins"
 
 
-PARALLEL = "verl.actor_rollout_ref.actor.ulysses_sequence_parallel_size"
-
-
 def spec(preset: str, *sets: str) -> RunSpec:
     return load_spec(preset, sets=sets).spec
-
-
-def test_verl_s_default_needs_flash_attention() -> None:
-    found = spec("dapo-32b", f"{PARALLEL}=1")
-    assert environment.needs_flash(found)
-    assert not environment.cannot_do_without_flash(found)
-
-
-def test_the_options_that_are_offered_do_without_it() -> None:
-    words = environment.WITHOUT_FLASH.split()
-    sets = [word for word in words if word != "--set"]
-    assert words.count("--set") == len(sets) == 2
-    assert not environment.needs_flash(spec("dapo-32b", f"{PARALLEL}=1", *sets))
-
-
-@pytest.mark.parametrize(("preset", "sets"), [("gsm8k-0.5b", []), ("dapo-32b", [f"{PARALLEL}=8"])])
-def test_critics_and_sequence_parallelism_need_it_anyway(preset: str, sets: list[str]) -> None:
-    found = spec(preset, "verl.+actor_rollout_ref.model.override_config.attn_implementation=sdpa", *sets)
-    assert environment.cannot_do_without_flash(found)
-    assert environment.needs_flash(found)
 
 
 @pytest.mark.parametrize(
