@@ -117,7 +117,7 @@ def sequence_parallelism_fits(s: Settings) -> Iterator[Problem]:
 def _other_attention(s: Settings, role: str, value: str = AUTO) -> str:
     """The option that replaces a role's attention, wherever it was set."""
     key = ROLES[role].attention
-    if key in {written.removeprefix("+") for written in s.spec.verl}:
+    if s.is_verbatim(key):
         return f"drop verl.+{key}"
     return s.option(attention.FIELD, value)
 
