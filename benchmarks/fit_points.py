@@ -156,7 +156,7 @@ def compared(measured: dict[str, Any], estimated: dict[str, Any], names: tuple[s
 
 
 def train_settings(strategy: str, count: int, kind: str) -> EngineSettings:
-    """Settings of a training point; plain PyTorch log-probs, since the machine need not have flash-attn."""
+    """Settings of a training point, with flashrl's log-probs, since the machine need not have flash-attn."""
     return EngineSettings(
         strategy=strategy,
         train=Batch(tokens=count),
@@ -195,7 +195,9 @@ def run_training(size: str, strategy: str, count: int, kind: str, out: Path) -> 
         optimizer.zero_grad()
     items = training_items(size, strategy, count, kind)
     estimated = {"peak": total(items), "items": {part.name: part.bytes for part in items}}
-    files.write_json(out, compared({"peak": max(peaks.values()), "peaks": peaks}, estimated, ("peak",)))
+    files.write_json(
+        out, compared({"peak": max(peaks.values()), "peaks": peaks, "log_probs": "chunks"}, estimated, ("peak",))
+    )
     torch.distributed.destroy_process_group()
 
 
@@ -246,6 +248,8 @@ def loss(model: Any, count: int, vocab: int, kind: str, device: str) -> Any:
     """
     import torch
 
+    from flashrl_cli.plugins.log_probs import log_probs
+
     ids = torch.randint(0, vocab, (1, count), device=device)
     with torch.autocast(device, dtype=torch.bfloat16):
         position = torch.arange(count, device=device)[None]
@@ -257,21 +261,6 @@ def loss(model: Any, count: int, vocab: int, kind: str, device: str) -> Any:
 
 def wanted_of(kind: str) -> dict[str, Any]:
     return {"return_dict": True, "temperature": 1.0} if kind == "fused" else {}
-
-
-def log_probs(logits: Any, labels: Any) -> Any:
-    """Log-probs [T] of labels under logits [T, V].
-
-    They are computed by verl's own function where it can be imported without flash-attn.
-    """
-    try:
-        from verl.utils.torch_functional import logprobs_from_logits_v2 as by_rows
-    except ImportError:
-        import torch
-
-        rows = zip(logits, labels, strict=True)
-        return torch.stack([torch.log_softmax(row, dim=-1)[label] for row, label in rows])
-    return by_rows(logits, labels)
 
 
 def reset(device: str) -> None:

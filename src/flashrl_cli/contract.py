@@ -63,6 +63,16 @@ SAMPLER = ("pkg://flashrl_cli.plugins.sampler", "quick_buffer")
 TOKENS_A_MESSAGE = 16
 """Tokens of a sequence that a rollout engine collects before it sends them to verl's server (plugins/outputs.py)."""
 
+LOG_PROBS_CHUNK = 128 << 20
+"""Bytes of float32 logits of which the trainer's log-probs and entropies are computed at a time on a GPU.
+
+Temporaries need twice as much. A kernel then runs for some 0.1 ms, which hides its launch.
+"""
+LOG_PROBS_CHUNK_CPU = 2 << 20
+"""The same on a CPU, where the temporaries stay in the caches, and an operation has enough to do for the threads that
+it starts.
+"""
+
 SCHEMA_VERSION = 1
 
 

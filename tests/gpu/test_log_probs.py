@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from flashrl_cli import contract
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore"),
@@ -69,7 +71,7 @@ def test_no_float32_copy_of_the_logits(record_property: Callable[[str, object], 
     leaf = torch.randn(TOKENS, VOCABULARY, device="cuda", dtype=torch.bfloat16).requires_grad_()
     labels = torch.randint(VOCABULARY, (TOKENS,), device="cuda")
     size = leaf.numel() * leaf.element_size()
-    some = 3 * log_probs.CHUNK_BYTES
+    some = 3 * contract.LOG_PROBS_CHUNK
     assert some < size
 
     def measured(name: str, work: Callable[[torch.Tensor], torch.Tensor], more: int) -> None:

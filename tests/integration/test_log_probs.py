@@ -35,9 +35,7 @@ CLOSE = 1e-5
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flashrl_cli.plugins import log_probs
-
-    monkeypatch.setattr(log_probs, "CPU_CHUNK_BYTES", BOUND)
+    monkeypatch.setattr(contract, "LOG_PROBS_CHUNK_CPU", BOUND)
 
 
 def drawn(vocabulary: int, shape: tuple[int, ...] = (11,), dtype: str = "float32") -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from flashrl_cli.contract import LOG_PROBS_CHUNK
 from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.text import counted
 from flashrl_cli.weights.shape import parameters
@@ -319,18 +320,25 @@ def recomputed(shape: ModelShape, engine: EngineSettings, count: int) -> int:
 
 
 def train_logits(shape: ModelShape, engine: EngineSettings, load: Load, temperature: float) -> Item:
-    """Logits of a pass with gradients (verl/workers/engine/fsdp/transformer_impl.py:1332-1545)."""
+    """Logits of a pass with gradients (verl/workers/engine/fsdp/transformer_impl.py:1332-1545).
+
+    The gradient is written over the logits, or over the copy without padding, and beside them where an entropy needs
+    them as well. Padding is put back into the gradient by two tensors of the padded size.
+    """
     each = engine.compute_bytes
     if engine.fused_kernels:
         size = min(load.computed, FUSED_CHUNK) * shape.vocab * FUSED_BACKWARD + 2 * shape.vocab * shape.hidden * each
         formula = f"fused: {FUSED_CHUNK} tokens x {shape.vocab:,} x {FUSED_BACKWARD} B + gradient of the head"
         return _passing("logits", size, formula)
     computed = each * (1 + (temperature != 1))
-    real = (0 if engine.remove_padding else each) + (0 if engine.flash_attention else 4)
-    if not engine.train_entropy:
-        return _logits(shape, load, computed, real)
-    peak, kept = entropy_bytes(engine)
-    return max(_logits(shape, load, computed + peak, 0), _logits(shape, load, computed + kept, real), key=_size)
+    if engine.flash_attention and engine.train_entropy:
+        peak, kept = entropy_bytes(engine)
+        real = 0 if engine.remove_padding else each
+        return max(_logits(shape, load, computed + peak, 0), _logits(shape, load, computed + kept, real), key=_size)
+    if engine.train_entropy:
+        return _logits(shape, load, 3 * each, 0, chunked=True)
+    computed, real = (computed, 0) if engine.remove_padding else (2 * each, each)
+    return _logits(shape, load, computed, real, chunked=not engine.flash_attention)
 
 
 def infer_logits(shape: ModelShape, engine: EngineSettings, load: Load, temperature: float, *, entropy: bool) -> Item:
@@ -342,9 +350,9 @@ def infer_logits(shape: ModelShape, engine: EngineSettings, load: Load, temperat
     if engine.fused_kernels:
         size = min(load.computed, FUSED_CHUNK) * shape.vocab * FUSED_FORWARD
         return _passing("logits", size, f"fused: {FUSED_CHUNK} tokens x {shape.vocab:,} x {FUSED_FORWARD} B")
-    computed = each * (1 + (temperature != 1))
-    packed = _logits(shape, load, computed, 0 if engine.remove_padding else each)
-    if not entropy:
+    computed, real = each * (1 + (temperature != 1)), 0 if engine.remove_padding else each
+    packed = _logits(shape, load, computed, real, chunked=not engine.flash_attention)
+    if not entropy or not engine.flash_attention:
         return packed
     peak, _ = entropy_bytes(engine)
     if engine.entropy_chunk and engine.remove_padding:
@@ -353,7 +361,7 @@ def infer_logits(shape: ModelShape, engine: EngineSettings, load: Load, temperat
 
 
 def entropy_bytes(engine: EngineSettings) -> tuple[int, int]:
-    """Bytes per logit for the entropy, besides the logits: at its peak, and those kept for a backward pass.
+    """Bytes per logit for verl's own entropy, besides the logits: at its peak, and those kept for a backward pass.
 
     Under autocast softmax and logsumexp work in float32 (ATen/autocast_mode.h): probabilities, a cast of the logits and
     their exponentials, 4 B each (verl/utils/torch_functional.py, entropy_from_logits). A compiled entropy is assumed to
@@ -365,12 +373,19 @@ def entropy_bytes(engine: EngineSettings) -> tuple[int, int]:
     return 8 + cast, 4 + cast
 
 
-def _logits(shape: ModelShape, load: Load, computed: int, real: int) -> Item:
-    """Logits at `computed` bytes each, and `real` bytes more for those that are not padding."""
+def _logits(shape: ModelShape, load: Load, computed: int, real: int, *, chunked: bool = False) -> Item:
+    """Logits at `computed` bytes each, `real` bytes more for those that are not padding, and a chunk's temporaries.
+
+    The latter are those of flashrl's log-probs and entropies: two float32 tensors (plugins/log_probs.py).
+    """
     if load.real == load.computed:
         computed, real = computed + real, 0
     size = shape.vocab * (load.computed * computed + load.real * real)
     more = f" + {load.real:,} x {shape.vocab:,} x {real} B" if real else ""
+    if chunked:
+        chunk = min(LOG_PROBS_CHUNK, 4 * load.computed * shape.vocab)
+        size += 2 * chunk
+        more += f" + 2 x {chunk >> 20} MiB"
     return _passing("logits", size, f"{load} x {shape.vocab:,} x {computed} B{more}")
 
 

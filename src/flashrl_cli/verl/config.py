@@ -327,7 +327,10 @@ class EngineSettings:
     remove_padding: bool = True
     fused_kernels: bool = False
     flash_attention: bool = True
-    """Whether log-probs come from flash-attn's cross-entropy, judged by the attention that the model uses."""
+    """Whether log-probs come from flash-attn's cross-entropy, judged by the attention that the model uses.
+
+    The entropy is verl's own then; otherwise both are flashrl's (plugins/log_probs.py).
+    """
     packable: bool = True
     """Whether packed sequences have, or would have, an attention without a mask of the whole pass."""
     compiled: bool = True

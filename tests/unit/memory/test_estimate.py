@@ -132,10 +132,10 @@ def test_padding_alone_is_tight_not_over(settings: TrainerSettings, shape: Model
     assert after.least < 80 * GIB < after.peak.bytes
     assert str(after.advice) == "--set model.packing=true"
     sdpa = replace(padded, actor=replace(padded.actor, flash_attention=False, packable=False))
-    assert (
-        str(of_settings(sdpa, shape, None, 80 * GIB).advice)
-        == "--set verl.actor_rollout_ref.model.use_fused_kernels=true"
-    )
+    assert of_settings(sdpa, shape, None, 80 * GIB).verdict == "fits", "log-probs and entropies in chunks"
+    smaller = of_settings(sdpa, shape, None, 56 * GIB)
+    assert smaller.verdict == "tight"
+    assert str(smaller.advice) == "--set verl.actor_rollout_ref.model.use_fused_kernels=true"
 
 
 def test_margins_alone_are_tight(settings: TrainerSettings, shape: ModelShape) -> None:

@@ -55,6 +55,16 @@ def test_engines(point: str, settings: TrainerSettings) -> None:
     assert found.kv_tokens == pytest.approx(measured["kv_tokens"], rel=0.03)
 
 
+def peak_without_loop(measured: dict[str, Any], count: int, vocabulary: int, kind: str) -> float:
+    """Peak of the updates; those of fit_on_gpu.json were measured with verl's loop over tokens, if they do not say
+    otherwise, whose backward pass kept the log-softmax of each token in float32.
+    """
+    looped = kind != "fused" and measured.get("log_probs") != "chunks"
+    kept = 4 * count * vocabulary if looped else 0
+    peaks: dict[str, int] = measured["peaks"]
+    return max(size - (kept if "micro" in moment else 0) for moment, size in peaks.items())
+
+
 @pytest.mark.parametrize("point", of_kind("train"))
 def test_updates(point: str, settings: TrainerSettings) -> None:
     _, size, strategy, count, kind = point.split(":")
@@ -68,14 +78,15 @@ def test_updates(point: str, settings: TrainerSettings) -> None:
     )
     one = replace(settings, gpus_per_node=1, prompt=int(count) // 2, response=int(count) // 2, actor=actor)
     items = parts.training(qwen(size), model_of(qwen(size), actor, 1), one, "actor")
-    assert total(items) == pytest.approx(POINTS[point]["peak"], rel=0.02)
+    assert total(items) == pytest.approx(peak_without_loop(POINTS[point], int(count), qwen(size).vocab, kind), rel=0.02)
 
 
 def verl_run(step: dict[str, Any]) -> TrainerSettings:
-    """The run with the lengths that a step had."""
-    actor = EngineSettings(
-        train=Batch(tokens=16384), infer=Batch(tokens=16384), remove_padding=False, flash_attention=False
-    )
+    """The run with the lengths that a step had.
+
+    It was made with verl's own entropy, as is a run with flash-attn today.
+    """
+    actor = EngineSettings(train=Batch(tokens=16384), infer=Batch(tokens=16384), remove_padding=False)
     rollout = RolloutSettings(
         precision="int8",
         tensor_parallel=1,

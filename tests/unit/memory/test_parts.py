@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from flashrl_cli.contract import LOG_PROBS_CHUNK
 from flashrl_cli.memory import parts
 from flashrl_cli.memory.model import shape_of
 from flashrl_cli.memory.parts import Load, adapter_parameters, gathered, kept_gradients, model_of, resident, total
@@ -113,11 +114,9 @@ def test_checkpointing_keeps_the_inputs_of_layers(shape: ModelShape, engine: Eng
     [
         ({}, 1.0, 2),
         ({}, 0.7, 4),
-        ({"remove_padding": False}, 1.0, 4),
-        ({"flash_attention": False}, 1.0, 6),
+        ({"remove_padding": False}, 1.0, 6),
         ({"train_entropy": True}, 1.0, 4),
         ({"train_entropy": True, "compiled": False}, 1.0, 14),
-        ({"train_entropy": True, "remove_padding": False, "flash_attention": False}, 1.0, 16),
         ({"compute_bytes": 4}, 1.0, 4),
     ],
 )
@@ -133,11 +132,48 @@ def test_logits_in_training(
     assert item.bytes == 1000 * V * factor
 
 
+CHUNK = 2 * LOG_PROBS_CHUNK / 1000 / V
+"""The temporaries of a chunk in bytes a logit."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "temperature", "update", "forward"),
+    [
+        ({}, 1.0, 2 + CHUNK, 2 + CHUNK),
+        ({}, 0.7, 4 + CHUNK, 4 + CHUNK),
+        ({"remove_padding": False}, 1.0, 4 + 0.6 * 2 + CHUNK, 2 + 0.6 * 2 + CHUNK),
+        ({"remove_padding": False}, 0.7, 4 + 0.6 * 2 + CHUNK, 4 + 0.6 * 2 + CHUNK),
+        ({"train_entropy": True}, 1.0, 6 + CHUNK, 2 + CHUNK),
+        ({"train_entropy": True}, 0.7, 6 + CHUNK, 4 + CHUNK),
+        ({"train_entropy": True, "compiled": False}, 1.0, 6 + CHUNK, 2 + CHUNK),
+        ({"train_entropy": True, "remove_padding": False}, 1.0, 6 + CHUNK, 2 + 0.6 * 2 + CHUNK),
+    ],
+)
+def test_logits_without_flash_attention(
+    changes: dict[str, object],
+    temperature: float,
+    update: float,
+    forward: float,
+    shape: ModelShape,
+    engine: EngineSettings,
+) -> None:
+    """Bytes a logit by which the peak of a process grew with verl's engine on a CPU (docs/memory-model.md)."""
+    chunked = replace(engine, flash_attention=False, **changes)  # type: ignore[arg-type]
+    load = Load(1000, 1000 if chunked.remove_padding else 600)
+    trained = parts.train_logits(shape, chunked, load, temperature)
+    inferred = parts.infer_logits(shape, chunked, load, temperature, entropy=chunked.train_entropy)
+    assert (trained.bytes, inferred.bytes) == (round(1000 * V * update), round(1000 * V * forward))
+
+
+def test_chunks_are_no_larger_than_the_logits(shape: ModelShape, engine: EngineSettings) -> None:
+    chunked = replace(engine, flash_attention=False)
+    assert parts.train_logits(shape, chunked, Load(10, 10), 1.0).bytes == 10 * V * (2 + 2 * 4)
+
+
 def test_padding_is_dropped_before_log_probs(shape: ModelShape, engine: EngineSettings) -> None:
     padded = replace(engine, remove_padding=False, flash_attention=False)
     item = parts.train_logits(shape, padded, Load(1000, 600), 1.0)
-    assert item.bytes == V * (1000 * 2 + 600 * 6)
-    assert item.formula == f"1,000 tokens x {V:,} x 2 B + 600 x {V:,} x 6 B"
+    assert item.formula == f"1,000 tokens x {V:,} x 4 B + 600 x {V:,} x 2 B + 2 x 128 MiB"
 
 
 def test_fused_logits_do_not_grow_with_the_pass(shape: ModelShape, engine: EngineSettings) -> None:
@@ -165,7 +201,7 @@ def test_the_highest_moment_counts(shape: ModelShape, settings: TrainerSettings)
         changed = replace(settings, actor=replace(settings.actor, **changes))  # type: ignore[arg-type]
         return {part.name for part in parts.training(shape, model_of(shape, changed.actor, 8), changed, "actor")}
 
-    assert "logits" in names(flash_attention=False)
+    assert "logits" in names(flash_attention=False, train_entropy=True)
     assert "layer in backward" in names(fused_kernels=True, train=Batch(sequences=8))
     assert "deferred gradients" in names(no_sync=True)
     assert "last reduction" in names(fused_kernels=True)
