@@ -82,7 +82,7 @@ def keep_tokens() -> None:
     original, finish = Scheduler.update_from_output, EngineCoreProc._send_finish_outputs_to_client
     if getattr(original, PATCHED, False):
         return
-    others = tuple(name for name in EngineCoreOutput.__struct_fields__ if name not in {*_TOKENS, _ARRAY})
+    others = carried(EngineCoreOutput)
 
     def keeper(scheduler: Any) -> Keeper:
         found: Keeper = vars(scheduler).setdefault("_flashrl_keeper", Keeper(others))
@@ -114,6 +114,11 @@ def keep_tokens() -> None:
     setattr(update_from_output, PATCHED, True)
     Scheduler.update_from_output = update_from_output
     EngineCoreProc._send_finish_outputs_to_client = send_finish_outputs
+
+
+def carried(output: Any) -> tuple[str, ...]:
+    """The fields of vLLM's EngineCoreOutput that are None if it carries nothing but tokens."""
+    return tuple(name for name in output.__struct_fields__ if name not in {*_TOKENS, _ARRAY})
 
 
 class Kept:
