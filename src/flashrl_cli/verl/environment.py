@@ -33,6 +33,8 @@ COMMON = {
     "HYDRA_FULL_ERROR": "1",  # without it Hydra shortens the traceback that shows why a worker died
     "PYTHONUNBUFFERED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # every response is sent to a reward worker: 0.2 ms with it, 0.7 ms as torch saves a batch (verl/protocol.py:377)
+    "VERL_DATAPROTO_SERIALIZATION_METHOD": "numpy",
 }
 CPU = {
     "VERL_PLATFORM": "cpu",  # the platform that flashrl's plugin registers

@@ -29,6 +29,7 @@ def test_cuda():
         "HYDRA_FULL_ERROR": "1",
         "PYTHONUNBUFFERED": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "VERL_DATAPROTO_SERIALIZATION_METHOD": "numpy",
         "VERL_FILE_LOGGER_PATH": "/runs/x/attempt_1/metrics.jsonl",
     }
 
