@@ -12,7 +12,6 @@ weights, of which a run needs a folder.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import random
@@ -34,8 +33,6 @@ from flashrl_cli.runs.checkpoints import hf_folder
 from flashrl_cli.verl.overrides import ACTOR, MODEL, ROLLOUT
 from flashrl_cli.weights import Weights, read_json
 
-CHUNK = 1024
-"""Tokens whose logits are in float32 at once."""
 PEAKS = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Dense bf16 operations a second by GPU, from NVIDIA's data sheets."""
 WARM_UP = (8, 16)
@@ -394,8 +391,10 @@ class Loop:
             yield (Packed.together if self.device == "cuda" else Packed.rows)(chosen, self.device)
 
     def log_probs(self, batch: Packed) -> Any:
+        from flashrl_cli.plugins.log_probs import log_probs
+
         logits = self.model(input_ids=batch.ids, use_cache=False, **batch.arguments).logits
-        return chunked(logits.flatten(0, 1), batch.labels.flatten())
+        return log_probs(logits, batch.labels).flatten()
 
     def loss(self, batch: Packed, old: Any, responses: int) -> Any:
         """The policy-gradient loss with random advantages, a share of the mini-batch's mean over response tokens."""
@@ -551,38 +550,6 @@ def _shard(model: Any, compute: Any) -> None:
     layers = [module for module in model.modules() if type(module).__name__.endswith("DecoderLayer")]
     for unit in (*layers, model):
         fsdp.fully_shard(unit, mp_policy=policy)
-
-
-def chunked(logits: Any, labels: Any) -> Any:
-    """Log-probs [tokens] of labels under logits [tokens, vocabulary], with at most CHUNK rows in float32 at once.
-
-    log p(y) = z_y - logsumexp(z) in float32; its gradient is softmax(z) - 1[y], in the logits' dtype.
-    """
-    return _chunked_log_probs().apply(logits, labels)
-
-
-@functools.cache
-def _chunked_log_probs() -> Any:
-    import torch
-
-    class ChunkedLogProbs(torch.autograd.Function):  # type: ignore[misc]
-        @staticmethod
-        def forward(ctx: Any, logits: Any, labels: Any) -> Any:
-            sums = torch.cat([torch.logsumexp(part.float(), -1) for part in logits.split(CHUNK)])
-            ctx.save_for_backward(logits, labels, sums)
-            return logits.gather(-1, labels[:, None]).squeeze(-1).float() - sums
-
-        @staticmethod
-        def backward(ctx: Any, gradient: Any) -> Any:
-            logits, labels, sums = ctx.saved_tensors
-            result = torch.empty_like(logits)
-            for first in range(0, len(logits), CHUNK):
-                rows = slice(first, first + CHUNK)
-                part = torch.exp(logits[rows].float() - sums[rows, None]).neg_().mul_(gradient[rows, None])
-                result[rows] = part.scatter_add_(-1, labels[rows, None], gradient[rows, None].float())
-            return result, None
-
-    return ChunkedLogProbs
 
 
 def register_varlen() -> None:

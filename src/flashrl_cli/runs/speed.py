@@ -104,6 +104,8 @@ class Speed:
     """Largest share of what the trainer computes that is padding: 0 for packed sequences."""
     response_length: float | None = None
     longest_response: float | None = None
+    cut: float | None = None
+    """Share of the responses that reach `data.max_response_length`; None if no plan says what that is."""
     slow: tuple[Slow, ...] = ()
 
     @property
@@ -114,6 +116,7 @@ class Speed:
             f"{self.tokens_per_s:,.0f} tokens a second and device" if self.tokens_per_s is not None else "",
             f"responses of {self.response_length:,.0f} tokens" if self.response_length is not None else "",
             f"the longest {self.longest_response:,.0f}" if self.longest_response is not None else "",
+            f"{self.cut:.0%} cut at the limit" if self.cut else "",
             f"up to {self.padding:.0%} padding" if self.padding else "",
         )
         return ", ".join(filter(None, parts))
@@ -195,6 +198,14 @@ class Measured:
         return prompt + response if prompt is not None and response is not None else None
 
     @property
+    def cut(self) -> float | None:
+        """Share of the responses that are as long as the preset allows."""
+        longest, limit = self.median("longest_response"), self.setting("data", "max_response_length")
+        if longest is None or not isinstance(limit, int):
+            return None
+        return self.median("longest_share") if longest >= limit else 0.0
+
+    @property
     def padding(self) -> float | None:
         """Largest share of the trainer's tokens that is padding.
 
@@ -222,6 +233,7 @@ def diagnose(history: Sequence[StepMetrics], starts: Sequence[int], plan: Mappin
         padding=found.padding if known else None,
         response_length=found.median("response_length"),
         longest_response=found.median("longest_response"),
+        cut=found.cut if known else None,
         slow=tuple(one for rule in RULES for one in rule(found)) if known else (),
     )
 
@@ -286,7 +298,7 @@ def generation(m: Measured) -> Iterator[Slow]:
             yield speed.waves(m.keys, responses, at_once, possible)
         yield from speed.agents(m.keys, m.responses)
     if mean and longest and longest >= LONG_TAIL * mean:
-        yield speed.waiting(mean, longest, m.setting("data", "max_response_length"))
+        yield speed.waiting(mean, longest, m.cut or 0.0)
 
 
 def occasional(m: Measured) -> Iterator[Slow]:

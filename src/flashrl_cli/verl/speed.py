@@ -206,11 +206,11 @@ def agents(k: Keys, responses: int) -> Iterator[Slow]:
         yield Slow("agents", text, k.fix(AGENTS, max(8, 2 * workers)))
 
 
-def waiting(mean: float, longest: float, limit: int | None) -> Slow:
-    """A phase of generation ends with its longest response; lengths are in tokens, `limit` is the preset's."""
-    cut = ", the limit" if limit is not None and longest >= limit else ""
-    text = f"generation: every step waits for its longest response, {longest:,.0f} tokens{cut} where the mean is"
-    return Slow("waiting", f"{text} {mean:,.0f}; a lower data.max_response_length or more prompts a step wait less")
+def waiting(mean: float, longest: float, cut: float) -> Slow:
+    """Generation ends with its longest response; lengths are in tokens, `cut` is the share that reaches the limit."""
+    limit = f", the limit that {cut:.0%} of the responses reach" if cut else ""
+    text = f"generation: a step waits for its longest response, {longest:,.0f} tokens where the mean is {mean:,.0f}"
+    return Slow("waiting", f"{text}{limit}; a lower data.max_response_length or more prompts a step wait less")
 
 
 def validation(k: Keys, evidence: str, every: int) -> Slow:

@@ -101,7 +101,7 @@ def test_the_measured_step() -> None:
     )
     assert found.facts == (
         "policy update at 0.5% of the GPU's peak arithmetic (MFU), 2,826 tokens a second and device, "
-        "responses of 100 tokens, the longest 256, up to 63% padding"
+        "responses of 100 tokens, the longest 256, 2% cut at the limit, up to 63% padding"
     )
 
 
@@ -152,7 +152,13 @@ LONG = {"timing_s/gen": 200.0, "timing_s/step": 264.0}
             "one agent-loop worker feeds the 4,096 responses",
             f"--set verl.{R}.agent.num_workers=8",
         ),
-        ((), {"response_length/mean": 60.0}, "waiting", "256 tokens, the limit where the mean is 60", ""),
+        (
+            (),
+            {"response_length/mean": 60.0},
+            "waiting",
+            "256 tokens where the mean is 60, the limit that 2% of the responses reach",
+            "",
+        ),
     ],
 )
 def test_what_generation_waits_for(
@@ -282,3 +288,10 @@ def test_only_passes_that_somebody_counted_are_advised_on(sets: tuple[str, ...],
     if text:
         assert text in found["passes"].text
         assert found["passes"].fix == "--set algorithm.max_tokens_per_gpu=auto"
+
+
+def test_responses_are_cut_only_at_the_limit() -> None:
+    assert diagnose(history(), (), plan(*MEASURED)).cut == 0.02
+    shorter = history({"response_length/max": 250.0})
+    assert diagnose(shorter, (), plan(*MEASURED)).cut == 0, "it is only the longest of its batch"
+    assert diagnose(history(), (), {}).cut is None
