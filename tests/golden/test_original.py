@@ -22,9 +22,13 @@ PLACES = {
     EXTENSION,
 }
 """Paths, the run's name, and where flashrl's own class lies."""
-ADDED = {"gsm8k-0.5b": {"trainer.default_local_dir", "trainer.resume_mode", EXTENSION}, "dapo-32b": {EXTENSION}}
-"""What flashrl always says and a list leaves to verl: absolute checkpoints, to go on after an interruption, and that
-weight updates are checked.
+DASHBOARD = "ray_kwargs.ray_init.include_dashboard"
+ADDED = {
+    "gsm8k-0.5b": {"trainer.default_local_dir", "trainer.resume_mode", EXTENSION, DASHBOARD},
+    "dapo-32b": {EXTENSION, DASHBOARD},
+}
+"""What flashrl always says and a list leaves to verl: absolute checkpoints, to go on after an interruption, that weight
+updates are checked, and that Ray starts no dashboard.
 """
 OURS = {"fp8": "fp8-block"}
 """The lists' precisions under flashrl's names: verl's `quantization=fp8` has a scale for each block."""

@@ -30,13 +30,18 @@ DTYPE = "actor_rollout_ref.rollout.dtype"
 METRICS_PATH = "VERL_FILE_LOGGER_PATH"
 COMMON = {
     "HYDRA_FULL_ERROR": "1",  # without it Hydra shortens the traceback that shows why a worker died
+    # images often set it; without compiled modules each of a run's processes compiles 7,000 (15 s of a core) again
+    "PYTHONDONTWRITEBYTECODE": "",
     "PYTHONUNBUFFERED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray otherwise starts an idle worker for each of its logical CPUs ahead of need, and some for the first driver
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
 }
 CPU = {
     "VERL_PLATFORM": "cpu",  # the platform that flashrl's plugin registers
     "VERL_ENGINE_DEVICE": "cuda",  # verl registers its training engines for cuda and npu only; the switch is verl's
-    "RAY_enable_worker_prestart": "0",  # Ray otherwise starts idle workers for its 16 logical CPUs ahead of need
+    "RAY_enable_metrics_collection": "0",  # of Ray itself, which nobody reads here
     **contract.ENGINE,
 }
 MIXED = {

@@ -27,8 +27,11 @@ def test_cuda():
         "FLASHRL_PLATFORM": "cuda",
         "FLASHRL_PLUGIN_DIR": "/runs/x/attempt_1/plugins",
         "HYDRA_FULL_ERROR": "1",
+        "PYTHONDONTWRITEBYTECODE": "",
         "PYTHONUNBUFFERED": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_enable_worker_prestart": "0",
+        "RAY_prestart_worker_first_driver": "0",
         "VERL_FILE_LOGGER_PATH": "/runs/x/attempt_1/metrics.jsonl",
     }
 
