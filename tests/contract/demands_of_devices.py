@@ -47,16 +47,16 @@ DEVICES = [
     case(
         "sequence_parallelism_fits",
         f"verl.{A}.ulysses_sequence_parallel_size=3",
-        f"verl.{M}.use_remove_padding=true",
         says=f"verl.{A}.ulysses_sequence_parallel_size = 3 does not divide 4 devices",
         hint=f"verl.{A}.ulysses_sequence_parallel_size=2",
-        legal=(f"verl.{A}.ulysses_sequence_parallel_size=4", f"verl.{M}.use_remove_padding=true"),
+        legal=(f"verl.{A}.ulysses_sequence_parallel_size=4",),
     ),
     case(
         "sequence_parallelism_fits",
+        "model.packing=false",
         "verl.critic.fsdp.ulysses_sequence_parallel_size=2",
         says="of the critic needs unpadded input",
-        hint="verl.critic.model.use_remove_padding=true",
+        hint="--set model.packing=true",
     ),
     case(
         "sequence_parallelism_fits",

@@ -76,14 +76,6 @@ LEARNING = [
         legal=("algorithm.filter_groups.metric=score",),
     ),
     case(
-        "sampler_filters_groups",
-        "algorithm.filter_groups.enable=true",
-        says="does nothing for algorithm.filter_groups.enable",
-        hint="--set verl.trainer.v1.sampler.custom_sampler.path=null",
-        preset="tiny",
-        legal=("algorithm.filter_groups.enable=true", "verl.trainer.v1.sampler.custom_sampler.path=pkg://mine"),
-    ),
-    case(
         "filter_sees_rewards",
         "verl.reward.reward_model.enable=true",
         says="devices of its own",

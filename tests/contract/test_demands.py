@@ -106,11 +106,12 @@ def test_all_mistakes_are_reported_at_once():
 
 def test_one_cause_is_reported_once():
     """What the log-probs and the reference policy take over from the actor is the actor's."""
-    dynamic = (f"verl.{A}.use_dynamic_bsz=true", f"verl.{A}.ppo_max_token_len_per_gpu=99")
-    sets = ("algorithm.kl_loss=true", *dynamic, f"verl.{A}.ulysses_sequence_parallel_size=2")
+    budgets = ("algorithm.max_tokens_per_gpu=99", "rollout.log_prob_max_tokens_per_gpu=null")
+    packing = ("model.packing=false", f"verl.{A}.ulysses_sequence_parallel_size=2")
+    sets = ("algorithm.kl_loss=true", *budgets, *packing)
     s = settings("gsm8k-0.5b", sets)
     found = [str(problem.where) for problem in lint.problems(s.resolved, s.overrides, s.tree)]
-    assert found == [f"--set verl.{A}.ppo_max_token_len_per_gpu", f"--set verl.{A}.ulysses_sequence_parallel_size"]
+    assert found == ["--set algorithm.max_tokens_per_gpu", "--set model.packing"]
 
 
 def test_a_file_that_exists_scores(tmp_path):

@@ -15,14 +15,14 @@ from flashrl_cli.text import GIB
 from flashrl_cli.verl import compose
 from flashrl_cli.verl.config import SET_KEYS, Batch, Settings, TrainerSettings, trainer_settings
 from flashrl_cli.verl.overrides import Places, overrides
-from tests.specs import load_spec
+from tests.specs import decided_spec
 
 pytestmark = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not installed")
 
 
 @cache
 def composed(*sets: str, preset: str = "dapo-32b") -> tuple[Resolved, compose.Tree]:
-    resolved = load_spec(preset, sets=sets)
+    resolved = decided_spec(preset, sets=sets)
     places = Places(name="run", data=Path("/data"), checkpoints=Path("/ckpt/run"))
     return resolved, compose.tree([str(override) for override in overrides(resolved, places)])
 
@@ -39,8 +39,8 @@ def test_the_original_s_32b_run() -> None:
     assert (actor.strategy, actor.sequence_parallel, actor.train, actor.infer) == (
         "fsdp",
         8,
-        Batch(tokens=22528),
-        Batch(tokens=22528),
+        Batch(tokens=32768),
+        Batch(tokens=32768),
     )
     assert actor.param_offload
     assert actor.optimizer_offload
@@ -53,8 +53,11 @@ def test_the_original_s_32b_run() -> None:
 def test_a_critic_has_the_budget_that_verl_uses() -> None:
     critic = settings(preset="gsm8k-0.5b").critic
     assert critic is not None
-    assert critic.train == critic.infer == Batch(tokens=4 * 1536)
+    assert critic.train == critic.infer == Batch(tokens=32768)
     assert not critic.checkpointing
+    rows = settings("critic.micro_batch_size_per_gpu=4", preset="gsm8k-0.5b").critic
+    assert rows is not None
+    assert rows.train == Batch(tokens=4 * 1536)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +81,11 @@ def test_keys_of_the_actor(text: str, name: str, value: object) -> None:
 
 
 def test_a_reference_is_a_model_of_its_own_but_under_lora() -> None:
-    assert settings("algorithm.kl_loss=true").reference == Batch(tokens=22528)
+    assert settings("algorithm.kl_loss=true").reference == Batch(tokens=32768)
+    by_tokens = settings("algorithm.kl_loss=true", "rollout.log_prob_max_tokens_per_gpu=24576")
+    assert by_tokens.reference == by_tokens.actor.infer == Batch(tokens=24576)
+    by_responses = settings("algorithm.kl_loss=true", "algorithm.micro_batch_size_per_gpu=2")
+    assert by_responses.reference == by_responses.actor.infer == Batch(sequences=2)
     assert settings("algorithm.kl_loss=true", "verl.actor_rollout_ref.model.lora_rank=8").reference is None
 
 
@@ -94,13 +101,14 @@ def test_advice_can_be_followed(name: str) -> None:
     if name.endswith(("offload", "offload_policy", "kernels", "checkpointing", "padding")):
         value = "true"
     key = SET_KEYS[name]
+    by_responses = name in {"micro_batch", "log_prob_micro_batch"}
+    given = ("algorithm.micro_batch_size_per_gpu=8",) if by_responses else ()
     before, after = (
-        settings(*sets, preset="gsm8k-0.5b" if critic else "dapo-32b") for sets in ((), (f"{key}={value}",))
+        settings(*given, *sets, preset="gsm8k-0.5b" if critic else "dapo-32b") for sets in ((), (f"{key}={value}",))
     )
     unchanged = {"checkpointing", "fused_kernels", "optimizer_offload", "param_offload", "offload_policy"}
     unchanged.add("remove_padding")
-    by_tokens = {"micro_batch", "log_prob_micro_batch"}
-    assert (before == after) == (name in unchanged | by_tokens)
+    assert (before == after) == (name in unchanged)
 
 
 def test_estimate_of_a_shipped_preset() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from flashrl_cli.config.presets import names
 from flashrl_cli.verl.overrides import Places, overrides
-from tests.specs import load_spec
+from tests.specs import decided_spec
 
 GOLDEN = Path(__file__).parent
 PAGE = (GOLDEN.parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
@@ -49,7 +49,7 @@ def read(name: str) -> Items:
 
 def ours(preset: str, rollout: str = "bf16", tis: str = "off") -> Items:
     places = Places(name="run", data=Path("/data"), checkpoints=Path("/checkpoints/run"))
-    return items([str(override) for override in overrides(load_spec(preset, rollout=rollout, tis=tis), places)])
+    return items([str(override) for override in overrides(decided_spec(preset, rollout=rollout, tis=tis), places)])
 
 
 def same(text: str, other: str | None) -> bool:

@@ -54,7 +54,7 @@ def test_no_other_page_has_generated_tables() -> None:
 def test_tables_have_as_many_cells_in_each_row(name: str) -> None:
     text = tables.TABLES[name](tables.read)
     widths = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")}
-    assert len(widths) == 1
+    assert len(widths) <= 1
 
 
 def test_another_figure_makes_a_page_stale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

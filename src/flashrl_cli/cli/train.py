@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from flashrl_cli.train.executors import Place
     from flashrl_cli.train.launch import Launch
     from flashrl_cli.train.plan import LaunchPlan
+    from flashrl_cli.train.preflight import Validation
     from flashrl_cli.train.process import Start
     from flashrl_cli.train.sweep import Job, UsedNames
 
@@ -77,7 +78,7 @@ def train(
 
     if sweep:
         used = UsedNames(resume=resume, force=force, look_only=dry_run)
-        jobs = _plan_sweep(read, sweep, options, name, used, output, many=yes or dry_run)
+        jobs = _plan_sweep(read, sweep, options, name, used, place, output, many=yes or dry_run)
         first = next((job.launch for job in jobs if job.launch), None)
         if dry_run:
             _show_sweep(jobs, output)
@@ -89,8 +90,8 @@ def train(
     if fail_fast or yes:
         raise InputError("--fail-fast and --yes belong to --sweep")
     resolved = read(options)
-    plan = launch.next_plan(resolved, name, resume=resume, look_only=dry_run, force=force)
-    single = launch.Launch(resolved=resolved, plan=plan, tree=launch.judge(resolved, plan))
+    plan = launch.next_plan(resolved, name, resume=resume, look_only=dry_run, force=force, gpu_memory=place.gpu_memory)
+    single = launch.Launch(resolved=plan.resolved, plan=plan, tree=launch.judge(plan.resolved, plan))
     if dry_run:
         starter.show(single)
     elif plan.is_finished:
@@ -111,18 +112,30 @@ class Starter:
 
     def show(self, launch: Launch) -> None:
         """Print the plan as a script or as a document."""
+        from flashrl_cli.memory.budget import lines
         from flashrl_cli.train.plan import plan_document, plan_script
-        from flashrl_cli.train.preflight import memory_of
+        from flashrl_cli.train.preflight import memory_of, validation_of
+        from flashrl_cli.train.speed import slow
         from flashrl_cli.verl.lint import notes
 
         plan = launch.plan
-        memory, noted = memory_of(launch.resolved, launch.tree), notes(launch.resolved, plan.overrides, launch.tree)
+        memory = memory_of(launch.resolved, launch.tree, self.place.gpu_memory(plan.spec))
+        noted = notes(launch.resolved, plan.overrides, launch.tree)
+        validation = validation_of(launch.resolved, launch.tree, plan.resume.step or 0)
+        slowing = slow(launch, memory, validation)
         if self.output.json_mode:
-            added = {"memory": memory.document(), "notes": noted}
+            added = {
+                "memory": memory.document(),
+                "validation": validation.document(),
+                "slow": [one.document() for one in slowing],
+                "notes": noted,
+            }
             self.output.document(plan_document(plan) | self.place.document(plan) | added)
         else:
             submission = self.place.submission_script(plan)
-            self.output.text(plan_script(plan, [*memory.lines, *noted], submission=submission))
+            listed = [f"slows a step: {one}" for one in slowing]
+            remarks = [validation.text, *memory.lines, *lines(launch.resolved), *listed, *noted]
+            self.output.text(plan_script(plan, remarks, submission=submission))
 
     def check(self, plan: LaunchPlan) -> Start:
         """Check that a plan can run, and return the function that starts it. Raises EnvironmentNotReady, InputError."""
@@ -134,13 +147,19 @@ class Starter:
         from flashrl_cli.train.preflight import vocabulary
         from flashrl_cli.train.run import run_plan
 
-        start, plan, output = self._ready(launch), launch.plan, self.output
+        (start, validation), plan, output = self._ready(launch), launch.plan, self.output
         output.say(f"run {plan.name}, attempt {plan.attempt}: `tail -F {plan.attempt_paths.log}` shows everything")
         for line in plan.resume.lines():
             output.say(line)
-        words = vocabulary(plan.spec)
         with display_for(output, title=plan.name, total=plan.spec.trainer.steps) as display:
-            steps = run_plan(plan, display, start=start, vocabulary=words, command=["flashrl", *sys.argv[1:]])
+            steps = run_plan(
+                plan,
+                display,
+                start=start,
+                vocabulary=vocabulary(plan.spec),
+                validates=validation.size,
+                command=["flashrl", *sys.argv[1:]],
+            )
         output.say(f"done: {counted(steps, 'step')}; checkpoints in {plan.paths.checkpoints}")
 
     def detach(self, launch: Launch) -> None:
@@ -155,21 +174,27 @@ class Starter:
         output.say(f"run {plan.name}, attempt {attempt.number}, goes on as process {attempt.pid}")
         output.say(f"`flashrl runs watch {plan.name}` shows it, `flashrl runs stop {plan.name}` ends it")
 
-    def _ready(self, launch: Launch) -> Start:
-        """Check a launch, and print warnings about problems that do not prevent a start."""
+    def _ready(self, launch: Launch) -> tuple[Start, Validation]:
+        """Check a launch, and print what it validates, and warnings about what does not prevent a start."""
         from flashrl_cli.runs import store
-        from flashrl_cli.train.preflight import memory_of
+        from flashrl_cli.train.preflight import memory_of, validation_of
         from flashrl_cli.train.run import refuse_running
+        from flashrl_cli.train.speed import slow
         from flashrl_cli.verl.lint import notes
 
         plan = launch.plan
         refuse_running(store.load(plan.paths.record))
         start = self.check(plan)
-        if warning := memory_of(launch.resolved, launch.tree, self.place.gpu_memory(plan)).warning:
-            self.output.warn(f"memory: {warning}")
+        memory = memory_of(launch.resolved, launch.tree, self.place.gpu_memory(plan.spec))
+        validation = validation_of(launch.resolved, launch.tree, plan.resume.step or 0)
+        self.output.say(validation.text)
+        if memory.warning:
+            self.output.warn(f"memory: {memory.warning}")
+        for one in slow(launch, memory, validation):
+            self.output.warn(f"slows a step: {one}")
         for note in notes(launch.resolved, plan.overrides, launch.tree):
             self.output.warn(note)
-        return start
+        return start, validation
 
 
 def _plan_sweep(
@@ -178,6 +203,7 @@ def _plan_sweep(
     options: Options,
     name: str | None,
     used: UsedNames,
+    place: Place,
     output: Output,
     *,
     many: bool,
@@ -190,7 +216,7 @@ def _plan_sweep(
         raise InputError(f"--resume {used.resume}: a sweep has many runs", hint="it goes on with each by itself")
     found = points(read_axes(texts, options), many=many)
     with output.progress(f"judging {counted(len(found), 'run')}", len(found)) as advance:
-        return plan_jobs(read, found, options, name, used, advance)
+        return plan_jobs(read, found, options, name, used, advance, place.gpu_memory)
 
 
 def _show_sweep(jobs: Sequence[Job], output: Output) -> None:

@@ -36,21 +36,52 @@ if TYPE_CHECKING:
     from flashrl_cli.config.spec import ResourceSpec
 
 
-def derived_layers(spec: RunSpec) -> Iterator[Layer]:
-    """Yield a layer for every key that is null and whose value is derived from other keys."""
+def derived_layers(spec: RunSpec, layers: Sequence[Layer]) -> Iterator[Layer]:
+    """Yield a layer for every key whose value is derived from others: it is null, or a later word overrules it.
+
+    `layers` are those that the spec was merged from. A later word is `trainer.validate_every` for
+    `trainer.validate_before`: who switches validation off wants none before the first step either.
+    """
     critic, trains_critic = spec.critic, spec.algorithm.advantage == "gae"
     longest = spec.data.max_prompt_length + spec.data.max_response_length
     if spec.rollout.max_model_len is None:
         yield _derived("rollout.max_model_len", longest, "data.max_prompt_length + data.max_response_length")
     if trains_critic and critic.path is None:
         yield _derived("critic.path", spec.model.path, "model.path")
-    if trains_critic and critic.max_tokens_per_gpu is None and critic.micro_batch_size_per_gpu is not None:
+    yield from _passes(spec)
+    if trains_critic and critic.max_tokens_per_gpu in (None, "auto") and critic.micro_batch_size_per_gpu is not None:
         tokens = critic.micro_batch_size_per_gpu * longest
         yield _derived("critic.max_tokens_per_gpu", tokens, "critic.micro_batch_size_per_gpu full-length responses")
+    before, every = (_rank(key, layers) for key in ("trainer.validate_before", "trainer.validate_every"))
+    if spec.trainer.validate_every <= 0 and (before < every or before < 0):
+        yield _derived("trainer.validate_before", False, f"trainer.validate_every = {spec.trainer.validate_every}")
 
 
-def _derived(key: str, value: int | str, reason: str) -> Layer:
+def _passes(spec: RunSpec) -> Iterator[Layer]:
+    """Layers of the policy's passes, which are batched by responses where a number of responses is given."""
+    update, log_probs = spec.algorithm.micro_batch_size_per_gpu, spec.rollout.log_prob_micro_batch_size_per_gpu
+    tokens = spec.rollout.log_prob_max_tokens_per_gpu
+    if update is not None and spec.algorithm.max_tokens_per_gpu == "auto":
+        yield _derived("algorithm.max_tokens_per_gpu", None, "algorithm.micro_batch_size_per_gpu counts responses")
+    by_responses = update is not None or spec.algorithm.max_tokens_per_gpu is None
+    if tokens == "auto" and (by_responses or log_probs is not None):
+        yield _derived("rollout.log_prob_max_tokens_per_gpu", None, "log-probs are batched by responses")
+    if update is not None and log_probs is None and tokens in (None, "auto"):
+        yield _derived("rollout.log_prob_micro_batch_size_per_gpu", update, "algorithm.micro_batch_size_per_gpu")
+
+
+def _derived(key: str, value: int | str | None, reason: str) -> Layer:
     return Layer(Origin("derived", reason=reason), nested(key, value))
+
+
+def _rank(key: str, layers: Sequence[Layer]) -> int:
+    """How late a key was set: the number of its last layer, the same for all options; -1 if none set it."""
+    ranks = [
+        len(layers) if layer.origin.layer in ("option", "set") else number
+        for number, layer in enumerate(layers)
+        if key in dict(leaves(layer.data))
+    ]
+    return max(ranks, default=-1)
 
 
 class Violation(NamedTuple):
@@ -80,6 +111,49 @@ def mini_batch_divides_batch(spec: RunSpec) -> Iterator[Violation]:
             "algorithm.mini_batch_size",
             f"{mini} does not divide data.train_batch_size = {batch}",
             fix={"algorithm.mini_batch_size": fitting},
+        )
+
+
+def passes_have_one_size(spec: RunSpec) -> Iterator[Violation]:
+    """A pass is bounded by responses or by tokens, not by both."""
+    algorithm, critic, rollout = spec.algorithm, spec.critic, spec.rollout
+    tokens_of_critic = critic.max_tokens_per_gpu
+    if critic.micro_batch_size_per_gpu is not None:
+        derived = tokens_of_critic == critic.micro_batch_size_per_gpu * spec.data.max_length
+        tokens_of_critic = None if derived or algorithm.advantage != "gae" else tokens_of_critic
+    for start, responses, tokens in (
+        ("algorithm.", algorithm.micro_batch_size_per_gpu, algorithm.max_tokens_per_gpu),
+        ("rollout.log_prob_", rollout.log_prob_micro_batch_size_per_gpu, rollout.log_prob_max_tokens_per_gpu),
+        ("critic.", critic.micro_batch_size_per_gpu, tokens_of_critic),
+    ):
+        if responses is not None and tokens is not None:
+            rows = f"{start}micro_batch_size_per_gpu"
+            yield Violation(
+                f"{start}max_tokens_per_gpu",
+                f"{tokens} tokens a pass, and {rows} = {responses} responses: only one of them can bound it",
+                fix={f"{start}max_tokens_per_gpu": "auto", rows: None},
+            )
+
+
+def passes_are_counted_alike(spec: RunSpec) -> Iterator[Violation]:
+    """Updates and log-probs are both batched by tokens, or both by responses.
+
+    Workers assert it when they start (verl/workers/engine_workers.py:616).
+    """
+    by_tokens = spec.algorithm.max_tokens_per_gpu is not None
+    responses, tokens = spec.rollout.log_prob_micro_batch_size_per_gpu, spec.rollout.log_prob_max_tokens_per_gpu
+    if by_tokens and responses is not None and tokens is None and spec.algorithm.micro_batch_size_per_gpu is None:
+        rows = "rollout.log_prob_micro_batch_size_per_gpu"
+        yield Violation(
+            rows,
+            "counts responses, and algorithm.max_tokens_per_gpu tokens; verl takes only one way for both",
+            fix={rows: None, "algorithm.micro_batch_size_per_gpu": responses},
+        )
+    if not by_tokens and tokens is not None and responses is None:
+        yield Violation(
+            "rollout.log_prob_max_tokens_per_gpu",
+            "counts tokens, and the policy update responses; verl takes only one way for both",
+            fix={"rollout.log_prob_max_tokens_per_gpu": None},
         )
 
 
@@ -228,6 +302,8 @@ def no_secret_is_written_down(spec: RunSpec) -> Iterator[Violation]:
 
 RULES: tuple[Rule, ...] = (
     mini_batch_divides_batch,
+    passes_have_one_size,
+    passes_are_counted_alike,
     group_has_members,
     filtered_groups_vary,
     metrics_are_written,
@@ -412,7 +488,7 @@ def read_spec(preset: str, options: Options = NO_OPTIONS, translate: Translate =
     if len(unknown) < len(errors):
         raise _refusal(preset, problems, layers)
     spec = RunSpec.model_validate(_without(data, unknown))
-    layers += derived_layers(spec)
+    layers += list(derived_layers(spec, layers))
     data, written = merge(layers)
     spec = RunSpec.model_validate(_without(data, unknown))
     # with something left out, a rule may be broken only because of that

@@ -118,6 +118,8 @@ def _rows(part: Schema, prefix: str, schema: Schema) -> Iterator[Row]:
 def _values(field: Schema) -> str:
     if "title" in field:
         return str(field["title"])
+    if "const" in field:
+        return f"`{field['const']}`"
     if "enum" in field:
         return ", ".join(f"`{choice}`" for choice in field["enum"])
     if "anyOf" in field:

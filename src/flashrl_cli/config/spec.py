@@ -19,6 +19,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
 FolderName = Annotated[str, Field(pattern=FOLDER_NAME)]
+Tokens = Literal["auto"] | Count
 Scalar = bool | int | float | str | None
 
 
@@ -43,6 +44,12 @@ class ModelSpec(Part):
 
     path: Text
     """Hugging Face id, path of a folder (from `/`, `~` or `.`), or `prepared:NAME`: the model of that data set."""
+    packing: bool = True
+    """Policy and critic read the sequences of a pass end to end, without padding."""
+    recompute: Literal["auto"] | bool = "auto"
+    """Policy and critic save each layer's input only and compute the rest again for the backward pass (gradient
+    checkpointing; verl's own default is true): a third more work for less memory. `auto` does so only where passes
+    that are long enough to fill the GPU do not fit otherwise."""
 
 
 class DataSpec(Part):
@@ -90,7 +97,11 @@ class AlgorithmSpec(Part):
     mini_batch_size: Count
     """Prompts an optimizer step; divides `data.train_batch_size`."""
     micro_batch_size_per_gpu: Count | None = None
-    """Responses a forward pass; null where verl batches by tokens (`use_dynamic_bsz`)."""
+    """Responses a forward pass; null for batches by tokens."""
+    max_tokens_per_gpu: Tokens | None = "auto"
+    """Tokens a forward pass (verl batches by responses unless `use_dynamic_bsz` is set, and takes 16384 tokens then).
+    `auto` is what the estimated memory allows, or null where `micro_batch_size_per_gpu` is given; null for batches by
+    responses."""
     clip_low: NotNegative = 0.2
     """The ratio of probabilities is clipped at 1 - clip_low."""
     clip_high: NotNegative = 0.2
@@ -123,9 +134,11 @@ class CriticSpec(Part):
     lr: Positive = 1e-5
     """Learning rate of the critic."""
     micro_batch_size_per_gpu: Count | None = None
-    """Responses a forward pass. verl demands it, but bounds the critic by `max_tokens_per_gpu`."""
-    max_tokens_per_gpu: Count | None = None
-    """Tokens a forward pass; null means `micro_batch_size_per_gpu` full-length responses."""
+    """Full-length responses a forward pass, whose tokens are then `max_tokens_per_gpu`: verl's critic always batches
+    by tokens."""
+    max_tokens_per_gpu: Tokens | None = "auto"
+    """Tokens a forward pass. `auto` is what the estimated memory allows, unless `micro_batch_size_per_gpu` is given;
+    null is verl's own number (32768)."""
 
 
 class RolloutSpec(Part):
@@ -166,7 +179,11 @@ class RolloutSpec(Part):
     enforce_eager: bool = False
     """No CUDA graphs."""
     log_prob_micro_batch_size_per_gpu: Count | None = None
-    """Responses a forward pass of the trainer that recomputes log-probs; null where verl batches by tokens."""
+    """Responses a forward pass of the trainer that recomputes log-probs, the reference policy's included; null for
+    batches by tokens, or for `algorithm.micro_batch_size_per_gpu`."""
+    log_prob_max_tokens_per_gpu: Tokens | None = "auto"
+    """Tokens a forward pass of the trainer that recomputes log-probs, the reference policy's included. `auto` is what
+    the estimated memory allows; null, as in verl, `algorithm.max_tokens_per_gpu`."""
 
 
 class CorrectionSpec(Part):
@@ -210,7 +227,8 @@ class TrainerSpec(Part):
     validate_every: int = -1
     """Steps between validations, the last step included; -1 for none."""
     validate_before: bool = True
-    """Validate the starting policy."""
+    """Validate the starting policy before the first step. False where `validate_every` is -1, unless this is set
+    beside it or later: by the same preset, by one that extends it, or by an option."""
     critic_warmup: Annotated[int, Field(ge=0)] = 0
     """Steps in which only the critic learns."""
     logger: Annotated[tuple[Text, ...], Field(strict=False)] = ("console", "file")

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from flashrl_cli import __version__, files
-from flashrl_cli.data.readers import require
+from flashrl_cli.data.readers import count, require
 from flashrl_cli.data.rows import Fault, kind_of, printable, shown
 from flashrl_cli.errors import EnvironmentNotReady, InputError, Location
+from flashrl_cli.paths import DatasetPaths
 
 if TYPE_CHECKING:
     from flashrl_cli.data.rows import Row
-    from flashrl_cli.paths import DatasetPaths
 
 SCHEMA_VERSION = 1
 DEEPEST = 16
@@ -182,6 +182,21 @@ def read_manifest(paths: DatasetPaths) -> Manifest | None:
 def outputs_unchanged(paths: DatasetPaths, manifest: Manifest) -> bool:
     """Whether every file that the manifest lists is unchanged."""
     return all(unchanged(paths.split(split), entry) for split, entry in manifest["splits"].items())
+
+
+def described(path: Path) -> Mapping[str, Any]:
+    """What the manifest beside a data file says of it; empty if there is none, or the file changed since."""
+    manifest = read_manifest(DatasetPaths(path.parent.name, path.parent)) or {}
+    entry = manifest.get("splits", {}).get(path.stem)
+    return entry if isinstance(entry, dict) and unchanged(path, entry) else {}
+
+
+def rows_of(path: Path) -> int | None:
+    """Number of rows of a data file, by its manifest or else by the file itself; None if neither tells."""
+    with contextlib.suppress(EnvironmentNotReady, InputError):
+        rows = described(path).get("rows")
+        return rows if isinstance(rows, int) else count(path)
+    return None
 
 
 def remove_stale(paths: DatasetPaths, earlier: Manifest, manifest: Manifest) -> list[Path]:

@@ -19,7 +19,7 @@ from flashrl_cli.verl.config import Settings, TrainerSettings, trainer_settings
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
-    from flashrl_cli.memory.advise import Advice
+    from flashrl_cli.memory.advise import Advice, Spare
     from flashrl_cli.memory.parts import Engine
     from flashrl_cli.verl.compose import Tree
     from flashrl_cli.weights.shape import ModelShape
@@ -72,6 +72,8 @@ class Estimate:
     """Whether the KV cache holds one sequence of `max_model_len`, without which vLLM does not start."""
     verdict: Verdict
     advice: Advice | None
+    spare: Spare
+    """What costs time and need not be, if the run fits."""
 
     @property
     def peak(self) -> Phase:
@@ -120,6 +122,9 @@ def of_settings(
         starts=engine.starts,
         verdict=judged,
         advice=advise.best(settings, score) if judged != "fits" else None,
+        spare=advise.spare(settings, shape, lambda changed: score(changed)[0] == 0)
+        if judged == "fits"
+        else advise.Spare(),
     )
 
 

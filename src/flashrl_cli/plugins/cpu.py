@@ -20,8 +20,10 @@ import torch
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
-MARK = "_flashrl_patched"
-VERL_VERSION = "0.9.1"
+from flashrl_cli import contract
+
+MARK = contract.PATCHED
+VERL_VERSION = contract.VERL
 
 
 def apply() -> None:

@@ -1,21 +1,63 @@
-"""verl's synchronous replay buffer with a shorter poll interval.
+"""verl's replay buffer, which asks its queue more often whether the responses are complete.
 
-Stock verl 0.9.1 sleeps 2 s between polls of its queue (verl/trainer/ppo/v1/replay_buffer.py:144). That is negligible
-beside minutes of generation, but most of a step of the small default run on a CPU. The class is used through verl's
-hook `trainer.v1.sampler.custom_sampler`, which does not support dynamic sampling (`algorithm.filter_groups`).
+Stock verl 0.9.1 sleeps 2 s between two looks (verl/trainer/ppo/v1/replay_buffer.py:144, :409). On average a step waits
+a second for nothing, which is much of a step with short responses. Here the pause is a share of the time that was
+waited already, so that long rollouts are asked no more often than by stock verl. verl builds the buffer through its
+hook `trainer.v1.sampler.custom_sampler`.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
-from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+LEAST_S = 0.05
+SHARE = 0.04
+"""The pause between two looks, as a share of the time since the first; a look takes 10 ms for 1,000 responses."""
 
-POLL_INTERVAL_S = 0.05
+
+def quick_buffer(*, refill_fn: Callable[[int], int], **_: Any) -> Any:
+    """The replay buffer that verl builds without the hook, with shorter pauses.
+
+    verl does not give a custom sampler the settings of dynamic sampling (verl/trainer/ppo/v1/trainer_base.py:163), so
+    the trainer, of which `refill_fn` is a method, builds its own buffer.
+    """
+    trainer: Any = refill_fn.__self__  # type: ignore[attr-defined]
+    hook = trainer.config.trainer.v1.sampler.custom_sampler
+    path = hook.path
+    hook.path = None
+    try:
+        buffer = trainer._build_replay_buffer()
+    finally:
+        hook.path = path
+    buffer.__class__ = _with_short_pauses(type(buffer))
+    return buffer
 
 
-class QuickReplayBuffer(ReplayBuffer):
-    """verl's replay buffer with a poll interval of 0.05 s."""
+def pause(waited: float, longest: float) -> float:
+    """Seconds to sleep after `waited` seconds, at most `longest`."""
+    return min(max(SHARE * waited, LEAST_S), longest)
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(poll_interval=POLL_INTERVAL_S, **kwargs)
+
+def _with_short_pauses(base: Any) -> Any:
+    class QuickReplayBuffer(base):
+        """A replay buffer of verl's with shorter pauses."""
+
+        _since = 0.0
+        poll_interval: float
+
+        def sample(self, *args: Any, **kwargs: Any) -> Any:
+            self._since = time.monotonic()
+            return super().sample(*args, **kwargs)
+
+        def _wait_for_next_poll(self, *args: Any, **kwargs: Any) -> float:
+            longest: float = self.poll_interval
+            self.poll_interval = pause(time.monotonic() - self._since, longest)
+            try:
+                debugged: float = super()._wait_for_next_poll(*args, **kwargs)
+            finally:
+                self.poll_interval = longest
+            return debugged
+
+    return QuickReplayBuffer

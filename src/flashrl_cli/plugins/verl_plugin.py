@@ -1,8 +1,9 @@
 """Entry point `verl.plugins`: verl imports this module in every process of a run.
 
 verl loads plugins without calling them, so the module acts when it is imported. Outside of a flashrl run it does
-nothing. On a GPU it only makes the trainer send weights in bf16, where that loses nothing. verl logs an exception
-raised here at DEBUG level only, so the launcher uses the handshake files to verify what really runs.
+nothing. On a GPU it makes the trainer send weights in bf16, where that loses nothing, and compute log-probs in chunks.
+verl logs an exception raised here at DEBUG level only, so the launcher uses the handshake files to verify what really
+runs.
 """
 
 from __future__ import annotations
@@ -21,4 +22,7 @@ if contract.plugin_dir() is not None:
         from flashrl_cli.plugins import transfer
 
         transfer.send_bf16()
+    from flashrl_cli.plugins import log_probs
+
+    log_probs.apply()
     contract.logger().info("loaded by verl for %s", contract.RolloutOptions.here())

@@ -1,7 +1,8 @@
 """Entry point `vllm.general_plugins`: vLLM calls `register` in every process that it starts.
 
-It registers flashrl's quantization methods, checks that loading a model's folder writes every parameter, and registers
-the float32 head if a run asks for it. Outside of a flashrl run it does nothing.
+It registers flashrl's quantization methods, checks that loading a model's folder writes every parameter, lets the
+engine and verl's server exchange fewer messages, and registers the float32 head if a run asks for it. Outside of a
+flashrl run it does nothing.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ def register() -> None:
         return
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from flashrl_cli.plugins import coverage, linear
+    from flashrl_cli.plugins import coverage, linear, outputs
 
     for config in linear.CONFIGS:
         register_quantization_config(config.get_name())(config)
     coverage.check_first_load()
+    outputs.apply()
     if contract.RolloutOptions.here().lm_head_fp32:
         linear.register_float32_head()
     contract.logger().info("registered with vLLM for %s", contract.RolloutOptions.here())

@@ -79,6 +79,7 @@ def report_document(found: Summary, changed: Changed) -> dict[str, Any]:
         "notes": list(found.notes),
         "totals": asdict(totals(record, found.metrics.history)),
         "step": [asdict(spent) for spent in found.step],
+        "speed": found.speed.document(),
         "starts": [_start(attempt) for attempt in found.run.attempts if len(attempt.phases) > 1],
         "mismatch": _mismatch(found),
         "proof": [{"attempt": number, **asdict(one)} for number, listed in found.handshakes.items() for one in listed],

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from flashrl_cli.render.output import Output
     from flashrl_cli.runs.delete import Prune
     from flashrl_cli.runs.saved import CheckpointList, Saved
-    from flashrl_cli.runs.summary import AttemptRow, Row, Spent, Summary
+    from flashrl_cli.runs.speed import Speed, Spent
+    from flashrl_cli.runs.summary import AttemptRow, Row, Summary
     from flashrl_cli.verl.metrics import StepMetrics
 
 COLUMNS = ("name", "preset", "state", "step", "reward", "acc.", "att.", "changed", "disk")
@@ -88,9 +89,10 @@ def show(out: Output, found: Summary) -> None:
         out.text("\n".join(lines) + "\n")
     _paragraphs(out, _errors(found.attempts))
     start = f"the start of attempt {found.attempts[-1].number if found.attempts else '?'} took"
-    for lines in (_spent(start, found.start), _spent("a step took on average", found.step)):
+    for lines in (_spent(start, found.start), _spent(_step_heading(found), found.step)):
         if lines:
             out.text("\n".join(lines) + "\n")
+    _paragraphs(out, _speed(found.speed))
     _paragraphs(out, _proof(found))
     _curve(out, found.metrics.history)
     _paragraphs(out, ["rollout against trainer", *(f"  {line}" for line in found.advice.lines)], end="")
@@ -149,6 +151,17 @@ def _spent(heading: str, spent: Sequence[Spent]) -> list[str]:
         return []
     rows = [(f"  {one.what}", _exact(one.seconds), f"{one.share:.0%}") for one in spent]
     return [f"{heading} {_exact(sum(one.seconds for one in spent))}", *aligned(rows, right=(1, 2))]
+
+
+def _step_heading(found: Summary) -> str:
+    steps = found.speed.steps
+    return f"a step took, as median of the last {steps}," if steps > 1 else "the step took"
+
+
+def _speed(found: Speed) -> list[str]:
+    """How fast the last steps were, and what slowed them, a line for each cause; empty if nothing is known."""
+    slow = ["what slows a step", *(f"  {one}" for one in found.slow)] if found.slow else []
+    return [*filter(None, [found.facts]), *slow]
 
 
 def _exact(seconds: float) -> str:

@@ -20,7 +20,7 @@ from flashrl_cli.errors import InputError
 from flashrl_cli.runs import mismatch, store
 from flashrl_cli.runs.metrics import last_values, read_last, read_run_metrics
 from flashrl_cli.runs.saved import measure
-from flashrl_cli.verl.metrics import BESIDE_STEP, TIMINGS
+from flashrl_cli.runs.speed import Speed, Spent, diagnose, spent, step_shares
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from flashrl_cli.runs.mismatch import Advice
     from flashrl_cli.runs.store import Attempt, Run, RunRecord, Status
     from flashrl_cli.verl.metrics import StepMetrics
-
-OTHER = "other"
-"""The part of verl's step timer that no phase covers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,15 +132,6 @@ class Totals:
     """Prompt and response tokens of all steps."""
 
 
-@dataclass(frozen=True, slots=True)
-class Spent:
-    """Seconds spent on something, and their share of the total."""
-
-    what: str
-    seconds: float
-    share: float
-
-
 def totals(record: RunRecord | None, history: Sequence[StepMetrics]) -> Totals:
     """The numbers of a run from its metrics and, if it has one, its record."""
     attempts = record.attempts if record else ()
@@ -165,36 +153,15 @@ def ran_s(attempt: Attempt) -> float:
     return _seconds(attempt.started, attempt.ended or attempt.updated)
 
 
-def step_shares(history: Sequence[StepMetrics], starts: Sequence[int] = ()) -> list[Spent]:
-    """Mean seconds of a step by phase, with their shares, in the order of a step; time outside the phases comes last.
-
-    The first step of each attempt warms up, so it is left out unless there are no others; `starts` are the steps after
-    which later attempts resumed. Validation time is spread over all steps, because verl's step timer does not include
-    it.
-    """
-    timed = [metrics for metrics in history if metrics.trained and metrics["step_s"]]
-    first = {metrics.step for metrics in timed[:1]} | {step + 1 for step in starts}
-    timed = [metrics for metrics in timed if metrics.step not in first] or timed
-    spent = {phase: sum(metrics.seconds.get(phase, 0.0) for metrics in timed) for phase in TIMINGS}
-    within = sum(seconds for phase, seconds in spent.items() if phase != BESIDE_STEP)
-    spent[OTHER] = max(0.0, sum(metrics["step_s"] or 0.0 for metrics in timed) - within)
-    return _spent({phase: seconds / len(timed) for phase, seconds in spent.items() if seconds})
-
-
 def start_shares(attempt: Attempt) -> list[Spent]:
     """Seconds of each phase of an attempt's start; the last phase is the first step, unless it ended earlier."""
     began = [(phase.name, phase.began) for phase in attempt.phases]
     if attempt.last_step is None and attempt.ended:
         began.append(("", attempt.ended))
-    spent: dict[str, float] = {}
+    seconds: dict[str, float] = {}
     for (name, at), (_, until) in pairwise(began):
-        spent[name] = spent.get(name, 0.0) + _seconds(at, until)
-    return _spent(spent)
-
-
-def _spent(seconds: dict[str, float]) -> list[Spent]:
-    whole = sum(seconds.values())
-    return [Spent(what, one, one / whole if whole else 0.0) for what, one in seconds.items()]
+        seconds[name] = seconds.get(name, 0.0) + _seconds(at, until)
+    return spent(seconds)
 
 
 def _seconds(began: str, ended: str) -> float:
@@ -238,7 +205,9 @@ class Summary:
     start: tuple[Spent, ...]
     """Phases of the start of the newest attempt."""
     step: tuple[Spent, ...]
-    """Phases of an average step."""
+    """Phases of a median step."""
+    speed: Speed
+    """How fast the last steps were, and what slowed them."""
     plans: Mapping[int, Mapping[str, Any]]
     """The plans' documents, by attempt."""
     handshakes: dict[int, list[Handshake]]
@@ -279,6 +248,7 @@ class Summary:
             "holes": self.metrics.missing,
             "start": [asdict(spent) for spent in self.start],
             "step": [asdict(spent) for spent in self.step],
+            "speed": self.speed.document(),
             "proof": [asdict(one) for one in self.proof],
             "set_aside": self.set_aside,
             "mismatch": self.advice.document(),
@@ -306,6 +276,7 @@ def summarize(run: Run) -> Summary:
         metrics=metrics,
         start=tuple(start_shares(run.last) if run.last else ()),
         step=tuple(step_shares(metrics.history, metrics.resumed_after)),
+        speed=diagnose(metrics.history, metrics.resumed_after, plans[max(plans)] if plans else {}),
         plans=plans,
         handshakes=handshakes,
         advice=_advice(run, metrics),

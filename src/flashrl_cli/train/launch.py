@@ -10,27 +10,37 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import contract, paths
 from flashrl_cli.config.layers import Difference, differences, leaves
 from flashrl_cli.config.resolve import read_spec
-from flashrl_cli.errors import InputError, Problem
+from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
+from flashrl_cli.memory import budget
 from flashrl_cli.paths import FOLDER_NAME
 from flashrl_cli.runs.store import newest_plan
+from flashrl_cli.train import preflight
 from flashrl_cli.train.plan import LaunchPlan, build_plan, default_name, run_paths
-from flashrl_cli.train.preflight import shape
 from flashrl_cli.train.resume import FROM_NOTHING, Resume, choose
+from flashrl_cli.verl.config import Settings, trainer_settings
 from flashrl_cli.verl.lint import check_overrides
+from flashrl_cli.verl.lint import composed as compose
 from flashrl_cli.verl.lint.keys import translation
+from flashrl_cli.verl.overrides import AUTO
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from flashrl_cli.config.resolve import Options, Resolved
+    from flashrl_cli.config.spec import RunSpec
     from flashrl_cli.paths import RunPaths
     from flashrl_cli.verl.compose import Tree
+    from flashrl_cli.verl.lint import Composition
+    from flashrl_cli.verl.overrides import Override
+
+GpuMemory = Callable[["RunSpec"], Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +58,17 @@ def read(preset: str, options: Options) -> Resolved:
 
 
 def next_plan(
-    resolved: Resolved, name: str | None, *, resume: str, look_only: bool = False, force: bool = False
+    resolved: Resolved,
+    name: str | None,
+    *,
+    resume: str,
+    look_only: bool = False,
+    force: bool = False,
+    gpu_memory: GpuMemory = preflight.gpu_memory,
 ) -> LaunchPlan:
-    """Plan the next attempt of a run; `look_only` also plans for a name that is in use.
+    """Plan the next attempt of a run, with a value for each `auto`; `look_only` also plans for a name that is in use.
+
+    `gpu_memory` gives the bytes of each GPU that can be seen of those that a run uses.
 
     Raises InputError for a name that is in use, for a step that cannot be loaded, and, without `force`, for a run that
     was started with another configuration.
@@ -58,7 +76,7 @@ def next_plan(
     run_name = default_name(resolved.spec.name, resolved.spec) if name is None else name
     run = run_paths(run_name, resolved.spec, paths.runs_root(), paths.checkpoints_root())
     attempt = next_attempt(run, resume="auto" if look_only else resume)
-    plan = _plan(resolved, run_name, attempt, choose(resolved.spec, run, resume))
+    plan = _plan(resolved, run_name, attempt, choose(resolved.spec, run, resume), gpu_memory, _recorded(run))
     if not (look_only or force) and (changed := changes(plan)):
         raise InputError(
             f"run {plan.name} was started with another configuration",
@@ -70,20 +88,20 @@ def next_plan(
 
 def judge(resolved: Resolved, plan: LaunchPlan) -> Tree:
     """verl's configuration of a plan. Raises InputError with every problem, EnvironmentNotReady without verl."""
-    return check_overrides(resolved, plan.overrides, shape(resolved.spec.model.path))
+    return check_overrides(resolved, plan.overrides, preflight.shape(resolved.spec.model.path), plan.composed)
 
 
-def preview(preset: str, options: Options) -> tuple[Resolved, LaunchPlan]:
+def preview(preset: str, options: Options, gpu_memory: GpuMemory = preflight.gpu_memory) -> tuple[Resolved, LaunchPlan]:
     """A preset and the plan of its first run under its default name. Raises InputError if its values break rules."""
-    resolved = read(preset, options).checked()
-    return resolved, _first_plan(resolved)
+    plan = _first_plan(read(preset, options).checked(), gpu_memory)
+    return plan.resolved, plan
 
 
 def check(preset: str, options: Options) -> list[Problem]:
     """Problems of a preset by the spec, the rules or verl's configuration. Raises EnvironmentNotReady without verl."""
     try:
-        resolved = read(preset, options)
-        judge(resolved, _first_plan(resolved))
+        plan = _first_plan(read(preset, options))
+        judge(plan.resolved, plan)
     except InputError as error:
         return list(error.problems) or [Problem(error.message, None, error.hint)]
     return []
@@ -105,23 +123,78 @@ def next_attempt(run: RunPaths, *, resume: str) -> int:
     return max(used, default=0) + 1
 
 
-def _first_plan(resolved: Resolved) -> LaunchPlan:
-    return _plan(resolved, default_name(resolved.spec.name, resolved.spec), 1, FROM_NOTHING)
+def _first_plan(resolved: Resolved, gpu_memory: GpuMemory = preflight.gpu_memory) -> LaunchPlan:
+    name = default_name(resolved.spec.name, resolved.spec)
+    return _plan(resolved, name, 1, FROM_NOTHING, gpu_memory, {})
 
 
-def _plan(resolved: Resolved, name: str, attempt: int, resume: Resume) -> LaunchPlan:
-    """A plan for this process, with its Python, its root folders and its log level."""
-    return build_plan(
-        resolved,
-        name=name,
-        attempt=attempt,
-        python=sys.executable,
-        runs_root=paths.runs_root(),
-        checkpoints_root=paths.checkpoints_root(),
-        data_root=paths.data_root(),
-        resume=resume,
-        logging=os.environ.get(contract.ENV_LOGGING),
-    )
+def _plan(
+    resolved: Resolved,
+    name: str,
+    attempt: int,
+    resume: Resume,
+    gpu_memory: GpuMemory,
+    recorded: Mapping[str, Any],
+) -> LaunchPlan:
+    """A plan for this process, with its Python, its root folders and its log level.
+
+    `recorded` are the values of an attempt before this one, which its `auto` keys keep.
+    """
+
+    def build(resolved: Resolved, composed: Composition | None = None) -> LaunchPlan:
+        return build_plan(
+            resolved,
+            name=name,
+            attempt=attempt,
+            python=sys.executable,
+            runs_root=paths.runs_root(),
+            checkpoints_root=paths.checkpoints_root(),
+            data_root=paths.data_root(),
+            resume=resume,
+            logging=os.environ.get(contract.ENV_LOGGING),
+            composed=composed,
+        )
+
+    undecided = budget.undecided(resolved.spec)
+    kept = {key: budget.Choice(recorded[key], KEPT) for key in undecided if recorded.get(key) not in {None, AUTO}}
+    resolved = budget.decided(resolved, kept)
+    keys = budget.undecided(resolved.spec)
+    if not keys:
+        return build(resolved)
+    choices, composed = _choices(resolved, keys, build(resolved).overrides, gpu_memory)
+    return build(budget.decided(resolved, {key: choices[key] for key in keys}), composed)
+
+
+KEPT = "as in the run's attempt before"
+
+
+def _recorded(run: RunPaths) -> dict[str, Any]:
+    """Values that the run's newest attempt was started with, by their dotted keys; empty if there is none."""
+    return dict(leaves(newest_plan(run).get("spec") or {}))
+
+
+def _choices(
+    resolved: Resolved, keys: Sequence[str], overrides: Sequence[Override], gpu_memory: GpuMemory
+) -> tuple[dict[str, budget.Choice], Composition | None]:
+    """What the `auto` keys of a preset stand for, and verl's configuration where it was composed to know it."""
+    spec, composed = resolved.spec, None
+    if spec.resources.platform == "cpu":
+        return budget.on_cpu(spec, preflight.shape(spec.model.path)), None
+    try:
+        # a preset that breaks rules is refused for that, whatever else there is
+        composed = None if resolved.broken else compose(overrides)
+        if composed is None or composed.tree is None:
+            raise ValueError("the preset is not accepted")
+        settings = trainer_settings(Settings(resolved, composed.overrides, composed.tree))
+        policy, critic = preflight.model_shapes(spec)
+        if policy is None:
+            raise ValueError(f"no config.json of {spec.model.path} is on this machine ({preflight.bring(spec)})")
+    except EnvironmentNotReady as error:
+        return budget.without_estimate(spec, error.message), None
+    except ValueError as error:
+        return budget.without_estimate(spec, str(error)), composed
+    gpu = budget.Gpu(*preflight.gpu(spec, gpu_memory(spec)))
+    return budget.estimated(settings, keys, policy, critic, gpu), composed
 
 
 FREE = (
@@ -135,11 +208,19 @@ FREE = (
     "trainer.validate_before",
     "trainer.logger",
     "resources.gpu_memory_gib",
+    "model.packing",
+    "model.recompute",
+    "algorithm.max_tokens_per_gpu",
+    "algorithm.micro_batch_size_per_gpu",
+    "critic.max_tokens_per_gpu",
+    "critic.micro_batch_size_per_gpu",
+    "rollout.log_prob_max_tokens_per_gpu",
+    "rollout.log_prob_micro_batch_size_per_gpu",
     "verl.ray_kwargs.",
     "verl.+ray_kwargs.",
 )
-"""Keys, and prefixes of keys, that may change when a run is resumed: how long it runs, how it is watched, where it runs
-and what it writes, but not what it learns.
+"""Keys, and prefixes of keys, that may change when a run is resumed: how long it runs, how it is watched, where it
+runs, how its passes are cut and what it writes, but not what it learns.
 """
 
 

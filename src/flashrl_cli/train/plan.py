@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.paths import AttemptPaths, RunPaths
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from flashrl_cli.config.layers import Origin
     from flashrl_cli.config.resolve import Resolved
     from flashrl_cli.config.spec import RunSpec
+    from flashrl_cli.verl.lint import Composition
 
 ENTRY_POINT = "verl.trainer.main_ppo"
 
@@ -33,9 +34,7 @@ class LaunchPlan:
     """One attempt of one run. `env` holds the variables added to the environment; `cwd` is the attempt's folder."""
 
     name: str
-    preset: str
-    spec: RunSpec
-    origins: Mapping[str, Origin]
+    resolved: Resolved
     attempt: int
     argv: tuple[str, ...]
     env: Mapping[str, str]
@@ -44,6 +43,23 @@ class LaunchPlan:
     paths: RunPaths
     attempt_paths: AttemptPaths
     resume: Resume = FROM_NOTHING
+    composed: Composition | None = field(default=None, compare=False, repr=False)
+    """verl's configuration of these overrides but for some values, where it was composed to find these values."""
+
+    @property
+    def spec(self) -> RunSpec:
+        """The preset's values."""
+        return self.resolved.spec
+
+    @property
+    def preset(self) -> str:
+        """The preset's name."""
+        return self.resolved.spec.name
+
+    @property
+    def origins(self) -> Mapping[str, Origin]:
+        """Where each value comes from."""
+        return self.resolved.origins
 
     @property
     def is_finished(self) -> bool:
@@ -81,6 +97,7 @@ def build_plan(
     data_root: Path,
     resume: Resume = FROM_NOTHING,
     logging: str | None = None,
+    composed: Composition | None = None,
 ) -> LaunchPlan:
     """Plan an attempt of run `name` that continues from `resume`; roots are absolute, `logging` is for the plugins."""
     spec = resolved.spec
@@ -90,9 +107,7 @@ def build_plan(
     given = overrides(resolved, places)
     return LaunchPlan(
         name=name,
-        preset=spec.name,
-        spec=spec,
-        origins=resolved.origins,
+        resolved=resolved,
         attempt=attempt,
         argv=(str(python), "-m", ENTRY_POINT, *map(str, given), *_hydra_settings(files)),
         env=run_environment(spec, files, logging=logging),
@@ -101,6 +116,7 @@ def build_plan(
         paths=run,
         attempt_paths=files,
         resume=resume,
+        composed=composed,
     )
 
 

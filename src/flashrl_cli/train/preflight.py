@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli import hub, paths
 from flashrl_cli.data import readers
 from flashrl_cli.data.rows import BadRows, Needs, Scoring, faults, judge
-from flashrl_cli.data.writing import Types
+from flashrl_cli.data.writing import Types, rows_of
 from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
 from flashrl_cli.machine import gpus, ray_state, software, system
 from flashrl_cli.machine.finding import Finding, fail, ok, problems, warn
@@ -29,6 +29,7 @@ from flashrl_cli.memory import estimate
 from flashrl_cli.memory.model import shape_of
 from flashrl_cli.text import counted
 from flashrl_cli.verl import environment, rewards
+from flashrl_cli.verl.config import VALIDATION_LIMIT, VALIDATION_SAMPLES
 from flashrl_cli.verl.overrides import data_path, model_path
 from flashrl_cli.weights import Unreadable, Weights, read_json
 from flashrl_cli.weights.contents import shapes
@@ -216,6 +217,12 @@ def _how_to_make(path: Path) -> str:
     return "check the path"
 
 
+def bring(spec: RunSpec) -> str:
+    """How the policy of `spec` gets onto this machine."""
+    here = local_inputs(spec).get("model.path")
+    return _how_to_make(here) if here else f"`hf download {spec.model.path}`"
+
+
 _MAKE_PROFILE = "`flashrl quantize MODEL --calibrate PARQUET` makes one, --set rollout.profile=null goes without"
 
 
@@ -364,23 +371,82 @@ class Memory:
         return {"gpu": self.gpu, **estimate.document(self.estimate)}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """What a run validates, and when: `before` is the number of its first step, None if it does not start with it."""
+
+    data: str
+    prompts: int | None
+    """Rows of the file, of which verl leaves out overlong ones if the preset says so; None if they are not known."""
+    responses: int
+    """Responses to a prompt."""
+    before: int | None
+    every: int | None
+    """Steps between validations, of which the last step is one; None for none."""
+
+    @property
+    def size(self) -> str:
+        """What one validation generates."""
+        prompts = "all prompts" if self.prompts is None else counted(self.prompts, "prompt")
+        several = f" x {self.responses} responses" if self.responses > 1 else ""
+        return f"{prompts}{several} of {self.data}"
+
+    @property
+    def text(self) -> str:
+        """A sentence for a terminal, or for the comments of a script."""
+        times = [f"before step {self.before}"] if self.before is not None else []
+        if self.every == 1:
+            times += ["after every step"]
+        elif self.every is not None:
+            times += [f"every {self.every} steps", "after the last"]
+        if not times:
+            return "validation: none"
+        return f"validation: {self.size} {', '.join(times[:-1])}{' and ' if times[1:] else ''}{times[-1]}"
+
+    def document(self) -> dict[str, Any]:
+        """Plain data, for `--json`."""
+        return asdict(self)
+
+
+def validation_of(resolved: Resolved, tree: Tree, done: int = 0) -> Validation:
+    """What a run validates that goes on from step `done`; reads the manifest or the size of its validation data."""
+    spec = resolved.spec
+    path = Path(data_path("test")(spec.data.val, paths.data_root()))
+    rows, most = rows_of(path) if path.exists() else None, tree.get(VALIDATION_LIMIT)
+    return Validation(
+        data=path.name if path.name in spec.data.val else spec.data.val,
+        prompts=min(rows, most) if rows is not None and isinstance(most, int) and most > 0 else rows,
+        responses=tree.get(VALIDATION_SAMPLES),
+        before=done + 1 if spec.trainer.validate_before else None,
+        every=spec.trainer.validate_every if spec.trainer.validate_every > 0 else None,
+    )
+
+
 def memory_of(resolved: Resolved, tree: Tree, gpus: Sequence[int] = ()) -> Memory:
     """Memory of a run on `gpus` (bytes of each), on `resources.gpu_memory_gib`, or else on GPUs of 80 GB."""
     spec = resolved.spec
     if spec.resources.platform == "cpu":
         return Memory(unknown="it is estimated for GPUs only")
     try:
-        policy = shape_of(spec.model.path, paths.data_root())
-        critic = shape_of(spec.critic.path, paths.data_root()) if spec.critic.path else None
+        policy, critic = model_shapes(spec)
         if policy is None:
             return Memory(unknown=f"no config.json of {spec.model.path} on this machine")
-        size, source = _gpu(spec, gpus)
+        size, source = gpu(spec, gpus)
         return Memory(gpu=source, estimate=estimate.estimate(resolved, tree, policy, critic, size))
     except ValueError as error:
         return Memory(unknown=str(error))
 
 
-def _gpu(spec: RunSpec, gpus: Sequence[int]) -> tuple[int, str]:
+def model_shapes(spec: RunSpec) -> tuple[ModelShape | None, ModelShape | None]:
+    """Shapes of the policy and of a critic with a model of its own, if files on this machine give them.
+
+    Raises ValueError for a model that is not a plain decoder.
+    """
+    critic = spec.critic.path
+    return shape_of(spec.model.path, paths.data_root()), shape_of(critic, paths.data_root()) if critic else None
+
+
+def gpu(spec: RunSpec, gpus: Sequence[int]) -> tuple[int, str]:
     """Bytes of a GPU, and where that number comes from."""
     given = spec.resources.gpu_memory_gib
     if given is not None:
@@ -405,6 +471,6 @@ def _parameters(model: str) -> int | None:
 
 def gpu_memory(spec: RunSpec) -> list[int]:
     """Bytes of each GPU here; empty for a run on a CPU, or on a cluster, whose GPUs cannot be seen from here."""
-    if spec.resources.platform == "cpu" or _cluster(spec):
+    if spec.resources.platform == "cpu" or spec.resources.nodes > 1 or _cluster(spec):
         return []
     return [gpu.memory_mib << 20 for gpu in gpus.seen() if gpu.memory_mib]

@@ -38,18 +38,20 @@ def run_plan(
     *,
     start: Start,
     vocabulary: int | None = None,
+    validates: str = "",
     command: Sequence[str] = (),
 ) -> int:
     """Execute `plan` and keep the run's record up to date; returns the number of steps done.
 
-    `command` is the command line that requested it. Raises InputError if the run is already under way, and the errors
-    of `supervise`.
+    `validates` says what a validation generates, `command` is the command line that requested the run. Raises
+    InputError if the run is already under way, and the errors of `supervise`.
     """
     with signals.collected() as received:
         _claim(plan, command)
         try:
             plan.resume.prepare()
-            steps = supervise(plan, Recording(display, plan), received, start=start, vocabulary=vocabulary)
+            seen = Recording(display, plan)
+            steps = supervise(plan, seen, received, start=start, vocabulary=vocabulary, validates=validates)
         except BaseException as error:
             _close(plan, **_ending(error))
             raise

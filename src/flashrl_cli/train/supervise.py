@@ -41,19 +41,26 @@ TRACEBACK_LINES = 2000
 
 
 def supervise(
-    plan: LaunchPlan, display: Display, received: list[int], *, start: Start, vocabulary: int | None = None
+    plan: LaunchPlan,
+    display: Display,
+    received: list[int],
+    *,
+    start: Start,
+    vocabulary: int | None = None,
+    validates: str = "",
 ) -> int:
     """Execute `plan` to its end and return the number of steps done; no process of it is left afterwards.
 
     `received` is a list that grows by each signal received (`signals.collected`); `vocabulary` is the policy's number
-    of tokens, if known. Raises RunFailed, EnvironmentNotReady or Interrupted with the end of the log.
+    of tokens, if known; `validates` says what a validation generates, for those who wait for it. Raises RunFailed,
+    EnvironmentNotReady or Interrupted with the end of the log.
     """
     paths = plan.attempt_paths
     paths.plugins.mkdir(parents=True)
     files.write_json(paths.plan, plan_document(plan))
     display.phase(StartPhase.VERL.words)
     handle = start(plan)
-    watch = Watch(plan, display, handle, vocabulary)
+    watch = Watch(plan, display, handle, vocabulary, validates)
     try:
         _follow(watch, received)
     except (RunFailed, EnvironmentNotReady) as error:
@@ -114,6 +121,8 @@ class Watch:
     display: Display
     handle: Handle
     vocabulary: int | None
+    validates: str = ""
+    """What a validation generates, in words."""
     steps: int = 0
     """Training steps done in this attempt."""
     last: int = 0
@@ -143,11 +152,12 @@ class Watch:
         self.display.tick()
 
     def _read(self, line: str) -> None:
-        phase = phase_after(line, self._phase)
+        phase = phase_after(line, self._phase, validates=self.plan.spec.trainer.validate_before)
         if phase is not None and not self.steps:
             self._phase = phase
             self._moved = time.monotonic()
-            self.display.phase(phase.words)
+            what = f": {self.validates}" if self.validates and phase is StartPhase.VALIDATION else ""
+            self.display.phase(f"{phase.words}{what}")
         total = total_steps(line)
         if total is not None:
             self.total = total

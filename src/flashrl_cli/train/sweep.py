@@ -19,8 +19,8 @@ from flashrl_cli.runs import store
 from flashrl_cli.runs.metrics import history
 from flashrl_cli.signals import Interrupted
 from flashrl_cli.text import counted
-from flashrl_cli.train import launch
-from flashrl_cli.train.launch import Launch
+from flashrl_cli.train import launch, preflight
+from flashrl_cli.train.launch import GpuMemory, Launch
 from flashrl_cli.train.plan import default_name, run_paths
 from flashrl_cli.train.run import refuse_running
 from flashrl_cli.train.sweep_axes import run_names
@@ -82,6 +82,7 @@ def plan_jobs(
     name: str | None,
     used: UsedNames,
     advance: Callable[[int], None] = lambda _: None,
+    gpu_memory: GpuMemory = preflight.gpu_memory,
 ) -> list[Job]:
     """A job for each point; `read` reads the preset with a point's options, `advance` is called as points are checked.
 
@@ -93,7 +94,7 @@ def plan_jobs(
     _note_twins(specs, wrong)
     jobs = []
     for (point, resolved), run in zip(specs, _names(specs, name), strict=True):
-        job = wrong.collect(point, partial(_job, point, resolved, run, used))
+        job = wrong.collect(point, partial(_job, point, resolved, run, used, gpu_memory))
         jobs += [job] if job else []
         advance(1)
     if problems := wrong.problems():
@@ -117,16 +118,17 @@ def _names(specs: Sequence[tuple[Point, Resolved]], name: str | None) -> list[st
     return run_names([default_name(r.spec.name, r.spec) for _, r in specs], points, in_bases=NAMED_BY_DEFAULT)
 
 
-def _job(point: Point, resolved: Resolved, name: str, used: UsedNames) -> Job:
+def _job(point: Point, resolved: Resolved, name: str, used: UsedNames, gpu_memory: GpuMemory) -> Job:
     begun = run_paths(name, resolved.spec, paths.runs_root(), paths.checkpoints_root()).attempts()
-    plan = launch.next_plan(resolved, name, resume="auto" if begun else used.resume, force=True)
+    mode = "auto" if begun else used.resume
+    plan = launch.next_plan(resolved, name, resume=mode, force=True, gpu_memory=gpu_memory)
     if not used.force:
         _refuse_changes(plan)
     state = _state(plan)
     if state == "running" and not used.look_only:
         refuse_running(store.load(plan.paths.record))
     starts = state in {"waiting", "begun"}
-    judged = Launch(resolved=resolved, plan=plan, tree=launch.judge(resolved, plan)) if starts else None
+    judged = Launch(resolved=plan.resolved, plan=plan, tree=launch.judge(plan.resolved, plan)) if starts else None
     return Job(point=point, run=plan.paths, state=state, launch=judged)
 
 

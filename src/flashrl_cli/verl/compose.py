@@ -47,6 +47,13 @@ class Tree:
         value = OmegaConf.select(self._config, key, throw_on_missing=False)
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
+    def put(self, override: Override) -> None:
+        """Apply one more override, of a key and a type that a composition accepts; it is not checked."""
+        from omegaconf import OmegaConf
+
+        value = list(override.value) if isinstance(override.value, tuple) else override.value
+        OmegaConf.update(self._config, override.key, value, merge=False, force_add=True)
+
     def container(self) -> dict[str, Any]:
         """The tree as plain data, with interpolations left unresolved."""
         from omegaconf import OmegaConf

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashrl_cli import contract
 from flashrl_cli.errors import Location, Problem
-from flashrl_cli.verl.overrides import ACTOR, ENGINE, ROLLOUT, TABLE, Override, quote
+from flashrl_cli.verl.overrides import ACTOR, ENGINE, MODEL, REF, ROLLOUT, TABLE, Override, quote
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from flashrl_cli.verl.compose import Tree
     from flashrl_cli.weights.shape import ModelShape
 
-REF = "actor_rollout_ref.ref"
-MODEL = "actor_rollout_ref.model"
 TENSOR_PARALLEL = f"{ROLLOUT}.tensor_model_parallel_size"
 DATA_PARALLEL = f"{ROLLOUT}.data_parallel_size"
+VALIDATION_SAMPLES = f"{ROLLOUT}.val_kwargs.n"
+"""Key of the number of responses to a prompt in validation."""
+VALIDATION_LIMIT = "data.val_max_samples"
+"""Key of the largest number of prompts that a validation takes; below 1 for all."""
 FIELDS = {entry.key: entry.field for entry in TABLE}
 DTYPE_BYTES = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2}
 
@@ -183,6 +185,10 @@ class Settings:
                 if origin.layer in layers:
                     return origin.where
         return None
+
+    def is_given(self, key: str) -> bool:
+        """Whether a preset or an option set a verl key to anything but null."""
+        return self.get(key) is not None and self.where(key) is not None
 
     def fix(self, key: str, value: Any, *, new: bool = False) -> str:
         """The command-line option that sets a verl key; `new` is for a key that verl's tree lacks."""
@@ -388,7 +394,7 @@ def trainer_settings(s: Settings) -> TrainerSettings:
         rollout=_rollout(s),
         bucket=s.get(f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes") << 20,
         colocated=s.get("trainer.v1.trainer_mode") != "separate_async",
-        log_probs_follow=LOG_PROBS.tokens not in {key.lstrip("+") for key in s.spec.verl},
+        log_probs_follow=s.spec.rollout.log_prob_max_tokens_per_gpu is None,
     )
 
 
@@ -465,7 +471,6 @@ SET_KEYS = {
     name: written(key)
     for name, key in {
         "remove_padding": ROLES["actor"].padding,
-        "critic_remove_padding": ROLES["critic"].padding,
         "checkpointing": f"{MODEL}.enable_gradient_checkpointing",
         "fused_kernels": f"{MODEL}.use_fused_kernels",
         "optimizer_offload": f"{ACTOR}.fsdp_config.optimizer_offload",
@@ -475,7 +480,6 @@ SET_KEYS = {
         "token_budget": UPDATE.tokens,
         "log_prob_tokens": LOG_PROBS.tokens,
         "log_prob_micro_batch": LOG_PROBS.micro,
-        "critic_checkpointing": "critic.model.enable_gradient_checkpointing",
         "critic_optimizer_offload": "critic.fsdp.optimizer_offload",
         "critic_param_offload": "critic.fsdp.param_offload",
         "critic_tokens": CRITIC.tokens,

@@ -68,7 +68,7 @@ IGNORED = (
     DeadKey(f"{A}.rollout_n", "rollout.n", _NO_READER),
     DeadKey(f"{A}.use_fused_kernels", f"verl.{M}.use_fused_kernels", "taken from the model (engine_workers.py:115)"),
     DeadKey(f"{A}.use_prefix_grouper", _NOTHING, _V0),
-    DeadKey(f"{A}.use_remove_padding", f"verl.{M}.use_remove_padding", "taken from the model (engine_workers.py:630)"),
+    DeadKey(f"{A}.use_remove_padding", "model.packing", "taken from the model (engine_workers.py:630)"),
     DeadKey(
         f"{A}.use_torch_compile",
         f"verl.{A}.fsdp_config.use_torch_compile",

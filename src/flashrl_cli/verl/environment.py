@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 from flashrl_cli import contract, paths
 from flashrl_cli.errors import Problem
 from flashrl_cli.precision import BY_METHOD
-from flashrl_cli.verl.config import MODEL, ROLES, bf16_replicas
+from flashrl_cli.verl.config import ROLES, bf16_replicas, written
+from flashrl_cli.verl.overrides import MODEL
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
@@ -100,7 +101,7 @@ FLASH = "flash_attention_2"
 """verl's default attention implementation (verl/workers/config/model.py:185)."""
 SAVED = "actor_rollout_ref.actor.checkpoint.save_contents"
 KEPT = "trainer.max_actor_ckpt_to_keep"
-WITHOUT_FLASH = f"--set verl.+{ROLES['actor'].attention}=sdpa --set verl.{ROLES['actor'].padding}=false"
+WITHOUT_FLASH = f"--set verl.+{ROLES['actor'].attention}=sdpa --set {written(ROLES['actor'].padding)}=false"
 """Options of a run without flash-attn; it is slower, and has no critic and no sequence parallelism."""
 KEEP_ONE = f"--set verl.{KEPT}=1"
 BYTES = {"model": 4, "optimizer": 8, "hf_model": 2}

@@ -42,8 +42,8 @@ class StartPhase(enum.Enum):
     """The phases of a run's start, in order: name, longest time in seconds, and texts of the log.
 
     The name is shown and written to run.json. A log line that contains one of the texts begins the phase. The times
-    are about ten times what a large model takes on slow disks; None means the time limit of a step, for the sampling of
-    the first step.
+    are about ten times what a large model takes on slow disks; None means the time limit of a step, for a validation
+    and for the sampling of the first step.
     """
 
     VERL = ("starting verl", 600)
@@ -57,20 +57,23 @@ class StartPhase(enum.Enum):
     ENGINE_LOAD = ("loading the rollout engine", 1800, "['serve',")
     CHECKPOINT = ("loading the checkpoint", 1800, "checkpoint engine manager initialized")
     FIRST_REFIT = ("sending weights to the rollout engine", 900, "all initialize finished, ready to fit")
-    SAMPLING = ("sampling responses", None, "Creating file logger at", "Training Progress:")
+    VALIDATION = ("validating the starting policy", None, "Creating file logger at")
+    SAMPLING = ("sampling responses", None, "Initial validation metrics", "Training Progress:")
 
     def __init__(self, words: str, clock_s: float | None, *texts: str) -> None:
         self.words, self.clock_s, self.texts = words, clock_s, texts
 
 
-def phase_after(line: str, current: StartPhase) -> StartPhase | None:
+def phase_after(line: str, current: StartPhase, *, validates: bool) -> StartPhase | None:
     """The phase that `line` begins; None if it begins none that is later than `current`.
 
-    With several nodes, lines of earlier phases are repeated late.
+    With several nodes, lines of earlier phases are repeated late. A run that `validates` does so before it samples; any
+    other samples at once (verl/trainer/ppo/v1/trainer_base.py:439).
     """
     phases = list(StartPhase)
     later = phases[phases.index(current) + 1 :]
-    return next((phase for phase in later if any(text in line for text in phase.texts)), None)
+    found = next((phase for phase in later if any(text in line for text in phase.texts)), None)
+    return StartPhase.SAMPLING if found is StartPhase.VALIDATION and not validates else found
 
 
 STEP = re.compile(r"(?:^|\s)step:(\d+) - (.+)$")

@@ -39,6 +39,9 @@ METRICS = {
         Metric("accuracy", None, "accuracy", heading="accuracy", form=".3f"),
         Metric("response_length", "response_length/mean", "response length", "tokens", heading="length", form=".1f"),
         Metric("prompt_length", "prompt_length/mean", "prompt length", "tokens"),
+        Metric("longest_response", "response_length/max", "longest response", "tokens"),
+        Metric("longest_prompt", "prompt_length/max", "longest prompt", "tokens"),
+        Metric("longest_share", "response_length/clip_ratio", "responses of the longest length", "share"),
         Metric("entropy", "actor/entropy", "entropy", "nats a token", heading="entropy", form=".3f"),
         Metric("grad_norm", "actor/grad_norm", "gradient norm", heading="grad", form=".3f", watched=True),
         Metric("loss", "actor/pg_loss", "policy loss", watched=True),
@@ -75,11 +78,17 @@ METRICS = {
         ),
         Metric("tokens", "perf/total_num_tokens", "tokens of a step"),
         Metric("step_s", "timing_s/step", "time of a step", "s", heading="s/step", form=".1f"),
+        Metric("mfu", "perf/mfu/actor", "MFU of the policy update", "share of the peak"),
+        Metric("critic_mfu", "perf/mfu/critic", "MFU of the critic update", "share of the peak"),
     )
 }
 """All metrics of a step.
 
-Lengths are in tokens, KL and NLL in nats per token, `tokens_per_s` per device. To add a metric, add a row here and its
+Lengths are in tokens, KL and NLL in nats per token, `tokens_per_s` per device. `longest_share` is the share of
+responses that are as long as the longest one of the batch (verl/trainer/ppo/metric_utils.py:545). Model FLOPs
+utilization (`mfu`, `critic_mfu`) is the arithmetic of the tokens without padding and recomputation, divided by that of
+a GPU at its peak in bf16 (verl/utils/flops_counter.py); it is 0 for a GPU or a model that verl does not know, and
+means nothing on a CPU, for which verl assumes 448 GFLOP/s. To add a metric, add a row here and its
 name to the tuples below for the tables and figures that show it.
 
 Metrics that compare rollout and trainer are taken over the response tokens of a step's batch. With
@@ -135,7 +144,9 @@ TIMINGS = {
     "generate": "timing_s/gen",
     "reward": "timing_s/reward",
     "log-probs": "timing_s/old_log_prob",
+    "reference": "timing_s/ref",
     "values": "timing_s/values",
+    "advantage": "timing_s/adv",
     "critic": "timing_s/update_critic",
     "actor": "timing_s/update_actor",
     "refit": "timing_s/update_weights",
@@ -146,6 +157,9 @@ TIMINGS = {
 
 BESIDE_STEP = "validate"
 """The phase that verl's timer of the step does not include (verl/trainer/ppo/v1/trainer_base.py:494)."""
+
+OCCASIONAL = ("save", "validate")
+"""Phases that only some steps have."""
 
 SECONDS = "seconds."
 """Prefix of the name of a metric that is a phase's duration: `seconds.refit`."""

@@ -60,9 +60,15 @@ def _quoted(text: str) -> str:
 
 
 ACTOR = "actor_rollout_ref.actor"
+MODEL = "actor_rollout_ref.model"
+REF = "actor_rollout_ref.ref"
 ROLLOUT = "actor_rollout_ref.rollout"
 ENGINE = f"{ROLLOUT}.engine_kwargs.vllm"
+STREAM_INTERVAL = f"{ENGINE}.stream_interval"
+SAMPLER = "trainer.v1.sampler.custom_sampler.path"
+SAMPLER_NAME = "trainer.v1.sampler.custom_sampler.name"
 CORRECTION = "algorithm.rollout_correction"
+AUTO = "auto"
 OVERLONG = "reward.reward_kwargs.overlong_buffer_cfg"
 
 
@@ -131,10 +137,15 @@ TABLE = (
     Entry("algorithm.filter_groups.enable", "algorithm.filter_groups.enable"),
     Entry("algorithm.filter_groups.metric", "algorithm.filter_groups.metric"),
     Entry("algorithm.filter_groups.max_inflight_batches", "algorithm.filter_groups.max_inflight_gen_batches"),
-    Entry("model.path", "actor_rollout_ref.model.path", convert=model_path),
+    Entry("model.path", f"{MODEL}.path", convert=model_path),
+    Entry("model.packing", f"{MODEL}.use_remove_padding"),
+    Entry("model.packing", "critic.model.use_remove_padding"),
+    Entry("model.recompute", f"{MODEL}.enable_gradient_checkpointing"),
+    Entry("model.recompute", "critic.model.enable_gradient_checkpointing"),
     Entry("algorithm.lr", f"{ACTOR}.optim.lr"),
     Entry("algorithm.mini_batch_size", f"{ACTOR}.ppo_mini_batch_size"),
     Entry("algorithm.micro_batch_size_per_gpu", f"{ACTOR}.ppo_micro_batch_size_per_gpu"),
+    Entry("algorithm.max_tokens_per_gpu", f"{ACTOR}.ppo_max_token_len_per_gpu"),
     Entry("algorithm.clip_low", f"{ACTOR}.clip_ratio_low"),
     Entry("algorithm.clip_high", f"{ACTOR}.clip_ratio_high"),
     Entry("algorithm.clip_c", f"{ACTOR}.clip_ratio_c"),
@@ -158,6 +169,7 @@ TABLE = (
     Entry("rollout.max_model_len", f"{ROLLOUT}.max_model_len"),
     Entry("rollout.enforce_eager", f"{ROLLOUT}.enforce_eager"),
     Entry("rollout.log_prob_micro_batch_size_per_gpu", f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu"),
+    Entry("rollout.log_prob_max_tokens_per_gpu", f"{ROLLOUT}.log_prob_max_token_len_per_gpu"),
     Entry("reward.manager", "reward.reward_manager.name"),
     Entry("reward.overlong.buffer_len", f"{OVERLONG}.len", added=True),
     Entry("reward.overlong.penalty_factor", f"{OVERLONG}.penalty_factor", added=True, always=True),
@@ -176,13 +188,16 @@ TABLE = (
 
 
 def overrides(resolved: Resolved, places: Places) -> tuple[Override, ...]:
-    """All overrides of a run, grouped: fixed, typed fields, overlong, precision, correction, run, verbatim.
+    """All overrides of a run, grouped: fixed, typed fields, passes, overlong, precision, correction, run, verbatim.
 
-    Pure, except that relative paths in the spec are resolved against the working folder.
+    Pure, except that relative paths in the spec are resolved against the working folder. Where a field is still `auto`,
+    verl's own default is left in place.
     """
     return (
         *_fixed(),
+        *_quick(resolved),
         *_fields(resolved, places.data),
+        *_passes(resolved),
         *_overlong(resolved),
         *_precision(resolved),
         *_correction(resolved),
@@ -198,17 +213,55 @@ def _fixed() -> Iterator[Override]:
     yield Override(f"{ROLLOUT}.name", "vllm", Origin("derived", reason="verl names no engine by default"))
 
 
+def _quick(resolved: Resolved) -> Iterator[Override]:
+    """What makes a rollout with many short responses quick (plugins/sampler.py, plugins/outputs.py)."""
+    given = {written.removeprefix("+") for written in resolved.spec.verl}
+    if not given & {SAMPLER, SAMPLER_NAME}:
+        why = Origin("derived", reason="verl's own buffer looks for finished responses every 2 s")
+        yield Override(SAMPLER, contract.SAMPLER[0], why)
+        yield Override(SAMPLER_NAME, contract.SAMPLER[1], why)
+    if STREAM_INTERVAL not in given:
+        why = Origin("derived", reason="nothing reads a response before it is complete")
+        yield Override(STREAM_INTERVAL, contract.TOKENS_A_MESSAGE, why, added=True)
+
+
 def _fields(resolved: Resolved, data: Path) -> Iterator[Override]:
     for entry in TABLE:
         value = resolved.value(entry.field)
-        if value is None or not (entry.always or resolved.is_set(entry.field)) or _has_no_reader(entry, resolved):
+        # no field of the table takes `auto` as verl's value
+        if value in (None, AUTO) or not (entry.always or resolved.is_set(entry.field)) or _unread(entry, resolved):
             continue
         converted = entry.convert(value, data) if entry.convert else value
         yield Override(entry.key, converted, resolved.origins[entry.field], entry.added)
 
 
-def _has_no_reader(entry: Entry, resolved: Resolved) -> bool:
-    return entry.field.startswith("critic.") and resolved.spec.algorithm.advantage != "gae"
+def _unread(entry: Entry, resolved: Resolved) -> bool:
+    return entry.key.startswith("critic.") and resolved.spec.algorithm.advantage != "gae"
+
+
+def _passes(resolved: Resolved) -> Iterator[Override]:
+    """Whether passes are batched by tokens, and the reference policy's passes, which are those of the log-probs.
+
+    The reference policy's keys, unlike the others, may be given under `verl:` instead. V1's critic is always batched by
+    tokens (verl/trainer/ppo/v1/trainer_base.py:266), so verl need not demand its micro-batch size.
+    """
+    spec = resolved.spec
+    by_tokens = spec.algorithm.max_tokens_per_gpu is not None
+    update, log_probs = "algorithm.max_tokens_per_gpu", "rollout.log_prob_max_tokens_per_gpu"
+    if by_tokens:
+        yield Override(f"{ACTOR}.use_dynamic_bsz", True, resolved.origins[update])
+        yield Override(f"{ROLLOUT}.log_prob_use_dynamic_bsz", True, resolved.origins[update])
+    if spec.algorithm.advantage == "gae":
+        why = Origin("derived", reason="verl's critic always batches by tokens")
+        yield Override("critic.use_dynamic_bsz", True, why)
+    if not (spec.algorithm.kl_loss or spec.algorithm.kl_in_reward):
+        return
+    field = log_probs if by_tokens else "rollout.log_prob_micro_batch_size_per_gpu"
+    key = f"{REF}.log_prob_{'max_token_len' if by_tokens else 'micro_batch_size'}_per_gpu"
+    given = {name.removeprefix("+") for name in spec.verl}
+    value = resolved.value(field)
+    if value not in (None, AUTO) and not given & {key, f"{REF}.log_prob_micro_batch_size"}:
+        yield Override(key, value, Origin("derived", reason=f"{field}, as the policy's log-probs"))
 
 
 def _overlong(resolved: Resolved) -> Iterator[Override]:
@@ -295,7 +348,7 @@ def _verbatim(resolved: Resolved) -> Iterator[Override]:
 
 THEMES: Mapping[str, tuple[str, ...]] = {
     "data": ("data",),
-    "model": ("actor_rollout_ref.model", "actor_rollout_ref.model_engine", "model_engine"),
+    "model": (MODEL, "actor_rollout_ref.model_engine", "model_engine"),
     "importance sampling": (
         CORRECTION,
         f"{ACTOR}.policy_loss",
@@ -303,7 +356,7 @@ THEMES: Mapping[str, tuple[str, ...]] = {
         f"{ROLLOUT}.logprobs_mode",
     ),
     "algorithm": ("algorithm",),
-    "policy": (ACTOR, "actor_rollout_ref.ref"),
+    "policy": (ACTOR, REF),
     "critic": ("critic",),
     "rollout": (ROLLOUT,),
     "reward": ("reward",),

@@ -374,7 +374,7 @@ def test_everything_at_once_in_order_and_nothing_twice(run: Run, tmp_path: Path)
 
 with_verl = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not installed")
 WITHOUT_PREFIX = [
-    ("actor_rollout_ref.actor.use_dynamic_bsz=true", "--set verl.actor_rollout_ref.actor.use_dynamic_bsz=…"),
+    ("actor_rollout_ref.actor.use_dynamic_bsz=true", "--set algorithm.max_tokens_per_gpu=…"),
     ("trainer.val_only=true", "keys of verl's own go under verl: --set verl.trainer.val_only=…"),
     ("data.shuffle=false", "--set verl.data.shuffle=…"),
     ("+trainer.val_only=true", "--set verl.trainer.val_only=…"),
@@ -416,7 +416,7 @@ def test_a_map_of_verls_at_the_top_of_a_file(run: Run, tmp_path: Path) -> None:
     assert_refused(
         run(*DRY, "p.yaml"),
         "p.yaml:6: unknown key actor_rollout_ref.actor.use_dynamic_bsz\n",
-        "--set verl.actor_rollout_ref.actor.use_dynamic_bsz=…",
+        "--set algorithm.max_tokens_per_gpu=…",
         "p.yaml:6: unknown key actor_rollout_ref.actor.optim.lr\n",
     )
 

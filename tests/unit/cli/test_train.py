@@ -25,6 +25,7 @@ from flashrl_cli.signals import Interrupted
 from flashrl_cli.train import launch, preflight, run, sweep_axes
 from flashrl_cli.train.executors import ray_job, ray_ready
 from flashrl_cli.train.plan import LaunchPlan, plan_document
+from flashrl_cli.verl.compose import Tree
 from flashrl_cli.verl.metrics import NAMES
 from tests import sample_rows
 from tests.saved_files import saved_step
@@ -235,11 +236,19 @@ def test_a_dry_run_prints_a_script(train: Train) -> None:
 
 def test_a_dry_run_for_a_program(train: Train, tmp_path: Path) -> None:
     document = train(*TINY, "--tis", "4", "--dry-run", "--json").document
-    keys = "schema_version preset name attempt argv env cwd overrides files resume spec origins memory notes"
-    assert list(document) == keys.split()
+    keys = "schema_version preset name attempt argv env cwd overrides files resume spec origins"
+    assert list(document) == [*keys.split(), "memory", "validation", "slow", "notes"]
     assert (document["schema_version"], document["preset"], document["name"]) == (1, "tiny", "tiny-int8-tis4")
     assert document["argv"][:3] == [sys.executable, "-m", "verl.trainer.main_ppo"]
     assert document["cwd"] == f"{tmp_path}/runs/tiny-int8-tis4/attempt_1"
+
+
+def test_a_dry_run_says_what_is_validated_when_and_how_much(train: Train, prepared: Path) -> None:
+    words = (*TINY, "--dry-run", "--set", "trainer.validate_every=5")
+    before = ("--set", "trainer.validate_before=true")
+    assert "# validation: 4 prompts of tiny every 5 steps and after the last\n" in train(*words).out
+    document = train(*words, *before, "--json").document
+    assert document["validation"] == {"data": "tiny", "prompts": 4, "responses": 1, "before": 1, "every": 5}
 
 
 def test_a_dry_run_of_a_used_name_shows_the_next_attempt(train: Train, tmp_path: Path) -> None:
@@ -258,6 +267,7 @@ def test_a_launch(train: Train, prepared: Path, launched: list[Any]) -> None:
     assert display.total == 7
     assert (found.code, found.out) == (0, "")
     assert f"run r, attempt 1: `tail -F {prepared}/runs/r/attempt_1/driver.log`" in found.err
+    assert "validation: none" in found.err
     assert f"done: 3 steps; checkpoints in {prepared}/checkpoints/tiny/r" in found.err
     assert train(*TINY, "--name", "s", "--json").code == 0
     assert isinstance(launched[1][1], JsonDisplay)
@@ -443,8 +453,13 @@ class Trainer:
 def trainer(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     """What trains the runs of a sweep; there is the data of tiny, and no time for verl's tree."""
 
-    def judge(resolved: Resolved, plan: LaunchPlan) -> None:
+    from omegaconf import OmegaConf
+
+    tree = Tree(OmegaConf.create({"actor_rollout_ref": {"rollout": {"val_kwargs": {"n": 1}}}}))
+
+    def judge(resolved: Resolved, plan: LaunchPlan) -> Tree:
         resolved.checked()
+        return tree
 
     made = Trainer()
     monkeypatch.setattr(launch, "judge", judge)

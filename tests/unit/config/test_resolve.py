@@ -87,6 +87,37 @@ def test_gae_derives_the_critic(preset):
     assert load_spec(preset()).spec.critic.path is None
 
 
+@pytest.mark.parametrize(
+    ("base", "mine", "sets", "validates"),
+    [
+        ("", "", "", False),
+        ("", "validate_every: 5", "", True),
+        ("", "validate_every: 5", "validate_every=-1", False),
+        ("", "validate_before: true", "", True),
+        ("", "", "validate_before=true", True),
+        ("validate_before: true, validate_every: -1", "", "", True),
+        ("validate_before: true, validate_every: 5", "", "validate_every=-1", False),
+        ("validate_before: true, validate_every: 5", "validate_every: -1", "", False),
+        ("validate_every: 5", "validate_before: true", "validate_every=-1", False),
+        ("validate_every: -1", "validate_before: true", "", True),
+        ("", "", "validate_before=true validate_every=-1", True),
+    ],
+)
+def test_who_switches_validation_off_gets_none_before_the_start(base, mine, sets, validates, preset, tmp_path):
+    (tmp_path / "lower.yaml").write_text(f"extends: {preset()}\ntrainer: {{{base}}}\n")
+    upper = tmp_path / "upper.yaml"
+    upper.write_text(f"extends: {tmp_path}/lower.yaml\ntrainer: {{{mine}}}\n")
+    resolved = load_spec(str(upper), sets=[f"trainer.{one}" for one in sets.split()])
+    assert resolved.spec.trainer.validate_before is validates
+    derived = Origin("derived", reason="trainer.validate_every = -1")
+    assert (resolved.origins["trainer.validate_before"] == derived) is not validates
+
+
+def test_a_preset_that_validates_now_and_then_need_not_validate_its_start(preset):
+    text = BASE.replace("{project: p}", "{project: p, validate_every: 5, validate_before: false}")
+    assert not load_spec(preset(base=text)).spec.trainer.validate_before
+
+
 def test_what_is_set_is_not_derived(preset):
     sets = ["algorithm.advantage=gae", "critic.path=/c", "critic.max_tokens_per_gpu=9", "rollout.max_model_len=200"]
     spec = load_spec(preset(), sets=sets).spec

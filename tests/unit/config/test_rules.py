@@ -40,6 +40,41 @@ CASES = [
         "100 does not divide data.train_batch_size = 512",
         "--set algorithm.mini_batch_size=64",
     ),
+    (
+        "passes_have_one_size",
+        GRPO,
+        ("algorithm.micro_batch_size_per_gpu=4", "algorithm.max_tokens_per_gpu=24576"),
+        "24576 tokens a pass, and algorithm.micro_batch_size_per_gpu = 4 responses",
+        "--set algorithm.max_tokens_per_gpu=auto",
+    ),
+    (
+        "passes_have_one_size",
+        GRPO,
+        ("rollout.log_prob_micro_batch_size_per_gpu=4", "rollout.log_prob_max_tokens_per_gpu=24576"),
+        "24576 tokens a pass, and rollout.log_prob_micro_batch_size_per_gpu = 4 responses",
+        "--set rollout.log_prob_micro_batch_size_per_gpu=null",
+    ),
+    (
+        "passes_have_one_size",
+        GAE,
+        ("critic.micro_batch_size_per_gpu=4", "critic.max_tokens_per_gpu=8192"),
+        "8192 tokens a pass, and critic.micro_batch_size_per_gpu = 4 responses",
+        "--set critic.max_tokens_per_gpu=auto",
+    ),
+    (
+        "passes_are_counted_alike",
+        GRPO,
+        ("rollout.log_prob_micro_batch_size_per_gpu=4",),
+        "counts responses, and algorithm.max_tokens_per_gpu tokens",
+        "--set rollout.log_prob_micro_batch_size_per_gpu=null",
+    ),
+    (
+        "passes_are_counted_alike",
+        GRPO,
+        ("algorithm.micro_batch_size_per_gpu=4", "rollout.log_prob_max_tokens_per_gpu=24576"),
+        "counts tokens, and the policy update responses",
+        "--set rollout.log_prob_max_tokens_per_gpu=null",
+    ),
     ("group_has_members", GRPO, ("rollout.n=1",), "GRPO needs more than one response", "--set rollout.n=8"),
     (
         "filtered_groups_vary",
@@ -129,6 +164,10 @@ CASES = [
     ),
 ]
 LEGAL = [
+    (GRPO, ("algorithm.micro_batch_size_per_gpu=4",)),
+    (GRPO, ("algorithm.micro_batch_size_per_gpu=4", "rollout.log_prob_micro_batch_size_per_gpu=8")),
+    (GRPO, ("algorithm.max_tokens_per_gpu=24576", "rollout.log_prob_max_tokens_per_gpu=null")),
+    (GAE, ("critic.micro_batch_size_per_gpu=4",)),
     (GRPO, ("algorithm.mini_batch_size=512",)),
     (GRPO, ("rollout.n=2",)),
     (GAE, ("rollout.n=2", "algorithm.filter_groups.enable=true")),

@@ -17,6 +17,7 @@ from flashrl_cli.data.writing import (
     outputs_unchanged,
     read_manifest,
     remove_stale,
+    rows_of,
     stamp,
     unchanged,
     write_dataset,
@@ -43,6 +44,19 @@ def write(paths: DatasetPaths, **splits: list[Row]) -> Manifest:
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_rows_are_counted_by_the_manifest_while_it_describes_the_file(paths: DatasetPaths) -> None:
+    write(paths, train=rows("1", "2"), test=rows("3"))
+    manifest = json.loads(paths.manifest.read_text())
+    manifest["splits"]["train"]["rows"] = 77
+    paths.manifest.write_text(json.dumps(manifest))
+    assert rows_of(paths.split("train")) == 77
+    paths.split("test").replace(paths.split("train"))
+    assert rows_of(paths.split("train")) == 1
+    paths.split("train").write_bytes(b"PAR1")
+    assert rows_of(paths.split("train")) is None
+    assert rows_of(paths.root / "none.jsonl") is None
 
 
 def test_what_is_written_is_described(paths: DatasetPaths, parquet: Read) -> None:

@@ -6,6 +6,7 @@ import cProfile
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -72,7 +73,7 @@ def test_a_reference_takes_a_pass_of_its_own(settings: TrainerSettings, shape: M
 @pytest.mark.parametrize(
     ("gpu", "changes", "share", "key"),
     [
-        (64, {"checkpointing": False}, 0.5, "enable_gradient_checkpointing"),
+        (64, {"checkpointing": False}, 0.5, "model.recompute"),
         (80, {}, 0.9, "optimizer_offload"),
         (80, {"optimizer_offload": True, "param_offload": True}, 0.98, "utilization"),
         (48, {"optimizer_offload": True, "param_offload": True, "fused_kernels": True}, 0.3, "utilization"),
@@ -129,7 +130,7 @@ def test_padding_alone_is_tight_not_over(settings: TrainerSettings, shape: Model
     assert (before.verdict, after.verdict) == ("fits", "tight")
     assert before.least == before.peak.bytes
     assert after.least < 80 * GIB < after.peak.bytes
-    assert str(after.advice) == "--set verl.actor_rollout_ref.model.use_remove_padding=true"
+    assert str(after.advice) == "--set model.packing=true"
     sdpa = replace(padded, actor=replace(padded.actor, flash_attention=False))
     assert (
         str(of_settings(sdpa, shape, None, 80 * GIB).advice)
@@ -209,3 +210,48 @@ def test_the_longest_block(settings: TrainerSettings, shape: ModelShape) -> None
     assert len(lines) == 9
     assert max(map(len, lines)) <= 110
     assert " without padding) of 8.0 GiB a GPU" in lines[0]
+
+
+def spared(settings: TrainerSettings, shape: ModelShape, gpu: int = 80) -> advise.Spare:
+    return of_settings(settings, shape, None, gpu * GIB).spare
+
+
+def test_free_memory_is_spent_on_what_costs_time(settings: TrainerSettings, shape: ModelShape) -> None:
+    short = replace(settings, prompt=128, response=384, rollout=replace(settings.rollout, max_model_len=512))
+    assert spared(short, shape).recompute
+    assert spared(short, shape, 40) == advise.Spare(), "what does not fit has advice of another kind"
+    stored = replace(short, actor=replace(short.actor, checkpointing=False))
+    assert not spared(stored, shape).recompute
+    assert of_settings(stored, shape, None, 80 * GIB).verdict == "fits", "as the estimate promised"
+
+
+def test_small_passes_are_named_where_larger_ones_fit(settings: TrainerSettings, shape: ModelShape) -> None:
+    short = replace(settings, prompt=64, response=64, rollout=replace(settings.rollout, max_model_len=128))
+    found = spared(short, shape).passes
+    assert found is not None
+    assert (found.count, found.tokens) == (16, 128), "32 sequences a GPU, two a pass, half as long as the longest"
+    assert spared(replace(short, mini_batch=8), shape).passes is None, "four passes are few"
+    assert spared(settings, shape).passes is None, "two sequences of 4,096 tokens fill it"
+
+
+def test_only_offload_that_costs_time_is_worth_a_word(settings: TrainerSettings, shape: ModelShape) -> None:
+    away = replace(settings.actor, param_offload=True, optimizer_offload=True)
+    busy = replace(settings, actor=away, train_batch=1024)
+    idle = replace(settings, actor=away, train_batch=8, mini_batch=8)
+    assert spared(busy, shape).offloads == (), "seconds of copies in minutes of arithmetic"
+    assert spared(idle, shape).offloads == ("param_offload", "optimizer_offload")
+    critic = replace(settings.actor, optimizer_offload=True)
+    assert spared(replace(idle, actor=settings.actor, critic=critic), shape).critic_offloads == ("optimizer_offload",)
+
+
+def test_what_is_spared_fits_together(settings: TrainerSettings, shape: ModelShape) -> None:
+    away = replace(settings.actor, param_offload=True, optimizer_offload=True)
+    for gpu in (40, 48, 64, 80):
+        asked = replace(settings, actor=away, train_batch=8, mini_batch=8)
+        found = spared(asked, shape, gpu)
+        changes: dict[str, Any] = dict.fromkeys(found.offloads, False)
+        changes |= {"checkpointing": False} if found.recompute else {}
+        rollout = replace(asked.rollout, gpu_memory_utilization=found.engine_share or 0.5)
+        together = replace(asked, actor=replace(asked.actor, **changes), rollout=rollout)
+        if found != advise.Spare():
+            assert of_settings(together, shape, None, gpu * GIB).verdict == "fits"

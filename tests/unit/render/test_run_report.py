@@ -16,6 +16,7 @@ from flashrl_cli.paths import RunPaths
 from flashrl_cli.render.run_report import report_document, report_page
 from flashrl_cli.runs.store import Phase, find
 from flashrl_cli.runs.summary import summarize
+from tests.unit.runs import test_speed
 from tests.unit.runs.on_disk import a_run, attempt, handshake, log, plan, training, validation, write_record
 
 SHAKE = handshake(kernel="CutlassInt8")
@@ -90,6 +91,15 @@ def test_the_document_holds_it_all(whole: RunPaths) -> None:
     assert [one["state"] for one in found["attempts"]] == ["failed", "done"]
     assert {"key": "correction.cap", "value": "2.0", "origin": "--tis"} in found["configuration"]
     assert found["versions"] == {"verl": "0.9.2"}
+
+
+def test_what_slows_a_step_is_in_the_page() -> None:
+    run = test_speed.with_plan(test_speed.measured_run())
+    assert [one["cause"] for one in report(run)["speed"]["slow"]] == ["mfu", "padding", "passes"]
+    text = page(run)
+    assert "What slows a step" in text
+    assert "0.5 %<small>of the GPU&#39;s peak arithmetic (MFU)" in text or "0.5 %<small>of the GPU's peak" in text
+    assert "<code>--set model.packing=true" in text
 
 
 def test_what_changed_between_attempts(whole: RunPaths) -> None:

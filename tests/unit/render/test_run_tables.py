@@ -14,7 +14,7 @@ from flashrl_cli.render.run_tables import ago, aligned, listing
 from flashrl_cli.runs.store import Phase, find
 from flashrl_cli.runs.summary import Row, summarize
 from tests.unit.render.test_live import DATA
-from tests.unit.runs import on_disk
+from tests.unit.runs import on_disk, test_speed
 
 ROW = Row(
     name="tiny-int8-tis2",
@@ -113,6 +113,21 @@ def test_a_run_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     assert "rollout against trainer" in out
     assert max(map(len, out.splitlines())) <= 160
     assert err == ""
+
+
+def test_causes_of_slow_steps_are_shown_with_their_options(capsys: pytest.CaptureFixture[str]) -> None:
+    run = test_speed.measured_run()
+    assert "slows a step" not in shown(run.name, capsys)[0], "without a plan"
+    test_speed.with_plan(run)
+    out, _ = shown(run.name, capsys)
+    assert "a step took, as median of the last 3, 1 min" not in out
+    assert "a step took, as median of the last 3, 76 s" in out
+    assert "actor      46.0 s  61%" in out
+    words = " ".join(out.split())
+    assert "policy update at 0.5% of the GPU's peak arithmetic (MFU), 2,826 tokens a second and device" in words
+    assert "what slows a step policy update: 61% of a step" in words
+    assert "padding is computed like tokens: --set" in words
+    assert max(map(len, out.splitlines())) <= 160
 
 
 @pytest.mark.usefixtures("demo")

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from flashrl_cli.contract import write_handshake
+from flashrl_cli.runs.speed import OTHER, step_shares
 from flashrl_cli.runs.store import Phase, RunRecord, find
-from flashrl_cli.runs.summary import OTHER, Point, Summary, row, rows, start_shares, step_shares, summarize, totals
+from flashrl_cli.runs.summary import Point, Summary, row, rows, start_shares, summarize, totals
 from flashrl_cli.verl.metrics import StepMetrics, read_step
 from tests.unit.runs import on_disk, sampled
 from tests.unit.runs.on_disk import a_run, attempt, handshake, log, make, planned, training, validation

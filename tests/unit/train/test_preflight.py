@@ -240,6 +240,44 @@ def test_memory_is_estimated_for_the_smallest_gpu(monkeypatch: pytest.MonkeyPatc
     assert (estimated, found.gpu) == ([24], "this machine's")
 
 
+def validation(*sets: str, done: int = 0, samples: int = 1, most: int = -1) -> preflight.Validation:
+    """What gsm8k-grpo-0.5b validates, under options of its trainer and of verl."""
+    from omegaconf import OmegaConf
+
+    tree = {"data": {"val_max_samples": most}, "actor_rollout_ref": {"rollout": {"val_kwargs": {"n": samples}}}}
+    resolved = load_spec("gsm8k-grpo-0.5b", sets=sets)
+    return preflight.validation_of(resolved, Tree(OmegaConf.create(tree)), done)
+
+
+@pytest.mark.parametrize(
+    ("sets", "text"),
+    [
+        ((), "validation: 4 prompts of gsm8k before step 1, every 5 steps and after the last"),
+        (("trainer.validate_before=false",), "validation: 4 prompts of gsm8k every 5 steps and after the last"),
+        (("trainer.validate_every=1",), "validation: 4 prompts of gsm8k before step 1 and after every step"),
+        (("trainer.validate_every=-1",), "validation: none"),
+        (
+            ("trainer.validate_every=-1", "trainer.validate_before=true"),
+            "validation: 4 prompts of gsm8k before step 1",
+        ),
+    ],
+)
+def test_what_is_validated_and_when(sets: tuple[str, ...], text: str, tmp_path: Path) -> None:
+    sample_rows.write(tmp_path / "data/gsm8k/test.parquet")
+    assert validation(*sets).text == text
+
+
+def test_how_much_is_validated(tmp_path: Path) -> None:
+    sets = ("trainer.validate_every=-1", "trainer.validate_before=true")
+    assert validation(*sets).text == "validation: all prompts of gsm8k before step 1"
+    sample_rows.write(tmp_path / "data/gsm8k/test.parquet")
+    assert validation(*sets, samples=3, done=6).text == "validation: 4 prompts x 3 responses of gsm8k before step 7"
+    assert validation(*sets, most=3).size == "3 prompts of gsm8k"
+    other = sample_rows.write(tmp_path / "other/rows.jsonl")
+    found = validation(*sets, f"data.val={other}")
+    assert found.document() == {"data": "rows.jsonl", "prompts": 4, "responses": 1, "before": 1, "every": None}
+
+
 def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a run that goes without flash-attn runs without it; a critic and sequence parallelism cannot."""
     gpus(monkeypatch, 8)

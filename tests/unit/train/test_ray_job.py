@@ -104,7 +104,7 @@ def test_a_cluster_is_given_a_job(tiny_plan: Plan) -> None:
     assert not [key for key in place.fit(load_spec("tiny")).spec.verl if "ray_init" in key]
     job = place.document(tiny_plan())["ray"]
     assert set(job) == {"address", "submission_id", "entrypoint", "runtime_env", "metadata"}
-    assert place.gpu_memory(tiny_plan()) == []
+    assert place.gpu_memory(tiny_plan().spec) == []
 
 
 def test_the_record_names_the_job(tiny_plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,14 +123,20 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Any, tiny_plan: P
     monkeypatch.setattr(Tree, "kill", soon)
     monkeypatch.setattr(supervise, "POLL_S", 0.05)
 
-    def start(script: str, *, vocabulary: int | None = None, **watch: float) -> int:
+    def start(script: str, *, vocabulary: int | None = None, validates: str = "", **watch: float) -> int:
         file = tmp_path / "verl.py"
         file.write_text(PRELUDE + textwrap.dedent(script))
         plan = dataclasses.replace(tiny_plan(**watch), argv=(sys.executable, str(file)))
+        if validates:
+            trainer = plan.spec.trainer.model_copy(update={"validate_before": True})
+            spec = plan.spec.model_copy(update={"trainer": trainer})
+            plan = dataclasses.replace(plan, resolved=dataclasses.replace(plan.resolved, spec=spec))
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             with starting_with(signal.SIG_DFL, signal.SIGHUP), collected() as received:
-                return supervise.supervise(plan, seen, received, start=start_here, vocabulary=vocabulary)
+                return supervise.supervise(
+                    plan, seen, received, start=start_here, vocabulary=vocabulary, validates=validates
+                )
         finally:
             left = processes_of(tmp_path)
             for process in left:
@@ -141,6 +147,20 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Any, tiny_plan: P
             assert handlers == {number: signal.getsignal(number) for number in handlers}
 
     return start
+
+
+@pytest.mark.processes
+def test_who_waits_for_a_validation_sees_how_much_it_generates(run: Callable[..., int], seen: Any) -> None:
+    script = """
+    log("Creating file logger at /x")
+    log("('Initial validation metrics: {...}')")
+    handshake()
+    step(0)
+    step(1)
+    """
+    assert run(script, validates="1,319 prompts of gsm8k") == 1
+    validating = "validating the starting policy: 1,319 prompts of gsm8k"
+    assert seen.phases == ["starting verl", validating, "sampling responses"]
 
 
 @pytest.mark.processes

@@ -141,26 +141,34 @@ def test_a_long_message_is_cut() -> None:
 
 @pytest.mark.parametrize("phase", StartPhase)
 def test_phases(phase: StartPhase) -> None:
-    """Each has a clock but the first step's, whose clock is that of a step."""
+    """Each has a clock but those whose clock is that of a step."""
     for text in phase.texts:
-        assert phase_after(f"(TaskRunner pid=7) {text} …", StartPhase.VERL) is phase
-    assert (phase.clock_s is None) is (phase is StartPhase.SAMPLING)
+        assert phase_after(f"(TaskRunner pid=7) {text} …", StartPhase.VERL, validates=True) is phase
+    assert (phase.clock_s is None) is (phase in {StartPhase.VALIDATION, StartPhase.SAMPLING})
 
 
 @pytest.mark.parametrize("name", ["healthy", "resumed", "two_nodes"])
 def test_a_start_goes_through_every_phase_in_order(name: str) -> None:
     seen = [StartPhase.VERL]
     for line in lines_of(name):
-        phase = phase_after(plain(line), seen[-1])
+        phase = phase_after(plain(line), seen[-1], validates=False)
         seen += [phase] if phase else []
-    assert seen == list(StartPhase)
+    assert seen == [phase for phase in StartPhase if phase is not StartPhase.VALIDATION]
+
+
+@pytest.mark.parametrize("ends", ['("Initial validation metrics: "', "Training Progress:   0%|          | 0/6"])
+def test_only_a_run_that_validates_first_is_shown_to_validate(ends: str) -> None:
+    begins = "(TaskRunnerV1 pid=1001) Creating file logger at /data/runs/demo/attempt_1/metrics.jsonl"
+    assert phase_after(begins, StartPhase.FIRST_REFIT, validates=True) is StartPhase.VALIDATION
+    assert phase_after(ends, StartPhase.VALIDATION, validates=True) is StartPhase.SAMPLING
+    assert phase_after(begins, StartPhase.FIRST_REFIT, validates=False) is StartPhase.SAMPLING
 
 
 def test_a_phase_does_not_come_back() -> None:
     line = "(TaskRunner pid=7) create worker group dict_keys(['actor_rollout'])"
-    assert phase_after(line, StartPhase.WORKERS) is StartPhase.POLICY
-    assert phase_after(line, StartPhase.POLICY) is None
-    assert phase_after(line, StartPhase.SAMPLING) is None
+    assert phase_after(line, StartPhase.WORKERS, validates=True) is StartPhase.POLICY
+    assert phase_after(line, StartPhase.POLICY, validates=True) is None
+    assert phase_after(line, StartPhase.SAMPLING, validates=True) is None
 
 
 @pytest.mark.parametrize(
@@ -173,7 +181,7 @@ def test_total_steps(line: str, steps: int | None) -> None:
 @pytest.mark.parametrize("line", ["", "step:1 - actor/grad_norm:0.5", "Memory usage: 12 GiB", "loading the model"])
 def test_ordinary_lines_mean_nothing(line: str) -> None:
     assert cause_in(line) is None
-    assert phase_after(line, StartPhase.VERL) is None
+    assert phase_after(line, StartPhase.VERL, validates=True) is None
     assert total_steps(line) is None
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from flashrl_cli.config.resolve import Resolved
+    from flashrl_cli.config.spec import RunSpec
     from flashrl_cli.train.plan import LaunchPlan
     from flashrl_cli.train.process import Handle, Start
 
@@ -51,9 +52,9 @@ class Place:
 
         return ray_job.submission_script(plan, ray_job.job_request(plan, self.address))
 
-    def gpu_memory(self, plan: LaunchPlan) -> list[int]:
-        """Bytes of each GPU, if they can be seen from here."""
-        return [] if self.address else preflight.gpu_memory(plan.spec)
+    def gpu_memory(self, spec: RunSpec) -> list[int]:
+        """Bytes of each GPU of a run of `spec`, if they can be seen from here."""
+        return [] if self.address else preflight.gpu_memory(spec)
 
     def ready(self, plan: LaunchPlan, say: Callable[[str], None]) -> Start:
         """Check that `plan` can run there, and return the function that starts it.

@@ -9,6 +9,7 @@ works is never refused.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from flashrl_cli.errors import EnvironmentNotReady
@@ -21,7 +22,6 @@ from flashrl_cli.verl.lint.devices import trains_with_fsdp
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
     from flashrl_cli.errors import Problem
-    from flashrl_cli.verl.compose import Tree
     from flashrl_cli.verl.overrides import Override
     from flashrl_cli.weights.shape import ModelShape
 
@@ -31,7 +31,7 @@ RULES: tuple[Rule, ...] = (*FIRST, *batches.RULES, *devices.RULES, *rollout.RULE
 
 
 def problems(
-    resolved: Resolved, overrides: Sequence[Override], tree: Tree, shape: ModelShape | None = None
+    resolved: Resolved, overrides: Sequence[Override], tree: compose.Tree, shape: ModelShape | None = None
 ) -> list[Problem]:
     """Everything that a run of verl's `tree`, composed of `overrides`, would fail with later.
 
@@ -42,26 +42,61 @@ def problems(
     return wrong or [problem for rule in RULES[len(FIRST) :] for problem in rule(settings)]
 
 
-def notes(resolved: Resolved, overrides: Sequence[Override], tree: Tree) -> list[str]:
+def notes(resolved: Resolved, overrides: Sequence[Override], tree: compose.Tree) -> list[str]:
     """Notes on the numbers that a run will report, for a configuration without problems."""
     return sampling.notes(Settings(resolved, overrides, tree))
 
 
-def check_overrides(resolved: Resolved, overrides: Sequence[Override], shape: ModelShape | None = None) -> compose.Tree:
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """verl's configuration as composed of overrides: None if Hydra refuses them, with the problems of their keys."""
+
+    overrides: tuple[Override, ...]
+    tree: compose.Tree | None
+    problems: tuple[Problem, ...]
+
+    def updated(self, overrides: Sequence[Override]) -> Composition:
+        """The composition of `overrides` with the same keys or more, some with other values; the tree is changed."""
+        before = set(map(str, self.overrides))
+        judged = _judged(overrides)
+        for override in judged:
+            if self.tree and str(override) not in before:
+                self.tree.put(override)
+        return replace(self, overrides=judged)
+
+
+def _judged(overrides: Sequence[Override]) -> tuple[Override, ...]:
+    """Overrides without those that rules refuse by their names, which are not reported a second time as unknown."""
+    return tuple(o for o in overrides if not dead_key(o.key) and not keys.is_forced(o.key))
+
+
+def composed(overrides: Sequence[Override]) -> Composition:
+    """verl's configuration of a run's overrides. Raises EnvironmentNotReady when verl is not installed."""
+    judged = _judged(overrides)
+    tree, unknown = compose.attempt(judged)
+    return Composition(judged, tree, tuple(unknown))
+
+
+def check_overrides(
+    resolved: Resolved,
+    overrides: Sequence[Override],
+    shape: ModelShape | None = None,
+    before: Composition | None = None,
+) -> compose.Tree:
     """verl's configuration of a run, after checking it; `shape` is the policy's, if it is known.
 
-    Raises InputError with every broken rule of the spec, every wrong key and every problem that `problems` finds, and
-    EnvironmentNotReady when verl is not installed.
+    `before` is the composition of the same overrides with other values, if there is one. Raises InputError with every
+    broken rule of the spec, every wrong key and every problem that `problems` finds, and EnvironmentNotReady when verl
+    is not installed.
     """
-    # a key that the rules refuse by its name is not reported a second time as unknown
-    judged = [o for o in overrides if not dead_key(o.key) and not keys.is_forced(o.key)]
     try:
-        tree, unknown = compose.attempt(judged)
+        composition = before.updated(overrides) if before else composed(overrides)
     except EnvironmentNotReady:
         if resolved.broken:
             raise resolved.refusal(resolved.broken) from None
         raise
-    found = [*resolved.broken, *keys.verbatim_key_problems(resolved, overrides), *unknown]
+    tree, judged = composition.tree, composition.overrides
+    found = [*resolved.broken, *keys.verbatim_key_problems(resolved, overrides), *composition.problems]
     if tree:
         found += keys.added_key_problems(judged, tree)
     if tree and not resolved.broken:  # with broken rules of the spec, later problems would only be their consequences

@@ -27,27 +27,15 @@ if TYPE_CHECKING:
     from flashrl_cli.errors import Problem
 
 
-def dynamic_batches_everywhere(s: Settings) -> Iterator[Problem]:
-    """Updates and log-probs must be split alike: workers assert it when they start (workers/engine_workers.py:616)."""
-    if bool(s.get(UPDATE.dynamic)) != bool(s.get(LOG_PROBS.dynamic)):
-        yield s.problem(
-            f"{written(LOG_PROBS.dynamic)} = {s.get(LOG_PROBS.dynamic)} and "
-            f"{written(UPDATE.dynamic)} = {s.get(UPDATE.dynamic)} differ",
-            s.fix(LOG_PROBS.dynamic, bool(s.get(UPDATE.dynamic))),
-            LOG_PROBS.dynamic,
-            UPDATE.dynamic,
-        )
-
-
 def micro_batch_is_given(s: Settings) -> Iterator[Problem]:
     """Without dynamic batches each pass needs a micro-batch size.
 
-    verl refuses a configuration without one (workers/config/actor.py:207, critic.py:150, utils/config.py:155). V1's
-    workers read only the size per device (workers/engine_workers.py:636); for the critic either key is enough.
+    verl refuses a configuration without one (workers/config/actor.py:207, utils/config.py:155). V1's workers read only
+    the size per device (workers/engine_workers.py:636).
     """
     for step in _fixed(s):
         sizes = [s.get(step.micro)]
-        if step is CRITIC or (step is REFERENCE and (s.get(REFERENCE.dynamic) or s.has_adapter)):
+        if step is REFERENCE and (s.get(REFERENCE.dynamic) or s.has_adapter):
             sizes.append(s.get(step.whole_micro))
         if all(size is None for size in sizes):
             yield s.problem(
@@ -55,7 +43,7 @@ def micro_batch_is_given(s: Settings) -> Iterator[Problem]:
                 s.fix(step.micro, _fitting_micro(s, step)),
                 step.micro,
                 step.dynamic,
-                UPDATE.dynamic,
+                written(step.tokens),
                 f"{ACTOR}.use_kl_loss" if s.spec.algorithm.kl_loss else "algorithm.use_kl_in_reward",
             )
 
@@ -77,8 +65,6 @@ def _fixed(s: Settings) -> Iterator[Pass]:
         yield from (UPDATE, LOG_PROBS)
     if s.has_reference and not (s.get(UPDATE.dynamic) and (s.get(REFERENCE.dynamic) or s.has_adapter)):
         yield REFERENCE
-    if s.has_critic and not s.get(CRITIC.dynamic):
-        yield CRITIC
 
 
 def mini_batch_fills_processes(s: Settings) -> Iterator[Problem]:
@@ -135,6 +121,8 @@ def micro_batch_divides_share(s: Settings) -> Iterator[Problem]:
         micro, rows = s.size(step.micro), _rows(s, step)
         if s.get(step.dynamic) or not micro or not rows or rows % micro == 0:
             continue
+        if step is not UPDATE and s.where(step.micro) is None:
+            continue  # it follows the update, for which the problem is reported
         yield s.problem(
             f"{written(step.micro)} = {micro} does not divide the {rows} responses a process gets in the {step.name}",
             s.fix(step.micro, largest_divisor(rows, micro)),
@@ -215,7 +203,6 @@ def prompts_come_in_whole_batches(s: Settings) -> Iterator[Problem]:
 
 
 RULES: tuple[Rule, ...] = (
-    dynamic_batches_everywhere,
     micro_batch_is_given,
     micro_batch_is_given_once,
     mini_batch_fills_processes,

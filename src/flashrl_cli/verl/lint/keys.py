@@ -25,9 +25,9 @@ from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.errors import EnvironmentNotReady, Problem
 from flashrl_cli.precision import BY_METHOD, METAVAR
 from flashrl_cli.verl import compose, environment
-from flashrl_cli.verl.config import FIELDS, MODEL, REF, Settings
+from flashrl_cli.verl.config import FIELDS, Settings
 from flashrl_cli.verl.dead_keys import dead_key
-from flashrl_cli.verl.overrides import ACTOR, CORRECTION, ENGINE, ROLLOUT, TABLE, Override
+from flashrl_cli.verl.overrides import ACTOR, CORRECTION, ENGINE, MODEL, REF, ROLLOUT, TABLE, Override
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,6 +42,9 @@ _APART = {
     "trainer.default_local_dir": "--name, and trainer.project",
     "trainer.resume_mode": "--resume",
     "trainer.resume_from_path": "--resume",
+    f"{ACTOR}.use_dynamic_bsz": "--set algorithm.max_tokens_per_gpu=…, or algorithm.micro_batch_size_per_gpu=…",
+    f"{ROLLOUT}.log_prob_use_dynamic_bsz": "drop it: log-probs are batched as the policy update is",
+    "critic.use_dynamic_bsz": "drop it: verl's critic always batches by tokens",
     "trainer.device": "--set resources.platform=…",
     f"{ENGINE}.kv_cache_dtype": "--set rollout.kv_cache=fp8",
     f"{ENGINE}.calculate_kv_scales": "drop it: --set rollout.kv_cache=fp8 makes scales at each weight update",
@@ -168,26 +171,19 @@ RULES: tuple[Rule, ...] = (
     no_idle_options,
 )
 SWITCHES = (
-    f"{ACTOR}.use_dynamic_bsz",
     f"{ACTOR}.fsdp_config.param_offload",
     f"{ACTOR}.fsdp_config.optimizer_offload",
     f"{ACTOR}.fsdp_config.offload_policy",
     f"{REF}.log_prob_use_dynamic_bsz",
-    f"{MODEL}.use_remove_padding",
-    f"{MODEL}.enable_gradient_checkpointing",
     f"{MODEL}.lora.merge",
     f"{ROLLOUT}.calculate_log_probs",
     f"{ROLLOUT}.free_cache_engine",
-    f"{ROLLOUT}.log_prob_use_dynamic_bsz",
     f"{ROLLOUT}.val_kwargs.do_sample",
     f"{CORRECTION}.bypass_mode",
     "critic.enable",
-    "critic.use_dynamic_bsz",
-    "critic.model.use_remove_padding",
     "trainer.val_only",
 )
 NUMBERS = (
-    f"{ACTOR}.ppo_max_token_len_per_gpu",
     f"{ACTOR}.ppo_micro_batch_size",
     f"{ACTOR}.ulysses_sequence_parallel_size",
     f"{ACTOR}.fsdp_config.fsdp_size",
@@ -197,7 +193,6 @@ NUMBERS = (
     f"{MODEL}.lora_rank",
     f"{ROLLOUT}.agent.num_workers",
     f"{ROLLOUT}.data_parallel_size",
-    f"{ROLLOUT}.log_prob_max_token_len_per_gpu",
     f"{ROLLOUT}.val_kwargs.n",
     "critic.fsdp.fsdp_size",
     "critic.fsdp.ulysses_sequence_parallel_size",

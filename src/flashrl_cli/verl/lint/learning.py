@@ -11,7 +11,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashrl_cli.verl.config import written
 from flashrl_cli.verl.environment import LOGGERS
 from flashrl_cli.verl.overrides import ACTOR, CORRECTION, OVERLONG, ROLLOUT
 
@@ -33,8 +32,6 @@ REPORTED = ("reward", "score", "acc", "overlong_reward", "overlong")
 """Fields that verl's own reward functions and managers report (experimental/reward_loop/reward_manager/,
 utils/reward_score/).
 """
-SAMPLER = "trainer.v1.sampler.custom_sampler.path"
-OWN_SAMPLER = "pkg://flashrl_cli.plugins.sampler"
 REWARD_FUNCTION = "reward.custom_reward_function.path"
 _DISTILLS = "distillation.enabled"
 
@@ -116,22 +113,6 @@ def metric_is_reported(s: Settings) -> Iterator[Problem]:
     if not groups.enable or own or s.spec.reward.manager == "rate_limited" or groups.metric in REPORTED:
         return
     yield s.problem(f"no reward of verl's reports {groups.metric}", _instead(s, key, groups.metric, REPORTED), key)
-
-
-def sampler_filters_groups(s: Settings) -> Iterator[Problem]:
-    """flashrl's sampler neither filters nor refills groups: verl does not pass these settings to custom samplers.
-
-    See trainer/ppo/v1/trainer_base.py:165.
-    """
-    refill = "trainer.v1.sampler.sync_refill_failed_groups"
-    for wanted, key in (
-        (s.spec.algorithm.filter_groups.enable, "algorithm.filter_groups.enable"),
-        (s.get(refill), refill),
-    ):
-        if wanted and s.get(SAMPLER) == OWN_SAMPLER:
-            yield s.problem(
-                f"flashrl's quick sampler does nothing for {written(key)}", s.fix(SAMPLER, None), key, SAMPLER
-            )
 
 
 def filter_sees_rewards(s: Settings) -> Iterator[Problem]:
@@ -282,7 +263,6 @@ RULES: tuple[Rule, ...] = (
     bypass_reads_its_settings,
     critic_follows_advantage,
     metric_is_reported,
-    sampler_filters_groups,
     filter_sees_rewards,
     teacher_exists,
     reward_model_exists,

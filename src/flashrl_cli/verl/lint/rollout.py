@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from flashrl_cli import contract
 from flashrl_cli.precision import BY_METHOD, PRECISIONS, WITH_EXPERTS, Precision
 from flashrl_cli.verl.config import (
-    MODEL,
     TENSOR_PARALLEL,
     Rule,
     Settings,
@@ -22,7 +21,7 @@ from flashrl_cli.verl.config import (
     replicas,
     written,
 )
-from flashrl_cli.verl.overrides import ACTOR, ENGINE, ROLLOUT
+from flashrl_cli.verl.overrides import ACTOR, ENGINE, MODEL, ROLLOUT
 
 if TYPE_CHECKING:
     from flashrl_cli.errors import Problem
