@@ -29,13 +29,15 @@ ALWAYS = {
     "actor_rollout_ref.rollout.engine_kwargs.vllm.stream_interval",
     "trainer.v1.sampler.custom_sampler.path",
     "trainer.v1.sampler.custom_sampler.name",
+    "ray_kwargs.ray_init.include_dashboard",
 }
 ADDED = {
     "gsm8k-0.5b": {"trainer.default_local_dir", "trainer.resume_mode", f"critic.{ATTENTION}", *ALWAYS},
     "dapo-32b": ALWAYS,
 }
 """What flashrl always says and a list leaves to verl: absolute checkpoints, to go on after an interruption, that weight
-updates are checked, the attention, and that a rollout exchanges fewer messages and is looked after more often.
+updates are checked, the attention, that a rollout exchanges fewer messages and is looked after more often, and that Ray
+starts no dashboard.
 """
 PASSES = {
     "gsm8k-0.5b": {

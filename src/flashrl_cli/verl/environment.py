@@ -31,15 +31,20 @@ DTYPE = "actor_rollout_ref.rollout.dtype"
 METRICS_PATH = "VERL_FILE_LOGGER_PATH"
 COMMON = {
     "HYDRA_FULL_ERROR": "1",  # without it Hydra shortens the traceback that shows why a worker died
+    # images often set it; without compiled modules each of a run's processes compiles 7,000 (15 s of a core) again
+    "PYTHONDONTWRITEBYTECODE": "",
     "PYTHONUNBUFFERED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     # every response is sent to a reward worker: 0.2 ms with it, 0.7 ms as torch saves a batch (verl/protocol.py:377)
     "VERL_DATAPROTO_SERIALIZATION_METHOD": "numpy",
+    # Ray otherwise starts an idle worker for each of its logical CPUs ahead of need, and some for the first driver
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
 }
 CPU = {
     "VERL_PLATFORM": "cpu",  # the platform that flashrl's plugin registers
     "VERL_ENGINE_DEVICE": "cuda",  # verl registers its training engines for cuda and npu only; the switch is verl's
-    "RAY_enable_worker_prestart": "0",  # Ray otherwise starts idle workers for its 16 logical CPUs ahead of need
+    "RAY_enable_metrics_collection": "0",  # of Ray itself, which nobody reads here
     **contract.ENGINE,
 }
 MIXED = {
