@@ -11,8 +11,7 @@ Variants are named after what makes log-probs of logits:
 - `chunked`: flashrl's, in chunks of tokens (src/flashrl_cli/plugins/log_probs.py);
 - `fused`: verl's `use_fused_kernels` with the torch backend (verl/models/transformers/dense_common.py).
 
-Packed sequences take `torch.nn.attention.varlen` by Transformers' attention interface. The floor is the same work
-without verl.
+Packed sequences take `varlen`, flashrl's attention (plugins/attention.py). The floor is the same work without verl.
 """
 
 from __future__ import annotations
@@ -66,6 +65,9 @@ def engine_of(folder: Path, *, fused: bool) -> Any:
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine import EngineRegistry
 
+    from flashrl_cli.plugins import attention
+
+    attention.register()
     model = HFModelConfig(
         path=str(folder), load_tokenizer=False, use_remove_padding=True, enable_gradient_checkpointing=False,
         use_fused_kernels=fused, fused_kernel_options={"impl_backend": "torch"} if fused else {},
@@ -163,7 +165,6 @@ def main() -> None:
 
     draw = random.Random(0)
     sequences = [[draw.randrange(VOCABULARY) for _ in range(draw.randint(150, 330))] for _ in range(given.sequences)]
-    floors.register_varlen()
     report = {
         "schema_version": 1,
         "what": (

@@ -70,13 +70,14 @@ def _has_cuda() -> bool:
 
 @pytest.fixture(autouse=True)
 def plain_environment(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unit and golden tests see an empty home of their own and no switches of the person who runs them."""
+    """Unit and golden tests see an empty home, no switches of the person who runs them, and no flash-attn."""
     if _layer(request.node) not in {"unit", "golden"}:
         return
     for name in PLACES:
         monkeypatch.setenv(name, str(tmp_path / name.removeprefix("FLASHRL_").lower()))
     for name in (*TERMINAL, *MACHINE):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("flashrl_cli.machine.software.find_spec", lambda _: None)
 
 
 @contextlib.contextmanager

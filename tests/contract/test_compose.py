@@ -16,7 +16,7 @@ from flashrl_cli.errors import EnvironmentNotReady, InputError, Location
 from flashrl_cli.train.plan import build_plan
 from flashrl_cli.verl import compose
 from flashrl_cli.verl.lint import check_overrides
-from flashrl_cli.verl.overrides import TABLE, Override, Places, overrides
+from flashrl_cli.verl.overrides import AUTO, TABLE, Override, Places, overrides
 from tests.specs import load_spec
 
 pytestmark = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not installed")
@@ -39,7 +39,7 @@ def test_our_defaults_are_verls():
     for entry in TABLE:
         part, _, name = entry.field.rpartition(".")
         field = parts[part].model_fields[name]
-        if not (field.is_required() or field.default is None or entry.always or entry.added):
+        if not (field.is_required() or field.default in (None, AUTO) or entry.always or entry.added):
             ours[entry.field], theirs[entry.field] = field.default, tree[entry.key]
     assert ours == theirs
     assert len(ours) >= 20

@@ -12,6 +12,7 @@ from tests.specs import decided_spec
 
 FOLDER = Path(__file__).parent / "original"
 CAPS = {"gsm8k-0.5b": "2", "dapo-32b": "8"}
+ATTENTION = "model.override_config.attn_implementation"
 EXTENSION = "actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls"
 PLACES = {
     "data.train_files",
@@ -24,13 +25,19 @@ PLACES = {
 """Paths, the run's name, and where flashrl's own class lies."""
 ALWAYS = {
     EXTENSION,
+    f"actor_rollout_ref.{ATTENTION}",
     "actor_rollout_ref.rollout.engine_kwargs.vllm.stream_interval",
     "trainer.v1.sampler.custom_sampler.path",
     "trainer.v1.sampler.custom_sampler.name",
+    "ray_kwargs.ray_init.include_dashboard",
 }
-ADDED = {"gsm8k-0.5b": {"trainer.default_local_dir", "trainer.resume_mode", *ALWAYS}, "dapo-32b": ALWAYS}
+ADDED = {
+    "gsm8k-0.5b": {"trainer.default_local_dir", "trainer.resume_mode", f"critic.{ATTENTION}", *ALWAYS},
+    "dapo-32b": ALWAYS,
+}
 """What flashrl always says and a list leaves to verl: absolute checkpoints, to go on after an interruption, that weight
-updates are checked, and that a rollout exchanges fewer messages and is looked after more often.
+updates are checked, the attention, that a rollout exchanges fewer messages and is looked after more often, and that Ray
+starts no dashboard.
 """
 PASSES = {
     "gsm8k-0.5b": {

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 
-def requests() -> list[Any]:
+def requests(tokenizer: Any) -> list[Any]:
     """Greedy sampling (vLLM's CPU build ignores seeds) that ends in all ways: by length, end, token or string."""
     from vllm import SamplingParams
 
     common: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
     ids: dict[str, Any] = {**common, "logprobs": 0, "flat_logprobs": True, "detokenize": False}
     digits = list("0123456789")
+    tokens = [tokenizer.encode(digit, add_special_tokens=False)[0] for digit in digits]
     return [
         *(SamplingParams(**{**ids, "max_tokens": length}, ignore_eos=True) for length in (1, 2, 4, 5, 16, 17, 40)),
         *(SamplingParams(**ids) for _ in range(3)),
-        *(SamplingParams(**ids, stop_token_ids=list(map(ord, digits)), min_tokens=least) for least in (0, 3, 7)),
+        *(SamplingParams(**ids, stop_token_ids=tokens, min_tokens=least) for least in (0, 3, 7)),
         *(SamplingParams(**common, ignore_eos=True, stop=digits, min_tokens=least) for least in (0, 3, 7)),
         SamplingParams(**common, ignore_eos=True, stop=digits, include_stop_str_in_output=True, logprobs=0),
         SamplingParams(**common, ignore_eos=True),
@@ -32,7 +33,7 @@ def requests() -> list[Any]:
 
 def answers(engine: Any, prompts: list[list[int]]) -> list[dict[str, Any]]:
     engine.reset_prefix_cache()
-    asked = requests()
+    asked = requests(engine.get_tokenizer())
     given = [{"prompt_token_ids": prompts[number % len(prompts)]} for number in range(len(asked))]
     found = []
     for output in engine.generate(given, asked, use_tqdm=False):

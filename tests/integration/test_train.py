@@ -70,11 +70,19 @@ def test_a_broken_refit_stops_the_run(workshop: Workshop, tmp_path: Path) -> Non
 
 
 def test_gsm8k_through_ppo_with_a_critic(workshop: Workshop, gsm8k: Path) -> None:
-    """GSM8K itself: prepare, a step of PPO with GAE and INT8 rollouts, save. The path counts, not the reward."""
+    """GSM8K itself: prepare, validate some prompts, a step of PPO with GAE and INT8 rollouts, save.
+
+    The path counts, not the reward.
+    """
     workshop.run("prepare", "gsm8k", "--source", gsm8k)
     short = ("--set", "trainer.steps=1", "--set", "trainer.save_every=1")
-    out, _ = workshop.run("train", "--preset", "gsm8k-tiny-cpu", *INT8, *short, "--name", "ppo", "--json")
-    (step,) = events(out, "step")
+    few = ("--set", "trainer.validate_before=true", "--set", "verl.data.val_max_samples=8")
+    out, err = workshop.run("train", "--preset", "gsm8k-tiny-cpu", *INT8, *short, *few, "--name", "ppo", "--json")
+    assert "validation: 8 prompts of gsm8k before step 1" in err
+    doing = [event["doing"] for event in events(out, "phase")]
+    assert doing[-2:] == ["validating the starting policy: 8 prompts of gsm8k", "sampling responses"]
+    validated, step = events(out, "step")
+    assert (validated["step"], validated["accuracy"] is None) == (0, False)
     assert {"critic", "values", "actor", "refit"} <= step["seconds"].keys()
     assert events(out, "proof")[0]["workers"][0]["precision"] == "int8"
     saved = workshop.root / "checkpoints" / "gsm8k-tiny-cpu" / "ppo" / "global_step_1"

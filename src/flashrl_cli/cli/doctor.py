@@ -110,7 +110,7 @@ def _check(resolved: Resolved | None, out: Output) -> None:
 
     report = check_machine()
     if resolved:
-        report = report.with_preset(list(preflight.findings(resolved.spec)))
+        report = report.with_preset(list(preflight.findings(preflight.with_attention(resolved).spec)))
     name = resolved.spec.name if resolved else None
     if out.json_mode:
         out.document(document(report, name))

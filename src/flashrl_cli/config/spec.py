@@ -50,6 +50,11 @@ class ModelSpec(Part):
     """Policy and critic save each layer's input only and compute the rest again for the backward pass (gradient
     checkpointing; verl's own default is true): a third more work for less memory. `auto` does so only where passes
     that are long enough to fill the GPU do not fit otherwise."""
+    attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
+    """Attention of policy, reference policy and critic in training (verl's own default is flash_attention_2, which
+    needs the flash-attn package). `varlen` is torch's own FlashAttention for packed sequences, `sdpa` torch's for
+    padded ones. `auto` is flash_attention_2 where flash-attn is installed, varlen where it can be, and sdpa
+    elsewhere."""
 
 
 class DataSpec(Part):

@@ -375,7 +375,6 @@ def proxies(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 
 SCHEMA_VERSION = 1
-WITHOUT_FLASH = "sdpa: `flashrl doctor --preset NAME` says how"
 
 
 @dataclass(frozen=True, slots=True)
@@ -456,7 +455,7 @@ def _gpus(found: Sequence[gpus.Gpu], versions: Mapping[str, str]) -> Iterator[Fi
     cuda = gpus.cuda_of(versions.get("torch", ""))
     yield from gpus.driver(found, cuda, compatible=gpus.COMPATIBLE.is_dir())
     yield from precisions(found)
-    yield software.flash_attention(versions, WITHOUT_FLASH)
+    yield software.attention(versions)
 
 
 def _system(kind: str) -> Iterator[Finding]:

@@ -126,16 +126,16 @@ def gpus_lack(precision: str, found: Sequence[Gpu], *, kv8: bool = False) -> Ite
     """Yield a failure if some GPU has no kernel for a precision or an FP8 KV cache, with an alternative."""
     if reason := lacks(precision, found):
         yield fail("rollout.precision", reason, f"--rollout {PRECISIONS[precision].instead}")
-    if kv8 and (reason := _outside(KV8_GPUS, "an FP8 KV cache", found)):
+    if kv8 and (reason := outside(KV8_GPUS, "an FP8 KV cache", found)):
         yield fail("rollout.kv_cache", reason, "--set rollout.kv_cache=auto")
 
 
 def lacks(precision: str, gpus: Sequence[Gpu]) -> str | None:
     """Why some of these GPUs cannot compute in a precision; None if all can."""
-    return _outside(PRECISIONS[precision].gpus, precision, gpus)
+    return outside(PRECISIONS[precision].gpus, precision, gpus)
 
 
-def _outside(bounds: Capabilities, what: str, gpus: Sequence[Gpu]) -> str | None:
+def outside(bounds: Capabilities, what: str, gpus: Sequence[Gpu]) -> str | None:
     """Why some of these GPUs are not within `bounds`; None if all are."""
     for gpu in gpus:
         have = f"{gpu.name} has {dotted(gpu.capability)}"

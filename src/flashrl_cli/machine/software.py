@@ -12,10 +12,11 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from flashrl_cli import contract, paths
-from flashrl_cli.machine.finding import Finding, fail, ok, warn
+from flashrl_cli.machine.finding import Finding, fail, ok
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,8 @@ def fits(version: str, pin: str) -> bool:
 
 MODULES = ("torch", "ray", "vllm", "verl", "transformers")
 """Modules that a launch imports."""
-ATTENTION = ("flash-attn", "kernels")
+FLASH_ATTENTION = "flash-attn"
+ATTENTION = (FLASH_ATTENTION, "kernels")
 INSTALL = f"`{CPU.install}` (CPU) or `{GPU.install}` (GPU) in a checkout of flashrl"
 BUILD_FLASH_ATTENTION = "pip install flash-attn --no-build-isolation"
 
@@ -140,18 +142,20 @@ def stack_for(platform: str, versions: Mapping[str, str]) -> Iterator[Finding]:
         )
 
 
-def flash_attention(versions: Mapping[str, str], instead: str) -> Finding:
-    """Whether flash-attn is installed on a machine with GPUs; `instead` are the options of a run without it.
+def has_flash_attention() -> bool:
+    """Whether the package flash-attn is installed.
 
-    verl 0.9.1 requests flash_attention_2 unless configured otherwise (verl/workers/config/model.py:185), without a
-    fallback. Transformers uses a kernel from the hub if the package `kernels` is installed
-    (transformers/modeling_utils.py:1936).
+    Other packages, of later versions for some GPUs, have a module of the same name
+    (transformers/utils/import_utils.py, is_flash_attn_2_available).
     """
-    if "flash-attn" in versions:
-        return ok("flash-attn", versions["flash-attn"])
-    if "kernels" in versions:
-        return warn("flash-attn", "not installed; transformers fetches a kernel from the hub", BUILD_FLASH_ATTENTION)
-    return warn("flash-attn", "not installed, and verl asks for it", f"{BUILD_FLASH_ATTENTION}, or {instead}")
+    return find_spec("flash_attn") is not None and bool(versions_of([FLASH_ATTENTION]))
+
+
+def attention(versions: Mapping[str, str]) -> Finding:
+    """The attention that `auto` stands for on a machine with GPUs; only sequence parallelism needs flash-attn."""
+    if FLASH_ATTENTION in versions:
+        return ok("attention", f"{FLASH_ATTENTION} {versions[FLASH_ATTENTION]}")
+    return ok("attention", f"torch's own; {FLASH_ATTENTION}, which only sequence parallelism needs, is not installed")
 
 
 PLUGIN = "flashrl"

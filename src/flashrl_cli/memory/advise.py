@@ -74,8 +74,7 @@ def candidates(settings: TrainerSettings) -> Iterator[Candidate]:
 def _switches(settings: TrainerSettings) -> Iterator[Candidate]:
     """Switches that are off, of the policy and a critic together where one key sets both."""
     actor, critic = settings.actor, settings.critic
-    # verl's remove-padding needs flash-attn on a GPU
-    names = ["remove_padding"] if actor.flash_attention else []
+    names = ["remove_padding"] if actor.packable else []
     for name in (*names, "checkpointing"):
         if not getattr(actor, name):
             both = critic and _switched(critic, name)

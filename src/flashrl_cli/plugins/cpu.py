@@ -32,7 +32,6 @@ def apply() -> None:
         raise RuntimeError(f"flashrl's CPU platform is written for verl {VERL_VERSION}")
     answer_vllm_version()
     accept_gloo_twice()
-    load_critic_with_sdpa()
 
 
 def answer_vllm_version() -> None:
@@ -74,33 +73,6 @@ def accept_gloo_twice() -> None:
 
     setattr(init_process_group, MARK, True)
     torch.distributed.init_process_group = init_process_group
-
-
-def load_critic_with_sdpa() -> None:
-    """Let a critic load without flash-attn, with the attention that `override_config` chose, or else SDPA.
-
-    verl/utils/model.py:641 always passes `attn_implementation="flash_attention_2"`, whatever the configuration says,
-    and reports its absence as a missing `trl`. The trainer imports the function when it needs it, so replacing it in
-    its module is enough.
-    """
-    import verl.utils.model
-
-    if getattr(verl.utils.model.load_valuehead_model, MARK, False):
-        return
-
-    def load_valuehead_model(local_path: str, torch_dtype: Any, model_config: Any, trust_remote_code: bool) -> Any:
-        from transformers import AutoModelForTokenClassification
-
-        return AutoModelForTokenClassification.from_pretrained(
-            local_path,
-            torch_dtype=torch_dtype,
-            config=model_config,
-            attn_implementation=getattr(model_config, "_attn_implementation", None) or "sdpa",
-            trust_remote_code=trust_remote_code,
-        )
-
-    setattr(load_valuehead_model, MARK, True)
-    verl.utils.model.load_valuehead_model = load_valuehead_model
 
 
 class DeviceProperties:

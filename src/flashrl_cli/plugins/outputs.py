@@ -29,7 +29,8 @@ ENGINE = "vllm.v1.engine.core"
 """vLLM's module with the process of the engine (class EngineCoreProc)."""
 _TOKENS = frozenset({"request_id", "new_token_ids", "new_logprobs", "trace_headers", "num_nans_in_logits"})
 """Fields of vLLM's EngineCoreOutput that an output which only carries tokens may set."""
-_NOTHING = {type(None)}
+_ARRAY = "routed_experts"
+"""The one field with a NumPy array, which cannot be compared in a tuple."""
 
 
 def apply() -> None:
@@ -81,7 +82,7 @@ def keep_tokens() -> None:
     original, finish = Scheduler.update_from_output, EngineCoreProc._send_finish_outputs_to_client
     if getattr(original, PATCHED, False):
         return
-    others = operator.attrgetter(*(name for name in EngineCoreOutput.__struct_fields__ if name not in _TOKENS))
+    others = carried(EngineCoreOutput)
 
     def keeper(scheduler: Any) -> Keeper:
         found: Keeper = vars(scheduler).setdefault("_flashrl_keeper", Keeper(others))
@@ -115,6 +116,11 @@ def keep_tokens() -> None:
     EngineCoreProc._send_finish_outputs_to_client = send_finish_outputs
 
 
+def carried(output: Any) -> tuple[str, ...]:
+    """The fields of vLLM's EngineCoreOutput that are None if it carries nothing but tokens."""
+    return tuple(name for name in output.__struct_fields__ if name not in {*_TOKENS, _ARRAY})
+
+
 class Kept:
     """New tokens of a sequence that were not sent yet, with their log-probs as the engine's steps gave them."""
 
@@ -133,11 +139,12 @@ class Kept:
 class Keeper:
     """Keeps the tokens of sequences, by request id, until enough of them are there.
 
-    `others` gets the fields of an output that are None if it carries nothing but tokens.
+    `others` are the fields of an output that are None if it carries nothing but tokens, at least two.
     """
 
-    def __init__(self, others: Callable[[Any], tuple[Any, ...]]) -> None:
-        self._others = others
+    def __init__(self, others: tuple[str, ...]) -> None:
+        self._others: Callable[[Any], tuple[Any, ...]] = operator.attrgetter(*others)
+        self._nothing = (None,) * len(others)
         self._kept: dict[str, Kept] = {}
 
     def due(self, outputs: Iterable[Any], requests: Mapping[str, Any], interval: int) -> Iterator[Any]:
@@ -148,7 +155,12 @@ class Keeper:
         for output in outputs:
             name = output.request_id
             kept, request = self._kept.get(name), requests.get(name)
-            if request and set(map(type, self._others(output))) == _NOTHING and not request.sampling_params.stop:
+            if (
+                request
+                and self._others(output) == self._nothing
+                and getattr(output, _ARRAY, None) is None
+                and not request.sampling_params.stop
+            ):
                 if kept is None:
                     kept = self._kept[name] = Kept()
                 kept.add(output)

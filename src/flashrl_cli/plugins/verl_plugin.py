@@ -1,9 +1,9 @@
 """Entry point `verl.plugins`: verl imports this module in every process of a run.
 
 verl loads plugins without calling them, so the module acts when it is imported. Outside of a flashrl run it does
-nothing. It makes the trainer compute log-probs in chunks and micro-batches by index, and on a GPU send weights in bf16,
-where that loses nothing. verl logs an exception raised here at DEBUG level only, so the launcher uses the handshake
-files to verify what really runs.
+nothing. It makes the trainer compute log-probs in chunks, cut micro-batches by index, and give its models the attention
+of the configuration, and on a GPU send weights in bf16, where that loses nothing. verl logs an exception raised here at
+DEBUG level only, so the launcher uses the handshake files to verify what really runs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ if contract.plugin_dir() is not None:
 
         cpu.apply()
         cpu.register()
+    from flashrl_cli.plugins import attention
+
+    attention.apply()
     if contract.RolloutOptions.here().bf16_transfer:
         from flashrl_cli.plugins import transfer
 

@@ -155,6 +155,7 @@ def _plan(
             composed=composed,
         )
 
+    resolved = preflight.with_attention(resolved)
     undecided = budget.undecided(resolved.spec)
     kept = {key: budget.Choice(recorded[key], KEPT) for key in undecided if recorded.get(key) not in {None, AUTO}}
     resolved = budget.decided(resolved, kept)
@@ -207,6 +208,7 @@ FREE = (
     "trainer.validate_every",
     "trainer.validate_before",
     "trainer.logger",
+    "model.attention",
     "resources.gpu_memory_gib",
     "model.packing",
     "model.recompute",
@@ -219,8 +221,8 @@ FREE = (
     "verl.ray_kwargs.",
     "verl.+ray_kwargs.",
 )
-"""Keys, and prefixes of keys, that may change when a run is resumed: how long it runs, how it is watched, where it
-runs, how its passes are cut and what it writes, but not what it learns.
+"""Keys, and prefixes of keys, that may change when a run is resumed: how long it runs, how it is watched, where and by
+which kernels it runs, how its passes are cut and what it writes, but not what it learns.
 """
 
 

@@ -15,7 +15,7 @@ from flashrl_cli.paths import AttemptPaths, RunPaths
 from flashrl_cli.runs.store import PLAN_VERSION
 from flashrl_cli.train.resume import FROM_NOTHING, Resume
 from flashrl_cli.verl.environment import run_environment
-from flashrl_cli.verl.overrides import Override, Places, by_theme, overrides, quote
+from flashrl_cli.verl.overrides import ATTENTION, Override, Places, by_theme, overrides, quote
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -188,6 +188,9 @@ def _head(plan: LaunchPlan) -> Iterator[str]:
     cap = spec.correction.cap
     correction = f"truncated importance sampling at {cap:g}" if cap is not None else "no importance sampling"
     yield f"{spec.model.path}, {spec.algorithm.advantage}, {spec.rollout.precision} rollouts, {correction}"
+    used = [f"{one.value} ({one.origin})" for one in plan.overrides if one.key.endswith(f".{ATTENTION}")]
+    if used:
+        yield f"attention in training: {', '.join(dict.fromkeys(used))}"
 
 
 def _comments(texts: Sequence[str] | Iterator[str]) -> Iterator[str]:

@@ -28,7 +28,7 @@ from flashrl_cli.machine.finding import Finding, fail, ok, problems, warn
 from flashrl_cli.memory import estimate
 from flashrl_cli.memory.model import shape_of
 from flashrl_cli.text import counted
-from flashrl_cli.verl import environment, rewards
+from flashrl_cli.verl import attention, environment, rewards
 from flashrl_cli.verl.config import VALIDATION_LIMIT, VALIDATION_SAMPLES
 from flashrl_cli.verl.overrides import data_path, model_path
 from flashrl_cli.weights import Unreadable, Weights, read_json
@@ -108,7 +108,7 @@ def device_findings(spec: RunSpec, versions: Mapping[str, str]) -> Iterator[Find
         yield from gpus.gpus_lack(spec.rollout.precision, found, kv8=spec.rollout.kv_cache != "auto")
         yield from gpus.driver(found, gpus.cuda_of(versions.get("torch", "")), compatible=gpus.COMPATIBLE.is_dir())
         if software.installed_stack(versions) is software.GPU:
-            yield _attention(spec, versions)
+            yield _attention(spec, found, versions)
 
 
 def _environment(spec: RunSpec) -> dict[str, str]:
@@ -153,15 +153,23 @@ def _enough_gpus(spec: RunSpec, found: int) -> Finding:
     )
 
 
-def _attention(spec: RunSpec, versions: Mapping[str, str]) -> Finding:
-    """Which attention a run on GPUs uses: a run that requires flash-attn fails without it."""
-    finding = software.flash_attention(versions, environment.WITHOUT_FLASH)
-    if "flash-attn" in versions or "kernels" in versions:
-        return finding
-    if not environment.needs_flash(spec):
-        return ok(finding.name, "not installed, and the preset goes without")
-    fix = software.BUILD_FLASH_ATTENTION if environment.cannot_do_without_flash(spec) else finding.fix
-    return fail(finding.name, finding.text, fix)
+def _attention(spec: RunSpec, found: Sequence[gpus.Gpu], versions: Mapping[str, str]) -> Finding:
+    """Whether this machine has the attention of a run on GPUs.
+
+    Transformers takes a kernel from the hub in place of flash-attn if the package `kernels` is installed
+    (transformers/modeling_utils.py:1936).
+    """
+    used = list(dict.fromkeys(attention.of_spec(spec).values()))
+    kernels = [name for name in used if name in (attention.FLASH, attention.VARLEN)]
+    if kernels and (reason := gpus.outside(attention.GPUS, kernels[0], found)):
+        return fail("attention", reason, "--set model.attention=sdpa")
+    if attention.FLASH not in used or software.FLASH_ATTENTION in versions:
+        return ok("attention", " and ".join(used))
+    text = f"{attention.FLASH} needs the package {software.FLASH_ATTENTION}, which is not installed"
+    if "kernels" in versions:
+        return warn("attention", f"{text}; transformers fetches a kernel from the hub", software.BUILD_FLASH_ATTENTION)
+    other = "" if attention.shares_sequences(spec) else "--set model.attention=auto, or "
+    return fail("attention", text, f"{other}{software.BUILD_FLASH_ATTENTION}")
 
 
 def storage_findings(spec: RunSpec) -> Iterator[Finding]:
@@ -461,6 +469,17 @@ def shape(model: str) -> ModelShape | None:
     with contextlib.suppress(ValueError):
         return shape_of(model, paths.data_root())
     return None
+
+
+def with_attention(resolved: Resolved, *, here: bool = True) -> Resolved:
+    """The preset with an attention in place of `auto`; `here` says that it is trained on this machine."""
+    spec = resolved.spec
+    return attention.decided(
+        resolved,
+        installed=here and software.has_flash_attention(),
+        policy=shape(spec.model.path),
+        critic=shape(spec.critic.path or spec.model.path),
+    )
 
 
 def _parameters(model: str) -> int | None:

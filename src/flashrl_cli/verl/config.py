@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashrl_cli import contract
 from flashrl_cli.errors import Location, Problem
-from flashrl_cli.verl.overrides import ACTOR, ENGINE, MODEL, REF, ROLLOUT, TABLE, Override, quote
+from flashrl_cli.verl.overrides import ACTOR, ATTENTION, ENGINE, MODEL, REF, ROLLOUT, TABLE, Override, quote
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
@@ -28,6 +28,9 @@ VALIDATION_SAMPLES = f"{ROLLOUT}.val_kwargs.n"
 VALIDATION_LIMIT = "data.val_max_samples"
 """Key of the largest number of prompts that a validation takes; below 1 for all."""
 FIELDS = {entry.key: entry.field for entry in TABLE}
+FIELDS |= {f"{node}.{ATTENTION}": "model.attention" for node in (MODEL, "critic.model")}
+MASKED = ("sdpa", "eager")
+"""Attention implementations that compute the scores of all pairs of a packed pass, and mask those across sequences."""
 DTYPE_BYTES = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2}
 
 
@@ -51,9 +54,14 @@ class Role(NamedTuple):
         return f"{self.model}.use_remove_padding"
 
     @property
+    def compute_dtype(self) -> str:
+        """Key of the dtype in which FSDP computes; verl's tree lacks it, so it is given with a `+`."""
+        return f"{self.fsdp}.mixed_precision.param_dtype"
+
+    @property
     def attention(self) -> str:
         """Key of Transformers' attention implementation; verl's tree lacks it, so it is given with a `+`."""
-        return f"{self.model}.override_config.attn_implementation"
+        return f"{self.model}.{ATTENTION}"
 
 
 ROLES = {
@@ -190,6 +198,10 @@ class Settings:
         """Whether a preset or an option set a verl key to anything but null."""
         return self.get(key) is not None and self.where(key) is not None
 
+    def is_verbatim(self, key: str) -> bool:
+        """Whether a verl key is given under `verl:`."""
+        return not {key, f"+{key}"}.isdisjoint(self.spec.verl)
+
     def fix(self, key: str, value: Any, *, new: bool = False) -> str:
         """The command-line option that sets a verl key; `new` is for a key that verl's tree lacks."""
         text = str(value).lower() if isinstance(value, bool) else quote(value)
@@ -319,6 +331,8 @@ class EngineSettings:
 
     The entropy is verl's own then; otherwise both are flashrl's (plugins/log_probs.py).
     """
+    packable: bool = True
+    """Whether packed sequences have, or would have, an attention without a mask of the whole pass."""
     compiled: bool = True
     train_entropy: bool = False
     entropy_chunk: int | None = None
@@ -447,6 +461,7 @@ def _engine(s: Settings, name: str, train: Batch, infer: Batch, **more: Any) -> 
         activation_offload=bool(s.get(f"{role.model}.enable_activation_offload")),
         remove_padding=bool(s.get(role.padding)),
         flash_attention="flash" in str(s.get(role.attention) or "flash_attention_2"),
+        packable=not (s.is_given(role.attention) and s.get(role.attention) in MASKED),
         compiled=fsdp["use_torch_compile"],
         lora_rank=s.lora_rank(name),
         lora_targets=tuple(targets) if isinstance(targets, list) else None,

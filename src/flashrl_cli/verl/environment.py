@@ -1,6 +1,6 @@
 """What a run needs of the machine and of Ray.
 
-That is environment variables, flash-attn, disk space for checkpoints, loggers with their packages and logins, and
+That is environment variables, disk space for checkpoints, loggers with their packages and logins, and
 arguments of Ray. verl constructs its loggers after the models are loaded (verl/utils/tracking.py:62-189), so without
 this check a missing package or login would end a run minutes after its start.
 """
@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from flashrl_cli import contract, paths
 from flashrl_cli.errors import Problem
 from flashrl_cli.precision import BY_METHOD
-from flashrl_cli.verl.config import ROLES, bf16_replicas, written
+from flashrl_cli.verl.config import bf16_replicas
 from flashrl_cli.verl.overrides import MODEL
 
 if TYPE_CHECKING:
@@ -31,13 +31,20 @@ DTYPE = "actor_rollout_ref.rollout.dtype"
 METRICS_PATH = "VERL_FILE_LOGGER_PATH"
 COMMON = {
     "HYDRA_FULL_ERROR": "1",  # without it Hydra shortens the traceback that shows why a worker died
+    # images often set it; without compiled modules each of a run's processes compiles 7,000 (15 s of a core) again
+    "PYTHONDONTWRITEBYTECODE": "",
     "PYTHONUNBUFFERED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # every response is sent to a reward worker: 0.2 ms with it, 0.7 ms as torch saves a batch (verl/protocol.py:377)
+    "VERL_DATAPROTO_SERIALIZATION_METHOD": "numpy",
+    # Ray otherwise starts an idle worker for each of its logical CPUs ahead of need, and some for the first driver
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
 }
 CPU = {
     "VERL_PLATFORM": "cpu",  # the platform that flashrl's plugin registers
     "VERL_ENGINE_DEVICE": "cuda",  # verl registers its training engines for cuda and npu only; the switch is verl's
-    "RAY_enable_worker_prestart": "0",  # Ray otherwise starts idle workers for its 16 logical CPUs ahead of need
+    "RAY_enable_metrics_collection": "0",  # of Ray itself, which nobody reads here
     **contract.ENGINE,
 }
 MIXED = {
@@ -92,12 +99,8 @@ def _engine_is_bf16(spec: RunSpec) -> bool:
     return spec.verl.get(DTYPE, "bfloat16") in {"bfloat16", "bf16"}
 
 
-FLASH = "flash_attention_2"
-"""verl's default attention implementation (verl/workers/config/model.py:185)."""
 SAVED = "actor_rollout_ref.actor.checkpoint.save_contents"
 KEPT = "trainer.max_actor_ckpt_to_keep"
-WITHOUT_FLASH = f"--set verl.+{ROLES['actor'].attention}=sdpa --set {written(ROLES['actor'].padding)}=false"
-"""Options of a run without flash-attn; it is slower, and has no critic and no sequence parallelism."""
 KEEP_ONE = f"--set verl.{KEPT}=1"
 BYTES = {"model": 4, "optimizer": 8, "hf_model": 2}
 """Bytes per parameter of each part of a checkpoint.
@@ -105,21 +108,6 @@ BYTES = {"model": 4, "optimizer": 8, "hf_model": 2}
 The parts are weights in float32, Adam's two moments in float32, and an export in bfloat16. Measured on a checkpoint of
 `tiny`: 1,464,996 and 2,928,624 bytes for 0.366 M parameters.
 """
-
-
-def needs_flash(spec: RunSpec) -> bool:
-    """Whether a run on GPUs, as it is configured, fails without flash-attn."""
-    return cannot_do_without_flash(spec) or str(_given(spec, ROLES["actor"].attention, FLASH)) == FLASH
-
-
-def cannot_do_without_flash(spec: RunSpec) -> bool:
-    """Whether a run needs flash-attn whatever options it is given.
-
-    verl always loads a critic with flash-attn (verl/utils/model.py:649), and Ulysses sequence parallelism splits
-    unpadded sequences, for which verl needs flash-attn.
-    """
-    parallel = _given(spec, ROLES["actor"].sequence_parallel[0], 1)
-    return spec.algorithm.advantage == "gae" or (isinstance(parallel, int) and parallel > 1)
 
 
 def checkpoint_bytes(spec: RunSpec, parameters: int) -> int:

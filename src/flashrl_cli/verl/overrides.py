@@ -60,6 +60,8 @@ def _quoted(text: str) -> str:
 
 
 ACTOR = "actor_rollout_ref.actor"
+ATTENTION = "override_config.attn_implementation"
+"""Key, below a model's node, of Transformers' attention implementation; verl's tree lacks it."""
 MODEL = "actor_rollout_ref.model"
 REF = "actor_rollout_ref.ref"
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -188,7 +190,7 @@ TABLE = (
 
 
 def overrides(resolved: Resolved, places: Places) -> tuple[Override, ...]:
-    """All overrides of a run, grouped: fixed, typed fields, passes, overlong, precision, correction, run, verbatim.
+    """All overrides of a run, grouped by the functions below and in their order, those of `verl:` last.
 
     Pure, except that relative paths in the spec are resolved against the working folder. Where a field is still `auto`,
     verl's own default is left in place.
@@ -197,6 +199,7 @@ def overrides(resolved: Resolved, places: Places) -> tuple[Override, ...]:
         *_fixed(),
         *_quick(resolved),
         *_fields(resolved, places.data),
+        *_attention(resolved),
         *_passes(resolved),
         *_overlong(resolved),
         *_precision(resolved),
@@ -262,6 +265,19 @@ def _passes(resolved: Resolved) -> Iterator[Override]:
     value = resolved.value(field)
     if value not in (None, AUTO) and not given & {key, f"{REF}.log_prob_micro_batch_size"}:
         yield Override(key, value, Origin("derived", reason=f"{field}, as the policy's log-probs"))
+
+
+def _attention(resolved: Resolved) -> Iterator[Override]:
+    """The attention of policy and critic, none while it is `auto`.
+
+    A key under `verl:` takes its place, because it may name any implementation of Transformers.
+    """
+    value, origin = resolved.spec.model.attention, resolved.origins["model.attention"]
+    given = {written.removeprefix("+") for written in resolved.spec.verl}
+    for node in (MODEL, *(["critic.model"] if resolved.spec.algorithm.advantage == "gae" else [])):
+        key = f"{node}.{ATTENTION}"
+        if value != AUTO and key not in given:
+            yield Override(key, value, origin, added=True)
 
 
 def _overlong(resolved: Resolved) -> Iterator[Override]:

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 from flashrl_cli.config import yaml_file
 from flashrl_cli.config.layers import option
-from flashrl_cli.verl.config import FIELDS, LOG_PROBS, ROLES, UPDATE, VALIDATION_LIMIT, Pass, written
+from flashrl_cli.verl.attention import FLASH, VARLEN
+from flashrl_cli.verl.config import FIELDS, LOG_PROBS, MASKED, ROLES, UPDATE, VALIDATION_LIMIT, Pass, written
 from flashrl_cli.verl.overrides import AUTO, ROLLOUT
 
 AGENTS = f"{ROLLOUT}.agent.num_workers"
@@ -23,9 +24,6 @@ GRAPHS = f"{ROLLOUT}.enforce_eager"
 SEQUENCES = f"{ROLLOUT}.max_num_seqs"
 ENGINE_SHARE = f"{ROLLOUT}.gpu_memory_utilization"
 VALIDATE, SAVE = "trainer.test_freq", "trainer.save_freq"
-FLASH = "flash_attention_2"
-MASKED = ("sdpa", "eager")
-"""Attention implementations that compute the scores of all pairs of a packed pass, and mask those across sequences."""
 
 LOW_MFU = 0.05
 """Share of a GPU's peak below which an update spends its time on something else than arithmetic.
@@ -47,6 +45,9 @@ class Keys(Protocol):
 
     def is_given(self, key: str) -> bool:
         """Whether a preset or an option set a key; a value that was derived is not given."""
+
+    def is_verbatim(self, key: str) -> bool:
+        """Whether a key is given under `verl:`."""
 
     def fix(self, key: str, value: Any, *, new: bool = False) -> str:
         """The command-line option that sets a key; `new` is for a key that verl's tree lacks."""
@@ -86,6 +87,10 @@ class Recorded:
         origin = self.plan.get("origins", {}).get(written(key), "default")
         return self.get(key) is not None and not origin.startswith(("default", "derived"))
 
+    def is_verbatim(self, key: str) -> bool:
+        """Whether a key is given under `verl:`."""
+        return not {key, f"+{key}"}.isdisjoint(self.plan.get("spec", {}).get("verl", ()))
+
     def fix(self, key: str, value: Any, *, new: bool = False) -> str:
         """The `--set` that gives a key another value."""
         return option(written(key, new=new), value, None)
@@ -118,9 +123,10 @@ def attention_of(k: Keys, role: str = "actor") -> str:
 
 
 def _unmasked(k: Keys, roles: Iterable[str]) -> list[str]:
-    """Options for an attention that takes packed sequences one by one."""
+    """Options for an attention that takes packed sequences one by one, where another one was asked for."""
     masked = [ROLES[role].attention for role in roles if attention_of(k, role) in MASKED]
-    return [k.fix(key, AUTO if key in FIELDS else FLASH, new=True) for key in masked]
+    verbatim = {key: option(f"verl.+{key}", VARLEN, None) for key in masked if k.is_verbatim(key)}
+    return [verbatim.get(key) or k.fix(key, AUTO) for key in masked if key in verbatim or k.is_given(key)]
 
 
 def padded(k: Keys, roles: Iterable[str]) -> list[str]:
@@ -141,7 +147,9 @@ def attention(k: Keys, roles: Iterable[str]) -> Iterator[Slow]:
     if found:
         name = attention_of(k, found[0])
         text = f"attention: {name} computes all pairs of tokens of a packed pass, and masks those across sequences"
-        yield Slow("attention", text, _joined(_unmasked(k, found)))
+        # what `auto` chose has its reason, and less is computed of padded sequences then
+        fix = _unmasked(k, found) or [k.fix(ROLES[role].padding, False) for role in found]
+        yield Slow("attention", text, _joined(fix))
 
 
 def is_counted(k: Keys) -> bool:

@@ -50,6 +50,10 @@ class ModelShape:
     output_bias: bool = False
     qk_norm: bool = False
     norms_per_layer: int = 2
+    window: int | None = None
+    """Tokens that a layer with a sliding window attends to; None if no layer has one."""
+    softcap: bool = False
+    """Whether attention scores are capped."""
 
     @property
     def query_size(self) -> int:
@@ -108,6 +112,8 @@ def of_config(config: Mapping[str, Any]) -> ModelShape:
         output_bias=bias and kind not in QKV_BIAS,
         qk_norm=kind in QK_NORM,
         norms_per_layer=GEMMA.get(kind, 2),
+        window=_window(config),
+        softcap=bool(config.get("attn_logit_softcapping")),
         **_mixture(config, known["layers"]),
     )
 
@@ -115,6 +121,14 @@ def of_config(config: Mapping[str, Any]) -> ModelShape:
 def _number(config: Mapping[str, Any], field: str) -> int | None:
     value = config.get(field)
     return value if isinstance(value, int) and value > 0 else None
+
+
+def _window(config: Mapping[str, Any]) -> int | None:
+    """Tokens of a sliding window that some layer uses; Qwen's configurations name one and switch it off."""
+    layers = config.get("layer_types")
+    if config.get("use_sliding_window") is False or (layers and "sliding_attention" not in layers):
+        return None
+    return _number(config, "sliding_window")
 
 
 def _mixture(config: Mapping[str, Any], layers: int) -> dict[str, int]:

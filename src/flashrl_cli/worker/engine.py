@@ -5,6 +5,7 @@ These are refits, tokenizers and stop tokens. It is imported in worker processes
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,16 @@ def start(model: str, *, on_cpu: Mapping[str, Any], on_gpu: Mapping[str, Any], *
 
     `arguments` are passed to vLLM, with `on_cpu` or `on_gpu` for the present device; they override the defaults here.
     """
+    gc.disable()  # importing vLLM creates millions of objects, of which a collection would free none
     from vllm import LLM
 
     usual = {"dtype": "bfloat16", "load_format": "dummy", "skip_tokenizer_init": True}
     # there are no CUDA graphs to capture on a CPU
     cpu = {"enforce_eager": True, "gpu_memory_utilization": CPU_MEMORY, **on_cpu}
-    return LLM(**{"model": model, **usual, **arguments, **(cpu if is_cpu() else on_gpu)})
+    llm = LLM(**{"model": model, **usual, **arguments, **(cpu if is_cpu() else on_gpu)})
+    gc.freeze()
+    gc.enable()
+    return llm
 
 
 def is_cpu() -> bool:

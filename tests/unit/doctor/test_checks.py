@@ -17,7 +17,7 @@ import pytest
 from flashrl_cli.doctor import checks
 from flashrl_cli.doctor.checks import Disk, Report, Script
 from flashrl_cli.machine import gpus, ray_state, software
-from flashrl_cli.machine.finding import Finding, Level, fail, ok, warn
+from flashrl_cli.machine.finding import Finding, Level, fail, ok
 from flashrl_cli.machine.gpus import Gpu
 from flashrl_cli.machine.software import CPU, GPU, Stack
 from flashrl_cli.precision import PRECISIONS
@@ -382,7 +382,7 @@ def test_a_cpu_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"python", "verl", "torch", "command", "verl.plugins", "GPUs", "disk", "memory", "Ray", "hub"} <= set(
         names(found)
     )
-    assert not {"driver", "flash-attn", "precisions", "locked memory"} & set(names(found))
+    assert not {"driver", "attention", "precisions", "locked memory"} & set(names(found))
 
 
 @pytest.mark.usefixtures("bare_machine")
@@ -390,7 +390,7 @@ def test_a_gpu_stack_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(software, "probe_versions", lambda: {"verl": "0.9.1", "vllm": "0.24.0", "torch": "2.11.0"})
     found = checks.check_machine()
     assert found.stack == "gpu"
-    assert {"flash-attn", "locked memory"} <= set(names(found))
+    assert {"attention", "locked memory"} <= set(names(found))
     assert not found.ok
     (gpus,) = (finding for finding in found.findings if finding.name == "GPUs")
     assert gpus.level == "fail"
@@ -407,16 +407,16 @@ def test_without_a_stack(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_preset_s_word_counts() -> None:
-    machine = Report(
-        "gpu", (ok("verl", "0.9.1"), warn("flash-attn", "not installed"), ok("disk", "a"), ok("disk", "b"))
-    )
+    machine = Report("gpu", (ok("verl", "0.9.1"), ok("attention", "torch's own"), ok("disk", "a"), ok("disk", "b")))
     assert machine.ok
-    both = machine.with_preset([ok("verl", "0.9.1"), fail("flash-attn", "verl asks for it"), ok("data.train", "/x")])
+    both = machine.with_preset(
+        [ok("verl", "0.9.1"), fail("attention", "flash_attention_2 needs flash-attn"), ok("data.train", "/x")]
+    )
     assert [(finding.name, finding.level) for finding in both.findings] == [
         ("verl", "ok"),
         ("disk", "ok"),
         ("disk", "ok"),
-        ("flash-attn", "fail"),
+        ("attention", "fail"),
         ("data.train", "ok"),
     ]
     assert not both.ok

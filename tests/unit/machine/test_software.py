@@ -96,12 +96,21 @@ def test_platform_and_stack(platform: str, versions: dict[str, str], text: str |
     assert [(finding.level, finding.text) for finding in found] == ([("fail", text)] if text else [])
 
 
-@pytest.mark.parametrize(
-    ("versions", "level"), [({"flash-attn": "2.8.3"}, "ok"), ({"kernels": "0.12"}, "warn"), ({}, "warn")]
-)
-def test_flash_attention(versions: dict[str, str], level: str) -> None:
-    assert software.flash_attention(versions, "--set x=sdpa").level == level
-    assert software.flash_attention({}, "--set x=sdpa").fix == f"{software.BUILD_FLASH_ATTENTION}, or --set x=sdpa"
+def test_attention() -> None:
+    installed, own = software.attention({"flash-attn": "2.8.3"}), software.attention({"kernels": "0.12"})
+    assert (installed.level, installed.text) == ("ok", "flash-attn 2.8.3")
+    assert (own.level, "torch's own" in own.text, "sequence parallelism" in own.text) == ("ok", True, True)
+
+
+def test_a_module_of_that_name_is_not_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later versions for some GPUs are a package `flash_attn` of another distribution."""
+    installed: dict[str, str] = {}
+    monkeypatch.setattr(software, "versions_of", lambda _: installed)
+    assert not software.has_flash_attention()
+    monkeypatch.setattr(software, "find_spec", lambda name: name)
+    assert not software.has_flash_attention()
+    installed["flash-attn"] = "2.8.3"
+    assert software.has_flash_attention()
 
 
 def test_probe_leaves_out_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ class Output:
 
 
 def keeper() -> Keeper:
-    return Keeper(lambda output: (output.finish_reason, output.prefill_stats))
+    return Keeper(("finish_reason", "prefill_stats"))
 
 
 def request(*stop: str) -> Any:

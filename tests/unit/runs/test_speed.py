@@ -114,7 +114,7 @@ def test_a_run_that_is_set_well_is_told_nothing() -> None:
 @pytest.mark.parametrize(
     ("sets", "cause", "fix"),
     [
-        (("model.packing=true",), "attention", ("attn_implementation=flash_attention_2", "attention=")),
+        (("model.packing=true",), "attention", ("attn_implementation=varlen",)),
         (("model.recompute=true",), "recomputation", ("--set model.recompute=false",)),
         ((f"verl.{A}.fsdp_config.optimizer_offload=true",), "offload", ("optimizer_offload=false",)),
     ],

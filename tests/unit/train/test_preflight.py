@@ -17,7 +17,6 @@ from flashrl_cli.machine import ray_state, software, system
 from flashrl_cli.machine.finding import Finding
 from flashrl_cli.memory import estimate
 from flashrl_cli.train import preflight
-from flashrl_cli.verl import environment
 from flashrl_cli.verl.compose import Tree
 from flashrl_cli.weights import Weights
 from tests import sample_rows
@@ -142,8 +141,7 @@ def test_switched_off_plugins(switch: str, value: str, fine: bool, data: Path, m
             {"verl": "0.9.1", "vllm": "0.30.0", "flash-attn": "2.8"},
             [("vllm", "0.30.0: flashrl's rollouts are made for vLLM 0.24 to 0.28")],
         ),
-        (GPU_STACK, [("flash-attn", software.BUILD_FLASH_ATTENTION)]),
-        (GPU_STACK | {"flash-attn": "2.8.3"}, []),
+        (GPU_STACK, []),
     ],
 )
 def test_versions(
@@ -279,23 +277,29 @@ def test_how_much_is_validated(tmp_path: Path) -> None:
 
 
 def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only a run that goes without flash-attn runs without it; a critic and sequence parallelism cannot."""
-    gpus(monkeypatch, 8)
+    """What `auto` chose runs on every GPU of the stack; flash-attn must be there where it is asked for."""
 
     def found(preset: str, *sets: str, **versions: str) -> Finding:
-        asked = spec(preset, CLUSTER_OF_ONE, *(f"verl.{text}" for text in sets))
-        (one,) = (o for o in preflight.device_findings(asked, GPU_STACK | versions) if o.name == "flash-attn")
+        asked = preflight.with_attention(load_spec(preset, sets=[CLUSTER_OF_ONE, *sets])).spec
+        (one,) = (o for o in preflight.device_findings(asked, GPU_STACK | versions) if o.name == "attention")
         return one
 
-    unparallel = "actor_rollout_ref.actor.ulysses_sequence_parallel_size=1"
-    sdpa = "+actor_rollout_ref.model.override_config.attn_implementation=sdpa"
-    assert found("gsm8k-0.5b", **{"flash-attn": "2.8.3"}).level == "ok"
-    assert found("gsm8k-0.5b", kernels="0.12").level == "warn"
-    critic = found("gsm8k-0.5b")
-    assert (critic.level, "sdpa" in str(critic.fix)) == ("fail", False)
-    alone = found("dapo-32b", unparallel)
-    assert (alone.level, str(alone.fix).endswith(environment.WITHOUT_FLASH)) == ("fail", True)
-    assert found("dapo-32b", unparallel, sdpa).level == "ok"
+    gpus(monkeypatch, 8)
+    flash, build = "model.attention=flash_attention_2", software.BUILD_FLASH_ATTENTION
+    assert (found("gsm8k-0.5b").level, found("gsm8k-0.5b").text) == ("ok", "varlen")
+    verbatim = "verl.+critic.model.override_config.attn_implementation=eager"
+    assert found("gsm8k-0.5b", verbatim).text == "varlen and eager"
+    asked = found("gsm8k-0.5b", flash)
+    assert (asked.level, asked.fix) == ("fail", f"--set model.attention=auto, or {build}")
+    assert found("gsm8k-0.5b", flash, **{"flash-attn": "2.8.3"}).level == "ok"
+    assert found("gsm8k-0.5b", flash, kernels="0.12").level == "warn"
+    parallel = found("dapo-32b")
+    assert (parallel.level, parallel.fix) == ("fail", build)
+    gpus(monkeypatch, 8, "Tesla T4", "7.5")
+    old = found("gsm8k-0.5b")
+    assert (old.level, old.fix) == ("fail", "--set model.attention=sdpa")
+    assert old.text == "varlen needs compute capability 8.0 or newer, Tesla T4 has 7.5"
+    assert found("gsm8k-0.5b", "model.attention=sdpa").level == "ok"
 
 
 def failures(preset: str, *sets: str) -> dict[str, str | None]:

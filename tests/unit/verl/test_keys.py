@@ -109,7 +109,7 @@ def test_verls_own_quantizations_are_free_in_bf16_but_fp8_has_its_switch():
 
 
 def test_every_rule_has_a_case():
-    named = {rule for rule, *_ in CASES} | {"no_bypass_with_correction"}
+    named = {rule for rule, *_ in CASES} | {"no_bypass_with_correction", "one_attention"}
     assert {rule.__name__ for rule in keys.RULES} == named
 
 

@@ -33,7 +33,9 @@ class Place:
 
     def fit(self, resolved: Resolved) -> Resolved:
         """The preset as it is executed there."""
-        return environment.on_cluster(resolved) if self.address else resolved
+        if self.address is None:
+            return resolved
+        return preflight.with_attention(environment.on_cluster(resolved), here=False)
 
     def document(self, plan: LaunchPlan) -> dict[str, Any]:
         """What `--dry-run --json` adds to the plan: the job that would be submitted to a cluster."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from flashrl_cli.verl import attention
 from flashrl_cli.verl.config import DATA_PARALLEL, ROLES, TENSOR_PARALLEL, Rule, Settings, engine_devices, written
-from flashrl_cli.verl.overrides import ROLLOUT
+from flashrl_cli.verl.overrides import AUTO, ROLLOUT
 
 if TYPE_CHECKING:
     from flashrl_cli.errors import Problem
@@ -103,14 +104,51 @@ def sequence_parallelism_fits(s: Settings) -> Iterator[Problem]:
                 ROLES[role].padding,
                 *keys,
             )
-        attention = s.get(ROLES[role].attention) or "flash_attention_2"
-        if not str(attention).startswith("flash_attention"):
+        used = s.get(ROLES[role].attention) or attention.FLASH
+        if not str(used).startswith("flash_attention"):
             yield s.problem(
-                f"sequence parallelism of the {role} with {attention} would attend within each device's part only",
-                f"drop verl.+{ROLES[role].attention}, or {s.fix(key, 1)}",
+                f"sequence parallelism of the {role} with {used} would attend within each device's part only",
+                f"{_other_attention(s, role)}, or {s.fix(key, 1)}",
                 ROLES[role].attention,
                 *keys,
             )
+
+
+def _other_attention(s: Settings, role: str, value: str = AUTO) -> str:
+    """The option that replaces a role's attention, wherever it was set."""
+    key = ROLES[role].attention
+    if s.is_verbatim(key):
+        return f"drop verl.+{key}"
+    return s.option(attention.FIELD, value)
+
+
+def attention_can_run(s: Settings) -> Iterator[Problem]:
+    """FlashAttention needs CUDA, half precision and a head size that it has, `varlen` packed sequences as well.
+
+    Otherwise workers end when they build or first call the model (plugins/attention.py, workers/config/model.py:185,
+    transformers/modeling_utils.py:1700).
+    """
+    for role in s.roles():
+        keys, used = ROLES[role], s.get(ROLES[role].attention)
+        places = (keys.attention, attention.FIELD)
+        if s.spec.resources.platform == "cpu":
+            if used not in (None, attention.SDPA, "eager") and role != "reference policy":
+                yield s.problem(f"{used} needs CUDA", _other_attention(s, role), *places)
+            continue
+        judge = {attention.VARLEN: attention.varlen_lacks, attention.FLASH: attention.flash_lacks}.get(used)
+        if judge is None or s.sequence_parallel(role) > 1:
+            continue
+        shape = s.shape if role != "critic" or s.spec.critic.path in (None, s.spec.model.path) else None
+        dtype = s.get(keys.compute_dtype) or attention.HALF[0]
+        use = attention.Use(bool(s.get(keys.padding)), dtype, s.spec.data.max_length, shape)
+        fixes = {
+            "packing": s.fix(keys.padding, True),
+            "dtype": s.fix(keys.compute_dtype, attention.HALF[0], new=True),
+        }
+        for lack in judge(use):
+            if role != "reference policy" or lack.cause == "dtype":  # else it is the policy's, and reported of that
+                hint = fixes.get(lack.cause, _other_attention(s, role))
+                yield s.problem(f"{used} {lack.text}: the {role} cannot have it", hint, *places)
 
 
 def critic_shares_sequences_by_its_engine(s: Settings) -> Iterator[Problem]:
@@ -221,17 +259,16 @@ def ray_has_resources(s: Settings) -> Iterator[Problem]:
 
 
 def cpu_gets_what_it_needs(s: Settings) -> Iterator[Problem]:
-    """A run on CPUs needs FSDP2, an attention other than flash attention, and an engine that does not sleep.
+    """A run on CPUs needs FSDP2, and an engine that does not sleep.
 
-    FSDP1 requires an accelerator (torch/distributed/fsdp/_init_utils.py:389); flash attention and sleeping engines need
-    CUDA. verl's defaults would fail in a worker (workers/config/model.py:185, vllm/config/model.py:595).
+    FSDP1 requires an accelerator (torch/distributed/fsdp/_init_utils.py:389); sleeping engines need CUDA. verl's
+    defaults would fail in a worker (vllm/config/model.py:595).
     """
     if s.spec.resources.platform != "cpu":
         return
     wanted: list[tuple[str, tuple[object, ...], bool]]
     trained = [role for role in s.roles() if role != "reference policy"]
     wanted = [(ROLES[role].strategy, ("fsdp2",), False) for role in trained]
-    wanted += [(ROLES[role].attention, ("sdpa", "eager"), True) for role in trained]
     wanted += [(f"{ROLLOUT}.free_cache_engine", (False,), False), (f"{ROLLOUT}.enable_sleep_mode", (False,), True)]
     for key, values, new in wanted:
         if s.get(key) not in values:
@@ -247,6 +284,7 @@ RULES: tuple[Rule, ...] = (
     engines_fit_devices,
     engine_parallelism_is_supported,
     sequence_parallelism_fits,
+    attention_can_run,
     critic_shares_sequences_by_its_engine,
     heads_split,
     shards_fit_devices,

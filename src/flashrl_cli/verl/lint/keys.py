@@ -27,7 +27,18 @@ from flashrl_cli.precision import BY_METHOD, METAVAR
 from flashrl_cli.verl import compose, environment
 from flashrl_cli.verl.config import FIELDS, Settings
 from flashrl_cli.verl.dead_keys import dead_key
-from flashrl_cli.verl.overrides import ACTOR, CORRECTION, ENGINE, MODEL, REF, ROLLOUT, TABLE, Override
+from flashrl_cli.verl.overrides import (
+    ACTOR,
+    ATTENTION,
+    AUTO,
+    CORRECTION,
+    ENGINE,
+    MODEL,
+    REF,
+    ROLLOUT,
+    TABLE,
+    Override,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -118,6 +129,16 @@ def one_quantization(resolved: Resolved, overrides: Sequence[Override]) -> Itera
             )
 
 
+def one_attention(resolved: Resolved, overrides: Sequence[Override]) -> Iterator[Problem]:
+    """An implementation that `model.attention` cannot name may be given under `verl:`, but not beside that field."""
+    chosen = resolved.origins["model.attention"].layer not in {"default", "derived"}
+    for override in verbatim(resolved, overrides):
+        if chosen and override.key.endswith(f".{ATTENTION}"):
+            value = resolved.spec.model.attention
+            message = f"{override.key} and model.attention = {value} say it twice"
+            yield Problem(message, override.origin.where, f"drop it, or {resolved.option('model.attention', AUTO)}")
+
+
 def no_bypass_with_correction(resolved: Resolved, overrides: Sequence[Override]) -> Iterator[Problem]:
     """V1 silently skips the importance correction in bypass mode (verl/trainer/ppo/v1/trainer_base.py:1640)."""
     for override in verbatim(resolved, overrides):
@@ -166,6 +187,7 @@ RULES: tuple[Rule, ...] = (
     no_dead_keys,
     no_owned_keys,
     one_quantization,
+    one_attention,
     no_bypass_with_correction,
     own_environment,
     no_idle_options,
