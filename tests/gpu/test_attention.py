@@ -71,7 +71,7 @@ def test_the_kernel_is_as_exact_as_sdpa(heads: int, shared: int, size: int) -> N
     weights = torch.randn(tokens, heads, size, device="cuda").bfloat16()
 
     def outputs_and_gradients(attend: Any, dtype: torch.dtype) -> list[torch.Tensor]:
-        parts = [part.to(dtype).requires_grad_() for part in drawn]
+        parts = [part.detach().to(dtype, copy=True).requires_grad_() for part in drawn]
         found = attend(*parts)
         (found * weights.to(dtype)).sum().backward()
         return [found.detach().float(), *(part.grad.float() for part in parts)]

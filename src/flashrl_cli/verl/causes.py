@@ -36,7 +36,8 @@ GPU = (
     _cause(
         "gpu-memory",
         "a GPU ran out of memory",
-        "lower algorithm.max_tokens_per_gpu, rollout.log_prob_max_tokens_per_gpu or rollout.gpu_memory_utilization, or offload parameters and optimizer",
+        "lower algorithm.max_tokens_per_gpu, rollout.log_prob_max_tokens_per_gpu or rollout.gpu_memory_utilization, or "
+        "offload parameters and optimizer",
         r"torch\.(cuda\.)?OutOfMemoryError",
         r"CUDA out of memory",
         r"CUDA error: out of memory",
