@@ -69,11 +69,13 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_server_asks_for_ids_unless_it_must_find_strings(
     server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from flashrl_cli.plugins import outputs
+    from flashrl_cli.plugins import outputs, vllm_plugin
 
     plain = server.SamplingParams(max_tokens=8, logprobs=0)
     assert (plain.detokenize, plain.flat_logprobs) == (True, False)
-    outputs.ask_for_ids()
+    monkeypatch.setenv(contract.ENV_PLUGIN_DIR, str(tmp_path))
+    monkeypatch.setattr(outputs, "ENGINE", "not of this test")
+    vllm_plugin.register()
     made = server.SamplingParams
     outputs.ask_for_ids()
     assert server.SamplingParams is made
