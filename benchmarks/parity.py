@@ -100,13 +100,11 @@ MACHINE = (
     # Ray's CPUs are logical, and with fewer than verl's actors ask for it waits for ever
     "verl.ray_kwargs.ray_init.num_cpus=32",
     "verl.+ray_kwargs.ray_init.object_store_memory=2147483648",
-    "verl.+ray_kwargs.ray_init.include_dashboard=false",
 )
 """Runs on a GPU: what does not change what is learned."""
 
 ENVIRONMENT = {
     "RAY_ADDRESS": "local",  # each run has a Ray of its own
-    "RAY_enable_worker_prestart": "0",  # Ray otherwise starts an idle process for each of its CPUs
     "TOKENIZERS_PARALLELISM": "false",
     "NO_COLOR": "1",
 }
