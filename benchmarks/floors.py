@@ -284,14 +284,15 @@ class Loop:
         import torch
         from transformers import AutoModelForCausalLM
 
+        from flashrl_cli.plugins import attention
+
         self.job, self.device, self.rank = job, device, rank
         self.compute = torch.bfloat16 if device == "cuda" else torch.float32
         sharded = job.devices > 1
         held = torch.float32 if sharded and job.master else self.compute
-        if device == "cuda":
-            register_varlen()
-        attention = "varlen" if device == "cuda" else "sdpa"
-        model = AutoModelForCausalLM.from_pretrained(job.model, dtype=held, attn_implementation=attention)
+        attention.register()
+        chosen = attention.VARLEN if device == "cuda" else "sdpa"
+        model = AutoModelForCausalLM.from_pretrained(job.model, dtype=held, attn_implementation=chosen)
         self.operations = operations(model.config)
         if job.lora_rank:
             from peft import LoraConfig, get_peft_model
@@ -443,22 +444,14 @@ class Packed:
 
     @classmethod
     def together(cls, samples: Sequence[Sample], device: str) -> Packed:
-        """One row without padding, with the ends of its sequences for variable-length attention."""
+        """One row without padding, whose positions tell its sequences apart."""
         import torch
 
-        lengths = torch.tensor([len(one.tokens) for one in samples])
-        ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int().to(device)
         ids = torch.tensor([[token for one in samples for token in one.tokens]], device=device)
-        positions = torch.cat([torch.arange(int(length)) for length in lengths])[None].to(device)
-        longest = int(lengths.max())
-        # Transformers hands these to the attention function as they are
-        arguments = {
-            "position_ids": positions, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest,
-            "max_length_k": longest,
-        }  # fmt: skip
+        positions = torch.cat([torch.arange(len(one.tokens)) for one in samples])[None].to(device)
         advantages = torch.cat([_advantages(one) for one in samples])[None].to(device)
         return cls(ids=ids, labels=ids.roll(-1, 1), advantages=advantages, responses=_responses(samples),
-                   arguments=arguments)  # fmt: skip
+                   arguments={"position_ids": positions})  # fmt: skip
 
     @classmethod
     def rows(cls, samples: Sequence[Sample], device: str) -> Packed:
@@ -550,36 +543,6 @@ def _shard(model: Any, compute: Any) -> None:
     layers = [module for module in model.modules() if type(module).__name__.endswith("DecoderLayer")]
     for unit in (*layers, model):
         fsdp.fully_shard(unit, mp_policy=policy)
-
-
-def register_varlen() -> None:
-    """Have Transformers know torch's variable-length attention as `varlen`, for one row of packed sequences.
-
-    The ends of the sequences are taken from Transformers' own arguments for flash attention, or else from positions.
-    """
-    import torch
-    from torch.nn.attention.varlen import varlen_attn
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    def attend(
-        _module: Any, q: Any, k: Any, v: Any, _mask: Any, scaling: float | None = None, position_ids: Any = None,
-        cu_seq_lens_q: Any = None, max_length_q: int | None = None, **_: Any,
-    ) -> tuple[Any, None]:  # fmt: skip
-        if cu_seq_lens_q is None or max_length_q is None:
-            starts = torch.nonzero(position_ids[0] == 0)[:, 0]
-            cu_seq_lens_q = torch.cat([starts, starts.new_tensor([position_ids.numel()])]).int()
-            max_length_q = int(cu_seq_lens_q.diff().max())
-        heads = q.shape[1] // k.shape[1]
-        q, k, v = (one.transpose(1, 2)[0].to(torch.bfloat16).contiguous() for one in (q, k, v))
-        k, v = (one.repeat_interleave(heads, 1) for one in (k, v))
-        out = varlen_attn(
-            q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1, 0)
-        )
-        return out[None], None
-
-    AttentionInterface.register("varlen", attend)
-    AttentionMaskInterface.register("varlen", lambda *_, **__: None)
 
 
 # Models with random weights.

@@ -30,7 +30,7 @@ from typing import Any
 import torch  # noqa: TID253  (nothing here works without it)
 from benchmarks import floors
 
-from flashrl_cli.plugins import log_probs
+from flashrl_cli.plugins import attention, log_probs
 
 VOCABULARY = floors.SMOLLM2["vocab_size"]
 Sequences = list[list[int]]
@@ -64,8 +64,6 @@ def engine_of(folder: Path, *, fused: bool) -> Any:
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine import EngineRegistry
-
-    from flashrl_cli.plugins import attention
 
     attention.register()
     model = HFModelConfig(

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from flashrl_cli.plugins.cpu import MARK, VERL_VERSION
+from flashrl_cli.contract import PATCHED as MARK
+from flashrl_cli.contract import VERL as VERL_VERSION
 
 VARLEN = "varlen"
 """Value of Transformers' `attn_implementation`."""

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from flashrl_cli import contract
-from flashrl_cli.plugins.cpu import MARK, VERL_VERSION
+from flashrl_cli.contract import PATCHED as MARK
+from flashrl_cli.contract import VERL as VERL_VERSION
 
 
 def chunks(logits: torch.Tensor, most: int | None = None) -> Iterator[slice]:
