@@ -6,8 +6,9 @@ Ray and vLLM ask it for their processes. A process that it cannot serve starts a
 when the server's modules might differ from what the new process would import (another environment, threads).
 
 vLLM's worker starts as usual: it sets the variables of OpenMP, whose library reads them when it is loaded. As a fork it
-took five times as much of a core. Runs on GPUs do without: a fork cannot use CUDA once its parent has asked for GPUs, and verl's modules do so while they
-are imported, to find other GPUs in a driver than in its workers (verl/utils/device.py).
+took five times as much of a core. Runs on GPUs do without: a fork cannot use CUDA once its parent has asked for GPUs,
+and verl's modules do so while they are imported, to find other GPUs in a driver than in its workers
+(verl/utils/device.py).
 
 The server listens on a socket that the guardian opened, and ends when the guardian closes the lifeline. A request is a
 length and JSON, with file descriptors: stdout, stderr and, for a process of multiprocessing, what
