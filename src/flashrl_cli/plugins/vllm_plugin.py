@@ -7,6 +7,8 @@ flashrl run it does nothing.
 
 from __future__ import annotations
 
+import os
+
 from flashrl_cli import contract
 
 
@@ -24,4 +26,8 @@ def register() -> None:
     outputs.apply()
     if contract.RolloutOptions.here().lm_head_fp32:
         linear.register_float32_head()
+    if os.environ.get(contract.ENV_SERVER):
+        from flashrl_cli.plugins import forked_engine
+
+        forked_engine.start_engines_by_fork()
     contract.logger().info("registered with vLLM for %s", contract.RolloutOptions.here())

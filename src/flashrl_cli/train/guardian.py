@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import select
 import signal
+import socket
 import subprocess
 import sys
 from types import FrameType
 
+from flashrl_cli import contract
 from flashrl_cli.train.process import Descendants
 from flashrl_cli.worker.server import end_with_parent
 
+FORK_SERVER = "flashrl_cli.plugins.forkserver"
 POLL_S = 0.2
 GRACE_S = 10.0
 """Seconds that the command gets to end by itself once flashrl is gone."""
@@ -27,6 +31,7 @@ def guard(lifeline: int, argv: list[str]) -> int:
     descendants = Descendants()
     # blocked until the handler knows the command; a TERM in between would leave the command behind
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    server = start_fork_server() if _forks() else None
     child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, preexec_fn=_prepare)  # noqa: PLW1509 - system calls only
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
@@ -39,9 +44,36 @@ def guard(lifeline: int, argv: list[str]) -> int:
         if closed:
             descendants.kill(grace_s=GRACE_S)
         descendants.note()
+    if server:
+        server.kill()
+        server.communicate()
     if select.select([lifeline], [], [], 0)[0]:
         descendants.kill()
     return child.returncode
+
+
+def _forks() -> bool:
+    return os.environ.get(contract.ENV_FORK) == "1" and os.environ.get(contract.ENV_PLATFORM) == "cpu"
+
+
+def start_fork_server(*modules: str) -> subprocess.Popen[bytes]:
+    """Start the server of which a run's processes are forks; commands find it by the environment. Linux only.
+
+    Its standard input is its lifeline; it imports `modules`, or those of a run.
+    """
+    name = f"flashrl-{os.getpid()}-{secrets.token_hex(8)}"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(b"\0" + name.encode())
+        listener.listen()
+        argv = [sys.executable, "-m", FORK_SERVER, str(listener.fileno()), *modules]
+        server = subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            pass_fds=(listener.fileno(),),
+            preexec_fn=_prepare,  # noqa: PLW1509 - system calls only
+        )
+    os.environ[contract.ENV_SERVER] = name
+    return server
 
 
 def _prepare() -> None:

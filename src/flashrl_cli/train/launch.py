@@ -24,6 +24,7 @@ from flashrl_cli.runs.store import newest_plan
 from flashrl_cli.train import preflight
 from flashrl_cli.train.plan import LaunchPlan, build_plan, default_name, run_paths
 from flashrl_cli.train.resume import FROM_NOTHING, Resume, choose
+from flashrl_cli.verl import environment
 from flashrl_cli.verl.config import Settings, trainer_settings
 from flashrl_cli.verl.lint import check_overrides
 from flashrl_cli.verl.lint import composed as compose
@@ -152,6 +153,7 @@ def _plan(
             data_root=paths.data_root(),
             resume=resume,
             logging=os.environ.get(contract.ENV_LOGGING),
+            cores=None if environment.THREADS in os.environ else len(os.sched_getaffinity(0)),
             composed=composed,
         )
 

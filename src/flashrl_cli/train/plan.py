@@ -97,9 +97,13 @@ def build_plan(
     data_root: Path,
     resume: Resume = FROM_NOTHING,
     logging: str | None = None,
+    cores: int | None = None,
     composed: Composition | None = None,
 ) -> LaunchPlan:
-    """Plan an attempt of run `name` that continues from `resume`; roots are absolute, `logging` is for the plugins."""
+    """Plan an attempt of run `name` that continues from `resume`; roots are absolute, `logging` is for the plugins.
+
+    `cores` is the number that a run on CPUs may use, None if the environment says how many threads it has.
+    """
     spec = resolved.spec
     run = run_paths(name, spec, runs_root, checkpoints_root)
     files = run.attempt(attempt)
@@ -110,7 +114,7 @@ def build_plan(
         resolved=resolved,
         attempt=attempt,
         argv=(str(python), "-m", ENTRY_POINT, *map(str, given), *_hydra_settings(files)),
-        env=run_environment(spec, files, logging=logging),
+        env=run_environment(spec, files, logging=logging, cores=cores),
         cwd=files.root,
         overrides=given,
         paths=run,

@@ -57,14 +57,25 @@ OWNED = frozenset({contract.ENV_PLUGIN_DIR, contract.ENV_PLATFORM, contract.ENV_
 """Variables that a preset cannot set, because flashrl finds an attempt's files by them."""
 
 
-def run_environment(spec: RunSpec, attempt: AttemptPaths, *, logging: str | None = None) -> dict[str, str]:
+THREADS = "OMP_NUM_THREADS"
+"""Number of threads of torch in a process. Ray sets 1 for actors that ask for no CPUs, as verl's trainers do, unless it
+is set (ray/_private/utils.py:235).
+"""
+
+
+def run_environment(
+    spec: RunSpec, attempt: AttemptPaths, *, logging: str | None = None, cores: int | None = None
+) -> dict[str, str]:
     """The variables that a run adds to the environment.
 
     Those of the preset's `env` replace flashrl's defaults; those of the attempt's files replace both. `logging` is the
-    log level of the plugins, which a job of a Ray cluster would not inherit.
+    log level of the plugins, which a job of a Ray cluster would not inherit. `cores` is the number of cores that the
+    trainers of a run on CPUs share, None if it is not flashrl that decides.
     """
     level = {} if logging is None else {contract.ENV_LOGGING: logging}
     platform = CPU if spec.resources.platform == "cpu" else {}
+    if platform and cores:
+        platform = platform | {THREADS: str(max(1, cores // spec.resources.gpus_per_node))}
     own = {
         contract.ENV_PLUGIN_DIR: str(attempt.plugins),
         contract.ENV_PLATFORM: spec.resources.platform,

@@ -44,6 +44,14 @@ def test_cpu_adds_verls_switches():
     assert cpu.items() <= found.items()
 
 
+def test_trainers_on_a_cpu_share_its_cores():
+    assert run_environment(load_spec("tiny").spec, ATTEMPT, cores=6)["OMP_NUM_THREADS"] == "6"
+    four = load_spec("tiny", sets=["resources.gpus_per_node=4"]).spec
+    assert run_environment(four, ATTEMPT, cores=6)["OMP_NUM_THREADS"] == "1"
+    assert "OMP_NUM_THREADS" not in run_environment(load_spec("tiny").spec, ATTEMPT)
+    assert "OMP_NUM_THREADS" not in run_environment(load_spec("dapo-32b").spec, ATTEMPT, cores=6)
+
+
 def test_a_mixed_run_counts_its_replicas_and_compiles_for_each():
     """Replicas of two precisions have one configuration, by which vLLM would find the other's compiled model."""
     sets = ["rollout.precision=int8", "rollout.mix=0.25", "resources.nodes=2", "resources.gpus_per_node=8"]
