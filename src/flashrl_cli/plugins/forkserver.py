@@ -5,8 +5,8 @@ core each. `train.guardian` starts this server beside verl's driver; `plugins.fo
 Ray and vLLM ask it for their processes. A process that it cannot serve starts as it would without: a request is refused
 when the server's modules might differ from what the new process would import (another environment, threads).
 
-vLLM's worker starts as usual: it sets the variables of OpenMP, whose library reads them when it is loaded. As a fork it
-took five times as much of a core. Runs on GPUs do without: a fork cannot use CUDA once its parent has asked for GPUs,
+vLLM's worker starts as usual: vLLM binds it to cores by variables of OpenMP, whose library reads them when it is loaded
+(vllm/utils/ompmultiprocessing.py). Runs on GPUs do without: a fork cannot use CUDA once its parent has asked for GPUs,
 and verl's modules do so while they are imported, to find other GPUs in a driver than in its workers
 (verl/utils/device.py).
 
