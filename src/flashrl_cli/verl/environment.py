@@ -45,6 +45,7 @@ CPU = {
     "VERL_PLATFORM": "cpu",  # the platform that flashrl's plugin registers
     "VERL_ENGINE_DEVICE": "cuda",  # verl registers its training engines for cuda and npu only; the switch is verl's
     "RAY_enable_metrics_collection": "0",  # of Ray itself, which nobody reads here
+    contract.ENV_FORK: "1",
     **contract.ENGINE,
 }
 MIXED = {

@@ -39,7 +39,7 @@ def test_cuda():
 
 def test_cpu_adds_verls_switches():
     found = run_environment(load_spec("tiny").spec, ATTEMPT)
-    cpu = {"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    cpu = {contract.ENV_FORK: "1", "VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", "VLLM_CPU_KVCACHE_SPACE": "1"}
     assert found["FLASHRL_PLATFORM"] == "cpu"
     assert cpu.items() <= found.items()
 
