@@ -62,6 +62,7 @@ NO_KEYS = {
 FOREIGN = {
     "--hypothesis-profile",  # pytest
     *("--address", "--metadata-json", "--no-wait", "--runtime-env-json", "--submission-id"),  # ray job
+    *("--language", "--serialized-runtime-env-context"),  # workers of Ray
     *("--gpus", "--ipc", "--net", "--rm", "--shm-size", "--ulimit"),  # docker
     *("--no-build-isolation", "--no-deps"),  # pip
     *("--abbrev-ref", "--no-optional-locks", "--porcelain", "--untracked-files"),  # git
@@ -227,8 +228,16 @@ def test_what_is_set_can_be_set() -> None:
     assert count > 20
 
 
+def options_of_benchmarks() -> set[str]:
+    return {
+        option
+        for file in (ROOT / "benchmarks").glob("*.py")
+        for option in re.findall(r'add_argument\(\s*"(--[a-z-]+)"', file.read_text(encoding="utf-8"))
+    }
+
+
 def test_every_option_that_is_named_exists() -> None:
-    known = set().union(*commands().values()) | FOREIGN
+    known = set().union(*commands().values()) | FOREIGN | options_of_benchmarks()
     named = {(file.name, found[0]) for file, text in texts() for found in OPTION.finditer(text)}
     assert {(name, option) for name, option in named if option not in known} == set()
     assert len(named) > 100
