@@ -685,8 +685,8 @@ class Shop:
                 for name in child.runs:
                     key = f"evaluate {name}"
                     study.failures[key] = study.failures.get(key, 0) + 1
-                told = "\n".join(files.last_lines(child.errors, 20))
-                say(f"{child.kind} evaluation failed with {child.process.returncode} ({error}):\n{told}")
+                lines = "\n".join(files.last_lines(child.errors, 20))
+                say(f"{child.kind} evaluation failed with {child.process.returncode} ({error}):\n{lines}")
             return
         (study.work / "eval" / "seconds").write_text(f"{lasted:.0f}", encoding="utf-8")
         say(f"{child.kind} evaluation of {', '.join(child.runs)}: {lasted:.0f} s")

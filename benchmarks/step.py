@@ -251,7 +251,7 @@ def train(plan: Plan, case: str, limit: float) -> Result:
         shutil.rmtree(left, ignore_errors=True)
     log = _made(samples) / "run.err"
     begun = time.monotonic()
-    told: list[tuple[float, Result]] = []
+    events_seen: list[tuple[float, Result]] = []
     with log.open("w", encoding="utf-8") as errors, sampled_memory() as memory:
         process = subprocess.Popen(
             argv, env=plan.environment(samples), stdout=subprocess.PIPE, stderr=errors, encoding="utf-8",
@@ -263,7 +263,7 @@ def train(plan: Plan, case: str, limit: float) -> Result:
         try:
             for line in process.stdout or ():
                 event = json.loads(line) if line.startswith("{") else {}
-                told.append((time.monotonic() - begun, event))
+                events_seen.append((time.monotonic() - begun, event))
                 if plan.given.profile and event.get("event") == "step" and event["step"] == plan.given.steps:
                     spy = Spy.on(process.pid, plan.given.profile / plan.name(case))
             process.wait()
@@ -271,7 +271,7 @@ def train(plan: Plan, case: str, limit: float) -> Result:
             stop.cancel()
             _interrupt(process)
             process.wait()
-    events = {event.get("event"): (at, event) for at, event in reversed(told)}  # the first of each
+    events = {event.get("event"): (at, event) for at, event in reversed(events_seen)}  # the first of each
     steps = [_step(metrics) for metrics in read_metrics(attempt.metrics) if metrics.trained][: plan.given.steps]
     result: Result = {
         "exit": process.returncode,
