@@ -118,7 +118,7 @@ KV_GIB = 8
 """KV cache of a run that shares its GPU. vLLM measures the free memory to find its own size, and fails if another
 process frees some meanwhile (vllm/v1/worker/gpu_worker.py, determine_available_memory)."""
 DEFAULT_GIB = 79.6
-"""Memory of a GPU that no driver tells of."""
+"""Memory of a GPU that no driver reports."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
