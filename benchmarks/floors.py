@@ -444,7 +444,7 @@ class Packed:
 
     @classmethod
     def together(cls, samples: Sequence[Sample], device: str) -> Packed:
-        """One row without padding, whose positions tell its sequences apart."""
+        """One row without padding, whose positions restart with each sequence."""
         import torch
 
         ids = torch.tensor([[token for one in samples for token in one.tokens]], device=device)

@@ -195,7 +195,7 @@ def _mean(run: Document, metric: str, last: int | None = None) -> float | None:
 
 
 def same_prompts(document: Document) -> list[str]:
-    """Seeds whose runs did not see the same prompts, as sentences: the mean length of each step's prompts tells."""
+    """Sentences on seeds whose runs did not see the same prompts, judged by the mean length of each step's prompts."""
     wrong = []
     for seed in sorted({run["seed"] for run in document["runs"]}):
         seen: dict[str, list[float | None]] = {}

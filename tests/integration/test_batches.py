@@ -101,6 +101,6 @@ def test_a_batch_is_not_taken_apart(verls: Any, monkeypatch: pytest.MonkeyPatch)
 def test_another_verl_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from flashrl_cli.plugins import batches
 
-    monkeypatch.setattr(batches, "VERL_VERSION", "0.9.2")
+    monkeypatch.setattr(batches, "VERL", "0.9.2")
     with pytest.raises(RuntimeError, match=r"verl 0\.9\.2 only"):
         batches.select_by_index()

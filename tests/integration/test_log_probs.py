@@ -320,7 +320,7 @@ def test_flash_attention_stays_where_it_is(fresh: Any, monkeypatch: pytest.Monke
 def test_another_verl_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from flashrl_cli.plugins import log_probs
 
-    monkeypatch.setattr(log_probs, "VERL_VERSION", "0.9.2")
+    monkeypatch.setattr(log_probs, "VERL", "0.9.2")
     with pytest.raises(RuntimeError, match=r"verl 0\.9\.2 only"):
         log_probs.apply()
 

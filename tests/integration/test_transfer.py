@@ -69,6 +69,6 @@ def test_shards_are_gathered_in_bf16(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_another_verl_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from flashrl_cli.plugins import transfer
 
-    monkeypatch.setattr(transfer, "VERL_VERSION", "0.9.2")
+    monkeypatch.setattr(transfer, "VERL", "0.9.2")
     with pytest.raises(RuntimeError, match=r"verl 0\.9\.2 only"):
         transfer.send_bf16()

@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from flashrl_cli.contract import PATCHED as MARK
-from flashrl_cli.contract import VERL as VERL_VERSION
+from flashrl_cli.contract import PATCHED, VERL
 
 VARLEN = "varlen"
 """Value of Transformers' `attn_implementation`."""
@@ -68,8 +67,8 @@ def prepare() -> None:
 
     Raises RuntimeError for a verl other than 0.9.1.
     """
-    if importlib.metadata.version("verl") != VERL_VERSION:
-        raise RuntimeError(f"flashrl sets the attention of the trainer with verl {VERL_VERSION} only")
+    if importlib.metadata.version("verl") != VERL:
+        raise RuntimeError(f"flashrl sets the attention of the trainer with verl {VERL} only")
     register()
     load_critic_with_its_attention()
 
@@ -204,7 +203,7 @@ def load_critic_with_its_attention() -> None:
     import verl.utils.model
 
     original = verl.utils.model.load_valuehead_model
-    if getattr(original, MARK, False):
+    if getattr(original, PATCHED, False):
         return
 
     def load_valuehead_model(local_path: str, torch_dtype: Any, model_config: Any, trust_remote_code: bool) -> Any:
@@ -220,5 +219,5 @@ def load_critic_with_its_attention() -> None:
             trust_remote_code=trust_remote_code,
         )
 
-    setattr(load_valuehead_model, MARK, True)
+    setattr(load_valuehead_model, PATCHED, True)
     verl.utils.model.load_valuehead_model = load_valuehead_model

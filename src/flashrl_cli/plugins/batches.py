@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flashrl_cli.plugins.cpu import MARK, VERL_VERSION
+from flashrl_cli.contract import PATCHED, VERL
 
 
 def rows_of(jagged: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -38,12 +38,12 @@ def select_by_index() -> None:
     for 1,024 sequences in 8 micro-batches, and the more sequences, the more micro-batches. Fields that are not such
     tensors are selected as before. Raises RuntimeError for a verl other than 0.9.1.
     """
-    if importlib.metadata.version("verl") != VERL_VERSION:
-        raise RuntimeError(f"flashrl selects rows of batches by index with verl {VERL_VERSION} only")
+    if importlib.metadata.version("verl") != VERL:
+        raise RuntimeError(f"flashrl selects rows of batches by index with verl {VERL} only")
     import verl.utils.tensordict_utils as verls
 
     original = verls.index_select_tensor_dict
-    if getattr(original, MARK, False):
+    if getattr(original, PATCHED, False):
         return
 
     def index_select_tensor_dict(batch: Any, indices: torch.Tensor | list[int]) -> Any:
@@ -56,5 +56,5 @@ def select_by_index() -> None:
             selected[key] = rows_of(value, rows)
         return selected
 
-    setattr(index_select_tensor_dict, MARK, True)
+    setattr(index_select_tensor_dict, PATCHED, True)
     verls.index_select_tensor_dict = index_select_tensor_dict

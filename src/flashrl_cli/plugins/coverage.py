@@ -33,7 +33,6 @@ Bucket = Iterable[tuple[str, torch.Tensor]]
 Sent = frozenset[tuple[str, tuple[int, ...]]]
 COMPLETE = "flashrl_complete"
 """Attribute of a model: the names and shapes of the updates that were found complete."""
-_MARK = "_flashrl_patched"
 _SHOWN = 4
 _WRITES = (
     torch.ops.aten.copy_.default,
@@ -229,7 +228,7 @@ def check_first_load() -> None:
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     original = DefaultModelLoader.load_weights
-    if getattr(original, _MARK, False):
+    if getattr(original, contract.PATCHED, False):
         return
 
     def load_weights(self: Any, model: torch.nn.Module, model_config: Any) -> None:
@@ -238,7 +237,7 @@ def check_first_load() -> None:
             original(self, model, model_config)
         coverage.check_written()
 
-    setattr(load_weights, _MARK, True)
+    setattr(load_weights, contract.PATCHED, True)
     DefaultModelLoader.load_weights = load_weights
 
 

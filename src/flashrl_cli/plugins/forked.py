@@ -15,7 +15,6 @@ from typing import Any
 
 from flashrl_cli import contract
 
-MARK = "_flashrl_forks"
 RAY_VERSION = "2.60."
 WAIT_S = 120.0
 """Seconds to wait for the server, which answers once its imports are done."""
@@ -79,14 +78,14 @@ def start_ray_workers_by_fork() -> None:
         contract.logger().warning("workers of Ray %s start without the fork server", ray.__version__)
         return
     original = ray._private.parameter.RayParams.__init__
-    if getattr(original, MARK, False):
+    if getattr(original, contract.PATCHED, False):
         return
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - replaces the method
         original(self, *args, **kwargs)
         self.setup_worker_path = self.setup_worker_path or __file__
 
-    setattr(__init__, MARK, True)
+    setattr(__init__, contract.PATCHED, True)
     ray._private.parameter.RayParams.__init__ = __init__
 
 

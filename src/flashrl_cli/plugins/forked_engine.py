@@ -10,7 +10,8 @@ from multiprocessing import context, popen_forkserver, popen_spawn_posix, reduct
 from multiprocessing.connection import wait
 from typing import Any
 
-from flashrl_cli.plugins.forked import MARK, NotForked, connect, read_answer
+from flashrl_cli import contract
+from flashrl_cli.plugins.forked import NotForked, connect, read_answer
 
 
 def _close(*fds: int) -> None:
@@ -84,7 +85,7 @@ def start_engines_by_fork() -> None:
     import vllm.utils.system_utils
 
     original = vllm.utils.system_utils.get_mp_context
-    if getattr(original, MARK, False):
+    if getattr(original, contract.PATCHED, False):
         return
     forking = Context()
 
@@ -92,7 +93,7 @@ def start_engines_by_fork() -> None:
         chosen = original()
         return forking if chosen.get_start_method() == "spawn" else chosen
 
-    setattr(get_mp_context, MARK, True)
+    setattr(get_mp_context, contract.PATCHED, True)
     for name, module in list(sys.modules.items()):
         if name.startswith("vllm.") and vars(module).get("get_mp_context") is original:
             vars(module)["get_mp_context"] = get_mp_context

@@ -38,7 +38,6 @@ FlashInfer keeps the scales of its first step, and CUDA graphs keep its host-sid
 (vllm/v1/attention/backends/flashinfer.py:1476, :1806 in 0.24), while the cache is written with the new ones.
 """
 _FP8 = {"fp8", "fp8_e4m3"}
-_MARK = "_flashrl_patched"
 _NAME = re.compile(
     r"(?:^|\.)layers\.(\d+)\."
     r"(?:self_attn\.(?:([qkv])_proj\.(weight|bias)|([qk])_norm\.weight)|(input_layernorm)\.weight)$"
@@ -151,7 +150,7 @@ def keep_over_sleep() -> None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     original = GPUModelRunner.init_fp8_kv_scales
-    if getattr(original, _MARK, False):
+    if getattr(original, contract.PATCHED, False):
         return
 
     def init_fp8_kv_scales(self: Any) -> None:
@@ -162,7 +161,7 @@ def keep_over_sleep() -> None:
                     _set(layer, part, getattr(layer, f"_{part}_scale_float"))
 
     init_fp8_kv_scales.__wrapped__ = original  # type: ignore[attr-defined]
-    setattr(init_fp8_kv_scales, _MARK, True)
+    setattr(init_fp8_kv_scales, contract.PATCHED, True)
     GPUModelRunner.init_fp8_kv_scales = init_fp8_kv_scales
 
 

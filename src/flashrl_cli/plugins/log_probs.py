@@ -26,8 +26,7 @@ from typing import Any
 import torch
 
 from flashrl_cli import contract
-from flashrl_cli.contract import PATCHED as MARK
-from flashrl_cli.contract import VERL as VERL_VERSION
+from flashrl_cli.contract import PATCHED, VERL
 
 
 def chunks(logits: torch.Tensor, most: int | None = None) -> Iterator[slice]:
@@ -156,12 +155,12 @@ def apply() -> None:
     flash-attn's cross-entropy is used as before where it is installed, and then verl's own entropy too. Raises
     RuntimeError for a verl other than 0.9.1.
     """
-    if importlib.metadata.version("verl") != VERL_VERSION:
-        raise RuntimeError(f"flashrl computes log-probs in chunks with verl {VERL_VERSION} only")
+    if importlib.metadata.version("verl") != VERL:
+        raise RuntimeError(f"flashrl computes log-probs in chunks with verl {VERL} only")
     import verl.utils.torch_functional as verls
 
     original = verls.logprobs_from_logits
-    if getattr(original, MARK, False):
+    if getattr(original, PATCHED, False):
         return
 
     def logprobs_from_logits(logits: torch.Tensor, labels: torch.Tensor, inplace_backward: bool = True) -> torch.Tensor:
@@ -170,7 +169,7 @@ def apply() -> None:
             return original(logits, labels, inplace_backward)
         return log_probs(logits, labels, inplace_backward)
 
-    setattr(logprobs_from_logits, MARK, True)
+    setattr(logprobs_from_logits, PATCHED, True)
     _replace(verls, logprobs_from_logits)
     if not verls.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE:
         _replace(verls, entropy_from_logits)

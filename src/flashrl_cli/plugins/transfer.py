@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flashrl_cli.plugins.cpu import MARK, VERL_VERSION
+from flashrl_cli.contract import PATCHED, VERL
 
 _READERS = ("verl.utils.model", "verl.workers.engine.fsdp.transformer_impl")
 """The modules with the function: the one that defines it and the one that imports it by name."""
@@ -44,18 +44,18 @@ def send_bf16() -> None:
     `convert_weight_keys` just before it is gathered (verl/workers/engine/fsdp/transformer_impl.py:1018). Raises
     RuntimeError for a verl other than 0.9.1.
     """
-    if importlib.metadata.version("verl") != VERL_VERSION:
-        raise RuntimeError(f"flashrl sends weights in bf16 with verl {VERL_VERSION} only")
+    if importlib.metadata.version("verl") != VERL:
+        raise RuntimeError(f"flashrl sends weights in bf16 with verl {VERL} only")
     import verl.utils.model
 
     original = verl.utils.model.convert_weight_keys
-    if getattr(original, MARK, False):
+    if getattr(original, PATCHED, False):
         return
 
     def convert_weight_keys(state_dict: Mapping[str, Any], model: Any) -> InBf16:
         return InBf16(original(state_dict, model))
 
-    setattr(convert_weight_keys, MARK, True)
+    setattr(convert_weight_keys, PATCHED, True)
     for name in _READERS:
         if module := sys.modules.get(name):
             vars(module)["convert_weight_keys"] = convert_weight_keys
