@@ -112,13 +112,13 @@ def expected(model: torch.nn.Module, shards: dict[tuple[str, Any], torch.Tensor]
     return found
 
 
-def turned(whole: torch.Tensor) -> torch.Tensor:
+def turned(whole: torch.Tensor, block: int = BLOCK) -> torch.Tensor:
     """Each block of a row times the Hadamard matrix divided by its size, by the entries' definition."""
     import torch
 
-    numbers = range(BLOCK)
-    matrix = torch.tensor([[(-1.0) ** (row & column).bit_count() for column in numbers] for row in numbers]) / BLOCK
-    return (whole.float().reshape(-1, BLOCK) @ matrix).reshape(whole.shape)
+    numbers = range(block)
+    matrix = torch.tensor([[(-1.0) ** (row & column).bit_count() for column in numbers] for row in numbers]) / block
+    return (whole.float().reshape(-1, block) @ matrix).reshape(whole.shape)
 
 
 def same(left: Held, right: Held) -> bool:

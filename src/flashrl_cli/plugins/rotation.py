@@ -29,6 +29,8 @@ from flashrl_cli.precision import largest_block
 
 MOST_ELEMENTS = 1 << 15
 """Elements of a row that the kernel holds in registers; longer rows are rotated before they are quantized."""
+SPARE_BYTES = 4 << 10
+"""Shared memory that the kernel needs besides its two operands."""
 
 
 class Rotation:
@@ -80,12 +82,13 @@ def _rotate_and_round(
     parts: tl.constexpr,
 ) -> None:
     """Rotate and quantize one row of `width` elements, `parts` (a power of two) blocks with those beyond its end."""
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0)
+    # a weight has more elements than 32 bits count; within a row they suffice
+    start = row.to(tl.int64) * width
     column = tl.arange(0, block)
-    part = tl.arange(0, parts)[:, None]
-    place = row * width + part * block + column[None, :]
-    inside = part * block + column[None, :] < width
-    found = tl.load(values + place, mask=inside, other=0.0)
+    place = tl.arange(0, parts)[:, None] * block + column[None, :]
+    inside = place < width
+    found = tl.load(values + start + place, mask=inside, other=0.0)
     # the sign of an entry is the parity of the bits that its row and its column have in common
     common = column[:, None] & column[None, :]
     common = common ^ (common >> 4)
@@ -97,7 +100,7 @@ def _rotate_and_round(
     largest = tl.maximum(tl.max(tl.max(tl.abs(turned), axis=1), axis=0), 1.27e-6)
     # adding 1.5 * 2^23 leaves no bits for a fraction: the nearest integer, and the even one of two
     nearest = (turned * (127.0 / largest) + 12582912.0) - 12582912.0
-    tl.store(codes + place, nearest.to(tl.int8), mask=inside)
+    tl.store(codes + start + place, nearest.to(tl.int8), mask=inside)
     tl.store(scales + row, largest / 127.0 * factor)
 
 
@@ -115,12 +118,18 @@ def quantize_rows(
     # tl.dot takes no fewer than 16 rows
     parts = max(16, triton.next_power_of_2(width // block))
     elements = parts * block
-    if elements > MOST_ELEMENTS:
+    if elements > MOST_ELEMENTS or 2 * (elements + block * block) + SPARE_BYTES > _shared_bytes(values.device):
         torch.ops._C.dynamic_scaled_int8_quant(codes, rotated(values, block), scales, None)
         scales.mul_(factor)
         return
     warps = min(16, max(4, elements // 2048))
     _rotate_and_round[(count,)](values, codes, scales, factor, width, block, parts, num_warps=warps)
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory of a thread block on a GPU."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def rotate_and_quantize(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
