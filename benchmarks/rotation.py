@@ -197,11 +197,12 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"questions": arguments.questions, "tokens": simulation.tokens, "kl": found}
 
 
-def bench(*words: str) -> dict[str, Any]:
-    """The document of `flashrl bench` with these words."""
+def bench(*words: str, kept: Path | None = None) -> dict[str, Any]:
+    """The document of `flashrl bench` with these words; `kept` is the folder of finished points, None for none."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
-        command = [sys.executable, "-m", "flashrl_cli", "bench", *words, "--dir", folder, "--out", str(out)]
+        place = str(kept or folder)
+        command = [sys.executable, "-m", "flashrl_cli", "bench", *words, "--dir", place, "--out", str(out)]
         subprocess.run(command, check=True)
         document: dict[str, Any] = json.loads(out.read_text())
     return document
@@ -212,7 +213,8 @@ def engine(arguments: argparse.Namespace) -> dict[str, Any]:
     kinds = arguments.rollout or f"bf16,{KINDS}"
     words = ["--model", arguments.model, "--data", arguments.data, "--mismatch", "--rollout", kinds]
     words += ["--samples", str(arguments.samples), "--response", str(arguments.response), "--repeats", "1"]
-    found = bench(*words, "--batch", str(arguments.batch), "--trainer-dtype", arguments.trainer_dtype)
+    words += ["--batch", str(arguments.batch), "--prompt", "32", "--trainer-dtype", arguments.trainer_dtype]
+    found = bench(*words, kept=arguments.dir)
     figures = {one["rollout"]: one["mismatch"] for one in found["variants"]}
     return {"device": found["device"], "versions": found["versions"], "settings": found["settings"], "kl": figures}
 
@@ -255,6 +257,7 @@ def main() -> None:
     two.add_argument("--response", type=int, default=64)
     two.add_argument("--batch", type=int, default=16)
     two.add_argument("--trainer-dtype", default="float32")
+    two.add_argument("--dir", type=Path, help="folder that keeps the samples, for the other --trainer-dtype")
     three = parts.add_parser("speed")
     three.add_argument("--sizes", default="7b,32b")
     three.add_argument("--rollout")
