@@ -48,6 +48,10 @@ CPU = {
     contract.ENV_FORK: "1",
     **contract.ENGINE,
 }
+CUDA = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""Modules that ask for GPUs while they are imported then leave CUDA alone, so that processes may begin as forks
+(plugins/forkserver.py).
+"""
 MIXED = {
     # vLLM caches compiled models by their configuration, which replicas of two precisions share
     # (vllm/compilation/decorators.py:525); verl switches the cache off, too, unless the environment sets the variable
@@ -74,8 +78,9 @@ def run_environment(
     trainers of a run on CPUs share, None if it is not flashrl that decides.
     """
     level = {} if logging is None else {contract.ENV_LOGGING: logging}
-    platform = CPU if spec.resources.platform == "cpu" else {}
-    if platform and cores:
+    on_cpu = spec.resources.platform == "cpu"
+    platform = CPU if on_cpu else CUDA
+    if on_cpu and cores:
         platform = platform | {THREADS: str(max(1, cores // spec.resources.gpus_per_node))}
     own = {
         contract.ENV_PLUGIN_DIR: str(attempt.plugins),

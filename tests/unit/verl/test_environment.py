@@ -29,6 +29,7 @@ def test_cuda():
         "HYDRA_FULL_ERROR": "1",
         "PYTHONDONTWRITEBYTECODE": "",
         "PYTHONUNBUFFERED": "1",
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "VERL_DATAPROTO_SERIALIZATION_METHOD": "numpy",
         "RAY_enable_worker_prestart": "0",
