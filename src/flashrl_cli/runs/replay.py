@@ -32,7 +32,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from flashrl_cli.errors import InputError, NothingMatched
 from flashrl_cli.plugins import log_ratios
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from flashrl_cli.plugins.log_ratios import Sample
     from flashrl_cli.runs.store import Run
 
-    Floats = NDArray[np.floating[Any]]
+    Floats: TypeAlias = NDArray[np.float64]
 
 SCHEMA_VERSION = 1
 RECENT = 5
@@ -59,6 +59,8 @@ SIGNALS = (0.25, 1.0, 4.0)
 """Values of s for which the best correction is named; the error in the table is that of the middle one."""
 ALIKE = 0.02
 """Corrections whose error exceeds the least one by no more than this share do as well."""
+FEW = 4
+"""Number of such corrections that a sentence names."""
 OFF_MEAN = 0.1
 """Where the mean of W differs more from 1, the sample lacks the responses with the largest W."""
 SAFETY = 20.0
@@ -101,10 +103,11 @@ class Correction:
     reject: Reject | None = None
 
     def __str__(self) -> str:
-        bounds = (
-            "" if self.cap is None else f" {self.cap:g}" if self.lower is None else f" {self.lower:g} to {self.cap:g}"
-        )
-        return f"{self.kind}{bounds}" + (f", reject {self.reject}" if self.reject else "")
+        rejected = f"reject {self.reject}" if self.reject else ""
+        if self.kind == "none":
+            return rejected or "none"
+        bounds = [f"{bound:g}" for bound in (self.lower, self.cap) if bound is not None]
+        return f"{self.kind} {' to '.join(bounds)}{' and ' if rejected else ''}{rejected}"
 
 
 COMPARED = (
@@ -118,7 +121,7 @@ COMPARED = (
     Correction(reject=Reject(by="seq-mean", lower=0.99, upper=1.01)),
     Correction(reject=Reject(by="seq-max", estimator="k3", upper=1.0)),
 )
-"""Corrections that are compared, beside the run's own."""
+"""Corrections that are compared, beside the run's own; of those with the same error the first is named."""
 
 
 def _lower(reject: Reject) -> float:
@@ -289,7 +292,7 @@ def judge(kept: Replayed, correction: Correction) -> Judged:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """Corrections compared on the kept responses of the steps from `first` to `last`; the least error comes first."""
+    """Corrections compared on the kept responses of some steps; the least error comes first."""
 
     steps: tuple[int, ...]
     trained: int
@@ -318,6 +321,12 @@ class Replay:
         """Corrections whose error is hardly larger than the least one."""
         limit = (1 + ALIKE) * self.best.error()
         return [one for one in self.judged[1:] if one.error() <= limit]
+
+    @property
+    def span(self) -> str:
+        """The steps in words."""
+        first, last = self.steps[0], self.steps[-1]
+        return f"step {first}" if first == last else f"steps {first} to {last}"
 
     @property
     def lines(self) -> list[str]:
@@ -358,13 +367,16 @@ def _sentences(found: Replay) -> Iterator[str]:
         f"Least estimated error: {best.correction}, {best.error():.3g} times the noise of a batch on which rollout and "
         f"trainer agree [{', '.join(SOURCES)}]."
     )
-    if found.alike:
-        names = ", ".join(str(one.correction) for one in found.alike)
-        yield f"Within {ALIKE:.0%} of it, so as good: {names}."
+    others = [str(one.correction) for one in found.alike]
+    if str(Correction()) in others:
+        yield f"No correction does as well: its error is within {ALIKE:.0%} of that."
+    elif others:
+        shown = "; ".join(others[:FEW]) + (f" and {len(others) - FEW} more" if len(others) > FEW else "")
+        yield f"As good, within {ALIKE:.0%} of it: {shown}."
     if rival and rival is not best:
         yield f"The run's own correction, {rival.correction}, has {rival.error() / best.error():.3g} times that error."
     low, high = found.best_at(SIGNALS[0]), found.best_at(SIGNALS[-1])
-    if {low.correction, high.correction} != {best.correction}:
+    if low is not best or high is not best:
         yield (
             f"A batch at the critical size is assumed: at a quarter of its size {low.correction} would be best, at "
             f"four times {high.correction} [McCandlish]."
@@ -437,7 +449,7 @@ def by_position(kept: Replayed) -> list[Position]:
         inside = (positions >= first) & (positions < first + size)
         if (count := int(inside.sum())) < LEAST and first:
             break
-        low, middle, high = map(float, np.quantile(products[inside], (0.05, 0.5, 0.95)))
+        low, middle, high = (float(np.quantile(products[inside], share)) for share in (0.05, 0.5, 0.95))
         found.append(
             Position(
                 first=first + 1,
@@ -542,7 +554,7 @@ def own_correction(run: Run) -> Correction | None:
 def correction_of(spec: Mapping[str, Any]) -> Correction:
     """The correction of a plan's `correction`; a cap without a kind is `tis`, as in plans that know no kinds."""
     cap, reject = spec.get("cap"), spec.get("reject")
-    kind = spec.get("kind") or ("none" if cap is None else "tis")
+    kind: Kind = spec.get("kind") or ("none" if cap is None else "tis")
     return Correction(
         kind=kind,
         cap=None if kind == "none" else cap,

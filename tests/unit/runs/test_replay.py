@@ -298,7 +298,7 @@ def test_damaged_steps_are_named_and_the_others_read() -> None:
         ({"kind": "icepop", "cap": 5.0, "lower": 0.5}, "icepop 0.5 to 5"),
         (
             {"kind": "none", "reject": {"by": "token", "estimator": "k1", "lower": None, "upper": 2.0}},
-            "none, reject token k1 0.5 to 2",
+            "reject token k1 0.5 to 2",
         ),
     ],
 )
