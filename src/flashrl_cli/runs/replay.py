@@ -63,6 +63,8 @@ FEW = 4
 """Number of such corrections that a sentence names."""
 OFF_MEAN = 0.1
 """Where the mean of W differs more from 1, the sample lacks the responses with the largest W."""
+CHECKED = 0.4
+"""KL of rollout and trainer over a response in nats, up to which E is within 10 % of enumerated gradients' errors."""
 SAFETY = 20.0
 """verl clamps the logarithms of weights at this size (rollout_corr_helper.py:89)."""
 
@@ -301,6 +303,8 @@ class Replay:
     tokens: int
     mean_product: float
     """Mean of W over responses, which should be 1."""
+    divergence: float
+    """KL of rollout and trainer over a response: the mean of -ln W, in nats."""
     own: Correction | None
     judged: tuple[Judged, ...]
     histogram: Histogram
@@ -340,6 +344,7 @@ class Replay:
             "responses": {"trained": self.trained, "kept": self.responses},
             "tokens": self.tokens,
             "mean_response_weight": self.mean_product,
+            "response_kl": self.divergence,
             "own": str(self.own) if self.own else None,
             "best": {f"{signal:g}": str(self.best_at(signal).correction) for signal in SIGNALS},
             "alike": [str(one.correction) for one in self.alike],
@@ -369,7 +374,7 @@ def _sentences(found: Replay) -> Iterator[str]:
     )
     others = [str(one.correction) for one in found.alike]
     if str(Correction()) in others:
-        yield f"No correction does as well: its error is within {ALIKE:.0%} of that."
+        yield f"To correct nothing does as well: its error is within {ALIKE:.0%} of that."
     elif others:
         shown = "; ".join(others[:FEW]) + (f" and {len(others) - FEW} more" if len(others) > FEW else "")
         yield f"As good, within {ALIKE:.0%} of it: {shown}."
@@ -380,6 +385,11 @@ def _sentences(found: Replay) -> Iterator[str]:
         yield (
             f"A batch at the critical size is assumed: at a quarter of its size {low.correction} would be best, at "
             f"four times {high.correction} [McCandlish]."
+        )
+    if found.divergence > CHECKED:
+        yield (
+            f"Rollout and trainer are {found.divergence:.2g} nats a response apart: the estimate was compared with "
+            f"exact errors up to {CHECKED:g}, and errors beyond are larger than it says."
         )
     if abs(found.mean_product - 1) > OFF_MEAN:
         yield (
@@ -467,6 +477,7 @@ def by_position(kept: Replayed) -> list[Position]:
 def replay(samples: Sequence[Sample], own: Correction | None, damaged: Sequence[str] = ()) -> Replay:
     """Compare all corrections, and the run's own, on samples of one or more steps."""
     kept = Replayed.of(samples)
+    logs = kept.sums(kept.log_ratios)
     compared = dict.fromkeys([*COMPARED, *([own] if own else [])])
     judged = sorted((judge(kept, one) for one in compared), key=Judged.error)
     return Replay(
@@ -474,7 +485,8 @@ def replay(samples: Sequence[Sample], own: Correction | None, damaged: Sequence[
         trained=sum(one.responses for one in samples),
         responses=len(kept.lengths),
         tokens=len(kept.log_ratios),
-        mean_product=float(_exp(kept.sums(kept.log_ratios)).mean()),
+        mean_product=float(_exp(logs).mean()),
+        divergence=float(-logs.mean()),
         own=own,
         judged=tuple(judged),
         histogram=histogram(kept),

@@ -15,6 +15,7 @@ from flashrl_cli.errors import InputError, NothingMatched
 from flashrl_cli.plugins.log_ratios import Sample, file_of, write
 from flashrl_cli.runs import store
 from flashrl_cli.runs.replay import (
+    CHECKED,
     COMPARED,
     Correction,
     Reject,
@@ -127,6 +128,7 @@ def test_the_winner_is_that_of_enumerated_gradients(level: float, signal: float)
     exact = np.array([[toy.error(one, signal) for one in FEW] for toy in toys(level)])
     estimated = np.array([[judge(found, one).error(signal) for one in FEW] for found in kept])
     least, second = np.sort(exact.mean(0))[:2]
+    assert np.mean([toy.q @ -toy.log_ratios.sum(1) for toy in toys(level)]) <= CHECKED
     best, named = exact.mean(0).argmin(), estimated.mean(0).argmin()
     assert exact.mean(0)[named] <= (1 + CLEAR) * least
     assert named == best or second <= (1 + CLEAR) * least
@@ -216,8 +218,10 @@ def test_long_responses_with_vanishing_products_are_warned_of() -> None:
     make = np.random.default_rng(0)
     found = replay([sample(make.normal(-0.025, 0.05**0.5, (64, 400)))], None)
     assert found.mean_product < 0.5
-    assert any("too few for the tail" in line for line in found.lines)
-    assert not any("too few" in line for line in replay([sample(np.zeros((4, 5)))], None).lines)
+    assert found.divergence == pytest.approx(10, abs=4 * (0.05 * 400 / 64) ** 0.5)
+    for text in ("too few for the tail", "nats a response apart"):
+        assert any(text in line for line in found.lines)
+        assert not any(text in line for line in replay([sample(np.zeros((4, 5)))], None).lines)
 
 
 # pictures
