@@ -7,11 +7,12 @@ because the plugins import it in every worker.
 from __future__ import annotations
 
 import functools
+import importlib.abc
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,8 @@ ENV_PRINT = "FLASHRL_TELL"
 """Set if the launcher cannot read the handshake folder: workers then print their handshakes as well."""
 ENV_FORK = "FLASHRL_FORK"
 """`1` lets a run on this machine start its processes as forks of one that has imported their modules."""
+ENV_KEEP = "FLASHRL_KEEP_RESPONSES"
+"""Number of responses a step whose log-ratios verl's trainer keeps (plugins/log_ratios.py); none if it is unset."""
 ENV_SERVER = "FLASHRL_FORKSERVER"
 """Name of that process's socket in Linux' abstract namespace, set by the guardian of the run."""
 HANDSHAKE_MARK = "FLASHRL_HANDSHAKE "
@@ -168,6 +171,29 @@ def logger() -> logging.Logger:
     # verl and vLLM configure the root logger, each in its own way
     found.propagate = False
     return found
+
+
+class _BeforeImport(importlib.abc.MetaPathFinder):
+    """Finds no module, and calls `prepare` once, when `module` is looked for."""
+
+    def __init__(self, module: str, prepare: Callable[[], None]) -> None:
+        self.module, self.prepare = module, prepare
+
+    def find_spec(self, fullname: str, *_: object) -> None:
+        if fullname == self.module:
+            sys.meta_path.remove(self)
+            self.prepare()
+
+
+def before_import(module: str, prepare: Callable[[], None]) -> None:
+    """Call `prepare` when this process first imports `module`, before that is executed; at once if it was imported.
+
+    Processes that never import it are left as they are. Calling this again with the same function changes nothing.
+    """
+    if module in sys.modules:
+        prepare()
+    elif not any(isinstance(finder, _BeforeImport) and finder.prepare is prepare for finder in sys.meta_path):
+        sys.meta_path.insert(0, _BeforeImport(module, prepare))
 
 
 def plugin_dir() -> Path | None:

@@ -196,6 +196,9 @@ class CorrectionSpec(Part):
 
     cap: Positive | None = None
     """Truncated importance sampling: token weights min(p_train / p_rollout, cap). null for none."""
+    keep_responses: Annotated[int, Field(ge=0)] = 256
+    """Responses a step whose tokens' log-ratios of trainer and rollout are kept for `flashrl runs correction`, at most
+    1 Mi tokens a step and 256 MiB an attempt. 0 for none."""
 
 
 class Overlong(Part):

@@ -58,7 +58,9 @@ MIXED = {
     # (verl/trainer/constants_ppo.py:93)
     "VLLM_DISABLE_COMPILE_CACHE": "1",
 }
-OWNED = frozenset({contract.ENV_PLUGIN_DIR, contract.ENV_PLATFORM, contract.ENV_ROLLOUT, METRICS_PATH})
+OWNED = frozenset(
+    {contract.ENV_PLUGIN_DIR, contract.ENV_PLATFORM, contract.ENV_ROLLOUT, contract.ENV_KEEP, METRICS_PATH}
+)
 """Variables that a preset cannot set, because flashrl finds an attempt's files by them."""
 
 
@@ -91,6 +93,8 @@ def run_environment(
     options = rollout_options(spec)
     if options != contract.PLAIN:
         own[contract.ENV_ROLLOUT] = options.text()
+    if spec.correction.keep_responses:
+        own[contract.ENV_KEEP] = str(spec.correction.keep_responses)
     if options.bf16_replicas:
         own |= MIXED
     return dict(sorted((COMMON | platform | level | spec.env | own).items()))
