@@ -27,6 +27,16 @@ class Suggestion(NamedTuple):
     keys: Sequence[str] = ()
 
 
+class Violation(NamedTuple):
+    """A broken rule: the key, what is wrong, and the fix as text (`hint`) or as alternative values of keys (`fix`)."""
+
+    key: str
+    message: str
+    hint: str = ""
+    fix: Mapping[str, Any] = {}
+
+
+Rule = Callable[[RunSpec], Iterator[Violation]]
 Translate = Callable[[str], Suggestion | None]
 """Function from a key that the spec lacks to a hint from another program (verl); None if that lacks the key, too."""
 
