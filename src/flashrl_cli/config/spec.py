@@ -28,6 +28,8 @@ Advantage = Literal[
     "reinforce-plus-plus-baseline", "grpo-passk",
 ]  # fmt: skip
 CorrectionKind = Literal["none", "tis", "icepop", "seq-tis"]
+By = Literal["token", "seq-sum", "seq-mean", "seq-max"]
+Estimator = Literal["k1", "k2", "k3"]
 Scalar = bool | int | float | str | None
 
 
@@ -208,16 +210,22 @@ class RolloutSpec(Part):
 class RejectSpec(Part):
     """What is left out of the update, because rollout and trainer differ too much on it."""
 
-    by: Literal["token", "seq-sum", "seq-mean", "seq-max"]
+    by: By
     """`token` judges and rejects single tokens; the others reject a response, by the sum, the mean or the largest of
     its tokens' estimates."""
-    estimator: Literal["k1", "k2", "k3"] = "k1"
+    estimator: Estimator = "k1"
     """Estimate of a token, with w = p_train / p_rollout: `k1` is w itself (its product over a response for `seq-sum`,
     its geometric mean for `seq-mean`), `k2` is (ln w)² / 2 and `k3` is w - ln w - 1, both in nats."""
     lower: Positive | None = None
     """Least importance weight that is kept (`k1`); null means 1 / `upper`."""
     upper: Positive
     """Largest importance weight that is kept (`k1`), or largest divergence in nats (`k2`, `k3`)."""
+
+    @property
+    def text(self) -> str:
+        """The rejection in words, for people."""
+        below = f"below {self.lower:g} or " if self.lower is not None else ""
+        return f"rejection by {self.by} {self.estimator} {below}above {self.upper:g}"
 
 
 class CorrectionSpec(Part):
@@ -232,6 +240,18 @@ class CorrectionSpec(Part):
     """Least weight of `icepop`; null means 0.5."""
     reject: RejectSpec | None = None
     """Tokens or responses that are left out of the update; null for none."""
+
+    @property
+    def text(self) -> str:
+        """The correction in words, for people."""
+        cap, lower = f"{self.cap or 0:g}", f"{self.lower or 0:g}"
+        weights = {
+            "none": "no importance sampling",
+            "tis": f"truncated importance sampling at {cap}",
+            "icepop": f"IcePop from {lower} to {cap}",
+            "seq-tis": f"importance weights of responses, truncated at {cap}",
+        }[self.kind]
+        return f"{weights}, {self.reject.text}" if self.reject else weights
 
 
 class Overlong(Part):
@@ -309,7 +329,9 @@ class WatchSpec(Part):
     max_kl: Positive = 0.5
     """Bound of |KL| between rollout and trainer, nats a token."""
     max_weight_deviation: Positive = 0.5
-    """Bound of |mean importance weight - 1|."""
+    """Bound of |mean importance weight - 1|, before the start also of weights of responses (`seq-tis`)."""
+    max_rejected: Fraction = 0.9
+    """Largest share of a step's tokens that `correction.reject` may leave out."""
     min_correlation: Fraction = 0.9
     """Least correlation of the sampled tokens' probabilities, where they differ by more than `max_prob_difference`."""
     max_prob_difference: Positive = 0.05
