@@ -196,6 +196,9 @@ class CorrectionSpec(Part):
 
     cap: Positive | None = None
     """Truncated importance sampling: token weights min(p_train / p_rollout, cap). null for none."""
+    support: Literal["full", "kept"] = "full"
+    """Tokens over which the trainer normalizes log-probs: the vocabulary (`full`), or those that `rollout.top_k` and
+    `rollout.top_p` keep (`kept`), so that weights have mean 1 at any temperature."""
 
 
 class Overlong(Part):

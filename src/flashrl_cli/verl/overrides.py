@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flashrl_cli.config.resolve import Resolved
+    from flashrl_cli.config.spec import RunSpec
 
 Value = bool | int | float | str | None | Sequence["Value"]
 
@@ -66,6 +67,11 @@ MODEL = "actor_rollout_ref.model"
 REF = "actor_rollout_ref.ref"
 ROLLOUT = "actor_rollout_ref.rollout"
 ENGINE = f"{ROLLOUT}.engine_kwargs.vllm"
+LOG_PROBS_MODE = f"{ROLLOUT}.logprobs_mode"
+PROCESSED, RAW = "processed_logprobs", "raw_logprobs"
+"""Modes of vLLM's log-probs: after temperature and truncation, which is what it samples from, and before both."""
+MAX_LOG_PROBS = f"{ENGINE}.max_logprobs"
+EXTERNAL_LIB = f"{MODEL}.external_lib"
 STREAM_INTERVAL = f"{ENGINE}.stream_interval"
 SAMPLER = "trainer.v1.sampler.custom_sampler.path"
 SAMPLER_NAME = "trainer.v1.sampler.custom_sampler.name"
@@ -338,7 +344,38 @@ def _correction(resolved: Resolved) -> Iterator[Override]:
     yield Override(f"{CORRECTION}.bypass_mode", False, origin)
     yield Override(f"{ACTOR}.policy_loss.loss_mode", "vanilla", origin)
     yield Override(f"{ROLLOUT}.calculate_log_probs", True, origin)
-    yield Override(f"{ROLLOUT}.logprobs_mode", "processed_logprobs", origin)
+    if takes_raw_log_probs(resolved.spec):
+        cut = Origin("derived", reason="the trainer's log-probs are not renormalized over the kept tokens either")
+        yield Override(LOG_PROBS_MODE, RAW, cut)
+    else:
+        yield Override(LOG_PROBS_MODE, PROCESSED, origin)
+    if resolved.spec.correction.support == "kept":
+        yield from _support(resolved)
+
+
+def _support(resolved: Resolved) -> Iterator[Override]:
+    """What carries the kept tokens from the engine to the trainer (plugins/support.py)."""
+    origin, given = resolved.origins["correction.support"], {key.removeprefix("+") for key in resolved.spec.verl}
+    if EXTERNAL_LIB not in given:
+        yield Override(EXTERNAL_LIB, contract.SUPPORT, origin)
+    if MAX_LOG_PROBS not in given:
+        most = contract.kept_columns(max(1, resolved.spec.rollout.top_k))
+        yield Override(MAX_LOG_PROBS, most, origin, added=True)
+
+
+def truncates(spec: RunSpec) -> bool:
+    """Whether training rollouts exclude tokens by top-k or top-p."""
+    return spec.rollout.top_p < 1 or spec.rollout.top_k > 0
+
+
+def takes_raw_log_probs(spec: RunSpec) -> bool:
+    """Whether importance weights need the rollout's log-probs of all tokens, which vLLM takes before the temperature.
+
+    Over the kept tokens K, with masses Z of the trainer's probabilities and Z' of the rollout's, the mean of
+    w = p_train / p_rollout is then Z / Z', and not Z.
+    """
+    is_read = spec.correction.cap is not None and spec.correction.support == "full"
+    return is_read and truncates(spec) and spec.rollout.temperature == 1
 
 
 def _run(resolved: Resolved, places: Places) -> Iterator[Override]:
@@ -369,7 +406,7 @@ THEMES: Mapping[str, tuple[str, ...]] = {
         CORRECTION,
         f"{ACTOR}.policy_loss",
         f"{ROLLOUT}.calculate_log_probs",
-        f"{ROLLOUT}.logprobs_mode",
+        LOG_PROBS_MODE,
     ),
     "algorithm": ("algorithm",),
     "policy": (ACTOR, REF),
