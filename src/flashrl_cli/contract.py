@@ -70,6 +70,21 @@ SAMPLER = ("pkg://flashrl_cli.plugins.sampler", "quick_buffer")
 TOKENS_A_MESSAGE = 16
 """Tokens of a sequence that a rollout engine collects before it sends them to verl's server (plugins/outputs.py)."""
 
+SUPPORT = "flashrl_cli.plugins.support"
+"""Module that verl imports in every process of a run whose log-probs are over the kept tokens."""
+MOST_KEPT = 128
+"""Largest top-k whose kept tokens are carried from the engine to the trainer: 1 KiB a token of a response."""
+
+
+def kept_columns(top_k: int) -> int:
+    """Number of the most probable tokens that the engine is asked for, of which at most `top_k` tokens are kept.
+
+    More are kept if logits are equal to the last one (vllm/v1/sample/ops/topk_topp_sampler.py:318 in 0.28). Logits of
+    bf16 often are: between 16 and 32 they differ by 1/8 at least.
+    """
+    return 2 * top_k
+
+
 LOG_PROBS_CHUNK = 128 << 20
 """Bytes of float32 logits of which the trainer's log-probs and entropies are computed at a time on a GPU.
 

@@ -240,9 +240,17 @@ class CorrectionSpec(Part):
     """Least weight of `icepop`; null means 0.5."""
     reject: RejectSpec | None = None
     """Tokens or responses that are left out of the update; null for none."""
+    support: Literal["full", "kept"] = "full"
+    """Tokens over which the trainer normalizes log-probs: the vocabulary (`full`), or those that `rollout.top_k` and
+    `rollout.top_p` keep (`kept`), so that weights have mean 1 at any temperature."""
     keep_responses: Annotated[int, Field(ge=0)] = 256
     """Responses a step whose tokens' log-ratios of trainer and rollout are kept for `flashrl runs correction`, at most
     1 Mi tokens a step and 256 MiB an attempt. 0 for none."""
+
+    @property
+    def active(self) -> bool:
+        """Whether anything of it compares the log-probs of rollout and trainer."""
+        return self.kind != "none" or self.reject is not None
 
     @property
     def text(self) -> str:

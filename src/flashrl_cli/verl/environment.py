@@ -19,7 +19,7 @@ from flashrl_cli import contract, paths
 from flashrl_cli.errors import Problem
 from flashrl_cli.precision import BY_METHOD
 from flashrl_cli.verl.config import bf16_replicas
-from flashrl_cli.verl.overrides import MODEL
+from flashrl_cli.verl.overrides import MODEL, takes_raw_log_probs
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
@@ -58,6 +58,11 @@ MIXED = {
     # (verl/trainer/constants_ppo.py:93)
     "VLLM_DISABLE_COMPILE_CACHE": "1",
 }
+OWN_SAMPLER = {
+    # with raw log-probs vLLM would take FlashInfer's top-k and top-p (v1/sample/ops/topk_topp_sampler.py:86 in 0.24),
+    # which is compiled when it is first used and needs CUDA's compiler
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+}
 OWNED = frozenset(
     {contract.ENV_PLUGIN_DIR, contract.ENV_PLATFORM, contract.ENV_ROLLOUT, contract.ENV_KEEP, METRICS_PATH}
 )
@@ -81,7 +86,7 @@ def run_environment(
     """
     level = {} if logging is None else {contract.ENV_LOGGING: logging}
     on_cpu = spec.resources.platform == "cpu"
-    platform = CPU if on_cpu else CUDA
+    platform = CPU if on_cpu else CUDA | OWN_SAMPLER if takes_raw_log_probs(spec) else CUDA
     if on_cpu and cores:
         platform = platform | {THREADS: str(max(1, cores // spec.resources.gpus_per_node))}
     own = {

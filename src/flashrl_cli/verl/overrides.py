@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flashrl_cli.config.resolve import Resolved
-    from flashrl_cli.config.spec import RejectSpec
+    from flashrl_cli.config.spec import RejectSpec, RunSpec
 
 Value = bool | int | float | str | None | Sequence["Value"]
 
@@ -67,6 +67,11 @@ MODEL = "actor_rollout_ref.model"
 REF = "actor_rollout_ref.ref"
 ROLLOUT = "actor_rollout_ref.rollout"
 ENGINE = f"{ROLLOUT}.engine_kwargs.vllm"
+LOG_PROBS_MODE = f"{ROLLOUT}.logprobs_mode"
+PROCESSED, RAW = "processed_logprobs", "raw_logprobs"
+"""Modes of vLLM's log-probs: after temperature and truncation, which is what it samples from, and before both."""
+MAX_LOG_PROBS = f"{ENGINE}.max_logprobs"
+EXTERNAL_LIB = f"{MODEL}.external_lib"
 STREAM_INTERVAL = f"{ENGINE}.stream_interval"
 SAMPLER = "trainer.v1.sampler.custom_sampler.path"
 SAMPLER_NAME = "trainer.v1.sampler.custom_sampler.name"
@@ -348,12 +353,18 @@ def _correction(resolved: Resolved) -> Iterator[Override]:
         yield Override(f"{CORRECTION}.rollout_rs_threshold", _rejection_threshold(reject), upper)
     elif weighted:
         yield Override(f"{CORRECTION}.rollout_rs", None, origin)
-    if weighted or reject:
+    if correction.active:
         yield Override(f"{CORRECTION}.bypass_mode", False, origin)
     yield from _loss(resolved)
-    if weighted or reject:
+    if correction.active:
         yield Override(f"{ROLLOUT}.calculate_log_probs", True, origin)
-        yield Override(f"{ROLLOUT}.logprobs_mode", "processed_logprobs", origin)
+        if takes_raw_log_probs(resolved.spec):
+            cut = Origin("derived", reason="the trainer's log-probs are not renormalized over the kept tokens either")
+            yield Override(LOG_PROBS_MODE, RAW, cut)
+        else:
+            yield Override(LOG_PROBS_MODE, PROCESSED, origin)
+    if correction.support == "kept":
+        yield from _support(resolved)
 
 
 def verl_rejection(reject: RejectSpec) -> str:
@@ -391,6 +402,32 @@ def verl_loss(loss: str) -> str:
     return {"ppo": "vanilla", "gmpo": "geo_mean"}.get(loss, loss.replace("-", "_"))
 
 
+def _support(resolved: Resolved) -> Iterator[Override]:
+    """What carries the kept tokens from the engine to the trainer (plugins/support.py)."""
+    origin, given = resolved.origins["correction.support"], {key.removeprefix("+") for key in resolved.spec.verl}
+    if EXTERNAL_LIB not in given:
+        yield Override(EXTERNAL_LIB, contract.SUPPORT, origin)
+    if MAX_LOG_PROBS not in given:
+        most = contract.kept_columns(max(1, resolved.spec.rollout.top_k))
+        yield Override(MAX_LOG_PROBS, most, origin, added=True)
+
+
+def truncates(spec: RunSpec) -> bool:
+    """Whether training rollouts exclude tokens by top-k or top-p."""
+    return spec.rollout.top_p < 1 or spec.rollout.top_k > 0
+
+
+def takes_raw_log_probs(spec: RunSpec) -> bool:
+    """Whether importance weights need the rollout's log-probs of all tokens, which vLLM takes before the temperature.
+
+    Over the kept tokens K, with masses Z of the trainer's probabilities and Z' of the rollout's, the mean of
+    w = p_train / p_rollout is then Z / Z', and not Z.
+    """
+    correction = spec.correction
+    over_all = correction.active and correction.support == "full"
+    return over_all and truncates(spec) and spec.rollout.temperature == 1
+
+
 def _run(resolved: Resolved, places: Places) -> Iterator[Override]:
     """What depends on the run, not on its preset; folders are absolute, as Ray's workers have other working folders."""
     if resolved.spec.resources.platform == "cpu":
@@ -419,7 +456,7 @@ THEMES: Mapping[str, tuple[str, ...]] = {
         CORRECTION,
         f"{ACTOR}.policy_loss",
         f"{ROLLOUT}.calculate_log_probs",
-        f"{ROLLOUT}.logprobs_mode",
+        LOG_PROBS_MODE,
     ),
     "algorithm": ("algorithm",),
     "policy": (ACTOR, REF),
