@@ -67,6 +67,8 @@ BLOCKS_EXTENSION = "flashrl_cli.plugins.verl_blocks.BlocksExtension"
 """vLLM worker extension of the benchmark for block-wise FP8, whose weights are quantized and loaded by verl's code."""
 SAMPLER = ("pkg://flashrl_cli.plugins.sampler", "quick_buffer")
 """Module and function by which verl's trainer gets its replay buffer."""
+AGENT_LOOPS = "flashrl_cli.plugins.agent_loop.AgentLoopManager"
+"""Class by which verl's trainer has responses generated, scored and stored."""
 TOKENS_A_MESSAGE = 16
 """Tokens of a sequence that a rollout engine collects before it sends them to verl's server (plugins/outputs.py)."""
 

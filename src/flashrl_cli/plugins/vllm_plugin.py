@@ -24,6 +24,8 @@ def register() -> None:
         register_quantization_config(config.get_name())(config)
     coverage.check_first_load()
     outputs.apply()
+    if os.environ.get(contract.ENV_PLATFORM) == "cpu":
+        outputs.sleep_between_messages()
     if contract.RolloutOptions.here().lm_head_fp32:
         linear.register_float32_head()
     if os.environ.get(contract.ENV_SERVER):

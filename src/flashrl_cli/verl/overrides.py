@@ -75,6 +75,7 @@ EXTERNAL_LIB = f"{MODEL}.external_lib"
 STREAM_INTERVAL = f"{ENGINE}.stream_interval"
 SAMPLER = "trainer.v1.sampler.custom_sampler.path"
 SAMPLER_NAME = "trainer.v1.sampler.custom_sampler.name"
+AGENT_LOOPS = f"{ROLLOUT}.agent.agent_loop_manager_class"
 CORRECTION = "algorithm.rollout_correction"
 WEIGHTS = {"none": None, "tis": "token", "icepop": "token", "seq-tis": "sequence"}
 """verl's level of the weights of each `correction.kind`."""
@@ -226,12 +227,15 @@ def _fixed() -> Iterator[Override]:
 
 
 def _quick(resolved: Resolved) -> Iterator[Override]:
-    """What makes a rollout with many short responses quick (plugins/sampler.py, plugins/outputs.py)."""
+    """What makes a rollout with many short responses quick (sampler.py, agent_loop.py and outputs.py of plugins/)."""
     given = {written.removeprefix("+") for written in resolved.spec.verl}
     if not given & {SAMPLER, SAMPLER_NAME}:
         why = Origin("derived", reason="verl's own buffer looks for finished responses every 2 s")
         yield Override(SAMPLER, contract.SAMPLER[0], why)
         yield Override(SAMPLER_NAME, contract.SAMPLER[1], why)
+    if AGENT_LOOPS not in given:
+        why = Origin("derived", reason="verl's own workers send some ten messages for each response")
+        yield Override(AGENT_LOOPS, contract.AGENT_LOOPS, why, added=True)
     if STREAM_INTERVAL not in given:
         why = Origin("derived", reason="nothing reads a response before it is complete")
         yield Override(STREAM_INTERVAL, contract.TOKENS_A_MESSAGE, why, added=True)
