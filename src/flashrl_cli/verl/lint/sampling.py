@@ -297,7 +297,8 @@ def _reader(s: Settings) -> str | None:
     """Name of the setting through which the loss uses the rollout's log-probs; None if nothing uses them."""
     correction = s.spec.correction
     if correction.active:
-        return "correction.reject" if correction.kind == "none" else f"{correction.kind} weights"
+        weights = {"tis": "truncated importance sampling", "none": "correction.reject"}
+        return weights.get(correction.kind, f"{correction.kind} weights")
     if s.get(f"{CORRECTION}.rollout_rs"):
         return f"verl.{CORRECTION}.rollout_rs"
     return f"verl.{CORRECTION}.bypass_mode" if s.get(f"{CORRECTION}.bypass_mode") else None
