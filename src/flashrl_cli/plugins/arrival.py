@@ -1,9 +1,9 @@
 """How much of each weight update arrives in the 8-bit weights of a rollout engine, measured on a sample of their rows.
 
 An update of RL is much smaller than the step between two 8-bit codes: at a learning rate of 1e-6 a code changes only
-where its weight happened to be next to the border between two codes. QuRL (arXiv 2602.13953, section 4) describes the
-effect. With W for a sampled row as the engine receives it, Q for its codes times its scale, and t, t - 1 and 0 for
-this refit, the previous one and the first one of the process, the figures of a refit are, over all sampled weights,
+where its weight happened to be next to the border between two codes. QuRL (arXiv 2602.13953) describes the effect. With
+W for a sampled row as the engine receives it, Q for its codes times its scale, and t, t - 1 and 0 for this refit, the
+previous one and the first one of the process, the figures of a refit are, over all sampled weights,
 
     codes_changed    share of the 8-bit codes of t that differ from those of t - 1
     weights_changed  the same share of the received bf16 weights
@@ -27,21 +27,23 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flashrl_cli import contract
 from flashrl_cli.contract import PATCHED, VERL
-from flashrl_cli.plugins.linear import OnlineLinearMethod
+
+if TYPE_CHECKING:
+    from flashrl_cli.plugins.linear import OnlineLinearMethod
 
 SAMPLE = 1 << 21
 """Weights of an engine's process that are compared, about; all weights of a model that has no more."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Sampled rows of equal length: bf16 weights [N, K], their codes [N, K] and scales [N, 1], on the device."""
+class SampledRows:
+    """Rows of equal length: bf16 weights [N, K], their codes [N, K] and scales [N, 1], on the device."""
 
     weights: torch.Tensor
     codes: torch.Tensor
@@ -52,7 +54,7 @@ class Rows:
         return self.codes.float() * self.scales
 
 
-Sample = Mapping[int, Rows]
+Sample = Mapping[int, SampledRows]
 """Sampled rows by their length."""
 
 
@@ -60,15 +62,17 @@ class Arrival:
     """Compares a sample of the rows of a model's 8-bit weights from refit to refit."""
 
     def __init__(self, model: torch.nn.Module) -> None:
+        from flashrl_cli.plugins.linear import OnlineLinearMethod
+
         methods = {name: getattr(layer, "quant_method", None) for name, layer in model.named_modules()}
-        self._methods = {
+        self._methods: dict[str, OnlineLinearMethod] = {
             name: method
             for name, method in methods.items()
             if isinstance(method, OnlineLinearMethod) and method.quantized_bytes
         }
         self.stride = max(1, sum(method.quantized_bytes for method in self._methods.values()) // SAMPLE)
         self._offsets = {name: random.Random(name).randrange(self.stride) for name in self._methods}
-        self._taken: dict[tuple[str, int], Rows] = {}
+        self._taken: dict[tuple[str, int], SampledRows] = {}
         self._first: Sample | None = None
         self._last: Sample | None = None
 
@@ -88,7 +92,7 @@ class Arrival:
         first = (self._offsets[name] - start) % self.stride
         if first < len(weight):
             rows = slice(first, None, self.stride)
-            self._taken[name, start + first] = Rows(*(part[rows].clone() for part in (weight, codes, scales)))
+            self._taken[name, start + first] = SampledRows(*(part[rows].clone() for part in (weight, codes, scales)))
 
     def figures(self) -> dict[str, float] | None:
         """The figures of the refit that was watched; None after the first one, and without 8-bit weights.
@@ -117,18 +121,20 @@ class Arrival:
         return found
 
 
-def _joined(taken: Mapping[tuple[str, int], Rows]) -> Sample:
+def _joined(taken: Mapping[tuple[str, int], SampledRows]) -> Sample:
     """All sampled rows, in an order that does not depend on the order or the number of writes."""
-    found: dict[int, list[Rows]] = {}
+    found: dict[int, list[SampledRows]] = {}
     for key in sorted(taken):
         found.setdefault(taken[key].weights.shape[1], []).append(taken[key])
     return {
-        length: Rows(*(torch.cat([getattr(one, name) for one in rows]) for name in ("weights", "codes", "scales")))
+        length: SampledRows(
+            *(torch.cat([getattr(one, name) for one in rows]) for name in ("weights", "codes", "scales"))
+        )
         for length, rows in found.items()
     }
 
 
-def _compared(now: Rows, before: Rows, first: Rows) -> torch.Tensor:
+def _compared(now: SampledRows, before: SampledRows, first: SampledRows) -> torch.Tensor:
     """For each row, in float32 [N, 6]: its length, changed codes, changed weights, and three products of changes."""
     wanted = now.weights.float() - first.weights.float()
     got = now.values() - first.values()
