@@ -72,6 +72,11 @@ AGENT_LOOPS = "flashrl_cli.plugins.agent_loop.AgentLoopManager"
 TOKENS_A_MESSAGE = 16
 """Tokens of a sequence that a rollout engine collects before it sends them to verl's server (plugins/outputs.py)."""
 
+REFIT = "refit/"
+"""Prefix of the names under which verl logs the figures of a weight update."""
+ARRIVAL = ("codes_changed", "weights_changed", "arrived", "update_cosine")
+"""Figures of plugins/arrival.py that verl logs, under flashrl's names."""
+
 SUPPORT = "flashrl_cli.plugins.support"
 """Module that verl imports in every process of a run whose log-probs are over the kept tokens."""
 MOST_KEPT = 128
@@ -137,7 +142,7 @@ class Handshake:
     those weights. `kernel` is the name of vLLM's kernel class. `refit_s` is the duration of the last weight update in
     seconds. `kv_cache` is the cache's dtype as vLLM names it, `lm_head` the dtype in which logits are computed.
     `smoothed` counts the tensors that a smoothing profile changed. `received` names the dtypes in which the weights
-    arrived.
+    arrived. `arrival` holds the figures of plugins/arrival.py; None after the first refit, and without 8-bit weights.
     """
 
     host: str
@@ -156,6 +161,7 @@ class Handshake:
     lm_head: str = "bf16"
     smoothed: int = 0
     received: str = ""
+    arrival: dict[str, float] | None = None
     schema_version: int = SCHEMA_VERSION
 
 

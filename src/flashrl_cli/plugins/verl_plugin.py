@@ -3,8 +3,8 @@
 verl loads plugins without calling them, so the module acts when it is imported. Outside of a flashrl run it does
 nothing. It makes the trainer compute log-probs in chunks, cut micro-batches by index, give its models the attention of
 the configuration, report more of its correction and keep a sample of its log-ratios, and on a GPU send weights in
-bf16, where that loses nothing. verl logs an exception raised here at DEBUG level only, so the launcher uses the handshake
-files to verify what really runs.
+bf16, where that loses nothing. verl logs an exception raised here at DEBUG level only, so the launcher uses the
+handshake files to verify what really runs.
 """
 
 from __future__ import annotations
