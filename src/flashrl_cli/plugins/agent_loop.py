@@ -186,7 +186,6 @@ class AgentLoopWorker:
 
 def worker_class() -> Any:
     """verl's `AgentLoopWorkerTQ` as a class, extended by what this module does."""
-    import transfer_queue
     import verl.trainer.ppo.v1.agent_loop_tq as verls
 
     base = verls.AgentLoopWorkerTQ.__ray_metadata__.modified_class.__ray_actor_class__
@@ -195,7 +194,7 @@ def worker_class() -> Any:
         def __init__(self, config: Any, llm_client: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, one_server(config, llm_client), *args, **kwargs)
             if not isinstance(verls.tq, Puts):
-                verls.tq = Puts(transfer_queue, verls.list_of_dict_to_tensordict)
+                verls.tq = Puts(verls.tq, verls.list_of_dict_to_tensordict)
                 verls.list_of_dict_to_tensordict = list
             handles = self.reward_loop_worker_handles
             self._scores = Together(self._score, len(handles)) if handles and scores_padded(config) else None
