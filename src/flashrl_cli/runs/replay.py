@@ -19,10 +19,10 @@ their mean: u = v / mean v, and W likewise. With advantages A,
 - E is the expected squared error of the gradient, in units of a batch's noise where rollout and trainer agree. It takes
   the errors of the terms to be as parallel as the terms themselves, whose sum is the gradient: s is the gradient's
   squared length over a batch's noise, which is 1 at the critical batch size (S. McCandlish et al., An Empirical Model
-  of Large-Batch Training, arXiv 1812.06162: batch size over noise scale). The bound alone, b² in place of s π/2 b²
-  divided by the number of responses, overrates truncation many times over. π/2 b² is the mean square of an error whose
-  mean absolute value is b, if it is normal (R. C. Geary, Biometrika 27 (1935) 310); the mean square itself depends on
-  the few largest W alone.
+  of Large-Batch Training, arXiv 1812.06162: batch size over noise scale). The bound itself in place of this, with all
+  errors parallel, overrates the bias so much that no weight would ever be truncated. π/2 b² is the mean square of an
+  error whose mean absolute value is b, if it is normal (R. C. Geary, Biometrika 27 (1935) 310); the mean square itself
+  depends on the few largest W alone.
 
 tests/unit/runs/test_replay.py compares E with the exact error of enumerated gradients.
 """
