@@ -153,6 +153,8 @@ def ways() -> dict[str, Way]:
         "bf16": Way(lambda weight, *_: Rows(weight, torch.ones(1))),
         "int8": Way(nearest),
         "int8 of float32": Way(nearest, exact=True),
+        "int8, stochastic, drawn anew": Way(anew),
+        "int8, stochastic, same draws": Way(drawn_once),
         "int8 of float32, scales kept": Way(kept, exact=True),
         "int8 of float32, stochastic, drawn anew": Way(anew, exact=True),
         "int8 of float32, stochastic, same draws": Way(drawn_once, exact=True),
@@ -242,8 +244,8 @@ def read(file: Path) -> list[tuple[str, str]]:
 class Comparison:
     """Compares each way of holding weights with the float32 weights, step by step."""
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy, self.ways = policy, ways()
+    def __init__(self, policy: Policy, chosen: Mapping[str, Way]) -> None:
+        self.policy, self.ways = policy, chosen
         self.first = policy.weights()
         self.log_probs = policy.log_probs(self.first)
         self.p = self.log_probs.exp()
@@ -267,21 +269,18 @@ class Comparison:
     def step(self, step: int, before: Weights, after: Weights) -> dict[str, Any]:
         """The figures of all ways after a step that changed `before` to `after`."""
         log_probs = self.policy.log_probs(after)
-        held = {name: self.held(way, after, step) for name, way in self.ways.items()}
-        mine = {name: self.of(self.ways[name], rows, after) for name, rows in held.items()}
-        wanted = {
-            "float32": log_probs - self.log_probs,
-            "trainer": mine["bf16"] - self.starts["bf16"],
-        }
-        found = {}
-        for name, rows in held.items():
-            start = self.starts[name]
+        wanted, found = {"float32": log_probs - self.log_probs}, {}
+        for name, way in self.ways.items():  # bf16 first
+            rows = self.held(way, after, step)
+            mine = self.of(way, rows, after)
+            got = mine - self.starts[name]
+            wanted.setdefault("trainer", got)
             found[name] = {
-                "codes_changed": changed(self.held(self.ways[name], before, step - 1), rows),
-                "static_kl": self.mean(self.log_probs - start),
-                "kl": float((log_probs.exp() * (log_probs - mine[name])).sum(-1).double().mean()),
+                "codes_changed": changed(self.held(way, before, step - 1), rows),
+                "static_kl": self.mean(self.log_probs - self.starts[name]),
+                "kl": float((log_probs.exp() * (log_probs - mine)).sum(-1).double().mean()),
                 **{
-                    against: {**each, **self.logits(mine[name] - start, wanted[against])}
+                    against: {**each, **self.logits(got, wanted[against])}
                     for against, each in self.weights(name, rows, after).items()
                 },
             }
@@ -328,14 +327,14 @@ def changed(before: Mapping[str, Rows], after: Mapping[str, Rows]) -> float:
     return differ / sum(int(one.codes.numel()) for one in after.values())
 
 
-def measure(folder: Path, gsm8k: Path, lr: float) -> Iterator[dict[str, Any]]:
+def measure(folder: Path, gsm8k: Path, lr: float, chosen: Mapping[str, Way]) -> Iterator[dict[str, Any]]:
     """The figures of one learning rate, after each of STEPS."""
     import torch
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     policy = Policy(folder, gsm8k)
-    comparison = Comparison(policy)
+    comparison = Comparison(policy, chosen)
     before = comparison.first
     for step in policy.updates(lr, max(STEPS)):
         if step in STEPS:
@@ -344,21 +343,39 @@ def measure(folder: Path, gsm8k: Path, lr: float) -> Iterator[dict[str, Any]]:
             before = policy.weights()
 
 
+def add(runs: list[dict[str, Any]], lr: float, figures: dict[str, Any]) -> None:
+    """Add the figures of a step to those that are known of the same updates, in the order of `ways`."""
+    run = next((run for run in runs if run["lr"] == lr), None)
+    if run is None:
+        run = {"lr": lr, "steps": []}
+        runs.append(run)
+    step = next((step for step in run["steps"] if step["step"] == figures["step"]), None)
+    if step is None:
+        run["steps"].append(figures)
+        return
+    if step["update_kl"] != figures["update_kl"]:
+        raise SystemExit(f"the updates at {lr:g} are others than those of the results: begin a new file")
+    both = {**step["ways"], **figures["ways"]}
+    step["ways"] = {name: both[name] for name in ways() if name in both}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("gsm8k", type=Path)
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-6, 1e-5], help="learning rates (%(default)s)")
     parser.add_argument("--name", default="SmolLM2-135M-Instruct", help="what the results call the model")
+    parser.add_argument("--ways", nargs="+", default=list(ways()), help="only these, added to what --out has")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    runs: list[dict[str, Any]] = []
+    document = {"schema_version": 1, "model": given.name, "held_out": HELD_OUT, "runs": []}
+    if given.out.exists():
+        document = json.loads(given.out.read_text(encoding="utf-8"))
+    chosen = {name: way for name, way in ways().items() if name in {"bf16", *given.ways}}
     started = time.process_time()
     for lr in given.lr:
-        runs.append({"lr": lr, "steps": []})
-        for figures in measure(given.model, given.gsm8k, lr):
-            runs[-1]["steps"].append(figures)
-            document = {"schema_version": 1, "model": given.name, "held_out": HELD_OUT, "runs": runs}
+        for figures in measure(given.model, given.gsm8k, lr, chosen):
+            add(document["runs"], lr, figures)
             files.write_json(given.out, document)
             print(f"lr {lr:g}, step {figures['step']}, {time.process_time() - started:.0f} s of CPU", flush=True)
             for name, one in figures["ways"].items():
