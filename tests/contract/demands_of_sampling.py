@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.contract.demands_case import CORRECTION, ENGINE, R, case
+from tests.contract.demands_case import ENGINE, R, case
 
 TRUNCATED = "renormalized over the kept tokens"
 SAMPLING = [
@@ -25,19 +25,20 @@ SAMPLING = [
     case(
         "weights_see_what_was_sampled",
         "rollout.top_p=0.999",
-        f"verl.{CORRECTION}.rollout_rs=token_k1",
-        f"verl.{CORRECTION}.rollout_rs_threshold=2.0",
-        says=f"with verl.{CORRECTION}.rollout_rs",
-        hint=f"--set rollout.top_p=1.0, or drop verl.{CORRECTION}.rollout_rs",
-        legal=(f"verl.{CORRECTION}.rollout_rs=token_k1", f"verl.{CORRECTION}.rollout_rs_threshold=2.0"),
+        "correction.reject.by=seq-mean",
+        "correction.reject.upper=2",
+        says="rollout.top_p = 0.999 with correction.reject",
+        hint="--set rollout.top_p=1.0, or --set correction.reject=null",
+        legal=("correction.reject.by=seq-mean", "correction.reject.upper=2"),
     ),
     case(
         "weights_see_what_was_sampled",
         "rollout.top_p=0.9",
-        f"verl.{CORRECTION}.bypass_mode=true",
-        says=f"with verl.{CORRECTION}.bypass_mode",
-        hint=f"--set rollout.top_p=1.0, or drop verl.{CORRECTION}.bypass_mode",
-        legal=(f"verl.{CORRECTION}.bypass_mode=true",),
+        "correction.kind=icepop",
+        "correction.reject.by=seq-mean",
+        "correction.reject.upper=2",
+        says="with IcePop's importance weights",
+        hint="--tis off and --set correction.reject=null",
     ),
     case(
         "weights_see_what_was_sampled",

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.verl.config import written
-from flashrl_cli.verl.overrides import CORRECTION, ENGINE, ROLLOUT
+from flashrl_cli.verl.overrides import ENGINE, ROLLOUT
 
 if TYPE_CHECKING:
     from flashrl_cli.errors import Problem
@@ -30,6 +30,12 @@ LEAST_TEMPERATURE = 0.01
 """Lowest temperature above 0 at which vLLM samples; it raises lower ones to it (vllm/sampling_params.py:28, 476)."""
 PROCESSED, RAW = "processed_logprobs", "raw_logprobs"
 """Modes of vLLM's log-probs: after temperature and truncation, which is what it samples from, and before both."""
+WEIGHTED = {
+    "tis": "truncated importance sampling",
+    "icepop": "IcePop's importance weights",
+    "seq-tis": "importance weights of responses",
+}
+"""Names of the kinds of weights in messages."""
 OF_A_REQUEST = frozenset(
     {
         "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "n",
@@ -47,9 +53,8 @@ def weights_see_what_was_sampled(s: Settings) -> Iterator[Problem]:
     """With top-p or top-k, E[w] is the kept probability mass, not 1: only vLLM's log-probs reflect the truncation.
 
     vllm/v1/sample/ops/topk_topp_sampler.py normalizes over the kept tokens,
-    workers/engine/fsdp/transformer_impl.py:1386 over all tokens. Rejection sampling
-    (trainer/ppo/rollout_corr_helper.py:849) and bypass mode (trainer/ppo/v1/trainer_base.py:1640) use the same ratio of
-    probabilities.
+    workers/engine/fsdp/transformer_impl.py:1386 over all tokens. Rejection (trainer/ppo/rollout_corr_helper.py:849)
+    uses the same ratio of probabilities.
     """
     reader = _reader(s)
     if reader is None or s.get(MODE) != PROCESSED:
@@ -215,14 +220,13 @@ def _truncations(s: Settings) -> Iterator[tuple[str, float]]:
 def _reader(s: Settings) -> str | None:
     """Name of the setting through which the loss uses the rollout's log-probs; None if nothing uses them."""
     if s.spec.correction.cap is not None:
-        return "truncated importance sampling"
-    if s.get(f"{CORRECTION}.rollout_rs"):
-        return f"verl.{CORRECTION}.rollout_rs"
-    return f"verl.{CORRECTION}.bypass_mode" if s.get(f"{CORRECTION}.bypass_mode") else None
+        return WEIGHTED[s.spec.correction.kind]
+    return "correction.reject" if s.spec.correction.reject else None
 
 
 def _without(s: Settings) -> str:
-    return "--tis off" if s.spec.correction.cap is not None else f"drop {_reader(s)}"
+    off = ["--tis off"] if s.spec.correction.cap is not None else []
+    return " and ".join([*off, *(["--set correction.reject=null"] if s.spec.correction.reject else [])])
 
 
 RULES: tuple[Rule, ...] = (
