@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli import contract
 from flashrl_cli.verl.config import written
 from flashrl_cli.verl.overrides import (
-    CORRECTION,
     ENGINE,
     EXTERNAL_LIB,
     LOG_PROBS_MODE,
@@ -43,6 +42,12 @@ MODE, LOG_PROBS = LOG_PROBS_MODE, f"{ROLLOUT}.calculate_log_probs"
 SUPPORT, AGENT_LOOP = "correction.support", f"{ROLLOUT}.agent.default_agent_loop"
 LEAST_TEMPERATURE = 0.01
 """Lowest temperature above 0 at which vLLM samples; it raises lower ones to it (vllm/sampling_params.py:28, 476)."""
+WEIGHTED = {
+    "tis": "truncated importance sampling",
+    "icepop": "IcePop's importance weights",
+    "seq-tis": "importance weights of responses",
+}
+"""Names of the kinds of weights in messages."""
 OF_A_REQUEST = frozenset(
     {
         "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "n",
@@ -60,9 +65,9 @@ def weights_see_what_was_sampled(s: Settings) -> Iterator[Problem]:
     """With top-p or top-k, E[w] is the kept probability mass, not 1: only vLLM's log-probs reflect the truncation.
 
     vllm/v1/sample/ops/topk_topp_sampler.py normalizes over the kept tokens,
-    workers/engine/fsdp/transformer_impl.py:1386 over all tokens. Rejection sampling
-    (trainer/ppo/rollout_corr_helper.py:849) and bypass mode (trainer/ppo/v1/trainer_base.py:1640) use the same ratio of
-    probabilities. Raw log-probs, which vLLM takes before the temperature, are over all tokens as the trainer's are.
+    workers/engine/fsdp/transformer_impl.py:1386 over all tokens. Rejection (trainer/ppo/rollout_corr_helper.py:849)
+    uses the same ratio of probabilities. Raw log-probs, which vLLM takes before the temperature, are over all tokens as
+    the trainer's are.
     """
     reader = _reader(s)
     if reader is None or s.get(MODE) != PROCESSED or s.spec.correction.support == "kept":
@@ -296,20 +301,12 @@ def _undo(s: Settings, key: str, needed: Any) -> str:
 def _reader(s: Settings) -> str | None:
     """Name of the setting through which the loss uses the rollout's log-probs; None if nothing uses them."""
     correction = s.spec.correction
-    if correction.active:
-        weights = {"tis": "truncated importance sampling", "none": "correction.reject"}
-        return weights.get(correction.kind, f"{correction.kind} weights")
-    if s.get(f"{CORRECTION}.rollout_rs"):
-        return f"verl.{CORRECTION}.rollout_rs"
-    return f"verl.{CORRECTION}.bypass_mode" if s.get(f"{CORRECTION}.bypass_mode") else None
+    return WEIGHTED.get(correction.kind) or ("correction.reject" if correction.reject else None)
 
 
 def _without(s: Settings) -> str:
-    correction = s.spec.correction
-    off = ["--tis off"] * (correction.kind != "none") + ["--set correction.reject=null"] * (
-        correction.reject is not None
-    )
-    return " ".join(off) or f"drop {_reader(s)}"
+    off = ["--tis off"] * (s.spec.correction.kind != "none")
+    return " and ".join([*off, *(["--set correction.reject=null"] if s.spec.correction.reject else [])])
 
 
 RULES: tuple[Rule, ...] = (
