@@ -86,7 +86,7 @@ MOST_KEPT = 128
 def kept_columns(top_k: int) -> int:
     """Number of the most probable tokens that the engine is asked for, of which at most `top_k` tokens are kept.
 
-    More are kept if logits are equal to the last one (vllm/v1/sample/ops/topk_topp_sampler.py:318 in 0.28). Logits of
+    More are kept if logits are equal to the last one (vllm/v1/sample/ops/topk_topp_sampler.py:431 in 0.28). Logits of
     bf16 often are: between 16 and 32 they differ by 1/8 at least.
     """
     return 2 * top_k

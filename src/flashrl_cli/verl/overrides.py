@@ -412,8 +412,8 @@ def _support(resolved: Resolved) -> Iterator[Override]:
     if EXTERNAL_LIB not in given:
         yield Override(EXTERNAL_LIB, contract.SUPPORT, origin)
     if MAX_LOG_PROBS not in given:
-        most = contract.kept_columns(max(1, resolved.spec.rollout.top_k))
-        yield Override(MAX_LOG_PROBS, most, origin, added=True)
+        # validation's top-k may be a larger one
+        yield Override(MAX_LOG_PROBS, contract.kept_columns(contract.MOST_KEPT), origin, added=True)
 
 
 def truncates(spec: RunSpec) -> bool:

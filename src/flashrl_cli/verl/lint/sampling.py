@@ -105,14 +105,8 @@ def kept_tokens_are_known(s: Settings) -> Iterator[Problem]:
             TOP_K,
             SUPPORT,
         )
-    elif (s.get(MAX_LOG_PROBS) or 0) < contract.kept_columns(top_k):
-        yield s.problem(
-            f"verl.+{MAX_LOG_PROBS} = {s.get(MAX_LOG_PROBS)}: {SUPPORT} = kept asks the engine for"
-            f" {contract.kept_columns(top_k)} log-probs a token",
-            f"drop verl.+{MAX_LOG_PROBS}",
-            MAX_LOG_PROBS,
-        )
     for key, needed, why in (
+        (MAX_LOG_PROBS, contract.kept_columns(contract.MOST_KEPT), "the kept tokens are asked for as log-probs"),
         (MODE, PROCESSED, "the engine's log-probs must be over the kept tokens, too"),
         (EXTERNAL_LIB, contract.SUPPORT, "that is where flashrl changes verl for it"),
         (f"{MODEL}.use_fused_kernels", False, "fused kernels compute log-probs over all tokens"),
@@ -120,7 +114,9 @@ def kept_tokens_are_known(s: Settings) -> Iterator[Problem]:
         ("distillation.enabled", False, "verl has one field for the tokens of a position, the teacher's"),
     ):
         if (s.get(key) or False) != needed:
-            yield s.problem(f"verl.{key} = {s.get(key)} with {SUPPORT} = kept: {why}", _undo(s, key, needed), key)
+            drop = f"drop {written(key, new=key == MAX_LOG_PROBS)}"
+            undo = drop if key in (MAX_LOG_PROBS, EXTERNAL_LIB) else s.fix(key, needed)
+            yield s.problem(f"{written(key)} = {s.get(key)} with {SUPPORT} = kept: {why}", undo, key)
 
 
 def log_probs_are_of_the_samples(s: Settings) -> Iterator[Problem]:
@@ -280,8 +276,6 @@ def _truncations(s: Settings) -> Iterator[tuple[str, float]]:
 
 def _comparable(s: Settings) -> str:
     """What makes the log-probs of engine and trainer comparable while tokens are excluded."""
-    if not s.spec.correction.active:
-        return s.fix(MODE, RAW) if s.spec.rollout.temperature == 1 else s.fix(TEMPERATURE, 1.0)
     if s.is_verbatim(MODE) and s.spec.rollout.temperature == 1:
         return s.fix(MODE, RAW)
     bounded = "" if 1 < s.spec.rollout.top_k <= _most_kept(s) else f" {s.fix(TOP_K, _most_kept(s))}"
@@ -291,11 +285,6 @@ def _comparable(s: Settings) -> str:
 def _most_kept(s: Settings) -> int:
     """Largest top-k whose kept tokens are carried to the trainer; twice as many tokens must be in the vocabulary."""
     return min(contract.MOST_KEPT, s.shape.vocab // 2) if s.shape else contract.MOST_KEPT
-
-
-def _undo(s: Settings, key: str, needed: Any) -> str:
-    """The option that gives a key the value that is needed; a key of a name is dropped, as it is derived."""
-    return f"drop verl.{key}" if key == EXTERNAL_LIB else s.fix(key, needed)
 
 
 def _reader(s: Settings) -> str | None:
