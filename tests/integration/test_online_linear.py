@@ -1,4 +1,4 @@
-"""8-bit weights written in place by vLLM's own loaders, against layers that are loaded whole."""
+"""8-bit weights written in place by vLLM's own loaders, against layers that are loaded whole, rotated and not."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 Held = dict[str, tuple["torch.Tensor", "torch.Tensor"]]
 
 HIDDEN, INTER, HEADS, KV_HEADS = 64, 96, 4, 2
+BLOCK = 32
+"""The largest block of a rotation that divides both widths."""
 HEAD = HIDDEN // HEADS
 SHARDS: dict[str, dict[Any, int]] = {
     "qkv_proj": {"q": HIDDEN, "k": KV_HEADS * HEAD, "v": KV_HEADS * HEAD},
@@ -50,18 +52,21 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         groups.destroy_distributed_environment()
 
 
-@pytest.fixture
-def model(config: Any, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+@pytest.fixture(params=[0, "auto"], ids=["plain", "rotated"])
+def model(request: pytest.FixtureRequest, config: Any, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
     """Three kinds of parallel layers, loaded once with weights of seed 0."""
     import torch
     from vllm.model_executor.layers import linear
 
+    from flashrl_cli import contract
     from flashrl_cli.plugins.linear import Int8OnlineConfig, Int8OnlineLinearMethod
 
+    monkeypatch.setenv(contract.ENV_ROLLOUT, contract.RolloutOptions(rotation=request.param).text())
     monkeypatch.setattr(Int8OnlineLinearMethod, "choose_kernel", lambda self, layer: Plain())
     monkeypatch.setattr(Int8OnlineLinearMethod, "row_kernels", frozenset({"Plain"}))
     options: dict[str, Any] = {"bias": False, "params_dtype": torch.bfloat16, "quant_config": Int8OnlineConfig()}
     found = torch.nn.Module()
+    found.rotates = request.param == "auto"
     found.qkv_proj = linear.QKVParallelLinear(HIDDEN, HEAD, HEADS, KV_HEADS, prefix="qkv_proj", **options)
     found.gate_up_proj = linear.MergedColumnParallelLinear(HIDDEN, [INTER] * 2, prefix="gate_up_proj", **options)
     found.down_proj = linear.RowParallelLinear(INTER, HIDDEN, prefix="down_proj", **options)
@@ -94,16 +99,26 @@ def held(model: torch.nn.Module) -> Held:
     return {name: (layer.weight.data.t().clone(), layer.weight_scale.data.clone()) for name, layer in layers.items()}
 
 
-def expected(shards: dict[tuple[str, Any], torch.Tensor]) -> Held:
-    """Each layer's shards joined in bf16 and quantized as one."""
+def expected(model: torch.nn.Module, shards: dict[tuple[str, Any], torch.Tensor]) -> Held:
+    """Each layer's shards joined in bf16, rotated as the model does, and quantized as one."""
     import torch
 
     found = {}
     for name in SHARDS:
         whole = torch.cat([weight for (layer, _), weight in shards.items() if layer == name]).to(torch.bfloat16)
+        whole = turned(whole) if model.rotates else whole
         scales = (whole.abs().amax(1, keepdim=True).float() / 127).clamp_min(1e-8)
         found[name] = ((whole.float() / scales).round().clamp(-127, 127).to(torch.int8), scales)
     return found
+
+
+def turned(whole: torch.Tensor, block: int = BLOCK) -> torch.Tensor:
+    """Each block of a row times the Hadamard matrix divided by its size, by the entries' definition."""
+    import torch
+
+    numbers = range(block)
+    matrix = torch.tensor([[(-1.0) ** (row & column).bit_count() for column in numbers] for row in numbers]) / block
+    return (whole.float().reshape(-1, block) @ matrix).reshape(whole.shape)
 
 
 def same(left: Held, right: Held) -> bool:
@@ -115,7 +130,7 @@ def same(left: Held, right: Held) -> bool:
 def test_shards_in_any_order_give_what_whole_layers_do(model: torch.nn.Module) -> None:
     from flashrl_cli.plugins import refit
 
-    assert same(held(model), expected(weights(0)))
+    assert same(held(model), expected(model, weights(0)))
     assert refit.writes_in_place(model)
     places = [model.get_submodule(name).weight.data_ptr() for name in SHARDS]
     for seed in (1, 2):
@@ -123,7 +138,7 @@ def test_shards_in_any_order_give_what_whole_layers_do(model: torch.nn.Module) -
         with refit.in_place(model, lambda: None) as written:
             load(model, dict(reversed(new.items())))
         assert all(rows.written == rows.shape[0] for rows in written.values())
-        assert same(held(model), expected(new))
+        assert same(held(model), expected(model, new))
     assert places == [model.get_submodule(name).weight.data_ptr() for name in SHARDS]
     assert not any(hasattr(model.get_submodule(name).weight, "weight_loader") for name in SHARDS)
 
@@ -234,7 +249,7 @@ def test_columns_of_a_wider_weight_are_quantized_alone(model: torch.nn.Module) -
     rows = layer.quant_method.rows(layer)
     wide = torch.randn(HIDDEN, 2 * INTER, generator=torch.Generator().manual_seed(3))
     rows.copy_(wide.narrow(1, INTER, INTER))
-    assert same(held(model), expected({**weights(0), ("down_proj", None): wide[:, INTER:]}))
+    assert same(held(model), expected(model, {**weights(0), ("down_proj", None): wide[:, INTER:]}))
     with pytest.raises(RuntimeError, match="columns of a weight"):
         rows.narrow(1, 0, 8)
 

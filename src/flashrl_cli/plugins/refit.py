@@ -280,19 +280,28 @@ def describe(model: torch.nn.Module, *, device: torch.device, refits: int, refit
         lm_head=head_dtype(model),
         kv_cache=kv_scales.precision(model),
         smoothed=getattr(model, SMOOTHED, 0),
+        rotation=_rotation(methods),
     )
+
+
+def _rotation(methods: list[OnlineLinearMethod]) -> int:
+    """The block by which all layers rotate their input; 0 if one does not, or if the blocks differ."""
+    blocks = {method.block for method in methods}
+    return blocks.pop() if len(blocks) == 1 else 0
 
 
 def log(handshake: contract.Handshake) -> None:
     """Log a refit in one line, at level INFO."""
     contract.logger().info(
-        "refit %d took %.3f s: %s, %d of %d linear layers quantized (%d bytes), %s, logits in %s, KV cache %s",
+        "refit %d took %.3f s: %s, %d of %d linear layers quantized (%d bytes), rotation %d, %s, logits in %s, "
+        "KV cache %s",
         handshake.refits,
         handshake.refit_s,
         handshake.precision,
         handshake.quantized_layers,
         handshake.linear_layers,
         handshake.quantized_bytes,
+        handshake.rotation,
         handshake.kernel,
         handshake.lm_head,
         handshake.kv_cache,

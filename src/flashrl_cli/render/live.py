@@ -45,6 +45,7 @@ def _extras(worker: Handshake) -> str:
         f"KV cache in {worker.kv_cache}": worker.kv_cache != "auto",
         "logits in fp32": worker.lm_head == "fp32",
         f"{counted(worker.smoothed, 'tensor')} smoothed": worker.smoothed > 0,
+        f"inputs rotated by blocks of {worker.rotation}": worker.rotation > 0,
     }
     return "".join(f"{part}, " for part, holds in parts.items() if holds)
 

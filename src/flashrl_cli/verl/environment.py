@@ -114,6 +114,7 @@ def rollout_options(spec: RunSpec) -> contract.RolloutOptions:
         bf16_replicas=bf16_replicas(spec),
         lm_head_fp32=rollout.lm_head_fp32,
         bf16_transfer=rollout.precision in BY_METHOD and _engine_is_bf16(spec),
+        rotation=0 if rollout.rotation == "off" else rollout.rotation,
     )
 
 

@@ -45,6 +45,8 @@ def test_describe() -> None:
     assert "Int8Kernel, logits in fp32, refit" in describe([replace(handshake(), lm_head="fp32")])
     more = replace(handshake(), kv_cache="fp8", lm_head="fp32", smoothed=12)
     assert "Int8Kernel, KV cache in fp8, logits in fp32, 12 tensors smoothed, refit" in describe([more])
+    rotated = describe([replace(handshake(), rotation=64)])
+    assert "Int8Kernel, inputs rotated by blocks of 64, refit" in rotated
     mixed = describe([handshake("bf16"), handshake(), handshake()])
     assert mixed.startswith("int8 in 2 rollout workers and bf16 in 1: 14 of ")
     assert describe([handshake("bf16")]) == "bf16 in 1 rollout worker: Int8Kernel, refit 0.12 s"
