@@ -178,16 +178,19 @@ def refitted(
     return found
 
 
-def truth(updates: list[dict[tuple[str, Any], torch.Tensor]]) -> dict[str, float]:
+def truth(model: torch.nn.Module, updates: list[dict[tuple[str, Any], torch.Tensor]]) -> dict[str, float]:
     """The figures of the last refit over all weights."""
     import torch
 
     sent, codes, values = [], [], []
     for new in (updates[0], *updates[-2:]):
-        rows = list(expected(new).values())
+        rows = list(expected(model, new).values())
         sent.append(torch.cat([one.to(torch.bfloat16).double().flatten() for one in new.values()]))
         codes.append(torch.cat([weight.double().flatten() for weight, _ in rows]))
-        values.append(torch.cat([(weight.double() * scales).flatten() for weight, scales in rows]))
+        held = [weight.double() * scales for weight, scales in rows]
+        # turned twice, a row is divided by the block
+        held = [(turned(one) * BLOCK).double() if model.rotates else one for one in held]
+        values.append(torch.cat([one.flatten() for one in held]))
     wanted, got = sent[2] - sent[0], values[2] - values[0]
     return {
         "codes_changed": float((codes[2] != codes[1]).double().mean()),
@@ -204,7 +207,7 @@ def test_the_figures_of_a_refit_are_those_of_its_weights(model: torch.nn.Module)
     assert found[0] is None
     for number, figures in enumerate(found[1:], start=2):
         assert figures
-        wanted = truth(updates[:number])
+        wanted = truth(model, updates[:number])
         assert {name: figures[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
         assert (figures["sampled"], figures["codes_error"], figures["arrived_error"]) == (
             sum(weight.numel() for weight in updates[0].values()), 0, 0,
@@ -220,7 +223,7 @@ def test_a_sample_of_rows_shows_what_all_of_them_do(model: torch.nn.Module, monk
     from flashrl_cli.plugins import arrival
 
     updates = [weights(1), near(weights(1), 2)]
-    every = truth(updates)
+    every = truth(model, updates)
     (_, whole), size = refitted(model, updates), sum(weight.numel() for weight in updates[0].values())
     monkeypatch.setattr(arrival, "SAMPLE", size // 5)
     found, backwards = (refitted(model, updates, backwards=one)[1] for one in (False, True))

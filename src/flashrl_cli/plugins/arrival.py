@@ -43,15 +43,22 @@ SAMPLE = 1 << 21
 
 @dataclass(frozen=True)
 class SampledRows:
-    """Rows of equal length: bf16 weights [N, K], their codes [N, K] and scales [N, 1], on the device."""
+    """Rows of equal length: bf16 weights [N, K], their codes [N, K] and scales [N, 1], on the device.
+
+    The codes are of weights that were rotated by `block` (plugins/rotation.py), 0 for none.
+    """
 
     weights: torch.Tensor
     codes: torch.Tensor
     scales: torch.Tensor
+    block: int
 
     def values(self) -> torch.Tensor:
-        """The weights that the codes stand for, in float32."""
-        return self.codes.float() * self.scales
+        """The weights that the codes stand for, rotated back, in float32."""
+        from flashrl_cli.plugins.rotation import rotated
+
+        held = self.codes.float() * self.scales
+        return rotated(held, self.block) if self.block else held
 
 
 Sample = Mapping[int, SampledRows]
@@ -92,7 +99,8 @@ class Arrival:
         first = (self._offsets[name] - start) % self.stride
         if first < len(weight):
             rows = slice(first, None, self.stride)
-            self._taken[name, start + first] = SampledRows(*(part[rows].clone() for part in (weight, codes, scales)))
+            parts = (part[rows].clone() for part in (weight, codes, scales))
+            self._taken[name, start + first] = SampledRows(*parts, block=self._methods[name].block)
 
     def figures(self) -> dict[str, float] | None:
         """The figures of the refit that was watched; None after the first one, and without 8-bit weights.
@@ -128,7 +136,8 @@ def _joined(taken: Mapping[tuple[str, int], SampledRows]) -> Sample:
         found.setdefault(taken[key].weights.shape[1], []).append(taken[key])
     return {
         length: SampledRows(
-            *(torch.cat([getattr(one, name) for one in rows]) for name in ("weights", "codes", "scales"))
+            *(torch.cat([getattr(one, name) for one in rows]) for name in ("weights", "codes", "scales")),
+            block=rows[0].block,  # which is that of all layers
         )
         for length, rows in found.items()
     }

@@ -194,7 +194,8 @@ def _head(plan: LaunchPlan) -> Iterator[str]:
     spec = plan.spec
     yield f"flashrl preset {plan.preset}, run {plan.name}, attempt {plan.attempt}"
     loss = f" with loss {spec.algorithm.loss}" if spec.algorithm.loss != "ppo" else ""
-    yield f"{spec.model.path}, {spec.algorithm.advantage}{loss}, {spec.rollout.precision} rollouts, {spec.correction.text}"
+    algorithm = f"{spec.algorithm.advantage}{loss}"
+    yield f"{spec.model.path}, {algorithm}, {spec.rollout.precision} rollouts, {spec.correction.text}"
     if PRECISIONS[spec.rollout.precision].rotates:
         yield f"rotation of inputs: {spec.rollout.rotation} ({plan.origins['rollout.rotation']})"
     used = [f"{one.value} ({one.origin})" for one in plan.overrides if one.key.endswith(f".{ATTENTION}")]
