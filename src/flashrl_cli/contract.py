@@ -7,11 +7,12 @@ because the plugins import it in every worker.
 from __future__ import annotations
 
 import functools
+import importlib.abc
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,6 +184,29 @@ def logger() -> logging.Logger:
     # verl and vLLM configure the root logger, each in its own way
     found.propagate = False
     return found
+
+
+class _BeforeImport(importlib.abc.MetaPathFinder):
+    """Finds no module, and calls `prepare` once, when `module` is looked for."""
+
+    def __init__(self, module: str, prepare: Callable[[], None]) -> None:
+        self.module, self.prepare = module, prepare
+
+    def find_spec(self, fullname: str, *_: object) -> None:
+        if fullname == self.module:
+            sys.meta_path.remove(self)
+            self.prepare()
+
+
+def before_import(module: str, prepare: Callable[[], None]) -> None:
+    """Call `prepare` when this process first imports `module`, before that is executed; at once if it was imported.
+
+    Processes that never import it are left as they are. Calling this again with the same function changes nothing.
+    """
+    if module in sys.modules:
+        prepare()
+    elif not any(isinstance(finder, _BeforeImport) and finder.prepare is prepare for finder in sys.meta_path):
+        sys.meta_path.insert(0, _BeforeImport(module, prepare))
 
 
 def plugin_dir() -> Path | None:

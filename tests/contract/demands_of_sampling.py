@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.contract.demands_case import CORRECTION, ENGINE, R, case
+from tests.contract.demands_case import ENGINE, R, case
 
 TRUNCATED = "renormalized over the kept tokens"
 SUPPORT, TIS = "correction.support=kept", "correction.cap=2"
@@ -38,20 +38,22 @@ SAMPLING = [
     case(
         "weights_see_what_was_sampled",
         "rollout.top_p=0.999",
-        f"verl.{CORRECTION}.rollout_rs=token_k1",
-        f"verl.{CORRECTION}.rollout_rs_threshold=2.0",
-        says=f"with verl.{CORRECTION}.rollout_rs",
-        hint=f"--set rollout.top_p=1.0, --set verl.{R}.logprobs_mode=raw_logprobs, or drop verl.{CORRECTION}",
-        legal=(f"verl.{CORRECTION}.rollout_rs=token_k1", f"verl.{CORRECTION}.rollout_rs_threshold=2.0"),
+        "rollout.temperature=0.7",
+        "correction.reject.by=seq-mean",
+        "correction.reject.upper=2",
+        says="rollout.top_p = 0.999 with correction.reject",
+        hint="--set rollout.top_p=1.0, --set rollout.temperature=1.0, --set correction.support=kept",
+        legal=("correction.reject.by=seq-mean", "correction.reject.upper=2"),
     ),
     case(
         "weights_see_what_was_sampled",
         "rollout.top_p=0.9",
         "rollout.temperature=0.7",
-        f"verl.{CORRECTION}.bypass_mode=true",
-        says=f"with verl.{CORRECTION}.bypass_mode",
-        hint="--set rollout.top_p=1.0, --set rollout.temperature=1.0 --set verl.",
-        legal=(f"verl.{CORRECTION}.bypass_mode=true",),
+        "correction.kind=icepop",
+        "correction.reject.by=seq-mean",
+        "correction.reject.upper=2",
+        says="with IcePop's importance weights",
+        hint="--tis off and --set correction.reject=null",
     ),
     case(
         "weights_see_what_was_sampled",
@@ -68,7 +70,7 @@ SAMPLING = [
         "kept_tokens_are_known",
         SUPPORT,
         "rollout.top_k=20",
-        says="no importance weights compare log-probs",
+        says="nothing compares log-probs",
         hint="--set correction.support=full",
         legal=(SUPPORT, "rollout.top_k=20", TIS),
     ),

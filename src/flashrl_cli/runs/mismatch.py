@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from flashrl_cli.config.spec import CorrectionKind
     from flashrl_cli.verl.metrics import StepMetrics
 
 
@@ -284,14 +285,19 @@ class Advice:
         }
 
 
-def advise(steps: Sequence[StepMetrics], cap: float | None) -> Advice:
-    """Judge the recent ones of `steps`, which one plan trained with TIS at `cap` (None: off, or not known)."""
+def advise(steps: Sequence[StepMetrics], cap: float | None, kind: CorrectionKind = "tis") -> Advice:
+    """Judge the recent ones of `steps`, which one plan trained with weights at `cap` (None: off, or not known).
+
+    A cap is judged of TIS only; of another `kind` of weights the advice says what was seen.
+    """
     trained = [step for step in steps if step.trained][-RECENT:]
     usable = [step for step in trained if usable_ratios(step)]
     lost = sum(step["kl"] is not None for step in trained) - len(usable)
     if not usable:
         return Advice("unknown", cap, None, None, tuple(_nothing(lost)))
     seen = pool(usable)
+    if kind in ("icepop", "seq-tis") and seen.weights:
+        return Advice("unknown", cap, None, seen, (*_distance(seen, lost), *_of_other_weights(seen.weights, kind)))
     if cap is None and seen.weights and seen.weights.above:
         cap = seen.weights.largest  # every weight that is cut is cut to the cap
     verdict, better, judged = _judge(seen, cap)
@@ -305,6 +311,23 @@ def percent(share: float) -> str:
     if 0.95 <= share < 1:
         return f"{100 * share:.1f} %"
     return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.2g} %"
+
+
+def _of_other_weights(weights: Weights, kind: CorrectionKind) -> Iterator[Finding]:
+    """Yield findings on weights that are not truncated token weights: what they leave of a batch."""
+    what, of = ("IcePop", "tokens") if kind == "icepop" else ("The cap of weights of responses", "responses")
+    done = "zeroes" if kind == "icepop" else "cuts"
+    moments = weights.moments
+    yield Finding(
+        f"{what} {done} {percent(weights.above)} of the {of} from above; the mean weight is {moments.mean:.3g} instead "
+        "of 1.",
+        ("verl",),
+    )
+    yield Finding(
+        f"The weights leave {percent(moments.effective)} of the tokens as effective sample size "
+        f"({percent(weights.worst)} in the worst step).",
+        ("Kish",),
+    )
 
 
 def _number(value: float) -> str:

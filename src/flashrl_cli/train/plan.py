@@ -69,14 +69,15 @@ class LaunchPlan:
 
 
 def default_name(preset: str, spec: RunSpec) -> str:
-    """Default name of a run: preset, precision, other rollout options, cap (for example `tiny-int8-kv8-tis2`)."""
-    rollout, cap = spec.rollout, spec.correction.cap
+    """Default name of a run: preset, precision, other rollout options, correction (such as `tiny-int8-kv8-tis2`)."""
+    rollout, correction = spec.rollout, spec.correction
     parts = {
         "kv8": rollout.kv_cache == "fp8",
         "head32": rollout.lm_head_fp32,
         "smooth": rollout.profile is not None,
         f"mix{rollout.mix:g}": rollout.mix > 0,
-        f"tis{cap or 0:g}": cap is not None,
+        f"{correction.kind.replace('-', '')}{correction.cap or 0:g}": correction.kind != "none",
+        "reject": correction.reject is not None,
     }
     return "-".join((preset, rollout.precision, *(part for part, applies in parts.items() if applies)))
 
@@ -189,9 +190,12 @@ def plan_script(plan: LaunchPlan, remarks: Sequence[str] = (), *, submission: Se
 def _head(plan: LaunchPlan) -> Iterator[str]:
     spec = plan.spec
     yield f"flashrl preset {plan.preset}, run {plan.name}, attempt {plan.attempt}"
-    cap = spec.correction.cap
-    correction = f"truncated importance sampling at {cap:g}" if cap is not None else "no importance sampling"
-    yield f"{spec.model.path}, {spec.algorithm.advantage}, {spec.rollout.precision} rollouts, {correction}"
+    algorithm = (
+        spec.algorithm.advantage
+        if spec.algorithm.loss == "ppo"
+        else (f"{spec.algorithm.advantage} with loss {spec.algorithm.loss}")
+    )
+    yield f"{spec.model.path}, {algorithm}, {spec.rollout.precision} rollouts, {spec.correction.text}"
     used = [f"{one.value} ({one.origin})" for one in plan.overrides if one.key.endswith(f".{ATTENTION}")]
     if used:
         yield f"attention in training: {', '.join(dict.fromkeys(used))}"

@@ -129,7 +129,7 @@ def test_live_display_shows_rows_phases_proof_and_time_left(clock: list[float]) 
     assert [one.heading for one in LIVE if one.heading not in heading] == []
     assert "accuracy" not in heading
     rows = [line.split() for line in lines if "/20" in line]
-    assert rows[0] == ["1/20", "0.250", "15.0", "0.0021", "0.999", "–", "1.23%", "–", "–", "–", "8.0"]
+    assert rows[0] == ["1/20", "0.250", "15.0", "0.0021", "0.999", "–", "–", "1.23%", "–", "–", "–", "8.0"]
     assert (rows[1][0], rows[1][-1]) == ("2/20", "12.0")
     assert "s/step by phase: generate 3.2  refit 0.5" in lines
     assert f"✓ {describe([handshake()])}" in lines

@@ -30,7 +30,7 @@ def values(preset: str, *, resume_from: Path | None = None, **options: Any) -> d
 
 
 def test_every_field_is_in_the_table_or_handled_apart():
-    apart = {"name", "description", "rollout.precision", "resources.platform", "env", "verl"}
+    apart = {"name", "description", "rollout.precision", "resources.platform", "env", "verl", "algorithm.loss"}
     apart |= {key for key in keys_of(RunSpec) if key.startswith("correction.")}
     apart |= {"model.attention", "rollout.kv_cache", "rollout.profile", "rollout.mix", "rollout.lm_head_fp32"}
     own = ("watch.", "resources.gpu_memory_gib")

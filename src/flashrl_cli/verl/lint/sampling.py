@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli import contract
 from flashrl_cli.verl.config import written
 from flashrl_cli.verl.overrides import (
-    CORRECTION,
     ENGINE,
     EXTERNAL_LIB,
     LOG_PROBS_MODE,
@@ -43,6 +42,12 @@ MODE, LOG_PROBS = LOG_PROBS_MODE, f"{ROLLOUT}.calculate_log_probs"
 SUPPORT, AGENT_LOOP = "correction.support", f"{ROLLOUT}.agent.default_agent_loop"
 LEAST_TEMPERATURE = 0.01
 """Lowest temperature above 0 at which vLLM samples; it raises lower ones to it (vllm/sampling_params.py:28, 476)."""
+WEIGHTED = {
+    "tis": "truncated importance sampling",
+    "icepop": "IcePop's importance weights",
+    "seq-tis": "importance weights of responses",
+}
+"""Names of the kinds of weights in messages."""
 OF_A_REQUEST = frozenset(
     {
         "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "n",
@@ -60,9 +65,9 @@ def weights_see_what_was_sampled(s: Settings) -> Iterator[Problem]:
     """With top-p or top-k, E[w] is the kept probability mass, not 1: only vLLM's log-probs reflect the truncation.
 
     vllm/v1/sample/ops/topk_topp_sampler.py normalizes over the kept tokens,
-    workers/engine/fsdp/transformer_impl.py:1386 over all tokens. Rejection sampling
-    (trainer/ppo/rollout_corr_helper.py:849) and bypass mode (trainer/ppo/v1/trainer_base.py:1640) use the same ratio of
-    probabilities. Raw log-probs, which vLLM takes before the temperature, are over all tokens as the trainer's are.
+    workers/engine/fsdp/transformer_impl.py:1386 over all tokens. Rejection (trainer/ppo/rollout_corr_helper.py:849)
+    uses the same ratio of probabilities. Raw log-probs, which vLLM takes before the temperature, are over all tokens as
+    the trainer's are.
     """
     reader = _reader(s)
     if reader is None or s.get(MODE) != PROCESSED or s.spec.correction.support == "kept":
@@ -86,7 +91,7 @@ def kept_tokens_are_known(s: Settings) -> Iterator[Problem]:
     if s.spec.correction.support != "kept":
         return
     full = s.option(SUPPORT, "full")
-    idle = "no importance weights compare log-probs" if s.spec.correction.cap is None else ""
+    idle = "" if _reader(s) else "nothing compares log-probs"
     idle = idle or ("" if dict(_truncations(s)) else "neither rollout.top_k nor rollout.top_p excludes a token")
     if idle:
         yield s.problem(f"{SUPPORT} = kept, and {idle}", full, SUPPORT)
@@ -271,9 +276,6 @@ def _truncations(s: Settings) -> Iterator[tuple[str, float]]:
 
 def _comparable(s: Settings) -> str:
     """What makes the log-probs of engine and trainer comparable while tokens are excluded."""
-    if s.spec.correction.cap is None:
-        raw = s.fix(MODE, RAW)
-        return raw if s.spec.rollout.temperature == 1 else f"{s.fix(TEMPERATURE, 1.0)} {raw}"
     if s.is_verbatim(MODE) and s.spec.rollout.temperature == 1:
         return s.fix(MODE, RAW)
     bounded = "" if 1 < s.spec.rollout.top_k <= _most_kept(s) else f" {s.fix(TOP_K, _most_kept(s))}"
@@ -288,14 +290,13 @@ def _most_kept(s: Settings) -> int:
 def _reader(s: Settings) -> str | None:
     """Name of the setting through which the loss uses the rollout's log-probs; None if nothing uses them."""
     if s.spec.correction.cap is not None:
-        return "truncated importance sampling"
-    if s.get(f"{CORRECTION}.rollout_rs"):
-        return f"verl.{CORRECTION}.rollout_rs"
-    return f"verl.{CORRECTION}.bypass_mode" if s.get(f"{CORRECTION}.bypass_mode") else None
+        return WEIGHTED[s.spec.correction.kind]
+    return "correction.reject" if s.spec.correction.reject else None
 
 
 def _without(s: Settings) -> str:
-    return "--tis off" if s.spec.correction.cap is not None else f"drop {_reader(s)}"
+    off = ["--tis off"] if s.spec.correction.cap is not None else []
+    return " and ".join([*off, *(["--set correction.reject=null"] if s.spec.correction.reject else [])])
 
 
 RULES: tuple[Rule, ...] = (
