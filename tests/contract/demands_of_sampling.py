@@ -42,7 +42,7 @@ SAMPLING = [
         "correction.reject.by=seq-mean",
         "correction.reject.upper=2",
         says="rollout.top_p = 0.999 with correction.reject",
-        hint="correction.support=kept --set rollout.top_k=128, or --set correction.reject=null",
+        hint="--set rollout.top_p=1.0, --set rollout.temperature=1.0, --set correction.support=kept",
         legal=("rollout.temperature=0.7", "correction.reject.by=seq-mean", "correction.reject.upper=2"),
     ),
     case(
@@ -70,7 +70,7 @@ SAMPLING = [
         "kept_tokens_are_known",
         SUPPORT,
         "rollout.top_k=20",
-        says="no correction compares log-probs",
+        says="nothing compares log-probs",
         hint="--set correction.support=full",
         legal=(SUPPORT, "rollout.top_k=20", TIS),
     ),

@@ -99,8 +99,9 @@ class Arrival:
         first = (self._offsets[name] - start) % self.stride
         if first < len(weight):
             rows = slice(first, None, self.stride)
-            parts = (part[rows].clone() for part in (weight, codes, scales))
-            self._taken[name, start + first] = SampledRows(*parts, block=self._methods[name].block)
+            self._taken[name, start + first] = SampledRows(
+                weight[rows].clone(), codes[rows].clone(), scales[rows].clone(), self._methods[name].block
+            )
 
     def figures(self) -> dict[str, float] | None:
         """The figures of the refit that was watched; None after the first one, and without 8-bit weights.
@@ -136,8 +137,10 @@ def _joined(taken: Mapping[tuple[str, int], SampledRows]) -> Sample:
         found.setdefault(taken[key].weights.shape[1], []).append(taken[key])
     return {
         length: SampledRows(
-            *(torch.cat([getattr(one, name) for one in rows]) for name in ("weights", "codes", "scales")),
-            block=rows[0].block,  # which is that of all layers
+            torch.cat([one.weights for one in rows]),
+            torch.cat([one.codes for one in rows]),
+            torch.cat([one.scales for one in rows]),
+            rows[0].block,  # which is that of all layers
         )
         for length, rows in found.items()
     }

@@ -362,13 +362,41 @@ def _correction(resolved: Resolved) -> Iterator[Override]:
     yield from _loss(resolved)
     if correction.active:
         yield Override(f"{ROLLOUT}.calculate_log_probs", True, origin)
-        if takes_raw_log_probs(resolved.spec):
-            cut = Origin("derived", reason="the trainer's log-probs are not renormalized over the kept tokens either")
-            yield Override(LOG_PROBS_MODE, RAW, cut)
-        else:
-            yield Override(LOG_PROBS_MODE, PROCESSED, origin)
-    if correction.support == "kept":
-        yield from _support(resolved)
+        yield from _compared(resolved)
+
+
+def _compared(resolved: Resolved) -> Iterator[Override]:
+    """Over which tokens the log-probs are that weights and rejection compare (plugins/support.py)."""
+    origins, given = resolved.origins, {key.removeprefix("+") for key in resolved.spec.verl}
+    if takes_raw_log_probs(resolved.spec):
+        cut = Origin("derived", reason="the trainer's log-probs are not renormalized over the kept tokens either")
+        yield Override(LOG_PROBS_MODE, RAW, cut)
+    else:
+        yield Override(LOG_PROBS_MODE, PROCESSED, origins["correction.cap"])
+    if resolved.spec.correction.support == "full":
+        return
+    if EXTERNAL_LIB not in given:
+        yield Override(EXTERNAL_LIB, contract.SUPPORT, origins["correction.support"])
+    if MAX_LOG_PROBS not in given:
+        # validation's top-k may be a larger one
+        most = contract.kept_columns(contract.MOST_KEPT)
+        yield Override(MAX_LOG_PROBS, most, origins["correction.support"], added=True)
+
+
+def truncates(spec: RunSpec) -> bool:
+    """Whether training rollouts exclude tokens by top-k or top-p."""
+    return spec.rollout.top_p < 1 or spec.rollout.top_k > 0
+
+
+def takes_raw_log_probs(spec: RunSpec) -> bool:
+    """Whether importance weights need the rollout's log-probs of all tokens, which vLLM takes before the temperature.
+
+    Over the kept tokens K, with masses Z of the trainer's probabilities and Z' of the rollout's, the mean of
+    w = p_train / p_rollout is then Z / Z', and not Z.
+    """
+    correction = spec.correction
+    over_all = correction.active and correction.support == "full"
+    return over_all and truncates(spec) and spec.rollout.temperature == 1
 
 
 def verl_rejection(reject: RejectSpec) -> str:
@@ -404,32 +432,6 @@ def _loss(resolved: Resolved) -> Iterator[Override]:
 def verl_loss(loss: str) -> str:
     """verl's name of a policy loss."""
     return {"ppo": "vanilla", "gmpo": "geo_mean"}.get(loss, loss.replace("-", "_"))
-
-
-def _support(resolved: Resolved) -> Iterator[Override]:
-    """What carries the kept tokens from the engine to the trainer (plugins/support.py)."""
-    origin, given = resolved.origins["correction.support"], {key.removeprefix("+") for key in resolved.spec.verl}
-    if EXTERNAL_LIB not in given:
-        yield Override(EXTERNAL_LIB, contract.SUPPORT, origin)
-    if MAX_LOG_PROBS not in given:
-        # validation's top-k may be a larger one
-        yield Override(MAX_LOG_PROBS, contract.kept_columns(contract.MOST_KEPT), origin, added=True)
-
-
-def truncates(spec: RunSpec) -> bool:
-    """Whether training rollouts exclude tokens by top-k or top-p."""
-    return spec.rollout.top_p < 1 or spec.rollout.top_k > 0
-
-
-def takes_raw_log_probs(spec: RunSpec) -> bool:
-    """Whether importance weights need the rollout's log-probs of all tokens, which vLLM takes before the temperature.
-
-    Over the kept tokens K, with masses Z of the trainer's probabilities and Z' of the rollout's, the mean of
-    w = p_train / p_rollout is then Z / Z', and not Z.
-    """
-    correction = spec.correction
-    over_all = correction.active and correction.support == "full"
-    return over_all and truncates(spec) and spec.rollout.temperature == 1
 
 
 def _run(resolved: Resolved, places: Places) -> Iterator[Override]:

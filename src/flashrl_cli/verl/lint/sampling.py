@@ -91,7 +91,7 @@ def kept_tokens_are_known(s: Settings) -> Iterator[Problem]:
     if s.spec.correction.support != "kept":
         return
     full = s.option(SUPPORT, "full")
-    idle = "" if s.spec.correction.active else "no correction compares log-probs"
+    idle = "" if _reader(s) else "nothing compares log-probs"
     idle = idle or ("" if dict(_truncations(s)) else "neither rollout.top_k nor rollout.top_p excludes a token")
     if idle:
         yield s.problem(f"{SUPPORT} = kept, and {idle}", full, SUPPORT)
