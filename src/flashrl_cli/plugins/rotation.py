@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any
 
 import torch
 from torch.library import Library
@@ -29,7 +28,7 @@ from flashrl_cli.precision import largest_block
 
 MOST_ELEMENTS = 1 << 15
 """Elements of a row that the kernel holds in registers; longer rows are rotated before they are quantized."""
-SPARE_BYTES = 4 << 10
+SPARE_BYTES = 2 << 10
 """Shared memory that the kernel needs besides its two operands."""
 
 
@@ -73,10 +72,10 @@ def rotated(values: torch.Tensor, block: int) -> torch.Tensor:
 
 @triton.jit
 def _rotate_and_round(
-    values: Any,
-    codes: Any,
-    scales: Any,
-    factor: Any,
+    values: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    factor: tl.tensor,
     width: tl.constexpr,
     block: tl.constexpr,
     parts: tl.constexpr,
