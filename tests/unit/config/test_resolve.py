@@ -147,10 +147,15 @@ def test_the_later_word_on_weights_decides(preset, tmp_path, parent, child, sets
 
 def test_rejection_by_k1_is_as_wide_below_as_above(preset):
     found = load_spec(preset("correction: {reject: {by: token, upper: 4}}\n"))
-    assert found.spec.correction.reject.lower == 0.25
+    reject = found.spec.correction.reject
+    assert reject
+    assert reject.lower == 0.25
     assert str(found.origins["correction.reject.lower"]) == "derived: 1 / correction.reject.upper"
-    divergence = load_spec(preset("correction: {reject: {by: token, estimator: k3, upper: 4}}\n"))
-    assert divergence.spec.correction.reject.lower is None
+    divergence = load_spec(
+        preset("correction: {reject: {by: token, estimator: k3, upper: 4}}\n")
+    ).spec.correction.reject
+    assert divergence
+    assert divergence.lower is None
 
 
 @pytest.mark.parametrize("loss", BY_LOSS)
