@@ -164,6 +164,61 @@ def _compared(machine: str, points: dict[str, Any]) -> Iterator[str]:
             yield f"- {machine}: {names[0]} takes {ratio:.2f}x of {names[1]}; {verdict}.\n"
 
 
+def arrival(results: Results, lr: float) -> str:
+    """What of the updates at a learning rate reaches an engine, by the way in which it holds its weights."""
+    last = _last_step(results, lr)
+    columns = [
+        "weights in the engine", "changed by a step", "KL before", "arrived", "correlation", "behind float32",
+        "behind bf16",
+    ]  # fmt: skip
+    rows = []
+    for way, one in last["ways"].items():
+        exact = one["float32"]
+        cells = [_percent(one["codes_changed"]), f"{one['static_kl']:.4f}", _percent(exact["logits_slope"])]
+        cells += [f"{exact['logits_correlation']:.2f}", _nats(exact["lag_kl"]), _nats(one["trainer"]["lag_kl"])]
+        rows.append([way, *cells])
+    moved = " and ".join(f"{_nats(last['update_kl'][key])} in {name}" for key, name in _FOLLOWED.items())
+    return (
+        f"{last['step']} steps at {_rate(lr)} moved the policy by {moved} (nats a token):\n\n{markdown(columns, rows)}"
+    )
+
+
+def arrival_in_short(results: Results) -> str:
+    """How far engines are behind the bf16 weights that they are sent, for each learning rate."""
+    ways = ("int8", "int8, rotated", "fp8", "int8, stochastic, drawn anew", "int8, stochastic, same draws")
+    rates = (1e-6, 1e-5)
+    last = [_last_step(results, lr) for lr in rates]
+    columns = ["weights in the engine", "KL without updates"]
+    for lr, step in zip(rates, last, strict=True):
+        columns += [f"changed by step {step['step']} at {_rate(lr)}", "behind"]
+    rows = []
+    for way in (way for way in ways if all(way in step["ways"] for step in last)):
+        cells = [f"{last[0]['ways'][way]['static_kl']:.4f}"]
+        for one in (step["ways"][way] for step in last):
+            cells += [_percent(one["codes_changed"]), f"{one['trainer']['lag_kl']:.1e}"]
+        rows.append([way, *cells])
+    return markdown(columns, rows)
+
+
+_FOLLOWED = {"float32": "float32", "trainer": "bf16"}
+
+
+def _last_step(results: Results, lr: float) -> dict[str, Any]:
+    return next(dict(run["steps"][-1]) for run in results("arrival")["runs"] if run["lr"] == lr)
+
+
+def _rate(lr: float) -> str:
+    return f"{lr:g}".replace("e-0", "e-")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if abs(share) >= 1 else f"{100 * share:.2g} %"
+
+
+def _nats(value: float) -> str:
+    return f"{value:.1e}" if value else "0"
+
+
 def smoothing(results: Results) -> str:
     """What a profile adds to each refit."""
     document = results("smoothing_cost")
@@ -462,6 +517,9 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "speed-earlier": speed_earlier,
     "refits": refits,
     "smoothing": smoothing,
+    "arrival": arrival_in_short,
+    "arrival-slow": partial(arrival, lr=1e-6),
+    "arrival-fast": partial(arrival, lr=1e-5),
     "weight-updates": weight_updates,
     "runs": runs,
     "two-ranks": two_ranks,

@@ -211,6 +211,22 @@ def test_the_handshake_names_kernel_and_precision(engines: Engines, precision: s
         assert handshake["quantized_layers"] == (0 if precision == "bf16" else handshake["linear_layers"])
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_figures_of_a_refit_compare_it_with_the_one_before(engines: Engines, precision: str) -> None:
+    """Although the engine slept between them, and whatever the size of the buckets."""
+    first, *later = (handshake["arrival"] for handshake in engines[f"{precision}-refitted"]["holds"])
+    assert first is None
+    if precision == "bf16":
+        assert later == [None] * 9
+        return
+    *changed, again, back = later
+    assert {one["codes_changed"] for one in (*changed, back)} == {changed[0]["codes_changed"]}
+    assert (again["codes_changed"], again["weights_changed"]) == (0, 0)
+    assert 0 < changed[0]["codes_changed"] < changed[0]["weights_changed"] <= 1
+    assert 0.9 < changed[0]["arrived"] < 1.1
+    assert engines[f"{precision}-float32"]["holds"][1]["arrival"]["codes_changed"] == changed[0]["codes_changed"]
+
+
 def test_the_cache_in_8_bits_gets_its_scales_at_each_refit(policies: Policies, engines: Engines) -> None:
     once, refitted = (engines[f"kv8-{name}"] for name in ("once", "refitted"))
     assert refitted["digests"][-1] == once["digests"][0], "scales are among the buffers"

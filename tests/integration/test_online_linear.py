@@ -155,6 +155,95 @@ def test_rows_that_come_twice_do_not_stand_for_others(model: torch.nn.Module) ->
     assert torn == {"qkv_proj": KV_HEADS * HEAD, "gate_up_proj": 0, "down_proj": 0}
 
 
+def near(base: dict[tuple[str, Any], torch.Tensor], seed: int) -> dict[tuple[str, Any], torch.Tensor]:
+    """Weights that differ from others by 1 %."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return {key: one * (1 + 0.01 * torch.randn(one.shape, generator=generator)) for key, one in base.items()}
+
+
+def refitted(
+    model: torch.nn.Module, updates: list[dict[tuple[str, Any], torch.Tensor]], *, backwards: bool = False
+) -> list[dict[str, float] | None]:
+    """The figures of refits in place."""
+    from flashrl_cli.plugins import refit
+    from flashrl_cli.plugins.arrival import Arrival
+
+    found, arrival = [], Arrival(model)
+    for new in updates:
+        with arrival.watching(), refit.in_place(model, lambda: None):
+            load(model, dict(reversed(new.items())) if backwards else new)
+        found.append(arrival.figures())
+    return found
+
+
+def truth(model: torch.nn.Module, updates: list[dict[tuple[str, Any], torch.Tensor]]) -> dict[str, float]:
+    """The figures of the last refit over all weights."""
+    import torch
+
+    sent, codes, values = [], [], []
+    for new in (updates[0], *updates[-2:]):
+        rows = list(expected(model, new).values())
+        sent.append(torch.cat([one.to(torch.bfloat16).double().flatten() for one in new.values()]))
+        codes.append(torch.cat([weight.double().flatten() for weight, _ in rows]))
+        held = [weight.double() * scales for weight, scales in rows]
+        # turned twice, a row is divided by the block
+        held = [(turned(one) * BLOCK).double() if model.rotates else one for one in held]
+        values.append(torch.cat([one.flatten() for one in held]))
+    wanted, got = sent[2] - sent[0], values[2] - values[0]
+    return {
+        "codes_changed": float((codes[2] != codes[1]).double().mean()),
+        "weights_changed": float((sent[2] != sent[1]).double().mean()),
+        "arrived": float(got @ wanted / (wanted @ wanted)),
+        "update_cosine": float(got @ wanted / got.norm() / wanted.norm()),
+    }
+
+
+def test_the_figures_of_a_refit_are_those_of_its_weights(model: torch.nn.Module) -> None:
+    updates = [weights(1), near(weights(1), 2)]
+    updates += [near(updates[1], 3), updates[1]]
+    found = refitted(model, updates)
+    assert found[0] is None
+    for number, figures in enumerate(found[1:], start=2):
+        assert figures
+        wanted = truth(model, updates[:number])
+        assert {name: figures[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
+        assert (figures["sampled"], figures["codes_error"], figures["arrived_error"]) == (
+            sum(weight.numel() for weight in updates[0].values()), 0, 0,
+        )  # fmt: skip
+    same_again = refitted(model, [updates[0], updates[0]])[1]
+    assert same_again
+    assert (same_again["codes_changed"], same_again["weights_changed"]) == (0, 0)
+    assert "arrived" not in same_again, "nothing was to arrive"
+
+
+def test_a_sample_of_rows_shows_what_all_of_them_do(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within five standard errors, and whatever the order in which shards arrive."""
+    from flashrl_cli.plugins import arrival
+
+    updates = [weights(1), near(weights(1), 2)]
+    every = truth(model, updates)
+    (_, whole), size = refitted(model, updates), sum(weight.numel() for weight in updates[0].values())
+    monkeypatch.setattr(arrival, "SAMPLE", size // 5)
+    found, backwards = (refitted(model, updates, backwards=one)[1] for one in (False, True))
+    assert found
+    assert whole
+    assert found == backwards
+    assert size / 8 < found["sampled"] < size / 3
+    for name, error in (("codes_changed", "codes_error"), ("arrived", "arrived_error")):
+        assert 0 < abs(found[name] - every[name]) < 5 * found[error]
+    assert found["codes_error"] < 0.1
+
+
+def test_figures_of_several_workers_are_logged_as_one() -> None:
+    from flashrl_cli.plugins.arrival import pooled
+
+    first, second = {"sampled": 8, "codes_changed": 0.25, "arrived": 1.0}, {"sampled": 8, "codes_changed": 0.75}
+    assert pooled([first, None, second]) == {"refit/codes_changed": 0.5, "refit/arrived": 1.0}
+    assert pooled([None, None]) == {}
+
+
 def test_columns_of_a_wider_weight_are_quantized_alone(model: torch.nn.Module) -> None:
     """A tensor-parallel rank gets some columns of a row-parallel layer: its scales are those of what it holds."""
     import torch

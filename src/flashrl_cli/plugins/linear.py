@@ -82,6 +82,8 @@ class OnlineLinearMethod(LinearMethodBase):
         self.kernel: Any = None
         self._shape: torch.Size | None = None
         """Shape [N, K] of a weight whose rows may be written one shard at a time; None for any other weight."""
+        self.on_rows: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
+        """Called after rows were quantized, with the number of the first one and the arguments of `quantize`."""
 
     @abstractmethod
     def choose_kernel(self, layer: torch.nn.Module) -> Any:
@@ -126,11 +128,17 @@ class OnlineLinearMethod(LinearMethodBase):
         self._shape = weight.shape if original_loader(layer.weight) == layer.weight_loader else None
         rows = torch.empty_like(weight, dtype=self.dtype)
         scales = torch.empty(weight.shape[0], 1, dtype=torch.float32, device=weight.device)
-        self.quantize(weight, rows, scales)
+        self.write(0, weight, rows, scales)
         self.quantized_bytes = rows.numel()
         del layer.weight
         self.hand_over(layer, rows, scales)
         setattr(layer, DONE, True)
+
+    def write(self, start: int, weight: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor) -> None:
+        """`quantize` rows of the layer from `start` on, and report them to `on_rows`."""
+        self.quantize(weight, rows, scales)
+        if self.on_rows:
+            self.on_rows(start, weight, rows, scales)
 
     def rows(self, layer: torch.nn.Module) -> Rows | None:
         """The layer's weight as Rows to write into; None if the kernel keeps it in another layout."""
@@ -193,7 +201,7 @@ class Rows:
         count = source.shape[0]
         source = source.to(self._weight.device, self._dtype).contiguous()
         rows = slice(start, start + count)
-        self._method.quantize(source, self._weight[rows], self._scales[rows])
+        self._method.write(start, source, self._weight[rows], self._scales[rows])
         self._parts[start] = count
 
 

@@ -170,13 +170,13 @@ def apply() -> None:
         return log_probs(logits, labels, inplace_backward)
 
     setattr(logprobs_from_logits, PATCHED, True)
-    _replace(verls, logprobs_from_logits)
+    replace(verls, logprobs_from_logits)
     if not verls.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE:
-        _replace(verls, entropy_from_logits)
-        _replace(verls, entropy_from_logits_with_chunking)
+        replace(verls, entropy_from_logits)
+        replace(verls, entropy_from_logits_with_chunking)
 
 
-def _replace(verls: ModuleType, function: Callable[..., torch.Tensor]) -> None:
+def replace(verls: ModuleType, function: Callable[..., torch.Tensor]) -> None:
     """Replace the function of this name in verl's module, and in those that imported it by name.
 
     `import verl` loads the former before its plugins and none of the latter, which then take what they find. A process

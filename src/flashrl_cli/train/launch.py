@@ -215,6 +215,7 @@ FREE = (
     "trainer.validate_every",
     "trainer.validate_before",
     "trainer.logger",
+    "correction.keep_responses",
     "model.attention",
     "resources.gpu_memory_gib",
     "model.packing",
