@@ -13,8 +13,8 @@ their mean: u = v / mean v, and W likewise. With advantages A,
     error   E = s π/2 b² + F
 
 - b times the largest term of a token bounds how far the expected gradient is off (E. L. Ionides, Truncated Importance
-  Sampling, JCGS 17 (2008) 295). It is between 0 and 2, twice the total variation distance between what the weights
-  make of the rollout's distribution and the trainer's.
+  Sampling, JCGS 17 (2008) 295). Where all |A| are alike it is between 0 and 2: twice the total variation distance
+  between what the weights make of the rollout's distribution and the trainer's.
 - F is the factor on the gradient's noise; 1 / F without advantages is Kish's effective sample size, as a share.
 - E is the expected squared error of the gradient, in units of a batch's noise where rollout and trainer agree. It takes
   the errors of the terms to be as parallel as the terms themselves, whose sum is the gradient: s is the gradient's
@@ -66,13 +66,13 @@ OFF_MEAN = 0.1
 CHECKED = 0.4
 """KL of rollout and trainer over a response in nats, up to which E is within 10 % of enumerated gradients' errors."""
 SAFETY = 20.0
-"""verl clamps the logarithms of weights at this size (rollout_corr_helper.py:89)."""
+"""verl clamps the logarithms of weights at this size (rollout_corr_helper.py:75)."""
 
 Kind = Literal["none", "tis", "icepop", "seq-tis"]
 By = Literal["token", "seq-sum", "seq-mean", "seq-max"]
 
 SOURCES = {
-    "verl": "verl 0.9.1, verl/trainer/ppo/rollout_corr_helper.py:480-560 (weights), 226-372 (rejection)",
+    "verl": "verl 0.9.1, verl/trainer/ppo/rollout_corr_helper.py:522-657 (weights), 197-413 (rejection)",
     "Ionides": "E. L. Ionides, Truncated Importance Sampling, JCGS 17 (2008) 295: bias by the weight that is cut",
     "Kish": "L. Kish, Survey Sampling, 1965: effective sample size (sum v)² / sum v²",
     "McCandlish": "S. McCandlish et al., An Empirical Model of Large-Batch Training, arXiv 1812.06162: noise scale",
@@ -127,7 +127,7 @@ COMPARED = (
 
 
 def _lower(reject: Reject) -> float:
-    """The lower bound of k1, which by default is the reciprocal of the upper one (rollout_corr_helper.py:163)."""
+    """The lower bound of k1, which by default is the reciprocal of the upper one (rollout_corr_helper.py:164)."""
     return 1 / reject.upper if reject.lower is None else reject.lower
 
 
