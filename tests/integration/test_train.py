@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from flashrl_cli.contract import read_handshakes
+from flashrl_cli import contract
+from flashrl_cli.contract import Handshake, read_handshakes
 from flashrl_cli.plugins import log_ratios
 from tests.integration.conftest import SMALL, Workshop, events, more_than_guessed
 
@@ -24,6 +25,17 @@ def check_proof(out: str, attempt: Path) -> None:
     assert handshake.refits >= 2
     assert handshake.received == "bfloat16", "the trainer's weights are float32, and cast before they are sent"
     assert events(out, "proof")[0]["workers"][0]["precision"] == "int8"
+    check_arrival(handshake, events(out, "step")[-1])
+
+
+def check_arrival(handshake: Handshake, step: dict[str, float]) -> None:
+    """The last step logged what its weight update changed in the engine, on average as much as in the trainer."""
+    figures = handshake.arrival or {}
+    assert figures["sampled"] == handshake.quantized_bytes, "so small a policy is compared in full"
+    assert 0 < figures["codes_changed"] < figures["weights_changed"] <= 1
+    # rounding to the nearest code is right on average over many weights
+    assert 0.9 < figures["arrived"] < 1.1
+    assert {name: step[name] for name in contract.ARRIVAL} == {name: figures[name] for name in contract.ARRIVAL}
 
 
 def check_plausible(steps: list[dict[str, float]], responses: int) -> None:

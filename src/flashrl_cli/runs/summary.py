@@ -316,8 +316,8 @@ def _advice(run: Run, metrics: RunMetrics) -> Advice:
     number = run.logged()
     if number is None:
         return mismatch.advise([], None)
-    cap = run.setting(number, "correction", "cap")
-    return mismatch.advise(metrics.attempts.get(number, ()), cap if isinstance(cap, int | float) else None)
+    cap, kind = (run.setting(number, "correction", name) for name in ("cap", "kind"))
+    return mismatch.advise(metrics.attempts.get(number, ()), cap if isinstance(cap, int | float) else None, kind)
 
 
 def _replay(run: Run, notes: list[str]) -> Replay | None:

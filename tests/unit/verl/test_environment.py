@@ -30,6 +30,7 @@ def test_cuda():
         "HYDRA_FULL_ERROR": "1",
         "PYTHONDONTWRITEBYTECODE": "",
         "PYTHONUNBUFFERED": "1",
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "VERL_DATAPROTO_SERIALIZATION_METHOD": "numpy",
         "RAY_enable_worker_prestart": "0",
@@ -69,6 +70,17 @@ def test_no_log_ratios_are_kept_where_none_are_asked_for():
     spec = load_spec("tiny", sets=["correction.keep_responses=0"]).spec
     assert contract.ENV_KEEP not in run_environment(spec, ATTEMPT)
     assert run_environment(load_spec("tiny").spec, ATTEMPT)[contract.ENV_KEEP] == "256"
+
+
+def test_raw_log_probs_do_not_bring_another_sampler():
+    def samplers(preset: str, *sets: str) -> str | None:
+        truncated = load_spec(preset, tis="2", sets=["rollout.top_p=0.9", *sets]).spec
+        return run_environment(truncated, ATTEMPT).get("VLLM_USE_FLASHINFER_SAMPLER")
+
+    assert samplers("dapo-32b") == "0"
+    assert samplers("dapo-32b", "env.VLLM_USE_FLASHINFER_SAMPLER=1") == "1"
+    assert samplers("dapo-32b", "rollout.top_k=20", "correction.support=kept") is None
+    assert samplers("tiny") is None
 
 
 def test_weights_go_in_bf16_to_engines_that_hold_bf16():
