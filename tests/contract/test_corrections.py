@@ -205,7 +205,8 @@ def kept_by(reject: RejectSpec | None) -> torch.Tensor:
 
 
 def spec_of(correction: dict[str, Any]) -> CorrectionSpec:
-    return settings("tiny", options(correction)).spec.correction
+    found: CorrectionSpec = settings("tiny", options(correction)).spec.correction
+    return found
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind["kind"])
@@ -539,7 +540,7 @@ def test_a_loss_does_not_depend_on_the_number_of_passes(loss: str) -> None:
     parts = [by_verl(loss, advantages, mask, weights, rows) for rows in (slice(0, 3), slice(3, 8))]
     if not loss.endswith("-cov"):
         assert sum(part for part, _ in parts) == pytest.approx(value, abs=1e-6)
-        assert torch.allclose(sum(part for _, part in parts), gradient, atol=1e-6)  # type: ignore[arg-type]
+        assert torch.allclose(sum(part for _, part in parts), gradient, atol=1e-6)
     if loss == "gmpo":
         from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, get_policy_loss_fn
 
@@ -547,7 +548,7 @@ def test_a_loss_does_not_depend_on_the_number_of_passes(loss: str) -> None:
         POLICY_LOSS_REGISTRY["geo_mean"] = patched.__wrapped__
         stock = [by_verl(loss, advantages, mask, weights, rows)[1] for rows in (slice(0, 4), slice(4, 8))]
         POLICY_LOSS_REGISTRY["geo_mean"] = patched
-        assert torch.allclose(sum(stock), 2 * gradient, atol=1e-6)  # type: ignore[arg-type]
+        assert torch.allclose(sum(stock), 2 * gradient, atol=1e-6)
 
 
 def test_the_plugin_changes_no_other_verl(monkeypatch: pytest.MonkeyPatch) -> None:

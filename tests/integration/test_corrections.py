@@ -73,6 +73,8 @@ def options(loss: str, advantage: str, weights: str, reject: str | None) -> list
     if reject in ("seq-sum k2", "seq-mean k2", "seq-sum k3", "seq-mean k3"):
         # below the noise that is expected, the bound would be refused
         sets[-1] = f"correction.reject.upper={2e-3 if 'sum' in reject else 1.1e-4}"
+    elif reject in ("seq-max k2", "seq-max k3"):
+        sets[-1] = "correction.reject.upper=1e-3"  # some token of nearly every response is beyond a narrower bound
     if loss == "dro":
         sets.append("verl.actor_rollout_ref.actor.policy_loss.dro_beta=0.1")
     sets += [f"algorithm.loss={loss}", f"algorithm.advantage={advantage}", *SMALLEST]
