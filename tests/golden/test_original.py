@@ -29,6 +29,7 @@ ALWAYS = {
     "actor_rollout_ref.rollout.engine_kwargs.vllm.stream_interval",
     "trainer.v1.sampler.custom_sampler.path",
     "trainer.v1.sampler.custom_sampler.name",
+    "actor_rollout_ref.rollout.agent.agent_loop_manager_class",
     "ray_kwargs.ray_init.include_dashboard",
 }
 ADDED = {

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from flashrl_cli.paths import FOLDER_NAME
-from flashrl_cli.precision import PrecisionName
+from flashrl_cli.precision import Block, PrecisionName
 
 Count = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -171,6 +171,9 @@ class RolloutSpec(Part):
     kv_cache: Literal["auto", "fp8"] = "auto"
     """Arithmetic of the rollout engine's KV cache: `auto` is the model's, `fp8` holds twice as many tokens in the same
     memory."""
+    rotation: Literal["auto", "off"] | Block = "auto"
+    """Block by which int8 rollouts rotate the input of each linear layer before they round it, which spreads outliers:
+    `auto` is the largest up to 128 that divides every input on every rank, or off with `rollout.profile`."""
     profile: Text | None = None
     """Smoothing profile (a file of `flashrl quantize --calibrate`) that every refit applies before it quantizes; null
     for none."""
@@ -240,6 +243,17 @@ class CorrectionSpec(Part):
     """Least weight of `icepop`; null means 0.5."""
     reject: RejectSpec | None = None
     """Tokens or responses that are left out of the update; null for none."""
+    support: Literal["full", "kept"] = "full"
+    """Tokens over which the trainer normalizes log-probs: the vocabulary (`full`), or those that `rollout.top_k` and
+    `rollout.top_p` keep (`kept`), so that weights have mean 1 at any temperature."""
+    keep_responses: Annotated[int, Field(ge=0)] = 256
+    """Responses a step whose tokens' log-ratios of trainer and rollout are kept for `flashrl runs correction`, at most
+    1 Mi tokens a step and 256 MiB an attempt. 0 for none."""
+
+    @property
+    def active(self) -> bool:
+        """Whether anything of it compares the log-probs of rollout and trainer."""
+        return self.kind != "none" or self.reject is not None
 
     @property
     def text(self) -> str:

@@ -17,6 +17,7 @@ import functools
 import importlib.metadata
 import operator
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -29,6 +30,8 @@ ENGINE = "vllm.v1.engine.core"
 """vLLM's module with the process of the engine (class EngineCoreProc)."""
 _TOKENS = frozenset({"request_id", "new_token_ids", "new_logprobs", "trace_headers", "num_nans_in_logits"})
 """Fields of vLLM's EngineCoreOutput that an output which only carries tokens may set."""
+LONGEST_SLEEP_MS = 1
+"""Milliseconds that an engine on a CPU sleeps between two looks for a message that it was not notified of."""
 _ARRAY = "routed_experts"
 """The one field with a NumPy array, which cannot be compared in a tuple."""
 
@@ -114,6 +117,35 @@ def keep_tokens() -> None:
     setattr(update_from_output, PATCHED, True)
     Scheduler.update_from_output = update_from_output
     EngineCoreProc._send_finish_outputs_to_client = send_finish_outputs
+
+
+def sleep_between_messages() -> None:
+    """Let the processes of an engine on a CPU sleep while they wait for each other's messages (idempotent).
+
+    Engine and worker exchange messages through shared memory. For a second after each message the reader looks for the
+    next one in a busy loop, which takes a core from the processes that it waits for
+    (vllm/distributed/device_communicators/shm_broadcast.py:203 in 0.28). Here it waits for the writer's notification
+    in between, though for a millisecond at most: a notification that follows another one too soon is dropped, since
+    the socket's queue holds one (:168). Raises RuntimeError for a version of vLLM that is not supported.
+    """
+    import vllm
+    import zmq
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+    contract.require_vllm(vllm.__version__)
+    original = SpinCondition.wait
+    if getattr(original, PATCHED, False):
+        return
+
+    @functools.wraps(original)
+    def wait(self: Any, timeout_ms: int | None = None) -> None:
+        if time.monotonic() > self.last_read + self.busy_loop_s:
+            original(self, timeout_ms)
+        elif self.local_notify_socket in dict(self.poller.poll(LONGEST_SLEEP_MS)):
+            self.local_notify_socket.recv(flags=zmq.NOBLOCK, copy=False)
+
+    setattr(wait, PATCHED, True)
+    SpinCondition.wait = wait
 
 
 def carried(output: Any) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ not determine is bounded: every bound here holds for any distribution that has t
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -242,6 +243,7 @@ SOURCES = {
     "Scarf": (
         "H. Scarf, A min-max solution of an inventory problem, 1958: the most weight above a cap, given two moments"
     ),
+    "QuRL": "QuRL, arXiv 2602.13953, 2026: updates of RL are smaller than the steps of 8-bit weights",
     "mean": "mean of p/q over samples of q is the sum of p where q > 0, which is at most 1",
 }
 """Sources of the rules, by the name that sentences give in brackets."""
@@ -301,7 +303,7 @@ def advise(steps: Sequence[StepMetrics], cap: float | None, kind: CorrectionKind
     if cap is None and seen.weights and seen.weights.above:
         cap = seen.weights.largest  # every weight that is cut is cut to the cap
     verdict, better, judged = _judge(seen, cap)
-    return Advice(verdict, cap, better, seen, (*_distance(seen, lost), *judged))
+    return Advice(verdict, cap, better, seen, (*_distance(seen, lost), *_updates(trained), *judged))
 
 
 def percent(share: float) -> str:
@@ -369,6 +371,23 @@ def _distance(seen: Ratios, lost: int) -> Iterator[Finding]:
             f"{lost} more of these steps {'is' if lost == 1 else 'are'} left out: some ratio there is beyond what a "
             "float holds."
         )
+
+
+def _updates(steps: Sequence[StepMetrics]) -> Iterator[Finding]:
+    """Yield a finding on what of the weight updates arrives in 8-bit weights; nothing where they were not compared."""
+    shares = [[value for step in steps if (value := step[name]) is not None] for name in _CHANGED]
+    if not all(shares):
+        return
+    codes, weights = (percent(statistics.median(each)) for each in shares)
+    text = f"A step changes {codes} of the rollout's 8-bit weights and {weights} of the bf16 weights that it is sent"
+    arrived, cosine = steps[-1]["arrived"], steps[-1]["update_cosine"]
+    if arrived is not None:
+        text += f". Of all changes since the start {percent(arrived)} arrived on average"
+        text += f", and what changed has a cosine of {cosine:.2g} to them" if cosine is not None else ""
+    yield Finding(f"{text}.", ("QuRL",))
+
+
+_CHANGED = ("codes_changed", "weights_changed")
 
 
 def _judge(seen: Ratios, cap: float | None) -> tuple[Verdict, float | None, list[Finding]]:

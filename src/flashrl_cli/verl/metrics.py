@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from flashrl_cli import contract
+
 
 @dataclass(frozen=True, slots=True)
 class Metric:
@@ -82,6 +84,17 @@ METRICS = {
         Metric("prob_diff_max", "training/rollout_probs_diff_max"),
         Metric("prob_correlation", "training/rollout_actor_probs_pearson_corr", "correlation of probabilities"),
         Metric(
+            "codes_changed",
+            f"{contract.REFIT}codes_changed",
+            "8-bit weights that the step changed",
+            "share",
+            heading="codes %",
+            form=".3%",
+        ),
+        Metric("weights_changed", f"{contract.REFIT}weights_changed", "bf16 weights that the step changed", "share"),
+        Metric("arrived", f"{contract.REFIT}arrived", "change of the weights that the 8-bit weights show", "share"),
+        Metric("update_cosine", f"{contract.REFIT}update_cosine", "cosine of that change and the 8-bit weights' own"),
+        Metric(
             "tokens_per_s", "perf/throughput", "throughput", "tokens a second and device", heading="tok/s", form=".0f"
         ),
         Metric("tokens", "perf/total_num_tokens", "tokens of a step"),
@@ -115,6 +128,9 @@ r = p_train / p_rollout of the sampled token and, under token-level TIS, the imp
 - `rollout_nll` and `train_nll` (:972, :952) are means over responses, not over tokens.
 - `prob_diff` and `prob_diff_max` (verl/utils/debug/metrics.py:118, 117) are the mean and the maximum of
   |p_train - p_rollout|. These are probabilities, although verl's docstring calls them log-probs.
+
+`codes_changed`, `weights_changed`, `arrived` and `update_cosine` compare the 8-bit weights of the rollout engines with
+what the trainer sent them after the step; plugins/arrival.py defines them.
 """
 
 NAMES = {name: metric.verl for name, metric in METRICS.items() if metric.verl}
@@ -129,20 +145,13 @@ def _those(*names: str) -> tuple[Metric, ...]:
 
 
 LIVE = _those(
-    *("reward", "response_length", "kl", "weight_mean", "weight_max", "ratio_max", "truncated"),
+    *("reward", "response_length", "kl", "weight_mean", "weight_max", "ratio_max", "truncated", "codes_changed"),
     *("entropy", "grad_norm", "tokens_per_s", "step_s"),
 )
 """Columns of the table that a running training shows, besides accuracy."""
 SPARED = _those(
-    "weight_max",
-    "ratio_max",
-    "grad_norm",
-    "weight_mean",
-    "entropy",
-    "response_length",
-    "tokens_per_s",
-    "truncated",
-    "kl",
+    *("weight_max", "ratio_max", "grad_norm", "weight_mean", "codes_changed"),
+    *("entropy", "response_length", "tokens_per_s", "truncated", "kl"),
 )
 """Columns of `LIVE` in the order in which they are left out on a narrow terminal."""
 SWEEP = _those("reward", "kl", "truncated", "step_s", "tokens_per_s")
@@ -153,12 +162,12 @@ Each is the arithmetic mean over a run's last steps; accuracy is that of the las
 PLOTTED = ("reward", "accuracy", "response_length", "kl", "truncated", "entropy", "step_s")
 """Metrics that `runs plot` draws by default."""
 LEARNING_CURVES = ("reward", "accuracy", "response_length", "entropy", "grad_norm", "step_s")
-MISMATCH_CURVES = ("kl", "ratio_max", "weight_max", "truncated", "effective")
+MISMATCH_CURVES = ("kl", "ratio_max", "weight_max", "truncated", "effective", "codes_changed", "arrived")
 """Metrics of rollout against trainer that the page of `runs report` draws."""
 MISMATCH = (
-    "kl", "weight_mean", "weight_max", "ratio_max", "truncated", "rejected", "effective", "prob_diff",
-    "prob_correlation",
-)  # fmt: skip
+    *("kl", "weight_mean", "weight_max", "ratio_max", "truncated", "rejected", "effective", "prob_diff"),
+    *("prob_correlation", *contract.ARRIVAL),
+)
 """Metrics of rollout against trainer whose mean, extremes and last value `runs report` lists."""
 
 TIMINGS = {

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flashrl_cli.config.resolve import Resolved
-    from flashrl_cli.config.spec import RejectSpec
+    from flashrl_cli.config.spec import RejectSpec, RunSpec
 
 Value = bool | int | float | str | None | Sequence["Value"]
 
@@ -67,9 +67,15 @@ MODEL = "actor_rollout_ref.model"
 REF = "actor_rollout_ref.ref"
 ROLLOUT = "actor_rollout_ref.rollout"
 ENGINE = f"{ROLLOUT}.engine_kwargs.vllm"
+LOG_PROBS_MODE = f"{ROLLOUT}.logprobs_mode"
+PROCESSED, RAW = "processed_logprobs", "raw_logprobs"
+"""Modes of vLLM's log-probs: after temperature and truncation, which is what it samples from, and before both."""
+MAX_LOG_PROBS = f"{ENGINE}.max_logprobs"
+EXTERNAL_LIB = f"{MODEL}.external_lib"
 STREAM_INTERVAL = f"{ENGINE}.stream_interval"
 SAMPLER = "trainer.v1.sampler.custom_sampler.path"
 SAMPLER_NAME = "trainer.v1.sampler.custom_sampler.name"
+AGENT_LOOPS = f"{ROLLOUT}.agent.agent_loop_manager_class"
 CORRECTION = "algorithm.rollout_correction"
 WEIGHTS = {"none": None, "tis": "token", "icepop": "token", "seq-tis": "sequence"}
 """verl's level of the weights of each `correction.kind`."""
@@ -221,12 +227,15 @@ def _fixed() -> Iterator[Override]:
 
 
 def _quick(resolved: Resolved) -> Iterator[Override]:
-    """What makes a rollout with many short responses quick (plugins/sampler.py, plugins/outputs.py)."""
+    """What makes a rollout with many short responses quick (sampler.py, agent_loop.py and outputs.py of plugins/)."""
     given = {written.removeprefix("+") for written in resolved.spec.verl}
     if not given & {SAMPLER, SAMPLER_NAME}:
         why = Origin("derived", reason="verl's own buffer looks for finished responses every 2 s")
         yield Override(SAMPLER, contract.SAMPLER[0], why)
         yield Override(SAMPLER_NAME, contract.SAMPLER[1], why)
+    if AGENT_LOOPS not in given:
+        why = Origin("derived", reason="verl's own workers send some ten messages for each response")
+        yield Override(AGENT_LOOPS, contract.AGENT_LOOPS, why, added=True)
     if STREAM_INTERVAL not in given:
         why = Origin("derived", reason="nothing reads a response before it is complete")
         yield Override(STREAM_INTERVAL, contract.TOKENS_A_MESSAGE, why, added=True)
@@ -348,12 +357,46 @@ def _correction(resolved: Resolved) -> Iterator[Override]:
         yield Override(f"{CORRECTION}.rollout_rs_threshold", _rejection_threshold(reject), upper)
     elif weighted:
         yield Override(f"{CORRECTION}.rollout_rs", None, origin)
-    if weighted or reject:
+    if correction.active:
         yield Override(f"{CORRECTION}.bypass_mode", False, origin)
     yield from _loss(resolved)
-    if weighted or reject:
+    if correction.active:
         yield Override(f"{ROLLOUT}.calculate_log_probs", True, origin)
-        yield Override(f"{ROLLOUT}.logprobs_mode", "processed_logprobs", origin)
+        yield from _compared(resolved)
+
+
+def _compared(resolved: Resolved) -> Iterator[Override]:
+    """Over which tokens the log-probs are that weights and rejection compare (plugins/support.py)."""
+    origins, given = resolved.origins, {key.removeprefix("+") for key in resolved.spec.verl}
+    if takes_raw_log_probs(resolved.spec):
+        cut = Origin("derived", reason="the trainer's log-probs are not renormalized over the kept tokens either")
+        yield Override(LOG_PROBS_MODE, RAW, cut)
+    else:
+        yield Override(LOG_PROBS_MODE, PROCESSED, origins["correction.cap"])
+    if resolved.spec.correction.support == "full":
+        return
+    if EXTERNAL_LIB not in given:
+        yield Override(EXTERNAL_LIB, contract.SUPPORT, origins["correction.support"])
+    if MAX_LOG_PROBS not in given:
+        # validation's top-k may be a larger one
+        most = contract.kept_columns(contract.MOST_KEPT)
+        yield Override(MAX_LOG_PROBS, most, origins["correction.support"], added=True)
+
+
+def truncates(spec: RunSpec) -> bool:
+    """Whether training rollouts exclude tokens by top-k or top-p."""
+    return spec.rollout.top_p < 1 or spec.rollout.top_k > 0
+
+
+def takes_raw_log_probs(spec: RunSpec) -> bool:
+    """Whether importance weights need the rollout's log-probs of all tokens, which vLLM takes before the temperature.
+
+    Over the kept tokens K, with masses Z of the trainer's probabilities and Z' of the rollout's, the mean of
+    w = p_train / p_rollout is then Z / Z', and not Z.
+    """
+    correction = spec.correction
+    over_all = correction.active and correction.support == "full"
+    return over_all and truncates(spec) and spec.rollout.temperature == 1
 
 
 def verl_rejection(reject: RejectSpec) -> str:
@@ -419,7 +462,7 @@ THEMES: Mapping[str, tuple[str, ...]] = {
         CORRECTION,
         f"{ACTOR}.policy_loss",
         f"{ROLLOUT}.calculate_log_probs",
-        f"{ROLLOUT}.logprobs_mode",
+        LOG_PROBS_MODE,
     ),
     "algorithm": ("algorithm",),
     "policy": (ACTOR, REF),

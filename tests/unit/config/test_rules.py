@@ -258,6 +258,27 @@ CASES = [
         "fp8-block rollouts take verl's own weight update",
         "--set rollout.profile=null",
     ),
+    (
+        "rotation_is_for_integers",
+        GRPO,
+        ("rollout.rotation=64", "rollout.precision=fp8"),
+        "64 is not for fp8 rollouts: a rotation takes them further from the trainer (KL 0.0426 nats",
+        "--set rollout.rotation=auto",
+    ),
+    (
+        "rotation_is_for_integers",
+        GRPO,
+        ("rollout.rotation=64",),
+        "64 is not for bf16 rollouts: they round nothing that a rotation could spread",
+        "--set rollout.rotation=auto",
+    ),
+    (
+        "profile_suits_the_basis",
+        GRPO,
+        ("rollout.rotation=64", "rollout.precision=int8", "rollout.profile=/p"),
+        "64 mixes the channels for which rollout.profile was made",
+        "--set rollout.rotation=off",
+    ),
     ("dual_clip_bounds_from_above", GRPO, ("algorithm.clip_c=1",), "1 is not above 1", "--set algorithm.clip_c=3.0"),
     (
         "warmup_ends",

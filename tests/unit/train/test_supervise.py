@@ -58,7 +58,7 @@ def step(number, **data):
 def handshake(precision="int8"):
     write_handshake(plugin_dir(), Handshake(
         host="h", pid=1, precision=precision, quantized_layers=14 * (precision != "bf16"), linear_layers=15,
-        quantized_bytes=9,
+        quantized_bytes=9, rotation=64,
         kernel="K", vllm="0", torch="2", device="cpu", refits=1, refit_s=0.1))
 
 def ready(name):
