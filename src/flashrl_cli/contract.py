@@ -212,11 +212,12 @@ class _BeforeImport(importlib.abc.MetaPathFinder):
     """Finds no module, and calls `prepare` once, when `module` is looked for."""
 
     def __init__(self, module: str, prepare: Callable[[], None]) -> None:
-        self.module, self.prepare = module, prepare
+        self.module, self.prepare, self.called = module, prepare, False
 
     def find_spec(self, fullname: str, *_: object) -> None:
-        if fullname == self.module:
-            sys.meta_path.remove(self)
+        # it stays among the finders: Python is going through their list, and would leave out the next one
+        if fullname == self.module and not self.called:
+            self.called = True
             self.prepare()
 
 
