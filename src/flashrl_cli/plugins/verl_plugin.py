@@ -1,9 +1,9 @@
 """Entry point `verl.plugins`: verl imports this module in every process of a run.
 
 verl loads plugins without calling them, so the module acts when it is imported. Outside of a flashrl run it does
-nothing. It makes the trainer compute log-probs in chunks, cut micro-batches by index, and give its models the attention
-of the configuration, and on a GPU send weights in bf16, where that loses nothing. verl logs an exception raised here at
-DEBUG level only, so the launcher uses the handshake files to verify what really runs.
+nothing. It makes the trainer compute log-probs in chunks, handle batches without loops over their rows, and give its
+models the attention of the configuration, and on a GPU send weights in bf16, where that loses nothing. verl logs an
+exception raised here at DEBUG level only, so the launcher uses the handshake files to verify what really runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if contract.plugin_dir() is not None:
         transfer.send_bf16()
     from flashrl_cli.plugins import batches, log_probs
 
-    batches.select_by_index()
+    batches.apply()
     log_probs.apply()
     if os.environ.get(contract.ENV_SERVER):
         from flashrl_cli.plugins import forked
