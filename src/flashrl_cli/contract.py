@@ -7,6 +7,7 @@ because the plugins import it in every worker.
 from __future__ import annotations
 
 import functools
+import importlib.abc
 import json
 import os
 import re
@@ -37,6 +38,8 @@ ENV_PRINT = "FLASHRL_TELL"
 """Set if the launcher cannot read the handshake folder: workers then print their handshakes as well."""
 ENV_FORK = "FLASHRL_FORK"
 """`1` lets a run on this machine start its processes as forks of one that has imported their modules."""
+ENV_KEEP = "FLASHRL_KEEP_RESPONSES"
+"""Number of responses a step whose log-ratios verl's trainer keeps (plugins/log_ratios.py); none if it is unset."""
 ENV_SERVER = "FLASHRL_FORKSERVER"
 """Name of that process's socket in Linux' abstract namespace, set by the guardian of the run."""
 HANDSHAKE_MARK = "FLASHRL_HANDSHAKE "
@@ -70,6 +73,26 @@ AGENT_LOOPS = "flashrl_cli.plugins.agent_loop.AgentLoopManager"
 TOKENS_A_MESSAGE = 16
 """Tokens of a sequence that a rollout engine collects before it sends them to verl's server (plugins/outputs.py)."""
 
+REFIT = "refit/"
+"""Prefix of the names under which verl logs the figures of a weight update."""
+ARRIVAL = ("codes_changed", "weights_changed", "arrived", "update_cosine")
+"""Figures of plugins/arrival.py that verl logs, under flashrl's names."""
+
+SUPPORT = "flashrl_cli.plugins.support"
+"""Module that verl imports in every process of a run whose log-probs are over the kept tokens."""
+MOST_KEPT = 128
+"""Largest top-k whose kept tokens are carried from the engine to the trainer: 1 KiB a token of a response."""
+
+
+def kept_columns(top_k: int) -> int:
+    """Number of the most probable tokens that the engine is asked for, of which at most `top_k` tokens are kept.
+
+    More are kept if logits are equal to the last one (vllm/v1/sample/ops/topk_topp_sampler.py:431 in 0.28). Logits of
+    bf16 often are: between 16 and 32 they differ by 1/8 at least.
+    """
+    return 2 * top_k
+
+
 LOG_PROBS_CHUNK = 128 << 20
 """Bytes of float32 logits of which the trainer's log-probs and entropies are computed at a time on a GPU.
 
@@ -83,18 +106,28 @@ it starts.
 SCHEMA_VERSION = 1
 
 
+AUTO = "auto"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutOptions:
     """Options of a rollout engine besides its precision.
 
     `profile` is the absolute path of a smoothing profile. The first `bf16_replicas` replicas stay in bf16.
-    `lm_head_fp32` asks for logits in float32. `bf16_transfer` makes the trainer send its weights in bf16.
+    `lm_head_fp32` asks for logits in float32. `bf16_transfer` makes the trainer send its weights in bf16. `rotation` is
+    the block by which INT8 layers rotate their input; 0 for none, AUTO for the largest that divides all inputs.
     """
 
     profile: str | None = None
     bf16_replicas: int = 0
     lm_head_fp32: bool = False
     bf16_transfer: bool = False
+    rotation: int | str = AUTO
+
+    @property
+    def asked_rotation(self) -> int | str:
+        """`rotation`, where AUTO is none with a profile, because a profile is made for channels that are not mixed."""
+        return 0 if self.rotation == AUTO and self.profile else self.rotation
 
     def text(self) -> str:
         """The value of ENV_ROLLOUT: the options that differ from their defaults, as JSON."""
@@ -119,8 +152,9 @@ class Handshake:
     `quantized_layers` counts linear layers whose weights are held in `precision`, and `quantized_bytes` is the size of
     those weights. `kernel` is the name of vLLM's kernel class. `refit_s` is the duration of the last weight update in
     seconds. `kv_cache` is the cache's dtype as vLLM names it, `lm_head` the dtype in which logits are computed.
-    `smoothed` counts the tensors that a smoothing profile changed. `received` names the dtypes in which the weights
-    arrived.
+    `smoothed` counts the tensors that a smoothing profile changed. `rotation` is the block by which every quantized
+    layer rotates its input, 0 for none. `received` names the dtypes in which the weights arrived. `arrival` holds the
+    figures of plugins/arrival.py; None after the first refit, and without 8-bit weights.
     """
 
     host: str
@@ -138,7 +172,9 @@ class Handshake:
     kv_cache: str = "auto"
     lm_head: str = "bf16"
     smoothed: int = 0
+    rotation: int = 0
     received: str = ""
+    arrival: dict[str, float] | None = None
     schema_version: int = SCHEMA_VERSION
 
 
@@ -185,6 +221,29 @@ def logger() -> logging.Logger:
     # verl and vLLM configure the root logger, each in its own way
     found.propagate = False
     return found
+
+
+class _BeforeImport(importlib.abc.MetaPathFinder):
+    """Finds no module, and calls `prepare` once, when `module` is looked for."""
+
+    def __init__(self, module: str, prepare: Callable[[], None]) -> None:
+        self.module, self.prepare = module, prepare
+
+    def find_spec(self, fullname: str, *_: object) -> None:
+        if fullname == self.module:
+            sys.meta_path.remove(self)
+            self.prepare()
+
+
+def before_import(module: str, prepare: Callable[[], None]) -> None:
+    """Call `prepare` when this process first imports `module`, before that is executed; at once if it was imported.
+
+    Processes that never import it are left as they are. Calling this again with the same function changes nothing.
+    """
+    if module in sys.modules:
+        prepare()
+    elif not any(isinstance(finder, _BeforeImport) and finder.prepare is prepare for finder in sys.meta_path):
+        sys.meta_path.insert(0, _BeforeImport(module, prepare))
 
 
 def plugin_dir() -> Path | None:

@@ -108,6 +108,11 @@ class AttemptPaths:
         return self.root / "plugins"
 
     @property
+    def log_ratios(self) -> Path:
+        """A sample of each step's log-ratios between trainer and rollout (`plugins.log_ratios`)."""
+        return self.root / "log_ratios"
+
+    @property
     def plan(self) -> Path:
         """The launch plan that was executed."""
         return self.root / "plan.json"

@@ -2,63 +2,15 @@
 
 from __future__ import annotations
 
-from tests.contract.demands_case import CORRECTION, A, R, case
+from tests.contract.demands_case import A, case
 
 LEARNING = [
     case(
-        "loss_is_known",
-        f"verl.{A}.policy_loss.loss_mode=gsp",
-        says="no policy loss gsp",
-        hint=f"{A}.policy_loss.loss_mode=gspo",
-        legal=(f"verl.{A}.policy_loss.loss_mode=gspo",),
-    ),
-    case(
-        "loss_is_known",
-        f"verl.{A}.policy_loss.loss_mode=dro",
+        "dro_has_its_weight",
+        "algorithm.loss=dro",
         says="needs a positive",
         hint=f"{A}.policy_loss.dro_beta=0.1",
-        legal=(f"verl.{A}.policy_loss.loss_mode=dro", f"verl.{A}.policy_loss.dro_beta=0.1"),
-    ),
-    case(
-        "rejection_is_complete",
-        f"verl.{CORRECTION}.rollout_rs=geometric",
-        f"verl.{CORRECTION}.rollout_rs_threshold=2.0",
-        says="no rejection sampling geometric",
-        hint="one of token_k1",
-        legal=(f"verl.{CORRECTION}.rollout_rs=token_k2,seq_max_k3", f"verl.{CORRECTION}.rollout_rs_threshold=2.0"),
-    ),
-    case(
-        "rejection_is_complete",
-        f"verl.{CORRECTION}.rollout_rs=token_k1",
-        says="needs a threshold",
-        hint="rollout_rs_threshold=2.0",
-    ),
-    case(
-        "log_probs_come_with_samples",
-        f"verl.{R}.calculate_log_probs=false",
-        f"verl.{CORRECTION}.bypass_mode=true",
-        says="bypass_mode needs the log-probs of the rollout",
-        hint=f"verl.{R}.calculate_log_probs=true",
-        legal=(f"verl.{CORRECTION}.bypass_mode=true",),
-    ),
-    case(
-        "bypass_reads_its_settings",
-        f"verl.{CORRECTION}.rollout_rs=token_k1",
-        f"verl.{CORRECTION}.rollout_rs_threshold=2.0",
-        f"verl.{CORRECTION}.bypass_mode=true",
-        says="rollout_rs does nothing in bypass mode",
-        hint=f"verl.{CORRECTION}.rollout_rs=null",
-        legal=(f"verl.{CORRECTION}.rollout_rs=token_k1", f"verl.{CORRECTION}.rollout_rs_threshold=2.0"),
-    ),
-    case(
-        "bypass_reads_its_settings",
-        f"verl.{CORRECTION}.loss_type=reinforce",
-        says="nothing reads",
-        hint=f"verl.{CORRECTION}.loss_type=ppo_clip",
-        legal=(
-            f"verl.{CORRECTION}.loss_type=reinforce",
-            f"verl.+{A}.policy_loss.rollout_correction.loss_type=reinforce",
-        ),
+        legal=("algorithm.loss=dro", f"verl.{A}.policy_loss.dro_beta=0.1"),
     ),
     case(
         "critic_follows_advantage",

@@ -113,6 +113,17 @@ ROLLOUTS = [
         legal=("rollout.tensor_parallel=2", f"verl.{R}.expert_parallel_size=2"),
     ),
     case(
+        "rotation_divides_inputs",
+        "rollout.rotation=128",
+        "rollout.tensor_parallel=4",
+        says="rollout.rotation = 128 does not divide the 448 input channels of self_attn.o_proj on each of 4 ranks",
+        hint="--set rollout.rotation=64",
+        where="--set rollout.rotation",
+        rollout="int8",
+        shape=SHAPE,
+        legal=("rollout.rotation=128", "rollout.tensor_parallel=2"),
+    ),
+    case(
         "blocks_are_several",
         "rollout.tensor_parallel=1",
         says="input is one block of 128: the hidden state, the heads",

@@ -2,52 +2,113 @@
 
 from __future__ import annotations
 
-from tests.contract.demands_case import CORRECTION, ENGINE, R, case
+from tests.contract.demands_case import ENGINE, R, case
 
 TRUNCATED = "renormalized over the kept tokens"
+SUPPORT, TIS = "correction.support=kept", "correction.cap=2"
 SAMPLING = [
     case(
         "weights_see_what_was_sampled",
         "rollout.top_p=0.9",
-        "correction.cap=2",
+        "rollout.temperature=0.7",
+        TIS,
         says="rollout.top_p = 0.9 with truncated importance sampling: vLLM's log-probs are " + TRUNCATED,
-        hint="--set rollout.top_p=1.0, or --tis off",
-        legal=("rollout.top_p=0.9", "correction.cap=null"),
+        hint="--set rollout.top_p=1.0, --set rollout.temperature=1.0,"
+        " --set correction.support=kept --set rollout.top_k=128, or --tis off",
+        legal=("rollout.top_p=0.9", TIS),
     ),
     case(
         "weights_see_what_was_sampled",
         "rollout.top_k=20",
+        "rollout.temperature=1.3",
         "correction.cap=8",
         says="rollout.top_k = 20 with truncated importance sampling",
-        hint="--set rollout.top_k=-1, or --tis off",
-        legal=("rollout.top_k=0", "correction.cap=8"),
+        hint="--set rollout.top_k=-1, --set rollout.temperature=1.0, --set correction.support=kept, or --tis off",
+        legal=("rollout.top_k=20", "rollout.temperature=1.3", "correction.cap=8", SUPPORT),
+    ),
+    case(
+        "weights_see_what_was_sampled",
+        "rollout.top_p=0.9",
+        TIS,
+        f"verl.{R}.logprobs_mode=processed_logprobs",
+        says=TRUNCATED,
+        hint=f"--set rollout.top_p=1.0, --set verl.{R}.logprobs_mode=raw_logprobs, or --tis off",
+        legal=("rollout.top_k=0", "rollout.temperature=0.7", "correction.cap=8"),
     ),
     case(
         "weights_see_what_was_sampled",
         "rollout.top_p=0.999",
-        f"verl.{CORRECTION}.rollout_rs=token_k1",
-        f"verl.{CORRECTION}.rollout_rs_threshold=2.0",
-        says=f"with verl.{CORRECTION}.rollout_rs",
-        hint=f"--set rollout.top_p=1.0, or drop verl.{CORRECTION}.rollout_rs",
-        legal=(f"verl.{CORRECTION}.rollout_rs=token_k1", f"verl.{CORRECTION}.rollout_rs_threshold=2.0"),
+        "rollout.temperature=0.7",
+        "correction.reject.by=seq-mean",
+        "correction.reject.upper=2",
+        says="rollout.top_p = 0.999 with correction.reject",
+        hint="--set rollout.top_p=1.0, --set rollout.temperature=1.0, --set correction.support=kept",
+        legal=("rollout.temperature=0.7", "correction.reject.by=seq-mean", "correction.reject.upper=2"),
     ),
     case(
         "weights_see_what_was_sampled",
         "rollout.top_p=0.9",
-        f"verl.{CORRECTION}.bypass_mode=true",
-        says=f"with verl.{CORRECTION}.bypass_mode",
-        hint=f"--set rollout.top_p=1.0, or drop verl.{CORRECTION}.bypass_mode",
-        legal=(f"verl.{CORRECTION}.bypass_mode=true",),
+        "rollout.temperature=0.7",
+        "correction.kind=icepop",
+        "correction.reject.by=seq-mean",
+        "correction.reject.upper=2",
+        says="with IcePop's importance weights",
+        hint="--tis off and --set correction.reject=null",
     ),
     case(
         "weights_see_what_was_sampled",
         "rollout.top_p=0.9",
-        "correction.cap=2",
+        "rollout.temperature=0.7",
+        TIS,
         f"verl.{R}.val_kwargs.temperature=1.0",
         f"verl.{R}.val_kwargs.top_p=0.7",
         says=TRUNCATED,
         hint="validation may truncate",
-        legal=("correction.cap=2", f"verl.{R}.val_kwargs.temperature=1.0", f"verl.{R}.val_kwargs.top_p=0.7"),
+        legal=(TIS, f"verl.{R}.val_kwargs.temperature=1.0", f"verl.{R}.val_kwargs.top_p=0.7"),
+    ),
+    case(
+        "kept_tokens_are_known",
+        SUPPORT,
+        "rollout.top_k=20",
+        says="nothing compares log-probs",
+        hint="--set correction.support=full",
+        legal=(SUPPORT, "rollout.top_k=20", TIS),
+    ),
+    case(
+        "kept_tokens_are_known",
+        SUPPORT,
+        TIS,
+        says="neither rollout.top_k nor rollout.top_p excludes a token",
+        hint="--set correction.support=full",
+    ),
+    case(
+        "kept_tokens_are_known",
+        SUPPORT,
+        "rollout.top_p=0.9",
+        TIS,
+        says="takes rollout.top_k of 2 to 128 (with rollout.top_p or without): a response's token may have any number",
+        hint="--set rollout.top_k=128, or --set correction.support=full",
+        legal=(SUPPORT, "rollout.top_p=0.9", "rollout.top_k=128", TIS),
+    ),
+    case(
+        "kept_tokens_are_known",
+        "rollout.top_k=500",
+        SUPPORT,
+        TIS,
+        says="rollout.top_k = 500",
+        hint="--set rollout.top_k=128, or --set correction.support=full",
+    ),
+    case("kept_tokens_are_known", "rollout.top_k=1", SUPPORT, TIS, says="rollout.top_k = 1", hint="=128"),
+    *(
+        case("kept_tokens_are_known", f"{key}={value}", SUPPORT, TIS, "rollout.top_k=20", says=says, hint=hint)
+        for key, value, says, hint in (
+            (f"verl.+{ENGINE}.max_logprobs", "20", "asked for as log-probs", f"drop verl.+{ENGINE}.max_logprobs"),
+            (f"verl.{R}.logprobs_mode", "raw_logprobs", "over the kept tokens", "logprobs_mode=processed_logprobs"),
+            ("verl.actor_rollout_ref.model.external_lib", "mine", "flashrl changes verl", "drop verl."),
+            ("verl.actor_rollout_ref.model.use_fused_kernels", "true", "fused kernels", "use_fused_kernels=false"),
+            (f"verl.{R}.agent.default_agent_loop", "tool_agent", "other agent loops", "=single_turn_agent"),
+            ("verl.distillation.enabled", "true", "the teacher's", "distillation.enabled=false"),
+        )
     ),
     case(
         "log_probs_are_of_the_samples",

@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 import shlex
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
 from flashrl_cli.config import presets
+from flashrl_cli.config.spec import By, Estimator, Loss, RejectSpec
 from flashrl_cli.errors import Problem
 from flashrl_cli.memory.model import shape_of
 from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.verl import compose, lint
 from flashrl_cli.verl.environment import LOGGERS
 from flashrl_cli.verl.lint.devices import cpus_needed
-from flashrl_cli.verl.lint.learning import LOSSES, REJECTIONS
+from flashrl_cli.verl.overrides import verl_loss, verl_rejection
 from tests.contract.demands_case import A, Case, settings
 from tests.contract.demands_of_batches import BATCHES, VALUES
 from tests.contract.demands_of_devices import DEVICES
@@ -130,9 +132,13 @@ def test_names_are_verls():
     """The sources, not the modules: importing them takes torch."""
     root = compose.config_folder().parents[1]
     losses = (root / "trainer/ppo/core_algos.py").read_text().split('@register_policy_loss("')[1:]
-    assert set(LOSSES) == {text.partition('"')[0] for text in losses}
+    assert {*map(verl_loss, get_args(Loss)), "bypass_mode"} == {text.partition('"')[0] for text in losses}
     tracking = (root / "utils/tracking.py").read_text().partition("supported_backend = [")[2].partition("]")[0]
     assert set(LOGGERS) == set(tracking.replace('"', "").replace(",", "").split())
     helper = (root / "trainer/ppo/rollout_corr_helper.py").read_text()
     options = helper.partition("SUPPORTED_ROLLOUT_RS_OPTIONS: set[str] = {")[2].partition("}")[0]
-    assert set(REJECTIONS) == set(options.replace('"', "").replace(",", "").split())
+    ours = {
+        verl_rejection(RejectSpec(by=by, estimator=estimator, upper=2.0))
+        for by, estimator in itertools.product(get_args(By), get_args(Estimator))
+    }
+    assert ours - {"seq_max_k1"} == set(options.replace('"', "").replace(",", "").split())

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from flashrl_cli import paths
 from flashrl_cli.config.resolve import Options
+from flashrl_cli.config.spec import Advantage, By, CorrectionKind, Estimator, Loss
 from flashrl_cli.errors import InputError
 from flashrl_cli.train.launch import judge, preview
 from flashrl_cli.verl.overrides import Override, Places, overrides
@@ -55,6 +57,42 @@ def listed(preset: str, precision: str, tis: str) -> tuple[Override, ...]:
 @pytest.mark.parametrize("name", CASES)
 def test_overrides(name: str, golden: Callable[[str, str], None]) -> None:
     golden(f"overrides/{name}", "".join(f"{override}\n" for override in listed(*CASES[name])))
+
+
+WAYS = {
+    **{f"correction.{kind}": (f"correction.kind={kind}",) for kind in get_args(CorrectionKind)},
+    **{
+        f"reject.{by}.{estimator}": (
+            f"correction.reject.by={by}",
+            f"correction.reject.estimator={estimator}",
+            "correction.reject.upper=4",
+        )
+        for by in get_args(By)
+        for estimator in get_args(Estimator)
+        if (by, estimator) != ("seq-max", "k1")
+    },
+    **{f"loss.{loss}": (f"algorithm.loss={loss}",) for loss in get_args(Loss)},
+    **{f"advantage.{advantage}": (f"algorithm.advantage={advantage}",) for advantage in get_args(Advantage)},
+}
+"""Kinds of weights, rejections, losses and advantages, each with its options."""
+
+
+def test_what_each_correction_loss_and_advantage_becomes(golden: Callable[[str, str], None]) -> None:
+    """The overrides that the tiny preset without a correction lacks; those that it has and they lack with a minus."""
+
+    def of(*sets: str) -> dict[str, None]:
+        return dict.fromkeys(map(str, overrides(decided_spec("tiny", tis="off", sets=sets), PLACES)))
+
+    plain, lines = of(), []
+    for name, sets in WAYS.items():
+        found = of(*sets)
+        lines += [
+            f"# {name}",
+            *(f"-{one}" for one in plain if one not in found),
+            *(o for o in found if o not in plain),
+            "",
+        ]
+    golden("corrections.txt", "\n".join(lines))
 
 
 def test_all_lists_are_there_and_no_others(request: pytest.FixtureRequest) -> None:

@@ -23,13 +23,18 @@ class StateExtension:
 
     model_runner: Any
     device: Any
+    arrival: Any = None
 
     def send(self, folder: str, bucket: int, dtype: str) -> dict[str, Any]:
         """Refit with all weights of an HF folder as `dtype`, `bucket` bytes at a time; returns the handshake."""
+        from flashrl_cli.plugins.arrival import Arrival
         from flashrl_cli.plugins.refit import describe
 
-        seconds = self._refit(folder, bucket, dtype)
-        return asdict(describe(self.model_runner.model, device=self.device, refits=1, refit_s=seconds))
+        model = self.model_runner.model
+        self.arrival = self.arrival or Arrival(model)
+        seconds = self._refit(folder, bucket, dtype, arrival=self.arrival)
+        handshake = describe(model, device=self.device, refits=1, refit_s=seconds)
+        return {**asdict(handshake), "arrival": self.arrival.figures()}
 
     def send_torn(self, folder: str, bucket: int, dtype: str, left_out: str, how: str) -> str:
         """Why the same without one tensor is refused: `in place`, `layerwise`, or `by name`, held against the refit
@@ -50,12 +55,16 @@ class StateExtension:
                 return str(error)
         return "taken"
 
-    def _refit(self, folder: str, bucket: int, dtype: str, left_out: str = "") -> float:
+    def _refit(self, folder: str, bucket: int, dtype: str, left_out: str = "", **more: Any) -> float:
         from flashrl_cli.plugins.refit import refit
 
         runner = self.model_runner
         arguments = (runner.model, runner.vllm_config.model_config, self.device)
-        return refit(*arguments, lambda load: self._stream(load, Path(folder), bucket, dtype, left_out), reused=True)
+
+        def stream(load: Any) -> None:
+            self._stream(load, Path(folder), bucket, dtype, left_out)
+
+        return refit(*arguments, stream, reused=True, **more)
 
     def _stream(self, load: Any, folder: Path, bucket: int, dtype: str, left_out: str) -> None:
         import torch

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from flashrl_cli import contract
 from tests.integration.test_refit import answers, independent, mean_difference, sequences, variants
 
 pytestmark = [
@@ -26,13 +27,16 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="needs a CUDA GPU and the GPU stack"),
 ]
 ROOT = Path(__file__).parents[2]
-PRECISIONS = ("bf16", "int8", "fp8")
+PRECISIONS = ("bf16", "int8", "int8+plain", "fp8")
 KERNELS = {
     "bf16": "UnquantizedLinearMethod",
     "int8": "CutlassInt8ScaledMMLinearKernel",
+    "int8+plain": "CutlassInt8ScaledMMLinearKernel",
     "fp8": "CutlassFP8ScaledMMLinearKernel",
 }
-TOLERANCE = {"bf16": 0.03, "int8": 0.15, "fp8": 0.25}
+ROTATIONS = {"bf16": 0, "int8": 128, "int8+plain": 0, "fp8": 0}
+"""Blocks for a policy with 128 hidden channels and 256 in its MLP."""
+TOLERANCE = {"bf16": 0.03, "int8": 0.15, "int8+plain": 0.15, "fp8": 0.25}
 """Mean |Δ log-prob| of the answers against Transformers in float32."""
 LEFT_OUT = {
     "model.layers.0.self_attn.k_proj.weight": "model.layers.0.self_attn.qkv_proj.weight",
@@ -69,6 +73,8 @@ def engine(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "FLASHRL_PLUGIN_DIR": str(folder),
         "HF_HUB_OFFLINE": "1",
     }
+    if "rotation" in job:
+        env[contract.ENV_ROLLOUT] = contract.RolloutOptions(rotation=job["rotation"]).text()
     with (folder / "log").open("w") as log:
         command = [sys.executable, "-m", "tests.gpu.engine_state", str(folder / "job.json")]
         code = subprocess.run(command, env=env, cwd=ROOT, stdout=log, stderr=log, timeout=500, check=False).returncode
@@ -136,7 +142,8 @@ def engines(policies: Policies) -> Engines:
     """
     jobs = {}
     for precision in PRECISIONS:
-        kind = {"precision": precision}
+        name, _, plain = precision.partition("+")
+        kind = {"precision": name, **({"rotation": 0} if plain else {})}
         jobs[f"{precision}-A"] = policies.fresh("A", **kind)
         jobs[f"{precision}-B"] = policies.fresh("B", **kind)
         jobs[f"{precision}-refitted"] = policies.job(**kind, refits=policies.refits("BABABABAAB"), sleeps=True)
@@ -199,8 +206,25 @@ def test_an_update_that_leaves_a_parameter_unwritten_fails(engines: Engines, pre
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_handshake_names_kernel_and_precision(engines: Engines, precision: str) -> None:
     for handshake in engines[f"{precision}-refitted"]["holds"]:
-        assert (handshake["precision"], handshake["kernel"]) == (precision, KERNELS[precision])
+        assert handshake["precision"] == precision.partition("+")[0]
+        assert (handshake["kernel"], handshake["rotation"]) == (KERNELS[precision], ROTATIONS[precision])
         assert handshake["quantized_layers"] == (0 if precision == "bf16" else handshake["linear_layers"])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_figures_of_a_refit_compare_it_with_the_one_before(engines: Engines, precision: str) -> None:
+    """Although the engine slept between them, and whatever the size of the buckets."""
+    first, *later = (handshake["arrival"] for handshake in engines[f"{precision}-refitted"]["holds"])
+    assert first is None
+    if precision == "bf16":
+        assert later == [None] * 9
+        return
+    *changed, again, back = later
+    assert {one["codes_changed"] for one in (*changed, back)} == {changed[0]["codes_changed"]}
+    assert (again["codes_changed"], again["weights_changed"]) == (0, 0)
+    assert 0 < changed[0]["codes_changed"] < changed[0]["weights_changed"] <= 1
+    assert 0.9 < changed[0]["arrived"] < 1.1
+    assert engines[f"{precision}-float32"]["holds"][1]["arrival"]["codes_changed"] == changed[0]["codes_changed"]
 
 
 def test_the_cache_in_8_bits_gets_its_scales_at_each_refit(policies: Policies, engines: Engines) -> None:
@@ -221,6 +245,7 @@ def test_the_cache_in_8_bits_gets_its_scales_at_each_refit(policies: Policies, e
 def test_two_ranks_are_refitted_as_fresh_ones_load(policies: Policies, halves: Engines) -> None:
     fresh, refitted = (halves[f"tp2-{name}"] for name in ("B", "refitted"))
     assert len(fresh["digests"][0]) == 2
+    assert {handshake["rotation"] for handshake in refitted["holds"]} == {64}, "a rank has half of each input"
     assert refitted["digests"][-1] == fresh["digests"][0]
     assert (refitted["logprobs"], refitted["generated"]) == (fresh["logprobs"], fresh["generated"])
     assert mean_difference(*(answers(r, policies.length) for r in (fresh["logprobs"], policies.truth["B"]))) < 0.15

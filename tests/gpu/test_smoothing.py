@@ -46,6 +46,7 @@ def test_a_refit_with_a_profile(
     rows, _ = sequences(AutoTokenizer.from_pretrained(policy))
     common = {"sequences": rows, "bucket": 24 << 10, "dtype": "bfloat16", "precision": precision}
     ready = smoothed(policy, profile, tmp_path / "smoothed")
+    monkeypatch.setenv(contract.ENV_ROLLOUT, contract.RolloutOptions(rotation=0).text())
     fresh = engine({**common, "model": str(ready), "load_format": "auto", "refits": []}, tmp_path / "fresh")
     monkeypatch.setenv(contract.ENV_ROLLOUT, contract.RolloutOptions(profile=str(profile.path)).text())
     refits: dict[str, Any] = {"load_format": "dummy", "refits": [str(policy)] * 2}

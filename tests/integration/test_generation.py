@@ -129,6 +129,48 @@ def test_tokens_of_a_request_that_the_engine_aborts_are_sent_first(monkeypatch: 
     assert [(end.new_token_ids, end.finish_reason) for end in ends] == [([], FinishReason.ABORT)] * 2
 
 
+def test_the_server_keeps_what_a_weight_update_returns(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the trainer adds it to the metrics of the step."""
+    import asyncio
+
+    import ray
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from flashrl_cli.plugins import arrival
+
+    async def answer(self: AsyncLLM, method: str, **_: Any) -> list[Any]:
+        return [{"codes_changed": 0.5}] if method == arrival.UPDATE else ["another method's"]
+
+    monkeypatch.setattr(AsyncLLM, "collective_rpc", answer)
+    arrival.keep_answers()
+    kept = AsyncLLM.collective_rpc
+    arrival.keep_answers()
+    assert AsyncLLM.collective_rpc is kept
+    holder: Any = object.__new__(server.vLLMHttpServer)
+    holder.engine = object.__new__(AsyncLLM)
+    monkeypatch.setattr(AsyncLLM, "__del__", lambda _: None)
+    assert arrival.answers(holder) == []
+    for method in (arrival.UPDATE, "reset_prefix_cache"):
+        asyncio.run(holder.collective_rpc(method))
+    assert arrival.answers(holder) == [{"codes_changed": 0.5}]
+
+    class Trainer:
+        def _consume_sync_metrics(self) -> dict[str, float]:
+            return {"perf/sync": 1.0}
+
+    trainer: Any = Trainer()
+    call = SimpleNamespace(remote=lambda function: function(holder))
+    replica = SimpleNamespace(server_handle=SimpleNamespace(__ray_call__=call))
+    trainer.llm_server_manager = SimpleNamespace(get_replicas=lambda: [replica, replica])
+    monkeypatch.setattr(ray, "get", list)
+    arrival.log_arrival(trainer)
+    arrival.log_arrival(trainer)
+    assert trainer._consume_sync_metrics() == {"perf/sync": 1.0, "refit/codes_changed": 0.5}
+    monkeypatch.setattr(arrival, "VERL", "0.9.2")
+    with pytest.raises(RuntimeError, match=r"verl 0\.9\.2 only"):
+        arrival.log_arrival(trainer)
+
+
 @pytest.mark.parametrize("filters", [False, True])
 def test_the_trainer_gets_its_own_buffer_with_shorter_pauses(monkeypatch: pytest.MonkeyPatch, filters: bool) -> None:
     from verl.trainer.ppo.v1 import replay_buffer
@@ -152,6 +194,7 @@ def test_the_trainer_gets_its_own_buffer_with_shorter_pauses(monkeypatch: pytest
     buffer = trainer._build_replay_buffer()
     assert isinstance(buffer, replay_buffer.ReplayBuffer)
     assert trainer.config.trainer.v1.sampler.custom_sampler.path == path
+    assert type(trainer)._consume_sync_metrics is not PPOTrainerSync._consume_sync_metrics
     found = (buffer.filter_groups_metric, buffer.max_inflight_gen_batches, buffer.train_batch_size)
     assert found == (("acc", 3, 8) if filters else (None, 1, 8))
 

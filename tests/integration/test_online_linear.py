@@ -1,4 +1,4 @@
-"""8-bit weights written in place by vLLM's own loaders, against layers that are loaded whole."""
+"""8-bit weights written in place by vLLM's own loaders, against layers that are loaded whole, rotated and not."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 Held = dict[str, tuple["torch.Tensor", "torch.Tensor"]]
 
 HIDDEN, INTER, HEADS, KV_HEADS = 64, 96, 4, 2
+BLOCK = 32
+"""The largest block of a rotation that divides both widths."""
 HEAD = HIDDEN // HEADS
 SHARDS: dict[str, dict[Any, int]] = {
     "qkv_proj": {"q": HIDDEN, "k": KV_HEADS * HEAD, "v": KV_HEADS * HEAD},
@@ -50,18 +52,21 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         groups.destroy_distributed_environment()
 
 
-@pytest.fixture
-def model(config: Any, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+@pytest.fixture(params=[0, "auto"], ids=["plain", "rotated"])
+def model(request: pytest.FixtureRequest, config: Any, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
     """Three kinds of parallel layers, loaded once with weights of seed 0."""
     import torch
     from vllm.model_executor.layers import linear
 
+    from flashrl_cli import contract
     from flashrl_cli.plugins.linear import Int8OnlineConfig, Int8OnlineLinearMethod
 
+    monkeypatch.setenv(contract.ENV_ROLLOUT, contract.RolloutOptions(rotation=request.param).text())
     monkeypatch.setattr(Int8OnlineLinearMethod, "choose_kernel", lambda self, layer: Plain())
     monkeypatch.setattr(Int8OnlineLinearMethod, "row_kernels", frozenset({"Plain"}))
     options: dict[str, Any] = {"bias": False, "params_dtype": torch.bfloat16, "quant_config": Int8OnlineConfig()}
     found = torch.nn.Module()
+    found.rotates = request.param == "auto"
     found.qkv_proj = linear.QKVParallelLinear(HIDDEN, HEAD, HEADS, KV_HEADS, prefix="qkv_proj", **options)
     found.gate_up_proj = linear.MergedColumnParallelLinear(HIDDEN, [INTER] * 2, prefix="gate_up_proj", **options)
     found.down_proj = linear.RowParallelLinear(INTER, HIDDEN, prefix="down_proj", **options)
@@ -94,16 +99,26 @@ def held(model: torch.nn.Module) -> Held:
     return {name: (layer.weight.data.t().clone(), layer.weight_scale.data.clone()) for name, layer in layers.items()}
 
 
-def expected(shards: dict[tuple[str, Any], torch.Tensor]) -> Held:
-    """Each layer's shards joined in bf16 and quantized as one."""
+def expected(model: torch.nn.Module, shards: dict[tuple[str, Any], torch.Tensor]) -> Held:
+    """Each layer's shards joined in bf16, rotated as the model does, and quantized as one."""
     import torch
 
     found = {}
     for name in SHARDS:
         whole = torch.cat([weight for (layer, _), weight in shards.items() if layer == name]).to(torch.bfloat16)
+        whole = turned(whole) if model.rotates else whole
         scales = (whole.abs().amax(1, keepdim=True).float() / 127).clamp_min(1e-8)
         found[name] = ((whole.float() / scales).round().clamp(-127, 127).to(torch.int8), scales)
     return found
+
+
+def turned(whole: torch.Tensor, block: int = BLOCK) -> torch.Tensor:
+    """Each block of a row times the Hadamard matrix divided by its size, by the entries' definition."""
+    import torch
+
+    numbers = range(block)
+    matrix = torch.tensor([[(-1.0) ** (row & column).bit_count() for column in numbers] for row in numbers]) / block
+    return (whole.float().reshape(-1, block) @ matrix).reshape(whole.shape)
 
 
 def same(left: Held, right: Held) -> bool:
@@ -115,7 +130,7 @@ def same(left: Held, right: Held) -> bool:
 def test_shards_in_any_order_give_what_whole_layers_do(model: torch.nn.Module) -> None:
     from flashrl_cli.plugins import refit
 
-    assert same(held(model), expected(weights(0)))
+    assert same(held(model), expected(model, weights(0)))
     assert refit.writes_in_place(model)
     places = [model.get_submodule(name).weight.data_ptr() for name in SHARDS]
     for seed in (1, 2):
@@ -123,7 +138,7 @@ def test_shards_in_any_order_give_what_whole_layers_do(model: torch.nn.Module) -
         with refit.in_place(model, lambda: None) as written:
             load(model, dict(reversed(new.items())))
         assert all(rows.written == rows.shape[0] for rows in written.values())
-        assert same(held(model), expected(new))
+        assert same(held(model), expected(model, new))
     assert places == [model.get_submodule(name).weight.data_ptr() for name in SHARDS]
     assert not any(hasattr(model.get_submodule(name).weight, "weight_loader") for name in SHARDS)
 
@@ -140,6 +155,95 @@ def test_rows_that_come_twice_do_not_stand_for_others(model: torch.nn.Module) ->
     assert torn == {"qkv_proj": KV_HEADS * HEAD, "gate_up_proj": 0, "down_proj": 0}
 
 
+def near(base: dict[tuple[str, Any], torch.Tensor], seed: int) -> dict[tuple[str, Any], torch.Tensor]:
+    """Weights that differ from others by 1 %."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return {key: one * (1 + 0.01 * torch.randn(one.shape, generator=generator)) for key, one in base.items()}
+
+
+def refitted(
+    model: torch.nn.Module, updates: list[dict[tuple[str, Any], torch.Tensor]], *, backwards: bool = False
+) -> list[dict[str, float] | None]:
+    """The figures of refits in place."""
+    from flashrl_cli.plugins import refit
+    from flashrl_cli.plugins.arrival import Arrival
+
+    found, arrival = [], Arrival(model)
+    for new in updates:
+        with arrival.watching(), refit.in_place(model, lambda: None):
+            load(model, dict(reversed(new.items())) if backwards else new)
+        found.append(arrival.figures())
+    return found
+
+
+def truth(model: torch.nn.Module, updates: list[dict[tuple[str, Any], torch.Tensor]]) -> dict[str, float]:
+    """The figures of the last refit over all weights."""
+    import torch
+
+    sent, codes, values = [], [], []
+    for new in (updates[0], *updates[-2:]):
+        rows = list(expected(model, new).values())
+        sent.append(torch.cat([one.to(torch.bfloat16).double().flatten() for one in new.values()]))
+        codes.append(torch.cat([weight.double().flatten() for weight, _ in rows]))
+        held = [weight.double() * scales for weight, scales in rows]
+        # turned twice, a row is divided by the block
+        held = [(turned(one) * BLOCK).double() if model.rotates else one for one in held]
+        values.append(torch.cat([one.flatten() for one in held]))
+    wanted, got = sent[2] - sent[0], values[2] - values[0]
+    return {
+        "codes_changed": float((codes[2] != codes[1]).double().mean()),
+        "weights_changed": float((sent[2] != sent[1]).double().mean()),
+        "arrived": float(got @ wanted / (wanted @ wanted)),
+        "update_cosine": float(got @ wanted / got.norm() / wanted.norm()),
+    }
+
+
+def test_the_figures_of_a_refit_are_those_of_its_weights(model: torch.nn.Module) -> None:
+    updates = [weights(1), near(weights(1), 2)]
+    updates += [near(updates[1], 3), updates[1]]
+    found = refitted(model, updates)
+    assert found[0] is None
+    for number, figures in enumerate(found[1:], start=2):
+        assert figures
+        wanted = truth(model, updates[:number])
+        assert {name: figures[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
+        assert (figures["sampled"], figures["codes_error"], figures["arrived_error"]) == (
+            sum(weight.numel() for weight in updates[0].values()), 0, 0,
+        )  # fmt: skip
+    same_again = refitted(model, [updates[0], updates[0]])[1]
+    assert same_again
+    assert (same_again["codes_changed"], same_again["weights_changed"]) == (0, 0)
+    assert "arrived" not in same_again, "nothing was to arrive"
+
+
+def test_a_sample_of_rows_shows_what_all_of_them_do(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within five standard errors, and whatever the order in which shards arrive."""
+    from flashrl_cli.plugins import arrival
+
+    updates = [weights(1), near(weights(1), 2)]
+    every = truth(model, updates)
+    (_, whole), size = refitted(model, updates), sum(weight.numel() for weight in updates[0].values())
+    monkeypatch.setattr(arrival, "SAMPLE", size // 5)
+    found, backwards = (refitted(model, updates, backwards=one)[1] for one in (False, True))
+    assert found
+    assert whole
+    assert found == backwards
+    assert size / 8 < found["sampled"] < size / 3
+    for name, error in (("codes_changed", "codes_error"), ("arrived", "arrived_error")):
+        assert 0 < abs(found[name] - every[name]) < 5 * found[error]
+    assert found["codes_error"] < 0.1
+
+
+def test_figures_of_several_workers_are_logged_as_one() -> None:
+    from flashrl_cli.plugins.arrival import pooled
+
+    first, second = {"sampled": 8, "codes_changed": 0.25, "arrived": 1.0}, {"sampled": 8, "codes_changed": 0.75}
+    assert pooled([first, None, second]) == {"refit/codes_changed": 0.5, "refit/arrived": 1.0}
+    assert pooled([None, None]) == {}
+
+
 def test_columns_of_a_wider_weight_are_quantized_alone(model: torch.nn.Module) -> None:
     """A tensor-parallel rank gets some columns of a row-parallel layer: its scales are those of what it holds."""
     import torch
@@ -148,7 +252,7 @@ def test_columns_of_a_wider_weight_are_quantized_alone(model: torch.nn.Module) -
     rows = layer.quant_method.rows(layer)
     wide = torch.randn(HIDDEN, 2 * INTER, generator=torch.Generator().manual_seed(3))
     rows.copy_(wide.narrow(1, INTER, INTER))
-    assert same(held(model), expected({**weights(0), ("down_proj", None): wide[:, INTER:]}))
+    assert same(held(model), expected(model, {**weights(0), ("down_proj", None): wide[:, INTER:]}))
     with pytest.raises(RuntimeError, match="columns of a weight"):
         rows.narrow(1, 0, 8)
 

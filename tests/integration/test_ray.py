@@ -15,6 +15,7 @@ import pytest
 
 from flashrl_cli.contract import read_handshakes
 from flashrl_cli.paths import AttemptPaths
+from flashrl_cli.plugins.log_ratios import file_of
 from flashrl_cli.runs import store
 from flashrl_cli.runs.metrics import read_metrics
 from flashrl_cli.train.executors.ray_job import LogExtraction
@@ -69,11 +70,13 @@ def none_left(cluster: Cluster, seconds: float) -> None:
 
 
 def the_log_tells_the_same(attempt: AttemptPaths, relayed: AttemptPaths) -> None:
-    """Where no folder is shared, metrics and handshakes come out of the log: the same ones."""
+    """Where no folder is shared, metrics, handshakes and log-ratios come out of the log: the same ones."""
     relayed.log.write_bytes(attempt.log.read_bytes())
     LogExtraction(relayed).poll(ended=True)
     assert read_metrics(relayed.metrics)[:STEPS] == read_metrics(attempt.metrics)[:STEPS]
     assert list(read_handshakes(relayed.plugins)) == list(read_handshakes(attempt.plugins))
+    first, second = (file_of(one.log_ratios, 1).read_bytes() for one in (relayed, attempt))
+    assert first == second, "the step is small enough to be printed as it is"
 
 
 def test_a_cluster_that_is_too_small(workshop: Workshop, cluster: Cluster) -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from flashrl_cli.contract import read_handshakes
+import pytest
+
+from flashrl_cli import contract
+from flashrl_cli.contract import Handshake, read_handshakes
+from flashrl_cli.plugins import log_ratios
 from tests.integration.conftest import SMALL, Workshop, events, more_than_guessed
 
 INT8 = ("--rollout", "int8", "--tis", "2")
@@ -21,6 +25,17 @@ def check_proof(out: str, attempt: Path) -> None:
     assert handshake.refits >= 2
     assert handshake.received == "bfloat16", "the trainer's weights are float32, and cast before they are sent"
     assert events(out, "proof")[0]["workers"][0]["precision"] == "int8"
+    check_arrival(handshake, events(out, "step")[-1])
+
+
+def check_arrival(handshake: Handshake, step: dict[str, float]) -> None:
+    """The last step logged what its weight update changed in the engine, on average as much as in the trainer."""
+    figures = handshake.arrival or {}
+    assert figures["sampled"] == handshake.quantized_bytes, "so small a policy is compared in full"
+    assert 0 < figures["codes_changed"] < figures["weights_changed"] <= 1
+    # rounding to the nearest code is right on average over many weights
+    assert 0.9 < figures["arrived"] < 1.1
+    assert {name: step[name] for name in contract.ARRIVAL} == {name: figures[name] for name in contract.ARRIVAL}
 
 
 def check_plausible(steps: list[dict[str, float]], responses: int) -> None:
@@ -58,6 +73,28 @@ def check_evaluation(workshop: Workshop, checkpoints: Path, runs: Path, steps: i
     assert document["datasets"][0]["file"] == str(workshop.root / "data" / "tiny" / "test.parquet")
 
 
+def check_kept(workshop: Workshop, name: str, step: dict[str, float]) -> None:
+    """The kept log-ratios of a step's responses have the moments that verl logged of all, and are replayed."""
+    attempt = workshop.root / "runs" / name / "attempt_1"
+    kept = log_ratios.read(log_ratios.file_of(attempt / "log_ratios", 1))
+    assert len(kept.lengths) == kept.responses
+    ratios = kept.log_ratios.astype(float)
+    # float16 rounds each by 2^-11 of its size at most
+    within = abs(ratios).mean() / 2**11
+    assert abs(-ratios.mean() - step["kl"]) <= within + 1e-7
+    assert abs(ratios).max() > 0
+    assert kept.advantages.any()
+    document = json.loads(workshop.run("runs", "correction", name, "--json")[0])
+    assert (document["own"], document["responses"]["kept"], document["tokens"]) == (
+        "tis 2",
+        kept.responses,
+        len(ratios),
+    )
+    own = next(row for row in document["corrections"] if row["name"] == "tis 2")
+    assert own["mean"] == pytest.approx(step["weight_mean"], abs=1e-4)
+    assert own["effective"] == pytest.approx(step["effective"], abs=1e-4)
+
+
 def test_a_broken_refit_stops_the_run(workshop: Workshop, tmp_path: Path) -> None:
     """An engine left on its dummy weights looks healthy to everything but the comparison with the trainer."""
     (tmp_path / "broken_refit.py").write_text(Path(__file__).with_name("broken_refit.py").read_text())
@@ -87,4 +124,5 @@ def test_gsm8k_through_ppo_with_a_critic(workshop: Workshop, gsm8k: Path) -> Non
     assert events(out, "proof")[0]["workers"][0]["precision"] == "int8"
     saved = workshop.root / "checkpoints" / "gsm8k-tiny-cpu" / "ppo" / "global_step_1"
     assert (saved / "critic").is_dir()
+    check_kept(workshop, "ppo", step)
     assert not workshop.leftovers()

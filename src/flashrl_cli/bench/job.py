@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ import numpy as np
 from flashrl_cli import contract, files, paths
 from flashrl_cli.contract import RolloutOptions
 from flashrl_cli.errors import InputError
-from flashrl_cli.precision import PRECISIONS, SMOOTHED, joined
+from flashrl_cli.precision import BLOCKS, PRECISIONS, ROTATED, SMOOTHED, joined
 
-SUFFIXES = ("kv8", "head32", "smooth")
+PLAIN = "plain"
+ROTATIONS = {PLAIN: 0, **{f"rot{block}": block for block in BLOCKS}}
+"""Blocks of the suffixes that say how int8 rotates its inputs; without one, as a run does by default."""
+SUFFIXES = ("kv8", "head32", "smooth", *ROTATIONS)
 _FLOAT32 = ("float32", "fp32")
 
 
@@ -29,18 +32,26 @@ class Variant:
     """A rollout variant: a precision and further options of its engine.
 
     `kv8` means an FP8 KV cache, `head32` logits in float32; `profile` is the smoothing profile that each refit applies.
+    `rotation` is one of ROTATIONS, None for the default.
     """
 
     precision: str
     kv8: bool = False
     head32: bool = False
     profile: Path | None = None
+    rotation: str | None = None
 
     @property
     def name(self) -> str:
         """The variant's name on the command line: `int8+kv8`."""
-        chosen = zip(SUFFIXES, (self.kv8, self.head32, self.profile is not None), strict=True)
-        return "+".join([self.precision, *(suffix for suffix, on in chosen if on)])
+        chosen = {"kv8": self.kv8, "head32": self.head32, "smooth": self.profile is not None}
+        suffixes = [*(suffix for suffix, on in chosen.items() if on), *filter(None, [self.rotation])]
+        return "+".join([self.precision, *suffixes])
+
+    @property
+    def asked_rotation(self) -> int | str:
+        """The block of its rotation, 0 for none, `auto` for the largest that fits."""
+        return self.options().asked_rotation if PRECISIONS[self.precision].rotates else 0
 
     def arguments(self, layers: int) -> dict[str, Any]:
         """vLLM's arguments for a model with this number of layers."""
@@ -57,12 +68,16 @@ class Variant:
 
     def options(self) -> RolloutOptions:
         """The variant's RolloutOptions for the plugins inside the engine."""
-        return RolloutOptions(profile=str(self.profile) if self.profile else None, lm_head_fp32=self.head32)
+        return RolloutOptions(
+            profile=str(self.profile) if self.profile else None,
+            lm_head_fp32=self.head32,
+            rotation=contract.AUTO if self.rotation is None else ROTATIONS[self.rotation],
+        )
 
     def key(self) -> dict[str, Any]:
         """Plain data that distinguishes it from every other variant; a profile is identified by its content."""
         profile = files.sha256(self.profile) if self.profile else None
-        return {**asdict(self), "profile": profile}
+        return {**asdict(self), "profile": profile, "rotation": self.asked_rotation}
 
     def contradiction(self, holds: dict[str, Any]) -> str | None:
         """The difference of an engine's contract.Handshake from this variant; None if they agree."""
@@ -76,6 +91,8 @@ class Variant:
             (self.profile is not None, holds["smoothed"] > 0, f"{holds['smoothed']} of its tensors are smoothed"),
         )
         wrong = [text for wanted, held, text in checks if wanted != held]
+        if self.asked_rotation not in {holds["rotation"], contract.AUTO}:
+            wrong.append(f"its inputs are rotated by blocks of {holds['rotation']}")
         return f"{self.name} was asked for, but of the engine {' and '.join(wrong)}" if wrong else None
 
 
@@ -96,16 +113,26 @@ def _variant(word: str, profile: Path | None) -> Variant:
     for suffix in suffixes:
         _known(suffix, SUFFIXES, f"--rollout {word}: no suffix {suffix!r}")
     row = PRECISIONS[precision]
+    rotations = [suffix for suffix in suffixes if suffix in ROTATIONS]
+    if rotations and not row.rotates:
+        what = f"--rollout {word}: rotations are for {joined(ROTATED, 'and')}"
+        raise InputError(what, hint=f"--rollout {ROTATED[0]}+{rotations[0]}")
+    if len(rotations) > 1:
+        raise InputError(
+            f"--rollout {word}: one rotation, not {joined(rotations, 'and')}", hint=f"--rollout {ROTATED[0]}"
+        )
     if "kv8" in suffixes and "kv8" not in row.goes_with:
         what = f"--rollout {word}: an FP8 KV cache takes flashrl's own weight update, and {precision} has verl's"
         raise InputError(what, hint=f"--rollout {row.sibling}+kv8")
+    plain = Variant(
+        precision=precision, kv8="kv8" in suffixes, head32="head32" in suffixes, rotation=next(iter(rotations), None)
+    )
     if "smooth" not in suffixes:
-        return Variant(precision=precision, kv8="kv8" in suffixes, head32="head32" in suffixes)
+        return plain
     if "smooth" not in row.goes_with:
         what = f"--rollout {word}: smoothing is for {joined(SMOOTHED, 'and')}"
         raise InputError(what, hint=f"--rollout {SMOOTHED[0]}+smooth")
-    file = _profile(word, profile)
-    return Variant(precision=precision, kv8="kv8" in suffixes, head32="head32" in suffixes, profile=file)
+    return replace(plain, profile=_profile(word, profile))
 
 
 def _profile(word: str, profile: Path | None) -> Path:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import contract, files, paths
 from flashrl_cli.bench import job
-from flashrl_cli.bench.job import EngineOptions
+from flashrl_cli.bench.job import PLAIN, ROTATIONS, EngineOptions
 from flashrl_cli.data.rows import Scoring
 from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.evals import questions
@@ -28,7 +28,7 @@ from flashrl_cli.precision import PRECISIONS, WITH_EXPERTS
 from flashrl_cli.runs.checkpoints import hf_folder
 from flashrl_cli.verl.lint.rollout import single, unfilled
 from flashrl_cli.weights import Unreadable, Weights, read_json
-from flashrl_cli.weights.shape import of_config
+from flashrl_cli.weights.shape import inputs, of_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -372,14 +372,18 @@ def _check_variants(chosen: Sequence[Variant], where: Machine, found: Model, ten
     except ValueError:  # only vLLM can judge other kinds of models
         return
     for variant in chosen:
-        _check_variant(variant, found.name, shape)
+        _check_variant(variant, found.name, shape, tensor_parallel)
     for variant in chosen:
         if PRECISIONS[variant.precision].block and not where.lacks(variant):
             _check_blocks(variant, shape, found.name, tensor_parallel)
 
 
-def _check_variant(variant: Variant, name: str, shape: ModelShape) -> None:
-    """Raise InputError for experts that would stay in bf16, and for an FP8 KV cache without a known bound."""
+def _check_variant(variant: Variant, name: str, shape: ModelShape, tensor_parallel: int) -> None:
+    """Raise InputError for what training refuses for such a model.
+
+    That is experts that would stay in bf16, an FP8 KV cache without a known bound, and blocks of a rotation that do not
+    divide an input.
+    """
     row = PRECISIONS[variant.precision]
     if row.method and shape.experts and not row.experts:
         what = f"--rollout {variant.name}: the {shape.experts} experts of {name} would stay in bf16"
@@ -391,6 +395,11 @@ def _check_variant(variant: Variant, name: str, shape: ModelShape) -> None:
             f"only for {known}"
         )
         raise InputError(what, hint=f"--rollout {replace(variant, kv8=False).name}")
+    block = ROTATIONS[variant.rotation or PLAIN]
+    for layer, width in inputs(shape, tensor_parallel).items():
+        if block and width % block:
+            what = f"--rollout {variant.name}: {block} does not divide the {width} input channels of {layer}"
+            raise InputError(f"{what} of {name} at --tp {tensor_parallel}", hint=f"--rollout {variant.precision}")
 
 
 def _check_blocks(variant: Variant, shape: ModelShape, name: str, tensor_parallel: int) -> None:

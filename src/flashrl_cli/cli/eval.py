@@ -13,7 +13,8 @@ import typer
 
 from flashrl_cli import paths
 from flashrl_cli.cli.options import Json, MemoryShare, TensorParallel
-from flashrl_cli.precision import BY_METHOD, SMOOTHED, RefittedName, joined
+from flashrl_cli.errors import InputError
+from flashrl_cli.precision import BLOCKS, BY_METHOD, ROTATED, SMOOTHED, RefittedName, joined
 from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
@@ -65,6 +66,10 @@ def evaluate(
             metavar="FILE", help=f"Smoothing profile to apply, as a rollout with it does ({', '.join(SMOOTHED)})."
         ),
     ] = None,
+    rotation: Annotated[
+        str,
+        typer.Option(metavar=f"auto|{'|'.join(map(str, BLOCKS))}|off", help="Rotation of int8's inputs, by blocks."),
+    ] = "auto",
     tp: TensorParallel = 1,
     gpu_memory_utilization: MemoryShare = None,
     fail_under: Annotated[
@@ -122,11 +127,23 @@ def evaluate(
                 gpu_memory_utilization=gpu_memory_utilization,
                 tensor_parallel=tp,
                 profile=None if profile is None else str(paths.absolute(profile)),
+                rotation=_rotation(rotation, rollout),
             ),
             out=out,
             fail_under=least,
         )
         _evaluate(output, lookup, patterns, watch=watch, png=png)
+
+
+def _rotation(text: str, rollout: str) -> int | str:
+    """The block that `--rotation` names. Raises InputError for any other text, and for a precision without one."""
+    if text in ("auto", "off"):
+        return 0 if text == "off" else text
+    if text not in map(str, BLOCKS):
+        raise InputError(f"--rotation {text}: no such block", hint=f"auto, {', '.join(map(str, BLOCKS))} or off")
+    if rollout not in ROTATED:
+        raise InputError(f"--rotation {text} is not for {rollout}", hint=f"--rollout {ROTATED[0]}")
+    return int(text)
 
 
 def _evaluate(output: Output, lookup: Callable[[], Request], patterns: list[str], *, watch: bool, png: bool) -> None:

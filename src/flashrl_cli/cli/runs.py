@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from flashrl_cli.runs.store import Run
 
 SCHEMA_VERSION = 1
-_PLAIN_WIDTH = 80
 
 Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of runs.", autocompletion=options.run_names)]
 Name = Annotated[
@@ -286,6 +285,48 @@ def export(
         out.say(f"uploaded to {url}")
 
 
+@runs.command("correction", epilog="flashrl runs correction tiny-int8-tis2 --last 20 --png correction.png")
+def correction(
+    name: RunArgument,
+    *,
+    step: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="This step alone.", show_default="the last steps")
+    ] = None,
+    last: Annotated[
+        int | None, typer.Option(metavar="K", min=1, help="The last K steps that were kept.", show_default="5")
+    ] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", dir_okay=False, help="Draw log-ratios and weights by position to a PNG."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Compare corrections on the log-ratios that a run kept.
+
+    For each kind and cap: bias, effective sample size, tokens touched, and the estimated error of the gradient, the
+    least one first.
+    """
+    from flashrl_cli.render import figure, run_tables
+    from flashrl_cli.render.output import Output
+    from flashrl_cli.runs import replay, store
+
+    if step is not None and last is not None:
+        raise InputError("--step and --last exclude each other", hint="--step N is one step, --last K are the newest")
+    if png:
+        figure.require("matplotlib")
+    out = Output(json_mode=json)
+    found = replay.replay_run(store.find(name), step=step, last=last or replay.RECENT)
+    for one in found.damaged:
+        out.warn(one)
+    if png:
+        figure.write_png(figure.replayed(found), png)
+        out.say(f"written to {png}")
+    if json:
+        out.document({"schema_version": SCHEMA_VERSION, "run": name, **found.document()})
+    else:
+        run_tables.show_correction(out, found)
+
+
 @runs.command("plot", epilog="flashrl runs plot int8 bf16 --metric reward,kl --png curves.png")
 def plot(
     names: Names,
@@ -347,10 +388,11 @@ def _draw(out: Output, panels: list[Panel], png: Path | None, html: Path | None,
 
 
 def _show_curves(out: Output, panels: list[Panel]) -> None:
+    from flashrl_cli.render.run_tables import PLAIN
     from flashrl_cli.render.text_plot import text_panels
 
     terminal = out.stdout.is_terminal
-    width = out.stdout.width if terminal else _PLAIN_WIDTH
+    width = out.stdout.width if terminal else PLAIN
     out.text(text_panels(panels, width=width, colour=terminal and not out.stdout.no_color))
 
 

@@ -27,6 +27,16 @@ class Suggestion(NamedTuple):
     keys: Sequence[str] = ()
 
 
+class Violation(NamedTuple):
+    """A broken rule: the key, what is wrong, and the fix as text (`hint`) or as alternative values of keys (`fix`)."""
+
+    key: str
+    message: str
+    hint: str = ""
+    fix: Mapping[str, Any] = {}
+
+
+Rule = Callable[[RunSpec], Iterator[Violation]]
 Translate = Callable[[str], Suggestion | None]
 """Function from a key that the spec lacks to a hint from another program (verl); None if that lacks the key, too."""
 
@@ -39,8 +49,54 @@ KINDS = {
     "float_type": "a number",
     "bool_type": "true or false",
 }
-HINTS = {"correction.cap": "--tis takes a cap above 0, or off"}
+HINTS = {"correction.cap": "--tis takes a cap above 0, or off; --set correction.kind=… another kind of weights"}
 """Hints for wrong values of keys that have a command-line option besides `--set`."""
+_BY_SEQUENCE = "a rejection beside the weights: --set correction.reject.by={} --set correction.reject.upper=…"
+_V1_LACKS = "verl's V1 trainer does not give it {}; --set algorithm.advantage={} works there"
+ELSEWHERE: Mapping[str, Mapping[str, str]] = {
+    "correction.kind": {
+        # verl
+        "token": "tis",
+        "sequence": "seq-tis",
+        "geometric": _BY_SEQUENCE.format("seq-mean"),
+        # TRL's vllm_importance_sampling_mode
+        "token-truncate": "tis",
+        "token-mask": "icepop",
+        "sequence-truncate": "seq-tis",
+        "sequence-mask": _BY_SEQUENCE.format("seq-sum"),
+        # NeMo-RL's truncated_importance_sampling_type and OpenRLHF's is_correction_type have tis and icepop, too
+        "seq-mask-tis": _BY_SEQUENCE.format("seq-mean"),
+        # slime, AReaL and papers
+        "truncate": "tis",
+        "truncated": "tis",
+        "clip": "tis",
+        "clipped": "tis",
+        "is": "tis",
+        "mask": "icepop",
+        "masked": "icepop",
+        "mis": "icepop",
+        "ice-pop": "icepop",
+        "sequence-tis": "seq-tis",
+        "seq": "seq-tis",
+        "off": "none",
+        "false": "none",
+    },
+    "algorithm.loss": {"vanilla": "ppo", "grpo": "ppo", "dapo": "ppo", "geo-mean": "gmpo", "dppo": "dppo-tv"},
+    "algorithm.advantage": {
+        "reinforce++": "reinforce-plus-plus",
+        "reinforce++-baseline": "reinforce-plus-plus-baseline",
+        "reinforce-baseline": "reinforce-plus-plus-baseline",
+        "group-norm": "grpo",
+        "ppo": "gae",
+        "passk": "grpo-passk",
+        "dr-grpo": "--set algorithm.advantage=grpo --set algorithm.normalize_by_std=false",
+        "remax": _V1_LACKS.format("the reward of a greedy response, its baseline", "rloo"),
+        "optimal-token-baseline": _V1_LACKS.format("the sum of squared probabilities of each token", "opo"),
+        "tir-optimal-token-baseline": _V1_LACKS.format("the sum of squared probabilities of each token", "opo"),
+        "gdpo": _V1_LACKS.format("the components of the reward", "grpo"),
+    },
+}
+"""What other frameworks call a value, with hyphens: its name here, or a hint on what takes its place."""
 IN_FILES = ("extends",)
 """Keys of a preset file that the spec lacks."""
 SHOWN = 60
@@ -204,6 +260,9 @@ def _fix(key: str, value: Any, origin: Origin) -> str | None:
     info = _field(key)
     if info is None:
         return None
+    meant = ELSEWHERE.get(key, {}).get(str(value).lower().replace("_", "-"))
+    if meant is not None:
+        return f"did you mean {_written(key, meant, origin)}?" if _fits(key, meant) else meant
     fitting = [reading for reading in _readings(value, info) if _fits(key, reading)]
     return f"did you mean {_written(key, fitting[0], origin)}?" if fitting else None
 

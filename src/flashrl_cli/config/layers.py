@@ -108,6 +108,21 @@ def _forget(origins: dict[str, Origin], key: str) -> None:
         del origins[stale]
 
 
+def derived(key: str, value: Any, reason: str) -> Layer:
+    """A layer with the derived value of one key."""
+    return Layer(Origin("derived", reason=reason), nested(key, value))
+
+
+def rank(key: str, layers: Sequence[Layer]) -> int:
+    """How late a key was set: the number of its last layer, the same for all options; -1 if none set it."""
+    ranks = [
+        len(layers) if layer.origin.layer in ("option", "set") else number
+        for number, layer in enumerate(layers)
+        if key in dict(leaves(layer.data))
+    ]
+    return max(ranks, default=-1)
+
+
 ABSENT: Final = object()
 """The value of a key in the configuration that lacks it."""
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from flashrl_cli.paths import FOLDER_NAME
-from flashrl_cli.precision import PrecisionName
+from flashrl_cli.precision import Block, PrecisionName
 
 Count = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -20,6 +20,16 @@ NotNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
 FolderName = Annotated[str, Field(pattern=FOLDER_NAME)]
 Tokens = Literal["auto"] | Count
+Loss = Literal[
+    "ppo", "gspo", "sapo", "cispo", "gpg", "dppo-tv", "dppo-kl", "clip-cov", "kl-cov", "gmpo", "dro"
+]  # fmt: skip
+Advantage = Literal[
+    "gae", "reinforce-plus-plus", "grpo", "grpo-vectorized", "rloo", "rloo-vectorized", "opo", "gpg",
+    "reinforce-plus-plus-baseline", "grpo-passk",
+]  # fmt: skip
+CorrectionKind = Literal["none", "tis", "icepop", "seq-tis"]
+By = Literal["token", "seq-sum", "seq-mean", "seq-max"]
+Estimator = Literal["k1", "k2", "k3"]
 Scalar = bool | int | float | str | None
 
 
@@ -93,10 +103,13 @@ class FilterGroups(Part):
 class AlgorithmSpec(Part):
     """Advantage, loss and optimizer of the policy."""
 
-    advantage: Literal["gae", "grpo"]
-    """`gae` trains a critic; `grpo` compares the `rollout.n` responses to one prompt."""
+    advantage: Advantage
+    """`gae` trains a critic; `reinforce-plus-plus` compares with the batch; all others compare the `rollout.n`
+    responses to one prompt ([Correction](correction.md#advantages))."""
     normalize_by_std: bool = True
-    """GRPO: divide the advantage by the group's standard deviation."""
+    """`grpo` and `grpo-passk`: divide the advantage by the group's standard deviation."""
+    loss: Loss = "ppo"
+    """Loss of the policy update ([Correction](correction.md#losses))."""
     lr: Positive
     """Learning rate of the policy."""
     mini_batch_size: Count
@@ -108,15 +121,18 @@ class AlgorithmSpec(Part):
     `auto` is what the estimated memory allows, or null where `micro_batch_size_per_gpu` is given; null for batches by
     responses."""
     clip_low: NotNegative = 0.2
-    """The ratio of probabilities is clipped at 1 - clip_low."""
+    """The ratio of probabilities is clipped at 1 - clip_low; what the bound means to another loss than `ppo`, and its
+    value there unless it is set beside `loss` or later, is in [Correction](correction.md#losses)."""
     clip_high: NotNegative = 0.2
-    """The ratio of probabilities is clipped at 1 + clip_high."""
+    """The ratio of probabilities is clipped at 1 + clip_high; see `clip_low`."""
     clip_c: Positive = 3.0
-    """Dual clip: bound of the loss where the advantage is negative."""
+    """Dual clip (`ppo`): bound of the loss where the advantage is negative. `dppo-tv` and `dppo-kl`: cap of the ratio
+    of probabilities, 20 unless it is set beside `loss` or later."""
     loss_aggregation: Literal[
         "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
     ] = "token-mean"
-    """How token losses become one number."""
+    """How token losses become one number. `gspo`, `sapo` and `gmpo` take `seq-mean-token-mean` unless it is set beside
+    `loss` or later."""
     entropy_coeff: float = 0.0
     """Weight of the entropy bonus."""
     kl_loss: bool = False
@@ -155,6 +171,9 @@ class RolloutSpec(Part):
     kv_cache: Literal["auto", "fp8"] = "auto"
     """Arithmetic of the rollout engine's KV cache: `auto` is the model's, `fp8` holds twice as many tokens in the same
     memory."""
+    rotation: Literal["auto", "off"] | Block = "auto"
+    """Block by which int8 rollouts rotate the input of each linear layer before they round it, which spreads outliers:
+    `auto` is the largest up to 128 that divides every input on every rank, or off with `rollout.profile`."""
     profile: Text | None = None
     """Smoothing profile (a file of `flashrl quantize --calibrate`) that every refit applies before it quantizes; null
     for none."""
@@ -191,11 +210,62 @@ class RolloutSpec(Part):
     the estimated memory allows; null, as in verl, `algorithm.max_tokens_per_gpu`."""
 
 
-class CorrectionSpec(Part):
-    """Correction for sampling with another arithmetic than training."""
+class RejectSpec(Part):
+    """What is left out of the update, because rollout and trainer differ too much on it."""
 
+    by: By
+    """`token` judges and rejects single tokens; the others reject a response, by the sum, the mean or the largest of
+    its tokens' estimates."""
+    estimator: Estimator = "k1"
+    """Estimate of a token, with w = p_train / p_rollout: `k1` is w itself (its product over a response for `seq-sum`,
+    its geometric mean for `seq-mean`), `k2` is (ln w)² / 2 and `k3` is w - ln w - 1, both in nats."""
+    lower: Positive | None = None
+    """Least importance weight that is kept (`k1`); null means 1 / `upper`."""
+    upper: Positive
+    """Largest importance weight that is kept (`k1`), or largest divergence in nats (`k2`, `k3`)."""
+
+    @property
+    def text(self) -> str:
+        """The rejection in words, for people."""
+        below = f"below {self.lower:g} or " if self.lower is not None else ""
+        return f"rejection by {self.by} {self.estimator} {below}above {self.upper:g}"
+
+
+class CorrectionSpec(Part):
+    """Correction for sampling with another arithmetic than training, by weights w = p_train / p_rollout."""
+
+    kind: CorrectionKind = "none"
+    """`tis`: token weights min(w, cap). `icepop`: token weights w, or 0 outside of `lower` to `cap`. `seq-tis`: the
+    product of a response's token weights, at most `cap`, for each of its tokens. A `cap` alone means `tis`."""
     cap: Positive | None = None
-    """Truncated importance sampling: token weights min(p_train / p_rollout, cap). null for none."""
+    """Largest weight; null means 2, and 5 with `icepop`. Where no `kind` is set, null means `none`."""
+    lower: Positive | None = None
+    """Least weight of `icepop`; null means 0.5."""
+    reject: RejectSpec | None = None
+    """Tokens or responses that are left out of the update; null for none."""
+    support: Literal["full", "kept"] = "full"
+    """Tokens over which the trainer normalizes log-probs: the vocabulary (`full`), or those that `rollout.top_k` and
+    `rollout.top_p` keep (`kept`), so that weights have mean 1 at any temperature."""
+    keep_responses: Annotated[int, Field(ge=0)] = 256
+    """Responses a step whose tokens' log-ratios of trainer and rollout are kept for `flashrl runs correction`, at most
+    1 Mi tokens a step and 256 MiB an attempt. 0 for none."""
+
+    @property
+    def active(self) -> bool:
+        """Whether anything of it compares the log-probs of rollout and trainer."""
+        return self.kind != "none" or self.reject is not None
+
+    @property
+    def text(self) -> str:
+        """The correction in words, for people."""
+        cap, lower = f"{self.cap or 0:g}", f"{self.lower or 0:g}"
+        weights = {
+            "none": "no importance sampling",
+            "tis": f"truncated importance sampling at {cap}",
+            "icepop": f"IcePop from {lower} to {cap}",
+            "seq-tis": f"importance weights of responses, truncated at {cap}",
+        }[self.kind]
+        return f"{weights}, {self.reject.text}" if self.reject else weights
 
 
 class Overlong(Part):
@@ -273,7 +343,9 @@ class WatchSpec(Part):
     max_kl: Positive = 0.5
     """Bound of |KL| between rollout and trainer, nats a token."""
     max_weight_deviation: Positive = 0.5
-    """Bound of |mean importance weight - 1|."""
+    """Bound of |mean importance weight - 1|, before the start also of weights of responses (`seq-tis`)."""
+    max_rejected: Fraction = 0.9
+    """Largest share of a step's tokens that `correction.reject` may leave out."""
     min_correlation: Fraction = 0.9
     """Least correlation of the sampled tokens' probabilities, where they differ by more than `max_prob_difference`."""
     max_prob_difference: Positive = 0.05

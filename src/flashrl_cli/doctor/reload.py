@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from flashrl_cli import contract
+from flashrl_cli.doctor.reload_engine import ROTATION
 from flashrl_cli.errors import FlashrlError
 from flashrl_cli.machine import gpus, software, system
 from flashrl_cli.machine.finding import Finding, fail, ok
+from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.worker import client
 
 ENGINE = "flashrl_cli.doctor.reload_engine"
@@ -69,7 +71,12 @@ def _holds(precision: str, measured: Mapping[str, Any]) -> Finding:
         return fail(
             "engine", f"{precision} was asked for, the engine holds {holds.precision} in {layers}", TRAINS_WITHOUT
         )
+    rotation = ROTATION if PRECISIONS[precision].rotates else 0
+    if holds.rotation != rotation:
+        what = f"inputs rotated by blocks of {rotation} were asked for, the engine's are {holds.rotation}"
+        return fail("engine", what, TRAINS_WITHOUT)
     how = f"{layers} in {precision}, " if precision != "bf16" else ""
+    how += f"inputs rotated by blocks of {rotation}, " if rotation else ""
     return ok("engine", f"{how}{holds.kernel}, started in {measured['start_s']:.0f} s, refit in {holds.refit_s:.3f} s")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import contract
-from flashrl_cli.precision import PRECISIONS
+from flashrl_cli.precision import PRECISIONS, largest_block
 from flashrl_cli.weights import Weights
 from flashrl_cli.worker import engine, server
 
@@ -24,6 +24,8 @@ SEQUENCES, PROMPT, NEW = 16, 32, 16
 VOCABULARY = 512
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 """Shapes that every 8-bit kernel supports; heads have 64 dimensions."""
+ROTATION = largest_block((SIZES["hidden_size"], SIZES["intermediate_size"]))
+"""Block by which such a policy's inputs are rotated by default."""
 SPREAD, EMBEDDING_SPREAD = 0.05, 0.1
 """Standard deviations of the weights of the layers and of the tied embedding; an untrained Qwen2 has 0.02.
 

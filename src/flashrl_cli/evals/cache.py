@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli import files
 from flashrl_cli.evals.results import Evaluated, Grade, Response
 from flashrl_cli.machine import software
+from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
 from flashrl_cli.weights import Unreadable
 
@@ -52,6 +53,8 @@ def units(
     how = {"sampling": asdict(sampling), "rollout": engine.rollout, "max_model_len": engine.max_model_len}
     if engine.profile:
         how["profile"] = files.sha256(Path(engine.profile))
+    if PRECISIONS[engine.rollout].rotates:
+        how["rotation"] = engine.rotation
     common = json.dumps([_ANSWERS, how, software.versions_of(_MADE_BY)], sort_keys=True)
     asked = [(one, _hash(common + "".join(q.line() for q in one.questions))) for one in data]
     for checkpoint in checkpoints:

@@ -69,7 +69,8 @@ class Generator:
             hint = f"--rollout {joined(ON_CPU, 'or')}"
             raise EnvironmentNotReady(f"vLLM has no {row.number_format} kernel for a CPU", hint=hint)
         # the plugins read this in this process and in those that vLLM starts
-        os.environ[contract.ENV_ROLLOUT] = contract.RolloutOptions(profile=job.engine.profile).text()
+        self._options = contract.RolloutOptions(profile=job.engine.profile, rotation=job.engine.rotation)
+        os.environ[contract.ENV_ROLLOUT] = self._options.text()
         share = job.engine.gpu_memory_utilization
         self._llm = engine.start(
             str(job.start),
@@ -132,6 +133,11 @@ class Generator:
         if bool(holds["smoothed"]) != bool(self._job.engine.profile):
             raise EnvironmentNotReady(
                 f"the engine smoothed {counted(holds['smoothed'], 'tensor')}, profile: {self._job.engine.profile}"
+            )
+        rotation = self._options.asked_rotation
+        if PRECISIONS[asked].rotates and rotation not in {holds["rotation"], contract.AUTO}:
+            raise EnvironmentNotReady(
+                f"asked for a rotation by blocks of {rotation}, the engine has {holds['rotation']}"
             )
         if not self._llm.reset_prefix_cache():
             raise EnvironmentNotReady("vLLM kept its prefix cache, which belongs to the weights before")

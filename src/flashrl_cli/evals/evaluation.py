@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from flashrl_cli import paths
+from flashrl_cli.contract import AUTO
 from flashrl_cli.errors import InputError, NothingMatched
 from flashrl_cli.evals import job, questions, results
 from flashrl_cli.evals.accuracy import Report
@@ -119,7 +120,8 @@ class Request:
 
     def settings(self) -> dict[str, Any]:
         """Settings for the report, as plain data."""
-        return {"sampling": asdict(self.sampling), "rollout": self.engine.rollout, "profile": self.engine.profile}
+        engine = {name: getattr(self.engine, name) for name in ("rollout", "profile", "rotation")}
+        return {"sampling": asdict(self.sampling), **engine}
 
 
 def check_profile(engine: EngineSettings, folders: Iterable[Path]) -> None:
@@ -136,6 +138,9 @@ def check_profile(engine: EngineSettings, folders: Iterable[Path]) -> None:
     except Unreadable as error:
         raise InputError(str(error), hint="`flashrl quantize MODEL --calibrate PARQUET` makes one") from None
     without = "evaluate it without --profile"
+    if engine.rotation not in {AUTO, 0}:
+        what = f"--rotation {engine.rotation} mixes the channels for which {engine.profile} was made"
+        raise InputError(what, hint=f"--rotation off, or {without}")
     for folder in folders:
         try:
             config = read_json(folder / "config.json")

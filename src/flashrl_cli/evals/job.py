@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashrl_cli.contract import AUTO
 from flashrl_cli.weights import Weights
 from flashrl_cli.worker import client
 
@@ -37,7 +38,7 @@ class EngineSettings:
 
     `max_model_len` is in tokens, None for as many as the prompts need. `gpu_memory_utilization` is the share of each
     GPU's memory that vLLM takes, None for its default; `tensor_parallel` counts GPUs; `profile` is the absolute path of
-    a smoothing profile.
+    a smoothing profile. `rotation` is the block by which int8 rotates its inputs, 0 for none, `auto` for the default.
     """
 
     rollout: str = "bf16"
@@ -45,6 +46,7 @@ class EngineSettings:
     gpu_memory_utilization: float | None = None
     tensor_parallel: int = 1
     profile: str | None = None
+    rotation: int | str = AUTO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

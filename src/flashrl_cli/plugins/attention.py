@@ -12,17 +12,15 @@ The plugin of verl calls `apply`. Only processes that train import verl's engine
 from __future__ import annotations
 
 import functools
-import importlib.abc
 import importlib.metadata
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from flashrl_cli.contract import PATCHED, VERL
+from flashrl_cli.contract import PATCHED, VERL, before_import
 
 VARLEN = "varlen"
 """Value of Transformers' `attn_implementation`."""
@@ -47,19 +45,7 @@ head size], the packing and the scale of the scores (None: 1 / sqrt(head size)),
 
 def apply() -> None:
     """Prepare this process when it imports verl's FSDP engine, or at once if it has; others stay as they are."""
-    if _ENGINE in sys.modules:
-        prepare()
-    elif not any(isinstance(finder, _BeforeEngine) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _BeforeEngine())
-
-
-class _BeforeEngine(importlib.abc.MetaPathFinder):
-    """Finds no module, and prepares the process when the engine is looked for, which happens once."""
-
-    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
-        if fullname == _ENGINE:
-            sys.meta_path.remove(self)
-            prepare()
+    before_import(_ENGINE, prepare)
 
 
 def prepare() -> None:

@@ -5,10 +5,13 @@ core each. `train.guardian` starts this server beside verl's driver; `plugins.fo
 Ray and vLLM ask it for their processes. A process that it cannot serve starts as it would without: a request is refused
 when the server's modules might differ from what the new process would import (another environment, threads).
 
-vLLM's worker starts as usual: vLLM binds it to cores by variables of OpenMP, whose library reads them when it is loaded
-(vllm/utils/ompmultiprocessing.py). Runs on GPUs do without: a fork cannot use CUDA once its parent has asked for GPUs,
-and verl's modules do so while they are imported, to find other GPUs in a driver than in its workers
-(verl/utils/device.py).
+On a CPU vLLM's worker starts as usual: vLLM binds it to cores by variables of OpenMP, whose library reads them when it
+is loaded (vllm/utils/ompmultiprocessing.py).
+
+On GPUs a fork cannot use CUDA once its parent has initialized it. Modules of verl ask for GPUs while they are imported
+(verl/utils/device.py:57, verl/trainer/constants_ppo.py:26). The server answers them from NVML, which leaves CUDA alone
+(PYTORCH_NVML_BASED_CUDA_CHECK of a run's environment, and `capabilities_by_nvidia_smi`). If a module initializes CUDA
+nevertheless, the server names it and ends, and all processes of the run start as usual.
 
 The server listens on a socket that the guardian opened, and ends when the guardian closes the lifeline. A request is a
 length and JSON, with file descriptors: stdout, stderr and, for a process of multiprocessing, what
@@ -18,6 +21,7 @@ length and JSON, with file descriptors: stdout, stderr and, for a process of mul
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -28,7 +32,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +52,11 @@ MODULES = (
 )
 """What the processes of a run import, beside what these modules import in turn."""
 ON_CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.attention.backends.cpu_attn")
+ON_CUDA = ("vllm.v1.worker.gpu_worker", "vllm.v1.attention.backends.flash_attn")
+CUDA_DRIVER = "libcuda.so.1"
+NOT_INITIALIZED = 3
+"""CUDA_ERROR_NOT_INITIALIZED of CUDA's driver, in a process in which nothing has called cuInit yet."""
+THREADS = "OMP_NUM_THREADS"
 JOB, FIRST_JOB, RAYLET = "RAY_JOB_ID", "01000000", "RAY_RAYLET_PID"
 ANSWER_S = 10.0
 """Seconds that a client has for sending its request once it is connected."""
@@ -62,6 +71,7 @@ AT_RUN_TIME = frozenset(
         "MASTER_ADDR",
         "MASTER_PORT",
         "NUMEXPR_MAX_THREADS",
+        "OMP_NUM_THREADS",
         "PWD",
         "PYTHONBREAKPOINT",
         "RANK",
@@ -130,6 +140,9 @@ def _settle() -> None:
         raylet.Config.initialize("")  # reads the variables RAY_*
     if config := sys.modules.get("torch._inductor.config"):
         config.cpp.dynamic_threads = os.environ.get("TORCHINDUCTOR_CPP_DYNAMIC_THREADS") == "1"
+    torch, threads = sys.modules.get("torch"), os.environ.get(THREADS, "")
+    if torch and threads.isdigit():
+        torch.set_num_threads(int(threads))
     with contextlib.suppress(OSError):
         # Ray sets it for the process that it starts, so that the system ends workers first when memory runs out
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
@@ -277,14 +290,48 @@ def _answer(connection: socket.socket, **answer: Any) -> None:
 
 
 def preload(names: tuple[str, ...]) -> None:
-    """Import modules; one that is missing here is left to the processes that need it."""
+    """Import modules; one that is missing here is left to the processes that need it.
+
+    Raises SystemExit if one initializes CUDA, which no fork could use then.
+    """
     gc.disable()  # a collection finds nothing to free between imports
     for name in names:
         try:
             importlib.import_module(name)
         except ImportError as error:
             print(f"not imported ahead: {name}: {error}", file=sys.stderr, flush=True)
+        if cuda_is_initialized():
+            sys.exit(f"all processes start without the fork server: importing {name} initializes CUDA")
     gc.enable()
+
+
+def cuda_is_initialized() -> bool:
+    """Whether something in this process has initialized CUDA's driver; False where there is none."""
+    try:
+        driver = ctypes.CDLL(CUDA_DRIVER)
+    except OSError:
+        return False
+    return bool(driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != NOT_INITIALIZED)
+
+
+@contextlib.contextmanager
+def capabilities_by_nvidia_smi() -> Iterator[None]:
+    """While modules are imported, answer torch.cuda.get_device_capability without initializing CUDA."""
+    import torch
+
+    from flashrl_cli.machine import gpus
+
+    original, seen = torch.cuda.get_device_capability, gpus.seen()
+
+    def get_device_capability(device: Any = None) -> tuple[int, int]:
+        index = device if isinstance(device, int) else torch.device(device or "cuda").index
+        return seen[index or 0].capability
+
+    torch.cuda.get_device_capability = get_device_capability
+    try:
+        yield
+    finally:
+        torch.cuda.get_device_capability = original
 
 
 def prepare_for_run() -> None:
@@ -310,12 +357,15 @@ def main() -> None:
     with Path(os.devnull).open("rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     began = time.monotonic()
-    names = tuple(sys.argv[2:])
-    if not names:
-        prepare_for_run()
-        names = MODULES + (ON_CPU if os.environ.get(contract.ENV_PLATFORM) == "cpu" else ())
-    before = dict(os.environ)
-    preload(names)
+    names, on_cpu = tuple(sys.argv[2:]), os.environ.get(contract.ENV_PLATFORM) == "cpu"
+    # Ray sets it in workers whose actors ask for no CPUs, before they import torch (ray/_private/utils.py:235)
+    os.environ.setdefault(THREADS, "1")
+    with contextlib.nullcontext() if names or on_cpu else capabilities_by_nvidia_smi():
+        if not names:
+            prepare_for_run()
+            names = MODULES + (ON_CPU if on_cpu else ON_CUDA)
+        before = dict(os.environ)
+        preload(names)
     imports = Imports(before, dict(os.environ))
     contract.logger().info("imported %d modules in %.1f s", len(sys.modules), time.monotonic() - began)
     gc.freeze()  # forks then share the objects' pages for longer

@@ -7,7 +7,8 @@ without its outlier path. The code follows vLLM's online FP8 methods
 vLLM's own.
 
 - INT8: scale = max|w| / 127. vLLM has such a method for experts but not for dense layers. The kernels are CUTLASS on
-  CUDA, and oneDNN or AMX on a CPU.
+  CUDA, and oneDNN or AMX on a CPU. The input is rotated by blocks first, unless the run asks for none
+  (plugins/rotation.py).
 - FP8: float8_e4m3, scale = max|w| / 448, the scheme of vLLM's own online method `fp8_per_channel`
   (Fp8PtpcOnlineLinearMethod, online/fp8.py:283 in 0.24). Later versions of vLLM compute the scale in several passes and
   share it among tensor-parallel ranks. Here it is one pass over each rank's rows, so that a refit can write rows as
@@ -34,6 +35,8 @@ from typing import Any, ClassVar, cast
 
 import torch
 import vllm
+from vllm import _custom_ops as ops
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.kernels.linear import init_fp8_linear_kernel, init_int8_linear_kernel
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
@@ -46,12 +49,15 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from flashrl_cli import contract
+from flashrl_cli.plugins.rotation import Rotation, quantize_rows, rotated
 from flashrl_cli.precision import PRECISIONS
 
 RANK = "VERL_REPLICA_RANK"
 """The replica's number, from 0 (vllm_async_server.py:136; verl's own workers read it in vllm_rollout/utils.py:424)."""
 DONE = "_already_called_process_weights_after_loading"
 """vLLM's own marker of a processed layer (vllm/model_executor/model_loader/reload/layerwise.py)."""
+CACHE_KEY = "flashrl_rotation"
+"""Key of vLLM's `additional_config`, of which only a hash is used (vllm/config/vllm.py:476 in 0.24)."""
 Loader = Callable[..., None]
 
 
@@ -66,12 +72,18 @@ class OnlineLinearMethod(LinearMethodBase):
     place.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rotation: Rotation | None = None, layer: str = "") -> None:
         contract.require_vllm(vllm.__version__)
+        self._rotation = rotation or Rotation()
+        self._layer = layer
+        self.block = 0
+        """Block by which the layer's input is rotated, 0 for none; known when weights are loaded."""
         self.quantized_bytes = 0
         self.kernel: Any = None
         self._shape: torch.Size | None = None
         """Shape [N, K] of a weight whose rows may be written one shard at a time; None for any other weight."""
+        self.on_rows: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
+        """Called after rows were quantized, with the number of the first one and the arguments of `quantize`."""
 
     @abstractmethod
     def choose_kernel(self, layer: torch.nn.Module) -> Any:
@@ -103,22 +115,30 @@ class OnlineLinearMethod(LinearMethodBase):
         weight = ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
         layer.register_parameter("weight", weight)
         self.kernel = self.choose_kernel(layer)
+        self._rotation.include(self._layer, input_size_per_partition)
         initialize_online_processing(layer)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Replace the floating-point weight by 8-bit rows and pass them to the kernel; a second call does nothing."""
         if getattr(layer, DONE, False):
             return
+        self.block = self._rotation.block
         weight = layer.weight.data.contiguous()
         # a model may have replaced the loader by one that needs more of a weight than its rows
         self._shape = weight.shape if original_loader(layer.weight) == layer.weight_loader else None
         rows = torch.empty_like(weight, dtype=self.dtype)
         scales = torch.empty(weight.shape[0], 1, dtype=torch.float32, device=weight.device)
-        self.quantize(weight, rows, scales)
+        self.write(0, weight, rows, scales)
         self.quantized_bytes = rows.numel()
         del layer.weight
         self.hand_over(layer, rows, scales)
         setattr(layer, DONE, True)
+
+    def write(self, start: int, weight: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor) -> None:
+        """`quantize` rows of the layer from `start` on, and report them to `on_rows`."""
+        self.quantize(weight, rows, scales)
+        if self.on_rows:
+            self.on_rows(start, weight, rows, scales)
 
     def rows(self, layer: torch.nn.Module) -> Rows | None:
         """The layer's weight as Rows to write into; None if the kernel keeps it in another layout."""
@@ -181,7 +201,7 @@ class Rows:
         count = source.shape[0]
         source = source.to(self._weight.device, self._dtype).contiguous()
         rows = slice(start, start + count)
-        self._method.quantize(source, self._weight[rows], self._scales[rows])
+        self._method.write(start, source, self._weight[rows], self._scales[rows])
         self._parts[start] = count
 
 
@@ -222,10 +242,15 @@ class Int8OnlineLinearMethod(OnlineLinearMethod):
         )
 
     def quantize(self, weight: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor) -> None:
-        """Quantize per row with vLLM's activation kernel on CUDA, or the same arithmetic in PyTorch elsewhere.
+        """Quantize per row with the kernel for activations on CUDA, or the same arithmetic in PyTorch elsewhere.
 
         An all-zero row gets a tiny scale.
         """
+        if self.block and weight.is_cuda:
+            quantize_rows(weight, rows, scales, self.block, 1 / self.block)
+            return
+        if self.block:
+            weight = rotated(weight, self.block).div_(self.block)
         if weight.is_cuda:
             # the kernel behind vllm/_custom_ops.py:scaled_int8_quant, which would allocate its outputs
             torch.ops._C.dynamic_scaled_int8_quant(rows, weight, scales, None)
@@ -244,6 +269,26 @@ class Int8OnlineLinearMethod(OnlineLinearMethod):
         # oneDNN's handle keeps a raw pointer to these, and a reload puts other tensors in their place:
         # without a reference of our own all log-probs are NaN after the second refit
         self._kernel_operands = [scales, layer.weight_scale, layer.azp_adj]
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Multiply x [..., K] by the 8-bit weight, both rotated: returns [..., N] in x's dtype.
+
+        Where the kernel takes quantized activations, what is rounded to INT8 is the float32 result of the rotation;
+        elsewhere (AMX) it is rounded to x's dtype in between.
+        """
+        if not self.block:
+            return super().apply(layer, x, bias)
+        if type(self.kernel).__name__ in self.row_kernels:
+            codes, scales = torch.ops.flashrl.rotate_and_quantize(x, self.block)
+            return ops.cutlass_scaled_mm(codes, layer.weight, scales, layer.weight_scale, out_dtype=x.dtype, bias=bias)
+        turned = rotated(x, self.block)
+        handler = getattr(self.kernel, "dnnl_handler", None)
+        if handler is None:
+            return self.kernel.apply_weights(layer, turned.to(x.dtype), bias)
+        codes, scales, _ = ops.onednn_scaled_int8_quant(turned.view(-1, x.shape[-1]))
+        product = torch.empty(codes.shape[0], handler.n, dtype=x.dtype)
+        ops.onednn_scaled_mm(handler, codes, product, scales, None, layer.azp_adj, bias)
+        return product.view(*x.shape[:-1], handler.n)
 
 
 class Fp8OnlineLinearMethod(OnlineLinearMethod):
@@ -287,6 +332,8 @@ class OnlineConfig(QuantizationConfig):
     def __init__(self, ignore: list[str] | None = None) -> None:
         super().__init__()
         self.ignore = ignore or []
+        asked = contract.RolloutOptions.here().asked_rotation
+        self._rotation = Rotation(asked if PRECISIONS[self.method.precision].rotates else 0)
 
     @classmethod
     def get_name(cls) -> str:
@@ -325,7 +372,13 @@ class OnlineConfig(QuantizationConfig):
             prefix, ignore=self.ignore, fused_mapping=self.packed_modules_mapping
         )
         contract.logger().debug("%s: %s", prefix, "as it is" if plain else self.method.precision)
-        return UnquantizedLinearMethod() if plain else self.method()
+        if plain:
+            return UnquantizedLinearMethod()
+        config = get_current_vllm_config_or_none()
+        if config and isinstance(config.additional_config, dict):
+            # vLLM caches compiled models by its configuration, which would be the same for all rotations
+            config.additional_config[CACHE_KEY] = self._rotation.asked
+        return self.method(self._rotation, prefix)
 
 
 class Int8OnlineConfig(OnlineConfig):

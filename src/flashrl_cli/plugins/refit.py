@@ -19,7 +19,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ from flashrl_cli.weights import Unreadable
 from flashrl_cli.weights.profile import Profile
 
 if TYPE_CHECKING:
+    from flashrl_cli.plugins.arrival import Arrival
     from flashrl_cli.plugins.linear import Loader, Rows
 
 Load = Callable[[Bucket], None]
@@ -55,13 +56,15 @@ def refit(
     *,
     reused: bool = False,
     watched: bool | None = None,
+    arrival: Arrival | None = None,
 ) -> float:
     """Refit `model` with a stream of buckets, and return the duration in seconds.
 
     `stream(load)` must call `load(bucket)` for each bucket of (name, tensor). The profile of this process's
     RolloutOptions is applied to each tensor before it is quantized. `reused` says that the memory of a bucket is
     overwritten after `load` has returned (and its device is synchronized). `watched` is the argument of Coverage.
-    Raises Incomplete if a parameter was not written: the engine then holds no valid policy.
+    `arrival` samples the rows that are quantized. Raises Incomplete if a parameter was not written: the engine then
+    holds no valid policy.
     """
     import vllm
 
@@ -80,11 +83,12 @@ def refit(
 
     straight = device.type == "cuda" and writes_in_place(model)
     contract.logger().debug("refit %s begins", "in place" if straight else "layer by layer")
-    if straight:
-        with in_place(model, coverage.landed) as coverage.rows:
-            prepared(model.load_weights)
-    else:
-        layerwise(model, model_config, device, prepared, reused=reused)
+    with arrival.watching() if arrival else nullcontext():
+        if straight:
+            with in_place(model, coverage.landed) as coverage.rows:
+                prepared(model.load_weights)
+        else:
+            layerwise(model, model_config, device, prepared, reused=reused)
     coverage.check()
     if cache:  # after the layerwise reload, which sets them to 1
         cache.set()
@@ -276,19 +280,28 @@ def describe(model: torch.nn.Module, *, device: torch.device, refits: int, refit
         lm_head=head_dtype(model),
         kv_cache=kv_scales.precision(model),
         smoothed=getattr(model, SMOOTHED, 0),
+        rotation=_rotation(methods),
     )
+
+
+def _rotation(methods: list[OnlineLinearMethod]) -> int:
+    """The block by which all layers rotate their input; 0 if one does not, or if the blocks differ."""
+    blocks = {method.block for method in methods}
+    return blocks.pop() if len(blocks) == 1 else 0
 
 
 def log(handshake: contract.Handshake) -> None:
     """Log a refit in one line, at level INFO."""
     contract.logger().info(
-        "refit %d took %.3f s: %s, %d of %d linear layers quantized (%d bytes), %s, logits in %s, KV cache %s",
+        "refit %d took %.3f s: %s, %d of %d linear layers quantized (%d bytes), rotation %d, %s, logits in %s, "
+        "KV cache %s",
         handshake.refits,
         handshake.refit_s,
         handshake.precision,
         handshake.quantized_layers,
         handshake.linear_layers,
         handshake.quantized_bytes,
+        handshake.rotation,
         handshake.kernel,
         handshake.lm_head,
         handshake.kv_cache,

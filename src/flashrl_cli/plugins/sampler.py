@@ -21,8 +21,11 @@ def quick_buffer(*, refill_fn: Callable[[int], int], **_: Any) -> Any:
     """The replay buffer that verl builds without the hook, with shorter pauses.
 
     verl does not give a custom sampler the settings of dynamic sampling (verl/trainer/ppo/v1/trainer_base.py:163), so
-    the trainer, of which `refill_fn` is a method, builds its own buffer.
+    the trainer, of which `refill_fn` is a method, builds its own buffer. No other hook of verl's gets the trainer, so
+    it is also here that the trainer is made to log what arrives of weight updates.
     """
+    from flashrl_cli.plugins.arrival import log_arrival
+
     trainer: Any = refill_fn.__self__  # type: ignore[attr-defined]
     hook = trainer.config.trainer.v1.sampler.custom_sampler
     path = hook.path
@@ -32,6 +35,7 @@ def quick_buffer(*, refill_fn: Callable[[int], int], **_: Any) -> Any:
     finally:
         hook.path = path
     buffer.__class__ = _with_short_pauses(type(buffer))
+    log_arrival(trainer)
     return buffer
 
 

@@ -1,9 +1,10 @@
 """Entry point `verl.plugins`: verl imports this module in every process of a run.
 
 verl loads plugins without calling them, so the module acts when it is imported. Outside of a flashrl run it does
-nothing. It makes the trainer compute log-probs in chunks, handle batches without loops over their rows, and give its
-models the attention of the configuration, and on a GPU send weights in bf16, where that loses nothing. verl logs an
-exception raised here at DEBUG level only, so the launcher uses the handshake files to verify what really runs.
+nothing. It makes the trainer compute log-probs in chunks, handle batches without loops over their rows, give its models
+the attention of the configuration, report more of its correction and keep a sample of its log-ratios, and on a GPU send
+weights in bf16, where that loses nothing. verl logs an exception raised here at DEBUG level only, so the launcher uses
+the handshake files to verify what really runs.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ if contract.plugin_dir() is not None:
         from flashrl_cli.plugins import transfer
 
         transfer.send_bf16()
-    from flashrl_cli.plugins import batches, log_probs
+    from flashrl_cli.plugins import batches, corrections, log_probs, log_ratios
 
     batches.apply()
     log_probs.apply()
+    corrections.apply()
+    log_ratios.apply()
     if os.environ.get(contract.ENV_SERVER):
         from flashrl_cli.plugins import forked
 

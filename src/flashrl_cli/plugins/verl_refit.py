@@ -13,6 +13,7 @@ import torch
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
 from flashrl_cli import contract
+from flashrl_cli.plugins.arrival import Arrival
 from flashrl_cli.plugins.coverage import Coverage, ties_head
 from flashrl_cli.plugins.refit import Load, describe, log, refit
 
@@ -24,13 +25,17 @@ class CheckedWorkerExtension(vLLMColocateWorkerExtension):
 
     def update_weights_from_ipc(
         self, peft_config: dict[str, Any] | None = None, base_sync_done: bool = False, use_shm: bool = False
-    ) -> None:
-        """Receive all buckets of a weight update. Raises Incomplete if they leave a parameter unwritten."""
+    ) -> dict[str, float] | None:
+        """Receive all buckets of a weight update. Raises Incomplete if they leave a parameter unwritten.
+
+        Returns figures about the update; None if there are none, as with verl's own.
+        """
         adapter_alone = peft_config and base_sync_done
         self._coverage = None if adapter_alone else self._new_coverage()
         super().update_weights_from_ipc(peft_config=peft_config, base_sync_done=base_sync_done, use_shm=use_shm)
         if self._coverage:
             self._coverage.check()
+        return None
 
     def _update_weights(
         self, weights: list[tuple[str, torch.Tensor]], peft_config: dict[str, Any] | None, base_sync_done: bool
@@ -52,31 +57,40 @@ class RefitWorkerExtension(CheckedWorkerExtension):
     """verl's worker extension with flashrl's `update_weights_from_ipc`; adapters (LoRA) still use verl's own update."""
 
     refits = 0
+    _arrival: Arrival | None = None
 
     def update_weights_from_ipc(
         self, peft_config: dict[str, Any] | None = None, base_sync_done: bool = False, use_shm: bool = False
-    ) -> None:
-        """Receive all buckets of a weight update, refit the engine and renew the handshake."""
+    ) -> dict[str, float] | None:
+        """Receive all buckets of a weight update, refit the engine and renew the handshake.
+
+        Returns what of the update arrived (`Arrival.figures`).
+        """
         if peft_config:
-            super().update_weights_from_ipc(peft_config=peft_config, base_sync_done=base_sync_done, use_shm=use_shm)
-            return
+            return super().update_weights_from_ipc(
+                peft_config=peft_config, base_sync_done=base_sync_done, use_shm=use_shm
+            )
         # vLLM's CPU worker does not set the device
         self.device: torch.device = self.device or torch.device("cpu")
         device = self.device
         runner = self.model_runner
         dtypes: set[torch.dtype] = set()
+        self._arrival = arrival = self._arrival or Arrival(runner.model)
 
         def stream(load: Load) -> None:
             dtypes.update(self._receive(load, device, use_shm))
 
-        seconds = refit(runner.model, runner.vllm_config.model_config, device, stream, reused=True)
+        config = runner.vllm_config.model_config
+        seconds = refit(runner.model, config, device, stream, reused=True, arrival=arrival)
+        found = arrival.figures()
         self.refits += 1
         folder = contract.plugin_dir()
         if folder is not None:
             handshake = describe(runner.model, device=device, refits=self.refits, refit_s=seconds)
             received = "+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-            contract.write_handshake(folder, replace(handshake, received=received))
+            contract.write_handshake(folder, replace(handshake, received=received, arrival=found))
             log(handshake)
+        return found
 
     def _receive(self, load: Load, device: torch.device, use_shm: bool) -> set[torch.dtype]:
         """Load every bucket of an update, and return the dtypes that arrived."""

@@ -26,6 +26,8 @@ from flashrl_cli.runs import curves
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from flashrl_cli.runs.replay import Replay
+
 INK, MUTED, RULE = "#1f2329", "#6a7079", "#dfe2e6"
 CURVES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a5195", "#808080")
 """Colours by Okabe and Ito, which most people can distinguish; yellow is darker than theirs, and black is left for
@@ -48,27 +50,30 @@ _MARGIN = 0.06
 _GROUP = 0.8
 """Width of a group of bars, relative to the distance between groups."""
 
+STEP = "step"
+"""Name of the horizontal axis of panels over training steps."""
+
 Style = tuple[str, str]
 """A curve's colour, and its dashes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """One curve: `ys` at steps `xs`, None where its line breaks.
+    """One curve: `ys` at steps (or other positions) `xs`, None where its line breaks.
 
     With `los` and `his` each point has an interval; with `raw` the curve shows smoothed values. `starts` are the steps
     after which later attempts resumed.
     """
 
     label: str
-    xs: Sequence[int]
+    xs: Sequence[float]
     ys: Sequence[float | None]
     los: Sequence[float] = ()
     his: Sequence[float] = ()
     raw: Sequence[float | None] = ()
     starts: Sequence[int] = ()
 
-    def segments(self) -> Iterator[tuple[list[int], list[float]]]:
+    def segments(self) -> Iterator[tuple[list[float], list[float]]]:
         """Unbroken pieces of the curve."""
         points = zip(self.xs, self.ys, strict=True)
         for broken, piece in itertools.groupby(points, key=lambda point: point[1] is None):
@@ -79,12 +84,18 @@ class Series:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """Curves on one pair of axes; `limits` are for the vertical axis, `ticks` for the horizontal (None: automatic)."""
+    """Curves on one pair of axes; `limits` are for the vertical axis, `ticks` for the horizontal (None: automatic).
+
+    `across` names the horizontal axis. A panel of `bars` has one series, whose points are the middles of bars of equal
+    width, and a logarithmic vertical axis of shares.
+    """
 
     title: str
     series: Sequence[Series]
     limits: tuple[float, float]
-    ticks: Sequence[int] | None = None
+    ticks: Sequence[float] | None = None
+    across: str = STEP
+    bars: bool = False
 
 
 def panels(found: Mapping[str, Sequence[curves.Curve]], weight: float) -> list[Panel]:
@@ -122,12 +133,15 @@ def _tenths(series: Sequence[Series]) -> tuple[float, float]:
 def _around(series: Sequence[Series]) -> tuple[float, float]:
     """Limits of the vertical axis: a little more than all values, including raw ones; a flat curve is centred."""
     values = [y for one in series for y in (*one.ys, *one.raw) if y is not None]
-    lower, upper = min(values), max(values)
+    return _padded(min(values), max(values))
+
+
+def _padded(lower: float, upper: float) -> tuple[float, float]:
     margin = _MARGIN * (upper - lower) or abs(upper) / 10 or 1.0
     return lower - margin, upper + margin
 
 
-def _ticks(series: Sequence[Series]) -> list[int]:
+def _ticks(series: Sequence[Series]) -> list[float]:
     """Steps to mark on the horizontal axis: all of them, or a regular selection if there are many."""
     steps = sorted({x for one in series for x in one.xs})
     return steps[:: math.ceil(len(steps) / _TICKS)]
@@ -144,11 +158,46 @@ def labels(panels: Sequence[Panel]) -> list[str]:
     return list(dict.fromkeys(one.label for panel in panels for one in panel.series))
 
 
-def span(panels: Sequence[Panel]) -> tuple[int, int]:
-    """First and last step of all curves; a single step gets space on both sides."""
-    steps = [x for panel in panels for one in panel.series for x in one.xs]
+def span(panels: Sequence[Panel], across: str = STEP) -> tuple[float, float]:
+    """First and last step of all curves over `across`; a single step gets space on both sides."""
+    steps = [x for panel in panels if panel.across == across for one in panel.series for x in one.xs]
     first, last = min(steps), max(steps)
     return (first, last) if first < last else (first - 1, last + 1)
+
+
+def replayed(found: Replay) -> list[Panel]:
+    """Pictures of a run's kept log-ratios: their histogram, and weights by position in the response."""
+    edges, shares = found.histogram.edges, found.histogram.shares
+    middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
+    drawn = [share for share in shares if share]
+    places = [(one.first + one.last) / 2 for one in found.by_position]
+    name = f"{found.responses:,} responses of {found.span}"
+    distances = [one.distance for one in found.by_position]
+    tokens = Series(label=name, xs=places, ys=distances)
+    so_far = Series(
+        label=name,
+        xs=places,
+        ys=[math.log(one.middle) for one in found.by_position],
+        los=[math.log(one.low) for one in found.by_position],
+        his=[math.log(one.high) for one in found.by_position],
+    )
+    where = "token of the response"
+    return [
+        Panel(
+            title="log-ratios of tokens, ln(p_train / p_rollout): share of tokens",
+            series=[Series(label=name, xs=middles, ys=shares)],
+            limits=(10.0 ** math.floor(math.log10(min(drawn) / 2)), 2 * max(drawn)),
+            across="nats",
+            bars=True,
+        ),
+        Panel(title="mean |w - 1| of a token", series=[tokens], limits=(0, 1.1 * max(distances) or 1), across=where),
+        Panel(
+            title="ln of the response's weight so far: median, 5 % and 95 %",
+            series=[so_far],
+            limits=_padded(min(so_far.los), max(so_far.his)),
+            across=where,
+        ),
+    ]
 
 
 def installed(package: str) -> bool:
@@ -177,7 +226,7 @@ def write_png(panels: Sequence[Panel], path: Path) -> None:
         figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12, wspace=0.02)
         for place, panel in enumerate(panels, 1):
             axes = figure.add_subplot(rows, columns, place)
-            _draw(axes, panel, looks, span(panels))
+            _draw(axes, panel, looks, span(panels, panel.across))
             axes.set_title(panel.title, loc="left", color=INK, weight="bold")
         figure.legend(handles=_handles(looks), loc="outside upper left", ncols=min(4, len(looks)), frameon=False)
         with files.replacing(path) as temporary:
@@ -199,24 +248,32 @@ def inline_svgs(panels: Sequence[Panel], prefix: str) -> Iterator[str]:
         # with a fixed salt the same curves give the same file
         with mpl.rc_context({**STYLE, "svg.hashsalt": prefix}):
             figure = Figure(figsize=(5, 2.4), layout="constrained")
-            _draw(figure.add_subplot(), panel, looks, span(panels))
+            _draw(figure.add_subplot(), panel, looks, span(panels, panel.across))
             figure.savefig(stream, format="svg", transparent=True, metadata=dict.fromkeys(_METADATA))
         yield _for_page(stream.getvalue(), f"{prefix}{number}-", panel.title)
 
 
-def _draw(axes: Axes, panel: Panel, looks: Mapping[str, Style], steps: tuple[int, int]) -> None:
+def _draw(axes: Axes, panel: Panel, looks: Mapping[str, Style], steps: tuple[float, float]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for one in panel.series:
-        _draw_series(axes, one, looks[one.label])
+        if panel.bars:
+            axes.bar(one.xs, one.ys, width=one.xs[1] - one.xs[0], color=looks[one.label][0], linewidth=0)
+        else:
+            _draw_series(axes, one, looks[one.label])
     margin = 0.02 * (steps[1] - steps[0])
     axes.set(xlim=(steps[0] - margin, steps[1] + margin), ylim=panel.limits)
     if panel.ticks:
         axes.set_xticks(panel.ticks)
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.set_xlabel("step", color=MUTED)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=not panel.bars, steps=[1, 2, 5, 10]))
+    if panel.bars:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+        axes.minorticks_off()
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.set_xlabel(panel.across, color=MUTED)
     axes.grid(axis="y", color=RULE, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(colors=MUTED, length=0)
@@ -239,7 +296,7 @@ def _draw_series(axes: Axes, one: Series, look: Style) -> None:
     axes.plot(xs, ys, color=colour, linewidth=1.8, linestyle=dashes, **_marks(marked))
 
 
-def thinned(xs: Sequence[int], ys: Sequence[float | None]) -> tuple[list[int], list[float]]:
+def thinned(xs: Sequence[float], ys: Sequence[float | None]) -> tuple[list[float], list[float]]:
     """About `_MOST` points at most that look like the full curve; None becomes NaN, which breaks a line."""
     points = [(x, math.nan if y is None else y) for x, y in zip(xs, ys, strict=True)]
     if len(points) > _MOST:
@@ -249,7 +306,7 @@ def thinned(xs: Sequence[int], ys: Sequence[float | None]) -> tuple[list[int], l
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _extremes(stretch: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+def _extremes(stretch: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The smallest and the largest point of a section in their order, and one where the line breaks."""
     drawn = [point for point in stretch if not math.isnan(point[1])]
     broken = [point for point in stretch if math.isnan(point[1])][:1]

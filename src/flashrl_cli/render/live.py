@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from flashrl_cli.contract import ARRIVAL
 from flashrl_cli.text import counted
 from flashrl_cli.verl.metrics import LIVE, METRICS, SPARED
 
@@ -44,6 +45,7 @@ def _extras(worker: Handshake) -> str:
         f"KV cache in {worker.kv_cache}": worker.kv_cache != "auto",
         "logits in fp32": worker.lm_head == "fp32",
         f"{counted(worker.smoothed, 'tensor')} smoothed": worker.smoothed > 0,
+        f"inputs rotated by blocks of {worker.rotation}": worker.rotation > 0,
     }
     return "".join(f"{part}, " for part, holds in parts.items() if holds)
 
@@ -199,11 +201,12 @@ class LiveDisplay:
         return out
 
     def _columns(self, rows: Sequence[StepMetrics]) -> dict[str, list[str]]:
-        """Cells of `rows` by heading; accuracy only if a row has one."""
+        """Cells of `rows` by heading; accuracy and the figures of 8-bit weights only if a row has them."""
         columns = {"step": [f"{row.step}/{self.total or '?'}" for row in rows]}
         if any(row.accuracy is not None for row in rows):
             columns["accuracy"] = [METRICS["accuracy"].cell(row.accuracy) for row in rows]
-        return columns | {one.heading: [one.cell(row[one.name]) for row in rows] for one in LIVE}
+        shown = [one for one in LIVE if one.name not in ARRIVAL or any(row[one.name] is not None for row in rows)]
+        return columns | {one.heading: [one.cell(row[one.name]) for row in rows] for one in shown}
 
 
 def _fitting(columns: dict[str, list[str]], width: int) -> dict[str, list[str]]:

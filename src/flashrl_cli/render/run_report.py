@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.config.layers import leaves
 from flashrl_cli.config.yaml_file import text_of
-from flashrl_cli.render.figure import panels
+from flashrl_cli.render.figure import panels, replayed
 from flashrl_cli.render.html import drawing_note, figures, page
+from flashrl_cli.render.run_tables import CORRECTIONS, corrections
 from flashrl_cli.runs.curves import SMOOTHING, curve, title
 from flashrl_cli.runs.summary import ran_s, start_shares, totals
 from flashrl_cli.secrets import HIDDEN, looks_secret, without_secrets
@@ -43,6 +44,8 @@ def report_page(found: Summary, changed: Changed) -> str:
         titles={name: title(name) for name in (document["mismatch"] or {"values": ()})["values"]},
         curves=figures(_panels(found, LEARNING_CURVES), "curve"),
         mismatch_curves=figures(_panels(found, MISMATCH_CURVES), "mismatch"),
+        corrections=[CORRECTIONS, *corrections(found.replay)] if found.replay else [],
+        correction_pictures=figures(replayed(found.replay), "correction") if found.replay else [],
         start_phases=list(dict.fromkeys(spent["what"] for start in document["starts"] for spent in start["phases"])),
         configuration=[list(rows) for _, rows in itertools.groupby(document["configuration"], key=_part)],
         software=document["versions"] | git,
@@ -82,6 +85,7 @@ def report_document(found: Summary, changed: Changed) -> dict[str, Any]:
         "speed": found.speed.document(),
         "starts": [_start(attempt) for attempt in found.run.attempts if len(attempt.phases) > 1],
         "mismatch": _mismatch(found),
+        "correction": found.replay.document() if found.replay else None,
         "proof": [{"attempt": number, **asdict(one)} for number, listed in found.handshakes.items() for one in listed],
         "attempts": list(_attempts(found)),
         "configuration": _configuration(plan),

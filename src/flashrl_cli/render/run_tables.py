@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from flashrl_cli.machine import software
 from flashrl_cli.render import figure
 from flashrl_cli.render.live import describe
-from flashrl_cli.render.text_plot import text_panel
+from flashrl_cli.render.text_plot import text_panel, text_panels
+from flashrl_cli.runs.mismatch import percent
 from flashrl_cli.runs.saved import writers
 from flashrl_cli.text import age, binary_size, counted, duration, size
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from flashrl_cli.render.output import Output
     from flashrl_cli.runs.delete import Prune
+    from flashrl_cli.runs.replay import Replay
     from flashrl_cli.runs.saved import CheckpointList, Saved
     from flashrl_cli.runs.speed import Speed, Spent
     from flashrl_cli.runs.summary import AttemptRow, Row, Summary
@@ -28,6 +30,8 @@ _LEFT = ("name", "preset", "state")
 _DISPENSABLE = ("att.", "preset", "acc.", "disk")
 """Columns that are dropped in this order if a terminal is too narrow."""
 _HOLES = 10
+PLAIN = 80
+"""Width of pictures where there is no terminal."""
 
 
 def ago(moment: str, now: datetime | None = None) -> str:
@@ -96,6 +100,10 @@ def show(out: Output, found: Summary) -> None:
     _paragraphs(out, _proof(found))
     _curve(out, found.metrics.history)
     _paragraphs(out, ["rollout against trainer", *(f"  {line}" for line in found.advice.lines)], end="")
+    if found.replay:
+        out.text(f"\nother corrections, replayed on {found.replay.responses:,} responses of {found.replay.span}\n")
+        _table(out, corrections(found.replay, few=True))
+        _paragraphs(out, found.replay.lines, end="")
 
 
 def _head(found: Summary) -> list[str]:
@@ -182,6 +190,47 @@ def _curve(out: Output, steps: Sequence[StepMetrics]) -> None:
         return
     series = figure.Series(label="reward", xs=[step for step, _ in points], ys=[reward for _, reward in points])
     out.text(text_panel(figure.panel([series], "reward")) + "\n")
+
+
+CORRECTIONS = ("correction", "mean weight", "cut", "bias", "sample size", "touched", "error")
+"""Columns of `corrections`."""
+
+
+def corrections(found: Replay, *, few: bool = False) -> list[tuple[str, ...]]:
+    """A row for each correction, the least error first; with `few` the best of each kind, and the run's own."""
+    shown = found.judged
+    if few:
+        firsts = {(one.correction.kind, one.correction.reject is None): one for one in reversed(found.judged)}
+        shown = tuple(one for one in found.judged if one in firsts.values() or one.correction == found.own)
+    return [
+        (
+            f"{one.correction}{' (the run)' if one.correction == found.own else ''}",
+            f"{one.mean:.3f}",
+            percent(one.cut) if one.cut >= 0 else f"-{percent(-one.cut)}",
+            "–" if one.bias is None else f"{one.bias:.3f}",
+            percent(one.effective),
+            percent(one.touched),
+            f"{one.error():.3f}",
+        )
+        for one in shown
+    ]
+
+
+def show_correction(out: Output, found: Replay) -> None:
+    """Print the comparison of corrections on stdout, with pictures if plotext is installed."""
+    out.text(
+        f"{found.span}: {found.responses:,} of {counted(found.trained, 'response')}, {counted(found.tokens, 'token')}\n"
+    )
+    _table(out, corrections(found))
+    _paragraphs(out, found.lines)
+    if not figure.installed("plotext"):
+        out.say(f"no picture: plotext is not installed; {software.install_extra('plot')}")
+        return
+    out.text(text_panels(figure.replayed(found), width=out.stdout.width if out.stdout.is_terminal else PLAIN))
+
+
+def _table(out: Output, rows: Sequence[Sequence[str]]) -> None:
+    out.text("\n".join(aligned([CORRECTIONS, *rows], right=range(1, len(CORRECTIONS)))) + "\n")
 
 
 def _paragraphs(out: Output, lines: Sequence[str], end: str = "\n") -> None:

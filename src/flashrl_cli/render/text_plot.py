@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.render.figure import labels, require, span
@@ -33,7 +34,8 @@ _TICK_HEIGHT = 3
 def text_panel(panel: Panel) -> str:
     """One panel as lines of plain text, including its legend."""
     styles = _styles([panel], colour=False)
-    return "\n".join(line.rstrip() for line in _lines(panel, _ALONE, span([panel]), styles, legend=len(styles) > 1))
+    lines = _lines(panel, _ALONE, span([panel], panel.across), styles, legend=len(styles) > 1)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def text_panels(panels: Sequence[Panel], *, width: int, colour: bool = False) -> str:
@@ -41,7 +43,7 @@ def text_panels(panels: Sequence[Panel], *, width: int, colour: bool = False) ->
     columns = max(1, (width + len(_GAP)) // (_BESIDE[0] + len(_GAP)))
     size = (min(width, _BESIDE[0]), _BESIDE[1])
     styles = _styles(panels, colour=colour)
-    drawn = [_lines(panel, size, span(panels), styles, legend=False) for panel in panels]
+    drawn = [_lines(panel, size, span(panels, panel.across), styles, legend=False) for panel in panels]
     rows = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
     beside = ["\n".join(_GAP.join(parts).rstrip() for parts in zip(*row, strict=True)) for row in rows]
     legend = ["   ".join(f"{_inked(*style)} {name}" for name, style in styles.items())] if len(styles) > 1 else []
@@ -49,12 +51,13 @@ def text_panels(panels: Sequence[Panel], *, width: int, colour: bool = False) ->
 
 
 def _lines(
-    panel: Panel, size: tuple[int, int], steps: tuple[int, int], styles: Mapping[str, Style], *, legend: bool
+    panel: Panel, size: tuple[int, int], steps: tuple[float, float], styles: Mapping[str, Style], *, legend: bool
 ) -> list[str]:
     """Lines of one panel over `steps` (first, last); `size` is columns and lines."""
     require("plotext")
     import plotext
 
+    panel = _by_powers(panel) if panel.bars else panel
     figure = plotext.figure
     figure.clear()
     figure.theme("colorless")
@@ -73,6 +76,13 @@ def _lines(
     text = figure.build().string()
     coloured = any(ink for _, ink in styles.values())
     return str(text if coloured else plotext.uncolorize(text)).splitlines()
+
+
+def _by_powers(panel: Panel) -> Panel:
+    """A panel of bars with the powers of ten of its shares, as plotext has no logarithmic axis."""
+    series = [replace(one, ys=[math.log10(y) if y else None for y in one.ys]) for one in panel.series]
+    lower, upper = panel.limits
+    return replace(panel, series=series, limits=(math.log10(lower), math.log10(upper)))
 
 
 def _styles(panels: Sequence[Panel], *, colour: bool) -> dict[str, Style]:
@@ -107,26 +117,26 @@ def _draw_line(figure: Any, one: Series, marker: Any) -> None:
         figure.draw(figure.error(one.xs, middles, halves, [0.0] * len(one.xs)))
 
 
-def _marked(one: Series) -> tuple[list[int], list[float]]:
+def _marked(one: Series) -> tuple[list[float], list[float]]:
     """Points of a curve that get a marker."""
     points = [(x, y) for x, y in zip(one.xs, one.ys, strict=True) if y is not None]
     shown = points if len(points) <= _FEW else [*points[:: math.ceil(len(points) / _SOME)], points[-1]]
     return [x for x, _ in shown], [y for _, y in shown]
 
 
-def _set_axes(figure: Any, panel: Panel, size: tuple[int, int], steps: tuple[int, int]) -> None:
+def _set_axes(figure: Any, panel: Panel, size: tuple[int, int], steps: tuple[float, float]) -> None:
     across, up = figure.ruler("x"), figure.ruler("y")
     up.lim(*panel.limits)
     if panel.ticks:
         across.ticks(panel.ticks)
     else:
         across.lim(*steps)
-        marks = [round(tick) for tick in even_ticks(*steps, size[0] // _TICK_WIDTH, least=1)]
-        across.ticks(marks, [str(mark) for mark in marks])
-        heights = even_ticks(*panel.limits, size[1] // _TICK_HEIGHT)
-        up.ticks(heights, _alike(heights))
+        marks = even_ticks(*steps, size[0] // _TICK_WIDTH, least=0 if panel.bars else 1)
+        across.ticks(marks, _alike(marks))
+        heights = even_ticks(*panel.limits, size[1] // _TICK_HEIGHT, least=1 if panel.bars else 0)
+        up.ticks(heights, [f"{100 * 10**height:g} %" for height in heights] if panel.bars else _alike(heights))
     figure.title(panel.title)
-    figure.label("step")
+    figure.label(panel.across)
 
 
 def even_ticks(first: float, last: float, count: int, *, least: float = 0.0) -> list[float]:

@@ -65,13 +65,20 @@ def _rows(facts: Facts) -> Iterator[tuple[str, object]]:
         yield "training data", _last(spec["data"]["train"])
         yield "advantage", spec["algorithm"]["advantage"]
         yield "rollout precision", spec["rollout"]["precision"]
-        cap = spec["correction"]["cap"]
-        yield "truncated importance sampling", "off" if cap is None else f"cap {cap:g}"
+        yield "correction", _correction(spec["correction"])
     if facts.versions:
         yield "versions", ", ".join(f"{name} {version}" for name, version in sorted(facts.versions.items()))
     if facts.score:
         by, value = facts.score
         yield _SCORES[by], f"{value:.4g}"
+
+
+def _correction(recorded: Mapping[str, Any]) -> str:
+    """The correction in words; a plan of before there were several kinds has its cap only."""
+    from flashrl_cli.config.spec import CorrectionSpec
+
+    kind = "none" if recorded["cap"] is None else "tis"
+    return CorrectionSpec.model_validate({"kind": kind} | dict(recorded)).text
 
 
 def _base(plan: Mapping[str, Any]) -> str:

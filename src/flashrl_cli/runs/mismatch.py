@@ -21,12 +21,14 @@ not determine is bounded: every bound here holds for any distribution that has t
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from flashrl_cli.config.spec import CorrectionKind
     from flashrl_cli.verl.metrics import StepMetrics
 
 
@@ -241,6 +243,7 @@ SOURCES = {
     "Scarf": (
         "H. Scarf, A min-max solution of an inventory problem, 1958: the most weight above a cap, given two moments"
     ),
+    "QuRL": "QuRL, arXiv 2602.13953, 2026: updates of RL are smaller than the steps of 8-bit weights",
     "mean": "mean of p/q over samples of q is the sum of p where q > 0, which is at most 1",
 }
 """Sources of the rules, by the name that sentences give in brackets."""
@@ -284,18 +287,23 @@ class Advice:
         }
 
 
-def advise(steps: Sequence[StepMetrics], cap: float | None) -> Advice:
-    """Judge the recent ones of `steps`, which one plan trained with TIS at `cap` (None: off, or not known)."""
+def advise(steps: Sequence[StepMetrics], cap: float | None, kind: CorrectionKind = "tis") -> Advice:
+    """Judge the recent ones of `steps`, which one plan trained with weights at `cap` (None: off, or not known).
+
+    A cap is judged of TIS only; of another `kind` of weights the advice says what was seen.
+    """
     trained = [step for step in steps if step.trained][-RECENT:]
     usable = [step for step in trained if usable_ratios(step)]
     lost = sum(step["kl"] is not None for step in trained) - len(usable)
     if not usable:
         return Advice("unknown", cap, None, None, tuple(_nothing(lost)))
     seen = pool(usable)
+    if kind in ("icepop", "seq-tis") and seen.weights:
+        return Advice("unknown", cap, None, seen, (*_distance(seen, lost), *_of_other_weights(seen.weights, kind)))
     if cap is None and seen.weights and seen.weights.above:
         cap = seen.weights.largest  # every weight that is cut is cut to the cap
     verdict, better, judged = _judge(seen, cap)
-    return Advice(verdict, cap, better, seen, (*_distance(seen, lost), *judged))
+    return Advice(verdict, cap, better, seen, (*_distance(seen, lost), *_updates(trained), *judged))
 
 
 def percent(share: float) -> str:
@@ -305,6 +313,23 @@ def percent(share: float) -> str:
     if 0.95 <= share < 1:
         return f"{100 * share:.1f} %"
     return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.2g} %"
+
+
+def _of_other_weights(weights: Weights, kind: CorrectionKind) -> Iterator[Finding]:
+    """Yield findings on weights that are not truncated token weights: what they leave of a batch."""
+    what, of = ("IcePop", "tokens") if kind == "icepop" else ("The cap of weights of responses", "responses")
+    done = "zeroes" if kind == "icepop" else "cuts"
+    moments = weights.moments
+    yield Finding(
+        f"{what} {done} {percent(weights.above)} of the {of} from above; the mean weight is {moments.mean:.3g} instead "
+        "of 1.",
+        ("verl",),
+    )
+    yield Finding(
+        f"The weights leave {percent(moments.effective)} of the tokens as effective sample size "
+        f"({percent(weights.worst)} in the worst step).",
+        ("Kish",),
+    )
 
 
 def _number(value: float) -> str:
@@ -346,6 +371,23 @@ def _distance(seen: Ratios, lost: int) -> Iterator[Finding]:
             f"{lost} more of these steps {'is' if lost == 1 else 'are'} left out: some ratio there is beyond what a "
             "float holds."
         )
+
+
+def _updates(steps: Sequence[StepMetrics]) -> Iterator[Finding]:
+    """Yield a finding on what of the weight updates arrives in 8-bit weights; nothing where they were not compared."""
+    shares = [[value for step in steps if (value := step[name]) is not None] for name in _CHANGED]
+    if not all(shares):
+        return
+    codes, weights = (percent(statistics.median(each)) for each in shares)
+    text = f"A step changes {codes} of the rollout's 8-bit weights and {weights} of the bf16 weights that it is sent"
+    arrived, cosine = steps[-1]["arrived"], steps[-1]["update_cosine"]
+    if arrived is not None:
+        text += f". Of all changes since the start {percent(arrived)} arrived on average"
+        text += f", and what changed has a cosine of {cosine:.2g} to them" if cosine is not None else ""
+    yield Finding(f"{text}.", ("QuRL",))
+
+
+_CHANGED = ("codes_changed", "weights_changed")
 
 
 def _judge(seen: Ratios, cap: float | None) -> tuple[Verdict, float | None, list[Finding]]:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import contract
 from flashrl_cli.contract import Handshake
-from flashrl_cli.errors import InputError
+from flashrl_cli.errors import InputError, NothingMatched
 from flashrl_cli.runs import mismatch, store
 from flashrl_cli.runs.metrics import last_values, read_last, read_run_metrics
+from flashrl_cli.runs.replay import replay_run
 from flashrl_cli.runs.saved import measure
 from flashrl_cli.runs.speed import Speed, Spent, diagnose, spent, step_shares
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from flashrl_cli.runs.metrics import RunMetrics
     from flashrl_cli.runs.mismatch import Advice
+    from flashrl_cli.runs.replay import Replay
     from flashrl_cli.runs.store import Attempt, Run, RunRecord, Status
     from flashrl_cli.verl.metrics import StepMetrics
 
@@ -214,6 +216,8 @@ class Summary:
     """The latest handshakes of each attempt's rollout workers: from its files, else from the record."""
     advice: Advice
     """Mismatch advice on the newest attempt that logged metrics."""
+    replay: Replay | None
+    """Other corrections of the last steps whose log-ratios were kept; None if none were."""
     notes: tuple[str, ...]
 
     @property
@@ -252,6 +256,7 @@ class Summary:
             "proof": [asdict(one) for one in self.proof],
             "set_aside": self.set_aside,
             "mismatch": self.advice.document(),
+            "correction": self.replay.document() if self.replay else None,
         }
 
 
@@ -280,6 +285,7 @@ def summarize(run: Run) -> Summary:
         plans=plans,
         handshakes=handshakes,
         advice=_advice(run, metrics),
+        replay=_replay(run, notes),
         notes=tuple(notes),
     )
 
@@ -310,8 +316,21 @@ def _advice(run: Run, metrics: RunMetrics) -> Advice:
     number = run.logged()
     if number is None:
         return mismatch.advise([], None)
-    cap = run.setting(number, "correction", "cap")
-    return mismatch.advise(metrics.attempts.get(number, ()), cap if isinstance(cap, int | float) else None)
+    cap, kind = (run.setting(number, "correction", name) for name in ("cap", "kind"))
+    return mismatch.advise(metrics.attempts.get(number, ()), cap if isinstance(cap, int | float) else None, kind)
+
+
+def _replay(run: Run, notes: list[str]) -> Replay | None:
+    """The replay of the last kept steps; a note for each file that cannot be read."""
+    try:
+        found = replay_run(run)
+    except NothingMatched:
+        return None
+    except InputError as error:
+        notes.append(f"The kept log-ratios are left out: {error.message}.")
+        return None
+    notes.extend(f"A step's log-ratios are left out: {one}." for one in found.damaged)
+    return found
 
 
 def _attempts(run: Run, metrics: RunMetrics) -> Iterator[AttemptRow]:

@@ -31,7 +31,7 @@ def guard(lifeline: int, argv: list[str]) -> int:
     descendants = Descendants()
     # blocked until the handler knows the command; a TERM in between would leave the command behind
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    server = start_fork_server() if _forks() else None
+    server = start_fork_server() if os.environ.get(contract.ENV_FORK) == "1" else None
     child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, preexec_fn=_prepare)  # noqa: PLW1509 - system calls only
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
@@ -50,10 +50,6 @@ def guard(lifeline: int, argv: list[str]) -> int:
     if select.select([lifeline], [], [], 0)[0]:
         descendants.kill()
     return child.returncode
-
-
-def _forks() -> bool:
-    return os.environ.get(contract.ENV_FORK) == "1" and os.environ.get(contract.ENV_PLATFORM) == "cpu"
 
 
 def start_fork_server(*modules: str) -> subprocess.Popen[bytes]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashrl_cli import contract
+from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.text import counted
 from flashrl_cli.verl.config import bf16_replicas, engine_devices
 from flashrl_cli.verl.environment import rollout_options
@@ -24,7 +25,8 @@ class Expectation:
 
     Exactly `bf16_workers` of them must hold bf16 instead; `lm_head` is the dtype in which all must compute logits, None
     for any. `smoothed` is the number of tensors that a profile must have changed at the last refit; None means at least
-    one, because the profile is not on this machine.
+    one, because the profile is not on this machine. `rotation` is the block by which quantized layers must rotate their
+    input, 0 for none; None means any block, because the model's sizes are not known on this machine.
     """
 
     precision: str
@@ -33,6 +35,7 @@ class Expectation:
     bf16_workers: int = 0
     lm_head: str | None = None
     smoothed: int | None = 0
+    rotation: int | None = 0
 
 
 def expectation(plan: LaunchPlan) -> Expectation:
@@ -46,6 +49,7 @@ def expectation(plan: LaunchPlan) -> Expectation:
         bf16_workers=bf16_replicas(plan.spec) * engine_devices(plan.spec),
         lm_head="fp32" if rollout.lm_head_fp32 else None,
         smoothed=_smoothed(plan),
+        rotation=_rotation(plan),
     )
 
 
@@ -57,9 +61,18 @@ def _smoothed(plan: LaunchPlan) -> int | None:
         return None
 
 
+def _rotation(plan: LaunchPlan) -> int | None:
+    asked = rollout_options(plan.spec).rotation
+    if not PRECISIONS[plan.spec.rollout.precision].rotates:
+        return 0
+    return asked if isinstance(asked, int) else None
+
+
 def refutation(expected: Expectation, handshakes: list[Handshake]) -> str | None:
     """What the handshakes so far already disprove, or None. Every worker must hold its precision in some layer."""
-    reasons = (check(expected, one) for one in handshakes for check in (_precision, _cache, _logits, _smoothing))
+    reasons = (
+        check(expected, one) for one in handshakes for check in (_precision, _cache, _logits, _smoothing, _turned)
+    )
     return next(filter(None, reasons), None) or _mix(expected, handshakes)
 
 
@@ -98,6 +111,17 @@ def _smoothing(expected: Expectation, found: Handshake) -> str | None:
         f"{tensors} smoothed by rollout.profile were asked for, but worker {found.pid} on {found.host} smoothed "
         f"{found.smoothed}"
     )
+
+
+def _turned(expected: Expectation, found: Handshake) -> str | None:
+    asked = expected.rotation
+    if found.rotation == asked or (asked is None and found.rotation) or found.precision == "bf16":
+        return None
+    wanted = "inputs rotated by blocks" if asked is None else f"inputs rotated by blocks of {asked}"
+    held = f"rotates them by blocks of {found.rotation}" if found.rotation else "rotates none"
+    if asked == 0:
+        return f"no rotation was asked for, but worker {found.pid} on {found.host} {held}"
+    return f"{wanted} were asked for, but worker {found.pid} on {found.host} {held}"
 
 
 def _mix(expected: Expectation, handshakes: list[Handshake]) -> str | None:

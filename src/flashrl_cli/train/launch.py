@@ -158,6 +158,11 @@ def _plan(
         )
 
     resolved = preflight.with_attention(resolved)
+    if resolved.value(preflight.ROTATION) == AUTO and preflight.ROTATION in recorded:
+        kept = {preflight.ROTATION: budget.Choice(recorded[preflight.ROTATION], KEPT)}
+        resolved = budget.decided(resolved, kept)
+    else:
+        resolved = preflight.with_rotation(resolved)
     undecided = budget.undecided(resolved.spec)
     kept = {key: budget.Choice(recorded[key], KEPT) for key in undecided if recorded.get(key) not in {None, AUTO}}
     resolved = budget.decided(resolved, kept)
@@ -210,6 +215,7 @@ FREE = (
     "trainer.validate_every",
     "trainer.validate_before",
     "trainer.logger",
+    "correction.keep_responses",
     "model.attention",
     "resources.gpu_memory_gib",
     "model.packing",

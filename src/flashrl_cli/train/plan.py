@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.paths import AttemptPaths, RunPaths
+from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.runs.store import PLAN_VERSION
 from flashrl_cli.train.resume import FROM_NOTHING, Resume
 from flashrl_cli.verl.environment import run_environment
@@ -69,14 +70,17 @@ class LaunchPlan:
 
 
 def default_name(preset: str, spec: RunSpec) -> str:
-    """Default name of a run: preset, precision, other rollout options, cap (for example `tiny-int8-kv8-tis2`)."""
-    rollout, cap = spec.rollout, spec.correction.cap
+    """Default name of a run: preset, precision, other rollout options, correction (such as `tiny-int8-kv8-tis2`)."""
+    rollout, correction = spec.rollout, spec.correction
     parts = {
         "kv8": rollout.kv_cache == "fp8",
         "head32": rollout.lm_head_fp32,
         "smooth": rollout.profile is not None,
+        "plain": rollout.rotation == "off" and rollout.profile is None and PRECISIONS[rollout.precision].rotates,
+        f"rot{rollout.rotation}": isinstance(rollout.rotation, int),
         f"mix{rollout.mix:g}": rollout.mix > 0,
-        f"tis{cap or 0:g}": cap is not None,
+        f"{correction.kind.replace('-', '')}{correction.cap or 0:g}": correction.kind != "none",
+        "reject": correction.reject is not None,
     }
     return "-".join((preset, rollout.precision, *(part for part, applies in parts.items() if applies)))
 
@@ -189,9 +193,11 @@ def plan_script(plan: LaunchPlan, remarks: Sequence[str] = (), *, submission: Se
 def _head(plan: LaunchPlan) -> Iterator[str]:
     spec = plan.spec
     yield f"flashrl preset {plan.preset}, run {plan.name}, attempt {plan.attempt}"
-    cap = spec.correction.cap
-    correction = f"truncated importance sampling at {cap:g}" if cap is not None else "no importance sampling"
-    yield f"{spec.model.path}, {spec.algorithm.advantage}, {spec.rollout.precision} rollouts, {correction}"
+    loss = f" with loss {spec.algorithm.loss}" if spec.algorithm.loss != "ppo" else ""
+    algorithm = f"{spec.algorithm.advantage}{loss}"
+    yield f"{spec.model.path}, {algorithm}, {spec.rollout.precision} rollouts, {spec.correction.text}"
+    if PRECISIONS[spec.rollout.precision].rotates:
+        yield f"rotation of inputs: {spec.rollout.rotation} ({plan.origins['rollout.rotation']})"
     used = [f"{one.value} ({one.origin})" for one in plan.overrides if one.key.endswith(f".{ATTENTION}")]
     if used:
         yield f"attention in training: {', '.join(dict.fromkeys(used))}"

@@ -25,16 +25,17 @@ from flashrl_cli.data.writing import Types, rows_of
 from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
 from flashrl_cli.machine import gpus, ray_state, software, system
 from flashrl_cli.machine.finding import Finding, fail, ok, problems, warn
-from flashrl_cli.memory import estimate
+from flashrl_cli.memory import budget, estimate
 from flashrl_cli.memory.model import shape_of
+from flashrl_cli.precision import BLOCKS, PRECISIONS, largest_block
 from flashrl_cli.text import counted
 from flashrl_cli.verl import attention, environment, rewards
 from flashrl_cli.verl.config import VALIDATION_LIMIT, VALIDATION_SAMPLES
-from flashrl_cli.verl.overrides import data_path, model_path
+from flashrl_cli.verl.overrides import AUTO, data_path, model_path
 from flashrl_cli.weights import Unreadable, Weights, read_json
 from flashrl_cli.weights.contents import shapes
 from flashrl_cli.weights.profile import Profile
-from flashrl_cli.weights.shape import parameters
+from flashrl_cli.weights.shape import inputs, parameters
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
@@ -186,7 +187,7 @@ def storage_findings(spec: RunSpec) -> Iterator[Finding]:
     yield from _checkpoints(spec)
 
 
-PROFILE = "rollout.profile"
+PROFILE, ROTATION = "rollout.profile", "rollout.rotation"
 
 
 def local_inputs(spec: RunSpec) -> dict[str, Path]:
@@ -480,6 +481,23 @@ def with_attention(resolved: Resolved, *, here: bool = True) -> Resolved:
         policy=shape(spec.model.path),
         critic=shape(spec.critic.path or spec.model.path),
     )
+
+
+def with_rotation(resolved: Resolved) -> Resolved:
+    """The preset with a block in place of `auto` for int8 rollouts, where a file here gives the model's sizes."""
+    spec = resolved.spec
+    if spec.rollout.rotation != AUTO or not PRECISIONS[spec.rollout.precision].rotates:
+        return resolved
+    if spec.rollout.profile is not None:
+        return budget.decided(resolved, {ROTATION: budget.Choice("off", "rollout.profile is for unrotated channels")})
+    found = shape(spec.model.path)
+    if found is None:
+        return resolved
+    ranks = spec.rollout.tensor_parallel
+    block = largest_block(inputs(found, ranks).values())
+    where = "every input" if ranks == 1 else f"every input on each of {ranks} ranks"
+    why = f"divides {where}" if block else f"no block of {BLOCKS[0]} or more divides {where}"
+    return budget.decided(resolved, {ROTATION: budget.Choice(block or "off", why)})
 
 
 def _parameters(model: str) -> int | None:

@@ -23,7 +23,7 @@ from flashrl_cli.verl.causes import CAUSES, Cause, cause_in
 from flashrl_cli.verl.logs import StartPhase, notable, phase_after, plain, root_error, total_steps
 
 if TYPE_CHECKING:
-    from flashrl_cli.config.spec import WatchSpec
+    from flashrl_cli.config.spec import CorrectionKind, CorrectionSpec, WatchSpec
     from flashrl_cli.contract import Handshake
     from flashrl_cli.runs.control import Display
     from flashrl_cli.train.plan import LaunchPlan
@@ -202,12 +202,17 @@ class Watch:
             raise RunFailed(
                 f"step {step.step}: NaN in {', '.join(step.lost)}", hint="lower the learning rate, or try bf16 rollouts"
             )
-        broken = broken_rollout(step, self.plan.spec.watch, self.vocabulary)
+        correction, bounds = self.plan.spec.correction, self.plan.spec.watch
+        broken = broken_rollout(step, bounds, self.vocabulary, correction.kind)
         if broken:
             raise EnvironmentNotReady(
                 f"step {step.step}: the rollout engine does not sample from the policy: {broken}",
                 hint="this is no mismatch for TIS to correct; `--rollout bf16` shows whether quantization is at fault",
             )
+        lost = lost_to_correction(step, correction, bounds)
+        if lost:
+            what, hint = lost
+            raise RunFailed(f"step {step.step}: {what}", hint=hint)
 
     def _check_clocks(self) -> None:
         watch, now = self.plan.spec.watch, time.monotonic()
@@ -239,7 +244,9 @@ sampling.
 """
 
 
-def broken_rollout(step: StepMetrics, bounds: WatchSpec, vocabulary: int | None) -> str | None:
+def broken_rollout(
+    step: StepMetrics, bounds: WatchSpec, vocabulary: int | None, kind: CorrectionKind = "tis"
+) -> str | None:
     """Why the rollout does not sample from the policy; None if it does, or if nothing was sampled in this step.
 
     verl scores the sampled tokens again with the trainer. Quantization changes those log-probs a little, which
@@ -248,16 +255,37 @@ def broken_rollout(step: StepMetrics, bounds: WatchSpec, vocabulary: int | None)
     correlation above 0.95, an engine left with its dummy weights a KL above 3 and a correlation near 0.
 
     KL is in nats per token, as an absolute value because verl estimates it from samples; weights are importance weights
-    after truncation.
+    after truncation, judged here if they are `tis` weights: the mean of others falls without the rollout being broken
+    (`lost_to_correction`).
     """
     kl, weight = step["kl"], step["weight_mean"]
     if _samples_uniformly(step, vocabulary):
         return f"it samples uniformly: mean log-prob {-(step['rollout_nll'] or 0):.2f} = -ln({vocabulary})"
     if kl is not None and abs(kl) > bounds.max_kl:
         return f"KL between rollout and trainer is {kl:.3g} nats a token (bound {bounds.max_kl:g})"
-    if weight is not None and abs(weight - 1) > bounds.max_weight_deviation:
+    if kind == "tis" and weight is not None and abs(weight - 1) > bounds.max_weight_deviation:
         return f"the importance weights' mean is {weight:.3g} (bound 1 ± {bounds.max_weight_deviation:g})"
     return _uncorrelated(step, bounds)
+
+
+def lost_to_correction(step: StepMetrics, correction: CorrectionSpec, bounds: WatchSpec) -> tuple[str, str] | None:
+    """Why hardly anything of a step is left to learn from, and what to do about it; None if enough is left.
+
+    The weight of a response is a product over its tokens: their mean at cap 2 was 0.97 at a KL of 0.001 nats a token
+    and 100 tokens, and 0.37 at 0.025.
+    """
+    mean, rejected, kl = step["weight_mean"], step["rejected"], step["kl_k3"]
+    if mean is not None and 1 - mean > bounds.max_weight_deviation and correction.kind in ("seq-tis", "icepop"):
+        bound = f"{mean:.3g} instead of 1 (bound: {bounds.max_weight_deviation:g} less)"
+        if correction.kind == "icepop":
+            return f"icepop zeroes most tokens: their mean weight is {bound}", "--set correction.kind=tis"
+        apart = "" if kl is None else f" at a KL of {kl:.2g} nats a token"
+        what = f"the weights of responses vanish{apart}: their mean is {bound}"
+        return what, "--set correction.kind=tis: the mean of token weights does not fall with the length"
+    if rejected is not None and rejected > bounds.max_rejected:
+        what = f"correction.reject leaves out {rejected:.0%} of the tokens (bound {bounds.max_rejected:.0%})"
+        return what, "wider bounds, or --set correction.reject=null"
+    return None
 
 
 def _samples_uniformly(step: StepMetrics, vocabulary: int | None) -> bool:

@@ -40,7 +40,8 @@ State = Literal["waiting", "running", "begun", "done"]
 alive.
 """
 NAMED_BY_DEFAULT = (
-    "rollout", "tis", "rollout.precision", "correction.cap", "rollout.kv_cache", "rollout.lm_head_fp32", "rollout.mix",
+    "rollout", "tis", "rollout.precision", "correction.cap", "correction.kind", "rollout.kv_cache",
+    "rollout.lm_head_fp32", "rollout.mix",
 )  # fmt: skip
 """Keys whose values are part of the default name of a run."""
 SHOWN = 3

@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashrl_cli import contract
 from flashrl_cli.errors import Location, Problem
-from flashrl_cli.verl.overrides import ACTOR, ATTENTION, ENGINE, MODEL, REF, ROLLOUT, TABLE, Override, quote
+from flashrl_cli.verl.overrides import (
+    ACTOR,
+    ATTENTION,
+    ENGINE,
+    LOSS_FIELD,
+    LOSS_MODE,
+    MODEL,
+    REF,
+    ROLLOUT,
+    TABLE,
+    Override,
+    quote,
+)
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
@@ -28,6 +40,7 @@ VALIDATION_SAMPLES = f"{ROLLOUT}.val_kwargs.n"
 VALIDATION_LIMIT = "data.val_max_samples"
 """Key of the largest number of prompts that a validation takes; below 1 for all."""
 FIELDS = {entry.key: entry.field for entry in TABLE}
+FIELDS[LOSS_MODE] = LOSS_FIELD
 FIELDS |= {f"{node}.{ATTENTION}": "model.attention" for node in (MODEL, "critic.model")}
 MASKED = ("sdpa", "eager")
 """Attention implementations that compute the scores of all pairs of a packed pass, and mask those across sequences."""

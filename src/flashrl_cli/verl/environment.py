@@ -19,7 +19,7 @@ from flashrl_cli import contract, paths
 from flashrl_cli.errors import Problem
 from flashrl_cli.precision import BY_METHOD
 from flashrl_cli.verl.config import bf16_replicas
-from flashrl_cli.verl.overrides import MODEL
+from flashrl_cli.verl.overrides import MODEL, takes_raw_log_probs
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
@@ -48,13 +48,24 @@ CPU = {
     contract.ENV_FORK: "1",
     **contract.ENGINE,
 }
+CUDA = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""Modules that ask for GPUs while they are imported then leave CUDA alone, so that processes may begin as forks
+(plugins/forkserver.py).
+"""
 MIXED = {
     # vLLM caches compiled models by their configuration, which replicas of two precisions share
     # (vllm/compilation/decorators.py:525); verl switches the cache off, too, unless the environment sets the variable
     # (verl/trainer/constants_ppo.py:93)
     "VLLM_DISABLE_COMPILE_CACHE": "1",
 }
-OWNED = frozenset({contract.ENV_PLUGIN_DIR, contract.ENV_PLATFORM, contract.ENV_ROLLOUT, METRICS_PATH})
+OWN_SAMPLER = {
+    # with raw log-probs vLLM would take FlashInfer's top-k and top-p (v1/sample/ops/topk_topp_sampler.py:86 in 0.24),
+    # which is compiled when it is first used and needs CUDA's compiler
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+}
+OWNED = frozenset(
+    {contract.ENV_PLUGIN_DIR, contract.ENV_PLATFORM, contract.ENV_ROLLOUT, contract.ENV_KEEP, METRICS_PATH}
+)
 """Variables that a preset cannot set, because flashrl finds an attempt's files by them."""
 
 
@@ -74,8 +85,9 @@ def run_environment(
     trainers of a run on CPUs share, None if it is not flashrl that decides.
     """
     level = {} if logging is None else {contract.ENV_LOGGING: logging}
-    platform = CPU if spec.resources.platform == "cpu" else {}
-    if platform and cores:
+    on_cpu = spec.resources.platform == "cpu"
+    platform = CPU if on_cpu else CUDA | OWN_SAMPLER if takes_raw_log_probs(spec) else CUDA
+    if on_cpu and cores:
         platform = platform | {THREADS: str(max(1, cores // spec.resources.gpus_per_node))}
     own = {
         contract.ENV_PLUGIN_DIR: str(attempt.plugins),
@@ -86,6 +98,8 @@ def run_environment(
     options = rollout_options(spec)
     if options != contract.PLAIN:
         own[contract.ENV_ROLLOUT] = options.text()
+    if spec.correction.keep_responses:
+        own[contract.ENV_KEEP] = str(spec.correction.keep_responses)
     if options.bf16_replicas:
         own |= MIXED
     return dict(sorted((COMMON | platform | level | spec.env | own).items()))
@@ -100,6 +114,7 @@ def rollout_options(spec: RunSpec) -> contract.RolloutOptions:
         bf16_replicas=bf16_replicas(spec),
         lm_head_fp32=rollout.lm_head_fp32,
         bf16_transfer=rollout.precision in BY_METHOD and _engine_is_bf16(spec),
+        rotation=0 if rollout.rotation == "off" else rollout.rotation,
     )
 
 

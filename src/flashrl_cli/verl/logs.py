@@ -122,7 +122,7 @@ PACKAGES = re.compile(r"^.*/(?:site|dist)-packages/")
 FOLLOWS = re.compile(
     r"ActorDiedError|ActorUnavailableError|RayActorError|WorkerCrashedError|EngineDeadError|CancelledError"
     r"|KeyboardInterrupt|SystemExit|BrokenPipeError|Connection was likely closed|Engine core initialization failed"
-    r"|WorkerProc initialization failed|cancelled"
+    r"|WorkerProc initialization failed|cancelled|selected terminal groups with no materializable trajectories"
 )
 """Exceptions that are only consequences of another failure."""
 EMPTY = re.compile(r"EngineDeadError|SystemExit")
@@ -167,13 +167,15 @@ def _last(raised: Sequence[_Raised]) -> str | None:
 
 
 def _first_death(lines: Sequence[str]) -> str | None:
-    """The first process whose death Ray's raylet logs, under the name that prefixes its lines."""
-    texts = [plain(line) for line in lines]
-    death = next((found for text in texts if (found := DEATH.search(text))), None)
+    """The first process whose death Ray's raylet logs, under the name that Ray gives it anywhere in the log."""
+    log = "\n".join(plain(line) for line in lines)
+    death = DEATH.search(log)
     if death is None:
         return None
-    named = re.compile(rf"^\((\w+) pid={death['pid']}[,)]")
-    name = next((found[1] for text in texts if (found := named.match(text))), "process")
+    pid = death["pid"]
+    # the prefix of its lines, or Ray's ActorDiedError about one that wrote none
+    named = re.search(rf"^\((\w+) pid={pid}[,)]|class_name: (\w+)\n(?:.*\n){{1,2}}.*\tpid: {pid}$", log, re.MULTILINE)
+    name = named[1] or named[2] if named else "process"
     return f"{name} (pid {death['pid']}): {death['why']}"
 
 

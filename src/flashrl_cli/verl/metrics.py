@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from flashrl_cli import contract
+
 
 @dataclass(frozen=True, slots=True)
 class Metric:
@@ -60,6 +62,13 @@ METRICS = {
         Metric("train_nll", "rollout_corr/training_log_ppl", "negative log-likelihood in the trainer", "nats a token"),
         Metric("weight_mean", "rollout_corr/rollout_is_mean", "mean importance weight", heading="w mean", form=".3f"),
         Metric("weight_max", "rollout_corr/rollout_is_max", "largest importance weight", heading="w max", form=".2f"),
+        Metric(
+            "ratio_max",
+            "rollout_corr/ratio_max",
+            "largest importance weight before the cap",
+            heading="r max",
+            form=".3g",
+        ),
         Metric("weight_std", "rollout_corr/rollout_is_std"),
         Metric("effective", "rollout_corr/rollout_is_eff_sample_size", "effective sample size", "share of tokens"),
         Metric(
@@ -70,9 +79,21 @@ METRICS = {
             heading="cut %",
             form=".2%",
         ),
+        Metric("rejected", "rollout_corr/rollout_rs_masked_fraction", "rejected tokens", "share of tokens"),
         Metric("prob_diff", "training/rollout_probs_diff_mean", "mean difference of probabilities", watched=True),
         Metric("prob_diff_max", "training/rollout_probs_diff_max"),
         Metric("prob_correlation", "training/rollout_actor_probs_pearson_corr", "correlation of probabilities"),
+        Metric(
+            "codes_changed",
+            f"{contract.REFIT}codes_changed",
+            "8-bit weights that the step changed",
+            "share",
+            heading="codes %",
+            form=".3%",
+        ),
+        Metric("weights_changed", f"{contract.REFIT}weights_changed", "bf16 weights that the step changed", "share"),
+        Metric("arrived", f"{contract.REFIT}arrived", "change of the weights that the 8-bit weights show", "share"),
+        Metric("update_cosine", f"{contract.REFIT}update_cosine", "cosine of that change and the 8-bit weights' own"),
         Metric(
             "tokens_per_s", "perf/throughput", "throughput", "tokens a second and device", heading="tok/s", form=".0f"
         ),
@@ -99,12 +120,17 @@ r = p_train / p_rollout of the sampled token and, under token-level TIS, the imp
   before the cap, and ln r is not clamped.
 - `chi2` (:1001) is the mean of r² - 1 before the cap, with ln r clamped to ±20. Like the two above it is logged without
   TIS, too.
+- `ratio_max` (plugins/corrections.py) is the largest r, before the cap and with or without one; it is at most exp(20).
 - `weight_mean` (:723), `weight_max` (:737), `weight_std` (:749) and `effective` (:757) are of w, after the cap.
   `effective` is (mean w)² / mean w², a share of the tokens. At sequence level `weight_max` is before the cap (:708).
-- `truncated` (:728) is the share of tokens with r > cap.
+- `truncated` (:728) is the share of tokens with r > cap; IcePop zeroes these. At sequence level it is one of responses.
+- `rejected` (:407) is the share of tokens that rejection leaves out.
 - `rollout_nll` and `train_nll` (:972, :952) are means over responses, not over tokens.
 - `prob_diff` and `prob_diff_max` (verl/utils/debug/metrics.py:118, 117) are the mean and the maximum of
   |p_train - p_rollout|. These are probabilities, although verl's docstring calls them log-probs.
+
+`codes_changed`, `weights_changed`, `arrived` and `update_cosine` compare the 8-bit weights of the rollout engines with
+what the trainer sent them after the step; plugins/arrival.py defines them.
 """
 
 NAMES = {name: metric.verl for name, metric in METRICS.items() if metric.verl}
@@ -119,12 +145,13 @@ def _those(*names: str) -> tuple[Metric, ...]:
 
 
 LIVE = _those(
-    *("reward", "response_length", "kl", "weight_mean", "weight_max", "truncated"),
+    *("reward", "response_length", "kl", "weight_mean", "weight_max", "ratio_max", "truncated", "codes_changed"),
     *("entropy", "grad_norm", "tokens_per_s", "step_s"),
 )
 """Columns of the table that a running training shows, besides accuracy."""
 SPARED = _those(
-    "weight_max", "grad_norm", "weight_mean", "entropy", "response_length", "tokens_per_s", "truncated", "kl"
+    *("weight_max", "ratio_max", "grad_norm", "weight_mean", "codes_changed"),
+    *("entropy", "response_length", "tokens_per_s", "truncated", "kl"),
 )
 """Columns of `LIVE` in the order in which they are left out on a narrow terminal."""
 SWEEP = _those("reward", "kl", "truncated", "step_s", "tokens_per_s")
@@ -135,9 +162,12 @@ Each is the arithmetic mean over a run's last steps; accuracy is that of the las
 PLOTTED = ("reward", "accuracy", "response_length", "kl", "truncated", "entropy", "step_s")
 """Metrics that `runs plot` draws by default."""
 LEARNING_CURVES = ("reward", "accuracy", "response_length", "entropy", "grad_norm", "step_s")
-MISMATCH_CURVES = ("kl", "weight_max", "truncated", "effective")
+MISMATCH_CURVES = ("kl", "ratio_max", "weight_max", "truncated", "effective", "codes_changed", "arrived")
 """Metrics of rollout against trainer that the page of `runs report` draws."""
-MISMATCH = ("kl", "weight_mean", "weight_max", "truncated", "effective", "prob_diff", "prob_correlation")
+MISMATCH = (
+    *("kl", "weight_mean", "weight_max", "ratio_max", "truncated", "rejected", "effective", "prob_diff"),
+    *("prob_correlation", *contract.ARRIVAL),
+)
 """Metrics of rollout against trainer whose mean, extremes and last value `runs report` lists."""
 
 TIMINGS = {

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flashrl_cli.config.resolve import Resolved
+    from flashrl_cli.config.spec import RejectSpec, RunSpec
 
 Value = bool | int | float | str | None | Sequence["Value"]
 
@@ -66,11 +67,19 @@ MODEL = "actor_rollout_ref.model"
 REF = "actor_rollout_ref.ref"
 ROLLOUT = "actor_rollout_ref.rollout"
 ENGINE = f"{ROLLOUT}.engine_kwargs.vllm"
+LOG_PROBS_MODE = f"{ROLLOUT}.logprobs_mode"
+PROCESSED, RAW = "processed_logprobs", "raw_logprobs"
+"""Modes of vLLM's log-probs: after temperature and truncation, which is what it samples from, and before both."""
+MAX_LOG_PROBS = f"{ENGINE}.max_logprobs"
+EXTERNAL_LIB = f"{MODEL}.external_lib"
 STREAM_INTERVAL = f"{ENGINE}.stream_interval"
 SAMPLER = "trainer.v1.sampler.custom_sampler.path"
 SAMPLER_NAME = "trainer.v1.sampler.custom_sampler.name"
 AGENT_LOOPS = f"{ROLLOUT}.agent.agent_loop_manager_class"
 CORRECTION = "algorithm.rollout_correction"
+WEIGHTS = {"none": None, "tis": "token", "icepop": "token", "seq-tis": "sequence"}
+"""verl's level of the weights of each `correction.kind`."""
+LOSS_FIELD, LOSS_MODE = "algorithm.loss", f"{ACTOR}.policy_loss.loss_mode"
 AUTO = "auto"
 OVERLONG = "reward.reward_kwargs.overlong_buffer_cfg"
 
@@ -133,7 +142,7 @@ TABLE = (
     Entry("data.max_prompt_length", "data.max_prompt_length"),
     Entry("data.max_response_length", "data.max_response_length"),
     Entry("data.filter_overlong", "data.filter_overlong_prompts"),
-    Entry("algorithm.advantage", "algorithm.adv_estimator"),
+    Entry("algorithm.advantage", "algorithm.adv_estimator", convert=lambda name, _: name.replace("-", "_")),
     Entry("algorithm.normalize_by_std", "algorithm.norm_adv_by_std_in_grpo"),
     Entry("algorithm.kl_in_reward", "algorithm.use_kl_in_reward"),
     Entry("algorithm.kl_in_reward_coef", "algorithm.kl_ctrl.kl_coef"),
@@ -330,19 +339,99 @@ def _extension_reason(resolved: Resolved) -> str | None:
 
 
 def _correction(resolved: Resolved) -> Iterator[Override]:
-    """Truncated importance sampling in verl's decoupled mode, per token (verl/trainer/ppo/rollout_corr_helper.py)."""
-    cap, origin = resolved.spec.correction.cap, resolved.origins["correction.cap"]
-    if cap is None:
-        yield Override(f"{CORRECTION}.rollout_is", None, origin)
+    """Weights and rejection in verl's decoupled mode (verl/trainer/ppo/rollout_corr_helper.py), and the loss.
+
+    A threshold of two bounds, as text, makes verl zero weights outside of them instead of truncating them (:595).
+    """
+    correction, origin = resolved.spec.correction, resolved.origins["correction.cap"]
+    weighted, reject = correction.kind != "none", correction.reject
+    cap = float(correction.cap or 0)
+    yield Override(f"{CORRECTION}.rollout_is", WEIGHTS[correction.kind], origin)
+    if weighted:
+        bounds = f"{float(correction.lower or 0)}_{cap}" if correction.kind == "icepop" else cap
+        yield Override(f"{CORRECTION}.rollout_is_threshold", bounds, origin)
+        yield Override(f"{CORRECTION}.rollout_is_batch_normalize", False, origin)
+    if reject:
+        yield Override(f"{CORRECTION}.rollout_rs", verl_rejection(reject), resolved.origins["correction.reject.by"])
+        upper = resolved.origins["correction.reject.upper"]
+        yield Override(f"{CORRECTION}.rollout_rs_threshold", _rejection_threshold(reject), upper)
+    elif weighted:
+        yield Override(f"{CORRECTION}.rollout_rs", None, origin)
+    if correction.active:
+        yield Override(f"{CORRECTION}.bypass_mode", False, origin)
+    yield from _loss(resolved)
+    if correction.active:
+        yield Override(f"{ROLLOUT}.calculate_log_probs", True, origin)
+        yield from _compared(resolved)
+
+
+def _compared(resolved: Resolved) -> Iterator[Override]:
+    """Over which tokens the log-probs are that weights and rejection compare (plugins/support.py)."""
+    origins, given = resolved.origins, {key.removeprefix("+") for key in resolved.spec.verl}
+    if takes_raw_log_probs(resolved.spec):
+        cut = Origin("derived", reason="the trainer's log-probs are not renormalized over the kept tokens either")
+        yield Override(LOG_PROBS_MODE, RAW, cut)
+    else:
+        yield Override(LOG_PROBS_MODE, PROCESSED, origins["correction.cap"])
+    if resolved.spec.correction.support == "full":
         return
-    yield Override(f"{CORRECTION}.rollout_is", "token", origin)
-    yield Override(f"{CORRECTION}.rollout_is_threshold", float(cap), origin)
-    yield Override(f"{CORRECTION}.rollout_is_batch_normalize", False, origin)
-    yield Override(f"{CORRECTION}.rollout_rs", None, origin)
-    yield Override(f"{CORRECTION}.bypass_mode", False, origin)
-    yield Override(f"{ACTOR}.policy_loss.loss_mode", "vanilla", origin)
-    yield Override(f"{ROLLOUT}.calculate_log_probs", True, origin)
-    yield Override(f"{ROLLOUT}.logprobs_mode", "processed_logprobs", origin)
+    if EXTERNAL_LIB not in given:
+        yield Override(EXTERNAL_LIB, contract.SUPPORT, origins["correction.support"])
+    if MAX_LOG_PROBS not in given:
+        # validation's top-k may be a larger one
+        most = contract.kept_columns(contract.MOST_KEPT)
+        yield Override(MAX_LOG_PROBS, most, origins["correction.support"], added=True)
+
+
+def truncates(spec: RunSpec) -> bool:
+    """Whether training rollouts exclude tokens by top-k or top-p."""
+    return spec.rollout.top_p < 1 or spec.rollout.top_k > 0
+
+
+def takes_raw_log_probs(spec: RunSpec) -> bool:
+    """Whether importance weights need the rollout's log-probs of all tokens, which vLLM takes before the temperature.
+
+    Over the kept tokens K, with masses Z of the trainer's probabilities and Z' of the rollout's, the mean of
+    w = p_train / p_rollout is then Z / Z', and not Z.
+    """
+    correction = spec.correction
+    over_all = correction.active and correction.support == "full"
+    return over_all and truncates(spec) and spec.rollout.temperature == 1
+
+
+def verl_rejection(reject: RejectSpec) -> str:
+    """verl's name of a rejection, such as `seq_mean_k1`."""
+    return f"{reject.by.replace('-', '_')}_{reject.estimator}"
+
+
+def _rejection_threshold(reject: RejectSpec) -> float | str:
+    """verl's bounds of a rejection: of k1 as text, and of p_rollout / p_train, the inverse of the weight.
+
+    See verl/trainer/ppo/rollout_corr_helper.py:263 and :304; a test in tests/contract compares what is kept.
+    """
+    if reject.estimator != "k1":
+        return float(reject.upper)
+    return f"{1 / reject.upper}_{1 / (reject.lower or 1 / reject.upper)}"
+
+
+def _loss(resolved: Resolved) -> Iterator[Override]:
+    """The loss by verl's name, and KL-Cov's coefficient.
+
+    That is 1 in its paper (arXiv 2505.22617) and in verl's code, but not in its configuration
+    (verl/trainer/ppo/core_algos.py:1855, verl/trainer/config/actor/actor.yaml:76).
+    """
+    loss, origin = resolved.spec.algorithm.loss, resolved.origins[LOSS_FIELD]
+    if resolved.is_set(LOSS_FIELD) or resolved.spec.correction.kind != "none":
+        because = origin if resolved.is_set(LOSS_FIELD) else resolved.origins["correction.cap"]
+        yield Override(LOSS_MODE, verl_loss(loss), because)
+    coefficient = f"{ACTOR}.policy_loss.ppo_kl_coef"
+    if loss == "kl-cov" and coefficient not in {written.removeprefix("+") for written in resolved.spec.verl}:
+        yield Override(coefficient, 1.0, origin)
+
+
+def verl_loss(loss: str) -> str:
+    """verl's name of a policy loss."""
+    return {"ppo": "vanilla", "gmpo": "geo_mean"}.get(loss, loss.replace("-", "_"))
 
 
 def _run(resolved: Resolved, places: Places) -> Iterator[Override]:
@@ -373,7 +462,7 @@ THEMES: Mapping[str, tuple[str, ...]] = {
         CORRECTION,
         f"{ACTOR}.policy_loss",
         f"{ROLLOUT}.calculate_log_probs",
-        f"{ROLLOUT}.logprobs_mode",
+        LOG_PROBS_MODE,
     ),
     "algorithm": ("algorithm",),
     "policy": (ACTOR, REF),

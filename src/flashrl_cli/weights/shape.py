@@ -147,6 +147,19 @@ def _mixture(config: Mapping[str, Any], layers: int) -> dict[str, int]:
     }
 
 
+def inputs(shape: ModelShape, ranks: int = 1) -> dict[str, int]:
+    """Channels of the input of each linear layer of a dense decoder on one of `ranks` devices.
+
+    Layers are named as vLLM fuses them. The first layer of a pair reads all channels, the second a device's own part.
+    """
+    return {
+        "self_attn.qkv_proj": shape.hidden,
+        "self_attn.o_proj": shape.query_size // ranks,
+        "mlp.gate_up_proj": shape.hidden,
+        "mlp.down_proj": shape.intermediate // ranks,
+    }
+
+
 def parameters(shape: ModelShape) -> Parameters:
     """Parameter counts of the model; a gated MLP has three matrices, attention four."""
     table = shape.vocab * shape.hidden

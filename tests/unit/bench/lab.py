@@ -34,6 +34,7 @@ HOLDS = {
     "kv_cache": "auto",
     "lm_head": "bf16",
     "smoothed": 0,
+    "rotation": 0,
 }
 SCORE = {
     "tokens": 40,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flashrl_cli.bench import request
-from flashrl_cli.bench.job import Variant, parse
+from flashrl_cli.bench.job import SUFFIXES, Variant, parse
 from flashrl_cli.bench.request import FIT, FITTING, Asked, Machine, Request, plan
 from flashrl_cli.cli.bench import bench
 from flashrl_cli.errors import EnvironmentNotReady, InputError
@@ -293,12 +293,31 @@ def test_an_fp8_cache_is_for_families_whose_bound_is_known(hf: Path) -> None:
     assert ask(model=folder, rollout="bf16,int8").variants
 
 
+def test_blocks_of_a_rotation_divide_every_input_of_a_rank(hf: Path) -> None:
+    folder = str(changed(hf, {"intermediate_size": 4096 + 64}))
+    with pytest.raises(
+        InputError, match=r"rot128: 128 does not divide the 4160 input channels of mlp.down_proj"
+    ) as caught:
+        ask(model=folder, rollout="bf16,int8+rot128")
+    assert caught.value.hint == "--rollout int8"
+    assert ask(model=folder, rollout="int8,int8+plain,int8+rot64").variants
+
+
 def test_variants_are_read_once_each_in_their_order(tmp_path: Path) -> None:
     profile = tmp_path / "profile"
     profile.touch()
-    found = parse("bf16, int8,int8+head32+kv8,bf16,int8+smooth,fp8-block+head32", profile)
-    assert [one.name for one in found] == ["bf16", "int8", "int8+kv8+head32", "int8+smooth", "fp8-block+head32"]
+    found = parse("bf16, int8,int8+head32+kv8,bf16,int8+smooth,fp8-block+head32,int8+rot64+kv8", profile)
+    assert [one.name for one in found] == [
+        "bf16",
+        "int8",
+        "int8+kv8+head32",
+        "int8+smooth",
+        "fp8-block+head32",
+        "int8+kv8+rot64",
+    ]
     assert found[3].profile == profile
+    assert [one.asked_rotation for one in found] == [0, "auto", "auto", 0, 0, 64]
+    assert [one.asked_rotation for one in parse("int8+plain,int8+smooth+rot16", profile)] == [0, 16]
 
 
 @pytest.mark.parametrize(
@@ -307,7 +326,9 @@ def test_variants_are_read_once_each_in_their_order(tmp_path: Path) -> None:
         ("int9", "no precision 'int9'", "did you mean int8?"),
         ("bf16,", "no precision ''", f"there are {', '.join(PRECISIONS)}"),
         ("int8+kv", "no suffix 'kv'", "did you mean kv8?"),
-        ("int8+xyzzy", "no suffix 'xyzzy'", "there are kv8, head32, smooth"),
+        ("int8+xyzzy", "no suffix 'xyzzy'", f"there are {', '.join(SUFFIXES)}"),
+        ("fp8+rot64", "rotations are for int8", "--rollout int8+rot64"),
+        ("int8+rot64+plain", "one rotation, not rot64 and plain", "--rollout int8"),
         ("int8+smooth", "needs a profile", "--profile FILE"),
         ("bf16+smooth", "for int8 and fp8", "--rollout int8+smooth"),
         ("fp8-block+smooth", "for int8 and fp8", "--rollout int8+smooth"),
@@ -357,6 +378,9 @@ def test_a_profile_is_known_by_its_content(tmp_path: Path) -> None:
         (Variant(precision="bf16"), {"lm_head": "float32"}, "computed in float32"),
         (Variant(precision="int8", profile=Path("/p")), {"precision": "int8", "smoothed": 3}, None),
         (Variant(precision="int8", profile=Path("/p")), {"precision": "int8"}, "0 of its tensors are smoothed"),
+        (Variant(precision="int8"), {"precision": "int8", "rotation": 64}, None),
+        (Variant(precision="int8", rotation="rot64"), {"precision": "int8", "rotation": 32}, "by blocks of 32"),
+        (Variant(precision="int8", rotation="plain"), {"precision": "int8", "rotation": 64}, "by blocks of 64"),
         (Variant(precision="int8"), {"precision": "int8", "smoothed": 3}, "3 of its tensors are smoothed"),
     ],
 )

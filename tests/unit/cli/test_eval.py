@@ -158,6 +158,27 @@ def test_bad_words(run: Path, data: str, engines: Engines, tmp_path: Path) -> No
     assert not engines.jobs
 
 
+@pytest.mark.parametrize(
+    ("rotation", "rollout", "problem"),
+    [
+        ("48", "int8", "--rotation 48: no such block"),
+        ("64", "fp8", "--rotation 64 is not for fp8"),
+        ("64", "int8", None),
+        ("off", "int8", None),
+    ],
+)
+def test_blocks_of_a_rotation(
+    run: Path, data: str, engines: Engines, rotation: str, rollout: Any, problem: str | None
+) -> None:
+    if problem:
+        with pytest.raises(InputError, match=problem):
+            evaluate([str(run)], dataset=data, rollout=rollout, rotation=rotation)
+        assert not engines.jobs
+        return
+    evaluate([str(run)], dataset=data, rollout=rollout, rotation=rotation)
+    assert [job.engine.rotation for job in engines.jobs] == [0 if rotation == "off" else 64]
+
+
 def test_a_signal_ends_it_in_order(run: Path, data: str, engines: Engines) -> None:
     def interrupted(job: Job, order: Order) -> Any:
         yield from itertools.islice(answer(job, order), 2)

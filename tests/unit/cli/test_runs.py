@@ -15,6 +15,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
+from flashrl_cli import paths
 from flashrl_cli.cli import runs as commands
 from flashrl_cli.cli.app import app, main
 from flashrl_cli.machine import software
@@ -27,7 +28,7 @@ from flashrl_cli.verl.metrics import PLOTTED
 from tests.run_lab import Lab, lab
 from tests.saved_files import saved_step
 from tests.unit.runs import sampled
-from tests.unit.runs.on_disk import REWARD, a_run, attempt, log, make, planned, training
+from tests.unit.runs.on_disk import REWARD, a_run, attempt, kept, log, make, planned, training
 
 __all__ = ["lab"]
 
@@ -440,3 +441,76 @@ def test_names_are_completed() -> None:
         words = {"COMP_WORDS": f"flashrl runs {command} de", "COMP_CWORD": "3"}
         result = CliRunner().invoke(app, [], env=environment | words, prog_name="flashrl")
         assert result.stdout.split() == ["demo"], (command, sys.argv)
+
+
+@pytest.fixture
+def kept_run() -> None:
+    run = make("r", attempt(1))
+    planned(run, 1, correction={"cap": 2.0})
+    kept(run, 1, *range(1, 8))
+
+
+@pytest.mark.usefixtures("kept_run")
+def test_corrections_are_compared(call: Call, document: Document) -> None:
+    code, out, err = call("correction", "r")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == "steps 3 to 7: 200 of 400 responses, 12,000 tokens"
+    columns = out.splitlines()[2].split()
+    assert (columns[0], columns[-1]) == ("correction", "error")
+    assert "tis 2 (the run)" in out
+    assert "Least estimated error:" in out
+    assert "\x1b[" not in out
+    found = document("correction", "r", "--last", 2)
+    assert (found["run"], found["steps"], found["own"]) == ("r", [6, 7], "tis 2")
+    errors = [row["error"] for row in found["corrections"]]
+    assert errors == sorted(errors)
+    assert found["corrections"][0]["name"] == found["best"]["1"]
+    assert document("correction", "r", "--step", 1)["steps"] == [1]
+
+
+@pytest.mark.usefixtures("kept_run")
+@pytest.mark.parametrize(
+    ("words", "code", "message", "hint"),
+    [
+        (("--step", 9), 2, "kept no log-ratios of step 9", "there are: 1 to 7"),
+        (("--step", 1, "--last", 2), 2, "exclude each other", "--step N"),
+    ],
+)
+def test_steps_that_are_not_there(call: Call, words: tuple[object, ...], code: int, message: str, hint: str) -> None:
+    found, out, err = call("correction", "r", *words)
+    assert (found, out) == (code, "")
+    assert message in err
+    assert f"hint: {hint}" in err
+
+
+def test_a_run_without_kept_log_ratios(call: Call) -> None:
+    make("old", attempt(1))
+    code, _, err = call("correction", "old")
+    assert code == 4
+    assert "error: run old kept no log-ratios" in err
+    assert "hint: " in err
+
+
+@pytest.mark.usefixtures("kept_run")
+def test_a_damaged_step_is_warned_of(call: Call) -> None:
+    (paths.runs_root() / "r" / "attempt_1" / "log_ratios" / "step_000007.npz").write_bytes(b"PK")
+    code, out, err = call("correction", "r")
+    assert code == 0
+    assert err.startswith("warning: ")
+    assert "step_000007.npz is damaged" in err
+    assert out.startswith("steps 3 to 6")
+
+
+@pytest.mark.usefixtures("kept_run")
+def test_a_picture_of_kept_log_ratios(call: Call, tmp_path: Path) -> None:
+    code, _, err = call("correction", "r", "--png", tmp_path / "k.png", "--json")
+    assert (code, err) == (0, f"written to {tmp_path / 'k.png'}\n")
+    assert (tmp_path / "k.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("kept_run")
+def test_kept_log_ratios_count_and_go_with_their_run(call: Call, document: Document) -> None:
+    (row,) = document("ls")["runs"]
+    assert row["run_bytes"] > 7 * 2400
+    assert call("rm", "r", "--yes")[0] == 0
+    assert not (paths.runs_root() / "r").exists()

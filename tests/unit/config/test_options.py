@@ -22,7 +22,7 @@ def test_flags_come_before_sets_in_the_order_given():
     found, problems = layers("b.c=2", "a=1", rollout="int8", tis="1.5")
     assert [(str(layer.origin), layer.data) for layer in found] == [
         ("--rollout", {"rollout": {"precision": "int8"}}),
-        ("--tis", {"correction": {"cap": 1.5}}),
+        ("--tis", {"correction": {"kind": "tis", "cap": 1.5}}),
         ("--set b.c", {"b": {"c": 2}}),
         ("--set a", {"a": 1}),
     ]
@@ -30,10 +30,19 @@ def test_flags_come_before_sets_in_the_order_given():
 
 
 @pytest.mark.parametrize(
-    ("text", "cap"), [("off", None), ("8", 8), ("2.5", 2.5), ("true", "true"), ("", ""), ("x", "x")]
+    ("text", "kind", "cap"),
+    [
+        ("off", "none", None),
+        ("8", "tis", 8),
+        ("2.5", "tis", 2.5),
+        ("true", None, "true"),
+        ("", None, ""),
+        ("x", None, "x"),
+    ],
 )
-def test_cap(text, cap):
-    assert layers(tis=text)[0][0].data == {"correction": {"cap": cap}}
+def test_cap(text, kind, cap):
+    weights = {"kind": kind, "cap": cap} if kind else {"cap": cap}
+    assert layers(tis=text)[0][0].data == {"correction": weights}
 
 
 @pytest.mark.parametrize(
@@ -134,7 +143,7 @@ def test_a_point_of_a_sweep_comes_last_under_the_sweeps_names():
     assert [(str(layer.origin), layer.data) for layer in found] == [
         ("--set x", {"x": 1}),
         ("--sweep rollout", {"rollout": {"precision": "int8"}}),
-        ("--sweep tis", {"correction": {"cap": 2}}),
+        ("--sweep tis", {"correction": {"kind": "tis", "cap": 2}}),
         ("--sweep rollout.n", {"rollout": {"n": 4}}),
         ("--sweep a..b", {}),
     ]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from flashrl_cli.config import diagnose
+from flashrl_cli.config.correction import BY_LOSS
 from flashrl_cli.config.diagnose import Suggestion, keys_of
 from flashrl_cli.config.layers import Layer, Origin
 from flashrl_cli.config.resolve import Options, read_spec
@@ -116,6 +117,58 @@ def test_who_switches_validation_off_gets_none_before_the_start(base, mine, sets
 def test_a_preset_that_validates_now_and_then_need_not_validate_its_start(preset):
     text = BASE.replace("{project: p}", "{project: p, validate_every: 5, validate_before: false}")
     assert not load_spec(preset(base=text)).spec.trainer.validate_before
+
+
+@pytest.mark.parametrize(
+    ("parent", "child", "sets", "tis", "weights"),
+    [
+        ("", "", "", None, ("none", None, None)),
+        ("cap: 2", "", "", None, ("tis", 2.0, None)),
+        ("kind: tis", "", "", None, ("tis", 2.0, None)),
+        ("kind: icepop", "", "", None, ("icepop", 5.0, 0.5)),
+        ("kind: icepop, cap: 3, lower: 0.3", "", "", None, ("icepop", 3.0, 0.3)),
+        ("kind: seq-tis, cap: 3", "", "", None, ("seq-tis", 3.0, None)),
+        ("cap: 2", "kind: none", "", None, ("none", None, None)),
+        ("cap: 2", "kind: icepop", "", None, ("icepop", 2.0, 0.5)),
+        ("kind: none", "cap: 2", "", None, ("tis", 2.0, None)),
+        ("kind: icepop", "", "correction.cap=null", None, ("none", None, None)),
+        ("kind: icepop, lower: 0.3", "", "correction.kind=tis", None, ("tis", 2.0, None)),
+        ("kind: icepop, lower: 0.3", "", "", "off", ("none", None, None)),
+        ("kind: icepop, lower: 0.3", "", "", "8", ("tis", 8.0, None)),
+        ("", "", "correction.kind=icepop", "8", ("icepop", 8.0, 0.5)),
+    ],
+)
+def test_the_later_word_on_weights_decides(preset, tmp_path, parent, child, sets, tis, weights):
+    (tmp_path / "parent.yaml").write_text(f"{BASE}correction: {{{parent}}}\n")
+    (tmp_path / "child.yaml").write_text(f"extends: parent.yaml\nname: child\ncorrection: {{{child}}}\n")
+    found = load_spec(str(tmp_path / "child.yaml"), tis=tis, sets=sets.split()).spec.correction
+    assert (found.kind, found.cap, found.lower) == weights
+
+
+def test_rejection_by_k1_is_as_wide_below_as_above(preset):
+    found = load_spec(preset("correction: {reject: {by: token, upper: 4}}\n"))
+    reject = found.spec.correction.reject
+    assert reject
+    assert reject.lower == 0.25
+    assert str(found.origins["correction.reject.lower"]) == "derived: 1 / correction.reject.upper"
+    divergence = load_spec(
+        preset("correction: {reject: {by: token, estimator: k3, upper: 4}}\n")
+    ).spec.correction.reject
+    assert divergence
+    assert divergence.lower is None
+
+
+@pytest.mark.parametrize("loss", BY_LOSS)
+def test_a_loss_has_its_own_values_unless_they_are_set_beside_it_or_later(preset, loss):
+    earlier = "algorithm: {advantage: grpo, lr: 1e-6, mini_batch_size: 32, clip_low: 0.7, clip_high: 0.7, clip_c: 7}"
+    path = preset(base=BASE.replace(BASE.splitlines()[2], earlier))
+    found = load_spec(path, sets=[f"algorithm.loss={loss}"])
+    for name, value in BY_LOSS[loss].items():
+        assert getattr(found.spec.algorithm, name) == value
+        assert str(found.origins[f"algorithm.{name}"]) == f"derived: algorithm.loss = {loss}"
+    beside = load_spec(path, sets=[f"algorithm.loss={loss}", "algorithm.clip_high=0.6"]).spec.algorithm
+    assert beside.clip_high == 0.6
+    assert load_spec(path, sets=["algorithm.loss=ppo"]).spec.algorithm.clip_high == 0.7
 
 
 def test_what_is_set_is_not_derived(preset):

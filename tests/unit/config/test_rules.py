@@ -18,6 +18,16 @@ def test_shipped_presets_keep_all_rules(name):
 
 
 GRPO, GAE = "dapo-32b", "gsm8k-0.5b"
+
+
+def by(what: str) -> str:
+    return f"correction.reject.by={what}"
+
+
+def upper(bound: float) -> str:
+    return f"correction.reject.upper={bound}"
+
+
 CASES = [
     (
         "cache_in_8_bits_has_scales",
@@ -75,7 +85,143 @@ CASES = [
         "counts tokens, and the policy update responses",
         "--set rollout.log_prob_max_tokens_per_gpu=null",
     ),
-    ("group_has_members", GRPO, ("rollout.n=1",), "GRPO needs more than one response", "--set rollout.n=8"),
+    ("group_has_members", GRPO, ("rollout.n=1",), "grpo needs more than one response", "--set rollout.n=8"),
+    (
+        "weights_have_a_kind",
+        GRPO,
+        ("correction.kind=none", "correction.cap=2"),
+        "2 with correction.kind = none",
+        "--set correction.kind=tis",
+    ),
+    (
+        "weights_have_a_kind",
+        GRPO,
+        ("correction.cap=2", "correction.lower=0.5"),
+        "0.5: tis weights have no lower bound",
+        "--set correction.lower=null",
+    ),
+    (
+        "icepop_keeps_1",
+        GRPO,
+        ("correction.kind=icepop", "correction.cap=0.9"),
+        "0.9 is below 1: icepop would zero every token on which",
+        "--set correction.cap=5",
+    ),
+    (
+        "icepop_keeps_1",
+        GRPO,
+        ("correction.kind=icepop", "correction.lower=6"),
+        "6 is above correction.cap = 5",
+        "--set correction.lower=0.5",
+    ),
+    (
+        "icepop_keeps_1",
+        GRPO,
+        ("correction.kind=icepop", "correction.lower=1.1"),
+        "1.1 is above 1",
+        "--set correction.lower=0.5",
+    ),
+    (
+        "icepop_is_no_geometric_mean",
+        GRPO,
+        ("correction.kind=icepop", "algorithm.loss=gmpo"),
+        "turns one zeroed token into a zeroed response",
+        "--set correction.kind=tis",
+    ),
+    (
+        "rejection_has_bounds",
+        GRPO,
+        (by("seq-mean"), "correction.reject.estimator=k3", upper(0.2), "correction.reject.lower=0.1"),
+        "0.1: k3 is a divergence, which has no lower bound",
+        "--set correction.reject.lower=null",
+    ),
+    (
+        "rejection_has_bounds",
+        GRPO,
+        (by("seq-max"), upper(2)),
+        "verl takes the largest k2 or k3 of a response, not k1",
+        "--set correction.reject.estimator=k3",
+    ),
+    (
+        "rejection_has_bounds",
+        GRPO,
+        (by("token"), upper(2), "correction.reject.lower=3"),
+        "3 is above correction.reject.upper = 2: everything would be rejected",
+        "--set correction.reject.lower=null",
+    ),
+    (
+        "rejection_has_bounds",
+        GRPO,
+        (by("token"), upper(0.9), "correction.reject.lower=0.5"),
+        "0.9: weights of 1, where rollout and trainer agree, would be rejected",
+        "--set correction.reject.upper=2",
+    ),
+    (
+        "rejection_has_bounds",
+        GRPO,
+        (by("token"), upper(2), "correction.reject.lower=1.5"),
+        "1.5: weights of 1, where rollout and trainer agree, would be rejected",
+        "--set correction.reject.lower=null",
+    ),
+    *(
+        (
+            "rejection_leaves_rewards",
+            preset,
+            (*more, by("token"), upper(2)),
+            "a response whose last token is rejected loses it",
+            "--set correction.reject.by=seq-mean",
+        )
+        for preset, more in ((GAE, ()), (GRPO, ("algorithm.advantage=reinforce-plus-plus",)))
+    ),
+    (
+        "rejection_leaves_rewards",
+        GRPO,
+        ("algorithm.advantage=opo", by("token"), upper(2)),
+        "the baseline weights responses by their number of kept tokens",
+        "--set correction.reject=null",
+    ),
+    (
+        "rejection_leaves_rewards",
+        GRPO,
+        ("algorithm.advantage=opo", by("seq-mean"), upper(2)),
+        "is 0 / 0",
+        "--set algorithm.advantage=rloo",
+    ),
+    (
+        "std_is_read",
+        GRPO,
+        ("algorithm.advantage=grpo-vectorized", "algorithm.normalize_by_std=false"),
+        "not read by grpo-vectorized",
+        "--set algorithm.advantage=grpo",
+    ),
+    (
+        "aggregation_is_read",
+        GRPO,
+        ("algorithm.loss=sapo", "algorithm.loss_aggregation=token-mean"),
+        "token-mean is not read by sapo",
+        "--set algorithm.loss_aggregation=seq-mean-token-mean",
+    ),
+    (
+        "sequence_weights_survive",
+        GAE,
+        ("correction.kind=seq-tis", "rollout.precision=int8"),
+        "at a KL of 0.025 nats a token, as measured with int8 rollouts, the mean weight of a response is 0.016",
+        "--set correction.kind=tis",
+    ),
+    (
+        "rejection_is_wider_than_noise",
+        GAE,
+        (by("seq-mean"), upper(1.001)),
+        "1.001 by seq-mean k1 is tighter than the noise: at a KL of 0.001 nats a token",
+        "--set correction.reject.upper=1.007",
+    ),
+    (
+        "rejection_is_wider_than_noise",
+        GAE,
+        (by("seq-mean"), "correction.reject.estimator=k3", upper(0.02), "rollout.precision=int8"),
+        "0.02 by seq-mean k3 is tighter than the noise: at a KL of 0.025 nats a token",
+        "--set correction.reject.upper=0.075",
+    ),
     (
         "filtered_groups_vary",
         GAE,
@@ -111,6 +257,27 @@ CASES = [
         ("rollout.profile=/p", "rollout.precision=fp8-block"),
         "fp8-block rollouts take verl's own weight update",
         "--set rollout.profile=null",
+    ),
+    (
+        "rotation_is_for_integers",
+        GRPO,
+        ("rollout.rotation=64", "rollout.precision=fp8"),
+        "64 is not for fp8 rollouts: a rotation takes them further from the trainer (KL 0.0426 nats",
+        "--set rollout.rotation=auto",
+    ),
+    (
+        "rotation_is_for_integers",
+        GRPO,
+        ("rollout.rotation=64",),
+        "64 is not for bf16 rollouts: they round nothing that a rotation could spread",
+        "--set rollout.rotation=auto",
+    ),
+    (
+        "profile_suits_the_basis",
+        GRPO,
+        ("rollout.rotation=64", "rollout.precision=int8", "rollout.profile=/p"),
+        "64 mixes the channels for which rollout.profile was made",
+        "--set rollout.rotation=off",
     ),
     ("dual_clip_bounds_from_above", GRPO, ("algorithm.clip_c=1",), "1 is not above 1", "--set algorithm.clip_c=3.0"),
     (
@@ -170,6 +337,17 @@ LEGAL = [
     (GAE, ("critic.micro_batch_size_per_gpu=4",)),
     (GRPO, ("algorithm.mini_batch_size=512",)),
     (GRPO, ("rollout.n=2",)),
+    (GAE, ("algorithm.advantage=reinforce-plus-plus", "rollout.n=1")),
+    (GAE, ("correction.kind=seq-tis",)),
+    (GAE, ("correction.kind=seq-tis", "rollout.precision=int8", "watch.max_weight_deviation=1")),
+    (GRPO, ("correction.kind=icepop", "correction.cap=1", "correction.lower=1")),
+    (GRPO, ("correction.kind=seq-tis", "algorithm.loss=gmpo", "data.max_response_length=512", "reward.overlong=null")),
+    (GRPO, (by("token"), "correction.reject.estimator=k3", upper(1e-9))),
+    (GRPO, (by("token"), upper(1.2), "correction.reject.lower=0.9")),
+    (GAE, (by("seq-mean"), upper(1.007))),
+    (GAE, (by("seq-sum"), "correction.reject.estimator=k2", upper(0.6))),
+    (GRPO, ("algorithm.advantage=grpo-passk", "algorithm.normalize_by_std=false")),
+    (GRPO, ("algorithm.loss=sapo",)),
     (GAE, ("rollout.n=2", "algorithm.filter_groups.enable=true")),
     (GRPO, ("trainer.logger=[file]",)),
     (GRPO, ("reward.overlong.buffer_len=20480",)),

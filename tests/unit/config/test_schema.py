@@ -39,7 +39,7 @@ def test_the_page_holds_the_tables_of_today(request):
 
 def test_every_key_is_documented_once():
     documented = [row.key.strip("`") for _, _, found in schema.sections(schema.preset_schema()) for row in found]
-    assert sorted(documented) == sorted({"extends", "reward.overlong", *keys_of(RunSpec)})
+    assert sorted(documented) == sorted({"extends", "reward.overlong", "correction.reject", *keys_of(RunSpec)})
     assert all(row.meaning for row in rows().values())
 
 

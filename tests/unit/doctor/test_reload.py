@@ -16,11 +16,11 @@ from flashrl_cli.machine import gpus, software
 from flashrl_cli.machine.finding import Level
 
 
-def measured(precision: str = "int8", quantized: int = 8, **changes: Any) -> dict[str, Any]:
+def measured(precision: str = "int8", quantized: int = 8, rotation: int = 128, **changes: Any) -> dict[str, Any]:
     holds = contract.Handshake(
         host="h", pid=1, precision=precision, quantized_layers=quantized, linear_layers=8, quantized_bytes=9,
         kernel="K",
-        vllm="0", torch="2", device="cpu", refits=1, refit_s=0.03,
+        vllm="0", torch="2", device="cpu", refits=1, refit_s=0.03, rotation=rotation,
     )  # fmt: skip
     figures = {"start_s": 12.3, "change": 3.0, "read_error": 0.05, "made_error": 0.04, "returns": True}
     return {"holds": asdict(holds), **figures, **changes}
@@ -33,9 +33,11 @@ def levels(precision: str, found: dict[str, Any]) -> dict[str, str]:
 def test_a_sound_engine_passes() -> None:
     findings = list(reload.judge("int8", measured()))
     assert [finding.level for finding in findings] == [Level.OK] * 4
-    assert findings[0].text == "8 of 8 linear layers in int8, K, started in 12 s, refit in 0.030 s"
+    assert findings[0].text == (
+        "8 of 8 linear layers in int8, inputs rotated by blocks of 128, K, started in 12 s, refit in 0.030 s"
+    )
     assert "0.050 nats" in findings[1].text
-    plain = list(reload.judge("bf16", measured("bf16", 0)))
+    plain = list(reload.judge("bf16", measured("bf16", 0, rotation=0)))
     assert plain[0].text == "K, started in 12 s, refit in 0.030 s"
 
 
@@ -44,6 +46,7 @@ def test_a_sound_engine_passes() -> None:
     [
         (measured("bf16", 0), {"engine"}),
         (measured(quantized=7), {"engine"}),
+        (measured(rotation=0), {"engine"}),
         (measured(read_error=1.0), {"refit"}),
         (measured(made_error=3.1), {"decoding"}),
         (measured(read_error=math.nan, made_error=math.nan), {"refit", "decoding"}),

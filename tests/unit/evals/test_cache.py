@@ -36,6 +36,8 @@ def test_the_key_names_what_an_answer_depends_on(tmp_path: Path, monkeypatch: py
         unit(one, data(), sampling=dataclasses.replace(SAMPLING, seed=1)),
         unit(one, data(), sampling=dataclasses.replace(SAMPLING, temperature=0.6)),
         unit(one, data(), engine=EngineSettings(rollout="int8")),
+        unit(one, data(), engine=EngineSettings(rollout="int8", rotation=0)),
+        unit(one, data(), engine=EngineSettings(rollout="int8", rotation=64)),
         unit(one, data(), engine=EngineSettings(max_model_len=64)),
         unit(one, data(), engine=EngineSettings(rollout="int8", profile=str(one.hf / "config.json"))),
         unit(one, data(), engine=EngineSettings(rollout="int8", profile=str(other.hf / "config.json"))),

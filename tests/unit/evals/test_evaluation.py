@@ -492,15 +492,20 @@ def test_looking_again_finds_what_is_new(tmp_path: Path, rows: Path) -> None:
     assert request.again().folder == request.folder
 
 
-def with_profile(folder: Path, rollout: str = "int8", file: Path | None = None, **config: Any) -> None:
+def with_profile(
+    folder: Path, rollout: str = "int8", file: Path | None = None, rotation: int | str = "auto", **config: Any
+) -> None:
     made = saved_profile(folder / "p", {"a.rows": [2.0]}, shape={"hidden_size": 64})
     (folder / "config.json").write_text(json.dumps(config))
-    check_profile(EngineSettings(rollout=rollout, profile=str(file or made)), [folder / "none", folder])
+    check_profile(
+        EngineSettings(rollout=rollout, profile=str(file or made), rotation=rotation), [folder / "none", folder]
+    )
 
 
 def test_a_profile_that_can_be_applied(tmp_path: Path) -> None:
     with_profile(tmp_path, hidden_size=64)
     with_profile(tmp_path, "fp8", hidden_size=64)
+    with_profile(tmp_path, rotation=0, hidden_size=64)
     check_profile(EngineSettings(rollout="bf16"), [tmp_path])
 
 
@@ -510,6 +515,8 @@ def test_a_profile_that_cannot_be_applied(tmp_path: Path) -> None:
     assert error.value.hint == "--rollout int8"
     with pytest.raises(InputError, match="cannot be read"):
         with_profile(tmp_path, file=tmp_path / "nothing")
+    with pytest.raises(InputError, match=r"--rotation 64 mixes the channels for which .* was made"):
+        with_profile(tmp_path, rotation=64, hidden_size=64)
     with pytest.raises(InputError, match="quantized already"):
         with_profile(tmp_path, quantization_config={})
     with pytest.raises(InputError, match=r"of another model than .*hidden_size = 64, and the model has 128"):

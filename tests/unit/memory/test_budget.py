@@ -154,7 +154,7 @@ def test_passes_on_a_cpu_are_bounded_by_their_logits(shape: ModelShape) -> None:
     spec = load_spec("tiny").spec
     tokens = [budget.on_cpu(spec, replace(shape, vocab=vocab))[UPDATE].value for vocab in (259, 49_152, 152_064)]
     assert tokens == [32768, 5120, 1024]
-    assert 4 * 49_152 * tokens[1] <= GIB
+    assert GIB >= 4 * 49_152 * 5120
     assert budget.on_cpu(spec, None)[LOG_PROBS].value == 4096
     long = load_spec("gsm8k-tiny-cpu", sets=["data.max_response_length=4000"]).spec
     assert budget.on_cpu(long, replace(shape, vocab=152_064))[CRITIC].value == 4512

@@ -8,16 +8,19 @@ from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flashrl_cli.errors import EnvironmentNotReady
+from flashrl_cli.plugins.log_ratios import Sample
 from flashrl_cli.render import figure, html
 from flashrl_cli.render.figure import CURVES, VARIABLES, Panel, Series, inline_svgs, styles, thinned, write_png
 from flashrl_cli.render.html import curves_page, duration, moment, number, percent, whole
 from flashrl_cli.render.text_plot import even_ticks, text_panel, text_panels
 from flashrl_cli.runs.curves import Curve
+from flashrl_cli.runs.replay import replay
 
 RISING = Series(label="int8", xs=[1, 2, 3, 4], ys=[0.1, 0.2, None, 0.4], raw=[0.0, 0.3, None, 0.5], starts=[2])
 OTHER = Series(label="bf16", xs=[1, 2], ys=[0.3, 0.1])
@@ -293,3 +296,35 @@ def test_numbers_and_times_in_a_page() -> None:
     assert [percent(value) for value in (None, 0.1234)] == ["–", "12.3 %"]
     found = [moment(text) for text in (None, "", "2026-01-02T03:04:05+00:00", "yesterday")]
     assert found == ["–", "–", "2026-01-02 03:04", "yesterday"]
+
+
+def replay_of(*responses: list[float]) -> list[Panel]:
+    """Panels of kept responses with these log-ratios of their tokens."""
+    sample = Sample(
+        step=1,
+        responses=9,
+        log_ratios=np.concatenate(responses).astype(np.float16),
+        lengths=np.array([len(one) for one in responses], np.int32),
+        advantages=np.ones(len(responses), np.float32),
+    )
+    return figure.replayed(replay([sample], None))
+
+
+@pytest.mark.parametrize(
+    "panels",
+    [
+        replay_of([0.0]),
+        replay_of([0.0, 0.0], [0.0]),
+        replay_of([9.0, -9.0], [100.0]),
+        replay_of(*([0.01 * n, -0.02, 0.0] * 30 for n in range(20))),
+    ],
+    ids=["one token", "no mismatch", "far apart", "many"],
+)
+def test_kept_log_ratios_are_drawn(panels: list[Panel], capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = text_panels(panels, width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert " %┤" in text
+    assert {"nats", "token of the response"} <= {line.strip() for line in text.splitlines()}
+    assert capfd.readouterr() == ("", ""), "plotext complains by printing"
+    write_png(panels, tmp_path / "a.png")
+    assert len(svgs(*panels)) == 3

@@ -13,7 +13,7 @@ from rich.console import Console
 from flashrl_cli.render import live
 from flashrl_cli.render.live import JsonDisplay, LiveDisplay, PlainDisplay, describe, display_for, eta
 from flashrl_cli.render.output import Output
-from flashrl_cli.verl.metrics import LIVE, NAMES, StepMetrics, read_step
+from flashrl_cli.verl.metrics import LIVE, METRICS, NAMES, StepMetrics, read_step
 from tests.unit.runs.on_disk import handshake
 
 DATA: dict[str, float | None] = {
@@ -45,6 +45,8 @@ def test_describe() -> None:
     assert "Int8Kernel, logits in fp32, refit" in describe([replace(handshake(), lm_head="fp32")])
     more = replace(handshake(), kv_cache="fp8", lm_head="fp32", smoothed=12)
     assert "Int8Kernel, KV cache in fp8, logits in fp32, 12 tensors smoothed, refit" in describe([more])
+    rotated = describe([replace(handshake(), rotation=64)])
+    assert "Int8Kernel, inputs rotated by blocks of 64, refit" in rotated
     mixed = describe([handshake("bf16"), handshake(), handshake()])
     assert mixed.startswith("int8 in 2 rollout workers and bf16 in 1: 14 of ")
     assert describe([handshake("bf16")]) == "bf16 in 1 rollout worker: Int8Kernel, refit 0.12 s"
@@ -126,10 +128,10 @@ def test_live_display_shows_rows_phases_proof_and_time_left(clock: list[float]) 
     lines = [line.rstrip() for line in drawn(display).splitlines()]
     assert lines[0].strip() == "my-run"
     heading = next(line for line in lines if "reward" in line)
-    assert [one.heading for one in LIVE if one.heading not in heading] == []
+    assert [one.name for one in LIVE if one.heading not in heading] == ["codes_changed"], "no engine has 8-bit weights"
     assert "accuracy" not in heading
     rows = [line.split() for line in lines if "/20" in line]
-    assert rows[0] == ["1/20", "0.250", "15.0", "0.0021", "0.999", "–", "1.23%", "–", "–", "–", "8.0"]
+    assert rows[0] == ["1/20", "0.250", "15.0", "0.0021", "0.999", "–", "–", "1.23%", "–", "–", "–", "8.0"]
     assert (rows[1][0], rows[1][-1]) == ("2/20", "12.0")
     assert "s/step by phase: generate 3.2  refit 0.5" in lines
     assert f"✓ {describe([handshake()])}" in lines
@@ -146,6 +148,15 @@ def test_live_display_keeps_the_last_steps_that_fit(height: int, rows: int, cloc
     assert [line.split()[0] for line in text.splitlines() if "/100" in line] == [
         f"{number}/100" for number in range(20 - rows, 20)
     ]
+
+
+def test_live_display_shows_what_arrived_where_it_was_compared(clock: list[float]) -> None:
+    display = LiveDisplay("my-run", None)
+    display.step(step(1))
+    display.step(step(2, refit__codes_changed=0.00012))
+    lines = drawn(display).splitlines()
+    assert any(METRICS["codes_changed"].heading in line for line in lines)
+    assert ["0.012%" in line for line in lines if "/?" in line] == [False, True]
 
 
 def test_live_display_shows_accuracy_where_there_is_one(clock: list[float]) -> None:

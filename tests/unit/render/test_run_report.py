@@ -17,7 +17,7 @@ from flashrl_cli.render.run_report import report_document, report_page
 from flashrl_cli.runs.store import Phase, find
 from flashrl_cli.runs.summary import summarize
 from tests.unit.runs import test_speed
-from tests.unit.runs.on_disk import a_run, attempt, handshake, log, plan, training, validation, write_record
+from tests.unit.runs.on_disk import a_run, attempt, handshake, kept, log, plan, training, validation, write_record
 
 SHAKE = handshake(kernel="CutlassInt8")
 SECRETS = ("hf_abcdefghijklmnopqrstuvwxyz0123456789", "verysecret")
@@ -235,3 +235,24 @@ def test_the_records_proof_serves_where_the_files_are_gone(whole: RunPaths) -> N
     assert found["proof"] == [{"attempt": 1, **asdict(SHAKE)}]
     assert "A handshake of attempt 2 is damaged." in found["notes"]
     assert "CutlassInt8" in page(whole)
+
+
+def test_kept_log_ratios_are_a_table_and_pictures(whole: RunPaths) -> None:
+    assert report(whole)["correction"] is None
+    assert "Other corrections" not in page(whole)
+    kept(whole, 2, 3, 4)
+    found = report(whole)["correction"]
+    assert (found["steps"], found["own"]) == ([3, 4], "tis 2")
+    text = page(whole)
+    assert "Other corrections" in text
+    assert text.count('id="correction') >= 3
+    assert all(row["name"] in text for row in found["corrections"])
+    assert all(source in text for source in found["sources"])
+
+
+def test_damaged_log_ratios_are_noted(whole: RunPaths) -> None:
+    kept(whole, 2, 4)
+    (file,) = whole.attempt(2).log_ratios.iterdir()
+    file.write_bytes(b"")
+    assert report(whole)["correction"] is None
+    assert any("step_000004.npz is damaged" in note for note in report(whole)["notes"])

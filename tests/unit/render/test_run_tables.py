@@ -153,3 +153,20 @@ def test_a_run_of_which_nothing_is_known(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_damaged_record_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     on_disk.make("broken", on_disk.attempt()).record.write_text("{")
     assert "is no run record" in shown("broken", capsys)[0]
+
+
+def test_a_run_in_full_compares_corrections(capsys: pytest.CaptureFixture[str]) -> None:
+    run = on_disk.make("kept", on_disk.attempt(1))
+    on_disk.planned(run, 1, correction={"kind": "icepop", "cap": 3.0, "lower": 0.5})
+    on_disk.kept(run, 1, 1, 2)
+    out, _ = shown("kept", capsys)
+    assert "other corrections, replayed on 80 responses of steps 1 to 2" in out
+    names = [line.split("  ")[0] for line in out.partition("other corrections")[2].splitlines()]
+    assert "icepop 0.5 to 3 (the run)" in names
+    firsts = [name.split()[0] for name in names if name.split()[:1] and name.split()[0] in {"none", "tis", "seq-tis"}]
+    assert sorted(firsts) == ["none", "seq-tis", "tis"], "one of each kind"
+
+
+@pytest.mark.usefixtures("demo")
+def test_a_run_that_kept_nothing_compares_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "other corrections" not in shown("demo", capsys)[0]

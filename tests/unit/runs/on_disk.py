@@ -8,9 +8,13 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from flashrl_cli import files, paths
 from flashrl_cli.contract import Handshake
 from flashrl_cli.paths import RunPaths
+from flashrl_cli.plugins import log_ratios
+from flashrl_cli.plugins.log_ratios import Sample
 from flashrl_cli.runs import store
 from flashrl_cli.runs.store import Attempt, RunRecord
 from flashrl_cli.train.plan import build_plan, plan_document
@@ -138,6 +142,20 @@ def handshake(precision: str = "int8", **fields: Any) -> Handshake:
         **fields,
     }
     return Handshake(precision=precision, **given)
+
+
+def kept(run: RunPaths, number: int, *steps: int, mismatch: float = 0.1) -> None:
+    """What attempt `number` kept of these steps: 40 responses of 60 tokens, with log-ratios of about `mismatch`."""
+    for step in steps:
+        make = np.random.default_rng(step)
+        sample = Sample(
+            step=step,
+            responses=80,
+            log_ratios=make.normal(-(mismatch**2) / 2, mismatch, 2400).astype(np.float16),
+            lengths=np.full(40, 60, np.int32),
+            advantages=make.choice([-1.0, 1.0], 40).astype(np.float32),
+        )
+        log_ratios.write(run.attempt(number).log_ratios, sample)
 
 
 def touch(run: RunPaths, moment: float) -> None:

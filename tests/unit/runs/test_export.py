@@ -180,7 +180,7 @@ def test_a_card_of_everything() -> None:
         "# r, step 20",
         "| preset | dapo |",
         "| rollout precision | int8 |",
-        "| truncated importance sampling | cap 8 |",
+        "| correction | truncated importance sampling at 8 |",
         "| training data | train.parquet |",
         "| versions | verl 0.9.1 |",
         "| accuracy on the run's own validation data, by the rollout engine | 0.6123 |",
@@ -206,7 +206,13 @@ def test_only_the_hub_has_base_models() -> None:
 def test_a_card_without_correction() -> None:
     spec = plan()
     spec["spec"]["correction"]["cap"] = None
-    assert "| truncated importance sampling | off |" in text(Facts(run="r", step=1, plan=spec))
+    assert "| correction | no importance sampling |" in text(Facts(run="r", step=1, plan=spec))
+
+
+def test_a_card_of_another_kind_of_weights() -> None:
+    spec = plan()
+    spec["spec"]["correction"] |= {"kind": "icepop", "cap": 5.0, "lower": 0.5}
+    assert "| correction | IcePop from 0.5 to 5 |" in text(Facts(run="r", step=1, plan=spec))
 
 
 TOKEN = "hf_" + "x" * 20

@@ -292,6 +292,32 @@ def test_steps_beyond_a_floats_range_are_counted() -> None:
     )
 
 
+def test_what_arrived_of_weight_updates_is_said() -> None:
+    data = sampled.logged(sampled.sample(0.1), 2)
+    steps = [
+        {"refit/codes_changed": 0.002, "refit/weights_changed": 0.02},
+        {"refit/codes_changed": 0.004, "refit/weights_changed": 0.03, "refit/arrived": 0.9},
+        {
+            "refit/codes_changed": 0.003,
+            "refit/weights_changed": 0.05,
+            "refit/arrived": 0.8,
+            "refit/update_cosine": 0.25,
+        },
+    ]
+    found = [read_step(number, data | one) for number, one in enumerate(steps, 1)]
+    said = [next(line for line in advise(found[:n], 2).lines if "8-bit" in line) for n in (1, 2, 3)]
+    changes = [
+        "A step changes 0.2 % of the rollout's 8-bit weights and 2 % of the bf16 weights that it is sent",
+        "A step changes 0.3 % of the rollout's 8-bit weights and 2.5 % of the bf16 weights that it is sent",
+        "A step changes 0.3 % of the rollout's 8-bit weights and 3 % of the bf16 weights that it is sent",
+    ]
+    since = ". Of all changes since the start "
+    cosine = "and what changed has a cosine of 0.25 to them"
+    arrived = ["", f"{since}90 % arrived on average", f"{since}80 % arrived on average, {cosine}"]
+    assert said == [f"{change}{more}. [QuRL]" for change, more in zip(changes, arrived, strict=True)]
+    assert not any("8-bit" in line for line in advise([read_step(1, data)], 2).lines)
+
+
 def test_the_document_is_plain_data_with_its_sources() -> None:
     document = advice(sampled.sample(0.15), 2).document()
     assert json.loads(json.dumps(document)) == document | {"findings": json.loads(json.dumps(document["findings"]))}

@@ -42,6 +42,7 @@ def handshake(**changes: Any) -> Handshake:
     whole: dict[str, Any] = {
         "host": "node-1", "pid": 1, "precision": "int8", "quantized_layers": 14, "linear_layers": 15,
         "quantized_bytes": 9, "kernel": "K", "vllm": "0", "torch": "2", "device": "cpu", "refits": 1, "refit_s": 0.1,
+        "rotation": 64,
     }  # fmt: skip
     return Handshake(**whole | changes)
 

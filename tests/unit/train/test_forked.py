@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -212,5 +213,25 @@ def test_variables_that_differ_at_run_time_only_are_allowed() -> None:
     assert imports.refusal(before | {"RANK": "0", "RAY_JOB_ID": "1", "SET": "1"}) is None
     assert imports.refusal(before | {"VLLM_A": "3"}) is None, "as the import left it"
     assert imports.refusal(before | {"VLLM_A": "2", "SET": "2"}) == "SET, VLLM_A in its environment"
-    assert imports.refusal(before | {"OMP_NUM_THREADS": "2"}) == "OMP_NUM_THREADS in its environment"
+    assert imports.refusal(before | {"OMP_NUM_THREADS": "2"}) is None, "set again in the fork"
+    assert imports.refusal(before | {"OMP_PLACES": "2"}) == "OMP_PLACES in its environment"
     assert imports.refusal({"PATH": "/bin"}) == "VLLM_A in its environment"
+
+
+@pytest.mark.parametrize(("answer", "initialized"), [(forkserver.NOT_INITIALIZED, False), (0, True), (100, True)])
+def test_a_module_that_initializes_cuda_ends_the_server(
+    monkeypatch: pytest.MonkeyPatch, answer: int, initialized: bool
+) -> None:
+    driver = SimpleNamespace(cuDeviceGetCount=lambda _count: answer)
+    monkeypatch.setattr("ctypes.CDLL", lambda name: driver if name == forkserver.CUDA_DRIVER else None)
+    assert forkserver.cuda_is_initialized() is initialized
+    if initialized:
+        with pytest.raises(SystemExit, match="importing colorsys initializes CUDA"):
+            forkserver.preload(("colorsys",))
+    else:
+        forkserver.preload(("colorsys",))
+
+
+def test_without_a_driver_cuda_is_not_initialized(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forkserver, "CUDA_DRIVER", "libabsent.so.1")
+    assert not forkserver.cuda_is_initialized()

@@ -34,13 +34,13 @@ def test_expectation(preset: str, rollout: str | None, sets: tuple[str, ...], wo
 
 def test_the_cache_must_be_in_8_bits_too() -> None:
     asked = expected("dapo-32b", "int8", "rollout.kv_cache=fp8", "resources.nodes=1", "resources.gpus_per_node=1")
-    assert asked == Expectation("int8", 1, "fp8")
+    assert asked == Expectation("int8", 1, "fp8", rotation=None)
     assert "KV cache in fp8 was asked for" in str(refutation(asked, [handshake()]))
     assert refutation(asked, [handshake(kv_cache="fp8")]) is None
 
 
 def test_refutation_names_the_worker() -> None:
-    asked = Expectation("int8", 2)
+    asked = Expectation("int8", 2, rotation=64)
     assert refutation(asked, []) is None
     assert refutation(asked, [handshake(), handshake(pid=2)]) is None
     refuted = str(refutation(asked, [handshake(), handshake(pid=2, precision="bf16")]))
@@ -59,9 +59,9 @@ def test_logits_are_computed_in_what_was_asked_for() -> None:
 
 def test_a_mixed_run_wants_so_many_of_each() -> None:
     asked = expected("dapo-32b", "int8", "rollout.mix=0.3", "resources.nodes=1", "rollout.tensor_parallel=2")
-    assert asked == Expectation("int8", 8, bf16_workers=4)
+    assert asked == Expectation("int8", 8, bf16_workers=4, rotation=None)
     int8 = [handshake(pid=pid) for pid in range(5)]
-    bf16 = [handshake(pid=pid, precision="bf16") for pid in range(5, 10)]
+    bf16 = [handshake(pid=pid, precision="bf16", rotation=0) for pid in range(5, 10)]
     for held in ([], int8[:4], bf16[:4], [*int8[:4], *bf16[:4]], [*int8[:1], *bf16[:2]]):
         assert refutation(asked, held) is None
     for held in (int8, bf16, [*int8[:1], *bf16]):
@@ -73,11 +73,28 @@ def test_a_mixed_run_wants_so_many_of_each() -> None:
 def test_a_profile_must_have_been_applied_completely(tmp_path: Path) -> None:
     file = saved_profile(tmp_path / "p.safetensors", {"a.columns": [2.0], "b.rows": [0.5]})
     asked = expected("tiny", "int8", f"rollout.profile={file}")
-    assert asked == Expectation("int8", 1, smoothed=2)
+    assert asked == Expectation("int8", 1, smoothed=2, rotation=None)
     assert refutation(asked, [handshake(smoothed=2)]) is None
     refuted = refutation(asked, [handshake(smoothed=2), handshake(pid=2, smoothed=1)])
     assert refuted == "2 tensors smoothed by rollout.profile were asked for, but worker 2 on node-1 smoothed 1"
     assert "smoothed 3" in str(refutation(Expectation("int8", 1), [handshake(smoothed=3)]))
+
+
+def test_inputs_must_be_rotated_by_the_blocks_of_the_plan() -> None:
+    asked = expected("tiny", "int8", "rollout.rotation=32")
+    assert asked == Expectation("int8", 1, rotation=32)
+    assert refutation(asked, [handshake(rotation=32)]) is None
+    for held, text in ((64, "rotates them by blocks of 64"), (0, "rotates none")):
+        refuted = f"inputs rotated by blocks of 32 were asked for, but worker 1 on node-1 {text}"
+        assert refutation(asked, [handshake(rotation=held)]) == refuted
+    off = expected("tiny", "int8", "rollout.rotation=off")
+    assert off.rotation == 0
+    assert "no rotation was asked for, but worker 1" in str(refutation(off, [handshake()]))
+    assert refutation(off, [handshake(rotation=0)]) is None
+    unknown = expected("tiny", "int8")
+    assert unknown.rotation is None
+    assert "inputs rotated by blocks were asked for" in str(refutation(unknown, [handshake(rotation=0)]))
+    assert expected("dapo-32b", "fp8").rotation == 0
 
 
 def test_a_profile_that_only_the_nodes_see(tmp_path: Path) -> None:

@@ -60,7 +60,9 @@ def test_document_is_plain_data() -> None:
         ("dapo-32b", None, None, (), "dapo-32b-bf16"),
         ("dapo-32b", "fp8-block", "8", (), "dapo-32b-fp8-block-tis8"),
         ("dapo-32b", "int8", "1.5", (), "dapo-32b-int8-tis1.5"),
-        ("tiny", "bf16", "off", (), "tiny-bf16"),
+        ("tiny", "bf16", "off", ("rotation=off",), "tiny-bf16"),
+        ("tiny", None, None, ("rotation=off",), "tiny-int8-plain-tis2"),
+        ("tiny", None, None, ("rotation=32",), "tiny-int8-rot32-tis2"),
         (
             "tiny", None, None, ("kv_cache=fp8", "lm_head_fp32=true", "profile=/p.safetensors", "mix=0.25"),
             "tiny-int8-kv8-head32-smooth-mix0.25-tis2",
@@ -93,6 +95,7 @@ def test_the_script_begins_with_what_it_is_and_orders_the_overrides_by_theme() -
         "#!/bin/sh\n"
         "# flashrl preset tiny, run r, attempt 2\n"
         "# prepared:tiny, grpo, int8 rollouts, truncated importance sampling at 2\n"
+        "# rotation of inputs: auto (default)\n"
         "# memory: fits\n"
         "# 12 GiB of 80\n"
     )

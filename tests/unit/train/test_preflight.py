@@ -276,6 +276,24 @@ def test_how_much_is_validated(tmp_path: Path) -> None:
     assert found.document() == {"data": "rows.jsonl", "prompts": 4, "responses": 1, "before": 1, "every": None}
 
 
+def test_the_block_of_a_rotation_follows_from_the_models_sizes() -> None:
+    """Qwen2.5-7B has 3,584 hidden channels and 18,944 = 512 x 37 in its MLP."""
+
+    def found(*sets: str, precision: str = "int8") -> tuple[int | str, str]:
+        asked = [f"rollout.{text}" for text in ("tensor_parallel=1", *sets)]
+        chosen = preflight.with_rotation(load_spec("dapo-7b", rollout=precision, sets=asked))
+        return chosen.spec.rollout.rotation, chosen.origins["rollout.rotation"].reason
+
+    assert found() == (128, "divides every input")
+    assert found("tensor_parallel=8") == (64, "divides every input on each of 8 ranks")
+    assert found("tensor_parallel=64") == ("off", "no block of 16 or more divides every input on each of 64 ranks")
+    assert found("rotation=16")[0] == 16
+    assert found("profile=/p") == ("off", "rollout.profile is for unrotated channels")
+    assert found(precision="fp8")[0] == "auto"
+    unknown = load_spec("dapo-7b", rollout="int8", sets=["model.path=/nowhere"])
+    assert preflight.with_rotation(unknown) is unknown
+
+
 def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `auto` chose runs on every GPU of the stack; flash-attn must be there where it is asked for."""
 

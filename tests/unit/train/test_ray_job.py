@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flashrl_cli import contract
@@ -23,6 +24,7 @@ from flashrl_cli.config import presets
 from flashrl_cli.contract import HANDSHAKE_MARK, read_handshakes
 from flashrl_cli.errors import EnvironmentNotReady, InputError, RunFailed
 from flashrl_cli.paths import AttemptPaths
+from flashrl_cli.plugins import log_ratios
 from flashrl_cli.runs import store
 from flashrl_cli.runs.metrics import read_metrics
 from flashrl_cli.runs.store import Attempt, RunRecord
@@ -284,6 +286,23 @@ def test_handshakes_appear_in_the_plugins_folder(attempt: AttemptPaths) -> None:
     log(attempt, f"{printed(handshake(refits=2))}\n{printed(handshake(pid=9))}\n")
     extraction.poll()
     assert [(one.pid, one.refits) for one in read_handshakes(attempt.plugins)] == [(1, 2), (9, 1)]
+
+
+def test_kept_log_ratios_appear_in_their_folder(attempt: AttemptPaths) -> None:
+    sample = log_ratios.Sample(
+        step=3,
+        responses=8,
+        log_ratios=np.linspace(-1, 1, 12).astype(np.float16),
+        lengths=np.array([4, 8], np.int32),
+        advantages=np.ones(2, np.float32),
+    )
+    (line,) = log_ratios.printed(sample)
+    assert re.search(UNFOLDED, line), "Ray must not take two parts for the same line"
+    log(attempt, f"\x1b[36m(TaskRunner pid=3, ip=127.0.0.3)\x1b[0m {line}\n")
+    LogExtraction(attempt).poll()
+    found = log_ratios.read(log_ratios.file_of(attempt.log_ratios, 3))
+    assert np.array_equal(found.log_ratios, sample.log_ratios)
+    assert not attempt.metrics.exists()
 
 
 def test_workers_print_handshakes_where_they_are_asked_to(

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from flashrl_cli import contract
-from flashrl_cli.config.spec import WatchSpec
+from flashrl_cli.config.spec import CorrectionSpec, RejectSpec, WatchSpec
 from flashrl_cli.contract import Handshake, write_handshake
 from flashrl_cli.errors import EnvironmentNotReady, ExitCode, FlashrlError, RunFailed
 from flashrl_cli.signals import Interrupted, collected
@@ -58,7 +58,7 @@ def step(number, **data):
 def handshake(precision="int8"):
     write_handshake(plugin_dir(), Handshake(
         host="h", pid=1, precision=precision, quantized_layers=14 * (precision != "bf16"), linear_layers=15,
-        quantized_bytes=9,
+        quantized_bytes=9, rotation=64,
         kernel="K", vllm="0", torch="2", device="cpu", refits=1, refit_s=0.1))
 
 def ready(name):
@@ -548,3 +548,45 @@ def test_uniform_sampling_is_not_judged_without_the_vocabulary() -> None:
 def test_bounds_are_the_specs() -> None:
     step = StepMetrics(step=1, values=HEALTHY | {"kl": 3.7, "weight_mean": 0.08}, seconds={}, accuracy=None, lost=())
     assert supervise.broken_rollout(step, WatchSpec(max_kl=4, max_weight_deviation=0.95), None) is None
+
+
+LOST: list[tuple[CorrectionSpec, dict[str, float], str, str]] = [
+    (
+        CorrectionSpec(kind="seq-tis", cap=2.0),
+        {"weight_mean": 0.37, "kl_k3": 0.025},
+        "the weights of responses vanish at a KL of 0.025 nats a token: their mean is 0.37 instead of 1",
+        "--set correction.kind=tis: the mean of token weights does not fall",
+    ),
+    (
+        CorrectionSpec(kind="icepop", cap=5.0, lower=0.5),
+        {"weight_mean": 0.2},
+        "icepop zeroes most tokens: their mean weight is 0.2",
+        "--set correction.kind=tis",
+    ),
+    (
+        CorrectionSpec(reject=RejectSpec(by="token", upper=1.1)),
+        {"rejected": 0.95},
+        "correction.reject leaves out 95% of the tokens (bound 90%)",
+        "--set correction.reject=null",
+    ),
+]
+
+
+@pytest.mark.parametrize(("correction", "values", "what", "hint"), LOST)
+def test_a_correction_that_leaves_hardly_anything_is_said_so(correction, values, what, hint):
+    """It is the correction's bounds, not the engine, that is at fault."""
+    step = StepMetrics(step=1, values=values, seconds={}, accuracy=None, lost=())
+    assert supervise.broken_rollout(step, BOUNDS, None, correction.kind) is None
+    found = supervise.lost_to_correction(step, correction, BOUNDS)
+    assert found is not None
+    assert what in found[0]
+    assert hint in found[1]
+    name, value = next(iter(values.items()))
+    enough = dataclasses.replace(step, values={**values, name: 0.6 if name == "weight_mean" else value - 0.1})
+    assert supervise.lost_to_correction(enough, correction, BOUNDS) is None
+
+
+def test_truncated_weights_of_tokens_are_judged_with_the_engine():
+    step = StepMetrics(step=1, values={"weight_mean": 0.3}, seconds={}, accuracy=None, lost=())
+    assert supervise.lost_to_correction(step, CorrectionSpec(kind="tis", cap=2.0), BOUNDS) is None
+    assert supervise.broken_rollout(step, BOUNDS, None, "tis") is not None

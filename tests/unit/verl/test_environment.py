@@ -24,11 +24,13 @@ ATTEMPT = AttemptPaths(Path("/runs/x/attempt_1"))
 
 def test_cuda():
     assert run_environment(load_spec("dapo-32b").spec, ATTEMPT) == {
+        "FLASHRL_KEEP_RESPONSES": "256",
         "FLASHRL_PLATFORM": "cuda",
         "FLASHRL_PLUGIN_DIR": "/runs/x/attempt_1/plugins",
         "HYDRA_FULL_ERROR": "1",
         "PYTHONDONTWRITEBYTECODE": "",
         "PYTHONUNBUFFERED": "1",
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "VERL_DATAPROTO_SERIALIZATION_METHOD": "numpy",
         "RAY_enable_worker_prestart": "0",
@@ -62,6 +64,23 @@ def test_a_mixed_run_counts_its_replicas_and_compiles_for_each():
     plain = run_environment(load_spec("gsm8k-0.5b", sets=["rollout.lm_head_fp32=true"]).spec, ATTEMPT)
     assert json.loads(plain[contract.ENV_ROLLOUT])["lm_head_fp32"]
     assert "VLLM_DISABLE_COMPILE_CACHE" not in plain
+
+
+def test_no_log_ratios_are_kept_where_none_are_asked_for():
+    spec = load_spec("tiny", sets=["correction.keep_responses=0"]).spec
+    assert contract.ENV_KEEP not in run_environment(spec, ATTEMPT)
+    assert run_environment(load_spec("tiny").spec, ATTEMPT)[contract.ENV_KEEP] == "256"
+
+
+def test_raw_log_probs_do_not_bring_another_sampler():
+    def samplers(preset: str, *sets: str) -> str | None:
+        truncated = load_spec(preset, tis="2", sets=["rollout.top_p=0.9", *sets]).spec
+        return run_environment(truncated, ATTEMPT).get("VLLM_USE_FLASHINFER_SAMPLER")
+
+    assert samplers("dapo-32b") == "0"
+    assert samplers("dapo-32b", "env.VLLM_USE_FLASHINFER_SAMPLER=1") == "1"
+    assert samplers("dapo-32b", "rollout.top_k=20", "correction.support=kept") is None
+    assert samplers("tiny") is None
 
 
 def test_weights_go_in_bf16_to_engines_that_hold_bf16():

@@ -20,7 +20,7 @@ from tests.specs import load_spec
 PLACES = Places(name="run", data=Path("/data"), checkpoints=Path("/ckpt/run"))
 
 
-R = "actor_rollout_ref.rollout"
+A, R = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 
 
 def found(preset: str, *sets: str, rollout: str | None = None):
@@ -67,6 +67,7 @@ CASES = [
         "--set algorithm.kl_loss=true",
     ),
     ("no_idle_options", "critic.lr=1e-5", "nothing reads critic.lr", "--set algorithm.advantage=gae"),
+    ("no_owned_keys", f"verl.{A}.policy_loss.loss_mode=gspo", "itself", "--set algorithm.loss"),
     ("no_idle_options", "algorithm.filter_groups.metric=acc", "nothing reads", "algorithm.filter_groups.enable=true"),
 ]
 
@@ -92,14 +93,34 @@ def test_an_option_that_is_read_or_says_nothing_is_let_through(sets):
     assert found("tiny", *sets) == []
 
 
+@pytest.mark.parametrize(
+    ("loss", "bound"),
+    [("gpg", "clip_low"), ("sapo", "clip_high"), ("dro", "clip_high"), ("kl-cov", "clip_low"), ("gspo", "clip_c")],
+)
+def test_a_bound_that_a_loss_does_not_read_is_refused(loss, bound):
+    given = f"algorithm.{bound}=1.5"
+    (problem,) = found("tiny", f"algorithm.loss={loss}", given)
+    assert problem.message == f"nothing reads algorithm.{bound} without algorithm.loss=ppo"
+    assert found("tiny", "algorithm.loss=dppo-tv", given) == []
+
+
 def test_a_preset_may_hold_values_for_a_switch_that_is_off():
     assert found("gsm8k-0.5b", "algorithm.advantage=grpo", "rollout.n=8") == []
 
 
-def test_bypass_mode_is_refused_with_the_correction_only():
-    key = "verl.algorithm.rollout_correction.bypass_mode=true"
-    assert any("silently not correct" in problem.message for problem in found("tiny", key))
-    assert found("tiny", key, "correction.cap=null") == []
+@pytest.mark.parametrize("cap", ["2", "null"])
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("bypass_mode=true", "nothing is weighted, rejected or compared"),
+        ("loss_type=reinforce", "only bypass mode has one"),
+        ("rollout_rs=token_k1", "--set correction.reject.by=…"),
+        ("rollout_is_batch_normalize=true", "a weight of 3.48 at a cap of 2 was measured"),
+    ],
+)
+def test_verls_own_keys_of_the_correction_are_refused_with_and_without_weights(name, hint, cap):
+    (problem,) = found("tiny", f"verl.algorithm.rollout_correction.{name}", f"correction.cap={cap}")
+    assert hint in (problem.hint or "")
 
 
 def test_verls_own_quantizations_are_free_in_bf16_but_fp8_has_its_switch():
@@ -109,7 +130,7 @@ def test_verls_own_quantizations_are_free_in_bf16_but_fp8_has_its_switch():
 
 
 def test_every_rule_has_a_case():
-    named = {rule for rule, *_ in CASES} | {"no_bypass_with_correction", "one_attention"}
+    named = {rule for rule, *_ in CASES} | {"one_attention"}
     assert {rule.__name__ for rule in keys.RULES} == named
 
 

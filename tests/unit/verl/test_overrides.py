@@ -30,9 +30,11 @@ def values(preset: str, *, resume_from: Path | None = None, **options: Any) -> d
 
 
 def test_every_field_is_in_the_table_or_handled_apart():
-    apart = {"name", "description", "rollout.precision", "correction.cap", "resources.platform", "env", "verl"}
+    apart = {"name", "description", "rollout.precision", "resources.platform", "env", "verl", "algorithm.loss"}
+    apart |= {key for key in keys_of(RunSpec) if key.startswith("correction.")} - {"correction.keep_responses"}
     apart |= {"model.attention", "rollout.kv_cache", "rollout.profile", "rollout.mix", "rollout.lm_head_fp32"}
-    own = ("watch.", "resources.gpu_memory_gib")
+    apart |= {"rollout.rotation"}
+    own = ("watch.", "resources.gpu_memory_gib", "correction.keep_responses")
     for_verl = {key for key in keys_of(RunSpec) if not key.startswith(own)}
     assert {entry.field for entry in TABLE} | apart == for_verl
     assert len({entry.key for entry in TABLE}) == len(TABLE)
@@ -68,6 +70,34 @@ def test_tis_and_its_absence():
     assert (on[f"{correction}.rollout_is"], on[f"{correction}.rollout_is_threshold"]) == ("token", 3.0)
     assert on[f"{correction}.bypass_mode"] is False
     assert on[f"{ROLLOUT}.calculate_log_probs"] is True
+
+
+MODE = f"{ROLLOUT}.logprobs_mode"
+
+
+@pytest.mark.parametrize(
+    ("sets", "mode"),
+    [
+        ([], "processed_logprobs"),
+        (["rollout.top_k=0"], "processed_logprobs"),
+        (["rollout.top_p=0.9"], "raw_logprobs"),
+        (["rollout.top_k=20"], "raw_logprobs"),
+        (["rollout.top_k=20", "rollout.temperature=0.7"], "processed_logprobs"),
+        (["rollout.top_k=20", "correction.support=kept"], "processed_logprobs"),
+    ],
+)
+def test_log_probs_of_truncated_rollouts_are_raw_unless_the_trainers_are_truncated_too(sets, mode):
+    assert values("tiny", tis="2", sets=sets)[MODE] == mode
+    assert MODE not in values("tiny", tis="off", sets=sets)
+
+
+def test_kept_tokens_come_with_the_log_probs_and_by_verls_hook():
+    sets = ["rollout.top_k=20", "correction.support=kept"]
+    hook, most = "actor_rollout_ref.model.external_lib", f"+{ENGINE}.max_logprobs"
+    found = values("tiny", tis="2", sets=sets)
+    assert (found[hook], found[most]) == ("flashrl_cli.plugins.support", 256)
+    assert not {hook, most} & values("tiny", tis="2", sets=sets[:1]).keys()
+    assert values("tiny", tis="2", sets=[*sets, f"verl.{most}=300"])[most] == 300
 
 
 def test_untouched_defaults_are_not_emitted():

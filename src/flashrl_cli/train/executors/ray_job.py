@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from flashrl_cli import contract
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
 from flashrl_cli.files import last_lines
+from flashrl_cli.plugins import log_ratios
 from flashrl_cli.runs.metrics import Tail
 from flashrl_cli.verl import environment
 from flashrl_cli.verl.logs import plain, read_line
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from flashrl_cli.train.plan import LaunchPlan
 
 DEDUP = "RAY_DEDUP_LOGS_ALLOW_REGEX"
-UNFOLDED = rf"{contract.HANDSHAKE_MARK}|step:\d+ - "
+UNFOLDED = rf"{contract.HANDSHAKE_MARK}|{log_ratios.MARK}|step:\d+ - "
 """Lines that Ray must not deduplicate: it treats lines of two workers as equal if they differ only in numbers."""
 
 
@@ -356,10 +357,14 @@ class NodeWatch:
 
 
 class LogExtraction:
-    """Writes `metrics.jsonl` and `plugins/` from the attempt's log, as verl and the plugins do on a shared disk."""
+    """Writes `metrics.jsonl`, `plugins/` and `log_ratios/` from the attempt's log.
+
+    On a shared disk verl and the plugins do that themselves.
+    """
 
     def __init__(self, attempt: AttemptPaths) -> None:
         self._attempt = attempt
+        self._log_ratios = log_ratios.Printed(attempt.log_ratios)
         self._tail = Tail(attempt.log)
         # nodes that share Ray's folder, such as two on one machine, each send all its lines
         self._written: deque[tuple[int, dict[str, float | None]]] = deque(maxlen=8)
@@ -373,6 +378,8 @@ class LogExtraction:
         handshake = contract.printed_handshake(line)
         if handshake is not None:
             contract.write_handshake(self._attempt.plugins, handshake)
+            return
+        if self._log_ratios.take(line):
             return
         found = read_line(line)
         if found is not None and found not in self._written:

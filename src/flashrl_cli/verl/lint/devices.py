@@ -5,11 +5,22 @@ Cited lines are verl 0.9.1's unless another library is named.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from flashrl_cli.verl import attention
-from flashrl_cli.verl.config import DATA_PARALLEL, ROLES, TENSOR_PARALLEL, Rule, Settings, engine_devices, written
+from flashrl_cli.verl.config import (
+    DATA_PARALLEL,
+    DTYPE_BYTES,
+    ROLES,
+    TENSOR_PARALLEL,
+    Rule,
+    Settings,
+    engine_devices,
+    written,
+)
+from flashrl_cli.verl.environment import rollout_options
 from flashrl_cli.verl.overrides import AUTO, ROLLOUT
 
 if TYPE_CHECKING:
@@ -17,6 +28,7 @@ if TYPE_CHECKING:
 
 RAY_CPUS = "ray_kwargs.ray_init.num_cpus"
 RAY_GPUS = "ray_kwargs.ray_init.num_gpus"
+BUCKET = f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes"
 STORAGE_UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
 
 
@@ -280,6 +292,26 @@ def cpu_gets_what_it_needs(s: Settings) -> Iterator[Problem]:
             )
 
 
+def buckets_hold_every_weight(s: Settings) -> Iterator[Problem]:
+    """On a CPU weights travel through shared memory, where verl sends none that exceeds a bucket.
+
+    See workers/rollout/vllm_rollout/bucketed_weight_transfer.py:141. Weights are sent in the trainer's dtype unless
+    flashrl casts them to bf16 (plugins/transfer.py).
+    """
+    if s.spec.resources.platform != "cpu" or s.shape is None:
+        return
+    dtype = "bf16" if rollout_options(s.spec).bf16_transfer else s.get(f"{ROLES['actor'].fsdp}.model_dtype") or "fp32"
+    largest = max(s.shape.vocab, s.shape.intermediate) * s.shape.hidden * DTYPE_BYTES[dtype]
+    held, needed = s.get(BUCKET), math.ceil(largest / 2**20)
+    if held < needed:
+        yield s.problem(
+            f"buckets of {held} MiB do not hold the largest weight of {s.spec.model.path}, {needed} MiB in {dtype}",
+            s.fix(BUCKET, needed),
+            BUCKET,
+            "actor_rollout_ref.model.path",
+        )
+
+
 RULES: tuple[Rule, ...] = (
     engines_fit_devices,
     engine_parallelism_is_supported,
@@ -291,4 +323,5 @@ RULES: tuple[Rule, ...] = (
     offload_policy_is_fsdp2s,
     ray_has_resources,
     cpu_gets_what_it_needs,
+    buckets_hold_every_weight,
 )

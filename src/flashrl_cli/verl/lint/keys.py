@@ -18,6 +18,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING
 
+from flashrl_cli.config.correction import BY_STD, CAPS_RATIO, CLIPS
 from flashrl_cli.config.diagnose import Suggestion
 from flashrl_cli.config.layers import leaves
 from flashrl_cli.config.resolve import Resolved
@@ -33,6 +34,8 @@ from flashrl_cli.verl.overrides import (
     AUTO,
     CORRECTION,
     ENGINE,
+    LOSS_FIELD,
+    LOSS_MODE,
     MODEL,
     REF,
     ROLLOUT,
@@ -59,8 +62,21 @@ _APART = {
     "trainer.device": "--set resources.platform=…",
     f"{ENGINE}.kv_cache_dtype": "--set rollout.kv_cache=fp8",
     f"{ENGINE}.calculate_kv_scales": "drop it: --set rollout.kv_cache=fp8 makes scales at each weight update",
-    f"{CORRECTION}.rollout_is": "--tis",
-    f"{CORRECTION}.rollout_is_threshold": "--tis",
+    f"{CORRECTION}.rollout_is": "--tis, or --set correction.kind=…",
+    f"{CORRECTION}.rollout_is_threshold": "--tis, or --set correction.cap=…",
+    f"{CORRECTION}.rollout_rs": "--set correction.reject.by=… and correction.reject.estimator=…",
+    f"{CORRECTION}.rollout_rs_threshold": "--set correction.reject.upper=…, as an importance weight",
+    f"{CORRECTION}.rollout_is_batch_normalize": (
+        "drop it: verl divides by the mean weight after the cap, and a weight of 3.48 at a cap of 2 was measured"
+        " (verl/trainer/ppo/rollout_corr_helper.py:650)"
+    ),
+    f"{CORRECTION}.bypass_mode": (
+        "drop it: verl's V1 trainer then only takes the rollout's log-probs for its own; nothing is weighted, rejected"
+        " or compared, and a rollout that does not sample from the policy is not found"
+        " (verl/trainer/ppo/v1/trainer_base.py:1640, :1767)"
+    ),
+    f"{CORRECTION}.loss_type": "drop it: only bypass mode has one, which does not correct in verl's V1 trainer",
+    LOSS_MODE: f"--set {LOSS_FIELD}=…",
 }
 OWNED = {entry.key: f"--set {entry.field}=…" for entry in TABLE} | _APART
 """Keys that flashrl itself gives to verl, and the option by which a user sets them."""
@@ -139,17 +155,6 @@ def one_attention(resolved: Resolved, overrides: Sequence[Override]) -> Iterator
             yield Problem(message, override.origin.where, f"drop it, or {resolved.option('model.attention', AUTO)}")
 
 
-def no_bypass_with_correction(resolved: Resolved, overrides: Sequence[Override]) -> Iterator[Problem]:
-    """V1 silently skips the importance correction in bypass mode (verl/trainer/ppo/v1/trainer_base.py:1640)."""
-    for override in verbatim(resolved, overrides):
-        if override.key == f"{CORRECTION}.bypass_mode" and override.value and resolved.spec.correction.cap is not None:
-            yield Problem(
-                "bypass_mode with truncated importance sampling: verl would silently not correct",
-                override.origin.where,
-                "drop bypass_mode, or --tis off",
-            )
-
-
 def own_environment(resolved: Resolved, _: Sequence[Override]) -> Iterator[Problem]:
     """A preset may not set the variables by which flashrl finds an attempt's files and verifies the precision."""
     for name in sorted(environment.OWNED & resolved.spec.env.keys()):
@@ -165,7 +170,10 @@ def no_idle_options(resolved: Resolved, _: Sequence[Override]) -> Iterator[Probl
     readers = {
         "algorithm.kl_loss_coef": (algorithm.kl_loss, "algorithm.kl_loss=true"),
         "algorithm.kl_in_reward_coef": (algorithm.kl_in_reward, "algorithm.kl_in_reward=true"),
-        "algorithm.normalize_by_std": (algorithm.advantage == "grpo", "algorithm.advantage=grpo"),
+        "algorithm.normalize_by_std": (algorithm.advantage in (*BY_STD, "grpo-vectorized"), "algorithm.advantage=grpo"),
+        "algorithm.clip_low": (algorithm.loss in CLIPS, "algorithm.loss=ppo"),
+        "algorithm.clip_high": (algorithm.loss in CLIPS, "algorithm.loss=ppo"),
+        "algorithm.clip_c": (algorithm.loss in CAPS_RATIO, "algorithm.loss=ppo"),
         "algorithm.filter_groups.": (algorithm.filter_groups.enable, "algorithm.filter_groups.enable=true"),
         "critic.": (algorithm.advantage == "gae", "algorithm.advantage=gae"),
     }
@@ -188,7 +196,6 @@ RULES: tuple[Rule, ...] = (
     no_owned_keys,
     one_quantization,
     one_attention,
-    no_bypass_with_correction,
     own_environment,
     no_idle_options,
 )
@@ -201,7 +208,6 @@ SWITCHES = (
     f"{ROLLOUT}.calculate_log_probs",
     f"{ROLLOUT}.free_cache_engine",
     f"{ROLLOUT}.val_kwargs.do_sample",
-    f"{CORRECTION}.bypass_mode",
     "critic.enable",
     "trainer.val_only",
 )

@@ -12,22 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashrl_cli.verl.environment import LOGGERS
-from flashrl_cli.verl.overrides import ACTOR, CORRECTION, OVERLONG, ROLLOUT
+from flashrl_cli.verl.overrides import ACTOR, LOSS_FIELD, OVERLONG, ROLLOUT
 
 if TYPE_CHECKING:
     from flashrl_cli.errors import Problem
     from flashrl_cli.verl.config import Rule, Settings
 
-LOSSES = (
-    "vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "geo_mean", "dro", "cispo",
-    "bypass_mode",
-)  # fmt: skip
-"""Policy losses that verl registers (trainer/ppo/core_algos.py:1285-2413)."""
-REJECTIONS = (
-    "token_k1", "token_k2", "token_k3", "seq_sum_k1", "seq_sum_k2", "seq_sum_k3", "seq_mean_k1", "seq_mean_k2",
-    "seq_mean_k3", "seq_max_k2", "seq_max_k3",
-)  # fmt: skip
-"""Options of rejection sampling (trainer/ppo/rollout_corr_helper.py:77)."""
 REPORTED = ("reward", "score", "acc", "overlong_reward", "overlong")
 """Fields that verl's own reward functions and managers report (experimental/reward_loop/reward_manager/,
 utils/reward_score/).
@@ -36,57 +26,14 @@ REWARD_FUNCTION = "reward.custom_reward_function.path"
 _DISTILLS = "distillation.enabled"
 
 
-def loss_is_known(s: Settings) -> Iterator[Problem]:
-    """An unknown policy loss, or DRO without its weight, ends the run in its first update.
+def dro_has_its_weight(s: Settings) -> Iterator[Problem]:
+    """DRO without a positive weight of its penalty ends the run in its first update.
 
-    See trainer/ppo/core_algos.py:81 and, for DRO, :2029.
+    See trainer/ppo/core_algos.py:2029.
     """
-    mode, weight = f"{ACTOR}.policy_loss.loss_mode", f"{ACTOR}.policy_loss.dro_beta"
-    loss = s.get(mode)
-    if loss not in LOSSES:
-        yield s.problem(f"verl has no policy loss {loss}", _instead(s, mode, loss, LOSSES), mode)
-    if loss == "dro" and not (s.get(weight) or 0) > 0:
-        yield s.problem(f"the loss dro needs a positive verl.{weight}", s.fix(weight, 0.1), mode, weight)
-
-
-def rejection_is_complete(s: Settings) -> Iterator[Problem]:
-    """Rejection sampling with an unknown option or without a threshold ends the run in its first step.
-
-    See trainer/ppo/rollout_corr_helper.py:252, 867.
-    """
-    key, threshold = f"{CORRECTION}.rollout_rs", f"{CORRECTION}.rollout_rs_threshold"
-    given = s.get(key)
-    if given is None:
-        return
-    unknown = [name for name in str(given).split(",") if name.strip() not in REJECTIONS]
-    if unknown:
-        yield s.problem(f"verl has no rejection sampling {unknown[0]}", _instead(s, key, unknown[0], REJECTIONS), key)
-    if s.get(threshold) is None:
-        yield s.problem(f"verl.{key} needs a threshold", s.fix(threshold, 2.0), key)
-
-
-def log_probs_come_with_samples(s: Settings) -> Iterator[Problem]:
-    """Without the rollout's log-probs, rejection sampling does nothing and bypass mode fails.
-
-    See trainer/ppo/v1/trainer_base.py:1768 for rejection sampling, :1644 for bypass mode.
-    """
-    known = f"{ROLLOUT}.calculate_log_probs"
-    for key in (f"{CORRECTION}.rollout_rs", f"{CORRECTION}.bypass_mode"):
-        if s.get(key) and not s.get(known):
-            yield s.problem(f"verl.{key} needs the log-probs of the rollout", s.fix(known, True), known, key)
-
-
-def bypass_reads_its_settings(s: Settings) -> Iterator[Problem]:
-    """Bypass mode skips the correction, and V1 does not change the loss for it.
-
-    See trainer/ppo/v1/trainer_base.py:1767. Only the loss `bypass_mode` reads `loss_type`, and it reads the copy in the
-    policy loss's configuration (trainer/ppo/core_algos.py:2484).
-    """
-    bypass, rejection, form = (f"{CORRECTION}.{name}" for name in ("bypass_mode", "rollout_rs", "loss_type"))
-    if s.get(bypass) and s.get(rejection):
-        yield s.problem(f"verl.{rejection} does nothing in bypass mode", s.fix(rejection, None), rejection, bypass)
-    if s.get(form) != "ppo_clip" and not s.get(f"{ACTOR}.policy_loss.rollout_correction"):
-        yield s.problem(f"nothing reads verl.{form} = {s.get(form)} in V1", s.fix(form, "ppo_clip"), form)
+    weight = f"{ACTOR}.policy_loss.dro_beta"
+    if s.spec.algorithm.loss == "dro" and not (s.get(weight) or 0) > 0:
+        yield s.problem(f"the loss dro needs a positive verl.{weight}", s.fix(weight, 0.1), weight, LOSS_FIELD)
 
 
 def critic_follows_advantage(s: Settings) -> Iterator[Problem]:
@@ -257,10 +204,7 @@ def _instead(s: Settings, key: str, given: object, names: tuple[str, ...]) -> st
 
 
 RULES: tuple[Rule, ...] = (
-    loss_is_known,
-    rejection_is_complete,
-    log_probs_come_with_samples,
-    bypass_reads_its_settings,
+    dro_has_its_weight,
     critic_follows_advantage,
     metric_is_reported,
     filter_sees_rewards,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from flashrl_cli import contract
-from flashrl_cli.precision import BY_METHOD, PRECISIONS, WITH_EXPERTS, Precision
+from flashrl_cli.precision import BY_METHOD, PRECISIONS, WITH_EXPERTS, Precision, largest_block
 from flashrl_cli.verl.config import (
     TENSOR_PARALLEL,
     Rule,
@@ -22,6 +22,7 @@ from flashrl_cli.verl.config import (
     written,
 )
 from flashrl_cli.verl.overrides import ACTOR, ENGINE, MODEL, ROLLOUT
+from flashrl_cli.weights.shape import inputs
 
 if TYPE_CHECKING:
     from flashrl_cli.errors import Problem
@@ -190,6 +191,25 @@ def blocks_fill_shards(s: Settings) -> Iterator[Problem]:
 def unfilled(row: Precision, shape: ModelShape, tp: int, *, whole_experts: bool = False) -> list[str]:
     """Names of the parts of a model that, on one of `tp` devices, do not consist of complete blocks of a precision."""
     return [what for what, width in _widths(shape, tp, whole_experts) if row.block and width % row.block]
+
+
+def rotation_divides_inputs(s: Settings) -> Iterator[Problem]:
+    """The blocks of a rotation must lie within a rank's part of each input (plugins/rotation.py)."""
+    rollout = s.spec.rollout
+    if not isinstance(rollout.rotation, int) or s.shape is None:
+        return
+    block, ranks = rollout.rotation, rollout.tensor_parallel
+    for layer, width in inputs(s.shape, ranks).items():
+        if width % block:
+            rank = f" on each of {ranks} ranks" if ranks > 1 else ""
+            fitting = largest_block(inputs(s.shape, ranks).values())
+            yield s.problem(
+                f"rollout.rotation = {block} does not divide the {width} input channels of {layer}{rank}",
+                s.option("rollout.rotation", fitting or "off"),
+                "rollout.rotation",
+                TENSOR_PARALLEL,
+                f"{MODEL}.path",
+            )
 
 
 def blocks_are_several(s: Settings) -> Iterator[Problem]:
@@ -403,6 +423,7 @@ RULES: tuple[Rule, ...] = (
     experts_are_quantized,
     cache_bound_is_known,
     blocks_fill_shards,
+    rotation_divides_inputs,
     blocks_are_several,
     mix_leaves_both,
     adapter_reaches_the_engine,

@@ -1,8 +1,10 @@
 """Rules on sampling: a response's log-probs must be those of the distribution from which it was sampled.
 
 An importance weight w = p_trainer / p_rollout has mean 1 over sampled tokens if and only if p_rollout is the
-distribution that the engine sampled from, and that distribution excludes no token which the trainer's includes. Cited
-lines are verl 0.9.1's, and vLLM 0.28's where vllm/ is named.
+distribution that the engine sampled from, and that distribution excludes no token which the trainer's includes. Where
+top-k or top-p exclude tokens, both must be normalized over the same ones: over all (raw log-probs, where the mean is
+the ratio of two kept masses) or over the kept ones (`correction.support`, plugins/support.py). Cited lines are verl
+0.9.1's, and vLLM 0.28's where vllm/ is named.
 
 In V1 a training request sets temperature, top_p, top_k, repetition_penalty 1 and ignore_eos, and nothing else
 (trainer/ppo/v1/agent_loop_tq.py:64, workers/rollout/vllm_rollout/vllm_async_server.py:622-634). No key sets min_p,
@@ -17,19 +19,35 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from flashrl_cli import contract
 from flashrl_cli.verl.config import written
-from flashrl_cli.verl.overrides import CORRECTION, ENGINE, ROLLOUT
+from flashrl_cli.verl.overrides import (
+    ENGINE,
+    EXTERNAL_LIB,
+    LOG_PROBS_MODE,
+    MAX_LOG_PROBS,
+    MODEL,
+    PROCESSED,
+    RAW,
+    ROLLOUT,
+    takes_raw_log_probs,
+)
 
 if TYPE_CHECKING:
     from flashrl_cli.errors import Problem
     from flashrl_cli.verl.config import Rule, Settings
 
 TEMPERATURE, TOP_P, TOP_K = f"{ROLLOUT}.temperature", f"{ROLLOUT}.top_p", f"{ROLLOUT}.top_k"
-MODE, LOG_PROBS = f"{ROLLOUT}.logprobs_mode", f"{ROLLOUT}.calculate_log_probs"
+MODE, LOG_PROBS = LOG_PROBS_MODE, f"{ROLLOUT}.calculate_log_probs"
+SUPPORT, AGENT_LOOP = "correction.support", f"{ROLLOUT}.agent.default_agent_loop"
 LEAST_TEMPERATURE = 0.01
 """Lowest temperature above 0 at which vLLM samples; it raises lower ones to it (vllm/sampling_params.py:28, 476)."""
-PROCESSED, RAW = "processed_logprobs", "raw_logprobs"
-"""Modes of vLLM's log-probs: after temperature and truncation, which is what it samples from, and before both."""
+WEIGHTED = {
+    "tis": "truncated importance sampling",
+    "icepop": "IcePop's importance weights",
+    "seq-tis": "importance weights of responses",
+}
+"""Names of the kinds of weights in messages."""
 OF_A_REQUEST = frozenset(
     {
         "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "n",
@@ -47,20 +65,58 @@ def weights_see_what_was_sampled(s: Settings) -> Iterator[Problem]:
     """With top-p or top-k, E[w] is the kept probability mass, not 1: only vLLM's log-probs reflect the truncation.
 
     vllm/v1/sample/ops/topk_topp_sampler.py normalizes over the kept tokens,
-    workers/engine/fsdp/transformer_impl.py:1386 over all tokens. Rejection sampling
-    (trainer/ppo/rollout_corr_helper.py:849) and bypass mode (trainer/ppo/v1/trainer_base.py:1640) use the same ratio of
-    probabilities.
+    workers/engine/fsdp/transformer_impl.py:1386 over all tokens. Rejection (trainer/ppo/rollout_corr_helper.py:849)
+    uses the same ratio of probabilities. Raw log-probs, which vLLM takes before the temperature, are over all tokens as
+    the trainer's are.
     """
     reader = _reader(s)
-    if reader is None or s.get(MODE) != PROCESSED:
+    if reader is None or s.get(MODE) != PROCESSED or s.spec.correction.support == "kept":
         return
     for key, off in _truncations(s):
         yield s.problem(
             f"{written(key)} = {s.get(key)} with {reader}: vLLM's log-probs are renormalized over the kept tokens and"
             " the trainer's are not, so that every importance weight is off by the kept mass",
-            f"{s.fix(key, off)}, or {_without(s)} (validation may truncate: verl.{ROLLOUT}.val_kwargs)",
+            f"{s.fix(key, off)}, {_comparable(s)}, or {_without(s)} (validation may truncate:"
+            f" verl.{ROLLOUT}.val_kwargs)",
             key,
         )
+
+
+def kept_tokens_are_known(s: Settings) -> Iterator[Problem]:
+    """Log-probs over the kept tokens need a bounded number of tokens, and the code that carries them to the trainer.
+
+    The engine returns the tokens as its most probable ones, and only top-k bounds their number. verl carries token ids
+    for each position of a response (experimental/agent_loop/agent_loop.py:153); see plugins/support.py for the rest.
+    """
+    if s.spec.correction.support != "kept":
+        return
+    full = s.option(SUPPORT, "full")
+    idle = "" if _reader(s) else "nothing compares log-probs"
+    idle = idle or ("" if dict(_truncations(s)) else "neither rollout.top_k nor rollout.top_p excludes a token")
+    if idle:
+        yield s.problem(f"{SUPPORT} = kept, and {idle}", full, SUPPORT)
+        return
+    top_k, most = s.spec.rollout.top_k, _most_kept(s)
+    if not 1 < top_k <= most:
+        why = "a response's token may have any number of others beside it" if top_k < 1 else f"rollout.top_k = {top_k}"
+        yield s.problem(
+            f"{SUPPORT} = kept takes rollout.top_k of 2 to {most} (with rollout.top_p or without): {why}",
+            f"{s.fix(TOP_K, most)}, or {full}",
+            TOP_K,
+            SUPPORT,
+        )
+    for key, needed, why in (
+        (MAX_LOG_PROBS, contract.kept_columns(contract.MOST_KEPT), "the kept tokens are asked for as log-probs"),
+        (MODE, PROCESSED, "the engine's log-probs must be over the kept tokens, too"),
+        (EXTERNAL_LIB, contract.SUPPORT, "that is where flashrl changes verl for it"),
+        (f"{MODEL}.use_fused_kernels", False, "fused kernels compute log-probs over all tokens"),
+        (AGENT_LOOP, "single_turn_agent", "other agent loops do not return the tokens of each turn"),
+        ("distillation.enabled", False, "verl has one field for the tokens of a position, the teacher's"),
+    ):
+        if (s.get(key) or False) != needed:
+            drop = f"drop {written(key, new=key == MAX_LOG_PROBS)}"
+            undo = drop if key in (MAX_LOG_PROBS, EXTERNAL_LIB) else s.fix(key, needed)
+            yield s.problem(f"{written(key)} = {s.get(key)} with {SUPPORT} = kept: {why}", undo, key)
 
 
 def log_probs_are_of_the_samples(s: Settings) -> Iterator[Problem]:
@@ -193,9 +249,15 @@ def responses_of_a_group_differ(s: Settings) -> Iterator[Problem]:
 
 def notes(s: Settings) -> list[str]:
     """Notes, in sentences, on how to read the numbers that a run will report."""
+    cut = " and ".join(f"{written(key)} = {s.get(key)}" for key, _ in _truncations(s))
+    if cut and s.spec.correction.support == "kept":
+        gives = "importance weights have mean 1, and the gradient is that of the truncated policy"
+        return [f"{cut}: the trainer normalizes log-probs over the tokens that the rollout kept: {gives}"]
+    if cut and takes_raw_log_probs(s.spec):
+        gives = "the mean of the weights is the ratio of the two kept masses, close to 1"
+        return [f"{cut}: importance weights take the rollout's log-probs over all tokens (raw_logprobs): {gives}"]
     if _reader(s) or s.get(MODE) != PROCESSED or not s.get(LOG_PROBS):
         return []
-    cut = " and ".join(f"{written(key)} = {s.get(key)}" for key, _ in _truncations(s))
     meaning = (
         f"{cut}: vLLM's log-probs are renormalized over the kept tokens and the trainer's are not, so the reported KL"
         " between rollout and trainer is that of their arithmetic plus the mean of -ln(kept mass), and differences of"
@@ -212,21 +274,33 @@ def _truncations(s: Settings) -> Iterator[tuple[str, float]]:
         yield TOP_K, -1
 
 
+def _comparable(s: Settings) -> str:
+    """What makes the log-probs of engine and trainer comparable while tokens are excluded."""
+    if s.is_verbatim(MODE) and s.spec.rollout.temperature == 1:
+        return s.fix(MODE, RAW)
+    bounded = "" if 1 < s.spec.rollout.top_k <= _most_kept(s) else f" {s.fix(TOP_K, _most_kept(s))}"
+    return f"{s.fix(TEMPERATURE, 1.0)}, {s.option(SUPPORT, 'kept')}{bounded}"
+
+
+def _most_kept(s: Settings) -> int:
+    """Largest top-k whose kept tokens are carried to the trainer; twice as many tokens must be in the vocabulary."""
+    return min(contract.MOST_KEPT, s.shape.vocab // 2) if s.shape else contract.MOST_KEPT
+
+
 def _reader(s: Settings) -> str | None:
     """Name of the setting through which the loss uses the rollout's log-probs; None if nothing uses them."""
-    if s.spec.correction.cap is not None:
-        return "truncated importance sampling"
-    if s.get(f"{CORRECTION}.rollout_rs"):
-        return f"verl.{CORRECTION}.rollout_rs"
-    return f"verl.{CORRECTION}.bypass_mode" if s.get(f"{CORRECTION}.bypass_mode") else None
+    correction = s.spec.correction
+    return WEIGHTED.get(correction.kind) or ("correction.reject" if correction.reject else None)
 
 
 def _without(s: Settings) -> str:
-    return "--tis off" if s.spec.correction.cap is not None else f"drop {_reader(s)}"
+    off = ["--tis off"] * (s.spec.correction.kind != "none")
+    return " and ".join([*off, *(["--set correction.reject=null"] if s.spec.correction.reject else [])])
 
 
 RULES: tuple[Rule, ...] = (
     weights_see_what_was_sampled,
+    kept_tokens_are_known,
     log_probs_are_of_the_samples,
     temperature_is_the_engines,
     requests_are_not_engine_arguments,
