@@ -117,8 +117,9 @@ def leave_objects_out() -> None:
 
     verl gives a worker every field of TransferQueue, the columns of the data set and the agent loop's extras included
     (verl/utils/transferqueue_utils.py:174). Each row's value of these becomes an object of TensorDict's, which is
-    copied to the device with each micro-batch: 0.04 s of a process for a field of 1,024 rows, and there are some 20
-    such fields in the log-probs and in the update. In a batch without images the field for them is left out, too.
+    copied to the device with its micro-batch: 0.3 s of a process for one such field of 1,024 rows in 12 micro-batches
+    (benchmarks/results/batches.json), and there are more than ten of them, in the log-probs and in the update. In a
+    batch without images the field for them is left out, too.
     """
     import verl.utils.transferqueue_utils as verls
 
