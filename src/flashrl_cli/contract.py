@@ -21,6 +21,7 @@ from flashrl_cli import files
 
 if TYPE_CHECKING:
     import logging
+    from types import ModuleType
 
 ENV_PLUGIN_DIR = "FLASHRL_PLUGIN_DIR"
 """Folder for handshake files. If it is unset, the process does not belong to a flashrl run and the plugins do nothing.
@@ -187,6 +188,20 @@ def require_vllm(version: str) -> None:
     """Raise RuntimeError for a version of vLLM that the plugins do not support."""
     if not knows_vllm(version):
         raise RuntimeError(f"flashrl's rollouts are made for {VLLM_NAMES}, and this is {version}")
+
+
+def replace_in_verl(module: ModuleType, function: Callable[..., Any]) -> None:
+    """Replace the function of this name in a module of verl's, and in those that imported it by name; marks it.
+
+    `import verl` loads few modules before its plugins; those that it loads later take what they find. A process in
+    which a plugin acts later may have loaded some.
+    """
+    name = function.__name__
+    original = vars(module)[name]
+    setattr(function, PATCHED, True)
+    for other in [other for at, other in sys.modules.items() if at.startswith("verl.")]:
+        if vars(other).get(name) is original:
+            setattr(other, name, function)
 
 
 @functools.cache

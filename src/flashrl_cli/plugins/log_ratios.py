@@ -243,8 +243,6 @@ def keep() -> None:
     import verl.trainer.ppo.v1.utils as advantages
     from verl.utils.skip import SkipManager
 
-    from flashrl_cli.plugins.log_probs import replace
-
     correct, advance = (
         corrections.compute_rollout_correction_and_add_to_batch,
         advantages.compute_advantage_for_multi_trajectories,
@@ -263,10 +261,8 @@ def keep() -> None:
             _keep(SkipManager.step, found.batch, before.pop("mask"))
         return found
 
-    for function in (compute_rollout_correction_and_add_to_batch, compute_advantage_for_multi_trajectories):
-        setattr(function, PATCHED, True)
-    replace(corrections, compute_rollout_correction_and_add_to_batch)
-    replace(advantages, compute_advantage_for_multi_trajectories)
+    contract.replace_in_verl(corrections, compute_rollout_correction_and_add_to_batch)
+    contract.replace_in_verl(advantages, compute_advantage_for_multi_trajectories)
 
 
 def _keep(step: int, batch: Mapping[str, Any], mask: Any) -> None:
