@@ -29,6 +29,7 @@ def test_speed_refit_and_mismatch_of_int8_are_measured(workshop: Workshop, docum
     (int8,) = document["variants"]
     (holds,) = int8["engine"]["holds"]
     assert (int8["status"], holds["precision"], holds["quantized_layers"]) == ("ok", "int8", holds["linear_layers"])
+    assert holds["rotation"] == 128
     assert [(speed["batch"], len(speed["values"])) for speed in int8["speed"]] == [(2, 2), (3, 2)]
     assert all(value > 0 for speed in int8["speed"] for value in speed["values"])
     assert int8["engine"]["weights_bytes"] > holds["quantized_bytes"]

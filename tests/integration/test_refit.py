@@ -141,4 +141,5 @@ def check(
     assert 0 < mean_difference(int8, bf16) < sum(tolerances.values()), "INT8 must differ from bf16, but little"
     assert {handshake["precision"] for handshake in results["int8 refitted"]["holds"]} == {"int8"}
     assert {handshake["quantized_layers"] for handshake in results["int8 refitted"]["holds"]} == {8}
+    assert {handshake["rotation"] for handshake in results["int8 refitted"]["holds"]} == {128}
     assert {handshake["precision"] for handshake in results["bf16 refitted"]["holds"]} == {"bf16"}

@@ -22,6 +22,7 @@ def check_proof(out: str, attempt: Path) -> None:
     # per layer of the policy: qkv 3 x 128², o 128², gate and up 2 x 128 x 256, down 128 x 256
     assert handshake.quantized_bytes == 2 * (4 * 128 * 128 + 3 * 128 * 256)
     assert "Int8" in handshake.kernel
+    assert handshake.rotation == 128, "inputs have 128 and 256 channels"
     assert handshake.refits >= 2
     assert handshake.received == "bfloat16", "the trainer's weights are float32, and cast before they are sent"
     assert events(out, "proof")[0]["workers"][0]["precision"] == "int8"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from flashrl_cli import paths
 from flashrl_cli.config.resolve import Options
 from flashrl_cli.errors import InputError
 from flashrl_cli.paths import RunPaths
-from flashrl_cli.train.launch import next_attempt, plan_hash, preview
+from flashrl_cli.train.launch import changes, next_attempt, next_plan, plan_hash, preview, read
+from flashrl_cli.train.plan import plan_document
 from flashrl_cli.verl.environment import on_cluster
 from tests.specs import load_spec
 from tests.unit.train.builders import plan_of, planned
@@ -65,3 +67,18 @@ def test_a_cluster_trains_what_this_machine_trains() -> None:
     here = plan_hash(planned("tiny"))
     assert plan_hash(plan_of(on_cluster(load_spec("tiny")))) == here
     assert plan_hash(planned("tiny", "algorithm.lr=1e-5")) != here
+
+
+def test_a_resumed_run_keeps_its_rotation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the model's sizes were not known when it began, and are now."""
+    monkeypatch.setenv("FLASHRL_DATA", str(tmp_path))
+    first = next_plan(read("tiny", Options()), "r", resume="auto")
+    assert first.spec.rollout.rotation == "auto"
+    first.attempt_paths.root.mkdir(parents=True)
+    first.attempt_paths.plan.write_text(json.dumps(plan_document(first)))
+    known = Options(sets=("model.path=Qwen/Qwen2.5-7B",))
+    again = next_plan(read("tiny", known), "r", resume="auto", force=True)
+    assert (again.attempt, again.spec.rollout.rotation) == (2, "auto")
+    assert next_plan(read("tiny", known), "other", resume="auto").spec.rollout.rotation == 128
+    other = next_plan(read("tiny", Options(sets=("rollout.rotation=32",))), "r", resume="auto", force=True)
+    assert [one.key for one in changes(other)] == ["rollout.rotation"]
