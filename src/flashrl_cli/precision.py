@@ -167,9 +167,8 @@ def method(name: str) -> str | None:
     return PRECISIONS[name].method
 
 
-Block = Literal[16, 32, 64, 128]
+BLOCKS = (16, 32, 64, 128)
 """Sizes of a rotation's blocks: powers of two, for which a Hadamard matrix exists by Sylvester's construction."""
-BLOCKS: tuple[Block, ...] = (16, 32, 64, 128)
 LARGEST_BLOCK = 128
 """The largest block of `auto`."""
 

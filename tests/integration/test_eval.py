@@ -272,7 +272,8 @@ def test_sampling_and_precision(place: Place) -> None:
     """
     run = place.saved[1] / "run"
     sampled = ("--dataset", "tiny", "--limit", PROMPTS, "--n", 2, "--temperature", 1, "--max-tokens", 16)
-    int8 = (*sampled, "--rollout", "int8", "--out", place.root / "int8")
+    # a checkpoint on disk has no rotation
+    int8 = (*sampled, "--rollout", "int8", "--rotation", "off", "--out", place.root / "int8")
     table, _ = place.shop.run("eval", run, *int8, "--png")
     assert "95 % interval" in table
     assert "pass@2" in table
@@ -280,6 +281,7 @@ def test_sampling_and_precision(place: Place) -> None:
     assert (place.root / "int8" / "eval.png").stat().st_size > 1000
     written = json.loads((place.root / "int8" / "eval.json").read_text())
     assert (written["engine"]["precision"], written["engine"]["quantized_layers"]) == ("int8", 8)
+    assert (written["rotation"], written["engine"]["rotation"]) == (0, 0)
 
     alone, w8a8 = run / "global_step_10", place.root / "w8a8"
     document, said = place.eval(alone, place.model, w8a8, *int8[:-1], place.root / "alone")

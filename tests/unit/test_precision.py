@@ -41,6 +41,13 @@ def test_every_table_covers_every_precision(row: precision.Precision) -> None:
     assert row.asleep_bytes > 0
 
 
+def test_the_largest_block_divides_every_width() -> None:
+    assert {"auto", "off", *precision.BLOCKS} == set(get_args(RolloutSpec.model_fields["rotation"].annotation))
+    assert [precision.largest_block(widths) for widths in ([576, 1536], [3584, 18944], [96], [48, 64], [24])] == [
+        64, 128, 32, 16, 0,
+    ]  # fmt: skip
+
+
 @ROWS
 def test_what_to_take_instead_is_able_to(row: precision.Precision) -> None:
     """On other GPUs, on a CPU, and beside an option that the row does not go with."""

@@ -54,6 +54,7 @@ HINTS = {"correction.cap": "--tis takes a cap above 0, or off; --set correction.
 _BY_SEQUENCE = "a rejection beside the weights: --set correction.reject.by={} --set correction.reject.upper=…"
 _V1_LACKS = "verl's V1 trainer does not give it {}; --set algorithm.advantage={} works there"
 ELSEWHERE: Mapping[str, Mapping[str, str]] = {
+    "rollout.rotation": {"false": "off", "none": "off", "no": "off", "0": "off", "true": "auto", "on": "auto"},
     "correction.kind": {
         # verl
         "token": "tis",
@@ -269,7 +270,8 @@ def _fix(key: str, value: Any, origin: Origin) -> str | None:
 
 def _readings(value: Any, info: FieldInfo) -> Iterator[Any]:
     if get_origin(info.annotation) is Literal:
-        yield from yaml_file.nearest(str(value), get_args(info.annotation), 1)
+        choices = {str(choice): choice for choice in get_args(info.annotation)}
+        yield from (choices[name] for name in yaml_file.nearest(str(value), list(choices), 1))
     yield from yaml_file.readings(value, info.default)
 
 

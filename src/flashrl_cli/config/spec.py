@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from flashrl_cli.paths import FOLDER_NAME
-from flashrl_cli.precision import Block, PrecisionName
+from flashrl_cli.precision import PrecisionName
 
 Count = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -171,7 +171,7 @@ class RolloutSpec(Part):
     kv_cache: Literal["auto", "fp8"] = "auto"
     """Arithmetic of the rollout engine's KV cache: `auto` is the model's, `fp8` holds twice as many tokens in the same
     memory."""
-    rotation: Literal["auto", "off"] | Block = "auto"
+    rotation: Literal["auto", "off", 16, 32, 64, 128] = "auto"
     """Block by which int8 rollouts rotate the input of each linear layer before they round it, which spreads outliers:
     `auto` is the largest up to 128 that divides every input on every rank, or off with `rollout.profile`."""
     profile: Text | None = None

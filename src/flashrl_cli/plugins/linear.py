@@ -246,15 +246,15 @@ class Int8OnlineLinearMethod(OnlineLinearMethod):
 
         An all-zero row gets a tiny scale.
         """
-        if self.block and weight.is_cuda:
+        if weight.is_cuda and self.block:
             quantize_rows(weight, rows, scales, self.block, 1 / self.block)
             return
-        if self.block:
-            weight = rotated(weight, self.block).div_(self.block)
         if weight.is_cuda:
             # the kernel behind vllm/_custom_ops.py:scaled_int8_quant, which would allocate its outputs
             torch.ops._C.dynamic_scaled_int8_quant(rows, weight, scales, None)
             return
+        if self.block:
+            weight = rotated(weight, self.block).div_(self.block)
         scales.copy_((weight.abs().amax(dim=1, keepdim=True).float() / 127).clamp_min(1e-8))
         rows.copy_((weight.float() / scales).round_().clamp_(-127, 127))
 

@@ -203,6 +203,15 @@ def test_the_value_that_was_meant_is_written_as_it_was(preset):
 
 
 @pytest.mark.parametrize(
+    ("text", "meant"), [("false", "off"), ("none", "off"), ("0", "off"), ("of", "off"), ("'64'", "64"), ("48", None)]
+)
+def test_a_block_that_is_none(preset, text, meant):
+    (problem,) = problems(preset(), sets=[f"rollout.rotation={text}"])
+    assert "should be one of 'auto', 'off', 16, 32, 64 or 128" in problem.message
+    assert problem.hint == (f"did you mean --set rollout.rotation={meant}?" if meant else None)
+
+
+@pytest.mark.parametrize(
     "text", ["rollout.n=many", "rollout.n=-4", "rollout.n=0", "algorithm.lr=nan", "rollout.top_p=2"]
 )
 def test_no_guess_where_none_would_fit(preset, text):
