@@ -32,6 +32,8 @@ from flashrl_cli.plugins import log_ratios
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from numpy.typing import NDArray
+
     from tests.integration.conftest import Workshop
 
 WEIGHTS = {
@@ -146,7 +148,8 @@ def check_formulas(of: dict[str, float], sample: log_ratios.Sample, weights: str
     """The largest ratio, the mean weight and the rejected share are those of the log-ratios, kept as float16."""
     assert len(sample.lengths) == sample.responses, "all responses of a run as small as this are kept"
     logs = sample.log_ratios.astype(np.float64)
-    w, rows = np.exp(logs), np.repeat(np.arange(len(sample.lengths)), sample.lengths)
+    w = np.exp(logs)
+    rows: NDArray[np.intp] = np.repeat(np.arange(len(sample.lengths)), sample.lengths)
     assert of["ratio_max"] == pytest.approx(w.max(), rel=1e-3)
     applied = {
         "none": None,
