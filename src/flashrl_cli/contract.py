@@ -21,6 +21,7 @@ from flashrl_cli import files
 
 if TYPE_CHECKING:
     import logging
+    from types import ModuleType
 
 ENV_PLUGIN_DIR = "FLASHRL_PLUGIN_DIR"
 """Folder for handshake files. If it is unset, the process does not belong to a flashrl run and the plugins do nothing.
@@ -189,6 +190,20 @@ def require_vllm(version: str) -> None:
         raise RuntimeError(f"flashrl's rollouts are made for {VLLM_NAMES}, and this is {version}")
 
 
+def replace_in_verl(module: ModuleType, function: Callable[..., Any]) -> None:
+    """Replace the function of this name in a module of verl's, and in those that imported it by name; marks it.
+
+    `import verl` loads few modules before its plugins; those that it loads later take what they find. A process in
+    which a plugin acts later may have loaded some.
+    """
+    name = function.__name__
+    original = vars(module)[name]
+    setattr(function, PATCHED, True)
+    for other in [other for at, other in sys.modules.items() if at.startswith("verl.")]:
+        if vars(other).get(name) is original:
+            setattr(other, name, function)
+
+
 @functools.cache
 def logger() -> logging.Logger:
     """The plugins' logger, at the level that ENV_LOGGING sets.
@@ -212,11 +227,12 @@ class _BeforeImport(importlib.abc.MetaPathFinder):
     """Finds no module, and calls `prepare` once, when `module` is looked for."""
 
     def __init__(self, module: str, prepare: Callable[[], None]) -> None:
-        self.module, self.prepare = module, prepare
+        self.module, self.prepare, self.called = module, prepare, False
 
     def find_spec(self, fullname: str, *_: object) -> None:
-        if fullname == self.module:
-            sys.meta_path.remove(self)
+        # it stays among the finders: Python is going through their list, and would leave out the next one
+        if fullname == self.module and not self.called:
+            self.called = True
             self.prepare()
 
 

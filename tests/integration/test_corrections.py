@@ -7,7 +7,8 @@ which takes hours:
     python tests/integration/test_corrections.py pairs           # those of the tests
 
 The bounds are such that they act on any machine: half of the ratios p_train / p_rollout are above 1, however close
-rollout and trainer are. tests/contract/test_corrections.py compares the numbers with formulas.
+rollout and trainer are. The numbers are compared with those of the log-ratios that a run keeps;
+tests/contract/test_corrections.py has the formulas of the losses and advantages.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, get_args
 
+import numpy as np
 import pytest
 
 from flashrl_cli.config.spec import Advantage, Loss
+from flashrl_cli.plugins import log_ratios
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from numpy.typing import NDArray
 
     from tests.integration.conftest import Workshop
 
@@ -73,21 +78,27 @@ def options(loss: str, advantage: str, weights: str, reject: str | None) -> list
     if reject in ("seq-sum k2", "seq-mean k2", "seq-sum k3", "seq-mean k3"):
         # below the noise that is expected, the bound would be refused
         sets[-1] = f"correction.reject.upper={2e-3 if 'sum' in reject else 1.1e-4}"
+    elif reject in ("seq-max k2", "seq-max k3"):
+        sets[-1] = "correction.reject.upper=1e-3"  # some token of nearly every response is beyond a narrower bound
     if loss == "dro":
         sets.append("verl.actor_rollout_ref.actor.policy_loss.dro_beta=0.1")
     sets += [f"algorithm.loss={loss}", f"algorithm.advantage={advantage}", *SMALLEST]
     return ["train", "--preset", "tiny", *itertools.chain.from_iterable(("--set", text) for text in sets)]
 
 
-def check(steps: list[dict[str, float]], weights: str, reject: str | None) -> None:
-    """What verl logged of two steps is that of the correction, which acted."""
-    assert len(steps) == 2
-    for step in steps:
+def check(attempt: Path, weights: str, reject: str | None) -> None:
+    """What verl logged of two steps is that of the correction, which acted, on the log-ratios that the run kept."""
+    lines = (attempt / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps: list[dict[str, float]] = [line["data"] for line in map(json.loads, lines)]
+    kept = [log_ratios.read(file) for file in log_ratios.steps_in(attempt / "log_ratios").values()]
+    assert len(steps) == len(kept) == 2
+    for step, sample in zip(steps, kept, strict=True):
         assert all(math.isfinite(step[f"actor/{name}"]) for name in ("pg_loss", "grad_norm"))
         of = {name.removeprefix(f"{CORRECTION}/"): value for name, value in step.items() if name.startswith(CORRECTION)}
         assert of["ratio_max"] > 1
         check_weights(of, weights)
         check_rejection(of, reject)
+        check_formulas(of, sample, weights, reject)
     # rejection may leave a group without spread, and the widest bound of a loss may clip every token
     assert max(step["actor/grad_norm"] for step in steps) > 0
 
@@ -133,22 +144,46 @@ def check_rejection(of: dict[str, float], reject: str | None) -> None:
         assert 0 < rejected < 1
 
 
+def check_formulas(of: dict[str, float], sample: log_ratios.Sample, weights: str, reject: str | None) -> None:
+    """The largest ratio, the mean weight and the rejected share are those of the log-ratios, kept as float16."""
+    assert len(sample.lengths) == sample.responses, "all responses of a run as small as this are kept"
+    logs = sample.log_ratios.astype(np.float64)
+    w = np.exp(logs)
+    rows: NDArray[np.intp] = np.repeat(np.arange(len(sample.lengths)), sample.lengths)
+    assert of["ratio_max"] == pytest.approx(w.max(), rel=1e-3)
+    applied = {
+        "none": None,
+        "tis": np.minimum(w, 1),
+        "icepop": np.where((w >= 0.5) & (w <= 1), w, 0),
+        "seq-tis": np.minimum(np.exp(np.bincount(rows, logs)), 1)[rows],
+    }[weights]
+    # a weight of 1 may lie on either side of the bound after its rounding
+    near = 0.0 if weights != "icepop" else float((np.abs(w - 1) < 1e-6).mean())
+    if applied is not None:
+        assert of["rollout_is_mean"] == pytest.approx(applied.mean(), abs=1e-3 + near)
+    if reject is None:
+        return
+    by, estimator = reject.split()
+    estimate = {"k1": logs, "k2": logs**2 / 2, "k3": w - 1 - logs}[estimator]
+    if by != "token":
+        totals = np.bincount(rows, estimate)
+        largest = np.array([estimate[rows == row].max() for row in range(len(sample.lengths))])
+        estimate = {"seq-sum": totals, "seq-mean": totals / sample.lengths, "seq-max": largest}[by][rows]
+    bound = math.log(float(UPPER["k1"])) if estimator == "k1" else bound_of(reject)
+    at_bound = np.abs(estimate - bound) < 1e-3 * np.abs(estimate) + 1e-7
+    assert abs(of["rollout_rs_masked_fraction"] - (estimate > bound).mean()) <= at_bound.mean() + 1e-6
+
+
 def bound_of(reject: str) -> float:
     """The bound in nats that `options` gives a rejection by k2 or k3."""
     (text,) = (text for text in options("ppo", "grpo", "none", reject) if "reject.upper" in text)
     return float(text.partition("=")[2])
 
 
-def logged(folder: Path, name: str) -> list[dict[str, float]]:
-    """Everything that verl logged of the steps of a run."""
-    lines = (folder / name / "attempt_1" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [line["data"] for line in map(json.loads, lines)]
-
-
 @pytest.mark.parametrize(("loss", "advantage", "weights", "reject"), PAIRS)
 def test_two_steps(workshop: Workshop, loss: str, advantage: str, weights: str, reject: str | None) -> None:
     workshop.run(*options(loss, advantage, weights, reject), "--name", f"two-{loss}")
-    check(logged(workshop.root / "runs", f"two-{loss}"), weights, reject)
+    check(workshop.root / "runs" / f"two-{loss}" / "attempt_1", weights, reject)
 
 
 def test_everything_that_is_offered_occurs() -> None:
@@ -178,7 +213,7 @@ def run_all(losses: list[str]) -> int:
             try:
                 if done.returncode != 2:
                     assert done.returncode == 0, done.stderr[-2000:]
-                    check(logged(Path(folder), f"run-{number}"), weights, reject)
+                    check(Path(folder, f"run-{number}", "attempt_1"), weights, reject)
             except (AssertionError, KeyError) as error:
                 said, failed = f"FAILED: {error}", failed + 1
             print(f"{loss} {advantage} {weights} {reject or '-'}: {said}", flush=True)

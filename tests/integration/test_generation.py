@@ -213,3 +213,52 @@ def test_the_trainer_gets_its_own_buffer_with_shorter_pauses(monkeypatch: pytest
         buffer.sample(global_steps=1, partition_id="train", batch_size=8)
     assert pauses == [0.05, 0.12, 2.0]
     assert buffer.poll_interval == 2.0
+
+
+def test_processes_of_an_engine_on_a_cpu_sleep_until_a_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import zmq
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    from flashrl_cli.plugins import outputs
+
+    def busy() -> None:
+        raise AssertionError("a reader waits in a busy loop")
+
+    condition = shm_broadcast.SpinCondition
+    monkeypatch.setattr(condition, "wait", condition.wait)
+    monkeypatch.setattr(shm_broadcast, "sched_yield", busy)
+    outputs.sleep_between_messages()
+    outputs.sleep_between_messages()
+    with zmq.Context() as context:
+        address = f"ipc://{tmp_path}/notify"
+        writer, reader = (condition(is_reader, context, address) for is_reader in (False, True))
+        try:
+            while not reader.poller.poll(10):  # until it has subscribed
+                writer.notify()
+            monkeypatch.setattr(outputs, "LONGEST_SLEEP_MS", 3_600_000)
+            reader.record_read()
+            reader.wait()
+            monkeypatch.setattr(outputs, "LONGEST_SLEEP_MS", 1)
+            for _ in range(3):  # notifications that arrived meanwhile, and none
+                reader.record_read()
+                reader.wait(timeout_ms=3_600_000)
+            reader.last_read -= 2 * reader.busy_loop_s
+            reader.wait(timeout_ms=1)
+        finally:
+            for socket in (
+                writer.local_notify_socket,
+                reader.local_notify_socket,
+                reader.write_cancel_socket,
+                reader.read_cancel_socket,
+            ):
+                socket.close(linger=0)
+
+
+def test_sleeping_needs_a_version_that_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    from flashrl_cli.plugins import outputs
+
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    with pytest.raises(RuntimeError, match="vLLM"):
+        outputs.sleep_between_messages()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import logging
 import os
@@ -124,3 +125,23 @@ def test_the_plugins_tell_as_much_as_the_variable_asks(
     lines = [line for line in err.splitlines() if line.endswith(f"[{os.getpid()}] refit 3")]
     assert [line.split()[1] for line in lines] == told
     assert (out, len(err.splitlines())) == ("", len(lines))
+
+
+def test_all_that_wait_for_a_module_are_called_before_it_is_executed(tmp_path, monkeypatch):
+    (tmp_path / "awaited.py").write_text("import builtins\nbuiltins.found.append('executed')\n")
+    (tmp_path / "other.py").touch()
+    found: list[str] = []
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("builtins.found", found, raising=False)
+    monkeypatch.setattr(sys, "meta_path", sys.meta_path[:])
+    prepares = [functools.partial(found.append, name) for name in ("one", "two", "three")]
+    for prepare in (*prepares, prepares[0]):
+        contract.before_import("awaited", prepare)
+    importlib.import_module("other")
+    assert found == []
+    importlib.import_module("awaited")
+    assert sorted(found[:3]) == ["one", "three", "two"]
+    assert found[3:] == ["executed"]
+    contract.before_import("awaited", functools.partial(found.append, "at once"))
+    assert found[4:] == ["at once"]
+    del sys.modules["awaited"], sys.modules["other"]

@@ -5,7 +5,7 @@ of verl's trainer was read in verl 0.9.1 or run with it; its files are named bel
 
 Before the start, sequences are judged by a model of their mismatch: ln w of a token has mean -KL and variance 2 KL, the
 only pair for which E[w] = 1 if ln w is normal; over a response of L tokens the sum then has mean -L KL and variance
-2 L KL. At a KL of 0.025 and 100 tokens the model gives weights at cap 2 a mean of 0.36, and simulated ratios 0.37.
+2 L KL. At a KL of 0.025 and 100 tokens the mean of weights at cap 2 is then 0.36.
 """
 
 from __future__ import annotations

@@ -536,8 +536,8 @@ def _refusal(preset: str, problems: Sequence[Problem], layers: Sequence[Layer]) 
 class Summary:
     """Summary of a runnable preset; if it cannot be loaded, `error` is set and most other fields are empty.
 
-    `tis` is the cap of truncated importance sampling, `gpus` the total number of GPUs (0 on CPU), and `devices` the
-    same as text: nodes × GPUs per node.
+    `tis` is the cap of truncated importance sampling, None for another kind of weights or none. `gpus` is the total
+    number of GPUs (0 on CPU), and `devices` the same as text: nodes × GPUs per node.
     """
 
     name: str
@@ -568,7 +568,7 @@ def _summary(name: str) -> Summary:
         model=spec.model.path,
         advantage=spec.algorithm.advantage,
         rollout=spec.rollout.precision,
-        tis=spec.correction.cap,
+        tis=spec.correction.cap if spec.correction.kind == "tis" else None,
         gpus=_gpus(spec.resources),
         devices=_devices(spec.resources),
     )

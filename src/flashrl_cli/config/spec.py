@@ -265,7 +265,8 @@ class CorrectionSpec(Part):
             "icepop": f"IcePop from {lower} to {cap}",
             "seq-tis": f"importance weights of responses, truncated at {cap}",
         }[self.kind]
-        return f"{weights}, {self.reject.text}" if self.reject else weights
+        over = ", over the tokens that were kept" if self.support == "kept" else ""
+        return f"{weights}{over}, {self.reject.text}" if self.reject else f"{weights}{over}"
 
 
 class Overlong(Part):

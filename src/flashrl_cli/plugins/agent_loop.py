@@ -34,8 +34,8 @@ PADDED_MANAGERS = ("naive", "dapo", "gdpo")
 """
 SCORED = ("data_source", "reward_model", "extra_info")
 """Columns of the data that these managers read."""
-PROMPTS = 4096
-"""Prompts whose tokens a worker remembers."""
+PROMPTS = 128
+"""Prompts whose tokens a worker remembers; the responses of one ask for them one after another."""
 
 
 class Together:

@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import sys
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -169,21 +167,7 @@ def apply() -> None:
             return original(logits, labels, inplace_backward)
         return log_probs(logits, labels, inplace_backward)
 
-    setattr(logprobs_from_logits, PATCHED, True)
-    replace(verls, logprobs_from_logits)
+    contract.replace_in_verl(verls, logprobs_from_logits)
     if not verls.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE:
-        replace(verls, entropy_from_logits)
-        replace(verls, entropy_from_logits_with_chunking)
-
-
-def replace(verls: ModuleType, function: Callable[..., torch.Tensor]) -> None:
-    """Replace the function of this name in verl's module, and in those that imported it by name.
-
-    `import verl` loads the former before its plugins and none of the latter, which then take what they find. A process
-    that calls `apply` later may have loaded some.
-    """
-    name = function.__name__
-    original = getattr(verls, name)
-    for module in [module for at, module in sys.modules.items() if at.startswith("verl.")]:
-        if vars(module).get(name) is original:
-            setattr(module, name, function)
+        contract.replace_in_verl(verls, entropy_from_logits)
+        contract.replace_in_verl(verls, entropy_from_logits_with_chunking)

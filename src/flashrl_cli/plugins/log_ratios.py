@@ -1,7 +1,7 @@
 """A sample of each step's log-ratios between trainer and rollout, which verl computes, uses and forgets.
 
 verl's trainer turns log p_train - log p_rollout of every token into importance weights, logs a few of their moments and
-drops them (verl/trainer/ppo/v1/trainer_base.py:1743-1790 in 0.9.1); its dump of rollouts (`trainer.rollout_data_dir`,
+drops them (verl/trainer/ppo/v1/trainer_base.py:1743-1800 in 0.9.1); its dump of rollouts (`trainer.rollout_data_dir`,
 :1297) has texts and scores only. What other caps or kinds of correction would have done cannot be computed from
 moments, but from the ratios (`runs.replay`): a few hundred responses a step are enough, and small as float16.
 
@@ -44,7 +44,7 @@ MARK = "FLASHRL_LOG_RATIOS "
 PART = 8192
 """Characters of a printed part."""
 LARGEST = 100.0
-"""Log-ratios are kept up to this size; verl's weights clamp them at 20 (rollout_corr_helper.py:89)."""
+"""Log-ratios are kept up to this size; verl's weights clamp them at 20 (rollout_corr_helper.py:75)."""
 _TRAINER = "verl.trainer.ppo.v1.trainer_base"
 _NAME = re.compile(r"step_(\d+)\.npz")
 
@@ -233,8 +233,8 @@ def keep() -> None:
     """Have verl's trainer keep a sample of the log-ratios of each step (idempotent).
 
     The ratios and the mask before rejection are those that verl's correction gets
-    (verl/trainer/ppo/v1/trainer_base.py:1770 in 0.9.1; no upstream issue asks for them), the advantages those that
-    follow (:1774). Without log-probs of the rollout, and in bypass mode, verl corrects nothing and nothing is kept.
+    (verl/trainer/ppo/v1/trainer_base.py:1771 in 0.9.1; no upstream issue asks for them), the advantages those that
+    follow (:1775). Without log-probs of the rollout, and in bypass mode, verl corrects nothing and nothing is kept.
     Raises RuntimeError for a verl other than 0.9.1.
     """
     if importlib.metadata.version("verl") != VERL:
@@ -242,8 +242,6 @@ def keep() -> None:
     import verl.trainer.ppo.rollout_corr_helper as corrections
     import verl.trainer.ppo.v1.utils as advantages
     from verl.utils.skip import SkipManager
-
-    from flashrl_cli.plugins.log_probs import replace
 
     correct, advance = (
         corrections.compute_rollout_correction_and_add_to_batch,
@@ -263,10 +261,8 @@ def keep() -> None:
             _keep(SkipManager.step, found.batch, before.pop("mask"))
         return found
 
-    for function in (compute_rollout_correction_and_add_to_batch, compute_advantage_for_multi_trajectories):
-        setattr(function, PATCHED, True)
-    replace(corrections, compute_rollout_correction_and_add_to_batch)
-    replace(advantages, compute_advantage_for_multi_trajectories)
+    contract.replace_in_verl(corrections, compute_rollout_correction_and_add_to_batch)
+    contract.replace_in_verl(advantages, compute_advantage_for_multi_trajectories)
 
 
 def _keep(step: int, batch: Mapping[str, Any], mask: Any) -> None:

@@ -34,12 +34,11 @@ import torch
 from flashrl_cli import contract
 from flashrl_cli.contract import VERL
 from flashrl_cli.plugins.log_probs import wide
+from flashrl_cli.plugins.outputs import SERVER
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SERVER = "verl.workers.rollout.vllm_rollout.vllm_async_server"
-"""verl's module with the rollout server (class vLLMHttpServer)."""
 TRAINER = "verl.workers.engine.fsdp.transformer_impl"
 """verl's module with the training engine (class FSDPEngineWithLMHead)."""
 FIELD = "teacher_ids"
@@ -53,7 +52,10 @@ which token was sampled, so that the policy is truncated to them and the mean we
 
 
 def apply() -> None:
-    """Change those of the two modules that this process has imported. Raises RuntimeError for another verl or vLLM."""
+    """Change the server and the trainer where this process has imported them, as both have when they read their model.
+
+    Raises RuntimeError for another verl or vLLM.
+    """
     if importlib.metadata.version("verl") != VERL:
         raise RuntimeError(f"flashrl carries the kept tokens with verl {VERL} only")
     if SERVER in sys.modules:

@@ -1,10 +1,10 @@
 """Entry point `verl.plugins`: verl imports this module in every process of a run.
 
 verl loads plugins without calling them, so the module acts when it is imported. Outside of a flashrl run it does
-nothing. It makes the trainer compute log-probs in chunks, cut micro-batches by index, give its models the attention of
-the configuration, report more of its correction and keep a sample of its log-ratios, and on a GPU send weights in
-bf16, where that loses nothing. verl logs an exception raised here at DEBUG level only, so the launcher uses the
-handshake files to verify what really runs.
+nothing. It makes the trainer compute log-probs in chunks, handle batches without loops over their rows, give its models
+the attention of the configuration, report more of its correction and keep a sample of its log-ratios, and on a GPU send
+weights in bf16, where that loses nothing. verl logs an exception raised here at DEBUG level only, so the launcher uses
+the handshake files to verify what really runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if contract.plugin_dir() is not None:
         transfer.send_bf16()
     from flashrl_cli.plugins import batches, corrections, log_probs, log_ratios
 
-    batches.select_by_index()
+    batches.apply()
     log_probs.apply()
     corrections.apply()
     log_ratios.apply()

@@ -204,7 +204,7 @@ def corrections(found: Replay, *, few: bool = False) -> list[tuple[str, ...]]:
         shown = tuple(one for one in found.judged if one in firsts.values() or one.correction == found.own)
     return [
         (
-            f"{one.correction}{' (the run)' if one.correction == found.own else ''}",
+            f"{one.correction}{' (the run)' if one.correction == found.own else ''}{' (ends a run)' * one.stopped}",
             f"{one.mean:.3f}",
             percent(one.cut) if one.cut >= 0 else f"-{percent(-one.cut)}",
             "–" if one.bias is None else f"{one.bias:.3f}",

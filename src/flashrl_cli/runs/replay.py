@@ -13,8 +13,8 @@ their mean: u = v / mean v, and W likewise. With advantages A,
     error   E = s π/2 b² + F
 
 - b times the largest term of a token bounds how far the expected gradient is off (E. L. Ionides, Truncated Importance
-  Sampling, JCGS 17 (2008) 295). It is between 0 and 2, twice the total variation distance between what the weights
-  make of the rollout's distribution and the trainer's.
+  Sampling, JCGS 17 (2008) 295). Where all |A| are alike it is between 0 and 2: twice the total variation distance
+  between what the weights make of the rollout's distribution and the trainer's.
 - F is the factor on the gradient's noise; 1 / F without advantages is Kish's effective sample size, as a share.
 - E is the expected squared error of the gradient, in units of a batch's noise where rollout and trainer agree. It takes
   the errors of the terms to be as parallel as the terms themselves, whose sum is the gradient: s is the gradient's
@@ -30,9 +30,9 @@ tests/unit/runs/test_replay.py compares E with the exact error of enumerated gra
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flashrl_cli.errors import InputError, NothingMatched
 from flashrl_cli.plugins import log_ratios
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from flashrl_cli.config.spec import By, CorrectionKind, Estimator
     from flashrl_cli.plugins.log_ratios import Sample
     from flashrl_cli.runs.store import Run
 
@@ -66,13 +67,10 @@ OFF_MEAN = 0.1
 CHECKED = 0.4
 """KL of rollout and trainer over a response in nats, up to which E is within 10 % of enumerated gradients' errors."""
 SAFETY = 20.0
-"""verl clamps the logarithms of weights at this size (rollout_corr_helper.py:89)."""
-
-Kind = Literal["none", "tis", "icepop", "seq-tis"]
-By = Literal["token", "seq-sum", "seq-mean", "seq-max"]
+"""verl clamps the logarithms of weights at this size (rollout_corr_helper.py:75)."""
 
 SOURCES = {
-    "verl": "verl 0.9.1, verl/trainer/ppo/rollout_corr_helper.py:480-560 (weights), 226-372 (rejection)",
+    "verl": "verl 0.9.1, verl/trainer/ppo/rollout_corr_helper.py:522-657 (weights), 197-413 (rejection)",
     "Ionides": "E. L. Ionides, Truncated Importance Sampling, JCGS 17 (2008) 295: bias by the weight that is cut",
     "Kish": "L. Kish, Survey Sampling, 1965: effective sample size (sum v)² / sum v²",
     "McCandlish": "S. McCandlish et al., An Empirical Model of Large-Batch Training, arXiv 1812.06162: noise scale",
@@ -86,7 +84,7 @@ class Reject:
     """What is left out of the update; the fields are those of `correction.reject`."""
 
     by: By
-    estimator: Literal["k1", "k2", "k3"] = "k1"
+    estimator: Estimator = "k1"
     lower: float | None = None
     upper: float
 
@@ -99,7 +97,7 @@ class Reject:
 class Correction:
     """A kind of correction; the fields are those of `correction`."""
 
-    kind: Kind = "none"
+    kind: CorrectionKind = "none"
     cap: float | None = None
     lower: float | None = None
     reject: Reject | None = None
@@ -127,7 +125,7 @@ COMPARED = (
 
 
 def _lower(reject: Reject) -> float:
-    """The lower bound of k1, which by default is the reciprocal of the upper one (rollout_corr_helper.py:163)."""
+    """The lower bound of k1, which by default is the reciprocal of the upper one (rollout_corr_helper.py:164)."""
     return 1 / reject.upper if reject.lower is None else reject.lower
 
 
@@ -258,6 +256,8 @@ class Judged:
     """Share of tokens whose weight is cut."""
     effective: float
     """Effective sample size of the tokens, as a share of them."""
+    stopped: bool
+    """Whether a run with it would be ended, because it leaves too little to learn from (`Limits`)."""
     bias: float | None
     """b; None if no weight is left."""
     noise: float | None
@@ -270,7 +270,21 @@ class Judged:
         return signal * math.pi / 2 * self.bias**2 + self.noise
 
 
-def judge(kept: Replayed, correction: Correction) -> Judged:
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds beyond which a run ends, as those of `watch`: what weights lack of a mean of 1, and the share rejected."""
+
+    max_weight_deviation: float = 0.5
+    max_rejected: float = 0.9
+
+    def stop(self, kept: Replayed, correction: Correction) -> bool:
+        """Whether a run with this correction would be ended (`train.supervise.lost_to_correction`)."""
+        vanished = 1 - float(_weights(kept, correction).mean()) > self.max_weight_deviation
+        reject = correction.reject
+        return vanished or (reject is not None and 1 - float(_stays(kept, reject).mean()) > self.max_rejected)
+
+
+def judge(kept: Replayed, correction: Correction, limits: Limits | None = None) -> Judged:
     """Judge one correction on kept responses."""
     import numpy as np
 
@@ -287,6 +301,7 @@ def judge(kept: Replayed, correction: Correction) -> Judged:
         cut=float((free - found).mean()),
         touched=float((free != found).mean()),
         effective=mean**2 / float((found**2).mean()) if mean > 0 else 0.0,
+        stopped=(limits or Limits()).stop(kept, correction),
         bias=bias,
         noise=noise,
     )
@@ -294,7 +309,7 @@ def judge(kept: Replayed, correction: Correction) -> Judged:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """Corrections compared on the kept responses of some steps; the least error comes first."""
+    """Corrections compared on the kept responses of some steps: least errors first, and last what would end a run."""
 
     steps: tuple[int, ...]
     trained: int
@@ -318,13 +333,13 @@ class Replay:
 
     def best_at(self, signal: float) -> Judged:
         """The correction with the least error at another signal."""
-        return min(self.judged, key=lambda one: one.error(signal))
+        return min(self.judged, key=lambda one: (one.stopped, one.error(signal)))
 
     @property
     def alike(self) -> list[Judged]:
         """Corrections whose error is hardly larger than the least one."""
         limit = (1 + ALIKE) * self.best.error()
-        return [one for one in self.judged[1:] if one.error() <= limit]
+        return [one for one in self.judged[1:] if one.error() <= limit and not one.stopped]
 
     @property
     def span(self) -> str:
@@ -375,7 +390,7 @@ def _sentences(found: Replay) -> Iterator[str]:
     others = [str(one.correction) for one in found.alike]
     if str(Correction()) in others:
         yield f"To correct nothing does as well: its error is within {ALIKE:.0%} of that."
-    elif others:
+    elif others and best.correction != Correction():
         shown = "; ".join(others[:FEW]) + (f" and {len(others) - FEW} more" if len(others) > FEW else "")
         yield f"As good, within {ALIKE:.0%} of it: {shown}."
     if rival and rival is not best:
@@ -474,12 +489,14 @@ def by_position(kept: Replayed) -> list[Position]:
     return found
 
 
-def replay(samples: Sequence[Sample], own: Correction | None, damaged: Sequence[str] = ()) -> Replay:
+def replay(
+    samples: Sequence[Sample], own: Correction | None, limits: Limits | None = None, damaged: Sequence[str] = ()
+) -> Replay:
     """Compare all corrections, and the run's own, on samples of one or more steps."""
     kept = Replayed.of(samples)
     logs = kept.sums(kept.log_ratios)
     compared = dict.fromkeys([*COMPARED, *([own] if own else [])])
-    judged = sorted((judge(kept, one) for one in compared), key=Judged.error)
+    judged = sorted((judge(kept, one, limits) for one in compared), key=lambda one: (one.stopped, one.error()))
     return Replay(
         steps=tuple(one.step for one in samples),
         trained=sum(one.responses for one in samples),
@@ -528,7 +545,8 @@ def replay_run(run: Run, *, step: int | None = None, last: int = RECENT) -> Repl
             continue
     if not samples:
         raise damaged[0] if damaged else InputError(f"the log-ratios of run {run.name} were removed meanwhile")
-    return replay(samples, own_correction(run), [error.message for error in damaged])
+    own, limits = planned(run)
+    return replay(samples, own, limits, [error.message for error in damaged])
 
 
 def _why_none(run: Run) -> str:
@@ -555,18 +573,20 @@ def _ranges(steps: Sequence[int]) -> str:
     return ", ".join(f"{part[0]} to {part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
 
 
-def own_correction(run: Run) -> Correction | None:
-    """The correction that a run's newest plan asks for; None if there is no plan."""
+def planned(run: Run) -> tuple[Correction | None, Limits]:
+    """The correction that a run's newest plan asks for (None if there is no plan), and the limits of its watch."""
     for number in reversed(run.paths.attempts()):
         if run.plan(number):
-            return correction_of(run.setting(number, "correction") or {})
-    return None
+            watch = run.setting(number, "watch") or {}
+            known = {one.name: watch[one.name] for one in fields(Limits) if watch.get(one.name) is not None}
+            return correction_of(run.setting(number, "correction") or {}), Limits(**known)
+    return None, Limits()
 
 
 def correction_of(spec: Mapping[str, Any]) -> Correction:
     """The correction of a plan's `correction`; a cap without a kind is `tis`, as in plans that know no kinds."""
     cap, reject = spec.get("cap"), spec.get("reject")
-    kind: Kind = spec.get("kind") or ("none" if cap is None else "tis")
+    kind: CorrectionKind = spec.get("kind") or ("none" if cap is None else "tis")
     return Correction(
         kind=kind,
         cap=None if kind == "none" else cap,

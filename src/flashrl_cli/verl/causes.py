@@ -362,6 +362,16 @@ SAMPLING = (
     ),
 )
 
+TRAINING = (
+    _cause(
+        "all-rejected",
+        "correction.reject left out every token of a step",
+        "wider bounds, or --set correction.reject=null",
+        r"ValueError: At least one element in the mask has to be 1\.",
+        r"ValueError: The sum of the mask is one, which can cause a division by zero\.",
+    ),
+)
+
 RAY = (
     _cause(
         "ray-late",
@@ -398,7 +408,7 @@ RAY = (
     ),
 )
 
-CAUSES = (*GPU, *MACHINE, *INPUTS, *SETUP, *ENGINE, *RAY, *SAMPLING)
+CAUSES = (*GPU, *MACHINE, *INPUTS, *SETUP, *ENGINE, *RAY, *SAMPLING, *TRAINING)
 """All causes, the most specific first: `cause_in` returns the first that matches."""
 
 

@@ -33,6 +33,8 @@ from tests.unit.train.builders import FakeJobs
 
 ROLLOUT = "actor_rollout_ref.rollout"
 TINY = ("--preset", "tiny")
+WARM = (*TINY, "--set", "rollout.temperature=0.7")
+"""At another temperature than 1, where vLLM's raw log-probs would not be those of the samples."""
 AGAIN = (*TINY, "--name", "r", "--resume", "auto")
 
 
@@ -159,8 +161,8 @@ def test_a_used_name(used: str, train: Train, tmp_path: Path) -> None:
         ([*TINY, "--resume", "nowhere"], "--resume nowhere: no folder global_step_N"),
         ([*TINY, "--executor", "slurm"], "--executor slurm: there is no such executor"),
         ([*TINY, "--ray-address", "http://h:1"], "--ray-address without --executor ray"),
-        ([*TINY, "--set", "rollout.top_p=0.9"], "--set rollout.top_p: rollout.top_p = 0.9 with truncated"),
-        ([*TINY, "--tis", "off", "--tis", "2", "--set", "rollout.top_k=5"], "off by the kept mass"),
+        ([*WARM, "--set", "rollout.top_p=0.9"], "--set rollout.top_p: rollout.top_p = 0.9 with truncated"),
+        ([*WARM, "--tis", "off", "--tis", "2", "--set", "rollout.top_k=5"], "off by the kept mass"),
         ([*TINY, "--set", f"verl.{ROLLOUT}.top_p=0.9"], "hint: --set rollout.top_p=…"),
         ([*TINY, "--set", f"verl.+{ROLLOUT}.min_p=0.1"], "verl's RolloutConfig has no min_p"),
         ([*TINY, "--set", f"verl.+{ROLLOUT}.repetition_penalty=1.1"], "every request says 1.0"),
@@ -174,7 +176,7 @@ def test_a_used_name(used: str, train: Train, tmp_path: Path) -> None:
         ([*TINY, "--sweep", "rollout"], "--sweep rollout: not of the form key=value,value"),
         ([*TINY, "--sweep", "rollout=int8,int3"], "--sweep rollout=int3: rollout.precision = int3"),
         ([*TINY, "--sweep", "algorithm.lrr=1,2"], "did you mean algorithm.lr?"),
-        ([*TINY, "--sweep", "rollout.top_p=1.0,0.9"], "off by the kept mass"),
+        ([*WARM, "--sweep", "rollout.top_p=1.0,0.9"], "off by the kept mass"),
         ([*TINY, "--sweep", "rollout=int8,bf16", "--rollout", "int8"], "rollout is given by --rollout, too"),
         ([*TINY, "--sweep", "tis=1,2", "--resume", "/x/global_step_3"], "a sweep has many runs"),
         ([*TINY, "--sweep", "tis=1,2", "--name", "../x"], "not the name of a folder"),
@@ -191,7 +193,7 @@ def test_misuse_ends_with_2(words: list[str], message: str, dry: list[str], trai
 
 def test_truncated_sampling_under_tis_is_refused_by_its_line(train: Train, tmp_path: Path) -> None:
     preset = tmp_path / "mine.yaml"
-    preset.write_text("extends: tiny\nrollout:\n  top_p: 0.9\n  top_k: 20\n")
+    preset.write_text("extends: tiny\nrollout:\n  top_p: 0.9\n  top_k: 20\n  temperature: 0.7\n")
     found = train("--preset", str(preset), "--tis", "2", "--dry-run")
     assert found.code == 2
     assert "mine.yaml:3: rollout.top_p = 0.9 with truncated importance sampling" in found.err

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 
 import pytest
 
 from flashrl_cli.config import presets
+from flashrl_cli.config.correction import noise
 from flashrl_cli.config.resolve import RULES
 from flashrl_cli.errors import InputError
 from tests.specs import load_spec
@@ -409,3 +411,17 @@ def test_what_just_holds_is_let_through(preset, sets):
 def test_every_rule_has_a_case():
     by_hand = {"no_secret_is_written_down"}  # its fix is done in a shell
     assert {rule.__name__ for rule in RULES} == {rule for rule, *_ in CASES} | by_hand
+
+
+@pytest.mark.parametrize(
+    ("kl", "length", "cap"), [(0.001, 100, 2.0), (0.025, 100, 2.0), (0.025, 100, 8.0), (1e-4, 16, 1.0)]
+)
+def test_the_mean_of_truncated_weights_is_that_of_a_log_normal(kl, length, cap):
+    """By adding up over a fine grid of the logarithm, whose density is written anew."""
+    mean, variance = -kl * length, 2 * kl * length
+    step = math.sqrt(variance) / 500
+    grid = [mean + step * i for i in range(-5000, 5001)]
+    density = [math.exp(-((x - mean) ** 2) / (2 * variance)) / math.sqrt(2 * math.pi * variance) for x in grid]
+    right = step * sum(min(math.exp(x), cap) * p for x, p in zip(grid, density, strict=True))
+    assert noise("seq-sum", kl, length).truncated_mean(cap) == pytest.approx(right, rel=1e-4)
+    assert noise("seq-sum", kl, length).truncated_mean(1e9) == pytest.approx(1, rel=1e-6), "E[w] = 1"

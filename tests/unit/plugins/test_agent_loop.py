@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from flashrl_cli.plugins import agent_loop
-from flashrl_cli.plugins.agent_loop import Puts, Together
+from flashrl_cli.plugins.agent_loop import Puts, Together, scores_padded
 
 
 class Work:
@@ -142,3 +143,26 @@ def test_rows_of_one_layout_are_stored_by_one_put() -> None:
         assert puts.puts is queue.puts
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("manager", "model", "function", "padded"),
+    [
+        (("register", "naive"), False, None, True),
+        (("register", "dapo"), False, "reward.py", True),
+        (("register", "dapo"), True, "reward.py", True),
+        (("register", "gdpo"), True, None, False),
+        (("register", "rate_limited"), False, None, False),
+        (("importlib", "naive"), False, None, False),
+    ],
+)
+def test_only_known_reward_managers_get_several_responses(
+    manager: tuple[str, str], model: bool, function: str | None, padded: bool
+) -> None:
+    """A reward model judges a row as it is, unless a function of the user's calls it."""
+    reward = SimpleNamespace(
+        reward_manager=SimpleNamespace(source=manager[0], name=manager[1]),
+        reward_model=SimpleNamespace(enable=model),
+        custom_reward_function=SimpleNamespace(path=function),
+    )
+    assert scores_padded(SimpleNamespace(reward=reward)) is padded

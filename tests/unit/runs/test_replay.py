@@ -18,6 +18,7 @@ from flashrl_cli.runs.replay import (
     CHECKED,
     COMPARED,
     Correction,
+    Limits,
     Reject,
     Replayed,
     by_position,
@@ -25,11 +26,13 @@ from flashrl_cli.runs.replay import (
     histogram,
     judge,
     kept_steps,
+    planned,
     replay,
     replay_run,
     weights,
 )
-from tests.unit.runs.on_disk import attempt, make, planned
+from tests.unit.runs import on_disk
+from tests.unit.runs.on_disk import attempt, make
 
 VOCABULARY, LENGTH, TOYS, DRAWN = 8, 3, 24, 1024
 SEQUENCES = np.array(list(itertools.product(range(VOCABULARY), repeat=LENGTH)))
@@ -224,6 +227,24 @@ def test_long_responses_with_vanishing_products_are_warned_of() -> None:
         assert not any(text in line for line in replay([sample(np.zeros((4, 5)))], None).lines)
 
 
+def test_what_would_end_a_run_comes_last_and_is_not_named() -> None:
+    """Weights of responses whose mean is below a half, although their error is less than that of no correction."""
+    make = np.random.default_rng(1)
+    samples = [sample(make.normal(-0.01, 0.02**0.5, (256, 250)))]
+    own = Correction(kind="icepop", lower=0.999, cap=1.001)
+    found = replay(samples, own)
+    stopped = [one.correction for one in found.judged if one.stopped]
+    assert Correction(kind="seq-tis", cap=2) in stopped
+    assert own in stopped
+    assert [one.correction for one in found.judged[-len(stopped) :]] == stopped
+    assert not any(found.best_at(signal).stopped for signal in (0.25, 1, 100))
+    widely = replay(samples, own, Limits(max_weight_deviation=1, max_rejected=1))
+    assert not any(one.stopped for one in widely.judged)
+    assert widely.best_at(100).correction.kind == "seq-tis"
+    rejecting = Correction(reject=Reject(by="seq-sum", upper=1.01))
+    assert judge(Replayed.of(samples), rejecting).stopped
+
+
 # pictures
 
 
@@ -275,7 +296,7 @@ def test_the_last_steps_of_the_newest_attempts_are_replayed() -> None:
 def test_a_run_that_kept_nothing(correction: dict[str, int] | None, hint: str) -> None:
     run = make("r", attempt(1))
     if correction:
-        planned(run, 1, correction=correction)
+        on_disk.planned(run, 1, correction=correction)
     with pytest.raises(NothingMatched, match="kept no log-ratios") as caught:
         replay_run(store.find("r"))
     assert hint in str(caught.value.hint)
@@ -308,3 +329,10 @@ def test_damaged_steps_are_named_and_the_others_read() -> None:
 )
 def test_the_runs_own_correction(spec: dict[str, Any], right: str) -> None:
     assert str(correction_of(spec)) == right
+
+
+def test_the_limits_are_those_of_the_runs_watch() -> None:
+    run = make("r", attempt(1))
+    on_disk.planned(run, 1, correction={"cap": 2.0}, watch={"max_weight_deviation": 0.7, "max_kl": 0.1})
+    assert planned(store.find("r")) == (Correction(kind="tis", cap=2), Limits(max_weight_deviation=0.7))
+    assert planned(store.find(make("new").name)) == (None, Limits())

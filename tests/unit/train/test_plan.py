@@ -26,6 +26,12 @@ def test_argv_is_verls_entry_point_with_the_overrides_and_hydras_settings() -> N
     assert found.argv[-2:] == ("hydra.run.dir=/w/runs/r/attempt_2/hydra", "hydra.output_subdir=null")
 
 
+def test_the_script_says_over_which_tokens_log_probs_are() -> None:
+    kept = load_spec("tiny", tis="2", sets=["rollout.top_k=20", "correction.support=kept"])
+    text = plan_script(plan_of(kept, Path("/w"), name="r", attempt=1, python="/venv/bin/python"))
+    assert "int8 rollouts, truncated importance sampling at 2, over the tokens that were kept\n" in text
+
+
 def test_places() -> None:
     found = plan("dapo-32b")
     assert found.cwd == Path("/w/runs/r/attempt_2")
