@@ -69,11 +69,12 @@ FOREIGN = {
     *("--format", "--query-gpu"),  # nvidia-smi
     *("--curve-", "--ink", "--muted", "--rule"),  # variables of style sheets
     "--config",  # NeMo-RL
+    "--algo",  # OpenRLHF
 }
 FORMER = {"setup", "profile", "cleanup"}
 """Commands of the original, in tables that say what replaces them."""
 
-FILES = re.compile(r"\.(?:py|pt|json|jsonl|yaml|md|safetensors|parquet|txt|html|csv|log|bin)$")
+FILES = re.compile(r"\.(?:py|pt|json|jsonl|yaml|md|safetensors|parquet|txt|html|csv|log|bin|png)$")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 SET = re.compile(r"--set ['\"]?([^\s=`'\"]+)=")
 VARIABLE = re.compile(r"\bFLASHRL_[A-Z0-9_]+\b")
@@ -294,7 +295,7 @@ def test_every_variable_that_is_named_is_read() -> None:
     """By the code, or by the tests where the page for contributors says so."""
     code = "\n".join(file.read_text(encoding="utf-8") for file in (*SOURCES, *(ROOT / "tests").rglob("*.py")))
     read = {name for name in VARIABLE.findall(code) if re.search(rf'["\']{name}["\']', code)}
-    prefixes = set(re.findall(r'["\'](FLASHRL_[A-Z]+) ', code))
+    prefixes = set(re.findall(r'["\'](FLASHRL_[A-Z_]+) ', code))
     """Words at the beginning of lines that workers print."""
     named = {(file.name, name) for file, text in texts() for name in VARIABLE.findall(text)}
     assert {(file, name) for file, name in named if name not in read | prefixes} == set()
