@@ -67,7 +67,7 @@ METRICS = {
             "rollout_corr/ratio_max",
             "largest importance weight before the cap",
             heading="r max",
-            form=".3g",
+            form="#.3g",
         ),
         Metric("weight_std", "rollout_corr/rollout_is_std"),
         Metric("effective", "rollout_corr/rollout_is_eff_sample_size", "effective sample size", "share of tokens"),
