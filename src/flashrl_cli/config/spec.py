@@ -226,7 +226,7 @@ class RejectSpec(Part):
 
     @property
     def text(self) -> str:
-        """The rejection in words, for people."""
+        """The rejection in words, as plans print it."""
         below = f"below {self.lower:g} or " if self.lower is not None else ""
         return f"rejection by {self.by} {self.estimator} {below}above {self.upper:g}"
 
@@ -257,7 +257,7 @@ class CorrectionSpec(Part):
 
     @property
     def text(self) -> str:
-        """The correction in words, for people."""
+        """The correction in words, as plans print it."""
         cap, lower = f"{self.cap or 0:g}", f"{self.lower or 0:g}"
         weights = {
             "none": "no importance sampling",
