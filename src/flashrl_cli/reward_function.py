@@ -13,17 +13,21 @@ from __future__ import annotations
 import ast
 import asyncio
 import difflib
+import hashlib
 import inspect
+import json
 import linecache
 import math
+import os
 import sys
 import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flashrl_cli import contract
 from flashrl_cli.errors import InputError, Location, Problem
 from flashrl_cli.paths import absolute
 
@@ -31,6 +35,7 @@ GIVEN = ("data_source", "solution_str", "ground_truth", "extra_info")
 """Names of the arguments with which verl calls a reward function."""
 RESPONSE = "solution_str"
 FORM = "def NAME(solution_str, ground_truth)"
+REFERENCE = "FILE.py:NAME"
 _ALIASES = {
     "response": RESPONSE, "completion": RESPONSE, "output": RESPONSE, "solution": RESPONSE, "prediction": RESPONSE,
     "text": RESPONSE, "answer": "ground_truth", "truth": "ground_truth", "reference": "ground_truth",
@@ -80,6 +85,70 @@ class Failed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """The text of the file with a reward function, as it was when a run was planned."""
+
+    text: str
+
+    @property
+    def sha256(self) -> str:
+        """Hex SHA-256 of the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shipped:
+    """A reward function as a run's workers get it.
+
+    `copy` is the file in the attempt's folder, `file` the user's own, which tracebacks show. `source` is the file's
+    text, where the workers cannot read that folder. It scores rows of the data sources `sources`, None for all. A call
+    may take `timeout_s` seconds. A score above `threshold` counts as right.
+    """
+
+    copy: str
+    file: str
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    sources: Sequence[str] | None = None
+    timeout_s: float = 60.0
+    threshold: float = 0.5
+    source: str | None = None
+
+    def scores(self, data_source: str) -> bool:
+        """Whether the function scores rows of a data source."""
+        return self.sources is None or data_source in self.sources
+
+    def text(self) -> str:
+        """The function as JSON, the value of `contract.ENV_REWARD`."""
+        return json.dumps({name: value for name, value in asdict(self).items() if value is not None})
+
+    @classmethod
+    def here(cls) -> Shipped:
+        """The reward function of this process's run, from its environment."""
+        return cls(**json.loads(os.environ[contract.ENV_REWARD]))
+
+    def load(self) -> RewardFunction:
+        """Load the function. Raises Failed if that is not possible."""
+        try:
+            source = Path(self.copy).read_text(encoding="utf-8") if self.source is None else self.source
+        except OSError as error:
+            raise Failed(Failure(what=f"cannot be read: {error}")) from None
+        return load(source, self.file, self.name, self.arguments)
+
+
+def is_right(score: Score, threshold: float) -> bool:
+    """Whether a response counts as right: the function says so in `acc`, or gives more than `threshold`."""
+    found = score.fields.get("acc")
+    return score.score > threshold if found is None else bool(found)
+
+
+def is_reference(text: str) -> bool:
+    """Whether a text has the form `FILE.py:name`."""
+    file, _, name = text.rpartition(":")
+    return file.endswith(".py") and name.isidentifier()
+
+
+@dataclass(frozen=True, slots=True)
 class Reference:
     """A function in a file, as a user names it: `FILE.py:name`."""
 
@@ -89,10 +158,10 @@ class Reference:
     @classmethod
     def parse(cls, text: str, where: Location | str | None = None) -> Reference:
         """The reference that `text` is, with an absolute path. Raises InputError, at `where` the text was given."""
-        file, colon, name = text.rpartition(":")
-        if not colon or not file.endswith(".py") or not name.isidentifier():
+        if not is_reference(text):
             what = f"{text!r} does not name a reward function"
-            raise InputError(what, problems=[Problem(what, where, f"FILE.py:NAME, for `{FORM}` in FILE.py")])
+            raise InputError(what, problems=[Problem(what, where, f"{REFERENCE}, for `{FORM}` in FILE.py")])
+        file, _, name = text.rpartition(":")
         return cls(absolute(file), name)
 
     def __str__(self) -> str:
@@ -301,6 +370,14 @@ def _lines(texts: Any) -> tuple[str, ...]:
         return tuple(lines)
     half = LONGEST_TRACE // 2
     return (*lines[:half], f"  … {len(lines) - 2 * half} lines …", *lines[-half:])
+
+
+def plain(value: Any) -> Any:
+    """A value that JSON lacks as one that it has: arrays and numbers of numpy and torch as Python's, others as text."""
+    try:
+        return value.tolist()
+    except Exception:  # noqa: BLE001  (of a library's type)
+        return str(value)
 
 
 def short(value: Any, most: int = 60) -> str:

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 from flashrl_cli import contract, files
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
 from flashrl_cli.files import last_lines
+from flashrl_cli.plugins import reward
 from flashrl_cli.runs.metrics import MetricsTail, Tail
 from flashrl_cli.signals import Interrupted
-from flashrl_cli.train import handshake
+from flashrl_cli.train import handshake, rewards
 from flashrl_cli.train.plan import plan_document
+from flashrl_cli.train.rewards import RewardFailed
 from flashrl_cli.verl.causes import CAUSES, Cause, cause_in
 from flashrl_cli.verl.logs import StartPhase, notable, phase_after, plain, root_error, total_steps
 
@@ -58,11 +60,15 @@ def supervise(
     paths = plan.attempt_paths
     paths.plugins.mkdir(parents=True)
     files.write_json(paths.plan, plan_document(plan))
+    if plan.reward:
+        files.write_text(paths.reward, plan.reward.text)
     display.phase(StartPhase.VERL.words)
     handle = start(plan)
     watch = Watch(plan, display, handle, vocabulary, validates)
     try:
         _follow(watch, received)
+    except RewardFailed:
+        raise  # of the user's function, about which the end of verl's log says nothing
     except (RunFailed, EnvironmentNotReady) as error:
         raise type(error)(_with_log(error.message, plan), hint=error.hint) from error
     finally:
@@ -144,6 +150,8 @@ class Watch:
         """Read what happened since the last call; raises the error that ends the run. `ended`: it is complete."""
         for line in self._log.poll(ended=ended):
             self._read(plain(line))
+        if self.plan.reward and (report := reward.read(self.plan.attempt_paths.root)):
+            raise rewards.failed(self.plan, report)
         self._prove()
         for step in self._metrics.poll():
             self._judge(step)

@@ -84,7 +84,7 @@ class Scorer:
             raise RuntimeError("the process was not started")
         orders, answers, process, errors = self._running
         with contextlib.suppress(BrokenPipeError):
-            orders.write(json.dumps(request, default=str).encode() + b"\n")
+            orders.write(json.dumps(request, default=reward_function.plain).encode() + b"\n")
             orders.flush()
         line = answers.readline()
         if line.endswith(b"\n"):
@@ -196,7 +196,7 @@ def _serve() -> None:
     def answer(document: Mapping[str, Any] | Failure) -> None:
         if isinstance(document, Failure):
             document = {"failure": dataclasses.asdict(document)}
-        answers.write(json.dumps(document, default=_plain) + "\n")
+        answers.write(json.dumps(document, default=reward_function.plain) + "\n")
         answers.flush()
 
     function = _limited(LOAD_LIMIT_S, watch, lambda: reward_function.load(**setup))
@@ -220,13 +220,6 @@ def _limited(limit_s: float, watch: _Watch, work: Any) -> Any:
     finally:
         faulthandler.cancel_dump_traceback_later()
     return watch.taken() or result
-
-
-def _plain(value: Any) -> Any:
-    """A number of numpy or torch as Python's, anything else as text."""
-    with contextlib.suppress(Exception):  # of a library's type
-        return value.item()
-    return str(value)
 
 
 if __name__ == "__main__":
