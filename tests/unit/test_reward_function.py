@@ -12,7 +12,7 @@ from flashrl_cli import reward_function
 from flashrl_cli.errors import InputError
 from flashrl_cli.reward_function import Call, Failed, Failure, Reference, Score
 
-FILE = "/home/user/reward.py"
+FILE = "/users/reward.py"
 DATACLASS = """
 from __future__ import annotations
 from dataclasses import dataclass

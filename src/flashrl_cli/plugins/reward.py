@@ -16,6 +16,7 @@ import faulthandler
 import functools
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -32,6 +33,8 @@ from flashrl_cli.reward_function import Call, Failed, Failure, RewardFunction, S
 SCHEMA_VERSION = 1
 MARK = "FLASHRL_REWARD_FAILURE "
 """Start of a printed report within its line; Ray puts a prefix before it."""
+TIMED_OUT = re.compile(r"(?:^|\s)Timeout \(\d+:\d\d:\d\d(?:\.\d+)?\)!$")
+"""The line that faulthandler writes before the stacks of all threads."""
 LONGEST_RESPONSE = 2000
 """Characters of a response that a report holds."""
 GRACE_S = 5.0
@@ -42,7 +45,7 @@ LOOK_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """Why a reward function gave no reward, and for which response; `call` has the fields of a Call."""
+    """Why a reward function gave no reward, and for which response: the fields of a Call, or nothing if not known."""
 
     what: str
     line: int | None
@@ -79,6 +82,24 @@ def printed(line: str) -> Report | None:
         return _report(json.loads(text))
     except (ValueError, TypeError, KeyError):
         return None
+
+
+class Frozen:
+    """Finds in a log, line by line, where faulthandler says that a call lets no other thread run."""
+
+    def __init__(self, shipped: Shipped) -> None:
+        self._file, self._limit_s = shipped.file, shipped.timeout_s
+        self._place = re.compile(rf'File "{re.escape(shipped.file)}", line (\d+) in ')
+        self._dumped = False
+
+    def take(self, line: str) -> Report | None:
+        """The report that a line completes; it cannot say for which response."""
+        self._dumped = self._dumped or TIMED_OUT.search(line) is not None
+        found = self._place.search(line) if self._dumped else None
+        if found is None:
+            return None
+        what = f"hangs: a call takes longer than {self._limit_s:g} s, in C code such as that of regular expressions"
+        return Report(what=what, line=int(found[1]), trace=(), file=self._file, call={})
 
 
 def _report(data: dict[str, Any]) -> Report | None:
@@ -187,6 +208,7 @@ class _Calls:
             self._running[thread] = time.monotonic(), call
             if not self._watched:
                 self._watched = True
+                self._expect_a_look()
                 threading.Thread(target=self._watch, daemon=True).start()
         try:
             yield
@@ -197,13 +219,17 @@ class _Calls:
     def _watch(self) -> None:
         """Report a call that takes too long; if C code lets no thread run, faulthandler writes where it is."""
         while running := self._under_way():
-            faulthandler.dump_traceback_later(self._limit_s + GRACE_S, file=2)
+            self._expect_a_look()
             now = time.monotonic()
             late = [(thread, call) for thread, (began, call) in running.items() if now - began > self._limit_s]
             for thread, call in late[:1]:
                 _report_failure(_hanging(thread, self._limit_s), call)
             time.sleep(min(LOOK_S, self._limit_s / 4))
         faulthandler.cancel_dump_traceback_later()
+
+    def _expect_a_look(self) -> None:
+        """Have faulthandler write where the threads are if this is not called again in time."""
+        faulthandler.dump_traceback_later(self._limit_s + GRACE_S, file=2)
 
     def _under_way(self) -> dict[int, tuple[float, Call]]:
         with self._lock:

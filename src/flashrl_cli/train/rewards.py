@@ -94,12 +94,12 @@ class RewardFailed(RunFailed):
 def failed(plan: LaunchPlan, report: Report) -> RewardFailed:
     """The error for a run whose reward function failed: row, response, and the traceback in the user's file."""
     place = Location(report.file, report.line)
-    row = row_of(plan.spec, report)
-    asked = f", for {row}" if row else f", for a row of {report.call['data_source']!r}"
+    call, row = report.call, row_of(plan.spec, report) if report.call else None
+    asked = f", for {row}" if row else f", for a row of {call['data_source']!r}" if call else ""
+    fields = {"response": "solution_str", "ground truth": "ground_truth"} if call else {}
     lines = [
         f"the reward function {report.what} ({place}){asked}",
-        f"  response: {short(report.call['solution_str'], _SHOWN)}",
-        f"  ground truth: {short(report.call['ground_truth'], _SHOWN)}",
+        *(f"  {title}: {short(call[field], _SHOWN)}" for title, field in fields.items()),
         *(f"  | {line}" for line in report.trace),
         f"log: {plan.attempt_paths.log}",
     ]

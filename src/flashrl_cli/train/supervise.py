@@ -22,6 +22,7 @@ from flashrl_cli.train import handshake, rewards
 from flashrl_cli.train.plan import plan_document
 from flashrl_cli.train.rewards import RewardFailed
 from flashrl_cli.verl.causes import CAUSES, Cause, cause_in
+from flashrl_cli.verl.environment import shipped
 from flashrl_cli.verl.logs import StartPhase, notable, phase_after, plain, root_error, total_steps
 
 if TYPE_CHECKING:
@@ -145,13 +146,15 @@ class Watch:
         self._phase = StartPhase.VERL
         self._doomed: tuple[Cause, float] | None = None
         self.cause: Cause | None = None
+        own = self.plan.reward and shipped(self.plan.spec, self.plan.attempt_paths)
+        self._frozen = reward.Frozen(own) if own else None
+        self._report: reward.Report | None = None
 
     def look(self, *, ended: bool = False) -> None:
         """Read what happened since the last call; raises the error that ends the run. `ended`: it is complete."""
         for line in self._log.poll(ended=ended):
             self._read(plain(line))
-        if self.plan.reward and (report := reward.read(self.plan.attempt_paths.root)):
-            raise rewards.failed(self.plan, report)
+        self._check_reward()
         self._prove()
         for step in self._metrics.poll():
             self._judge(step)
@@ -170,6 +173,8 @@ class Watch:
         if total is not None:
             self.total = total
             self.display.expect(total)
+        if self._frozen:
+            self._report = self._report or self._frozen.take(line)
         cause = cause_in(line)
         if cause is None:
             return
@@ -177,6 +182,12 @@ class Watch:
         self.cause = min(self.cause or cause, cause, key=CAUSES.index)
         if cause.fatal and self._doomed is None:
             self._doomed = (cause, time.monotonic())
+
+    def _check_reward(self) -> None:
+        """Raise RewardFailed if the run's own reward function failed."""
+        report = self._report or (self._frozen and reward.read(self.plan.attempt_paths.root))
+        if report:
+            raise rewards.failed(self.plan, report)
 
     def _prove(self) -> None:
         if self._proven:

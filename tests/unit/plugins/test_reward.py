@@ -17,7 +17,7 @@ from flashrl_cli.paths import AttemptPaths
 from flashrl_cli.plugins import reward
 from flashrl_cli.reward_function import Shipped
 
-USERS = "/home/user/reward.py"
+USERS = "/users/reward.py"
 ROW = {"data_source": "mydata", "ground_truth": "5", "extra_info": {"index": 3, "num_turns": None}}
 
 

@@ -177,6 +177,31 @@ def test_a_failure_ends_the_run_with_row_and_the_users_traceback(
     assert "--resume auto --force --name r" in str(caught.value.hint)
 
 
+def test_a_call_that_lets_no_thread_run_is_found_in_what_faulthandler_writes(
+    plan: Callable[..., LaunchPlan], seen: Any, tmp_path: Path
+) -> None:
+    """The log is that of a run whose regular expression did not end, without the stacks of other threads."""
+    made = plan(GOOD, "reward.timeout_s=5")
+    made.attempt_paths.plugins.mkdir(parents=True)
+    worker = "\x1b[36m(RewardLoopWorker pid=11977)\x1b[0m "
+    lines = [
+        f'  File "{tmp_path}/reward.py", line 1 in score',
+        "Timeout (0:00:10)!",
+        "Thread 0x00007fc89effd6c0 (most recent call first):",
+        '  File "/usr/lib/python3.11/re/__init__.py", line 166 in match',
+        f'  File "{tmp_path}/reward.py", line 2 in score',
+        '  File "/venv/lib/python3.11/site-packages/flashrl_cli/reward_function.py", line 253 in _call',
+    ]
+    made.attempt_paths.log.write_text("".join(f"{worker}{line}\n" for line in lines))
+    with pytest.raises(RewardFailed) as caught:
+        Watch(made, seen, Still(), None).look()  # type: ignore[arg-type]
+    what = "hangs: a call takes longer than 5 s, in C code such as that of regular expressions"
+    assert caught.value.message.splitlines() == [
+        f"the reward function {what} ({tmp_path}/reward.py:2)",
+        f"log: {made.attempt_paths.log}",
+    ]
+
+
 def test_a_row_that_no_file_has_is_named_by_its_data_source(plan: Callable[..., LaunchPlan]) -> None:
     call = {**report().call, "extra_info": {"index": 99}, "ground_truth": "no such"}
     error = rewards.failed(plan(), report(call=call))

@@ -12,7 +12,7 @@ from flashrl_cli.worker.scoring import Scorer, trial
 
 pytestmark = pytest.mark.processes
 
-FILE = "/home/user/reward.py"
+FILE = "/users/reward.py"
 CALL = Call("mydata", "the answer is 5", "5", {"index": 3})
 ROW = Location("train.parquet", 3, unit="row")
 
