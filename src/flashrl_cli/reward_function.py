@@ -114,6 +114,17 @@ class Shipped:
     threshold: float = 0.5
     source: str | None = None
 
+    @property
+    def label(self) -> str:
+        """The function as the user named it."""
+        return f"{self.file}:{self.name}"
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of all that the scores depend on."""
+        parts = [self.source or "", self.name, dict(self.arguments), self.sources, self.timeout_s, self.threshold]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
     def scores(self, data_source: str) -> bool:
         """Whether the function scores rows of a data source."""
         return self.sources is None or data_source in self.sources

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 from flashrl_cli import paths
 from flashrl_cli.contract import AUTO
 from flashrl_cli.errors import InputError, NothingMatched
-from flashrl_cli.evals import job, questions, results
+from flashrl_cli.evals import job, questions, results, rewards
 from flashrl_cli.evals.accuracy import Report
 from flashrl_cli.evals.cache import Cache, Unit, units
 from flashrl_cli.evals.graders import Graders
@@ -86,21 +86,25 @@ class Request:
         sampling: Sampling,
         engine: EngineSettings,
         out: Path | None,
+        reward: str | None = None,
+        threshold: float | None = None,
         fail_under: float | None = None,
     ) -> Request:
         """Look up checkpoints and questions. Raises InputError or NothingMatched for missing ones."""
         found = find(patterns)
         start, other = (hf_folder(path) if path else None for path in (base, baseline))
-        runs = (c.source for c in found.checkpoints if c.step is not None)
+        runs = list(dict.fromkeys(c.source for c in found.checkpoints if c.step is not None))
         checkpoints = _together(found.checkpoints, start, other)
         check_profile(engine, [one.hf for one in checkpoints])
+        data = questions.choose_questions(dataset, runs, limit, own=rewards.chosen(reward, threshold, runs))
+        rewards.check(data)
         return cls(
             patterns=tuple(patterns),
             checkpoints=checkpoints,
             base=start,
             baseline=other,
             skipped=found.skipped,
-            data=questions.choose_questions(dataset, runs, limit),
+            data=data,
             sampling=sampling,
             engine=engine,
             folder=paths.absolute(out) if out else _place(found.checkpoints),
@@ -121,7 +125,8 @@ class Request:
     def settings(self) -> dict[str, Any]:
         """Settings for the report, as plain data."""
         engine = {name: getattr(self.engine, name) for name in ("rollout", "profile", "rotation")}
-        return {"sampling": asdict(self.sampling), **engine}
+        own = {question.reward.label for one in self.data for question in one.questions if question.reward}
+        return {"sampling": asdict(self.sampling), **engine, "rewards": sorted(own)}
 
 
 def check_profile(engine: EngineSettings, folders: Iterable[Path]) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import paths
 from flashrl_cli.data import readers
@@ -15,6 +15,9 @@ from flashrl_cli.data.rows import BadRows, Needs, Raw, Scoring, judge
 from flashrl_cli.errors import InputError
 from flashrl_cli.runs import store
 from flashrl_cli.verl import checkpoints as layout
+
+if TYPE_CHECKING:
+    from flashrl_cli.reward_function import Shipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +28,15 @@ class Question:
     data_source: str
     ground_truth: Any
     extra_info: dict[str, Any] | None
+    reward: Shipped | None = None
+    """The user's function that scores responses, with its source; None for verl's scorer."""
 
     def line(self) -> str:
-        """The question as one line of JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False, default=str)
+        """The question as one line of JSON, with a digest of its reward function."""
+        data = asdict(self)
+        del data["reward"]
+        own = {} if self.reward is None else {"reward": self.reward.digest}
+        return json.dumps(data | own, ensure_ascii=False, default=str)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,17 +49,24 @@ class DataSet:
 
 
 def choose_questions(
-    names: str | None, run_folders: Iterable[Path], limit: int | None, *, scoring: Scoring = Scoring.VERL
+    names: str | None,
+    run_folders: Iterable[Path],
+    limit: int | None,
+    *,
+    scoring: Scoring = Scoring.VERL,
+    own: Callable[[Path], Shipped | None] = lambda _: None,
 ) -> tuple[DataSet, ...]:
     """Data sets of `--dataset` (comma-separated names or files); if it is None, the runs' own validation files.
 
-    Raises InputError if there are none, if they differ between runs, or if rows are not fit for `scoring`.
+    `own` gives the reward function of the user's that scores a file's rows, if there is one. Raises InputError if there
+    are no data sets, if they differ between runs, or if rows are not fit for `scoring`.
     """
     chosen = _recorded(run_folders) if names is None else [_named(name.strip()) for name in names.split(",")]
     files = list(dict.fromkeys(chosen))
     labels = _labels(files)
     return tuple(
-        DataSet(name=labels[file], file=file, questions=tuple(read(file, limit, scoring=scoring))) for file in files
+        DataSet(name=labels[file], file=file, questions=tuple(_scored(file, limit, scoring, own(file))))
+        for file in files
     )
 
 
@@ -66,6 +81,16 @@ def read(file: Path, limit: int | None, *, scoring: Scoring = Scoring.VERL) -> l
     if not rows:
         raise InputError(f"no rows in {file}")
     return [_question(row) for row in rows[:limit]]
+
+
+def _scored(file: Path, limit: int | None, scoring: Scoring, own: Shipped | None) -> list[Question]:
+    """The first `limit` questions of a file, with the function that scores those of its data sources."""
+    if own is None:
+        return read(file, limit, scoring=scoring)
+    return [
+        replace(one, reward=own) if own.scores(one.data_source) else one
+        for one in read(file, limit, scoring=Scoring.OWN)
+    ]
 
 
 def _named(data: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from flashrl_cli.errors import InputError, Location, Problem, RunFailed
 from flashrl_cli.reward_function import Call, Reference, Source, is_reference, short
 from flashrl_cli.verl import rewards
 from flashrl_cli.verl.overrides import data_path
-from flashrl_cli.worker.scoring import Scorer, trial
+from flashrl_cli.worker.scoring import Scorer, first, trial
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
@@ -23,10 +22,6 @@ if TYPE_CHECKING:
     from flashrl_cli.plugins.reward import Report
     from flashrl_cli.train.plan import LaunchPlan
 
-TRIED = 4
-"""Rows of each data file for which a function is called before a run starts."""
-ANSWERS = ("", "I do not know.")
-"""Responses to each of these rows, besides its truth."""
 _SHOWN = 300
 
 
@@ -43,10 +38,7 @@ def source_of(resolved: Resolved) -> tuple[Source | None, list[Problem]]:
 
 
 def problems(spec: RunSpec) -> list[Problem]:
-    """What a run's reward function gives no reward for, of some rows of the data files on this machine.
-
-    Each of the rows is answered by its truth, by nothing, and by text without an answer.
-    """
+    """What a run's reward function gives no reward for, of the first rows of the data files on this machine."""
     reward = spec.reward
     if reward.function is None:
         return []
@@ -57,18 +49,15 @@ def problems(spec: RunSpec) -> list[Problem]:
 
 def _calls(spec: RunSpec) -> Iterator[tuple[Location, Call]]:
     for file in _data_files(spec):
-        own = (one for one in _rows(file, spec) if _is_own(one[1], spec))
-        for place, row in itertools.islice(own, TRIED):
-            for response in (str(row["reward_model"]["ground_truth"]), *ANSWERS):
-                yield place, _call(row, response)
+        yield from first((place, _call(row)) for place, row in _rows(file, spec) if _is_own(row, spec))
 
 
 def _is_own(row: Any, spec: RunSpec) -> bool:
     return spec.reward.sources is None or row["data_source"] in spec.reward.sources
 
 
-def _call(row: Any, response: str) -> Call:
-    return Call(row["data_source"], response, row["reward_model"]["ground_truth"], row.get("extra_info") or {})
+def _call(row: Any) -> Call:
+    return Call(row["data_source"], "", row["reward_model"]["ground_truth"], row.get("extra_info") or {})
 
 
 def _data_files(spec: RunSpec) -> list[Path]:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import faulthandler
 import io
+import itertools
 import json
 import os
 import re
@@ -30,6 +31,10 @@ LIMIT_S = 60.0
 """Seconds that a call may take unless the user says otherwise."""
 LOAD_LIMIT_S = 120.0
 """Seconds that executing the file may take, which may import large libraries."""
+TRIED = 4
+"""Rows of each file for which a function is called before it is used."""
+ANSWERS = ("", "I do not know.")
+"""Responses to each of these rows, besides its truth."""
 _ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
 _TIMED_OUT = "Timeout ("
 """Start of what faulthandler writes before it ends a process."""
@@ -111,6 +116,16 @@ class Scorer:
     def _stop(self) -> None:
         self._closing.close()
         self._running = None
+
+
+def first(rows: Iterable[tuple[Location, Call]]) -> Iterator[tuple[Location, Call]]:
+    """The calls by which a function is tried on the first of `rows`, each given as a call with no matter what response.
+
+    A row is answered by its truth, by nothing, and by text without an answer.
+    """
+    for place, call in itertools.islice(rows, TRIED):
+        for response in (str(call.ground_truth), *ANSWERS):
+            yield place, call._replace(solution_str=response)
 
 
 def trial(scorer: Scorer, calls: Iterable[tuple[Location, Call]]) -> list[Problem]:
