@@ -169,6 +169,11 @@ class Recording:
         with contextlib.suppress(OSError):
             self.display.step(metrics)
 
+    def warn(self, text: str) -> None:
+        """Show a warning."""
+        with contextlib.suppress(OSError):
+            self.display.warn(text)
+
     def tick(self) -> None:
         """Pass the call on."""
         with contextlib.suppress(OSError):

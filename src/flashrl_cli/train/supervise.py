@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from flashrl_cli.verl.metrics import StepMetrics
 
 POLL_S = 0.2
+CONSTANT_STEPS = 3
+"""Number of steps in a row with one reward for all responses after which a run is warned of."""
 FAILURE_GRACE_S = 10.0
 """Seconds that verl gets to end after a failure, when there is nothing left to save."""
 KILL_GRACE_S = 3.0
@@ -146,6 +148,7 @@ class Watch:
         self._phase = StartPhase.VERL
         self._doomed: tuple[Cause, float] | None = None
         self.cause: Cause | None = None
+        self._constant = 0
         own = self.plan.reward and shipped(self.plan.spec, self.plan.attempt_paths)
         self._frozen = reward.Frozen(own) if own else None
         self._report: reward.Report | None = None
@@ -221,6 +224,7 @@ class Watch:
             raise RunFailed(
                 f"step {step.step}: NaN in {', '.join(step.lost)}", hint="lower the learning rate, or try bf16 rollouts"
             )
+        self._warn_of_a_constant(step)
         correction, bounds = self.plan.spec.correction, self.plan.spec.watch
         broken = broken_rollout(step, bounds, self.vocabulary, correction.kind)
         if broken:
@@ -232,6 +236,14 @@ class Watch:
         if lost:
             what, hint = lost
             raise RunFailed(f"step {step.step}: {what}", hint=hint)
+
+    def _warn_of_a_constant(self, step: StepMetrics) -> None:
+        """Warn, once in a row of such steps, that all responses of a few steps got the same reward."""
+        least, largest = step["reward_min"], step["reward_max"]
+        self._constant = self._constant + 1 if least is not None and least == largest else 0
+        if self._constant == CONSTANT_STEPS:
+            what = f"every response of {CONSTANT_STEPS} steps got the reward {least:g}, from which nothing is learned"
+            self.display.warn(f"step {step.step}: {what}")
 
     def _check_clocks(self) -> None:
         watch, now = self.plan.spec.watch, time.monotonic()
