@@ -158,6 +158,7 @@ def _plan(
             composed=composed,
         )
 
+    resolved = rewards.with_reward(resolved)
     source, wrong = rewards.source_of(resolved)
     resolved = replace(resolved, broken=(*resolved.broken, *wrong))
     resolved = preflight.with_attention(resolved)
@@ -219,6 +220,7 @@ FREE = (
     "trainer.validate_before",
     "trainer.logger",
     "correction.keep_responses",
+    "trainer.keep_samples",
     "reward.timeout_s",
     "model.attention",
     "resources.gpu_memory_gib",
