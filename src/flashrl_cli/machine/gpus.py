@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from flashrl_cli.errors import EnvironmentNotReady
 from flashrl_cli.machine.finding import Finding, fail, ok, warn
-from flashrl_cli.precision import KV8_GPUS, PRECISIONS, Capabilities
+from flashrl_cli.precision import KV_CACHES, PRECISIONS, Capabilities
 from flashrl_cli.text import counted
 
 QUERY = ("--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader,nounits")
@@ -122,12 +122,14 @@ def cuda_of(torch: str) -> int:
     return int(local[:2]) if local[:2].isdigit() else PINNED_CUDA
 
 
-def gpus_lack(precision: str, found: Sequence[Gpu], *, kv8: bool = False) -> Iterator[Finding]:
-    """Yield a failure if some GPU has no kernel for a precision or an FP8 KV cache, with an alternative."""
+def gpus_lack(precision: str, found: Sequence[Gpu], kv_cache: str = "auto") -> Iterator[Finding]:
+    """Yield a failure if some GPU has no kernel for a precision or a KV cache in 8 bits, with an alternative."""
     if reason := lacks(precision, found):
         yield fail("rollout.precision", reason, f"--rollout {PRECISIONS[precision].instead}")
-    if kv8 and (reason := outside(KV8_GPUS, "an FP8 KV cache", found)):
-        yield fail("rollout.kv_cache", reason, "--set rollout.kv_cache=auto")
+    cache = KV_CACHES.get(kv_cache)
+    if cache and (reason := outside(cache.gpus, f"a KV cache in {kv_cache}", found)):
+        able = (name for name, row in KV_CACHES.items() if outside(row.gpus, name, found) is None)
+        yield fail("rollout.kv_cache", reason, f"--set rollout.kv_cache={next(able, 'auto')}")
 
 
 def lacks(precision: str, gpus: Sequence[Gpu]) -> str | None:

@@ -113,7 +113,7 @@ BLOCKS = {
     [
         (Variant(precision="bf16"), {}, {}, {}),
         (
-            Variant(precision="int8", kv8=True),
+            Variant(precision="int8", kv_cache="fp8"),
             {"gpu_memory_utilization": 0.5, "kv_memory": 1.5, "tensor_parallel": 2},
             {"quantization": "flashrl_int8", "kv_cache_dtype": "fp8", "tensor_parallel_size": 2},
             {"gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": 1610612736},
