@@ -243,10 +243,36 @@ def test_token_rejection_takes_rewards_along_where_it_is_refused() -> None:
     assert (free - found)[kept.bool()].abs().max() > 1e-3
 
 
-def test_a_rejected_group_makes_opo_divide_by_0() -> None:
+@pytest.mark.parametrize("left", [0, 1])
+@pytest.mark.parametrize("advantage", get_args(Advantage))
+def test_a_batch_of_which_nothing_is_left_has_advantages_of_0(advantage: str, left: int) -> None:
+    """verl's own ends with a ValueError where it whitens, and is NaN for OPO."""
+    far = (batch().old - 3) * batch().mask
+    far[0, :left] = batch().old[0, :left]
+    reject = {"by": "token", "lower": 0.5, "upper": 2.0}
+    found, metrics = corrected({"reject": reject}, advantage, rollout=far)
+    assert found["response_mask"].sum() == left
+    assert found["advantages"].isfinite().all()
+    assert (found["advantages"] * (1 - found["response_mask"])).abs().max() == 0
+    assert metrics["rollout_corr/rollout_rs_masked_fraction"] == pytest.approx(1 - left / sum(LENGTHS))
+
+
+def test_opo_compares_what_is_left_of_a_group() -> None:
+    import torch
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
     mask = batch().mask.clone()
     mask[:N] = 0
-    assert corrected({}, "opo", mask=mask)[0]["advantages"][:N].isnan().all()
+    mask[N] = 0
+    free = corrected({}, "opo")[0]["advantages"]
+    found = corrected({}, "opo", mask=mask)[0]["advantages"]
+    assert found[: N + 1].abs().max() == 0
+    scores, lengths = batch().rewards[N + 1 :].sum(-1), mask[N + 1 :].sum(-1)
+    right = scores - (scores * lengths).sum() / lengths.sum()
+    assert torch.allclose(found[N + 1 :], right[:, None] * mask[N + 1 :], atol=1e-6)
+    stock = get_adv_estimator_fn("opo").__wrapped__
+    assert stock(batch().rewards, mask, batch().uids)[0][:N].isnan().all()
+    assert torch.equal(stock(batch().rewards, batch().mask, batch().uids)[0], free)
 
 
 # Losses
@@ -257,6 +283,7 @@ def patched() -> Iterator[None]:
     """verl as flashrl's plugin changes it; afterwards it is as it was."""
     import verl.trainer.ppo.core_algos as losses
     import verl.trainer.ppo.rollout_corr_helper as helper
+    import verl.utils.torch_functional as functional
 
     from flashrl_cli.plugins import corrections
 
@@ -265,9 +292,12 @@ def patched() -> Iterator[None]:
             (helper, "compute_is_metrics"),
             (helper, "compute_offpolicy_metrics"),
             (losses, "compute_policy_loss_geo_mean"),
+            (losses, "compute_opo_outcome_advantage"),
+            (functional, "masked_whiten"),
         ):
             monkeypatch.setattr(module, name, getattr(module, name))
-        monkeypatch.setitem(losses.POLICY_LOSS_REGISTRY, "geo_mean", losses.POLICY_LOSS_REGISTRY["geo_mean"])
+        for registry, name in ((losses.POLICY_LOSS_REGISTRY, "geo_mean"), (losses.ADV_ESTIMATOR_REGISTRY, "opo")):
+            monkeypatch.setitem(registry, name, registry[name])
         corrections.prepare_trainer()
         corrections.average_gmpo_over_mini_batch()
         yield
@@ -315,14 +345,14 @@ def test_every_offered_combination_has_a_loss_and_a_gradient() -> None:
                 idle.add((loss, advantage))
             assert loss == "gmpo" or gradient[acting == 0].abs().max() == 0
             values.add((round(value, 6), loss))
-    # one response of a group has an advantage, which may be rejected or clipped
-    assert {advantage for _, advantage in idle} == {"grpo-passk"}
+    # one response of a group has an advantage, which may be rejected or clipped; OPO's is 0 where one is left
+    assert {advantage for _, advantage in idle} == {"grpo-passk", "opo"}
     token = [one for one in refused if one[1] == "token"]
     assert len(token) == 2 * 3 * 3 * len(losses), "kinds none and tis, three estimators, gae, reinforce++ and opo"
     assert {one for one in refused if one[0] == "icepop"} == {
         ("icepop", None, advantage, "gmpo") for advantage in get_args(Advantage)
     }
-    assert len(refused) == len(token) + 2 * 8 * len(losses) + len(get_args(Advantage)), "the rest is opo's"
+    assert len(refused) == len(token) + len(get_args(Advantage))
     assert len(values) > 0.9 * len({value for value, _ in values})
 
 
@@ -394,6 +424,8 @@ def test_the_plugin_changes_no_other_verl(monkeypatch: pytest.MonkeyPatch) -> No
     for change in (
         corrections.report_weights_that_are_all_zero,
         corrections.report_largest_ratio,
+        corrections.whiten_what_is_left,
+        corrections.compare_no_empty_responses,
         corrections.average_gmpo_over_mini_batch,
     ):
         with pytest.raises(RuntimeError, match=r"of verl 0\.9\.2 only"):
