@@ -28,8 +28,8 @@ COVARIANCES = ("clip_cov_ratio=1.0", "clip_cov_lb=0.05", "clip_cov_ub=5.0", "kl_
 class Batch:
     """What a step knows before its correction: log-probs of trainer and rollout, rewards, and values of a critic.
 
-    `rewards` are those of tokens, which are 0 but for the last one of a response. Rows of the same prompt are
-    neighbours, `n` at a time.
+    `rewards` are those of tokens, which are 0 but for the last one of a response. Responses to the same prompt are
+    neighbours; `groups` has their number for each prompt.
     """
 
     mask: torch.Tensor
@@ -37,7 +37,7 @@ class Batch:
     rollout: torch.Tensor
     rewards: torch.Tensor
     values: torch.Tensor
-    n: int
+    groups: tuple[int, ...]
 
     @property
     def log_w(self) -> torch.Tensor:
@@ -46,8 +46,8 @@ class Batch:
 
     @property
     def scores(self) -> torch.Tensor:
-        """Rewards of responses [prompts, n]."""
-        return self.rewards.sum(-1).double().view(-1, self.n)
+        """Rewards of responses [responses]."""
+        return self.rewards.sum(-1).double()
 
 
 def weights(correction: CorrectionSpec, batch: Batch) -> torch.Tensor | None:
@@ -95,11 +95,13 @@ def by_group(batch: Batch, value: Callable[[torch.Tensor], torch.Tensor]) -> tor
     """A value of each response from the scores of its group, for all of its tokens."""
     import torch
 
-    return torch.stack([value(group) for group in batch.scores]).view(-1, 1) * batch.mask
+    return torch.cat([value(group) for group in batch.scores.split(batch.groups)])[:, None] * batch.mask
 
 
 def whitened(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     inside = values[mask.bool()]
+    if len(inside) < 2:
+        return values * 0
     return (values - inside.mean()) / (inside.var() + 1e-8).sqrt() * mask
 
 
@@ -114,12 +116,16 @@ def best_minus_second(group: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.arange(len(group)) == best, (first - second) / (group.std() + 1e-6), 0.0)
 
 
-def weighted_by_length(batch: Batch) -> torch.Tensor:
+def weighted_by_length(batch: Batch, mask: torch.Tensor) -> torch.Tensor:
     import torch
 
-    lengths = batch.mask.sum(-1).double().view(-1, batch.n)
-    groups = zip(batch.scores, lengths, strict=True)
-    return torch.stack([group - (of * group).sum() / of.sum() for group, of in groups]).view(-1, 1) * batch.mask
+    def less_baseline(group: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        # 0 in a group without tokens
+        return group - (lengths * group).sum() / lengths.sum().clamp(min=1)
+
+    lengths = mask.sum(-1).double()
+    groups = zip(batch.scores.split(batch.groups), lengths.split(batch.groups), strict=True)
+    return torch.cat([less_baseline(group, of) for group, of in groups])[:, None] * mask
 
 
 def by_rewarded(batch: Batch) -> torch.Tensor:
@@ -133,7 +139,7 @@ def by_deviation(batch: Batch) -> torch.Tensor:
 
 
 def less_the_others(batch: Batch) -> torch.Tensor:
-    return by_group(batch, lambda group: (group - group.mean()) * batch.n / (batch.n - 1))
+    return by_group(batch, lambda group: (group - group.mean()) * len(group) / (len(group) - 1))
 
 
 ADVANTAGES: dict[str, Callable[[Batch, torch.Tensor], torch.Tensor]] = {
@@ -143,7 +149,7 @@ ADVANTAGES: dict[str, Callable[[Batch, torch.Tensor], torch.Tensor]] = {
     "grpo-vectorized": lambda batch, _: by_deviation(batch),
     "rloo": lambda batch, _: less_the_others(batch),
     "rloo-vectorized": lambda batch, _: less_the_others(batch),
-    "opo": lambda batch, _: weighted_by_length(batch),
+    "opo": weighted_by_length,
     "gpg": lambda batch, _: by_rewarded(batch),
     "reinforce-plus-plus-baseline": lambda batch, mask: whitened(
         by_group(batch, lambda group: group - group.mean()), mask

@@ -59,7 +59,7 @@ def known() -> formulas.Batch:
     """The batch as the formulas take it."""
     made = batch()
     names = ("mask", "old", "rollout", "rewards", "values")
-    return formulas.Batch(**{name: vars(made)[name] for name in names}, n=N)
+    return formulas.Batch(**{name: vars(made)[name] for name in names}, groups=(N,) * GROUPS)
 
 
 def corrected(correction: dict[str, Any], advantage: str = "grpo", **changed: Any) -> Any:
