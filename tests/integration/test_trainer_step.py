@@ -75,14 +75,18 @@ class Case(NamedTuple):
             return "the baseline weights responses by their number of kept tokens"
         return None
 
+    def bounds(self) -> tuple[str, str]:
+        """Names of bounds that act on the samples."""
+        name = f"{self.by} {self.estimator}"
+        return f"{{{name} lower}}", f"{{{name} upper}}"
+
     def options(self) -> list[str]:
         """Values for `--set`; those in braces are for the step to fill in."""
         sets = [f"correction.{text}" for text in WEIGHTS[self.kind]]
         if self.by:
-            sets += [f"correction.reject.by={self.by}", f"correction.reject.estimator={self.estimator}"]
-            sets += [f"correction.reject.upper={{{self.by} {self.estimator}}}"]
-        if self.by and self.estimator == "k1":
-            sets += ["correction.reject.lower=1e-6"]
+            lower, upper = ("0.5", "2") if self.batch == "far" else self.bounds()
+            sets += [f"correction.reject.{key}" for key in (f"by={self.by}", f"estimator={self.estimator}")]
+            sets += [f"correction.reject.{key}" for key in (f"lower={lower}", f"upper={upper}")]
         sets += [f"verl.actor_rollout_ref.actor.policy_loss.{text}" for text in BY_POLICY_LOSS]
         return [*sets, f"algorithm.loss={self.loss}", f"algorithm.advantage={self.advantage}"]
 

@@ -133,14 +133,19 @@ def bounds_of(samples: Sequence[Sampled], exact: torch.Tensor) -> dict[str, str]
         rollout[row, : len(one.response)], mask[row, : len(one.response)] = torch.tensor(one.log_probs), 1.0
     nothing = torch.zeros_like(exact)
     batch = formulas.Batch(mask=mask, old=exact, rollout=rollout, rewards=nothing, values=nothing, groups=())
-    found = {}
+    w, products = batch.log_w.exp()[mask.bool()], batch.log_w.sum(-1).exp()
+    found = {"above 1": gap(w[w > 1]), "below 1": gap(-w[w < 1])[1:], "of products": gap(products)}
     for by, estimator in itertools.product(("token", "seq-sum", "seq-mean", "seq-max"), ("k1", "k2", "k3")):
         values = formulas.estimates(by, estimator, batch)
         values = values[mask.bool()] if by == "token" else values[:, 0]
-        # bounds of weights enclose 1, and the other one is far away
-        found[f"{by} {estimator}"] = gap(values[values > 1] if estimator == "k1" else values)
-    w, products = batch.log_w.exp()[mask.bool()], batch.log_w.sum(-1).exp()
-    return found | {"above 1": gap(w[w > 1]), "below 1": gap(-w[w < 1])[1:], "of products": gap(products)}
+        if estimator != "k1":
+            bounds = ("null", gap(values))
+        elif 2 * (values > 1).sum() > len(values):
+            bounds = ("1e-6", gap(values[values > 1]))
+        else:
+            bounds = (gap(-values[values < 1])[1:], "1e6")
+        found[f"{by} {estimator} lower"], found[f"{by} {estimator} upper"] = bounds
+    return found
 
 
 def gap(values: torch.Tensor) -> str:
