@@ -120,10 +120,9 @@ def points(data_source: str, truth: Any) -> float:
     Raises ValueError if the data source has no such form, and whatever the scorer raises: ImportError if a library is
     missing.
     """
-    found = scorer(data_source)
-    if found is None or found.answer is None:
+    found, response = scorer(data_source), right_answer(data_source, truth)
+    if found is None or response is None:
         raise ValueError(f"no right answer can be written for {data_source!r}")
-    response = found.answer.format(_said(found, truth))
     with contextlib.redirect_stdout(io.StringIO()):  # some scorers print what they read
         if found.light:
             result = _light(found.module)(response, truth)
@@ -132,6 +131,12 @@ def points(data_source: str, truth: Any) -> float:
                 data_source, response, truth
             )
     return float(result["score"] if isinstance(result, Mapping) else result)
+
+
+def right_answer(data_source: str, truth: Any) -> str | None:
+    """The response that gives `truth` itself in the form that the scorer of `data_source` reads; None without one."""
+    found = scorer(data_source)
+    return found.answer.format(_said(found, truth)) if found and found.answer else None
 
 
 def require_verl() -> Path:

@@ -16,6 +16,7 @@ import pytest
 from flashrl_cli.evals import engine, job, results
 from flashrl_cli.evals.engine import Generator, Outgrown
 from flashrl_cli.evals.job import EngineSettings, Job, Order, Sampling
+from flashrl_cli.evals.questions import Prompting
 from flashrl_cli.evals.results import Response
 from flashrl_cli.verl.causes import CAUSES
 from flashrl_cli.weights import Unreadable, Weights
@@ -32,12 +33,15 @@ def test_job_and_order_come_back_as_they_were_written() -> None:
         quantized=None,
         work=Path("/w"),
         data_sets=1,
-        sampling=SAMPLING,
+        sampling=Sampling(stop=("\n", "Q:")),
+        prompting=Prompting(system="Add.", shots=2, chat_template="", arguments={"enable_thinking": False}),
         engine=EngineSettings(rollout="int8"),
     )
     assert Job.of(json.loads(json.dumps(asked.plain()))) == asked
-    trained = Order(weights=Weights(hf=Path("/hf"), shards=(Path("/a.pt"),)), data=0, answers=Path("/x"), answered=(3,))
-    adapted = replace(trained, weights=Weights(hf=Path("/hf"), adapter=Path("/lora"), base=Path("/base")), answered=())
+    trained = Order(
+        weights=Weights(hf=Path("/hf"), shards=(Path("/a.pt"),)), data=0, answers=Path("/x"), questions=(3,)
+    )
+    adapted = replace(trained, weights=Weights(hf=Path("/hf"), adapter=Path("/lora"), base=Path("/base")), questions=())
     for one in (trained, adapted):
         assert Order.of(json.loads(json.dumps(one.plain()))) == one
 
@@ -88,8 +92,8 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
-def order(name: str, folder: Path, *answered: int) -> Order:
-    return Order(weights=Weights(hf=Path(name)), data=0, answers=folder / "answers.jsonl", answered=answered)
+def order(name: str, folder: Path, *questions: int) -> Order:
+    return Order(weights=Weights(hf=Path(name)), data=0, answers=folder / "answers.jsonl", questions=questions)
 
 
 def kinds(events: Events) -> list[str]:
@@ -97,7 +101,7 @@ def kinds(events: Events) -> list[str]:
 
 
 def test_answers_are_written_as_they_come(serve: Any, tmp_path: Path) -> None:
-    events, _ = serve("good", order("a", tmp_path, 1))
+    events, _ = serve("good", order("a", tmp_path, 0, 2))
     assert kinds(events) == ["stage", "loaded", "advance", "advance", "done"]
     assert sorted(results.read_answers(tmp_path / "answers.jsonl")) == [0, 2]
 
@@ -131,7 +135,9 @@ HOLDS = {"precision": "bf16", "smoothed": 0}
 class Tokenizer:
     """One token a letter, after as many as `template` has letters; `shift` is added to each."""
 
-    def __init__(self, folder: Path) -> None:
+    name_or_path = "/models/a"
+
+    def __init__(self, folder: Path, *, chat: bool = True) -> None:
         self.eos_token_id = 0
         found = json.loads((folder / "tokenizer.json").read_text()) if (folder / "tokenizer.json").is_file() else {}
         self.chat_template, self.shift = found.get("template", "t"), found.get("shift", 1)

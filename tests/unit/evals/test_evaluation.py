@@ -19,6 +19,7 @@ from flashrl_cli.errors import InputError, NothingMatched
 from flashrl_cli.evals import evaluation, results
 from flashrl_cli.evals.accuracy import Report
 from flashrl_cli.evals.cache import Cache, Unit, units
+from flashrl_cli.evals.engines import architecture
 from flashrl_cli.evals.evaluation import Evaluation, Finished, Request, check_profile, evaluate, watch
 from flashrl_cli.evals.job import EngineSettings, Job, Order, Sampling
 from flashrl_cli.evals.questions import DataSet
@@ -30,6 +31,7 @@ from tests import sample_rows
 from tests.saved_files import saved_profile
 from tests.unit.evals.lab import (
     ENGINE,
+    PROMPTING,
     SAMPLING,
     Engines,
     Graders,
@@ -57,6 +59,7 @@ def asked(folder: Path, *checkpoints: Checkpoint, sets: tuple[DataSet, ...] | No
         skipped=(),
         data=sets or (data(),),
         sampling=SAMPLING,
+        prompting=PROMPTING,
         engine=ENGINE,
         folder=folder / "eval",
     )
@@ -69,7 +72,9 @@ def work(request: Request) -> tuple[Finished, Evaluation, Reported]:
 
 
 def units_of(request: Request) -> list[Unit]:
-    found = units(request.checkpoints, request.data, sampling=request.sampling, engine=request.engine)
+    found = units(
+        request.checkpoints, request.data, sampling=request.sampling, prompting=PROMPTING, engine=request.engine
+    )
     return [one for one in found if isinstance(one, Unit)]
 
 
@@ -119,7 +124,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path, engines: Engines) -> No
     results.append(file, [response(1, "before")])
     file.write_text(file.read_text() + '[{"question": 2, "sam')
     _, done, reported = work(request)
-    assert engines.orders[0].answered == (1,)
+    assert engines.orders[0].questions == (0, 2)
     assert [r.response for r in done.results[unit.key].responses] == ["1: 0", "before", "1: 2"]
     assert (reported.prompts, reported.tokens) == (3, 6)
 
@@ -207,13 +212,13 @@ def test_architectures(tmp_path: Path) -> None:
     """Saving again makes no other one; a quantized checkpoint has one of its own."""
     first = checkpoint(tmp_path, 1, dtype="bfloat16", transformers_version="5.9", eos_token_id=2)
     again = checkpoint(tmp_path, 2, dtype="float32", transformers_version="5.10", eos_token_id=[2, 3])
-    assert evaluation.architecture(first) == evaluation.architecture(again)
+    assert architecture(first) == architecture(again)
     quantized = (
         dataclasses.replace(checkpoint(tmp_path / "q", step, eos_token_id=2), quantized="compressed-tensors")
         for step in (1, 2)
     )
     different = [first, checkpoint(tmp_path, 3, num_hidden_layers=3), *quantized]
-    assert len({evaluation.architecture(one) for one in different}) == 4
+    assert len({architecture(one) for one in different}) == 4
 
 
 @pytest.mark.parametrize(("finishes", "ours"), [(True, ["2"]), (False, ["2", "1"])])
