@@ -125,7 +125,12 @@ def evaluate(
         Path | None,
         typer.Option(metavar="DIR", help="Where results go.", show_default="eval/ in the run's checkpoints"),
     ] = None,
-    png: Annotated[bool, typer.Option("--png", help="Also draw the curve to eval.png.")] = False,
+    png: Annotated[
+        bool, typer.Option("--png", help="Also draw curves to eval.png, several models to leaderboard.png.")
+    ] = False,
+    html: Annotated[
+        bool, typer.Option("--html", help="Also a page that ranks several models, leaderboard.html.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Evaluate checkpoints: accuracy by step, with intervals.
@@ -184,7 +189,7 @@ def evaluate(
             engines=_engines(gpus, tp),
             fail_under=least,
         )
-        _evaluate(output, lookup, patterns, watch=watch, png=png)
+        _evaluate(output, lookup, patterns, watch=watch, png=png, html=html)
 
 
 def _stop(texts: Sequence[str]) -> tuple[str, ...]:
@@ -251,12 +256,14 @@ def _rotation(text: str, rollout: str) -> int | str:
     return int(text)
 
 
-def _evaluate(output: Output, lookup: Callable[[], Request], patterns: list[str], *, watch: bool, png: bool) -> None:
+def _evaluate(
+    output: Output, lookup: Callable[[], Request], patterns: list[str], *, watch: bool, png: bool, html: bool
+) -> None:
     from flashrl_cli.evals import evaluation
     from flashrl_cli.render import figure
 
-    if png:
-        figure.require("matplotlib")
+    for package in ("matplotlib",) * png + ("jinja2",) * html:
+        figure.require(package)
     if watch:
         with _progress(output, "evaluating what is saved", None) as progress:
             finished = evaluation.watch(lookup, patterns, progress, partial(_show_newest, output))
@@ -266,7 +273,8 @@ def _evaluate(output: Output, lookup: Callable[[], Request], patterns: list[str]
         label = f"evaluating {counted(len(request.checkpoints), 'checkpoint')} on {sets}"
         with _progress(output, label, request.prompts) as progress:
             finished = evaluation.evaluate(request, progress)
-    _show(output, finished, watch=watch, png=png)
+    _draw(output, finished, png=png, html=html)
+    _show(output, finished, watch=watch)
     if finished.report.threshold:
         finished.report.threshold.require()
     finished.report.require_all()
@@ -306,16 +314,33 @@ def _show_newest(output: Output, report: Report) -> None:
         output.table(*report.table())
 
 
-def _show(output: Output, finished: Finished, *, watch: bool, png: bool) -> None:
+def _draw(output: Output, finished: Finished, *, png: bool, html: bool) -> None:
+    """Write what `--png` and `--html` ask for, or say why there is nothing to draw."""
+    from flashrl_cli import files
+    from flashrl_cli.evals.verdicts import p_text
     from flashrl_cli.render import figure
-    from flashrl_cli.render.text_plot import text_panel
+    from flashrl_cli.render.html import leaderboard_page
 
     report, folder = finished.report, finished.folder
     curves = [figure.Series(**curve) for curve in report.curves()]
     if png and curves:
         figure.write_png([figure.panel(curves, "accuracy")], folder / "eval.png")
-    elif png:
-        output.warn("no eval.png: a curve needs two steps of a run")
+    if png and report.boards:
+        figure.write_ranking_png([board.document() for board in report.boards], folder / "leaderboard.png")
+    if png and not (curves or report.boards):
+        output.warn("no eval.png: a curve needs two steps of a run, and a leaderboard several models")
+    if html and report.boards:
+        files.write_text(folder / "leaderboard.html", leaderboard_page(report.document(), p_text))
+    elif html:
+        output.warn("no leaderboard.html: a leaderboard needs several models")
+
+
+def _show(output: Output, finished: Finished, *, watch: bool) -> None:
+    from flashrl_cli.render import figure
+    from flashrl_cli.render.text_plot import text_panel
+
+    report, folder = finished.report, finished.folder
+    curves = [figure.Series(**curve) for curve in report.curves()]
     if output.json_mode:
         (output.json_line if watch else output.document)(report.document())
         return

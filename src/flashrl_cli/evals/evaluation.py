@@ -169,7 +169,8 @@ def check_arguments(prompting: Prompting, folders: Iterable[Path]) -> None:
         return
     if prompting.chat_template is None:
         files = [file for folder in folders for name in _TEMPLATES for file in folder.glob(name)]
-        templates = " ".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+        # in tokenizer_config.json a template is a JSON string, with \n before a name that begins a line
+        templates = " ".join(file.read_text(encoding="utf-8", errors="replace").replace(r"\n", " ") for file in files)
     else:
         templates = prompting.chat_template
     for name in prompting.arguments:
@@ -178,7 +179,7 @@ def check_arguments(prompting: Prompting, folders: Iterable[Path]) -> None:
         if not re.search(rf"\b{re.escape(name)}\b", templates):
             raise InputError(
                 f"--template-arg {name}: no chat template of these models mentions it",
-                hint="Qwen3's are called enable_thinking; the template says what others there are",
+                hint="in Qwen3's it is enable_thinking; chat_template.jinja shows what others there are",
             )
 
 

@@ -218,7 +218,8 @@ def places(engines: int | None, each: int, share: float | None) -> list[tuple[st
         found = [(str(gpu.index), share or round(gpu.share, 2)) for gpu in there if gpu.share >= _LEAST]
         without = not there
     else:
-        found = [(name.strip(), share) for name in allowed.split(",") if name.strip()]
+        names = [name.strip() for name in allowed.split(",")]
+        found = [(name, share) for name in names if name and not name.startswith("-")]
         without = not found
     if without and engines is not None:
         return [(None, share)] * engines

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import __version__
+from flashrl_cli.config.yaml_file import text_of
 from flashrl_cli.render.figure import VARIABLES, inline_svgs, require, styles
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from markupsafe import Markup
 
@@ -27,6 +28,28 @@ def curves_page(panels: Sequence[Panel], *, note: str) -> str:
     """A page of curves only, with the names of their runs and a `note` on how they are drawn."""
     looks = styles(panels)
     return page("curves.html", title=" · ".join(looks), looks=looks, figures=figures(panels, "c"), note=note)
+
+
+def leaderboard_page(document: Mapping[str, Any], p_text: Callable[[float], str]) -> str:
+    """A page of the leaderboards in an evaluation's document; `p_text` is the form of p-values."""
+    boards = document["leaderboard"]
+    models = len(boards[0]["places"])
+    budgets = {k for board in boards for place in board["places"] for k in place["pass_at"]}
+    settings = {**document["sampling"], **document["prompting"], "rollout": document["rollout"]}
+    return page(
+        "leaderboard.html",
+        title=f"{models} models on {', '.join(board['dataset'] for board in boards)}",
+        boards=[
+            {**board, "places": [{**place, "p": _p(place, p_text)} for place in board["places"]]} for board in boards
+        ],
+        several=max(budgets, default=0),
+        verdicts=document["verdicts"],
+        settings={key: text_of(value) for key, value in settings.items()},
+    )
+
+
+def _p(place: Mapping[str, Any], p_text: Callable[[float], str]) -> str:
+    return p_text(place["behind"]["adjusted"]) if place["behind"] else ""
 
 
 def drawing_note(weight: float, *, resumed: bool) -> str:

@@ -156,12 +156,14 @@ class LLM:
         self.options, self.calls = options, list[tuple[str, Any]]()
         self.ranks: list[dict[str, Any]] = [HOLDS]
         self.requests: list[tuple[str, Any, Any]] = []
+        self.asked: list[Any] = []
         sizes = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: 100))
         self.llm_engine = SimpleNamespace(
             vllm_config=sizes,
-            add_request=lambda *request: self.requests.append(request),
+            add_request=self.add,
             has_unfinished_requests=lambda: bool(self.requests),
             step=self.step,
+            output_processor=SimpleNamespace(tokenizer=None),
         )
 
     def collective_rpc(self, name: str, args: Any = ()) -> list[dict[str, Any]]:
@@ -171,6 +173,10 @@ class LLM:
     def reset_prefix_cache(self) -> bool:
         self.calls.append(("reset_prefix_cache", ()))
         return True
+
+    def add(self, *request: Any) -> None:
+        self.requests.append(request)
+        self.asked.append(request[2])
 
     def step(self) -> list[Any]:
         number, prompt, parameters = self.requests.pop(0)
@@ -189,9 +195,9 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., An
     monkeypatch.setattr(factory, "tokenizer_of", Tokenizer)
     monkeypatch.setenv("FLASHRL_ROLLOUT", "")
 
-    def start(one: Any, *, quantized: str | None = None, **settings: Any) -> Any:
-        sampling, how = Sampling(max_tokens=10), EngineSettings(**settings)
-        job = Job(start=one.hf, quantized=quantized, work=tmp_path, data_sets=1, sampling=sampling, engine=how)
+    def start(one: Any, *, quantized: str | None = None, sampling: Sampling | None = None, **settings: Any) -> Any:
+        asked, how = sampling or Sampling(max_tokens=10), EngineSettings(**settings)
+        job = Job(start=one.hf, quantized=quantized, work=tmp_path, data_sets=1, sampling=asked, engine=how)
         return Generator(job, PROMPTS)
 
     return start
@@ -293,3 +299,21 @@ def test_a_tokenizer_of_more_words_than_the_model_has_is_refused(started: Any, t
     with pytest.raises(Unreadable, match=r"2 gives token 100, the model has tokens up to 99$"):
         found.load(larger.weights)
     assert texts(found) == ["99: [0]"] * 2
+
+
+def test_stop_texts_and_top_k_reach_vllm_with_each_tokenizer(started: Any, tmp_path: Path) -> None:
+    """A response ends before the first of the texts; vLLM looks for them in what it decodes, and does not cut ids."""
+    first, second = say(checkpoint(tmp_path, 1), shift=3), say(checkpoint(tmp_path, 2, eos_token_id=[7, 8]), shift=4)
+    found = started(first, sampling=Sampling(max_tokens=10, top_k=5, stop=(", 8", "0, 7")))
+    found.load(first.weights)
+    assert texts(found) == ["3: [0]"] * 2
+    assert found._llm.llm_engine.output_processor.tokenizer is found._text.tokenizer
+    found.load(second.weights)
+    assert texts(found) == ["4: ["] * 2
+    assert found._llm.llm_engine.output_processor.tokenizer.shift == 4
+    one = found._llm.asked[0]
+    assert (one["stop"], one["detokenize"], one["top_k"]) == ([", 8", "0, 7"], True, 5)
+    plain = started(first)
+    plain.load(first.weights)
+    assert texts(plain) == ["3: [0]"] * 2
+    assert (plain._llm.asked[0]["detokenize"], plain._llm.llm_engine.output_processor.tokenizer) == (False, None)
