@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from tests.integration.conftest import Workshop
 
 PRESETS = (
-    "gsm8k-qwen3-0.6b", "gsm8k-qwen3-1.7b", "gsm8k-qwen3-4b", "gsm8k-qwen3-8b", "gsm8k-llama3.2-1b", "gsm8k-llama3.2-3b",
-    "gsm8k-gspo-qwen3-8b", "gsm8k-rloo-qwen3-8b", "gsm8k-lora-qwen3-8b", "own-data",
+    "gsm8k-qwen3-0.6b", "gsm8k-qwen3-1.7b", "gsm8k-qwen3-4b", "gsm8k-qwen3-8b",
+    "gsm8k-llama3.2-1b", "gsm8k-llama3.2-3b", "gsm8k-gspo-qwen3-8b", "gsm8k-rloo-qwen3-8b",
+    "gsm8k-lora-qwen3-8b", "own-data",
 )  # fmt: skip
 IN_THE_TESTS = "gsm8k-rloo-qwen3-8b"
 SMALL = """

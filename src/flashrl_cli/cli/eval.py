@@ -317,7 +317,6 @@ def _show_newest(output: Output, report: Report) -> None:
 def _draw(output: Output, finished: Finished, *, png: bool, html: bool) -> None:
     """Write what `--png` and `--html` ask for, or say why there is nothing to draw."""
     from flashrl_cli import files
-    from flashrl_cli.evals.verdicts import p_text
     from flashrl_cli.render import figure
     from flashrl_cli.render.html import leaderboard_page
 
@@ -330,7 +329,7 @@ def _draw(output: Output, finished: Finished, *, png: bool, html: bool) -> None:
     if png and not (curves or report.boards):
         output.warn("no eval.png: a curve needs two steps of a run, and a leaderboard several models")
     if html and report.boards:
-        files.write_text(folder / "leaderboard.html", leaderboard_page(report.document(), p_text))
+        files.write_text(folder / "leaderboard.html", leaderboard_page(report.document()))
     elif html:
         output.warn("no leaderboard.html: a leaderboard needs several models")
 

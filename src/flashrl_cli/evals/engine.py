@@ -34,13 +34,15 @@ class Outgrown(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """A checkpoint's tokenizer, the ids that end a response, tokens of the longest prompt, the largest id of all."""
+    """A checkpoint's tokenizer, the ids that end a response, tokens of the longest prompt, the largest id of all.
+
+    `how` says how prompts are made.
+    """
 
     tokenizer: Any
     stop: list[int]
     longest: int
     largest: int
-
     how: Prompting
 
     @classmethod

@@ -111,7 +111,7 @@ def _qwen3_shape(row: tuple[int, ...], positions: int, *, tied: bool, size: str)
 
 
 def _llama32() -> dict[str, ModelShape]:
-    found = {}
+    found: dict[str, ModelShape] = {}
     for size, row in LLAMA32.items():
         sizes: dict[str, Any] = dict(zip(SIZES, row, strict=True))
         shape = ModelShape(architecture="llama", max_positions=131072, tied=True, **sizes)
