@@ -205,6 +205,36 @@ def choose_free(count: int, share: float | None) -> tuple[str | None, float | No
     return freest(count, share, found) if found else (None, share)
 
 
+def places(engines: int | None, each: int, share: float | None) -> list[tuple[str | None, float | None]]:
+    """What `choose_free` returns for each of several engines on `each` GPUs of their own; None: as many as have room.
+
+    Without a GPU, `engines` processes share the CPU. Raises EnvironmentNotReady if too few GPUs have free memory, and
+    for all GPUs of a machine that has none.
+    """
+    if engines == 1:
+        return [choose_free(each, share)]
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found: list[tuple[str, float | None]]
+    if allowed is None:
+        there = parse_free(probe(_FREE) or "")
+        found = [(str(gpu.index), share or round(gpu.share, 2)) for gpu in there if gpu.share >= _LEAST]
+        without = not there
+    else:
+        names = [name.strip() for name in allowed.split(",")]
+        found = [(name, share) for name in names if name and not name.startswith("-")]
+        without = not found
+    if without and engines is not None:
+        return [(None, share)] * engines
+    count = len(found) // each if engines is None else engines
+    if not count or count * each > len(found):
+        asked = "all" if engines is None else engines * each
+        hint = "`nvidia-smi` names what runs on the others" if allowed is None else "more GPUs in CUDA_VISIBLE_DEVICES"
+        what = f"--gpus {asked}, {counted(each, 'GPU')} for an engine: {counted(len(found), 'GPU')} with free memory"
+        raise EnvironmentNotReady(what, hint=hint)
+    groups = [found[first : first + each] for first in range(0, count * each, each)]
+    return [(",".join(name for name, _ in group), min((s for _, s in group if s), default=None)) for group in groups]
+
+
 def parse_free(text: str) -> list[FreeMemory]:
     """GPUs in the output of `nvidia-smi`; lines that describe no GPU are skipped."""
     rows = [[part.strip() for part in line.split(",")] for line in text.splitlines()]

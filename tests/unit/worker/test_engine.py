@@ -44,7 +44,7 @@ def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tm
     current = SimpleNamespace(is_cpu=lambda: on_cpu)
     monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=current))
     tokenizer = SimpleNamespace(eos_token_id=0, apply_chat_template=lambda prompt, **_: [1] * 20)
-    monkeypatch.setattr(engine, "tokenizer_of", lambda folder: tokenizer)
+    monkeypatch.setattr(engine, "tokenizer_of", lambda folder, **_: tokenizer)
     monkeypatch.setattr(Weights, "fingerprint", lambda self: "content")
     monkeypatch.setenv(contract.ENV_ROLLOUT, "")
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 64}')
