@@ -118,8 +118,8 @@ def read(file: Path, limit: int | None, *, scoring: Scoring = Scoring.VERL) -> l
 def _shots(file: Path, asked: Sequence[Question], count: int, seed: int) -> list[Message]:
     """Messages of `count` solved examples: rows of the training file beside `file` that ask none of its questions.
 
-    An example is answered by its `extra_info.answer`, else by its truth in the form that its scorer reads. Raises
-    InputError if there are too few, or if one has no answer.
+    An example is answered by its `extra_info.answer`, else by its truth in the form that its scorer reads, or as it is
+    if a function of the user's scores the questions. Raises InputError if there are too few, or if one has no answer.
     """
     if not count:
         return []
@@ -127,7 +127,9 @@ def _shots(file: Path, asked: Sequence[Question], count: int, seed: int) -> list
     if train == file or not train.is_file():
         hint = "prepared data sets have one; of other files, name the questions' test.parquet and the examples' train"
         raise InputError(f"--shots {count}: no training rows for {file}: no {train}", hint=f"{hint}{file.suffix}")
-    needs, bad, known = Needs(text_only=True), BadRows(), {json.dumps(one.prompt) for one in asked}
+    own = any(one.reward for one in asked)
+    needs, bad = Needs(scoring=Scoring.OWN if own else Scoring.VERL, text_only=True), BadRows()
+    known = {json.dumps(one.prompt) for one in asked}
     rows_there = readers.read_rows(train, needs, bad)
     others = (one for one in rows_there if json.dumps(one[1].get("prompt"), default=str) not in known)
     draw = random.Random(seed)
@@ -135,13 +137,15 @@ def _shots(file: Path, asked: Sequence[Question], count: int, seed: int) -> list
     bad.check(str(train))
     if len(rows) < count:
         raise InputError(f"--shots {count}: {train} has {counted(len(rows), 'other row')}", hint=f"--shots {len(rows)}")
-    return [message for row in rows for message in (*_without_system(row["prompt"]), _answer(row, train))]
+    return [message for row in rows for message in (*_without_system(row["prompt"]), _answer(row, train, own=own))]
 
 
-def _answer(row: Raw, train: Path) -> Message:
+def _answer(row: Raw, train: Path, *, own: bool) -> Message:
     answer = (row.get("extra_info") or {}).get("answer")
     if not isinstance(answer, str):
         answer = rewards.right_answer(row["data_source"], row["reward_model"]["ground_truth"])
+    if answer is None and own:
+        answer = str(row["reward_model"]["ground_truth"])
     if answer is None:
         what = f"--shots: rows of {train} have no answer that an example could show"
         raise InputError(what, hint="put it into extra_info.answer of each row")
