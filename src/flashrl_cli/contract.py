@@ -73,6 +73,9 @@ AGENT_LOOPS = "flashrl_cli.plugins.agent_loop.AgentLoopManager"
 TOKENS_A_MESSAGE = 16
 """Tokens of a sequence that a rollout engine collects before it sends them to verl's server (plugins/outputs.py)."""
 
+EXACT_SOURCE = "flashrl/exact"
+"""Data source of rows whose answer is the response itself (plugins/scorers.py)."""
+
 REFIT = "refit/"
 """Prefix of the names under which verl logs the figures of a weight update."""
 ARRIVAL = ("codes_changed", "weights_changed", "arrived", "update_cosine")

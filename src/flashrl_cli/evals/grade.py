@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from flashrl_cli.data.recipes import boxed_answer
 from flashrl_cli.evals.results import Grade
+from flashrl_cli.plugins import scorers
 from flashrl_cli.verl import rewards
 
 if TYPE_CHECKING:
@@ -164,6 +165,9 @@ def read(question: Question, response: str) -> Reading:
 
 def _score(question: Question, response: str) -> tuple[float, bool]:
     """Score of a response and whether it is right (verl/utils/reward_score/__init__.py, default_compute_score)."""
+    if scorers.knows(question.data_source):
+        points = scorers.compute_score(question.data_source, response, question.ground_truth)
+        return points, points > _RIGHT
     from verl.utils.reward_score import default_compute_score
 
     result = default_compute_score(question.data_source, response, question.ground_truth, question.extra_info)
