@@ -38,8 +38,17 @@ class HubSource:
 
     label: str
     config: str | None
-    splits: tuple[str, ...]
+    named: tuple[str, ...]
+    """The splits that will be written; empty for those of SPLITS that the hub has."""
     loaded: Any = field(default=None, repr=False)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that will be written; the data set is downloaded first if its recipe does not name them."""
+        if self.named:
+            return self.named
+        self._load()
+        return SPLITS if "train" in self.loaded and self._test() else SPLITS[:1]
 
     def rows(self, split: str, bad: BadRows) -> Iterator[Located]:  # noqa: ARG002
         """Yield the rows of a split."""
@@ -66,11 +75,17 @@ class HubSource:
     def _split(self, split: str) -> Any:
         """The split, or the only one that the hub has for a data set of one split."""
         self._load()
+        if split == "test" and not self.named:
+            return self.loaded[self._test()]
         if split in self.loaded:
             return self.loaded[split]
         if len(self.splits) == 1 and len(self.loaded) == 1:
             return next(iter(self.loaded.values()))
         raise InputError(f"{self.label} has no split {split!r}", hint=f"it has {', '.join(self.loaded)}; {LOCAL}")
+
+    def _test(self) -> str | None:
+        """What the hub calls the test split; many sets keep its answers and publish a validation split instead."""
+        return next((name for name in ("test", "validation") if name in self.loaded), None)
 
     def _load(self) -> None:
         if self.loaded is not None:
@@ -135,7 +150,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LocalSource:
-    """JSON lines, JSON or Parquet files."""
+    """JSON lines, JSON, Parquet or CSV files."""
 
     label: str
     files: dict[str, tuple[Path, ...]]
@@ -211,25 +226,37 @@ def open_source(recipe: Recipe, given: str | None, seed: int) -> Source:
         if recipe.hub is None:
             return SumsSource(seed)
         return HubSource(recipe.hub, recipe.config, recipe.splits)
+    config = recipe.config if given.partition(":")[0] == recipe.hub else None
+    return named_source(given, recipe.splits, folder=recipe.config, config=config)
+
+
+def named_source(
+    given: str, splits: tuple[str, ...] = (), *, folder: str | None = None, config: str | None = None
+) -> Source:
+    """The file, folder or hub id `given`, with these splits or, if there are none, with those that it has.
+
+    `folder` may hold a folder's files, `config` is the configuration of an id without one. InputError if it is neither
+    a path nor an id.
+    """
     path = Path(given).expanduser()
     if path.exists():
-        return LocalSource(given, _find_files(path, recipe))
-    if HUB_ID.fullmatch(given) and path.suffix not in readers.SUFFIXES:
-        name, _, config = given.partition(":")
-        default = recipe.config if name == recipe.hub else None
-        return HubSource(name, config or default, recipe.splits)
+        return LocalSource(given, _find_files(path, splits, folder))
+    if HUB_ID.fullmatch(given) and path.suffix not in readers.SOURCES:
+        name, _, own_config = given.partition(":")
+        return HubSource(name, own_config or config, splits)
     raise InputError(
         f"no such file or folder: {given}",
         hint="--source takes a file, a folder, or a hub id (owner/name or owner/name:config)",
     )
 
 
-def _find_files(path: Path, recipe: Recipe) -> dict[str, tuple[Path, ...]]:
+def _find_files(path: Path, splits: tuple[str, ...], config: str | None) -> dict[str, tuple[Path, ...]]:
     if path.is_dir():
-        return _in_folder(path, recipe)
-    if path.suffix not in readers.SUFFIXES:
-        raise InputError(f"cannot read {path}", hint=f"known formats are {', '.join(readers.SUFFIXES)}")
-    named = next((split for split in recipe.splits if _belongs(path, split)), recipe.splits[0])
+        return _in_folder(path, splits, config)
+    if path.suffix not in readers.SOURCES:
+        raise InputError(f"cannot read {path}", hint=f"known formats are {', '.join(readers.SOURCES)}")
+    splits = splits or SPLITS[:1]
+    named = next((split for split in splits if _belongs(path, split)), splits[0])
     return {named: (path,)}
 
 
@@ -238,20 +265,24 @@ def _belongs(path: Path, split: str) -> bool:
     return re.fullmatch(rf"{split}([-_.].*)?", path.stem) is not None
 
 
-def _in_folder(folder: Path, recipe: Recipe) -> dict[str, tuple[Path, ...]]:
-    """Files of every split of the recipe; a set of one split takes whichever split the folder holds.
+def _in_folder(folder: Path, splits: tuple[str, ...], config: str | None) -> dict[str, tuple[Path, ...]]:
+    """Files of every split; a set of one split takes whichever split the folder holds.
 
-    It searches the folder itself, then the sub-folders where the hub stores data: the config's and `data`.
+    Without splits it takes train and test if there are files of both, else all files as one split. It searches the
+    folder itself, then the sub-folders where the hub stores data: the config's and `data`.
     """
-    for place in (folder, *(folder / name for name in (recipe.config, "data") if name)):
-        data = sorted(p for p in place.glob("*") if p.suffix in readers.SUFFIXES and p.is_file())
+    for place in (folder, *(folder / name for name in (config, "data") if name)):
+        data = sorted(p for p in place.glob("*") if p.suffix in readers.SOURCES and p.is_file())
         found = {split: tuple(p for p in data if _belongs(p, split)) for split in SPLITS}
-        if len(recipe.splits) == 1:
-            only = recipe.splits[0]
+        if not splits and data:
+            both = found if all(found.values()) else {"train": tuple(data)}
+            return {split: _one_format(place, files) for split, files in both.items()}
+        if len(splits) == 1:
+            only = splits[0]
             found[only] = found[only] or found["train"] or found["test"] or tuple(data)
-        if all(found[split] for split in recipe.splits):
-            return {split: _one_format(place, found[split]) for split in recipe.splits}
-    wanted = " and ".join(f"{split}.jsonl" for split in recipe.splits)
+        if all(found[split] for split in splits):
+            return {split: _one_format(place, found[split]) for split in splits}
+    wanted = " and ".join(f"{split}.jsonl" for split in splits or SPLITS)
     raise InputError(f"{folder} does not hold the files for {wanted}", hint=_what_is_there(folder, wanted))
 
 
@@ -259,7 +290,7 @@ def _what_is_there(folder: Path, wanted: str) -> str:
     names = sorted(p.name for p in folder.iterdir())
     more = ", …" if len(names) > 8 else ""
     there = f"it holds {', '.join(names[:8])}{more}" if names else "it is empty"
-    return f"{there}; name the files {wanted} (or .json, .parquet), or give one file"
+    return f"{there}; name the files {wanted} (or .json, .parquet, .csv), or give one file"
 
 
 def _one_format(folder: Path, files: tuple[Path, ...]) -> tuple[Path, ...]:
