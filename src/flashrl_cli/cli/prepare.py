@@ -101,7 +101,7 @@ def prepare(
 ) -> None:
     """Prepare data sets as verl reads them.
 
-    train.parquet, test.parquet and a manifest of what they were made from.
+    train.parquet, test.parquet and a manifest of what they were made from. `flashrl prepare show DATASET` reads them.
 
     flashrl prepare gsm8k
 

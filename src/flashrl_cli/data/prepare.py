@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 BATCH = 512
 TICK = 500
-TOKENS = {"p50": "tokens p50", "p99": "tokens p99", "longest": "longest"}
+TOKENS = {"p50": "tokens p50", "p95": "tokens p95", "p99": "tokens p99", "longest": "longest"}
 
 
 class Reporter(Protocol):
@@ -205,10 +205,10 @@ def prompt_tokens(tokenizer: Any, rows: Sequence[Row], advance: Callable[[int], 
 
 
 def summary(lengths: Sequence[int]) -> dict[str, int]:
-    """Median, 99th percentile (nearest rank) and maximum of the lengths."""
+    """Median, 95th and 99th percentile (nearest rank) and maximum of the lengths."""
     ordered = sorted(lengths)
-    ranks = {"p50": 0.5, "p99": 0.99, "longest": 1.0}
-    return {name: ordered[math.ceil(part * len(ordered)) - 1] for name, part in ranks.items()}
+    ranks = {"p50": 50, "p95": 95, "p99": 99, "longest": 100}
+    return {name: ordered[math.ceil(percent * len(ordered) / 100) - 1] for name, percent in ranks.items()}
 
 
 Built = tuple[Location, Row]
