@@ -73,6 +73,10 @@ AGENT_LOOPS = "flashrl_cli.plugins.agent_loop.AgentLoopManager"
 TOKENS_A_MESSAGE = 16
 """Tokens of a sequence that a rollout engine collects before it sends them to verl's server (plugins/outputs.py)."""
 
+MIXTURE = ("pkg://flashrl_cli.plugins.mixture", "MixedDataset")
+"""Module and class by which verl's trainer reads the rows of several data files."""
+SHARES = "flashrl_shares"
+"""Key of verl's `data` with the shares of the training files."""
 EXACT_SOURCE = "flashrl/exact"
 """Data source of rows whose answer is the response itself (plugins/scorers.py)."""
 

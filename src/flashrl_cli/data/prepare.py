@@ -20,7 +20,7 @@ from flashrl_cli import __version__, files
 from flashrl_cli.data import own, writing
 from flashrl_cli.data.readers import require
 from flashrl_cli.data.recipes import NAMES, RECIPES, TINY, Recipe, dropped
-from flashrl_cli.data.rows import BadRow, BadRows, Located, Needs, Row, judge
+from flashrl_cli.data.rows import BadRow, BadRows, Located, Needs, Row, folded, judge
 from flashrl_cli.data.sources import (
     LocalSource,
     Source,
@@ -263,7 +263,7 @@ class Split:
         """
 
         def place(row: Row) -> bytes:
-            return hashlib.sha256(f"{seed}\0{_prompt(row)}".encode(errors="surrogatepass")).digest()
+            return hashlib.sha256(f"{seed}\0{folded(row)}".encode(errors="surrogatepass")).digest()
 
         order = sorted(range(len(self.rows)), key=lambda index: place(self.rows[index]))
         held = min(max(round(hold_out * len(order)), 1), len(order) - 1)
@@ -277,15 +277,6 @@ class Split:
             "train": replace(self, rows=rows["train"]),
             "test": Split(rows["test"], 0, 0),
         }
-
-
-def _prompt(row: Row) -> str:
-    return "\0".join(turn["content"] for turn in row["prompt"])
-
-
-def _folded(row: Row) -> str:
-    """A prompt without differences in case and spaces."""
-    return " ".join(_prompt(row).casefold().split())
 
 
 def build_split(
@@ -480,10 +471,10 @@ def _with_overlap(name: str, splits: dict[str, Split], output: Reporter) -> dict
     """The splits with the number of rows whose prompts are also trained on; warns of them."""
     if "train" not in splits or len(splits) == 1:
         return splits
-    trained = set(map(_folded, splits["train"].rows))
+    trained = {folded(row) for row in splits["train"].rows}
     found = dict(splits)
     for split in found.keys() - {"train"}:
-        shared = sum(_folded(row) in trained for row in splits[split].rows)
+        shared = sum(folded(row) in trained for row in splits[split].rows)
         found[split] = replace(splits[split], in_train=shared)
         if shared:
             what = f"{shared:,} of {counted(len(splits[split].rows), 'row')} of {split}"

@@ -153,6 +153,11 @@ def printable(name: Any) -> str:
     return str(name) if str(name).isprintable() else ascii(name)
 
 
+def folded(row: Mapping[str, Any], column: str = "prompt") -> str:
+    """The text of a row's messages without differences in case and spaces."""
+    return " ".join("\0".join(turn["content"] or "" for turn in row[column]).casefold().split())
+
+
 def judge(located: Iterable[Located], needs: Needs, bad: BadRows) -> list[Raw]:
     """The rows that are usable for `needs`; faults of the other rows go to `bad`.
 
