@@ -21,9 +21,9 @@ LEARNING = [
     ),
     case(
         "shares_reach_the_data_set",
+        "verl.data.custom_cls.path=mine.py",
         "data.train=[tiny,more]",
         "data.shares=[3,1]",
-        "verl.data.custom_cls.path=mine.py",
         says="takes the place of the class that mixes by data.shares",
         hint="drop one",
         legal=("data.train=[tiny,more]", "data.shares=[3,1]"),

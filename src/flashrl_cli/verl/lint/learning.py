@@ -52,7 +52,7 @@ def critic_follows_advantage(s: Settings) -> Iterator[Problem]:
 
 
 def shares_reach_the_data_set(s: Settings) -> Iterator[Problem]:
-    """A data set class of the user's does not read the shares of several data sets."""
+    """A data set class of the user's takes the place of the one that reads the shares (plugins/mixture.py)."""
     if s.spec.data.shares is not None and s.get(DATASET) != MIXTURE[0]:
         yield s.problem(f"verl.{DATASET} takes the place of the class that mixes by data.shares", "drop one", DATASET)
 
