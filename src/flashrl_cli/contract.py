@@ -77,6 +77,8 @@ MIXTURE = ("pkg://flashrl_cli.plugins.mixture", "MixedDataset")
 """Module and class by which verl's trainer reads the rows of several data files."""
 SHARES = "flashrl_shares"
 """Key of verl's `data` with the shares of the training files."""
+GYM_SOURCE = "reasoning_gym/"
+"""Start of the data source of generated tasks, followed by the task's name (plugins/scorers.py)."""
 EXACT_SOURCE = "flashrl/exact"
 """Data source of rows whose answer is the response itself (plugins/scorers.py)."""
 

@@ -25,7 +25,7 @@ def prepare(
         list[str] | None,
         typer.Argument(
             metavar="DATASET...",
-            help="gsm8k, math, math-500, dapo-math-17k, aime-2024, aime-2025, arith, tiny; or a name of your own.",
+            help="gsm8k, math, math-500, dapo-math-17k, aime-2024, aime-2025, arith, tiny; rg:TASK; or your own name.",
             autocompletion=_complete,
         ),
     ] = None,
@@ -71,6 +71,12 @@ def prepare(
             metavar="SHARE", help="Share of your rows to train on; the others are the test split.", show_default="0.95"
         ),
     ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Rows to generate of rg:TASK,… together (reasoning-gym).", show_default="1000"
+        ),
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option(metavar="FILE", help="YAML file with these values, instead of options.")
     ] = None,
@@ -87,7 +93,7 @@ def prepare(
         str | None, typer.Option(metavar="PATH|HUB_ID", help="Count prompt tokens with this model's tokenizer.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Seed of arith, of tiny, and of --split (default: 0).")
+        int | None, typer.Option(metavar="N", help="Seed of arith, tiny, rg: and --split (default: 0).")
     ] = None,
     dedupe: Annotated[
         bool,
@@ -108,6 +114,8 @@ def prepare(
     flashrl prepare gsm8k --source downloads/gsm8k --tokenizer Qwen/Qwen2.5-0.5B-Instruct
 
     flashrl prepare mydata --source questions.csv --map prompt=question,answer=solution --reward math
+
+    flashrl prepare rg:chain_sum,gsm_symbolic --rows 5000 --seed 1
     """
     from flashrl_cli import signals
     from flashrl_cli.data.prepare import init_recipe, prepare_dataset, requests
@@ -122,6 +130,7 @@ def prepare(
         "answer_regex": answer_regex,
         "reward": reward,
         "split": split,
+        "rows": rows,
     }
     if init is not None:
         written = init_recipe(init, source=source, words=words)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from flashrl_cli import files
 from flashrl_cli.config import yaml_file
 from flashrl_cli.config.yaml_file import nearest, text_of
-from flashrl_cli.contract import EXACT_SOURCE
+from flashrl_cli.contract import EXACT_SOURCE, GYM_SOURCE
 from flashrl_cli.data import readers, truths
 from flashrl_cli.data.recipes import (
     DAPO_PREFIX,
@@ -32,8 +32,10 @@ from flashrl_cli.data.recipes import (
     without_empty,
 )
 from flashrl_cli.data.rows import BadRow, BadRows, Message, Raw, Reward, Row, Scoring, kind, printable, shown, text
+from flashrl_cli.data.sources import GYM
 from flashrl_cli.errors import InputError, Location, Problem
 from flashrl_cli.paths import absolute
+from flashrl_cli.plugins.scorers import ENTRY
 from flashrl_cli.verl import rewards
 
 if TYPE_CHECKING:
@@ -66,6 +68,12 @@ REWARDS: Mapping[str, BuiltIn] = {
     "dapo": BuiltIn("math_dapo", f"{DAPO_PREFIX}\n\n{{prompt}}\n\n{DAPO_SUFFIX}"),
     "exact": BuiltIn(EXACT_SOURCE, "{prompt}"),
 }
+GYM_REWARD = "reasoning-gym"
+"""Reward of generated tasks, which no other rows can have."""
+GYM_TEMPLATE = (
+    "{prompt}\n\nThink step by step, and write the final answer, and nothing else, between <answer> and </answer>."
+)
+GYM_ROWS = 1000
 FORMS = f"{', '.join(REWARDS)}, or FILE.py:function"
 DEFAULT_REWARD = "math"
 _GUESSES = {
@@ -90,18 +98,21 @@ class OwnRecipe:
     answer_regex: str | None = None
     reward: str = DEFAULT_REWARD
     split: float = SHARE
+    rows: int | None = None
+    """Number of rows that are generated; None for a source that has its own."""
     places: Mapping[str, Location] = field(default_factory=dict, compare=False, repr=False)
 
     def document(self) -> dict[str, Any]:
         """The recipe as plain data, as the manifest keeps it; `read` reads it back."""
-        data = {key: value for key, value in asdict(self).items() if key not in {"prompt", "answer", "places"}}
+        left_out = {"prompt", "answer", "places"} | ({"rows"} if self.rows is None else set())
+        data = {key: value for key, value in asdict(self).items() if key not in left_out}
         columns = {"prompt": self.prompt} | ({"answer": self.answer} if self.answer else {})
         return {"schema_version": SCHEMA_VERSION, "map": columns, **data}
 
     @property
     def function(self) -> str | None:
         """The user's reward function as FILE.py:function; None for a built-in reward."""
-        return None if self.reward in REWARDS else self.reward
+        return None if self.reward in REWARDS or self.reward == GYM_REWARD else self.reward
 
     @property
     def scoring(self) -> Scoring:
@@ -111,6 +122,7 @@ class OwnRecipe:
     def recipe(self, name: str) -> Recipe:
         """How the rows of data set `name` are converted."""
         columns = (*filter(None, (self.prompt, self.answer)), *template_fields(self.prompt_template))
+        columns += ("task", "metadata", ENTRY) if self.reward == GYM_REWARD else ()
         return Recipe(
             splits=(),
             convert=_Converter(name, self).row,
@@ -205,14 +217,16 @@ class _Converter:
 
     def __init__(self, name: str, own: OwnRecipe) -> None:
         self.own = own
-        self.data_source = name if own.function else REWARDS[own.reward].data_source
+        self.data_source = name if own.function else ""
+        if own.reward in REWARDS:
+            self.data_source = REWARDS[own.reward].data_source
         self.regex = re.compile(own.answer_regex, re.DOTALL) if own.answer_regex else None
 
     def row(self, raw: Raw, split: str, index: int) -> Row:
         """The row for a raw row; raises BadRow."""
         extra: dict[str, Any] = {"index": index, **self._extra(raw), "split": split}
         return Row(
-            data_source=self.data_source,
+            data_source=self.data_source or f"{GYM_SOURCE}{raw['task']}",
             prompt=self._prompt(raw),
             ability="own",
             reward_model=Reward(style="rule", ground_truth=self._truth(raw)),
@@ -241,6 +255,8 @@ class _Converter:
     def _truth(self, raw: Raw) -> Any:
         if self.own.answer is None:
             return ""
+        if self.own.reward == GYM_REWARD:
+            return raw["answer"] or ""  # some tasks have many right answers, and name none
         value = _cell(raw, self.own.answer)
         if self.own.function and self.regex is None and not isinstance(value, str | int | float):
             return without_empty(value, depth=1)
@@ -270,6 +286,8 @@ class _Converter:
             taken = {self.own.prompt, self.own.answer}
             others: dict[str, Any] = without_empty({key: value for key, value in raw.items() if key not in taken})
             return others
+        if self.own.reward == GYM_REWARD:
+            return {"task": raw["task"], ENTRY: raw[ENTRY]}
         whole = raw.get(self.own.answer or "")
         return {"answer": whole} if isinstance(whole, str) else {}
 
@@ -292,7 +310,7 @@ class Value(NamedTuple):
 Given = dict[str, Value]
 OPTIONS = {
     key: f"--{key.replace('_', '-')}"
-    for key in ("source", "map", "prompt_template", "system", "answer_regex", "reward", "split")
+    for key in ("source", "map", "prompt_template", "system", "answer_regex", "reward", "split", "rows")
 }
 """The option of each key of a recipe."""
 
@@ -363,19 +381,32 @@ def read(given: Given, name: str) -> tuple[OwnRecipe | None, list[Problem]]:
     source = value("source", _source)
     if "source" not in given:
         problems.append(Problem(f"no source for {name}", hint="--source FILE|FOLDER|HUB_ID"))
-    reward = value("reward", _reward, DEFAULT_REWARD)
+    generated = isinstance(source, str) and source.startswith(GYM)
+    if generated:
+        given = {**given, "map": given.get("map", Value({"prompt": "question"}, given["source"].where))}
+        problems += [
+            Problem("generated tasks have columns and a scorer of their own", given[key].where, "drop it")
+            for key, usual in (("map", {"prompt": "question", "answer": "answer"}), ("reward", GYM_REWARD))
+            if key in given and given[key].value not in (usual, {"prompt": "question"})
+        ]
+        given = {key: one for key, one in given.items() if key != "reward"}
+    elif "rows" in given:
+        problems.append(Problem("only tasks of reasoning-gym are generated", given["rows"].where, "--limit N"))
+    reward = GYM_REWARD if generated else value("reward", _reward, DEFAULT_REWARD)
     columns = value("map", _columns, {})
-    template = value("prompt_template", _template, REWARDS[reward].template if reward in REWARDS else "{prompt}")
+    usual = GYM_TEMPLATE if generated else REWARDS[reward].template if reward in REWARDS else "{prompt}"
+    template = value("prompt_template", _template, usual)
     own = OwnRecipe(
         source=source or "",
         prompt=columns.get("prompt", "prompt"),
         # a reward function of the user's may need no answer
-        answer=columns.get("answer", None if reward not in REWARDS else "answer"),
+        answer=columns.get("answer", "answer" if generated or reward in REWARDS else None),
         prompt_template=template,
         system=value("system", _text),
         answer_regex=value("answer_regex", _regex),
         reward=reward,
         split=value("split", _share, SHARE),
+        rows=value("rows", _count, GYM_ROWS if generated else None),
         places={key: one.where for key, one in given.items()},
     )
     return (None if problems else own), problems
@@ -447,6 +478,12 @@ def _share(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise _Wrong(f"{shown(value)} is no share of the rows", "above 0, and 1 for no test split")
     return float(value)
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _Wrong(f"{shown(value)} is no number of rows", "a whole number above 0")
+    return value
 
 
 def check_name(name: str) -> Problem | None:

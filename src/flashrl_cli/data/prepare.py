@@ -22,10 +22,13 @@ from flashrl_cli.data.readers import require
 from flashrl_cli.data.recipes import NAMES, RECIPES, TINY, Recipe, dropped
 from flashrl_cli.data.rows import BadRow, BadRows, Located, Needs, Row, folded, judge
 from flashrl_cli.data.sources import (
+    GYM,
+    GymSource,
     LocalSource,
     Source,
     detect_offline,
     go_offline,
+    gym_name,
     hide_progress,
     named_source,
     open_source,
@@ -101,6 +104,10 @@ def requests(
     """
     if recipe is not None and not names:
         names = [Path(recipe).stem]
+    if generated := [name for name in names if name.startswith(GYM)]:
+        if len(names) > 1 or source is not None:
+            raise InputError("generated tasks are one data set", hint="flashrl prepare rg:chain_sum,gsm_symbolic")
+        names, source = [gym_name(generated[0])], generated[0]
     given = {"--source": source, "--out": out, "--limit": limit, "--tokenizer": tokenizer, "--seed": seed}
     given |= {"--recipe": recipe, **{own.OPTIONS[key]: value for key, value in (words or {}).items()}}
     places = {name: DatasetPaths(name, absolute(out)) if out else DatasetPaths.named(name) for name in names}
@@ -369,7 +376,10 @@ def _prepare_tiny(request: Request, output: Reporter) -> dict[str, Any]:
 
 def _prepare_or_keep(request: Request, output: Reporter) -> dict[str, Any]:
     recipe = request.recipe
-    source = open_source(recipe, request.source, request.seed)
+    if request.own is not None and request.own.rows is not None:
+        source: Source = GymSource(request.own.source, request.own.rows, request.seed)
+    else:
+        source = open_source(recipe, request.source, request.seed)
     _refuse_own_folder(source, request.paths)
     earlier = writing.read_manifest(request.paths) or {}
     if not request.force:

@@ -6,20 +6,29 @@ later.
 
 from __future__ import annotations
 
+import ast
+import difflib
+import importlib
+import importlib.metadata
 import itertools
 import os
+import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from flashrl_cli.contract import GYM_SOURCE
 from flashrl_cli.data import arith, readers
 from flashrl_cli.data.readers import BATCH, require
+from flashrl_cli.data.rows import Fault, shown
 from flashrl_cli.data.writing import Stamp, stamp, unchanged
-from flashrl_cli.errors import EnvironmentNotReady, InputError, Location
+from flashrl_cli.errors import EnvironmentNotReady, InputError, Location, Problem
 from flashrl_cli.hub import resolves
 from flashrl_cli.paths import absolute
+from flashrl_cli.plugins.scorers import ENTRY, compute_score
+from flashrl_cli.verl import rewards
 
 if TYPE_CHECKING:
     from flashrl_cli.data.recipes import Recipe
@@ -220,6 +229,114 @@ class SumsSource:
         return was == self.describe()
 
 
+GYM = "rg:"
+"""Start of a source of tasks that reasoning-gym generates: `rg:chain_sum,gsm_symbolic`."""
+GYM_CHECKED = 100
+"""Number of rows of a task whose answers are scored when they are generated: all come from one generator, and some of
+the scorers take a tenth of a second.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class GymSource:
+    """Tasks that reasoning-gym generates, the same number of rows of each (up to one)."""
+
+    label: str
+    rows_wanted: int
+    seed: int
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """All rows are one split."""
+        return SPLITS[:1]
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks."""
+        return list(dict.fromkeys(name.strip() for name in self.label.removeprefix(GYM).split(",")))
+
+    def rows(self, split: str, bad: BadRows) -> Iterator[Located]:  # noqa: ARG002
+        """Yield the entries of one task after the other, each with the literal that its scorer needs.
+
+        The answers of the first ones of each are scored. InputError for unknown tasks, EnvironmentNotReady without
+        reasoning-gym.
+        """
+        gym = self._gym()
+        for number, task in enumerate(self.tasks):
+            count = self.rows_wanted // len(self.tasks) + (number < self.rows_wanted % len(self.tasks))
+            random.seed(self.seed)  # two of the generators draw from Python's own generator, too
+            made = gym.create_dataset(task, size=max(count, 1), seed=self.seed)
+            for index in range(count):
+                place = Location(f"{GYM}{task}", index + 1, unit="row")
+                entry = _plain(made[index])
+                if fault := _entry_fault(task, entry, score=index < GYM_CHECKED):
+                    bad.add(place, fault)
+                else:
+                    yield place, {"task": task, **entry, ENTRY: repr(entry)}
+
+    def count(self, split: str) -> int:  # noqa: ARG002
+        """Number of rows that are generated."""
+        return self.rows_wanted
+
+    def describe(self) -> dict[str, Any]:
+        """Tasks, number and seed, with the version that generated them."""
+        return {"kind": "reasoning-gym", "tasks": self.tasks, "rows": self.rows_wanted, "seed": self.seed} | {
+            "version": importlib.metadata.version("reasoning-gym")
+        }
+
+    def matches(self, was: dict[str, Any]) -> bool:
+        """Whether `was` describes the same tasks; another version generates anew only on request (`--force`)."""
+        mine = {"kind": "reasoning-gym", "tasks": self.tasks, "rows": self.rows_wanted, "seed": self.seed}
+        return {key: value for key, value in was.items() if key != "version"} == mine
+
+    def _gym(self) -> Any:
+        rewards.require_gym()
+        gym = importlib.import_module("reasoning_gym")
+        there = sorted(importlib.import_module("reasoning_gym.factory").DATASETS.keys() - {"composite"})
+        problems = [
+            Problem(f"reasoning-gym has no task {name!r}", hint=_like(name, there))
+            for name in self.tasks
+            if name not in there
+        ]
+        if problems:
+            hint = f"its {len(there)} tasks: {', '.join(there)}"
+            raise InputError(f"{self.label} cannot be generated", problems=problems, hint=hint)
+        return gym
+
+
+def _like(name: str, there: list[str]) -> str | None:
+    close = difflib.get_close_matches(name, there, n=2)
+    return f"did you mean {' or '.join(close)}?" if close else None
+
+
+def _plain(value: Any) -> Any:
+    """An entry of Python's plain types, so that its literal can be read back: NumPy's numbers, others as text."""
+    if isinstance(value, dict):
+        return {_plain(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    if hasattr(value, "item"):
+        return value.item()
+    return value if value is None or isinstance(value, str | int | float | bytes) else str(value)
+
+
+def _entry_fault(task: str, entry: dict[str, Any], *, score: bool) -> Fault | None:
+    """Why an entry cannot be trained on: its literal cannot be read back, or its own answer is not paid for."""
+    try:
+        same = ast.literal_eval(repr(entry)) == entry
+    except (ValueError, SyntaxError):
+        same = False
+    if not same:
+        return Fault("the entry cannot be written as text", "another task")
+    if score and entry["answer"] is not None:
+        source, response = f"{GYM_SOURCE}{task}", f"<answer>{entry['answer']}</answer>"
+        if compute_score(source, response, entry["answer"], {ENTRY: repr(entry)})["acc"] != 1:
+            return Fault(
+                "the answer, written as a right one, is not paid in full", "another task", shown(entry["answer"])
+            )
+    return None
+
+
 def open_source(recipe: Recipe, given: str | None, seed: int) -> Source:
     """The source that `--source` names, or the recipe's default. InputError if it is neither a path nor a hub id."""
     if given is None:
@@ -228,6 +345,11 @@ def open_source(recipe: Recipe, given: str | None, seed: int) -> Source:
         return HubSource(recipe.hub, recipe.config, recipe.splits)
     config = recipe.config if given.partition(":")[0] == recipe.hub else None
     return named_source(given, recipe.splits, folder=recipe.config, config=config)
+
+
+def gym_name(given: str) -> str:
+    """Name of the data set of generated tasks that are named without one: `rg-chain_sum-gsm_symbolic`."""
+    return given.replace(":", "-").replace(",", "-").replace(" ", "")
 
 
 def named_source(

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.data.recipes import boxed_answer
 from flashrl_cli.evals.results import Grade
@@ -166,11 +166,12 @@ def read(question: Question, response: str) -> Reading:
 def _score(question: Question, response: str) -> tuple[float, bool]:
     """Score of a response and whether it is right (verl/utils/reward_score/__init__.py, default_compute_score)."""
     if scorers.knows(question.data_source):
-        points = scorers.compute_score(question.data_source, response, question.ground_truth)
-        return points, points > _RIGHT
-    from verl.utils.reward_score import default_compute_score
+        compute_score: Callable[..., Any] = scorers.compute_score
+    else:
+        from verl.utils.reward_score import default_compute_score
 
-    result = default_compute_score(question.data_source, response, question.ground_truth, question.extra_info)
+        compute_score = default_compute_score
+    result = compute_score(question.data_source, response, question.ground_truth, question.extra_info)
     if not isinstance(result, dict):
         return float(result), float(result) > _RIGHT
     points = float(result["score"])

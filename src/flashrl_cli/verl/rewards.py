@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashrl_cli.contract import EXACT_SOURCE
+from flashrl_cli.contract import EXACT_SOURCE, GYM_SOURCE
 from flashrl_cli.errors import EnvironmentNotReady
+from flashrl_cli.machine import software
 
 PAID_IN_FULL = 1.0
 """Score that each of verl's scorers gives to a right answer."""
@@ -93,7 +94,9 @@ SEARCH = Scorer(
 EXACT = Scorer(module="flashrl_cli.plugins.scorers", sources=frozenset({EXACT_SOURCE}), answer="{}", added=True)
 VERLS = (GSM8K, MATH_REWARD, DAPO, PRIME_MATH, PROGRAMS, GEOMETRY, SEARCH)
 """In the order of verl 0.9.1's dispatch (verl/utils/reward_score/__init__.py:44-107)."""
-SCORERS = (*VERLS, EXACT)
+GYM = Scorer(module="flashrl_cli.plugins.scorers", sources=frozenset(), prefixes=(GYM_SOURCE,), light=False, added=True)
+"""Tasks of reasoning-gym, whose truths `prepare` scores when it generates them."""
+SCORERS = (*VERLS, EXACT, GYM)
 NAMES = frozenset[str]().union(*(scorer.sources for scorer in VERLS))
 PREFIXES = tuple(prefix for scorer in VERLS for prefix in scorer.prefixes)
 
@@ -149,6 +152,14 @@ def require_verl() -> Path:
             hint="pip install --no-deps verl==0.9.1",
         )
     return Path(spec.submodule_search_locations[0])
+
+
+def require_gym() -> None:
+    """Raise EnvironmentNotReady if reasoning-gym is not installed."""
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise EnvironmentNotReady(
+            "reasoning-gym is not installed, which scores tasks that it generated", hint=software.install_extra("gym")
+        )
 
 
 def own_reward(keys: Mapping[str, Any]) -> bool:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import json
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from flashrl_cli.data import own
 from flashrl_cli.data.prepare import init_recipe, prepare_dataset, requests
-from flashrl_cli.errors import InputError
+from flashrl_cli.data.rows import BadRows, Needs, judge
+from flashrl_cli.errors import EnvironmentNotReady, InputError, Location
+from flashrl_cli.evals import grade
+from flashrl_cli.evals.questions import Question
 from flashrl_cli.paths import DatasetPaths
+from flashrl_cli.plugins import scorers
 from flashrl_cli.render.output import Output
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -320,7 +330,7 @@ def test_one_row_cannot_be_divided(lines: Lines, tmp_path: Path) -> None:
     assert not DatasetPaths.named("mine").root.exists()
 
 
-@pytest.mark.parametrize("name", ["show", "a/b", ".hidden", "x.csv", "math_dapo", "aime-mine", "rg:x", ""])
+@pytest.mark.parametrize("name", ["show", "a/b", ".hidden", "x.csv", "math_dapo", "aime-mine", ""])
 def test_names_that_mean_something_else(name: str, sums: Path) -> None:
     assert refused(name, sums, map=MAP).problems
 
@@ -351,3 +361,132 @@ def test_init_keeps_what_is_given_and_writes_what_is_read_back(sums: Path, tmp_p
     written = init_recipe(tmp_path / "mine.yaml", source=str(sums), words=words)
     assert prepare("mine", recipe="mine.yaml")["recipe"] == written
     assert written["system"] == words["system"]
+
+
+class Doubles:
+    """A task as reasoning-gym makes them: doubles of numbers, with a tuple and a type of another library's."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.seed = seed
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number = self.seed * 1000 + index
+        metadata = {"pair": (number, number), "half": Fraction(1, 2)}
+        return {"question": f"Double {number}", "answer": str(2 * number), "metadata": metadata}
+
+
+def score_double(answer: str | None, entry: dict[str, Any]) -> float:
+    if answer == "bad":
+        raise ValueError(answer)
+    assert entry["metadata"]["pair"] == (entry["metadata"]["pair"][0],) * 2
+    return 1.0 if answer == entry["answer"] else 0.25
+
+
+@pytest.fixture
+def gym(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """reasoning-gym with two tasks, of which the second does not pay for its own answers."""
+    scorers._gym_scorer.cache_clear()
+    package, factory, utils = (ModuleType(f"reasoning_gym{name}") for name in ("", ".factory", ".utils"))
+    vars(package).update(
+        create_dataset=lambda task, size, seed: Doubles(size, seed),
+        get_score_answer_fn=lambda task: score_double if task == "doubles" else lambda answer, entry: 0.5,
+        __spec__=ModuleSpec("reasoning_gym", None),
+    )
+    vars(factory).update(DATASETS={"doubles": 1, "unfair": 1, "composite": 1})
+    vars(utils).update(extract_answer=lambda text: text.partition("<answer>")[2].partition("</answer>")[0] or None)
+    for module in (package, factory, utils):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"reasoning-gym": "0.1", "verl": "0.9.1"}[name])
+    yield
+    scorers._gym_scorer.cache_clear()
+
+
+def generate(task: str, *, rows: int | None = None, seed: int | None = None, **words: Any) -> dict[str, Any]:
+    (request,) = requests([task], seed=seed, words={"rows": rows, **words})
+    return prepare_dataset(request, Output(json_mode=True))
+
+
+def test_generated_tasks_are_rows_with_their_entries(gym: None, parquet: Read) -> None:
+    made = generate("rg:doubles", rows=20, seed=1)
+    assert {split: entry["rows"] for split, entry in made["splits"].items()} == {"train": 19, "test": 1}
+    assert made["source"] == {
+        "kind": "reasoning-gym", "tasks": ["doubles"], "rows": 20, "seed": 1, "version": "0.1",
+    }  # fmt: skip
+    row = next(row for row in rows_of("rg-doubles", parquet) if row["extra_info"]["index"] == 3)
+    assert row["data_source"] == "reasoning_gym/doubles"
+    assert row["prompt"][0]["content"].startswith("Double 1003\n\nThink step by step")
+    assert row["reward_model"]["ground_truth"] == "2006"
+    entry = row["extra_info"]["entry"]
+    assert ast.literal_eval(entry)["metadata"] == {"pair": (1003, 1003), "half": "1/2"}
+    for response, points in (("<answer>2006</answer>", 1.0), ("2006", 0.25), ("<answer>bad</answer>", 0.0)):
+        found = scorers.compute_score(row["data_source"], response, "2006", row["extra_info"])
+        assert found == {"score": points, "acc": float(points == 1)}
+        question = Question([], row["data_source"], "2006", row["extra_info"])
+        [graded] = grade.grade_all([(question, response)])
+        assert (graded.score, graded.correct, graded.problem) == (points, points == 1, None)
+
+
+def test_generated_tasks_are_up_to_date_until_something_else_is_asked_for(gym: None) -> None:
+    made = generate("rg:doubles", rows=20, seed=1)
+    assert generate("rg:doubles", rows=20, seed=1) == made | {"status": "up to date"}
+    assert generate("rg:doubles", rows=20, seed=2)["status"] == "prepared"
+    assert generate("rg:doubles", rows=30, seed=2)["source"]["rows"] == 30
+    assert prepare("sums", "rg:doubles", system="S")["recipe"] | {"prompt_template": ""} == {
+        "schema_version": 1,
+        "source": "rg:doubles",
+        "map": {"prompt": "question", "answer": "answer"},
+        "prompt_template": "",
+        "system": "S",
+        "answer_regex": None,
+        "reward": "reasoning-gym",
+        "split": 0.95,
+        "rows": 1000,
+    }
+    assert prepare("sums")["status"] == "up to date", "the manifest keeps the recipe"
+
+
+def test_a_generator_that_does_not_pay_for_its_own_answers_is_refused(gym: None) -> None:
+    with pytest.raises(InputError) as caught:
+        generate("rg:doubles,unfair", rows=10)
+    [(where, message)] = told(caught.value)
+    assert where == "rg:unfair:row 1"
+    assert message.startswith("the answer, written as a right one, is not paid in full; 5 rows: 1 ('0'), 2 ('2'), ")
+    assert not DatasetPaths.named("rg-doubles-unfair").root.exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "message"),
+    [
+        ("rg:doublets", {}, "reasoning-gym has no task 'doublets'"),
+        ("rg:composite", {}, "reasoning-gym has no task 'composite'"),
+        ("rg:doubles", {"reward": "math"}, "generated tasks have columns and a scorer of their own"),
+        ("rg:doubles", {"map": MAP}, "generated tasks have columns and a scorer of their own"),
+    ],
+)
+def test_what_is_wrong_with_generated_tasks(task: str, words: dict[str, Any], message: str, gym: None) -> None:
+    with pytest.raises(InputError) as caught:
+        generate(task, **words)
+    assert message in [what for _, what in told(caught.value)]
+
+
+def test_rows_are_generated_of_tasks_alone(sums: Path, gym: None) -> None:
+    assert told(refused("sums", sums, map=MAP, rows=5)) == [("--rows", "only tasks of reasoning-gym are generated")]
+    with pytest.raises(InputError, match="one data set"):
+        requests(["rg:doubles", "gsm8k"])
+
+
+def test_without_reasoning_gym_nothing_is_generated_nor_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EnvironmentNotReady, match="reasoning-gym is not installed"):
+        generate("rg:doubles")
+    row = {
+        "data_source": "reasoning_gym/doubles",
+        "prompt": [{"role": "user", "content": "?"}],
+        "reward_model": {"ground_truth": ""},
+        "extra_info": {"entry": "{}"},
+    }
+    with pytest.raises(EnvironmentNotReady, match=r"reasoning-gym is not installed"):
+        judge([(Location("f", 1), row)], Needs(), BadRows())
+    bad = BadRows()
+    judge([(Location("f", 1), row | {"extra_info": None})], Needs(), bad)
+    assert [problem.message for problem in bad.problems()] == ["extra_info has no entry of reasoning-gym"]
