@@ -149,7 +149,8 @@ def take(running: Worker, job: Job, weights: Weights, name: str) -> tuple[dict[s
     """Seconds to load and to answer, and the answers."""
     file = job.work / f"{name}.jsonl"
     file.unlink(missing_ok=True)
-    order = Order(weights=weights, data=0, answers=file, answered=())
+    count = job.questions(0).read_text(encoding="utf-8").count("\n")
+    order = Order(weights=weights, data=0, answers=file, questions=tuple(range(count)))
     started = loaded = time.monotonic()
     holds: dict[str, Any] = {}
     for event in running.ask(order.plain()):

@@ -101,7 +101,7 @@ class EngineJob:
     model: str
     samples: str
     precision: str = "bf16"
-    kv8: bool = False
+    kv_cache: str = "auto"
     head32: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     on_gpu: dict[str, Any] = field(default_factory=dict)
@@ -118,7 +118,7 @@ def engine(job: EngineJob) -> dict[str, Any]:
 
     samples = read_samples(Path(job.samples))
     layers = int(read_json(Path(job.model) / "config.json")["num_hidden_layers"])
-    variant = Variant(precision=job.precision, kv8=job.kv8, head32=job.head32)
+    variant = Variant(precision=job.precision, kv_cache=job.kv_cache, head32=job.head32)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         adapter, lora = _adapter(job, Path(folder))
@@ -626,7 +626,7 @@ def engine_job(plan: Mapping[str, Any], samples: Path) -> EngineJob:
         model=model_of(plan),
         samples=str(samples),
         precision=rollout["precision"],
-        kv8=rollout["kv_cache"] == "fp8",
+        kv_cache=rollout["kv_cache"],
         head32=rollout["lm_head_fp32"],
         settings=settings,
         on_gpu={name: rollout[name] for name in ("gpu_memory_utilization", "enforce_eager")},

@@ -112,8 +112,8 @@ ENVIRONMENT = {
 ALONE, SHARED = 0.4, 0.2
 """Share of the memory that an engine takes: of its GPU, or of its run's share of a GPU, where it is only what must be
 free at the start."""
-EVALUATING = 0.15
-"""Share of a GPU that the engine of an evaluation takes beside other runs."""
+EVALUATING = 0.3
+"""Share of a GPU that the engines of one kind of evaluation take together, where runs share the GPU."""
 KV_GIB = 8
 """KV cache of a run that shares its GPU. vLLM measures the free memory to find its own size, and fails if another
 process frees some meanwhile (vllm/v1/worker/gpu_worker.py, determine_available_memory)."""
@@ -493,12 +493,17 @@ class Study:
             "--temperature",
             str(temperature),
         ]
-        line += ["--max-tokens", str(self.longest_response()), "--out", str(self.work / "eval" / kind), "--json"]
+        line += ["--max-tokens", str(self.longest_response()), "--out", str(self.evaluated(kind, names)), "--json"]
         if self.given.limit:
             line += ["--limit", str(self.given.limit)]
         if self.profile.cuda:
-            line += ["--gpu-memory-utilization", str(ALONE if self.each == 1 else EVALUATING)]
+            share = EVALUATING / self.given.evaluators
+            line += ["--gpu-memory-utilization", str(ALONE if self.each == 1 else round(share, 3))]
         return [*FLASHRL, *line]
+
+    def evaluated(self, kind: str, names: Sequence[str]) -> Path:
+        """Folder of what an evaluation of these policies leaves."""
+        return self.work / "eval" / f"{kind}-{names[0]}"
 
     def longest_response(self) -> int:
         """Tokens of a response at most, in the evaluation as in training."""
@@ -507,7 +512,7 @@ class Study:
 
     def take_evaluation(self, kind: str, names: Sequence[str], document: dict[str, Any]) -> None:
         """Add the results of `flashrl eval` to the records, and remove the checkpoints that are not needed any more."""
-        marks = marks_of(self.work / "eval" / kind / responses.FILE)
+        marks = marks_of(self.evaluated(kind, names) / responses.FILE)
         rows = {row["run"] if row["step"] is not None else BASE: row for row in document["results"]}
         for name in names:
             if name not in rows:
@@ -584,7 +589,7 @@ class Shop:
             time.sleep(LOOK_S)
 
     def _slots(self) -> list[Child]:
-        """Children that take a slot: both evaluations together take one."""
+        """Children that take a slot: all evaluations together take one."""
         training = [child for child in self.children if child.kind == "train"]
         return training + [child for child in self.children if child.kind != "train"][:1]
 
@@ -626,9 +631,10 @@ class Shop:
             return False
         for kind in EVALUATIONS:
             left = tuple(name for name in names if kind not in self.study.record(name).get("evaluation", {}))
-            if left:
-                self._begin(kind, left, self.study.evaluate_command(kind, left), f"evaluate-{kind}")
-                say(f"{kind} evaluation of {', '.join(left)}")
+            engines = min(self.study.given.evaluators, len(left))
+            for mine in (left[number::engines] for number in range(engines)):
+                self._begin(kind, mine, self.study.evaluate_command(kind, mine), f"evaluate-{kind}-{mine[0]}")
+                say(f"{kind} evaluation of {', '.join(mine)}")
         return True
 
     def _begin(self, kind: str, runs: tuple[str, ...], argv: Sequence[str], name: str) -> None:
@@ -880,6 +886,9 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], dest="sets", metavar="KEY=VALUE", help="for every run")
     parser.add_argument("--gpus", default="0", help="their numbers (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, on all GPUs together (default: %(default)s)")
+    parser.add_argument(
+        "--evaluators", type=int, default=1, help="engines of each kind of evaluation at once (default: %(default)s)"
+    )
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="end within that time")
     parser.add_argument("--limit", type=int, help="evaluate on the first questions only")
     parser.add_argument("--retry", action="store_true", help="train again what was given up after two failures")

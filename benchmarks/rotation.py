@@ -49,6 +49,14 @@ def fp8(values: torch.Tensor) -> torch.Tensor:
     return (values / scales).to(torch.float8_e4m3fn).float() * scales
 
 
+def fp8_of_a_layer(values: torch.Tensor) -> torch.Tensor:
+    """What e4m3 leaves of all keys, or values, of a layer with one power of two as their scale."""
+    import torch
+
+    scale = 2.0 ** torch.ceil(torch.log2(values.abs().amax() / 448))
+    return (values / scale).to(torch.float8_e4m3fn).float() * scale
+
+
 def as_it_is(values: torch.Tensor) -> torch.Tensor:
     """The values themselves."""
     return values
@@ -59,7 +67,8 @@ class Arithmetic:
     """How a linear layer is computed: what its weights and activations are rounded to, and the block of its rotation.
 
     `narrow` says that the rotated input is rounded to bf16 before. `down` is another block for `down_proj`, whose input
-    is wider.
+    is wider. `keys` and `values` round what attention reads, as a KV cache does: float32 of shape (batch, heads,
+    tokens, size of a head).
     """
 
     weights: Change = int8
@@ -68,6 +77,13 @@ class Arithmetic:
     down: int | None = None
     narrow: bool = False
     smoothed: bool = False
+    keys: Change = as_it_is
+    values: Change = as_it_is
+
+
+def cached(keys: Change = as_it_is, values: Change = as_it_is) -> Arithmetic:
+    """Linear layers in float32 and a KV cache that rounds."""
+    return Arithmetic(as_it_is, as_it_is, keys=keys, values=values)
 
 
 ROWS: Mapping[str, Arithmetic] = {
@@ -86,6 +102,13 @@ ROWS: Mapping[str, Arithmetic] = {
     "int8 smoothed, rotated by 64": Arithmetic(block=64, smoothed=True),
     "fp8 plain": Arithmetic(fp8, fp8),
     "fp8 rotated by 64": Arithmetic(fp8, fp8, block=64),
+    "KV cache fp8, a scale a layer": cached(fp8_of_a_layer, fp8_of_a_layer),
+    "KV cache fp8, a scale a token and head": cached(fp8, fp8),
+    "KV cache int8, a scale a token and head": cached(int8, int8),
+    "KV cache int8, keys alone": cached(keys=int8),
+    "KV cache int8, values alone": cached(values=int8),
+    "int8 rotated by 64, KV cache int8": Arithmetic(block=64, keys=int8, values=int8),
+    "int8 rotated by 64, KV cache fp8": Arithmetic(block=64, keys=fp8_of_a_layer, values=fp8_of_a_layer),
 }
 
 
@@ -116,6 +139,20 @@ class Simulation:
         # the scales are powers of two, so the smoothed model computes the same bits
         self._after = {name: found.apply(name, value) for name, value in self._before.items()} if found else None
         self._exact = self._logprobs()
+        self._arithmetic = Arithmetic()
+        self._round_caches()
+
+    def _round_caches(self) -> None:
+        """Have attention read keys and values as the cache of the present arithmetic holds them."""
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        def rounded(layer: Any, query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> Any:
+            key, value = self._arithmetic.keys(key.contiguous()), self._arithmetic.values(value.contiguous())
+            return sdpa_attention_forward(layer, query, key, value, *rest, **more)
+
+        ALL_ATTENTION_FUNCTIONS.register("rounded", rounded)
+        self._model.set_attn_implementation("rounded")
 
     def rows(self) -> Iterator[tuple[str, float]]:
         """The KL to the float32 model, in nats a token, of each arithmetic that can be had."""
@@ -125,6 +162,7 @@ class Simulation:
             if not arithmetic.smoothed or self._after:
                 yield name, self.kl(arithmetic)
         self._place(self._before)
+        self._arithmetic = Arithmetic()
         self._model.to(torch.bfloat16)
         yield "bf16", self._distance(self._logprobs())
 
@@ -133,6 +171,7 @@ class Simulation:
         import torch
 
         self._place(self._after if arithmetic.smoothed and self._after else self._before)
+        self._arithmetic = arithmetic
         hooks = []
         for name, layer in self._model.named_modules():
             if not isinstance(layer, torch.nn.Linear) or "lm_head" in name:

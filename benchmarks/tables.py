@@ -456,6 +456,16 @@ ROTATIONS = {
     "fp8": "fp8 plain",
     "fp8, rotated by 64": "fp8 rotated by 64",
 }
+CACHES = {
+    "bf16+kv8": "KV cache fp8, a scale a layer",
+    "fp8, a scale for each token and head": "KV cache fp8, a scale a token and head",
+    "bf16+kvint8": "KV cache int8, a scale a token and head",
+    "bf16+kvint8, keys alone": "KV cache int8, keys alone",
+    "bf16+kvint8, values alone": "KV cache int8, values alone",
+    "int8": "int8 rotated by 64",
+    "int8+kv8": "int8 rotated by 64, KV cache fp8",
+    "int8+kvint8": "int8 rotated by 64, KV cache int8",
+}
 """Names in a simulation by the names of rollouts; a simulation has no kernel that could lack something."""
 
 
@@ -480,6 +490,13 @@ def rotation(results: Results) -> str:
         if simulated is not None or any(found):
             rows.append(row)
     return markdown(columns, rows)
+
+
+def caches(results: Results) -> str:
+    """KL to the float32 model of KV caches in 8 bits, in a simulation."""
+    simulated = results("rotation")["simulate"]["kl"]
+    rows = [[code(rollout), f"{simulated[name]:.4f}"] for rollout, name in CACHES.items()]
+    return markdown(["rollout", "simulated, to float32"], rows)
 
 
 def trainer_parts(results: Results) -> str:
@@ -530,6 +547,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "quantize-cp": quantize_cp,
     "quantize-others": quantize_others,
     "language-model": language_model,
+    "caches": caches,
     "rotation": rotation,
     "mismatch-tiny": partial(mismatch, name="mismatch_gpu_tiny"),
     "mismatch-wide": partial(mismatch, name="mismatch_gpu_wide"),

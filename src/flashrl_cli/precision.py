@@ -16,8 +16,10 @@ PrecisionName = Literal["bf16", "fp8", "fp8-block", "int8"]
 """Values of `rollout.precision`."""
 RefittedName = Literal["bf16", "int8", "fp8"]
 """Precisions of engines that read their weights from disk: `eval` and the reload test of `doctor`."""
+CacheName = Literal["fp8", "int8"]
+"""Values of `rollout.kv_cache` besides `auto`."""
 Option = Literal["kv8", "head32", "smooth", "mix"]
-"""Options that a run may combine with its precision: an FP8 KV cache, float32 logits, a smoothing profile, or some
+"""Options that a run may combine with its precision: a KV cache in 8 bits, float32 logits, a smoothing profile, or some
 replicas in bf16.
 """
 WITH_ALL: frozenset[Option] = frozenset({"kv8", "head32", "smooth", "mix"})
@@ -147,10 +149,54 @@ FP8_BLOCK = Precision(
 )
 PRECISIONS: dict[str, Precision] = {row.name: row for row in (BF16, INT8, FP8, FP8_BLOCK)}
 """All precisions, in the order in which they are listed."""
-KV8_GPUS = Capabilities((9, 0), below=(10, 0))
-"""GPUs that support an FP8 KV cache. On others vLLM uses FlashInfer (platforms/cuda.py:142 in 0.24), which does not
-read new scales.
-"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvCache:
+    """The arithmetic of a KV cache in 8 bits."""
+
+    name: CacheName
+    suffix: str
+    """Its name in that of a variant or of a run: `int8+kv8`."""
+    vllm: str
+    """vLLM's `cache_dtype`."""
+    bounded: bool
+    """Whether its scales follow from a bound that is known for some families of models (plugins/kv_scales.py);
+    otherwise vLLM computes a scale for each token and head.
+    """
+    scale_bytes: int
+    """Bytes of the scale that the keys, or the values, of a token and head have."""
+    gpus: Capabilities
+    cpu: bool
+
+
+KV_CACHES: dict[str, KvCache] = {
+    row.name: row
+    for row in (
+        # on other GPUs vLLM takes FlashInfer (platforms/cuda.py:142 in 0.24), which does not read new scales
+        KvCache(
+            name="fp8",
+            suffix="kv8",
+            vllm="fp8",
+            bounded=True,
+            scale_bytes=0,
+            gpus=Capabilities((9, 0), below=(10, 0)),
+            cpu=True,
+        ),
+        # of vLLM's attention only Triton's knows it (v1/attention/backends/triton_attn.py:261 in 0.24)
+        KvCache(
+            name="int8",
+            suffix="kvint8",
+            vllm="int8_per_token_head",
+            bounded=False,
+            scale_bytes=4,
+            gpus=Capabilities((8, 0)),
+            cpu=False,
+        ),
+    )
+}
+BY_CACHE_DTYPE = {row.vllm: row.name for row in KV_CACHES.values()} | {"fp8_e4m3": "fp8"}
+"""The name of a cache by vLLM's `cache_dtype`."""
 
 METAVAR = "|".join(PRECISIONS)
 REFITTED = tuple(name for name, row in PRECISIONS.items() if row.verl is None)

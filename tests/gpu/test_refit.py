@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from flashrl_cli import contract
+from flashrl_cli.precision import KV_CACHES
 from tests.integration.test_refit import answers, independent, mean_difference, sequences, variants
 
 pytestmark = [
@@ -38,6 +39,8 @@ ROTATIONS = {"bf16": 0, "int8": 128, "int8+plain": 0, "fp8": 0}
 """Blocks for a policy with 128 hidden channels and 256 in its MLP."""
 TOLERANCE = {"bf16": 0.03, "int8": 0.15, "int8+plain": 0.15, "fp8": 0.25}
 """Mean |Δ log-prob| of the answers against Transformers in float32."""
+CACHES = {"fp8": 0.25, "int8": 0.15}
+"""The same with INT8 weights and a KV cache in 8 bits."""
 LEFT_OUT = {
     "model.layers.0.self_attn.k_proj.weight": "model.layers.0.self_attn.qkv_proj.weight",
     "model.layers.1.self_attn.v_proj.bias": "model.layers.1.self_attn.qkv_proj.bias",
@@ -151,9 +154,10 @@ def engines(policies: Policies) -> Engines:
         jobs[f"{precision}-torn"] = policies.job(**kind, refits=policies.refits("AB"), torn=torn)
         whole = {"dtype": "float32", "bucket": 1 << 30}
         jobs[f"{precision}-float32"] = policies.job(**kind, refits=policies.refits("AB"), **whole)
-    cache = {"precision": "int8", "kv_cache": "fp8"}
-    jobs["kv8-once"] = policies.job(**cache, refits=policies.refits("B"))
-    jobs["kv8-refitted"] = policies.job(**cache, refits=policies.refits("AB"), sleeps=True)
+    for name in CACHES:
+        cache = {"precision": "int8", "kv_cache": KV_CACHES[name].vllm}
+        jobs[f"{name}-once"] = policies.job(**cache, refits=policies.refits("B"))
+        jobs[f"{name}-refitted"] = policies.job(**cache, refits=policies.refits("AB"), sleeps=True)
     return results(jobs, policies.tmp)
 
 
@@ -227,18 +231,19 @@ def test_the_figures_of_a_refit_compare_it_with_the_one_before(engines: Engines,
     assert engines[f"{precision}-float32"]["holds"][1]["arrival"]["codes_changed"] == changed[0]["codes_changed"]
 
 
-def test_the_cache_in_8_bits_gets_its_scales_at_each_refit(policies: Policies, engines: Engines) -> None:
-    once, refitted = (engines[f"kv8-{name}"] for name in ("once", "refitted"))
+@pytest.mark.parametrize("cache", CACHES)
+def test_the_cache_in_8_bits_gets_its_scales_at_each_refit(policies: Policies, engines: Engines, cache: str) -> None:
+    once, refitted = (engines[f"{cache}-{name}"] for name in ("once", "refitted"))
     assert refitted["digests"][-1] == once["digests"][0], "scales are among the buffers"
     assert refitted["digests"][0] != once["digests"][0]
     assert (refitted["logprobs"], refitted["generated"]) == (once["logprobs"], once["generated"])
-    assert {handshake["kv_cache"] for handshake in refitted["holds"]} == {"fp8"}
+    assert {handshake["kv_cache"] for handshake in refitted["holds"]} == {cache}
     got, wanted, plain = (
         answers(rows, policies.length)
         for rows in (once["logprobs"], policies.truth["B"], engines["int8-B"]["logprobs"])
     )
     assert got != plain
-    assert mean_difference(got, wanted) < 0.25
+    assert mean_difference(got, wanted) < CACHES[cache]
 
 
 @pytest.mark.skipif(gpus() < 2, reason="needs two GPUs")

@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -184,6 +185,19 @@ def bound_of(reject: str) -> float:
 def test_two_steps(workshop: Workshop, loss: str, advantage: str, weights: str, reject: str | None) -> None:
     workshop.run(*options(loss, advantage, weights, reject), "--name", f"two-{loss}")
     check(workshop.root / "runs" / f"two-{loss}" / "attempt_1", weights, reject)
+
+
+def test_a_run_that_rejects_too_much_is_ended(workshop: Workshop) -> None:
+    more = ("watch.max_rejected=0.05", "trainer.steps=50")
+    sets = [word for text in more for word in ("--set", text)]
+    _, err = workshop.run(*options("ppo", "grpo", "tis", "token k1"), *sets, "--name", "too-much", code=1)
+    rejected = re.search(r"correction\.reject leaves out (\d+)% of the tokens \(bound 5%\)", err)
+    assert rejected is not None, err
+    assert "wider bounds, or --set correction.reject=null" in err
+    lines = (workshop.root / "runs/too-much/attempt_1/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 50
+    first = json.loads(lines[0])["data"][f"{CORRECTION}/rollout_rs_masked_fraction"]
+    assert float(rejected[1]) == pytest.approx(100 * first, abs=0.5)
 
 
 def test_everything_that_is_offered_occurs() -> None:

@@ -18,6 +18,7 @@ import pytest
 from flashrl_cli.evals import responses
 from flashrl_cli.runs.store import PLAN_VERSION
 from flashrl_cli.weights import Weights
+from tests import sample_rows
 from tests.integration.conftest import ENDING_S, PATIENCE_S, STEPS, Workshop, more_than_guessed
 
 PROMPTS = 24
@@ -68,9 +69,6 @@ def place(workshop: Workshop, saved: dict[int, Path], tmp_path_factory: pytest.T
 
 
 def write_questions(file: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     rows = [
         {
             "data_source": "openai/gsm8k",
@@ -80,7 +78,7 @@ def write_questions(file: Path) -> None:
         }
         for i in range(PROMPTS)
     ]
-    pq.write_table(pa.Table.from_pylist(rows), file)
+    sample_rows.write(file, rows)
 
 
 def with_broken_steps(run: Path) -> None:
@@ -116,19 +114,21 @@ def texts(folder: Path, run: str, step: int | None, dataset: str) -> list[str]:
     return [row["response"] for row in rows if row["step"] == step]
 
 
-def check_greedy(weights: Weights, prompts: list[str], ours: list[str]) -> None:
+def check_greedy(weights: Weights, prompts: list[str], ours: list[str], *, stopped: bool = False) -> None:
     """Each response is Transformers' own, token by token, up to one that float32 finds as likely as the best within
     bf16's noise.
 
     The noise is measured: how far the same model in bf16 is from float32, at the largest, in the logits of the tokens
-    that matter.
+    that matter. `stopped` responses ended before a text, not with an end token.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(weights.hf)
     tensors = dict(weights.tensors())
-    rows = [encoded(tokenizer, prompt, response) for prompt, response in zip(prompts, ours, strict=True)]
+    rows = [
+        encoded(tokenizer, prompt, response, stopped=stopped) for prompt, response in zip(prompts, ours, strict=True)
+    ]
     logits = []
     for dtype in (torch.float32, torch.bfloat16):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(weights.hf), dtype=dtype).eval()
@@ -148,7 +148,7 @@ def check_greedy(weights: Weights, prompts: list[str], ours: list[str]) -> None:
     )
 
 
-def encoded(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], int]:
+def encoded(tokenizer: Any, prompt: str, response: str, *, stopped: bool) -> tuple[list[int], int]:
     """Token ids of a prompt and its response, whose tokens are bytes, with the end that it came to; and where the
     response begins.
     """
@@ -156,7 +156,7 @@ def encoded(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], int]
     before = tokenizer(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)).input_ids
     known, unknown, _ = response.partition("\ufffd")  # bytes that are no text cannot be read back
     answer = tokenizer(known).input_ids
-    ended = not unknown and len(answer) < TOKENS
+    ended = not stopped and not unknown and len(answer) < TOKENS
     return [*before, *answer, *([tokenizer.eos_token_id] if ended else [])], len(before)
 
 
@@ -298,6 +298,48 @@ def test_sampling_and_precision(place: Place) -> None:
     assert more_than_guessed(right, 2 * PROMPTS)
     online, offline = (texts(place.root / "alone", run, None, "tiny") for run in ("model", "w8a8"))
     assert online == offline, "weights quantized on disk and while they are loaded make the same engine"
+
+
+def test_prompts_of_ones_own_by_two_engines(place: Place) -> None:
+    """Models without a chat template, side by side: with its text, or with prompts that have it in them, they answer
+    as with the template; two engines share the questions; a stop text ends each response.
+    """
+    import pyarrow.parquet as pq
+
+    template, base = place.root / "chat.jinja", place.root / "base"
+    shutil.copytree(place.model, base)
+    (base / "chat_template.jinja").rename(template)
+    tiny = pq.read_table(place.shop.root / "data" / "tiny" / "test.parquet")
+    asked = ("--limit", PROMPTS, "--max-tokens", 16, "--json")
+    _, said = place.shop.run("eval", base, "--dataset", "tiny", *asked, "--out", place.root / "x", code=4)
+    assert "no chat template" in said
+    assert "--chat-template none" in said
+
+    models = (base, place.saved[1] / "run" / "global_step_10")
+    with_it, without = place.root / "with", place.root / "without"
+    shared = ("eval", *models, "--dataset", "tiny", *asked, "--chat-template", template, "--gpus", 2, "--html")
+    out, said = place.shop.run(*shared, "--out", with_it)
+    document = json.loads(out)
+    assert said.count("starting the vLLM engine") == 2
+    (board,) = document["leaderboard"]
+    assert [one["rank"] for one in board["places"]] == [1, 2]
+    assert more_than_guessed(board["places"][0]["accuracy"] * PROMPTS, PROMPTS)
+    prompts = [row["content"] for one in tiny["prompt"].to_pylist()[:PROMPTS] for row in one]
+    check_greedy(Weights(hf=place.model), prompts, texts(with_it, "base", None, "tiny"))
+    assert (with_it / "leaderboard.html").is_file()
+
+    rows = tiny.slice(0, PROMPTS).to_pylist()
+    for row in rows:  # what `--chat-template none` puts after a question is the line break at the end of the template
+        chat = f"<|im_start|>user\n{row['prompt'][0]['content']}<|im_end|>\n<|im_start|>assistant"
+        row["prompt"] = [{"role": "user", "content": chat}]
+    chats = sample_rows.write(place.root / "chats.parquet", rows)
+    none = ("eval", base, "--dataset", chats, *asked, "--chat-template", "none", "--stop", " #", "--out", without)
+    place.shop.run(*none)
+    stopped = responses.read(without / responses.FILE)
+    check_greedy(Weights(hf=place.model), prompts, [row["response"] for row in stopped], stopped=True)
+    for row in stopped:
+        assert " #" not in row["response"]
+        assert row["tokens"] > len(row["response"].encode()), "the tokens of the text that ended it count"
 
 
 def test_interrupt_leaves_nothing_behind(place: Place) -> None:

@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from flashrl_cli import contract
+
 if TYPE_CHECKING:
     from tests.integration.conftest import Workshop
 
@@ -197,9 +199,11 @@ async def responses(server: Any, asked: dict[str, Any], prompts: list[list[int]]
 
 
 async def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Mean weight, its standard error and more of each case: a configuration, and what else a request asks for."""
+    """Mean weight, its standard error and more of each case: a configuration, and what else a request asks for.
+
+    Of a job that is so marked, only the cases whose kept tokens are returned.
+    """
     import torch
-    from omegaconf import OmegaConf
     from transformers import AutoModelForCausalLM
 
     from flashrl_cli.verl import compose
@@ -209,6 +213,24 @@ async def measure(job: dict[str, Any]) -> dict[str, Any]:
     await server.launch_server()
     policy = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     prompts = [prompt for prompt in prompts_of(job) for _ in range(COPIES)]
+    if job.get("only_kept"):
+        result = {label(sampling): await truncated(server, policy, prompts, sampling) for sampling in KEPT}
+        result["runner"] = (await server.engine.collective_rpc(runner))[0]
+    else:
+        result = await of_all_cases(server, policy, prompts, tree)
+    server.engine.shutdown()
+    return result
+
+
+def runner(worker: Any) -> str:
+    """Run in vLLM's worker: the module of its model runner."""
+    return type(worker.model_runner).__module__
+
+
+async def of_all_cases(server: Any, policy: Any, prompts: list[list[int]], tree: Any) -> dict[str, Any]:
+    import torch
+    from omegaconf import OmegaConf
+
     result: dict[str, Any] = {}
     for name, case in {**WHOLE, **CUT}.items():
         config = OmegaConf.merge(tree, {"actor_rollout_ref": {"rollout": {"top_k": -1, **case.get("config", {})}}})
@@ -237,7 +259,6 @@ async def measure(job: dict[str, Any]) -> dict[str, Any]:
     # few enough to be prefilled at once: a partial prefill of a request with a seed ends vLLM's CPU engine
     few = await responses(server, {**result["temperature 1.3"]["asked"]}, prompts[: SEEDED * COPIES], ONE_SEED)
     result[ONE_SEED] = {"responses": [list(output.token_ids) for output in few]}
-    server.engine.shutdown()
     return result
 
 
@@ -246,6 +267,8 @@ async def truncated(
 ) -> dict[str, dict[str, float]]:
     """Mean weights of truncated sampling, over all tokens and, where the engine returned them, over the kept ones."""
     import torch
+
+    from flashrl_cli.plugins import support
 
     outputs = await responses(server, {**sampling, "logprobs": True}, prompts, label(sampling))
     pairs = [(prompt, list(output.token_ids)) for prompt, output in zip(prompts, outputs, strict=True)]
@@ -256,6 +279,8 @@ async def truncated(
         exact, patched = among_kept(logits, pairs, outputs)
         found["kept"] = summary(exact - engines)
         found["patch"] = {"largest": (exact - patched).abs().max().item()}
+        kept = torch.cat([output.extra_fields[support.FIELD] for output in outputs])
+        found["tokens"] = {"least": (kept >= 0).sum(-1).min().item(), "most": (kept >= 0).sum(-1).max().item()}
     return found
 
 
@@ -308,6 +333,8 @@ def test_over_the_kept_tokens_they_have_at_any_temperature(
     assert 0 < case["kept"]["error"] < 5e-3
     assert abs(case["kept"]["mean"] - 1) < ERRORS * case["kept"]["error"] + ROUNDING
     assert case["patch"]["largest"] < ROUNDING
+    assert 1 <= case["tokens"]["least"] <= sampling["top_k"]
+    assert case["tokens"]["most"] <= contract.kept_columns(sampling["top_k"])
 
 
 @pytest.mark.parametrize("sampling", RAW, ids=label)

@@ -171,7 +171,7 @@ def plan(tmp_path: Path) -> dict[str, Any]:
 
 def test_an_engine_is_set_up_as_the_runs(plan: dict[str, Any], tmp_path: Path) -> None:
     job = floors.engine_job(plan, tmp_path / "s.jsonl")
-    assert (job.precision, job.kv8, job.head32, job.lora_rank) == ("int8", True, False, 32)
+    assert (job.precision, job.kv_cache, job.head32, job.lora_rank) == ("int8", "fp8", False, 32)
     assert job.sampling == {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "logprobs": 0}
     assert job.settings["max_num_seqs"] == 256
     assert job.on_gpu == {"gpu_memory_utilization": 0.4, "enforce_eager": False}

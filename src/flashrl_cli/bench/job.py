@@ -18,12 +18,14 @@ import numpy as np
 from flashrl_cli import contract, files, paths
 from flashrl_cli.contract import RolloutOptions
 from flashrl_cli.errors import InputError
-from flashrl_cli.precision import BLOCKS, PRECISIONS, ROTATED, SMOOTHED, joined
+from flashrl_cli.precision import BLOCKS, KV_CACHES, PRECISIONS, ROTATED, SMOOTHED, joined
 
 PLAIN = "plain"
 ROTATIONS = {PLAIN: 0, **{f"rot{block}": block for block in BLOCKS}}
 """Blocks of the suffixes that say how int8 rotates its inputs; without one, as a run does by default."""
-SUFFIXES = ("kv8", "head32", "smooth", *ROTATIONS)
+CACHES = {row.suffix: row.name for row in KV_CACHES.values()}
+"""KV caches by the suffixes that ask for them."""
+SUFFIXES = (*CACHES, "head32", "smooth", *ROTATIONS)
 _FLOAT32 = ("float32", "fp32")
 
 
@@ -31,12 +33,12 @@ _FLOAT32 = ("float32", "fp32")
 class Variant:
     """A rollout variant: a precision and further options of its engine.
 
-    `kv8` means an FP8 KV cache, `head32` logits in float32; `profile` is the smoothing profile that each refit applies.
-    `rotation` is one of ROTATIONS, None for the default.
+    `kv_cache` is as a run names it, `head32` means logits in float32; `profile` is the smoothing profile that each
+    refit applies. `rotation` is one of ROTATIONS, None for the default.
     """
 
     precision: str
-    kv8: bool = False
+    kv_cache: str = "auto"
     head32: bool = False
     profile: Path | None = None
     rotation: str | None = None
@@ -44,7 +46,8 @@ class Variant:
     @property
     def name(self) -> str:
         """The variant's name on the command line: `int8+kv8`."""
-        chosen = {"kv8": self.kv8, "head32": self.head32, "smooth": self.profile is not None}
+        caches = {suffix: self.kv_cache == name for suffix, name in CACHES.items()}
+        chosen = {**caches, "head32": self.head32, "smooth": self.profile is not None}
         suffixes = [*(suffix for suffix, on in chosen.items() if on), *filter(None, [self.rotation])]
         return "+".join([self.precision, *suffixes])
 
@@ -63,7 +66,8 @@ class Variant:
                 "worker_extension_cls": contract.BLOCKS_EXTENSION,
                 "hf_overrides": {"quantization_config": quantization},
             }
-        cache = {"kv_cache_dtype": "fp8"} if self.kv8 else {}
+        row_of_cache = KV_CACHES.get(self.kv_cache)
+        cache = {"kv_cache_dtype": row_of_cache.vllm} if row_of_cache else {}
         return {"worker_extension_cls": contract.BENCH_EXTENSION, "quantization": row.method, **cache}
 
     def options(self) -> RolloutOptions:
@@ -86,7 +90,7 @@ class Variant:
             found = f"{holds['precision']} ({layers}, kernel {holds['kernel']})"
             return f"{self.name} was asked for, but the engine holds {found}"
         checks = (
-            (self.kv8, holds["kv_cache"].startswith("fp8"), f"its KV cache is {holds['kv_cache']}"),
+            (self.kv_cache, holds["kv_cache"], f"its KV cache is {holds['kv_cache']}"),
             (self.head32, holds["lm_head"] in _FLOAT32, f"its logits are computed in {holds['lm_head']}"),
             (self.profile is not None, holds["smoothed"] > 0, f"{holds['smoothed']} of its tensors are smoothed"),
         )
@@ -121,11 +125,19 @@ def _variant(word: str, profile: Path | None) -> Variant:
         raise InputError(
             f"--rollout {word}: one rotation, not {joined(rotations, 'and')}", hint=f"--rollout {ROTATED[0]}"
         )
-    if "kv8" in suffixes and "kv8" not in row.goes_with:
-        what = f"--rollout {word}: an FP8 KV cache takes flashrl's own weight update, and {precision} has verl's"
-        raise InputError(what, hint=f"--rollout {row.sibling}+kv8")
+    caches = [suffix for suffix in suffixes if suffix in CACHES]
+    if caches and "kv8" not in row.goes_with:
+        what = f"--rollout {word}: a KV cache in 8 bits takes flashrl's own weight update, and {precision} has verl's"
+        raise InputError(what, hint=f"--rollout {row.sibling}+{caches[0]}")
+    if len(caches) > 1:
+        raise InputError(
+            f"--rollout {word}: one KV cache, not {joined(caches, 'and')}", hint=f"--rollout {precision}+{caches[0]}"
+        )
     plain = Variant(
-        precision=precision, kv8="kv8" in suffixes, head32="head32" in suffixes, rotation=next(iter(rotations), None)
+        precision=precision,
+        kv_cache=CACHES[caches[0]] if caches else "auto",
+        head32="head32" in suffixes,
+        rotation=next(iter(rotations), None),
     )
     if "smooth" not in suffixes:
         return plain

@@ -24,7 +24,7 @@ from flashrl_cli.errors import EnvironmentNotReady, InputError
 from flashrl_cli.evals import questions
 from flashrl_cli.machine import gpus, software, system
 from flashrl_cli.memory.model import QWEN25, shape_of
-from flashrl_cli.precision import PRECISIONS, WITH_EXPERTS
+from flashrl_cli.precision import KV_CACHES, PRECISIONS, WITH_EXPERTS
 from flashrl_cli.runs.checkpoints import hf_folder
 from flashrl_cli.verl.lint.rollout import single, unfilled
 from flashrl_cli.weights import Unreadable, Weights, read_json
@@ -52,9 +52,9 @@ class Machine:
     def lacks(self, variant: Variant) -> str | None:
         """Why the machine cannot run a variant; None if it can."""
         if self.kind == "cpu":
-            found = system.cpu_lacks(variant.precision, kv8=variant.kv8)
+            found = system.cpu_lacks(variant.precision, variant.kv_cache)
         else:
-            found = gpus.gpus_lack(variant.precision, self.gpus, kv8=variant.kv8)
+            found = gpus.gpus_lack(variant.precision, self.gpus, variant.kv_cache)
         if lack := next(found, None):
             return lack.text
         if PRECISIONS[variant.precision].verl and not importlib.util.find_spec("verl"):
@@ -388,13 +388,14 @@ def _check_variant(variant: Variant, name: str, shape: ModelShape, tensor_parall
     if row.method and shape.experts and not row.experts:
         what = f"--rollout {variant.name}: the {shape.experts} experts of {name} would stay in bf16"
         raise InputError(what, hint=f"--rollout bf16,{','.join(WITH_EXPERTS)}")
-    if variant.kv8 and shape.architecture not in contract.CACHE_FAMILIES:
+    cache = KV_CACHES.get(variant.kv_cache)
+    if cache and cache.bounded and shape.architecture not in contract.CACHE_FAMILIES:
         known = ", ".join(contract.CACHE_FAMILIES)
         what = (
             f"--rollout {variant.name}: an FP8 KV cache has no scales for a {shape.architecture} model, "
             f"only for {known}"
         )
-        raise InputError(what, hint=f"--rollout {replace(variant, kv8=False).name}")
+        raise InputError(what, hint=f"--rollout {replace(variant, kv_cache='auto').name}")
     block = ROTATIONS[variant.rotation or PLAIN]
     for layer, width in inputs(shape, tensor_parallel).items():
         if block and width % block:

@@ -36,8 +36,8 @@ def bench(
             "--rollout",
             metavar="KIND,...",
             help=(
-                f"{joined(PRECISIONS, 'or')}, each with any of +kv8 (FP8 KV cache), +head32 (float32 logits), "
-                "+smooth; int8 with +plain (no rotation) or +rot16 to +rot128."
+                f"{joined(PRECISIONS, 'or')}, each with any of +kv8 or +kvint8 (FP8 or INT8 KV cache), "
+                "+head32 (float32 logits), +smooth; int8 with +plain (no rotation) or +rot16 to +rot128."
             ),
         ),
     ] = "bf16,int8",

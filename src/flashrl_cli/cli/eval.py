@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from json import loads as parse_json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -51,12 +53,38 @@ def evaluate(
     n: Annotated[int, typer.Option("--n", min=1, help="Responses to each prompt; several add pass@k and maj@n.")] = 1,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Share of probability to sample from.")] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Number of most likely tokens to sample from.", show_default="all")
+    ] = 0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 512,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End a response before this text (\\n is a line break); repeatable."),
+    ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="System message, instead of the rows' own; an empty one removes it."),
+    ] = None,
+    shots: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Solved examples before each question, from the train split.")
+    ] = 0,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="none|FILE",
+            help="None, for models that have no chat template, or a Jinja template.",
+            show_default="each model's own",
+        ),
+    ] = None,
+    template_arg: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Variable of the chat template: enable_thinking=false; repeatable."),
+    ] = None,
     max_model_len: Annotated[
         int | None,
         typer.Option(min=2, help="Longest prompt and response together.", show_default="what the prompts need"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling, and of the choice of examples.")] = 0,
     rollout: Annotated[
         RefittedName, typer.Option(help=f"{joined(BY_METHOD, 'and')} show what such a rollout saw.")
     ] = "bf16",
@@ -71,6 +99,14 @@ def evaluate(
         typer.Option(metavar=f"auto|{'|'.join(map(str, BLOCKS))}|off", help="Rotation of int8's inputs, by blocks."),
     ] = "auto",
     tp: TensorParallel = 1,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="all|N",
+            help="GPUs to use: an engine on each (on --tp of them), which share the work.",
+            show_default="one engine",
+        ),
+    ] = None,
     gpu_memory_utilization: MemoryShare = None,
     fail_under: Annotated[
         str | None,
@@ -89,7 +125,12 @@ def evaluate(
         Path | None,
         typer.Option(metavar="DIR", help="Where results go.", show_default="eval/ in the run's checkpoints"),
     ] = None,
-    png: Annotated[bool, typer.Option("--png", help="Also draw the curve to eval.png.")] = False,
+    png: Annotated[
+        bool, typer.Option("--png", help="Also draw curves to eval.png, several models to leaderboard.png.")
+    ] = False,
+    html: Annotated[
+        bool, typer.Option("--html", help="Also a page that ranks several models, leaderboard.html.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Evaluate checkpoints: accuracy by step, with intervals.
@@ -105,6 +146,7 @@ def evaluate(
     from flashrl_cli.evals import verdicts
     from flashrl_cli.evals.evaluation import Request
     from flashrl_cli.evals.job import EngineSettings, Sampling
+    from flashrl_cli.evals.questions import Prompting
     from flashrl_cli.render.output import Output
 
     output = Output(json_mode=json)
@@ -120,7 +162,21 @@ def evaluate(
             baseline=baseline,
             dataset=dataset,
             limit=limit,
-            sampling=Sampling(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed),
+            sampling=Sampling(
+                n=n,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                max_tokens=max_tokens,
+                stop=_stop(stop or ()),
+                seed=seed,
+            ),
+            prompting=Prompting(
+                system=system,
+                shots=shots,
+                chat_template=_template(chat_template),
+                arguments=_arguments(template_arg or ()),
+            ),
             engine=EngineSettings(
                 rollout=rollout,
                 max_model_len=max_model_len,
@@ -130,9 +186,63 @@ def evaluate(
                 rotation=_rotation(rotation, rollout),
             ),
             out=out,
+            engines=_engines(gpus, tp),
             fail_under=least,
         )
-        _evaluate(output, lookup, patterns, watch=watch, png=png)
+        _evaluate(output, lookup, patterns, watch=watch, png=png, html=html)
+
+
+def _stop(texts: Sequence[str]) -> tuple[str, ...]:
+    r"""The texts of `--stop`, in which `\n`, `\t` and `\\` are a line break, a tab and a backslash.
+
+    Raises InputError for an empty one.
+    """
+    if "" in texts:
+        raise InputError("--stop: an empty text would end every response", hint=r"--stop '\n\n'")
+    written = {r"\n": "\n", r"\t": "\t", "\\\\": "\\"}
+    return tuple(re.sub(r"\\[nt\\]", lambda found: written[found[0]], text) for text in texts)
+
+
+def _template(value: str | None) -> str | None:
+    """The text of the template that `--chat-template` names, empty for `none`. Raises InputError for other values."""
+    if value is None:
+        return None
+    if value == "none":
+        return ""
+    file = paths.absolute(value)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--chat-template {value}: {error}", hint="none, or a file with a Jinja template") from None
+    if not text.strip():
+        raise InputError(f"--chat-template {value} is empty", hint="--chat-template none shows the question alone")
+    return text
+
+
+def _arguments(pairs: Sequence[str]) -> dict[str, Any]:
+    """The variables of `--template-arg`; values are JSON, or else text. Raises InputError for other forms."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, is_pair, value = pair.partition("=")
+        if not is_pair or not key.isidentifier():
+            raise InputError(f"--template-arg {pair}: no KEY=VALUE", hint="--template-arg enable_thinking=false")
+        try:
+            found[key] = parse_json(value.lower() if value in {"True", "False"} else value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
+def _engines(text: str | None, tensor_parallel: int) -> int | None:
+    """Number of engines for `--gpus`, None for all. Raises InputError for no number, and for GPUs that are left."""
+    if text is None or text == "all":
+        return None if text else 1
+    if not text.isascii() or not text.isdecimal() or not int(text):
+        raise InputError(f"--gpus {text}: no number of GPUs", hint="--gpus all, or --gpus 8")
+    if int(text) % tensor_parallel:
+        what = f"--gpus {text} cannot be divided into engines of {tensor_parallel} GPUs (--tp)"
+        raise InputError(what, hint=f"--gpus {int(text) // tensor_parallel * tensor_parallel or tensor_parallel}")
+    return int(text) // tensor_parallel
 
 
 def _rotation(text: str, rollout: str) -> int | str:
@@ -146,12 +256,14 @@ def _rotation(text: str, rollout: str) -> int | str:
     return int(text)
 
 
-def _evaluate(output: Output, lookup: Callable[[], Request], patterns: list[str], *, watch: bool, png: bool) -> None:
+def _evaluate(
+    output: Output, lookup: Callable[[], Request], patterns: list[str], *, watch: bool, png: bool, html: bool
+) -> None:
     from flashrl_cli.evals import evaluation
     from flashrl_cli.render import figure
 
-    if png:
-        figure.require("matplotlib")
+    for package in ("matplotlib",) * png + ("jinja2",) * html:
+        figure.require(package)
     if watch:
         with _progress(output, "evaluating what is saved", None) as progress:
             finished = evaluation.watch(lookup, patterns, progress, partial(_show_newest, output))
@@ -161,7 +273,8 @@ def _evaluate(output: Output, lookup: Callable[[], Request], patterns: list[str]
         label = f"evaluating {counted(len(request.checkpoints), 'checkpoint')} on {sets}"
         with _progress(output, label, request.prompts) as progress:
             finished = evaluation.evaluate(request, progress)
-    _show(output, finished, watch=watch, png=png)
+    _draw(output, finished, png=png, html=html)
+    _show(output, finished, watch=watch)
     if finished.report.threshold:
         finished.report.threshold.require()
     finished.report.require_all()
@@ -201,16 +314,32 @@ def _show_newest(output: Output, report: Report) -> None:
         output.table(*report.table())
 
 
-def _show(output: Output, finished: Finished, *, watch: bool, png: bool) -> None:
+def _draw(output: Output, finished: Finished, *, png: bool, html: bool) -> None:
+    """Write what `--png` and `--html` ask for, or say why there is nothing to draw."""
+    from flashrl_cli import files
     from flashrl_cli.render import figure
-    from flashrl_cli.render.text_plot import text_panel
+    from flashrl_cli.render.html import leaderboard_page
 
     report, folder = finished.report, finished.folder
     curves = [figure.Series(**curve) for curve in report.curves()]
     if png and curves:
         figure.write_png([figure.panel(curves, "accuracy")], folder / "eval.png")
-    elif png:
-        output.warn("no eval.png: a curve needs two steps of a run")
+    if png and report.boards:
+        figure.write_ranking_png([board.document() for board in report.boards], folder / "leaderboard.png")
+    if png and not (curves or report.boards):
+        output.warn("no eval.png: a curve needs two steps of a run, and a leaderboard several models")
+    if html and report.boards:
+        files.write_text(folder / "leaderboard.html", leaderboard_page(report.document()))
+    elif html:
+        output.warn("no leaderboard.html: a leaderboard needs several models")
+
+
+def _show(output: Output, finished: Finished, *, watch: bool) -> None:
+    from flashrl_cli.render import figure
+    from flashrl_cli.render.text_plot import text_panel
+
+    report, folder = finished.report, finished.folder
+    curves = [figure.Series(**curve) for curve in report.curves()]
     if output.json_mode:
         (output.json_line if watch else output.document)(report.document())
         return

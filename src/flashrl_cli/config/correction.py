@@ -187,24 +187,14 @@ def rejection_has_bounds(spec: RunSpec) -> Iterator[Violation]:
 def rejection_leaves_rewards(spec: RunSpec) -> Iterator[Violation]:
     """Rejection clears the response mask before advantages are computed from it.
 
-    With GAE, an advantage of +0.97 became -0.58 where the last token was rejected. OPO divides by the kept tokens of a
-    group, which is 0 / 0 where all its responses are rejected (trainer/ppo/core_algos.py:713).
+    With GAE, an advantage of +0.97 became -0.58 where the last token was rejected.
     """
     reject, advantage = spec.correction.reject, spec.algorithm.advantage
-    if reject is None:
-        return
-    if reject.by == "token" and advantage in LOSES_REWARD:
+    if reject is not None and reject.by == "token" and advantage in LOSES_REWARD:
         yield Violation(
             f"{REJECT}.by",
             f"token with algorithm.advantage = {advantage}: {LOSES_REWARD[advantage]}",
-            f"--set {KIND}=icepop --set {REJECT}=null" if advantage == "opo" else f"--set {REJECT}.by=seq-mean",
-        )
-    elif advantage == "opo":
-        yield Violation(
-            f"{REJECT}.by",
-            f"{reject.by} with algorithm.advantage = opo: the baseline of a group whose responses are all rejected is"
-            " 0 / 0",
-            f"--set {REJECT}=null, or --set algorithm.advantage=rloo",
+            f"--set {REJECT}.by=seq-mean",
         )
 
 

@@ -239,7 +239,7 @@ def logits_are_proven(spec: RunSpec) -> Iterator[Violation]:
 
 
 def cache_in_8_bits_has_scales(spec: RunSpec) -> Iterator[Violation]:
-    """An FP8 KV cache needs flashrl's own weight update, which sets its scales (plugins/kv_scales.py)."""
+    """A KV cache in 8 bits needs flashrl's own weight update, which proves it and sets the scales of FP8."""
     row = PRECISIONS[spec.rollout.precision]
     if spec.rollout.kv_cache != "auto" and "kv8" not in row.goes_with:
         yield Violation(

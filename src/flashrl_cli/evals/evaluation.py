@@ -1,7 +1,7 @@
 """An evaluation from request to report, once or repeatedly while the evaluated runs are training.
 
-One engine for each architecture loads the weights of checkpoints in turn. Responses are graded while the next ones are
-generated, and each result is stored as soon as it is complete.
+An engine for each architecture, or several on GPUs of their own, loads the weights of checkpoints in turn. Responses
+are graded while the next ones are generated, and each result is stored as soon as it is complete.
 """
 
 from __future__ import annotations
@@ -9,24 +9,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
-import json
 import os
-import tempfile
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Self
 
 from flashrl_cli import paths
 from flashrl_cli.contract import AUTO
 from flashrl_cli.errors import InputError, NothingMatched
-from flashrl_cli.evals import job, questions, results
+from flashrl_cli.evals import questions
 from flashrl_cli.evals.accuracy import Report
 from flashrl_cli.evals.cache import Cache, Unit, units
+from flashrl_cli.evals.engines import Asked, Slot, architecture
 from flashrl_cli.evals.graders import Graders
-from flashrl_cli.evals.job import EngineSettings, Job, Order, Sampling
+from flashrl_cli.evals.job import EngineSettings, Order, Sampling
+from flashrl_cli.evals.questions import UNCHANGED, Prompting
 from flashrl_cli.evals.results import Evaluated
 from flashrl_cli.machine import gpus
 from flashrl_cli.precision import SMOOTHED
@@ -40,18 +42,19 @@ from flashrl_cli.weights.profile import Profile
 if TYPE_CHECKING:
     from flashrl_cli.evals.questions import DataSet
     from flashrl_cli.runs.store import Run
-    from flashrl_cli.worker.client import Worker
 
 POLL_S = 5.0
 """Seconds between two searches for new checkpoints while runs are watched."""
 _MOST_GRADERS = 8
 _CACHE = "results"
 """Folder of an evaluation that stores each checkpoint's graded responses."""
-# Keys of config.json that saving a policy again may change, and that responses do not depend on here.
-_VOLATILE = frozenset({
-    "_name_or_path", "dtype", "torch_dtype", "attn_implementation", "transformers_version", "use_cache",
-    "bos_token_id", "eos_token_id", "pad_token_id",
+_OWN_ARGUMENTS = frozenset({
+    "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding",
+    "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
 })  # fmt: skip
+"""Parameters of Transformers' `apply_chat_template` that are no variables of a template."""
+_TEMPLATES = ("chat_template*", "tokenizer_config.json", "additional_chat_templates/*")
+"""Files of an HF folder that hold chat templates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +63,8 @@ class Request:
 
     `base` is the policy that the runs began with, `baseline` a model that the best step is compared with. `skipped` are
     folders that the patterns name but that hold no checkpoint. `folder` receives the results and the engine's log.
-    `fail_under` is the accuracy that must be reached (verdicts.Threshold).
+    `engines` is the number of engines that share the work, None for as many as the GPUs have room for. `fail_under` is
+    the accuracy that must be reached (verdicts.Threshold).
     """
 
     patterns: tuple[str, ...]
@@ -72,6 +76,8 @@ class Request:
     sampling: Sampling
     engine: EngineSettings
     folder: Path
+    prompting: Prompting = UNCHANGED
+    engines: int | None = 1
     fail_under: float | None = None
 
     @classmethod
@@ -86,6 +92,8 @@ class Request:
         sampling: Sampling,
         engine: EngineSettings,
         out: Path | None,
+        prompting: Prompting = UNCHANGED,
+        engines: int | None = 1,
         fail_under: float | None = None,
     ) -> Request:
         """Look up checkpoints and questions. Raises InputError or NothingMatched for missing ones."""
@@ -94,16 +102,19 @@ class Request:
         runs = (c.source for c in found.checkpoints if c.step is not None)
         checkpoints = _together(found.checkpoints, start, other)
         check_profile(engine, [one.hf for one in checkpoints])
+        check_arguments(prompting, [one.hf for one in checkpoints])
         return cls(
             patterns=tuple(patterns),
             checkpoints=checkpoints,
             base=start,
             baseline=other,
             skipped=found.skipped,
-            data=questions.choose_questions(dataset, runs, limit),
+            data=questions.choose_questions(dataset, runs, limit, prompting=prompting, seed=sampling.seed),
             sampling=sampling,
+            prompting=prompting,
             engine=engine,
             folder=paths.absolute(out) if out else _place(found.checkpoints),
+            engines=engines,
             fail_under=fail_under,
         )
 
@@ -121,7 +132,7 @@ class Request:
     def settings(self) -> dict[str, Any]:
         """Settings for the report, as plain data."""
         engine = {name: getattr(self.engine, name) for name in ("rollout", "profile", "rotation")}
-        return {"sampling": asdict(self.sampling), **engine}
+        return {"sampling": asdict(self.sampling), "prompting": asdict(self.prompting), **engine}
 
 
 def check_profile(engine: EngineSettings, folders: Iterable[Path]) -> None:
@@ -150,6 +161,26 @@ def check_profile(engine: EngineSettings, folders: Iterable[Path]) -> None:
             raise InputError(f"{folder} is quantized already and takes no profile", hint=without)
         if unlike := profile.suits(config):
             raise InputError(f"{engine.profile} is of another model than {folder}: {unlike}", hint=without)
+
+
+def check_arguments(prompting: Prompting, folders: Iterable[Path]) -> None:
+    """Raise InputError for an argument that no chat template in `folders` mentions: it would change nothing."""
+    if not prompting.arguments:
+        return
+    if prompting.chat_template is None:
+        files = [file for folder in folders for name in _TEMPLATES for file in folder.glob(name)]
+        # in tokenizer_config.json a template is a JSON string, with \n before a name that begins a line
+        templates = " ".join(file.read_text(encoding="utf-8", errors="replace").replace(r"\n", " ") for file in files)
+    else:
+        templates = prompting.chat_template
+    for name in prompting.arguments:
+        if name in _OWN_ARGUMENTS:
+            raise InputError(f"--template-arg {name} is not for the template, and is set here already")
+        if not re.search(rf"\b{re.escape(name)}\b", templates):
+            raise InputError(
+                f"--template-arg {name}: no chat template of these models mentions it",
+                hint="in Qwen3's it is enable_thinking; chat_template.jinja shows what others there are",
+            )
 
 
 def _together(
@@ -258,18 +289,27 @@ def names_checkpoints(pattern: str, run_checkpoints: Path) -> bool:
 
 
 @dataclass(slots=True)
-class _Running:
-    """The running engine, and the architecture of the checkpoints that it can load."""
+class _Answering:
+    """A claimed unit that engines are answering: `shares` are the questions for each slot, None for nothing.
 
+    `left` counts the shares that are not finished, `done` the prompts that were reported; `seconds` is the time of the
+    slowest share. `holds` is the handshake of the first engine that loaded the weights.
+    """
+
+    unit: Unit
     architecture: str
-    engine: Worker
-    closing: contextlib.ExitStack
+    shares: list[tuple[int, ...] | None]
+    left: int
+    done: int
+    tokens: int = 0
+    seconds: float = 0.0
+    holds: dict[str, Any] = field(default_factory=dict)
 
 
 class Evaluation:
-    """An engine and graders that keep running from checkpoint to checkpoint; leaving this context ends both.
+    """Engines and graders that keep running from checkpoint to checkpoint; leaving this context ends them.
 
-    Both start when they are first needed. `results` (by a unit's key) and `skipped` (by a checkpoint's path) grow as
+    They start when they are first needed. `results` (by a unit's key) and `skipped` (by a checkpoint's path) grow as
     units are finished.
     """
 
@@ -281,21 +321,32 @@ class Evaluation:
         self._cache = Cache(request.folder / _CACHE)
         self._closing = contextlib.ExitStack()
         self._warned: set[Path] = set()
-        self._up: _Running | None = None
+        self._slots: list[Slot] = []
+        self._reports: SimpleQueue[tuple[Slot, Unit, dict[str, Any] | Future[None]]] = SimpleQueue()
         self._graders: Graders | None = None
         self._thread = ThreadPoolExecutor(1)
         self._grading: list[Future[None]] = []
 
     def __enter__(self) -> Self:
         """Choose GPUs and open the log. Raises EnvironmentNotReady if no GPU has room for an engine."""
-        engine = self._request.engine
-        self._request.folder.mkdir(parents=True, exist_ok=True)
-        self._devices, share = gpus.choose_free(engine.tensor_parallel, engine.gpu_memory_utilization)
-        self._engine = dataclasses.replace(engine, gpu_memory_utilization=share)
-        self._log = self._closing.enter_context(_log(self._request.folder))
+        request, engine = self._request, self._request.engine
+        request.folder.mkdir(parents=True, exist_ok=True)
+        places = gpus.places(request.engines, engine.tensor_parallel, engine.gpu_memory_utilization)
+        log = self._closing.enter_context(_log(request.folder))
         self._closing.callback(self._cache.release_all)
         self._closing.callback(self._thread.shutdown, wait=False, cancel_futures=True)
-        self._closing.callback(self._stop_engine)
+        asked = Asked(data=request.data, sampling=request.sampling, prompting=request.prompting)
+        for number, (devices, share) in enumerate(places):
+            slot = Slot(
+                number,
+                asked,
+                settings=dataclasses.replace(engine, gpu_memory_utilization=share),
+                devices=devices,
+                log=log.with_name(f"{log.stem}.{number + 1}{log.suffix}") if number else log,
+                reports=self._reports,
+            )
+            self._slots.append(slot)
+            self._closing.callback(slot.close)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -307,7 +358,15 @@ class Evaluation:
         Raises NothingMatched if no checkpoint could be read, RunFailed if an engine died.
         """
         started = time.perf_counter()
-        found = list(units(request.checkpoints, request.data, sampling=request.sampling, engine=request.engine))
+        found = list(
+            units(
+                request.checkpoints,
+                request.data,
+                sampling=request.sampling,
+                prompting=request.prompting,
+                engine=request.engine,
+            )
+        )
         present = [one for one in found if isinstance(one, Unit)]
         pruned = self._pruned(request, present)
         gone = {parent for one in pruned for parent in one.checkpoint.hf.parents}
@@ -344,18 +403,12 @@ class Evaluation:
         Raises RunFailed if an engine died.
         """
         different = {unit.key: unit for unit in units}.values()
-        elsewhere = []
-        for unit in [unit for unit in different if not self._reuse(unit)]:
-            if self._cache.claim(unit):
-                self._do(unit)
-            else:
-                elsewhere.append(unit)
+        elsewhere = self._answer([unit for unit in different if not self._reuse(unit)])
         if elsewhere:
             self._progress.say(f"waiting for another evaluation: {'; '.join(map(_name, elsewhere))}")
         for unit in elsewhere:
             if not self._reuse(unit):
-                self._cache.claim(unit, wait=True)
-                self._do(unit)
+                self._answer([unit], wait=True)
         for future in self._grading:
             future.result()
         self._grading.clear()
@@ -380,47 +433,101 @@ class Evaluation:
         self._progress.advance(len(unit.data.questions), 0)
         return True
 
-    def _do(self, unit: Unit) -> None:
-        """Get the answers to a claimed unit; a thread grades them and then releases the claim."""
+    def _answer(self, units: Sequence[Unit], *, wait: bool = False) -> list[Unit]:
+        """Get the answers to `units`, of which every engine answers a share; returns those that it did not get.
+
+        Another evaluation works on these; with `wait` they are waited for instead. No engine waits for another one: it
+        goes on with its share of the next unit.
+        """
+        begun: dict[str, _Answering | None] = {}
+        elsewhere: list[Unit] = []
+
+        def feed(slot: Slot) -> bool:
+            for unit in queues[slot]:
+                if unit.key not in begun and (wait or self._cache.claim(unit)):
+                    begun[unit.key] = self._begin(unit, wait=wait)
+                elif unit.key not in begun:
+                    begun[unit.key] = None
+                    elsewhere.append(unit)
+                if (one := begun[unit.key]) and self._give(slot, one):
+                    return True
+            return False
+
+        queues = {slot: iter(units) for slot in self._slots}
+        busy = sum(feed(slot) for slot in self._slots)
+        while busy:
+            slot, unit, event = self._reports.get()
+            if isinstance(event, Future):
+                event.result()
+                busy += feed(slot) - 1
+            elif (one := begun[unit.key]) and unit.checkpoint.path not in self.skipped:
+                self._note(slot, one, event)
+        return elsewhere
+
+    def _begin(self, unit: Unit, *, wait: bool) -> _Answering | None:
+        """Divide what is left of a claimed unit among the engines; None if nothing is, or it cannot be answered."""
+        if wait:
+            self._cache.claim(unit, wait=True)
         if self._reuse(unit):  # another evaluation may have finished it meanwhile
             self._cache.release(unit)
-            return
-        file = self._cache.answers(unit)
-        answered = tuple(results.read_answers(file))
-        done, tokens = len(answered), 0
-        self._progress.advance(done, 0)
+            return None
+        answered = self._cache.answered(unit)
+        self._progress.advance(len(answered), 0)
         try:
-            self._ensure_engine(unit.checkpoint)
+            wanted = architecture(unit.checkpoint)
+            if not any(slot.can_load(wanted) for slot in self._slots):
+                # an engine would find the same problem after half a minute of starting
+                unit.checkpoint.weights.accounted()
         except (Unreadable, OSError) as error:  # a training run may have removed it meanwhile
-            self._skip(unit, str(error), done=done)
-            return
+            self._skip(unit, str(error), done=len(answered))
+            return None
+        self._start_graders()
+        left = [number for number in range(len(unit.data.questions)) if number not in answered]
+        shares = [tuple(left[slot.number :: len(self._slots)]) for slot in self._slots]
+        # the first engine also reports what it holds
+        given = [share if share or not number else None for number, share in enumerate(shares)]
+        count = sum(share is not None for share in given)
+        return _Answering(unit=unit, architecture=wanted, shares=given, left=count, done=len(answered))
+
+    def _give(self, slot: Slot, one: _Answering) -> bool:
+        """Give an engine its share of a unit, if it has one."""
+        unit, share = one.unit, one.shares[slot.number]
+        if share is None or unit.checkpoint.path in self.skipped:
+            return False
         order = Order(
-            weights=unit.checkpoint.weights, data=self._request.data.index(unit.data), answers=file, answered=answered
+            weights=unit.checkpoint.weights,
+            data=self._request.data.index(unit.data),
+            answers=self._cache.answers(unit, slot.number),
+            questions=share,
         )
-        holds: dict[str, Any] = {}
-        for event in self._events(unit, order):
-            match event["event"]:
-                case "stage":
-                    self._progress.say(event["text"])
-                case "loaded":
-                    holds = event["holds"]
-                case "advance":
-                    done, tokens = done + event["prompts"], tokens + event["tokens"]
-                    self._progress.advance(event["prompts"], event["tokens"])
-                case "skipped":
-                    self._skip(unit, event["reason"], done=done)
-                    if event["ends"]:
-                        self._stop_engine()
-                case "done":
-                    seconds = event["seconds"]
-                    rate = f", {tokens / seconds:,.0f} tokens/s" if tokens and seconds else ""
+        slot.give(unit, order, one.architecture)
+        return True
+
+    def _note(self, slot: Slot, one: _Answering, event: dict[str, Any]) -> None:
+        """Report an event of an engine about a unit; a thread grades the unit after the last share."""
+        unit = one.unit
+        match event["event"]:
+            case "stage":
+                which = f"engine {slot.number + 1} of {len(self._slots)}: " if len(self._slots) > 1 else ""
+                self._progress.say(f"{which}{event['text']}")
+            case "loaded":
+                one.holds = one.holds or event["holds"]
+            case "advance":
+                one.done, one.tokens = one.done + event["prompts"], one.tokens + event["tokens"]
+                self._progress.advance(event["prompts"], event["tokens"])
+            case "skipped":
+                self._skip(unit, event["reason"], done=one.done)
+            case "done":
+                one.left, one.seconds = one.left - 1, max(one.seconds, event["seconds"])
+                if not one.left:
+                    rate = f", {one.tokens / one.seconds:,.0f} tokens/s" if one.tokens and one.seconds else ""
                     prompts = counted(len(unit.data.questions), "prompt")
-                    self._progress.say(f"{_name(unit)}: {prompts} in {seconds:.1f} s{rate}")
-                    self._grading.append(self._thread.submit(self._grade, unit, holds, seconds))
+                    self._progress.say(f"{_name(unit)}: {prompts} in {one.seconds:.1f} s{rate}")
+                    self._grading.append(self._thread.submit(self._grade, unit, one.holds, one.seconds))
 
     def _grade(self, unit: Unit, holds: dict[str, Any], seconds: float) -> None:
         """Grade the answers and store the result (in a separate thread, while the engine continues)."""
-        found = results.read_answers(self._cache.answers(unit))
+        found = self._cache.answered(unit)
         responses = tuple(sample for number in sorted(found) for sample in found[number])
         grades = tuple(self._start_graders().grade(unit.data.questions, responses))
         evaluated = Evaluated(
@@ -444,43 +551,6 @@ class Evaluation:
             self._warned.add(skipped.path)
             self._progress.say(f"warning: skipped {skipped.path}: {skipped.reason}")
 
-    def _events(self, unit: Unit, order: Order) -> Iterator[dict[str, Any]]:
-        """Events of an order; if the engine requests it, from a new engine that starts with the unit's checkpoint."""
-        while up := self._up:
-            for event in up.engine.ask(order.plain()):
-                if event["event"] == "restart":
-                    self._stop_engine()
-                    self._up = self._start(unit.checkpoint, up.architecture)
-                    break
-                yield event
-            else:
-                return
-
-    def _ensure_engine(self, checkpoint: Checkpoint) -> None:
-        """Ensure that an engine runs for the checkpoint's architecture. Raises Unreadable for unusable weights."""
-        wanted = architecture(checkpoint)
-        if self._up is None or self._up.architecture != wanted:
-            checkpoint.weights.accounted()  # an engine would find the same problem after half a minute of starting
-            self._stop_engine()
-            self._up = self._start(checkpoint, wanted)
-
-    def _start(self, checkpoint: Checkpoint, wanted: str) -> _Running:
-        self._start_graders()
-        with contextlib.ExitStack() as stack:
-            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flashrl-eval-")))
-            made = Job(
-                start=checkpoint.hf,
-                quantized=checkpoint.quantized,
-                work=work,
-                data_sets=len(self._request.data),
-                sampling=self._request.sampling,
-                engine=self._engine,
-            )
-            for number, data in enumerate(self._request.data):
-                made.write_questions(number, data.questions)
-            engine = stack.enter_context(job.engine(made, self._log, self._devices))
-            return _Running(wanted, engine, stack.pop_all())
-
     def _start_graders(self) -> Graders:
         """The graders; the first call starts them."""
         if self._graders is None:
@@ -488,22 +558,6 @@ class Evaluation:
             workers = max(1, min(_MOST_GRADERS, (os.cpu_count() or 1) // 2))
             self._graders = self._closing.enter_context(Graders(workers=workers))
         return self._graders
-
-    def _stop_engine(self) -> None:
-        up, self._up = self._up, None
-        if up:
-            up.closing.close()
-
-
-def architecture(checkpoint: Checkpoint) -> str:
-    """The properties that two checkpoints must share to use one engine: config.json without what saving changes.
-
-    Quantized weights can only be loaded when an engine starts, so each needs a separate one. Raises Unreadable without
-    a config.
-    """
-    config = read_json(checkpoint.hf / "config.json")
-    alone = str(checkpoint.hf) if checkpoint.quantized else ""
-    return json.dumps({**{k: v for k, v in config.items() if k not in _VOLATILE}, "": alone}, sort_keys=True)
 
 
 def _name(unit: Unit) -> str:

@@ -11,24 +11,27 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flashrl_cli.contract import AUTO
+from flashrl_cli.evals.questions import UNCHANGED, Prompting, Question
 from flashrl_cli.weights import Weights
 from flashrl_cli.worker import client
-
-if TYPE_CHECKING:
-    from flashrl_cli.evals.questions import Question
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How responses are sampled; temperature 0 is greedy. `max_tokens` is the maximum response length in tokens."""
+    """How responses are sampled; temperature 0 is greedy, `top_k` 0 samples from all tokens.
+
+    A response ends after `max_tokens` tokens, and before the first of the texts `stop` in it.
+    """
 
     n: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
     max_tokens: int = 512
+    stop: tuple[str, ...] = ()
     seed: int = 0
 
 
@@ -62,6 +65,7 @@ class Job:
     data_sets: int
     sampling: Sampling
     engine: EngineSettings
+    prompting: Prompting = UNCHANGED
 
     def questions(self, number: int) -> Path:
         """File with the questions of data set `number`, one JSON object per line."""
@@ -79,29 +83,30 @@ class Job:
     def of(cls, data: Mapping[str, Any]) -> Job:
         """Restore a job from the data of `plain`."""
         places = {key: Path(data[key]) for key in ("start", "work")}
-        how = {"sampling": Sampling(**data["sampling"]), "engine": EngineSettings(**data["engine"])}
-        return cls(**{**data, **places, **how})
+        sampling = Sampling(**{**data["sampling"], "stop": tuple(data["sampling"]["stop"])})
+        prompting, engine = Prompting(**data["prompting"]), EngineSettings(**data["engine"])
+        return cls(**{**data, **places, "sampling": sampling, "prompting": prompting, "engine": engine})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """Answer the questions of data set `data`, except the `answered` ones, with `weights`, into the file `answers`."""
+    """Answer the `questions` of data set `data` (by number) with `weights`, into the file `answers`."""
 
     weights: Weights
     data: int
     answers: Path
-    answered: tuple[int, ...]
+    questions: tuple[int, ...]
 
     def plain(self) -> dict[str, Any]:
         """The order as plain data."""
-        data = {"data": self.data, "answers": str(self.answers), "answered": list(self.answered)}
+        data = {"data": self.data, "answers": str(self.answers), "questions": list(self.questions)}
         return {**data, "weights": self.weights.plain()}
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Order:
         """Restore an order from the data of `plain`."""
-        answers, answered = Path(data["answers"]), tuple(data["answered"])
-        return cls(weights=Weights.of(data["weights"]), data=data["data"], answers=answers, answered=answered)
+        answers, questions = Path(data["answers"]), tuple(data["questions"])
+        return cls(weights=Weights.of(data["weights"]), data=data["data"], answers=answers, questions=questions)
 
 
 MODULE = "flashrl_cli.evals.engine"

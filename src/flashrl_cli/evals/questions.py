@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import json
+import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,18 @@ from flashrl_cli.data import readers
 from flashrl_cli.data.rows import BadRows, Needs, Raw, Scoring, judge
 from flashrl_cli.errors import InputError
 from flashrl_cli.runs import store
+from flashrl_cli.text import counted
 from flashrl_cli.verl import checkpoints as layout
+from flashrl_cli.verl import rewards
+
+Message = dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
     """One row: chat messages, and what verl's scorer needs to judge a response."""
 
-    prompt: list[dict[str, str]]
+    prompt: list[Message]
     data_source: str
     ground_truth: Any
     extra_info: dict[str, Any] | None
@@ -40,19 +47,49 @@ class DataSet:
     questions: tuple[Question, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompting:
+    """How questions become prompts.
+
+    `system` replaces the system messages of the rows: None keeps them, and an empty text removes them. `shots` is the
+    number of solved examples before each question. `chat_template` is the text of a Jinja template, empty for
+    none, None for that of each tokenizer; `arguments` are variables for the template.
+    """
+
+    system: str | None = None
+    shots: int = 0
+    chat_template: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+UNCHANGED = Prompting()
+"""The messages of the rows, in the chat template of each tokenizer."""
+
+
 def choose_questions(
-    names: str | None, run_folders: Iterable[Path], limit: int | None, *, scoring: Scoring = Scoring.VERL
+    names: str | None,
+    run_folders: Iterable[Path],
+    limit: int | None,
+    *,
+    scoring: Scoring = Scoring.VERL,
+    prompting: Prompting = UNCHANGED,
+    seed: int = 0,
 ) -> tuple[DataSet, ...]:
     """Data sets of `--dataset` (comma-separated names or files); if it is None, the runs' own validation files.
 
-    Raises InputError if there are none, if they differ between runs, or if rows are not fit for `scoring`.
+    The solved examples that `prompting` asks for are drawn with `seed` from the training rows beside each file. Raises
+    InputError if there are no data sets or examples, if they differ between runs, or if rows are not fit for `scoring`.
     """
     chosen = _recorded(run_folders) if names is None else [_named(name.strip()) for name in names.split(",")]
     files = list(dict.fromkeys(chosen))
     labels = _labels(files)
-    return tuple(
-        DataSet(name=labels[file], file=file, questions=tuple(read(file, limit, scoring=scoring))) for file in files
-    )
+    found = []
+    for file in files:
+        asked = read(file, limit, scoring=scoring)
+        shots = _shots(file, asked, prompting.shots, seed)
+        put = tuple(replace(one, prompt=_prompt(one.prompt, shots, prompting.system)) for one in asked)
+        found.append(DataSet(name=labels[file], file=file, questions=put))
+    return tuple(found)
 
 
 def read(file: Path, limit: int | None, *, scoring: Scoring = Scoring.VERL) -> list[Question]:
@@ -66,6 +103,50 @@ def read(file: Path, limit: int | None, *, scoring: Scoring = Scoring.VERL) -> l
     if not rows:
         raise InputError(f"no rows in {file}")
     return [_question(row) for row in rows[:limit]]
+
+
+def _shots(file: Path, asked: Sequence[Question], count: int, seed: int) -> list[Message]:
+    """Messages of `count` solved examples: rows of the training file beside `file` that ask none of its questions.
+
+    An example is answered by its `extra_info.answer`, else by its truth in the form that its scorer reads. Raises
+    InputError if there are too few, or if one has no answer.
+    """
+    if not count:
+        return []
+    train = file.with_name(f"train{file.suffix}")
+    if train == file or not train.is_file():
+        hint = "prepared data sets have one; of other files, name the questions' test.parquet and the examples' train"
+        raise InputError(f"--shots {count}: no training rows for {file}: no {train}", hint=f"{hint}{file.suffix}")
+    needs, bad, known = Needs(text_only=True), BadRows(), {json.dumps(one.prompt) for one in asked}
+    rows_there = readers.read_rows(train, needs, bad)
+    others = (one for one in rows_there if json.dumps(one[1].get("prompt"), default=str) not in known)
+    draw = random.Random(seed)
+    rows = judge(heapq.nsmallest(count, others, key=lambda _: draw.random()), needs, bad)
+    bad.check(str(train))
+    if len(rows) < count:
+        raise InputError(f"--shots {count}: {train} has {counted(len(rows), 'other row')}", hint=f"--shots {len(rows)}")
+    return [message for row in rows for message in (*_without_system(row["prompt"]), _answer(row, train))]
+
+
+def _answer(row: Raw, train: Path) -> Message:
+    answer = (row.get("extra_info") or {}).get("answer")
+    if not isinstance(answer, str):
+        answer = rewards.right_answer(row["data_source"], row["reward_model"]["ground_truth"])
+    if answer is None:
+        what = f"--shots: rows of {train} have no answer that an example could show"
+        raise InputError(what, hint="put it into extra_info.answer of each row")
+    return {"role": "assistant", "content": answer}
+
+
+def _prompt(prompt: list[Message], shots: list[Message], system: str | None) -> list[Message]:
+    """The messages of a question after its system message, or `system` instead, and the examples `shots`."""
+    asked = _without_system(prompt)
+    own = prompt[: len(prompt) - len(asked)] if system is None else []
+    return [*own, *([{"role": "system", "content": system}] if system else []), *shots, *asked]
+
+
+def _without_system(prompt: list[Message]) -> list[Message]:
+    return list(itertools.dropwhile(lambda message: message["role"] == "system", prompt))
 
 
 def _named(data: str) -> Path:

@@ -28,7 +28,7 @@ _LISTED = 12
 _EQUAL = 1e-12
 """Tolerance of comparing accuracies: a mean of means may differ from the exact number by this much."""
 
-Against = Literal["first", "baseline", "step"]
+Against = Literal["first", "baseline", "step", "model"]
 Method = Literal["mcnemar", "bootstrap"]
 
 
@@ -36,8 +36,9 @@ Method = Literal["mcnemar", "bootstrap"]
 class Comparison:
     """The best step of a run on one data set compared with its first step, a baseline, or any other step.
 
-    The difference is corrected for having chosen the best: it holds for all `among` pairs that this one was chosen from
-    (each step with the first or with the baseline; among later steps every pair).
+    Several models are compared in the same way (`against` "model"). The difference is corrected for having chosen the
+    best: it holds for all `among` pairs that this one was chosen from (each step with the first or with the baseline;
+    among later steps, and among models, every pair).
     """
 
     run: str
@@ -63,35 +64,68 @@ def compare(entries: Sequence[Entry], baseline: Entry | None = None) -> list[Com
     The first entry is where training began. Raises InputError if they did not answer the same questions.
     """
     everything = [*entries, *([baseline] if baseline else [])]
-    _check_questions([entry.result for entry in everything])
-    marks = [entry.marks for entry in everything]
-    columns = [[sum(samples) / len(samples) for samples in one] for one in marks]
-    method: Method = "mcnemar" if all(len(samples) == 1 for one in marks for samples in one) else "bootstrap"
+    columns, method = _columns(everything)
     best = max(range(len(entries)), key=lambda index: (sum(columns[index]), index))
     run = entries[-1].run  # the first may be a base, which belongs to no run
-    found = []
-    for against, pairs in _families(entries, best, baseline):
-        tested = differences(columns, pairs, single=method == "mcnemar", stepwise=against == "step")
-        for (a, b), difference in zip(pairs, tested, strict=True):
-            if best not in {a, b}:
-                continue
-            other = b if a == best else a
-            found.append(
-                Comparison(
-                    run=run,
-                    dataset=entries[best].result.data.name,
-                    against=against,
-                    best=entries[best].called_in(run),
-                    best_step=entries[best].step,
-                    other=everything[other].called_in(run),
-                    other_step=everything[other].step,
-                    difference=difference if a == best else difference.turned(),
-                    among=len(pairs),
-                    method=method,
-                    questions=len(columns[best]),
-                )
-            )
-    return found
+    return [
+        one
+        for against, pairs in _families(entries, best, baseline)
+        for one in _with_best(everything, columns, method, best, against=against, pairs=pairs, run=run)
+    ]
+
+
+def compare_models(entries: Sequence[Entry]) -> list[Comparison]:
+    """Compare the best of `entries`, models on one data set, with each other one, the most accurate first.
+
+    Raises InputError if they did not answer the same questions.
+    """
+    columns, method = _columns(entries)
+    best = max(range(len(entries)), key=lambda index: (sum(columns[index]), -index))
+    pairs = list(combinations(range(len(entries)), 2))
+    found = _with_best(entries, columns, method, best, against="model", pairs=pairs, run="")
+    return sorted(found, key=lambda one: one.difference.value)
+
+
+Columns = list[list[float]]
+
+
+def _columns(entries: Sequence[Entry]) -> tuple[Columns, Method]:
+    """Shares of right responses, [entry][question], and the test that suits them; InputError for other questions."""
+    _check_questions([entry.result for entry in entries])
+    marks = [entry.marks for entry in entries]
+    single = all(len(samples) == 1 for one in marks for samples in one)
+    return [[sum(samples) / len(samples) for samples in one] for one in marks], "mcnemar" if single else "bootstrap"
+
+
+def _with_best(
+    entries: Sequence[Entry],
+    columns: Columns,
+    method: Method,
+    best: int,
+    *,
+    against: Against,
+    pairs: Sequence[Pair],
+    run: str,
+) -> Iterator[Comparison]:
+    """Yield the comparisons of `pairs` that include the best entry, corrected for all of them."""
+    tested = differences(columns, pairs, single=method == "mcnemar", stepwise=against in {"step", "model"})
+    for (a, b), difference in zip(pairs, tested, strict=True):
+        if best not in {a, b}:
+            continue
+        other = b if a == best else a
+        yield Comparison(
+            run=run,
+            dataset=entries[best].result.data.name,
+            against=against,
+            best=entries[best].called_in(run),
+            best_step=entries[best].step,
+            other=entries[other].called_in(run),
+            other_step=entries[other].step,
+            difference=difference if a == best else difference.turned(),
+            among=len(pairs),
+            method=method,
+            questions=len(columns[best]),
+        )
 
 
 def _check_questions(results: Sequence[Evaluated]) -> None:
@@ -127,6 +161,29 @@ def on_steps(comparisons: Sequence[Comparison]) -> list[str]:
     if any(c.among > 1 for c in comparisons):
         said.append("p-values and intervals are corrected for having picked the best of several steps")
     return said
+
+
+def on_models(comparisons: Sequence[Comparison]) -> list[str]:
+    """Sentences on the models of each data set, and once a sentence on the correction of the numbers."""
+    said = []
+    for dataset, group in groupby(comparisons, key=lambda c: c.dataset):
+        found = list(group)
+        said += [f"{dataset}: {sentence}" for sentence in (*_on_best_model(found), *_too_few(found))]
+    if any(c.among > 1 for c in comparisons):
+        said.append("p-values and intervals are corrected for all pairs of models")
+    return said
+
+
+def _on_best_model(found: Sequence[Comparison]) -> Iterator[str]:
+    """Yield which models the best one beats, and from which it is not distinguishable."""
+    beaten, alike = ([c for c in found if c.difference.significant is is_clear] for is_clear in (True, False))
+    best = found[0].best
+    if len(beaten) > 1 and not alike:
+        yield f"{best} beats every other model, {p_text(max(c.difference.adjusted for c in beaten))}"
+    else:
+        yield from (f"{best} beats {c.other} by {_amount(c.difference)}" for c in beaten[:_LISTED])
+    for c in alike[:_LISTED]:
+        yield f"{best}, the best, is not distinguishable from {c.other}: {_amount(c.difference)}"
 
 
 def _on_one(found: Sequence[Comparison]) -> Iterator[str]:

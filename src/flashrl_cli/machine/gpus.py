@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from flashrl_cli.errors import EnvironmentNotReady
 from flashrl_cli.machine.finding import Finding, fail, ok, warn
-from flashrl_cli.precision import KV8_GPUS, PRECISIONS, Capabilities
+from flashrl_cli.precision import KV_CACHES, PRECISIONS, Capabilities
 from flashrl_cli.text import counted
 
 QUERY = ("--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader,nounits")
@@ -122,12 +122,14 @@ def cuda_of(torch: str) -> int:
     return int(local[:2]) if local[:2].isdigit() else PINNED_CUDA
 
 
-def gpus_lack(precision: str, found: Sequence[Gpu], *, kv8: bool = False) -> Iterator[Finding]:
-    """Yield a failure if some GPU has no kernel for a precision or an FP8 KV cache, with an alternative."""
+def gpus_lack(precision: str, found: Sequence[Gpu], kv_cache: str = "auto") -> Iterator[Finding]:
+    """Yield a failure if some GPU has no kernel for a precision or a KV cache in 8 bits, with an alternative."""
     if reason := lacks(precision, found):
         yield fail("rollout.precision", reason, f"--rollout {PRECISIONS[precision].instead}")
-    if kv8 and (reason := outside(KV8_GPUS, "an FP8 KV cache", found)):
-        yield fail("rollout.kv_cache", reason, "--set rollout.kv_cache=auto")
+    cache = KV_CACHES.get(kv_cache)
+    if cache and (reason := outside(cache.gpus, f"a KV cache in {kv_cache}", found)):
+        able = (name for name, row in KV_CACHES.items() if outside(row.gpus, name, found) is None)
+        yield fail("rollout.kv_cache", reason, f"--set rollout.kv_cache={next(able, 'auto')}")
 
 
 def lacks(precision: str, gpus: Sequence[Gpu]) -> str | None:
@@ -201,6 +203,36 @@ def choose_free(count: int, share: float | None) -> tuple[str | None, float | No
         return None, share
     found = parse_free(probe(_FREE) or "")
     return freest(count, share, found) if found else (None, share)
+
+
+def places(engines: int | None, each: int, share: float | None) -> list[tuple[str | None, float | None]]:
+    """What `choose_free` returns for each of several engines on `each` GPUs of their own; None: as many as have room.
+
+    Without a GPU, `engines` processes share the CPU. Raises EnvironmentNotReady if too few GPUs have free memory, and
+    for all GPUs of a machine that has none.
+    """
+    if engines == 1:
+        return [choose_free(each, share)]
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found: list[tuple[str, float | None]]
+    if allowed is None:
+        there = parse_free(probe(_FREE) or "")
+        found = [(str(gpu.index), share or round(gpu.share, 2)) for gpu in there if gpu.share >= _LEAST]
+        without = not there
+    else:
+        names = [name.strip() for name in allowed.split(",")]
+        found = [(name, share) for name in names if name and not name.startswith("-")]
+        without = not found
+    if without and engines is not None:
+        return [(None, share)] * engines
+    count = len(found) // each if engines is None else engines
+    if not count or count * each > len(found):
+        asked = "all" if engines is None else engines * each
+        hint = "`nvidia-smi` names what runs on the others" if allowed is None else "more GPUs in CUDA_VISIBLE_DEVICES"
+        what = f"--gpus {asked}, {counted(each, 'GPU')} for an engine: {counted(len(found), 'GPU')} with free memory"
+        raise EnvironmentNotReady(what, hint=hint)
+    groups = [found[first : first + each] for first in range(0, count * each, each)]
+    return [(",".join(name for name, _ in group), min((s for _, s in group if s), default=None)) for group in groups]
 
 
 def parse_free(text: str) -> list[FreeMemory]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flashrl_cli.errors import EnvironmentNotReady
 from flashrl_cli.machine.finding import Finding, fail, ok, warn
-from flashrl_cli.precision import PRECISIONS
+from flashrl_cli.precision import KV_CACHES, PRECISIONS
 from flashrl_cli.text import size
 
 TMP = "/tmp"  # noqa: S108 - default folder of Ray, Python and verl
@@ -29,8 +29,8 @@ def has_avx512(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
         return False
 
 
-def cpu_lacks(precision: str, *, kv8: bool = False) -> Iterator[Finding]:
-    """Yield a failure if vLLM has no CPU kernel for a precision or an FP8 KV cache, with an alternative."""
+def cpu_lacks(precision: str, kv_cache: str = "auto") -> Iterator[Finding]:
+    """Yield a failure if vLLM has no CPU kernel for a precision or a KV cache in 8 bits, with an alternative."""
     row = PRECISIONS[precision]
     if not row.cpu:
         yield fail(
@@ -39,7 +39,10 @@ def cpu_lacks(precision: str, *, kv8: bool = False) -> Iterator[Finding]:
             f"(compute capability {'.'.join(map(str, row.gpus.least))} or newer)",
             f"`--rollout {row.instead}` runs on a CPU",
         )
-    if kv8 and not has_avx512():
+    cache = KV_CACHES.get(kv_cache)
+    if cache and not cache.cpu:
+        yield fail("rollout.kv_cache", f"vLLM has no {kv_cache} KV cache on a CPU", "--set rollout.kv_cache=auto")
+    elif cache and not has_avx512():
         # vllm/v1/attention/backends/cpu_attn.py:510 in 0.28
         yield fail("rollout.kv_cache", "vLLM's FP8 KV cache needs AVX-512 on a CPU", "--set rollout.kv_cache=auto")
 

@@ -37,6 +37,8 @@ QWEN3 = {
 }
 """`SIZES` of Qwen3 (arXiv 2505.09388, tables 1 and 2), as in the config.json files on the hub."""
 QWEN3_TIED = {"0.6B", "1.7B", "4B"}
+LLAMA32 = {"1B": (2048, 16, 32, 8, 64, 8192, 128256), "3B": (3072, 28, 24, 8, 128, 8192, 128256)}
+"""`SIZES` of the text models of Llama 3.2, as in the config.json files on the hub; all of them tie embeddings."""
 
 
 def shape_of(reference: str, data_root: Path) -> ModelShape | None:
@@ -72,7 +74,7 @@ def _cached(model: str) -> Path | None:
 @cache
 def _table() -> dict[str, ModelShape]:
     """Shapes of the table's models, by Hugging Face id."""
-    return {**_qwen25(), **_qwen3()}
+    return {**_qwen25(), **_qwen3(), **_llama32()}
 
 
 def _qwen25() -> dict[str, ModelShape]:
@@ -106,3 +108,12 @@ def _qwen3_shape(row: tuple[int, ...], positions: int, *, tied: bool, size: str)
         sizes |= {"experts": 128, "experts_per_token": 8, "expert_intermediate": 768}
     kind = "qwen3_moe" if "experts" in sizes else "qwen3"
     return ModelShape(architecture=kind, max_positions=positions, tied=tied, qk_norm=True, **sizes)
+
+
+def _llama32() -> dict[str, ModelShape]:
+    found: dict[str, ModelShape] = {}
+    for size, row in LLAMA32.items():
+        sizes: dict[str, Any] = dict(zip(SIZES, row, strict=True))
+        shape = ModelShape(architecture="llama", max_positions=131072, tied=True, **sizes)
+        found |= {f"meta-llama/Llama-3.2-{size}{suffix}": shape for suffix in ("", "-Instruct")}
+    return found

@@ -467,7 +467,7 @@ def output_channels(shape: ModelShape) -> int:
 def kv_bytes(shape: ModelShape, rollout: RolloutSettings) -> int:
     """Bytes of keys and values per token on one GPU; heads are replicated if there are more GPUs than heads."""
     heads = max(1, shape.kv_heads // rollout.tensor_parallel)
-    return 2 * shape.layers * heads * shape.head_dim * rollout.kv_bytes
+    return 2 * shape.layers * heads * (shape.head_dim * rollout.kv_bytes + rollout.kv_scale_bytes)
 
 
 def working(shape: ModelShape, rollout: RolloutSettings) -> int:

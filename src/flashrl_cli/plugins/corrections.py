@@ -1,4 +1,4 @@
-"""Metrics of verl's rollout correction that it lacks or cannot compute, and the scale of its GMPO loss.
+"""What verl's rollout correction lacks or cannot compute: metrics, advantages of what rejection leaves, GMPO's scale.
 
 Processes that neither correct nor train never import verl's modules of these, and are left as they are.
 """
@@ -9,9 +9,11 @@ import functools
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli.contract import PATCHED, VERL, before_import
+from flashrl_cli.contract import PATCHED, VERL, before_import, replace_in_verl
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
 RATIO_MAX = "ratio_max"
@@ -27,9 +29,12 @@ def apply() -> None:
 
 
 def prepare_trainer() -> None:
-    """Change the metrics of the correction."""
+    """Change the metrics of the correction, and the advantages."""
     report_weights_that_are_all_zero()
     report_largest_ratio()
+    whiten_what_is_left()
+    compare_no_empty_responses()
+    count_only_responses()
 
 
 def _require_verl() -> None:
@@ -94,6 +99,89 @@ def report_largest_ratio() -> None:
 
     setattr(compute_offpolicy_metrics, PATCHED, True)
     verls.compute_offpolicy_metrics = compute_offpolicy_metrics
+
+
+def whiten_what_is_left() -> None:
+    """Whiten the values of a batch of which rejection left one token or none to 0 (idempotent).
+
+    verl ends the run with a ValueError, because it divides by the number of tokens less 1
+    (verl/utils/torch_functional.py:319 in 0.9.1, of the advantages `gae`, `reinforce_plus_plus` and
+    `reinforce_plus_plus_baseline`; no upstream issue). Others go on, with a gradient of 0, and the run's watch reports
+    the rejection. Raises RuntimeError for a verl other than 0.9.1.
+    """
+    _require_verl()
+    import verl.utils.torch_functional as verls
+
+    original = verls.masked_whiten
+    if getattr(original, PATCHED, False):
+        return
+
+    @functools.wraps(original)
+    def masked_whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
+        if mask.sum() > 1:
+            found: torch.Tensor = original(values, mask, shift_mean)
+            return found
+        return values * 0.0
+
+    replace_in_verl(verls, masked_whiten)
+
+
+def compare_no_empty_responses() -> None:
+    """Let OPO's advantages be 0 in a group whose responses have no tokens to be trained on (idempotent).
+
+    verl's baseline of such a group is 0 / 0 (verl/trainer/ppo/core_algos.py:713 in 0.9.1, no upstream issue). A NaN in
+    the advantages remains one behind any mask, and an engine makes no update with a gradient of NaN: none of the
+    mini-batch with the rows by which verl's trainer fills a batch up after failed rollouts
+    (verl/trainer/ppo/padding_utils.py:179), nor of one with a rejected group. Raises RuntimeError for a verl other than
+    0.9.1.
+    """
+    _require_verl()
+    import verl.trainer.ppo.core_algos as verls
+
+    original = verls.ADV_ESTIMATOR_REGISTRY["opo"]
+    if getattr(original, PATCHED, False):
+        return
+
+    @functools.wraps(original)
+    def compute_opo_outcome_advantage(
+        token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *more: Any, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        found, _ = original(token_level_rewards, response_mask, *more, **options)
+        found = found.masked_fill(response_mask == 0, 0.0)
+        return found, found
+
+    setattr(compute_opo_outcome_advantage, PATCHED, True)
+    verls.ADV_ESTIMATOR_REGISTRY["opo"] = compute_opo_outcome_advantage
+    verls.compute_opo_outcome_advantage = compute_opo_outcome_advantage
+
+
+def count_only_responses() -> None:
+    """Scale GPG's advantages by the number of responses, without the rows by which verl fills a batch up (idempotent).
+
+    GPG multiplies by the rows of a batch over those with a reward (verl/trainer/ppo/core_algos.py:811 in 0.9.1, no
+    upstream issue), and a row without a reward makes all others' advantages larger. Such rows have a prompt of their
+    own, whose name no response's has (verl/trainer/ppo/padding_utils.py:179). Raises RuntimeError for a verl other than
+    0.9.1.
+    """
+    _require_verl()
+    import verl.trainer.ppo.core_algos as verls
+
+    original = verls.ADV_ESTIMATOR_REGISTRY["gpg"]
+    if getattr(original, PATCHED, False):
+        return
+
+    @functools.wraps(original)
+    def compute_gpg_outcome_advantage(
+        token_level_rewards: torch.Tensor, response_mask: torch.Tensor, index: Sequence[str], *more: Any, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        found, _ = original(token_level_rewards, response_mask, index, *more, **options)
+        responses = sum(not str(prompt).startswith("pad") for prompt in index)
+        found = found * (responses / len(index))
+        return found, found
+
+    setattr(compute_gpg_outcome_advantage, PATCHED, True)
+    verls.ADV_ESTIMATOR_REGISTRY["gpg"] = compute_gpg_outcome_advantage
+    verls.compute_gpg_outcome_advantage = compute_gpg_outcome_advantage
 
 
 def average_gmpo_over_mini_batch() -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 from flashrl_cli import contract
 
-RAY_VERSION = "2.60."
+RAY_VERSIONS = ("2.56.", "2.60.")
+"""Versions of Ray whose workers are known to start as forks: their setup_worker.py is the same."""
 WAIT_S = 120.0
 """Seconds to wait for the server, which answers once its imports are done."""
 
@@ -74,7 +75,7 @@ def start_ray_workers_by_fork() -> None:
     """
     import ray._private.parameter
 
-    if not ray.__version__.startswith(RAY_VERSION):
+    if not ray.__version__.startswith(RAY_VERSIONS):
         contract.logger().warning("workers of Ray %s start without the fork server", ray.__version__)
         return
     original = ray._private.parameter.RayParams.__init__

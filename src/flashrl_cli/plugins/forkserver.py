@@ -44,15 +44,21 @@ MODULES = (
     "verl.trainer.ppo.v1",
     "verl.workers.engine_workers",
     "verl.workers.engine.fsdp.transformer_impl",
-    "verl.workers.rollout.vllm_rollout.vllm_async_server",
     "verl.experimental.reward_loop.reward_manager",
     "vllm.v1.engine.core",
     "vllm.v1.core.sched.scheduler",
-    "flashrl_cli.plugins.verl_refit",
 )
 """What the processes of a run import, beside what these modules import in turn."""
-ON_CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.attention.backends.cpu_attn")
+ON_CPU = (
+    "verl.workers.rollout.vllm_rollout.vllm_async_server",
+    "flashrl_cli.plugins.verl_refit",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.attention.backends.cpu_attn",
+)
 ON_CUDA = ("vllm.v1.worker.gpu_worker", "vllm.v1.attention.backends.flash_attn")
+"""Without verl's rollout, which imports vLLM's linear attention (verl/utils/vllm/patch.py:56), which asks CUDA for the
+name and the memory of the GPU (vllm/model_executor/layers/fla/ops/utils.py:123 to 167 in 0.24).
+"""
 CUDA_DRIVER = "libcuda.so.1"
 NOT_INITIALIZED = 3
 """CUDA_ERROR_NOT_INITIALIZED of CUDA's driver, in a process in which nothing has called cuInit yet."""

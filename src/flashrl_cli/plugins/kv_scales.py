@@ -23,6 +23,7 @@ import torch
 from vllm.model_executor.layers.attention import Attention
 
 from flashrl_cli import contract
+from flashrl_cli.precision import BY_CACHE_DTYPE
 
 if TYPE_CHECKING:
     from flashrl_cli.plugins.coverage import Bucket
@@ -37,7 +38,7 @@ BACKENDS = {"FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN"}
 FlashInfer keeps the scales of its first step, and CUDA graphs keep its host-side numbers
 (vllm/v1/attention/backends/flashinfer.py:1476, :1806 in 0.24), while the cache is written with the new ones.
 """
-_FP8 = {"fp8", "fp8_e4m3"}
+_FP8 = {dtype for dtype, name in BY_CACHE_DTYPE.items() if name == "fp8"}
 _NAME = re.compile(
     r"(?:^|\.)layers\.(\d+)\."
     r"(?:self_attn\.(?:([qkv])_proj\.(weight|bias)|([qk])_norm\.weight)|(input_layernorm)\.weight)$"
@@ -205,6 +206,6 @@ def _amplitude(model: torch.nn.Module) -> float:
 
 
 def precision(model: torch.nn.Module) -> str:
-    """The KV cache's precision as `rollout.kv_cache` names it: `fp8` if every layer has it, else `auto`."""
-    kinds = {layer.kv_cache_dtype for layer in model.modules() if type(layer) is Attention}
-    return "fp8" if kinds and kinds <= _FP8 else "auto"
+    """The KV cache's precision as `rollout.kv_cache` names it, if it is that of every layer, else `auto`."""
+    kinds = {BY_CACHE_DTYPE.get(layer.kv_cache_dtype, "auto") for layer in model.modules() if type(layer) is Attention}
+    return kinds.pop() if len(kinds) == 1 else "auto"

@@ -393,3 +393,37 @@ def _draw_bars(
     ]
     style = {"ecolor": MUTED, "elinewidth": 0.8}
     axes.bar(xs, tops, width * 0.9, yerr=spread, error_kw=style, color=CURVES[place % len(CURVES)], label=label)
+
+
+def write_ranking_png(boards: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw leaderboards (documents of evals.accuracy.Board) to `path`, one beside the other; needs no display.
+
+    A model has a dot at its accuracy and a line over its interval; those that are not distinguishable from the best
+    have its colour.
+    """
+    require("matplotlib")
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    longest = max(len(board["places"]) for board in boards)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2 + 4.5 * len(boards), 1.2 + 0.34 * longest), dpi=150, layout="constrained")
+        for number, board in enumerate(boards, 1):
+            axes = figure.add_subplot(1, len(boards), number)
+            for place in board["places"]:
+                behind = place["behind"]
+                colour = MUTED if behind and behind["significant"] else CURVES[0]
+                axes.plot([place["lo"], place["hi"]], [place["rank"]] * 2, color=colour, linewidth=1.8)
+                axes.plot(place["accuracy"], place["rank"], "o", color=colour, markersize=6)
+            axes.set_yticks([place["rank"] for place in board["places"]], [place["model"] for place in board["places"]])
+            axes.set(ylim=(len(board["places"]) + 0.6, 0.4))
+            axes.set_title(board["dataset"], loc="left", color=INK, weight="bold")
+            axes.set_xlabel("accuracy, 95 % interval", color=MUTED)
+            axes.grid(axis="x", color=RULE, linewidth=0.7)
+            axes.set_axisbelow(True)
+            axes.tick_params(colors=MUTED, length=0)
+            axes.tick_params(axis="y", labelcolor=INK)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.spines["bottom"].set_color(RULE)
+        with files.replacing(path) as temporary:
+            figure.savefig(temporary, format="png")

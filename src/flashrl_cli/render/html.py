@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import __version__
+from flashrl_cli.config.yaml_file import text_of
+from flashrl_cli.evals.verdicts import p_text
 from flashrl_cli.render.figure import VARIABLES, inline_svgs, require, styles
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from markupsafe import Markup
 
@@ -27,6 +29,22 @@ def curves_page(panels: Sequence[Panel], *, note: str) -> str:
     """A page of curves only, with the names of their runs and a `note` on how they are drawn."""
     looks = styles(panels)
     return page("curves.html", title=" · ".join(looks), looks=looks, figures=figures(panels, "c"), note=note)
+
+
+def leaderboard_page(document: Mapping[str, Any]) -> str:
+    """A page of the leaderboards in an evaluation's document (evals.accuracy.Report)."""
+    boards = document["leaderboard"]
+    models = len(boards[0]["places"])
+    budgets = {k for board in boards for place in board["places"] for k in place["pass_at"]}
+    settings = {**document["sampling"], **document["prompting"], "rollout": document["rollout"]}
+    return page(
+        "leaderboard.html",
+        title=f"{models} models on {', '.join(board['dataset'] for board in boards)}",
+        boards=boards,
+        several=max(budgets, default=0),
+        verdicts=document["verdicts"],
+        settings={key: text_of(value) for key, value in settings.items()},
+    )
 
 
 def drawing_note(weight: float, *, resumed: bool) -> str:
@@ -55,7 +73,9 @@ def page(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {one.__name__: one for one in (number, digits, whole, percent, duration, moment, breakable)}
+    environment.filters |= {
+        one.__name__: one for one in (number, digits, whole, percent, duration, moment, breakable, p_text)
+    }
     environment.filters["command"] = shlex.join
     dark = dict(zip(VARIABLES.values(), (*_DARK_INKS, *_DARK_CURVES), strict=True))
     light = {variable: colour for colour, variable in VARIABLES.items()}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.paths import AttemptPaths, RunPaths
-from flashrl_cli.precision import PRECISIONS
+from flashrl_cli.precision import KV_CACHES, PRECISIONS
 from flashrl_cli.runs.store import PLAN_VERSION
 from flashrl_cli.train.resume import FROM_NOTHING, Resume
 from flashrl_cli.verl.environment import run_environment
@@ -73,7 +73,7 @@ def default_name(preset: str, spec: RunSpec) -> str:
     """Default name of a run: preset, precision, other rollout options, correction (such as `tiny-int8-kv8-tis2`)."""
     rollout, correction = spec.rollout, spec.correction
     parts = {
-        "kv8": rollout.kv_cache == "fp8",
+        **{cache.suffix: rollout.kv_cache == name for name, cache in KV_CACHES.items()},
         "head32": rollout.lm_head_fp32,
         "smooth": rollout.profile is not None,
         "plain": rollout.rotation == "off" and rollout.profile is None and PRECISIONS[rollout.precision].rotates,

@@ -103,11 +103,11 @@ def device_findings(spec: RunSpec, versions: Mapping[str, str]) -> Iterator[Find
         _environment(spec) | environment.worker_variables(spec.verl), spec.resources.gpus_per_node, preset=spec.env
     )
     if spec.resources.platform == "cpu":
-        yield from system.cpu_lacks(spec.rollout.precision, kv8=spec.rollout.kv_cache != "auto")
+        yield from system.cpu_lacks(spec.rollout.precision, spec.rollout.kv_cache)
     elif joined is None:
         found = gpus.seen()
         yield _enough_gpus(spec, len(found))
-        yield from gpus.gpus_lack(spec.rollout.precision, found, kv8=spec.rollout.kv_cache != "auto")
+        yield from gpus.gpus_lack(spec.rollout.precision, found, spec.rollout.kv_cache)
         yield from gpus.driver(found, gpus.cuda_of(versions.get("torch", "")), compatible=gpus.COMPATIBLE.is_dir())
         if software.installed_stack(versions) is software.GPU:
             yield _attention(spec, found, versions)

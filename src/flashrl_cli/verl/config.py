@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashrl_cli import contract
 from flashrl_cli.errors import Location, Problem
+from flashrl_cli.precision import KV_CACHES
 from flashrl_cli.verl.overrides import (
     ACTOR,
     ATTENTION,
@@ -367,6 +368,9 @@ class RolloutSettings:
     eager: bool = False
     sleeps: bool = True
     kv_bytes: int = 2
+    """Bytes of a number in the KV cache."""
+    kv_scale_bytes: int = 0
+    """Bytes of the scale of a token's keys, or values, of one head."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -484,6 +488,7 @@ def _engine(s: Settings, name: str, train: Batch, infer: Batch, **more: Any) -> 
 
 def _rollout(s: Settings) -> RolloutSettings:
     rollout = s.spec.rollout
+    cache = KV_CACHES.get(rollout.kv_cache)
     return RolloutSettings(
         # a run with `rollout.mix` must fit on the GPUs of its bf16 replicas, which are larger
         precision="bf16" if rollout.mix else rollout.precision,
@@ -494,7 +499,8 @@ def _rollout(s: Settings) -> RolloutSettings:
         max_model_len=rollout.max_model_len or s.spec.data.max_length,
         eager=rollout.enforce_eager,
         sleeps=bool(s.get(f"{ROLLOUT}.free_cache_engine")),
-        kv_bytes=2 if rollout.kv_cache == "auto" else 1,
+        kv_bytes=1 if cache else 2,
+        kv_scale_bytes=cache.scale_bytes if cache else 0,
     )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from flashrl_cli import contract, paths
 from flashrl_cli.config.layers import Origin
 from flashrl_cli.errors import Location
-from flashrl_cli.precision import PRECISIONS
+from flashrl_cli.precision import KV_CACHES, PRECISIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -341,8 +341,8 @@ def _precision(resolved: Resolved) -> Iterator[Override]:
         yield Override(f"{ROLLOUT}.quantization", row.verl, origin)
     if row.method:
         yield Override(f"{ENGINE}.quantization", row.method, origin, added=True)
-    if rollout.kv_cache != "auto":
-        yield Override(f"{ENGINE}.kv_cache_dtype", rollout.kv_cache, resolved.origins["rollout.kv_cache"], added=True)
+    if cache := KV_CACHES.get(rollout.kv_cache):
+        yield Override(f"{ENGINE}.kv_cache_dtype", cache.vllm, resolved.origins["rollout.kv_cache"], added=True)
     why = _extension_reason(resolved)
     extension = contract.WORKER_EXTENSION if why else contract.CHECKED_EXTENSION
     because = (

@@ -143,6 +143,12 @@ def points(data_source: str, truth: Any) -> float:
     return float(result["score"] if isinstance(result, Mapping) else result)
 
 
+def right_answer(data_source: str, truth: Any) -> str | None:
+    """The response that gives `truth` itself in the form that the scorer of `data_source` reads; None without one."""
+    found = scorer(data_source)
+    return found.answer.format(_said(found, truth)) if found and found.answer else None
+
+
 def require_verl() -> Path:
     """Folder of the installed verl, found without importing it; raises EnvironmentNotReady if there is none."""
     spec = importlib.util.find_spec("verl")

@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flashrl_cli.errors import InputError
 from flashrl_cli.weights import Unreadable, read_json
 
 CPU_MEMORY = 0.2
 """Fraction of the machine's memory that vLLM's CPU worker requires to be free; the KV cache has a separate size."""
 Messages = list[dict[str, str]]
+_SHOWN = 200
 
 
 class Spoilt(Unreadable):
@@ -58,23 +60,63 @@ def refit(llm: Any, source: Mapping[str, Any]) -> dict[str, Any]:
     return ranks[0]
 
 
-def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer in an HF folder. Raises Unreadable if it cannot be read or has no chat template."""
+def tokenizer_of(folder: Path, *, chat: bool = True) -> Any:
+    """The tokenizer in an HF folder. Raises Unreadable if it cannot be read or, with `chat`, has no chat template."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise Unreadable(f"no tokenizer that can be read in {folder}: {str(error).splitlines()[0]}") from error
-    if not tokenizer.chat_template:
-        raise Unreadable(f"the tokenizer in {folder} has no chat template (chat_template.jinja)")
+    if chat and not tokenizer.chat_template:
+        raise Unreadable(
+            f"the tokenizer in {folder} has no chat template (chat_template.jinja); flashrl eval takes one by "
+            "--chat-template FILE, and evaluates a base model without one by --chat-template none"
+        )
     return tokenizer
 
 
-def tokens_of(tokenizer: Any, prompt: Messages) -> list[int]:
-    """Token ids of a prompt in a tokenizer's chat template, up to the start of the response."""
-    tokens: list[int] = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+def tokens_of(
+    tokenizer: Any, prompt: Messages, *, chat_template: str | None = None, arguments: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Token ids of a prompt up to the start of the response.
+
+    `chat_template` is the text of a Jinja template instead of the tokenizer's, which gets `arguments`, or empty: then
+    the ids are those of `plain_text`, with the special tokens that the tokenizer puts around a text (such as the start
+    of a sequence). Raises Unreadable if the tokenizer's own template refuses the prompt, InputError if another one does
+    or leaves out the last message.
+    """
+    from jinja2 import TemplateError
+
+    tokens: list[int]
+    if chat_template == "":
+        tokens = tokenizer(plain_text(prompt)).input_ids
+        return tokens
+    made = {"add_generation_prompt": True, "return_dict": False, **(arguments or {})}
+    try:
+        if chat_template is None:
+            tokens = tokenizer.apply_chat_template(prompt, **made)
+            return tokens
+        made["chat_template"] = chat_template
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, **made)
+        tokens = tokenizer.apply_chat_template(prompt, **made)
+    except (TemplateError, TypeError, ValueError) as error:
+        if chat_template is None:
+            raise Unreadable(f"the chat template of {tokenizer.name_or_path} refuses a prompt: {error}") from error
+        raise InputError(f"--chat-template: {error}", hint="it is a Jinja template over `messages`") from error
+    if prompt[-1]["content"].strip() not in text:
+        what = f"--chat-template: a prompt that it makes does not contain the question: {text[:_SHOWN]!r}"
+        raise InputError(what, hint="each of `messages` has a `role` and a `content`")
     return tokens
+
+
+def plain_text(prompt: Messages) -> str:
+    """The text that asks a model without a chat template: a question and its answer are separated by a line break.
+
+    Blank lines separate questions with their answers from each other and from a system message.
+    """
+    ends = {"user": "\n", "tool": "\n"}
+    return "".join((one["content"] or "") + ends.get(one["role"], "\n\n") for one in prompt)
 
 
 def stop_tokens(folder: Path, tokenizer: Any) -> list[int]:

@@ -179,8 +179,11 @@ def test_the_cpu_stack_measures_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(("able", "lack"), [(True, None), (False, "vLLM's FP8 KV cache needs AVX-512 on a CPU")])
 def test_an_fp8_cache_on_a_cpu_needs_avx512(monkeypatch: pytest.MonkeyPatch, able: bool, lack: str | None) -> None:
     monkeypatch.setattr(system, "has_avx512", lambda: able)
-    assert Machine("cpu", "a CPU").lacks(Variant(precision="int8", kv8=True)) == lack
+    assert Machine("cpu", "a CPU").lacks(Variant(precision="int8", kv_cache="fp8")) == lack
     assert Machine("cpu", "a CPU").lacks(Variant(precision="int8")) is None
+    assert Machine("cpu", "a CPU").lacks(Variant(precision="int8", kv_cache="int8")) == (
+        "vLLM has no int8 KV cache on a CPU"
+    )
 
 
 def test_the_gpu_stack_measures_on_what_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +193,7 @@ def test_the_gpu_stack_measures_on_what_is_visible(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(gpus, "probe", lambda: H100)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     found = request.here()
-    assert (found.kind, found.device, found.lacks(Variant(precision="fp8", kv8=True))) == (
+    assert (found.kind, found.device, found.lacks(Variant(precision="fp8", kv_cache="fp8"))) == (
         "cuda",
         "NVIDIA H100 80GB HBM3",
         None,
@@ -204,7 +207,9 @@ def test_the_gpu_stack_measures_on_what_is_visible(monkeypatch: pytest.MonkeyPat
 def test_an_older_gpu_has_no_fp8_in_its_cache_either(gpu: str) -> None:
     found = Machine("cuda", "a GPU", tuple(gpus.parse(f"{gpu}, 580.65.06, 81559")))
     assert found.lacks(Variant(precision="int8")) is None
-    assert "an FP8 KV cache needs compute capability 9.0" in (found.lacks(Variant(precision="int8", kv8=True)) or "")
+    lack = found.lacks(Variant(precision="int8", kv_cache="fp8"))
+    assert "a KV cache in fp8 needs compute capability 9.0" in (lack or "")
+    assert found.lacks(Variant(precision="int8", kv_cache="int8")) is None
 
 
 @pytest.mark.parametrize(
@@ -306,7 +311,7 @@ def test_blocks_of_a_rotation_divide_every_input_of_a_rank(hf: Path) -> None:
 def test_variants_are_read_once_each_in_their_order(tmp_path: Path) -> None:
     profile = tmp_path / "profile"
     profile.touch()
-    found = parse("bf16, int8,int8+head32+kv8,bf16,int8+smooth,fp8-block+head32,int8+rot64+kv8", profile)
+    found = parse("bf16, int8,int8+head32+kv8,bf16,int8+smooth,fp8-block+head32,int8+rot64+kv8,int8+kvint8", profile)
     assert [one.name for one in found] == [
         "bf16",
         "int8",
@@ -314,9 +319,10 @@ def test_variants_are_read_once_each_in_their_order(tmp_path: Path) -> None:
         "int8+smooth",
         "fp8-block+head32",
         "int8+kv8+rot64",
+        "int8+kvint8",
     ]
     assert found[3].profile == profile
-    assert [one.asked_rotation for one in found] == [0, "auto", "auto", 0, 0, 64]
+    assert [one.asked_rotation for one in found] == [0, "auto", "auto", 0, 0, 64, "auto"]
     assert [one.asked_rotation for one in parse("int8+plain,int8+smooth+rot16", profile)] == [0, 16]
 
 
@@ -332,7 +338,9 @@ def test_variants_are_read_once_each_in_their_order(tmp_path: Path) -> None:
         ("int8+smooth", "needs a profile", "--profile FILE"),
         ("bf16+smooth", "for int8 and fp8", "--rollout int8+smooth"),
         ("fp8-block+smooth", "for int8 and fp8", "--rollout int8+smooth"),
-        ("fp8-block+kv8", "an FP8 KV cache takes flashrl's own weight update", "--rollout fp8+kv8"),
+        ("fp8-block+kv8", "a KV cache in 8 bits takes flashrl's own weight update", "--rollout fp8+kv8"),
+        ("fp8-block+kvint8", "a KV cache in 8 bits takes flashrl's own weight update", "--rollout fp8+kvint8"),
+        ("int8+kv8+kvint8", "one KV cache, not kv8 and kvint8", "--rollout int8+kv8"),
     ],
 )
 def test_bad_words_are_refused(text: str, message: str, hint: str) -> None:
@@ -370,8 +378,8 @@ def test_a_profile_is_known_by_its_content(tmp_path: Path) -> None:
             {},
             "the engine holds bf16 (8 of 8 linear layers are quantized, kernel Kernel)",
         ),
-        (Variant(precision="bf16", kv8=True), {"kv_cache": "fp8_e4m3"}, None),
-        (Variant(precision="bf16", kv8=True), {}, "its KV cache is auto"),
+        (Variant(precision="bf16", kv_cache="fp8"), {"kv_cache": "fp8"}, None),
+        (Variant(precision="bf16", kv_cache="fp8"), {}, "its KV cache is auto"),
         (Variant(precision="bf16"), {"kv_cache": "fp8"}, "its KV cache is fp8"),
         (Variant(precision="bf16", head32=True), {"lm_head": "float32"}, None),
         (Variant(precision="bf16", head32=True), {}, "computed in bf16"),

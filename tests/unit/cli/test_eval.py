@@ -179,6 +179,70 @@ def test_blocks_of_a_rotation(
     assert [job.engine.rotation for job in engines.jobs] == [0 if rotation == "off" else 64]
 
 
+def test_prompts_and_sampling_of_ones_own(run: Path, data: str, engines: Engines, tmp_path: Path) -> None:
+    template = tmp_path / "qa.jinja"
+    template.write_text("{{ messages[-1].content }} {{ mood }} {{ n }} {{ who }} {{ all }}")
+    stop = [r"\n\n", r"\\neq", "é:"]
+    evaluate(
+        [str(run)], dataset=data, top_k=7, stop=stop, system="Add.", chat_template=str(template),
+        template_arg=["mood=True", "n=1", "who=a=b", "all=[1, 2]", "mood=false"],
+    )  # fmt: skip
+    (job,) = engines.jobs
+    assert (job.sampling.top_k, job.sampling.stop) == (7, ("\n\n", r"\neq", "é:"))
+    assert job.prompting.chat_template == template.read_text()
+    assert job.prompting.arguments == {"mood": False, "n": 1, "who": "a=b", "all": [1, 2]}
+    evaluate([str(run)], dataset=data, chat_template="none", gpus="2")
+    assert [job.prompting.chat_template for job in engines.jobs[1:]] == [""] * 2
+    document = json.loads((run / "eval" / "eval.json").read_text())
+    assert document["prompting"] == {"system": None, "shots": 0, "chat_template": "", "arguments": {}}
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"stop": ["a", ""]}, "--stop: an empty text"),
+        ({"chat_template": "nothing.jinja"}, "--chat-template nothing.jinja: .*No such file"),
+        ({"template_arg": ["thinking"]}, "--template-arg thinking: no KEY=VALUE"),
+        ({"template_arg": ["a b=1"]}, "no KEY=VALUE"),
+        ({"template_arg": ["thinking=1"]}, "--template-arg thinking: no chat template of these models mentions it"),
+        ({"shots": 2}, "--shots 2: no training rows"),
+        ({"gpus": "0"}, "--gpus 0: no number of GPUs"),
+        ({"gpus": "many"}, "--gpus many"),
+        ({"gpus": "3", "tp": 2}, "--gpus 3 cannot be divided into engines of 2 GPUs"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_anything_starts(
+    run: Path, data: str, engines: Engines, options: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(InputError, match=problem) as caught:
+        evaluate([str(run)], dataset=data, **options)
+    assert caught.value.hint
+    assert not engines.jobs
+
+
+def test_several_models_side_by_side(
+    run: Path, data: str, engines: Engines, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "Graders", HalfRight)
+    models = [str(run / f"global_step_{step}" / "actor" / "huggingface") for step in (1, 2)]
+    for step, name in enumerate("ab"):
+        Path(models[step]).rename(run.parent / name)
+    places = [str(run.parent / name) for name in "ab"]
+    evaluate(places, dataset=data, png=True, html=True, out=run.parent / "out")
+    out, err = capsys.readouterr()
+    assert "sums: a, the best, is not distinguishable from b: 0.0 points" in out
+    assert "no leaderboard" not in err
+    page = (run.parent / "out" / "leaderboard.html").read_text()
+    assert "2 models on sums" in page
+    assert (run.parent / "out" / "leaderboard.png").stat().st_size > 1000
+    assert not (run.parent / "out" / "eval.png").exists()
+    evaluate(places[:1], dataset=data, png=True, html=True, out=run.parent / "one")
+    err = capsys.readouterr().err
+    assert "no leaderboard.html: a leaderboard needs several models" in err
+    assert "no eval.png: a curve needs two steps of a run" in err
+    assert not (run.parent / "one" / "leaderboard.html").exists()
+
+
 def test_a_signal_ends_it_in_order(run: Path, data: str, engines: Engines) -> None:
     def interrupted(job: Job, order: Order) -> Any:
         yield from itertools.islice(answer(job, order), 2)
@@ -192,7 +256,7 @@ def test_a_signal_ends_it_in_order(run: Path, data: str, engines: Engines) -> No
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     engines.script = answer
     evaluate([str(run)], dataset=data)
-    assert engines.orders[1].answered == (0,), "it goes on"
+    assert engines.orders[1].questions == (1, 2, 3), "it goes on"
 
 
 def test_show_is_a_word_of_eval() -> None:

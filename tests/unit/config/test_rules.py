@@ -194,14 +194,7 @@ CASES = [
         GRPO,
         ("algorithm.advantage=opo", by("token"), upper(2)),
         "the baseline weights responses by their number of kept tokens",
-        "--set correction.reject=null",
-    ),
-    (
-        "rejection_leaves_rewards",
-        GRPO,
-        ("algorithm.advantage=opo", by("seq-mean"), upper(2)),
-        "is 0 / 0",
-        "--set algorithm.advantage=rloo",
+        "--set correction.reject.by=seq-mean",
     ),
     (
         "std_is_read",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +15,7 @@ import pytest
 from flashrl_cli.evals import evaluation, job, results
 from flashrl_cli.evals.evaluation import Progress
 from flashrl_cli.evals.job import EngineSettings, Job, Order, Sampling
-from flashrl_cli.evals.questions import DataSet, Question
+from flashrl_cli.evals.questions import DataSet, Prompting, Question
 from flashrl_cli.evals.results import Evaluated, Grade, Response
 from flashrl_cli.runs.checkpoints import Checkpoint
 from flashrl_cli.weights import accounting
@@ -57,12 +59,9 @@ def evaluated(one: Checkpoint, data: DataSet) -> Evaluated:
 def answer(job: Job, order: Order) -> Iterator[dict[str, Any]]:
     """What an engine does that answers everything it is asked."""
     yield {"event": "loaded", "holds": HOLDS}
-    with job.questions(order.data).open(encoding="utf-8") as stream:
-        count = sum(1 for _ in stream)
-    for number in range(count):
-        if number not in order.answered:
-            results.append(order.answers, [response(number, f"{order.weights.hf.name}: {number}")])
-            yield {"event": "advance", "prompts": 1, "tokens": 3}
+    for number in order.questions:
+        results.append(order.answers, [response(number, f"{order.weights.hf.name}: {number}")])
+        yield {"event": "advance", "prompts": 1, "tokens": 3}
     yield {"event": "done", "seconds": 1.0}
 
 
@@ -88,25 +87,41 @@ class Graders:
 
 
 class Engines:
-    """Replaces `job.engine`: each engine follows a script; `jobs` and `orders` are its inputs, `up` counts engines."""
+    """Replaces `job.engine`: each engine follows a script; `jobs` and `orders` are its inputs, `up` counts engines.
+
+    `devices` has the GPUs of each job.
+    """
 
     def __init__(self, script: Script = answer) -> None:
         self.script, self.jobs, self.orders, self.up = script, list[Job](), list[Order](), 0
+        self.devices = list[str | None]()
+        self.lock = threading.Lock()
 
     @contextlib.contextmanager
-    def __call__(self, job: Job, log: Path, devices: str | None = None) -> Iterator[Engines]:
+    def __call__(self, job: Job, log: Path, devices: str | None = None) -> Iterator[Engine]:
         assert job.questions(job.data_sets - 1).is_file()
-        self.jobs.append(job)
-        self.up += 1
+        with self.lock:
+            self.jobs.append(job)
+            self.devices.append(devices)
+            self.up += 1
         try:
-            yield self
+            yield Engine(self, job)
         finally:
-            self.up -= 1
+            with self.lock:
+                self.up -= 1
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One of the scripted engines."""
+
+    of: Engines
+    job: Job
 
     def ask(self, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
         order = Order.of(asked)
-        self.orders.append(order)
-        yield from self.script(self.jobs[-1], order)
+        self.of.orders.append(order)
+        yield from self.of.script(self.job, order)
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Engines:
@@ -136,4 +151,4 @@ class Reported:
         self.tokens += tokens
 
 
-SAMPLING, ENGINE = Sampling(), EngineSettings()
+SAMPLING, PROMPTING, ENGINE = Sampling(), Prompting(), EngineSettings()

@@ -17,7 +17,7 @@ from flashrl_cli.errors import RunFailed
 from flashrl_cli.evals import responses
 from flashrl_cli.evals.accuracy import Report
 from flashrl_cli.evals.results import Evaluated
-from flashrl_cli.evals.stats import wilson
+from flashrl_cli.evals.stats import mcnemar, wilson
 from flashrl_cli.render.tables import table as rich_table
 from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
 from tests.graded import checkpoint, evaluated, single
@@ -96,7 +96,7 @@ def test_a_base_that_is_better_than_a_model() -> None:
     base = checkpoint("start", None)
     others = [evaluated(checkpoint(name, None), single(10, 90)) for name in ("other", "third")]
     made = report(evaluated(base, single(50, 50)), *others, base=base)
-    assert [(c.run, c.best, c.other) for c in made.comparisons] == [
+    assert [(c.run, c.best, c.other) for c in made.comparisons if c.against != "model"] == [
         ("other", "start step 0", "the model"),
         ("third", "start step 0", "the model"),
     ]
@@ -244,3 +244,38 @@ def test_it_is_at_most_100_wide_in_the_fullest_style_that_fits(run: str) -> None
         assert len(lines) == 4
     cells = [table(*on(SETS[:count]))[1][0][2] for count in (3, 4, 6)]
     assert cells == ["0.500 (0.237–0.763)", "0.500 ±0.263", "0.500"]
+
+
+def test_several_models_are_ranked_on_each_data_set() -> None:
+    """By the newest step of each run, whatever an earlier one reached; base and baseline are compared elsewhere."""
+    base, baseline = checkpoint("start", None), checkpoint("theirs", None)
+    results = [
+        evaluated(checkpoint(run, step), single(right, 100 - right), name)
+        for name, rights in (("gsm8k", (90, 40, 70, 65)), ("math", (10, 20, 20, 60)))
+        for (run, step), right in zip((("a", 5), ("a", 10), ("b", None), ("c", None)), rights, strict=True)
+    ]
+    beside = [evaluated(one, single(99, 1), name) for one in (base, baseline) for name in ("gsm8k", "math")]
+    made = report(*beside, *results, base=base, baseline=baseline)
+    ranked = {board.dataset: [(one.rank, one.model, one.row.accuracy) for one in board.places] for board in made.boards}
+    assert ranked == {
+        "gsm8k": [(1, "b", 0.7), (2, "c", 0.65), (3, "a step 10", 0.4)],
+        "math": [(1, "c", 0.6), (2, "a step 10", 0.2), (3, "b", 0.2)],
+    }
+    first = made.boards[0]
+    assert [one.behind and round(one.behind.value, 9) for one in first.places] == [None, 0.05, 0.3]
+    assert [one.behind.p for one in first.places if one.behind] == [mcnemar(5, 0), mcnemar(30, 0)]
+    (document, _) = made.document()["leaderboard"]
+    assert [(one["model"], one["behind"] and one["behind"]["significant"]) for one in document["places"]] == [
+        ("b", None),
+        ("c", False),
+        ("a step 10", True),
+    ]
+    assert len([c for c in made.comparisons if c.against == "model"]) == 4
+
+
+def test_one_model_is_no_ranking() -> None:
+    base, baseline = checkpoint("start", None), checkpoint("theirs", None)
+    one = evaluated(checkpoint("a", 10), single(4, 6))
+    made = report(*(evaluated(other, single(5, 5)) for other in (base, baseline)), one, base=base, baseline=baseline)
+    assert made.boards == ()
+    assert made.document()["leaderboard"] == []

@@ -12,15 +12,22 @@ import pytest
 
 from flashrl_cli.evals.cache import Cache, Unit, units
 from flashrl_cli.evals.job import EngineSettings, Sampling
-from flashrl_cli.evals.questions import DataSet
+from flashrl_cli.evals.questions import DataSet, Prompting
 from flashrl_cli.evals.results import Grade
 from flashrl_cli.machine import software
 from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
-from tests.unit.evals.lab import ENGINE, SAMPLING, checkpoint, data, evaluated
+from tests.unit.evals.lab import ENGINE, PROMPTING, SAMPLING, checkpoint, data, evaluated
 
 
-def unit(one: Checkpoint, asked: DataSet, *, sampling: Sampling = SAMPLING, engine: EngineSettings = ENGINE) -> Unit:
-    (found,) = units([one], [asked], sampling=sampling, engine=engine)
+def unit(
+    one: Checkpoint,
+    asked: DataSet,
+    *,
+    sampling: Sampling = SAMPLING,
+    prompting: Prompting = PROMPTING,
+    engine: EngineSettings = ENGINE,
+) -> Unit:
+    (found,) = units([one], [asked], sampling=sampling, prompting=prompting, engine=engine)
     assert isinstance(found, Unit)
     return found
 
@@ -35,6 +42,12 @@ def test_the_key_names_what_an_answer_depends_on(tmp_path: Path, monkeypatch: py
         unit(one, data(questions=2)),
         unit(one, data(), sampling=dataclasses.replace(SAMPLING, seed=1)),
         unit(one, data(), sampling=dataclasses.replace(SAMPLING, temperature=0.6)),
+        unit(one, data(), sampling=dataclasses.replace(SAMPLING, top_k=5)),
+        unit(one, data(), sampling=dataclasses.replace(SAMPLING, stop=("\n",))),
+        unit(one, data(), prompting=Prompting(chat_template="")),
+        unit(one, data(), prompting=Prompting(chat_template="{{ messages }}")),
+        unit(one, data(), prompting=Prompting(arguments={"enable_thinking": False})),
+        unit(one, data(), prompting=Prompting(arguments={"enable_thinking": True})),
         unit(one, data(), engine=EngineSettings(rollout="int8")),
         unit(one, data(), engine=EngineSettings(rollout="int8", rotation=0)),
         unit(one, data(), engine=EngineSettings(rollout="int8", rotation=64)),
@@ -59,7 +72,7 @@ def test_what_vanished_or_is_torn_is_skipped_and_the_rest_not(tmp_path: Path) ->
     gone, torn, good = (checkpoint(tmp_path, step) for step in (1, 2, 3))
     shutil.rmtree(gone.hf)
     (torn.hf / "model.safetensors").write_bytes(b"x" * 20)
-    found = list(units([gone, torn, good], [data()], sampling=SAMPLING, engine=ENGINE))
+    found = list(units([gone, torn, good], [data()], sampling=SAMPLING, prompting=PROMPTING, engine=ENGINE))
     assert [isinstance(one, Skipped) for one in found] == [True, True, False]
 
 

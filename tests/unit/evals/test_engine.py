@@ -16,6 +16,7 @@ import pytest
 from flashrl_cli.evals import engine, job, results
 from flashrl_cli.evals.engine import Generator, Outgrown
 from flashrl_cli.evals.job import EngineSettings, Job, Order, Sampling
+from flashrl_cli.evals.questions import Prompting
 from flashrl_cli.evals.results import Response
 from flashrl_cli.verl.causes import CAUSES
 from flashrl_cli.weights import Unreadable, Weights
@@ -32,12 +33,15 @@ def test_job_and_order_come_back_as_they_were_written() -> None:
         quantized=None,
         work=Path("/w"),
         data_sets=1,
-        sampling=SAMPLING,
+        sampling=Sampling(stop=("\n", "Q:")),
+        prompting=Prompting(system="Add.", shots=2, chat_template="", arguments={"enable_thinking": False}),
         engine=EngineSettings(rollout="int8"),
     )
     assert Job.of(json.loads(json.dumps(asked.plain()))) == asked
-    trained = Order(weights=Weights(hf=Path("/hf"), shards=(Path("/a.pt"),)), data=0, answers=Path("/x"), answered=(3,))
-    adapted = replace(trained, weights=Weights(hf=Path("/hf"), adapter=Path("/lora"), base=Path("/base")), answered=())
+    trained = Order(
+        weights=Weights(hf=Path("/hf"), shards=(Path("/a.pt"),)), data=0, answers=Path("/x"), questions=(3,)
+    )
+    adapted = replace(trained, weights=Weights(hf=Path("/hf"), adapter=Path("/lora"), base=Path("/base")), questions=())
     for one in (trained, adapted):
         assert Order.of(json.loads(json.dumps(one.plain()))) == one
 
@@ -88,8 +92,8 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
-def order(name: str, folder: Path, *answered: int) -> Order:
-    return Order(weights=Weights(hf=Path(name)), data=0, answers=folder / "answers.jsonl", answered=answered)
+def order(name: str, folder: Path, *questions: int) -> Order:
+    return Order(weights=Weights(hf=Path(name)), data=0, answers=folder / "answers.jsonl", questions=questions)
 
 
 def kinds(events: Events) -> list[str]:
@@ -97,7 +101,7 @@ def kinds(events: Events) -> list[str]:
 
 
 def test_answers_are_written_as_they_come(serve: Any, tmp_path: Path) -> None:
-    events, _ = serve("good", order("a", tmp_path, 1))
+    events, _ = serve("good", order("a", tmp_path, 0, 2))
     assert kinds(events) == ["stage", "loaded", "advance", "advance", "done"]
     assert sorted(results.read_answers(tmp_path / "answers.jsonl")) == [0, 2]
 
@@ -131,7 +135,9 @@ HOLDS = {"precision": "bf16", "smoothed": 0}
 class Tokenizer:
     """One token a letter, after as many as `template` has letters; `shift` is added to each."""
 
-    def __init__(self, folder: Path) -> None:
+    name_or_path = "/models/a"
+
+    def __init__(self, folder: Path, *, chat: bool = True) -> None:
         self.eos_token_id = 0
         found = json.loads((folder / "tokenizer.json").read_text()) if (folder / "tokenizer.json").is_file() else {}
         self.chat_template, self.shift = found.get("template", "t"), found.get("shift", 1)
@@ -150,12 +156,14 @@ class LLM:
         self.options, self.calls = options, list[tuple[str, Any]]()
         self.ranks: list[dict[str, Any]] = [HOLDS]
         self.requests: list[tuple[str, Any, Any]] = []
+        self.asked: list[Any] = []
         sizes = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: 100))
         self.llm_engine = SimpleNamespace(
             vllm_config=sizes,
-            add_request=lambda *request: self.requests.append(request),
+            add_request=self.add,
             has_unfinished_requests=lambda: bool(self.requests),
             step=self.step,
+            output_processor=SimpleNamespace(tokenizer=None),
         )
 
     def collective_rpc(self, name: str, args: Any = ()) -> list[dict[str, Any]]:
@@ -165,6 +173,10 @@ class LLM:
     def reset_prefix_cache(self) -> bool:
         self.calls.append(("reset_prefix_cache", ()))
         return True
+
+    def add(self, *request: Any) -> None:
+        self.requests.append(request)
+        self.asked.append(request[2])
 
     def step(self) -> list[Any]:
         number, prompt, parameters = self.requests.pop(0)
@@ -183,9 +195,9 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., An
     monkeypatch.setattr(factory, "tokenizer_of", Tokenizer)
     monkeypatch.setenv("FLASHRL_ROLLOUT", "")
 
-    def start(one: Any, *, quantized: str | None = None, **settings: Any) -> Any:
-        sampling, how = Sampling(max_tokens=10), EngineSettings(**settings)
-        job = Job(start=one.hf, quantized=quantized, work=tmp_path, data_sets=1, sampling=sampling, engine=how)
+    def start(one: Any, *, quantized: str | None = None, sampling: Sampling | None = None, **settings: Any) -> Any:
+        asked, how = sampling or Sampling(max_tokens=10), EngineSettings(**settings)
+        job = Job(start=one.hf, quantized=quantized, work=tmp_path, data_sets=1, sampling=asked, engine=how)
         return Generator(job, PROMPTS)
 
     return start
@@ -287,3 +299,21 @@ def test_a_tokenizer_of_more_words_than_the_model_has_is_refused(started: Any, t
     with pytest.raises(Unreadable, match=r"2 gives token 100, the model has tokens up to 99$"):
         found.load(larger.weights)
     assert texts(found) == ["99: [0]"] * 2
+
+
+def test_stop_texts_and_top_k_reach_vllm_with_each_tokenizer(started: Any, tmp_path: Path) -> None:
+    """A response ends before the first of the texts; vLLM looks for them in what it decodes, and does not cut ids."""
+    first, second = say(checkpoint(tmp_path, 1), shift=3), say(checkpoint(tmp_path, 2, eos_token_id=[7, 8]), shift=4)
+    found = started(first, sampling=Sampling(max_tokens=10, top_k=5, stop=(", 8", "0, 7")))
+    found.load(first.weights)
+    assert texts(found) == ["3: [0]"] * 2
+    assert found._llm.llm_engine.output_processor.tokenizer is found._text.tokenizer
+    found.load(second.weights)
+    assert texts(found) == ["4: ["] * 2
+    assert found._llm.llm_engine.output_processor.tokenizer.shift == 4
+    one = found._llm.asked[0]
+    assert (one["stop"], one["detokenize"], one["top_k"]) == ([", 8", "0, 7"], True, 5)
+    plain = started(first)
+    plain.load(first.weights)
+    assert texts(plain) == ["3: [0]"] * 2
+    assert (plain._llm.asked[0]["detokenize"], plain._llm.llm_engine.output_processor.tokenizer) == (False, None)

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 
 from flashrl_cli import paths
-from flashrl_cli.errors import InputError, NothingMatched
+from flashrl_cli.errors import InputError, NothingMatched, RunFailed
 from flashrl_cli.evals import evaluation, results
 from flashrl_cli.evals.accuracy import Report
 from flashrl_cli.evals.cache import Cache, Unit, units
-from flashrl_cli.evals.evaluation import Evaluation, Finished, Request, check_profile, evaluate, watch
+from flashrl_cli.evals.engines import architecture
+from flashrl_cli.evals.evaluation import Evaluation, Finished, Request, check_arguments, check_profile, evaluate, watch
 from flashrl_cli.evals.job import EngineSettings, Job, Order, Sampling
-from flashrl_cli.evals.questions import DataSet
+from flashrl_cli.evals.questions import DataSet, Prompting
 from flashrl_cli.runs import store
 from flashrl_cli.runs.checkpoints import Checkpoint, Skipped
 from flashrl_cli.runs.store import Run as RunOnDisk
@@ -30,6 +31,7 @@ from tests import sample_rows
 from tests.saved_files import saved_profile
 from tests.unit.evals.lab import (
     ENGINE,
+    PROMPTING,
     SAMPLING,
     Engines,
     Graders,
@@ -57,6 +59,7 @@ def asked(folder: Path, *checkpoints: Checkpoint, sets: tuple[DataSet, ...] | No
         skipped=(),
         data=sets or (data(),),
         sampling=SAMPLING,
+        prompting=PROMPTING,
         engine=ENGINE,
         folder=folder / "eval",
     )
@@ -69,7 +72,9 @@ def work(request: Request) -> tuple[Finished, Evaluation, Reported]:
 
 
 def units_of(request: Request) -> list[Unit]:
-    found = units(request.checkpoints, request.data, sampling=request.sampling, engine=request.engine)
+    found = units(
+        request.checkpoints, request.data, sampling=request.sampling, prompting=PROMPTING, engine=request.engine
+    )
     return [one for one in found if isinstance(one, Unit)]
 
 
@@ -119,7 +124,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path, engines: Engines) -> No
     results.append(file, [response(1, "before")])
     file.write_text(file.read_text() + '[{"question": 2, "sam')
     _, done, reported = work(request)
-    assert engines.orders[0].answered == (1,)
+    assert engines.orders[0].questions == (0, 2)
     assert [r.response for r in done.results[unit.key].responses] == ["1: 0", "before", "1: 2"]
     assert (reported.prompts, reported.tokens) == (3, 6)
 
@@ -162,6 +167,93 @@ def test_an_engine_that_a_checkpoint_has_outgrown_is_replaced(tmp_path: Path, en
     assert len(finished.report.rows) == 6
     assert not finished.report.skipped
     assert reported.prompts == 15
+
+
+def test_several_engines_share_every_unit(tmp_path: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each loads every checkpoint once and answers its part; together they answer everything once."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    checkpoints = [checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)]
+    request = asked(tmp_path, *checkpoints, sets=(data("sums", 7), data("products", 2)))
+    finished, done, reported = work(dataclasses.replace(request, engines=None))
+    assert sorted(map(str, engines.devices)) == ["4", "5", "6"]
+    given = [(o.weights.hf.name, o.data, o.questions) for o in engines.orders]
+    assert sorted(given) == [
+        (name, number, share)
+        for name in ("1", "2")
+        for number, shares in ((0, ((0, 3, 6), (1, 4), (2, 5))), (1, ((0,), (1,))))
+        for share in shares
+    ]
+    texts = [[r.response for r in done.results[one.key].responses] for one in units_of(request)]
+    assert texts[0] == [f"1: {number}" for number in range(7)]
+    assert texts[3] == ["2: 0", "2: 1"]
+    assert (reported.prompts, reported.tokens, engines.up) == (18, 54, 0)
+    assert sum("prompts in" in text for text in reported.said) == 4, "each unit is reported once"
+    assert not list((finished.folder / "results").glob("*.jsonl"))
+    again, _, _ = work(request)
+    assert again.report.rows == finished.report.rows
+    assert len(engines.jobs) == 3, "one engine finds what three have done"
+
+
+def test_what_several_engines_left_one_goes_on_with(
+    tmp_path: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+
+    def dies(job: Job, order: Order) -> Iterator[dict[str, Any]]:
+        results.append(order.answers, [response(order.questions[0], "before")])
+        yield {"event": "advance", "prompts": 1, "tokens": 3}
+        raise RunFailed("the evaluation engine died")
+
+    engines.script = dies
+    request = asked(tmp_path, checkpoint(tmp_path, 1), sets=(data("sums", 6),))
+    with pytest.raises(RunFailed, match="the evaluation engine died"):
+        work(dataclasses.replace(request, engines=2))
+    assert engines.up == 0
+    kept = len(list((request.folder / "results").glob("*.jsonl")))
+    engines.script = answer
+    _, done, reported = work(request)
+    (unit,) = units_of(request)
+    assert len(engines.orders[-1].questions) == 6 - kept
+    found = [r.response for r in done.results[unit.key].responses]
+    assert found == [f"1: {n}" if n in engines.orders[-1].questions else "before" for n in range(6)]
+    assert reported.prompts == 6
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_what_one_of_several_engines_cannot_read_is_skipped_once(
+    spoilt: bool, tmp_path: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+
+    def refuse_first(job: Job, order: Order) -> Iterator[dict[str, Any]]:
+        if order.weights.hf.name == "1":
+            yield {"event": "skipped", "reason": "torn", "ends": spoilt}
+        else:
+            yield from answer(job, order)
+
+    engines.script = refuse_first
+    request = asked(tmp_path, checkpoint(tmp_path, 1), checkpoint(tmp_path, 2), sets=(data("sums", 5), data("more", 4)))
+    finished, _, reported = work(dataclasses.replace(request, engines=2))
+    assert [(one.reason, one.refused) for one in finished.report.skipped] == [("torn", True)]
+    assert [(row.step, row.dataset, row.n) for row in finished.report.rows] == [(2, "sums", 5), (2, "more", 4)]
+    assert reported.prompts == 18
+    assert sum("skipped" in text for text in reported.said) == 1
+    assert engines.up == 0
+
+
+def test_a_prompt_argument_that_no_template_has_is_refused(tmp_path: Path) -> None:
+    one, other = checkpoint(tmp_path, 1).hf, checkpoint(tmp_path, 2).hf
+    (other / "chat_template.jinja").write_text("{% if enable_thinking %}")
+    (one / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{\ndate_string }}"}))
+    for name in ("enable_thinking", "date_string"):
+        check_arguments(Prompting(arguments={name: 1}), [one, other])
+    for how in ({"enable_think": 1}, {"tokenize": False}):
+        with pytest.raises(InputError, match="--template-arg"):
+            check_arguments(Prompting(arguments=how), [one, other])
+    check_arguments(Prompting(chat_template="{{ mine }}", arguments={"mine": 1}), [one])
+    for template in ("{{ yours }}", ""):
+        with pytest.raises(InputError, match="no chat template of these models mentions it"):
+            check_arguments(Prompting(chat_template=template, arguments={"mine": 1}), [one, other])
 
 
 def test_what_training_removed_meanwhile_is_skipped(tmp_path: Path, engines: Engines) -> None:
@@ -207,13 +299,13 @@ def test_architectures(tmp_path: Path) -> None:
     """Saving again makes no other one; a quantized checkpoint has one of its own."""
     first = checkpoint(tmp_path, 1, dtype="bfloat16", transformers_version="5.9", eos_token_id=2)
     again = checkpoint(tmp_path, 2, dtype="float32", transformers_version="5.10", eos_token_id=[2, 3])
-    assert evaluation.architecture(first) == evaluation.architecture(again)
+    assert architecture(first) == architecture(again)
     quantized = (
         dataclasses.replace(checkpoint(tmp_path / "q", step, eos_token_id=2), quantized="compressed-tensors")
         for step in (1, 2)
     )
     different = [first, checkpoint(tmp_path, 3, num_hidden_layers=3), *quantized]
-    assert len({evaluation.architecture(one) for one in different}) == 4
+    assert len({architecture(one) for one in different}) == 4
 
 
 @pytest.mark.parametrize(("finishes", "ours"), [(True, ["2"]), (False, ["2", "1"])])

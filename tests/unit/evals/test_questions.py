@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from flashrl_cli import paths
 from flashrl_cli.data.rows import Scoring
 from flashrl_cli.errors import InputError
 from flashrl_cli.evals import questions
+from flashrl_cli.evals.questions import DataSet, Prompting
 from tests import sample_rows
 
 ROW = sample_rows.row()
@@ -116,3 +118,94 @@ def test_rows_that_would_evaluate_to_zero_are_refused(form: str, tmp_path: Path)
     with pytest.raises(InputError) as caught:
         questions.read(sample_rows.write(tmp_path / f"chat.{form}", [{"prompt": chat}]), None, scoring=Scoring.NONE)
     assert "ShareGPT" in caught.value.problems[0].message
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def put(file: Path, seed: int = 0, **how: Any) -> DataSet:
+    (found,) = questions.choose_questions(str(file), [], None, prompting=Prompting(**how), seed=seed)
+    return found
+
+
+def prompts(file: Path, seed: int = 0, **how: Any) -> list[list[dict[str, str]]]:
+    return [one.prompt for one in put(file, seed, **how).questions]
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Path:
+    """A test split of two sums, the first with a system message; the train split beside it has one of them, too."""
+    train = [sample_rows.row(number) for number in (2, 11, 12, 13, 14)]
+    for row in train[1:3]:
+        row["extra_info"]["answer"] = f"It is {row['reward_model']['ground_truth']}."
+    train[3]["prompt"] = [SYSTEM, *train[3]["prompt"]]
+    sample_rows.write(tmp_path / "train.parquet", train)
+    first = sample_rows.row(1)
+    return sample_rows.write(
+        tmp_path / "test.parquet", [{**first, "prompt": [SYSTEM, *first["prompt"]]}, sample_rows.row(2)]
+    )
+
+
+def ask(number: int) -> dict[str, str]:
+    return {"role": "user", "content": f"What is {number} plus {number}?"}
+
+
+SHOWN = {11: "It is 22.", 12: "It is 24.", 13: "#### 26", 14: "#### 28"}
+"""The answers of the training rows: their own, or their truth in the form of verl's scorer."""
+
+
+def shown(number: int) -> list[dict[str, str]]:
+    """An example, written by hand."""
+    return [ask(number), {"role": "assistant", "content": SHOWN[number]}]
+
+
+def test_solved_examples_come_from_the_train_split(split: Path) -> None:
+    """After the system message, the same for all questions, in a random order, and none that is asked."""
+    drawn = set()
+    for seed in range(20):
+        first, second = prompts(split, seed, shots=2)
+        numbers = [number for number in SHOWN for message in second if message == ask(number)]
+        a, b = sorted(numbers, key=lambda number: second.index(ask(number)))
+        assert second == [*shown(a), *shown(b), ask(2)]
+        assert first == [SYSTEM, *shown(a), *shown(b), ask(1)]
+        assert prompts(split, seed, shots=2) == [first, second]
+        drawn.add((a, b))
+    assert {number for pair in drawn for number in pair} == set(SHOWN)
+    assert len(drawn) > 6, "in either order"
+
+
+def test_every_other_row_is_an_example_at_most(split: Path) -> None:
+    assert sorted(str(m) for m in prompts(split, shots=4)[1][:-1]) == sorted(str(m) for n in SHOWN for m in shown(n))
+    with pytest.raises(InputError, match=r"--shots 5: .*train\.parquet has 4 other rows") as caught:
+        put(split, shots=5)
+    assert caught.value.hint == "--shots 4"
+
+
+def test_a_system_message_replaces_those_of_the_rows(split: Path) -> None:
+    other = {"role": "system", "content": "Add."}
+    assert prompts(split, system="Add.") == [[other, ask(1)], [other, ask(2)]]
+    assert prompts(split, system="") == [[ask(1)], [ask(2)]]
+    assert prompts(split) == [[SYSTEM, ask(1)], [ask(2)]]
+    assert [prompt[0] for prompt in prompts(split, system="Add.", shots=1)] == [other, other]
+
+
+def test_other_examples_and_system_messages_are_other_questions(split: Path) -> None:
+    """What a result is kept under has them in it."""
+    ways = [{}, {"shots": 1}, {"shots": 2}, {"system": "Add."}, {"system": ""}]
+    lines = ["".join(one.line() for one in put(split, **way).questions) for way in ways]  # type: ignore[arg-type]
+    assert len(set(lines)) == len(ways)
+
+
+def test_examples_that_cannot_be_shown(tmp_path: Path, split: Path) -> None:
+    alone = sample_rows.write(tmp_path / "alone" / "mine.jsonl")
+    with pytest.raises(InputError, match=rf"no training rows for {alone}: no {alone.with_name('train.jsonl')}"):
+        put(alone, shots=1)
+    with pytest.raises(InputError, match="no training rows"):
+        put(split.with_name("train.parquet"), shots=1)
+    sample_rows.write(split.with_name("train.parquet"), [sample_rows.row(11, **sample_rows.truth(22))])
+    with pytest.raises(InputError, match=r"train\.parquet: 1 row cannot be used"):
+        put(split, shots=1)
+    tests = json.dumps({"inputs": ["1"], "outputs": ["2"]})
+    sample_rows.write(split.with_name("train.parquet"), [sample_rows.row(11, **sample_rows.truth(tests, "taco"))])
+    with pytest.raises(InputError, match="have no answer that an example could show"):
+        put(split, shots=1)

@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import json
 import re
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,16 @@ from flashrl_cli.errors import BelowThreshold, InputError, Problem
 from flashrl_cli.evals import verdicts
 from flashrl_cli.evals.results import Entry
 from flashrl_cli.evals.stats import holm, mcnemar
-from flashrl_cli.evals.verdicts import Comparison, compare, on_steps, p_text, points, understated
+from flashrl_cli.evals.verdicts import (
+    Comparison,
+    compare,
+    compare_models,
+    on_models,
+    on_steps,
+    p_text,
+    points,
+    understated,
+)
 from flashrl_cli.runs.checkpoints import Skipped
 from tests.graded import checkpoint, data, entry, evaluated, single
 
@@ -331,3 +340,37 @@ def test_what_is_no_share_is_refused(text: str, instead: str) -> None:
     with pytest.raises(InputError, match="a share between 0 and 1") as caught:
         verdicts.share("--fail-under", text)
     assert caught.value.hint == f"--fail-under {instead}"
+
+
+def models(**right: int) -> list[Entry]:
+    """A model for each name, with so many of 100 questions right."""
+    return [entry(name, None, single(count, 100 - count)) for name, count in right.items()]
+
+
+def test_models_are_compared_with_the_best_of_them_in_all_pairs() -> None:
+    found = compare_models(models(a=40, b=70, c=68, d=20))
+    assert [(c.best, c.other, c.against, c.among, c.method) for c in found] == [
+        ("b", other, "model", 6, "mcnemar") for other in ("c", "a", "d")
+    ]
+    assert [c.difference.value for c in found] == pytest.approx([0.02, 0.3, 0.5])
+    counts = {(a, b): abs(x - y) for (a, x), (b, y) in combinations({"a": 40, "b": 70, "c": 68, "d": 20}.items(), 2)}
+    adjusted = dict(zip(counts, holm([mcnemar(n, 0) for n in counts.values()]), strict=True))
+    wanted = [adjusted["b", "c"], adjusted["a", "b"], adjusted["b", "d"]]
+    assert [c.difference.adjusted for c in found] == pytest.approx(wanted)
+
+
+def test_of_equal_models_the_first_is_the_best() -> None:
+    assert [(c.best, c.other) for c in compare_models(models(a=5, b=7, c=7))] == [("b", "c"), ("b", "a")]
+
+
+def test_sentences_on_models() -> None:
+    close = on_models(compare_models(models(a=40, b=70, c=68)))
+    assert close[0].startswith("gsm8k: b beats a by 30.0 points (95 % ")
+    assert close[1].startswith("gsm8k: b, the best, is not distinguishable from c: 2.0 points (95 % -")
+    assert close[-1] == "p-values and intervals are corrected for all pairs of models"
+    clear = on_models(compare_models(models(a=40, b=90, c=60)))
+    assert clear[0] == "gsm8k: b beats every other model, p < 0.001"
+    two = on_models(compare_models(models(a=40, b=90)))
+    assert len(two) == 2, "with what difference 100 questions could show, and no correction"
+    assert two[0].startswith("gsm8k: b beats a by 50.0 points")
+    assert on_models([]) == []

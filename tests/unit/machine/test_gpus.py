@@ -154,3 +154,52 @@ def test_no_choice_where_the_user_chose_or_without_gpus(monkeypatch: pytest.Monk
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpus.choose_free(1, None) == (None, None)
+
+
+def shows(monkeypatch: pytest.MonkeyPatch, *listed: FreeMemory, allowed: str | None = None) -> None:
+    """`nvidia-smi` lists these GPUs, and CUDA_VISIBLE_DEVICES is `allowed`."""
+    lines = "".join(f"{gpu.index}, {gpu.total}, {gpu.free}\n" for gpu in listed)
+    monkeypatch.setattr(gpus, "probe", lambda query=gpus.QUERY: lines or None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
+
+
+EIGHT = [FreeMemory(number, 100_000, 100_000 if number != 5 else 50_000) for number in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("engines", "each", "share", "wanted"),
+    [
+        (None, 1, None, [(str(number), 0.47 if number == 5 else 0.9) for number in range(8)]),
+        (None, 4, None, [("0,1,2,3", 0.9), ("4,5,6,7", 0.47)]),
+        (None, 3, 0.5, [("0,1,2", 0.5), ("3,4,5", 0.5)]),
+        (2, 1, None, [("0", 0.9), ("1", 0.9)]),
+    ],
+)
+def test_engines_on_gpus_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, engines: int | None, each: int, share: float | None, wanted: list[object]
+) -> None:
+    """Each takes what is free on the fullest of its GPUs."""
+    shows(monkeypatch, *EIGHT)
+    assert gpus.places(engines, each, share) == wanted
+
+
+def test_engines_leave_full_gpus_and_those_that_are_not_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    shows(monkeypatch, *FREE)
+    assert [devices for devices, _ in gpus.places(None, 1, None)] == ["1", "2"]
+    with pytest.raises(EnvironmentNotReady, match="--gpus 3, 1 GPU for an engine: 2 GPUs with free memory"):
+        gpus.places(3, 1, None)
+    shows(monkeypatch, *EIGHT, allowed="6, GPU-abc,2")
+    assert gpus.places(None, 1, None) == [("6", None), ("GPU-abc", None), ("2", None)]
+    assert gpus.places(1, 2, 0.4) == [(None, 0.4)], "one engine sees what the user chose"
+    with pytest.raises(EnvironmentNotReady, match="--gpus all, 4 GPUs for an engine: 3 GPUs"):
+        gpus.places(None, 4, None)
+
+
+@pytest.mark.parametrize("allowed", [None, "", "-1"])
+def test_several_engines_on_a_cpu(monkeypatch: pytest.MonkeyPatch, allowed: str | None) -> None:
+    shows(monkeypatch, allowed=allowed)
+    assert gpus.places(2, 1, None) == [(None, None)] * 2
+    with pytest.raises(EnvironmentNotReady, match="--gpus all"):
+        gpus.places(None, 1, None)

@@ -49,8 +49,15 @@ def test_totals_are_the_published_ones(name: str) -> None:
     assert parameters(shape).total / 1e9 == pytest.approx(PUBLISHED[name], rel=0.015)
 
 
-def test_llama_3_2_1b() -> None:
+def test_llama_3_2() -> None:
+    """The table has what config.json says, and the totals that the hub shows."""
     assert parameters(of_config(LLAMA)).total == 1_235_814_400
+    for size, total in (("1B", 1_235_814_400), ("3B", 3_212_749_824)):
+        for suffix in ("", "-Instruct"):
+            shape = shape_of(f"meta-llama/Llama-3.2-{size}{suffix}", Path("/nowhere"))
+            assert shape is not None
+            assert parameters(shape).total == total
+    assert shape_of("meta-llama/Llama-3.2-1B", Path("/nowhere")) == of_config(LLAMA)
 
 
 def test_defaults_of_what_a_config_may_leave_out() -> None:

@@ -243,6 +243,8 @@ def test_a_token_s_keys_and_values(shape: ModelShape, rollout: RolloutSettings) 
     assert parts.kv_bytes(shape, replace(rollout, tensor_parallel=2)) == 2 * 28 * 2 * 128 * 2
     assert parts.kv_bytes(shape, replace(rollout, tensor_parallel=8)) == 2 * 28 * 1 * 128 * 2
     assert parts.kv_bytes(shape, replace(rollout, kv_bytes=1)) == 2 * 28 * 4 * 128
+    # vllm/v1/kv_cache_interface.py:174 in 0.24: a float32 scale for the keys and one for the values of each head
+    assert parts.kv_bytes(shape, replace(rollout, kv_bytes=1, kv_scale_bytes=4)) == 2 * 28 * 4 * (128 + 4)
 
 
 def test_parts_fill_the_budget(shape: ModelShape, settings: TrainerSettings) -> None:

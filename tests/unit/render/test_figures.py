@@ -255,6 +255,56 @@ def test_a_page_loads_nothing_and_names_every_curve_and_colour() -> None:
         assert len(re.findall(rf"{variable}: #[0-9a-f]{{6}};", text)) == 2, "for light and for dark"
 
 
+def place(rank: int, model: str, accuracy: float, behind: dict[str, object] | None) -> dict[str, object]:
+    numbers = {"accuracy": accuracy, "lo": accuracy - 0.1, "hi": accuracy + 0.1, "mean_length": 14.5, "cut_share": 0.5}
+    return {"rank": rank, "model": model, "pass_at": {}, **numbers, "behind": behind}
+
+
+def board(*names: str) -> dict[str, object]:
+    """The last model is worse by more than chance."""
+    places = [
+        place(
+            rank,
+            name,
+            0.9 - 0.1 * rank,
+            None if rank == 1 else {"value": 0.1, "lo": -0.1, "hi": 0.2, "adjusted": 0.04, "significant": rank > 2},
+        )
+        for rank, name in enumerate(names, 1)
+    ]
+    return {"dataset": "gsm8k", "places": places}
+
+
+def test_a_page_of_several_models_marks_those_that_are_worse() -> None:
+    settings = {"sampling": {"n": 1, "stop": []}, "prompting": {"system": "<b>", "arguments": {}}, "rollout": "bf16"}
+    document = {"leaderboard": [board("a", "b", "<c>")], "verdicts": ["b & a"], **settings}
+    text = html.leaderboard_page(document)
+    assert re.findall(r'<td class="num">(\d)</td><th>([^<]+)</th>', text) == [
+        ("1", "a"),
+        ("2", "b"),
+        ("3", "&lt;c&gt;"),
+    ]
+    assert re.findall(r'class="(ink-\d)" style="left: ([\d.]+)%', text) == [
+        ("ink-1", "70.0"),
+        ("ink-1", "60.0"),
+        ("ink-0", "50.0"),
+    ]
+    assert text.count("p = 0.040") == 2
+    assert "b &amp; a" in text
+    assert "&lt;b&gt;" in text
+    assert not re.search(r"https?://|<link|<script|@import|\bsrc=", text)
+
+
+def test_a_picture_of_several_models(tmp_path: Path) -> None:
+    file = tmp_path / "leaderboard.png"
+    figure.write_ranking_png([board("a", "b", "c"), board("a", "b")], file)
+    from matplotlib.image import imread
+
+    pixels = imread(file)[..., :3]
+    for colour in (CURVES[0], figure.MUTED):
+        wanted = np.array([int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)])
+        assert (abs(pixels - wanted).max(axis=-1) < 0.02).sum() > 100
+
+
 def test_everything_in_a_page_is_escaped() -> None:
     text = page('<script>alert("x")</script>')
     assert "<script" not in text

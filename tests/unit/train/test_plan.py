@@ -69,6 +69,7 @@ def test_document_is_plain_data() -> None:
         ("tiny", "bf16", "off", ("rotation=off",), "tiny-bf16"),
         ("tiny", None, None, ("rotation=off",), "tiny-int8-plain-tis2"),
         ("tiny", None, None, ("rotation=32",), "tiny-int8-rot32-tis2"),
+        ("tiny", None, None, ("kv_cache=int8",), "tiny-int8-kvint8-tis2"),
         (
             "tiny", None, None, ("kv_cache=fp8", "lm_head_fp32=true", "profile=/p.safetensors", "mix=0.25"),
             "tiny-int8-kv8-head32-smooth-mix0.25-tis2",

@@ -191,7 +191,7 @@ def test_a_cluster_has_gpus_of_its_own(data: Path, monkeypatch: pytest.MonkeyPat
     assert problem.hint == "unset RAY_ADDRESS"
 
 
-KV8 = "rollout.kv_cache=fp8"
+KV8, KV_INT8 = "rollout.kv_cache=fp8", "rollout.kv_cache=int8"
 
 
 @pytest.mark.parametrize(
@@ -202,9 +202,10 @@ KV8 = "rollout.kv_cache=fp8"
         ("NVIDIA A100", "8.0", "int8", (), None),
         ("NVIDIA B200", "10.0", "int8", (), "--rollout fp8"),
         ("NVIDIA H200", "9.0", "int8", (KV8,), None),
-        ("NVIDIA A100", "8.0", "int8", (KV8,), "--set rollout.kv_cache=auto"),
-        ("NVIDIA L40S", "8.9", "int8", (KV8,), "--set rollout.kv_cache=auto"),
-        ("NVIDIA B200", "10.0", "fp8", (KV8,), "--set rollout.kv_cache=auto"),
+        ("NVIDIA A100", "8.0", "int8", (KV8,), "--set rollout.kv_cache=int8"),
+        ("NVIDIA L40S", "8.9", "int8", (KV8,), "--set rollout.kv_cache=int8"),
+        ("NVIDIA B200", "10.0", "fp8", (KV8,), "--set rollout.kv_cache=int8"),
+        ("NVIDIA A100", "8.0", "int8", (KV_INT8,), None),
     ],
 )
 def test_gpus_too_old_or_too_new(
@@ -227,8 +228,10 @@ def test_an_8_bit_cache_on_a_cpu_needs_its_instructions(
     avx512: bool, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(system, "has_avx512", lambda: avx512)
+    refused = [("rollout.kv_cache", "--set rollout.kv_cache=auto")]
     found = [(problem.where, problem.hint) for problem in problems("tiny", KV8)]
-    assert found == ([] if avx512 else [("rollout.kv_cache", "--set rollout.kv_cache=auto")])
+    assert found == ([] if avx512 else refused)
+    assert [(problem.where, problem.hint) for problem in problems("tiny", KV_INT8)] == refused
 
 
 def test_memory_is_estimated_for_the_smallest_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tm
     current = SimpleNamespace(is_cpu=lambda: on_cpu)
     monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=current))
     tokenizer = SimpleNamespace(eos_token_id=0, apply_chat_template=lambda prompt, **_: [1] * 20)
-    monkeypatch.setattr(engine, "tokenizer_of", lambda folder: tokenizer)
+    monkeypatch.setattr(engine, "tokenizer_of", lambda folder, **_: tokenizer)
     monkeypatch.setattr(Weights, "fingerprint", lambda self: "content")
     monkeypatch.setenv(contract.ENV_ROLLOUT, "")
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 64}')
@@ -113,7 +113,7 @@ BLOCKS = {
     [
         (Variant(precision="bf16"), {}, {}, {}),
         (
-            Variant(precision="int8", kv8=True),
+            Variant(precision="int8", kv_cache="fp8"),
             {"gpu_memory_utilization": 0.5, "kv_memory": 1.5, "tensor_parallel": 2},
             {"quantization": "flashrl_int8", "kv_cache_dtype": "fp8", "tensor_parallel_size": 2},
             {"gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": 1610612736},

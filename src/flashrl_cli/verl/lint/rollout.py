@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from flashrl_cli import contract
-from flashrl_cli.precision import BY_METHOD, PRECISIONS, WITH_EXPERTS, Precision, largest_block
+from flashrl_cli.precision import BY_METHOD, KV_CACHES, PRECISIONS, WITH_EXPERTS, Precision, largest_block
 from flashrl_cli.verl.config import (
     TENSOR_PARALLEL,
     Rule,
@@ -155,7 +155,8 @@ def cache_bound_is_known(s: Settings) -> Iterator[Problem]:
     flashrl computes the cache's scales from this bound; for any other family the first refit fails
     (plugins/kv_scales.py).
     """
-    if s.spec.rollout.kv_cache != "auto" and s.shape and s.shape.architecture not in contract.CACHE_FAMILIES:
+    cache = KV_CACHES.get(s.spec.rollout.kv_cache)
+    if cache and cache.bounded and s.shape and s.shape.architecture not in contract.CACHE_FAMILIES:
         yield s.problem(
             f"an FP8 KV cache has no scales for a {s.shape.architecture} model, "
             f"only for {', '.join(contract.CACHE_FAMILIES)}",
