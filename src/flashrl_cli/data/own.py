@@ -74,6 +74,8 @@ GYM_TEMPLATE = (
     "{prompt}\n\nThink step by step, and write the final answer, and nothing else, between <answer> and </answer>."
 )
 GYM_ROWS = 1000
+ANSWER = "answer"
+"""Column of the answer unless a map names another."""
 FORMS = f"{', '.join(REWARDS)}, or FILE.py:function"
 DEFAULT_REWARD = "math"
 _GUESSES = {
@@ -92,7 +94,7 @@ class OwnRecipe:
 
     source: str
     prompt: str = "prompt"
-    answer: str | None = "answer"
+    answer: str = ANSWER
     prompt_template: str
     system: str | None = None
     answer_regex: str | None = None
@@ -106,13 +108,17 @@ class OwnRecipe:
         """The recipe as plain data, as the manifest keeps it; `read` reads it back."""
         left_out = {"prompt", "answer", "places"} | ({"rows"} if self.rows is None else set())
         data = {key: value for key, value in asdict(self).items() if key not in left_out}
-        columns = {"prompt": self.prompt} | ({"answer": self.answer} if self.answer else {})
-        return {"schema_version": SCHEMA_VERSION, "map": columns, **data}
+        return {"schema_version": SCHEMA_VERSION, "map": {"prompt": self.prompt, "answer": self.answer}, **data}
 
     @property
     def function(self) -> str | None:
         """The user's reward function as FILE.py:function; None for a built-in reward."""
         return None if self.reward in REWARDS or self.reward == GYM_REWARD else self.reward
+
+    @property
+    def needs_no_answer(self) -> bool:
+        """Whether rows may lack the answer: those of a function of the user's, if no column is named for it."""
+        return self.function is not None and self.answer == ANSWER
 
     @property
     def scoring(self) -> Scoring:
@@ -121,7 +127,7 @@ class OwnRecipe:
 
     def recipe(self, name: str) -> Recipe:
         """How the rows of data set `name` are converted."""
-        columns = (*filter(None, (self.prompt, self.answer)), *template_fields(self.prompt_template))
+        columns = (self.prompt, self.answer, *template_fields(self.prompt_template))
         columns += ("task", "metadata", ENTRY) if self.reward == GYM_REWARD else ()
         return Recipe(
             splits=(),
@@ -149,7 +155,8 @@ class OwnRecipe:
 
     def _missing(self, rows: Sequence[Raw], there: Sequence[str]) -> Iterator[Problem]:
         for role, column in (("prompt", self.prompt), ("answer", self.answer)):
-            if column and not any(_has(row, column) for row in rows):
+            optional = role == "answer" and self.needs_no_answer
+            if not optional and not any(_has(row, column) for row in rows):
                 yield Problem(
                     f"no column {column!r} for {role}",
                     self.places.get("map", Location("--map")),
@@ -241,6 +248,9 @@ class _Converter:
             if not all({"role", "content"} <= turn.keys() for turn in value):
                 raise BadRow(f"a message of {self.own.prompt!r} lacks role or content", value=value)
             *earlier, last = [message(turn) for turn in value]
+            if last["role"] != "user":
+                what = f"the last message of {self.own.prompt!r} is of role {last['role']}: nothing is asked"
+                raise BadRow(what, fix="chats that end with the user's message")
             question = text(dict(last), "content")
         else:
             question = _as_text(raw, self.own.prompt)
@@ -253,21 +263,27 @@ class _Converter:
         return [*earlier, Message(role="user", content=fill(self.own.prompt_template, of))]
 
     def _truth(self, raw: Raw) -> Any:
-        if self.own.answer is None:
-            return ""
         if self.own.reward == GYM_REWARD:
             return raw["answer"] or ""  # some tasks have many right answers, and name none
+        if self.own.needs_no_answer and not _has(raw, self.own.answer):
+            return ""
         value = _cell(raw, self.own.answer)
         if self.own.function and self.regex is None and not isinstance(value, str | int | float):
             return without_empty(value, depth=1)
         answer = _as_text(raw, self.own.answer)
-        if self.regex is not None:
-            answer = self._matched(self.regex, answer)
-        elif self.own.reward == "gsm8k" and GSM8K_MARK in answer:
-            answer = answer.rpartition(GSM8K_MARK)[2]
-        elif self.own.reward == "math":
-            answer = boxed_answer(answer) or answer
-        return answer.strip() if self.own.function else plain(self.data_source, answer).strip()
+        truth = self._matched(self.regex, answer) if self.regex else self._final(answer) or answer
+        return (truth if self.own.function else plain(self.data_source, truth)).strip()
+
+    def _final(self, answer: str) -> str | None:
+        """The final answer within one that is written as the reward's responses are; None if it is not."""
+        match self.own.reward:
+            case "gsm8k" if GSM8K_MARK in answer:
+                return answer.rpartition(GSM8K_MARK)[2]
+            case "math":
+                return boxed_answer(answer)
+            case "exact":
+                return answer
+        return None
 
     def _matched(self, regex: re.Pattern[str], answer: str) -> str:
         """What the group `answer`, or else the first one, of `regex` holds in its last match."""
@@ -281,15 +297,21 @@ class _Converter:
         return group.strip()
 
     def _extra(self, raw: Raw) -> dict[str, Any]:
-        """What a reward function of the user's gets besides the answer: the other columns; else the answer's text."""
+        """What a reward function of the user's gets besides the answer: the other columns.
+
+        With another reward the answer's whole text, as `answer` if a response could be written so: evaluations show
+        that as an example.
+        """
         if self.own.function:
             taken = {self.own.prompt, self.own.answer}
             others: dict[str, Any] = without_empty({key: value for key, value in raw.items() if key not in taken})
             return others
         if self.own.reward == GYM_REWARD:
             return {"task": raw["task"], ENTRY: raw[ENTRY]}
-        whole = raw.get(self.own.answer or "")
-        return {"answer": whole} if isinstance(whole, str) else {}
+        whole = raw.get(self.own.answer)
+        if not isinstance(whole, str):
+            return {}
+        return {"answer" if self.regex is None and self._final(whole) else "solution": whole}
 
 
 class _Wrong(ValueError):
@@ -399,8 +421,7 @@ def read(given: Given, name: str) -> tuple[OwnRecipe | None, list[Problem]]:
     own = OwnRecipe(
         source=source or "",
         prompt=columns.get("prompt", "prompt"),
-        # a reward function of the user's may need no answer
-        answer=columns.get("answer", "answer" if generated or reward in REWARDS else None),
+        answer=columns.get("answer", ANSWER),
         prompt_template=template,
         system=value("system", _text),
         answer_regex=value("answer_regex", _regex),
@@ -499,7 +520,7 @@ def describe_recipe(own: OwnRecipe, about: Sequence[str] = ()) -> str:
     """YAML text of a recipe file, with `about` as comments at its top."""
     lines = [*(f"# {line}" for line in about), f"schema_version: {SCHEMA_VERSION}", f"source: {text_of(own.source)}"]
     lines += ["map:", f"  prompt: {text_of(own.prompt)}"]
-    lines += [f"  answer: {text_of(own.answer)}"] if own.answer else []
+    lines += [f"  answer: {text_of(own.answer)}"]
     lines += ["# the words around a question: {prompt}, and any column in braces; {{ and }} are braces"]
     lines += [f"prompt_template: {text_of(own.prompt_template)}"]
     lines += [f"system: {text_of(own.system)}", "# the group of its last match is the answer, as '#### (.+)' finds it"]

@@ -180,6 +180,8 @@ def init_recipe(path: Path, *, source: str | None, words: Mapping[str, Any]) -> 
     """Write a recipe file for `source` from a look at its first rows, and return the recipe as plain data."""
     if source is None:
         raise InputError("--init looks at a source", hint="--source FILE|FOLDER|HUB_ID")
+    if source.startswith(GYM):
+        raise InputError("generated tasks have no columns to look at", hint=f"flashrl prepare {source}")
     return own.write_recipe(path, named_source(source), own.from_options(source=source, **words)).document()
 
 

@@ -80,7 +80,7 @@ def test_a_csv_of_questions_and_answers(sums: Path, parquet: Read, tmp_path: Pat
         "prompt": [{"role": "user", "content": "Q: What is 504 plus 504?"}],
         "ability": "own",
         "reward_model": {"style": "rule", "ground_truth": "1008"},
-        "extra_info": {"index": 4, "answer": 'Add "them".\nThe answer is 1,008.', "split": "train"},
+        "extra_info": {"index": 4, "solution": 'Add "them".\nThe answer is 1,008.', "split": "train"},
     }
     assert {row["extra_info"]["index"] for row in rows.values()} == set(range(40))
     assert made["recipe"] == {
@@ -129,7 +129,9 @@ def test_the_answer_of_a_published_form_is_found_without_a_regex(
     reward: str, written: str, truth: str, lines: Lines, tmp_path: Path, parquet: Read
 ) -> None:
     prepare("mine", lines(tmp_path / "q.jsonl", [{"prompt": "q", "answer": written}]), reward=reward, split=1)
-    assert rows_of("mine", parquet)[0]["reward_model"]["ground_truth"] == truth
+    [row] = rows_of("mine", parquet)
+    assert row["reward_model"]["ground_truth"] == truth
+    assert row["extra_info"]["solution" if reward == "dapo" else "answer"] == written
 
 
 def test_the_regex_takes_the_last_match_and_the_group_named_answer(lines: Lines, tmp_path: Path, parquet: Read) -> None:
@@ -161,6 +163,14 @@ def test_a_chat_keeps_its_turns_and_columns_may_be_nested(lines: Lines, tmp_path
     assert row["reward_model"]["ground_truth"] == "5"
 
 
+def test_a_chat_that_ends_with_the_answer_asks_nothing(lines: Lines, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "5"}]
+    source = lines(tmp_path / "q.jsonl", [{"prompt": turns, "answer": "5"}])
+    assert told(refused("mine", source)) == [
+        (f"{source}:1", "the last message of 'prompt' is of role assistant: nothing is asked")
+    ]
+
+
 def test_a_function_of_the_users_gets_the_other_columns(lines: Lines, tmp_path: Path, parquet: Read) -> None:
     (tmp_path / "mine.py").write_text("def score(solution_str, ground_truth): return 1.0\n")
     source = lines(tmp_path / "q.jsonl", [{"prompt": "q", "rubric": {"points": 3}, "empty": {}}])
@@ -168,7 +178,12 @@ def test_a_function_of_the_users_gets_the_other_columns(lines: Lines, tmp_path: 
     [row] = rows_of("mine", parquet)
     assert row["data_source"] == "mine"
     assert row["extra_info"] == {"index": 0, "rubric": {"points": 3}, "empty": None, "split": "train"}
+    assert row["reward_model"]["ground_truth"] == ""
     assert made["recipe"]["reward"] == f"{tmp_path}/mine.py:score"
+    prepare("mine", lines(tmp_path / "q.jsonl", [{"prompt": "q", "answer": 0.5}]), reward="mine.py:score", split=1)
+    assert rows_of("mine", parquet)[0]["reward_model"]["ground_truth"] == "0.5"
+    error = refused("mine", source, reward="mine.py:score", map="prompt=prompt,answer=gone")
+    assert told(error) == [("--map", "no column 'gone' for answer")]
 
 
 def test_a_folder_with_both_splits_is_taken_as_it_is(lines: Lines, tmp_path: Path) -> None:
@@ -354,6 +369,11 @@ def test_init_looks_at_the_source(answers: list[str], reward: str, lines: Lines,
     assert (made["map"], made["reward"]) == ({"prompt": "question", "answer": "solution"}, reward)
     with pytest.raises(InputError, match="exists already"):
         init_recipe(tmp_path / "mine.yaml", source=str(source), words={})
+
+
+def test_init_has_nothing_to_look_at_in_generated_tasks(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no columns to look at"):
+        init_recipe(tmp_path / "mine.yaml", source="rg:chain_sum", words={})
 
 
 def test_init_keeps_what_is_given_and_writes_what_is_read_back(sums: Path, tmp_path: Path) -> None:
