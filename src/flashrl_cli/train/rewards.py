@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ def with_reward(resolved: Resolved) -> Resolved:
         return resolved
     named = {
         name: reference
-        for name in dict.fromkeys((*_sets(spec.data.train), *_sets(spec.data.val)))
+        for name in dict.fromkeys((*spec.data.train_sets, *spec.data.val_sets))
         if "/" not in name and (reference := own_reward(paths.DatasetPaths(name, root / name)))
     }
     functions = set(named.values())
@@ -55,10 +55,6 @@ def with_reward(resolved: Resolved) -> Resolved:
     why = f"the recipe of {' and '.join(named)}"
     choices = {FUNCTION: Choice(functions.pop(), why), SOURCES: Choice(tuple(named), why)}
     return decided(resolved, choices)
-
-
-def _sets(names: str | Sequence[str]) -> Sequence[str]:
-    return (names,) if isinstance(names, str) else names
 
 
 def source_of(resolved: Resolved) -> tuple[Source | None, list[Problem]]:
@@ -98,10 +94,8 @@ def _call(row: Any) -> Call:
 
 def _data_files(spec: RunSpec) -> list[Path]:
     root = paths.data_root()
-    named = [
-        *(data_path("train")(name, root) for name in _sets(spec.data.train)),
-        *(data_path("test")(name, root) for name in _sets(spec.data.val)),
-    ]
+    named = [data_path("train")(name, root) for name in spec.data.train_sets]
+    named += [data_path("test")(name, root) for name in spec.data.val_sets]
     return [path for path in map(Path, dict.fromkeys(named)) if path.is_file()]
 
 
