@@ -18,7 +18,6 @@ from flashrl_cli.data.readers import count, require
 from flashrl_cli.data.rows import Fault, kind_of, printable, shown
 from flashrl_cli.errors import EnvironmentNotReady, InputError, Location
 from flashrl_cli.paths import DatasetPaths
-from flashrl_cli.reward_function import is_reference
 
 if TYPE_CHECKING:
     from flashrl_cli.data.rows import Row
@@ -178,13 +177,6 @@ def read_manifest(paths: DatasetPaths) -> Manifest | None:
         return None
     known = isinstance(manifest, dict) and manifest.get("schema_version") == SCHEMA_VERSION
     return manifest if known else None
-
-
-def own_reward(paths: DatasetPaths) -> str | None:
-    """The user's reward function (`FILE.py:NAME`) that a prepared data set names in its recipe; None without one."""
-    recipe = (read_manifest(paths) or {}).get("recipe")
-    found = recipe.get("reward") if isinstance(recipe, dict) else None
-    return found if isinstance(found, str) and is_reference(found) else None
 
 
 def outputs_unchanged(paths: DatasetPaths, manifest: Manifest) -> bool:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashrl_cli import contract, paths
-from flashrl_cli.data import writing
 from flashrl_cli.errors import InputError, Location, Problem
 from flashrl_cli.reward_function import Call, Reference, Shipped
 from flashrl_cli.runs import store
@@ -28,9 +27,8 @@ def chosen(
     """A function from a file of rows to the user's reward function that scores them; None for verl's scorers.
 
     `reward` (`FILE.py:NAME`) scores all files. Otherwise a run's own function scores the files that the run was trained
-    or validated on, and that of a prepared data set's recipe its rows. A score above `threshold` counts as right; None
-    for the run's own, or 0.5. Raises InputError for a file that does not define the function, and if runs were trained
-    on a file with different functions.
+    or validated on. A score above `threshold` counts as right; None for the run's own, or 0.5. Raises InputError for a
+    file that does not define the function, and if runs were trained on a file with different functions.
     """
     if reward is not None:
         given = _given(reward)
@@ -42,7 +40,7 @@ def chosen(
         found = {one.digest: one for folder in folders if (one := _of_run(paths.runs_root() / folder.name, file))}
         if len(found) > 1:
             raise InputError(f"the runs were trained on {file} with different reward functions", hint=_HINT)
-        own = next(iter(found.values()), None) or _of_data(file)
+        own = next(iter(found.values()), None)
         return own if own is None or threshold is None else replace(own, threshold=threshold)
 
     return find
@@ -69,12 +67,6 @@ def check(data: Iterable[DataSet]) -> None:
 def _given(reward: str) -> Shipped:
     reference = Reference.parse(reward, "--reward")
     return Shipped(copy="", file=str(reference.file), name=reference.name, source=reference.source("--reward"))
-
-
-def _of_data(file: Path) -> Shipped | None:
-    """The function that the recipe of a prepared data set names, which scores its rows."""
-    reference = writing.own_reward(paths.DatasetPaths(file.parent.name, file.parent))
-    return replace(_given(reference), sources=[file.parent.name]) if reference else None
 
 
 def _of_run(folder: Path, file: Path) -> Shipped | None:

@@ -51,7 +51,7 @@ CRITIC = "critic.max_tokens_per_gpu"
 class Choice(NamedTuple):
     """The value that an `auto` stands for, and why."""
 
-    value: int | bool | str | tuple[str, ...]
+    value: int | bool | str
     reason: str
 
 

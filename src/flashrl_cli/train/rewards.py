@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import paths
 from flashrl_cli.data import readers
 from flashrl_cli.data.rows import BadRows, Needs, Scoring, faults
-from flashrl_cli.data.writing import own_reward
 from flashrl_cli.errors import InputError, Location, Problem, RunFailed
-from flashrl_cli.memory.budget import Choice, decided
 from flashrl_cli.reward_function import Call, Reference, Source, is_reference, short
 from flashrl_cli.verl import rewards
 from flashrl_cli.verl.overrides import data_path
@@ -25,36 +22,7 @@ if TYPE_CHECKING:
     from flashrl_cli.plugins.reward import Report
     from flashrl_cli.train.plan import LaunchPlan
 
-FUNCTION, SOURCES = "reward.function", "reward.sources"
 _SHOWN = 300
-
-
-def with_reward(resolved: Resolved) -> Resolved:
-    """The preset with the reward function that its prepared data sets name, unless it says itself what scores.
-
-    Of several data sets the function scores the rows of those that name it. Data sets with different functions are a
-    problem of the preset, because one run calls one.
-    """
-    spec, root = resolved.spec, paths.data_root()
-    if spec.reward.function is not None or rewards.own_reward(spec.verl):
-        return resolved
-    named = {
-        name: reference
-        for name in dict.fromkeys((*spec.data.train_sets, *spec.data.val_sets))
-        if "/" not in name and (reference := own_reward(paths.DatasetPaths(name, root / name)))
-    }
-    functions = set(named.values())
-    if len(functions) > 1:
-        listed = ", ".join(f"{name}: {reference}" for name, reference in named.items())
-        what = f"data sets have different reward functions, and a run calls one ({listed})"
-        where = resolved.origins["data.train"].where
-        problem = Problem(what, where, "--set reward.function=FILE.py:NAME takes one for all rows")
-        return replace(resolved, broken=(*resolved.broken, problem))
-    if not functions:
-        return resolved
-    why = f"the recipe of {' and '.join(named)}"
-    choices = {FUNCTION: Choice(functions.pop(), why), SOURCES: Choice(tuple(named), why)}
-    return decided(resolved, choices)
 
 
 def source_of(resolved: Resolved) -> tuple[Source | None, list[Problem]]:

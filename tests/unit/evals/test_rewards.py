@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from flashrl_cli import contract, paths
-from flashrl_cli.data.writing import SCHEMA_VERSION
 from flashrl_cli.errors import InputError, Location
 from flashrl_cli.evals import accuracy, grade, questions, rewards
 from flashrl_cli.evals.questions import DataSet, Question
@@ -84,16 +83,6 @@ def test_the_threshold_may_be_another_than_the_runs(file: Path) -> None:
     own = rewards.chosen(None, 0.9, [record("a", file, threshold=0.2)])(file)
     assert own is not None
     assert own.threshold == 0.9
-
-
-def test_the_recipe_of_a_data_set_names_the_function(file: Path, tmp_path: Path) -> None:
-    (tmp_path / "reward.py").write_text(SOURCE)
-    recipe = {"reward": f"{tmp_path}/reward.py:score"}
-    (file.parent / "manifest.json").write_text(json.dumps({"schema_version": SCHEMA_VERSION, "recipe": recipe}))
-    own = rewards.chosen(None, None, [])(file)
-    assert own is not None
-    assert (own.source, own.sources) == (SOURCE, ["mine"])
-    assert own.scores(str(ROW["data_source"]))
 
 
 def test_solved_examples_are_answered_by_their_truth(file: Path) -> None:

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli import paths
-from flashrl_cli.data import writing
 from flashrl_cli.errors import InputError, Location
 from flashrl_cli.plugins import reward
 from flashrl_cli.plugins.reward import Report
@@ -228,35 +226,3 @@ def test_supervise_keeps_a_copy_of_the_file(
     with pytest.raises(RewardFailed):
         supervise.supervise(made, seen, [], start=lambda _: Ended())  # type: ignore[arg-type, return-value]
     assert made.attempt_paths.reward.read_text() == GOOD
-
-
-def prepared(name: str, reward: str, root: Path) -> None:
-    """A prepared data set whose recipe names a reward."""
-    manifest = paths.DatasetPaths(name, root / name).manifest
-    manifest.parent.mkdir(parents=True)
-    manifest.write_text(json.dumps({"schema_version": writing.SCHEMA_VERSION, "recipe": {"reward": reward}}))
-
-
-def test_a_data_sets_recipe_names_the_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLASHRL_DATA", str(tmp_path))
-    prepared("mine", "/r.py:score", tmp_path)
-    prepared("plain", "math", tmp_path)
-    found = rewards.with_reward(load_spec("tiny", sets=["data.train=mine", "data.val=plain"]))
-    assert (found.spec.reward.function, found.spec.reward.sources) == ("/r.py:score", ("mine",))
-    assert str(found.origins["reward.function"]) == "derived: the recipe of mine"
-    for sets in (
-        ["data.train=plain", "data.val=plain"],
-        ["data.train=mine", "data.val=mine", "reward.function=other.py:score"],
-        ["data.train=mine", "data.val=mine", "verl.reward.custom_reward_function.path=pkg://mine"],
-    ):
-        given = load_spec("tiny", sets=sets)
-        assert rewards.with_reward(given) is given
-
-
-def test_data_sets_with_different_functions_are_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLASHRL_DATA", str(tmp_path))
-    prepared("a", "/a.py:score", tmp_path)
-    prepared("b", "/b.py:score", tmp_path)
-    (problem,) = rewards.with_reward(load_spec("tiny", sets=["data.train=a", "data.val=b"])).broken
-    assert "different reward functions, and a run calls one (a: /a.py:score, b: /b.py:score)" in problem.message
-    assert str(problem.where) == "--set data.train"
