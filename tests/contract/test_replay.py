@@ -168,6 +168,20 @@ def test_responses_are_kept_as_text_with_what_verl_computes(
         assert one.advantage == pytest.approx(float(done.batch["advantages"][row][0]))
 
 
+def test_rows_that_cannot_be_fetched_end_no_run(
+    trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(contract.ENV_SAMPLES, "4")
+    monkeypatch.setattr(samples, "_TRAINER", [SimpleNamespace(tokenizer=None)])
+    contract.logger().addHandler(caplog.handler)
+    try:
+        correct_and_advance(trainer)  # without a TransferQueue
+    finally:
+        contract.logger().removeHandler(caplog.handler)
+    assert "the responses of step 12 are not kept" in caplog.text
+    assert samples.steps_in(AttemptPaths(tmp_path).samples) == {}
+
+
 def test_the_trainer_itself_is_changed_once(trainer: Any) -> None:
     first = trainer.compute_rollout_correction_and_add_to_batch
     assert getattr(first, contract.PATCHED)

@@ -110,7 +110,7 @@ def rows_to_keep(
 def keep(step: int, batch: Mapping[str, Any], mask: Any, keys: Sequence[str]) -> None:
     """Write some responses of a batch of tensors [responses, longest]; `mask` is that before any token is rejected.
 
-    `keys` are the responses' in TransferQueue. A full disk ends no run.
+    `keys` are the responses' in TransferQueue. Neither a full disk nor a row that cannot be fetched ends a run.
     """
     folder, count = contract.plugin_dir(), int(os.environ.get(contract.ENV_SAMPLES) or 0)
     if folder is None or not count or not _TRAINER or os.environ.get(contract.ENV_PRINT):
@@ -120,7 +120,11 @@ def keep(step: int, batch: Mapping[str, Any], mask: Any, keys: Sequence[str]) ->
     if not chosen:
         return
     trainer = _TRAINER[0]
-    texts = _texts([keys[row] for row in chosen], trainer.tokenizer)
+    try:
+        texts = _texts([keys[row] for row in chosen], trainer.tokenizer)
+    except Exception as error:  # noqa: BLE001  (of TransferQueue and the tokenizer, on which no run should depend here)
+        contract.logger().warning("the responses of step %d are not kept: %s: %s", step, type(error).__name__, error)
+        return
     longest = trainer.config.data.max_response_length
     found = [
         Sample(

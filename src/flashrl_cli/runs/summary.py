@@ -219,8 +219,9 @@ class Summary:
     advice: Advice
     """Mismatch advice on the newest attempt that logged metrics."""
     replay: Replay | None
-    samples: Shown | None
     """Other corrections of the last steps whose log-ratios were kept; None if none were."""
+    samples: Shown | None
+    """Responses of the last step of which some were kept; None if none were."""
     notes: tuple[str, ...]
 
     @property
