@@ -75,6 +75,11 @@ class Case(NamedTuple):
             return "the baseline weights responses by their number of kept tokens"
         return None
 
+    @property
+    def any_token(self) -> bool:
+        """Whether all tokens have the same covariance, for want of advantages, so that any may be chosen by it."""
+        return self.loss == "kl-cov" and self.batch.endswith("rewards")
+
     def bounds(self) -> tuple[str, str]:
         """Names of bounds that act on the samples."""
         name = f"{self.by} {self.estimator}"
@@ -208,8 +213,8 @@ def wrong(case: Case, found: dict[str, Any]) -> list[str]:
     problems = [f"{name} off by {found[name]}" for name, bound in bounds.items() if not found[name] <= bound]
     if found["passes"] != [2, 2] or not found["finite"]:
         problems.append(f"passes {found['passes']}, finite {found['finite']}")
-    if case.loss == "kl-cov" and case.batch.endswith("rewards"):
-        return problems  # without advantages all tokens have the same covariance, and any may be chosen
+    if case.any_token:
+        return problems
     if not found["loss"] <= 1e-5 * max(1.0, *map(abs, found["losses"])):
         problems.append(f"loss off by {found['loss']}")
     if not max(found["gradients"]) <= 1e-3:
@@ -310,16 +315,18 @@ def main(model: str, data: str, out: str, *losses: str) -> int:
         elif case.refused:
             kept["refused"][case.name] = case.refused
         else:
-            kept["compared"][case.name] = summary(step)
+            kept["compared"][case.name] = summary(case, step)
         print(case.name, *(problems or ["refused" if case.refused else "as by the formulas"]), sep=": ", flush=True)
     files.write_json(place, kept)
     return len(kept["failed"])
 
 
-def summary(found: dict[str, Any]) -> dict[str, float]:
-    """What is kept of a step."""
-    numbers = {"gradient": max(found["gradients"]), **{name: found[name] for name in ("loss", "rejected", "cut")}}
-    return {name: float(f"{value:.2g}") for name, value in numbers.items()}
+def summary(case: Case, found: dict[str, Any]) -> dict[str, float]:
+    """What is kept of a step; no gradient where it is a matter of chance."""
+    numbers = {name: found[name] for name in ("loss", "rejected", "cut")}
+    if not case.any_token:
+        numbers["gradient"] = max(found["gradients"])
+    return {name: float(f"{value:.2g}") for name, value in sorted(numbers.items())}
 
 
 if __name__ == "__main__":
