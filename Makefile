@@ -26,14 +26,14 @@ help:  ## List the targets.
 setup: $(READY)  ## Make .venv with the CPU stack, the test tools and flashrl (PYTHON=… to choose one).
 	@echo "$(VENV) is ready"
 
-$(READY): requirements/install.sh requirements/cpu.txt requirements/dev.txt pyproject.toml
+$(READY): requirements/install.sh requirements/cpu.txt requirements/dev.txt requirements/gym.txt pyproject.toml
 	TORCH_INDEX=$(TORCH_INDEX) bash requirements/install.sh $(VENV) cpu
 	@touch $@
 
 gpu: $(GPU_VENV)/.ready  ## Make .venv-gpu with the GPU stack (Linux, x86_64), the test tools and flashrl.
 	@echo "$(GPU_VENV) is ready: . $(GPU_VENV)/bin/activate; flashrl doctor tells what this machine lacks"
 
-$(GPU_VENV)/.ready: requirements/install.sh requirements/gpu.txt requirements/dev.txt pyproject.toml
+$(GPU_VENV)/.ready: requirements/install.sh requirements/gpu.txt requirements/dev.txt requirements/gym.txt pyproject.toml
 	bash requirements/install.sh $(GPU_VENV) gpu
 	@touch $@
 

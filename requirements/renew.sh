@@ -47,6 +47,10 @@ resolve dev dev.in --constraints cpu.txt
 headed dev '# made by requirements/renew.sh (`make lock`) from dev.in; not to be edited by hand' \
     '# what it is: the tools of `make test`, beside cpu.txt. Install it without resolving: `pip install --no-deps -r`'
 
+resolve gym gym.in --no-deps --constraints cpu.txt
+headed gym '# made by requirements/renew.sh (`make lock`) from gym.in; not to be edited by hand' \
+    '# what it is: reasoning-gym, beside either stack. Install it without resolving: `pip install --no-deps -r`'
+
 # constrained by the test tools, which `make gpu` installs beside it
 resolve gpu gpu.in "${EXTRAS[@]}" --constraints dev.txt
 headed gpu '# made by requirements/renew.sh (`make lock`) from gpu.in and pyproject.toml; not to be edited by hand' \

@@ -77,6 +77,15 @@ REWARD = ("pkg://flashrl_cli.plugins.reward", "compute_score")
 TOKENS_A_MESSAGE = 16
 """Tokens of a sequence that a rollout engine collects before it sends them to verl's server (plugins/outputs.py)."""
 
+MIXTURE = ("pkg://flashrl_cli.plugins.mixture", "MixedDataset")
+"""Module and class by which verl's trainer reads the rows of several data files."""
+SHARES = "flashrl_shares"
+"""Key of verl's `data` with the shares of the training files."""
+GYM_SOURCE = "reasoning_gym/"
+"""Start of the data source of generated tasks, followed by the task's name (plugins/scorers.py)."""
+EXACT_SOURCE = "flashrl/exact"
+"""Data source of rows whose answer is the response itself (plugins/scorers.py)."""
+
 REFIT = "refit/"
 """Prefix of the names under which verl logs the figures of a weight update."""
 ARRIVAL = ("codes_changed", "weights_changed", "arrived", "update_cosine")

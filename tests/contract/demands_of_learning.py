@@ -20,6 +20,15 @@ LEARNING = [
         legal=("verl.critic.enable=true",),
     ),
     case(
+        "shares_reach_the_data_set",
+        "verl.data.custom_cls.path=mine.py",
+        "data.train=[tiny,more]",
+        "data.shares=[3,1]",
+        says="takes the place of the class that mixes by data.shares",
+        hint="drop one",
+        legal=("data.train=[tiny,more]", "data.shares=[3,1]"),
+    ),
+    case(
         "metric_is_reported",
         "algorithm.filter_groups.metric=seq_reward",
         says="no reward of verl's reports seq_reward",

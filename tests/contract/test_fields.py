@@ -104,6 +104,11 @@ def test_names_that_verl_would_take_and_never_read_are_refused_too():
     assert refused(TAKEN_AND_NOT_READ) == list(TAKEN_AND_NOT_READ)
 
 
+def test_an_added_key_may_be_a_list():
+    added = Override("data.mine", (3, 1), Origin("set", Location("--set", key="x")), added=True)
+    assert fields.added_key_problems([added], compose.tree([str(added)])) == []
+
+
 def test_the_tree_may_hold_the_added_keys():
     wrong = Override(f"{A}.optimm.lr", 1, Origin("set", Location("--set", key="x")), added=True)
     (problem,) = fields.added_key_problems([wrong], compose.tree([str(wrong)]))

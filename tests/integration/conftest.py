@@ -39,7 +39,7 @@ ENDING_S = 60.0
 
 FIRST = (
     "corrections", "trainer_step", "train", "reload", "kv_scales", "smoothing", "online_linear", "ray", "kill_resume",
-    "survival", "eval", "refit", "bench", "support",
+    "survival", "eval", "refit", "bench", "support", "own_data",
 )  # fmt: skip
 """Files in the order in which two processes take them: what needs no workshop while the first one prepares it, then the
 longest.

@@ -165,6 +165,7 @@ def test_make_installs_a_whole_stack(target: str, stack: str, folder: str, tmp_p
     assert said.read_text().splitlines() == [
         *torch,
         f"{common} -r requirements/{stack}.txt -r requirements/dev.txt",
+        f"{common} -r requirements/gym.txt",
         f"{common} --no-build-isolation --editable .",
     ]
 
@@ -183,7 +184,7 @@ def test_no_advice_installs_from_an_index_what_is_on_none() -> None:
 
 def test_an_extra_is_installed_from_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    assert {"data", "plot", "eval"} <= extras.keys()
+    assert {"data", "plot", "eval", "gym"} <= extras.keys()
     assert shlex.split(software.install_extra("plot")) == ["pip", "install", "-e", f"{ROOT}[plot]"]
     monkeypatch.setattr(paths, "presets_root", lambda: tmp_path / "flashrl_cli" / "_presets")
     assert software.install_extra("plot") == "pip install -e '.[plot]' in a checkout of flashrl"

@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 
 from flashrl_cli import __version__
+from flashrl_cli.cli import eval_show, prepare_show
 from flashrl_cli.cli.bench import bench
 from flashrl_cli.cli.doctor import doctor
 from flashrl_cli.cli.eval import evaluate
-from flashrl_cli.cli.eval_show import show
 from flashrl_cli.cli.prepare import prepare
 from flashrl_cli.cli.presets import presets
 from flashrl_cli.cli.quantize import quantize
@@ -47,10 +47,11 @@ def root(
 
 
 app.command("prepare")(prepare)
+app.command("prepare show")(prepare_show.show)
 app.command("quantize")(quantize)
 app.command("train")(train)
 app.command("eval")(evaluate)
-app.command("eval show")(show)
+app.command("eval show")(eval_show.show)
 app.command("bench")(bench)
 app.add_typer(presets, name="presets")
 app.add_typer(runs, name="runs")
@@ -106,5 +107,5 @@ def _report(error: BaseException) -> None:
 
 
 def _words(argv: list[str]) -> list[str]:
-    """Join `eval show` into one word: `eval` takes any words as patterns, so it cannot have sub-commands."""
-    return ["eval show", *argv[2:]] if argv[:2] == ["eval", "show"] else argv
+    """Join `eval show` and `prepare show` into one word: these commands take any words, and have no sub-commands."""
+    return [" ".join(argv[:2]), *argv[2:]] if argv[:2] in (["eval", "show"], ["prepare", "show"]) else argv

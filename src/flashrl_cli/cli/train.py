@@ -177,7 +177,7 @@ class Starter:
     def _ready(self, launch: Launch) -> tuple[Start, Validation]:
         """Check a launch, and print what it validates, and warnings about what does not prevent a start."""
         from flashrl_cli.runs import store
-        from flashrl_cli.train.preflight import memory_of, validation_of
+        from flashrl_cli.train.preflight import memory_of, shared_prompts, validation_of
         from flashrl_cli.train.run import refuse_running
         from flashrl_cli.train.speed import slow
         from flashrl_cli.verl.lint import notes
@@ -188,6 +188,8 @@ class Starter:
         memory = memory_of(launch.resolved, launch.tree, self.place.gpu_memory(plan.spec))
         validation = validation_of(launch.resolved, launch.tree, plan.resume.step or 0)
         self.output.say(validation.text)
+        for shared in shared_prompts(plan.spec):
+            self.output.warn(shared)
         if memory.warning:
             self.output.warn(f"memory: {memory.warning}")
         for one in slow(launch, memory, validation):

@@ -144,6 +144,14 @@ def filtered_groups_vary(spec: RunSpec) -> Iterator[Violation]:
         )
 
 
+def shares_are_of_data_sets(spec: RunSpec) -> Iterator[Violation]:
+    """Each data set to train on has a share."""
+    shares, sets = spec.data.shares, spec.data.train_sets
+    if shares is not None and len(shares) != len(sets):
+        what = f"{counted(len(shares), 'share')} for {counted(len(sets), 'data set')} of data.train"
+        yield Violation("data.shares", what, fix={"data.shares": [1.0] * len(sets) if len(sets) > 1 else None})
+
+
 def metrics_are_written(spec: RunSpec) -> Iterator[Violation]:
     """verl's file logger is on: the table of a run, its guard and `flashrl runs` read its metrics."""
     if "file" not in spec.trainer.logger:
@@ -315,6 +323,7 @@ RULES: tuple[Rule, ...] = (
     passes_are_counted_alike,
     *correction.RULES,
     filtered_groups_vary,
+    shares_are_of_data_sets,
     metrics_are_written,
     overlong_fits,
     reward_names_a_function,

@@ -33,6 +33,9 @@ Estimator = Literal["k1", "k2", "k3"]
 Scalar = bool | int | float | str | None
 
 
+Texts = Text | Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
+
+
 def _argument(value: object) -> object:
     items = value if isinstance(value, list) else [value]
     if not all(isinstance(item, bool | int | float | str | None) for item in items):
@@ -76,12 +79,15 @@ class ModelSpec(Part):
 
 
 class DataSpec(Part):
-    """Prompts and lengths. `train` and `val` name a prepared data set, or a file by path (parquet, json, jsonl)."""
+    """Prompts and lengths. `train` and `val` name prepared data sets, or files by path (parquet, json, jsonl)."""
 
-    train: Text
-    """Training prompts: `gsm8k` means `train.parquet` of the prepared data set gsm8k."""
-    val: Text
+    train: Texts
+    """Training prompts: `gsm8k` means `train.parquet` of the prepared data set gsm8k; a list mixes several."""
+    val: Texts
     """Validation prompts: `gsm8k` means `test.parquet` of the prepared data set gsm8k."""
+    shares: Annotated[tuple[Positive, ...], Field(strict=False)] | None = None
+    """Shares of the data sets of `train`, in their order: `[3, 1]` for three times as many prompts of the first. An
+    epoch has each row once at least; null for each row once."""
     max_prompt_length: Count
     """Longest prompt, in tokens."""
     max_response_length: Count
@@ -95,6 +101,16 @@ class DataSpec(Part):
     def max_length(self) -> int:
         """Longest prompt and response together, in tokens."""
         return self.max_prompt_length + self.max_response_length
+
+    @property
+    def train_sets(self) -> tuple[str, ...]:
+        """The data sets of `train`."""
+        return (self.train,) if isinstance(self.train, str) else self.train
+
+    @property
+    def val_sets(self) -> tuple[str, ...]:
+        """The data sets of `val`."""
+        return (self.val,) if isinstance(self.val, str) else self.val
 
 
 class FilterGroups(Part):

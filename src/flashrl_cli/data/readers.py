@@ -1,11 +1,14 @@
 """Read raw rows from local files, each with its position: a line, or a row of Parquet, counted from 1.
 
+CSV files have text alone, and their first line names the columns.
+
 Libraries of the `data` extra are imported when they are first needed; an error names the fix if they are missing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import importlib
 import json
 import re
@@ -16,8 +19,15 @@ from typing import Any
 from flashrl_cli.data.rows import MEDIA, BadRows, Fault, Located, Needs, kind, printable, shown
 from flashrl_cli.errors import EnvironmentNotReady, InputError, Location
 from flashrl_cli.machine import software
+from flashrl_cli.text import counted
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+"""Formats of files in verl's schema."""
+TABLES = (".csv", ".tsv")
+SOURCES = (*SUFFIXES, *TABLES)
+"""Formats of files of raw rows."""
+LONGEST_CELL = 10_000_000
+"""Characters of a cell of a CSV file at most."""
 BATCH = 4096
 _BATCH_WITH_MEDIA = 64
 """Batch size for files with media, because one row may hold megabytes of images."""
@@ -43,6 +53,8 @@ def read(path: Path, bad: BadRows, columns: Sequence[str] | None = None) -> Iter
     """
     if path.suffix == ".parquet":
         yield from _parquet(path, columns)
+    elif path.suffix in TABLES:
+        yield from _table(path, bad)
     elif _is_array(path):
         yield from _array(path, bad)
     else:
@@ -70,11 +82,11 @@ def read_rows(path: Path, needs: Needs, bad: BadRows) -> Iterator[Located]:
 
 
 def count(path: Path) -> int | None:
-    """Number of rows; None for one JSON array, which would have to be parsed to count them."""
+    """Number of rows; None for a CSV file and for one JSON array, which would have to be parsed to count them."""
     if path.suffix == ".parquet":
         with readable(path):
             return int(require("pyarrow.parquet").read_metadata(path).num_rows)
-    if _is_array(path):
+    if path.suffix in TABLES or _is_array(path):
         return None
     with readable(path), path.open("rb") as stream:
         return sum(1 for line in stream if line.strip())
@@ -102,6 +114,54 @@ def _lines(path: Path, bad: BadRows) -> Iterator[Located]:
                 bad.add(Location(str(path), number), _not_json(error))
                 continue
             yield from _object(value, Location(str(path), number), bad)
+
+
+def _table(path: Path, bad: BadRows) -> Iterator[Located]:
+    """Yield the rows of a CSV file, each with the line where it begins; an empty cell is empty text."""
+    csv.field_size_limit(LONGEST_CELL)
+    with readable(path), path.open(encoding="utf-8-sig", newline="") as stream:
+        header = stream.readline()
+        stream.seek(0)
+        reader = csv.reader(stream, delimiter=_delimiter(path, header), strict=True)
+        columns = next(_records(path, reader), (1, []))[1]
+        if faults := _header_faults(columns):
+            raise InputError(f"{path}:1: {faults}", hint="the first line of a CSV file names its columns")
+        for line, cells in _records(path, reader):
+            place = Location(str(path), line)
+            if len(cells) == len(columns):
+                yield place, dict(zip(columns, cells, strict=True))
+            elif cells:
+                what = f"{counted(len(cells), 'cell')}, and {counted(len(columns), 'column')} in line 1"
+                bad.add(place, Fault(what, "quote text that holds the separator or a line break"))
+
+
+def _delimiter(path: Path, header: str) -> str:
+    """A tab for `.tsv`, else the most frequent of comma, semicolon and tab in the first line."""
+    return "\t" if path.suffix == ".tsv" else max(",;\t", key=header.count)
+
+
+def _records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """Yield the records of a CSV file, each with the line where it begins."""
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise InputError(
+                f"{path}:{line}: not CSV: {error}", hint='a quote within quoted text is written ""'
+            ) from None
+        if cells is None:
+            return
+        yield line, cells
+
+
+def _header_faults(columns: Sequence[str]) -> str | None:
+    if not any(name.strip() for name in columns):
+        return "no names of columns"
+    if not all(name.strip() for name in columns):
+        return "a column has no name"
+    twice = [name for name in columns if columns.count(name) > 1]
+    return f"two columns are named {printable(twice[0])!r}" if twice else None
 
 
 def _is_array(path: Path) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashrl_cli.data import arith, truths
-from flashrl_cli.data.rows import BadRow, Message, Needs, Raw, Reward, Row, faults, make_row, printable, text
+from flashrl_cli.data.rows import BadRow, Message, Needs, Raw, Reward, Row, Scoring, faults, make_row, printable, text
 from flashrl_cli.data.writing import DEEPEST
 from flashrl_cli.verl import rewards
 
@@ -40,16 +40,20 @@ TINY = "tiny"
 class Recipe:
     """One data set: the splits it writes, how a raw row is converted, and its hub id (None: generated locally).
 
-    `columns` are the columns of a raw row that are read. `repeats` marks sets whose published files contain every
-    prompt many times.
+    `splits` is empty if the source decides. `columns` are the columns of a raw row that are read, None for all of them.
+    `repeats` marks sets whose published files contain every prompt many times, `adopts` those whose rows may have
+    verl's schema already. `hold_out` is the share of the rows that become the test split if the source has none.
     """
 
     splits: tuple[str, ...]
     convert: Convert
-    columns: tuple[str, ...]
+    columns: tuple[str, ...] | None
     hub: str | None = None
     config: str | None = None
     repeats: bool = False
+    adopts: bool = False
+    scoring: Scoring = Scoring.VERL
+    hold_out: float = 0.0
 
 
 def gsm8k(raw: Raw, split: str, index: int) -> Row:
@@ -59,7 +63,7 @@ def gsm8k(raw: Raw, split: str, index: int) -> Row:
     if not mark or not final.strip():
         raise BadRow("'answer' has no final answer after '#### '")
     extra = {"split": split, "index": index, "answer": answer, "question": question}
-    return make_row("openai/gsm8k", f"{question} {GSM8K_SUFFIX}", _plain("openai/gsm8k", final), extra)
+    return make_row("openai/gsm8k", f"{question} {GSM8K_SUFFIX}", plain("openai/gsm8k", final), extra)
 
 
 def math(raw: Raw, split: str, index: int) -> Row:
@@ -68,14 +72,14 @@ def math(raw: Raw, split: str, index: int) -> Row:
     if not answer or not answer.strip():
         raise BadRow("'solution' has no answer in \\boxed{}")
     extra, source = {"split": split, "index": index}, "DigitalLearningGmbH/MATH-lighteval"
-    return make_row(source, f"{problem} {MATH_SUFFIX}", _plain(source, answer), extra)
+    return make_row(source, f"{problem} {MATH_SUFFIX}", plain(source, answer), extra)
 
 
 def math_500(raw: Raw, split: str, index: int) -> Row:
     """MATH-500: the truth has a separate column."""
     extra, source = {"split": split, "index": index}, "HuggingFaceH4/MATH-500"
     prompt = f"{text(raw, 'problem')} {MATH_SUFFIX}"
-    return make_row(source, prompt, _plain(source, text(raw, "answer")), extra)
+    return make_row(source, prompt, plain(source, text(raw, "answer")), extra)
 
 
 def boxed_answer(solution: str) -> str | None:
@@ -123,10 +127,10 @@ def _number(raw: Raw, source: str) -> str:
     value = raw.get("answer", raw.get("Answer"))
     if type(value) is int or (isinstance(value, float) and value.is_integer()):
         return str(int(value))
-    return _plain(source, text(raw, "answer", "Answer"))
+    return plain(source, text(raw, "answer", "Answer"))
 
 
-def _plain(source: str, truth: str) -> str:
+def plain(source: str, truth: str) -> str:
     """A truth as a response would write it: scorers compare text, and a response has 73 where some sets have 073.
 
     Formulas of MATH are kept unchanged, as its scorer expects them. BadRow for a number in a form that no response has.
@@ -150,30 +154,31 @@ def adopt(raw: Raw, split: str, index: int) -> Row:
     truth = reward["ground_truth"]
     return Row(
         data_source=source,
-        prompt=[_message(turn) for turn in raw["prompt"]],
+        prompt=[message(turn) for turn in raw["prompt"]],
         ability=text(raw, "ability") if raw.get("ability") else "MATH",
         reward_model=Reward(
             style=text(reward, "style") if reward.get("style") else "rule",
-            ground_truth=_plain(source, truth) if isinstance(truth, str) else truth,
+            ground_truth=plain(source, truth) if isinstance(truth, str) else truth,
         ),
-        extra_info={"index": index, **_without_empty(extra), "split": split},
+        extra_info={"index": index, **without_empty(extra), "split": split},
     )
 
 
-def _message(turn: Raw) -> Message:
+def message(turn: Raw) -> Message:
+    """A message with nothing but role and content; BadRow if it has none."""
     if turn["content"] is None:
         raise BadRow("an assistant message has tool calls and no content", fix="rows of text alone")
     return Message(role=turn["role"], content=turn["content"])
 
 
-def _without_empty(value: Any, depth: int = 0) -> Any:
+def without_empty(value: Any, depth: int = 0) -> Any:
     """`value` with null for each empty object, which Parquet cannot hold; nesting beyond the limit is refused later."""
     if depth > DEEPEST:
         return value
     if isinstance(value, dict):
-        return {key: _without_empty(one, depth + 1) for key, one in value.items()} if value or not depth else None
+        return {key: without_empty(one, depth + 1) for key, one in value.items()} if value or not depth else None
     if isinstance(value, list):
-        return [_without_empty(one, depth + 1) for one in value]
+        return [without_empty(one, depth + 1) for one in value]
     return value
 
 
@@ -184,11 +189,13 @@ def _holds_empty(value: Any, depth: int = 0) -> bool:
     return (depth > 0 and value == {}) or any(_holds_empty(one, depth + 1) for one in parts)
 
 
-def dropped(raw: Raw, columns: tuple[str, ...]) -> Iterator[str]:
-    """Yield the columns and keys of a raw row that are dropped: all but `columns`, or but verl's if it has these."""
-    adopted = "reward_model" in raw
+def dropped(raw: Raw, recipe: Recipe) -> Iterator[str]:
+    """Yield the columns and keys of a raw row that are dropped: all but the recipe's, or but verl's if it adopts it."""
+    if recipe.columns is None:
+        return
+    adopted = recipe.adopts and "reward_model" in raw
     for name, value in raw.items():
-        if name not in (VERL_COLUMNS if adopted else columns) and not _is_nothing(value):
+        if name not in (VERL_COLUMNS if adopted else recipe.columns) and not _is_nothing(value):
             yield printable(name)
     for name, kept in _KEPT_KEYS.items() if adopted else ():
         held = raw.get(name)
@@ -220,6 +227,7 @@ RECIPES: dict[str, Recipe] = {
         columns=_COMPETITION,
         hub="BytedTsinghua-SIA/DAPO-Math-17k",
         repeats=True,
+        adopts=True,
     ),
     "aime-2024": Recipe(
         splits=("test",),
@@ -227,8 +235,11 @@ RECIPES: dict[str, Recipe] = {
         columns=_COMPETITION,
         hub="BytedTsinghua-SIA/AIME-2024",
         repeats=True,
+        adopts=True,
     ),
-    "aime-2025": Recipe(splits=("test",), convert=competition("aime_2025"), columns=_COMPETITION, hub="math-ai/aime25"),
+    "aime-2025": Recipe(
+        splits=("test",), convert=competition("aime_2025"), columns=_COMPETITION, hub="math-ai/aime25", adopts=True
+    ),
     "arith": Recipe(splits=("train", "test"), convert=arith.row, columns=("a", "b")),
 }
 NAMES = (*RECIPES, TINY)

@@ -153,6 +153,11 @@ def printable(name: Any) -> str:
     return str(name) if str(name).isprintable() else ascii(name)
 
 
+def folded(row: Mapping[str, Any], column: str = "prompt") -> str:
+    """The text of a row's messages without differences in case and spaces."""
+    return " ".join("\0".join(turn["content"] or "" for turn in row[column]).casefold().split())
+
+
 def judge(located: Iterable[Located], needs: Needs, bad: BadRows) -> list[Raw]:
     """The rows that are usable for `needs`; faults of the other rows go to `bad`.
 
@@ -169,6 +174,8 @@ def judge(located: Iterable[Located], needs: Needs, bad: BadRows) -> list[Raw]:
             places.append(place)
     if needs.scoring is not Scoring.VERL or not rows:
         return rows
+    if any(rewards.scorer(row["data_source"]) is rewards.GYM for row in rows):
+        rewards.require_gym()
     claims = [_claim(row) for row in rows]
     unpaid = truths.unpaid(claims)
     for number, why in unpaid.items():
@@ -261,7 +268,10 @@ def _reward_faults(row: Raw, needs: Needs) -> Iterator[Fault]:
         what = "has no ground_truth" if isinstance(reward, dict) else f"is {kind(reward)}, not an object"
         yield Fault(f"reward_model {what}", '{"style": "rule", "ground_truth": "72"}')
     elif needs.scoring is Scoring.VERL and isinstance(source, str):
-        yield from _truth_faults(source, reward["ground_truth"])
+        if rewards.scorer(source) is not rewards.GYM:
+            yield from _truth_faults(source, reward["ground_truth"])
+        elif not (isinstance(extra := row.get("extra_info"), dict) and isinstance(extra.get("entry"), str)):
+            yield Fault("extra_info has no entry of reasoning-gym", "`flashrl prepare rg:TASK` writes such rows")
 
 
 def _truth_faults(source: str, truth: Any) -> Iterator[Fault]:

@@ -18,10 +18,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.data.recipes import boxed_answer
 from flashrl_cli.evals.results import Grade
+from flashrl_cli.plugins import scorers
 from flashrl_cli.reward_function import Call, Failed, RewardFunction, Shipped, is_right
 from flashrl_cli.verl import rewards
 
@@ -176,9 +177,13 @@ def _score(question: Question, response: str) -> tuple[float, bool]:
         call = Call(question.data_source, response, question.ground_truth, question.extra_info or {})
         score = _own(question.reward.text())(call)
         return score.score, is_right(score, question.reward.threshold)
-    from verl.utils.reward_score import default_compute_score
+    if scorers.knows(question.data_source):
+        compute_score: Callable[..., Any] = scorers.compute_score
+    else:
+        from verl.utils.reward_score import default_compute_score
 
-    result = default_compute_score(question.data_source, response, question.ground_truth, question.extra_info)
+        compute_score = default_compute_score
+    result = compute_score(question.data_source, response, question.ground_truth, question.extra_info)
     if not isinstance(result, dict):
         return float(result), float(result) > _RIGHT
     points = float(result["score"])

@@ -2,9 +2,9 @@
 
 verl loads plugins without calling them, so the module acts when it is imported. Outside of a flashrl run it does
 nothing. It makes the trainer compute log-probs in chunks, handle batches without loops over their rows, give its models
-the attention of the configuration, report more of its correction and keep a sample of its log-ratios, and on a GPU send
-weights in bf16, where that loses nothing. verl logs an exception raised here at DEBUG level only, so the launcher uses
-the handshake files to verify what really runs.
+the attention of the configuration, report more of its correction, keep a sample of its log-ratios and score further
+data sources, and on a GPU send weights in bf16, where that loses nothing. verl logs an exception raised here at DEBUG
+level only, so the launcher uses the handshake files to verify what really runs.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ if contract.plugin_dir() is not None:
         from flashrl_cli.plugins import transfer
 
         transfer.send_bf16()
-    from flashrl_cli.plugins import batches, corrections, log_probs, log_ratios
+    from flashrl_cli.plugins import batches, corrections, log_probs, log_ratios, scorers
 
     batches.apply()
     log_probs.apply()
     corrections.apply()
     log_ratios.apply()
+    scorers.apply()
     if os.environ.get(contract.ENV_SERVER):
         from flashrl_cli.plugins import forked
 

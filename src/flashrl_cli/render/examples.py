@@ -30,6 +30,17 @@ def question_lines(question: Mapping[str, Any], *, width: int, full: bool) -> It
         yield from _body(response["response"], width, full=full)
 
 
+def row_lines(row: Mapping[str, Any], *, width: int, full: bool) -> Iterator[str]:
+    """Lines of a row of a data set: the text that the model sees, or else its messages, and the truth."""
+    yield from _wrapped(f"── {row['split']} {row['row']}, scored as {row['data_source']}", width)
+    if row["text"] is not None:
+        yield from _body(row["text"], width, full=full)
+    else:
+        for turn in row["prompt"]:
+            yield from _body(f"{turn['role']}: {turn['content'] or ''}", width, full=full)
+    yield from _wrapped(f"truth: {_brief(str(row['ground_truth']))}", width)
+
+
 def safe(text: str) -> str:
     """`text` with line ends and printable characters only; all others are replaced by escape sequences."""
     plain = text.replace("\r\n", "\n").expandtabs(_TAB)

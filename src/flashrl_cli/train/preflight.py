@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import hub, paths
 from flashrl_cli.data import readers
-from flashrl_cli.data.rows import BadRows, Needs, Scoring, faults, judge
+from flashrl_cli.data.rows import BadRows, Needs, Scoring, faults, folded, judge
 from flashrl_cli.data.writing import Types, rows_of
 from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
 from flashrl_cli.machine import gpus, ray_state, software, system
@@ -201,13 +202,21 @@ def local_inputs(spec: RunSpec) -> dict[str, Path]:
     """Map spec keys to the files and folders on this machine that they name; hub ids are left out."""
     data_root = paths.data_root()
     named = {
-        "data.train": data_path("train")(spec.data.train, data_root),
-        "data.val": data_path("test")(spec.data.val, data_root),
+        **_named("data.train", "train", spec.data.train_sets),
+        **_named("data.val", "test", spec.data.val_sets),
         **{key: model_path(model, data_root) for key, model in _models(spec).items()},
     }
     if profile := environment.rollout_options(spec).profile:
         named[PROFILE] = profile
     return {key: Path(path) for key, path in named.items() if path.startswith("/")}
+
+
+def _named(key: str, split: str, sets: Sequence[str]) -> dict[str, str]:
+    """The files of a key's data sets; of several, each with the data set's name."""
+    convert, root = data_path(split), paths.data_root()
+    if len(sets) == 1:
+        return {key: convert(sets[0], root)}
+    return {f"{key} {name}": convert(name, root) for name in sets}
 
 
 def vocabulary(spec: RunSpec) -> int | None:
@@ -331,10 +340,37 @@ def row_problems(spec: RunSpec) -> list[Problem]:
     needs = Needs(scoring=scoring, prompt=rewards.prompt_column(spec.verl))
     here = local_inputs(spec)
     found: list[Problem] = []
-    for file in dict.fromkeys(here[key] for key in DATA if key in here):
+    for file in dict.fromkeys(path for key, path in here.items() if key.startswith(DATA)):
         if file.exists():
             found += _problems_in(file, needs)
     return found
+
+
+def shared_prompts(spec: RunSpec) -> Iterator[str]:
+    """Yield how many prompts the data sets of a run share, apart from case and spaces, if it has several.
+
+    Of one data set `prepare` has told it. Rows for a dataset class that the preset names are not read.
+    """
+    sets = {"data.train": spec.data.train_sets, "data.val": spec.data.val_sets}
+    if len({name for names in sets.values() for name in names}) == 1 or rewards.own_rows(spec.verl):
+        return
+    column, here = rewards.prompt_column(spec.verl), local_inputs(spec)
+    prompts = {
+        key: [_prompts(path, column) for name, path in here.items() if name.startswith(key) and path.exists()]
+        for key in sets
+    }
+    trained = Counter(prompt for one in prompts["data.train"] for prompt in one)
+    if twice := sum(count > 1 for count in trained.values()):
+        yield f"{counted(twice, 'prompt')} of data.train {'is' if twice == 1 else 'are'} in several of its data sets"
+    validated = {prompt for one in prompts["data.val"] for prompt in one}
+    if shared := len(validated & trained.keys()):
+        are = "is" if shared == 1 else "are"
+        yield f"{shared:,} of {counted(len(validated), 'prompt')} of data.val {are} also trained on"
+
+
+def _prompts(file: Path, column: str) -> set[str]:
+    needs = Needs(scoring=Scoring.NONE, prompt=column)
+    return {folded(row, column) for row in judge(readers.read_rows(file, needs, BadRows()), needs, BadRows())}
 
 
 def _problems_in(file: Path, needs: Needs) -> list[Problem]:
@@ -428,10 +464,11 @@ class Validation:
 def validation_of(resolved: Resolved, tree: Tree, done: int = 0) -> Validation:
     """What a run validates that goes on from step `done`; reads the manifest or the size of its validation data."""
     spec = resolved.spec
-    path = Path(data_path("test")(spec.data.val, paths.data_root()))
-    rows, most = rows_of(path) if path.exists() else None, tree.get(VALIDATION_LIMIT)
+    files = {name: Path(data_path("test")(name, paths.data_root())) for name in spec.data.val_sets}
+    counts = [rows_of(path) if path.exists() else None for path in files.values()]
+    rows, most = None if None in counts else sum(filter(None, counts)), tree.get(VALIDATION_LIMIT)
     return Validation(
-        data=path.name if path.name in spec.data.val else spec.data.val,
+        data=" and ".join(path.name if path.name in name else name for name, path in files.items()),
         prompts=min(rows, most) if rows is not None and isinstance(most, int) and most > 0 else rows,
         responses=tree.get(VALIDATION_SAMPLES),
         before=done + 1 if spec.trainer.validate_before else None,

@@ -62,7 +62,8 @@ def _call(row: Any) -> Call:
 
 def _data_files(spec: RunSpec) -> list[Path]:
     root = paths.data_root()
-    named = (data_path("train")(spec.data.train, root), data_path("test")(spec.data.val, root))
+    named = [data_path("train")(name, root) for name in spec.data.train_sets]
+    named += [data_path("test")(name, root) for name in spec.data.val_sets]
     return [path for path in map(Path, dict.fromkeys(named)) if path.is_file()]
 
 

@@ -81,8 +81,11 @@ def padding(p: Planned) -> Iterator[Slow]:
 
 
 def _typical(s: Settings) -> str:
-    """Length of most training prompts, if they were measured when they were prepared."""
-    path = Path(data_path("train")(s.spec.data.train, paths.data_root()))
+    """Length of most prompts of the only training file, if they were measured when they were prepared."""
+    [first, *others] = s.spec.data.train_sets
+    if others:
+        return ""
+    path = Path(data_path("train")(first, paths.data_root()))
     lengths = described(path).get("prompt_tokens", {})
     return f" (half of the prompts have at most {lengths['p50']})" if "p50" in lengths else ""
 

@@ -43,8 +43,12 @@ class Tree:
         Maps and lists are returned as plain data.
         """
         from omegaconf import OmegaConf
+        from omegaconf.errors import ConfigTypeError
 
-        value = OmegaConf.select(self._config, key, throw_on_missing=False)
+        try:
+            value = OmegaConf.select(self._config, key, throw_on_missing=False)
+        except ConfigTypeError:  # a name within a list
+            return None
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
     def put(self, override: Override) -> None:

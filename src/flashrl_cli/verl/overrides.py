@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashrl_cli import contract, paths
 from flashrl_cli.config.layers import Origin
@@ -73,6 +73,7 @@ PROCESSED, RAW = "processed_logprobs", "raw_logprobs"
 MAX_LOG_PROBS = f"{ENGINE}.max_logprobs"
 EXTERNAL_LIB = f"{MODEL}.external_lib"
 STREAM_INTERVAL = f"{ENGINE}.stream_interval"
+DATASET, DATASET_NAME = "data.custom_cls.path", "data.custom_cls.name"
 SAMPLER = "trainer.v1.sampler.custom_sampler.path"
 SAMPLER_NAME = "trainer.v1.sampler.custom_sampler.name"
 AGENT_LOOPS = f"{ROLLOUT}.agent.agent_loop_manager_class"
@@ -116,7 +117,7 @@ class Entry(NamedTuple):
     key: str
     always: bool = False
     added: bool = False
-    convert: Callable[[str, Path], str] | None = None
+    convert: Callable[[Any, Path], Value] | None = None
 
 
 def model_path(reference: str, data: Path) -> str:
@@ -137,9 +138,19 @@ def data_path(split: str) -> Callable[[str, Path], str]:
     return convert
 
 
+def data_paths(split: str) -> Callable[[str | Sequence[str], Path], Value]:
+    """The same for one data set or for several."""
+
+    def convert(references: str | Sequence[str], data: Path) -> Value:
+        one = data_path(split)
+        return one(references, data) if isinstance(references, str) else [one(name, data) for name in references]
+
+    return convert
+
+
 TABLE = (
-    Entry("data.train", "data.train_files", convert=data_path("train")),
-    Entry("data.val", "data.val_files", convert=data_path("test")),
+    Entry("data.train", "data.train_files", convert=data_paths("train")),
+    Entry("data.val", "data.val_files", convert=data_paths("test")),
     Entry("data.train_batch_size", "data.train_batch_size"),
     Entry("data.max_prompt_length", "data.max_prompt_length"),
     Entry("data.max_response_length", "data.max_response_length"),
@@ -211,6 +222,7 @@ def overrides(resolved: Resolved, places: Places) -> tuple[Override, ...]:
         *_fixed(),
         *_quick(resolved),
         *_fields(resolved, places.data),
+        *_mixture(resolved),
         *_attention(resolved),
         *_passes(resolved),
         *_reward(resolved),
@@ -251,6 +263,19 @@ def _fields(resolved: Resolved, data: Path) -> Iterator[Override]:
             continue
         converted = entry.convert(value, data) if entry.convert else value
         yield Override(entry.key, converted, resolved.origins[entry.field], entry.added)
+
+
+def _mixture(resolved: Resolved) -> Iterator[Override]:
+    """verl's data set of several files, unless the preset names a class of its own (plugins/mixture.py)."""
+    data = resolved.spec.data
+    given = {written.removeprefix("+") for written in resolved.spec.verl}
+    if (isinstance(data.train, str) and isinstance(data.val, str)) or DATASET in given:
+        return
+    why = Origin("derived", reason="the files of a list need not have the same columns")
+    yield Override(DATASET, contract.MIXTURE[0], why)
+    yield Override(DATASET_NAME, contract.MIXTURE[1], why)
+    if data.shares is not None:
+        yield Override(f"data.{contract.SHARES}", data.shares, resolved.origins["data.shares"], added=True)
 
 
 def _unread(entry: Entry, resolved: Resolved) -> bool:

@@ -1,4 +1,4 @@
-"""verl's reward functions: which one scores a `data_source`, the form of a right answer, and its score.
+"""The reward functions of verl and flashrl: which one scores a `data_source`, the form of a right answer, its score.
 
 They are listed here so that `prepare`, `train` and `eval` need not import verl, which takes seconds. A row whose data
 source has no scorer would end a run at its first step.
@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashrl_cli.contract import EXACT_SOURCE, GYM_SOURCE
 from flashrl_cli.errors import EnvironmentNotReady
+from flashrl_cli.machine import software
 
 PAID_IN_FULL = 1.0
 """Score that each of verl's scorers gives to a right answer."""
@@ -29,12 +31,12 @@ Scorers search it with regular expressions whose time grows with the square of i
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scorer:
-    """One of verl's reward functions, and the data sources that verl's dispatch sends to it.
+    """A reward function, and the data sources that are sent to it.
 
     `answer` is the form in which a response gives the answer `{}`; None where a ground truth is not itself a right
     answer (tests of programs). `module` is the scorer's module in verl; a `light` one needs nothing but the standard
     library and is loaded without the rest of verl. `reads` is the number of characters at the end of a response that
-    the scorer reads.
+    the scorer reads. `added` marks scorers that verl lacks (plugins/scorers.py).
     """
 
     module: str
@@ -43,6 +45,7 @@ class Scorer:
     answer: str | None = None
     light: bool = True
     reads: int = LONGEST_TRUTH
+    added: bool = False
 
 
 GSM8K = Scorer(module="gsm8k", sources=frozenset({"openai/gsm8k"}), answer="#### {}", reads=300)
@@ -88,19 +91,23 @@ SEARCH = Scorer(
     ),
     answer="<answer>{}</answer>",
 )
-SCORERS = (GSM8K, MATH_REWARD, DAPO, PRIME_MATH, PROGRAMS, GEOMETRY, SEARCH)
+EXACT = Scorer(module="flashrl_cli.plugins.scorers", sources=frozenset({EXACT_SOURCE}), answer="{}", added=True)
+VERLS = (GSM8K, MATH_REWARD, DAPO, PRIME_MATH, PROGRAMS, GEOMETRY, SEARCH)
 """In the order of verl 0.9.1's dispatch (verl/utils/reward_score/__init__.py:44-107)."""
-NAMES = frozenset[str]().union(*(scorer.sources for scorer in SCORERS))
-PREFIXES = tuple(prefix for scorer in SCORERS for prefix in scorer.prefixes)
+GYM = Scorer(module="flashrl_cli.plugins.scorers", sources=frozenset(), prefixes=(GYM_SOURCE,), light=False, added=True)
+"""Tasks of reasoning-gym, whose truths `prepare` scores when it generates them."""
+SCORERS = (*VERLS, EXACT, GYM)
+NAMES = frozenset[str]().union(*(scorer.sources for scorer in VERLS))
+PREFIXES = tuple(prefix for scorer in VERLS for prefix in scorer.prefixes)
 
 
 def scorer(data_source: str) -> Scorer | None:
-    """The scorer to which verl 0.9.1 sends `data_source`; None if verl has none for it."""
+    """The scorer of `data_source` in a run of flashrl's; None if there is none."""
     return next((s for s in SCORERS if data_source in s.sources or data_source.startswith(s.prefixes)), None)
 
 
 def is_scored(data_source: str) -> bool:
-    """Whether verl 0.9.1 has a scorer for `data_source`."""
+    """Whether there is a scorer for `data_source`."""
     return scorer(data_source) is not None
 
 
@@ -115,7 +122,7 @@ def is_math(data_source: str) -> bool:
 
 
 def points(data_source: str, truth: Any) -> float:
-    """verl's score of a response that gives `truth` itself in the form that the scorer of `data_source` reads.
+    """Score of a response that gives `truth` itself in the form that the scorer of `data_source` reads.
 
     Raises ValueError if the data source has no such form, and whatever the scorer raises: ImportError if a library is
     missing.
@@ -125,7 +132,9 @@ def points(data_source: str, truth: Any) -> float:
         raise ValueError(f"no right answer can be written for {data_source!r}")
     response = found.answer.format(_said(found, truth))
     with contextlib.redirect_stdout(io.StringIO()):  # some scorers print what they read
-        if found.light:
+        if found.added:
+            result = importlib.import_module(found.module).compute_score(data_source, response, truth)
+        elif found.light:
             result = _light(found.module)(response, truth)
         else:
             result = importlib.import_module("verl.utils.reward_score").default_compute_score(
@@ -149,6 +158,14 @@ def require_verl() -> Path:
             hint="pip install --no-deps verl==0.9.1",
         )
     return Path(spec.submodule_search_locations[0])
+
+
+def require_gym() -> None:
+    """Raise EnvironmentNotReady if reasoning-gym is not installed."""
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise EnvironmentNotReady(
+            "reasoning-gym is not installed, which scores tasks that it generated", hint=software.install_extra("gym")
+        )
 
 
 def own_reward(keys: Mapping[str, Any]) -> bool:

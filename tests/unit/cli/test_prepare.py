@@ -165,3 +165,58 @@ def test_a_second_command_waits_for_the_first(
     thread.join(20)
     err = capsys.readouterr().err
     assert err.index("another command prepares") < err.index("gsm8k: prepared in")
+
+
+@pytest.fixture
+def sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A CSV file in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLASHRL_DATA", str(tmp_path / "data"))
+    path = tmp_path / "sums.csv"
+    path.write_text("q,a\n" + "".join(f"1 + {n}?,so {n + 1}\n" for n in range(20)), encoding="utf-8")
+    return path
+
+
+def test_data_of_ones_own_by_options_and_by_a_file(
+    sums: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--map", "prompt=q,answer=a", "--answer-regex", "so (.+)", "--reward", "gsm8k", "--system", "Add."]
+    words += ["--prompt-template", "{prompt}", "--split", "0.8"]
+    assert flashrl("prepare", "--source", "sums.csv", *words, "--init", "mine.yaml", monkeypatch=monkeypatch) == 0
+    assert flashrl("prepare", "mine", "--source", "sums.csv", *words, "--json", monkeypatch=monkeypatch) == 0
+    (result,) = json.loads(capsys.readouterr().out)["datasets"]
+    assert {split: entry["rows"] for split, entry in result["splits"].items()} == {"train": 16, "test": 4}
+    assert flashrl("prepare", "--recipe", "mine.yaml", "--json", monkeypatch=monkeypatch) == 0
+    (again,) = json.loads(capsys.readouterr().out)["datasets"]
+    assert (again["status"], again["recipe"]) == ("up to date", result["recipe"])
+
+
+def test_rows_are_shown(sums: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--map", "prompt=q,answer=a", "--reward", "exact"]
+    assert flashrl("prepare", "mine", "--source", "sums.csv", *words, monkeypatch=monkeypatch) == 0
+    capsys.readouterr()
+    assert flashrl("prepare", "show", "mine", "--n", "1", "--split", "test", monkeypatch=monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert "── test 1, scored as flashrl/exact" in out
+    assert "    user: 1 + " in out
+    assert flashrl("prepare", "show", "mine", "--json", "--n", "2", monkeypatch=monkeypatch) == 0
+    assert len(json.loads(capsys.readouterr().out)["examples"]) == 2
+    assert flashrl("prepare", "show", "nothing", monkeypatch=monkeypatch) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["mine", "--source", "sums.csv", "--map", "prompt=x"], "no column 'x' for prompt"),
+        (["mine", "--recipe", "no.yaml"], "no.yaml: cannot be read: No such file"),
+        (["--init", "mine.yaml"], "--init looks at a source"),
+        (["gsm8k", "--system", "x"], "--system: gsm8k has its own recipe"),
+    ],
+)
+def test_what_is_wrong_with_data_of_ones_own(
+    words: list[str], said: str, sums: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert flashrl("prepare", *words, monkeypatch=monkeypatch) == 2
+    assert said in capsys.readouterr().err
+    assert not (sums.parent / "data").exists()
+    assert not (sums.parent / "mine.yaml").exists()

@@ -32,6 +32,20 @@ def upper(bound: float) -> str:
 
 CASES = [
     (
+        "shares_are_of_data_sets",
+        GRPO,
+        ("data.train=[gsm8k,math]", "data.shares=[1]"),
+        "1 share for 2 data sets of data.train",
+        "--set 'data.shares=[1.0, 1.0]'",
+    ),
+    (
+        "shares_are_of_data_sets",
+        GRPO,
+        ("data.shares=[1,2]",),
+        "2 shares for 1 data set of data.train",
+        "--set data.shares=null",
+    ),
+    (
         "cache_in_8_bits_has_scales",
         GRPO,
         ("rollout.precision=fp8-block", "rollout.kv_cache=fp8"),

@@ -198,7 +198,7 @@ def test_tokens_are_counted_once_for_a_tokenizer(
     run("gsm8k", gsm8k_folder)
     counted = run("gsm8k", gsm8k_folder, tokenizer="a/b")
     assert (counted["status"], counted["tokenizer"]) == ("prepared", "a/b")
-    assert counted["splits"]["train"]["prompt_tokens"] == {"p50": 6, "p99": 7, "longest": 7}
+    assert counted["splits"]["train"]["prompt_tokens"] == {"p50": 6, "p95": 7, "p99": 7, "longest": 7}
     assert run("gsm8k", gsm8k_folder, tokenizer="a/b")["status"] == "up to date"
     assert run("gsm8k", gsm8k_folder)["status"] == "up to date"
 
@@ -388,7 +388,7 @@ def test_prompts_are_counted_with_their_template(monkeypatch: pytest.MonkeyPatch
 def test_percentiles_are_values_that_enough_stay_below(values: list[int]) -> None:
     summary = prepare.summary(values)
     assert summary["longest"] == max(values)
-    for name, share in (("p50", 0.5), ("p99", 0.99)):
+    for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99)):
         assert summary[name] in values
         assert sum(value <= summary[name] for value in values) >= share * len(values)
         assert sum(value < summary[name] for value in values) < share * len(values)
@@ -426,7 +426,7 @@ PLAIN: dict[str, Any] = {
 }
 COUNTED: dict[str, Any] = {
     "dataset": "arith",
-    "splits": {"test": {"rows": 4, "duplicates": 0, "prompt_tokens": {"p50": 5, "p99": 7, "longest": 9}}},
+    "splits": {"test": {"rows": 4, "duplicates": 0, "prompt_tokens": {"p50": 5, "p95": 6, "p99": 7, "longest": 9}}},
 }
 
 
@@ -438,6 +438,6 @@ def test_without_a_tokenizer_lengths_are_in_characters() -> None:
 
 def test_with_a_tokenizer_lengths_are_in_tokens() -> None:
     columns, rows = summary_table([COUNTED, PLAIN])
-    assert columns[4:] == ["tokens p50", "tokens p99", "longest"]
-    assert rows[0] == ["arith", "test", 4, 0, 5, 7, 9]
-    assert rows[1] == ["gsm8k", "train", 3, 1, None, None, None]
+    assert columns[4:] == ["tokens p50", "tokens p95", "tokens p99", "longest"]
+    assert rows[0] == ["arith", "test", 4, 0, 5, 6, 7, 9]
+    assert rows[1] == ["gsm8k", "train", 3, 1, None, None, None, None]

@@ -192,14 +192,12 @@ def test_what_is_not_taken_of_a_row_is_named() -> None:
     raw = DAPO_ROW | {"prompt": [turn], "images": [b"png"], "videos": [], "id": 3, "extra_info": {"a": {}, "b": [{}]}}
     raw["reward_model"] = {"style": "rule", "ground_truth": "1", "solution": "s"}
     recipe = RECIPES["dapo-math-17k"]
-    assert list(dropped(raw, recipe.columns)) == [
+    assert list(dropped(raw, recipe)) == [
         "images", "id", "prompt.name", "reward_model.solution", "empty objects in extra_info"
     ]  # fmt: skip
     assert recipe.convert(raw, "train", 0)["extra_info"] == {"index": 0, "a": None, "b": [None], "split": "train"}
-    assert list(dropped({"problem": "p", "solution": "s", "level": 3, "type": ""}, RECIPES["math"].columns)) == [
-        "level"
-    ]
-    assert list(dropped(DAPO_ROW, recipe.columns)) == []
+    assert list(dropped({"problem": "p", "solution": "s", "level": 3, "type": ""}, RECIPES["math"])) == ["level"]
+    assert list(dropped(DAPO_ROW, recipe)) == []
 
 
 @pytest.mark.parametrize(

@@ -92,8 +92,8 @@ def test_a_split_in_two_formats_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot read .*train.csv"):
-        open_source(RECIPES["gsm8k"], str(touch(tmp_path, "train.csv") / "train.csv"), 0)
+    with pytest.raises(InputError, match=r"cannot read .*train.xlsx"):
+        open_source(RECIPES["gsm8k"], str(touch(tmp_path, "train.xlsx") / "train.xlsx"), 0)
 
 
 @pytest.mark.parametrize(
@@ -389,3 +389,55 @@ def test_of_media_only_their_presence_is_read(tmp_path: Path) -> None:
     rows = [row for _, row in readers.read(tmp_path / "a.parquet", BadRows(), ("prompt", "images"))]
     assert [row["images"] for row in rows] == [True, False, False]
     assert list(rows[0]) == ["prompt", "images"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("q.csv", 'q,a\n"x, ""y""\nz",1\n\n2,\n'),
+        ("q.csv", '\ufeffq;a\n"x, ""y""\nz";1\n2;\n'),
+        ("q.tsv", 'q\ta\r\n"x, ""y""\nz"\t1\r\n2\t\r\n'),
+    ],
+)
+def test_rows_of_a_csv_file_know_where_they_begin(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(text.encode())
+    rows, bad = read(tmp_path / name)
+    assert not bad
+    assert rows == [("2", {"q": 'x, "y"\nz', "a": "1"}), ("5" if "\n\n" in text else "4", {"q": "2", "a": ""})]
+
+
+def test_rows_of_a_csv_file_with_other_cells_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "q.csv"
+    path.write_text("q,a\n1,2\nwhat is 1,000?,5\n3\n", encoding="utf-8")
+    rows, bad = read(path)
+    assert [row for _, row in rows] == [{"q": "1", "a": "2"}]
+    assert bad == [
+        (f"{path}:3", "3 cells, and 2 columns in line 1"),
+        (f"{path}:4", "1 cell, and 2 columns in line 1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"q,q\n1,2\n", ":1: two columns are named 'q'"),
+        (b"q,\n1,2\n", ":1: a column has no name"),
+        (b"", ":1: no names of columns"),
+        (b'q,a\n1,2\n"3,4\n', ":3: not CSV: unexpected end of data"),
+        (b'q,a\n"1"x,2\n', ":2: not CSV: ',' expected after '\"'"),
+        (b"q,a\n\xff,2\n", "cannot read"),
+    ],
+)
+def test_a_csv_file_that_is_none_is_an_input_error(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "q.csv").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read(tmp_path / "q.csv")
+    assert message in caught.value.message
+
+
+def test_a_hub_set_without_a_recipe_says_which_splits_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = HubSource("me/mine", None, ())
+    for there, splits in (({"train": 1, "validation": 2}, ("train", "test")), ({"all": 1}, ("train",))):
+        monkeypatch.setattr(source, "loaded", there)
+        assert source.splits == splits
+        assert [source._split(split) for split in splits] == list(there.values())

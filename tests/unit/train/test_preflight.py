@@ -279,6 +279,34 @@ def test_how_much_is_validated(tmp_path: Path) -> None:
     assert found.document() == {"data": "rows.jsonl", "prompts": 4, "responses": 1, "before": 1, "every": None}
 
 
+def test_the_prompts_of_several_data_sets_are_validated_together(tmp_path: Path) -> None:
+    sample_rows.write(tmp_path / "data/gsm8k/test.parquet")
+    two = ("data.val=[gsm8k,mine]", "trainer.validate_every=1", "trainer.validate_before=false")
+    assert validation(*two).size == "all prompts of gsm8k and mine"
+    sample_rows.write(tmp_path / "data/mine/test.parquet")
+    assert validation(*two).text == "validation: 8 prompts of gsm8k and mine after every step"
+
+
+def test_prompts_that_several_data_sets_have_are_counted(tmp_path: Path) -> None:
+    def shared(*sets: str) -> list[str]:
+        return list(preflight.shared_prompts(spec("gsm8k-0.5b", *sets)))
+
+    def ask(path: str, *questions: str) -> None:
+        rows = [sample_rows.row(prompt=[{"role": "user", "content": question}]) for question in questions]
+        sample_rows.write(tmp_path / "data" / path, rows)
+
+    ask("gsm8k/train.parquet", "a", "b", "c")
+    ask("gsm8k/test.parquet", "a", "d")
+    ask("mine/train.parquet", " B ", "D", "e", "e")
+    assert shared() == [], "prepare has told it of one data set"
+    assert shared("data.train=[gsm8k,mine]") == [
+        "1 prompt of data.train is in several of its data sets",
+        "2 of 2 prompts of data.val are also trained on",
+    ]
+    assert shared("data.train=mine", "data.val=[gsm8k,mine]") == ["1 of 2 prompts of data.val is also trained on"]
+    assert shared("data.train=[mine,other]", "data.val=other") == []
+
+
 def test_the_block_of_a_rotation_follows_from_the_models_sizes() -> None:
     """Qwen2.5-7B has 3,584 hidden channels and 18,944 = 512 x 37 in its MLP."""
 
@@ -377,6 +405,16 @@ GAE = "algorithm.advantage=gae"
         ("tiny", ("model.path=/m", "data.train=/x/t.parquet"), {"model.path": "/m", "data.train": "/x/t.parquet"}),
         ("tiny", ("rollout.profile=/p.safetensors",), {"rollout.profile": "/p.safetensors"}),
         ("dapo-32b", (), {"model.path": None, "critic.path": None, "rollout.profile": None}),
+        (
+            "tiny",
+            ("data.train=[a,/b.jsonl]", "data.val=[a]"),
+            {
+                "data.train": None,
+                "data.train a": "a/train.parquet",
+                "data.train /b.jsonl": "/b.jsonl",
+                "data.val": "a/test.parquet",
+            },
+        ),
         ("tiny", ("critic.path=/critic",), {"critic.path": None}),
         ("tiny", ("critic.path=/critic", GAE), {"critic.path": "/critic"}),
         ("tiny", ("critic.path=org/critic", GAE), {"critic.path": None}),

@@ -50,6 +50,11 @@ def test_bad_truths_are_refused_with_file_and_row(value: Any, form: str, swapped
     assert hint
 
 
+def test_rows_of_every_data_set_of_a_list_are_judged(write: Write) -> None:
+    good, bad = write("a.parquet", row()), write("b.jsonl", row(**truth(None)))
+    assert [where for where, *_ in found(f"[{good},{bad}]", f"[{good}]")] == [f"{bad}:1"]
+
+
 def test_all_rows_of_all_files_are_judged_and_each_file_once(write: Write) -> None:
     one = write("a.parquet", *[row(n) for n in range(1, 5000)], row(**truth("2 ")))
     two = write("b.jsonl", row(), row(**truth(None)), row(prompt="?"))

@@ -33,7 +33,7 @@ def test_every_field_is_in_the_table_or_handled_apart():
     apart = {"name", "description", "rollout.precision", "resources.platform", "env", "verl", "algorithm.loss"}
     apart |= {key for key in keys_of(RunSpec) if key.startswith("correction.")} - {"correction.keep_responses"}
     apart |= {"model.attention", "rollout.kv_cache", "rollout.profile", "rollout.mix", "rollout.lm_head_fp32"}
-    apart |= {"rollout.rotation"}
+    apart |= {"rollout.rotation", "data.shares"}
     apart |= {key for key in keys_of(RunSpec) if key.startswith("reward.")} - {
         *("reward.manager", "reward.overlong.buffer_len", "reward.overlong.penalty_factor", "reward.overlong.log")
     }
@@ -152,6 +152,17 @@ def test_data_paths(name, train, val, tmp_path, monkeypatch):
     found = values("tiny", sets=[f"data.train={name}", f"data.val={name}"])
     expected = [text.format(cwd=tmp_path) for text in (train, val)]
     assert [found["data.train_files"], found["data.val_files"]] == expected
+
+
+def test_several_data_sets_bring_the_class_that_mixes_them():
+    found = values("tiny", sets=["data.train=[gsm8k,/d/x.jsonl]", "data.val=[math]", "data.shares=[3,1]"])
+    assert found["data.train_files"] == ["/data/gsm8k/train.parquet", "/d/x.jsonl"]
+    assert found["data.val_files"] == ["/data/math/test.parquet"]
+    assert (found["data.custom_cls.path"], found["data.custom_cls.name"]) == contract.MIXTURE
+    assert found["+data.flashrl_shares"] == (3, 1)
+    assert not {"data.custom_cls.path", "+data.flashrl_shares"} & set(values("tiny"))
+    own = values("tiny", sets=["data.train=[a,b]", "verl.data.custom_cls.path=/mine.py"])
+    assert own["data.custom_cls.path"] == "/mine.py"
 
 
 def test_resume():

@@ -11,8 +11,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flashrl_cli.contract import MIXTURE
 from flashrl_cli.verl.environment import LOGGERS
-from flashrl_cli.verl.overrides import ACTOR, LOSS_FIELD, OVERLONG, ROLLOUT
+from flashrl_cli.verl.overrides import ACTOR, DATASET, LOSS_FIELD, OVERLONG, ROLLOUT
 
 if TYPE_CHECKING:
     from flashrl_cli.errors import Problem
@@ -48,6 +49,12 @@ def critic_follows_advantage(s: Settings) -> Iterator[Problem]:
             "drop it: algorithm.advantage decides",
             key,
         )
+
+
+def shares_reach_the_data_set(s: Settings) -> Iterator[Problem]:
+    """A data set class of the user's takes the place of the one that reads the shares (plugins/mixture.py)."""
+    if s.spec.data.shares is not None and s.get(DATASET) != MIXTURE[0]:
+        yield s.problem(f"verl.{DATASET} takes the place of the class that mixes by data.shares", "drop one", DATASET)
 
 
 def metric_is_reported(s: Settings) -> Iterator[Problem]:
@@ -206,6 +213,7 @@ def _instead(s: Settings, key: str, given: object, names: tuple[str, ...]) -> st
 RULES: tuple[Rule, ...] = (
     dro_has_its_weight,
     critic_follows_advantage,
+    shares_reach_the_data_set,
     metric_is_reported,
     filter_sees_rewards,
     teacher_exists,
