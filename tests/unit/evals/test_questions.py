@@ -137,6 +137,7 @@ def prompts(file: Path, seed: int = 0, **how: Any) -> list[list[dict[str, str]]]
 def split(tmp_path: Path) -> Path:
     """A test split of two sums, the first with a system message; the train split beside it has one of them, too."""
     train = [sample_rows.row(number) for number in (2, 11, 12, 13, 14)]
+    train[0]["prompt"] = [dict(reversed(message.items())) for message in train[0]["prompt"]]
     for row in train[1:3]:
         row["extra_info"]["answer"] = f"It is {row['reward_model']['ground_truth']}."
     train[3]["prompt"] = [SYSTEM, *train[3]["prompt"]]
