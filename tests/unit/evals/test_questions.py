@@ -177,7 +177,8 @@ def test_solved_examples_come_from_the_train_split(split: Path) -> None:
 
 
 def test_every_other_row_is_an_example_at_most(split: Path) -> None:
-    assert sorted(str(m) for m in prompts(split, shots=4)[1][:-1]) == sorted(str(m) for n in SHOWN for m in shown(n))
+    found = prompts(split, shots=4)[1][:-1]
+    assert sorted(m["content"] for m in found) == sorted(m["content"] for n in SHOWN for m in shown(n))
     with pytest.raises(InputError, match=r"--shots 5: .*train\.parquet has 4 other rows") as caught:
         put(split, shots=5)
     assert caught.value.hint == "--shots 4"
