@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -123,8 +124,9 @@ def problems_of(
     found: list[Problem] = []
     missing: list[str] = []
     misspelled: set[str] = set()
+    refused: dict[str, list[ErrorDetails]] = {}
     for error in errors:
-        key = ".".join(str(step) for step in error["loc"])
+        key = _key(error)
         if error["type"] == "missing":
             missing += _required(key)
         elif error["type"] == "extra_forbidden":
@@ -133,7 +135,12 @@ def problems_of(
                 misspelled.update(meant.keys)
                 found.append(Problem(f"unknown key {name}", origin_of(name, origins).where, meant.hint))
         else:
-            found.append(_bad_value(key, error, origin_of(key, origins)))
+            refused.setdefault(key, []).append(error)
+    found += [
+        _bad_value(key, of_it, origin_of(key, origins))
+        for key, of_it in refused.items()
+        if not any(item.startswith(f"{key}.") for item in refused)
+    ]
     return [*found, *_missing([key for key in missing if key not in misspelled])]
 
 
@@ -172,6 +179,22 @@ def _field(key: str) -> FieldInfo | None:
         info = part.model_fields.get(name) if part else None
         part = _part_in(info.annotation) if info else None
     return info
+
+
+def _key(error: ErrorDetails) -> str:
+    """The dotted key of an error, without the name of an alternative: pydantic puts that of a union behind a field."""
+    steps = [str(step) for step in error["loc"]]
+    for end in range(1, len(steps)):
+        info = _field(".".join(steps[:end]))
+        if info and _is_union(info):
+            return ".".join(steps[:end] + steps[end + 1 :])
+    return ".".join(steps)
+
+
+def _is_union(info: FieldInfo) -> bool:
+    """Whether a field may have values of several types besides null."""
+    alternatives = set(get_args(info.annotation)) - {type(None)}
+    return get_origin(info.annotation) in (Union, UnionType) and len(alternatives) > 1
 
 
 def _shaped(
@@ -247,11 +270,21 @@ def _instead(key: str, translate: Translate) -> Suggestion:
     return Suggestion(f"keys of a preset are {', '.join(RunSpec.model_fields)} (keys of verl's own go under the last)")
 
 
-def _bad_value(key: str, error: ErrorDetails, origin: Origin) -> Problem:
-    kind, value = error["type"], error["input"]
-    expected = KINDS.get(kind) or (f"one of {error['ctx']['expected']}" if kind == "literal_error" else None)
-    text = f"should be {expected}" if expected else error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+def _bad_value(key: str, errors: Sequence[ErrorDetails], origin: Origin) -> Problem:
+    """The problem of a value that none of the types of its key allows; `errors` has one for each."""
+    value = errors[0]["input"]
+    texts = [_expected(error) for error in errors]
+    first, *others = dict.fromkeys(texts)
+    text = " or ".join([first, *(other.removeprefix("should be ") for other in others)])
     return Problem(f"{_assigned(key, value)}: {text}", origin.where, HINTS.get(key) or _fix(key, value, origin))
+
+
+def _expected(error: ErrorDetails) -> str:
+    expected = KINDS.get(error["type"])
+    if error["type"] == "literal_error":
+        choices: str = error["ctx"]["expected"]
+        expected = f"one of {choices}" if " or " in choices else choices
+    return f"should be {expected}" if expected else error["msg"].removeprefix("Value error, ").removeprefix("Input ")
 
 
 def _fix(key: str, value: Any, origin: Origin) -> str | None:

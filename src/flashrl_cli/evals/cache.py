@@ -59,9 +59,9 @@ def units(
         "sampling": asdict(sampling),
         "rollout": engine.rollout,
         "max_model_len": engine.max_model_len,
+        # system messages and examples are in the questions
+        "template": [prompting.chat_template, dict(prompting.arguments)],
     }
-    # system messages and examples are in the questions
-    how["template"] = [prompting.chat_template, dict(prompting.arguments)]
     if engine.profile:
         how["profile"] = files.sha256(Path(engine.profile))
     if PRECISIONS[engine.rollout].rotates:

@@ -95,8 +95,9 @@ def choose_questions(
     labels = _labels(files)
     found = []
     for file in files:
-        asked = _scored(file, limit, scoring, own(file))
-        shots = _shots(file, asked, prompting.shots, seed)
+        function = own(file)
+        asked = _scored(file, limit, scoring, function)
+        shots = _shots(file, asked, prompting.shots, seed, scoring=scoring if function is None else Scoring.OWN)
         put = tuple(replace(one, prompt=_prompt(one.prompt, shots, prompting.system)) for one in asked)
         found.append(DataSet(name=labels[file], file=file, questions=put))
     return tuple(found)
@@ -115,7 +116,7 @@ def read(file: Path, limit: int | None, *, scoring: Scoring = Scoring.VERL) -> l
     return [_question(row) for row in rows[:limit]]
 
 
-def _shots(file: Path, asked: Sequence[Question], count: int, seed: int) -> list[Message]:
+def _shots(file: Path, asked: Sequence[Question], count: int, seed: int, *, scoring: Scoring) -> list[Message]:
     """Messages of `count` solved examples: rows of the training file beside `file` that ask none of its questions.
 
     An example is answered by its `extra_info.answer`, else by its truth in the form that its scorer reads, or as it is
@@ -127,17 +128,20 @@ def _shots(file: Path, asked: Sequence[Question], count: int, seed: int) -> list
     if train == file or not train.is_file():
         hint = "prepared data sets have one; of other files, name the questions' test.parquet and the examples' train"
         raise InputError(f"--shots {count}: no training rows for {file}: no {train}", hint=f"{hint}{file.suffix}")
-    own = any(one.reward for one in asked)
-    needs, bad = Needs(scoring=Scoring.OWN if own else Scoring.VERL, text_only=True), BadRows()
-    known = {json.dumps(one.prompt) for one in asked}
-    rows_there = readers.read_rows(train, needs, bad)
-    others = (one for one in rows_there if json.dumps(one[1].get("prompt"), default=str) not in known)
+    needs, bad, known = Needs(scoring=scoring, text_only=True), BadRows(), {_comparable(one.prompt) for one in asked}
+    others = (one for one in readers.read_rows(train, needs, bad) if _comparable(one[1].get("prompt")) not in known)
     draw = random.Random(seed)
     rows = judge(heapq.nsmallest(count, others, key=lambda _: draw.random()), needs, bad)
     bad.check(str(train))
     if len(rows) < count:
         raise InputError(f"--shots {count}: {train} has {counted(len(rows), 'other row')}", hint=f"--shots {len(rows)}")
+    own = scoring is Scoring.OWN
     return [message for row in rows for message in (*_without_system(row["prompt"]), _answer(row, train, own=own))]
+
+
+def _comparable(prompt: Any) -> str:
+    """A prompt as text, whatever the order of its messages' keys."""
+    return json.dumps(prompt, sort_keys=True, default=str)
 
 
 def _answer(row: Raw, train: Path, *, own: bool) -> Message:

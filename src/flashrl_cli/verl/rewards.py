@@ -127,10 +127,9 @@ def points(data_source: str, truth: Any) -> float:
     Raises ValueError if the data source has no such form, and whatever the scorer raises: ImportError if a library is
     missing.
     """
-    found = scorer(data_source)
-    if found is None or found.answer is None:
+    found, response = scorer(data_source), right_answer(data_source, truth)
+    if found is None or response is None:
         raise ValueError(f"no right answer can be written for {data_source!r}")
-    response = found.answer.format(_said(found, truth))
     with contextlib.redirect_stdout(io.StringIO()):  # some scorers print what they read
         if found.added:
             result = importlib.import_module(found.module).compute_score(data_source, response, truth)

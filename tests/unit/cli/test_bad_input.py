@@ -189,7 +189,9 @@ SETS = [
     ("description=3", "should be text", "did you mean --set 'description=\"3\"'?"),
     ("name=a/b", "should be the name of a folder"),
     ("trainer.project=..", "trainer.project = ..: should be the name of a folder"),
-    ("data.train=[a,b]", "data.train = [a, b]: should be text"),
+    ("data.train=[a,1]", "data.train.1 = 1: should be text"),
+    ("data.train=1", "data.train = 1: should be text or a list"),
+    ("algorithm.max_tokens_per_gpu=x", "algorithm.max_tokens_per_gpu = x: should be 'auto' or a whole number"),
     (f"model.path=[{'x' * 80}]", f"model.path = [{'x' * 58}…: should be text"),
 ]
 

@@ -238,7 +238,7 @@ def test_a_dry_run_prints_a_script(train: Train) -> None:
 
 def test_a_dry_run_for_a_program(train: Train, tmp_path: Path) -> None:
     document = train(*TINY, "--tis", "4", "--dry-run", "--json").document
-    keys = "schema_version preset name attempt argv env cwd overrides files resume spec origins"
+    keys = "schema_version preset name attempt argv env cwd overrides files reward resume spec origins"
     assert list(document) == [*keys.split(), "memory", "validation", "slow", "notes"]
     assert (document["schema_version"], document["preset"], document["name"]) == (1, "tiny", "tiny-int8-tis4")
     assert document["argv"][:3] == [sys.executable, "-m", "verl.trainer.main_ppo"]

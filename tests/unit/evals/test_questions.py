@@ -13,6 +13,7 @@ from flashrl_cli.data.rows import Scoring
 from flashrl_cli.errors import InputError
 from flashrl_cli.evals import questions
 from flashrl_cli.evals.questions import DataSet, Prompting
+from flashrl_cli.reward_function import Shipped
 from tests import sample_rows
 
 ROW = sample_rows.row()
@@ -136,6 +137,7 @@ def prompts(file: Path, seed: int = 0, **how: Any) -> list[list[dict[str, str]]]
 def split(tmp_path: Path) -> Path:
     """A test split of two sums, the first with a system message; the train split beside it has one of them, too."""
     train = [sample_rows.row(number) for number in (2, 11, 12, 13, 14)]
+    train[0]["prompt"] = [dict(reversed(message.items())) for message in train[0]["prompt"]]
     for row in train[1:3]:
         row["extra_info"]["answer"] = f"It is {row['reward_model']['ground_truth']}."
     train[3]["prompt"] = [SYSTEM, *train[3]["prompt"]]
@@ -175,7 +177,8 @@ def test_solved_examples_come_from_the_train_split(split: Path) -> None:
 
 
 def test_every_other_row_is_an_example_at_most(split: Path) -> None:
-    assert sorted(str(m) for m in prompts(split, shots=4)[1][:-1]) == sorted(str(m) for n in SHOWN for m in shown(n))
+    found = prompts(split, shots=4)[1][:-1]
+    assert sorted(m["content"] for m in found) == sorted(m["content"] for n in SHOWN for m in shown(n))
     with pytest.raises(InputError, match=r"--shots 5: .*train\.parquet has 4 other rows") as caught:
         put(split, shots=5)
     assert caught.value.hint == "--shots 4"
@@ -209,3 +212,15 @@ def test_examples_that_cannot_be_shown(tmp_path: Path, split: Path) -> None:
     sample_rows.write(split.with_name("train.parquet"), [sample_rows.row(11, **sample_rows.truth(tests, "taco"))])
     with pytest.raises(InputError, match="have no answer that an example could show"):
         put(split, shots=1)
+
+
+def test_examples_for_a_reward_function_of_the_users(tmp_path: Path, split: Path) -> None:
+    """Its rows need no scorer of verl's; an example is answered by the answer that a row has."""
+    rows = [sample_rows.row(number, **sample_rows.truth(number, "mine")) for number in (11, 12)]
+    for row in rows:
+        row["extra_info"] = {"answer": f"It is {2 * row['reward_model']['ground_truth']}."}
+    file = sample_rows.write(tmp_path / "own" / "test.parquet", rows[:1])
+    sample_rows.write(file.with_name("train.parquet"), rows[1:])
+    own = Shipped(copy="", file="/r.py", name="score", source="def score(): ...")
+    (found,) = questions.choose_questions(str(file), [], None, prompting=Prompting(shots=1), own=lambda _: own)
+    assert found.questions[0].prompt == [*shown(12), ask(11)]
