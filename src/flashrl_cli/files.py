@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,17 @@ def json_text(data: Any, **form: Any) -> str:
     except UnicodeEncodeError:
         return json.dumps(data, **form)
     return text
+
+
+def keep_newest(paths: Sequence[Path], most: int) -> None:
+    """Remove the first of `paths` until the rest has `most` bytes or fewer; the last one stays."""
+    sizes = [path.stat().st_size for path in paths]
+    excess = sum(sizes) - most
+    for path, size in list(zip(paths, sizes, strict=True))[:-1]:
+        if excess <= 0:
+            return
+        path.unlink(missing_ok=True)
+        excess -= size
 
 
 def last_lines(path: Path, count: int) -> list[str]:

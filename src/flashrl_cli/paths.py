@@ -113,6 +113,11 @@ class AttemptPaths:
         return self.root / "log_ratios"
 
     @property
+    def samples(self) -> Path:
+        """A few responses of each step as text (`plugins.samples`)."""
+        return self.root / "samples"
+
+    @property
     def reward(self) -> Path:
         """Copy of the file with the user's reward function, which the run calls."""
         return self.root / "reward.py"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from flashrl_cli import contract
 from flashrl_cli.paths import AttemptPaths
-from flashrl_cli.plugins import log_ratios
+from flashrl_cli.plugins import log_ratios, samples
 from flashrl_cli.runs.replay import COMPARED, Correction, Reject, Replayed, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -98,6 +99,7 @@ def correct_and_advance(trainer: Any, rejects: str | None = None) -> Any:
             "rollout_log_probs": rollout,
             "response_mask": mask,
             "token_level_rewards": scores,
+            "rm_scores": scores,
         },
         non_tensors={"uid": np.array(["a", "a", "b", "b", "c"], dtype=object)},
     )
@@ -125,6 +127,45 @@ def test_a_step_is_kept_as_verl_computes_it(rejects: str | None, trainer: Any, t
     given = [data.batch["advantages"][row][data.batch["response_mask"][row] > 0] for row in rows]
     assert found.advantages == pytest.approx([float(one[0]) if len(one) else np.nan for one in given], nan_ok=True)
     assert {len(one) for one in given} != set(found.lengths) or rejects is None
+
+
+def test_responses_are_kept_as_text_with_what_verl_computes(
+    trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    import transfer_queue
+    from tensordict import NonTensorStack, TensorDict
+
+    asked: list[list[str]] = []
+
+    def kv_batch_get(keys: list[str], partition_id: str, select_fields: list[str]) -> Any:
+        asked.append(keys)
+        rows = [torch.tensor([ord(key[0])] * (number + 1)) for number, key in enumerate(keys)]
+        tokens = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+        truths = NonTensorStack(*({"ground_truth": key[0]} for key in keys))
+        return TensorDict({"prompts": tokens, "responses": tokens, "reward_model": truths}, batch_size=len(keys))
+
+    monkeypatch.setattr(transfer_queue, "kv_batch_get", kv_batch_get)
+    monkeypatch.setenv(contract.ENV_SAMPLES, "4")
+    tokenizer = SimpleNamespace(decode=lambda row, **_: "".join(map(chr, row.tolist())))
+    data = SimpleNamespace(max_response_length=max(LENGTHS))
+    samples.remember(SimpleNamespace(tokenizer=tokenizer, config=SimpleNamespace(data=data)))
+    done = correct_and_advance(trainer)
+    monkeypatch.setattr(samples, "_TRAINER", [])
+    found = samples.read(samples.file_of(AttemptPaths(tmp_path).samples, 12))
+    ratios, mask = batch()
+    names = [f"{uid}_0_0" for uid in "vwxyz"]
+    assert sorted(asked[0]) == names[:4], "the last row is padding"
+    for number, one in enumerate(found):
+        row = names.index(asked[0][number])
+        assert one.prompt == one.response == asked[0][number][0] * (number + 1)
+        assert one.ground_truth == asked[0][number][0]
+        assert (one.length, one.truncated) == (LENGTHS[row], LENGTHS[row] == max(LENGTHS))
+        assert one.reward == float(done.batch["rm_scores"][row].sum())
+        weights = ratios[row][mask[row] > 0].float().exp()
+        assert one.weight == pytest.approx(float(weights.mean()))
+        assert one.weight_max == pytest.approx(float(weights.max()))
+        assert one.advantage == pytest.approx(float(done.batch["advantages"][row][0]))
 
 
 def test_the_trainer_itself_is_changed_once(trainer: Any) -> None:

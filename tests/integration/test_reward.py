@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 
+import pytest
+
 from tests.integration.conftest import SMALL, Workshop
 
 LENGTH = '''
@@ -43,6 +45,19 @@ def test_ten_lines_train_and_grade(workshop: Workshop) -> None:
         assert data["critic/score/min"] < data["critic/score/max"] <= 1
     record = json.loads((workshop.root / "runs" / "digits" / "run.json").read_text())
     assert record["attempts"][0]["reward"]["function"] == "digits.py:score"
+
+    kept = json.loads(workshop.run("runs", "samples", "digits", "--json")[0])
+    assert kept["steps"] == [2]
+    assert len(kept["samples"]) == 8
+    for sample in kept["samples"]:
+        assert sample["prompt"].count(" plus ") == 1
+        assert sample["length"] > 0
+        assert sample["weight"] == pytest.approx(1, abs=0.5)
+        digits = sum(one.isdigit() for one in sample["response"]) / max(len(sample["response"]), 1)
+        right = sample["response"].endswith(f"#### {sample['ground_truth']}")
+        assert sample["reward"] == pytest.approx(0.9 * digits + 0.1 * right, abs=1e-5)
+    worst = json.loads(workshop.run("runs", "samples", "digits", "--worst", "--json")[0])["samples"]
+    assert worst[0]["reward"] == min(data["critic/score/min"] for data in steps)
 
     (workshop.root / "digits.py").unlink()  # the run's copy grades
     common = ("eval", "checkpoints/*/digits", "--limit", "16", "--n", "2", "--temperature", "1", "--json")

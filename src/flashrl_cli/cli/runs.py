@@ -327,6 +327,53 @@ def correction(
         run_tables.show_correction(out, found)
 
 
+@runs.command("samples", epilog="flashrl runs samples tiny-int8-tis2 --worst")
+def samples(
+    name: RunArgument,
+    *,
+    step: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="This step alone.", show_default="the last one")
+    ] = None,
+    worst: Annotated[bool, typer.Option("--worst", help="The least rewarded first, of all steps.")] = False,
+    longest: Annotated[bool, typer.Option("--longest", help="The longest first, of all steps.")] = False,
+    truncated: Annotated[
+        bool, typer.Option("--truncated", help="Only those as long as a response may be, the newest first.")
+    ] = False,
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of responses.")] = 8,
+    full: Annotated[bool, typer.Option("--full", help="Complete texts.")] = False,
+    json: Json = False,
+) -> None:
+    """Show responses that a run was trained on.
+
+    With reward, length, advantage and importance weights. A run keeps eight a step (trainer.keep_samples): the least
+    rewarded, the longest, and others at random.
+    """
+    from flashrl_cli.render.examples import sample_lines
+    from flashrl_cli.render.output import Output
+    from flashrl_cli.runs import store
+    from flashrl_cli.runs.samples import Order, shown
+
+    given: dict[Order, bool] = {"worst": worst, "longest": longest, "truncated": truncated}
+    asked = [order for order, chosen in given.items() if chosen]
+    if len(asked) > 1:
+        raise InputError(f"--{asked[0]} and --{asked[1]} exclude each other")
+    out = Output(json_mode=json)
+    found = shown(store.find(name), step=step, order=asked[0] if asked else None, count=n)
+    for one in found.damaged:
+        out.warn(one)
+    if json:
+        out.document(found.document())
+        return
+    for number, sample in enumerate(found.samples):
+        out.text("\n".join(([""] if number else []) + list(sample_lines(asdict(sample), width=_width(out), full=full))))
+
+
+def _width(out: Output) -> int:
+    from flashrl_cli.render.run_tables import PLAIN
+
+    return out.stdout.width if out.stdout.is_terminal else PLAIN
+
+
 @runs.command("plot", epilog="flashrl runs plot int8 bf16 --metric reward,kl --png curves.png")
 def plot(
     names: Names,

@@ -341,6 +341,8 @@ class TrainerSpec(Part):
     beside it or later: by the same preset, by one that extends it, or by an option."""
     critic_warmup: Annotated[int, Field(ge=0)] = 0
     """Steps in which only the critic learns."""
+    keep_samples: Annotated[int, Field(ge=0)] = 8
+    """Responses a step that are kept as text for `flashrl runs samples`, at most 64 MiB an attempt. 0 for none."""
     logger: Annotated[tuple[Text, ...], Field(strict=False)] = ("console", "file")
     """verl's loggers (verl's own default is console and wandb); flashrl reads `file`."""
 

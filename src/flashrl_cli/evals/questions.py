@@ -119,8 +119,8 @@ def read(file: Path, limit: int | None, *, scoring: Scoring = Scoring.VERL) -> l
 def _shots(file: Path, asked: Sequence[Question], count: int, seed: int, *, scoring: Scoring) -> list[Message]:
     """Messages of `count` solved examples: rows of the training file beside `file` that ask none of its questions.
 
-    An example is answered by its `extra_info.answer`, else by its truth in the form that its scorer reads. Raises
-    InputError if there are too few, or if one has no answer.
+    An example is answered by its `extra_info.answer`, else by its truth in the form that its scorer reads, or as it is
+    if a function of the user's scores the questions. Raises InputError if there are too few, or if one has no answer.
     """
     if not count:
         return []
@@ -135,7 +135,8 @@ def _shots(file: Path, asked: Sequence[Question], count: int, seed: int, *, scor
     bad.check(str(train))
     if len(rows) < count:
         raise InputError(f"--shots {count}: {train} has {counted(len(rows), 'other row')}", hint=f"--shots {len(rows)}")
-    return [message for row in rows for message in (*_without_system(row["prompt"]), _answer(row, train))]
+    own = scoring is Scoring.OWN
+    return [message for row in rows for message in (*_without_system(row["prompt"]), _answer(row, train, own=own))]
 
 
 def _comparable(prompt: Any) -> str:
@@ -143,10 +144,12 @@ def _comparable(prompt: Any) -> str:
     return json.dumps(prompt, sort_keys=True, default=str)
 
 
-def _answer(row: Raw, train: Path) -> Message:
+def _answer(row: Raw, train: Path, *, own: bool) -> Message:
     answer = (row.get("extra_info") or {}).get("answer")
     if not isinstance(answer, str):
         answer = rewards.right_answer(row["data_source"], row["reward_model"]["ground_truth"])
+    if answer is None and own:
+        answer = str(row["reward_model"]["ground_truth"])
     if answer is None:
         what = f"--shots: rows of {train} have no answer that an example could show"
         raise InputError(what, hint="put it into extra_info.answer of each row")

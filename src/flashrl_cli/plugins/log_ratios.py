@@ -25,6 +25,7 @@ from flashrl_cli import contract, files
 from flashrl_cli.contract import PATCHED, VERL, before_import
 from flashrl_cli.errors import InputError
 from flashrl_cli.paths import AttemptPaths
+from flashrl_cli.plugins import samples
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -112,19 +113,7 @@ def _packed(sample: Sample) -> bytes:
 def _write(folder: Path, step: int, data: bytes) -> None:
     with files.replacing(file_of(folder, step)) as temporary:
         temporary.write_bytes(data)
-    _bound(folder)
-
-
-def _bound(folder: Path) -> None:
-    """Remove the oldest files until the rest is small enough; the newest stays."""
-    found = list(steps_in(folder).values())
-    sizes = [path.stat().st_size for path in found]
-    excess = sum(sizes) - ATTEMPT_BYTES
-    for path, size in list(zip(found, sizes, strict=True))[:-1]:
-        if excess <= 0:
-            return
-        path.unlink(missing_ok=True)
-        excess -= size
+    files.keep_newest(list(steps_in(folder).values()), ATTEMPT_BYTES)
 
 
 def read(path: Path) -> Sample:
@@ -225,12 +214,12 @@ class Printed:
 
 def apply() -> None:
     """Keep samples in the process that imports verl's trainer, if the run asks for it."""
-    if os.environ.get(contract.ENV_KEEP):
+    if os.environ.get(contract.ENV_KEEP) or os.environ.get(contract.ENV_SAMPLES):
         before_import(_TRAINER, keep)
 
 
 def keep() -> None:
-    """Have verl's trainer keep a sample of the log-ratios of each step (idempotent).
+    """Have verl's trainer keep a sample of the log-ratios of each step, and some responses as text (idempotent).
 
     The ratios and the mask before rejection are those that verl's correction gets
     (verl/trainer/ppo/v1/trainer_base.py:1771 in 0.9.1; no upstream issue asks for them), the advantages those that
@@ -255,10 +244,12 @@ def keep() -> None:
         before["mask"] = batch.batch["response_mask"]
         return correct(batch, rollout_corr_config)
 
-    def compute_advantage_for_multi_trajectories(data: Any, *args: Any, **more: Any) -> Any:
-        found = advance(data, *args, **more)
-        if before:
-            _keep(SkipManager.step, found.batch, before.pop("mask"))
+    def compute_advantage_for_multi_trajectories(data: Any, batch_keys: Any, *args: Any, **more: Any) -> Any:
+        found = advance(data, batch_keys, *args, **more)
+        corrected, mask = "mask" in before, before.pop("mask", found.batch["response_mask"])
+        if corrected and os.environ.get(contract.ENV_KEEP):
+            _keep(SkipManager.step, found.batch, mask)
+        samples.keep(SkipManager.step, found.batch, mask, batch_keys)
         return found
 
     contract.replace_in_verl(corrections, compute_rollout_correction_and_add_to_batch)

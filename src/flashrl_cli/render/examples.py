@@ -30,6 +30,21 @@ def question_lines(question: Mapping[str, Any], *, width: int, full: bool) -> It
         yield from _body(response["response"], width, full=full)
 
 
+def sample_lines(sample: Mapping[str, Any], *, width: int, full: bool) -> Iterator[str]:
+    """Lines of a response of a training step (plugins.samples.Sample as data), `width` columns wide."""
+    length = counted(sample["length"], "token")
+    parts = [f"step {sample['step']}", f"reward {sample['reward']:.3g}"]
+    parts.append(f"{length}, as many as a response may have" if sample["truncated"] else length)
+    parts += [f"advantage {sample['advantage']:.3g}"] if sample["advantage"] is not None else []
+    if sample["weight"] is not None:
+        parts.append(f"weight {sample['weight']:.3f}, at most {sample['weight_max']:.3g}")
+    yield from _wrapped(f"── {' · '.join(parts)} · {sample['picked']}", width)
+    yield from _body(sample["prompt"], width, full=full)
+    yield from _wrapped(f"truth: {_brief(str(sample['ground_truth']))}", width)
+    yield "response:"
+    yield from _body(sample["response"], width, full=full)
+
+
 def row_lines(row: Mapping[str, Any], *, width: int, full: bool) -> Iterator[str]:
     """Lines of a row of a data set: the text that the model sees, or else its messages, and the truth."""
     yield from _wrapped(f"── {row['split']} {row['row']}, scored as {row['data_source']}", width)

@@ -86,6 +86,7 @@ def report_document(found: Summary, changed: Changed) -> dict[str, Any]:
         "starts": [_start(attempt) for attempt in found.run.attempts if len(attempt.phases) > 1],
         "mismatch": _mismatch(found),
         "correction": found.replay.document() if found.replay else None,
+        "samples": [asdict(one) for one in found.samples.samples] if found.samples else [],
         "proof": [{"attempt": number, **asdict(one)} for number, listed in found.handshakes.items() for one in listed],
         "attempts": list(_attempts(found)),
         "configuration": _configuration(plan),

@@ -41,13 +41,14 @@ from flashrl_cli.text import counted
 from flashrl_cli.verl.overrides import ROLLOUT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
 
     from flashrl_cli.config.spec import By, CorrectionKind, Estimator
+    from flashrl_cli.paths import AttemptPaths
     from flashrl_cli.plugins.log_ratios import Sample
     from flashrl_cli.runs.store import Run
 
@@ -512,12 +513,19 @@ def replay(
     )
 
 
-def kept_steps(run: Run) -> dict[int, Path]:
-    """Files of kept log-ratios by step, from the newest attempt that has the step; what a resume undid is left out."""
+def _log_ratios(attempt: AttemptPaths) -> dict[int, Path]:
+    return log_ratios.steps_in(attempt.log_ratios)
+
+
+def kept_steps(run: Run, files: Callable[[AttemptPaths], dict[int, Path]] = _log_ratios) -> dict[int, Path]:
+    """Files of kept steps, from the newest attempt that has the step; what a resume undid is left out.
+
+    `files` gives those of an attempt, by default of log-ratios.
+    """
     resumed = {attempt.number: attempt.resumed_from or 0 for attempt in run.attempts}
     steps: dict[int, Path] = {}
     for number in run.paths.attempts():
-        found = log_ratios.steps_in(run.paths.attempt(number).log_ratios)
+        found = files(run.paths.attempt(number))
         if found and number in resumed:
             steps = {step: path for step, path in steps.items() if step <= resumed[number]}
         steps.update(found)

@@ -20,6 +20,7 @@ from flashrl_cli.errors import InputError, NothingMatched
 from flashrl_cli.runs import mismatch, store
 from flashrl_cli.runs.metrics import last_values, read_last, read_run_metrics
 from flashrl_cli.runs.replay import replay_run
+from flashrl_cli.runs.samples import shown
 from flashrl_cli.runs.saved import measure
 from flashrl_cli.runs.speed import Speed, Spent, diagnose, spent, step_shares
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from flashrl_cli.runs.metrics import RunMetrics
     from flashrl_cli.runs.mismatch import Advice
     from flashrl_cli.runs.replay import Replay
+    from flashrl_cli.runs.samples import Shown
     from flashrl_cli.runs.store import Attempt, Run, RunRecord, Status
     from flashrl_cli.verl.metrics import StepMetrics
 
@@ -217,6 +219,7 @@ class Summary:
     advice: Advice
     """Mismatch advice on the newest attempt that logged metrics."""
     replay: Replay | None
+    samples: Shown | None
     """Other corrections of the last steps whose log-ratios were kept; None if none were."""
     notes: tuple[str, ...]
 
@@ -286,6 +289,7 @@ def summarize(run: Run) -> Summary:
         handshakes=handshakes,
         advice=_advice(run, metrics),
         replay=_replay(run, notes),
+        samples=_samples(run, notes),
         notes=tuple(notes),
     )
 
@@ -318,6 +322,19 @@ def _advice(run: Run, metrics: RunMetrics) -> Advice:
         return mismatch.advise([], None)
     cap, kind = (run.setting(number, "correction", name) for name in ("cap", "kind"))
     return mismatch.advise(metrics.attempts.get(number, ()), cap if isinstance(cap, int | float) else None, kind)
+
+
+def _samples(run: Run, notes: list[str]) -> Shown | None:
+    """Responses of the last step that kept some; a note for each file that cannot be read."""
+    try:
+        found = shown(run)
+    except NothingMatched:
+        return None
+    except InputError as error:
+        notes.append(error.message)
+        return None
+    notes.extend(found.damaged)
+    return found
 
 
 def _replay(run: Run, notes: list[str]) -> Replay | None:

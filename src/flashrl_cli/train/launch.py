@@ -219,6 +219,7 @@ FREE = (
     "trainer.validate_before",
     "trainer.logger",
     "correction.keep_responses",
+    "trainer.keep_samples",
     "reward.timeout_s",
     "model.attention",
     "resources.gpu_memory_gib",

@@ -67,7 +67,7 @@ OWN_SAMPLER = {
 OWNED = frozenset(
     {
         *(contract.ENV_PLUGIN_DIR, contract.ENV_PLATFORM, contract.ENV_ROLLOUT, contract.ENV_KEEP),
-        *(contract.ENV_REWARD, METRICS_PATH),
+        *(contract.ENV_REWARD, contract.ENV_SAMPLES, METRICS_PATH),
     }
 )
 """Variables that a preset cannot set, because flashrl finds an attempt's files by them."""
@@ -106,6 +106,8 @@ def run_environment(
         own[contract.ENV_REWARD] = shipped(spec, attempt).text()
     if spec.correction.keep_responses:
         own[contract.ENV_KEEP] = str(spec.correction.keep_responses)
+    if spec.trainer.keep_samples:
+        own[contract.ENV_SAMPLES] = str(spec.trainer.keep_samples)
     if options.bf16_replicas:
         own |= MIXED
     return dict(sorted((COMMON | platform | level | spec.env | own).items()))

@@ -85,6 +85,16 @@ def test_the_threshold_may_be_another_than_the_runs(file: Path) -> None:
     assert own.threshold == 0.9
 
 
+def test_solved_examples_are_answered_by_their_truth(file: Path) -> None:
+    sample_rows.write(file.with_name("train.parquet"), [sample_rows.row(7) | {"data_source": "mine"}])
+    run = record("a", file)
+    (data,) = questions.choose_questions(
+        None, [run], None, prompting=questions.Prompting(shots=1), own=rewards.chosen(None, None, [run])
+    )
+    truth = sample_rows.row(7)["reward_model"]["ground_truth"]
+    assert data.questions[0].prompt[1] == {"role": "assistant", "content": truth}
+
+
 def test_runs_with_different_functions_need_a_choice(file: Path) -> None:
     runs = [record("a", file), record("b", file, source=SOURCE + "\n")]
     with pytest.raises(InputError, match="different reward functions") as caught:

@@ -37,7 +37,7 @@ def test_every_field_is_in_the_table_or_handled_apart():
     apart |= {key for key in keys_of(RunSpec) if key.startswith("reward.")} - {
         *("reward.manager", "reward.overlong.buffer_len", "reward.overlong.penalty_factor", "reward.overlong.log")
     }
-    own = ("watch.", "resources.gpu_memory_gib", "correction.keep_responses")
+    own = ("watch.", "resources.gpu_memory_gib", "correction.keep_responses", "trainer.keep_samples")
     for_verl = {key for key in keys_of(RunSpec) if not key.startswith(own)}
     assert {entry.field for entry in TABLE} | apart == for_verl
     assert len({entry.key for entry in TABLE}) == len(TABLE)
