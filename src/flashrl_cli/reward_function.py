@@ -11,7 +11,6 @@ reward workers (`plugins.reward`), and imports the standard library alone.
 from __future__ import annotations
 
 import ast
-import asyncio
 import difflib
 import hashlib
 import inspect
@@ -244,6 +243,8 @@ class RewardFunction:
         try:
             result = self._call(call)
             if self.is_async:
+                import asyncio  # 15 ms, which most commands need not spend
+
                 result = asyncio.run(result)
         except BaseException as error:  # noqa: BLE001  (of the user's code, which may also raise SystemExit)
             raise Failed(failure_of(error, self.file)) from None
@@ -251,9 +252,11 @@ class RewardFunction:
 
     async def scored(self, call: Call) -> Score:
         """The same for a coroutine function."""
+        from asyncio import CancelledError
+
         try:
             result = await self._call(call)
-        except asyncio.CancelledError:
+        except CancelledError:
             raise
         except BaseException as error:  # noqa: BLE001  (as above)
             raise Failed(failure_of(error, self.file)) from None
