@@ -40,6 +40,8 @@ ENV_FORK = "FLASHRL_FORK"
 """`1` lets a run on this machine start its processes as forks of one that has imported their modules."""
 ENV_KEEP = "FLASHRL_KEEP_RESPONSES"
 """Number of responses a step whose log-ratios verl's trainer keeps (plugins/log_ratios.py); none if it is unset."""
+ENV_REWARD = "FLASHRL_REWARD"
+"""The user's reward function as JSON (reward_function.Shipped); verl's scorers are used if it is unset."""
 ENV_SERVER = "FLASHRL_FORKSERVER"
 """Name of that process's socket in Linux' abstract namespace, set by the guardian of the run."""
 HANDSHAKE_MARK = "FLASHRL_HANDSHAKE "
@@ -70,6 +72,8 @@ SAMPLER = ("pkg://flashrl_cli.plugins.sampler", "quick_buffer")
 """Module and function by which verl's trainer gets its replay buffer."""
 AGENT_LOOPS = "flashrl_cli.plugins.agent_loop.AgentLoopManager"
 """Class by which verl's trainer has responses generated, scored and stored."""
+REWARD = ("pkg://flashrl_cli.plugins.reward", "compute_score")
+"""Module and function by which verl's reward workers call a reward function of the user's."""
 TOKENS_A_MESSAGE = 16
 """Tokens of a sequence that a rollout engine collects before it sends them to verl's server (plugins/outputs.py)."""
 

@@ -113,6 +113,16 @@ class AttemptPaths:
         return self.root / "log_ratios"
 
     @property
+    def reward(self) -> Path:
+        """Copy of the file with the user's reward function, which the run calls."""
+        return self.root / "reward.py"
+
+    @property
+    def reward_failure(self) -> Path:
+        """Why the user's reward function gave no reward, if that ended the attempt (`plugins.reward`)."""
+        return self.root / "reward_failure.json"
+
+    @property
     def plan(self) -> Path:
         """The launch plan that was executed."""
         return self.root / "plan.json"

@@ -68,6 +68,6 @@ def test_over_the_kept_tokens_weights_have_mean_1(policy: Path, tmp_path: Path, 
         assert abs(case["kept"]["mean"] - 1) < weights.ERRORS * case["kept"]["error"] + weights.ROUNDING, sampling
         assert case["patch"]["largest"] < weights.ROUNDING
         assert 1 <= case["tokens"]["least"] <= sampling["top_k"]
-        assert case["tokens"]["most"] <= contract.kept_columns(sampling["top_k"])
+        assert case["tokens"]["most"] <= contract.kept_columns(int(sampling["top_k"]))
         if sampling["top_p"] < 1:
             assert 1 - case["all"]["mean"] > 10 * case["all"]["error"] + weights.ROUNDING, "so that it could fail"

@@ -71,7 +71,7 @@ CUT: dict[str, dict[str, Any]] = {
 }
 
 
-TRUNCATED = [
+TRUNCATED: list[dict[str, Any]] = [
     {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     for temperature in (0.7, 1.0, 1.3)
     for top_p, top_k in ((1.0, 20), (1.0, 3), (0.9, 20), (0.9, -1))

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "flashrl_cli"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "files", "paths", "secrets", "text", "contract", "precision", "signals", ""},
+    {"errors", "files", "paths", "secrets", "text", "contract", "precision", "signals", "reward_function", ""},
     {"weights", "config", "machine"},
     {"plugins", "verl", "hub"},
     {"worker"},

@@ -49,6 +49,21 @@ def evaluate(
             show_default="the run's own",
         ),
     ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:NAME",
+            help="Reward function of your own to grade with.",
+            show_default="the run's own on its data, else verl's",
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="A response is right if a reward function of your own gives it more.",
+            show_default="the run's own, else 0.5",
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N prompts of each data set.")] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Responses to each prompt; several add pass@k and maj@n.")] = 1,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
@@ -187,6 +202,8 @@ def evaluate(
             ),
             out=out,
             engines=_engines(gpus, tp),
+            reward=reward,
+            threshold=threshold,
             fail_under=least,
         )
         _evaluate(output, lookup, patterns, watch=watch, png=png, html=html)

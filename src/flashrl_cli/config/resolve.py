@@ -25,6 +25,7 @@ from flashrl_cli.config.presets import VERBATIM
 from flashrl_cli.config.spec import RunSpec
 from flashrl_cli.errors import InputError, Location, Problem
 from flashrl_cli.precision import PRECISIONS, ROTATED, SMOOTHED
+from flashrl_cli.reward_function import REFERENCE, is_reference
 from flashrl_cli.secrets import looks_secret
 from flashrl_cli.text import counted
 
@@ -176,6 +177,20 @@ def overlong_fits(spec: RunSpec) -> Iterator[Violation]:
         )
 
 
+def reward_names_a_function(spec: RunSpec) -> Iterator[Violation]:
+    """A reward function is given by its file and name, its arguments by names that Python takes."""
+    function = spec.reward.function
+    if function is not None and not is_reference(function):
+        what = f"{function!r} does not name a reward function"
+        yield Violation("reward.function", what, fix={"reward.function": REFERENCE})
+    for name in spec.reward.arguments:
+        if not name.isidentifier():
+            yield Violation(f"reward.arguments.{name}", "is not the name of an argument", "letters, digits and _")
+    if spec.reward.arguments and function is None:
+        why = "nothing reads them without reward.function"
+        yield Violation("reward.arguments", why, fix={"reward.function": REFERENCE})
+
+
 def dual_clip_bounds_from_above(spec: RunSpec) -> Iterator[Violation]:
     """Dual clip needs a bound above 1 (arXiv 1912.09729, eq. 5); verl asserts it in the first update."""
     if spec.algorithm.clip_c <= 1:
@@ -311,6 +326,7 @@ RULES: tuple[Rule, ...] = (
     shares_are_of_data_sets,
     metrics_are_written,
     overlong_fits,
+    reward_names_a_function,
     dual_clip_bounds_from_above,
     warmup_ends,
     engine_holds_a_sequence,

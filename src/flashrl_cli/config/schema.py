@@ -63,6 +63,7 @@ def preset_schema() -> Schema:
                 described["description"] = documented[name, field]
     for name, values in OPEN_MAPS.items():
         schema["properties"][name]["additionalProperties"] = values
+    schema["$defs"]["RewardSpec"]["properties"]["arguments"]["additionalProperties"] = OPEN_MAPS["verl"]
     schema["x-required"].remove("name")  # the file's name replaces it
     own = {"extends": EXTENDS} | schema["properties"]
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "flashrl preset"}

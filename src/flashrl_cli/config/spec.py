@@ -33,17 +33,32 @@ Estimator = Literal["k1", "k2", "k3"]
 Scalar = bool | int | float | str | None
 
 
-Texts = Text | Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
+def _texts(value: object) -> object:
+    items = value if isinstance(value, list | tuple) else [value]
+    if not items or not all(isinstance(item, str) and item for item in items):
+        raise ValueError("should be text or a list of text")
+    return tuple(items) if isinstance(value, list) else value
 
 
-def _verl_value(value: object) -> object:
+Texts = Annotated[str | tuple[str, ...], PlainValidator(_texts, json_schema_input_type=str | list[str])]
+
+
+def _argument(value: object) -> object:
     items = value if isinstance(value, list) else [value]
     if not all(isinstance(item, bool | int | float | str | None) for item in items):
-        raise ValueError("should be a value or a list of values; write deeper keys dotted: `a.b.c: value`")
+        raise ValueError("should be a value or a list of values")
     return value
 
 
+def _verl_value(value: object) -> object:
+    try:
+        return _argument(value)
+    except ValueError as error:
+        raise ValueError(f"{error}; write deeper keys dotted: `a.b.c: value`") from None
+
+
 VerlValue = Annotated[Scalar | list[Scalar], PlainValidator(_verl_value)]
+Argument = Annotated[Scalar | list[Scalar], PlainValidator(_argument)]
 
 
 class Part(BaseModel):
@@ -297,8 +312,18 @@ class Overlong(Part):
 
 
 class RewardSpec(Part):
-    """How responses are scored; the scorer itself follows from the data's `data_source`."""
+    """How responses are scored: by verl's scorer for the data's `data_source`, or by a function of the user's."""
 
+    function: Text | None = None
+    """Reward function, as `FILE.py:NAME` ([Own rewards](rewards.md)); null for verl's scorers."""
+    arguments: dict[str, Argument] = {}
+    """Further arguments of `function`, by name."""
+    sources: Annotated[tuple[Text, ...] | None, Field(strict=False)] = None
+    """Values of `data_source` whose rows `function` scores; null for all. verl's scorers take the others."""
+    timeout_s: Positive = 60
+    """Longest time of a call of `function`, s; the run ends if a call takes longer."""
+    threshold: float = 0.5
+    """A response counts as right if `function` gives it more than this, unless it returns `acc` itself."""
     manager: Literal["naive", "dapo", "gdpo", "rate_limited", "remote"] = "naive"
     """verl's reward manager."""
     overlong: Overlong | None = None

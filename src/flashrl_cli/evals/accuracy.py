@@ -60,6 +60,8 @@ class Row:
     precision: str
     path: str
     seconds: float
+    reward: float | None = None
+    """Mean reward of a function of the user's; None with verl's scorers."""
 
     @classmethod
     def of(cls, entry: Entry) -> Row:
@@ -91,7 +93,12 @@ class Row:
             precision=result.holds["precision"],
             path=str(result.checkpoint.path),
             seconds=result.seconds,
+            reward=sum(grade.score for grade in result.grades) / count if _own_reward(result) else None,
         )
+
+
+def _own_reward(result: Evaluated) -> bool:
+    return any(question.reward for question in result.data.questions)
 
 
 def _share(marks: Iterable[bool | None]) -> float | None:
@@ -329,6 +336,8 @@ def _of_one(rows: Sequence[Row]) -> Table:
         "accuracy": [f"{row.accuracy:.3f}" for row in rows],
         "95 % interval": [f"{row.lo:.3f} – {row.hi:.3f}" for row in rows],
     }
+    if any(row.reward is not None for row in rows):
+        columns["reward"] = [_three(row.reward) for row in rows]
     for name in ("flexible", "boxed"):
         # an extractor that accepts nothing at all shows that the data set asks for another form
         if any(getattr(row, name) not in {None, 0.0, row.accuracy} for row in rows):

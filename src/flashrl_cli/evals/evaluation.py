@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 from flashrl_cli import paths
 from flashrl_cli.contract import AUTO
 from flashrl_cli.errors import InputError, NothingMatched
-from flashrl_cli.evals import questions
+from flashrl_cli.evals import questions, rewards
 from flashrl_cli.evals.accuracy import Report
 from flashrl_cli.evals.cache import Cache, Unit, units
 from flashrl_cli.evals.engines import Asked, Slot, architecture
@@ -94,22 +94,33 @@ class Request:
         out: Path | None,
         prompting: Prompting = UNCHANGED,
         engines: int | None = 1,
+        reward: str | None = None,
+        threshold: float | None = None,
         fail_under: float | None = None,
     ) -> Request:
         """Look up checkpoints and questions. Raises InputError or NothingMatched for missing ones."""
         found = find(patterns)
         start, other = (hf_folder(path) if path else None for path in (base, baseline))
-        runs = (c.source for c in found.checkpoints if c.step is not None)
+        runs = list(dict.fromkeys(c.source for c in found.checkpoints if c.step is not None))
         checkpoints = _together(found.checkpoints, start, other)
         check_profile(engine, [one.hf for one in checkpoints])
         check_arguments(prompting, [one.hf for one in checkpoints])
+        data = questions.choose_questions(
+            dataset,
+            runs,
+            limit,
+            prompting=prompting,
+            seed=sampling.seed,
+            own=rewards.chosen(reward, threshold, runs),
+        )
+        rewards.check(data)
         return cls(
             patterns=tuple(patterns),
             checkpoints=checkpoints,
             base=start,
             baseline=other,
             skipped=found.skipped,
-            data=questions.choose_questions(dataset, runs, limit, prompting=prompting, seed=sampling.seed),
+            data=data,
             sampling=sampling,
             prompting=prompting,
             engine=engine,
@@ -132,7 +143,9 @@ class Request:
     def settings(self) -> dict[str, Any]:
         """Settings for the report, as plain data."""
         engine = {name: getattr(self.engine, name) for name in ("rollout", "profile", "rotation")}
-        return {"sampling": asdict(self.sampling), "prompting": asdict(self.prompting), **engine}
+        own = {question.reward.label for one in self.data for question in one.questions if question.reward}
+        asked = {"sampling": asdict(self.sampling), "prompting": asdict(self.prompting)}
+        return {**asked, **engine, "rewards": sorted(own)}
 
 
 def check_profile(engine: EngineSettings, folders: Iterable[Path]) -> None:

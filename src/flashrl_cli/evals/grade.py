@@ -12,6 +12,8 @@ Graders (evals/graders.py) call these functions, and end those that take too lon
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli.data.recipes import boxed_answer
 from flashrl_cli.evals.results import Grade
 from flashrl_cli.plugins import scorers
+from flashrl_cli.reward_function import Call, Failed, RewardFunction, Shipped, is_right
 from flashrl_cli.verl import rewards
 
 if TYPE_CHECKING:
@@ -142,6 +145,8 @@ def judge(question: Question, response: str) -> Verdict:
     """verl's verdict on `response`. Raises ImportError if its scorer lacks a library: no response could be graded."""
     try:
         points, correct = _score(question, response)
+    except Failed as failed:
+        return Verdict(problem=f"the reward function {failed.failure.what}"[:_LONGEST_PROBLEM])
     except ImportError:
         raise
     except Exception as error:  # noqa: BLE001  (scorers raise anything, and one response is not the run)
@@ -164,7 +169,14 @@ def read(question: Question, response: str) -> Reading:
 
 
 def _score(question: Question, response: str) -> tuple[float, bool]:
-    """Score of a response and whether it is right (verl/utils/reward_score/__init__.py, default_compute_score)."""
+    """Score of a response and whether it is right (verl/utils/reward_score/__init__.py, default_compute_score).
+
+    Raises Failed if the user's own function gives none.
+    """
+    if question.reward is not None:
+        call = Call(question.data_source, response, question.ground_truth, question.extra_info or {})
+        score = _own(question.reward.text())(call)
+        return score.score, is_right(score, question.reward.threshold)
     if scorers.knows(question.data_source):
         compute_score: Callable[..., Any] = scorers.compute_score
     else:
@@ -176,6 +188,12 @@ def _score(question: Question, response: str) -> tuple[float, bool]:
         return float(result), float(result) > _RIGHT
     points = float(result["score"])
     return points, bool(result.get("acc", points > _RIGHT))
+
+
+@functools.cache
+def _own(shipped: str) -> RewardFunction:
+    """The user's function, loaded once in each grader."""
+    return Shipped(**json.loads(shipped)).load()
 
 
 def _comparison(source: str) -> Callable[[str, str], tuple[bool, bool]] | None:

@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Self, TypeVar, TypeVarTuple
 
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
 from flashrl_cli.evals import grade
@@ -48,7 +48,16 @@ singly.
 """
 _BY_THE_CLOCK = 12
 """Factor by which wall-clock time may exceed CPU time: a busy machine must not make a right answer wrong."""
+_OWN_LOAD_S = 20.0
+"""Seconds that a call of a user's reward function may take beyond its own limit, because the first one loads it."""
 _TRIES = 3
+
+
+class Limit(NamedTuple):
+    """Most seconds that a call may take, of a CPU and by the clock."""
+
+    cpu_s: float
+    clock_s: float
 
 
 def begin() -> None:
@@ -119,35 +128,34 @@ class Graders:
         size = max(1, min(_CHUNK, math.ceil(len(work) / self._workers)))
         chunks = [work[first : first + size] for first in range(0, len(work), size)]
         found: list[Grade] = []
-        outcomes = self._call_all(_CHUNK_LIMIT_S, grade.grade_all, [(chunk,) for chunk in chunks])
+        outcomes = self._call_all(_limit(work, _CHUNK_LIMIT_S), grade.grade_all, [(chunk,) for chunk in chunks])
         for chunk, outcome in zip(chunks, outcomes, strict=True):
             found += self._singly(chunk) if isinstance(outcome, Exception) else outcome
         return found
 
     def _singly(self, chunk: Sequence[tuple[Question, str]]) -> list[Grade]:
         """Grades of a chunk that failed because of one response; keeps verl's verdict if the comparison failed."""
-        verdicts = self._call_all(LIMIT_S, grade.judge, chunk)
-        readings = self._call_all(LIMIT_S, grade.read, chunk)
+        limit, usual = _limit(chunk, LIMIT_S), _limit((), LIMIT_S)
+        verdicts = self._call_all(limit, grade.judge, chunk)
+        readings = self._call_all(usual, grade.read, chunk)
         return [
             grade.joined(
-                grade.Verdict(problem=_why(verdict)) if isinstance(verdict, Exception) else verdict,
-                grade.unread(*one, _why(reading)) if isinstance(reading, Exception) else reading,
+                grade.Verdict(problem=_why(verdict, limit)) if isinstance(verdict, Exception) else verdict,
+                grade.unread(*one, _why(reading, usual)) if isinstance(reading, Exception) else reading,
             )
             for one, verdict, reading in zip(chunk, verdicts, readings, strict=True)
         ]
 
-    def _call_all(self, limit_s: float, function: Callable[[*A], R], calls: Sequence[tuple[*A]]) -> list[R | Exception]:
+    def _call_all(self, limit: Limit, function: Callable[[*A], R], calls: Sequence[tuple[*A]]) -> list[R | Exception]:
         """The result of `function` for each of `calls`, or the exception with the reason why its grader was ended."""
-        queued = [(call, self._queue(limit_s, function, call)) for call in calls]
+        queued = [(call, self._queue(limit, function, call)) for call in calls]
         found: list[R | Exception] = []
         for call, future in queued:
-            outcome = self._outcome(future, limit_s, function, call)
+            outcome = self._outcome(future, limit, function, call)
             found.append(outcome)
         return found
 
-    def _outcome(
-        self, future: Future[R], limit_s: float, function: Callable[[*A], R], call: tuple[*A]
-    ) -> R | Exception:
+    def _outcome(self, future: Future[R], limit: Limit, function: Callable[[*A], R], call: tuple[*A]) -> R | Exception:
         """The result of a queued call, which is queued again if all graders died."""
         from pebble import ProcessExpired
 
@@ -155,30 +163,30 @@ class Graders:
             try:
                 return future.result()
             except BrokenProcessPool:
-                future = self._queue(limit_s, function, call)
+                future = self._queue(limit, function, call)
             except (TimeoutError, ProcessExpired) as error:
                 return error
             except ImportError as error:
                 raise EnvironmentNotReady(f"responses cannot be graded: {error}", hint="flashrl doctor") from error
         raise RunFailed(f"all graders died, {_TRIES} times", hint="flashrl doctor reports how much memory is free")
 
-    def _queue(self, limit_s: float, function: Callable[[*A], R], call: tuple[*A]) -> Future[R]:
+    def _queue(self, limit: Limit, function: Callable[[*A], R], call: tuple[*A]) -> Future[R]:
         """Queue a call; if no grader is left, new ones are started first."""
         with self._lock:
             if self._closed:
                 raise CancelledError
             try:
-                future = self._schedule(limit_s, function, call)
+                future = self._schedule(limit, function, call)
             except RuntimeError:  # pebble abandons a pool when an idle grader dies
                 threading.Thread(target=_stop, args=(self._pool,), daemon=True).start()
                 self._pool = self._new_pool()
-                future = self._schedule(limit_s, function, call)
+                future = self._schedule(limit, function, call)
             self._waiting.add(future)
         future.add_done_callback(self._waiting.discard)
         return future
 
-    def _schedule(self, limit_s: float, function: Callable[[*A], R], call: tuple[*A]) -> Future[R]:
-        return self._pool.schedule(run, args=(limit_s, function, *call), timeout=_BY_THE_CLOCK * limit_s)
+    def _schedule(self, limit: Limit, function: Callable[[*A], R], call: tuple[*A]) -> Future[R]:
+        return self._pool.schedule(run, args=(limit.cpu_s, function, *call), timeout=limit.clock_s)
 
     def _new_pool(self) -> ProcessPool:
         from pebble import ProcessPool
@@ -204,12 +212,20 @@ def _stop(pool: ProcessPool) -> None:
     pool.join()
 
 
-def _why(lost: Exception) -> str:
+def _limit(work: Sequence[tuple[Question, str]], usual_s: float) -> Limit:
+    """The limit of a call for `work`: `usual_s` of a CPU, or what the user's own function may take by the clock."""
+    own = [question.reward.timeout_s for question, _ in work if question.reward]
+    if not own:
+        return Limit(usual_s, _BY_THE_CLOCK * usual_s)
+    return Limit(max(own) + _OWN_LOAD_S, max(own) + _OWN_LOAD_S)
+
+
+def _why(lost: Exception, limit: Limit) -> str:
     if isinstance(lost, TimeoutError):
-        return f"grading took longer than {_BY_THE_CLOCK * LIMIT_S:g} s"
+        return f"grading took longer than {limit.clock_s:g} s"
     code = getattr(lost, "exitcode", None)
     if code == -signal.SIGVTALRM:
-        return f"grading took more than {LIMIT_S:g} s of a CPU"
+        return f"grading took more than {limit.cpu_s:g} s of a CPU"
     how = signal.Signals(-code).name if isinstance(code, int) and code < 0 else f"code {code}"
     return f"its grader ended with {how}: was memory short?"
 

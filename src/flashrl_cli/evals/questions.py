@@ -7,10 +7,10 @@ import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import paths
 from flashrl_cli.data import readers
@@ -23,6 +23,9 @@ from flashrl_cli.verl import rewards
 
 Message = dict[str, str]
 
+if TYPE_CHECKING:
+    from flashrl_cli.reward_function import Shipped
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -32,10 +35,15 @@ class Question:
     data_source: str
     ground_truth: Any
     extra_info: dict[str, Any] | None
+    reward: Shipped | None = None
+    """The user's function that scores responses, with its source; None for verl's scorer."""
 
     def line(self) -> str:
-        """The question as one line of JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False, default=str)
+        """The question as one line of JSON, with a digest of its reward function."""
+        data = asdict(self)
+        del data["reward"]
+        own = {} if self.reward is None else {"reward": self.reward.digest}
+        return json.dumps(data | own, ensure_ascii=False, default=str)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,18 +82,20 @@ def choose_questions(
     scoring: Scoring = Scoring.VERL,
     prompting: Prompting = UNCHANGED,
     seed: int = 0,
+    own: Callable[[Path], Shipped | None] = lambda _: None,
 ) -> tuple[DataSet, ...]:
     """Data sets of `--dataset` (comma-separated names or files); if it is None, the runs' own validation files.
 
-    The solved examples that `prompting` asks for are drawn with `seed` from the training rows beside each file. Raises
-    InputError if there are no data sets or examples, if they differ between runs, or if rows are not fit for `scoring`.
+    The solved examples that `prompting` asks for are drawn with `seed` from the training rows beside each file. `own`
+    gives the reward function of the user's that scores a file's rows, if there is one. Raises InputError if there are
+    no data sets or examples, if they differ between runs, or if rows are not fit for `scoring`.
     """
     chosen = _recorded(run_folders) if names is None else [_named(name.strip()) for name in names.split(",")]
     files = list(dict.fromkeys(chosen))
     labels = _labels(files)
     found = []
     for file in files:
-        asked = read(file, limit, scoring=scoring)
+        asked = _scored(file, limit, scoring, own(file))
         shots = _shots(file, asked, prompting.shots, seed)
         put = tuple(replace(one, prompt=_prompt(one.prompt, shots, prompting.system)) for one in asked)
         found.append(DataSet(name=labels[file], file=file, questions=put))
@@ -147,6 +157,16 @@ def _prompt(prompt: list[Message], shots: list[Message], system: str | None) -> 
 
 def _without_system(prompt: list[Message]) -> list[Message]:
     return list(itertools.dropwhile(lambda message: message["role"] == "system", prompt))
+
+
+def _scored(file: Path, limit: int | None, scoring: Scoring, own: Shipped | None) -> list[Question]:
+    """The first `limit` questions of a file, with the function that scores those of its data sources."""
+    if own is None:
+        return read(file, limit, scoring=scoring)
+    return [
+        replace(one, reward=own) if own.scores(one.data_source) else one
+        for one in read(file, limit, scoring=Scoring.OWN)
+    ]
 
 
 def _named(data: str) -> Path:

@@ -84,6 +84,10 @@ class PlainDisplay:
             fields.insert(0, f"accuracy {metrics.accuracy:.3f}")
         self.output.text(f"step {metrics.step}/{self.total or '?'}  " + "  ".join(fields))
 
+    def warn(self, text: str) -> None:
+        """Print a warning on stderr."""
+        self.output.warn(text)
+
     def tick(self) -> None:
         """Do nothing: printed lines do not change."""
 
@@ -118,6 +122,10 @@ class JsonDisplay:
         values = {**metrics.values, "accuracy": metrics.accuracy, "seconds": dict(metrics.seconds)}
         self._event("step", step=metrics.step, total=self.total, **values)
 
+    def warn(self, text: str) -> None:
+        """Print event `warning`."""
+        self._event("warning", text=text)
+
     def tick(self) -> None:
         """Do nothing: printed lines do not change."""
 
@@ -132,7 +140,7 @@ class LiveDisplay:
     def __init__(self, title: str, total: int | None, elapsed_s: float = 0.0) -> None:
         self.title, self.total = title, total
         self.rows: deque[StepMetrics] = deque(maxlen=ROWS)
-        self.proof = ""
+        self.proof = self.warning = ""
         self.doing, self.since = "starting", time.monotonic()
         self.started = time.monotonic() - elapsed_s
         self.ending: str | None = None
@@ -155,6 +163,10 @@ class LiveDisplay:
         self.rows.append(metrics)
         self.doing, self.since = f"step {metrics.step + 1}", time.monotonic()
 
+    def warn(self, text: str) -> None:
+        """Show the warning below the table, from now on."""
+        self.warning = text
+
     def tick(self) -> None:
         """Redraw the table, because its times change."""
         self.redraw()
@@ -173,6 +185,8 @@ class LiveDisplay:
             yield Text(_phases(self.rows[-1]), style="dim")
         if self.proof:
             yield Text(f"✓ {self.proof}", style="green")
+        if self.warning:
+            yield Text(f"warning: {self.warning}", style="yellow")
         yield Text(self._now())
 
     def _now(self) -> str:
@@ -193,7 +207,7 @@ class LiveDisplay:
         out = Table(
             title=Text(self.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
         )
-        columns = _fitting(self._columns(list(self.rows)[-max(1, height - _FRAME) :]), width)
+        columns = _fitting(self._columns(list(self.rows)[-max(1, height - _FRAME - bool(self.warning)) :]), width)
         for heading in columns:
             out.add_column(heading, justify="right", no_wrap=True)
         for cells in zip(*columns.values(), strict=True):

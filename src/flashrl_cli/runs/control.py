@@ -56,6 +56,9 @@ class Display(Protocol):
     def step(self, metrics: StepMetrics) -> None:
         """Report a finished step."""
 
+    def warn(self, text: str) -> None:
+        """Report something about the run that does not end it."""
+
     def tick(self) -> None:
         """Called regularly while nothing happens, so that displayed times can advance."""
 

@@ -83,6 +83,8 @@ class Attempt:
     set_aside: tuple[str, ...] = ()
     """Superseded checkpoints that this attempt moved out of its way before it started, with the reasons."""
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    reward: Mapping[str, str] | None = None
+    """The user's reward function and the SHA-256 of its file, of which the attempt's folder has a copy."""
     git: Mapping[str, Any] | None = None
     """State of the git repository that flashrl was called in: commit, branch, dirty."""
 

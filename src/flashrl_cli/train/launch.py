@@ -11,18 +11,18 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import contract, paths
-from flashrl_cli.config.layers import Difference, differences, leaves
+from flashrl_cli.config.layers import Difference, Verbatim, differences, leaves
 from flashrl_cli.config.resolve import read_spec
 from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
 from flashrl_cli.memory import budget
 from flashrl_cli.paths import FOLDER_NAME
 from flashrl_cli.runs.store import newest_plan
-from flashrl_cli.train import preflight
-from flashrl_cli.train.plan import LaunchPlan, build_plan, default_name, run_paths
+from flashrl_cli.train import preflight, rewards
+from flashrl_cli.train.plan import LaunchPlan, build_plan, default_name, reward_document, run_paths
 from flashrl_cli.train.resume import FROM_NOTHING, Resume, choose
 from flashrl_cli.verl import environment
 from flashrl_cli.verl.config import Settings, trainer_settings
@@ -154,9 +154,13 @@ def _plan(
             resume=resume,
             logging=os.environ.get(contract.ENV_LOGGING),
             cores=None if environment.THREADS in os.environ else len(os.sched_getaffinity(0)),
+            reward=source,
             composed=composed,
         )
 
+    resolved = rewards.with_reward(resolved)
+    source, wrong = rewards.source_of(resolved)
+    resolved = replace(resolved, broken=(*resolved.broken, *wrong))
     resolved = preflight.with_attention(resolved)
     if resolved.value(preflight.ROTATION) == AUTO and preflight.ROTATION in recorded:
         kept = {preflight.ROTATION: budget.Choice(recorded[preflight.ROTATION], KEPT)}
@@ -216,6 +220,7 @@ FREE = (
     "trainer.validate_before",
     "trainer.logger",
     "correction.keep_responses",
+    "reward.timeout_s",
     "model.attention",
     "resources.gpu_memory_gib",
     "model.packing",
@@ -249,7 +254,12 @@ def changes(plan: LaunchPlan) -> list[Difference]:
     if recorded is None:
         return []
     origins = {key: str(origin) for key, origin in plan.origins.items()}
-    return list(differences(_trained(recorded), _trained(plan.spec.model_dump(mode="json")), origins))
+    found = list(differences(_trained(recorded), _trained(plan.spec.model_dump(mode="json")), origins))
+    before, after = newest_plan(plan.paths).get("reward"), reward_document(plan)
+    if before and after and before["sha256"] != after["sha256"]:
+        old, new = (Verbatim(f"{one['function']} with SHA-256 {one['sha256'][:8]}…") for one in (before, after))
+        found.append(Difference("reward.function", old, new, origins["reward.function"]))
+    return found
 
 
 def _trained(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.paths import AttemptPaths, RunPaths
 from flashrl_cli.precision import KV_CACHES, PRECISIONS
+from flashrl_cli.reward_function import Reference, Source
 from flashrl_cli.runs.store import PLAN_VERSION
 from flashrl_cli.train.resume import FROM_NOTHING, Resume
 from flashrl_cli.verl.environment import run_environment
@@ -44,6 +45,8 @@ class LaunchPlan:
     paths: RunPaths
     attempt_paths: AttemptPaths
     resume: Resume = FROM_NOTHING
+    reward: Source | None = None
+    """The file with the run's own reward function."""
     composed: Composition | None = field(default=None, compare=False, repr=False)
     """verl's configuration of these overrides but for some values, where it was composed to find these values."""
 
@@ -102,11 +105,13 @@ def build_plan(
     resume: Resume = FROM_NOTHING,
     logging: str | None = None,
     cores: int | None = None,
+    reward: Source | None = None,
     composed: Composition | None = None,
 ) -> LaunchPlan:
     """Plan an attempt of run `name` that continues from `resume`; roots are absolute, `logging` is for the plugins.
 
-    `cores` is the number that a run on CPUs may use, None if the environment says how many threads it has.
+    `cores` is the number that a run on CPUs may use, None if the environment says how many threads it has. `reward` is
+    the file with the run's own reward function.
     """
     spec = resolved.spec
     run = run_paths(name, spec, runs_root, checkpoints_root)
@@ -124,6 +129,7 @@ def build_plan(
         paths=run,
         attempt_paths=files,
         resume=resume,
+        reward=reward,
         composed=composed,
     )
 
@@ -140,6 +146,7 @@ def plan_document(plan: LaunchPlan) -> dict[str, Any]:
         "cwd": str(plan.cwd),
         "overrides": [str(override) for override in plan.overrides],
         "files": _files(plan),
+        "reward": reward_document(plan),
         "resume": {
             "from": plan.resume.folder and str(plan.resume.folder),
             "set_aside": {str(path): why for path, why in plan.resume.superseded},
@@ -147,6 +154,13 @@ def plan_document(plan: LaunchPlan) -> dict[str, Any]:
         "spec": plan.spec.model_dump(mode="json"),
         "origins": {key: str(origin) for key, origin in plan.origins.items()},
     }
+
+
+def reward_document(plan: LaunchPlan) -> dict[str, str] | None:
+    """The run's own reward function as plain data: its name, and the SHA-256 of its file; None without one."""
+    if plan.reward is None:
+        return None
+    return {"function": str(plan.spec.reward.function), "sha256": plan.reward.sha256}
 
 
 def _files(plan: LaunchPlan) -> dict[str, str]:
@@ -185,9 +199,17 @@ def plan_script(plan: LaunchPlan, remarks: Sequence[str] = (), *, submission: Se
         "",
         *_comments([f"log: {attempt.log}", f"metrics: {attempt.metrics}", f"checkpoints: {plan.paths.checkpoints}"]),
         f"mkdir -p {shlex.quote(str(attempt.plugins))}",
+        *_reward(plan),
         *(submission or _execution(plan)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _reward(plan: LaunchPlan) -> Iterator[str]:
+    """The copy of the reward function that the run calls, for which it makes no other preparation."""
+    if plan.reward:
+        file = Reference.parse(plan.spec.reward.function or "").file
+        yield shlex.join(["cp", str(file), str(plan.attempt_paths.reward)])
 
 
 def _head(plan: LaunchPlan) -> Iterator[str]:

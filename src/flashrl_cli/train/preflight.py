@@ -30,6 +30,7 @@ from flashrl_cli.memory import budget, estimate
 from flashrl_cli.memory.model import shape_of
 from flashrl_cli.precision import BLOCKS, PRECISIONS, largest_block
 from flashrl_cli.text import counted
+from flashrl_cli.train import rewards as own_reward
 from flashrl_cli.verl import attention, environment, rewards
 from flashrl_cli.verl.config import VALIDATION_LIMIT, VALIDATION_SAMPLES
 from flashrl_cli.verl.overrides import AUTO, data_path, model_path
@@ -72,12 +73,18 @@ def check_rows(plan: LaunchPlan) -> None:
             problems=rows,
             hint="`flashrl prepare` writes rows whose truths verl's scorer pays for",
         )
+    if wrong := own_reward.problems(plan.spec):
+        raise InputError(
+            f"{plan.preset} cannot be trained with this reward; nothing was started",
+            problems=wrong,
+            hint="correct it, then run the same command again",
+        )
 
 
 def findings(spec: RunSpec) -> Iterator[Finding]:
     """Yield a finding for each requirement of a run of `spec` on this machine, and for each type of invalid row."""
     yield from _machine(spec)
-    for problem in row_problems(spec):
+    for problem in (*row_problems(spec), *own_reward.problems(spec)):
         yield fail(str(problem.where or "rows"), problem.message, problem.hint)
 
 
@@ -328,8 +335,11 @@ def row_problems(spec: RunSpec) -> list[Problem]:
     """
     if rewards.own_rows(spec.verl):
         return []
-    scoring = Scoring.OWN if rewards.own_reward(spec.verl) else Scoring.VERL
-    needs = Needs(scoring=scoring, prompt=rewards.prompt_column(spec.verl))
+    reward = spec.reward
+    own = (reward.function is not None and reward.sources is None) or rewards.own_reward(spec.verl)
+    sources = reward.sources or () if reward.function is not None else ()
+    scoring = Scoring.OWN if own else Scoring.VERL
+    needs = Needs(scoring=scoring, own_sources=sources, prompt=rewards.prompt_column(spec.verl))
     here = local_inputs(spec)
     found: list[Problem] = []
     for file in dict.fromkeys(path for key, path in here.items() if key.startswith(DATA)):

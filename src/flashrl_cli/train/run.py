@@ -21,6 +21,7 @@ from flashrl_cli.runs.metrics import Tail
 from flashrl_cli.runs.store import Attempt, Phase, RunRecord
 from flashrl_cli.secrets import without_secrets
 from flashrl_cli.train.launch import plan_hash
+from flashrl_cli.train.plan import reward_document
 from flashrl_cli.train.supervise import supervise
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def _attempt(plan: LaunchPlan, command: Sequence[str]) -> Attempt:
         total_steps=plan.spec.trainer.steps,
         set_aside=tuple(f"{path.name}: {why}" for path, why in plan.resume.superseded),
         versions={"flashrl-cli": __version__, "python": platform.python_version(), **probe_versions()},
+        reward=reward_document(plan),
         git=git_state(Path.cwd()),
     )
 
@@ -166,6 +168,11 @@ class Recording:
             self._renew(last_step=metrics.step)
         with contextlib.suppress(OSError):
             self.display.step(metrics)
+
+    def warn(self, text: str) -> None:
+        """Show a warning."""
+        with contextlib.suppress(OSError):
+            self.display.warn(text)
 
     def tick(self) -> None:
         """Pass the call on."""

@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING
 from flashrl_cli import contract, files
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
 from flashrl_cli.files import last_lines
+from flashrl_cli.plugins import reward
 from flashrl_cli.runs.metrics import MetricsTail, Tail
 from flashrl_cli.signals import Interrupted
-from flashrl_cli.train import handshake
+from flashrl_cli.train import handshake, rewards
 from flashrl_cli.train.plan import plan_document
+from flashrl_cli.train.rewards import RewardFailed
 from flashrl_cli.verl.causes import CAUSES, Cause, cause_in
+from flashrl_cli.verl.environment import shipped
 from flashrl_cli.verl.logs import StartPhase, notable, phase_after, plain, root_error, total_steps
 
 if TYPE_CHECKING:
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     from flashrl_cli.verl.metrics import StepMetrics
 
 POLL_S = 0.2
+CONSTANT_STEPS = 3
+"""Number of steps in a row with one reward for all responses after which a run is warned of."""
 FAILURE_GRACE_S = 10.0
 """Seconds that verl gets to end after a failure, when there is nothing left to save."""
 KILL_GRACE_S = 3.0
@@ -58,11 +63,15 @@ def supervise(
     paths = plan.attempt_paths
     paths.plugins.mkdir(parents=True)
     files.write_json(paths.plan, plan_document(plan))
+    if plan.reward:
+        files.write_text(paths.reward, plan.reward.text)
     display.phase(StartPhase.VERL.words)
     handle = start(plan)
     watch = Watch(plan, display, handle, vocabulary, validates)
     try:
         _follow(watch, received)
+    except RewardFailed:
+        raise  # of the user's function, about which the end of verl's log says nothing
     except (RunFailed, EnvironmentNotReady) as error:
         raise type(error)(_with_log(error.message, plan), hint=error.hint) from error
     finally:
@@ -139,11 +148,16 @@ class Watch:
         self._phase = StartPhase.VERL
         self._doomed: tuple[Cause, float] | None = None
         self.cause: Cause | None = None
+        self._constant = 0
+        own = self.plan.reward and shipped(self.plan.spec, self.plan.attempt_paths)
+        self._frozen = reward.Frozen(own) if own else None
+        self._report: reward.Report | None = None
 
     def look(self, *, ended: bool = False) -> None:
         """Read what happened since the last call; raises the error that ends the run. `ended`: it is complete."""
         for line in self._log.poll(ended=ended):
             self._read(plain(line))
+        self._check_reward()
         self._prove()
         for step in self._metrics.poll():
             self._judge(step)
@@ -162,6 +176,8 @@ class Watch:
         if total is not None:
             self.total = total
             self.display.expect(total)
+        if self._frozen:
+            self._report = self._report or self._frozen.take(line)
         cause = cause_in(line)
         if cause is None:
             return
@@ -169,6 +185,12 @@ class Watch:
         self.cause = min(self.cause or cause, cause, key=CAUSES.index)
         if cause.fatal and self._doomed is None:
             self._doomed = (cause, time.monotonic())
+
+    def _check_reward(self) -> None:
+        """Raise RewardFailed if the run's own reward function failed."""
+        report = self._report or (self._frozen and reward.read(self.plan.attempt_paths.root))
+        if report:
+            raise rewards.failed(self.plan, report)
 
     def _prove(self) -> None:
         if self._proven:
@@ -202,6 +224,7 @@ class Watch:
             raise RunFailed(
                 f"step {step.step}: NaN in {', '.join(step.lost)}", hint="lower the learning rate, or try bf16 rollouts"
             )
+        self._warn_of_a_constant(step)
         correction, bounds = self.plan.spec.correction, self.plan.spec.watch
         broken = broken_rollout(step, bounds, self.vocabulary, correction.kind)
         if broken:
@@ -213,6 +236,14 @@ class Watch:
         if lost:
             what, hint = lost
             raise RunFailed(f"step {step.step}: {what}", hint=hint)
+
+    def _warn_of_a_constant(self, step: StepMetrics) -> None:
+        """Warn, once in a row of such steps, that all responses of a few steps got the same reward."""
+        least, largest = step["reward_min"], step["reward_max"]
+        self._constant = self._constant + 1 if least is not None and least == largest else 0
+        if self._constant == CONSTANT_STEPS:
+            what = f"every response of {CONSTANT_STEPS} steps got the reward {least:g}, from which nothing is learned"
+            self.display.warn(f"step {step.step}: {what}")
 
     def _check_clocks(self) -> None:
         watch, now = self.plan.spec.watch, time.monotonic()

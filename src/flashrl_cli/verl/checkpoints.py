@@ -35,6 +35,7 @@ PARTS = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
 _STEP = re.compile(r"global_step_(\d+)")
 _SHARD = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
 _VAL_FILES = "data.val_files"
+_TRAIN_FILES = "data.train_files"
 _MODEL = "actor_rollout_ref.model.path"
 _CONTENTS = {
     ACTOR: "actor_rollout_ref.actor.checkpoint",
@@ -130,10 +131,17 @@ def _loaded(value_of: Callable[[str], Any]) -> Loaded:
 
 def val_files(overrides: Iterable[str]) -> list[Path]:
     """Validation parquet files among a plan's overrides (`key=value` in Hydra's grammar); empty if none are named."""
-    value = _given(overrides, _VAL_FILES)
-    if value is None:
-        return []
-    return [Path(v) for v in (value if isinstance(value, list) else [value])]
+    return _files(_given(overrides, _VAL_FILES))
+
+
+def data_files(overrides: Iterable[str]) -> list[Path]:
+    """Training and validation files among a plan's overrides."""
+    given = list(overrides)
+    return [*_files(_given(given, _TRAIN_FILES)), *_files(_given(given, _VAL_FILES))]
+
+
+def _files(value: Any) -> list[Path]:
+    return [] if value is None else [Path(v) for v in (value if isinstance(value, list) else [value])]
 
 
 def model_path(overrides: Iterable[str]) -> str | None:

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from flashrl_cli import contract, paths
 from flashrl_cli.errors import Problem
 from flashrl_cli.precision import BY_METHOD
+from flashrl_cli.reward_function import Reference, Shipped, is_reference
 from flashrl_cli.verl.config import bf16_replicas
 from flashrl_cli.verl.overrides import MODEL, takes_raw_log_probs
 
@@ -64,7 +65,10 @@ OWN_SAMPLER = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 OWNED = frozenset(
-    {contract.ENV_PLUGIN_DIR, contract.ENV_PLATFORM, contract.ENV_ROLLOUT, contract.ENV_KEEP, METRICS_PATH}
+    {
+        *(contract.ENV_PLUGIN_DIR, contract.ENV_PLATFORM, contract.ENV_ROLLOUT, contract.ENV_KEEP),
+        *(contract.ENV_REWARD, METRICS_PATH),
+    }
 )
 """Variables that a preset cannot set, because flashrl finds an attempt's files by them."""
 
@@ -98,11 +102,28 @@ def run_environment(
     options = rollout_options(spec)
     if options != contract.PLAIN:
         own[contract.ENV_ROLLOUT] = options.text()
+    if spec.reward.function is not None and is_reference(spec.reward.function):
+        own[contract.ENV_REWARD] = shipped(spec, attempt).text()
     if spec.correction.keep_responses:
         own[contract.ENV_KEEP] = str(spec.correction.keep_responses)
     if options.bf16_replicas:
         own |= MIXED
     return dict(sorted((COMMON | platform | level | spec.env | own).items()))
+
+
+def shipped(spec: RunSpec, attempt: AttemptPaths) -> Shipped:
+    """The reward function of a run that has one, as its reward workers find it in the attempt's folder."""
+    reward = spec.reward
+    reference = Reference.parse(reward.function or "")
+    return Shipped(
+        copy=str(attempt.reward),
+        file=str(reference.file),
+        name=reference.name,
+        arguments=reward.arguments,
+        sources=reward.sources,
+        timeout_s=reward.timeout_s,
+        threshold=reward.threshold,
+    )
 
 
 def rollout_options(spec: RunSpec) -> contract.RolloutOptions:

@@ -38,6 +38,8 @@ METRICS = {
     metric.name: metric
     for metric in (
         Metric("reward", "critic/score/mean", "reward", heading="reward", form=".3f", watched=True),
+        Metric("reward_max", "critic/score/max", "largest reward"),
+        Metric("reward_min", "critic/score/min", "least reward"),
         Metric("accuracy", None, "accuracy", heading="accuracy", form=".3f"),
         Metric("response_length", "response_length/mean", "response length", "tokens", heading="length", form=".1f"),
         Metric("prompt_length", "prompt_length/mean", "prompt length", "tokens"),

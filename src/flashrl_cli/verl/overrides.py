@@ -83,6 +83,8 @@ WEIGHTS = {"none": None, "tis": "token", "icepop": "token", "seq-tis": "sequence
 LOSS_FIELD, LOSS_MODE = "algorithm.loss", f"{ACTOR}.policy_loss.loss_mode"
 AUTO = "auto"
 OVERLONG = "reward.reward_kwargs.overlong_buffer_cfg"
+CUSTOM_REWARD = "reward.custom_reward_function.path"
+CUSTOM_REWARD_NAME = "reward.custom_reward_function.name"
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +225,7 @@ def overrides(resolved: Resolved, places: Places) -> tuple[Override, ...]:
         *_mixture(resolved),
         *_attention(resolved),
         *_passes(resolved),
-        *_overlong(resolved),
+        *_reward(resolved),
         *_precision(resolved),
         *_correction(resolved),
         *_run(resolved, places),
@@ -318,8 +320,15 @@ def _attention(resolved: Resolved) -> Iterator[Override]:
             yield Override(key, value, origin, added=True)
 
 
-def _overlong(resolved: Resolved) -> Iterator[Override]:
-    """What verl's `dapo` reward manager needs besides the typed fields (reward_loop/reward_manager/dapo.py:33-48)."""
+def _reward(resolved: Resolved) -> Iterator[Override]:
+    """The user's function, which plugins/reward.py calls, and what verl's `dapo` manager needs besides typed fields.
+
+    The manager's keys are read in verl/experimental/reward_loop/reward_manager/dapo.py:33-48.
+    """
+    if resolved.spec.reward.function is not None:
+        origin = resolved.origins["reward.function"]
+        yield Override(CUSTOM_REWARD, contract.REWARD[0], origin)
+        yield Override(CUSTOM_REWARD_NAME, contract.REWARD[1], origin)
     if resolved.spec.reward.overlong:
         why = Origin("derived", reason="reward.overlong")
         yield Override(f"{OVERLONG}.enable", True, why, added=True)

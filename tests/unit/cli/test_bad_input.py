@@ -189,7 +189,8 @@ SETS = [
     ("description=3", "should be text", "did you mean --set 'description=\"3\"'?"),
     ("name=a/b", "should be the name of a folder"),
     ("trainer.project=..", "trainer.project = ..: should be the name of a folder"),
-    ("data.train=[a,b]", "data.train = [a, b]: should be text"),
+    ("data.train=[a,3]", "data.train = [a, 3]: should be text or a list of text"),
+    ("data.val=[]", "data.val = []: should be text or a list of text"),
     (f"model.path=[{'x' * 80}]", f"model.path = [{'x' * 58}…: should be text"),
 ]
 

@@ -339,6 +339,22 @@ CASES = [
         "--set rollout.precision=fp8",
     ),
 ]
+CASES += [
+    (
+        "reward_names_a_function",
+        GRPO,
+        ("reward.function=gsm8k",),
+        "reward.function: 'gsm8k' does not name a reward function",
+        "--set reward.function=FILE.py:NAME",
+    ),
+    (
+        "reward_names_a_function",
+        GRPO,
+        ("reward.arguments.weight=2",),
+        "reward.arguments: nothing reads them without reward.function",
+        "--set reward.function=FILE.py:NAME",
+    ),
+]
 LEGAL = [
     (GRPO, ("algorithm.micro_batch_size_per_gpu=4",)),
     (GRPO, ("algorithm.micro_batch_size_per_gpu=4", "rollout.log_prob_micro_batch_size_per_gpu=8")),

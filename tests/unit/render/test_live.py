@@ -230,3 +230,15 @@ def test_the_end_of_a_run_that_is_watched(clock: list[float], capsys: pytest.Cap
     display.over("stopped", exit_code=130)
     assert "stopped (exit code 130)" in drawn(display)
     assert "elapsed" not in drawn(display)
+
+
+def test_a_warning_reaches_every_reader(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
+    output = Output(json_mode=False)
+    PlainDisplay(output, 2).warn("no reward varies")
+    assert "warning: no reward varies" in capsys.readouterr().err
+    JsonDisplay(Output(json_mode=True), 2).warn("no reward varies")
+    event = json.loads(capsys.readouterr().out)
+    assert (event["event"], event["text"]) == ("warning", "no reward varies")
+    display = LiveDisplay("r", 2)
+    display.warn("no reward varies")
+    assert "warning: no reward varies" in drawn(display)

@@ -54,6 +54,7 @@ class Recorder:
         self.phases: list[str] = []
         self.proofs: list[list[Handshake]] = []
         self.steps: list[int] = []
+        self.warnings: list[str] = []
         self.total: int | None = None
         self.ticks = 0
 
@@ -68,6 +69,9 @@ class Recorder:
 
     def step(self, metrics: StepMetrics) -> None:
         self.steps.append(metrics.step)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
 
     def tick(self) -> None:
         self.ticks += 1

@@ -409,6 +409,18 @@ def test_validation_before_training_is_progress_but_no_step(tiny_plan: Plan, see
     assert (watch.steps, seen.steps) == (0, [0])
 
 
+def test_a_reward_that_is_the_same_for_all_responses_is_warned_of(tiny_plan: Plan, seen: Any, clock: Clock) -> None:
+    plan = tiny_plan()
+    write_handshake(plan.attempt_paths.plugins, handshake())
+    watch = watching(plan, seen)
+    rewards = [(0, 0), (0, 0), (0, 1), (0, 0), (0, 0), (0, 0), (0, 0), (0.5, 0.5), (0, 1), (1, 1), (1, 1)]
+    for step, (least, largest) in enumerate(rewards, 1):
+        data = {"critic/score/min": least, "critic/score/max": largest}
+        add(plan.attempt_paths.metrics, json.dumps({"step": step, "data": data}))
+        watch.look()
+    assert seen.warnings == ["step 6: every response of 3 steps got the reward 0, from which nothing is learned"]
+
+
 def test_each_step_gets_the_whole_time(tiny_plan: Plan, seen: Any, clock: Clock) -> None:
     plan = tiny_plan(step_timeout_s=10)
     write_handshake(plan.attempt_paths.plugins, handshake())

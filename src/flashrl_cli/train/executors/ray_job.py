@@ -19,14 +19,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from flashrl_cli import contract
 from flashrl_cli.errors import EnvironmentNotReady, RunFailed
 from flashrl_cli.files import last_lines
-from flashrl_cli.plugins import log_ratios
+from flashrl_cli.plugins import log_ratios, reward
 from flashrl_cli.runs.metrics import Tail
 from flashrl_cli.verl import environment
 from flashrl_cli.verl.logs import plain, read_line
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from flashrl_cli.train.plan import LaunchPlan
 
 DEDUP = "RAY_DEDUP_LOGS_ALLOW_REGEX"
-UNFOLDED = rf"{contract.HANDSHAKE_MARK}|{log_ratios.MARK}|step:\d+ - "
+UNFOLDED = rf"{contract.HANDSHAKE_MARK}|{log_ratios.MARK}|{reward.MARK}|step:\d+ - "
 """Lines that Ray must not deduplicate: it treats lines of two workers as equal if they differ only in numbers."""
 
 
@@ -60,6 +60,9 @@ def job_request(plan: LaunchPlan, address: str, *, shared: bool = True) -> Job:
     env = dict(plan.env) if shared else environment.without_shared_folder(plan.env, plan.attempt_paths.root)
     if not shared:
         env[contract.ENV_PRINT] = "1"
+    if not shared and plan.reward:
+        sent = environment.shipped(plan.spec, plan.attempt_paths)
+        env[contract.ENV_REWARD] = replace(sent, source=plan.reward.text).text()
     env[DEDUP] = f"(?:{env[DEDUP]})|{UNFOLDED}" if DEDUP in env else UNFOLDED
     alone = environment.driver_only(plan.overrides)
     drivers = [f"{key}={value}" for key, value in env.items() if key in alone]
@@ -380,6 +383,10 @@ class LogExtraction:
             contract.write_handshake(self._attempt.plugins, handshake)
             return
         if self._log_ratios.take(line):
+            return
+        failure = reward.printed(line)
+        if failure is not None:
+            reward.write(self._attempt.root, failure)
             return
         found = read_line(line)
         if found is not None and found not in self._written:
