@@ -10,12 +10,21 @@ from flashrl_cli.data.arith import pairs, question, solution
 from tests.integration.conftest import SMALL, Workshop, events, more_than_guessed
 
 SHORT = ("--set", "trainer.steps=2", "--set", "trainer.save_every=2", "--set", "data.max_prompt_length=128")
+REWARD = """
+def score(solution_str, ground_truth, extra_info):
+    assert extra_info["topic"] == "sums"
+    response = solution_str.strip()
+    if response == ground_truth:
+        return 1.0
+    same = response.rpartition(" ")[2] == ground_truth.rpartition(" ")[2]
+    return 0.75 if same else 0.0
+"""
 GYM = find_spec("reasoning_gym") is not None
 """reasoning-gym is an extra, which the test tools bring."""
 
 
-def test_a_csv_of_questions_and_answers(workshop: Workshop) -> None:
-    """The answers are worked sums, which the tiny policy writes letter for letter if it knows them: exact text.
+def test_a_csv_of_questions_and_answers_and_a_reward(workshop: Workshop) -> None:
+    """The answers are worked sums, which the tiny policy writes if it knows them; the reward takes other workings, too.
 
     Another data set in the batch is the tiny policy's own, and a third is generated and scored by reasoning-gym.
     """
@@ -24,7 +33,9 @@ def test_a_csv_of_questions_and_answers(workshop: Workshop) -> None:
         table.writerow(("topic", "question", "worked"))
         table.writerows(("sums", question(*pair), solution(*pair)) for pair in pairs(0)["train"][:400])
 
-    columns = ("--source", "sums.csv", "--map", "prompt=question,answer=worked", "--reward", "exact")
+    (workshop.root / "mine.py").write_text(REWARD, encoding="utf-8")
+
+    columns = ("--source", "sums.csv", "--map", "prompt=question,answer=worked", "--reward", "mine.py:score")
     workshop.run("prepare", "sums", *columns)
     names, shares, rows = "[sums,tiny]", "[3,1]", {"sums": (12288, 380), "tiny": (4096, 4096)}
     if GYM:

@@ -107,10 +107,12 @@ def _reload_test(precision: str, *, others: bool, json: bool) -> None:
 def _check(resolved: Resolved | None, out: Output) -> None:
     from flashrl_cli.doctor.checks import check_machine, document
     from flashrl_cli.train import preflight
+    from flashrl_cli.train.rewards import with_reward
 
     report = check_machine()
     if resolved:
-        report = report.with_preset(list(preflight.findings(preflight.with_attention(resolved).spec)))
+        chosen = preflight.with_attention(with_reward(resolved))
+        report = report.with_preset(list(preflight.findings(chosen.spec)))
     name = resolved.spec.name if resolved else None
     if out.json_mode:
         out.document(document(report, name))

@@ -43,6 +43,7 @@ Translate = Callable[[str], Suggestion | None]
 
 KINDS = {
     "tuple_type": "a list",
+    "too_short": "a list that is not empty",
     "string_type": "text",
     "string_too_short": "text that is not empty",
     "string_pattern_mismatch": "the name of a folder, without / or a dot in front",

@@ -33,9 +33,11 @@ from flashrl_cli.data.recipes import (
 )
 from flashrl_cli.data.rows import BadRow, BadRows, Message, Raw, Reward, Row, Scoring, kind, printable, shown, text
 from flashrl_cli.data.sources import GYM
+from flashrl_cli.data.writing import read_manifest
 from flashrl_cli.errors import InputError, Location, Problem
-from flashrl_cli.paths import absolute
+from flashrl_cli.paths import DatasetPaths, absolute
 from flashrl_cli.plugins.scorers import ENTRY
+from flashrl_cli.reward_function import Reference, is_reference
 from flashrl_cli.verl import rewards
 
 if TYPE_CHECKING:
@@ -45,7 +47,6 @@ SCHEMA_VERSION = 1
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
 RESERVED = "show"
 """The word that `prepare` takes as a sub-command."""
-FILE_FUNCTION = re.compile(r"(.+\.py):([A-Za-z_]\w*)")
 SHARE = 0.95
 """Share of the rows that are trained on where the source has no test split and the recipe does not say."""
 LOOK = 200
@@ -363,8 +364,8 @@ def from_file(path: Path, shown_as: str) -> tuple[Given, list[Problem]]:
 
 def _beside(folder: Path, value: str) -> str:
     """`value` as an absolute path, if it names a file or a folder (or a function in a file) relative to `folder`."""
-    found = FILE_FUNCTION.fullmatch(value)
-    name, function = (found[1], f":{found[2]}") if found else (value, "")
+    name, _, function = value.rpartition(":") if is_reference(value) else (value, "", "")
+    function = function and f":{function}"
     path = folder / Path(name).expanduser()
     return f"{path}{function}" if len(name) <= _FILE_NAME and "\n" not in name and path.exists() else value
 
@@ -486,13 +487,26 @@ def _regex(value: Any) -> str:
 def _reward(value: Any) -> str:
     if value in REWARDS:
         return str(value)
-    found = FILE_FUNCTION.fullmatch(_text(value))
-    if found is None:
+    if not is_reference(_text(value)):
         close = nearest(value, REWARDS, 1)
         raise _Wrong(f"no reward {shown(value)}", f"did you mean {close[0]}?" if close else FORMS)
-    if not (path := absolute(found[1])).is_file():
-        raise _Wrong(f"no file {path}", FORMS)
-    return f"{path}:{found[2]}"
+    reference = Reference.parse(value)
+    try:
+        reference.source()
+    except InputError as error:
+        found = next(iter(error.problems), Problem(error.message))
+        raise _Wrong(found.message, error.hint) from error
+    return str(reference)
+
+
+def function_of(file: Path) -> tuple[str, str] | None:
+    """The data set that a prepared file belongs to, which is its rows' data source, and its reward function.
+
+    None if it was prepared for no function of the user's.
+    """
+    manifest = read_manifest(DatasetPaths(file.parent.name, file.parent)) or {}
+    reward = (manifest.get("recipe") or {}).get("reward")
+    return (manifest["dataset"], reward) if isinstance(reward, str) and is_reference(reward) else None
 
 
 def _share(value: Any) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import json
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -95,10 +95,16 @@ class Needs:
     """The requirements on rows, which depend on their use."""
 
     scoring: Scoring = Scoring.VERL
+    own_sources: Collection[str] = ()
+    """Data sources whose rows a function of the user's scores, beside verl's functions."""
     prompt: str = "prompt"
     """The column that holds the prompt."""
     text_only: bool = False
     """Whether the model is shown only the prompt, without images."""
+
+    def by_verl(self, row: Raw) -> bool:
+        """Whether verl's functions score a row."""
+        return self.scoring is Scoring.VERL and row.get("data_source") not in self.own_sources
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -176,8 +182,9 @@ def judge(located: Iterable[Located], needs: Needs, bad: BadRows) -> list[Raw]:
         return rows
     if any(rewards.scorer(row["data_source"]) is rewards.GYM for row in rows):
         rewards.require_gym()
-    claims = [_claim(row) for row in rows]
-    unpaid = truths.unpaid(claims)
+    claims = {number: _claim(row) for number, row in enumerate(rows) if needs.by_verl(row)}
+    numbers = list(claims)
+    unpaid = {numbers[place]: why for place, why in truths.unpaid(list(claims.values())).items()}
     for number, why in unpaid.items():
         source, truth = claims[number]
         scorer = rewards.scorer(source)
@@ -261,13 +268,13 @@ def _reward_faults(row: Raw, needs: Needs) -> Iterator[Fault]:
     if not isinstance(source, str) or not source.strip():
         what = kind(source) if not isinstance(source, str) else "empty"
         yield Fault(f"data_source is {what}, not the name of a data source", "openai/gsm8k, math_dapo, …")
-    elif needs.scoring is Scoring.VERL and not rewards.is_scored(source):
+    elif needs.by_verl(row) and not rewards.is_scored(source):
         fix = "one that verl scores (openai/gsm8k, math_dapo, …), or a reward function of your own in training"
         yield Fault(f"verl has no scorer for data_source {shown(source)}", fix)
     if not isinstance(reward, dict) or "ground_truth" not in reward:
         what = "has no ground_truth" if isinstance(reward, dict) else f"is {kind(reward)}, not an object"
         yield Fault(f"reward_model {what}", '{"style": "rule", "ground_truth": "72"}')
-    elif needs.scoring is Scoring.VERL and isinstance(source, str):
+    elif needs.by_verl(row) and isinstance(source, str):
         if rewards.scorer(source) is not rewards.GYM:
             yield from _truth_faults(source, reward["ground_truth"])
         elif not (isinstance(extra := row.get("extra_info"), dict) and isinstance(extra.get("entry"), str)):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashrl_cli import contract, paths
+from flashrl_cli.data.own import function_of
 from flashrl_cli.errors import InputError, Location, Problem
 from flashrl_cli.reward_function import Call, Reference, Shipped
 from flashrl_cli.runs import store
@@ -26,9 +27,10 @@ def chosen(
 ) -> Callable[[Path], Shipped | None]:
     """A function from a file of rows to the user's reward function that scores them; None for verl's scorers.
 
-    `reward` (`FILE.py:NAME`) scores all files. Otherwise a run's own function scores the files that the run was trained
-    or validated on. A score above `threshold` counts as right; None for the run's own, or 0.5. Raises InputError for a
-    file that does not define the function, and if runs were trained on a file with different functions.
+    `reward` (`FILE.py:NAME`) scores all files. Otherwise a run's own function scores the files that the run was
+    trained or validated on, and other files are scored by the function that they were prepared for, if there is
+    one. A score above `threshold` counts as right; None for the run's own, or 0.5. Raises InputError for a file
+    that does not define the function, and if runs were trained on a file with different functions.
     """
     if reward is not None:
         given = _given(reward)
@@ -40,7 +42,7 @@ def chosen(
         found = {one.digest: one for folder in folders if (one := _of_run(paths.runs_root() / folder.name, file))}
         if len(found) > 1:
             raise InputError(f"the runs were trained on {file} with different reward functions", hint=_HINT)
-        own = next(iter(found.values()), None)
+        own = next(iter(found.values()), None) or _of_data(file)
         return own if own is None or threshold is None else replace(own, threshold=threshold)
 
     return find
@@ -64,9 +66,15 @@ def check(data: Iterable[DataSet]) -> None:
         raise InputError("the responses cannot be graded with this reward; nothing was generated", problems=problems)
 
 
-def _given(reward: str) -> Shipped:
-    reference = Reference.parse(reward, "--reward")
-    return Shipped(copy="", file=str(reference.file), name=reference.name, source=reference.source("--reward"))
+def _given(reward: str, where: str = "--reward") -> Shipped:
+    reference = Reference.parse(reward, where)
+    return Shipped(copy="", file=str(reference.file), name=reference.name, source=reference.source(where))
+
+
+def _of_data(file: Path) -> Shipped | None:
+    """The reward function that a file of rows was prepared for, which scores its data set's rows."""
+    prepared = function_of(file)
+    return prepared and replace(_given(prepared[1], str(file)), sources=(prepared[0],))
 
 
 def _of_run(folder: Path, file: Path) -> Shipped | None:

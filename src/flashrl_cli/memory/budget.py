@@ -49,9 +49,9 @@ CRITIC = "critic.max_tokens_per_gpu"
 
 
 class Choice(NamedTuple):
-    """The value that an `auto` stands for, and why."""
+    """The value that an `auto` or a key that was left out stands for, and why."""
 
-    value: int | bool | str
+    value: int | bool | str | tuple[str, ...]
     reason: str
 
 

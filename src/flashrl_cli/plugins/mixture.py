@@ -21,8 +21,8 @@ from flashrl_cli.contract import SHARES, VERL
 def counts(lengths: Sequence[int], shares: Sequence[float] | None) -> list[int]:
     """Number of rows that each file contributes to an epoch: its own, or as many as `shares` ask for.
 
-    With shares the file that has fewest rows for its share contributes each of them once, and the others repeat some,
-    so that no row is left out.
+    With shares the file that has most rows for its share contributes each of them once, and the others repeat some, so
+    that no row is left out.
     """
     if shares is None:
         return list(lengths)

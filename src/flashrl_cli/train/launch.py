@@ -158,6 +158,7 @@ def _plan(
             composed=composed,
         )
 
+    resolved = rewards.with_reward(resolved)
     source, wrong = rewards.source_of(resolved)
     resolved = replace(resolved, broken=(*resolved.broken, *wrong))
     resolved = preflight.with_attention(resolved)

@@ -335,9 +335,11 @@ def row_problems(spec: RunSpec) -> list[Problem]:
     """
     if rewards.own_rows(spec.verl):
         return []
-    own = spec.reward.function is not None or rewards.own_reward(spec.verl)
+    reward = spec.reward
+    own = (reward.function is not None and reward.sources is None) or rewards.own_reward(spec.verl)
+    sources = reward.sources or () if reward.function is not None else ()
     scoring = Scoring.OWN if own else Scoring.VERL
-    needs = Needs(scoring=scoring, prompt=rewards.prompt_column(spec.verl))
+    needs = Needs(scoring=scoring, own_sources=sources, prompt=rewards.prompt_column(spec.verl))
     here = local_inputs(spec)
     found: list[Problem] = []
     for file in dict.fromkeys(path for key, path in here.items() if key.startswith(DATA)):

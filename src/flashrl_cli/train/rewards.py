@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli import paths
 from flashrl_cli.data import readers
+from flashrl_cli.data.own import function_of
 from flashrl_cli.data.rows import BadRows, Needs, Scoring, faults
 from flashrl_cli.errors import InputError, Location, Problem, RunFailed
+from flashrl_cli.memory.budget import Choice, decided
 from flashrl_cli.reward_function import Call, Reference, Source, is_reference, short
 from flashrl_cli.verl import rewards
 from flashrl_cli.verl.overrides import data_path
@@ -35,6 +38,28 @@ def source_of(resolved: Resolved) -> tuple[Source | None, list[Problem]]:
         return Source(Reference.parse(function).source(where)), []
     except InputError as error:
         return None, list(error.problems)
+
+
+def with_reward(resolved: Resolved) -> Resolved:
+    """The preset with the function that its data sets on this machine were prepared for, unless it names a reward.
+
+    Other rows are scored as their data source asks.
+    """
+    spec = resolved.spec
+    if spec.reward.function is not None or rewards.own_reward(spec.verl):
+        return resolved
+    found = dict(filter(None, map(function_of, _data_files(spec))))
+    functions = list(dict.fromkeys(found.values()))
+    if not functions:
+        return resolved
+    if len(functions) > 1:
+        listed = ", ".join(f"{name} for {function}" for name, function in found.items())
+        what = f"the data sets were prepared for several reward functions: {listed}"
+        problem = Problem(what, resolved.origins["data.train"].where, "--set reward.function=FILE.py:NAME for all rows")
+        return replace(resolved, broken=(*resolved.broken, problem))
+    why = f"{' and '.join(found)} {'was' if len(found) == 1 else 'were'} prepared for it"
+    chosen = {"reward.function": Choice(functions[0], why), "reward.sources": Choice(tuple(found), why)}
+    return decided(resolved, chosen)
 
 
 def problems(spec: RunSpec) -> list[Problem]:

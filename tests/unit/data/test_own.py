@@ -306,13 +306,15 @@ def test_columns_that_are_not_there(words: dict[str, str], where: str, message: 
         ({"map": "question"}, "'question' is no map"),
         ({"answer_regex": "abc"}, "'abc' has no group"),
         ({"reward": "exakt"}, "no reward 'exakt'"),
-        ({"reward": "nowhere.py:f"}, "no file"),
+        ({"reward": "nowhere.py:f"}, "there is no file"),
+        ({"reward": "mine.py:f"}, "there is no function f in it"),
         ({"system": " "}, "should be text, not empty"),
         ({"split": 1.5}, "1.5 is no share of the rows"),
         ({"prompt_template": "{}"}, "the template '{}' names no column"),
     ],
 )
 def test_values_that_are_wrong(words: dict[str, Any], message: str, sums: Path) -> None:
+    (sums.parent / "mine.py").write_text("def score(solution_str): return 1.0\n")
     [(where, what)] = told(refused("sums", sums, **words))
     assert where == own.OPTIONS[next(iter(words))]
     assert what.startswith(message)

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from flashrl_cli import contract, paths
+from flashrl_cli.data.prepare import prepare_dataset, requests
 from flashrl_cli.errors import InputError, Location
 from flashrl_cli.evals import accuracy, grade, questions, rewards
 from flashrl_cli.evals.questions import DataSet, Question
 from flashrl_cli.evals.results import Entry, Evaluated
+from flashrl_cli.render.output import Output
 from flashrl_cli.reward_function import Shipped
 from flashrl_cli.runs.store import PLAN_VERSION
 from tests import sample_rows
@@ -174,3 +176,20 @@ def test_the_report_has_the_mean_reward(tmp_path: Path) -> None:
     assert accuracy.Row.of(Entry("a", 1, dataclasses.replace(result, data=data))).reward is None
     headings, cells = accuracy._of_one([row])
     assert cells[0][headings.index("reward")] == "0.400"
+
+
+def test_other_rows_are_graded_as_they_were_prepared_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHRL_DATA", str(tmp_path / "data"))
+    (tmp_path / "mine.py").write_text("def score(solution_str, ground_truth):\n    return 1.0\n")
+    (tmp_path / "q.jsonl").write_text("".join(f'{{"prompt": "q {n}", "answer": "{n}"}}\n' for n in range(4)))
+    words = {"reward": f"{tmp_path}/mine.py:score", "split": 0.5}
+    (request,) = requests(["mine"], source=str(tmp_path / "q.jsonl"), words=words)
+    prepare_dataset(request, Output(json_mode=True))
+
+    (data,) = questions.choose_questions("mine", [], None, own=rewards.chosen(None, 0.8, []))
+    [own] = {question.reward.label for question in data.questions if question.reward}
+    assert own == f"{tmp_path}/mine.py:score"
+    assert {question.reward.threshold for question in data.questions if question.reward} == {0.8}
+    (tmp_path / "mine.py").unlink()
+    with pytest.raises(InputError, match="reward function"):
+        rewards.chosen(None, None, [])(data.file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -38,12 +39,18 @@ def with_critic(settings: TrainerSettings) -> TrainerSettings:
     return replace(settings, critic=replace(settings.actor, train=Batch(tokens=1), infer=Batch(tokens=1)))
 
 
+def number(found: Any) -> int:
+    """The value of a choice, which is a number of tokens."""
+    assert isinstance(found.value, int)
+    return found.value
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_passes_grow_with_the_memory_from_one_sequence_to_the_cap(
     settings: TrainerSettings, shape: ModelShape, recompute: bool
 ) -> None:
     run = advise.recomputing(settings, recompute)
-    tokens = [int(chosen(run, shape, gib, (UPDATE,))[UPDATE].value) for gib in range(8, 400, 7)]
+    tokens = [number(chosen(run, shape, gib, (UPDATE,))[UPDATE]) for gib in range(8, 400, 7)]
     assert tokens == sorted(tokens)
     assert (tokens[0], tokens[-1]) == (share(settings), CAP)
     assert len(set(tokens)) > 3
@@ -105,14 +112,14 @@ def test_given_passes_decide_about_recomputation(settings: TrainerSettings, shap
 
 def test_an_engine_that_does_not_sleep_leaves_less(settings: TrainerSettings, shape: ModelShape) -> None:
     awake = replace(settings, rollout=replace(settings.rollout, sleeps=False))
-    asleep, beside = (int(chosen(run, shape, 80, (UPDATE,))[UPDATE].value) for run in (settings, awake))
+    asleep, beside = (number(chosen(run, shape, 80, (UPDATE,))[UPDATE]) for run in (settings, awake))
     assert beside < asleep
 
 
 def test_a_critic_gets_what_its_own_phases_leave(settings: TrainerSettings, shape: ModelShape) -> None:
     both = advise.recomputing(with_critic(settings), True)
     keys = (UPDATE, LOG_PROBS, CRITIC)
-    tokens = [int(chosen(both, shape, gib, keys)[CRITIC].value) for gib in range(30, 400, 20)]
+    tokens = [number(chosen(both, shape, gib, keys)[CRITIC]) for gib in range(30, 400, 20)]
     assert tokens == sorted(tokens)
     assert (tokens[0], tokens[-1]) == (settings.length, CAP)
     search = Search(shape, None, gpu(120))

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from flashrl_cli.config.resolve import Options
+from flashrl_cli.data.prepare import prepare_dataset, requests
 from flashrl_cli.errors import InputError, Location
 from flashrl_cli.plugins import reward
 from flashrl_cli.plugins.reward import Report
+from flashrl_cli.render.output import Output
 from flashrl_cli.reward_function import Source
 from flashrl_cli.train import preflight, rewards, supervise
 from flashrl_cli.train.executors import ray_job
@@ -226,3 +229,68 @@ def test_supervise_keeps_a_copy_of_the_file(
     with pytest.raises(RewardFailed):
         supervise.supervise(made, seen, [], start=lambda _: Ended())  # type: ignore[arg-type, return-value]
     assert made.attempt_paths.reward.read_text() == GOOD
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """`prepared(name, function)`: a data set of the user's own, prepared for a function of mine.py."""
+    monkeypatch.setenv("FLASHRL_DATA", str(tmp_path / "data"))
+    (tmp_path / "mine.py").write_text(f"{GOOD}{GOOD.replace('score', 'other')}")
+    (tmp_path / "q.jsonl").write_text("".join(f'{{"prompt": "q {n}", "answer": "{n}"}}\n' for n in range(4)))
+
+    def make(name: str, function: str = "score") -> None:
+        words = {"reward": f"{tmp_path}/mine.py:{function}", "split": 0.5}
+        (request,) = requests([name], source=str(tmp_path / "q.jsonl"), words=words)
+        prepare_dataset(request, Output(json_mode=True))
+
+    return make
+
+
+def test_a_data_set_brings_the_reward_that_it_was_prepared_for(prepared: Callable[..., None], tmp_path: Path) -> None:
+    prepared("mine")
+    sample_rows.write(tmp_path / "data/gsm8k/train.parquet")
+    found = rewards.with_reward(load_spec("tiny", sets=["data.train=[gsm8k,mine]", "data.val=mine"]))
+    assert found.spec.reward.function == f"{tmp_path}/mine.py:score"
+    assert found.spec.reward.sources == ("mine",)
+    assert found.origins["reward.function"].reason == "mine was prepared for it"
+    assert [row["data_source"] for _, row in rewards._rows(tmp_path / "data/mine/train.parquet", found.spec)] == [
+        "mine"
+    ] * 2
+    assert preflight.row_problems(found.spec) == []
+    sample_rows.write(tmp_path / "data/gsm8k/train.parquet", [row(**sample_rows.truth(2))])
+    [problem] = preflight.row_problems(found.spec)
+    assert "ground_truth is a whole number, not text" in problem.message, "verl's scorers take the other rows"
+
+
+def test_a_reward_that_the_preset_names_is_kept(prepared: Callable[..., None], tmp_path: Path) -> None:
+    prepared("mine")
+    for sets in ("reward.function=r.py:f", "verl.reward.custom_reward_function.path=/r.py"):
+        named = load_spec("tiny", sets=["data.train=mine", "data.val=mine", sets])
+        assert rewards.with_reward(named) is named
+    other = load_spec("tiny", sets=["data.train=gsm8k", "data.val=/nothing.parquet"])
+    assert rewards.with_reward(other) is other
+
+
+def test_data_sets_for_several_functions_are_refused(prepared: Callable[..., None], tmp_path: Path) -> None:
+    prepared("mine")
+    prepared("yours", "other")
+    both = rewards.with_reward(load_spec("tiny", sets=["data.train=[mine,yours]", "data.val=mine"]))
+    [problem] = both.broken
+    assert problem.message == (
+        "the data sets were prepared for several reward functions: "
+        f"mine for {tmp_path}/mine.py:score, yours for {tmp_path}/mine.py:other"
+    )
+    with pytest.raises(InputError):
+        both.checked()
+
+
+def test_a_run_of_such_a_data_set_ships_its_function(
+    prepared: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared("mine")
+    monkeypatch.setenv("FLASHRL_RUNS", str(tmp_path / "runs"))
+    resolved = read("tiny", Options(sets=["data.train=mine", "data.val=mine"]))
+    made = next_plan(resolved, "r", resume="never")
+    assert made.reward is not None
+    assert made.reward.text.startswith(GOOD)
+    assert json.loads(made.env["FLASHRL_REWARD"])["sources"] == ["mine"]
