@@ -112,13 +112,14 @@ def test_ctrl_c_stops_the_job(workshop: Workshop, cluster: Cluster) -> None:
 
 
 def test_two_nodes_train_together_until_one_is_lost(workshop: Workshop, cluster: Cluster, tmp_path: Path) -> None:
-    """Two INT8 proofs and a checkpoint of two ranks; then a node is killed in mid-run, and the run ends with that
-    message.
+    """Two INT8 proofs and a checkpoint of two ranks, with a reward function of the user's; then a node is killed in
+    mid-run, and the run ends with that message.
     """
     attempt = AttemptPaths(workshop.root / "runs/two/attempt_1")
-    process = workshop.start(
-        *train(cluster, "two", "--set", "trainer.steps=500", "--set", "env.FLASHRL_TELL=1"), **cluster.env
-    )
+    (workshop.root / "reward.py").write_text("def score(solution_str):\n    return 0.3 + 0.01 * len(solution_str)\n")
+    sets = ("trainer.steps=500", "env.FLASHRL_TELL=1", "reward.function=reward.py:score")
+    words = (word for text in sets for word in ("--set", text))
+    process = workshop.start(*train(cluster, "two", *words), **cluster.env)
     try:
         wait_for_step(STEPS, attempt, process)
         cluster.lose(OTHER)
@@ -127,6 +128,8 @@ def test_two_nodes_train_together_until_one_is_lost(workshop: Workshop, cluster:
         process.kill()
     assert process.returncode == 1, err[-4000:]
     assert f"error: the Ray cluster lost node {OTHER}" in err
+    step = json.loads(attempt.metrics.read_text().splitlines()[0])["data"]
+    assert 0.3 <= step["critic/score/min"] < step["critic/score/max"] < 0.3 + 0.01 * 64
     assert "hint: `--resume auto` goes on from the newest checkpoint" in err
     assert [event["step"] for event in events(out, "step")][:STEPS] == list(range(1, STEPS + 1))
     handshakes = list(read_handshakes(attempt.plugins))
