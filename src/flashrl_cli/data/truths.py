@@ -170,7 +170,7 @@ def _ask(process: Process, chunk: Sequence[str]) -> list[str | None] | None:
 
 
 def _process() -> contextlib.AbstractContextManager[Process]:
-    return group([sys.executable, "-m", __name__, str(LIMIT_S)], {**os.environ, **_ENVIRONMENT})
+    return group([sys.executable, "-P", "-m", __name__, str(LIMIT_S)], {**os.environ, **_ENVIRONMENT})
 
 
 def _serve(limit_s: float) -> None:

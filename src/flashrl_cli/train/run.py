@@ -214,7 +214,7 @@ def detach(run: RunPaths, command: Sequence[str]) -> Attempt:
     with output.open("ab") as stream:
         tail = Tail(output, start=stream.tell())
         child = subprocess.Popen(
-            [sys.executable, "-m", "flashrl_cli", *(word for word in command if word != FLAG)],
+            [sys.executable, "-P", "-m", "flashrl_cli", *(word for word in command if word != FLAG)],
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,

@@ -99,12 +99,14 @@ def worker(
     who: str,
     hints: Mapping[str, str],
 ) -> Iterator[Worker]:
-    """Run `python -m module JOB` as a worker, with the job's file in `work` and other output appended to `log`.
+    """Run `python -P -m module JOB` as a worker, with the job's file in `work` and other output appended to `log`.
+
+    With -P a file of the user's, such as a `regex.py` in the working folder, stands in for no installed package.
 
     No process is left when the context ends. Raises EnvironmentNotReady if the worker could not create its sockets.
     """
     system.check_sockets(env)
-    argv = [sys.executable, "-m", module, str(protocol.write_job(work, job))]
+    argv = [sys.executable, "-P", "-m", module, str(protocol.write_job(work, job))]
     with log.open("ab") as output, group(argv, env, output.fileno()) as process:
         yield Worker(process, log, who, hints)
 

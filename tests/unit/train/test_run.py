@@ -228,8 +228,8 @@ def flashrl_is(script: str, run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> N
     start = subprocess.Popen
 
     def instead(command: list[str], **options: Any) -> object:
-        assert command[:3] == [sys.executable, "-m", "flashrl_cli"]
-        return start([sys.executable, "-c", script, str(run.root), *command[3:]], **options)
+        assert command[:4] == [sys.executable, "-P", "-m", "flashrl_cli"]
+        return start([sys.executable, "-c", script, str(run.root), *command[4:]], **options)
 
     monkeypatch.setattr(subprocess, "Popen", instead)
 

@@ -25,6 +25,7 @@ ATTEMPT = AttemptPaths(Path("/runs/x/attempt_1"))
 def test_cuda():
     assert run_environment(load_spec("dapo-32b").spec, ATTEMPT) == {
         "FLASHRL_KEEP_RESPONSES": "256",
+        "FLASHRL_KEEP_SAMPLES": "8",
         "FLASHRL_PLATFORM": "cuda",
         "FLASHRL_PLUGIN_DIR": "/runs/x/attempt_1/plugins",
         "HYDRA_FULL_ERROR": "1",

@@ -65,6 +65,23 @@ def test_job_and_orders_go_in_and_events_come_out(start: Start, tmp_path: Path) 
 
 
 @pytest.mark.processes
+def test_files_of_the_working_folder_are_no_modules(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "colorsys.py").write_text("raise SystemExit('not this one')", encoding="utf-8")
+    monkeypatch.chdir(folder)
+    script = """
+        import colorsys
+        for line in sys.stdin:
+            print(json.dumps({"event": "done", "black": colorsys.rgb_to_hls(0, 0, 0)}), flush=True)
+        """
+    with start(script) as running:
+        assert list(running.ask(ORDER)) == [{"event": "done", "black": [0.0, 0.0, 0.0]}]
+
+
+@pytest.mark.processes
 def test_an_error_of_the_worker_is_raised_here(start: Start) -> None:
     event = {"event": "error", "kind": "EnvironmentNotReady", "message": "no", "hint": "yes"}
     with start(f"print(json.dumps({event}), flush=True)") as running, pytest.raises(EnvironmentNotReady) as caught:
