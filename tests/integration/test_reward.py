@@ -75,12 +75,14 @@ def test_an_exception_in_mid_run_ends_it_with_row_and_traceback(workshop: Worksh
     file = workshop.root / "fails.py"
     file.write_text(FAILS)
     _, err = workshop.run(*RUN, "--set", "reward.function=fails.py:score", "--name", "fails", code=1)
-    told = err[err.index("error: ") :]
-    assert f"the reward function raises TypeError: list indices must be integers or slices, not str ({file}:8)" in told
-    assert f"for {workshop.root}/data/tiny/train.parquet:row " in told
-    assert f'  |   File "{file}", line 8, in score' in told
-    assert "site-packages" not in told
-    assert "--resume auto --force --name fails" in told
+    message = err[err.index("error: ") :]
+    assert (
+        f"the reward function raises TypeError: list indices must be integers or slices, not str ({file}:8)" in message
+    )
+    assert f"for {workshop.root}/data/tiny/train.parquet:row " in message
+    assert f'  |   File "{file}", line 8, in score' in message
+    assert "site-packages" not in message
+    assert "--resume auto --force --name fails" in message
     record = json.loads((workshop.root / "runs" / "fails" / "run.json").read_text())
     assert record["attempts"][0]["error"].startswith("the reward function raises TypeError")
     assert not workshop.leftovers()

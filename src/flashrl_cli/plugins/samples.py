@@ -92,9 +92,7 @@ def rows_to_keep(
 ) -> dict[int, str]:
     """Rows of `keep` responses, and why each is kept: a quarter by least reward, a quarter by length.
 
-    The others are drawn at random.
-
-    Rows without tokens (padding) are left out. The same step draws the same rows.
+    The others are drawn at random. Rows without tokens (padding) are left out. The same step draws the same rows.
     """
     import numpy as np
 

@@ -53,11 +53,16 @@ def exact(response: str, truth: str) -> float:
 
 
 def gym(task: str, response: str, entry: Mapping[str, Any]) -> float:
-    """reasoning-gym's score of what stands between the last `<answer>` and `</answer>` of a response."""
+    """reasoning-gym's score of the text between the last `<answer>` and `</answer>` of a response.
+
+    Raises ImportError if a library of the task's is missing, without which no response can be scored.
+    """
     answer = importlib.import_module("reasoning_gym.utils").extract_answer(response)
     score = _gym_scorer(task)
     try:
         return float(score(answer, entry))
+    except ImportError:
+        raise
     except Exception:  # noqa: BLE001  (its functions raise anything for answers of another form)
         return 0.0
 

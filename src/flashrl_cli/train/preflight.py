@@ -351,7 +351,7 @@ def row_problems(spec: RunSpec) -> list[Problem]:
 def shared_prompts(spec: RunSpec) -> Iterator[str]:
     """Yield how many prompts the data sets of a run share, apart from case and spaces, if it has several.
 
-    Of one data set `prepare` has told it. Rows for a dataset class that the preset names are not read.
+    `prepare` has reported those of a single data set. Rows for a dataset class that the preset names are not read.
     """
     sets = {"data.train": spec.data.train_sets, "data.val": spec.data.val_sets}
     if len({name for names in sets.values() for name in names}) == 1 or rewards.own_rows(spec.verl):

@@ -55,7 +55,7 @@ def refused(*args: Any, **words: Any) -> InputError:
     return caught.value
 
 
-def told(error: InputError) -> list[tuple[str, str]]:
+def problems_in(error: InputError) -> list[tuple[str, str]]:
     return [(str(problem.where), problem.message) for problem in error.problems]
 
 
@@ -166,7 +166,7 @@ def test_a_chat_keeps_its_turns_and_columns_may_be_nested(lines: Lines, tmp_path
 def test_a_chat_that_ends_with_the_answer_asks_nothing(lines: Lines, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "5"}]
     source = lines(tmp_path / "q.jsonl", [{"prompt": turns, "answer": "5"}])
-    assert told(refused("mine", source)) == [
+    assert problems_in(refused("mine", source)) == [
         (f"{source}:1", "the last message of 'prompt' is of role assistant: nothing is asked")
     ]
 
@@ -183,7 +183,7 @@ def test_a_function_of_the_users_gets_the_other_columns(lines: Lines, tmp_path: 
     prepare("mine", lines(tmp_path / "q.jsonl", [{"prompt": "q", "answer": 0.5}]), reward="mine.py:score", split=1)
     assert rows_of("mine", parquet)[0]["reward_model"]["ground_truth"] == "0.5"
     error = refused("mine", source, reward="mine.py:score", map="prompt=prompt,answer=gone")
-    assert told(error) == [("--map", "no column 'gone' for answer")]
+    assert problems_in(error) == [("--map", "no column 'gone' for answer")]
 
 
 def test_a_folder_with_both_splits_is_taken_as_it_is(lines: Lines, tmp_path: Path) -> None:
@@ -253,9 +253,11 @@ def test_all_that_is_wrong_with_a_recipe_is_told_with_its_lines(tmp_path: Path) 
         "source: q.jsonl\nmap: {prompt: q, answr: a}\nrewrd: math\nprompt_template: hello\nanswer_regex: '(['\n"
         "split: 0\n"
     )
-    assert told(refused("mine", recipe="mine.yaml")) == [("mine.yaml:3", "no key 'rewrd' in a recipe")]
+    assert problems_in(refused("mine", recipe="mine.yaml")) == [("mine.yaml:3", "no key 'rewrd' in a recipe")]
     (tmp_path / "mine.yaml").write_text((tmp_path / "mine.yaml").read_text().replace("rewrd: math", "reward: maths"))
-    assert [(where, message.partition(":")[0]) for where, message in told(refused("mine", recipe="mine.yaml"))] == [
+    assert [
+        (where, message.partition(":")[0]) for where, message in problems_in(refused("mine", recipe="mine.yaml"))
+    ] == [
         ("mine.yaml:3", "no reward 'maths'"),
         ("mine.yaml:2", "a map has prompt and answer, not 'answr'"),
         ("mine.yaml:4", "the template 'hello' names no column, so all prompts would be equal"),
@@ -267,7 +269,7 @@ def test_all_that_is_wrong_with_a_recipe_is_told_with_its_lines(tmp_path: Path) 
 @pytest.mark.parametrize("version", ["2", "'1'", "0"])
 def test_a_recipe_of_another_version_is_refused(version: str, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(f"source: q.jsonl\nschema_version: {version}\nnew: 1\n")
-    [(where, message)] = told(refused("mine", recipe="mine.yaml"))
+    [(where, message)] = problems_in(refused("mine", recipe="mine.yaml"))
     assert (where, message.partition(":")[0]) == ("mine.yaml:2", f"schema_version {version}")
 
 
@@ -277,7 +279,7 @@ def test_a_manifest_with_a_recipe_of_another_version_is_refused(sums: Path) -> N
     data = json.loads(manifest.read_text())
     data["recipe"]["schema_version"] = 9
     manifest.write_text(json.dumps(data))
-    assert "this flashrl reads recipes of version 1" in told(refused("sums"))[0][1]
+    assert "this flashrl reads recipes of version 1" in problems_in(refused("sums"))[0][1]
 
 
 @pytest.mark.parametrize(
@@ -295,7 +297,7 @@ def test_a_manifest_with_a_recipe_of_another_version_is_refused(sums: Path) -> N
 )
 def test_columns_that_are_not_there(words: dict[str, str], where: str, message: str, hint: str, sums: Path) -> None:
     error = refused("sums", sums, **words)
-    assert (told(error), error.problems[0].hint) == ([(where, message)], hint)
+    assert (problems_in(error), error.problems[0].hint) == ([(where, message)], hint)
     assert error.hint == "it has: question, solution, level"
     assert not DatasetPaths.named("sums").root.exists()
 
@@ -315,14 +317,14 @@ def test_columns_that_are_not_there(words: dict[str, str], where: str, message: 
 )
 def test_values_that_are_wrong(words: dict[str, Any], message: str, sums: Path) -> None:
     (sums.parent / "mine.py").write_text("def score(solution_str): return 1.0\n")
-    [(where, what)] = told(refused("sums", sums, **words))
+    [(where, what)] = problems_in(refused("sums", sums, **words))
     assert where == own.OPTIONS[next(iter(words))]
     assert what.startswith(message)
 
 
 def test_rows_that_a_regex_does_not_match_are_told(lines: Lines, tmp_path: Path) -> None:
     source = lines(tmp_path / "q.jsonl", [{"prompt": "p", "answer": f"is {n}" if n else "none"} for n in range(3)])
-    [(where, message)] = told(refused("mine", source, answer_regex="is (.+)"))
+    [(where, message)] = problems_in(refused("mine", source, answer_regex="is (.+)"))
     assert (where, message) == (f"{source}:1", "'answer' has no match of the regex 'is (.+)': 'none'")
     assert not DatasetPaths.named("mine").root.exists()
 
@@ -330,12 +332,12 @@ def test_rows_that_a_regex_does_not_match_are_told(lines: Lines, tmp_path: Path)
 def test_a_regex_that_matches_no_row_is_told_with_the_rows(sums: Path) -> None:
     error = refused("sums", sums, map=MAP, answer_regex="result: (.+)")
     assert error.message == "sums: 40 rows cannot be used; nothing was written"
-    assert told(error)[0][1].startswith("'solution' has no match of the regex 'result: (.+)'; 40 rows: 2 (")
+    assert problems_in(error)[0][1].startswith("'solution' has no match of the regex 'result: (.+)'; 40 rows: 2 (")
 
 
 def test_a_truth_that_the_reward_does_not_pay_is_refused(lines: Lines, tmp_path: Path) -> None:
     source = lines(tmp_path / "q.jsonl", [{"prompt": "p", "answer": "x" * 400}])
-    [(where, message)] = told(refused("mine", source, reward="dapo"))
+    [(where, message)] = problems_in(refused("mine", source, reward="dapo"))
     assert where == f"{source}:1"
     assert message.startswith("reward_model.ground_truth is longer than the 300 characters")
 
@@ -353,10 +355,10 @@ def test_names_that_mean_something_else(name: str, sums: Path) -> None:
 
 
 def test_a_recipe_is_for_data_of_ones_own(sums: Path) -> None:
-    assert told(refused("gsm8k", sums, map=MAP)) == [("--map", "gsm8k has its own recipe")]
+    assert problems_in(refused("gsm8k", sums, map=MAP)) == [("--map", "gsm8k has its own recipe")]
     with pytest.raises(InputError) as caught:
         requests(["a", "b"], source=str(sums), words={"map": MAP})
-    assert ("--map", "goes with one data set, not 2") in told(caught.value)
+    assert ("--map", "goes with one data set, not 2") in problems_in(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -470,7 +472,7 @@ def test_generated_tasks_are_up_to_date_until_something_else_is_asked_for(gym: N
 def test_a_generator_that_does_not_pay_for_its_own_answers_is_refused(gym: None) -> None:
     with pytest.raises(InputError) as caught:
         generate("rg:doubles,unfair", rows=10)
-    [(where, message)] = told(caught.value)
+    [(where, message)] = problems_in(caught.value)
     assert where == "rg:unfair:row 1"
     assert message.startswith("the answer, written as a right one, is not paid in full; 5 rows: 1 ('0'), 2 ('2'), ")
     assert not DatasetPaths.named("rg-doubles-unfair").root.exists()
@@ -488,11 +490,13 @@ def test_a_generator_that_does_not_pay_for_its_own_answers_is_refused(gym: None)
 def test_what_is_wrong_with_generated_tasks(task: str, words: dict[str, Any], message: str, gym: None) -> None:
     with pytest.raises(InputError) as caught:
         generate(task, **words)
-    assert message in [what for _, what in told(caught.value)]
+    assert message in [what for _, what in problems_in(caught.value)]
 
 
 def test_rows_are_generated_of_tasks_alone(sums: Path, gym: None) -> None:
-    assert told(refused("sums", sums, map=MAP, rows=5)) == [("--rows", "only tasks of reasoning-gym are generated")]
+    assert problems_in(refused("sums", sums, map=MAP, rows=5)) == [
+        ("--rows", "only tasks of reasoning-gym are generated")
+    ]
     with pytest.raises(InputError, match="one data set"):
         requests(["rg:doubles", "gsm8k"])
 

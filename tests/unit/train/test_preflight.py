@@ -298,7 +298,7 @@ def test_prompts_that_several_data_sets_have_are_counted(tmp_path: Path) -> None
     ask("gsm8k/train.parquet", "a", "b", "c")
     ask("gsm8k/test.parquet", "a", "d")
     ask("mine/train.parquet", " B ", "D", "e", "e")
-    assert shared() == [], "prepare has told it of one data set"
+    assert shared() == [], "prepare has reported those of one data set"
     assert shared("data.train=[gsm8k,mine]") == [
         "1 prompt of data.train is in several of its data sets",
         "2 of 2 prompts of data.val are also trained on",
