@@ -154,9 +154,10 @@ def sampled_accuracy(model: Qwen2ForCausalLM, demonstrations: Demonstrations, *,
     return float(sum(right) / len(right))
 
 
-def _teach(
+def teach(
     model: Qwen2ForCausalLM, optimizer: Any, demonstrations: Demonstrations, recipe: WarmUp, *, careless: bool
-) -> None:
+) -> float:
+    """Take one step of `optimizer` on a batch of demonstrations; returns their mean loss, nats a token."""
     import torch
 
     ids, labels = demonstrations.batch(recipe.batch, careless=careless)
@@ -167,6 +168,7 @@ def _teach(
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
+    return float(loss.detach())
 
 
 def warm_up(
@@ -201,7 +203,7 @@ def _learn(
     step, accuracy = 0, 0.0
     while accuracy < recipe.skilled and step < recipe.max_clean_steps:
         _set_lr(optimizer, recipe.clean_lr * min(1.0, (step + 1) / recipe.warmup_steps))
-        _teach(model, optimizer, demonstrations, recipe, careless=False)
+        teach(model, optimizer, demonstrations, recipe, careless=False)
         step += 1
         if step >= recipe.first_look and step % 25 == 0:
             accuracy = sampled_accuracy(model, demonstrations)
@@ -216,7 +218,7 @@ def _grow_careless(
     step, accuracy = 0, 1.0
     _set_lr(optimizer, recipe.careless_lr)
     while accuracy > recipe.careless and step < recipe.max_careless_steps:
-        _teach(model, optimizer, demonstrations, recipe, careless=True)
+        teach(model, optimizer, demonstrations, recipe, careless=True)
         step += 1
         if step % 5 == 0:
             accuracy = sampled_accuracy(model, demonstrations, repeats=2)
