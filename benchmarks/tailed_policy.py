@@ -66,6 +66,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    if given.folder.exists():
+        parser.error(f"{given.folder} exists")
     for key, value in contract.THREADS.items():
         os.environ.setdefault(key, value)
     import torch
