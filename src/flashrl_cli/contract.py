@@ -90,6 +90,8 @@ EXACT_SOURCE = "flashrl/exact"
 
 REFIT = "refit/"
 """Prefix of the names under which verl logs the figures of a weight update."""
+STALENESS = "staleness/"
+"""Prefix of the names under which verl logs the figures of the tokens of each staleness (plugins/staleness.py)."""
 ARRIVAL = ("codes_changed", "weights_changed", "arrived", "update_cosine")
 """Figures of plugins/arrival.py that verl logs, under flashrl's names."""
 

@@ -193,6 +193,14 @@ BESIDE_STEP = "validate"
 OCCASIONAL = ("save", "validate")
 """Phases that only some steps have."""
 
+AT = "@"
+"""Between a metric and a staleness, of whose tokens it is: `kl@1`; FIGURES can be had so."""
+FRESH = "fresh"
+"""In place of a staleness: tokens that were scored again with the weights that sampled them (plugins/staleness.py)."""
+FIGURES = ("share", "kl", "kl_k3", "weight_mean", "effective", "truncated", "prob_diff", "prob_correlation")
+"""Metrics by staleness; `share` is that of the step's tokens."""
+_STALE = re.compile(rf"{contract.STALENESS}(\d+|{FRESH})/(\w+)")
+
 SECONDS = "seconds."
 """Prefix of the name of a metric that is a phase's duration: `seconds.refit`."""
 
@@ -203,7 +211,10 @@ ACCURACY = re.compile(r"^val-core/(?P<data>.+)/(?P<metric>[^/]+)/mean@\d+$")
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """Metrics of one training step, or of a validation before training (step 0)."""
+    """Metrics of one training step, or of a validation before training (step 0).
+
+    Metrics of the tokens of one staleness are among the `values` of steps of an asynchronous mode (`AT`).
+    """
 
     step: int
     values: Mapping[str, float | None]
@@ -222,9 +233,33 @@ class StepMetrics:
     def __getitem__(self, name: str) -> float | None:
         return self.values.get(name)
 
+    @property
+    def stalenesses(self) -> tuple[int, ...]:
+        """Stalenesses of the step's tokens, in order; empty if the mode of the trainer is `sync`."""
+        found = (name.partition(AT)[2] for name in self.values if name.startswith(f"share{AT}"))
+        return tuple(sorted(int(number) for number in found if number != FRESH))
+
+    def fresh(self, name: str) -> float | None:
+        """A metric of FIGURES without staleness: of the tokens whose staleness is 0.
+
+        In a step with few of these it is that of the tokens that were scored again, None if there are none. In mode
+        `sync` it is the step's own.
+        """
+        if not self.stalenesses:
+            return self[name]
+        tokens = self[f"tokens{AT}0"]
+        return self[f"{name}{AT}{0 if tokens is not None and tokens >= ENOUGH else FRESH}"]
+
+
+ENOUGH = 100
+"""Tokens of staleness 0 from which their figures are taken for those of the step without staleness."""
+
 
 def verl_name(name: str) -> str:
-    """verl's name of a metric called as in `NAMES` or `seconds.<phase>`; any other name is returned unchanged."""
+    """verl's name of a metric called as in `NAMES`, `seconds.<phase>` or `kl@1`; other names are returned unchanged."""
+    figure, at, number = name.partition(AT)
+    if at:
+        return f"{contract.STALENESS}{number}/{figure}"
     phase = name.removeprefix(SECONDS) if name.startswith(SECONDS) else ""
     return TIMINGS.get(phase) or NAMES.get(name, name)
 
@@ -232,9 +267,10 @@ def verl_name(name: str) -> str:
 def read_step(step: int, data: Mapping[str, float | None]) -> StepMetrics:
     """Metrics of a line of verl's metrics file; accuracy is the mean over the validation sets."""
     accuracies = [value for key, value in data.items() if value is not None and ACCURACY.match(key)]
+    stale = {f"{found[2]}{AT}{found[1]}": value for key, value in data.items() if (found := _STALE.fullmatch(key))}
     return StepMetrics(
         step=step,
-        values={name: data.get(key) for name, key in NAMES.items()},
+        values={name: data.get(key) for name, key in NAMES.items()} | stale,
         seconds={phase: value for phase, key in TIMINGS.items() if (value := data.get(key)) is not None},
         accuracy=sum(accuracies) / len(accuracies) if accuracies else None,
         lost=tuple(name for name in WATCHED if NAMES[name] in data and data[NAMES[name]] is None),
