@@ -72,15 +72,31 @@ class Sample:
 
     def first(self, count: int) -> Sample:
         """A sample of the first `count` responses."""
-        lengths = self.lengths[:count]
-        tokens = int(lengths.sum())
+        import numpy as np
+
+        return self.chosen(np.arange(len(self.lengths)) < count)
+
+    def most_stale(self) -> NDArray[np.int16]:
+        """The staleness of each response's most stale token [responses]; 0 from a synchronous trainer."""
+        import numpy as np
+
+        if self.staleness is None:
+            return np.zeros(len(self.lengths), np.int16)
+        found: NDArray[np.int16] = np.maximum.reduceat(self.staleness, np.cumsum(self.lengths) - self.lengths)
+        return found
+
+    def chosen(self, rows: NDArray[np.bool_]) -> Sample:
+        """A sample of some of the responses [responses]."""
+        import numpy as np
+
+        tokens: NDArray[np.bool_] = np.repeat(rows, self.lengths)
         return Sample(
             step=self.step,
             responses=self.responses,
-            log_ratios=self.log_ratios[:tokens],
-            lengths=lengths,
-            advantages=self.advantages[:count],
-            staleness=None if self.staleness is None else self.staleness[:tokens],
+            log_ratios=self.log_ratios[tokens],
+            lengths=self.lengths[rows],
+            advantages=self.advantages[rows],
+            staleness=None if self.staleness is None else self.staleness[tokens],
         )
 
     def joined(self, other: Sample) -> Sample:

@@ -33,7 +33,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakValueDictionary
 
 from flashrl_cli import contract
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    Floats = NDArray[np.float64]
-    Counts = NDArray[np.int64]
+    Floats: TypeAlias = NDArray[np.float64]
+    Counts: TypeAlias = NDArray[np.int64]
 
 VERSIONS = "versions"
 """Extra field of a response, and tag of its row in TransferQueue: pairs of a version and the tokens sampled by it."""

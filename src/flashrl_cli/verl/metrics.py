@@ -7,8 +7,8 @@ verl/utils/debug/metrics.py. A value is None where verl logged NaN (its file log
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from flashrl_cli import contract
 
@@ -99,6 +99,7 @@ METRICS = {
         Metric(
             "tokens_per_s", "perf/throughput", "throughput", "tokens a second and device", heading="tok/s", form=".0f"
         ),
+        Metric("share", None, "share of the tokens"),
         Metric("tokens", "perf/total_num_tokens", "tokens of a step"),
         Metric("step_s", "timing_s/step", "time of a step", "s", heading="s/step", form=".1f"),
         Metric("mfu", "perf/mfu/actor", "MFU of the policy update", "share of the peak"),
@@ -156,6 +157,8 @@ SPARED = _those(
     *("entropy", "response_length", "tokens_per_s", "truncated", "kl"),
 )
 """Columns of `LIVE` in the order in which they are left out on a narrow terminal."""
+LIVE_BY_STALENESS = ("kl", "weight_mean")
+"""Metrics of which that table also has a column for each staleness, in an asynchronous mode."""
 SWEEP = _those("reward", "kl", "truncated", "step_s", "tokens_per_s")
 """Columns of a sweep's table, besides accuracy.
 
@@ -166,6 +169,8 @@ PLOTTED = ("reward", "accuracy", "response_length", "kl", "truncated", "entropy"
 LEARNING_CURVES = ("reward", "accuracy", "response_length", "entropy", "grad_norm", "step_s")
 MISMATCH_CURVES = ("kl", "ratio_max", "weight_max", "truncated", "effective", "codes_changed", "arrived")
 """Metrics of rollout against trainer that the page of `runs report` draws."""
+STALENESS_CURVES = ("kl_k3", "weight_mean", "effective", "truncated", "share")
+"""Metrics of which that page draws a curve for each staleness, in an asynchronous mode."""
 MISMATCH = (
     *("kl", "weight_mean", "weight_max", "ratio_max", "truncated", "rejected", "effective", "prob_diff"),
     *("prob_correlation", *contract.ARRIVAL),
@@ -239,20 +244,37 @@ class StepMetrics:
         found = (name.partition(AT)[2] for name in self.values if name.startswith(f"share{AT}"))
         return tuple(sorted(int(number) for number in found if number != FRESH))
 
-    def fresh(self, name: str) -> float | None:
-        """A metric of FIGURES without staleness: of the tokens whose staleness is 0.
+    @property
+    def fresh(self) -> str | None:
+        """End of the names of metrics over tokens without staleness: the step's own in mode `sync`, else `@0`.
 
-        In a step with few of these it is that of the tokens that were scored again, None if there are none. In mode
-        `sync` it is the step's own.
+        In a step with few tokens of staleness 0 it is that of the tokens that were scored again; None without these.
         """
         if not self.stalenesses:
-            return self[name]
-        tokens = self[f"tokens{AT}0"]
-        return self[f"{name}{AT}{0 if tokens is not None and tokens >= ENOUGH else FRESH}"]
+            return ""
+        if (self[f"tokens{AT}0"] or 0) >= ENOUGH:
+            return f"{AT}0"
+        return f"{AT}{FRESH}" if self[f"tokens{AT}{FRESH}"] else None
 
 
 ENOUGH = 100
 """Tokens of staleness 0 from which their figures are taken for those of the step without staleness."""
+
+
+def by_staleness(name: str, steps: Iterable[StepMetrics]) -> list[Metric]:
+    """A metric of FIGURES for each staleness in `steps`, and for tokens that were scored again."""
+    whole, found = METRICS[name], {part for step in steps for metric in step.values if (part := _part(name, metric))}
+    parts = [*sorted((part for part in found if part != FRESH), key=int), *({FRESH} & found)]
+    return [
+        replace(whole, name=f"{name}{AT}{part}", verl=None, heading=f"{whole.heading}{AT}{part}", watched=False)
+        for part in parts
+    ]
+
+
+def _part(name: str, metric: str) -> str:
+    """The staleness of a metric called `name`; empty for another one."""
+    figure, _, part = metric.partition(AT)
+    return part if figure == name else ""
 
 
 def verl_name(name: str) -> str:
