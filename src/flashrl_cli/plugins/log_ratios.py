@@ -317,7 +317,7 @@ def _keep(step: int, batch: Mapping[str, Any], mask: Any) -> None:
         advantages=_numpy((batch["advantages"][rows].float() * left).sum(-1) / left.sum(-1)),
         staleness=None if stale is None else _numpy(stale[rows][tokens.cpu()]),
     )
-    if _WRITTEN and _WRITTEN[0].step == step:
+    if staleness.mini_batches() > 1 and _WRITTEN and _WRITTEN[0].step == step:
         sample = _WRITTEN[0].joined(sample)
     _WRITTEN[:] = [sample]
     place = AttemptPaths(folder.parent).log_ratios
