@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,7 +46,7 @@ def tensors(seed: int = 3) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def verls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def verls(monkeypatch: pytest.MonkeyPatch) -> Any:
     """verl's module of corrections, which afterwards is as it was."""
     import verl.trainer.ppo.rollout_corr_helper as module
 

@@ -209,7 +209,8 @@ class LiveDisplay:
             title=Text(self.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
         )
         rows = list(self.rows)[-max(1, height - _FRAME - bool(self.warning)) :]
-        columns = _fitting(self._columns(rows), width, [*reversed(_by_staleness(rows)), *SPARED])
+        kls, weights = (by_staleness(name, rows)[::-1] for name in LIVE_BY_STALENESS)
+        columns = _fitting(self._columns(rows), width, [*weights, *SPARED, *kls])
         for heading in columns:
             out.add_column(heading, justify="right", no_wrap=True)
         for cells in zip(*columns.values(), strict=True):
