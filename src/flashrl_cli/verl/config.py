@@ -20,9 +20,12 @@ from flashrl_cli.verl.overrides import (
     ENGINE,
     LOSS_FIELD,
     LOSS_MODE,
+    MODE,
+    MODE_FIELD,
     MODEL,
     REF,
     ROLLOUT,
+    SEPARATE,
     TABLE,
     Override,
     quote,
@@ -41,7 +44,7 @@ VALIDATION_SAMPLES = f"{ROLLOUT}.val_kwargs.n"
 VALIDATION_LIMIT = "data.val_max_samples"
 """Key of the largest number of prompts that a validation takes; below 1 for all."""
 FIELDS = {entry.key: entry.field for entry in TABLE}
-FIELDS[LOSS_MODE] = LOSS_FIELD
+FIELDS |= {LOSS_MODE: LOSS_FIELD, MODE: MODE_FIELD}
 FIELDS |= {f"{node}.{ATTENTION}": "model.attention" for node in (MODEL, "critic.model")}
 MASKED = ("sdpa", "eager")
 """Attention implementations that compute the scores of all pairs of a packed pass, and mask those across sequences."""
@@ -151,8 +154,8 @@ def engine_devices(spec: RunSpec) -> int:
 
 
 def replicas(spec: RunSpec) -> int:
-    """Engines of a run whose rollout shares the trainer's devices (verl/workers/rollout/llm_server.py:460)."""
-    return spec.resources.devices // engine_devices(spec)
+    """Engines of a run (verl/workers/rollout/llm_server.py:460)."""
+    return spec.resources.rollout_devices // engine_devices(spec)
 
 
 def bf16_replicas(spec: RunSpec) -> int:
@@ -427,7 +430,7 @@ def trainer_settings(s: Settings) -> TrainerSettings:
         reference=_batch(s, REFERENCE) if "reference policy" in s.roles() else None,
         rollout=_rollout(s),
         bucket=s.get(f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes") << 20,
-        colocated=s.get("trainer.v1.trainer_mode") != "separate_async",
+        colocated=s.spec.trainer.mode != SEPARATE,
         log_probs_follow=s.spec.rollout.log_prob_max_tokens_per_gpu is None,
     )
 
