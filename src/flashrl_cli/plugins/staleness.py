@@ -26,6 +26,11 @@ The figures of each staleness are exact over the tokens of a step, in whatever m
     truncated         share of tokens whose weight, or the weight of whose response, was above the cap
     prob_diff         mean of |p_old - p_rollout|
     prob_correlation  Pearson's correlation of p_old and p_rollout
+
+Where a step has no tokens of staleness 0, nothing of this says how far the engine is from the weights that it was sent:
+separate_async has none once its responses are complete before they are needed. Its trainer keeps the weights of the
+previous step until it saves those of the next (trainer_separate_async.py:202), and before that `Watched` scores
+`ROWS` responses of the engine with that version again. Their figures have the name `fresh` in place of a staleness.
 """
 
 from __future__ import annotations
@@ -40,7 +45,7 @@ from flashrl_cli import contract
 from flashrl_cli.contract import PATCHED, VERL
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -52,6 +57,18 @@ VERSIONS = "versions"
 """Extra field of a response, and tag of its row in TransferQueue: pairs of a version and the tokens sampled by it."""
 FIRST = "min_global_steps"
 """verl's tag with the first version of a response."""
+
+
+ROWS = 32
+"""Responses that are scored again at once, about: a multiple of what the trainer's processes take."""
+EVERY = 10
+"""Steps from one such scoring to the next; it moves all weights of the trainer between CPU and GPU three times."""
+FAR = 0.05
+"""KL of a step's least stale tokens in nats a token from which the next step scores again, too: that of quantization
+alone stays below it (`train.supervise`).
+"""
+_KEPT, _NOW = 0, "flashrl"
+"""Names of weights on the CPU: those that verl keeps of a step's start, and those of the moment."""
 
 
 class Pieces(list[list[int]]):
@@ -165,6 +182,13 @@ class Tally:
             known = self._sums.get(least + int(place))
             self._sums[least + int(place)] = sums[:, place] if known is None else known + sums[:, place]
 
+    def least_kl(self) -> float:
+        """Size of the KL of the least stale tokens, in nats a token; 0 without tokens."""
+        if not self._sums:
+            return 0.0
+        tokens, kl = self._sums[min(self._sums)][:2].tolist()
+        return abs(float(kl / tokens))
+
     def figures(self, name: str | None = None) -> dict[str, float]:
         """The figures under the names of verl's log, `name` in place of the staleness; what has no value is left out.
 
@@ -204,6 +228,8 @@ class _Step:
         self.version = 0
         self.mini_batches = 1
         self.tally = Tally()
+        self.again = Tally()
+        self.last_kl = 0.0
 
     def of(self, mask: Any) -> Counts | None:
         """Staleness of the tokens of `mask` [rows, longest], row after row; None outside of an asynchronous step."""
@@ -250,15 +276,19 @@ def watch(trainer: Any) -> None:
         return
     _require_verl()
 
-    class Watched(base):
+    if trainer.trainer_mode == "separate_async":
+        base = scoring_again(base)
+
+    class Watched(base):  # type: ignore[misc, valid-type]
         """A trainer of verl's that knows which rows it computes advantages of."""
 
         _flashrl_staleness = True
 
         def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
-            _STEP.tally = Tally()
+            _STEP.tally, _STEP.again = Tally(), Tally()
             batch = super().step(metrics, timing_raw)
-            metrics.update(_STEP.tally.figures())
+            _STEP.last_kl = _STEP.tally.least_kl()
+            metrics.update(_STEP.tally.figures() | _STEP.again.figures(contract.FRESH))
             return batch
 
         def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
@@ -269,6 +299,106 @@ def watch(trainer: Any) -> None:
                 _STEP.tags = None
 
     trainer.__class__ = Watched
+
+
+def scoring_again(base: Any) -> Any:
+    """A trainer of verl's for separate_async that scores some responses of its engines again.
+
+    It does so before the first log-probs of a step, every `EVERY` steps and after a step whose tokens were `FAR` off,
+    unless the batch has tokens of staleness 0. The first step of an attempt has no earlier weights.
+    """
+
+    class Scoring(base):
+        _kept: int | None = None
+        """The version of the weights that verl keeps on the CPU."""
+        _due = 0
+        """The step from which responses are scored again."""
+
+        def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
+            if self.local_trigger_step == 0:
+                current = self.global_steps - 1
+                due = self.global_steps >= self._due or _STEP.last_kl > FAR
+                if self._kept is not None and due and tokens_of(batch.tags, current) < contract.ENOUGH:
+                    self._score_again(batch, self._kept)
+                self._kept = current
+            return super()._compute_old_log_prob(batch, metrics)
+
+        def _score_again(self, batch: Any, version: int) -> None:
+            rows = dict(zip(batch.keys, batch.tags, strict=True)) | self.replay_buffer.partitions["train"]
+            rollout, workers = self.config.actor_rollout_ref.rollout, self.actor_rollout_wg
+            # a pass of each process takes so many rows (verl/workers/engine/utils.py:125)
+            size = 1 if rollout.log_prob_use_dynamic_bsz else rollout.log_prob_micro_batch_size_per_gpu
+            unit = size * (max(workers._dispatch_info["actor"]) + 1)
+            chosen = rows_to_score(rows, version, unit, seed=self.global_steps)
+            if not chosen:
+                return
+            self._due = self.global_steps + EVERY
+            workers.save_model_to_cpu(_NOW)
+            workers.restore_model_from_cpu(_KEPT)
+            try:
+                score(self, {key: rows[key] for key in chosen}, version)
+            except Exception as error:  # noqa: BLE001  (of TransferQueue and verl's workers: it is a measurement only)
+                contract.logger().warning("no response is scored again: %s: %s", type(error).__name__, error)
+            finally:
+                workers.restore_model_from_cpu(_NOW)
+                workers.clear_cpu_model(_NOW)
+
+    return Scoring
+
+
+def tokens_of(tags: Iterable[Mapping[str, Any]], version: int) -> int:
+    """The number of tokens that a version sampled of the responses in rows with these tags."""
+    found = (versions(tag, tag["response_len"]) for tag in tags if not tag.get("is_padding", False))
+    return sum(int((one == version).sum()) for one in found if one is not None)
+
+
+def rows_to_score(rows: Mapping[str, Mapping[str, Any]], version: int, unit: int, seed: int) -> list[str]:
+    """Keys of complete responses with tokens of a version, drawn at random: `ROWS` or fewer, a multiple of `unit`.
+
+    Where the unit is larger than ROWS they are as many as a unit has.
+    """
+    import random
+
+    ready = sorted(key for key, tag in rows.items() if tag.get("status") == "success" and tokens_of([tag], version))
+    count = min(len(ready), max(ROWS, unit)) // unit * unit
+    return random.Random(seed).sample(ready, count)
+
+
+def score(trainer: Any, rows: Mapping[str, Mapping[str, Any]], version: int) -> None:
+    """Add the tokens of a version in rows of TransferQueue to what was scored again, by the trainer's weights.
+
+    Copies of the rows are scored, so that no other gets the fields of the result.
+    """
+    import transfer_queue as tq
+    import verl.trainer.ppo.rollout_corr_helper as verls
+    from verl.workers.utils.padding import response_from_nested
+
+    keys, where = [f"{_NOW}{key}" for key in rows], "train"
+    data = tq.kv_batch_get(keys=list(rows), partition_id=where)
+    batch = tq.kv_batch_put(keys=keys, partition_id=where, fields=data, tags=[dict(tag) for tag in rows.values()])
+    try:
+        batch.extra_info.update(
+            calculate_entropy=False,
+            compute_loss=False,
+            temperature=trainer.config.actor_rollout_ref.rollout.temperature,
+        )
+        trainer.actor_rollout_wg.compute_log_prob(batch)
+        fields = ["log_probs", "response_mask", "rollout_log_probs"]
+        data = tq.kv_batch_get(keys=keys, partition_id=where, select_fields=fields)
+    finally:
+        tq.kv_clear(keys=keys, partition_id=where)
+    data["log_probs"] = response_from_nested(data["log_probs"], data["response_mask"])
+    found = data.to_padded_tensor()
+    mask, settings = found["response_mask"], trainer.config.algorithm.rollout_correction
+    counts = mask.sum(-1).tolist()
+    of = [versions(tag, int(count)) for tag, count in zip(rows.values(), counts, strict=True)]
+    inside = mask.bool()
+    chosen = mask.new_zeros(mask.shape)
+    chosen[inside] = mask.new_tensor([int(number == version) for one in of if one is not None for number in one])
+    given = (found["log_probs"], found["rollout_log_probs"], chosen)
+    kind = {"rollout_is": settings.rollout_is, "rollout_is_threshold": settings.rollout_is_threshold}
+    weights, *_ = verls.compute_rollout_correction_and_rejection_mask(*given, **kind)
+    _add(_STEP.again, mask.new_zeros(int(chosen.sum())).cpu().numpy(), *given, weights, kind)
 
 
 def report() -> None:
@@ -291,16 +421,22 @@ def report() -> None:
         found = original(old_log_prob, rollout_log_prob, response_mask, **settings)
         stale = _STEP.of(response_mask)
         if stale is not None:
-            tokens = response_mask.bool()
-            weights = above = None
-            if found[0] is not None:
-                weights = _numpy(found[0].batch["rollout_is_weights"][tokens])
-                above = _above(old_log_prob - rollout_log_prob, response_mask, settings)
-            _STEP.tally.add(stale, _numpy(old_log_prob[tokens]), _numpy(rollout_log_prob[tokens]), weights, above)
+            _add(_STEP.tally, stale, old_log_prob, rollout_log_prob, response_mask, found[0], settings)
         return found
 
     setattr(compute_rollout_correction_and_rejection_mask, PATCHED, True)
     verls.compute_rollout_correction_and_rejection_mask = compute_rollout_correction_and_rejection_mask
+
+
+def _add(
+    tally: Tally, stale: Counts, trainer: Any, rollout: Any, mask: Any, weights: Any, settings: Mapping[str, Any]
+) -> None:
+    """Add the tokens of `mask` to a tally; `weights` are what verl made of them by its `settings`, None without."""
+    tokens, applied, above = mask.bool(), None, None
+    if weights is not None:
+        applied = _numpy(weights.batch["rollout_is_weights"][tokens])
+        above = _above(trainer - rollout, mask, settings)
+    tally.add(stale, _numpy(trainer[tokens]), _numpy(rollout[tokens]), applied, above)
 
 
 def _above(log_ratios: Any, mask: Any, settings: Mapping[str, Any]) -> NDArray[np.bool_]:

@@ -200,8 +200,7 @@ OCCASIONAL = ("save", "validate")
 
 AT = "@"
 """Between a metric and a staleness, of whose tokens it is: `kl@1`; FIGURES can be had so."""
-FRESH = "fresh"
-"""In place of a staleness: tokens that were scored again with the weights that sampled them (plugins/staleness.py)."""
+FRESH, ENOUGH = contract.FRESH, contract.ENOUGH
 FIGURES = ("share", "kl", "kl_k3", "weight_mean", "effective", "truncated", "prob_diff", "prob_correlation")
 """Metrics by staleness; `share` is that of the step's tokens."""
 _STALE = re.compile(rf"{contract.STALENESS}(\d+|{FRESH})/(\w+)")
@@ -255,10 +254,6 @@ class StepMetrics:
         if (self[f"tokens{AT}0"] or 0) >= ENOUGH:
             return f"{AT}0"
         return f"{AT}{FRESH}" if self[f"tokens{AT}{FRESH}"] else None
-
-
-ENOUGH = 100
-"""Tokens of staleness 0 from which their figures are taken for those of the step without staleness."""
 
 
 def by_staleness(name: str, steps: Iterable[StepMetrics]) -> list[Metric]:
