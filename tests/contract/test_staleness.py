@@ -266,3 +266,185 @@ def test_other_clients_stay_as_they_are() -> None:
 
     plain = LLMServerClient(SimpleNamespace())
     assert type(staleness.note_versions(plain)) is LLMServerClient
+
+
+VOCABULARY = 11
+
+
+class Queue:
+    """The part of TransferQueue that scoring uses: rows of jagged fields by key."""
+
+    def __init__(self, rows: dict[str, dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def kv_batch_get(self, keys: list[str], partition_id: str, select_fields: list[str] | None = None) -> Any:
+        import torch
+        from tensordict import TensorDict
+
+        names = select_fields or list(self.rows[keys[0]])
+        jagged = {
+            name: torch.nested.as_nested_tensor([self.rows[key][name] for key in keys], layout=torch.jagged)
+            for name in names
+        }
+        return TensorDict(jagged, batch_size=len(keys))
+
+    def kv_batch_put(self, keys: list[str], partition_id: str, fields: Any, tags: Any = None) -> Any:
+        for name, values in fields.items():
+            for key, value in zip(keys, values.unbind(), strict=True):
+                self.rows.setdefault(key, {})[name] = value
+        return SimpleNamespace(keys=keys, tags=tags, extra_info={})
+
+    def kv_clear(self, keys: list[str], partition_id: str) -> None:
+        for key in keys:
+            del self.rows[key]
+
+
+class Workers:
+    """The trainer's workers, whose policy is a table [11] of log-probs for each version."""
+
+    def __init__(self, queue: Queue, tables: Any) -> None:
+        self.queue, self.tables, self.version = queue, tables, 0
+        self.saved: dict[object, int] = {}
+        self._dispatch_info = {"actor": [0, 1]}
+        self.fails = False
+
+    def save_model_to_cpu(self, name: object) -> None:
+        self.saved[name] = self.version
+
+    def restore_model_from_cpu(self, name: object) -> None:
+        self.version = self.saved[name]
+
+    def clear_cpu_model(self, name: object) -> None:
+        del self.saved[name]
+
+    def compute_log_prob(self, batch: Any) -> None:
+        """As verl's: the output for a token stands at the token before it."""
+        import torch
+
+        if self.fails:
+            raise RuntimeError("no memory")
+        assert len(batch.keys) % 4 == 0
+        for key in batch.keys:
+            row = self.queue.rows[key]
+            row["log_probs"] = self.tables[self.version][torch.cat([row["input_ids"][1:], row["input_ids"][:1]])]
+
+
+@pytest.fixture
+def stale_run(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A trainer in step 3, whose batch has responses of versions 0 and 1, and a queue with more of version 1."""
+    import torch
+    import transfer_queue
+    from omegaconf import OmegaConf
+
+    make = torch.Generator().manual_seed(1)
+    tables = torch.log_softmax(torch.randn(4, VOCABULARY, generator=make), -1)
+    noise = torch.randn(VOCABULARY, generator=make) * 0.1
+    rows: dict[str, dict[str, Any]] = {}
+    tags: dict[str, dict[str, Any]] = {}
+    for number in range(12):
+        key, size = f"u{number}_0_0", 20 + number
+        pieces = [[0, 5], [1, size - 5]] if number % 2 else [[0, size]]
+        response = torch.randint(VOCABULARY, (size,), generator=make)
+        version = torch.from_numpy(staleness.versions({"versions": pieces}, size))
+        rows[key] = {
+            "input_ids": torch.cat([torch.tensor([1, 2]), response]),
+            "response_mask": torch.ones(size, dtype=torch.int64),
+            "rollout_log_probs": tables[version, response] + noise[response],
+        }
+        tags[key] = {"status": "success", "versions": pieces, "response_len": size}
+    queue = Queue(rows)
+    for name in ("kv_batch_get", "kv_batch_put", "kv_clear"):
+        monkeypatch.setattr(transfer_queue, name, getattr(queue, name))
+    workers = Workers(queue, tables)
+
+    class Trainer:
+        trainer_mode, global_steps, local_trigger_step, parameter_sync_step = "separate_async", 3, 0, 1
+        actor_rollout_wg = workers
+        replay_buffer = SimpleNamespace(partitions={"train": tags | {"u99_0_0": {"status": "running"}}})
+        config = OmegaConf.create(
+            {
+                "algorithm": {"rollout_correction": {"rollout_is": "token", "rollout_is_threshold": 1.05}},
+                "actor_rollout_ref": {
+                    "rollout": {
+                        "temperature": 1.0,
+                        "log_prob_use_dynamic_bsz": False,
+                        "log_prob_micro_batch_size_per_gpu": 2,
+                    }
+                },
+            }
+        )
+
+        def step(self, *_: Any) -> None:
+            keys = list(tags)[:4]
+            self._compute_old_log_prob(SimpleNamespace(keys=keys, tags=[tags[key] for key in keys]), {})
+
+        def _compute_old_log_prob(self, *_: Any) -> None:
+            assert workers.version == self.global_steps - 1
+            workers.save_model_to_cpu(0)
+
+    trainer: Any = Trainer()
+    staleness.watch(trainer)
+    workers.version, trainer._kept, workers.saved[0] = 2, 1, 1
+    return SimpleNamespace(trainer=trainer, workers=workers, rows=rows, tags=tags, noise=noise, tables=tables)
+
+
+def test_responses_are_scored_again_by_the_policy_that_sampled_them(stale_run: Any) -> None:
+    """Their tokens differ from it by the noise of the rollout alone."""
+    metrics: dict[str, float] = {}
+    stale_run.trainer.step(metrics, {})
+    found = read_step(3, metrics)
+    chosen = staleness.rows_to_score(stale_run.tags, 1, 4, seed=3)
+    assert len(chosen) == 4, "of six, a multiple of what two processes take"
+    assert all(len(stale_run.tags[key]["versions"]) == 2 for key in chosen)
+    noise = np.concatenate([stale_run.noise[stale_run.rows[key]["input_ids"][7:]].numpy() for key in chosen])
+    assert found["tokens@fresh"] == len(noise)
+    assert found["kl@fresh"] == pytest.approx(noise.mean(), abs=1e-5)
+    weights = np.minimum(np.exp(-noise), 1.05)
+    assert found["weight_mean@fresh"] == pytest.approx(weights.mean(), rel=1e-5)
+    assert found["truncated@fresh"] == pytest.approx((np.exp(-noise) > 1.05).mean())
+    assert stale_run.workers.saved == {0: 2}
+    assert set(stale_run.rows) == set(stale_run.tags), "the copies are gone"
+    assert not any("log_probs" in row for row in stale_run.rows.values())
+
+
+def test_they_are_scored_again_now_and_then(stale_run: Any) -> None:
+    trainer, scored = stale_run.trainer, []
+    for number in range(3, 3 + 2 * staleness.EVERY):
+        trainer.global_steps, stale_run.workers.version = number, number - 1
+        stale_run.workers.tables = stale_run.tables[0].expand(99, -1)
+        trainer._kept, stale_run.workers.saved[0] = 1, 1
+        metrics: dict[str, float] = {}
+        trainer.step(metrics, {})
+        if read_step(number, metrics)["tokens@fresh"]:
+            scored.append(number)
+        if number == 15:
+            staleness._STEP.last_kl = 2 * staleness.FAR  # of that step's tokens
+    assert scored == [3, 13, 16]
+
+
+@pytest.mark.parametrize("why", ["fresh tokens", "first step", "later mini-batch", "other versions"])
+def test_nothing_is_scored_again_without_need_or_weights(why: str, stale_run: Any) -> None:
+    trainer = stale_run.trainer
+    if why == "fresh tokens":
+        next(iter(stale_run.tags.values())).update(versions=[[2, contract.ENOUGH]], response_len=contract.ENOUGH)
+    elif why == "first step":
+        trainer._kept = None
+    elif why == "later mini-batch":
+        trainer.local_trigger_step = 1
+    else:
+        trainer._kept = 7
+    metrics: dict[str, float] = {}
+    trainer.step(metrics, {})
+    assert read_step(3, metrics).fresh == ""
+    assert "tokens@fresh" not in read_step(3, metrics).values
+
+
+def test_a_measurement_that_fails_ends_no_run(stale_run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    stale_run.workers.fails = True
+    contract.logger().addHandler(caplog.handler)
+    try:
+        stale_run.trainer.step({}, {})
+    finally:
+        contract.logger().removeHandler(caplog.handler)
+    assert "no response is scored again: RuntimeError: no memory" in caplog.text
+    assert (stale_run.workers.saved, set(stale_run.rows)) == ({0: 2}, set(stale_run.tags))
