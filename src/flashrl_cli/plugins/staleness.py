@@ -279,7 +279,7 @@ def watch(trainer: Any) -> None:
     if trainer.trainer_mode == "separate_async":
         base = scoring_again(base)
 
-    class Watched(base):  # type: ignore[misc, valid-type]
+    class Watched(base):
         """A trainer of verl's that knows which rows it computes advantages of."""
 
         _flashrl_staleness = True
