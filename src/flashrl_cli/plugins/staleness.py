@@ -57,8 +57,6 @@ VERSIONS = "versions"
 """Extra field of a response, and tag of its row in TransferQueue: pairs of a version and the tokens sampled by it."""
 FIRST = "min_global_steps"
 """verl's tag with the first version of a response."""
-
-
 ROWS = 32
 """Responses that are scored again at once, about: a multiple of what the trainer's processes take."""
 EVERY = 10
@@ -348,8 +346,13 @@ def scoring_again(base: Any) -> Any:
 
 def tokens_of(tags: Iterable[Mapping[str, Any]], version: int) -> int:
     """The number of tokens that a version sampled of the responses in rows with these tags."""
-    found = (versions(tag, tag["response_len"]) for tag in tags if not tag.get("is_padding", False))
-    return sum(int((one == version).sum()) for one in found if one is not None)
+    pieces = (tag.get(VERSIONS) or [[tag.get(FIRST), tag["response_len"]]] for tag in tags if not _is_padding(tag))
+    return sum(tokens for listed in pieces for number, tokens in listed if number == version)
+
+
+def _is_padding(tag: Mapping[str, Any]) -> bool:
+    """Whether a row is one by which verl fills a batch up (verl/trainer/ppo/padding_utils.py:136)."""
+    return bool(tag.get("is_padding", False))
 
 
 def rows_to_score(rows: Mapping[str, Mapping[str, Any]], version: int, unit: int, seed: int) -> list[str]:
