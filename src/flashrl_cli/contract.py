@@ -93,6 +93,12 @@ EXACT_SOURCE = "flashrl/exact"
 
 REFIT = "refit/"
 """Prefix of the names under which verl logs the figures of a weight update."""
+STALENESS = "staleness/"
+"""Prefix of the names under which verl logs the figures of the tokens of each staleness (plugins/staleness.py)."""
+FRESH = "fresh"
+"""In place of a staleness in such a name: tokens that were scored again with the weights that sampled them."""
+ENOUGH = 100
+"""Tokens from which their figures are taken for those of a step without staleness."""
 ARRIVAL = ("codes_changed", "weights_changed", "arrived", "update_cosine")
 """Figures of plugins/arrival.py that verl logs, under flashrl's names."""
 

@@ -295,6 +295,10 @@ def correction(
     last: Annotated[
         int | None, typer.Option(metavar="K", min=1, help="The last K steps that were kept.", show_default="5")
     ] = None,
+    staleness: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Responses alone whose most stale token has this staleness."),
+    ] = None,
     png: Annotated[
         Path | None,
         typer.Option(metavar="FILE", dir_okay=False, help="Draw log-ratios and weights by position to a PNG."),
@@ -315,7 +319,7 @@ def correction(
     if png:
         figure.require("matplotlib")
     out = Output(json_mode=json)
-    found = replay.replay_run(store.find(name), step=step, last=last or replay.RECENT)
+    found = replay.replay_run(store.find(name), step=step, last=last or replay.RECENT, staleness=staleness)
     for one in found.damaged:
         out.warn(one)
     if png:

@@ -25,6 +25,7 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Any
 
 from flashrl_cli.contract import VERL
+from flashrl_cli.plugins import staleness
 
 LONGEST_WAIT_S = 0.05
 """Seconds for which a response waits for an earlier request to end before it is sent in one of its own."""
@@ -126,7 +127,7 @@ class Puts:
         """Store rows with their tags."""
         await asyncio.gather(
             *(
-                self._rows((partition_id, layout(row)), (key, row, tag))
+                self._rows((partition_id, layout(row)), (key, row, tag | staleness.tag_of(row)))
                 for key, row, tag in zip(keys, fields, tags, strict=True)
             )
         )
@@ -192,7 +193,7 @@ def worker_class() -> Any:
 
     class Worker(base):  # type: ignore[misc, valid-type]
         def __init__(self, config: Any, llm_client: Any, *args: Any, **kwargs: Any) -> None:
-            super().__init__(config, one_server(config, llm_client), *args, **kwargs)
+            super().__init__(config, staleness.note_versions(one_server(config, llm_client)), *args, **kwargs)
             if not isinstance(verls.tq, Puts):
                 verls.tq = Puts(verls.tq, verls.list_of_dict_to_tensordict)
                 verls.list_of_dict_to_tensordict = list

@@ -10,6 +10,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.contract import PATCHED, VERL, before_import, replace_in_verl
+from flashrl_cli.plugins import staleness
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +33,7 @@ def prepare_trainer() -> None:
     """Change the metrics of the correction, and the advantages."""
     report_weights_that_are_all_zero()
     report_largest_ratio()
+    staleness.report()
     whiten_what_is_left()
     compare_no_empty_responses()
     count_only_responses()

@@ -15,6 +15,7 @@ import base64
 import contextlib
 import importlib.metadata
 import io
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from flashrl_cli import contract, files
 from flashrl_cli.contract import PATCHED, VERL, before_import
 from flashrl_cli.errors import InputError
 from flashrl_cli.paths import AttemptPaths
-from flashrl_cli.plugins import samples
+from flashrl_cli.plugins import samples, staleness
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -48,6 +49,8 @@ LARGEST = 100.0
 """Log-ratios are kept up to this size; verl's weights clamp them at 20 (rollout_corr_helper.py:75)."""
 _TRAINER = "verl.trainer.ppo.v1.trainer_base"
 _NAME = re.compile(r"step_(\d+)\.npz")
+_WRITTEN: list[Sample] = []
+"""The sample that this process's trainer wrote last, to which the next batch of the same step is added."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -57,6 +60,7 @@ class Sample:
     `log_ratios` is float16 [tokens], response after response in random order, of the tokens that are trained on before
     any is rejected. `lengths` is int32 [responses]. `advantages` is float32 [responses]: the mean over a response's
     tokens, NaN if all of them were rejected. `responses` is the number of responses that the step trained on.
+    `staleness` is int16 [tokens] (plugins/staleness.py), None from a synchronous trainer, where it is 0.
     """
 
     step: int
@@ -64,16 +68,49 @@ class Sample:
     log_ratios: NDArray[np.float16]
     lengths: NDArray[np.int32]
     advantages: NDArray[np.float32]
+    staleness: NDArray[np.int16] | None = None
 
     def first(self, count: int) -> Sample:
         """A sample of the first `count` responses."""
-        lengths = self.lengths[:count]
+        import numpy as np
+
+        return self.chosen(np.arange(len(self.lengths)) < count)
+
+    def most_stale(self) -> NDArray[np.int16]:
+        """The staleness of each response's most stale token [responses]; 0 from a synchronous trainer."""
+        import numpy as np
+
+        if self.staleness is None:
+            return np.zeros(len(self.lengths), np.int16)
+        found: NDArray[np.int16] = np.maximum.reduceat(self.staleness, np.cumsum(self.lengths) - self.lengths)
+        return found
+
+    def chosen(self, rows: NDArray[np.bool_]) -> Sample:
+        """A sample of some of the responses [responses]."""
+        import numpy as np
+
+        tokens: NDArray[np.bool_] = np.repeat(rows, self.lengths)
         return Sample(
             step=self.step,
             responses=self.responses,
-            log_ratios=self.log_ratios[: lengths.sum()],
-            lengths=lengths,
-            advantages=self.advantages[:count],
+            log_ratios=self.log_ratios[tokens],
+            lengths=self.lengths[rows],
+            advantages=self.advantages[rows],
+            staleness=None if self.staleness is None else self.staleness[tokens],
+        )
+
+    def joined(self, other: Sample) -> Sample:
+        """The responses of this sample and of another one of the same step, which both have a staleness or none."""
+        import numpy as np
+
+        stale = [one for one in (self.staleness, other.staleness) if one is not None]
+        return Sample(
+            step=self.step,
+            responses=self.responses + other.responses,
+            log_ratios=np.concatenate([self.log_ratios, other.log_ratios]),
+            lengths=np.concatenate([self.lengths, other.lengths]),
+            advantages=np.concatenate([self.advantages, other.advantages]),
+            staleness=np.concatenate(stale) if len(stale) == 2 else None,
         )
 
 
@@ -106,6 +143,7 @@ def _packed(sample: Sample) -> bytes:
         log_ratios=sample.log_ratios,
         lengths=sample.lengths,
         advantages=sample.advantages,
+        **({} if sample.staleness is None else {"staleness": sample.staleness}),
     )
     return stream.getvalue()
 
@@ -137,6 +175,7 @@ def read(path: Path) -> Sample:
                 log_ratios=found["log_ratios"],
                 lengths=found["lengths"],
                 advantages=found["advantages"],
+                staleness=found.get("staleness"),
             )
         _check(sample)
     except FileNotFoundError:
@@ -156,6 +195,8 @@ def _check(sample: Sample) -> None:
         raise ValueError("it holds no responses")
     if lengths.sum() != len(sample.log_ratios) or sample.advantages.shape != lengths.shape:
         raise ValueError("its lengths do not fit its tokens")
+    if sample.staleness is not None and sample.staleness.shape != sample.log_ratios.shape:
+        raise ValueError("its staleness does not fit its tokens")
     if not np.isfinite(sample.log_ratios).all():
         raise ValueError("a log-ratio is not finite")
 
@@ -257,11 +298,15 @@ def keep() -> None:
 
 
 def _keep(step: int, batch: Mapping[str, Any], mask: Any) -> None:
-    """Write a sample of a batch, whose tensors and `mask` are [responses, longest]; a full disk ends no run."""
-    folder = contract.plugin_dir()
-    rows = rows_to_keep(step, int(os.environ[contract.ENV_KEEP]), mask.sum(-1).cpu().numpy())
+    """Write a sample of a batch, whose tensors and `mask` are [responses, longest]; a full disk ends no run.
+
+    The batches of a step that samples several are kept in one file.
+    """
+    folder, share = contract.plugin_dir(), math.ceil(int(os.environ[contract.ENV_KEEP]) / staleness.mini_batches())
+    rows = rows_to_keep(step, share, mask.sum(-1).cpu().numpy())
     if folder is None or not len(rows):
         return
+    stale = staleness.of_rows(mask)
     tokens, left = mask[rows].bool(), batch["response_mask"][rows].float()
     ratios = (batch["old_log_probs"][rows] - batch["rollout_log_probs"][rows])[tokens]
     sample = Sample(
@@ -270,7 +315,11 @@ def _keep(step: int, batch: Mapping[str, Any], mask: Any) -> None:
         log_ratios=_numpy(ratios.clamp(-LARGEST, LARGEST).half()),
         lengths=_numpy(tokens.sum(-1).int()),
         advantages=_numpy((batch["advantages"][rows].float() * left).sum(-1) / left.sum(-1)),
+        staleness=None if stale is None else _numpy(stale[rows][tokens.cpu()]),
     )
+    if staleness.mini_batches() > 1 and _WRITTEN and _WRITTEN[0].step == step:
+        sample = _WRITTEN[0].joined(sample)
+    _WRITTEN[:] = [sample]
     place = AttemptPaths(folder.parent).log_ratios
     try:
         write(place, sample)

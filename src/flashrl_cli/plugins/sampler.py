@@ -24,7 +24,7 @@ def quick_buffer(*, refill_fn: Callable[[int], int], **_: Any) -> Any:
     the trainer, of which `refill_fn` is a method, builds its own buffer. No other hook of verl's gets the trainer, so
     it is also here that the trainer is made to log what arrives of weight updates, and that `samples` gets it.
     """
-    from flashrl_cli.plugins import samples
+    from flashrl_cli.plugins import samples, staleness
     from flashrl_cli.plugins.arrival import log_arrival
 
     trainer: Any = refill_fn.__self__  # type: ignore[attr-defined]
@@ -38,6 +38,7 @@ def quick_buffer(*, refill_fn: Callable[[int], int], **_: Any) -> Any:
     buffer.__class__ = _with_short_pauses(type(buffer))
     log_arrival(trainer)
     samples.remember(trainer)
+    staleness.watch(trainer)
     return buffer
 
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.contract import ARRIVAL
 from flashrl_cli.text import counted
-from flashrl_cli.verl.metrics import LIVE, METRICS, SPARED
+from flashrl_cli.verl.metrics import LIVE, LIVE_BY_STALENESS, METRICS, SPARED, by_staleness
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
     from flashrl_cli.contract import Handshake
     from flashrl_cli.render.output import Output
-    from flashrl_cli.verl.metrics import StepMetrics
+    from flashrl_cli.verl.metrics import Metric, StepMetrics
 
 SCHEMA_VERSION = 1
 ROWS = 12
@@ -79,7 +79,8 @@ class PlainDisplay:
 
     def step(self, metrics: StepMetrics) -> None:
         """Print the step on stdout."""
-        fields = [f"{one.heading} {one.cell(value)}" for one in LIVE if (value := metrics[one.name]) is not None]
+        shown = [*LIVE, *_by_staleness([metrics])]
+        fields = [f"{one.heading} {one.cell(value)}" for one in shown if (value := metrics[one.name]) is not None]
         if metrics.accuracy is not None:
             fields.insert(0, f"accuracy {metrics.accuracy:.3f}")
         self.output.text(f"step {metrics.step}/{self.total or '?'}  " + "  ".join(fields))
@@ -207,7 +208,9 @@ class LiveDisplay:
         out = Table(
             title=Text(self.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
         )
-        columns = _fitting(self._columns(list(self.rows)[-max(1, height - _FRAME - bool(self.warning)) :]), width)
+        rows = list(self.rows)[-max(1, height - _FRAME - bool(self.warning)) :]
+        kls, weights = (by_staleness(name, rows)[::-1] for name in LIVE_BY_STALENESS)
+        columns = _fitting(self._columns(rows), width, [*weights, *SPARED, *kls])
         for heading in columns:
             out.add_column(heading, justify="right", no_wrap=True)
         for cells in zip(*columns.values(), strict=True):
@@ -215,18 +218,24 @@ class LiveDisplay:
         return out
 
     def _columns(self, rows: Sequence[StepMetrics]) -> dict[str, list[str]]:
-        """Cells of `rows` by heading; accuracy and the figures of 8-bit weights only if a row has them."""
+        """Cells of `rows` by heading; accuracy, figures of 8-bit weights and by staleness only if a row has them."""
         columns = {"step": [f"{row.step}/{self.total or '?'}" for row in rows]}
         if any(row.accuracy is not None for row in rows):
             columns["accuracy"] = [METRICS["accuracy"].cell(row.accuracy) for row in rows]
         shown = [one for one in LIVE if one.name not in ARRIVAL or any(row[one.name] is not None for row in rows)]
+        shown += _by_staleness(rows)
         return columns | {one.heading: [one.cell(row[one.name]) for row in rows] for one in shown}
 
 
-def _fitting(columns: dict[str, list[str]], width: int) -> dict[str, list[str]]:
-    """The columns that fit into a terminal of `width`."""
+def _by_staleness(rows: Sequence[StepMetrics]) -> list[Metric]:
+    """Columns for each staleness of the tokens in `rows`; none in mode `sync`."""
+    return [one for name in LIVE_BY_STALENESS for one in by_staleness(name, rows)]
+
+
+def _fitting(columns: dict[str, list[str]], width: int, spared: Sequence[Metric]) -> dict[str, list[str]]:
+    """The columns that fit into a terminal of `width`; those of `spared` are left out in its order."""
     fitting = dict(columns)
-    for metric in SPARED:
+    for metric in spared:
         needed = sum(max(map(len, (name, *cells))) + _GAP for name, cells in fitting.items())
         if needed <= width:
             break

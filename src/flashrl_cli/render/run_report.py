@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from flashrl_cli.config.layers import leaves
 from flashrl_cli.config.yaml_file import text_of
-from flashrl_cli.render.figure import panels, replayed
+from flashrl_cli.render.figure import panels, replayed, styles
 from flashrl_cli.render.html import drawing_note, figures, page
-from flashrl_cli.render.run_tables import CORRECTIONS, corrections
+from flashrl_cli.render.run_tables import CORRECTIONS, STALENESS, by_staleness, corrections
 from flashrl_cli.runs.curves import SMOOTHING, curve, title
 from flashrl_cli.runs.summary import ran_s, start_shares, totals
 from flashrl_cli.secrets import HIDDEN, looks_secret, without_secrets
-from flashrl_cli.verl.metrics import LEARNING_CURVES, MISMATCH, MISMATCH_CURVES
+from flashrl_cli.verl.metrics import AT, LEARNING_CURVES, MISMATCH, MISMATCH_CURVES, STALENESS_CURVES
+from flashrl_cli.verl.metrics import by_staleness as metrics_by_staleness
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,6 +37,7 @@ Changed = Callable[[Mapping[str, Any], Mapping[str, Any]], Sequence[tuple[str, s
 def report_page(found: Summary, changed: Changed) -> str:
     """The report as a self-contained HTML page; needs matplotlib and jinja2."""
     document = report_document(found, changed)
+    stale = _staleness_panels(found)
     git = {f"git {name}": text_of(value) for name, value in (document["git"] or {}).items()}
     return page(
         "report.html",
@@ -44,6 +46,9 @@ def report_page(found: Summary, changed: Changed) -> str:
         titles={name: title(name) for name in (document["mismatch"] or {"values": ()})["values"]},
         curves=figures(_panels(found, LEARNING_CURVES), "curve"),
         mismatch_curves=figures(_panels(found, MISMATCH_CURVES), "mismatch"),
+        staleness=[STALENESS, *by_staleness(found.advice.stale)] if found.advice.stale else [],
+        staleness_looks=styles(stale),
+        staleness_curves=figures(stale, "staleness"),
         corrections=[CORRECTIONS, *corrections(found.replay)] if found.replay else [],
         correction_pictures=figures(replayed(found.replay), "correction") if found.replay else [],
         start_phases=list(dict.fromkeys(spent["what"] for start in document["starts"] for spent in start["phases"])),
@@ -57,6 +62,20 @@ def _panels(found: Summary, metrics: Sequence[str]) -> list[Panel]:
     steps, starts = found.metrics.history, found.metrics.resumed_after
     drawn = {metric: curve(found.run.name, steps, metric, starts) for metric in metrics}
     return panels({metric: [one] for metric, one in drawn.items() if one}, SMOOTHING)
+
+
+def _staleness_panels(found: Summary) -> list[Panel]:
+    """A panel for each metric by staleness, with a curve for each staleness; none in mode `sync`."""
+    steps, starts = found.metrics.history, found.metrics.resumed_after
+    drawn = {
+        f"{name}{AT}": [
+            one
+            for metric in metrics_by_staleness(name, steps)
+            if (one := curve(metric.name.replace(f"{name}{AT}", "staleness "), steps, metric.name, starts))
+        ]
+        for name in STALENESS_CURVES
+    }
+    return panels({name: listed for name, listed in drawn.items() if listed}, SMOOTHING)
 
 
 def _part(row: Mapping[str, str]) -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from flashrl_cli.render.output import Output
     from flashrl_cli.runs.delete import Prune
+    from flashrl_cli.runs.mismatch import Stale
     from flashrl_cli.runs.replay import Replay
     from flashrl_cli.runs.saved import CheckpointList, Saved
     from flashrl_cli.runs.speed import Speed, Spent
@@ -100,6 +101,8 @@ def show(out: Output, found: Summary) -> None:
     _paragraphs(out, _proof(found))
     _curve(out, found.metrics.history)
     _paragraphs(out, ["rollout against trainer", *(f"  {line}" for line in found.advice.lines)], end="")
+    if found.advice.stale:
+        out.text("\n" + "\n".join(_staleness(found.advice.stale)))
     if found.replay:
         out.text(f"\nother corrections, replayed on {found.replay.responses:,} responses of {found.replay.span}\n")
         _table(out, corrections(found.replay, few=True))
@@ -192,6 +195,31 @@ def _curve(out: Output, steps: Sequence[StepMetrics]) -> None:
     out.text(text_panel(figure.panel([series], "reward")) + "\n")
 
 
+STALENESS = ("staleness", "share", "tokens", "KL", "mean of -ln r", "mean weight", "cut", "sample size")
+"""Columns of `by_staleness`; KL is the estimate that is never negative."""
+
+
+def by_staleness(stale: Sequence[Stale]) -> list[tuple[str, ...]]:
+    """A row for the tokens of each staleness, and one for those that were scored again."""
+    return [
+        (
+            "scored again" if one.staleness is None else str(one.staleness),
+            "" if one.staleness is None else percent(one.share),
+            f"{one.tokens:,}",
+            f"{one.kl_k3:.2g}",
+            f"{one.kl:.2g}",
+            _number(one.weight_mean),
+            "–" if one.truncated is None else percent(one.truncated),
+            "–" if one.effective is None else percent(one.effective),
+        )
+        for one in stale
+    ]
+
+
+def _staleness(stale: Sequence[Stale]) -> list[str]:
+    return aligned([STALENESS, *by_staleness(stale)], right=range(1, len(STALENESS)))
+
+
 CORRECTIONS = ("correction", "mean weight", "cut", "bias", "sample size", "touched", "error")
 """Columns of `corrections`."""
 
@@ -223,6 +251,8 @@ def show_correction(out: Output, found: Replay) -> None:
     )
     _table(out, corrections(found))
     _paragraphs(out, found.lines)
+    if found.by_staleness:
+        out.text("\n".join(_staleness(found.by_staleness)) + "\n")
     if not figure.installed("plotext"):
         out.say(f"no picture: plotext is not installed; {software.install_extra('plot')}")
         return

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli.errors import InputError, NothingMatched
 from flashrl_cli.runs import store
 from flashrl_cli.runs.metrics import holes, read_run_metrics
-from flashrl_cli.verl.metrics import METRICS, NAMES, PLOTTED, SECONDS, TIMINGS, verl_name
+from flashrl_cli.verl.metrics import AT, FRESH, METRICS, NAMES, PLOTTED, SECONDS, TIMINGS, verl_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,6 +51,11 @@ def title(metric: str) -> tuple[str, str]:
     """A metric's title, and its unit (empty for none)."""
     if metric.startswith(SECONDS):
         return metric.removeprefix(SECONDS), "s"
+    name, at, number = metric.partition(AT)
+    if at:
+        known = METRICS.get(name)
+        of = "tokens scored again" if number == FRESH else f"staleness {number}" if number else "each staleness"
+        return f"{known.title if known and known.title else name}, {of}", known.unit if known else ""
     known = METRICS.get(metric)
     return (known.title or metric, known.unit) if known else (metric, "")
 
@@ -169,8 +174,9 @@ def _own_names() -> list[str]:
 
 def _known(histories: Histories) -> list[str]:
     """flashrl's names, then verl's names that some run logged."""
-    logged = {key for history in histories.values() for metrics in history for key in metrics.logged}
-    return [*_own_names(), *sorted(logged)]
+    steps = [metrics for history in histories.values() for metrics in history]
+    stale = {name for metrics in steps for name in metrics.values if AT in name}
+    return [*_own_names(), *sorted(stale), *sorted({key for metrics in steps for key in metrics.logged})]
 
 
 def _present(histories: Histories) -> str:

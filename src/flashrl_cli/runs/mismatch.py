@@ -25,6 +25,8 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from flashrl_cli.verl.metrics import AT, ENOUGH, FRESH
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
@@ -134,6 +136,64 @@ class Ratios:
             return most
         given_back = max(0.0, (self.cut or 0.0) - self.cut_at(cap)[0])
         return min(most, self.weights.moments.square + (cap + self.weights.largest) * given_back)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stale:
+    """Rollout against trainer over the tokens of one staleness in some steps.
+
+    `staleness` is None for tokens that were scored again with the weights that sampled them. The other values are those
+    of `verl.metrics.FIGURES`, over all of these tokens; None without weights.
+    """
+
+    staleness: int | None
+    tokens: int
+    share: float
+    kl: float
+    kl_k3: float
+    weight_mean: float | None
+    effective: float | None
+    truncated: float | None
+
+
+def by_staleness(steps: Sequence[StepMetrics]) -> list[Stale]:
+    """The tokens of `steps` by staleness, in order, those that were scored again last; empty in mode `sync`."""
+    numbers = sorted({number for step in steps for number in step.stalenesses})
+    total = math.fsum(step[f"tokens{AT}{number}"] or 0 for step in steps for number in step.stalenesses)
+    return [one for number in (*numbers, None) if (one := _stale(steps, number, total))]
+
+
+def _stale(steps: Sequence[StepMetrics], number: int | None, total: float) -> Stale | None:
+    at = f"{AT}{FRESH if number is None else number}"
+    known = [(tokens, step) for step in steps if (tokens := step[f"tokens{at}"]) and step[f"kl_k3{at}"] is not None]
+    tokens = math.fsum(count for count, _ in known)
+    if not tokens:
+        return None
+
+    def average(values: Iterable[float | None]) -> float | None:
+        listed = _all(values)
+        return math.fsum(n * v for (n, _), v in zip(known, listed, strict=True)) / tokens if listed else None
+
+    kl, k3, mean, above = (
+        average(step[f"{name}{at}"] for _, step in known) for name in ("kl", "kl_k3", "weight_mean", "truncated")
+    )
+    square = average(_square(step, at) for _, step in known)
+    return Stale(
+        staleness=number,
+        tokens=round(tokens),
+        share=tokens / total,
+        kl=kl or 0.0,
+        kl_k3=k3 or 0.0,
+        weight_mean=mean,
+        effective=mean**2 / square if mean is not None and square else None,
+        truncated=above,
+    )
+
+
+def _square(step: StepMetrics, at: str) -> float | None:
+    """Mean square of the weights at a staleness."""
+    mean, effective = step[f"weight_mean{at}"], step[f"effective{at}"]
+    return mean**2 / effective if mean is not None and effective else None
 
 
 def usable_ratios(step: StepMetrics) -> bool:
@@ -268,6 +328,8 @@ class Advice:
     """The recommended cap, if it is another one."""
     seen: Ratios | None
     findings: tuple[Finding, ...]
+    stale: tuple[Stale, ...] = ()
+    """The tokens by staleness, of the same steps; empty in mode `sync`."""
 
     @property
     def lines(self) -> list[str]:
@@ -283,6 +345,7 @@ class Advice:
             "better_cap": self.better,
             "values": asdict(self.seen) | {"cut_weight": self.seen.cut} if self.seen else None,
             "findings": [asdict(one) for one in self.findings],
+            **({"by_staleness": [asdict(one) for one in self.stale]} if self.stale else {}),
             "sources": {name: text for name, text in SOURCES.items() if name in used},
         }
 
@@ -297,13 +360,14 @@ def advise(steps: Sequence[StepMetrics], cap: float | None, kind: CorrectionKind
     lost = sum(step["kl"] is not None for step in trained) - len(usable)
     if not usable:
         return Advice("unknown", cap, None, None, tuple(_nothing(lost)))
-    seen = pool(usable)
+    seen, stale = pool(usable), tuple(by_staleness(usable))
+    apart = (*_distance(seen, lost), *_of_staleness(stale, by_staleness(steps), cap))
     if kind in ("icepop", "seq-tis") and seen.weights:
-        return Advice("unknown", cap, None, seen, (*_distance(seen, lost), *_of_other_weights(seen.weights, kind)))
+        return Advice("unknown", cap, None, seen, (*apart, *_of_other_weights(seen.weights, kind)), stale)
     if cap is None and seen.weights and seen.weights.above:
         cap = seen.weights.largest  # every weight that is cut is cut to the cap
     verdict, better, judged = _judge(seen, cap)
-    return Advice(verdict, cap, better, seen, (*_distance(seen, lost), *_updates(trained), *judged))
+    return Advice(verdict, cap, better, seen, (*apart, *_updates(trained), *judged), stale)
 
 
 def percent(share: float) -> str:
@@ -371,6 +435,50 @@ def _distance(seen: Ratios, lost: int) -> Iterator[Finding]:
             f"{lost} more of these steps {'is' if lost == 1 else 'are'} left out: some ratio there is beyond what a "
             "float holds."
         )
+
+
+def _of_staleness(recent: Sequence[Stale], ever: Sequence[Stale], cap: float | None) -> Iterator[Finding]:
+    """Yield findings on what of the KL is staleness, what the rollout's precision, and which keys lower either.
+
+    `ever` is of all steps, whose tokens without staleness serve where the recent ones have none. Log-ratios are sums of
+    both parts, so that their mean squares, and half of them as KL, add up if the parts are independent.
+    """
+    numbered = [one for one in recent if one.staleness is not None]
+    if not numbered:
+        return
+    if [one.staleness for one in numbered] == [0]:
+        yield Finding("Every token was sampled by the weights that it is weighted against: its staleness is 0.")
+        return
+    mean = math.fsum(one.share * (one.staleness or 0) for one in numbered)
+    text = f"The tokens' staleness is {_number(mean)} on average and {numbered[-1].staleness} at most"
+    own = _without_staleness(recent) or _without_staleness(ever)
+    if own is None:
+        yield Finding(f"{text}; none was scored by the weights that sampled it, so the rollout's own part is unknown.")
+        return
+    total = math.fsum(one.share * one.kl_k3 for one in numbered)
+    part = max(0.0, 1 - own.kl_k3 / total) if total else 0.0
+    text += (
+        f": {percent(part)} of the KL comes from it, and {_number(min(own.kl_k3, total))} nats a token are the "
+        f"rollout's own (precision and kernels)"
+    )
+    if total < ALIKE**2 / 2:
+        yield Finding(f"{text}. Neither matters here.")
+    elif part >= 0.5:
+        lower = "a smaller trainer.prefetch, then trainer.max_staleness"
+        yield Finding(f"{text}. Less staleness lowers it ({lower}), not another precision.")
+    else:
+        yield Finding(f"{text}. Another precision lowers it (`--rollout bf16` shows how far), not less staleness.")
+    last = numbered[-1]
+    if cap is not None and last.truncated is not None and own.truncated is not None and last.truncated >= NOTABLE:
+        yield Finding(
+            f"The cap of {cap:g} cuts {percent(own.truncated)} of the tokens without staleness and "
+            f"{percent(last.truncated)} of those with {last.staleness}."
+        )
+
+
+def _without_staleness(stale: Sequence[Stale]) -> Stale | None:
+    """The tokens of staleness 0, or else those that were scored again."""
+    return next((one for one in stale if not one.staleness and one.tokens >= ENOUGH), None)
 
 
 def _updates(steps: Sequence[StepMetrics]) -> Iterator[Finding]:

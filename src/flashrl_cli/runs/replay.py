@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flashrl_cli.errors import InputError, NothingMatched
 from flashrl_cli.plugins import log_ratios
-from flashrl_cli.runs.mismatch import CAPS
+from flashrl_cli.runs.mismatch import CAPS, Stale
 from flashrl_cli.text import counted
 from flashrl_cli.verl.overrides import ROLLOUT
 
@@ -134,12 +134,14 @@ def _lower(reject: Reject) -> float:
 class Replayed:
     """Kept responses of some steps as float64: log-ratios [tokens], starts and lengths [responses], advantages.
 
-    `advantages` is [responses]; where it is not known it is the root mean square of the others.
+    `advantages` is [responses]; where it is not known it is the root mean square of the others. `staleness` is
+    [tokens], None if no sample has one.
     """
 
     log_ratios: Floats
     lengths: NDArray[np.int64]
     advantages: Floats
+    staleness: NDArray[np.int64] | None = None
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> Replayed:
@@ -149,10 +151,13 @@ class Replayed:
         advantages = np.concatenate([one.advantages for one in samples]).astype(np.float64)
         known = advantages[np.isfinite(advantages)]
         usual = math.sqrt(float((known**2).mean())) if len(known) else 1.0
+        stale = [np.zeros(len(one.log_ratios)) if one.staleness is None else one.staleness for one in samples]
+        aged = any(one.staleness is not None for one in samples)
         return cls(
             np.concatenate([one.log_ratios for one in samples]).astype(np.float64),
             np.concatenate([one.lengths for one in samples]).astype(np.int64),
             np.where(np.isfinite(advantages), advantages, usual),
+            np.concatenate(stale).astype(np.int64) if aged else None,
         )
 
     @cached_property
@@ -325,6 +330,8 @@ class Replay:
     judged: tuple[Judged, ...]
     histogram: Histogram
     by_position: tuple[Position, ...]
+    by_staleness: tuple[Stale, ...] = ()
+    """The kept tokens by staleness, with the weights of the run's own correction; empty in mode `sync`."""
     damaged: tuple[str, ...] = field(default=())
 
     @property
@@ -367,6 +374,7 @@ class Replay:
             "corrections": [_row(one) for one in self.judged],
             "log_ratios": asdict(self.histogram),
             "positions": [asdict(one) for one in self.by_position],
+            **({"by_staleness": [asdict(one) for one in self.by_staleness]} if self.by_staleness else {}),
             "sentences": self.lines,
             "damaged": list(self.damaged),
             "sources": SOURCES,
@@ -490,6 +498,35 @@ def by_position(kept: Replayed) -> list[Position]:
     return found
 
 
+def by_staleness(kept: Replayed, own: Correction | None) -> list[Stale]:
+    """The tokens by staleness, with the weights that a correction gives them."""
+    import numpy as np
+
+    if kept.staleness is None:
+        return []
+    weighted = own is not None and own.kind != "none"
+    free, found = (untruncated(kept, own), _weights(kept, own)) if own else (kept.ratios, kept.ratios)
+    k3 = np.exp(kept.log_ratios) - kept.log_ratios - 1
+    rows = []
+    for number in np.unique(kept.staleness).tolist():
+        inside = kept.staleness == number
+        mine = found[inside]
+        square = float((mine**2).mean())
+        rows.append(
+            Stale(
+                staleness=number,
+                tokens=int(inside.sum()),
+                share=float(inside.mean()),
+                kl=-float(kept.log_ratios[inside].mean()),
+                kl_k3=float(k3[inside].mean()),
+                weight_mean=float(mine.mean()) if weighted else None,
+                effective=(float(mine.mean()) ** 2 / square if square else 0.0) if weighted else None,
+                truncated=float((free > own.cap)[inside].mean()) if own and weighted and own.cap else None,
+            )
+        )
+    return rows
+
+
 def replay(
     samples: Sequence[Sample], own: Correction | None, limits: Limits | None = None, damaged: Sequence[str] = ()
 ) -> Replay:
@@ -509,6 +546,7 @@ def replay(
         judged=tuple(judged),
         histogram=histogram(kept),
         by_position=tuple(by_position(kept)),
+        by_staleness=tuple(by_staleness(kept, own)),
         damaged=tuple(damaged),
     )
 
@@ -532,10 +570,11 @@ def kept_steps(run: Run, files: Callable[[AttemptPaths], dict[int, Path]] = _log
     return dict(sorted(steps.items()))
 
 
-def replay_run(run: Run, *, step: int | None = None, last: int = RECENT) -> Replay:
-    """Replay one step of a run, or the last ones that it kept.
+def replay_run(run: Run, *, step: int | None = None, last: int = RECENT, staleness: int | None = None) -> Replay:
+    """Replay one step of a run, or the last ones that it kept; of the responses of one `staleness`, if it is given.
 
-    Raises NothingMatched if the run kept none, InputError if it lacks the step or if no file can be read.
+    The staleness of a response is that of its most stale token. Raises NothingMatched if the run kept none, InputError
+    if it lacks the step or the staleness, or if no file can be read.
     """
     found = kept_steps(run)
     if not found:
@@ -553,8 +592,20 @@ def replay_run(run: Run, *, step: int | None = None, last: int = RECENT) -> Repl
             continue
     if not samples:
         raise damaged[0] if damaged else InputError(f"the log-ratios of run {run.name} were removed meanwhile")
+    if staleness is not None:
+        samples = _of_staleness(samples, staleness)
     own, limits = planned(run)
     return replay(samples, own, limits, [error.message for error in damaged])
+
+
+def _of_staleness(samples: Sequence[Sample], staleness: int) -> list[Sample]:
+    """The responses of one staleness. Raises InputError if there are none."""
+    of = [(one, one.most_stale()) for one in samples]
+    found = [one.chosen(stale == staleness) for one, stale in of if (stale == staleness).any()]
+    if not found:
+        there = sorted({int(number) for _, stale in of for number in stale})
+        raise InputError(f"no kept response has a staleness of {staleness}", hint=f"there are: {_ranges(there)}")
+    return found
 
 
 def _why_none(run: Run) -> str:

@@ -24,6 +24,7 @@ from flashrl_cli.train.rewards import RewardFailed
 from flashrl_cli.verl.causes import CAUSES, Cause, cause_in
 from flashrl_cli.verl.environment import shipped
 from flashrl_cli.verl.logs import StartPhase, notable, phase_after, plain, root_error, total_steps
+from flashrl_cli.verl.metrics import AT
 
 if TYPE_CHECKING:
     from flashrl_cli.config.spec import CorrectionKind, CorrectionSpec, WatchSpec
@@ -149,6 +150,7 @@ class Watch:
         self._doomed: tuple[Cause, float] | None = None
         self.cause: Cause | None = None
         self._constant = 0
+        self._stale = False
         own = self.plan.reward and shipped(self.plan.spec, self.plan.attempt_paths)
         self._frozen = reward.Frozen(own) if own else None
         self._report: reward.Report | None = None
@@ -225,12 +227,15 @@ class Watch:
                 f"step {step.step}: NaN in {', '.join(step.lost)}", hint="lower the learning rate, or try bf16 rollouts"
             )
         self._warn_of_a_constant(step)
+        self._warn_of_staleness(step)
         correction, bounds = self.plan.spec.correction, self.plan.spec.watch
         broken = broken_rollout(step, bounds, self.vocabulary, correction.kind)
         if broken:
+            hint = "this is no mismatch for TIS to correct; `--rollout bf16` shows whether quantization is at fault"
+            if step.fresh is None:
+                hint += ", a smaller trainer.prefetch whether staleness is"
             raise EnvironmentNotReady(
-                f"step {step.step}: the rollout engine does not sample from the policy: {broken}",
-                hint="this is no mismatch for TIS to correct; `--rollout bf16` shows whether quantization is at fault",
+                f"step {step.step}: the rollout engine does not sample from the policy: {broken}", hint=hint
             )
         lost = lost_to_correction(step, correction, bounds)
         if lost:
@@ -244,6 +249,20 @@ class Watch:
         if self._constant == CONSTANT_STEPS:
             what = f"every response of {CONSTANT_STEPS} steps got the reward {least:g}, from which nothing is learned"
             self.display.warn(f"step {step.step}: {what}")
+
+    def _warn_of_staleness(self, step: StepMetrics) -> None:
+        """Warn, once, of stale tokens beyond the bounds of the rollout, where those without staleness are within."""
+        if self._stale or not step.stalenesses or step.fresh is None:
+            return
+        last, bound = step.stalenesses[-1], self.plan.spec.watch.max_kl
+        fresh, apart = step[f"kl{step.fresh}"], step[f"kl{AT}{last}"]
+        if fresh is None or apart is None or abs(apart) <= bound:
+            return
+        self._stale = True
+        self.display.warn(
+            f"step {step.step}: tokens of staleness {last} have a KL of {apart:.3g} nats a token to the trainer, those "
+            f"without staleness {fresh:.3g}: lower trainer.prefetch or trainer.max_staleness"
+        )
 
     def _check_clocks(self) -> None:
         watch, now = self.plan.spec.watch, time.monotonic()
@@ -288,15 +307,24 @@ def broken_rollout(
     KL is in nats per token, as an absolute value because verl estimates it from samples; weights are importance weights
     after truncation, judged here if they are `tis` weights: the mean of others falls without the rollout being broken
     (`lost_to_correction`).
+
+    In an asynchronous mode the bounds are those of tokens without staleness, or of tokens that were scored again with
+    the weights that sampled them (`StepMetrics.fresh`): their distance is the engine's alone, so staleness neither
+    excuses a broken refit nor passes for one. A step that has none of these is judged by its least stale tokens. A
+    broken engine exceeds the bounds there as well, and what exceeds them is too far off to be corrected, whatever the
+    reason; the message says that it may be staleness.
     """
-    kl, weight = step["kl"], step["weight_mean"]
     if _samples_uniformly(step, vocabulary):
         return f"it samples uniformly: mean log-prob {-(step['rollout_nll'] or 0):.2f} = -ln({vocabulary})"
+    part, of = step.fresh, " of tokens without staleness" if step.fresh else ""
+    if part is None:
+        part, of = f"{AT}{step.stalenesses[0]}", f" of tokens of staleness {step.stalenesses[0]}"
+    kl, weight = step[f"kl{part}"], step[f"weight_mean{part}"]
     if kl is not None and abs(kl) > bounds.max_kl:
-        return f"KL between rollout and trainer is {kl:.3g} nats a token (bound {bounds.max_kl:g})"
+        return f"KL between rollout and trainer{of} is {kl:.3g} nats a token (bound {bounds.max_kl:g})"
     if kind == "tis" and weight is not None and abs(weight - 1) > bounds.max_weight_deviation:
-        return f"the importance weights' mean is {weight:.3g} (bound 1 ± {bounds.max_weight_deviation:g})"
-    return _uncorrelated(step, bounds)
+        return f"the importance weights' mean{of} is {weight:.3g} (bound 1 ± {bounds.max_weight_deviation:g})"
+    return _uncorrelated(step, bounds, part, of)
 
 
 def lost_to_correction(step: StepMetrics, correction: CorrectionSpec, bounds: WatchSpec) -> tuple[str, str] | None:
@@ -328,14 +356,14 @@ def _samples_uniformly(step: StepMetrics, vocabulary: int | None) -> bool:
     return abs(rollout - uniform) < UNIFORM_TOLERANCE and abs(trainer - rollout) > UNIFORM_TOLERANCE
 
 
-def _uncorrelated(step: StepMetrics, bounds: WatchSpec) -> str | None:
-    correlation, difference = step["prob_correlation"], step["prob_diff"]
+def _uncorrelated(step: StepMetrics, bounds: WatchSpec, part: str, of: str) -> str | None:
+    correlation, difference = step[f"prob_correlation{part}"], step[f"prob_diff{part}"]
     if correlation is None or difference is None:
         return None
     # a policy that is certain of every token has no spread to correlate, so a low correlation alone proves nothing
     if correlation < bounds.min_correlation and difference > bounds.max_prob_difference:
         return (
-            f"probabilities of the sampled tokens correlate by {correlation:.2f} only "
+            f"probabilities{of or ' of the sampled tokens'} correlate by {correlation:.2f} only "
             f"(bound {bounds.min_correlation:g}) and differ by {difference:.2f} on average"
         )
     return None

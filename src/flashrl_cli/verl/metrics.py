@@ -7,8 +7,8 @@ verl/utils/debug/metrics.py. A value is None where verl logged NaN (its file log
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from flashrl_cli import contract
 
@@ -99,6 +99,7 @@ METRICS = {
         Metric(
             "tokens_per_s", "perf/throughput", "throughput", "tokens a second and device", heading="tok/s", form=".0f"
         ),
+        Metric("share", None, "share of the tokens"),
         Metric("tokens", "perf/total_num_tokens", "tokens of a step"),
         Metric("step_s", "timing_s/step", "time of a step", "s", heading="s/step", form=".1f"),
         Metric("mfu", "perf/mfu/actor", "MFU of the policy update", "share of the peak"),
@@ -156,6 +157,8 @@ SPARED = _those(
     *("entropy", "response_length", "tokens_per_s", "truncated", "kl"),
 )
 """Columns of `LIVE` in the order in which they are left out on a narrow terminal."""
+LIVE_BY_STALENESS = ("kl", "weight_mean")
+"""Metrics of which that table also has a column for each staleness, in an asynchronous mode."""
 SWEEP = _those("reward", "kl", "truncated", "step_s", "tokens_per_s")
 """Columns of a sweep's table, besides accuracy.
 
@@ -166,6 +169,8 @@ PLOTTED = ("reward", "accuracy", "response_length", "kl", "truncated", "entropy"
 LEARNING_CURVES = ("reward", "accuracy", "response_length", "entropy", "grad_norm", "step_s")
 MISMATCH_CURVES = ("kl", "ratio_max", "weight_max", "truncated", "effective", "codes_changed", "arrived")
 """Metrics of rollout against trainer that the page of `runs report` draws."""
+STALENESS_CURVES = ("kl_k3", "weight_mean", "effective", "truncated", "share")
+"""Metrics of which that page draws a curve for each staleness, in an asynchronous mode."""
 MISMATCH = (
     *("kl", "weight_mean", "weight_max", "ratio_max", "truncated", "rejected", "effective", "prob_diff"),
     *("prob_correlation", *contract.ARRIVAL),
@@ -193,6 +198,13 @@ BESIDE_STEP = "validate"
 OCCASIONAL = ("save", "validate")
 """Phases that only some steps have."""
 
+AT = "@"
+"""Between a metric and a staleness, of whose tokens it is: `kl@1`; FIGURES can be had so."""
+FRESH, ENOUGH = contract.FRESH, contract.ENOUGH
+FIGURES = ("share", "kl", "kl_k3", "weight_mean", "effective", "truncated", "prob_diff", "prob_correlation")
+"""Metrics by staleness; `share` is that of the step's tokens."""
+_STALE = re.compile(rf"{contract.STALENESS}(\d+|{FRESH})/(\w+)")
+
 SECONDS = "seconds."
 """Prefix of the name of a metric that is a phase's duration: `seconds.refit`."""
 
@@ -203,7 +215,10 @@ ACCURACY = re.compile(r"^val-core/(?P<data>.+)/(?P<metric>[^/]+)/mean@\d+$")
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """Metrics of one training step, or of a validation before training (step 0)."""
+    """Metrics of one training step, or of a validation before training (step 0).
+
+    Metrics of the tokens of one staleness are among the `values` of steps of an asynchronous mode (`AT`).
+    """
 
     step: int
     values: Mapping[str, float | None]
@@ -222,9 +237,46 @@ class StepMetrics:
     def __getitem__(self, name: str) -> float | None:
         return self.values.get(name)
 
+    @property
+    def stalenesses(self) -> tuple[int, ...]:
+        """Stalenesses of the step's tokens, in order; empty if the mode of the trainer is `sync`."""
+        found = (name.partition(AT)[2] for name in self.values if name.startswith(f"share{AT}"))
+        return tuple(sorted(int(number) for number in found if number != FRESH))
+
+    @property
+    def fresh(self) -> str | None:
+        """End of the names of metrics over tokens without staleness: the step's own in mode `sync`, else `@0`.
+
+        In a step with few tokens of staleness 0 it is that of the tokens that were scored again; None without these.
+        """
+        if not self.stalenesses:
+            return ""
+        if (self[f"tokens{AT}0"] or 0) >= ENOUGH:
+            return f"{AT}0"
+        return f"{AT}{FRESH}" if self[f"tokens{AT}{FRESH}"] else None
+
+
+def by_staleness(name: str, steps: Iterable[StepMetrics]) -> list[Metric]:
+    """A metric of FIGURES for each staleness in `steps`, and for tokens that were scored again."""
+    whole, found = METRICS[name], {part for step in steps for metric in step.values if (part := _part(name, metric))}
+    parts = [*sorted((part for part in found if part != FRESH), key=int), *({FRESH} & found)]
+    return [
+        replace(whole, name=f"{name}{AT}{part}", verl=None, heading=f"{whole.heading}{AT}{part}", watched=False)
+        for part in parts
+    ]
+
+
+def _part(name: str, metric: str) -> str:
+    """The staleness of a metric called `name`; empty for another one."""
+    figure, _, part = metric.partition(AT)
+    return part if figure == name else ""
+
 
 def verl_name(name: str) -> str:
-    """verl's name of a metric called as in `NAMES` or `seconds.<phase>`; any other name is returned unchanged."""
+    """verl's name of a metric called as in `NAMES`, `seconds.<phase>` or `kl@1`; other names are returned unchanged."""
+    figure, at, number = name.partition(AT)
+    if at:
+        return f"{contract.STALENESS}{number}/{figure}"
     phase = name.removeprefix(SECONDS) if name.startswith(SECONDS) else ""
     return TIMINGS.get(phase) or NAMES.get(name, name)
 
@@ -232,9 +284,10 @@ def verl_name(name: str) -> str:
 def read_step(step: int, data: Mapping[str, float | None]) -> StepMetrics:
     """Metrics of a line of verl's metrics file; accuracy is the mean over the validation sets."""
     accuracies = [value for key, value in data.items() if value is not None and ACCURACY.match(key)]
+    stale = {f"{found[2]}{AT}{found[1]}": value for key, value in data.items() if (found := _STALE.fullmatch(key))}
     return StepMetrics(
         step=step,
-        values={name: data.get(key) for name, key in NAMES.items()},
+        values={name: data.get(key) for name, key in NAMES.items()} | stale,
         seconds={phase: value for phase, key in TIMINGS.items() if (value := data.get(key)) is not None},
         accuracy=sum(accuracies) / len(accuracies) if accuracies else None,
         lost=tuple(name for name in WATCHED if NAMES[name] in data and data[NAMES[name]] is None),

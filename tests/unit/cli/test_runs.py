@@ -474,6 +474,7 @@ def test_corrections_are_compared(call: Call, document: Document) -> None:
     [
         (("--step", 9), 2, "kept no log-ratios of step 9", "there are: 1 to 7"),
         (("--step", 1, "--last", 2), 2, "exclude each other", "--step N"),
+        (("--staleness", 1), 2, "no kept response has a staleness of 1", "there are: 0"),
     ],
 )
 def test_steps_that_are_not_there(call: Call, words: tuple[object, ...], code: int, message: str, hint: str) -> None:

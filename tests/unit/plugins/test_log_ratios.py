@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,23 @@ def test_a_step_is_read_as_it_was_written(tmp_path: Path) -> None:
     found = read(file_of(tmp_path, 1))
     assert same(found, sample())
     assert found.log_ratios.dtype == np.float16
+
+
+def test_staleness_is_kept_where_there_is_some(tmp_path: Path) -> None:
+    one = replace(sample(), staleness=np.array([0] * 5 + [0, 0, 1, 2, 2] + [3] * 5, np.int16))
+    write(tmp_path, one)
+    found = read(file_of(tmp_path, 1))
+    assert found.staleness is not None
+    assert one.staleness is not None
+    assert found.staleness.tolist() == one.staleness.tolist()
+    assert found.most_stale().tolist() == [0, 2, 3]
+    assert found.first(2).staleness.tolist() == one.staleness.tolist()[:10]  # type: ignore[union-attr]
+    both = found.joined(found.chosen(found.most_stale() == 2))
+    assert (both.responses, both.lengths.tolist(), both.most_stale().tolist()) == (18, [5] * 4, [0, 2, 3, 2])
+    write(tmp_path, replace(one, staleness=one.staleness[:-1]))
+    with pytest.raises(InputError, match="its staleness does not fit its tokens"):
+        read(file_of(tmp_path, 1))
+    assert sample().most_stale().tolist() == [0, 0, 0]
 
 
 def test_a_quarter_of_a_thousand_responses_are_small(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from flashrl_cli.render import live
 from flashrl_cli.render.live import JsonDisplay, LiveDisplay, PlainDisplay, describe, display_for, eta
 from flashrl_cli.render.output import Output
 from flashrl_cli.verl.metrics import LIVE, METRICS, NAMES, StepMetrics, read_step
-from tests.unit.runs.on_disk import handshake
+from tests.unit.runs.on_disk import by_staleness, handshake
 
 DATA: dict[str, float | None] = {
     "critic/score/mean": 0.25,
@@ -242,3 +242,20 @@ def test_a_warning_reaches_every_reader(capsys: pytest.CaptureFixture[str], cloc
     display = LiveDisplay("r", 2)
     display.warn("no reward varies")
     assert "warning: no reward varies" in drawn(display)
+
+
+def test_columns_by_staleness_are_those_of_asynchronous_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    display = LiveDisplay("r", 3)
+    display.step(step(1))
+    assert "@" not in drawn(display)
+    display.step(step(2, **by_staleness({0: 0.0005})))
+    display.step(step(3, **by_staleness({0: 0.0004, 1: 0.0301})))
+    text = drawn(display, width=200)
+    for said in ("KL@0", "KL@1", "w mean@0", "w mean@1", "0.0005", "0.0301", "0.997"):
+        assert said in text
+    assert drawn(display, width=110).count("KL@") == 2, "other columns are left out first"
+    assert "w mean@" not in drawn(display, width=110)
+    PlainDisplay(Output(), 3).step(step(3, **by_staleness({0: 0.0004, 1: 0.0301})))
+    assert "KL@0 0.0004  KL@1 0.0301  w mean@0 1.000  w mean@1 0.997" in capsys.readouterr().out
+    JsonDisplay(Output(json_mode=True), None).step(step(3, **by_staleness({1: 0.0301})))
+    assert json.loads(capsys.readouterr().out)["kl@1"] == 0.0301

@@ -17,7 +17,18 @@ from flashrl_cli.render.run_report import report_document, report_page
 from flashrl_cli.runs.store import Phase, find
 from flashrl_cli.runs.summary import summarize
 from tests.unit.runs import test_speed
-from tests.unit.runs.on_disk import a_run, attempt, handshake, kept, log, plan, training, validation, write_record
+from tests.unit.runs.on_disk import (
+    a_run,
+    attempt,
+    by_staleness,
+    handshake,
+    kept,
+    log,
+    plan,
+    training,
+    validation,
+    write_record,
+)
 
 SHAKE = handshake(kernel="CutlassInt8")
 SECRETS = ("hf_abcdefghijklmnopqrstuvwxyz0123456789", "verysecret")
@@ -256,3 +267,16 @@ def test_damaged_log_ratios_are_noted(whole: RunPaths) -> None:
     file.write_bytes(b"")
     assert report(whole)["correction"] is None
     assert any("step_000004.npz is damaged" in note for note in report(whole)["notes"])
+
+
+def test_staleness_is_a_table_and_pictures(whole: RunPaths) -> None:
+    assert "By staleness" not in page(whole)
+    assert "by_staleness" not in report(whole)["mismatch"]["advice"]
+    log(whole, 2, {5: {**training(0.5), **by_staleness({0: 0.001, 1: 0.02})}})
+    found = report(whole)["mismatch"]["advice"]["by_staleness"]
+    assert [(one["staleness"], one["tokens"]) for one in found] == [(0, 1000), (1, 1000)]
+    text = page(whole)
+    assert not Elements(text).open
+    for said in ("By staleness", "staleness 0", "staleness 1", "effective sample size, each staleness"):
+        assert said in text
+    assert text.count('id="staleness') >= 5

@@ -170,3 +170,23 @@ def test_a_run_in_full_compares_corrections(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.usefixtures("demo")
 def test_a_run_that_kept_nothing_compares_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert "other corrections" not in shown("demo", capsys)[0]
+
+
+def test_a_run_in_full_has_a_table_by_staleness(capsys: pytest.CaptureFixture[str]) -> None:
+    run = on_disk.make("stale", on_disk.attempt(1))
+    on_disk.planned(run, 1, correction={"kind": "tis", "cap": 2.0})
+    whole = on_disk.training(kl=0.01, kl_k3=0.01, chi2=0.02, weight_mean=1.0, weight_max=1.5, weight_std=0.1)
+    on_disk.log(run, 1, {1: {**whole, **on_disk.by_staleness({0: 0.001, 1: 0.02, "fresh": 0.002})}})
+    on_disk.kept(run, 1, 1, stale=True)
+    out, _ = shown("stale", capsys)
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.split()}
+    assert rows["staleness"][:4] == ["staleness", "share", "tokens", "KL"]
+    assert rows["0"][:4] == ["0", "50", "%", "1,000"]
+    assert rows["1"][4:6] == ["0.02", "0.02"]
+    assert "scored again" in out
+    assert "90 % of the KL comes from it" in " ".join(out.split())
+
+
+@pytest.mark.usefixtures("demo")
+def test_a_synchronous_run_has_no_table_by_staleness(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "staleness" not in shown("demo", capsys)[0]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flashrl_cli import files, paths
+from flashrl_cli import contract, files, paths
 from flashrl_cli.contract import Handshake
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.plugins import log_ratios
@@ -83,6 +83,27 @@ def training(reward: float | None = 0.5, **more: float | None) -> Logged:
     return {NAMES[name]: value for name, value in named.items()} | {TIMINGS[p]: s for p, s in seconds.items()}
 
 
+def by_staleness(kls: Mapping[Any, float], tokens: float = 1000, **more: float) -> Logged:
+    """What an asynchronous step logs beside of the tokens of each staleness: these KLs, and as many tokens of each."""
+    numbered = sum(number != "fresh" for number in kls)
+    return {
+        f"{contract.STALENESS}{number}/{name}": value
+        for number, kl in kls.items()
+        for name, value in {
+            "tokens": tokens,
+            "share": 1 / numbered,
+            "kl": kl,
+            "kl_k3": kl,
+            "weight_mean": 1 - kl / 10,
+            "effective": 1 / (1 + kl),
+            "truncated": kl / 2,
+            "prob_diff": kl,
+            "prob_correlation": 1 - kl / 10,
+            **more,
+        }.items()
+    }
+
+
 def validation(accuracy: float | None) -> Logged:
     """What a validation logs."""
     return {"val-core/tiny/acc/mean@1": accuracy}
@@ -144,16 +165,23 @@ def handshake(precision: str = "int8", **fields: Any) -> Handshake:
     return Handshake(precision=precision, **given)
 
 
-def kept(run: RunPaths, number: int, *steps: int, mismatch: float = 0.1) -> None:
-    """What attempt `number` kept of these steps: 40 responses of 60 tokens, with log-ratios of about `mismatch`."""
+def kept(run: RunPaths, number: int, *steps: int, mismatch: float = 0.1, stale: bool = False) -> None:
+    """What attempt `number` kept of these steps: 40 responses of 60 tokens, with log-ratios of about `mismatch`.
+
+    Of `stale` responses the first half of the tokens is of staleness 1 and has twice such log-ratios, and each fourth
+    response of staleness 0.
+    """
     for step in steps:
         make = np.random.default_rng(step)
+        aged = np.tile(np.repeat([0, 1, 1, 1], 60) * (np.arange(240) % 60 < 30), 10)
+        drawn = make.normal(-(mismatch**2) / 2, mismatch, 2400)
         sample = Sample(
             step=step,
             responses=80,
-            log_ratios=make.normal(-(mismatch**2) / 2, mismatch, 2400).astype(np.float16),
+            log_ratios=(drawn * (1 + aged) if stale else drawn).astype(np.float16),
             lengths=np.full(40, 60, np.int32),
             advantages=make.choice([-1.0, 1.0], 40).astype(np.float32),
+            staleness=aged.astype(np.int16) if stale else None,
         )
         log_ratios.write(run.attempt(number).log_ratios, sample)
 

@@ -7,12 +7,17 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flashrl_cli.plugins.staleness import Tally
+from flashrl_cli.runs import mismatch
 from flashrl_cli.runs.mismatch import (
     ALIKE,
     CAPS,
@@ -30,6 +35,7 @@ from flashrl_cli.runs.mismatch import (
 )
 from flashrl_cli.verl.metrics import read_step
 from tests.unit.runs import sampled
+from tests.unit.runs.on_disk import by_staleness
 from tests.unit.runs.sampled import Batch, mean
 
 # ratios of the sampled tokens
@@ -340,3 +346,64 @@ def test_the_document_is_plain_data_with_its_sources() -> None:
 )
 def test_percent(share: float, text: str) -> None:
     assert percent(share) == text
+
+
+# staleness
+
+
+def aged(*kls: Mapping[Any, float], cap: float | None = 2.0, tokens: int = 1000) -> Advice:
+    """Advice on steps with these KLs by staleness."""
+    whole = {"rollout_corr/kl": 0.01, "rollout_corr/k3_kl": 0.01, "rollout_corr/chi2_token": 0.02}
+    return advise([read_step(n, {**whole, **by_staleness(one, tokens)}) for n, one in enumerate(kls, 1)], cap)
+
+
+def told(advice: Advice, start: str) -> str:
+    return next((line for line in advice.lines if line.startswith(start)), "")
+
+
+def test_figures_by_staleness_are_pooled_by_their_tokens() -> None:
+    make = np.random.default_rng(3)
+    tallies = [Tally(), Tally(), Tally()]
+    for tally, size in zip(tallies[:2], (300, 700), strict=True):
+        rollout, stale = -make.exponential(1, size), make.integers(0, 2, size)
+        trainer = rollout + make.normal(0, 0.3, size)
+        ratios = np.exp(trainer - rollout)
+        for one in (tally, tallies[2]):
+            one.add(stale, trainer, rollout, np.minimum(ratios, 1.2), ratios > 1.2)
+    first, second, both = (read_step(number, tally.figures()) for number, tally in enumerate(tallies))
+    assert [asdict(one) for one in mismatch.by_staleness([first, second])] == [
+        pytest.approx(asdict(one)) for one in mismatch.by_staleness([both])
+    ]
+
+
+def test_what_of_the_kl_is_staleness_is_said_with_the_key_that_lowers_it() -> None:
+    found = told(aged({0: 0.001, 1: 0.019}), "The tokens' staleness is 0.5 on average and 1 at most")
+    assert "90 % of the KL comes from it, and 0.001 nats a token are the rollout's own" in found
+    assert "trainer.prefetch" in found
+    assert "`--rollout bf16`" not in found
+    found = told(aged({0: 0.01, 1: 0.012}), "The tokens' staleness")
+    assert "9.1 % of the KL comes from it" in found
+    assert "`--rollout bf16` shows how far" in found
+    assert "prefetch" not in found
+    assert "Neither matters here" in told(aged({0: 1e-5, 1: 3e-5}), "The tokens' staleness")
+
+
+def test_the_cap_cuts_more_of_stale_tokens() -> None:
+    found = told(aged({0: 0.001, 3: 0.2}), "The cap of 2 cuts")
+    assert found == "The cap of 2 cuts 0.05 % of the tokens without staleness and 10 % of those with 3."
+    assert not told(aged({0: 0.001, 3: 0.2}, cap=None), "The cap of")
+
+
+def test_the_rollouts_own_part_is_that_of_the_last_tokens_without_staleness() -> None:
+    """Of those scored again, or of earlier steps: the first one has no others."""
+    assert "90 % of the KL" in told(aged({1: 0.02, "fresh": 0.002}), "The tokens' staleness")
+    assert "90 % of the KL" in told(aged({0: 0.002}, *[{1: 0.02}] * RECENT), "The tokens' staleness is 1 on average")
+    assert "unknown" in told(aged({1: 0.02}), "The tokens' staleness is 1 on average and 1 at most; none was scored")
+    assert "unknown" in told(aged({0: 0.002}, {1: 0.02}, tokens=10), "The tokens' staleness")
+
+
+def test_nothing_is_said_of_staleness_where_there_is_none() -> None:
+    assert aged({0: 0.001}).lines[1].startswith("Every token was sampled by the weights that it is weighted against")
+    found = advise([read_step(1, sampled.logged(sampled.sample(0.1), 2.0))], 2.0)
+    assert (found.stale, "by_staleness" in found.document()) == ((), False)
+    assert "staleness" not in " ".join(found.lines)

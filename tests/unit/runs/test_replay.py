@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from flashrl_cli.errors import InputError, NothingMatched
+from flashrl_cli.plugins import log_ratios
 from flashrl_cli.plugins.log_ratios import Sample, file_of, write
 from flashrl_cli.runs import store
 from flashrl_cli.runs.replay import (
@@ -287,6 +288,47 @@ def test_the_last_steps_of_the_newest_attempts_are_replayed() -> None:
     with pytest.raises(InputError, match="no log-ratios of step 7") as caught:
         replay_run(found, step=7)
     assert caught.value.hint == "there are: 1 to 3"
+
+
+def test_the_kept_tokens_are_replayed_by_staleness() -> None:
+    run = make("r", attempt(1))
+    on_disk.planned(run, 1, correction={"kind": "tis", "cap": 1.1})
+    on_disk.kept(run, 1, 1, 2, stale=True)
+    read = [log_ratios.read(path) for path in kept_steps(store.find("r")).values()]
+    logs, stale = (np.concatenate([getattr(one, name) for one in read]).astype(float) for name in FIELDS)
+    found = replay_run(store.find("r"))
+    assert [one.staleness for one in found.by_staleness] == [0, 1]
+    for one in found.by_staleness:
+        mine = logs[stale == one.staleness]
+        w = np.minimum(np.exp(mine), 1.1)
+        assert (one.tokens, one.share) == (len(mine), len(mine) / len(logs))
+        assert (one.kl, one.kl_k3) == pytest.approx((-mine.mean(), (np.exp(mine) - mine - 1).mean()))
+        assert (one.weight_mean, one.effective) == pytest.approx((w.mean(), w.mean() ** 2 / (w**2).mean()))
+        assert one.truncated == (np.exp(mine) > 1.1).mean()
+    assert found.document()["by_staleness"][1]["staleness"] == 1
+
+
+FIELDS = ("log_ratios", "staleness")
+
+
+def test_responses_of_one_staleness_are_replayed_alone() -> None:
+    run = make("r", attempt(1))
+    on_disk.kept(run, 1, 1, 2, stale=True)
+    every, fresh, stale = (replay_run(store.find("r"), staleness=number) for number in (None, 0, 1))
+    assert (every.responses, fresh.responses, stale.responses) == (80, 20, 60)
+    assert [one.staleness for one in fresh.by_staleness] == [0]
+    assert [one.staleness for one in stale.by_staleness] == [0, 1], "some of their tokens"
+    with pytest.raises(InputError, match="no kept response has a staleness of 2") as caught:
+        replay_run(store.find("r"), staleness=2)
+    assert caught.value.hint == "there are: 0 to 1"
+
+
+def test_a_synchronous_run_is_not_replayed_by_staleness() -> None:
+    run = make("r", attempt(1))
+    on_disk.kept(run, 1, 1)
+    found = replay_run(store.find("r"))
+    assert (found.by_staleness, "by_staleness" in found.document()) == ((), False)
+    assert replay_run(store.find("r"), staleness=0).responses == found.responses
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,9 @@ from flashrl_cli.train import supervise
 from flashrl_cli.train.executors import start_here
 from flashrl_cli.train.plan import LaunchPlan, plan_document
 from flashrl_cli.train.process import Tree
-from flashrl_cli.verl.metrics import StepMetrics
+from flashrl_cli.verl.metrics import StepMetrics, read_step
 from tests.conftest import starting_with
+from tests.unit.runs.on_disk import by_staleness
 from tests.unit.train.builders import Clock, handshake
 
 Plan = Callable[..., LaunchPlan]
@@ -555,6 +556,77 @@ def test_what_nothing_corrects_is_reason(values: dict[str, float | None], reason
 
 def test_uniform_sampling_is_not_judged_without_the_vocabulary() -> None:
     assert judged({"rollout_nll": UNIFORM, "train_nll": 0.4}, vocabulary=None) is None
+
+
+def aged(kls: dict[Any, float], tokens: int = 1000, **values: float) -> StepMetrics:
+    """A step of an asynchronous run with these KLs by staleness, and `values` over all of its tokens."""
+    step = read_step(1, by_staleness(kls, tokens))
+    return dataclasses.replace(step, values={**step.values, **HEALTHY, **values})
+
+
+BROKEN = 3.7
+"""KL of an engine with its dummy weights."""
+
+
+@pytest.mark.parametrize(
+    ("kls", "found"),
+    [
+        ({0: 0.002, 1: 0.02}, None),
+        ({0: 0.002, 1: BROKEN}, None),
+        ({0: 0.002, "fresh": BROKEN}, None),
+        ({1: BROKEN, "fresh": 0.002}, None),
+        ({0: BROKEN, 1: 0.002}, "KL between rollout and trainer of tokens without staleness is 3.7"),
+        ({1: 0.002, "fresh": BROKEN}, "KL between rollout and trainer of tokens without staleness is 3.7"),
+        ({1: BROKEN, 2: 0.002}, "KL between rollout and trainer of tokens of staleness 1 is 3.7"),
+        ({1: 0.02, 2: BROKEN}, None),
+    ],
+)
+def test_the_engine_is_judged_by_tokens_without_staleness(kls: dict[int | str, float], found: str | None) -> None:
+    """So that staleness neither excuses a broken refit nor passes for one, whatever the step's own figures are."""
+    for own in (0.002, BROKEN):
+        told = supervise.broken_rollout(aged(kls, kl=own), BOUNDS, VOCABULARY)
+        assert told is None if found is None else told is not None and told.startswith(found)
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ({"weight_mean": 0.3}, "the importance weights' mean of tokens without staleness is 0.3"),
+        ({"prob_correlation": 0.1, "prob_diff": 0.3}, "probabilities of tokens without staleness correlate by 0.10"),
+    ],
+)
+def test_every_bound_is_one_of_tokens_without_staleness(values: dict[str, float], found: str) -> None:
+    step = read_step(1, {**by_staleness({1: 0.02}), **by_staleness({0: 0.002}, **values)})
+    assert str(supervise.broken_rollout(step, BOUNDS, VOCABULARY)).startswith(found)
+    step = read_step(1, {**by_staleness({0: 0.002}), **by_staleness({1: 0.02}, **values)})
+    assert supervise.broken_rollout(step, BOUNDS, VOCABULARY) is None
+
+
+def test_uniform_samples_are_no_staleness() -> None:
+    step = aged({0: 0.002, 1: 0.02}, rollout_nll=UNIFORM, train_nll=2.0)
+    assert "samples uniformly" in str(supervise.broken_rollout(step, BOUNDS, VOCABULARY))
+
+
+def test_too_few_tokens_are_no_judge() -> None:
+    step = read_step(1, {**by_staleness({0: BROKEN}, tokens=9), **by_staleness({1: 0.002})})
+    assert supervise.broken_rollout(step, BOUNDS, VOCABULARY) is not None, "the least stale ones are all that there is"
+    step = read_step(1, {**by_staleness({0: BROKEN}, tokens=9), **by_staleness({1: 0.002, "fresh": 0.002})})
+    assert supervise.broken_rollout(step, BOUNDS, VOCABULARY) is None
+
+
+def test_staleness_beyond_the_bounds_is_warned_of_once(tiny_plan: Plan, seen: Any) -> None:
+    plan = tiny_plan()
+    write_handshake(plan.attempt_paths.plugins, handshake())
+    watch = watching(plan, seen)
+    for number, kls in enumerate(({0: 0.002, 1: 0.3}, {0: 0.002, 1: 0.9}, {0: 0.002, 1: 1.2}), 1):
+        add(plan.attempt_paths.metrics, json.dumps({"step": number, "data": by_staleness(kls)}))
+    watch.look()
+    assert seen.steps == [1, 2, 3]
+    (told,) = seen.warnings
+    assert told == (
+        "step 2: tokens of staleness 1 have a KL of 0.9 nats a token to the trainer, those without staleness 0.002: "
+        "lower trainer.prefetch or trainer.max_staleness"
+    )
 
 
 def test_bounds_are_the_specs() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from flashrl_cli.verl import metrics
 from flashrl_cli.verl.metrics import ACCURACY, BESIDE_STEP, METRICS, NAMES, TIMINGS, WATCHED, read_step, verl_name
+from tests.unit.runs.on_disk import by_staleness
 
 
 def test_values_and_seconds_by_flashrls_names() -> None:
@@ -23,6 +24,9 @@ def test_what_a_place_shows_can_be_shown_there() -> None:
         assert column.heading
         assert column.cell(None) == "–"
         assert column.cell(1 / 3) == format(1 / 3, column.form) != str(1 / 3)
+    for name in (*metrics.FIGURES, *metrics.STALENESS_CURVES):
+        assert METRICS[name].title
+    assert {METRICS[name].heading for name in metrics.LIVE_BY_STALENESS} == {"KL", "w mean"}
     for name in (*metrics.PLOTTED, *metrics.LEARNING_CURVES, *metrics.MISMATCH_CURVES, *metrics.MISMATCH):
         assert METRICS[name].title
     assert set(metrics.SPARED) < set(metrics.LIVE)
@@ -55,6 +59,25 @@ def test_verls_name_of_a_metric() -> None:
     assert verl_name("critic/score/max") == "critic/score/max"
     assert verl_name("seconds.nothing") == "seconds.nothing"
     assert BESIDE_STEP in TIMINGS
+
+
+def test_metrics_by_staleness_have_the_staleness_in_their_name() -> None:
+    step = read_step(3, by_staleness({0: 0.001, 2: 0.02, "fresh": 0.002}))
+    assert step.stalenesses == (0, 2)
+    assert (step["kl@0"], step["kl@2"], step["kl@1"], step["kl"]) == (0.001, 0.02, None, None)
+    assert (step["kl@fresh"], step.fresh) == (0.002, "@0")
+    assert verl_name("kl@2") in step.logged
+    columns = metrics.by_staleness("kl", [step, read_step(4, by_staleness({10: 1.0}))])
+    assert [one.heading for one in columns] == ["KL@0", "KL@2", "KL@10", "KL@fresh"]
+    assert [step[one.name] for one in columns] == [0.001, 0.02, None, 0.002]
+
+
+def test_tokens_without_staleness_are_those_of_staleness_0_or_those_scored_again() -> None:
+    assert read_step(1, {"rollout_corr/kl": 1.0}).fresh == ""
+    assert read_step(1, by_staleness({0: 0.1}, tokens=metrics.ENOUGH)).fresh == "@0"
+    assert read_step(1, by_staleness({0: 0.1}, tokens=metrics.ENOUGH - 1)).fresh is None
+    assert read_step(1, by_staleness({0: 0.1, "fresh": 0.1}, tokens=metrics.ENOUGH - 1)).fresh == "@fresh"
+    assert read_step(1, by_staleness({1: 0.1, 2: 0.1})).fresh is None
 
 
 def test_zero_is_a_value() -> None:
