@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 TENSOR_PARALLEL = f"{ROLLOUT}.tensor_model_parallel_size"
 DATA_PARALLEL = f"{ROLLOUT}.data_parallel_size"
+SEPARATE = "separate_async"
+"""verl's trainer whose engines have GPUs of their own."""
 VALIDATION_SAMPLES = f"{ROLLOUT}.val_kwargs.n"
 """Key of the number of responses to a prompt in validation."""
 VALIDATION_LIMIT = "data.val_max_samples"
@@ -391,7 +393,10 @@ class TrainerSettings:
     """Forward pass of a reference policy that is a separate model; None without one."""
     rollout: RolloutSettings
     bucket: int
-    colocated: bool = True
+    rollout_gpus: int = 0
+    """GPUs of the engines alone; 0 where the engines share the trainer's."""
+    prefetch: float = 0
+    """Batches that are sampled ahead of the one that is trained on."""
     log_probs_follow: bool = True
     """Whether log-probs take the policy update's token budget (verl's default) rather than a separately set one."""
     mean_share: float = 0.5
@@ -402,8 +407,31 @@ class TrainerSettings:
 
     @property
     def world(self) -> int:
-        """Number of GPUs of the run."""
+        """Number of the trainer's GPUs."""
         return self.nodes * self.gpus_per_node
+
+    @property
+    def colocated(self) -> bool:
+        """Whether the engines share the trainer's GPUs."""
+        return not self.rollout_gpus
+
+    @property
+    def engines(self) -> int:
+        """Number of engines."""
+        return max(1, (self.rollout_gpus or self.world) // self.rollout.tensor_parallel)
+
+    @property
+    def scored(self) -> int:
+        """Prompts to whose responses log-probs are computed at once.
+
+        A trainer apart from the engines takes a mini-batch at a time (verl/trainer/ppo/v1/trainer_base.py:541).
+        """
+        return self.train_batch if self.colocated else self.mini_batch
+
+    @property
+    def updates(self) -> int:
+        """Mini-batches of a step."""
+        return -(-self.train_batch // self.mini_batch)
 
     @property
     def length(self) -> int:
@@ -413,6 +441,7 @@ class TrainerSettings:
 
 def trainer_settings(s: Settings) -> TrainerSettings:
     """What decides memory in a composed configuration; raises ValueError for a training engine other than FSDP."""
+    mode = s.get("trainer.v1.trainer_mode")
     return TrainerSettings(
         nodes=s.spec.resources.nodes,
         gpus_per_node=s.spec.resources.gpus_per_node,
@@ -427,9 +456,15 @@ def trainer_settings(s: Settings) -> TrainerSettings:
         reference=_batch(s, REFERENCE) if "reference policy" in s.roles() else None,
         rollout=_rollout(s),
         bucket=s.get(f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes") << 20,
-        colocated=s.get("trainer.v1.trainer_mode") != "separate_async",
+        rollout_gpus=rollout_devices(s) if mode == SEPARATE else 0,
+        prefetch=(s.get(f"trainer.v1.{mode}") or {}).get("num_warmup_batches", 0),
         log_probs_follow=s.spec.rollout.log_prob_max_tokens_per_gpu is None,
     )
+
+
+def rollout_devices(s: Settings) -> int:
+    """GPUs that verl gives to engines alone under `separate_async` (verl/workers/rollout/llm_server.py:458)."""
+    return (s.size(f"{ROLLOUT}.nnodes") or 0) * (s.size(f"{ROLLOUT}.n_gpus_per_node") or 0)
 
 
 def _batch(s: Settings, step: Pass) -> Batch:
