@@ -79,13 +79,13 @@ def saved_step(run: Path, step: int, *, critic: bool = False, world_size: int = 
 def saved_queue(step: Path, units: int = 2) -> Path:
     """The `transfer_queue/` that asynchronous modes save with a step."""
     folder = step / "transfer_queue"
-    (folder / "storage_units").mkdir(parents=True)
+    (folder / "simple_storage").mkdir(parents=True)
     names = [{"position": number, "storage_unit_id": f"TQ_STORAGE_UNIT_{number}a"} for number in range(units)]
     (folder / "metadata.json").write_text(json.dumps({"storage_saved": True, "user_metadata": {"global_steps": 1}}))
-    (folder / "storage_units" / "su_info.json").write_text(json.dumps(names))
+    (folder / "simple_storage" / "storage_unit_info.json").write_text(json.dumps(names))
     (folder / "controller_state.pkl").write_bytes(pickle.dumps({"partitions": {"train": [1, 2, 3]}}))
     for number in range(units):
-        unit = folder / "storage_units" / f"su_{number}_TQ_STORAGE_UNIT_{number}a.pkl"
+        unit = folder / "simple_storage" / f"su_{number}_TQ_STORAGE_UNIT_{number}a.pkl"
         unit.write_bytes(pickle.dumps({"field_data": {"prompts": list(range(100))}}))
     return folder
 

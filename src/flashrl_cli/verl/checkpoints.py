@@ -35,7 +35,7 @@ QUEUE = "transfer_queue"
 STORAGE_UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
 DEFAULT_STORAGE_UNITS = 8
 """Storage units of verl's own configuration."""
-_QUEUE_TEXTS = ("metadata.json", "storage_units/su_info.json")
+_QUEUE_TEXTS = ("metadata.json", "simple_storage/storage_unit_info.json")
 FSDP_CONFIG = "fsdp_config.json"
 PARTS = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
 """The parts of a checkpoint by verl's names (in `save_contents`, `load_contents`): the start of their files' names."""
@@ -123,13 +123,24 @@ def queue_texts(step_folder: Path) -> list[Path]:
 
 def queue_pickles(step_folder: Path) -> list[Path] | None:
     """Pickles of a step's queue, of its controller and of each storage unit; None without a readable list of them."""
-    folder = step_folder / QUEUE
+    folder, units = step_folder / QUEUE, _units(step_folder)
+    if units is None:
+        return None
+    return [folder / "controller_state.pkl", *(folder / "simple_storage" / name for name in units)]
+
+
+def saved_units(step_folder: Path) -> int | None:
+    """Number of storage units that saved a step's queue; None without a readable list of them."""
+    units = _units(step_folder)
+    return None if units is None else len(units)
+
+
+def _units(step_folder: Path) -> list[str] | None:
     try:
-        units = json.loads((folder / _QUEUE_TEXTS[-1]).read_text(encoding="utf-8"))
-        names = [f"su_{unit['position']}_{unit['storage_unit_id']}.pkl" for unit in units]
+        listed = json.loads((step_folder / QUEUE / _QUEUE_TEXTS[-1]).read_text(encoding="utf-8"))
+        return [f"su_{unit['position']}_{unit['storage_unit_id']}.pkl" for unit in listed]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return [folder / "controller_state.pkl", *(folder / "storage_units" / name for name in names)]
 
 
 def storage_units(verl: Mapping[str, Any]) -> int:
