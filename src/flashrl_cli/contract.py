@@ -74,6 +74,9 @@ SAMPLER = ("pkg://flashrl_cli.plugins.sampler", "quick_buffer")
 """Module and function by which verl's trainer gets its replay buffer."""
 AGENT_LOOPS = "flashrl_cli.plugins.agent_loop.AgentLoopManager"
 """Class by which verl's trainer has responses generated, scored and stored."""
+CHECKPOINT_ENGINE = ("gloo", "flashrl_cli.plugins.checkpoint_engine")
+"""Name of flashrl's engine for weight updates between processes that share no device, and the module that registers it.
+"""
 REWARD = ("pkg://flashrl_cli.plugins.reward", "compute_score")
 """Module and function by which verl's reward workers call a reward function of the user's."""
 TOKENS_A_MESSAGE = 16

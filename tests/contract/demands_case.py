@@ -17,6 +17,8 @@ from tests.specs import load_spec
 PLACES = Places(name="run", data=Path("/data"), checkpoints=Path("/ckpt/run"))
 A, R, REF, M = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "ref", "model"))
 ENGINE = f"{R}.engine_kwargs.vllm"
+BACKEND = f"verl.{R}.checkpoint_engine.backend="
+SEPARATE = ("trainer.mode=separate_async", "correction.cap=2")
 CORRECTION = "algorithm.rollout_correction"
 SHAPE = ModelShape(
     architecture="qwen2",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tests.contract.demands_case import SHAPE, A, M, R, case
+from tests.contract.demands_case import SEPARATE, SHAPE, A, M, R, case
 
 DEVICES = [
     case(
@@ -167,10 +167,41 @@ DEVICES = [
     case(
         "ray_has_resources",
         "resources.gpus_per_node=2",
+        "verl.+ray_kwargs.ray_init.num_gpus=1",
         says="num_gpus = 1 is less than resources.gpus_per_node = 2",
         hint="verl.+ray_kwargs.ray_init.num_gpus=2",
         preset="tiny",
-        legal=("resources.gpus_per_node=2", "verl.+ray_kwargs.ray_init.num_gpus=2"),
+        legal=("resources.gpus_per_node=2",),
+    ),
+    case(
+        "ray_has_resources",
+        *SEPARATE,
+        "verl.+ray_kwargs.ray_init.num_gpus=1",
+        says="num_gpus = 1 is less than resources.gpus_per_node and rollout_gpus_per_node = 2",
+        hint="verl.+ray_kwargs.ray_init.num_gpus=2",
+        preset="tiny",
+        where="--set verl.+ray_kwargs",
+        legal=SEPARATE,
+    ),
+    case(
+        "ray_has_resources",
+        *SEPARATE,
+        "verl.ray_kwargs.ray_init.num_cpus=6",
+        says="verl reserves 7 and would wait for ever",
+        hint="verl.ray_kwargs.ray_init.num_cpus=7",
+        preset="tiny",
+        where="--set verl.ray_kwargs",
+        legal=(*SEPARATE, "verl.ray_kwargs.ray_init.num_cpus=7"),
+    ),
+    case(
+        "engines_fit_devices",
+        "rollout.tensor_parallel=2",
+        *SEPARATE,
+        "resources.gpus_per_node=2",
+        "resources.rollout_gpus_per_node=3",
+        says="engines of 2 devices do not fit 1 x 3 devices",
+        hint="rollout.tensor_parallel=1",
+        legal=("rollout.tensor_parallel=2", *SEPARATE, "resources.rollout_gpus_per_node=2"),
     ),
     case(
         "ray_has_resources",

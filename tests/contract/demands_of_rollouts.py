@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tests.contract.demands_case import ENGINE, MIXTURE, SHAPE, A, M, R, case
+from tests.contract.demands_case import BACKEND, ENGINE, MIXTURE, SEPARATE, SHAPE, A, M, R, case
 
 ROLLOUTS = [
     case(
@@ -278,10 +278,26 @@ ROLLOUTS = [
         hint=f"verl.{M}.mtp.enable=false",
     ),
     case(
-        "transfers_are_direct",
-        f"verl.{R}.checkpoint_engine.backend=nccl",
-        says="= nccl is for the asynchronous trainers",
-        hint=f"verl.{R}.checkpoint_engine.backend=naive",
-        legal=(f"verl.{R}.checkpoint_engine.backend=naive",),
+        "transfers_suit_the_mode",
+        BACKEND + "nccl",
+        says="= nccl is for trainer.mode=separate_async",
+        hint=BACKEND + "naive",
+        legal=(BACKEND + "naive",),
+    ),
+    case(
+        "transfers_suit_the_mode",
+        BACKEND + "delta_sharded",
+        *SEPARATE,
+        says="= delta_sharded sends changes past flashrl's weight update",
+        hint="drop it, or one of nccl, gloo",
+        legal=(BACKEND + "nixl", *SEPARATE),
+    ),
+    case(
+        "transfers_suit_the_mode",
+        BACKEND + "naive",
+        *SEPARATE,
+        says="= naive hands weights over on one device",
+        hint="drop it, or one of nccl, gloo",
+        legal=SEPARATE,
     ),
 ]

@@ -10,6 +10,7 @@ To add a rule, write a generator over RunSpec and list it in RULES.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterator
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
     from flashrl_cli.config.spec import ResourceSpec
 
 
+SEPARATE = "separate_async"
+"""The mode of the trainer in which rollout engines have GPUs of their own."""
+
+
 def derived_layers(spec: RunSpec, layers: Sequence[Layer]) -> Iterator[Layer]:
     """Yield a layer for every key whose value is derived from others: it is null, or a later word overrules it.
 
@@ -55,6 +60,10 @@ def derived_layers(spec: RunSpec, layers: Sequence[Layer]) -> Iterator[Layer]:
     if trains_critic and critic.max_tokens_per_gpu in (None, "auto") and critic.micro_batch_size_per_gpu is not None:
         tokens = critic.micro_batch_size_per_gpu * longest
         yield derived("critic.max_tokens_per_gpu", tokens, "critic.micro_batch_size_per_gpu full-length responses")
+    if spec.trainer.mode == SEPARATE:
+        for name in ("nodes", "gpus_per_node"):
+            if getattr(spec.resources, f"rollout_{name}") is None:
+                yield derived(f"resources.rollout_{name}", getattr(spec.resources, name), f"resources.{name}")
     before, every = (rank(key, layers) for key in ("trainer.validate_before", "trainer.validate_every"))
     if spec.trainer.validate_every <= 0 and (before < every or before < 0):
         yield derived("trainer.validate_before", False, f"trainer.validate_every = {spec.trainer.validate_every}")
@@ -214,6 +223,44 @@ def warmup_ends(spec: RunSpec) -> Iterator[Violation]:
         )
 
 
+def staleness_is_corrected(spec: RunSpec) -> Iterator[Violation]:
+    """Responses of older policies, on which asynchronous modes train, need a correction."""
+    if spec.trainer.mode != "sync" and not spec.correction.active:
+        yield Violation(
+            "trainer.mode",
+            f"{spec.trainer.mode} trains on responses of older policies, and nothing corrects for that",
+            fix={"correction.kind": "tis", "trainer.mode": "sync"},
+        )
+
+
+def prefetched_groups_are_used(spec: RunSpec) -> Iterator[Violation]:
+    """What is sampled `prefetch` batches ahead is used in its step `prefetch` + 1, which `drop` must allow.
+
+    verl counts the step that submitted a prompt as the first (verl/trainer/ppo/v1/replay_buffer.py:523).
+    """
+    trainer = spec.trainer
+    if trainer.mode != "sync" and trainer.stale == "drop" and trainer.max_staleness <= trainer.prefetch:
+        yield Violation(
+            "trainer.max_staleness",
+            f"{trainer.max_staleness} is not more than trainer.prefetch = {trainer.prefetch:g}: what is sampled ahead "
+            "would be dropped when its turn comes",
+            fix={"trainer.max_staleness": math.floor(trainer.prefetch) + 1, "trainer.prefetch": 0},
+        )
+
+
+def rollout_devices_are_used(spec: RunSpec) -> Iterator[Violation]:
+    """GPUs for rollout engines alone need the mode that has such engines."""
+    if spec.trainer.mode == SEPARATE:
+        return
+    for name in ("rollout_nodes", "rollout_gpus_per_node"):
+        if getattr(spec.resources, name) is not None:
+            yield Violation(
+                f"resources.{name}",
+                f"no engine uses these GPUs: in mode {spec.trainer.mode} all engines share the trainer's",
+                fix={"trainer.mode": SEPARATE, f"resources.{name}": None},
+            )
+
+
 def engine_holds_a_sequence(spec: RunSpec) -> Iterator[Violation]:
     """The engine's longest sequence holds prompt and response; otherwise it silently cuts responses short."""
     longest = spec.data.max_prompt_length + spec.data.max_response_length
@@ -329,6 +376,9 @@ RULES: tuple[Rule, ...] = (
     reward_names_a_function,
     dual_clip_bounds_from_above,
     warmup_ends,
+    staleness_is_corrected,
+    prefetched_groups_are_used,
+    rollout_devices_are_used,
     engine_holds_a_sequence,
     engine_batches_its_sequences,
     mix_has_two_precisions,
@@ -600,7 +650,7 @@ def _summary(name: str) -> Summary:
 
 
 def _gpus(resources: ResourceSpec) -> int:
-    return 0 if resources.platform == "cpu" else resources.devices
+    return 0 if resources.platform == "cpu" else resources.all_devices
 
 
 def _devices(resources: ResourceSpec) -> str:

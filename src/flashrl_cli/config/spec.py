@@ -341,6 +341,17 @@ class TrainerSpec(Part):
     beside it or later: by the same preset, by one that extends it, or by an option."""
     critic_warmup: Annotated[int, Field(ge=0)] = 0
     """Steps in which only the critic learns."""
+    mode: Literal["sync", "colocate_async", "separate_async"] = "sync"
+    """`sync` samples a batch, then trains on it. `colocate_async` samples ahead on the same GPUs and interrupts what is
+    unfinished while it trains. `separate_async` samples on GPUs of its own while the others train."""
+    prefetch: NotNegative = 1
+    """Batches that an asynchronous mode samples ahead. 0 samples each batch when it is needed."""
+    max_staleness: Count = 8
+    """Steps for which a response to a prompt may be used in asynchronous modes, counted from the step that submitted
+    the prompt, which is the first; more than `prefetch`."""
+    stale: Literal["drop", "wait"] = "drop"
+    """What happens to groups of responses over `max_staleness`: they are dropped and other prompts sampled, or no step
+    begins while one that reaches it is unfinished."""
     keep_samples: Annotated[int, Field(ge=0)] = 8
     """Responses a step that are kept as text for `flashrl runs samples`, at most 64 MiB an attempt. 0 for none."""
     logger: Annotated[tuple[Text, ...], Field(strict=False)] = ("console", "file")
@@ -356,6 +367,11 @@ class ResourceSpec(Part):
     """Machines."""
     gpus_per_node: Count = 1
     """GPUs on each (verl's own default is 8); on `cpu` the number of trainer processes."""
+    rollout_nodes: Count | None = None
+    """Machines with GPUs for rollout engines alone (`trainer.mode: separate_async`); null means as many as `nodes`."""
+    rollout_gpus_per_node: Count | None = None
+    """GPUs for rollout engines alone on each of them, beside those of `gpus_per_node` where a machine has both; null
+    means as many as `gpus_per_node`."""
     gpu_memory_gib: Positive | None = None
     """Memory of each GPU, GiB, for the estimate of what fits; null means what the driver reports, or 80 GB where
     there is none."""
@@ -364,6 +380,21 @@ class ResourceSpec(Part):
     def devices(self) -> int:
         """Trainer processes of the run, one a GPU."""
         return self.nodes * self.gpus_per_node
+
+    @property
+    def separate_devices(self) -> int:
+        """GPUs for rollout engines alone; 0 where the engines share the trainer's."""
+        return (self.rollout_nodes or 0) * (self.rollout_gpus_per_node or 0)
+
+    @property
+    def rollout_devices(self) -> int:
+        """GPUs with rollout engines."""
+        return self.separate_devices or self.devices
+
+    @property
+    def all_devices(self) -> int:
+        """GPUs of the run."""
+        return self.devices + self.separate_devices
 
 
 class WatchSpec(Part):

@@ -238,7 +238,8 @@ def log_arrival(trainer: Any) -> None:
             import ray
 
             found: dict[str, Any] = super()._consume_sync_metrics()
-            servers = [replica.server_handle for replica in self.llm_server_manager.get_replicas()]
+            managers = self._rollout_server_managers()
+            servers = [replica.server_handle for manager in managers for replica in manager.get_replicas()]
             listed = ray.get([server.__ray_call__.remote(answers) for server in servers])
             return found | pooled([one for each in listed for one in each])
 

@@ -28,13 +28,14 @@ if contract.plugin_dir() is not None:
         from flashrl_cli.plugins import transfer
 
         transfer.send_bf16()
-    from flashrl_cli.plugins import batches, corrections, log_probs, log_ratios, scorers
+    from flashrl_cli.plugins import batches, corrections, log_probs, log_ratios, scorers, separate
 
     batches.apply()
     log_probs.apply()
     corrections.apply()
     log_ratios.apply()
     scorers.apply()
+    separate.apply()
     if os.environ.get(contract.ENV_SERVER):
         from flashrl_cli.plugins import forked
 

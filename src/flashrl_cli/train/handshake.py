@@ -44,7 +44,7 @@ def expectation(plan: LaunchPlan) -> Expectation:
     ours = any(contract.WORKER_EXTENSION in str(override) for override in plan.overrides)
     return Expectation(
         rollout.precision,
-        resources.devices if ours else 0,
+        resources.rollout_devices if ours else 0,
         rollout.kv_cache,
         bf16_workers=bf16_replicas(plan.spec) * engine_devices(plan.spec),
         lm_head="fp32" if rollout.lm_head_fp32 else None,

@@ -20,6 +20,8 @@ from flashrl_cli.verl.overrides import (
     ENGINE,
     LOSS_FIELD,
     LOSS_MODE,
+    MODE,
+    MODE_FIELD,
     MODEL,
     REF,
     ROLLOUT,
@@ -36,14 +38,12 @@ if TYPE_CHECKING:
 
 TENSOR_PARALLEL = f"{ROLLOUT}.tensor_model_parallel_size"
 DATA_PARALLEL = f"{ROLLOUT}.data_parallel_size"
-SEPARATE = "separate_async"
-"""verl's trainer whose engines have GPUs of their own."""
 VALIDATION_SAMPLES = f"{ROLLOUT}.val_kwargs.n"
 """Key of the number of responses to a prompt in validation."""
 VALIDATION_LIMIT = "data.val_max_samples"
 """Key of the largest number of prompts that a validation takes; below 1 for all."""
 FIELDS = {entry.key: entry.field for entry in TABLE}
-FIELDS[LOSS_MODE] = LOSS_FIELD
+FIELDS |= {LOSS_MODE: LOSS_FIELD, MODE: MODE_FIELD}
 FIELDS |= {f"{node}.{ATTENTION}": "model.attention" for node in (MODEL, "critic.model")}
 MASKED = ("sdpa", "eager")
 """Attention implementations that compute the scores of all pairs of a packed pass, and mask those across sequences."""
@@ -153,8 +153,8 @@ def engine_devices(spec: RunSpec) -> int:
 
 
 def replicas(spec: RunSpec) -> int:
-    """Engines of a run whose rollout shares the trainer's devices (verl/workers/rollout/llm_server.py:460)."""
-    return spec.resources.devices // engine_devices(spec)
+    """Engines of a run (verl/workers/rollout/llm_server.py:460)."""
+    return spec.resources.rollout_devices // engine_devices(spec)
 
 
 def bf16_replicas(spec: RunSpec) -> int:
@@ -441,7 +441,6 @@ class TrainerSettings:
 
 def trainer_settings(s: Settings) -> TrainerSettings:
     """What decides memory in a composed configuration; raises ValueError for a training engine other than FSDP."""
-    mode = s.get("trainer.v1.trainer_mode")
     return TrainerSettings(
         nodes=s.spec.resources.nodes,
         gpus_per_node=s.spec.resources.gpus_per_node,
@@ -456,15 +455,10 @@ def trainer_settings(s: Settings) -> TrainerSettings:
         reference=_batch(s, REFERENCE) if "reference policy" in s.roles() else None,
         rollout=_rollout(s),
         bucket=s.get(f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes") << 20,
-        rollout_gpus=rollout_devices(s) if mode == SEPARATE else 0,
-        prefetch=(s.get(f"trainer.v1.{mode}") or {}).get("num_warmup_batches", 0),
+        rollout_gpus=s.spec.resources.separate_devices,
+        prefetch=0 if s.spec.trainer.mode == "sync" else s.spec.trainer.prefetch,
         log_probs_follow=s.spec.rollout.log_prob_max_tokens_per_gpu is None,
     )
-
-
-def rollout_devices(s: Settings) -> int:
-    """GPUs that verl gives to engines alone under `separate_async` (verl/workers/rollout/llm_server.py:458)."""
-    return (s.size(f"{ROLLOUT}.nnodes") or 0) * (s.size(f"{ROLLOUT}.n_gpus_per_node") or 0)
 
 
 def _batch(s: Settings, step: Pass) -> Batch:

@@ -1,6 +1,6 @@
 """verl keys that have no effect in a run of flashrl's, with what to write instead.
 
-Such a run uses verl 0.9.1's V1 trainer in mode sync, FSDP or FSDP2, and vLLM. verl itself does not report these keys. A
+Such a run uses verl 0.9.1's V1 trainer, FSDP or FSDP2, and vLLM. verl itself does not report these keys. A
 key is listed if none of the code that such a run executes acts on it, whatever its value. `data.truncation` and
 `val_kwargs.do_sample` are not listed: the original recipes set them, and they do no harm. Files in `why` are relative
 to verl/; "no reader" was found by searching verl's source.
@@ -20,6 +20,8 @@ class DeadKey(NamedTuple):
     key: str
     instead: str
     why: str
+    modes: tuple[str, ...] = ()
+    """Modes of the trainer in which verl acts on it all the same."""
 
     def covers(self, key: str) -> bool:
         """Whether `key` is this key or below it."""
@@ -41,7 +43,8 @@ _LEGACY = "the legacy reward tree is read by the fully-async trainer only"
 _MEGATRON_MTP = "read by the Megatron engine only"
 _NO_READER = "no reader"
 _NO_REPLAY = "the FSDP engine replays no routes (workers/engine_workers.py:498)"
-_OTHER_MODE = "trainer.v1.trainer_mode is sync"
+_COLOCATE, _SEPARATE = "colocate_async", "separate_async"
+_OTHER_MODE = "trainer.mode is another one"
 _SCHEMAS = "read in workers/rollout/schemas.py only, for SGLang"
 _SGLANG = "read for SGLang only"
 _STRATEGY = "overwritten by the strategy one level up (workers/config/{actor.py:325,critic.py:219})"
@@ -74,7 +77,7 @@ IGNORED = (
         f"verl.{A}.fsdp_config.use_torch_compile",
         "the FSDP engine reads its own (workers/engine/fsdp/transformer_impl.py:185)",
     ),
-    DeadKey("actor_rollout_ref.hybrid_engine", _NOTHING, _OTHER_MODE),
+    DeadKey("actor_rollout_ref.hybrid_engine", _NOTHING, _OTHER_MODE, (_SEPARATE,)),
     DeadKey(f"{M}.lora.adapter_path", f"verl.{M}.lora_adapter_path", _FSDP_LORA),
     DeadKey(f"{M}.lora.alpha", f"verl.{M}.lora_alpha", _FSDP_LORA),
     DeadKey(f"{M}.lora.dropout", _NOTHING, _FSDP_LORA),
@@ -106,7 +109,12 @@ IGNORED = (
     DeadKey(f"{R}.multi_turn.num_repeat_rollouts", "rollout.n", _NO_READER),
     DeadKey(f"{R}.multi_turn.tokenization_sanity_check_mode", _NOTHING, _SCHEMAS),
     DeadKey(f"{R}.multi_turn.use_inference_chat_template", _NOTHING, _SCHEMAS),
-    DeadKey(f"{R}.nnodes", "resources.nodes", f"the rollout shares the trainer's GPUs: {_OTHER_MODE}"),
+    DeadKey(
+        f"{R}.nnodes",
+        "resources.nodes, or trainer.mode=separate_async",
+        "all engines share the trainer's GPUs (trainer/ppo/v1/trainer_base.py:375)",
+        (_SEPARATE,),
+    ),
     DeadKey(f"{R}.over_sample_rate", _NOTHING, _NO_READER),
     DeadKey(f"{R}.trace", _NOTHING, "V1 traces no sample (trainer/ppo/v1/agent_loop_tq.py:88)"),
     DeadKey(f"{FILTER}.max_num_gen_batches", f"{FILTER}.max_inflight_batches", "ignored (v1/trainer_base.py:205)"),
@@ -150,8 +158,13 @@ IGNORED = (
     ),
     DeadKey("trainer.esi_redundant_time", _NOTHING, _V0),
     DeadKey("trainer.ray_wait_register_center_timeout", _NOTHING, _V0),
-    DeadKey("trainer.v1.colocate_async", _NOTHING, _OTHER_MODE),
-    DeadKey("trainer.v1.separate_async", _NOTHING, _OTHER_MODE),
+    DeadKey("trainer.v1.colocate_async", _NOTHING, _OTHER_MODE, (_COLOCATE,)),
+    DeadKey("trainer.v1.separate_async", _NOTHING, _OTHER_MODE, (_SEPARATE,)),
+    DeadKey(
+        "trainer.v1.separate_async.hybrid_rollout",
+        _NOTHING,
+        "no rollout engine is on the trainer's GPUs (trainer/ppo/v1/trainer_separate_async.py:89)",
+    ),
 )
 """Keys in verl's tree, which Hydra therefore accepts."""
 
@@ -233,6 +246,7 @@ REMOVED = (
 DEAD_KEYS = IGNORED + REMOVED
 
 
-def dead_key(key: str) -> DeadKey | None:
-    """The most specific entry for a verl key that has no effect; None for a key that has one."""
-    return max((dead for dead in DEAD_KEYS if dead.covers(key)), key=lambda dead: len(dead.key), default=None)
+def dead_key(key: str, mode: str = "sync") -> DeadKey | None:
+    """The most specific entry for a verl key that has no effect in a mode of the trainer; None for one that has."""
+    found = (dead for dead in DEAD_KEYS if dead.covers(key) and mode not in dead.modes)
+    return max(found, key=lambda dead: len(dead.key), default=None)

@@ -82,6 +82,15 @@ WEIGHTS = {"none": None, "tis": "token", "icepop": "token", "seq-tis": "sequence
 """verl's level of the weights of each `correction.kind`."""
 LOSS_FIELD, LOSS_MODE = "algorithm.loss", f"{ACTOR}.policy_loss.loss_mode"
 AUTO = "auto"
+V1 = "trainer.v1"
+MODE_FIELD, MODE = "trainer.mode", f"{V1}.trainer_mode"
+SEPARATE = "separate_async"
+"""verl's mode with GPUs for rollout engines alone."""
+HYBRID = "actor_rollout_ref.hybrid_engine"
+BACKEND = f"{ROLLOUT}.checkpoint_engine.backend"
+BACKEND_MODULE = f"{ROLLOUT}.checkpoint_engine.custom_backend_module"
+RAY_CPUS = "ray_kwargs.ray_init.num_cpus"
+RAY_GPUS = "ray_kwargs.ray_init.num_gpus"
 OVERLONG = "reward.reward_kwargs.overlong_buffer_cfg"
 CUSTOM_REWARD = "reward.custom_reward_function.path"
 CUSTOM_REWARD_NAME = "reward.custom_reward_function.name"
@@ -207,8 +216,12 @@ TABLE = (
     Entry("trainer.validate_before", "trainer.val_before_train"),
     Entry("trainer.critic_warmup", "trainer.critic_warmup"),
     Entry("trainer.logger", "trainer.logger", always=True),
+    Entry("trainer.max_staleness", f"{V1}.sampler.max_off_policy_threshold"),
+    Entry("trainer.stale", f"{V1}.sampler.max_off_policy_strategy"),
     Entry("resources.nodes", "trainer.nnodes", always=True),
     Entry("resources.gpus_per_node", "trainer.n_gpus_per_node", always=True),
+    Entry("resources.rollout_nodes", f"{ROLLOUT}.nnodes"),
+    Entry("resources.rollout_gpus_per_node", f"{ROLLOUT}.n_gpus_per_node"),
 )
 
 
@@ -219,9 +232,10 @@ def overrides(resolved: Resolved, places: Places) -> tuple[Override, ...]:
     verl's own default is left in place.
     """
     return (
-        *_fixed(),
+        *_trainer(resolved),
         *_quick(resolved),
         *_fields(resolved, places.data),
+        *_asynchrony(resolved),
         *_mixture(resolved),
         *_attention(resolved),
         *_passes(resolved),
@@ -233,10 +247,10 @@ def overrides(resolved: Resolved, places: Places) -> tuple[Override, ...]:
     )
 
 
-def _fixed() -> Iterator[Override]:
-    why = Origin("derived", reason="verl's V1 trainer with trainer and rollout on the same devices")
+def _trainer(resolved: Resolved) -> Iterator[Override]:
+    why = Origin("derived", reason="verl's V1 trainer, in each of its modes")
     yield Override("trainer.use_v1", True, why)
-    yield Override("trainer.v1.trainer_mode", "sync", why)
+    yield Override(MODE, resolved.spec.trainer.mode, resolved.origins[MODE_FIELD])
     yield Override(f"{ROLLOUT}.name", "vllm", Origin("derived", reason="verl names no engine by default"))
 
 
@@ -263,6 +277,34 @@ def _fields(resolved: Resolved, data: Path) -> Iterator[Override]:
             continue
         converted = entry.convert(value, data) if entry.convert else value
         yield Override(entry.key, converted, resolved.origins[entry.field], entry.added)
+
+
+def _asynchrony(resolved: Resolved) -> Iterator[Override]:
+    """What verl's asynchronous modes need, besides the fields of the table.
+
+    In `separate_async` verl samples and trains on one mini-batch after another, and sends the weights once all of a
+    batch are done (verl/trainer/ppo/v1/trainer_separate_async.py:59). Its engines on the trainer's GPUs are left out:
+    they would generate at the start and in validation only, and hold memory otherwise.
+    """
+    spec = resolved.spec
+    mode = spec.trainer.mode
+    if mode == "sync":
+        return
+    yield Override(f"{V1}.{mode}.num_warmup_batches", spec.trainer.prefetch, resolved.origins["trainer.prefetch"])
+    if mode != SEPARATE:
+        return
+    given = {written.removeprefix("+"): value for written, value in spec.verl.items()}
+    steps = max(1, spec.data.train_batch_size // spec.algorithm.mini_batch_size)
+    why = Origin("derived", reason="data.train_batch_size / algorithm.mini_batch_size")
+    yield Override(f"{V1}.{mode}.parameter_sync_step", steps, why)
+    if HYBRID not in given:
+        yield Override(HYBRID, False, Origin("derived", reason="all rollout engines have GPUs of their own"))
+    name, module = contract.CHECKPOINT_ENGINE
+    backend = given.get(BACKEND, name if spec.resources.platform == "cpu" else "nccl")
+    if BACKEND not in given:
+        yield Override(BACKEND, backend, resolved.origins["resources.platform"])
+    if backend == name and BACKEND_MODULE not in given:
+        yield Override(BACKEND_MODULE, module, Origin("derived", reason=f"registers the backend {name}"))
 
 
 def _mixture(resolved: Resolved) -> Iterator[Override]:
@@ -472,6 +514,7 @@ def _run(resolved: Resolved, places: Places) -> Iterator[Override]:
     """What depends on the run, not on its preset; folders are absolute, as Ray's workers have other working folders."""
     if resolved.spec.resources.platform == "cpu":
         yield Override("trainer.device", "cpu", resolved.origins["resources.platform"])
+        yield from _logical_gpus(resolved)
     why = Origin("derived", reason="the run's name")
     yield Override("trainer.experiment_name", places.name, why)
     yield Override("trainer.default_local_dir", str(places.checkpoints), why)
@@ -481,6 +524,15 @@ def _run(resolved: Resolved, places: Places) -> Iterator[Override]:
         resume = Origin("option", Location("--resume"))
         yield Override("trainer.resume_mode", "resume_path", resume)
         yield Override("trainer.resume_from_path", str(places.resume_from), resume)
+
+
+def _logical_gpus(resolved: Resolved) -> Iterator[Override]:
+    """As many logical GPUs as verl asks Ray for, where the preset describes the Ray of a run on CPUs."""
+    spec = resolved.spec
+    given = {written.removeprefix("+"): value for written, value in spec.verl.items()}
+    if given.get(RAY_CPUS) is not None and RAY_GPUS not in given and spec.resources.nodes == 1:
+        why = Origin("derived", reason="verl asks Ray for a GPU for each trainer process and rollout engine")
+        yield Override(RAY_GPUS, spec.resources.all_devices, why, added=True)
 
 
 def _verbatim(resolved: Resolved) -> Iterator[Override]:

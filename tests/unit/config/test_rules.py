@@ -355,7 +355,36 @@ CASES += [
         "--set reward.function=FILE.py:NAME",
     ),
 ]
+CORRECTED = "correction.cap=2"
+SEPARATE, COLOCATE = "trainer.mode=separate_async", "trainer.mode=colocate_async"
+CASES += [
+    (
+        "staleness_is_corrected",
+        GRPO,
+        (SEPARATE, "correction.kind=none"),
+        "trainer.mode: separate_async trains on responses of older policies, and nothing corrects for that",
+        "--set correction.kind=tis",
+    ),
+    (
+        "prefetched_groups_are_used",
+        GRPO,
+        (COLOCATE, CORRECTED, "trainer.prefetch=2.5", "trainer.max_staleness=2"),
+        "trainer.max_staleness: 2 is not more than trainer.prefetch = 2.5",
+        "--set trainer.max_staleness=3",
+    ),
+    (
+        "rollout_devices_are_used",
+        GRPO,
+        (COLOCATE, CORRECTED, "resources.rollout_gpus_per_node=2"),
+        "resources.rollout_gpus_per_node: no engine uses these GPUs: in mode colocate_async",
+        "--set trainer.mode=separate_async",
+    ),
+]
 LEGAL = [
+    (GRPO, (COLOCATE, CORRECTED, "trainer.max_staleness=2")),
+    (GRPO, (COLOCATE, CORRECTED, "trainer.max_staleness=1", "trainer.prefetch=0")),
+    (GRPO, (SEPARATE, CORRECTED, "trainer.max_staleness=1", "trainer.stale=wait")),
+    (GRPO, (SEPARATE, by("token"), upper(1.2))),
     (GRPO, ("algorithm.micro_batch_size_per_gpu=4",)),
     (GRPO, ("algorithm.micro_batch_size_per_gpu=4", "rollout.log_prob_micro_batch_size_per_gpu=8")),
     (GRPO, ("algorithm.max_tokens_per_gpu=24576", "rollout.log_prob_max_tokens_per_gpu=null")),

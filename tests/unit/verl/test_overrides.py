@@ -33,7 +33,7 @@ def test_every_field_is_in_the_table_or_handled_apart():
     apart = {"name", "description", "rollout.precision", "resources.platform", "env", "verl", "algorithm.loss"}
     apart |= {key for key in keys_of(RunSpec) if key.startswith("correction.")} - {"correction.keep_responses"}
     apart |= {"model.attention", "rollout.kv_cache", "rollout.profile", "rollout.mix", "rollout.lm_head_fp32"}
-    apart |= {"rollout.rotation", "data.shares"}
+    apart |= {"rollout.rotation", "data.shares", "trainer.mode", "trainer.prefetch"}
     apart |= {key for key in keys_of(RunSpec) if key.startswith("reward.")} - {
         *("reward.manager", "reward.overlong.buffer_len", "reward.overlong.penalty_factor", "reward.overlong.log")
     }

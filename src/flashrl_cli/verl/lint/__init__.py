@@ -18,6 +18,7 @@ from flashrl_cli.verl.config import Rule, Settings
 from flashrl_cli.verl.dead_keys import dead_key
 from flashrl_cli.verl.lint import batches, devices, keys, learning, rollout, sampling
 from flashrl_cli.verl.lint.devices import trains_with_fsdp
+from flashrl_cli.verl.overrides import MODE
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
@@ -67,7 +68,8 @@ class Composition:
 
 def _judged(overrides: Sequence[Override]) -> tuple[Override, ...]:
     """Overrides without those that rules refuse by their names, which are not reported a second time as unknown."""
-    return tuple(o for o in overrides if not dead_key(o.key) and not keys.is_forced(o.key))
+    mode = next((str(o.value) for o in overrides if o.key == MODE), "sync")
+    return tuple(o for o in overrides if not dead_key(o.key, mode) and not keys.is_forced(o.key))
 
 
 def composed(overrides: Sequence[Override]) -> Composition:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from flashrl_cli.verl import attention
+from flashrl_cli.verl.checkpoints import STORAGE_UNITS
 from flashrl_cli.verl.config import (
     DATA_PARALLEL,
     DTYPE_BYTES,
@@ -20,16 +21,13 @@ from flashrl_cli.verl.config import (
     engine_devices,
     written,
 )
-from flashrl_cli.verl.environment import rollout_options
-from flashrl_cli.verl.overrides import AUTO, ROLLOUT
+from flashrl_cli.verl.environment import CPUS_A_DEVICE, CPUS_A_ROLLOUT_DEVICE, rollout_options
+from flashrl_cli.verl.overrides import AUTO, RAY_CPUS, RAY_GPUS, ROLLOUT
 
 if TYPE_CHECKING:
     from flashrl_cli.errors import Problem
 
-RAY_CPUS = "ray_kwargs.ray_init.num_cpus"
-RAY_GPUS = "ray_kwargs.ray_init.num_gpus"
 BUCKET = f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes"
-STORAGE_UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
 
 
 def trains_with_fsdp(s: Settings) -> Iterator[Problem]:
@@ -56,17 +54,21 @@ def engines_fit_devices(s: Settings) -> Iterator[Problem]:
     See workers/engine_workers.py:659 and workers/rollout/replica.py:114. verl assigns devices to engines in order, and
     would start an engine that spans two nodes as if all its devices were on the first.
     """
-    size, node = engine_devices(s.spec), s.spec.resources.gpus_per_node
-    if (node % size == 0) if size <= node else (size % node == 0 and s.devices % size == 0):
+    resources, size = s.spec.resources, engine_devices(s.spec)
+    nodes, node, field = resources.nodes, resources.gpus_per_node, "trainer.n_gpus_per_node"
+    if resources.separate_devices:
+        nodes, node = resources.rollout_nodes or 1, resources.rollout_gpus_per_node or 1
+        field = f"{ROLLOUT}.n_gpus_per_node"
+    if (node % size == 0) if size <= node else (size % node == 0 and nodes * node % size == 0):
         return
     width = size // s.spec.rollout.tensor_parallel
     fitting = [tp for tp in range(1, node + 1) if node % (tp * width) == 0 and tp <= s.spec.rollout.tensor_parallel]
     yield s.problem(
-        f"engines of {size} devices do not fit {s.spec.resources.nodes} x {node} devices",
+        f"engines of {size} devices do not fit {nodes} x {node} devices",
         s.fix(TENSOR_PARALLEL, max(fitting)) if fitting else s.fix(DATA_PARALLEL, 1),
         TENSOR_PARALLEL,
         DATA_PARALLEL,
-        "trainer.n_gpus_per_node",
+        field,
     )
 
 
@@ -238,7 +240,10 @@ def cpus_needed(s: Settings) -> int:
     the reward manager `remote` starts in each worker.
     """
     remote = (s.size("reward.num_workers") or 1) ** 2 if s.spec.reward.manager == "remote" else 0
-    return 3 * s.spec.resources.gpus_per_node + 1 + (s.size(STORAGE_UNITS) or 0) + remote
+    resources = s.spec.resources
+    # an engine with devices of its own: two for each (workers/rollout/replica.py:205)
+    separate = CPUS_A_ROLLOUT_DEVICE * (resources.rollout_gpus_per_node or 0)
+    return CPUS_A_DEVICE * resources.gpus_per_node + separate + 1 + (s.size(STORAGE_UNITS) or 0) + remote
 
 
 def ray_has_resources(s: Settings) -> Iterator[Problem]:
@@ -261,10 +266,12 @@ def ray_has_resources(s: Settings) -> Iterator[Problem]:
             RAY_CPUS,
             "trainer.n_gpus_per_node",
         )
-    if gpus is not None and gpus < s.devices:
+    needed = s.spec.resources.all_devices
+    if gpus is not None and gpus < needed:
+        fields = "resources.gpus_per_node" + (" and rollout_gpus_per_node" if s.spec.resources.separate_devices else "")
         yield s.problem(
-            f"{RAY_GPUS} = {gpus} is less than resources.gpus_per_node = {s.devices}",
-            s.fix(RAY_GPUS, s.devices, new=True),
+            f"{RAY_GPUS} = {gpus} is less than {fields} = {needed}",
+            f"{s.fix(RAY_GPUS, needed, new=True)}, or drop it",
             "trainer.n_gpus_per_node",
             RAY_GPUS,
         )

@@ -34,12 +34,16 @@ from flashrl_cli.verl.overrides import (
     AUTO,
     CORRECTION,
     ENGINE,
+    HYBRID,
     LOSS_FIELD,
     LOSS_MODE,
+    MODE,
+    MODE_FIELD,
     MODEL,
     REF,
     ROLLOUT,
     TABLE,
+    V1,
     Override,
 )
 
@@ -47,10 +51,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Rule = Callable[[Resolved, Sequence[Override]], Iterator[Problem]]
-_FIXED = "flashrl drives verl's synchronous V1 trainer with vLLM, and no other"
+_FIXED = "flashrl drives verl's V1 trainer with vLLM, and no other"
 _APART = {
     "trainer.use_v1": _FIXED,
-    "trainer.v1.trainer_mode": _FIXED,
+    MODE: f"--set {MODE_FIELD}=…",
+    f"{V1}.colocate_async.num_warmup_batches": "--set trainer.prefetch=…",
+    f"{V1}.separate_async.num_warmup_batches": "--set trainer.prefetch=…",
+    f"{V1}.separate_async.parameter_sync_step": "--set algorithm.mini_batch_size=…, of which a step trains on each",
+    HYBRID: "drop it: all rollout engines have GPUs of their own",
     f"{ROLLOUT}.name": _FIXED,
     "trainer.experiment_name": "--name",
     "trainer.default_local_dir": "--name, and trainer.project",
@@ -106,10 +114,10 @@ def no_forced_keys(_: Resolved, overrides: Sequence[Override]) -> Iterator[Probl
             yield Problem(message, override.origin.where, f"verl.{bare}, or verl.+{bare} for a new key")
 
 
-def no_dead_keys(_: Resolved, overrides: Sequence[Override]) -> Iterator[Problem]:
+def no_dead_keys(resolved: Resolved, overrides: Sequence[Override]) -> Iterator[Problem]:
     """Keys without effect, which Hydra accepts, are refused; see `dead_keys`."""
     for override in overrides:
-        dead = dead_key(override.key)
+        dead = dead_key(override.key, resolved.spec.trainer.mode)
         if dead:
             yield Problem(
                 f"verl does not act on {override.key}: {dead.why}", override.origin.where, f"use {dead.instead}"
@@ -120,6 +128,8 @@ def no_owned_keys(resolved: Resolved, overrides: Sequence[Override]) -> Iterator
     """A key that flashrl sets, or has a typed field for, may not be given under `verl:`; no key may be given twice."""
     counts = Counter(override.key for override in overrides)
     for override in verbatim(resolved, overrides):
+        if dead_key(override.key, resolved.spec.trainer.mode):
+            continue
         if override.key in OWNED:
             yield Problem(f"flashrl sets verl's {override.key} itself", override.origin.where, OWNED[override.key])
         elif counts[override.key] > 1:
@@ -390,11 +400,11 @@ def translation(key: str) -> Suggestion | None:
 
 
 def _exact(key: str) -> Suggestion | None:
+    if key in OWNED:
+        return Suggestion(f"flashrl's way to set it: {OWNED[key]}", [FIELDS.get(key, key)])
     dead = dead_key(key)
     if dead:
         return Suggestion(f"verl does not act on it ({dead.why}): use {dead.instead}", [dead.instead])
-    if key in OWNED:
-        return Suggestion(f"flashrl's way to set it: {OWNED[key]}", [FIELDS.get(key, key)])
     return Suggestion(f"keys of verl's own go under verl: --set verl.{key}=…") if key in _living() else None
 
 

@@ -21,7 +21,7 @@ from flashrl_cli.verl.config import (
     replicas,
     written,
 )
-from flashrl_cli.verl.overrides import ACTOR, ENGINE, MODEL, ROLLOUT
+from flashrl_cli.verl.overrides import ACTOR, BACKEND, ENGINE, MODEL, ROLLOUT, SEPARATE
 from flashrl_cli.weights.shape import inputs
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], float]] = {
 }
 """Sampling options: a test of the values that vLLM accepts, and one such value for a hint."""
 QUANTIZATIONS = ("fp8", "torchao", "ascend")
+SENDING = ("nccl", contract.CHECKPOINT_ENGINE[0], "nixl", "mooncake", "kimi_ckpt_engine")
+"""Backends that send the trainer's full tensors to engines on other GPUs."""
 
 
 def positions_hold_a_sequence(s: Settings) -> Iterator[Problem]:
@@ -269,8 +271,8 @@ def mix_leaves_both(s: Settings) -> Iterator[Problem]:
     precision = s.spec.rollout.precision
     if engines < 2:
         yield s.problem(
-            f"rollout.mix = {mix:g} wants two replicas or more, and {s.devices} devices with {engine_devices(s.spec)} "
-            f"an engine make {engines}",
+            f"rollout.mix = {mix:g} wants two replicas or more, and {s.spec.resources.rollout_devices} devices with "
+            f"{engine_devices(s.spec)} an engine make {engines}",
             f"{s.option('rollout.mix', 0)}, or more devices",
             "rollout.mix",
             TENSOR_PARALLEL,
@@ -380,19 +382,28 @@ def next_tokens_are_trained(s: Settings) -> Iterator[Problem]:
             )
 
 
-def transfers_are_direct(s: Settings) -> Iterator[Problem]:
-    """The synchronous trainer always sends weights directly, whatever backend is configured.
+def transfers_suit_the_mode(s: Settings) -> Iterator[Problem]:
+    """Weights go directly to engines on the trainer's GPUs, and by a backend that sends full tensors to others.
 
-    See trainer/ppo/v1/trainer_base.py:382. Each worker would create the other backend without using it, or fail because
-    its packages are missing (workers/engine_workers.py:686).
+    Where they go directly, whatever backend is configured (trainer/ppo/v1/trainer_base.py:382), each worker would
+    create the other one without using it, or fail because its packages are missing (workers/engine_workers.py:686).
+    `delta_sharded` sends changes only, by a method of the engine's worker that neither quantizes nor checks
+    (workers/rollout/vllm_rollout/vllm_rollout.py:255).
     """
-    key = f"{ROLLOUT}.checkpoint_engine.backend"
-    if s.get(key) != "naive":
-        yield s.problem(
-            f"verl.{key} = {s.get(key)} is for the asynchronous trainers: weights are handed over directly here",
-            s.fix(key, "naive"),
-            key,
-        )
+    backend = s.get(BACKEND)
+    if s.spec.trainer.mode != SEPARATE:
+        if backend != "naive":
+            yield s.problem(
+                f"verl.{BACKEND} = {backend} is for trainer.mode={SEPARATE}: weights are handed over directly here",
+                s.fix(BACKEND, "naive"),
+                BACKEND,
+            )
+    elif backend not in SENDING:
+        why = {
+            "naive": "hands weights over on one device, and the rollout engines have others",
+            "delta_sharded": "sends changes past flashrl's weight update, which quantizes and checks",
+        }.get(str(backend), "is no backend of verl's that flashrl knows to send full tensors")
+        yield s.problem(f"verl.{BACKEND} = {backend} {why}", f"drop it, or one of {', '.join(SENDING)}", BACKEND)
 
 
 def validation_samples(s: Settings) -> Iterator[Problem]:
@@ -432,6 +443,6 @@ RULES: tuple[Rule, ...] = (
     adapter_is_well_formed,
     routes_are_read,
     next_tokens_are_trained,
-    transfers_are_direct,
+    transfers_suit_the_mode,
     validation_samples,
 )
