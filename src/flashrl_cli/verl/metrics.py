@@ -101,6 +101,8 @@ METRICS = {
         Metric(
             "tokens_per_s", "perf/throughput", "throughput", "tokens a second and device", heading="tok/s", form=".0f"
         ),
+        Metric("stale_groups", "training/off_policy/evicted_samples", "groups dropped as too stale"),
+        Metric("failed_groups", "training/rollout_failure/evicted_samples", "groups dropped because a response failed"),
         Metric("tokens", "perf/total_num_tokens", "tokens of a step"),
         Metric("step_s", "timing_s/step", "time of a step", "s", heading="s/step", form=".1f"),
         Metric("mfu", "perf/mfu/actor", "MFU of the policy update", "share of the peak"),
