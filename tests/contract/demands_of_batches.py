@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.contract.demands_case import REF, A, R, case
+from tests.contract.demands_case import REF, SEPARATE, A, R, case
 
 VALUES = [
     case(
@@ -151,5 +151,30 @@ BATCHES = [
         hint="algorithm.filter_groups.max_inflight_batches",
         preset="dapo-32b",
         legal=("verl.data.gen_batch_size=1",),
+    ),
+    case(
+        "prompts_come_in_whole_batches",
+        "verl.data.gen_batch_size=128",
+        *SEPARATE,
+        says="ignores data.gen_batch_size in mode separate_async",
+        hint="trainer.prefetch",
+        legal=("verl.data.gen_batch_size=1", *SEPARATE),
+    ),
+    case(
+        "micro_batch_divides_share",
+        "rollout.log_prob_micro_batch_size_per_gpu=64",
+        "algorithm.micro_batch_size_per_gpu=4",
+        *SEPARATE,
+        says="does not divide the 16 responses",
+        hint="--set rollout.log_prob_micro_batch_size_per_gpu=16",
+        legal=("rollout.log_prob_micro_batch_size_per_gpu=16", "algorithm.micro_batch_size_per_gpu=4", *SEPARATE),
+    ),
+    case(
+        "critic_trains_on_what_is_sampled",
+        "verl.critic.ppo_mini_batch_size=96",
+        *SEPARATE,
+        says="= 96 does not divide algorithm.mini_batch_size = 64",
+        hint="--set verl.critic.ppo_mini_batch_size=64",
+        legal=("verl.critic.ppo_mini_batch_size=32", *SEPARATE),
     ),
 ]

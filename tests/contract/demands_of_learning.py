@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.contract.demands_case import A, case
+from tests.contract.demands_case import SEPARATE, A, case
 
 LEARNING = [
     case(
@@ -37,11 +37,19 @@ LEARNING = [
         legal=("algorithm.filter_groups.metric=score",),
     ),
     case(
-        "filter_sees_rewards",
+        "rewards_come_in_time",
         "verl.reward.reward_model.enable=true",
         says="devices of its own",
         hint="verl.reward.reward_model.enable_resource_pool=true",
         preset="dapo-32b",
+    ),
+    case(
+        "rewards_come_in_time",
+        "verl.reward.reward_model.enable=true",
+        *SEPARATE,
+        says="the trainer's devices never wait for it",
+        hint="verl.reward.reward_model.enable_resource_pool=true",
+        legal=("verl.reward.reward_model.enable=true",),
     ),
     case(
         "teacher_exists",

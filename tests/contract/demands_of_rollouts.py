@@ -278,6 +278,14 @@ ROLLOUTS = [
         hint=f"verl.{M}.mtp.enable=false",
     ),
     case(
+        "adapter_reaches_the_engine",
+        f"verl.{M}.lora_rank=8",
+        *SEPARATE,
+        says="verl sends no LoRA adapter to rollout engines with GPUs of their own",
+        hint=f"--set verl.{M}.lora.merge=true",
+        legal=(f"verl.{M}.lora_rank=8", *SEPARATE, f"verl.{M}.lora.merge=true"),
+    ),
+    case(
         "transfers_suit_the_mode",
         BACKEND + "nccl",
         says="= nccl is for trainer.mode=separate_async",

@@ -218,6 +218,10 @@ def _head(plan: LaunchPlan) -> Iterator[str]:
     loss = f" with loss {spec.algorithm.loss}" if spec.algorithm.loss != "ppo" else ""
     algorithm = f"{spec.algorithm.advantage}{loss}"
     yield f"{spec.model.path}, {algorithm}, {spec.rollout.precision} rollouts, {spec.correction.text}"
+    trainer = spec.trainer
+    if trainer.mode != "sync":
+        late = "dropped" if trainer.stale == "drop" else "waited for"
+        yield f"{trainer.mode}: {trainer.prefetch:g} batches ahead, {late} after {trainer.max_staleness} steps"
     if PRECISIONS[spec.rollout.precision].rotates:
         yield f"rotation of inputs: {spec.rollout.rotation} ({plan.origins['rollout.rotation']})"
     used = [f"{one.value} ({one.origin})" for one in plan.overrides if one.key.endswith(f".{ATTENTION}")]

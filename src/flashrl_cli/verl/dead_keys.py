@@ -159,6 +159,12 @@ IGNORED = (
     DeadKey("trainer.esi_redundant_time", _NOTHING, _V0),
     DeadKey("trainer.ray_wait_register_center_timeout", _NOTHING, _V0),
     DeadKey("trainer.v1.colocate_async", _NOTHING, _OTHER_MODE, (_COLOCATE,)),
+    DeadKey(
+        "trainer.v1.sampler.sync_refill_failed_groups",
+        _NOTHING,
+        "asynchronous modes always replace them (trainer/ppo/v1/replay_buffer.py:532)",
+        ("sync",),
+    ),
     DeadKey("trainer.v1.separate_async", _NOTHING, _OTHER_MODE, (_SEPARATE,)),
     DeadKey(
         "trainer.v1.separate_async.hybrid_rollout",

@@ -321,7 +321,10 @@ def _mixture(resolved: Resolved) -> Iterator[Override]:
 
 
 def _unread(entry: Entry, resolved: Resolved) -> bool:
-    return entry.key.startswith("critic.") and resolved.spec.algorithm.advantage != "gae"
+    spec = resolved.spec
+    if entry.field.startswith("resources.rollout_"):
+        return spec.trainer.mode != SEPARATE
+    return entry.key.startswith("critic.") and spec.algorithm.advantage != "gae"
 
 
 def _passes(resolved: Resolved) -> Iterator[Override]:

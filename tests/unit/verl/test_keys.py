@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from flashrl_cli.config.layers import Origin
+from flashrl_cli.config.spec import TrainerSpec
 from flashrl_cli.errors import EnvironmentNotReady, Location, Problem
 from flashrl_cli.verl import compose
 from flashrl_cli.verl import compose as tree
@@ -71,6 +73,7 @@ CASES = [
     ),
     ("no_idle_options", "critic.lr=1e-5", "nothing reads critic.lr", "--set algorithm.advantage=gae"),
     ("no_owned_keys", f"verl.{A}.policy_loss.loss_mode=gspo", "itself", "--set algorithm.loss"),
+    ("no_idle_options", "trainer.prefetch=2", "nothing reads trainer.prefetch", "--set trainer.mode=separate_async"),
     ("no_idle_options", "algorithm.filter_groups.metric=acc", "nothing reads", "algorithm.filter_groups.enable=true"),
 ]
 
@@ -158,13 +161,10 @@ def small_verl(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_verl")
 def test_what_is_known_without_verl():
+    always = [dead for dead in DEAD_KEYS if not dead.modes and dead.key not in OWNED]
     assert all(OWNED[key] in found.hint for key in OWNED if (found := keys.translation(key)))
-    assert all(
-        dead.instead in found.hint
-        for dead in DEAD_KEYS
-        if dead.key not in OWNED and (found := keys.translation(dead.key))
-    )
-    assert all(keys.translation(key) for key in [*OWNED, *(dead.key for dead in DEAD_KEYS)])
+    assert all(dead.instead in found.hint for dead in always if (found := keys.translation(dead.key)))
+    assert all(keys.translation(key) for key in [*OWNED, *(dead.key for dead in always)])
     assert keys.translation("data.shuffle") is None
     assert keys.translation("foo") is None
 
@@ -214,9 +214,12 @@ def test_lookup(key, entry):
     assert (dead.key if dead else None) == entry
 
 
+MODES = get_args(TrainerSpec.model_fields["mode"].annotation)
+
+
 def test_every_entry_is_found_and_no_key_has_two():
     for dead in DEAD_KEYS:
-        assert dead_key(dead.key) is dead
+        assert all((dead_key(dead.key, mode) is dead) == (mode not in dead.modes) for mode in MODES)
 
 
 def test_every_entry_says_why_and_what_instead():

@@ -45,7 +45,8 @@ def problems(
 
 def notes(resolved: Resolved, overrides: Sequence[Override], tree: compose.Tree) -> list[str]:
     """Notes on the numbers that a run will report, for a configuration without problems."""
-    return sampling.notes(Settings(resolved, overrides, tree))
+    settings = Settings(resolved, overrides, tree)
+    return [*sampling.notes(settings), *learning.notes(settings)]
 
 
 @dataclass(frozen=True, slots=True)

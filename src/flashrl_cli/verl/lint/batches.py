@@ -21,7 +21,7 @@ from flashrl_cli.verl.config import (
     largest_divisor,
     written,
 )
-from flashrl_cli.verl.overrides import ACTOR, ROLLOUT
+from flashrl_cli.verl.overrides import ACTOR, ROLLOUT, SEPARATE
 
 if TYPE_CHECKING:
     from flashrl_cli.errors import Problem
@@ -136,7 +136,8 @@ def micro_batch_divides_share(s: Settings) -> Iterator[Problem]:
 def _rows(s: Settings, step: Pass) -> int | None:
     """Responses that a process gets in a pass; None where they do not split evenly.
 
-    verl fills a batch up to a multiple of both models' mini-batches (trainer/ppo/v1/trainer_base.py:1589).
+    verl fills a batch up to a multiple of both models' mini-batches (trainer/ppo/v1/trainer_base.py:1589); in mode
+    separate_async a batch is one mini-batch (:503).
     """
     shares, n = s.data_parallel(step.role), s.spec.rollout.n
     mini = s.spec.algorithm.mini_batch_size * n
@@ -145,12 +146,30 @@ def _rows(s: Settings, step: Pass) -> int | None:
     if step is UPDATE:
         return mini // shares
     multiple = math.lcm(mini, (s.size("critic.ppo_mini_batch_size") or 1) * n) if s.has_critic else mini
-    return math.ceil(s.spec.data.train_batch_size * n / multiple) * multiple // shares
+    sampled = mini if s.spec.trainer.mode == SEPARATE else s.spec.data.train_batch_size * n
+    return math.ceil(sampled / multiple) * multiple // shares
 
 
 def _fitting_micro(s: Settings, step: Pass) -> int:
     rows = _rows(s, step)
     return largest_divisor(rows, min(rows, 8)) if rows else 1
+
+
+def critic_trains_on_what_is_sampled(s: Settings) -> Iterator[Problem]:
+    """In mode separate_async a critic's mini-batch may not be larger than the policy's, which verl samples at once.
+
+    verl would fill each batch up with padding to a multiple of it (trainer/ppo/v1/trainer_base.py:1589).
+    """
+    key, mini = "critic.ppo_mini_batch_size", s.spec.algorithm.mini_batch_size
+    size = s.size(key)
+    if s.has_critic and s.spec.trainer.mode == SEPARATE and size and mini % size:
+        yield s.problem(
+            f"{written(key)} = {size} does not divide algorithm.mini_batch_size = {mini}, of which verl samples one at "
+            "a time",
+            s.fix(key, largest_divisor(mini, size)),
+            key,
+            f"{ACTOR}.ppo_mini_batch_size",
+        )
 
 
 def token_budget_holds_a_sequence(s: Settings) -> Iterator[Problem]:
@@ -183,12 +202,19 @@ def _follows_update(s: Settings, step: Pass) -> bool:
 def prompts_come_in_whole_batches(s: Settings) -> Iterator[Problem]:
     """The prompts of a step must be a whole number of the data loader's batches.
 
-    See trainer/ppo/v1/trainer_base.py:1485; with dynamic sampling verl loads prompts one at a time (:735).
+    See trainer/ppo/v1/trainer_base.py:1485; with dynamic sampling, and in asynchronous modes, verl loads prompts one at
+    a time (:735).
     """
     loaded, batch = s.size("data.gen_batch_size"), s.spec.data.train_batch_size
     if not loaded:
         return
-    if s.spec.algorithm.filter_groups.enable and loaded != 1:
+    if s.spec.trainer.mode != "sync" and loaded != 1:
+        yield s.problem(
+            f"verl ignores data.gen_batch_size in mode {s.spec.trainer.mode}",
+            "drop it; trainer.prefetch says how many batches are sampled ahead",
+            "data.gen_batch_size",
+        )
+    elif s.spec.algorithm.filter_groups.enable and loaded != 1:
         yield s.problem(
             "verl ignores data.gen_batch_size with dynamic sampling",
             "drop it; algorithm.filter_groups.max_inflight_batches bounds the prompts in flight",
@@ -208,6 +234,7 @@ RULES: tuple[Rule, ...] = (
     mini_batch_fills_processes,
     batch_fills_devices,
     micro_batch_divides_share,
+    critic_trains_on_what_is_sampled,
     token_budget_holds_a_sequence,
     prompts_come_in_whole_batches,
 )

@@ -42,6 +42,7 @@ from flashrl_cli.verl.overrides import (
     MODEL,
     REF,
     ROLLOUT,
+    SEPARATE,
     TABLE,
     V1,
     Override,
@@ -176,7 +177,7 @@ def no_idle_options(resolved: Resolved, _: Sequence[Override]) -> Iterator[Probl
 
     Presets may hold values for switches that they leave off.
     """
-    algorithm = resolved.spec.algorithm
+    algorithm, mode = resolved.spec.algorithm, resolved.spec.trainer.mode
     readers = {
         "algorithm.kl_loss_coef": (algorithm.kl_loss, "algorithm.kl_loss=true"),
         "algorithm.kl_in_reward_coef": (algorithm.kl_in_reward, "algorithm.kl_in_reward=true"),
@@ -185,8 +186,11 @@ def no_idle_options(resolved: Resolved, _: Sequence[Override]) -> Iterator[Probl
         "algorithm.clip_high": (algorithm.loss in CLIPS, "algorithm.loss=ppo"),
         "algorithm.clip_c": (algorithm.loss in CAPS_RATIO, "algorithm.loss=ppo"),
         "algorithm.filter_groups.": (algorithm.filter_groups.enable, "algorithm.filter_groups.enable=true"),
+        "algorithm.filter_groups.max_inflight_batches": (mode == "sync", f"{MODE_FIELD}=sync"),
         "critic.": (algorithm.advantage == "gae", "algorithm.advantage=gae"),
     }
+    ahead = ("trainer.prefetch", "trainer.max_staleness", "trainer.stale")
+    readers |= dict.fromkeys(ahead, (mode != "sync", f"{MODE_FIELD}={SEPARATE}"))
     for field, origin in resolved.origins.items():
         if origin.layer != "set" or field == "algorithm.filter_groups.enable":
             continue

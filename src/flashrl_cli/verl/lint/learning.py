@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from flashrl_cli.contract import MIXTURE
 from flashrl_cli.verl.environment import LOGGERS
-from flashrl_cli.verl.overrides import ACTOR, DATASET, LOSS_FIELD, OVERLONG, ROLLOUT
+from flashrl_cli.verl.overrides import ACTOR, DATASET, LOSS_FIELD, OVERLONG, ROLLOUT, SEPARATE, V1
 
 if TYPE_CHECKING:
     from flashrl_cli.errors import Problem
@@ -24,6 +24,7 @@ REPORTED = ("reward", "score", "acc", "overlong_reward", "overlong")
 utils/reward_score/).
 """
 REWARD_FUNCTION = "reward.custom_reward_function.path"
+WARMUP = f"{ACTOR}.optim.lr_warmup_steps"
 _DISTILLS = "distillation.enabled"
 
 
@@ -69,18 +70,23 @@ def metric_is_reported(s: Settings) -> Iterator[Problem]:
     yield s.problem(f"no reward of verl's reports {groups.metric}", _instead(s, key, groups.metric, REPORTED), key)
 
 
-def filter_sees_rewards(s: Settings) -> Iterator[Problem]:
-    """A reward model on the trainer's devices scores too late for dynamic sampling, which needs the rewards.
+def rewards_come_in_time(s: Settings) -> Iterator[Problem]:
+    """A reward model on the trainer's devices scores between sampling and training.
 
-    verl refuses this in a worker (trainer/ppo/v1/trainer_base.py:200).
+    That is too late for dynamic sampling, which needs the rewards (trainer/ppo/v1/trainer_base.py:200), and
+    impossible while engines with devices of their own go on sampling (trainer_separate_async.py:74). verl refuses both
+    in a worker.
     """
     model, pool = "reward.reward_model.enable", "reward.reward_model.enable_resource_pool"
-    if s.spec.algorithm.filter_groups.enable and s.get(model) and not s.get(pool):
-        yield s.problem(
-            "dynamic sampling needs the reward while it samples: the reward model needs devices of its own",
-            s.fix(pool, True),
-            model,
-        )
+    if not s.get(model) or s.get(pool):
+        return
+    for asked, why in (
+        (s.spec.algorithm.filter_groups.enable, "dynamic sampling needs the reward while it samples"),
+        (s.spec.trainer.mode == SEPARATE, f"with trainer.mode={SEPARATE} the trainer's devices never wait for it"),
+    ):
+        if asked:
+            yield s.problem(f"{why}: the reward model needs devices of its own", s.fix(pool, True), model)
+            return
 
 
 def teacher_exists(s: Settings) -> Iterator[Problem]:
@@ -210,12 +216,22 @@ def _instead(s: Settings, key: str, given: object, names: tuple[str, ...]) -> st
     return s.fix(key, near[0]) if near else f"one of {', '.join(names)}"
 
 
+def notes(s: Settings) -> list[str]:
+    """Notes, in sentences, on what the trainer will do otherwise than in mode sync."""
+    updates = s.size(f"{V1}.{SEPARATE}.parameter_sync_step") or 1
+    warmup = s.size(WARMUP) or 0
+    if s.spec.trainer.mode != SEPARATE or updates == 1 or warmup <= 0:
+        return []
+    counted = f"in mode {SEPARATE} verl counts mini-batches, {updates} a step"
+    return [f"{WARMUP} = {warmup}: {counted}, so that the learning rate rises for {warmup / updates:g} steps"]
+
+
 RULES: tuple[Rule, ...] = (
     dro_has_its_weight,
     critic_follows_advantage,
     shares_reach_the_data_set,
     metric_is_reported,
-    filter_sees_rewards,
+    rewards_come_in_time,
     teacher_exists,
     reward_model_exists,
     workers_exist,

@@ -289,8 +289,17 @@ def adapter_reaches_the_engine(s: Settings) -> Iterator[Problem]:
     """flashrl's worker extension refits complete weights only, so a LoRA adapter must be merged into them.
 
     The handshake then verifies those weights; the extension would not see a separate adapter (plugins/verl_refit.py).
+    To engines with GPUs of their own verl sends the base model alone (workers/engine_workers.py:762).
     """
     merge, rank = f"{MODEL}.lora.merge", f"{MODEL}.lora_rank"
+    if s.has_adapter and s.spec.trainer.mode == SEPARATE and not s.get(merge):
+        yield s.problem(
+            "verl sends no LoRA adapter to rollout engines with GPUs of their own, unless it is merged",
+            s.fix(merge, True),
+            merge,
+            rank,
+        )
+        return
     if s.has_adapter and s.refits_with_flashrl and not s.get(merge):
         precision = s.spec.rollout.precision
         here = "rollouts on cpu" if s.spec.resources.platform == "cpu" else "rollouts with flashrl's weight update"
