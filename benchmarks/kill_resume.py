@@ -1,13 +1,14 @@
 """Kill runs at random moments and resume them until they end, to check that nothing is lost or left behind.
 
     python benchmarks/kill_resume.py [--mode sync] [--kills 20] [--per-run 5] [--steps 6] [--jobs 1] [--latest-s 130]
-        [--out FILE]
+        [--from-step 0] [--out FILE]
 
 Needs `flashrl prepare tiny`. Each run trains the preset tiny (INT8, TIS), saving every step, and ends at --steps or a
-little later. At a random time flashrl itself, the guardian, or any process of the tree gets KILL. Then the following
+little later. At a random time after the start (or after step --from-step of the attempt) flashrl itself, the guardian,
+or any process of the tree gets KILL. Then the following
 must hold: the attempt ends by itself within two minutes (or goes on until it needs what was killed, or is struck
 again), no process is left, the next attempt resumes from the newest complete step, in the end every step has its
-metrics, and no prompt was trained on twice or skipped: an asynchronous mode may lack those that it had sampled ahead.
+metrics, and no prompt was trained on twice or skipped: an asynchronous mode may lack as many as it samples ahead.
 """
 
 from __future__ import annotations
@@ -143,10 +144,15 @@ def choose_victim(flashrl: psutil.Process, dice: random.Random) -> psutil.Proces
     return flashrl if not tree or dice.random() < 0.5 else dice.choice(tree)
 
 
-def strikes(shop: Shop, dice: random.Random, latest_s: float) -> Iterator[Strike]:
-    """Start the run and kill something after a while, until an attempt has ended of it; yields each strike."""
-    before = shop.newest()
+def strikes(shop: Shop, dice: random.Random, latest_s: float, from_step: int) -> Iterator[Strike]:
+    """Start the run and kill something after a while, until an attempt has ended of it; yields each strike.
+
+    The while begins once the attempt has logged `from_step` steps.
+    """
+    before, done = shop.newest(), len(shop.logged())
     child = shop.start(ENDLESS)
+    while len(shop.logged()) < done + from_step and child.poll() is None:
+        time.sleep(0.2)
     after = dice.uniform(0, latest_s)
     struck = False
     while True:
@@ -235,6 +241,7 @@ def one_run(
     steps: int,
     seed: int,
     latest_s: float = LATEST_S,
+    from_step: int = 0,
     more: Sequence[str] = (),
     ahead: int = 0,
 ) -> dict[str, Any]:
@@ -246,7 +253,7 @@ def one_run(
     shop, dice = Shop(root, more), random.Random(seed)
     told: list[Strike] = []
     while len(told) < kills:
-        for one in strikes(shop, dice, latest_s):
+        for one in strikes(shop, dice, latest_s, from_step):
             told.append(one)
             print(json.dumps(asdict(one)), flush=True)
     before = shop.newest()
@@ -259,7 +266,13 @@ def one_run(
     problems += shop.wrong_prompts(ahead)
     if (resumed := _resumed_from(shop)) not in before:
         problems.append(f"resumed from {resumed} instead of {sorted(before)}")
-    return {"seed": seed, "strikes": [asdict(one) for one in told], "steps": shop.logged(), "problems": problems}
+    return {
+        "seed": seed,
+        "strikes": [asdict(one) for one in told],
+        "resumed_from": [attempt.resumed_from for attempt in store.read_run(shop.paths.root).attempts],
+        "steps": shop.logged(),
+        "problems": problems,
+    }
 
 
 def main() -> int:
@@ -270,6 +283,7 @@ def main() -> int:
     parser.add_argument("--per-run", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--latest-s", type=float, default=LATEST_S, help="a strike comes within this time of a start")
+    parser.add_argument("--from-step", type=int, default=0, help="steps that an attempt has done before it is struck")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once: a start keeps one core busy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kill_resume.json"))
@@ -284,6 +298,7 @@ def main() -> int:
                 steps=args.steps,
                 seed=args.seed + number,
                 latest_s=args.latest_s,
+                from_step=args.from_step,
                 more=of_mode(args.mode),
                 ahead=0 if args.mode == "sync" else PREFETCH * BATCH,
             )
