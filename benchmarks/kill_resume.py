@@ -1,12 +1,14 @@
 """Kill runs at random moments and resume them until they end, to check that nothing is lost or left behind.
 
-    python benchmarks/kill_resume.py [--kills 20] [--per-run 5] [--steps 6] [--jobs 1] [--latest-s 130] [--out FILE]
+    python benchmarks/kill_resume.py [--mode sync] [--kills 20] [--per-run 5] [--steps 6] [--jobs 1] [--latest-s 130]
+        [--from-step 0] [--out FILE]
 
 Needs `flashrl prepare tiny`. Each run trains the preset tiny (INT8, TIS), saving every step, and ends at --steps or a
-little later. At a random time flashrl itself, the guardian, or any process of the tree gets KILL. Then the following
+little later. At a random time after the start (or after step --from-step of the attempt) flashrl itself, the guardian,
+or any process of the tree gets KILL. Then the following
 must hold: the attempt ends by itself within two minutes (or goes on until it needs what was killed, or is struck
-again), no process is left, the next attempt resumes from the newest complete step, and in the end every step has its
-metrics.
+again), no process is left, the next attempt resumes from the newest complete step, in the end every step has its
+metrics, and no prompt was trained on twice or skipped: an asynchronous mode may lack as many as it samples ahead.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ import json
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -28,7 +32,7 @@ from typing import Any
 
 import psutil
 
-from flashrl_cli import files
+from flashrl_cli import files, paths
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.runs import store
 from flashrl_cli.runs.metrics import history
@@ -45,6 +49,19 @@ LAST_S = 900.0
 RUN = "killed"
 ENDLESS = 1000
 """Steps of a run that only a strike ends; how many they are may change when it goes on."""
+DUMPS = "verl.trainer.rollout_data_dir"
+QUESTION = re.compile(r"What is \d+ plus \d+\?")
+PREFETCH = 1
+"""Batches that an asynchronous mode samples ahead."""
+BATCH = 32
+"""Prompts of a step of the preset tiny."""
+
+
+def of_mode(mode: str) -> tuple[str, ...]:
+    """Options of a run in this mode of the trainer."""
+    if mode == "sync":
+        return ()
+    return ("--set", f"trainer.mode={mode}", "--set", f"trainer.prefetch={PREFETCH}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +86,10 @@ class Shop:
         self.said = root / "said"
 
     def start(self, steps: int) -> subprocess.Popen[bytes]:
-        """Start the run, or go on with it, to the end of `steps`."""
+        """Start the run, or go on with it, to the end of `steps`; prompts are taken in the order of the file."""
         command = [sys.executable, "-m", "flashrl_cli", "train", "--preset", "tiny", "--name", RUN, "--resume", "auto"]
         command += ["--json", "--set", f"trainer.steps={steps}", "--set", "trainer.save_every=1", *self.more]
+        command += ["--set", "verl.data.shuffle=false", "--set", f"{DUMPS}={self.root / 'dumped'}"]
         places = {f"FLASHRL_{name.upper()}": str(self.root / name) for name in ("runs", "checkpoints")}
         with self.said.open("ab") as said:
             return subprocess.Popen(command, env={**os.environ, **places}, cwd=self.root, stdout=said, stderr=said)
@@ -90,11 +108,34 @@ class Shop:
         """Training steps with metrics, over all attempts."""
         return [metrics.step for metrics in history(self.paths) if metrics.trained]
 
+    def wrong_prompts(self, ahead: int) -> list[str]:
+        """What is wrong with the prompts that all steps trained on, of which `ahead` may have been sampled in vain."""
+        taken: Counter[str] = Counter()
+        for step in self.logged():
+            dump = self.root / "dumped" / f"{step}.jsonl"
+            if not dump.exists():  # verl writes it in a thread, which a strike may have ended
+                return []
+            found = (QUESTION.search(json.loads(line)["input"]) for line in dump.read_text("utf-8").splitlines())
+            taken.update({match[0] for match in found if match})
+        offered = questions(taken.total() + ahead)
+        missing = len(set(offered) - taken.keys())
+        problems = [f"{prompt} {count} times" for prompt, count in taken.items() if count > 1]
+        problems += [f"{prompt} out of turn" for prompt in taken.keys() - set(offered)]
+        return problems[:5] + [f"{missing} prompts were skipped, {ahead} sampled ahead"] * (missing > ahead)
+
     def newest(self) -> set[int]:
         """Steps that a resume may go on from: the newest complete one, or the newest that has its metrics, too."""
         complete = [one.step for one in saved_steps(self.paths.checkpoints, critic=False) if one.complete]
         logged = set(self.logged())
         return {max(complete, default=0), max((step for step in complete if step in logged), default=0)}
+
+
+def questions(count: int) -> list[str]:
+    """The first prompts of the tiny data set, of which no two are the same."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(paths.data_root() / "tiny" / "train.parquet").column("prompt").to_pylist()
+    return [row[0]["content"] for row in rows[:count]]
 
 
 def choose_victim(flashrl: psutil.Process, dice: random.Random) -> psutil.Process:
@@ -103,10 +144,15 @@ def choose_victim(flashrl: psutil.Process, dice: random.Random) -> psutil.Proces
     return flashrl if not tree or dice.random() < 0.5 else dice.choice(tree)
 
 
-def strikes(shop: Shop, dice: random.Random, latest_s: float) -> Iterator[Strike]:
-    """Start the run and kill something after a while, until an attempt has ended of it; yields each strike."""
-    before = shop.newest()
+def strikes(shop: Shop, dice: random.Random, latest_s: float, from_step: int) -> Iterator[Strike]:
+    """Start the run and kill something after a while, until an attempt has ended of it; yields each strike.
+
+    The while begins once the attempt has logged `from_step` steps.
+    """
+    before, done = shop.newest(), len(shop.logged())
     child = shop.start(ENDLESS)
+    while len(shop.logged()) < done + from_step and child.poll() is None:
+        time.sleep(0.2)
     after = dice.uniform(0, latest_s)
     struck = False
     while True:
@@ -189,16 +235,25 @@ def _told(shop: Shop, after: float, victim: str, outcome: str, taken: float) -> 
 
 
 def one_run(
-    root: Path, *, kills: int, steps: int, seed: int, latest_s: float = LATEST_S, more: Sequence[str] = ()
+    root: Path,
+    *,
+    kills: int,
+    steps: int,
+    seed: int,
+    latest_s: float = LATEST_S,
+    from_step: int = 0,
+    more: Sequence[str] = (),
+    ahead: int = 0,
 ) -> dict[str, Any]:
     """A run that is struck `kills` times and then left in peace until it ends; `problems` is empty if all held.
 
-    It ends at `steps`, or one step after the last one that it has done by then.
+    It ends at `steps`, or one step after the last one that it has done by then. `ahead` are the prompts that it samples
+    ahead.
     """
     shop, dice = Shop(root, more), random.Random(seed)
     told: list[Strike] = []
     while len(told) < kills:
-        for one in strikes(shop, dice, latest_s):
+        for one in strikes(shop, dice, latest_s, from_step):
             told.append(one)
             print(json.dumps(asdict(one)), flush=True)
     before = shop.newest()
@@ -208,18 +263,27 @@ def one_run(
     problems += [f"exit {code} at the end"] * (code != 0)
     problems += [f"metrics of steps {shop.logged()}"] * (shop.logged() != list(range(1, asked + 1)))
     problems += [f"left: {shop.leftovers()}"] * bool(shop.leftovers())
+    problems += shop.wrong_prompts(ahead)
     if (resumed := _resumed_from(shop)) not in before:
         problems.append(f"resumed from {resumed} instead of {sorted(before)}")
-    return {"seed": seed, "strikes": [asdict(one) for one in told], "steps": shop.logged(), "problems": problems}
+    return {
+        "seed": seed,
+        "strikes": [asdict(one) for one in told],
+        "resumed_from": [attempt.resumed_from for attempt in store.read_run(shop.paths.root).attempts],
+        "steps": shop.logged(),
+        "problems": problems,
+    }
 
 
 def main() -> int:
     """Run all strikes, print and store the result; returns 1 if anything went wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mode", choices=("sync", "colocate_async", "separate_async"), default="sync")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--per-run", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--latest-s", type=float, default=LATEST_S, help="a strike comes within this time of a start")
+    parser.add_argument("--from-step", type=int, default=0, help="steps that an attempt has done before it is struck")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once: a start keeps one core busy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kill_resume.json"))
@@ -229,7 +293,14 @@ def main() -> int:
     def in_a_folder(number: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             return one_run(
-                Path(folder), kills=shares[number], steps=args.steps, seed=args.seed + number, latest_s=args.latest_s
+                Path(folder),
+                kills=shares[number],
+                steps=args.steps,
+                seed=args.seed + number,
+                latest_s=args.latest_s,
+                from_step=args.from_step,
+                more=of_mode(args.mode),
+                ahead=0 if args.mode == "sync" else PREFETCH * BATCH,
             )
 
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -237,6 +308,7 @@ def main() -> int:
     strikes = [one for run in runs for one in run["strikes"]]
     held = sum(one["outcome"] in {"ended", "harmless"} for one in strikes)
     result = {
+        "mode": args.mode,
         "command": " ".join(["python", *sys.argv]),
         "cores": os.cpu_count(),
         "machine": platform.machine(),

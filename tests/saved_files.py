@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import struct
 import zipfile
 from pathlib import Path
@@ -72,6 +73,20 @@ def saved_step(run: Path, step: int, *, critic: bool = False, world_size: int = 
     if critic:
         saved_model(folder / "critic", world_size=world_size)
     saved_file(folder / "data.pt")
+    return folder
+
+
+def saved_queue(step: Path, units: int = 2) -> Path:
+    """The `transfer_queue/` that asynchronous modes save with a step."""
+    folder = step / "transfer_queue"
+    (folder / "simple_storage").mkdir(parents=True)
+    names = [{"position": number, "storage_unit_id": f"TQ_STORAGE_UNIT_{number}a"} for number in range(units)]
+    (folder / "metadata.json").write_text(json.dumps({"storage_saved": True, "user_metadata": {"global_steps": 1}}))
+    (folder / "simple_storage" / "storage_unit_info.json").write_text(json.dumps(names))
+    (folder / "controller_state.pkl").write_bytes(pickle.dumps({"partitions": {"train": [1, 2, 3]}}))
+    for number in range(units):
+        unit = folder / "simple_storage" / f"su_{number}_TQ_STORAGE_UNIT_{number}a.pkl"
+        unit.write_bytes(pickle.dumps({"field_data": {"prompts": list(range(100))}}))
     return folder
 
 

@@ -1,4 +1,7 @@
-"""A run killed at a random moment: nothing stays behind, and it goes on to its end as if nothing had been."""
+"""A run killed at a random moment: nothing stays behind, and it goes on to its end as if nothing had been.
+
+In mode sync at its start, in mode separate_async while it saves, trains and samples ahead.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,12 @@ from benchmarks import kill_resume
 from flashrl_cli.runs import store
 from flashrl_cli.runs.metrics import history, holes
 from flashrl_cli.runs.saved import saved_steps
+from flashrl_cli.verl.checkpoints import Loaded, queue_pickles
 from tests.integration.conftest import PATIENCE_S, SMALL, Workshop, events
 from tests.integration.test_train import check_evaluation, check_plausible, check_proof
 
-RESPONSES = 16 * 4
+PROMPTS = 16
+RESPONSES = PROMPTS * 4
 """Of a step, as SMALL has it."""
 STRIKES_WITHIN_S = 50.0
 """The strike of this suite meets the start; benchmarks/kill_resume.py meets steps and saves, too."""
@@ -29,6 +34,23 @@ def test_killed_and_resumed_to_its_end(workshop: Workshop, tmp_path: Path, monke
     assert result["problems"] == [], json.dumps(result, indent=2)
     assert not workshop.leftovers()
     check_end(workshop, kill_resume.Shop(tmp_path), result["steps"][-1])
+
+
+def test_killed_while_it_samples_ahead(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was sampled ahead is in the checkpoint: no prompt is lost, and none is trained on twice."""
+    monkeypatch.setenv("FLASHRL_DATA", str(workshop.root / "data"))
+    for limit in ("DEADLINE_S", "STUCK_S", "LAST_S"):
+        monkeypatch.setattr(kill_resume, limit, PATIENCE_S)
+    more = (*SMALL, "--set", "algorithm.mini_batch_size=8", *kill_resume.of_mode("separate_async"))
+    result = kill_resume.one_run(tmp_path, kills=1, steps=3, seed=5, latest_s=5, from_step=1, more=more, ahead=PROMPTS)
+    assert result["strikes"]
+    assert result["problems"] == [], json.dumps(result, indent=2)
+    assert result["resumed_from"][-1] >= 1
+    assert not workshop.leftovers()
+    run = kill_resume.Shop(tmp_path).paths
+    saved = saved_steps(run.checkpoints, critic=False, loaded=Loaded(queue=True))
+    assert [one.step for one in saved if one.complete] == result["steps"]
+    assert all(queue_pickles(one.path) for one in saved)
 
 
 def check_end(workshop: Workshop, shop: kill_resume.Shop, steps: int) -> None:

@@ -42,17 +42,18 @@ def saving(number: int) -> Moment:
     return lambda run, _: (run.checkpoints / f"global_step_{number}" / "actor").exists()
 
 
-MOMENTS = [
-    (after(0.5), INT, False),
-    (phase("starting the trainer"), HUP, False),
-    (saving(1), TERM, True),
-]
+MOMENTS = [(after(0.5), INT, False), (phase("starting the trainer"), HUP, False)]
 """When which signal is sent; and whether the run ignores INT and HUP, and gets those two first: nohup in the background
 of a script.
 """
+AT_ONCE = [(saving(1), TERM, True)]
+"""The same for a run that trains and samples at the same time, in processes of their own."""
+SEPARATE = ("--set", "trainer.mode=separate_async")
 
 
-def interrupted(shop: Workshop, name: str, moments: list[tuple[Moment, signal.Signals, bool]]) -> int:
+def interrupted(
+    shop: Workshop, name: str, moments: list[tuple[Moment, signal.Signals, bool]], more: tuple[str, ...] = ()
+) -> int:
     """Start the run `name` again and again and interrupt it at each moment; how often that was.
 
     The exit code is the signal's.
@@ -61,7 +62,7 @@ def interrupted(shop: Workshop, name: str, moments: list[tuple[Moment, signal.Si
     for moment, number, nohup in moments:
         started = time.time()
         with starting_with(signal.SIG_IGN if nohup else signal.SIG_DFL, INT, HUP):
-            process = shop.start(*TRAIN, *SHORT, "--name", name)
+            process = shop.start(*TRAIN, *SHORT, *more, "--name", name)
         while not moment(run, started) and process.poll() is None:
             time.sleep(0.1)
         assert process.poll() is None, process.communicate()
@@ -81,8 +82,10 @@ def interrupted(shop: Workshop, name: str, moments: list[tuple[Moment, signal.Si
 
 def test_interrupted_at_many_moments(workshop: Workshop) -> None:
     assert interrupted(workshop, "asked", MOMENTS) == len(MOMENTS)
+    assert interrupted(workshop, "apart", AT_ONCE, SEPARATE) == len(AT_ONCE)
     assert not workshop.leftovers()
-    check_interruptions(RunPaths("asked", workshop.root / "runs/asked", workshop.root / "checkpoints/tiny/asked"))
+    for name in ("asked", "apart"):
+        check_interruptions(RunPaths(name, workshop.root / f"runs/{name}", workshop.root / f"checkpoints/tiny/{name}"))
 
 
 def check_interruptions(run: RunPaths) -> None:

@@ -656,4 +656,7 @@ def _gpus(resources: ResourceSpec) -> int:
 def _devices(resources: ResourceSpec) -> str:
     if resources.platform == "cpu":
         return "CPU"
-    return f"{resources.nodes} × {resources.gpus_per_node}" if resources.nodes > 1 else str(resources.gpus_per_node)
+    sides = [(resources.nodes, resources.gpus_per_node)]
+    if resources.separate_devices:
+        sides.append((resources.rollout_nodes or 1, resources.rollout_gpus_per_node or 1))
+    return " + ".join(f"{nodes} × {gpus}" if nodes > 1 else str(gpus) for nodes, gpus in sides)

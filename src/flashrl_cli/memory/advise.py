@@ -64,7 +64,7 @@ def candidates(settings: TrainerSettings) -> Iterator[Candidate]:
     yield from _smaller_passes(settings)
     yield from _smaller_critic(settings)
     tensor_parallel = settings.rollout.tensor_parallel * 2
-    if tensor_parallel <= settings.gpus_per_node:
+    if tensor_parallel <= (settings.rollout_gpus or settings.gpus_per_node):
         yield "tensor_parallel", tensor_parallel, _rollout(settings, tensor_parallel=tensor_parallel)
     for gpus in (2, 4, 8):
         if gpus > settings.gpus_per_node:

@@ -205,7 +205,7 @@ class Search:
         alone = valuing(settings, settings.length) if settings.critic else settings
         return self._largest(
             settings,
-            settings.train_batch,
+            settings.scored,
             settings.actor.sequence_parallel,
             lambda tokens: self.fits(scoring(alone, tokens), "log-probs"),
         )
@@ -216,7 +216,7 @@ class Search:
         alone = scoring(settings, math.ceil(settings.length / settings.actor.sequence_parallel))
         return self._largest(
             settings,
-            settings.train_batch,
+            settings.scored,
             share,
             lambda tokens: self.fits(valuing(alone, tokens), "log-probs", "critic update"),
         )

@@ -2,7 +2,9 @@
 
 Trainer and engine share the GPUs of verl's hybrid engine: the engine sleeps while the trainer works, and states that
 the trainer does not offload stay on the GPU while the engine samples (verl/workers/engine_workers.py:728,
-update_weights; verl/workers/engine/base.py:314). The estimate depends only on the composed configuration, the model's
+update_weights; verl/workers/engine/base.py:314). Under `separate_async` there are two kinds of GPUs, each with phases
+of its own: the trainer's hold no engine, the engines' no trainer (verl/trainer/ppo/v1/trainer_separate_async.py:153).
+The estimate depends only on the composed configuration, the model's
 shape and the GPU's size. Formulas and their sources are in docs/memory-model.md.
 """
 
@@ -35,6 +37,7 @@ ENGINE_CONTEXT = 512 << 20
 trainer's.
 """
 Verdict = Literal["fits", "tight", "over"]
+Side = Literal["trainer", "rollout"]
 RANK: dict[Verdict, int] = {"fits": 0, "tight": 1, "over": 2}
 
 
@@ -44,6 +47,13 @@ class Phase:
 
     name: str
     items: tuple[Item, ...]
+    side: Side | None = None
+    """Whose GPUs they are, in a run whose engines have their own."""
+
+    @property
+    def title(self) -> str:
+        """The name, with whose GPUs are meant where there are two kinds."""
+        return f"{self.name} ({self.side} GPUs)" if self.side else self.name
 
     @property
     def bytes(self) -> int:
@@ -58,7 +68,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """Peak memory of a run on one GPU."""
+    """Peak memory of a run on one GPU, of each kind if there are two."""
 
     gpu_bytes: int
     phases: tuple[Phase, ...]
@@ -74,6 +84,10 @@ class Estimate:
     advice: Advice | None
     spare: Spare
     """What costs time and need not be, if the run fits."""
+    kinds: tuple[tuple[Side, int], ...] = ()
+    """Number of GPUs of each kind, where the engines have GPUs of their own."""
+    host: int = 0
+    """Bytes of CPU memory of a trainer process for copies of the policy."""
 
     @property
     def peak(self) -> Phase:
@@ -125,6 +139,8 @@ def of_settings(
         spare=advise.spare(settings, shape, lambda changed: score(changed)[0] == 0)
         if judged == "fits"
         else advise.Spare(),
+        kinds=() if settings.colocated else (("rollout", settings.rollout_gpus), ("trainer", settings.world)),
+        host=copies(run_of(settings, shape, critic_shape, gpu_bytes)),
     )
 
 
@@ -145,8 +161,9 @@ def possible(settings: TrainerSettings, shape: ModelShape) -> bool:
     Heads must divide over an engine's GPUs, responses over the trainers.
     """
     parts = settings.actor.sequence_parallel
-    responses = settings.mini_batch * settings.n * parts
-    return shape.heads % settings.rollout.tensor_parallel == 0 and responses % settings.world == 0
+    responses, tensor_parallel = settings.mini_batch * settings.n * parts, settings.rollout.tensor_parallel
+    engines = (settings.rollout_gpus or settings.world) % tensor_parallel == 0
+    return engines and shape.heads % tensor_parallel == 0 and responses % settings.world == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,12 +192,15 @@ def run_of(settings: TrainerSettings, shape: ModelShape, critic_shape: ModelShap
 
 
 def phases(run: Run) -> tuple[Phase, ...]:
-    """The phases of a step, in order."""
-    found = [Phase("rollout", (*_awake(run), *_idle(run))), Phase("log-probs", _log_probs(run))]
+    """The phases of a step, in order; those of the engines' own GPUs first, if they have any."""
+    update = [Phase("log-probs", _log_probs(run))]
     if run.critic:
-        found.append(Phase("critic update", _critic_update(run, run.critic)))
-    found += [Phase("actor update", _actor_update(run)), Phase("weight update", _weight_update(run))]
-    return tuple(found)
+        update.append(Phase("critic update", _critic_update(run, run.critic)))
+    update += [Phase("actor update", _actor_update(run)), Phase("weight update", _weight_update(run))]
+    if run.settings.colocated:
+        return (Phase("rollout", (*_awake(run), *_idle(run))), *update)
+    rollout = Phase("rollout", (*_awake(run), *_receiver()), "rollout")
+    return (rollout, Phase("refit", _refit(run), "rollout"), *(replace(phase, side="trainer") for phase in update))
 
 
 def _awake(run: Run) -> tuple[Item, ...]:
@@ -197,12 +217,7 @@ def _awake(run: Run) -> tuple[Item, ...]:
 
 
 def _asleep(run: Run) -> tuple[Item, ...]:
-    """The engine's memory while the trainer works.
-
-    Without sleep it keeps everything; if it has separate GPUs, it takes nothing here.
-    """
-    if not run.settings.colocated:
-        return ()
+    """The engine's memory while the trainer works, all of it if it does not sleep."""
     if not run.settings.rollout.sleeps:
         return _awake(run)
     rollout = run.settings.rollout
@@ -210,12 +225,23 @@ def _asleep(run: Run) -> tuple[Item, ...]:
     return (item("sleeping engine", kept, f"CUDA context, graphs, buffers of {rollout.precision}"),)
 
 
+def _beside(run: Run) -> tuple[Item, ...]:
+    """The engine's memory on the trainer's GPUs while the trainer works: none if it has its own."""
+    return _asleep(run) if run.settings.colocated else ()
+
+
 def _idle(run: Run) -> tuple[Item, ...]:
     """The trainer's states that stay on the GPU while the engine samples."""
-    if not run.settings.colocated:
-        return ()
     critic = resident(run.critic, "critic") if run.critic else ()
     return (*_context(), *resident(run.actor, "actor"), *critic)
+
+
+def _receiver() -> tuple[Item, ...]:
+    """The process beside an engine that receives the weights (verl/checkpoint_engine/base.py, CheckpointEngineWorker).
+
+    It is assumed to hold outside torch what a trainer does.
+    """
+    return (item("receiver context", TRAINER_CONTEXT, "CUDA context, NCCL"),)
 
 
 def _context() -> tuple[Item, ...]:
@@ -237,7 +263,7 @@ def _log_probs(run: Run) -> tuple[Item, ...]:
     if run.critic:
         values = _values(run, run.critic)
         found.append((*resident(actor, "actor"), *resident(run.critic, "critic", loaded=True), *values))
-    return (*_asleep(run), *_context(), *max(found, key=total))
+    return (*_beside(run), *_context(), *max(found, key=total))
 
 
 def _values(run: Run, critic: Model) -> tuple[Item, ...]:
@@ -246,42 +272,75 @@ def _values(run: Run, critic: Model) -> tuple[Item, ...]:
 
 def _critic_update(run: Run, critic: Model) -> tuple[Item, ...]:
     update = parts.training(run.critic_shape, critic, run.settings, "critic")
-    return (*_asleep(run), *_context(), *resident(run.actor, "actor"), *update)
+    return (*_beside(run), *_context(), *resident(run.actor, "actor"), *update)
 
 
 def _actor_update(run: Run) -> tuple[Item, ...]:
     idle = resident(run.critic, "critic") if run.critic else ()
-    return (*_asleep(run), *_context(), *idle, *parts.training(run.shape, run.actor, run.settings, "actor"))
+    return (*_beside(run), *_context(), *idle, *parts.training(run.shape, run.actor, run.settings, "actor"))
 
 
 def _weight_update(run: Run) -> tuple[Item, ...]:
     """The weight update, which sends one full tensor at a time through a bucket (verl bucketed_weight_transfer.py).
 
     FSDP1 exports a second copy of its shards; FSDP2 stages tensors from wherever they are (transformer_impl.py:977,
-    get_per_tensor_param).
+    get_per_tensor_param). To engines on other GPUs every trainer process sends through two buckets of the checkpoint
+    engine, or holds two to pass them on (verl/checkpoint_engine/nccl_checkpoint_engine.py:159, prepare).
     """
     actor = run.actor
-    size = actor.engine.model_bytes
     first = actor.engine.strategy == "fsdp"
-    largest = (
-        max(
-            run.shape.vocab * run.shape.hidden, 2 * run.shape.experts * run.shape.expert_intermediate * run.shape.hidden
-        )
-        * size
-    )
     items = [*_context(), *_idle_or_loaded(run, loaded=first and not actor.engine.param_offload)]
     if first:
         items.append(item("exported shards", actor.params, "FSDP1's state_dict copies them"))
-    items.append(item("full tensor", largest, f"largest of the model, {size} B each"))
+    items.append(_full_tensor(run))
     if run.settings.colocated:
-        items += [
-            item(
-                "buckets", max(run.settings.bucket, largest) + run.settings.bucket, "the sender's and the engine's copy"
-            ),
-            item("engine weights", run.engine.weights, f"{run.settings.rollout.precision}, awake again"),
-            *_asleep(run),
-        ]
+        items += [*_into_engine(run), *_asleep(run)]
+    else:
+        items.append(_exchange(run))
     return tuple(items)
+
+
+def _refit(run: Run) -> tuple[Item, ...]:
+    """A weight update on the GPUs of an engine alone, whose KV cache is released meanwhile if the engine sleeps.
+
+    The tensors arrive in two buckets and reach the engine in two more (verl/checkpoint_engine/base.py:354;
+    vllm_async_server.py:875, release_kv_cache).
+    """
+    return (*_receiver(), _full_tensor(run), _exchange(run), *_into_engine(run), *_asleep(run))
+
+
+def _full_tensor(run: Run) -> Item:
+    return item("full tensor", _largest(run), f"largest of the model, {run.actor.engine.model_bytes} B each")
+
+
+def _largest(run: Run) -> int:
+    """Bytes of the largest tensor of the policy as it is sent."""
+    shape = run.shape
+    experts = 2 * shape.experts * shape.expert_intermediate * shape.hidden
+    return max(shape.vocab * shape.hidden, experts) * run.actor.engine.model_bytes
+
+
+def _exchange(run: Run) -> Item:
+    return item("exchange buckets", 2 * run.settings.bucket, "two of the checkpoint engine")
+
+
+def _into_engine(run: Run) -> tuple[Item, ...]:
+    bucket = run.settings.bucket
+    buckets = item("buckets", max(bucket, _largest(run)) + bucket, "the sender's and the engine's copy")
+    if not run.settings.rollout.sleeps:
+        return (buckets,)  # the weights are among what is awake
+    return (buckets, item("engine weights", run.engine.weights, f"{run.settings.rollout.precision}, awake again"))
+
+
+def copies(run: Run) -> int:
+    """Bytes of CPU memory that a trainer process takes for copies of its share of the policy.
+
+    The decoupled log-probs of `separate_async` are those of the policy at the step's start, which is kept; between
+    mini-batches the newer policy is put aside as well (verl/trainer/ppo/v1/trainer_separate_async.py:188).
+    """
+    if run.settings.colocated:
+        return 0
+    return round((1 + (run.settings.updates > 1)) * run.actor.params)
 
 
 def _idle_or_loaded(run: Run, *, loaded: bool) -> tuple[Item, ...]:
@@ -295,12 +354,15 @@ def document(found: Estimate) -> dict[str, Any]:
     return {
         "gpu_bytes": found.gpu_bytes,
         "verdict": found.verdict,
+        "gpus": dict(found.kinds) or None,
+        "cpu_bytes": found.host,
         "peak": {"phase": found.peak.name, "bytes": found.peak.bytes, "bytes_without_padding": found.least},
         "advice": {"key": advice.key, "value": advice.value, "fits": advice.fits} if advice else None,
         "kv_cache": {"tokens": found.kv_tokens, "wanted_tokens": found.wanted_tokens, "holds_a_sequence": found.starts},
         "phases": [
             {
                 "name": phase.name,
+                "gpus": phase.side,
                 "bytes": phase.bytes,
                 "items": [{"name": part.name, "bytes": part.bytes, "formula": part.formula} for part in phase.items],
             }
@@ -318,9 +380,11 @@ def summary(found: Estimate) -> list[str]:
     padding = f" ({_gib(found.least)} without padding)" if found.least < peak.bytes else ""
     size = f"{_gib(peak.bytes)}{padding} of {_gib(found.gpu_bytes)} GiB"
     lines = [
-        f"{MARKS[found.verdict]} {found.verdict}: {size} a GPU, most in {peak.name}",
+        f"{MARKS[found.verdict]} {found.verdict}: {size} a GPU, most in {peak.title}",
         f"KV cache of an engine: {found.kv_tokens:,} tokens; its batch at full length: {found.wanted_tokens:,}",
     ]
+    if found.host:
+        lines.append(f"CPU memory of a trainer process for copies of the policy: {_gib(found.host)} GiB")
     if not found.starts:
         lines.append("the KV cache does not hold one sequence of the longest length: vLLM would not start")
     if found.advice:
@@ -329,12 +393,19 @@ def summary(found: Estimate) -> list[str]:
 
 
 def block(found: Estimate) -> list[str]:
-    """An estimate as at most ten lines of plain text.
+    """An estimate as a few lines of plain text.
 
-    It is the summary, with the three largest items of each phase after the verdict.
+    It is the summary, with the three largest items of each phase after the verdict; of two kinds of GPUs, each kind has
+    its own lines.
     """
     verdict, *others = summary(found)
-    return [verdict, *(_phase(phase) for phase in found.phases), *others]
+    if not found.kinds:
+        return [verdict, *map(_phase, found.phases), *others]
+    lines = [verdict]
+    for side, count in found.kinds:
+        phases = (phase for phase in found.phases if phase.side == side)
+        lines += [f"  {side}, {counted(count, 'GPU')}:", *(f"  {_phase(phase)}" for phase in phases)]
+    return [*lines, *others]
 
 
 def _phase(phase: Phase) -> str:

@@ -273,7 +273,7 @@ def inference(
 ) -> tuple[Item, ...]:
     """Memory of a pass without gradients, excluding the states; `logits` is off for a critic."""
     engine = model.engine
-    load = tokens(batch, settings, engine, settings.train_batch)
+    load = tokens(batch, settings, engine, settings.scored)
     wide = engine.compute_bytes * (3 * mlp_width(shape) + 4 * shape.hidden) + 4 * shape.hidden
     weights = item("gathered layers", gathered(model), "unsharded working copies of FSDP")
     layer = _passing("activations", load.computed * wide, f"{load} x {wide:,} B of one layer")
@@ -427,8 +427,8 @@ def engine(shape: ModelShape, settings: TrainerSettings, gpu_bytes: int) -> Engi
     budget = round(rollout.gpu_memory_utilization * gpu_bytes)
     per_token = kv_bytes(shape, rollout)
     kv = max(0, budget - held - busy)
-    engines = max(1, settings.world // rollout.tensor_parallel)
-    at_once = min(rollout.max_num_seqs, -(-settings.train_batch * settings.n // engines))
+    in_flight = math.ceil((1 + settings.prefetch) * settings.train_batch) * settings.n
+    at_once = min(rollout.max_num_seqs, -(-in_flight // settings.engines))
     return Engine(
         budget=budget,
         weights=held,

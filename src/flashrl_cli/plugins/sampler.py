@@ -1,9 +1,14 @@
-"""verl's replay buffer, which asks its queue more often whether the responses are complete.
+"""verl's replay buffer, which asks its queue more often whether the responses are complete, and two corrections of it.
 
 Stock verl 0.9.1 sleeps 2 s between two looks (verl/trainer/ppo/v1/replay_buffer.py:144, :409). On average a step waits
 a second for nothing, which is much of a step with short responses. Here the pause is a share of the time that was
 waited already, so that long rollouts are asked no more often than by stock verl. verl builds the buffer through its
 hook `trainer.v1.sampler.custom_sampler`.
+
+Two things go wrong in stock verl's asynchronous modes. A failed group is replaced by another one without end
+(:588), so that a run whose every response fails would never end; in mode sync it ends. And a checkpoint is written
+before the batch that was trained on leaves the queue (trainer_base.py:480, :515), so that these responses stay in the
+queue of a resumed run, and in all its checkpoints, for ever.
 """
 
 from __future__ import annotations
@@ -13,6 +18,8 @@ from collections.abc import Callable
 from typing import Any
 
 LEAST_S = 0.05
+TRAIN = "train"
+"""verl's partition of the queue with what is trained on."""
 SHARE = 0.04
 """The pause between two looks, as a share of the time since the first; a look takes 10 ms for 1,000 responses."""
 
@@ -35,7 +42,8 @@ def quick_buffer(*, refill_fn: Callable[[int], int], **_: Any) -> Any:
         buffer = trainer._build_replay_buffer()
     finally:
         hook.path = path
-    buffer.__class__ = _with_short_pauses(type(buffer))
+    buffer.__class__ = _quick(type(buffer))
+    buffer._batch = trainer.config.data.train_batch_size
     log_arrival(trainer)
     samples.remember(trainer)
     staleness.watch(trainer)
@@ -47,15 +55,23 @@ def pause(waited: float, longest: float) -> float:
     return min(max(SHARE * waited, LEAST_S), longest)
 
 
-def _with_short_pauses(base: Any) -> Any:
+def _quick(base: Any) -> Any:
     class QuickReplayBuffer(base):
         """A replay buffer of verl's with shorter pauses."""
 
+        _batch = 1
+        """Prompts of a step."""
         _since = 0.0
+        _finished = 0
+        """Most groups that were finished at a time since the last one failed in vain."""
+        _failed = 0
+        """Groups that failed since then."""
+        _looked = False
         poll_interval: float
 
         def sample(self, *args: Any, **kwargs: Any) -> Any:
             self._since = time.monotonic()
+            self._finished = self._failed = 0
             return super().sample(*args, **kwargs)
 
         def _wait_for_next_poll(self, *args: Any, **kwargs: Any) -> float:
@@ -66,5 +82,30 @@ def _with_short_pauses(base: Any) -> Any:
             finally:
                 self.poll_interval = longest
             return debugged
+
+        def _evict_terminal_groups(self, global_steps: int, partition_id: str, reasons: Any) -> Any:
+            """Raise RuntimeError once a batch of groups has failed in a row."""
+            finished = len(self.finished_keys[partition_id])
+            self._failed = len(reasons[2]) + (0 if finished > self._finished else self._failed)
+            self._finished = max(self._finished, finished)
+            if self._failed >= self._batch:
+                raise RuntimeError(f"{self._failed} groups of responses have failed in a row, and no other is finished")
+            return super()._evict_terminal_groups(global_steps, partition_id, reasons)
+
+        def _sync_metadata_from_transfer_queue(self) -> None:
+            super()._sync_metadata_from_transfer_queue()
+            if not self._looked:
+                self._looked = True
+                self._forget_trained()
+
+        def _forget_trained(self) -> None:
+            """Clear the responses whose prompt is not in the queue; before the first step these were trained on."""
+            import transfer_queue
+
+            left = [key for key in self.partitions[TRAIN] if key.split("_")[0] not in self.prompt_global_steps[TRAIN]]
+            if left:
+                transfer_queue.kv_clear(partition_id=TRAIN, keys=left)
+            for key in left:
+                del self.partitions[TRAIN][key]
 
     return QuickReplayBuffer

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import os
+import pickle
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -124,6 +125,26 @@ def _problems(step_folder: Path, loaded: layout.Loaded, *, critic: bool) -> Iter
         yield from _model_problems(step_folder, layout.CRITIC, loaded.critic)
     if problem := torn(step_folder / layout.DATA):
         yield f"{layout.DATA}: {problem}"
+    if loaded.queue:
+        yield from _queue_problems(step_folder)
+
+
+def _queue_problems(step_folder: Path) -> Iterator[str]:
+    """Yield what is wrong with the prompts and responses that an asynchronous mode saved with the step.
+
+    A step that was saved completely in mode `sync` has none, and needs none: nothing was sampled ahead.
+    """
+    if not (step_folder / layout.QUEUE).is_dir():
+        tracked, step = layout.tracked_step(step_folder.parent), layout.step_number(step_folder.name)
+        if tracked is None or step is None or step > tracked:
+            yield f"{layout.QUEUE}/: missing"
+        return
+    for file in layout.queue_texts(step_folder):
+        if problem := _unreadable_json(file):
+            yield f"{file.relative_to(step_folder)}: {problem}"
+    for file in layout.queue_pickles(step_folder) or ():
+        if problem := _unreadable_pickle(file):
+            yield f"{file.relative_to(step_folder)}: {problem}"
 
 
 def _model_problems(step_folder: Path, name: str, parts: frozenset[str]) -> Iterator[str]:
@@ -156,6 +177,20 @@ def _unreadable_json(file: Path) -> str | None:
     except ValueError:
         return _DAMAGED if file.stat().st_size else "empty"
     return None
+
+
+def _unreadable_pickle(file: Path) -> str | None:
+    """What is wrong with a pickle, of which only the last byte is read: every pickle ends with the opcode STOP."""
+    try:
+        with file.open("rb") as stream:
+            if not stream.seek(0, os.SEEK_END):
+                return "empty"
+            stream.seek(-1, os.SEEK_END)
+            return None if stream.read() == pickle.STOP else _DAMAGED
+    except (FileNotFoundError, NotADirectoryError):
+        return "missing"
+    except OSError as error:
+        return f"unreadable ({error.strerror or error})"
 
 
 def measure(folder: Path) -> tuple[int, float]:

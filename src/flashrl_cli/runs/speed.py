@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli.verl import speed
 from flashrl_cli.verl.config import DATA_PARALLEL, UPDATE
 from flashrl_cli.verl.metrics import BESIDE_STEP, OCCASIONAL, TIMINGS
+from flashrl_cli.verl.overrides import SEPARATE
 from flashrl_cli.verl.speed import LOW_MFU, Recorded, Slow
 
 if TYPE_CHECKING:
@@ -171,6 +172,13 @@ class Measured:
         return self.whole("resources", "nodes") * self.whole("resources", "gpus_per_node")
 
     @property
+    def rollout_devices(self) -> int:
+        """Devices of the run's engines: the trainer's, unless they have their own."""
+        if self.setting("trainer", "mode") != SEPARATE:
+            return self.devices
+        return self.whole("resources", "rollout_nodes") * self.whole("resources", "rollout_gpus_per_node")
+
+    @property
     def responses(self) -> int:
         """Responses of a step."""
         return self.whole("data", "train_batch_size") * self.whole("rollout", "n")
@@ -291,7 +299,7 @@ def generation(m: Measured) -> Iterator[Slow]:
     mean, longest = m.median("response_length"), m.median("longest_response")
     if m.on_gpus:
         yield from speed.graphs(m.keys)
-        engines = m.devices // (m.whole("rollout", "tensor_parallel") * (m.keys.get(DATA_PARALLEL) or 1))
+        engines = m.rollout_devices // (m.whole("rollout", "tensor_parallel") * (m.keys.get(DATA_PARALLEL) or 1))
         responses, at_once = math.ceil(m.responses / max(1, engines)), m.whole("rollout", "max_num_seqs")
         possible = min(responses, m.whole("rollout", "max_num_batched_tokens"))
         if possible >= 2 * at_once > 2:

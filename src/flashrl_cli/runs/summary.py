@@ -23,6 +23,7 @@ from flashrl_cli.runs.replay import replay_run
 from flashrl_cli.runs.samples import shown
 from flashrl_cli.runs.saved import measure
 from flashrl_cli.runs.speed import Speed, Spent, diagnose, spent, step_shares
+from flashrl_cli.verl.metrics import dropped, dropped_in_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -278,6 +279,8 @@ def summarize(run: Run) -> Summary:
         notes.append("No step was logged.")
     if metrics.missing:
         notes.append(f"Steps without metrics: {', '.join(map(str, metrics.missing))}.")
+    if groups := dropped(metrics.history):
+        notes.append(f"Dropped and not trained on: {dropped_in_words(groups)}.")
     return Summary(
         row=row(run, metrics),
         run=run,

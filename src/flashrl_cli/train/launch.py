@@ -224,6 +224,8 @@ FREE = (
     "reward.timeout_s",
     "model.attention",
     "resources.gpu_memory_gib",
+    "resources.rollout_nodes",
+    "resources.rollout_gpus_per_node",
     "model.packing",
     "model.recompute",
     "algorithm.max_tokens_per_gpu",

@@ -153,7 +153,9 @@ def _enough_gpus(spec: RunSpec, found: int) -> Finding:
     """Whether a machine with `found` GPUs and no cluster has as many as a run on GPUs requires."""
     asked = spec.resources
     wanted = f"{asked.nodes} x {asked.gpus_per_node} CUDA GPUs"
-    if asked.nodes == 1 and found >= asked.gpus_per_node:
+    if asked.separate_devices:
+        wanted += f" for the trainer and {asked.rollout_nodes} x {asked.rollout_gpus_per_node} for the rollout"
+    if asked.nodes == 1 and asked.rollout_nodes in (None, 1) and found >= asked.all_devices:
         return ok("resources", f"{wanted} of {found}")
     return fail(
         "resources",
@@ -555,6 +557,7 @@ def _parameters(model: str) -> int | None:
 
 def gpu_memory(spec: RunSpec) -> list[int]:
     """Bytes of each GPU here; empty for a run on a CPU, or on a cluster, whose GPUs cannot be seen from here."""
-    if spec.resources.platform == "cpu" or spec.resources.nodes > 1 or _cluster(spec):
+    asked = spec.resources
+    if asked.platform == "cpu" or asked.nodes > 1 or (asked.rollout_nodes or 1) > 1 or _cluster(spec):
         return []
     return [gpu.memory_mib << 20 for gpu in gpus.seen() if gpu.memory_mib]

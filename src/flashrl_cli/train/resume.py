@@ -10,6 +10,7 @@ from flashrl_cli.errors import InputError, Problem
 from flashrl_cli.paths import absolute
 from flashrl_cli.runs import saved
 from flashrl_cli.runs.metrics import history
+from flashrl_cli.text import counted
 from flashrl_cli.verl import checkpoints
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def choose(spec: RunSpec, run: RunPaths, mode: str) -> Resume:
     """
     if mode == "never":
         return FROM_NOTHING
-    critic, loaded = spec.algorithm.advantage == "gae", checkpoints.loaded_by(spec.verl)
+    critic, loaded = spec.algorithm.advantage == "gae", checkpoints.loaded_by(spec.verl, spec.trainer.mode)
     own = saved.saved_steps(run.checkpoints, critic=critic, loaded=loaded)
     if mode == "auto":
         chosen = _newest(own, run)
@@ -82,6 +83,8 @@ def choose(spec: RunSpec, run: RunPaths, mode: str) -> Resume:
             )
     if chosen:
         _check_world_size(spec, chosen)
+        if loaded.queue:
+            _check_storage_units(spec, chosen)
     step = chosen.step if chosen else 0
     later = [one for one in own if one.step > step or (one.problems and one.step == step)]
     return Resume(
@@ -141,3 +144,16 @@ def _check_world_size(spec: RunSpec, chosen: Saved) -> None:
         f"{chosen.path} was saved by {saved_by} trainer processes, this run has {world}",
         hint=f"{fix}, or another step: --resume PATH",
     )
+
+
+def _check_storage_units(spec: RunSpec, chosen: Saved) -> None:
+    """Raise InputError if the step's transfer queue has another number of storage units than the run.
+
+    Each unit loads the file of its own number (transfer_queue/storage/managers/simple_storage_manager.py:841).
+    """
+    found, units = checkpoints.saved_units(chosen.path), checkpoints.storage_units(spec.verl)
+    if found not in (None, units):
+        raise InputError(
+            f"{chosen.path} has a transfer queue of {counted(found, 'storage unit')}, this run has {units}",
+            hint=f"--set verl.{checkpoints.STORAGE_UNITS}={found}, or another step: --resume PATH",
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from flashrl_cli.train.rewards import RewardFailed
 from flashrl_cli.verl.causes import CAUSES, Cause, cause_in
 from flashrl_cli.verl.environment import shipped
 from flashrl_cli.verl.logs import StartPhase, notable, phase_after, plain, root_error, total_steps
-from flashrl_cli.verl.metrics import AT
+from flashrl_cli.verl.metrics import AT, dropped, dropped_in_words
 
 if TYPE_CHECKING:
     from flashrl_cli.config.spec import CorrectionKind, CorrectionSpec, WatchSpec
@@ -151,9 +152,16 @@ class Watch:
         self.cause: Cause | None = None
         self._constant = 0
         self._stale = False
+        self._dropped: Counter[str] = Counter()
+        self._warned = 0
         own = self.plan.reward and shipped(self.plan.spec, self.plan.attempt_paths)
         self._frozen = reward.Frozen(own) if own else None
         self._report: reward.Report | None = None
+
+    @property
+    def _complete(self) -> bool:
+        """Whether the last step is done, after which verl only ends its processes."""
+        return self.total is not None and self.last >= self.total
 
     def look(self, *, ended: bool = False) -> None:
         """Read what happened since the last call; raises the error that ends the run. `ended`: it is complete."""
@@ -185,7 +193,8 @@ class Watch:
             return
         # more specific causes are earlier in the list
         self.cause = min(self.cause or cause, cause, key=CAUSES.index)
-        if cause.fatal and self._doomed is None:
+        # responses that an asynchronous mode sampled ahead fail when verl ends the engines after the last step
+        if cause.fatal and self._doomed is None and not self._complete:
             self._doomed = (cause, time.monotonic())
 
     def _check_reward(self) -> None:
@@ -228,6 +237,7 @@ class Watch:
             )
         self._warn_of_a_constant(step)
         self._warn_of_staleness(step)
+        self._warn_of_dropped(step)
         correction, bounds = self.plan.spec.correction, self.plan.spec.watch
         broken = broken_rollout(step, bounds, self.vocabulary, correction.kind)
         if broken:
@@ -263,6 +273,13 @@ class Watch:
             f"step {step.step}: tokens of staleness {last} have a KL of {apart:.3g} nats a token to the trainer, those "
             f"without staleness {fresh:.3g}: lower trainer.prefetch or trainer.max_staleness"
         )
+
+    def _warn_of_dropped(self, step: StepMetrics) -> None:
+        """Warn of groups of responses that were dropped, again whenever they are twice as many."""
+        self._dropped += dropped([step])
+        if self._dropped.total() >= max(1, 2 * self._warned):
+            self._warned = self._dropped.total()
+            self.display.warn(f"step {step.step}: dropped so far: {dropped_in_words(self._dropped)}")
 
     def _check_clocks(self) -> None:
         watch, now = self.plan.spec.watch, time.monotonic()

@@ -352,6 +352,7 @@ SAMPLING = (
         "no response of a whole batch could be sampled and scored",
         "the exceptions after `Error in _run_prompt` in the log show why",
         r"selected terminal groups with no materializable trajectories",
+        r"groups of responses have failed in a row",
     ),
     _cause(
         "sampling",

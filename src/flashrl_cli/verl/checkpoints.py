@@ -1,7 +1,9 @@
 """verl's checkpoint layout, and what a run's overrides mean for its checkpoints and its validation data.
 
 The layout is that of verl 0.9.1. utils/checkpoint/fsdp_checkpoint_manager.py:272-476 writes the files of one model;
-trainer/ppo/v1/trainer_base.py:948-1029 writes a step: actor, critic, data.pt, and the run's tracker last.
+trainer/ppo/v1/trainer_base.py:948-1029 writes a step: actor, critic, data.pt, in asynchronous modes the transfer
+queue, and the run's tracker last. transfer_queue/interface.py:1004 writes the queue into a folder that it renames when
+it is complete: prompts whose responses are unfinished, which are sampled anew, and finished responses.
 """
 
 from __future__ import annotations
@@ -28,6 +30,12 @@ HF_FILES = ("config.json", "tokenizer_config.json")
 LORA = VERL_META
 DATA = "data.pt"
 """State of the data loader; verl writes it after the models, so a step without it was not saved completely."""
+QUEUE = "transfer_queue"
+"""Folder in a step's folder with what asynchronous modes have sampled ahead."""
+STORAGE_UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
+DEFAULT_STORAGE_UNITS = 8
+"""Storage units of verl's own configuration."""
+_QUEUE_TEXTS = ("metadata.json", "simple_storage/storage_unit_info.json")
 FSDP_CONFIG = "fsdp_config.json"
 PARTS = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
 """The parts of a checkpoint by verl's names (in `save_contents`, `load_contents`): the start of their files' names."""
@@ -37,6 +45,7 @@ _SHARD = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
 _VAL_FILES = "data.val_files"
 _TRAIN_FILES = "data.train_files"
 _MODEL = "actor_rollout_ref.model.path"
+_MODE = "trainer.v1.trainer_mode"
 _CONTENTS = {
     ACTOR: "actor_rollout_ref.actor.checkpoint",
     CRITIC: "critic.checkpoint",
@@ -53,10 +62,11 @@ class Shards:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The parts (keys of PARTS) that a resume reads of each model's checkpoint."""
+    """The parts (keys of PARTS) that a resume reads of each model's checkpoint; `queue`: and what was sampled ahead."""
 
     actor: frozenset[str] = frozenset(PARTS)
     critic: frozenset[str] = frozenset(PARTS)
+    queue: bool = False
 
 
 def step_name(step: int) -> str:
@@ -106,27 +116,60 @@ def part_files(model: Path, world_size: int, parts: Iterable[str]) -> list[Path]
     ]
 
 
+def queue_texts(step_folder: Path) -> list[Path]:
+    """JSON files of a step's queue, the list of its storage units last."""
+    return [step_folder / QUEUE / name for name in _QUEUE_TEXTS]
+
+
+def queue_pickles(step_folder: Path) -> list[Path] | None:
+    """Pickles of a step's queue, of its controller and of each storage unit; None without a readable list of them."""
+    folder, units = step_folder / QUEUE, _units(step_folder)
+    if units is None:
+        return None
+    return [folder / "controller_state.pkl", *(folder / "simple_storage" / name for name in units)]
+
+
+def saved_units(step_folder: Path) -> int | None:
+    """Number of storage units that saved a step's queue; None without a readable list of them."""
+    units = _units(step_folder)
+    return None if units is None else len(units)
+
+
+def _units(step_folder: Path) -> list[str] | None:
+    try:
+        listed = json.loads((step_folder / QUEUE / _QUEUE_TEXTS[-1]).read_text(encoding="utf-8"))
+        return [f"su_{unit['position']}_{unit['storage_unit_id']}.pkl" for unit in listed]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def storage_units(verl: Mapping[str, Any]) -> int:
+    """Storage units of the transfer queue of a run whose preset has these verl keys."""
+    found = verl.get(STORAGE_UNITS, verl.get(f"+{STORAGE_UNITS}"))
+    return found if isinstance(found, int) else DEFAULT_STORAGE_UNITS
+
+
 def loaded(overrides: Iterable[str]) -> Loaded:
     """Parts that a run with these overrides (`key=value` in Hydra's grammar) loads when it resumes.
 
     Without `load_contents` a run loads what it saves (verl/trainer/config/actor/actor.yaml:139).
     """
     given = list(overrides)
-    return _loaded(lambda key: _given(given, key))
+    return _loaded(lambda key: _given(given, key), queue=_given(given, _MODE) not in (None, "sync"))
 
 
-def loaded_by(verl: Mapping[str, Any]) -> Loaded:
-    """Parts that a run whose preset has these verl keys loads when it resumes; see `loaded`."""
-    return _loaded(lambda key: verl.get(key, verl.get(f"+{key}")))
+def loaded_by(verl: Mapping[str, Any], mode: str = "sync") -> Loaded:
+    """Parts that a run in this mode whose preset has these verl keys loads when it resumes; see `loaded`."""
+    return _loaded(lambda key: verl.get(key, verl.get(f"+{key}")), queue=mode != "sync")
 
 
-def _loaded(value_of: Callable[[str], Any]) -> Loaded:
+def _loaded(value_of: Callable[[str], Any], *, queue: bool) -> Loaded:
     parts = {}
     for model, key in _CONTENTS.items():
         named = (value_of(f"{key}.{name}") for name in ("load_contents", "save_contents"))
         contents = next((value for value in named if isinstance(value, list)), PARTS)
         parts[model] = frozenset(PARTS) & frozenset(map(str, contents))
-    return Loaded(**parts)
+    return Loaded(**parts, queue=queue)
 
 
 def val_files(overrides: Iterable[str]) -> list[Path]:

@@ -25,7 +25,6 @@ from flashrl_cli.verl.overrides import (
     MODEL,
     REF,
     ROLLOUT,
-    SEPARATE,
     TABLE,
     Override,
     quote,
@@ -394,7 +393,10 @@ class TrainerSettings:
     """Forward pass of a reference policy that is a separate model; None without one."""
     rollout: RolloutSettings
     bucket: int
-    colocated: bool = True
+    rollout_gpus: int = 0
+    """GPUs of the engines alone; 0 where the engines share the trainer's."""
+    prefetch: float = 0
+    """Batches that are sampled ahead of the one that is trained on."""
     log_probs_follow: bool = True
     """Whether log-probs take the policy update's token budget (verl's default) rather than a separately set one."""
     mean_share: float = 0.5
@@ -405,8 +407,31 @@ class TrainerSettings:
 
     @property
     def world(self) -> int:
-        """Number of GPUs of the run."""
+        """Number of the trainer's GPUs."""
         return self.nodes * self.gpus_per_node
+
+    @property
+    def colocated(self) -> bool:
+        """Whether the engines share the trainer's GPUs."""
+        return not self.rollout_gpus
+
+    @property
+    def engines(self) -> int:
+        """Number of engines."""
+        return max(1, (self.rollout_gpus or self.world) // self.rollout.tensor_parallel)
+
+    @property
+    def scored(self) -> int:
+        """Prompts to whose responses log-probs are computed at once.
+
+        A trainer apart from the engines takes a mini-batch at a time (verl/trainer/ppo/v1/trainer_base.py:541).
+        """
+        return self.train_batch if self.colocated else self.mini_batch
+
+    @property
+    def updates(self) -> int:
+        """Mini-batches of a step."""
+        return -(-self.train_batch // self.mini_batch)
 
     @property
     def length(self) -> int:
@@ -430,7 +455,8 @@ def trainer_settings(s: Settings) -> TrainerSettings:
         reference=_batch(s, REFERENCE) if "reference policy" in s.roles() else None,
         rollout=_rollout(s),
         bucket=s.get(f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes") << 20,
-        colocated=s.spec.trainer.mode != SEPARATE,
+        rollout_gpus=s.spec.resources.separate_devices,
+        prefetch=0 if s.spec.trainer.mode == "sync" else s.spec.trainer.prefetch,
         log_probs_follow=s.spec.rollout.log_prob_max_tokens_per_gpu is None,
     )
 

@@ -319,6 +319,8 @@ verl/trainer/main_ppo.py:69).
 """
 CPUS_A_DEVICE = 3
 """Ray CPUs that verl reserves with each GPU, on the GPU's node (verl/single_controller/ray/base.py:146 and 192)."""
+CPUS_A_ROLLOUT_DEVICE = 2
+"""Ray CPUs that verl reserves with each GPU of engines alone (verl/workers/rollout/replica.py:205)."""
 LOGGER_ROOT = "VERL_FILE_LOGGER_ROOT"
 
 

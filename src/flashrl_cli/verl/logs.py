@@ -123,6 +123,7 @@ FOLLOWS = re.compile(
     r"ActorDiedError|ActorUnavailableError|RayActorError|WorkerCrashedError|EngineDeadError|CancelledError"
     r"|KeyboardInterrupt|SystemExit|BrokenPipeError|Connection was likely closed|Engine core initialization failed"
     r"|WorkerProc initialization failed|cancelled|selected terminal groups with no materializable trajectories"
+    r"|groups of responses have failed in a row"
 )
 """Exceptions that are only consequences of another failure."""
 EMPTY = re.compile(r"EngineDeadError|SystemExit")

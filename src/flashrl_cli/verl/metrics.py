@@ -7,10 +7,12 @@ verl/utils/debug/metrics.py. A value is None where verl logged NaN (its file log
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from flashrl_cli import contract
+from flashrl_cli.text import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,8 @@ METRICS = {
             "tokens_per_s", "perf/throughput", "throughput", "tokens a second and device", heading="tok/s", form=".0f"
         ),
         Metric("share", None, "share of the tokens"),
+        Metric("stale_groups", "training/off_policy/evicted_samples", "groups dropped as too stale"),
+        Metric("failed_groups", "training/rollout_failure/evicted_samples", "groups dropped because a response failed"),
         Metric("tokens", "perf/total_num_tokens", "tokens of a step"),
         Metric("step_s", "timing_s/step", "time of a step", "s", heading="s/step", form=".1f"),
         Metric("mfu", "perf/mfu/actor", "MFU of the policy update", "share of the peak"),
@@ -128,6 +132,9 @@ r = p_train / p_rollout of the sampled token and, under token-level TIS, the imp
   `effective` is (mean w)² / mean w², a share of the tokens. At sequence level `weight_max` is before the cap (:708).
 - `truncated` (:728) is the share of tokens with r > cap; IcePop zeroes these. At sequence level it is one of responses.
 - `rejected` (:407) is the share of tokens that rejection leaves out.
+- `stale_groups` and `failed_groups` (verl/trainer/ppo/v1/replay_buffer.py:338) count groups that were dropped while
+  the step waited for its batch, for which other prompts were sampled. Asynchronous modes log the first; the second is
+  logged by every mode that replaces failed groups.
 - `rollout_nll` and `train_nll` (:972, :952) are means over responses, not over tokens.
 - `prob_diff` and `prob_diff_max` (verl/utils/debug/metrics.py:118, 117) are the mean and the maximum of
   |p_train - p_rollout|. These are probabilities, although verl's docstring calls them log-probs.
@@ -194,6 +201,12 @@ TIMINGS = {
 
 BESIDE_STEP = "validate"
 """The phase that verl's timer of the step does not include (verl/trainer/ppo/v1/trainer_base.py:494)."""
+
+DROPPED = {
+    "stale_groups": "older than trainer.max_staleness",
+    "failed_groups": "with a response that could not be sampled or scored",
+}
+"""Metrics that count groups of responses which were sampled and not trained on, and why."""
 
 OCCASIONAL = ("save", "validate")
 """Phases that only some steps have."""
@@ -270,6 +283,19 @@ def _part(name: str, metric: str) -> str:
     """The staleness of a metric called `name`; empty for another one."""
     figure, _, part = metric.partition(AT)
     return part if figure == name else ""
+
+
+def dropped(steps: Iterable[StepMetrics]) -> Counter[str]:
+    """How many groups of responses these steps dropped, by the metric that counts them."""
+    counts: Counter[str] = Counter()
+    for step in steps:
+        counts.update({name: round(step[name] or 0) for name in DROPPED})
+    return +counts
+
+
+def dropped_in_words(counts: Mapping[str, int]) -> str:
+    """`3 groups older than trainer.max_staleness and 1 group with a response that …`."""
+    return " and ".join(f"{counted(counts[name], 'group')} {why}" for name, why in DROPPED.items() if counts.get(name))
 
 
 def verl_name(name: str) -> str:

@@ -52,11 +52,52 @@ def test_phases_of_a_critic(settings: TrainerSettings, shape: ModelShape, engine
 
 def test_engine_asleep_awake_or_elsewhere(settings: TrainerSettings, shape: ModelShape) -> None:
     awake = replace(settings, rollout=replace(settings.rollout, sleeps=False))
-    apart = replace(settings, colocated=False)
+    apart = replace(settings, rollout_gpus=4)
     assert "sleeping engine" in names_in(settings, shape, "actor update")
     assert "KV cache" in names_in(awake, shape, "actor update")
     assert not names_in(apart, shape, "actor update") & {"KV cache", "sleeping engine"}
     assert "actor parameters" not in names_in(apart, shape, "rollout")
+
+
+def test_engines_on_gpus_of_their_own(settings: TrainerSettings, shape: ModelShape) -> None:
+    apart = replace(settings, rollout_gpus=4, train_batch=64, mini_batch=32)
+    found = of_settings(apart, shape, None, 80 * GIB)
+    assert [(phase.side, phase.name) for phase in found.phases] == [
+        ("rollout", "rollout"),
+        ("rollout", "refit"),
+        ("trainer", "log-probs"),
+        ("trainer", "actor update"),
+        ("trainer", "weight update"),
+    ]
+    # two of the checkpoint engine on both sides, and two more between the receiver and the engine
+    item_bytes = {(phase.name, part.name): part.bytes for phase in found.phases for part in phase.items}
+    assert item_bytes["weight update", "exchange buckets"] == item_bytes["refit", "exchange buckets"] == 2 * (2 << 30)
+    assert item_bytes["refit", "buckets"] == (2 << 30) + 152_064 * 3584 * 4
+    assert "KV cache" not in names_in(apart, shape, "refit")
+    awake = replace(apart, rollout=replace(apart.rollout, sleeps=False))
+    assert {"KV cache", "exchange buckets"} <= names_in(awake, shape, "refit")
+    # the policy at the step's start, and the newer one beside it between two mini-batches
+    assert found.host == pytest.approx(2 * 4 * 7.6156e9 / 8, rel=0.001)
+    assert of_settings(replace(apart, mini_batch=64), shape, None, 80 * GIB).host == found.host // 2
+    assert of_settings(settings, shape, None, 80 * GIB).host == 0
+    lines = block(found)
+    assert lines[1] == "  rollout, 4 GPUs:"
+    assert lines[4] == "  trainer, 8 GPUs:"
+    assert f"most in {found.peak.name} ({found.peak.side} GPUs)" in lines[0]
+    assert any(line.startswith("CPU memory of a trainer process") for line in lines)
+    assert document(found)["gpus"] == {"rollout": 4, "trainer": 8}
+
+
+def test_batches_of_engines_on_gpus_of_their_own(settings: TrainerSettings, shape: ModelShape) -> None:
+    """A trainer apart takes a mini-batch at a time; engines hold what is sampled ahead, too."""
+    apart = replace(settings, rollout_gpus=4, rollout=replace(settings.rollout, max_num_seqs=1024))
+    together = replace(settings, actor=replace(settings.actor, infer=Batch(sequences=64)))
+    logits = "log-probs"
+    assert bytes_of(replace(together, rollout_gpus=4), shape)[logits] < bytes_of(together, shape)[logits]
+    ahead = replace(apart, prefetch=0.5)
+    assert of_settings(apart, shape, None, 80 * GIB).wanted_tokens == 128 * 8 // 4 * 4096
+    assert of_settings(ahead, shape, None, 80 * GIB).wanted_tokens == 192 * 8 // 4 * 4096
+    assert not possible(replace(apart, rollout=replace(apart.rollout, tensor_parallel=4), rollout_gpus=6), shape)
 
 
 def test_fsdp1_exports_a_copy_of_its_shards(settings: TrainerSettings, shape: ModelShape) -> None:

@@ -18,7 +18,7 @@ from flashrl_cli.plugins.log_ratios import Sample
 from flashrl_cli.runs import store
 from flashrl_cli.runs.store import Attempt, RunRecord
 from flashrl_cli.train.plan import build_plan, plan_document
-from flashrl_cli.verl.metrics import NAMES, TIMINGS
+from flashrl_cli.verl.metrics import DROPPED, NAMES, TIMINGS
 from tests.specs import load_spec
 
 Logged = Mapping[str, float | None]
@@ -73,7 +73,7 @@ def training(reward: float | None = 0.5, **more: float | None) -> Logged:
     """What a training step logs: every metric that flashrl names, and `more` of them; underscored phases are
     `seconds_actor`.
     """
-    named = dict.fromkeys(NAMES, 1.0) | {"reward": reward, "step_s": 10.0}
+    named = dict.fromkeys(NAMES, 1.0) | dict.fromkeys(DROPPED, 0.0) | {"reward": reward, "step_s": 10.0}
     seconds = {"generate": 4.0, "actor": 3.0}
     for name, value in more.items():
         if name.startswith("seconds_"):

@@ -30,7 +30,7 @@ from flashrl_cli.runs.saved import (
 )
 from flashrl_cli.verl.checkpoints import TRACKER, Loaded
 from tests.run_lab import Lab
-from tests.saved_files import saved_file, saved_model, saved_step
+from tests.saved_files import saved_file, saved_model, saved_queue, saved_step
 
 REWARD = "critic/score/mean"
 ACCURACY = "val-core/gsm8k/acc/mean@1"
@@ -105,6 +105,28 @@ def test_only_what_the_run_loads_is_missed(tmp_path: Path) -> None:
     (step / "critic" / "model_world_size_2_rank_0.pt").unlink()
     assert problems(step, critic=True, loaded=loaded) == ("critic/model_world_size_2_rank_0.pt: missing",)
     assert problems(step, critic=False, loaded=loaded) == ()
+
+
+def test_what_was_sampled_ahead_counts_in_asynchronous_modes(tmp_path: Path) -> None:
+    step, ahead = saved_step(tmp_path, 2), Loaded(queue=True)
+    assert problems(step) == ()
+    assert problems(step, loaded=ahead) == ("transfer_queue/: missing",)  # its save was interrupted
+    point_tracker(tmp_path, 2)
+    assert problems(step, loaded=ahead) == ()  # saved in mode sync, completely
+    point_tracker(tmp_path, None)
+    folder = saved_queue(step)
+    assert problems(step, loaded=ahead) == ()
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert len(files) == 5
+    for file in files:
+        whole, name = file.read_bytes(), file.relative_to(step)
+        for content, problem in ((whole[:-1], "truncated or damaged"), (b"", "empty")):
+            file.write_bytes(content)
+            assert problems(step, loaded=ahead) == (f"{name}: {problem}",)
+        file.unlink()
+        assert problems(step, loaded=ahead) == (f"{name}: missing",)
+        file.write_bytes(whole)
+    assert inspect(step, critic=False).bytes >= sum(len(file.read_bytes()) for file in files)
 
 
 def test_another_world_sizes_leftovers_are_no_substitute(tmp_path: Path) -> None:

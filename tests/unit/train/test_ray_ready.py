@@ -119,6 +119,61 @@ def test_too_few_devices(tiny_plan: Plan, nodes: list[dict[str, Any]], hint: str
     assert hint in str(problem.hint)
 
 
+SEPARATE = ("trainer.mode=separate_async", "correction.cap=2", "algorithm.mini_batch_size=16")
+
+
+def free(address: str, devices: float, cpus: float = 64.0) -> dict[str, Any]:
+    return node(address, devices=devices, free_devices=devices, free_cpus=cpus)
+
+
+@pytest.mark.parametrize(
+    ("sets", "nodes", "enough"),
+    [
+        # one GPU trains and one samples: on one node or on two
+        ((), [free("a", 2)], True),
+        ((), [free("a", 1), free("b", 1)], True),
+        ((), [free("a", 1)], False),
+        ((), [free("a", 2, cpus=4)], False),  # 3 for the trainer, 2 for the engine
+        # engines find room beside the trainer wherever it is, and on nodes without one
+        (("resources.gpus_per_node=2", "resources.rollout_gpus_per_node=4"), [free("a", 3), free("b", 3)], True),
+        (("resources.gpus_per_node=2", "resources.rollout_gpus_per_node=4"), [free("a", 3), free("b", 2)], False),
+        # all devices of an engine are on one node, so that the trainer must leave the larger one alone
+        (
+            ("resources.gpus_per_node=2", "resources.rollout_gpus_per_node=4", "rollout.tensor_parallel=4"),
+            [free("a", 5), free("b", 2)],
+            True,
+        ),
+        (
+            ("resources.gpus_per_node=2", "resources.rollout_gpus_per_node=4", "rollout.tensor_parallel=4"),
+            [free("a", 3), free("b", 3)],
+            False,
+        ),
+        # two nodes with a share of the trainer each
+        (("resources.nodes=2", "resources.rollout_nodes=1"), [free("a", 2), free("b", 1)], True),
+        (("resources.nodes=2", "resources.rollout_nodes=1"), [free("a", 3)], False),
+    ],
+)
+def test_devices_of_trainer_and_engines(
+    tiny_plan: Plan, sets: tuple[str, ...], nodes: list[dict[str, Any]], enough: bool
+) -> None:
+    problems = found(tiny_plan(*SEPARATE, *sets), *nodes)
+    assert (problems == []) == enough
+    if not enough:
+        assert "for the trainer, and beside them" in problems[0].message
+
+
+def test_too_few_devices_for_both_sides(tiny_plan: Plan) -> None:
+    (problem,) = found(tiny_plan(*SEPARATE, "resources.rollout_gpus_per_node=2"), node())
+    assert problem.message.startswith(
+        "it needs 1 node with 1 free GPU and 3 free CPUs each for the trainer, and beside them 2 engines with 1 free "
+        "GPU and 2 free CPUs each; 10.0.0.1: 1 of 1 GPUs and 8 CPUs free"
+    )
+    assert "resources.rollout_gpus_per_node=…, or a larger cluster" in str(problem.hint)
+    busy = node(devices=4.0, free_devices=2.0)
+    (problem,) = found(tiny_plan(*SEPARATE, "resources.rollout_gpus_per_node=2"), busy)
+    assert str(problem.hint).startswith("wait for the jobs")
+
+
 def test_gpus_that_cannot_compute_in_the_precision(tiny_plan: Plan) -> None:
     old = "Tesla T4, 7.5, 580.65.06, 15360"
     (problem,) = found(tiny_plan("rollout.precision=bf16"), node(gpus=old))
@@ -128,9 +183,10 @@ def test_gpus_that_cannot_compute_in_the_precision(tiny_plan: Plan) -> None:
 def test_checkpoints_of_several_nodes_need_a_shared_disk(tiny_plan: Plan) -> None:
     alone = node("10.0.0.2", tokens={"runs": "s"})
     assert found(tiny_plan(), node(), alone) == []
-    (problem,) = found(tiny_plan("resources.nodes=2"), node(), alone)
-    assert problem.where == "10.0.0.2"
-    assert "FLASHRL_CHECKPOINTS" in str(problem.hint)
+    for sets in (("resources.nodes=2",), ("trainer.mode=colocate_async", "correction.cap=2")):
+        (problem,) = found(tiny_plan(*sets), node(), alone)
+        assert problem.where == "10.0.0.2"
+        assert "FLASHRL_CHECKPOINTS" in str(problem.hint)
 
 
 def test_the_head_must_be_able_to_write_checkpoints(tiny_plan: Plan) -> None:

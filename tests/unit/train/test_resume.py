@@ -12,7 +12,7 @@ from flashrl_cli.errors import InputError
 from flashrl_cli.paths import RunPaths
 from flashrl_cli.train.resume import FROM_NOTHING, WORTH_REDOING_S, choose
 from flashrl_cli.verl import checkpoints
-from tests.saved_files import saved_step
+from tests.saved_files import saved_queue, saved_step
 from tests.specs import load_spec
 
 ACTOR = "verl.actor_rollout_ref.actor.checkpoint"
@@ -176,3 +176,17 @@ def test_a_step_without_its_metrics_is_made_again_where_that_is_cheap(
     assert found.step == taken
     reason = f"its metrics were not written: the run goes on from step {taken or 0}"
     assert [(path.name, why) for path, why in found.superseded] == [(name, reason) for name in superseded]
+
+
+def test_what_was_sampled_ahead_is_resumed_with_as_many_storage_units(run: RunPaths) -> None:
+    units = f"verl.{checkpoints.STORAGE_UNITS}"
+    sets = ["resources.gpus_per_node=2", "trainer.mode=colocate_async", "correction.cap=2"]
+    spec = load_spec("gsm8k-grpo-0.5b", sets=[*sets, f"{units}=2"]).spec
+    saved_queue(saved_step(run.checkpoints, 5))
+    saved_step(run.checkpoints, 10)
+    found = choose(spec, run, "auto")
+    assert (found.step, found.superseded[0][1]) == (5, "incomplete: transfer_queue/: missing")
+    for count in ([], [f"{units}=4"]):
+        with pytest.raises(InputError, match="has a transfer queue of 2 storage units, this run has") as caught:
+            choose(load_spec("gsm8k-grpo-0.5b", sets=[*sets, *count]).spec, run, "auto")
+        assert f"--set {units}=2" in str(caught.value.hint)

@@ -465,6 +465,36 @@ def test_a_run_that_goes_on_after_a_fatal_line_is_not_ended(tiny_plan: Plan, see
     watch.look()
 
 
+def test_what_fails_after_the_last_step_is_no_failure(tiny_plan: Plan, seen: Any, clock: Clock) -> None:
+    """Responses that an asynchronous mode sampled ahead fail when verl ends the engines."""
+    plan = tiny_plan(failure_grace_s=10)
+    write_handshake(plan.attempt_paths.plugins, handshake())
+    watch = watching(plan, seen)
+    add(plan.attempt_paths.log, "Total training steps: 2")
+    for step in (1, 2):
+        add(plan.attempt_paths.metrics, line(step))
+    watch.look()
+    add(plan.attempt_paths.log, "Error in _run_prompt for uid=1\nray.exceptions.ActorDiedError: gone")
+    watch.look()
+    clock.now += 11
+    watch.look()
+
+
+def test_dropped_groups_are_counted_and_warned_of(tiny_plan: Plan, seen: Any, clock: Clock) -> None:
+    plan = tiny_plan()
+    write_handshake(plan.attempt_paths.plugins, handshake())
+    watch = watching(plan, seen)
+    stale, failed = "training/off_policy/evicted_samples", "training/rollout_failure/evicted_samples"
+    for step, data in enumerate(({}, {stale: 2}, {stale: 1}, {failed: 1.0}, {}), 1):
+        add(plan.attempt_paths.metrics, json.dumps({"step": step, "data": data}))
+        watch.look()
+    first, second = seen.warnings
+    assert first == "step 2: dropped so far: 2 groups older than trainer.max_staleness"
+    assert second.startswith(
+        "step 4: dropped so far: 3 groups older than trainer.max_staleness and 1 group with a resp"
+    )
+
+
 def test_every_worker_must_prove_itself(tiny_plan: Plan, seen: Any) -> None:
     plan = tiny_plan("resources.gpus_per_node=2")
     watch = watching(plan, seen)

@@ -97,6 +97,13 @@ def test_loaded(overrides: list[str], actor: str, critic: str | None) -> None:
     assert found.critic == set((critic or "model optimizer extra").split())
 
 
+def test_what_was_sampled_ahead_is_loaded_in_asynchronous_modes() -> None:
+    mode = "trainer.v1.trainer_mode"
+    read = [layout.loaded(given).queue for given in ([], [f"{mode}=sync"], [f"{mode}=colocate_async"])]
+    assert read == [False, False, True]
+    assert [layout.loaded_by({}, mode).queue for mode in ("sync", "separate_async")] == [False, True]
+
+
 @pytest.mark.parametrize("recorded", [0, -1])
 def test_a_world_of_nobody_is_not_believed(tmp_path: Path, recorded: int) -> None:
     found = layout.shards(actor(tmp_path, "model_world_size_2_rank_0.pt", recorded=recorded))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import platform
 import shlex
 import time
@@ -24,7 +25,8 @@ from flashrl_cli.precision import PRECISIONS
 from flashrl_cli.text import counted
 from flashrl_cli.train.executors.ray_nodes import MARK
 from flashrl_cli.train.preflight import local_inputs
-from flashrl_cli.verl.environment import CPUS_A_DEVICE, worker_variables
+from flashrl_cli.verl.config import engine_devices
+from flashrl_cli.verl.environment import CPUS_A_DEVICE, CPUS_A_ROLLOUT_DEVICE, worker_variables
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -189,37 +191,83 @@ def problems(plan: LaunchPlan, cluster: Cluster, here: Mapping[str, str]) -> Ite
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Devices that verl needs on one node, with so many CPUs, and how often it needs them."""
+
+    count: int
+    devices: int
+    cpus: int
+
+    def on(self, devices: float, cpus: float) -> int:
+        """How many of these groups a node has room for."""
+        return max(0, int(min(devices // self.devices, cpus // self.cpus))) if self.count else 0
+
+
+def _groups(plan: LaunchPlan) -> tuple[Group, Group]:
+    """What the trainer needs on each of its nodes, and the devices of an engine with its own (none without such)."""
+    asked = plan.spec.resources
+    trainer = Group(asked.nodes, asked.gpus_per_node, CPUS_A_DEVICE * asked.gpus_per_node)
+    if not asked.separate_devices:
+        return trainer, Group(0, 1, 0)
+    # an engine that is larger than a node's share spans several (verl/workers/rollout/replica.py:113)
+    size = min(engine_devices(plan.spec), asked.rollout_gpus_per_node or 1)
+    return trainer, Group(asked.separate_devices // size, size, CPUS_A_ROLLOUT_DEVICE * size)
+
+
+def _fit(trainer: Group, rollout: Group, nodes: Sequence[tuple[float, float]]) -> bool:
+    """Whether nodes with these devices and CPUs hold all groups, the trainer's on different nodes."""
+    alone = [rollout.on(devices, cpus) for devices, cpus in nodes]
+    # engines that a node has no room for once it holds a share of the trainer
+    lost = sorted(
+        alone[index] - rollout.on(devices - trainer.devices, cpus - trainer.cpus)
+        for index, (devices, cpus) in enumerate(nodes)
+        if trainer.on(devices, cpus)
+    )
+    return len(lost) >= trainer.count and sum(alone) - sum(lost[: trainer.count]) >= rollout.count
+
+
 def _resources(plan: LaunchPlan, nodes: Sequence[Mapping[str, Any]]) -> Iterator[Problem]:
     """Yield what the nodes lack: verl needs all devices of a node's share on one node, each with its CPUs."""
-    asked = plan.spec.resources
-    cpus = CPUS_A_DEVICE * asked.gpus_per_node
-    enough = [n for n in nodes if n["free_devices"] >= asked.gpus_per_node and n["free_cpus"] >= cpus]
-    if len(enough) >= asked.nodes:
+    trainer, rollout = _groups(plan)
+    if _fit(trainer, rollout, [(n["free_devices"], n["free_cpus"]) for n in nodes]):
         return
     there = "; ".join(
         f"{n['address']}: {n['free_devices']:g} of {n['devices']:g} GPUs and {n['free_cpus']:g} CPUs free"
         for n in nodes
     )
+    needed = f"{counted(trainer.count, 'node')} with {_free(trainer)}"
+    keys = "resources.nodes=… and resources.gpus_per_node=…"
+    if rollout.count:
+        needed += f" for the trainer, and beside them {counted(rollout.count, 'engine')} with {_free(rollout)}"
+        keys += ", or resources.rollout_gpus_per_node=…"
     yield Problem(
-        f"it needs {counted(asked.nodes, 'node')} with {counted(asked.gpus_per_node, 'free GPU')} "
-        f"and {cpus} free CPUs each; {there}",
+        f"it needs {needed}; {there}",
         "resources",
         "wait for the jobs that hold them (`ray job list`), or --set resources.nodes=…"
-        if sum(n["devices"] >= asked.gpus_per_node for n in nodes) >= asked.nodes
-        else "--set resources.nodes=… and resources.gpus_per_node=…, or a larger cluster",
+        if _fit(trainer, rollout, [(n["devices"], math.inf) for n in nodes])
+        else f"--set {keys}, or a larger cluster",
     )
 
 
+def _free(group: Group) -> str:
+    return f"{counted(group.devices, 'free GPU')} and {group.cpus} free CPUs each"
+
+
 def _folders(plan: LaunchPlan, cluster: Cluster, nodes: Sequence[Mapping[str, Any]]) -> Iterator[Problem]:
-    """Yield folders that nodes do not share: trainers write checkpoint shards and read them on any node."""
+    """Yield folders that nodes do not share.
+
+    Trainers write checkpoint shards and read them on any node, and so do the units that store what an asynchronous mode
+    has sampled, which Ray spreads over all nodes (transfer_queue/utils/common.py:43).
+    """
     folder = plan.paths.checkpoints.parent
     if reason := cluster.refused.get("checkpoints"):
         yield Problem(f"the head node cannot write there: {reason}", str(folder), "set FLASHRL_CHECKPOINTS")
-    elif plan.spec.resources.nodes > 1:
+    elif plan.spec.resources.nodes > 1 or plan.spec.trainer.mode != "sync":
         for node in nodes:
             if not cluster.sees(node, "checkpoints"):
                 yield Problem(
-                    f"checkpoints of several nodes need a disk that all share; {folder} is the node's own",
+                    f"checkpoints that several nodes write need a disk that all share; {folder} is the node's own",
                     node["address"],
                     "set FLASHRL_CHECKPOINTS to a folder on a shared disk",
                 )

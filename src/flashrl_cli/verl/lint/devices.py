@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from flashrl_cli.verl import attention
+from flashrl_cli.verl.checkpoints import STORAGE_UNITS
 from flashrl_cli.verl.config import (
     DATA_PARALLEL,
     DTYPE_BYTES,
@@ -20,14 +21,13 @@ from flashrl_cli.verl.config import (
     engine_devices,
     written,
 )
-from flashrl_cli.verl.environment import rollout_options
+from flashrl_cli.verl.environment import CPUS_A_DEVICE, CPUS_A_ROLLOUT_DEVICE, rollout_options
 from flashrl_cli.verl.overrides import AUTO, RAY_CPUS, RAY_GPUS, ROLLOUT
 
 if TYPE_CHECKING:
     from flashrl_cli.errors import Problem
 
 BUCKET = f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes"
-STORAGE_UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
 
 
 def trains_with_fsdp(s: Settings) -> Iterator[Problem]:
@@ -242,8 +242,8 @@ def cpus_needed(s: Settings) -> int:
     remote = (s.size("reward.num_workers") or 1) ** 2 if s.spec.reward.manager == "remote" else 0
     resources = s.spec.resources
     # an engine with devices of its own: two for each (workers/rollout/replica.py:205)
-    separate = 2 * (resources.rollout_gpus_per_node or 0)
-    return 3 * resources.gpus_per_node + separate + 1 + (s.size(STORAGE_UNITS) or 0) + remote
+    separate = CPUS_A_ROLLOUT_DEVICE * (resources.rollout_gpus_per_node or 0)
+    return CPUS_A_DEVICE * resources.gpus_per_node + separate + 1 + (s.size(STORAGE_UNITS) or 0) + remote
 
 
 def ray_has_resources(s: Settings) -> Iterator[Problem]:
