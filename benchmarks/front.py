@@ -1,9 +1,10 @@
 """The front of speed against KL, from documents of `flashrl bench`: one table, one picture, one sentence a batch.
 
-    python -m benchmarks.front --kl KL.json --speed 7B.json 32B.json [--out FILE.json] [--png FILE.png]
+    python -m benchmarks.front --kl KL.json … --speed 7B.json 32B.json [--out FILE.json] [--png FILE.png]
 
-KL needs a model that was trained, speed one of the size that is trained; each variant has the KL of the one document
-and the speed of the others, each of which is a single run. Variants without a KL or a speed are named and left out.
+KL needs a model that was trained, speed one of the size that is trained. The KL of all variants is that of one model
+with the same settings, in one document or several; the speeds of a model are those of a single run. Variants without a
+KL or a speed are named and left out.
 `flashrl bench --mismatch` does the same for a single model.
 """
 
@@ -25,11 +26,19 @@ from flashrl_cli.render import figure
 OUT = Path("benchmarks/results/front.json")
 
 
-def mismatches(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The mismatch by variant. Raises ValueError for a model that knows nothing."""
-    found = {one["rollout"]: one["mismatch"] for one in document["variants"] if one["mismatch"]}
+def mismatches(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mismatch by variant.
+
+    Raises ValueError for a model that knows nothing, and for documents of several models or settings.
+    """
+    first, *others = ((one["model"]["fingerprint"], one["device"], one["settings"]["mismatch"]) for one in documents)
+    if any(other != first for other in others):
+        raise ValueError("the documents of --kl differ in model, device or settings of the mismatch")
+    found = {
+        one["rollout"]: one["mismatch"] for document in documents for one in document["variants"] if one["mismatch"]
+    }
     if not found or any(one["knows_nothing"] for one in found.values()):
-        raise ValueError(f"{document['model']['name']} gave no mismatch, or is a random policy")
+        raise ValueError(f"{documents[0]['model']['name']} gave no mismatch, or is a random policy")
     return found
 
 
@@ -46,7 +55,7 @@ def about(document: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": document["model"]["name"], **kept, "rotation": blocks}
 
 
-def combined(kl: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def combined(kl: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The fronts of each model and batch, as plain data."""
     distances = mismatches(kl)
     models: list[dict[str, Any]] = []
@@ -66,7 +75,7 @@ def combined(kl: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]) -> di
                 "without_kl": [name for name in found if name not in distances],
             }
         )
-    return {"kl": about(kl), "models": models}
+    return {"kl": [about(one) for one in kl], "models": models}
 
 
 def _sentences(document: Mapping[str, Any], found: Sequence[Front]) -> Iterator[str]:
@@ -107,18 +116,20 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
         for one in document["models"]
         for front in one["fronts"]
     }
-    devices = " and ".join(dict.fromkeys(one["device"] for one in (document["kl"], *document["models"])))
-    figure.write_fronts_png(panels, path, about=f"KL of {Path(document['kl']['model']).name}, {devices}")
+    devices = " and ".join(dict.fromkeys(one["device"] for one in (*document["kl"], *document["models"])))
+    figure.write_fronts_png(panels, path, about=f"KL of {Path(document['kl'][0]['model']).name}, {devices}")
 
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kl", type=Path, required=True)
+    parser.add_argument("--kl", type=Path, nargs="+", required=True)
     parser.add_argument("--speed", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--png", type=Path)
     arguments = parser.parse_args(words)
-    kl, *measured = (json.loads(file.read_text(encoding="utf-8")) for file in (arguments.kl, *arguments.speed))
+    kl, measured = (
+        [json.loads(file.read_text(encoding="utf-8")) for file in given] for given in (arguments.kl, arguments.speed)
+    )
     try:
         document = combined(kl, measured)
     except ValueError as error:

@@ -25,9 +25,9 @@ KL, SPEED = read("mismatch_gpu_wide"), read("bench_7b_h200")
 
 
 def test_the_kl_of_one_model_beside_the_speed_of_another() -> None:
-    found = front.combined(KL, [SPEED])
+    found = front.combined([KL], [SPEED])
     (model,) = found["models"]
-    assert (found["kl"]["model"], model["model"]) == ("wide", "shape:7b")
+    assert (found["kl"][0]["model"], model["model"]) == ("wide", "shape:7b")
     assert model["without_kl"] == []
     assert "bf16+head32" in model["without_speed"]
     assert [one["batch"] for one in model["fronts"]] == SPEED["settings"]["batches"]
@@ -45,7 +45,7 @@ def test_a_table_has_a_column_for_each_model_and_batch() -> None:
     other = copy.deepcopy(SPEED)
     other["model"]["name"] = "shape:32b"
     other["variants"] = [one for one in other["variants"] if one["rollout"] != "fp8+kv8"]
-    head, _, *rows = front.table(front.combined(KL, [SPEED, other])).splitlines()
+    head, _, *rows = front.table(front.combined([KL], [SPEED, other])).splitlines()
     assert head.endswith("| 7b, 64 sequences | 7b, 256 sequences | 32b, 64 sequences | 32b, 256 sequences |")
     assert rows[0].startswith("| `bf16` | 2.7e-05 | 100.0 % | **8,956** |")
     assert rows[-1].startswith("| `fp8+kv8` | 0.0009 |")
@@ -64,14 +64,20 @@ def test_the_command_writes_a_document_and_a_picture(tmp_path: Path, capsys: pyt
     assert "shape:7b: without a speed, and left out: bf16+kv8, " in said
 
 
+def test_the_kl_of_one_model_may_be_in_several_documents() -> None:
+    parts = [{**KL, "variants": KL["variants"][:3]}, {**KL, "variants": KL["variants"][3:]}]
+    assert front.combined(parts, [SPEED])["models"] == front.combined([KL], [SPEED])["models"]
+
+
 @pytest.mark.parametrize(
     ("kl", "speeds", "problem"),
     [
-        (SPEED, [SPEED], "shape:7b gave no mismatch"),
-        (KL, [SPEED, SPEED], "two documents of shape:7b"),
-        (KL, [KL], "no batch of wide"),
+        ([SPEED], [SPEED], "shape:7b gave no mismatch"),
+        ([KL, read("mismatch_gpu_tiny")], [SPEED], "differ in model"),
+        ([KL], [SPEED, SPEED], "two documents of shape:7b"),
+        ([KL], [KL], "no batch of wide"),
     ],
 )
-def test_documents_that_do_not_fit_are_refused(kl: Any, speeds: list[Any], problem: str) -> None:
+def test_documents_that_do_not_fit_are_refused(kl: list[Any], speeds: list[Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         front.combined(kl, speeds)
