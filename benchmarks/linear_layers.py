@@ -1,6 +1,6 @@
 """Time the linear layers of Qwen2.5's shapes by kernel on one CUDA GPU, and compare each with float64.
 
-    python -m benchmarks.linear_layers [--sizes 7b,32b] [--rows 16,64,256,4096] [--kernels NAME,NAME] [--budget 90]
+    python -m benchmarks.linear_layers [--sizes 7b,32b] [--rows 16,64,256,4096] [--kernels NAME,NAME] [--budget 110]
 
 The question is whether weights in INT8 beside activations in 16 bits (W8A16) are a precision worth having: where
 decoding is bound by reading weights, they read as few bytes as INT8 on both sides does, and round nothing else. The
@@ -8,6 +8,8 @@ kernels are
 
 - `bf16`: cuBLAS
 - `int8`, `int8 rotated`, `fp8`: vLLM's CUTLASS kernels and its quantization of each token, or the rotation before it
+- `int8 rotated in passes`: the rotation of a row in pieces, twice: for its largest value, and to round it. It does the
+  work twice, and holds less of a row at once than `plugins/rotation.py` does
 - `w8a16 machete`, `w8a16 marlin`: vLLM's kernels for GPTQ's 8 bits (`uint8b128`, one scale for each output channel).
   vLLM's third one, AllSpark, ends below compute capability 9.0 (quantization/utils/allspark_utils.py:31 in 0.24).
 - `w8a16 rows`: a Triton kernel that reads INT8 rows as a refit writes them, without repacking
@@ -28,7 +30,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,6 +126,58 @@ def _rotated(x: torch.Tensor) -> Tensors:
 
     found: Tensors = torch.ops.flashrl.rotate_and_quantize(x, _block(x))
     return found
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rotate_in_passes(
+    values: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    width: tl.tensor,
+    block: tl.constexpr,
+    parts: tl.constexpr,
+) -> None:
+    """Rotate and quantize one row of `width` elements, `parts` blocks at a time, twice."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, block)
+    common = column[:, None] & column[None, :]
+    common = common ^ (common >> 4)
+    common = common ^ (common >> 2)
+    common = common ^ (common >> 1)
+    signs = (1 - 2 * (common & 1)).to(values.dtype.element_ty)
+    place = tl.arange(0, parts)[:, None] * block + column[None, :]
+    largest = tl.full((parts,), 1.27e-6, dtype=tl.float32)
+    for start in range(0, width, parts * block):
+        found = tl.load(values + row * width + start + place, mask=start + place < width, other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.abs(tl.dot(found, signs)), axis=1))
+    most = tl.max(largest, axis=0)
+    for start in range(0, width, parts * block):
+        inside = start + place < width
+        found = tl.load(values + row * width + start + place, mask=inside, other=0.0)
+        nearest = (tl.dot(found, signs) * (127.0 / most) + 12582912.0) - 12582912.0
+        tl.store(codes + row * width + start + place, nearest.to(tl.int8), mask=inside)
+    tl.store(scales + row, most / 127.0)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A configuration of the kernel above: blocks of a piece, and warps."""
+
+    parts: int
+    warps: int
+
+
+PIECES = [Pieces(16, 4), Pieces(32, 4), Pieces(32, 8), Pieces(64, 8)]
+
+
+def rotated_in_passes(x: torch.Tensor, pieces: Pieces, block: int) -> Tensors:
+    """INT8 codes [M, K] and float32 scales [M, 1] of the rows of a 16-bit x, rotated by blocks."""
+    codes = torch.empty_like(x, dtype=torch.int8)
+    scales = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+    _rotate_in_passes[(x.shape[0],)](
+        x, codes, scales, x.shape[1], block, pieces.parts, num_warps=pieces.warps, num_stages=2
+    )
+    return codes, scales
 
 
 def _fp8(values: torch.Tensor) -> Tensors:
@@ -262,11 +316,10 @@ class Tile:
 def tiles(tokens: int, outputs: int, inputs: int, processors: int) -> list[Tile]:
     """Configurations that may be the fastest: small batches share the inputs until all processors have work."""
     if tokens > 64:
-        wide = [Tile(128, 128, 64, 1, 8, 3), Tile(256, 128, 64, 1, 8, 3), Tile(128, 128, 64, 1, 4, 4)]
-        return [one for one in wide if one.tokens <= tokens]
+        return [Tile(128, 128, 64, 1, 8, 3), Tile(256, 128, 64, 1, 8, 3)]
     width = max(16, 1 << (tokens - 1).bit_length())
     found = []
-    for rows, columns, warps, stages in ((64, 128, 4, 5), (128, 128, 4, 4), (128, 64, 8, 5)):
+    for rows, columns, warps, stages in ((64, 128, 4, 5), (128, 64, 8, 4)):
         blocks = math.ceil(outputs / rows)
         parts = max(1, min(8, math.ceil(2 * processors / blocks), inputs // columns))
         found += [Tile(width, rows, columns, one, warps, stages) for one in {1, parts}]
@@ -298,31 +351,39 @@ def product_of_rows(rows: Tensors, x: torch.Tensor, tile: Tile) -> torch.Tensor:
     return found.sum(0).to(x.dtype) if tile.parts > 1 else found[0]
 
 
-@dataclass
-class Tuned:
-    """`product_of_rows` with the fastest tile for each shape, which is found at the first call."""
+CHOSEN: dict[str, Tile | Pieces] = {}
+"""The fastest configuration by shape, which is found at the first call."""
 
-    chosen: dict[str, Tile] = field(default_factory=dict)
 
-    def __call__(self, rows: Tensors, taken: Tensors) -> torch.Tensor:
-        (tokens, inputs), outputs = taken[0].shape, rows[0].shape[0]
-        key = f"{tokens} x {inputs} x {outputs}"
-        if key not in self.chosen:
-            processors = torch.cuda.get_device_properties(taken[0].device).multi_processor_count
-            self.chosen[key] = self._fastest(rows, taken[0], tiles(tokens, outputs, inputs, processors))
-        return product_of_rows(rows, taken[0], self.chosen[key])
-
-    def _fastest(self, rows: Tensors, x: torch.Tensor, among: list[Tile]) -> Tile:
+def _fastest(shape: str, work: Callable[[Any], Any], among: Sequence[Any]) -> Any:
+    """The configuration with which `work` is fastest."""
+    if shape not in CHOSEN:
         seconds = {}
-        for tile in among:
+        for one in among:
             try:
-                seconds[tile] = min(timed([partial(product_of_rows, rows, x, tile)] * CALLS, 1))
-            except Exception as error:  # noqa: BLE001 - a tile that does not fit into shared memory
-                print(f"{tile}: {error}"[:300], file=sys.stderr)
-        return min(seconds, key=lambda tile: seconds[tile])
+                seconds[one] = min(timed([partial(work, one)] * CALLS, 1))
+            except Exception as error:  # noqa: BLE001 - one that does not fit into shared memory
+                print(f"{one}: {error}"[:300], file=sys.stderr)
+        CHOSEN[shape] = min(seconds, key=lambda one: seconds[one])
+    return CHOSEN[shape]
 
 
-TUNED = Tuned()
+def _rows(rows: Tensors, taken: Tensors) -> torch.Tensor:
+    x = taken[0]
+    (tokens, inputs), outputs = x.shape, rows[0].shape[0]
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    shape = f"{tokens} x {inputs} x {outputs}"
+    tile = _fastest(shape, partial(product_of_rows, rows, x), tiles(tokens, outputs, inputs, processors))
+    return product_of_rows(rows, x, tile)
+
+
+def _passes(x: torch.Tensor) -> Tensors:
+    def work(pieces: Pieces) -> Tensors:
+        return rotated_in_passes(x, pieces, _block(x))
+
+    return work(_fastest(f"{x.shape[0]} x {x.shape[1]}", work, PIECES))
+
+
 WITH_16_BITS: dict[str, Any] = {"quantize": rows_for_16_bits, "held": lambda rows: doubled(*rows)}
 KERNELS: dict[str, Kernel] = {
     "bf16": Kernel(
@@ -344,6 +405,13 @@ KERNELS: dict[str, Kernel] = {
         held=lambda rows: doubled(*rows),
         given=lambda taken: doubled(*taken),
     ),
+    "int8 rotated in passes": Kernel(
+        quantize=_rotated_rows,
+        take=_passes,
+        multiply=_cutlass,
+        held=lambda rows: doubled(*rows),
+        given=lambda taken: doubled(*taken),
+    ),
     "fp8": Kernel(
         quantize=_fp8,
         take=_fp8,
@@ -354,7 +422,7 @@ KERNELS: dict[str, Kernel] = {
     "w8a16 machete": Kernel(repack=_machete_packed, multiply=_machete, **WITH_16_BITS),
     "w8a16 marlin": Kernel(repack=_marlin_packed, multiply=_marlin, **WITH_16_BITS),
     "w8a16 to bf16": Kernel(multiply=_to_bf16, **WITH_16_BITS),
-    "w8a16 rows": Kernel(multiply=TUNED, **WITH_16_BITS),
+    "w8a16 rows": Kernel(multiply=_rows, **WITH_16_BITS),
 }
 """In the order in which they are measured: the one that takes longest is last."""
 MIXED = {"int8 rotated, qkv bf16": ("int8 rotated", {"qkv": "bf16"})}
@@ -482,7 +550,7 @@ def _child(name: str, work: Work, out: Connection) -> None:
     try:
         for found in work.of(name):
             out.send(found)
-        out.send(("done", {key: dataclasses.asdict(tile) for key, tile in TUNED.chosen.items()}, None))
+        out.send(("done", {shape: dataclasses.asdict(one) for shape, one in CHOSEN.items()}, None))
     except Exception as error:  # noqa: BLE001 - any failure of a kernel is a result
         out.send(("error", f"{type(error).__name__}: {error}"[:2000], None))
     os._exit(0)
@@ -509,7 +577,7 @@ def forked(name: str, work: Work, limit: float) -> dict[str, Any]:
             if kind == "no cuda":
                 raise NoFork(what)
             if kind == "done":
-                return found | ({"tiles": what} if what else {})
+                return found | ({"chosen": what} if what else {})
             if kind == "error":
                 return found | {"error": what}
             found.setdefault(kind, {})[what] = result
@@ -564,7 +632,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="7b,32b")
     parser.add_argument("--rows", default=ROWS)
     parser.add_argument("--kernels", default=",".join(KERNELS))
-    parser.add_argument("--budget", type=float, default=90.0, help="seconds after which no further kernel begins")
+    parser.add_argument("--budget", type=float, default=110.0, help="seconds after which no further kernel begins")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU")
