@@ -97,7 +97,8 @@ class Front:
         """What to take and why, with speeds relative to those of `base` if it was measured."""
         reference = next((one for one in self.points if one.name == base), None)
         where = f"{'at' if self.batch else 'with'} {self.title}"
-        parts = [f"{where}, by speed and KL: take {self.taken.name}, {_place(self.taken, reference)}"]
+        once = " (measured once)" if min(len(one.values) for one in self.points) < 2 else ""
+        parts = [f"{where}, by speed{once} and KL: take {self.taken.name}, {_place(self.taken, reference)}"]
         if others := [f"{one.name} ({_place(one, reference)})" for one in self.best if one is not self.taken]:
             parts.append(f"not beaten either: {joined(others, 'and')}")
         parts += [_comparison(winner, one) for one, winner in self.beaten()]

@@ -73,7 +73,7 @@ def statistics(rollout: Any, train: Any, lengths: Any) -> dict[str, Any]:
 def _error(sums: NDArray[np.float64], counts: NDArray[np.int64]) -> float:
     """Standard error of a mean over all tokens, from its sums by sequence, whose tokens depend on each other.
 
-    It is that of a ratio of means (W. Cochran, Sampling Techniques, 1977, equation 6.13); 0 for a single sequence.
+    It is that of a ratio of means (W. Cochran, Sampling Techniques, 1977, chapter 6); 0 for a single sequence.
     """
     if counts.size < 2:
         return 0.0

@@ -75,6 +75,11 @@ def test_a_kl_of_zero_is_nearer_without_a_factor() -> None:
     assert sentence == "bf16 is 2.00x as fast as int8 and nearer"
 
 
+def test_a_speed_without_repeats_is_said_to_be_one() -> None:
+    once = Point(name="int8", values=[130.0], kl=0.0055, kl_error=0.0002, effective=0.99)
+    assert Front(1, [BF16, once]).sentence("bf16").startswith("at 1 sequence, by speed (measured once) and KL: take i")
+
+
 @given(st.lists(st.tuples(st.floats(1, 9), st.floats(0, 9), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=7))
 def test_no_point_of_the_front_is_beaten_and_every_other_one_is(
     drawn: list[tuple[float, float, float, float]],
