@@ -41,6 +41,20 @@ def int8(values: torch.Tensor) -> torch.Tensor:
     return (values / steps).round() * steps
 
 
+def int8_by_bf16(values: torch.Tensor) -> torch.Tensor:
+    """What symmetric INT8 leaves if the steps are bf16 numbers, as kernels for 16-bit activations read them.
+
+    They are rounded before the values are divided by them, so that they scale no row by another factor.
+    """
+    steps = (values.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-8).bfloat16().float()
+    return (values / steps).round().clamp(-127, 127) * steps
+
+
+def bf16(values: torch.Tensor) -> torch.Tensor:
+    """What bf16 leaves of `values`."""
+    return values.bfloat16().float()
+
+
 def fp8(values: torch.Tensor) -> torch.Tensor:
     """What e4m3 with a scale for each row leaves of `values`."""
     import torch
@@ -67,8 +81,8 @@ class Arithmetic:
     """How a linear layer is computed: what its weights and activations are rounded to, and the block of its rotation.
 
     `narrow` says that the rotated input is rounded to bf16 before. `down` is another block for `down_proj`, whose input
-    is wider. `keys` and `values` round what attention reads, as a KV cache does: float32 of shape (batch, heads,
-    tokens, size of a head).
+    is wider. Layers whose name ends in one of `in_bf16` are computed in bf16 instead. `keys` and `values` round what
+    attention reads, as a KV cache does: float32 of shape (batch, heads, tokens, size of a head).
     """
 
     weights: Change = int8
@@ -76,6 +90,7 @@ class Arithmetic:
     block: int = 0
     down: int | None = None
     narrow: bool = False
+    in_bf16: tuple[str, ...] = ()
     smoothed: bool = False
     keys: Change = as_it_is
     values: Change = as_it_is
@@ -85,6 +100,8 @@ def cached(keys: Change = as_it_is, values: Change = as_it_is) -> Arithmetic:
     """Linear layers in float32 and a KV cache that rounds."""
     return Arithmetic(as_it_is, as_it_is, keys=keys, values=values)
 
+
+ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 
 ROWS: Mapping[str, Arithmetic] = {
     "int8 plain": Arithmetic(),
@@ -98,6 +115,12 @@ ROWS: Mapping[str, Arithmetic] = {
     "int8 rotated by 64, activations rounded to bf16 between": Arithmetic(block=64, narrow=True),
     "int8 rotated by 64, weights alone": Arithmetic(activations=as_it_is, block=64),
     "int8 rotated by 64, activations alone": Arithmetic(weights=as_it_is, block=64),
+    "int8 weights, bf16 activations": Arithmetic(int8_by_bf16, bf16),
+    "int8 weights, bf16 activations, rotated by 64": Arithmetic(int8_by_bf16, bf16, block=64),
+    "int8 weights, bf16 activations, KV cache int8": Arithmetic(int8_by_bf16, bf16, keys=int8, values=int8),
+    "int8 plain, bf16 for queries, keys and values": Arithmetic(in_bf16=ATTENTION_INPUTS),
+    "int8 rotated by 64, bf16 for queries, keys and values": Arithmetic(block=64, in_bf16=ATTENTION_INPUTS),
+    "int8 rotated by 64, bf16 for down_proj": Arithmetic(block=64, in_bf16=("down_proj",)),
     "int8 smoothed": Arithmetic(smoothed=True),
     "int8 smoothed, rotated by 64": Arithmetic(block=64, smoothed=True),
     "fp8 plain": Arithmetic(fp8, fp8),
@@ -176,11 +199,13 @@ class Simulation:
         for name, layer in self._model.named_modules():
             if not isinstance(layer, torch.nn.Linear) or "lm_head" in name:
                 continue
-            block = arithmetic.block
-            if arithmetic.down is not None and name.endswith("down_proj"):
+            own, block = arithmetic, arithmetic.block
+            if name.endswith(arithmetic.in_bf16):
+                own, block = Arithmetic(bf16, bf16), 0
+            elif arithmetic.down is not None and name.endswith("down_proj"):
                 block = arithmetic.down
-            layer.weight.data = arithmetic.weights(turned(layer.weight.data, block))
-            hooks.append(layer.register_forward_pre_hook(self._hook(arithmetic, block)))
+            layer.weight.data = own.weights(turned(layer.weight.data, block))
+            hooks.append(layer.register_forward_pre_hook(self._hook(own, block)))
         found = self._distance(self._logprobs())
         for hook in hooks:
             hook.remove()
@@ -194,7 +219,7 @@ class Simulation:
     def _hook(self, arithmetic: Arithmetic, block: int) -> Callable[[Any, Any], tuple[torch.Tensor]]:
         def hook(_: Any, inputs: Any) -> tuple[torch.Tensor]:
             values = turned(inputs[0], block)
-            return (arithmetic.activations(values.bfloat16().float() if arithmetic.narrow else values),)
+            return (arithmetic.activations(bf16(values) if arithmetic.narrow else values),)
 
         return hook
 

@@ -13,7 +13,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -466,6 +466,14 @@ CACHES = {
     "int8+kv8": "int8 rotated by 64, KV cache fp8",
     "int8+kvint8": "int8 rotated by 64, KV cache int8",
 }
+LEVERS = {
+    "int8": "int8 rotated by 64",
+    "int8, down_proj in bf16": "int8 rotated by 64, bf16 for down_proj",
+    "int8, queries, keys and values in bf16": "int8 rotated by 64, bf16 for queries, keys and values",
+    "int8 weights, bf16 activations": "int8 weights, bf16 activations",
+    "int8 weights, bf16 activations, rotated": "int8 weights, bf16 activations, rotated by 64",
+    "int8+plain, queries, keys and values in bf16": "int8 plain, bf16 for queries, keys and values",
+}
 """Names in a simulation by the names of rollouts; a simulation has no kernel that could lack something."""
 
 
@@ -494,8 +502,17 @@ def rotation(results: Results) -> str:
 
 def caches(results: Results) -> str:
     """KL to the float32 model of KV caches in 8 bits, in a simulation."""
+    return _simulated(results, CACHES)
+
+
+def levers(results: Results) -> str:
+    """KL to the float32 model where INT8 rounds less of a layer, in a simulation."""
+    return _simulated(results, LEVERS)
+
+
+def _simulated(results: Results, names: Mapping[str, str]) -> str:
     simulated = results("rotation")["simulate"]["kl"]
-    rows = [[code(rollout), f"{simulated[name]:.4f}"] for rollout, name in CACHES.items()]
+    rows = [[code(rollout), f"{simulated[name]:.4f}"] for rollout, name in names.items()]
     return markdown(["rollout", "simulated, to float32"], rows)
 
 
@@ -549,6 +566,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "language-model": language_model,
     "caches": caches,
     "rotation": rotation,
+    "levers": levers,
     "mismatch-tiny": partial(mismatch, name="mismatch_gpu_tiny"),
     "mismatch-wide": partial(mismatch, name="mismatch_gpu_wide"),
     "mismatch-cpu": partial(mismatch, name="mismatch_cpu"),

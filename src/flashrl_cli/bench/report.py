@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from flashrl_cli.bench.front import Front, fronts
 from flashrl_cli.bench.request import FIT, FIT_WORD, Request
 from flashrl_cli.bench.run import REFIT, SCORE, SPEED, START, Measured
 from flashrl_cli.text import counted
@@ -105,9 +106,16 @@ class Report:
         """Variants with an error."""
         return [one for one in self.measured if one.failure and not one.failure.left_out]
 
+    @property
+    def fronts(self) -> list[Front]:
+        """The front of speed against KL at each batch; none for a model that knows nothing."""
+        found = {one.variant.name: result for one in self.measured if (result := _first(one, SCORE))}
+        return [] if any(result["knows_nothing"] for result in found.values()) else fronts(self.speeds, found)
+
     def sentences(self) -> list[str]:
         """Sentences on the results and how reliable they are."""
-        return [*sentences(self.speeds, self.base), *self._of_mismatch(), *self._notes()]
+        advice = [one.sentence(self.base) for one in self.fronts]
+        return [*sentences(self.speeds, self.base), *self._of_mismatch(), *advice, *self._notes()]
 
     def table(self) -> tuple[list[str], list[list[object]]]:
         """Columns and rows of the table, without empty columns."""
@@ -141,6 +149,7 @@ class Report:
             "includes_prefill": True,
             "base": self.base,
             "variants": [self._variant(one) for one in self.measured],
+            "fronts": [one.document() for one in self.fronts],
             "verdicts": self.sentences(),
         }
 

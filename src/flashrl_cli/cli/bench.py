@@ -102,7 +102,9 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Also write the JSON document to a file.")
     ] = None,
-    png: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw the speeds.")] = None,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Also draw the speeds, with --mismatch over the KL.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure kinds of rollouts: speed, refits, mismatch.
@@ -194,7 +196,11 @@ def _draw(output: Output, report: Report, png: Path) -> None:
     if any(report.speeds.values()):
         asked = report.request
         lengths = f"{asked.prompt:,}-token prompts, {asked.response:,} new tokens"
-        figure.write_bars_png(report.speeds, png, about=f"{asked.model.name}, {lengths}, {asked.machine.device}")
+        about = f"{asked.model.name}, {lengths}, {asked.machine.device}"
+        if fronts := report.fronts:
+            figure.write_fronts_png({one.title: one.document() for one in fronts}, png, about=about)
+        else:
+            figure.write_bars_png(report.speeds, png, about=about)
         output.say(f"drawn to {png}")
     else:
         output.warn(f"no {png}: no speed was measured")

@@ -1,7 +1,7 @@
 """Panels of curves over training steps, drawn as one PNG, or as one SVG per panel for an HTML page.
 
-The speeds of a benchmark are drawn as a PNG of grouped bars, one group per batch size. Drawing needs matplotlib;
-`text_plot` draws panels as text.
+The speeds of a benchmark are drawn as a PNG of grouped bars, one group per batch size, or over the KL to the trainer.
+Drawing needs matplotlib; `text_plot` draws panels as text.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", **{c: f"--curve-{n}
 STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.unicode_minus": False, "svg.fonttype": "none"}
 """matplotlib settings for every figure."""
 _DASHES = ("-", "--", ":")
+_MARKERS = ("o", "s", "^")
 _FEW = 40
 """Largest number of points for which each point of a curve is marked."""
 _MOST = 600
@@ -54,7 +55,7 @@ STEP = "step"
 """Name of the horizontal axis of panels over training steps."""
 
 Style = tuple[str, str]
-"""A curve's colour, and its dashes."""
+"""The colour of a curve or point, and its dashes or marker."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -393,6 +394,79 @@ def _draw_bars(
     ]
     style = {"ecolor": MUTED, "elinewidth": 0.8}
     axes.bar(xs, tops, width * 0.9, yerr=spread, error_kw=style, color=CURVES[place % len(CURVES)], label=label)
+
+
+def write_fronts_png(fronts: Mapping[str, Mapping[str, Any]], path: Path, *, about: str) -> None:
+    """Draw fronts of speed against KL (documents of bench.front.Front) by title to `path`, with `about` below.
+
+    A variant has a point at its median speed and its KL, with lines over the range of the repeats and over two standard
+    errors. Points that no other one beats are filled and joined by a line. It needs no display.
+    """
+    require("matplotlib")
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    names = dict.fromkeys(point["rollout"] for front in fronts.values() for point in front["points"])
+    looks = {
+        name: (CURVES[n % len(CURVES)], _MARKERS[n // len(CURVES) % len(_MARKERS)]) for n, name in enumerate(names)
+    }
+    wide = min(3, len(fronts))
+    high = math.ceil(len(fronts) / wide)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(max(6, 0.6 + 3.6 * wide), 1 + 3 * high), dpi=150, layout="constrained")
+        for number, (title, front) in enumerate(fronts.items(), 1):
+            axes = figure.add_subplot(high, wide, number)
+            _draw_front(axes, front["points"], looks)
+            axes.set_title(title, loc="left", color=INK, weight="bold")
+        figure.supxlabel(f"KL to the trainer, nats a token\n{about}", color=MUTED, fontsize=9)
+        figure.supylabel("output tokens a second", color=MUTED, fontsize=9)
+        figure.legend(handles=_points(looks), loc="outside upper left", ncols=min(5, len(looks)), frameon=False)
+        with files.replacing(path) as temporary:
+            figure.savefig(temporary, format="png")
+
+
+def _draw_front(axes: Axes, points: Sequence[Mapping[str, Any]], looks: Mapping[str, Style]) -> None:
+    from matplotlib.ticker import LogLocator
+
+    positive = min((point["kl"] for point in points if point["kl"] > 0), default=1e-3)
+    # a KL of 0 has no place on a logarithmic axis
+    places = {point["rollout"]: max(point["kl"], positive / 10) for point in points}
+    best = sorted((point for point in points if not point["beaten_by"]), key=lambda point: point["kl"])
+    axes.plot([places[point["rollout"]] for point in best], [point["tokens_s"] for point in best], color=RULE, zorder=1)
+    for point in points:
+        (colour, marker), x, y = looks[point["rollout"]], places[point["rollout"]], point["tokens_s"]
+        lower, upper = min(2 * point["kl_error"], 0.9 * x), 2 * point["kl_error"]
+        axes.errorbar(
+            x,
+            y,
+            xerr=[[lower], [upper]],
+            yerr=[[y - min(point["values"])], [max(point["values"]) - y]],
+            color=colour,
+            elinewidth=0.8,
+            marker=marker,
+            markersize=6,
+            markerfacecolor="white" if point["beaten_by"] else colour,
+        )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.margins(x=0.1, y=0.12)
+    axes.grid(color=RULE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(RULE)
+
+
+def _points(looks: Mapping[str, Style]) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    return [
+        Line2D([], [], color=colour, linestyle="", marker=marker, label=name)
+        for name, (colour, marker) in looks.items()
+    ]
 
 
 def write_ranking_png(boards: Sequence[Mapping[str, Any]], path: Path) -> None:

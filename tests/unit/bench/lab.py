@@ -39,8 +39,8 @@ HOLDS = {
 SCORE = {
     "tokens": 40,
     "abs_difference": {"mean": 0.01, "p99": 0.1, "max": 0.2},
-    "kl": {"k1": 0.001, "k3": 0.002},
-    "token_weights": {"mean": 1.0, "max": 3.0, "above_2": 0.025},
+    "kl": {"k1": 0.001, "k3": 0.002, "k3_error": 0.0005},
+    "token_weights": {"mean": 1.0, "max": 3.0, "above_2": 0.025, "effective": 0.99},
     "knows_nothing": False,
 }
 

@@ -145,6 +145,18 @@ def test_differences_and_both_estimators_of_the_kl() -> None:
     assert kl["k3"] == pytest.approx(((1 + 2 + 0.5 + 4) - 4 - 2 * LOG2) / 4)
 
 
+def test_the_error_of_the_kl_is_that_of_sequences() -> None:
+    """The tokens of a sequence depend on each other; if they are all the same, they say no more than one of them."""
+    first, second = (1 + 2 + 0.5) - 3, 4 - 1 - 2 * LOG2
+    mean = (first + second) / 4
+    residuals = (first - 3 * mean) ** 2 + (second - mean) ** 2
+    assert by_hand()["kl"]["k3_error"] == pytest.approx(math.sqrt(2 * residuals) / 4)
+    once = statistics([-1.0] * 4, [-1.0, -1.5, -0.5, -1.25], [1] * 4)["kl"]["k3_error"]
+    repeated = statistics([-1.0] * 12, [-1.0] * 3 + [-1.5] * 3 + [-0.5] * 3 + [-1.25] * 3, [3] * 4)["kl"]["k3_error"]
+    assert once == pytest.approx(repeated)
+    assert statistics(ROLLOUT, TRAIN, [4])["kl"]["k3_error"] == 0
+
+
 def test_weights_of_tokens() -> None:
     found = by_hand()["token_weights"]
     assert (found["mean"], found["min"], found["max"]) == (

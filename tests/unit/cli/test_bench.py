@@ -20,9 +20,10 @@ from flashrl_cli.bench.request import Machine
 from flashrl_cli.cli.app import main
 from flashrl_cli.cli.bench import _say_waiting as say
 from flashrl_cli.errors import RunFailed
+from flashrl_cli.render import figure
 from flashrl_cli.render.output import Output
 from flashrl_cli.worker import client
-from tests.unit.bench.lab import Workers, obedient
+from tests.unit.bench.lab import HF, MISMATCH, Workers, obedient
 
 Call = Callable[..., tuple[int, str, str]]
 WORDS = ("bench", "--model", "shape:0.5b/2")
@@ -67,6 +68,24 @@ def test_json_is_one_document_and_the_file_is_the_same(workers: Workers, call: C
     assert document == json.loads((tmp_path / "deep" / "b.json").read_text())
     assert document["command"][:2] == ["flashrl", "bench"]
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_speed_and_mismatch_are_one_picture_and_one_sentence(
+    workers: Workers, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """INT8 is twice as fast as bf16, and as near: it is to be taken, and bf16 is beaten."""
+    monkeypatch.setattr(request, "find", lambda _: HF)
+    monkeypatch.setattr(request, "_mismatch", lambda *_: MISMATCH)
+    drawn: list[str] = []
+    monkeypatch.setattr(figure, "write_fronts_png", lambda fronts, path, about: drawn.extend([*fronts, about]))
+    code, out, _ = call("bench", "--mismatch", "--data", "sums", "--json", "--png", "b.png")
+    assert code == 0
+    document = json.loads(out)
+    sentence = "at 16 sequences, by speed and KL: take int8, 2.00x of bf16, KL 0.002; int8 is 2.00x as fast as bf16 and"
+    assert any(verdict.startswith(sentence) for verdict in document["verdicts"])
+    assert [(front["batch"], front["take"]) for front in document["fronts"]] == [(4, "int8"), (16, "int8")]
+    assert [point["beaten_by"] for point in document["fronts"][0]["points"]] == ["int8", None]
+    assert drawn == ["4 sequences", "16 sequences", "tiny, 64-token prompts, 32 new tokens, a CPU"]
 
 
 def test_a_failure_is_shown_with_what_was_measured_and_ends_with_1(

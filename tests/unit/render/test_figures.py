@@ -194,6 +194,22 @@ def test_bars_of_any_shape_are_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "deep" / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def spot(name: str, kl: float, beaten_by: str | None, *values: float) -> dict[str, object]:
+    """A point of a front, as its document has it."""
+    speed = sorted(values)[len(values) // 2]
+    return {"rollout": name, "tokens_s": speed, "values": values, "kl": kl, "kl_error": kl, "beaten_by": beaten_by}
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_fronts_of_any_number_are_drawn(count: int, tmp_path: Path) -> None:
+    """A KL of 0 and an error as large as the KL have a place on a logarithmic axis, too."""
+    points = [spot("bf16", 0.0, None, 1.0), spot("int8", 0.01, None, 2.0, 3.0, 4.0), spot("fp8", 0.02, "int8", 2.0)]
+    fronts = {f"{number} sequences": {"points": points[: 2 + number % 2]} for number in range(count)}
+    figure.write_fronts_png(fronts, tmp_path / "deep" / "a.png", about="tiny, a CPU")
+    assert (tmp_path / "deep" / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.png"]
+
+
 def test_ids_of_all_svgs_differ_and_references_meet_them() -> None:
     found = [*svgs(panel(RISING), panel(OTHER)), *svgs(panel(RISING), prefix="d")]
     ids = [one for svg in found for one in re.findall(r'\bid="([^"]+)"', svg)]
