@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from flashrl_cli.plugins import log_ratios, samples
+from flashrl_cli.verl.metrics import ENOUGH, StepMetrics, read_step
 from tests.integration.conftest import SMALL, Workshop, events
 from tests.integration.test_train import INT8, check_plausible, check_proof
 
@@ -62,6 +65,22 @@ def check_run(workshop: Workshop, name: str, out: str) -> list[dict[str, Any]]:
     return steps
 
 
+def check_staleness(steps: list[dict[str, Any]], rel: float) -> list[StepMetrics]:
+    """The figures of each staleness add up to the step's, which are those of staleness 0 where there is no other.
+
+    verl's own are means over mini-batches by their responses, and ours by their tokens: `rel` is how much they differ.
+    """
+    read = [read_step(number, data) for number, data in enumerate(steps, 1)]
+    assert read[0].stalenesses == (0,)
+    for name in ("kl", "kl_k3", "weight_mean", "effective", "truncated", "prob_diff", "prob_correlation"):
+        assert read[0][f"{name}@0"] == pytest.approx(read[0][name], rel=rel, abs=rel / 100), name
+    for step in read:
+        assert sum(step[f"share@{number}"] or 0 for number in step.stalenesses) == pytest.approx(1)
+        parts = [(step[f"share@{number}"] or 0) * (step[f"kl@{number}"] or 0) for number in step.stalenesses]
+        assert sum(parts) == pytest.approx(step["kl"], rel=rel, abs=rel / 100)
+    return read
+
+
 def test_separate_async(workshop: Workshop) -> None:
     """Half a batch ahead: of the two mini-batches of a step the first has a staleness of 1 and the second of 0."""
     out, _ = workshop.run(
@@ -70,6 +89,11 @@ def test_separate_async(workshop: Workshop) -> None:
     steps = check_run(workshop, "separate", out)
     for step in steps[1:]:
         assert 0 < step[OFF_POLICY + "trajectory_staleness/mean"] < 1
+    read = check_staleness(steps, rel=0.02)
+    assert {step.stalenesses for step in read[1:]} == {(0, 1)}
+    assert max(step["kl_k3@0"] or 0 for step in read) < FRESH
+    assert (read[1]["tokens@fresh"] or 0) >= ENOUGH, "responses of the first mini-batch, scored by what sampled them"
+    assert (read[1]["kl_k3@fresh"] or 1) < FRESH < (read[1]["kl_k3@1"] or 0)
 
 
 def test_colocate_async(workshop: Workshop) -> None:
@@ -79,3 +103,12 @@ def test_colocate_async(workshop: Workshop) -> None:
     )
     steps = check_run(workshop, "colocate", out)
     assert max(step[OFF_POLICY + "trajectory_staleness/max"] for step in steps) == 1, "the second batch was prefetched"
+    read = check_staleness(steps, rel=1e-3)
+    kept = [
+        log_ratios.read(path)
+        for path in log_ratios.steps_in(workshop.root / "runs/colocate/attempt_1/log_ratios").values()
+    ]
+    for step, sample in zip(read, kept, strict=True):
+        assert sample.staleness is not None
+        assert set(sample.staleness.tolist()) == set(step.stalenesses), "all responses are kept"
+        assert (sample.staleness == 0).sum() == (step["tokens@0"] or 0)
