@@ -112,6 +112,61 @@ def test_a_batch_without_kept_tokens_is_refused(engine: Any) -> None:
         log_probs(engine, batch.exclude(FIELD), logits)
 
 
+def test_parts_of_an_interrupted_response_have_their_kept_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """verl's client asks for the rest after two weight updates, of which the second came before any token."""
+    import asyncio
+
+    import torch
+    from verl.workers.rollout import llm_server
+    from verl.workers.rollout.replica import TokenOutput
+
+    from flashrl_cli.plugins import support
+
+    kept = {1: torch.tensor([[3, 4], [5, -1]]), 3: torch.tensor([[6, 7]])}
+    asked: list[list[int]] = []
+
+    class Server:
+        async def answer(self, prompt_ids: list[int], **_: Any) -> Any:
+            asked.append(prompt_ids)
+            turn = len(asked)
+            tokens = {1: [11, 12], 2: [], 3: [13]}[turn]
+            extra = {"global_steps": turn, **({support.FIELD: kept[turn]} if tokens else {})}
+            reason = "completed" if turn == 3 else "aborted"
+            return TokenOutput(token_ids=tokens, log_probs=[-0.5] * len(tokens), stop_reason=reason, extra_fields=extra)
+
+        @property
+        def generate(self) -> Any:
+            return SimpleNamespace(remote=self.answer)
+
+    class Client(llm_server.FullyAsyncLLMServerClient):
+        def __init__(self) -> None:
+            rollout = SimpleNamespace(name="vllm", response_length=8, full_determinism=False)
+            self.config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout))
+
+        async def _acquire_server(self, *_: Any, **__: Any) -> Any:
+            return "one", Server()
+
+        def _release_server(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def _vllm_request_id(self, request_id: str) -> str:
+            return request_id
+
+    for name in ("LLMServerClient", "FullyAsyncLLMServerClient"):
+        monkeypatch.setattr(getattr(llm_server, name), "generate", vars(getattr(llm_server, name))["generate"])
+    monkeypatch.setattr(asyncio, "sleep", lambda *_: _done())
+    for _ in range(2):
+        support.join_kept_tokens()
+    output = asyncio.run(Client().generate("r", prompt_ids=[1], sampling_params={}))
+    assert asked == [[1], [1, 11, 12], [1, 11, 12]]
+    assert output.token_ids == [11, 12, 13]
+    assert output.extra_fields[support.FIELD].tolist() == [[3, 4], [5, -1], [6, 7]]
+
+
+async def _done() -> None:
+    """Takes no time, unlike the pause of verl's client before it goes on."""
+
+
 def test_a_run_compares_log_probs_over_the_kept_tokens(workshop: Workshop) -> None:
     """With the trainer's log-probs over all tokens, the weights' mean would be some .9, and the KL some .1."""
     truncated = ("rollout.temperature=1.3", "rollout.top_p=0.7", "rollout.top_k=20", "correction.support=kept")

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ PICKED = ("worst", "longest", "random")
 _NAME = re.compile(r"step_(\d+)\.json")
 _TRAINER: list[Any] = []
 """This process's trainer of verl's, once there is one."""
+_CANDIDATES: list[Sample] = []
+"""What was chosen of the mini-batches before in this step, of those modes that sample one at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,19 +107,34 @@ def rows_to_keep(
     return found | dict.fromkeys([row for row in map(int, rows) if row not in found][:left], PICKED[2])
 
 
+def of_mini_batches(step: int, keep: int, candidates: Sequence[Sample]) -> list[Sample]:
+    """`keep` samples of those that were chosen of a step's mini-batches: the worst, the longest, and random ones."""
+    import numpy as np
+
+    if len(candidates) <= keep:
+        return list(candidates)
+    worst = sorted(candidates, key=lambda one: one.reward)[: keep // 4]
+    longest = sorted((one for one in candidates if one not in worst), key=lambda one: -one.length)[: keep // 4]
+    found = [replace(one, picked=why) for why, some in zip(PICKED, (worst, longest), strict=False) for one in some]
+    drawn = [one for one in candidates if one.picked == PICKED[2] and one not in worst and one not in longest]
+    order = np.random.default_rng(step).permutation(len(drawn))
+    return [*found, *(drawn[place] for place in order[: keep - len(found)])]
+
+
 def keep(step: int, batch: Mapping[str, Any], mask: Any, keys: Sequence[str]) -> None:
     """Write some responses of a batch of tensors [responses, longest]; `mask` is that before any token is rejected.
 
-    `keys` are the responses' in TransferQueue. Neither a full disk nor a row that cannot be fetched ends a run.
+    `keys` are the responses' in TransferQueue. Where a step samples several batches, its file is written at the last.
+    Neither a full disk nor a row that cannot be fetched ends a run.
     """
     folder, count = contract.plugin_dir(), int(os.environ.get(contract.ENV_SAMPLES) or 0)
     if folder is None or not count or not _TRAINER or os.environ.get(contract.ENV_PRINT):
         return
+    trainer = _TRAINER[0]
     rewards, lengths = (tensor.sum(-1).cpu().numpy() for tensor in (batch["rm_scores"], mask))
     chosen = rows_to_keep(step, count, rewards, lengths)
     if not chosen:
         return
-    trainer = _TRAINER[0]
     try:
         texts = _texts([keys[row] for row in chosen], trainer.tokenizer)
     except Exception as error:  # noqa: BLE001  (of TransferQueue and the tokenizer, on which no run should depend here)
@@ -136,8 +153,13 @@ def keep(step: int, batch: Mapping[str, Any], mask: Any, keys: Sequence[str]) ->
         )
         for place, (row, why) in enumerate(chosen.items())
     ]
+    if trainer.local_trigger_step == 0:
+        _CANDIDATES.clear()
+    _CANDIDATES.extend(found)
+    if trainer.local_trigger_step < trainer.parameter_sync_step - 1:
+        return
     try:
-        write(AttemptPaths(folder.parent).samples, step, found)
+        write(AttemptPaths(folder.parent).samples, step, of_mini_batches(step, count, _CANDIDATES))
     except OSError as error:
         contract.logger().warning("the responses of step %d are not kept: %s", step, error)
 

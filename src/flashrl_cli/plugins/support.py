@@ -16,8 +16,8 @@ has: under `processed_logprobs` those outside of K are -inf. K is bounded by top
 too. The ids go to the trainer as verl's `teacher_ids`, its field for token ids at each position
 (verl/experimental/agent_loop/agent_loop.py:153 in 0.9.1), which distillation uses and nothing else.
 
-verl imports this module through its hook `actor_rollout_ref.model.external_lib` in the rollout server and in the
-trainer, and does not start without it.
+verl imports this module through its hook `actor_rollout_ref.model.external_lib` in the rollout server, in the workers
+of agent loops and in the trainer, and does not start without it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ import functools
 import importlib.metadata
 import sys
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from flashrl_cli import contract
-from flashrl_cli.contract import VERL
+from flashrl_cli.contract import PATCHED, VERL
 from flashrl_cli.plugins.log_probs import wide
 from flashrl_cli.plugins.outputs import SERVER
 
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 TRAINER = "verl.workers.engine.fsdp.transformer_impl"
 """verl's module with the training engine (class FSDPEngineWithLMHead)."""
+CLIENT = "verl.workers.rollout.llm_server"
+"""verl's module with the rollout's clients (class FullyAsyncLLMServerClient)."""
 FIELD = "teacher_ids"
 """verl's field for token ids at each position of a response, int32 [tokens, columns]; -1 after the last one."""
 EXCLUDED = -30.0
@@ -52,7 +55,7 @@ which token was sampled, so that the policy is truncated to them and the mean we
 
 
 def apply() -> None:
-    """Change the server and the trainer where this process has imported them, as both have when they read their model.
+    """Change server, client and trainer where this process has imported them, as each has when it reads the model.
 
     Raises RuntimeError for another verl or vLLM.
     """
@@ -60,6 +63,8 @@ def apply() -> None:
         raise RuntimeError(f"flashrl carries the kept tokens with verl {VERL} only")
     if SERVER in sys.modules:
         ask_for_kept_tokens()
+    if CLIENT in sys.modules:
+        join_kept_tokens()
     if TRAINER in sys.modules:
         normalize_over_kept_tokens()
 
@@ -143,6 +148,42 @@ def ask_for_kept_tokens() -> None:
 
     server.SamplingParams, server.extract_prompt_logprobs = sampling_params, extract_prompt_logprobs
     LogprobsProcessor._update_sample_logprobs = update_sample_logprobs
+
+
+def join_kept_tokens() -> None:
+    """Let verl's client join the kept tokens of the parts of a response that weight updates interrupted (idempotent).
+
+    In its asynchronous modes verl goes on with such a response by another request, and joins the tokens and log-probs
+    of all of them, but none of their other fields (verl/workers/rollout/llm_server.py:276 and :303).
+    """
+    client: Any = sys.modules[CLIENT]
+    request, response = client.LLMServerClient.generate, client.FullyAsyncLLMServerClient.generate
+    if getattr(request, PATCHED, False):
+        return
+    parts: ContextVar[list[torch.Tensor] | None] = ContextVar("parts", default=None)
+
+    @functools.wraps(request)
+    async def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = await request(self, *args, **kwargs)
+        known = parts.get()
+        if known is not None and FIELD in output.extra_fields:
+            known.append(output.extra_fields[FIELD])
+        return output
+
+    @functools.wraps(response)
+    async def generate_resumed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = parts.set([])
+        try:
+            output = await response(self, *args, **kwargs)
+            if known := parts.get():
+                output.extra_fields[FIELD] = torch.cat(known)
+        finally:
+            parts.reset(token)
+        return output
+
+    setattr(generate, PATCHED, True)
+    client.LLMServerClient.generate = generate
+    client.FullyAsyncLLMServerClient.generate = generate_resumed
 
 
 def normalize_over_kept_tokens() -> None:

@@ -107,6 +107,11 @@ METRICS = {
         Metric("step_s", "timing_s/step", "time of a step", "s", heading="s/step", form=".1f"),
         Metric("mfu", "perf/mfu/actor", "MFU of the policy update", "share of the peak"),
         Metric("critic_mfu", "perf/mfu/critic", "MFU of the critic update", "share of the peak"),
+        Metric("staleness", "training/off_policy/trajectory_staleness/mean", "staleness of responses", "steps"),
+        Metric("staleness_max", "training/off_policy/trajectory_staleness_worst/max", "largest staleness", "steps"),
+        Metric(
+            "interrupted", "training/off_policy/trajectory_spans/max", "policies that sampled one response, at most"
+        ),
     )
 }
 """All metrics of a step.
@@ -137,6 +142,11 @@ r = p_train / p_rollout of the sampled token and, under token-level TIS, the imp
 - `rollout_nll` and `train_nll` (:972, :952) are means over responses, not over tokens.
 - `prob_diff` and `prob_diff_max` (verl/utils/debug/metrics.py:118, 117) are the mean and the maximum of
   |p_train - p_rollout|. These are probabilities, although verl's docstring calls them log-probs.
+
+How old responses are is counted in weight updates since the engine took the weights that sampled them
+(verl/trainer/ppo/v1/trainer_base.py:1979): `staleness` by the last of these weights, `staleness_max` by the first. A
+response that a weight update interrupted was sampled by several policies, `interrupted` of them at most. In
+asynchronous modes the phase `generate` of a step is the time for which the trainer waits for responses.
 
 `codes_changed`, `weights_changed`, `arrived` and `update_cosine` compare the 8-bit weights of the rollout engines with
 what the trainer sent them after the step; plugins/arrival.py defines them.

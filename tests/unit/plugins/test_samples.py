@@ -49,6 +49,22 @@ def test_equal_rewards_are_drawn_and_the_same_step_draws_the_same() -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_those_of_several_mini_batches_are_chosen_again() -> None:
+    batches = [
+        [sample(response=f"{batch} {row}", reward=0.1 * batch + row, length=10 * batch + row, picked=why)
+         for row, why in enumerate(["worst", "worst", "longest", "longest", *["random"] * 4])]
+        for batch in range(3)
+    ]  # fmt: skip
+    everything = [one for batch in batches for one in batch]
+    assert samples.of_mini_batches(1, 8, batches[0]) == batches[0]
+    found = samples.of_mini_batches(1, 8, everything)
+    chosen = [(one.response, one.picked) for one in found]
+    assert chosen[:4] == [("0 0", "worst"), ("1 0", "worst"), ("2 7", "longest"), ("2 6", "longest")]
+    assert {picked for _, picked in chosen[4:]} == {"random"}
+    assert len({response for response, _ in chosen}) == 8
+    assert samples.of_mini_batches(1, 8, everything) == found
+
+
 def test_a_step_is_read_back(tmp_path: Path) -> None:
     kept = [
         sample(),

@@ -1,0 +1,84 @@
+"""verl's asynchronous modes on the real stack, with INT8 rollouts and TIS."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from flashrl_cli.plugins import log_ratios, samples
+from tests.integration.conftest import SMALL, Workshop, events
+from tests.integration.test_train import INT8, check_plausible, check_proof
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RESPONSES, STEPS = 16 * 4, 4
+OFF_POLICY = "training/off_policy/"
+FRESH = 2e-3
+"""KL (k3) of tokens that are only quantized, nats a token: some 40 times what INT8 has here, and less than a half of
+what one step of this policy's changes.
+"""
+
+
+def settings(mode: str, prefetch: float) -> list[str]:
+    given = {
+        "trainer.mode": mode,
+        "trainer.prefetch": prefetch,
+        "trainer.steps": STEPS,
+        "trainer.save_every": -1,
+        "algorithm.mini_batch_size": 8,
+        "trainer.max_staleness": 2,
+    }
+    return [*SMALL, *(word for key, value in given.items() for word in ("--set", f"{key}={value}"))]
+
+
+def logged(attempt: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (attempt / "metrics.jsonl").read_text().splitlines())
+    return [line["data"] for line in lines]
+
+
+def check_run(workshop: Workshop, name: str, out: str) -> list[dict[str, Any]]:
+    """What holds in both modes: the proof, arrival of every update, and the second mini-batch's ratios are not all 1.
+
+    That is so only if its old log-probs are of the weights before the first: `actor/ppo_kl` is a mean of both, and 0 of
+    the first.
+    """
+    attempt = workshop.root / "runs" / name / "attempt_1"
+    check_proof(out, attempt)
+    check_plausible(events(out, "step"), RESPONSES)
+    steps = logged(attempt)
+    assert len(steps) == STEPS
+    for step in steps:
+        assert step["actor/ppo_kl"] != 0
+        assert 0 < step["rollout_corr/rollout_is_eff_sample_size"] <= 1
+        assert 0.9 < step["refit/arrived"] < 1.1, "each update arrived in the engines"
+        assert step[OFF_POLICY + "trajectory_staleness_worst/max"] <= 1
+    assert steps[0][OFF_POLICY + "trajectory_staleness_worst/max"] == 0
+    assert steps[0]["rollout_corr/k3_kl"] < FRESH
+    assert list(samples.steps_in(attempt / "samples")) == list(range(1, STEPS + 1))
+    assert len(samples.read(samples.file_of(attempt / "samples", STEPS))) == 8
+    assert list(log_ratios.steps_in(attempt / "log_ratios")) == list(range(1, STEPS + 1))
+    assert workshop.leftovers() == []
+    return steps
+
+
+def test_separate_async(workshop: Workshop) -> None:
+    """Half a batch ahead: of the two mini-batches of a step the first has a staleness of 1 and the second of 0."""
+    out, err = workshop.run(
+        "train", "--preset", "tiny", *INT8, *settings("separate_async", 0.5), "--name", "separate", "--json"
+    )
+    steps = check_run(workshop, "separate", out)
+    assert "separate_async" in err
+    for step in steps[1:]:
+        assert step[OFF_POLICY + "trajectory_staleness/mean"] == pytest.approx(0.5)
+
+
+def test_colocate_async(workshop: Workshop) -> None:
+    """A batch ahead on the same devices."""
+    out, _ = workshop.run(
+        "train", "--preset", "tiny", *INT8, *settings("colocate_async", 1), "--name", "colocate", "--json"
+    )
+    steps = check_run(workshop, "colocate", out)
+    assert max(step[OFF_POLICY + "trajectory_staleness/max"] for step in steps) == 1, "the second batch was prefetched"
