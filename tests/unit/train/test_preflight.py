@@ -204,7 +204,8 @@ def test_gpus_of_trainer_and_rollout(
     count: int, sets: tuple[str, ...], needed: str | None, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus(monkeypatch, count)
-    reported = [problem.message for problem in problems("gsm8k-async-0.5b", *sets)]
+    sets = ("trainer.mode=separate_async", "correction.cap=2", "resources.nodes=1", "resources.gpus_per_node=1", *sets)
+    reported = [problem.message for problem in problems("dapo-32b", *sets)]
     assert reported == ([] if needed is None else [f"it needs {needed}"])
 
 
