@@ -456,6 +456,7 @@ def _gpus(found: Sequence[gpus.Gpu], versions: Mapping[str, str]) -> Iterator[Fi
     yield from gpus.driver(found, cuda, compatible=gpus.COMPATIBLE.is_dir())
     yield from precisions(found)
     yield software.attention(versions)
+    yield software.nccl_engine(versions)
 
 
 def _system(kind: str) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from flashrl_cli import contract, paths
-from flashrl_cli.machine.finding import Finding, fail, ok
+from flashrl_cli.machine.finding import Finding, fail, ok, warn
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +72,15 @@ MODULES = ("torch", "ray", "vllm", "verl", "transformers")
 """Modules that a launch imports."""
 FLASH_ATTENTION = "flash-attn"
 ATTENTION = (FLASH_ATTENTION, "kernels")
+CUPY = "cupy-cuda13x"
+"""The build of CuPy for the CUDA of the GPU stack; others have the same module."""
 INSTALL = f"`{CPU.install}` (CPU) or `{GPU.install}` (GPU) in a checkout of flashrl"
 BUILD_FLASH_ATTENTION = "pip install flash-attn --no-build-isolation"
 
 
 def probe_versions() -> dict[str, str]:
     """Versions of the distributions that are checked here, without those that are not installed."""
-    return versions_of((*DISTRIBUTIONS, *ATTENTION))
+    return versions_of((*DISTRIBUTIONS, *ATTENTION, CUPY))
 
 
 def versions_of(names: Iterable[str]) -> dict[str, str]:
@@ -156,6 +158,21 @@ def attention(versions: Mapping[str, str]) -> Finding:
     if FLASH_ATTENTION in versions:
         return ok("attention", f"{FLASH_ATTENTION} {versions[FLASH_ATTENTION]}")
     return ok("attention", f"torch's own; {FLASH_ATTENTION}, which only sequence parallelism needs, is not installed")
+
+
+def nccl_engine(versions: Mapping[str, str]) -> Finding:
+    """Whether weights can go by NCCL to rollout engines with GPUs of their own.
+
+    verl's engine for that keeps its buckets in CuPy arrays (verl/checkpoint_engine/nccl_checkpoint_engine.py:23), and
+    verl does not require the package.
+    """
+    name = "weight updates"
+    if CUPY in versions:
+        return ok(name, f"over NCCL to other GPUs, by {CUPY} {versions[CUPY]}")
+    if find_spec("cupy") is not None:
+        return ok(name, f"over NCCL to other GPUs, by a CuPy other than {CUPY}")
+    text = f"{CUPY} is not installed, with which verl sends weights to other GPUs (trainer.mode=separate_async)"
+    return warn(name, text, f"{GPU.install}, or pip install {CUPY}")
 
 
 PLUGIN = "flashrl"

@@ -19,13 +19,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashrl_cli import hub, paths
+from flashrl_cli import contract, hub, paths
 from flashrl_cli.data import readers
 from flashrl_cli.data.rows import BadRows, Needs, Scoring, faults, folded, judge
 from flashrl_cli.data.writing import Types, rows_of
 from flashrl_cli.errors import EnvironmentNotReady, InputError, Problem
 from flashrl_cli.machine import gpus, ray_state, software, system
-from flashrl_cli.machine.finding import Finding, fail, ok, problems, warn
+from flashrl_cli.machine.finding import Finding, Level, fail, ok, problems, warn
 from flashrl_cli.memory import budget, estimate
 from flashrl_cli.memory.model import shape_of
 from flashrl_cli.precision import BLOCKS, PRECISIONS, largest_block
@@ -33,7 +33,7 @@ from flashrl_cli.text import counted
 from flashrl_cli.train import rewards as own_reward
 from flashrl_cli.verl import attention, environment, rewards
 from flashrl_cli.verl.config import VALIDATION_LIMIT, VALIDATION_SAMPLES
-from flashrl_cli.verl.overrides import AUTO, data_path, model_path
+from flashrl_cli.verl.overrides import AUTO, BACKEND, NCCL, SEPARATE, checkpoint_backend, data_path, model_path
 from flashrl_cli.weights import Unreadable, Weights, read_json
 from flashrl_cli.weights.contents import shapes
 from flashrl_cli.weights.profile import Profile
@@ -118,6 +118,7 @@ def device_findings(spec: RunSpec, versions: Mapping[str, str]) -> Iterator[Find
         yield from gpus.driver(found, gpus.cuda_of(versions.get("torch", "")), compatible=gpus.COMPATIBLE.is_dir())
         if software.installed_stack(versions) is software.GPU:
             yield _attention(spec, found, versions)
+            yield from _weight_updates(spec, versions)
 
 
 def _environment(spec: RunSpec) -> dict[str, str]:
@@ -181,6 +182,18 @@ def _attention(spec: RunSpec, found: Sequence[gpus.Gpu], versions: Mapping[str, 
         return warn("attention", f"{text}; transformers fetches a kernel from the hub", software.BUILD_FLASH_ATTENTION)
     other = "" if attention.shares_sequences(spec) else "--set model.attention=auto, or "
     return fail("attention", text, f"{other}{software.BUILD_FLASH_ATTENTION}")
+
+
+def _weight_updates(spec: RunSpec, versions: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield whether the trainer can send weights to engines with GPUs of their own, if it must."""
+    if spec.trainer.mode != SEPARATE or checkpoint_backend(spec) != NCCL:
+        return
+    found = software.nccl_engine(versions)
+    if found.level is Level.OK:
+        yield found
+    else:
+        slower = f"--set verl.{BACKEND}={contract.CHECKPOINT_ENGINE[0]} (slower: through the CPU)"
+        yield fail(found.name, found.text, f"{found.fix}, or {slower}")
 
 
 def storage_findings(spec: RunSpec) -> Iterator[Finding]:

@@ -88,6 +88,7 @@ SEPARATE = "separate_async"
 """verl's mode with GPUs for rollout engines alone."""
 HYBRID = "actor_rollout_ref.hybrid_engine"
 BACKEND = f"{ROLLOUT}.checkpoint_engine.backend"
+NCCL = "nccl"
 BACKEND_MODULE = f"{ROLLOUT}.checkpoint_engine.custom_backend_module"
 RAY_CPUS = "ray_kwargs.ray_init.num_cpus"
 RAY_GPUS = "ray_kwargs.ray_init.num_gpus"
@@ -300,11 +301,17 @@ def _asynchrony(resolved: Resolved) -> Iterator[Override]:
     if HYBRID not in given:
         yield Override(HYBRID, False, Origin("derived", reason="all rollout engines have GPUs of their own"))
     name, module = contract.CHECKPOINT_ENGINE
-    backend = given.get(BACKEND, name if spec.resources.platform == "cpu" else "nccl")
+    backend = checkpoint_backend(spec)
     if BACKEND not in given:
         yield Override(BACKEND, backend, resolved.origins["resources.platform"])
     if backend == name and BACKEND_MODULE not in given:
         yield Override(BACKEND_MODULE, module, Origin("derived", reason=f"registers the backend {name}"))
+
+
+def checkpoint_backend(spec: RunSpec) -> str:
+    """By what weights go to rollout engines with devices of their own: over NCCL on GPUs, unless `verl:` says else."""
+    given = {written.removeprefix("+"): value for written, value in spec.verl.items()}
+    return str(given.get(BACKEND, contract.CHECKPOINT_ENGINE[0] if spec.resources.platform == "cpu" else NCCL))
 
 
 def _mixture(resolved: Resolved) -> Iterator[Override]:

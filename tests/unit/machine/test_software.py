@@ -102,6 +102,15 @@ def test_attention() -> None:
     assert (own.level, "torch's own" in own.text, "sequence parallelism" in own.text) == ("ok", True, True)
 
 
+def test_nccl_for_other_gpus_needs_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software, "find_spec", lambda _: None)
+    absent, there = software.nccl_engine({}), software.nccl_engine({"cupy-cuda13x": "14.2.0"})
+    assert (absent.level, absent.fix) == ("warn", "make gpu, or pip install cupy-cuda13x")
+    assert (there.level, "cupy-cuda13x 14.2.0" in there.text) == ("ok", True)
+    monkeypatch.setattr(software, "find_spec", lambda name: name)
+    assert software.nccl_engine({}).level == "ok", "another build of it has the same module"
+
+
 def test_a_module_of_that_name_is_not_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Later versions for some GPUs are a package `flash_attn` of another distribution."""
     installed: dict[str, str] = {}

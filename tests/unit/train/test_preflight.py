@@ -352,6 +352,22 @@ def test_the_block_of_a_rotation_follows_from_the_models_sizes() -> None:
     assert preflight.with_rotation(unknown) is unknown
 
 
+def test_weights_for_other_gpus_need_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(*sets: str, **versions: str) -> list[Finding]:
+        asked = load_spec("gsm8k-0.5b", sets=[CLUSTER_OF_ONE, "correction.cap=2", *sets]).spec
+        checks = preflight.device_findings(asked, GPU_STACK | versions)
+        return [one for one in checks if one.name == "weight updates"]
+
+    gpus(monkeypatch, 8)
+    monkeypatch.setattr(software, "find_spec", lambda _: None)
+    separate, cupy = "trainer.mode=separate_async", {"cupy-cuda13x": "14.2.0"}
+    backend = "verl.actor_rollout_ref.rollout.checkpoint_engine.backend=gloo"
+    assert found() == found("trainer.mode=colocate_async") == found(separate, backend) == []
+    assert [one.level for one in found(separate, **cupy)] == ["ok"]
+    (absent,) = found(separate)
+    assert (absent.level, f"--set {backend} (slower" in str(absent.fix)) == ("fail", True)
+
+
 def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `auto` chose runs on every GPU of the stack; flash-attn must be there where it is asked for."""
 

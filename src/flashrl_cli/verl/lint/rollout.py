@@ -21,7 +21,7 @@ from flashrl_cli.verl.config import (
     replicas,
     written,
 )
-from flashrl_cli.verl.overrides import ACTOR, BACKEND, ENGINE, MODEL, ROLLOUT, SEPARATE
+from flashrl_cli.verl.overrides import ACTOR, BACKEND, ENGINE, MODEL, NCCL, ROLLOUT, SEPARATE
 from flashrl_cli.weights.shape import inputs
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], float]] = {
 }
 """Sampling options: a test of the values that vLLM accepts, and one such value for a hint."""
 QUANTIZATIONS = ("fp8", "torchao", "ascend")
-SENDING = ("nccl", contract.CHECKPOINT_ENGINE[0], "nixl", "mooncake", "kimi_ckpt_engine")
+SENDING = (NCCL, contract.CHECKPOINT_ENGINE[0], "nixl", "mooncake", "kimi_ckpt_engine")
 """Backends that send the trainer's full tensors to engines on other GPUs."""
 
 
