@@ -8,6 +8,7 @@ this check a missing package or login would end a run minutes after its start.
 from __future__ import annotations
 
 import dataclasses
+import math
 import netrc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -163,14 +164,32 @@ The parts are weights in float32, Adam's two moments in float32, and an export i
 def checkpoint_bytes(spec: RunSpec, parameters: int) -> int:
     """Bytes of one checkpoint of a policy with `parameters` parameters; a critic counts as much as the policy.
 
-    With LoRA the optimizer holds the state of the adapters only, whose size is neglected.
+    With LoRA the optimizer holds the state of the adapters only, whose size is neglected. Responses that an
+    asynchronous mode has sampled ahead are assumed to have full length.
     """
     contents = _given(spec, SAVED, ["model", "optimizer"])
     held = {str(name) for name in (contents if isinstance(contents, list) else [contents])}
     if _given(spec, f"{MODEL}.lora_rank", 0):
         held.discard("optimizer")
     models = 2 if spec.algorithm.advantage == "gae" else 1
-    return models * parameters * sum(size for name, size in BYTES.items() if name in held)
+    return models * parameters * sum(size for name, size in BYTES.items() if name in held) + _queue_bytes(spec)
+
+
+QUEUE_BYTES = {"prompt": 28, "response": 72}
+"""Bytes in the transfer queue of a token of a prompt and of a response that was trained on.
+
+A prompt's token has three fields of 8 bytes and one of 4, a response's five of 8 and eight of 4, as read from a
+checkpoint of `tiny`.
+"""
+
+
+def _queue_bytes(spec: RunSpec) -> int:
+    """Bytes of a checkpoint's transfer queue: the batch of its step, which is still in it, and those sampled ahead."""
+    if spec.trainer.mode == "sync":
+        return 0
+    data = spec.data
+    response = QUEUE_BYTES["prompt"] * data.max_prompt_length + QUEUE_BYTES["response"] * data.max_response_length
+    return math.ceil((1 + spec.trainer.prefetch) * data.train_batch_size) * spec.rollout.n * response
 
 
 def checkpoints_kept(spec: RunSpec) -> int | None:

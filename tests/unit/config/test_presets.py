@@ -315,3 +315,10 @@ def test_parts_can_be_copied():
     target = copy_preset("base/cpu", "presets/base/")
     assert target == Path("presets/base/cpu.yaml").absolute()
     assert target.read_text().endswith((paths.presets_root() / "base" / "cpu.yaml").read_text())
+
+
+def test_devices_of_both_sides_are_listed():
+    found = {one.name: (one.gpus, one.devices) for one in catalog()}
+    assert found["gsm8k-async-0.5b"] == (2, "1 + 1")
+    assert found["dapo-7b-async"] == (8, "4 + 4")
+    assert (found["dapo-32b"], found["tiny"]) == ((32, "4 × 8"), (0, "CPU"))

@@ -182,6 +182,33 @@ def test_gpus_of_one_machine(
     assert reported == ([] if seen is None else [(f"it needs {nodes} x 8 CUDA GPUs; this machine has {seen}", True)])
 
 
+@pytest.mark.parametrize(
+    ("count", "sets", "needed"),
+    [
+        (2, (), None),
+        (1, (), "1 x 1 CUDA GPUs for the trainer and 1 x 1 for the rollout; this machine has 1"),
+        (8, ("resources.gpus_per_node=4", "resources.rollout_gpus_per_node=4"), None),
+        (
+            7,
+            ("resources.gpus_per_node=4", "resources.rollout_gpus_per_node=4"),
+            "1 x 4 CUDA GPUs for the trainer and 1 x 4 for the rollout; this machine has 7",
+        ),
+        (
+            8,
+            ("resources.rollout_nodes=2",),
+            "1 x 1 CUDA GPUs for the trainer and 2 x 1 for the rollout; this machine has 8",
+        ),
+    ],
+)
+def test_gpus_of_trainer_and_rollout(
+    count: int, sets: tuple[str, ...], needed: str | None, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(monkeypatch, count)
+    sets = ("trainer.mode=separate_async", "correction.cap=2", "resources.nodes=1", "resources.gpus_per_node=1", *sets)
+    reported = [problem.message for problem in problems("dapo-32b", *sets)]
+    assert reported == ([] if needed is None else [f"it needs {needed}"])
+
+
 def test_a_cluster_has_gpus_of_its_own(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setattr(ray_state, "probe_answers", lambda _: True)

@@ -132,6 +132,12 @@ def test_bytes_of_a_measured_checkpoint() -> None:
     assert environment.checkpoint_bytes(spec("tiny"), 366_000) == pytest.approx(1_464_996 + 2_928_624, rel=0.01)
 
 
+def test_what_was_sampled_ahead_takes_space_in_asynchronous_modes() -> None:
+    ahead = ("trainer.mode=colocate_async", "trainer.prefetch=0.5")
+    more = environment.checkpoint_bytes(spec("tiny", *ahead), 1000) - environment.checkpoint_bytes(spec("tiny"), 1000)
+    assert more == 48 * 8 * (64 * 28 + 16 * 72)
+
+
 @pytest.mark.parametrize(
     ("sets", "kept"),
     [
