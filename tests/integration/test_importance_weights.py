@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -37,7 +38,11 @@ TOKENS = 16
 ONE_SEED, SEEDED = "one seed", 8
 """The case of full determinism, and its prompts."""
 ERRORS = 5.0
-"""Standard errors that a mean may be off by; given its prefix w - 1 has mean 0, so that tokens are uncorrelated."""
+"""Standard errors that a mean may be off by; given its prefix w - 1 has mean 0, so that tokens are uncorrelated.
+
+A mean that must not be 1 is off by more. The least of these, raw log-probs at another temperature, is off by 10 to 13,
+and as each changes by one or two from run to run, no higher bound is sure.
+"""
 ROUNDING = 1e-5
 """What float32 log-probs may be off by, the engine's and the trainer's together."""
 RECOMMENDED = {
@@ -172,6 +177,12 @@ def among_kept(logits: Any, pairs: list[tuple[list[int], list[int]]], outputs: l
 def summary(log_weights: Any) -> dict[str, float]:
     weights = log_weights.double().exp()
     return {"mean": weights.mean().item(), "error": (weights.std() / len(weights) ** 0.5).item()}
+
+
+def off(figures: dict[str, float]) -> float:
+    """Standard errors by which a mean weight is above 1, less what rounding explains."""
+    distance = figures["mean"] - 1
+    return math.copysign(max(abs(distance) - ROUNDING, 0) / figures["error"], distance)
 
 
 def raw_log_probs(worker: Any) -> None:
@@ -315,14 +326,13 @@ def test_weights_have_mean_1(measured: dict[str, dict[str, Any]], name: str) -> 
     case = measured[name]
     assert case["tokens"] > PROMPTS * COPIES
     assert 0 < case["error"] < 5e-3
-    assert abs(case["mean"] - 1) < ERRORS * case["error"] + ROUNDING
+    assert abs(off(case)) < ERRORS
 
 
 @pytest.mark.parametrize("name", CUT)
 def test_where_tokens_are_cut_off_they_have_not(measured: dict[str, dict[str, Any]], name: str) -> None:
     """What is refused with truncated importance sampling where a key asks for it, and that the test above can fail."""
-    case = measured[name]
-    assert 1 - case["mean"] > 10 * case["error"] + ROUNDING
+    assert off(measured[name]) < -ERRORS
 
 
 @pytest.mark.parametrize("sampling", KEPT, ids=label)
@@ -331,7 +341,7 @@ def test_over_the_kept_tokens_they_have_at_any_temperature(
 ) -> None:
     case = measured[label(sampling)]
     assert 0 < case["kept"]["error"] < 5e-3
-    assert abs(case["kept"]["mean"] - 1) < ERRORS * case["kept"]["error"] + ROUNDING
+    assert abs(off(case["kept"])) < ERRORS
     assert case["patch"]["largest"] < ROUNDING
     assert 1 <= case["tokens"]["least"] <= sampling["top_k"]
     assert case["tokens"]["most"] <= contract.kept_columns(sampling["top_k"])
@@ -343,20 +353,18 @@ def test_over_all_tokens_before_truncation_they_have_at_temperature_1(
 ) -> None:
     raw = measured[label(sampling)]["raw"]
     assert 0 < raw["error"] < 5e-3
-    assert abs(raw["mean"] - 1) < ERRORS * raw["error"] + ROUNDING
+    assert abs(off(raw)) < ERRORS
 
 
 def test_raw_log_probs_are_of_temperature_1(measured: dict[str, dict[str, Any]]) -> None:
-    raw = measured[label(COLD)]["raw"]
-    assert abs(raw["mean"] - 1) > 10 * raw["error"] + ROUNDING
+    assert off(measured[label(COLD)]["raw"]) > ERRORS
 
 
 @pytest.mark.parametrize("sampling", [one for one in TRUNCATED if one["top_p"] < 1], ids=label)
 def test_over_all_tokens_after_truncation_they_have_not(
     measured: dict[str, dict[str, Any]], sampling: dict[str, Any]
 ) -> None:
-    found = measured[label(sampling)]["all"]
-    assert 1 - found["mean"] > 10 * found["error"] + ROUNDING
+    assert off(measured[label(sampling)]["all"]) < -ERRORS
 
 
 def test_a_training_request_says_its_sampling_itself(measured: dict[str, dict[str, Any]]) -> None:
