@@ -49,6 +49,26 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
     return x.bfloat16(), weight.bfloat16()
 
 
+def test_compiled_models_are_cached_by_rotation_and_ignored_layers(
+    config: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM's hash passes over the configuration of a quantization, and over `hf_overrides`, which brings `ignore`."""
+    from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
+
+    from flashrl_cli.plugins.linear import Int8OnlineConfig
+
+    hashes = set()
+    one = ReplicatedLinear(WIDTH, OUTPUTS, bias=False)
+    for rotation, ignored in ((0, []), (64, []), (64, ["b"])):
+        monkeypatch.setenv(contract.ENV_ROLLOUT, contract.RolloutOptions(rotation=rotation).text())
+        found = Int8OnlineConfig(ignored)
+        assert not isinstance(found.get_quant_method(one, "a"), UnquantizedLinearMethod)
+        assert isinstance(found.get_quant_method(one, "b"), UnquantizedLinearMethod) is bool(ignored)
+        hashes.add(config.compute_hash())
+    assert len(hashes) == 3
+
+
 def test_the_kernel_gets_what_was_rotated(
     config: Any,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,

@@ -56,7 +56,7 @@ RANK = "VERL_REPLICA_RANK"
 """The replica's number, from 0 (vllm_async_server.py:136; verl's own workers read it in vllm_rollout/utils.py:424)."""
 DONE = "_already_called_process_weights_after_loading"
 """vLLM's own marker of a processed layer (vllm/model_executor/model_loader/reload/layerwise.py)."""
-CACHE_KEY = "flashrl_rotation"
+CACHE_KEY = "flashrl_linear"
 """Key of vLLM's `additional_config`, of which only a hash is used (vllm/config/vllm.py:476 in 0.24)."""
 Loader = Callable[..., None]
 
@@ -376,8 +376,8 @@ class OnlineConfig(QuantizationConfig):
             return UnquantizedLinearMethod()
         config = get_current_vllm_config_or_none()
         if config and isinstance(config.additional_config, dict):
-            # vLLM caches compiled models by its configuration, which would be the same for all rotations
-            config.additional_config[CACHE_KEY] = self._rotation.asked
+            # vLLM caches compiled models by its configuration, which would be the same for all of these
+            config.additional_config[CACHE_KEY] = [self._rotation.asked, *self.ignore]
         return self.method(self._rotation, prefix)
 
 
