@@ -101,6 +101,25 @@ def test_nothing_leaves_the_range_of_e4m3(family: str) -> None:
         assert max(held[0]._k_scale_float, held[1]._k_scale_float) > 1, "with vLLM's scale of 1 keys would saturate"
 
 
+def test_scales_that_a_reload_moves_away_meanwhile_are_set() -> None:
+    """vLLM's layerwise reload of a bf16 model puts them on the meta device, and back at its end."""
+    import torch
+
+    from flashrl_cli.plugins.kv_scales import KvScales
+
+    model, held, moved = make("Qwen2"), layers(), layers()
+    for found in (held, moved):
+        scales = KvScales(found)
+        if found is moved:
+            for layer in found.values():
+                layer._k_scale = layer._k_scale.to("meta")
+        list(scales.bucket(list(model.state_dict().items())))
+        for layer in found.values():
+            layer._k_scale = torch.tensor(1.0)
+        scales.set()
+    assert [layer._k_scale_float for layer in moved.values()] == [layer._k_scale_float for layer in held.values()]
+
+
 def test_yarn_multiplies_queries_and_keys() -> None:
     """vLLM's table of cosines shows by how much, and Transformers multiplies by the same."""
     import torch
@@ -134,6 +153,7 @@ def cached(backend: str) -> Any:
     torch.nn.Module.__init__(layer)
     layer.kv_cache_dtype, layer.layer_name = "fp8", "model.layers.0.self_attn.attn"
     layer.attn_backend = SimpleNamespace(get_name=lambda: backend)
+    layer._k_scale = torch.tensor(1.0)
     return torch.nn.ModuleList([layer])
 
 

@@ -90,6 +90,8 @@ class KvScales:
 
     def __init__(self, layers: dict[int, Any], amplitude: float = 1.0) -> None:
         self._layers, self._amplitude = layers, amplitude
+        # a layerwise reload of a model in bf16 moves the scales to the meta device until its end
+        self._devices = {index: layer._k_scale.device for index, layer in layers.items()}
         self._seen: dict[int, _Seen] = {}
 
     def bucket(self, weights: Bucket) -> Bucket:
@@ -104,7 +106,7 @@ class KvScales:
         index, part, kind, normed, before = found.groups()
         seen = self._seen.setdefault(int(index), _Seen())
         # an evaluation's weights are in CPU memory, except those that a profile changed
-        tensor = tensor.to(self._layers[int(index)]._k_scale.device, copy=True)
+        tensor = tensor.to(self._devices[int(index)], copy=True)
         if before:
             seen.gain = tensor
         elif normed:
