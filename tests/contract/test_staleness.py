@@ -102,7 +102,7 @@ def test_at_staleness_0_the_figures_are_those_of_the_step(correction: str) -> No
     """Which in mode `sync` are all that there is."""
     found = read_step(8, done([tags(7, 7, 7, 7, 7)], correction))
     assert found.stalenesses == (0,)
-    compared = [name for name in FIGURES if name in NAMES and found[name] is not None]
+    compared = [name for name in FIGURES if name in NAMES and name != "tokens" and found[name] is not None]
     assert len(compared) == (4 if correction == "none" else 7)
     for name in compared:
         assert found[f"{name}@0"] == pytest.approx(found[name], rel=1e-4, abs=1e-6), name

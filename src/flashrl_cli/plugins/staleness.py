@@ -188,15 +188,17 @@ class Tally:
         return abs(float(kl / tokens))
 
     def figures(self, name: str | None = None) -> dict[str, float]:
-        """The figures under the names of verl's log, `name` in place of the staleness; what has no value is left out.
+        """The figures under the names of verl's log, or those of all tokens with `name` in place of a staleness.
 
-        A correlation has none where one of the probabilities has no spread.
+        What has no value is left out: a correlation where one of the probabilities has no spread, and with `name` the
+        share, because these tokens are no part of the step.
         """
         total = sum(float(sums[0]) for sums in self._sums.values())
         return {
             f"{contract.STALENESS}{number if name is None else name}/{figure}": value
             for number, sums in sorted(self._sums.items())
             for figure, value in _figures(sums.tolist(), total, weighted=self.weighted)
+            if name is None or figure != "share"
         }
 
 

@@ -18,13 +18,14 @@ from flashrl_cli.render.run_tables import CORRECTIONS, STALENESS, by_staleness, 
 from flashrl_cli.runs.curves import SMOOTHING, curve, title
 from flashrl_cli.runs.summary import ran_s, start_shares, totals
 from flashrl_cli.secrets import HIDDEN, looks_secret, without_secrets
-from flashrl_cli.verl.metrics import AT, LEARNING_CURVES, MISMATCH, MISMATCH_CURVES, STALENESS_CURVES
+from flashrl_cli.verl.metrics import AT, FRESH, LEARNING_CURVES, MISMATCH, MISMATCH_CURVES, STALENESS_CURVES
 from flashrl_cli.verl.metrics import by_staleness as metrics_by_staleness
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from flashrl_cli.render.figure import Panel
+    from flashrl_cli.runs.curves import Curve
     from flashrl_cli.runs.store import Attempt
     from flashrl_cli.runs.summary import Summary
 
@@ -67,15 +68,14 @@ def _panels(found: Summary, metrics: Sequence[str]) -> list[Panel]:
 def _staleness_panels(found: Summary) -> list[Panel]:
     """A panel for each metric by staleness, with a curve for each staleness; none in mode `sync`."""
     steps, starts = found.metrics.history, found.metrics.resumed_after
-    drawn = {
-        f"{name}{AT}": [
-            one
-            for metric in metrics_by_staleness(name, steps)
-            if (one := curve(metric.name.replace(f"{name}{AT}", "staleness "), steps, metric.name, starts))
-        ]
-        for name in STALENESS_CURVES
-    }
-    return panels({name: listed for name, listed in drawn.items() if listed}, SMOOTHING)
+    drawn: dict[str, list[Curve]] = {}
+    for name in STALENESS_CURVES:
+        for metric in metrics_by_staleness(name, steps):
+            number = metric.name.partition(AT)[2]
+            label = "scored again" if number == FRESH else f"staleness {number}"
+            if one := curve(label, steps, metric.name, starts):
+                drawn.setdefault(f"{name}{AT}", []).append(one)
+    return panels(drawn, SMOOTHING)
 
 
 def _part(row: Mapping[str, str]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flashrl_cli.errors import InputError, NothingMatched
 from flashrl_cli.runs import store
 from flashrl_cli.runs.metrics import holes, read_run_metrics
-from flashrl_cli.verl.metrics import AT, FRESH, METRICS, NAMES, PLOTTED, SECONDS, TIMINGS, verl_name
+from flashrl_cli.verl.metrics import AT, FIGURES, FRESH, METRICS, NAMES, PLOTTED, SECONDS, TIMINGS, verl_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -52,10 +52,9 @@ def title(metric: str) -> tuple[str, str]:
     if metric.startswith(SECONDS):
         return metric.removeprefix(SECONDS), "s"
     name, at, number = metric.partition(AT)
-    if at:
-        known = METRICS.get(name)
-        of = "tokens scored again" if number == FRESH else f"staleness {number}" if number else "each staleness"
-        return f"{known.title if known and known.title else name}, {of}", known.unit if known else ""
+    if at and name in FIGURES:
+        of = "tokens scored again" if number == FRESH else f"staleness {number}" if number else "by staleness"
+        return f"{METRICS[name].title}, {of}", METRICS[name].unit
     known = METRICS.get(metric)
     return (known.title or metric, known.unit) if known else (metric, "")
 

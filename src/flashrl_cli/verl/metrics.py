@@ -222,10 +222,13 @@ OCCASIONAL = ("save", "validate")
 """Phases that only some steps have."""
 
 AT = "@"
-"""Between a metric and a staleness, of whose tokens it is: `kl@1`; FIGURES can be had so."""
+"""Between a metric of FIGURES and the staleness of whose tokens it is: `kl@1`."""
 FRESH, ENOUGH = contract.FRESH, contract.ENOUGH
-FIGURES = ("share", "kl", "kl_k3", "weight_mean", "effective", "truncated", "prob_diff", "prob_correlation")
-"""Metrics by staleness; `share` is that of the step's tokens."""
+FIGURES = (
+    *("tokens", "share", "kl", "kl_k3", "weight_mean", "effective", "truncated"),
+    *("prob_diff", "prob_correlation"),
+)
+"""Metrics by staleness (plugins/staleness.py); `share` is that of the step's tokens."""
 _STALE = re.compile(rf"{contract.STALENESS}(\d+|{FRESH})/(\w+)")
 
 SECONDS = "seconds."
@@ -311,7 +314,7 @@ def dropped_in_words(counts: Mapping[str, int]) -> str:
 def verl_name(name: str) -> str:
     """verl's name of a metric called as in `NAMES`, `seconds.<phase>` or `kl@1`; other names are returned unchanged."""
     figure, at, number = name.partition(AT)
-    if at:
+    if at and figure in FIGURES:  # names of validation metrics have such a sign, too
         return f"{contract.STALENESS}{number}/{figure}"
     phase = name.removeprefix(SECONDS) if name.startswith(SECONDS) else ""
     return TIMINGS.get(phase) or NAMES.get(name, name)

@@ -106,4 +106,5 @@ def test_values_that_do_not_exist_are_left_out() -> None:
     tally.add(np.array([0, 0]), np.log([0.5, 0.5]), np.log([0.5, 0.5]))
     assert "prob_correlation" not in of(tally.figures(), 0)
     assert of(tally.figures("fresh"), "fresh")["tokens"] == 2
+    assert "share" not in of(tally.figures("fresh"), "fresh")
     assert of(tally.figures(), 0)["kl"] == 0

@@ -272,11 +272,11 @@ def test_damaged_log_ratios_are_noted(whole: RunPaths) -> None:
 def test_staleness_is_a_table_and_pictures(whole: RunPaths) -> None:
     assert "By staleness" not in page(whole)
     assert "by_staleness" not in report(whole)["mismatch"]["advice"]
-    log(whole, 2, {5: {**training(0.5), **by_staleness({0: 0.001, 1: 0.02})}})
+    log(whole, 2, {5: {**training(0.5), **by_staleness({0: 0.001, 1: 0.02, "fresh": 0.002})}})
     found = report(whole)["mismatch"]["advice"]["by_staleness"]
-    assert [(one["staleness"], one["tokens"]) for one in found] == [(0, 1000), (1, 1000)]
+    assert [(one["staleness"], one["tokens"]) for one in found] == [(0, 1000), (1, 1000), (None, 1000)]
     text = page(whole)
     assert not Elements(text).open
-    for said in ("By staleness", "staleness 0", "staleness 1", "effective sample size, each staleness"):
+    for said in ("By staleness", "staleness 0", "staleness 1", "scored again", "effective sample size, by staleness"):
         assert said in text
     assert text.count('id="staleness') >= 5

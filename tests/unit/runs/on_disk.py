@@ -101,6 +101,7 @@ def by_staleness(kls: Mapping[Any, float], tokens: float = 1000, **more: float) 
             "prob_correlation": 1 - kl / 10,
             **more,
         }.items()
+        if number != "fresh" or name != "share"
     }
 
 

@@ -57,6 +57,7 @@ def test_verls_name_of_a_metric() -> None:
     assert verl_name("reward") == NAMES["reward"], "the score, not the phase of that name"
     assert verl_name("seconds.reward") == TIMINGS["reward"]
     assert verl_name("critic/score/max") == "critic/score/max"
+    assert verl_name("val-core/tiny/acc/mean@1") == "val-core/tiny/acc/mean@1"
     assert verl_name("seconds.nothing") == "seconds.nothing"
     assert BESIDE_STEP in TIMINGS
 
