@@ -187,7 +187,8 @@ def test_the_address_is_one_that_other_nodes_reach(monkeypatch: pytest.MonkeyPat
 def test_saved_weights_do_not_change_with_the_parameters(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """The sequence of verl's trainer from the second mini-batch on: save, take the first ones, go back to one's own.
 
-    verl's own function loses the update in between.
+    `moves` is what offloading does in between: the parameters are in new memory. By verl's own function the first
+    weights become the later ones, or the later ones are lost.
     """
     import torch
     import torch.distributed as dist
@@ -206,24 +207,32 @@ def test_saved_weights_do_not_change_with_the_parameters(monkeypatch: pytest.Mon
         def weights() -> Any:
             return next(module.parameters()).full_tensor().detach().clone()  # type: ignore[attr-defined]
 
-        def after_two_mini_batches() -> tuple[Any, Any, Any]:
+        def after_two_mini_batches(*, moves: bool) -> tuple[Any, Any, Any]:
             """The weights before, those for the old log-probs of the second mini-batch, and those that it trains."""
             before, first = weights(), verls.fsdp2_sharded_save_to_cpu(module)
+            if moves:
+                module._apply(lambda tensor: tensor.clone())  # as module.to(device)
             with torch.no_grad():
                 next(module.parameters()).add_(1.0)
             second = verls.fsdp2_sharded_save_to_cpu(module)
             verls.fsdp2_sharded_load_from_cpu(module, *first)
             old = weights()
+            if moves:
+                module._apply(lambda tensor: tensor.clone())  # as module.to(device)
             verls.fsdp2_sharded_load_from_cpu(module, *second)
             return before, old, weights()
 
-        before, old, own = after_two_mini_batches()
+        before, old, own = after_two_mini_batches(moves=False)
         assert torch.equal(old, own), "verl has this fault no longer: the correction can go"
+        assert not torch.equal(own, before)
+        before, old, own = after_two_mini_batches(moves=True)
+        assert torch.equal(own, before), "verl has this fault no longer: the correction can go"
         copy_saved_weights()
         copy_saved_weights()
-        before, old, own = after_two_mini_batches()
-        assert torch.equal(old, before)
-        assert torch.allclose(own, before + 1)
+        for moves in (False, True):
+            before, old, own = after_two_mini_batches(moves=moves)
+            assert torch.equal(old, before)
+            assert torch.allclose(own, before + 1)
     finally:
         dist.destroy_process_group()
 

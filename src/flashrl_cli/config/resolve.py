@@ -39,10 +39,6 @@ if TYPE_CHECKING:
     from flashrl_cli.config.spec import ResourceSpec
 
 
-SEPARATE = "separate_async"
-"""The mode of the trainer in which rollout engines have GPUs of their own."""
-
-
 def derived_layers(spec: RunSpec, layers: Sequence[Layer]) -> Iterator[Layer]:
     """Yield a layer for every key whose value is derived from others: it is null, or a later word overrules it.
 
@@ -60,7 +56,7 @@ def derived_layers(spec: RunSpec, layers: Sequence[Layer]) -> Iterator[Layer]:
     if trains_critic and critic.max_tokens_per_gpu in (None, "auto") and critic.micro_batch_size_per_gpu is not None:
         tokens = critic.micro_batch_size_per_gpu * longest
         yield derived("critic.max_tokens_per_gpu", tokens, "critic.micro_batch_size_per_gpu full-length responses")
-    if spec.trainer.mode == SEPARATE:
+    if spec.trainer.mode == "separate_async":
         for name in ("nodes", "gpus_per_node"):
             if getattr(spec.resources, f"rollout_{name}") is None:
                 yield derived(f"resources.rollout_{name}", getattr(spec.resources, name), f"resources.{name}")
@@ -250,14 +246,14 @@ def prefetched_groups_are_used(spec: RunSpec) -> Iterator[Violation]:
 
 def rollout_devices_are_used(spec: RunSpec) -> Iterator[Violation]:
     """GPUs for rollout engines alone need the mode that has such engines."""
-    if spec.trainer.mode == SEPARATE:
+    if spec.trainer.mode == "separate_async":
         return
     for name in ("rollout_nodes", "rollout_gpus_per_node"):
         if getattr(spec.resources, name) is not None:
             yield Violation(
                 f"resources.{name}",
                 f"no engine uses these GPUs: in mode {spec.trainer.mode} all engines share the trainer's",
-                fix={"trainer.mode": SEPARATE, f"resources.{name}": None},
+                fix={"trainer.mode": "separate_async", f"resources.{name}": None},
             )
 
 

@@ -53,8 +53,8 @@ def copy_saved_weights() -> None:
     then its own again (verl/trainer/ppo/v1/trainer_separate_async.py:187 in 0.9.1). `.detach().cpu()` copies nothing
     on the CPU (verl/utils/fsdp_utils.py:1180), where all parameters are on a machine without GPUs, and those that are
     offloaded on one with: what was saved then changes with the parameters. π_old becomes π_θ, so that ratios are
-    exactly 1; with `param_offload` what the mini-batches before taught is lost. The function for FSDP1 copies
-    (verl/utils/fsdp_utils.py:1119).
+    exactly 1; with `param_offload`, which moves the parameters in between, what the mini-batches before taught is lost.
+    The function for FSDP1 copies (verl/utils/fsdp_utils.py:1119).
     """
     import verl.utils.fsdp_utils as verls
 
