@@ -18,6 +18,7 @@ from flashrl_cli.verl.checkpoints import Loaded, queue_pickles
 from tests.integration.conftest import PATIENCE_S, SMALL, Workshop, events
 from tests.integration.test_train import check_evaluation, check_plausible, check_proof
 
+STALENESS = "training/off_policy/trajectory_staleness"
 PROMPTS = 16
 RESPONSES = PROMPTS * 4
 """Of a step, as SMALL has it."""
@@ -51,6 +52,9 @@ def test_killed_while_it_samples_ahead(workshop: Workshop, tmp_path: Path, monke
     saved = saved_steps(run.checkpoints, critic=False, loaded=Loaded(queue=True))
     assert [one.step for one in saved if one.complete] == result["steps"]
     assert all(queue_pickles(one.path) for one in saved)
+    # the engine's weights have the number of the step that the run went on from, and no response is newer than they
+    stale = {one.logged[f"{STALENESS}/{which}"] for one in history(run) for which in ("min", "max")}
+    assert stale <= set(range(kill_resume.PREFETCH + 1))
 
 
 def check_end(workshop: Workshop, shop: kill_resume.Shop, steps: int) -> None:

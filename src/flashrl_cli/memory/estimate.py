@@ -4,8 +4,8 @@ Trainer and engine share the GPUs of verl's hybrid engine: the engine sleeps whi
 the trainer does not offload stay on the GPU while the engine samples (verl/workers/engine_workers.py:728,
 update_weights; verl/workers/engine/base.py:314). Under `separate_async` there are two kinds of GPUs, each with phases
 of its own: the trainer's hold no engine, the engines' no trainer (verl/trainer/ppo/v1/trainer_separate_async.py:153).
-The estimate depends only on the composed configuration, the model's
-shape and the GPU's size. Formulas and their sources are in docs/memory-model.md.
+The estimate depends only on the composed configuration, the model's shape and the GPU's size. Formulas and their
+sources are in docs/memory-model.md.
 """
 
 from __future__ import annotations

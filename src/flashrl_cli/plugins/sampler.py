@@ -1,20 +1,22 @@
-"""verl's replay buffer, which asks its queue more often whether the responses are complete, and two corrections of it.
+"""verl's replay buffer, which asks its queue more often whether responses are complete, and three corrections of it.
 
 Stock verl 0.9.1 sleeps 2 s between two looks (verl/trainer/ppo/v1/replay_buffer.py:144, :409). On average a step waits
 a second for nothing, which is much of a step with short responses. Here the pause is a share of the time that was
 waited already, so that long rollouts are asked no more often than by stock verl. verl builds the buffer through its
 hook `trainer.v1.sampler.custom_sampler`.
 
-Two things go wrong in stock verl's asynchronous modes. A failed group is replaced by another one without end
+Three things go wrong in stock verl's asynchronous modes. A failed group is replaced by another one without end
 (:588), so that a run whose every response fails would never end; in mode sync it ends. And a checkpoint is written
 before the batch that was trained on leaves the queue (trainer_base.py:480, :515), so that these responses stay in the
-queue of a resumed run, and in all its checkpoints, for ever.
+queue of a resumed run, and in all its checkpoints, for ever. Groups that were submitted in the same step are taken in
+the order of a set (:388), which differs from process to process, so that a resumed run makes other mini-batches of
+them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 LEAST_S = 0.05
@@ -42,7 +44,7 @@ def quick_buffer(*, refill_fn: Callable[[int], int], **_: Any) -> Any:
         buffer = trainer._build_replay_buffer()
     finally:
         hook.path = path
-    buffer.__class__ = _quick(type(buffer))
+    buffer.__class__ = quick(type(buffer))
     buffer._batch = trainer.config.data.train_batch_size
     log_arrival(trainer)
     samples.remember(trainer)
@@ -55,57 +57,65 @@ def pause(waited: float, longest: float) -> float:
     return min(max(SHARE * waited, LEAST_S), longest)
 
 
-def _quick(base: Any) -> Any:
-    class QuickReplayBuffer(base):
-        """A replay buffer of verl's with shorter pauses."""
+_Base: Any = object
 
-        _batch = 1
-        """Prompts of a step."""
-        _since = 0.0
-        _finished = 0
-        """Most groups that were finished at a time since the last one failed in vain."""
-        _failed = 0
-        """Groups that failed since then."""
-        _looked = False
-        poll_interval: float
 
-        def sample(self, *args: Any, **kwargs: Any) -> Any:
-            self._since = time.monotonic()
-            self._finished = self._failed = 0
-            return super().sample(*args, **kwargs)
+class Quick(_Base):
+    """What is added to a replay buffer of verl's."""
 
-        def _wait_for_next_poll(self, *args: Any, **kwargs: Any) -> float:
-            longest: float = self.poll_interval
-            self.poll_interval = pause(time.monotonic() - self._since, longest)
-            try:
-                debugged: float = super()._wait_for_next_poll(*args, **kwargs)
-            finally:
-                self.poll_interval = longest
-            return debugged
+    _batch = 1
+    """Prompts of a step."""
+    _since = 0.0
+    _finished = 0
+    """Most groups that were finished at a time since the last one failed in vain."""
+    _failed = 0
+    """Groups that failed since then."""
+    _looked = False
+    poll_interval: float
 
-        def _evict_terminal_groups(self, global_steps: int, partition_id: str, reasons: Any) -> Any:
-            """Raise RuntimeError once a batch of groups has failed in a row."""
-            finished = len(self.finished_keys[partition_id])
-            self._failed = len(reasons[2]) + (0 if finished > self._finished else self._failed)
-            self._finished = max(self._finished, finished)
-            if self._failed >= self._batch:
-                raise RuntimeError(f"{self._failed} groups of responses have failed in a row, and no other is finished")
-            return super()._evict_terminal_groups(global_steps, partition_id, reasons)
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
+        self._since = time.monotonic()
+        self._finished = self._failed = 0
+        return super().sample(*args, **kwargs)
 
-        def _sync_metadata_from_transfer_queue(self) -> None:
-            super()._sync_metadata_from_transfer_queue()
-            if not self._looked:
-                self._looked = True
-                self._forget_trained()
+    def _wait_for_next_poll(self, *args: Any, **kwargs: Any) -> float:
+        longest: float = self.poll_interval
+        self.poll_interval = pause(time.monotonic() - self._since, longest)
+        try:
+            debugged: float = super()._wait_for_next_poll(*args, **kwargs)
+        finally:
+            self.poll_interval = longest
+        return debugged
 
-        def _forget_trained(self) -> None:
-            """Clear the responses whose prompt is not in the queue; before the first step these were trained on."""
-            import transfer_queue
+    def _evict_terminal_groups(self, global_steps: int, partition_id: str, reasons: Any) -> Any:
+        """Raise RuntimeError once a batch of groups has failed in a row."""
+        finished = len(self.finished_keys[partition_id])
+        self._failed = len(reasons[2]) + (0 if finished > self._finished else self._failed)
+        self._finished = max(self._finished, finished)
+        if self._failed >= self._batch:
+            raise RuntimeError(f"{self._failed} groups of responses have failed in a row, and no other is finished")
+        return super()._evict_terminal_groups(global_steps, partition_id, reasons)
 
-            left = [key for key in self.partitions[TRAIN] if key.split("_")[0] not in self.prompt_global_steps[TRAIN]]
-            if left:
-                transfer_queue.kv_clear(partition_id=TRAIN, keys=left)
-            for key in left:
-                del self.partitions[TRAIN][key]
+    def _select_prompt_uids(self, partition_id: str, keys: Iterable[str], batch_size: int) -> Any:
+        return super()._select_prompt_uids(partition_id, sorted(keys), batch_size)
 
-    return QuickReplayBuffer
+    def _sync_metadata_from_transfer_queue(self) -> None:
+        super()._sync_metadata_from_transfer_queue()
+        if not self._looked:
+            self._looked = True
+            self._forget_trained()
+
+    def _forget_trained(self) -> None:
+        """Clear the responses whose prompt is not in the queue; before the first step these were trained on."""
+        import transfer_queue
+
+        left = [key for key in self.partitions[TRAIN] if key.split("_")[0] not in self.prompt_global_steps[TRAIN]]
+        if left:
+            transfer_queue.kv_clear(partition_id=TRAIN, keys=left)
+        for key in left:
+            del self.partitions[TRAIN][key]
+
+
+def quick(base: type) -> type:
+    """A class of verl's replay buffers with what `Quick` changes."""
+    return type(f"Quick{base.__name__}", (Quick, base), {})

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashrl_cli.verl.overrides import MODE
 from flashrl_cli.weights import VERL_META
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -45,7 +46,6 @@ _SHARD = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
 _VAL_FILES = "data.val_files"
 _TRAIN_FILES = "data.train_files"
 _MODEL = "actor_rollout_ref.model.path"
-_MODE = "trainer.v1.trainer_mode"
 _CONTENTS = {
     ACTOR: "actor_rollout_ref.actor.checkpoint",
     CRITIC: "critic.checkpoint",
@@ -155,7 +155,7 @@ def loaded(overrides: Iterable[str]) -> Loaded:
     Without `load_contents` a run loads what it saves (verl/trainer/config/actor/actor.yaml:139).
     """
     given = list(overrides)
-    return _loaded(lambda key: _given(given, key), queue=_given(given, _MODE) not in (None, "sync"))
+    return _loaded(lambda key: _given(given, key), queue=_given(given, MODE) not in (None, "sync"))
 
 
 def loaded_by(verl: Mapping[str, Any], mode: str = "sync") -> Loaded:

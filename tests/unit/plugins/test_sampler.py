@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flashrl_cli.plugins.sampler import TRAIN, _quick, pause
+from flashrl_cli.plugins.sampler import TRAIN, pause, quick
 
 
 def test_pauses_grow_with_the_wait_between_their_bounds() -> None:
@@ -31,13 +31,16 @@ class Base:
     def _evict_terminal_groups(self, *_: Any) -> str:
         return "evicted"
 
+    def _select_prompt_uids(self, _: str, keys: Any, batch_size: int) -> list[str]:
+        return sorted(keys, key=len)[:batch_size]
+
     def _sync_metadata_from_transfer_queue(self) -> None:
         self.partitions[TRAIN] = {"a_0_0": {}, "a_1_0": {}, "b_0_0": {}}
         self.prompt_global_steps[TRAIN] = {"b": 2, "c": 3}
 
 
 def test_a_batch_of_failures_in_a_row_is_enough() -> None:
-    buffer = _quick(Base)()
+    buffer = quick(Base)()
     buffer._batch = 4
 
     def evict(failed: int, finished: int) -> str:
@@ -55,9 +58,14 @@ def test_responses_that_a_checkpoint_kept_too_long_are_cleared_once(monkeypatch:
     cleared: list[Any] = []
     queue = SimpleNamespace(kv_clear=lambda *, partition_id, keys: cleared.append((partition_id, keys)))
     monkeypatch.setitem(sys.modules, "transfer_queue", queue)
-    buffer = _quick(Base)()
+    buffer = quick(Base)()
     buffer._sync_metadata_from_transfer_queue()
     assert cleared == [(TRAIN, ["a_0_0", "a_1_0"])]
     assert list(buffer.partitions[TRAIN]) == ["b_0_0"]
     buffer._sync_metadata_from_transfer_queue()
     assert len(cleared) == 1, "later, such responses are those that are being trained on"
+
+
+def test_groups_of_one_step_are_taken_in_the_same_order_by_every_process() -> None:
+    keys = {f"{letter}{number}" for letter in "abc" for number in range(9)} | {"z"}
+    assert quick(Base)()._select_prompt_uids(TRAIN, keys, 4) == ["z", "a0", "a1", "a2"]

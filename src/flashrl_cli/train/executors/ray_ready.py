@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import platform
 import shlex
 import time
@@ -39,6 +38,8 @@ MODULE = "flashrl_cli.train.executors.ray_nodes"
 COMPARED = ("flashrl-cli", "ray", *DISTRIBUTIONS)
 PATIENCE_S = 180.0
 """Seconds for Ray to start the job and for every node to start a worker and answer."""
+CPUS_OF_ANY_NODE = 10_000
+"""More CPUs than a run asks of a node: how many there are in all is not known, only how many are free."""
 POLL_S = 1.0
 OVER = {"SUCCEEDED", "FAILED", "STOPPED"}
 
@@ -245,7 +246,7 @@ def _resources(plan: LaunchPlan, nodes: Sequence[Mapping[str, Any]]) -> Iterator
         f"it needs {needed}; {there}",
         "resources",
         "wait for the jobs that hold them (`ray job list`), or --set resources.nodes=…"
-        if _fit(trainer, rollout, [(n["devices"], math.inf) for n in nodes])
+        if _fit(trainer, rollout, [(n["devices"], CPUS_OF_ANY_NODE) for n in nodes])
         else f"--set {keys}, or a larger cluster",
     )
 
