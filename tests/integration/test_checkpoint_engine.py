@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -63,7 +64,7 @@ def join(group: list[Any], present: list[int] | None = None) -> list[Any]:
         for at in range(size)
     ]
     chosen = range(len(group)) if present is None else present
-    return at_once([lambda at=at: group[at].init_process_group(**arguments[at]) for at in chosen])
+    return at_once([partial(group[at].init_process_group, **arguments[at]) for at in chosen])
 
 
 async def received(engine: Any) -> dict[str, torch.Tensor]:
@@ -73,10 +74,15 @@ async def received(engine: Any) -> dict[str, torch.Tensor]:
 def update(group: list[Any], weights: dict[str, torch.Tensor]) -> list[Any]:
     """One weight update: nothing of the trainer's, what arrived from the others."""
     assert join(group) == [None] * len(group)
-    jobs: list[Callable[[], Any]] = [
-        lambda engine=engine: asyncio.run(engine.send_weights(iter(weights.items()))) for engine in group[:TRAINERS]
-    ]
-    jobs += [lambda engine=engine: asyncio.run(received(engine)) for engine in group[TRAINERS:]]
+
+    def sent(engine: Any) -> Any:
+        return asyncio.run(engine.send_weights(iter(weights.items())))
+
+    def taken(engine: Any) -> Any:
+        return asyncio.run(received(engine))
+
+    jobs: list[Callable[[], Any]] = [partial(sent, engine) for engine in group[:TRAINERS]]
+    jobs += [partial(taken, engine) for engine in group[TRAINERS:]]
     found = at_once(jobs)
     for engine in group:
         engine.finalize()
@@ -86,7 +92,7 @@ def update(group: list[Any], weights: dict[str, torch.Tensor]) -> list[Any]:
 def bits(tensor: torch.Tensor) -> bytes:
     import torch
 
-    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return bytes(tensor.reshape(-1).view(torch.uint8).tolist())
 
 
 def test_every_worker_gets_every_bit() -> None:
@@ -205,7 +211,7 @@ def test_saved_weights_do_not_change_with_the_parameters(monkeypatch: pytest.Mon
         fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
 
         def weights() -> Any:
-            return next(module.parameters()).full_tensor().detach().clone()  # type: ignore[attr-defined]
+            return next(module.parameters()).full_tensor().detach().clone()
 
         def after_two_mini_batches(*, moves: bool) -> tuple[Any, Any, Any]:
             """The weights before, those for the old log-probs of the second mini-batch, and those that it trains."""

@@ -138,7 +138,7 @@ def test_parts_of_an_interrupted_response_have_their_kept_tokens(monkeypatch: py
         def generate(self) -> Any:
             return SimpleNamespace(remote=self.answer)
 
-    class Client(llm_server.FullyAsyncLLMServerClient):
+    class Client(llm_server.FullyAsyncLLMServerClient):  # type: ignore[misc]
         def __init__(self) -> None:
             rollout = SimpleNamespace(name="vllm", response_length=8, full_determinism=False)
             self.config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout))
