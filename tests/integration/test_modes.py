@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 RESPONSES, STEPS = 16 * 4, 4
 OFF_POLICY = "training/off_policy/"
 FRESH = 2e-3
-"""KL (k3) of tokens that are only quantized, nats a token: some 40 times what INT8 has here, and less than a half of
-what one step of this policy's changes.
+"""Bound of the KL (k3) of tokens that are only quantized, nats a token: some 20 to 40 times what INT8 has here, and
+less than what weights that do not arrive leave after two steps.
 """
 
 
@@ -93,7 +93,9 @@ def test_separate_async(workshop: Workshop) -> None:
     assert {step.stalenesses for step in read[1:]} == {(0, 1)}
     assert max(step["kl_k3@0"] or 0 for step in read) < FRESH
     assert (read[1]["tokens@fresh"] or 0) >= ENOUGH, "responses of the first mini-batch, scored by what sampled them"
-    assert (read[1]["kl_k3@fresh"] or 1) < FRESH < (read[1]["kl_k3@1"] or 0)
+    fresh = read[1]["kl_k3@fresh"] or 1
+    assert fresh < FRESH
+    assert (read[1]["kl_k3@1"] or 0) > 3 * fresh, "a step changes this policy far more than INT8 does"
 
 
 def test_colocate_async(workshop: Workshop) -> None:
