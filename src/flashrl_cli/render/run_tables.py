@@ -13,6 +13,7 @@ from flashrl_cli.render.text_plot import text_panel, text_panels
 from flashrl_cli.runs.mismatch import percent
 from flashrl_cli.runs.saved import writers
 from flashrl_cli.text import age, binary_size, counted, duration, size
+from flashrl_cli.verl.metrics import dropped_in_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -98,6 +99,8 @@ def show(out: Output, found: Summary) -> None:
         if lines:
             out.text("\n".join(lines) + "\n")
     _paragraphs(out, _speed(found.speed))
+    if found.dropped:
+        _paragraphs(out, [f"dropped and not trained on: {dropped_in_words(found.dropped)}"])
     _paragraphs(out, _proof(found))
     _curve(out, found.metrics.history)
     _paragraphs(out, ["rollout against trainer", *(f"  {line}" for line in found.advice.lines)], end="")

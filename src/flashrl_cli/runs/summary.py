@@ -26,6 +26,7 @@ from flashrl_cli.runs.speed import Speed, Spent, diagnose, spent, step_shares
 from flashrl_cli.verl.metrics import dropped, dropped_in_words
 
 if TYPE_CHECKING:
+    from collections import Counter
     from collections.abc import Iterator, Mapping, Sequence
 
     from flashrl_cli.runs.metrics import RunMetrics
@@ -235,6 +236,11 @@ class Summary:
         return next((found for _, found in reversed(self.handshakes.items()) if found), ())
 
     @property
+    def dropped(self) -> Counter[str]:
+        """How many groups of responses were sampled and not trained on, by the metric that counts them."""
+        return dropped(self.metrics.history)
+
+    @property
     def set_aside(self) -> list[str]:
         """Superseded checkpoints that attempts moved out of their way, with the reasons."""
         return [one for attempt in self.run.attempts for one in attempt.set_aside]
@@ -260,6 +266,7 @@ class Summary:
             "speed": self.speed.document(),
             "proof": [asdict(one) for one in self.proof],
             "set_aside": self.set_aside,
+            "dropped": dict(self.dropped),
             "mismatch": self.advice.document(),
             "correction": self.replay.document() if self.replay else None,
         }

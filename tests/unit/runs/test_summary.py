@@ -191,6 +191,17 @@ def test_the_advice_is_on_the_newest_attempts_metrics_with_its_own_cap() -> None
     assert (advice.cap, advice.verdict) == (2.0, "keep")
 
 
+def test_dropped_groups_are_counted_over_all_attempts() -> None:
+    run = on_disk.make("r", on_disk.attempt())
+    on_disk.log(run, 1, {1: on_disk.training(stale_groups=2), 2: on_disk.training(stale_groups=1, failed_groups=1)})
+    found = summarize(find("r"))
+    assert found.document()["dropped"] == {"stale_groups": 3, "failed_groups": 1}
+    assert (
+        "Dropped and not trained on: 3 groups older than trainer.max_staleness and 1 group with a response"
+        in (found.notes[-1])
+    )
+
+
 def test_the_document_is_json() -> None:
     run = make("demo", attempt(1, status="failed", error="x"))
     log(run, 1, {1: sampled.logged(sampled.sample(0.15), 2)})

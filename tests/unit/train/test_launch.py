@@ -82,3 +82,12 @@ def test_a_resumed_run_keeps_its_rotation(tmp_path: Path, monkeypatch: pytest.Mo
     assert next_plan(read("tiny", known), "other", resume="auto").spec.rollout.rotation == 128
     other = next_plan(read("tiny", Options(sets=("rollout.rotation=32",))), "r", resume="auto", force=True)
     assert [one.key for one in changes(other)] == ["rollout.rotation"]
+
+
+def test_gpus_of_the_rollout_alone_may_change() -> None:
+    def of(gpus: int, *more: str) -> str:
+        sets = ("trainer.mode=separate_async", f"resources.rollout_gpus_per_node={gpus}", *more)
+        return plan_hash(planned("tiny", *sets))
+
+    assert of(1) == of(2)
+    assert of(1) != of(1, "trainer.prefetch=2")
