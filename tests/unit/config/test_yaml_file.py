@@ -15,12 +15,12 @@ from flashrl_cli.config.yaml_file import parse, text_of
 from flashrl_cli.errors import Location
 
 TEXT = st.text(st.characters(min_codepoint=32, max_codepoint=126) | st.sampled_from("é→€"), max_size=12)
-KEYS = TEXT.filter(lambda text: text != "<<")
+NAMES = TEXT.filter(lambda text: text != "<<")
 """Keys of JSON that presets do not refuse: `<<` merges mappings in YAML, and is refused with a hint."""
 NUMBERS = st.integers(-(10**12), 10**12) | st.floats(allow_nan=False, allow_infinity=False)
 VALUES = st.recursive(
     st.none() | st.booleans() | NUMBERS | TEXT,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
     max_leaves=8,
 )
 
@@ -60,7 +60,7 @@ def test_scalars_follow_yaml_1_2(text, value):
     assert document.problems == []
 
 
-@given(st.dictionaries(KEYS, VALUES, max_size=3))
+@given(st.dictionaries(NAMES, VALUES, max_size=3))
 def test_json_is_yaml(data):
     assert yaml_file.parse(json.dumps(data, ensure_ascii=False)).data == data
 
