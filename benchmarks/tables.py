@@ -542,11 +542,18 @@ def log_probs(results: Results) -> str:
 
 
 def asynchronous(results: Results) -> str:
-    """Modes of the trainer on the same devices, for each length of responses and each precision."""
+    """Modes of the trainer on the same devices, for each length of responses and each precision.
+
+    Rewards are means of the five steps before the shortest of the runs that are compared has ended.
+    """
     columns = ["responses", "rollout", "mode", "s a step", "trainer waits", "tokens/s", "staleness", "KL",
-               "KL by staleness 0, 1, …"]  # fmt: skip
+               "KL by staleness 0, 1, …", "reward after"]  # fmt: skip
     rows = []
-    for one in results("async")["cases"]:
+    cases = results("async")["cases"]
+    for one in cases:
+        alike = [other for other in cases if all(one[key] == other[key] for key in ("lengths", "rollout"))]
+        end = min(other["kept"][-1]["at"] for other in alike)
+        reward = statistics.fmean([step["reward"] for step in one["kept"] if step["at"] <= end][-5:])
         kl = {part: found["kl_k3"] for part, found in one["by_staleness"].items() if part.isdigit()}
         shares = {int(part): found["share"] for part, found in one["by_staleness"].items() if part.isdigit()}
         stale = f"{sum(number * share for number, share in shares.items()):.2f}" if shares else "0"
@@ -563,6 +570,7 @@ def asynchronous(results: Results) -> str:
                 stale,
                 f"{one['kl_k3']:.1e}",
                 apart,
+                f"{end:.0f} s: {reward:.2f}",
             ]
         )
     return markdown(columns, rows, words=3)

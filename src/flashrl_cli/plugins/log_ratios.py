@@ -70,12 +70,6 @@ class Sample:
     advantages: NDArray[np.float32]
     staleness: NDArray[np.int16] | None = None
 
-    def first(self, count: int) -> Sample:
-        """A sample of the first `count` responses."""
-        import numpy as np
-
-        return self.chosen(np.arange(len(self.lengths)) < count)
-
     def most_stale(self) -> NDArray[np.int16]:
         """The staleness of each response's most stale token [responses]; 0 from a synchronous trainer."""
         import numpy as np
@@ -201,8 +195,12 @@ def _check(sample: Sample) -> None:
         raise ValueError("a log-ratio is not finite")
 
 
-def rows_to_keep(step: int, keep: int, lengths: NDArray[np.integer[Any]]) -> NDArray[np.intp]:
-    """Rows of `keep` of the responses that have these `lengths` in tokens, in random order; fewer if they are long.
+def rows_to_keep(
+    step: int, keep: int, lengths: NDArray[np.integer[Any]], most: float = STEP_TOKENS
+) -> NDArray[np.intp]:
+    """Rows of `keep` of the responses that have these `lengths` in tokens, in random order.
+
+    They are fewer if they would have more than `most` tokens.
 
     The number depends on the mean length only, so that long responses are as likely as short ones. Rows without tokens
     (padding) are left out. The same step draws the same rows.
@@ -212,14 +210,17 @@ def rows_to_keep(step: int, keep: int, lengths: NDArray[np.integer[Any]]) -> NDA
     rows = np.flatnonzero(lengths)
     if not len(rows):
         return rows
-    count = max(1, min(keep, len(rows), int(STEP_TOKENS / lengths[rows].mean())))
+    count = max(1, min(keep, len(rows), int(most / lengths[rows].mean())))
     return np.random.default_rng(step).choice(rows, count, replace=False)
 
 
 def printed(sample: Sample) -> Iterator[str]:
-    """Yield the lines in which a step's file is printed, with as many responses as a log should bear."""
-    count = int(len(sample.lengths) * min(1.0, PRINTED_TOKENS / len(sample.log_ratios)))
-    text = base64.b64encode(_packed(sample.first(max(1, count)))).decode()
+    """Yield the lines in which a step's file is printed, with as many responses as a log should bear, at random."""
+    import numpy as np
+
+    count = max(1, int(len(sample.lengths) * min(1.0, PRINTED_TOKENS / len(sample.log_ratios))))
+    order = np.random.default_rng(sample.step).permutation(len(sample.lengths))
+    text = base64.b64encode(_packed(sample.chosen(order < count))).decode()
     parts = [text[start : start + PART] for start in range(0, len(text), PART)]
     for number, part in enumerate(parts, 1):
         yield f"{MARK}{sample.step} {number} {len(parts)} {part}"
@@ -302,8 +303,9 @@ def _keep(step: int, batch: Mapping[str, Any], mask: Any) -> None:
 
     The batches of a step that samples several are kept in one file.
     """
-    folder, share = contract.plugin_dir(), math.ceil(int(os.environ[contract.ENV_KEEP]) / staleness.mini_batches())
-    rows = rows_to_keep(step, share, mask.sum(-1).cpu().numpy())
+    folder, parts = contract.plugin_dir(), staleness.mini_batches()
+    share = math.ceil(int(os.environ[contract.ENV_KEEP]) / parts)
+    rows = rows_to_keep(step, share, mask.sum(-1).cpu().numpy(), STEP_TOKENS / parts)
     if folder is None or not len(rows):
         return
     stale = staleness.of_rows(mask)
@@ -317,7 +319,7 @@ def _keep(step: int, batch: Mapping[str, Any], mask: Any) -> None:
         advantages=_numpy((batch["advantages"][rows].float() * left).sum(-1) / left.sum(-1)),
         staleness=None if stale is None else _numpy(stale[rows][tokens.cpu()]),
     )
-    if staleness.mini_batches() > 1 and _WRITTEN and _WRITTEN[0].step == step:
+    if parts > 1 and _WRITTEN and _WRITTEN[0].step == step:
         sample = _WRITTEN[0].joined(sample)
     _WRITTEN[:] = [sample]
     place = AttemptPaths(folder.parent).log_ratios
@@ -325,7 +327,7 @@ def _keep(step: int, batch: Mapping[str, Any], mask: Any) -> None:
         write(place, sample)
     except OSError as error:
         contract.logger().warning("the log-ratios of step %d are not kept: %s", step, error)
-    if os.environ.get(contract.ENV_PRINT):
+    if os.environ.get(contract.ENV_PRINT) and staleness.last_mini_batch():
         for line in printed(sample):
             print(line, flush=True)
 

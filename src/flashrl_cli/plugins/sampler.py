@@ -1,22 +1,25 @@
-"""verl's replay buffer, which asks its queue more often whether responses are complete, and three corrections of it.
+"""verl's replay buffer, which asks its queue more often whether responses are complete, and four corrections of it.
 
 Stock verl 0.9.1 sleeps 2 s between two looks (verl/trainer/ppo/v1/replay_buffer.py:144, :409). On average a step waits
 a second for nothing, which is much of a step with short responses. Here the pause is a share of the time that was
 waited already, so that long rollouts are asked no more often than by stock verl. verl builds the buffer through its
 hook `trainer.v1.sampler.custom_sampler`.
 
-Three things go wrong in stock verl's asynchronous modes. A failed group is replaced by another one without end
-(:588), so that a run whose every response fails would never end; in mode sync it ends. And a checkpoint is written
-before the batch that was trained on leaves the queue (trainer_base.py:480, :515), so that these responses stay in the
+Four things go wrong in stock verl's asynchronous modes. A failed group is replaced by another one without end
+(:583), so that a run whose every response fails would never end; in mode sync it ends. And a checkpoint is written
+before the batch that was trained on leaves the queue (trainer_base.py:485, :511), so that these responses stay in the
 queue of a resumed run, and in all its checkpoints, for ever. Groups that were submitted in the same step are taken in
 the order of a set (:388), which differs from process to process, so that a resumed run makes other mini-batches of
-them.
+them. And where older checkpoints are removed, only the folders of the models are
+(verl/utils/checkpoint/checkpoint_manager.py:158): the queue of each saved step, gigabytes with long responses, stays.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 LEAST_S = 0.05
@@ -49,12 +52,38 @@ def quick_buffer(*, refill_fn: Callable[[int], int], **_: Any) -> Any:
     log_arrival(trainer)
     samples.remember(trainer)
     staleness.watch(trainer)
+    remove_lone_queues(trainer)
     return buffer
 
 
 def pause(waited: float, longest: float) -> float:
     """Seconds to sleep after `waited` seconds, at most `longest`."""
     return min(max(SHARE * waited, LEAST_S), longest)
+
+
+def remove_lone_queues(trainer: Any) -> None:
+    """Let an asynchronous trainer remove the saved queues of steps whose policy verl has removed (idempotent).
+
+    Nothing is removed where the step that was just saved has no policy, as on a disk that the nodes do not share.
+    """
+    base: Any = type(trainer)
+    if trainer.trainer_mode == "sync" or getattr(base, "_flashrl_queues", False):
+        return
+
+    class Saving(base):
+        """A trainer of verl's whose saved steps have a queue only beside a policy."""
+
+        _flashrl_queues = True
+
+        def _save_checkpoint(self) -> None:
+            super()._save_checkpoint()
+            steps = Path(self.config.trainer.default_local_dir)
+            if (steps / f"global_step_{self.global_steps}" / "actor").is_dir():
+                for queue in steps.glob("global_step_*/transfer_queue"):
+                    if not (queue.parent / "actor").is_dir():
+                        shutil.rmtree(queue, ignore_errors=True)
+
+    trainer.__class__ = Saving
 
 
 _Base: Any = object
@@ -69,7 +98,7 @@ class Quick(_Base):
     _finished = 0
     """Most groups that were finished at a time since the last one failed in vain."""
     _failed = 0
-    """Groups that failed since then."""
+    """Groups that failed since more were finished."""
     _looked = False
     poll_interval: float
 
@@ -90,7 +119,7 @@ class Quick(_Base):
     def _evict_terminal_groups(self, global_steps: int, partition_id: str, reasons: Any) -> Any:
         """Raise RuntimeError once a batch of groups has failed in a row."""
         finished = len(self.finished_keys[partition_id])
-        self._failed = len(reasons[2]) + (0 if finished > self._finished else self._failed)
+        self._failed = 0 if finished > self._finished else self._failed + len(reasons[2])
         self._finished = max(self._finished, finished)
         if self._failed >= self._batch:
             raise RuntimeError(f"{self._failed} groups of responses have failed in a row, and no other is finished")

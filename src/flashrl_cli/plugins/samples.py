@@ -131,6 +131,8 @@ def keep(step: int, batch: Mapping[str, Any], mask: Any, keys: Sequence[str]) ->
     if folder is None or not count or not _TRAINER or os.environ.get(contract.ENV_PRINT):
         return
     trainer = _TRAINER[0]
+    if trainer.local_trigger_step == 0:
+        _CANDIDATES.clear()
     rewards, lengths = (tensor.sum(-1).cpu().numpy() for tensor in (batch["rm_scores"], mask))
     chosen = rows_to_keep(step, count, rewards, lengths)
     if not chosen:
@@ -153,8 +155,6 @@ def keep(step: int, batch: Mapping[str, Any], mask: Any, keys: Sequence[str]) ->
         )
         for place, (row, why) in enumerate(chosen.items())
     ]
-    if trainer.local_trigger_step == 0:
-        _CANDIDATES.clear()
     _CANDIDATES.extend(found)
     if trainer.local_trigger_step < trainer.parameter_sync_step - 1:
         return

@@ -64,7 +64,19 @@ def copy_saved_weights() -> None:
 
     @functools.wraps(original)
     def fsdp2_sharded_save_to_cpu(model: Any) -> Any:
+        import torch
+
+        if torch.cuda.is_initialized():
+            # parameters are offloaded in the background: before that ends, their memory holds anything (:204)
+            torch.cuda.synchronize()
         state, spec = original(model)
-        return {name: (tensor.clone(), layout) for name, (tensor, layout) in state.items()}, spec
+        shared = {
+            name
+            for name, param in model.named_parameters()
+            if getattr(param, "_local_tensor", param).device.type == "cpu"
+        }
+        return {
+            name: (tensor.clone() if name in shared else tensor, layout) for name, (tensor, layout) in state.items()
+        }, spec
 
     contract.replace_in_verl(verls, fsdp2_sharded_save_to_cpu)

@@ -227,6 +227,7 @@ class _Step:
         self.tags: Sequence[Mapping[str, Any]] | None = None
         self.version = 0
         self.mini_batches = 1
+        self.last = True
         self.tally = Tally()
         self.again = Tally()
         self.last_kl = 0.0
@@ -249,6 +250,11 @@ _STEP = _Step()
 def mini_batches() -> int:
     """The number of batches in which this process's trainer computes the advantages of a step."""
     return _STEP.mini_batches
+
+
+def last_mini_batch() -> bool:
+    """Whether the batch whose advantages are computed is the last one of the step."""
+    return _STEP.last
 
 
 def of_rows(mask: Any) -> Any:
@@ -293,6 +299,7 @@ def watch(trainer: Any) -> None:
 
         def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
             _STEP.tags, _STEP.version, _STEP.mini_batches = batch.tags, self.global_steps - 1, self.parameter_sync_step
+            _STEP.last = self.local_trigger_step >= self.parameter_sync_step - 1
             try:
                 return super()._compute_advantage(batch, metrics)
             finally:

@@ -181,7 +181,7 @@ def _stale(steps: Sequence[StepMetrics], number: int | None, total: float) -> St
     return Stale(
         staleness=number,
         tokens=round(tokens),
-        share=tokens / total,
+        share=tokens / total if total else 0.0,
         kl=kl or 0.0,
         kl_k3=k3 or 0.0,
         weight_mean=mean,

@@ -25,7 +25,7 @@ from flashrl_cli.train.rewards import RewardFailed
 from flashrl_cli.verl.causes import CAUSES, Cause, cause_in
 from flashrl_cli.verl.environment import shipped
 from flashrl_cli.verl.logs import StartPhase, notable, phase_after, plain, root_error, total_steps
-from flashrl_cli.verl.metrics import AT, dropped, dropped_in_words
+from flashrl_cli.verl.metrics import AT, ENOUGH, dropped, dropped_in_words
 
 if TYPE_CHECKING:
     from flashrl_cli.config.spec import CorrectionKind, CorrectionSpec, WatchSpec
@@ -262,9 +262,10 @@ class Watch:
 
     def _warn_of_staleness(self, step: StepMetrics) -> None:
         """Warn, once, of stale tokens beyond the bounds of the rollout, where those without staleness are within."""
-        if self._stale or not step.stalenesses or step.fresh is None:
+        enough = [number for number in step.stalenesses if (step[f"tokens{AT}{number}"] or 0) >= ENOUGH]
+        if self._stale or not enough or step.fresh is None:
             return
-        last, bound = step.stalenesses[-1], self.plan.spec.watch.max_kl
+        last, bound = enough[-1], self.plan.spec.watch.max_kl
         fresh, apart = step[f"kl{step.fresh}"], step[f"kl{AT}{last}"]
         if fresh is None or apart is None or abs(apart) <= bound:
             return
@@ -327,15 +328,18 @@ def broken_rollout(
 
     In an asynchronous mode the bounds are those of tokens without staleness, or of tokens that were scored again with
     the weights that sampled them (`StepMetrics.fresh`): their distance is the engine's alone, so staleness neither
-    excuses a broken refit nor passes for one. A step that has none of these is judged by its least stale tokens. A
-    broken engine exceeds the bounds there as well, and what exceeds them is too far off to be corrected, whatever the
-    reason; the message says that it may be staleness.
+    excuses a broken refit nor passes for one. A step that has none of these is judged by the least stale tokens of
+    which it has enough: a handful, such as the ends of interrupted responses, exceeds the bounds by chance. A broken
+    engine exceeds the bounds there as well, and what exceeds them is too far off to be corrected, whatever the reason;
+    the message says that it may be staleness.
     """
     if _samples_uniformly(step, vocabulary):
         return f"it samples uniformly: mean log-prob {-(step['rollout_nll'] or 0):.2f} = -ln({vocabulary})"
     part, of = step.fresh, " of tokens without staleness" if step.fresh else ""
     if part is None:
-        part, of = f"{AT}{step.stalenesses[0]}", f" of tokens of staleness {step.stalenesses[0]}"
+        enough = (number for number in step.stalenesses if (step[f"tokens{AT}{number}"] or 0) >= ENOUGH)
+        least = next(enough, step.stalenesses[0])
+        part, of = f"{AT}{least}", f" of tokens of staleness {least}"
     kl, weight = step[f"kl{part}"], step[f"weight_mean{part}"]
     if kl is not None and abs(kl) > bounds.max_kl:
         return f"KL between rollout and trainer{of} is {kl:.3g} nats a token (bound {bounds.max_kl:g})"

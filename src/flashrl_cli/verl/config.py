@@ -429,11 +429,6 @@ class TrainerSettings:
         return self.train_batch if self.colocated else self.mini_batch
 
     @property
-    def updates(self) -> int:
-        """Mini-batches of a step."""
-        return -(-self.train_batch // self.mini_batch)
-
-    @property
     def length(self) -> int:
         """Longest sequence, prompt and response together, in tokens."""
         return self.prompt + self.response

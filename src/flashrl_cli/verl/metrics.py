@@ -137,7 +137,7 @@ r = p_train / p_rollout of the sampled token and, under token-level TIS, the imp
   `effective` is (mean w)² / mean w², a share of the tokens. At sequence level `weight_max` is before the cap (:708).
 - `truncated` (:728) is the share of tokens with r > cap; IcePop zeroes these. At sequence level it is one of responses.
 - `rejected` (:407) is the share of tokens that rejection leaves out.
-- `stale_groups` and `failed_groups` (verl/trainer/ppo/v1/replay_buffer.py:338) count groups that were dropped while
+- `stale_groups` and `failed_groups` (verl/trainer/ppo/v1/replay_buffer.py:367) count groups that were dropped while
   the step waited for its batch, for which other prompts were sampled. Asynchronous modes log the first; the second is
   logged by every mode that replaces failed groups.
 - `rollout_nll` and `train_nll` (:972, :952) are means over responses, not over tokens.

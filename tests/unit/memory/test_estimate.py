@@ -76,9 +76,9 @@ def test_engines_on_gpus_of_their_own(settings: TrainerSettings, shape: ModelSha
     assert "KV cache" not in names_in(apart, shape, "refit")
     awake = replace(apart, rollout=replace(apart.rollout, sleeps=False))
     assert {"KV cache", "exchange buckets"} <= names_in(awake, shape, "refit")
-    # the policy at the step's start, and the newer one beside it between two mini-batches
+    # the policy at the step's start, and a newer one beside it
     assert found.host == pytest.approx(2 * 4 * 7.6156e9 / 8, rel=0.001)
-    assert of_settings(replace(apart, mini_batch=64), shape, None, 80 * GIB).host == found.host // 2
+    assert of_settings(replace(apart, mini_batch=64), shape, None, 80 * GIB).host == found.host
     assert of_settings(settings, shape, None, 80 * GIB).host == 0
     lines = block(found)
     assert lines[1] == "  rollout, 4 GPUs:"

@@ -46,7 +46,7 @@ def test_staleness_is_kept_where_there_is_some(tmp_path: Path) -> None:
     assert one.staleness is not None
     assert found.staleness.tolist() == one.staleness.tolist()
     assert found.most_stale().tolist() == [0, 2, 3]
-    assert found.first(2).staleness.tolist() == one.staleness.tolist()[:10]  # type: ignore[union-attr]
+    assert found.chosen(np.arange(len(found.lengths)) < 2).staleness.tolist() == one.staleness.tolist()[:10]  # type: ignore[union-attr]
     both = found.joined(found.chosen(found.most_stale() == 2))
     assert (both.responses, both.lengths.tolist(), both.most_stale().tolist()) == (18, [5] * 4, [0, 2, 3, 2])
     write(tmp_path, replace(one, staleness=one.staleness[:-1]))
@@ -118,7 +118,8 @@ def test_a_log_gets_no_more_than_it_should_bear(tmp_path: Path) -> None:
         whole.take(line)
     found = read(file_of(tmp_path, 1))
     assert len(found.lengths) == 256 * log_ratios.PRINTED_TOKENS // 256_000
-    assert np.array_equal(found.log_ratios, large.log_ratios[: found.lengths.sum()])
+    rows = {tuple(row) for row in large.log_ratios.reshape(256, 1000).tolist()}
+    assert {tuple(row) for row in found.log_ratios.reshape(-1, 1000).tolist()} <= rows, "whole responses"
 
 
 def test_damaged_lines_write_nothing(tmp_path: Path) -> None:

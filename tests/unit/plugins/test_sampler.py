@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from flashrl_cli.plugins.sampler import TRAIN, pause, quick
+from flashrl_cli.plugins.sampler import TRAIN, pause, quick, remove_lone_queues
 
 
 def test_pauses_grow_with_the_wait_between_their_bounds() -> None:
@@ -49,7 +50,8 @@ def test_a_batch_of_failures_in_a_row_is_enough() -> None:
 
     assert [evict(3, 0), evict(1, 1), evict(2, 1)] == ["evicted"] * 3, "one was finished between them"
     buffer.sample()
-    assert [evict(3, 1), evict(3, 2)] == ["evicted"] * 2
+    assert [evict(9, 1), evict(9, 2)] == ["evicted"] * 2, "between two looks others were finished"
+    assert [evict(0, 2), evict(3, 2)] == ["evicted"] * 2
     with pytest.raises(RuntimeError, match="4 groups of responses have failed in a row"):
         evict(1, 2)
 
@@ -69,3 +71,25 @@ def test_responses_that_a_checkpoint_kept_too_long_are_cleared_once(monkeypatch:
 def test_groups_of_one_step_are_taken_in_the_same_order_by_every_process() -> None:
     keys = {f"{letter}{number}" for letter in "abc" for number in range(9)} | {"z"}
     assert quick(Base)()._select_prompt_uids(TRAIN, keys, 4) == ["z", "a0", "a1", "a2"]
+
+
+@pytest.mark.parametrize(("saved", "left"), [(("actor", "transfer_queue"), {2, 3}), (("transfer_queue",), {1, 2, 3})])
+def test_a_saved_queue_goes_with_its_policy(tmp_path: Path, saved: tuple[str, ...], left: set[int]) -> None:
+    """Step 1 has lost its policy; step 3 is the one that is saved, on a disk that has policies or not."""
+
+    class Trainer:
+        trainer_mode, global_steps = "separate_async", 3
+        config = SimpleNamespace(trainer=SimpleNamespace(default_local_dir=str(tmp_path)))
+
+        def _save_checkpoint(self) -> None:
+            for name in saved:
+                (tmp_path / "global_step_3" / name).mkdir(parents=True)
+
+    (tmp_path / "global_step_1/transfer_queue").mkdir(parents=True)
+    for name in ("actor", "transfer_queue"):
+        (tmp_path / "global_step_2" / name).mkdir(parents=True)
+    trainer = Trainer()
+    remove_lone_queues(trainer)
+    remove_lone_queues(trainer)
+    trainer._save_checkpoint()
+    assert {number for number in (1, 2, 3) if (tmp_path / f"global_step_{number}/transfer_queue").is_dir()} == left

@@ -639,6 +639,10 @@ def test_uniform_samples_are_no_staleness() -> None:
 
 def test_too_few_tokens_are_no_judge() -> None:
     step = read_step(1, {**by_staleness({0: BROKEN}, tokens=9), **by_staleness({1: 0.002})})
+    assert supervise.broken_rollout(step, BOUNDS, VOCABULARY) is None
+    step = read_step(1, {**by_staleness({0: 0.002}, tokens=9), **by_staleness({1: BROKEN})})
+    assert "of tokens of staleness 1" in str(supervise.broken_rollout(step, BOUNDS, VOCABULARY))
+    step = read_step(1, by_staleness({0: BROKEN}, tokens=9))
     assert supervise.broken_rollout(step, BOUNDS, VOCABULARY) is not None, "the least stale ones are all that there is"
     step = read_step(1, {**by_staleness({0: BROKEN}, tokens=9), **by_staleness({1: 0.002, "fresh": 0.002})})
     assert supervise.broken_rollout(step, BOUNDS, VOCABULARY) is None

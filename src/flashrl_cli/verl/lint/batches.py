@@ -137,7 +137,7 @@ def _rows(s: Settings, step: Pass) -> int | None:
     """Responses that a process gets in a pass; None where they do not split evenly.
 
     verl fills a batch up to a multiple of both models' mini-batches (trainer/ppo/v1/trainer_base.py:1589); in mode
-    separate_async a batch is one mini-batch (:503).
+    separate_async a batch is one mini-batch (:539).
     """
     shares, n = s.data_parallel(step.role), s.spec.rollout.n
     mini = s.spec.algorithm.mini_batch_size * n
