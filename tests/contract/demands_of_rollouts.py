@@ -302,6 +302,15 @@ ROLLOUTS = [
     ),
     case(
         "transfers_suit_the_mode",
+        BACKEND + "nccl",
+        *SEPARATE,
+        preset="tiny",
+        says="= nccl needs GPUs",
+        hint="drop it, or one of gloo",
+        legal=(BACKEND + "gloo", *SEPARATE),
+    ),
+    case(
+        "transfers_suit_the_mode",
         BACKEND + "naive",
         *SEPARATE,
         says="= naive hands weights over on one device",

@@ -55,6 +55,7 @@ HINTS = {"correction.cap": "--tis takes a cap above 0, or off; --set correction.
 """Hints for wrong values of keys that have a command-line option besides `--set`."""
 _BY_SEQUENCE = "a rejection beside the weights: --set correction.reject.by={} --set correction.reject.upper=…"
 _V1_LACKS = "verl's V1 trainer does not give it {}; --set algorithm.advantage={} works there"
+_ASYNCHRONOUS = "separate_async samples on GPUs of its own, colocate_async on the trainer's"
 ELSEWHERE: Mapping[str, Mapping[str, str]] = {
     "rollout.rotation": {"false": "off", "none": "off", "no": "off", "0": "off", "true": "auto", "on": "auto"},
     "correction.kind": {
@@ -83,6 +84,17 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {
         "seq": "seq-tis",
         "off": "none",
         "false": "none",
+    },
+    "trainer.mode": {
+        # NeMo-RL, AReaL and slime; verl's recipes and trainers before V1
+        "async": _ASYNCHRONOUS,
+        "asynchronous": _ASYNCHRONOUS,
+        "fully-async": "separate_async",
+        "fully-async-policy": "separate_async",
+        "one-step-off": "separate_async",
+        "one-step-off-policy": "separate_async",
+        "disaggregated": "separate_async",
+        "colocated": "colocate_async",
     },
     "algorithm.loss": {"vanilla": "ppo", "grpo": "ppo", "dapo": "ppo", "geo-mean": "gmpo", "dppo": "dppo-tv"},
     "algorithm.advantage": {

@@ -35,6 +35,8 @@ def option(key: str, value: Any, where: Location | None) -> str:
     If `where` names the option that set the key, that option is used; it is `--sweep` with the sweep's own name for the
     key if a sweep varies it.
     """
+    if (key, value) == ("correction.kind", "tis") and where and "tis" in (where.key, where.source.removeprefix("--")):
+        key, value = "correction.cap", 2  # `--tis` takes a cap, and sets the kind with it
     text = value if isinstance(value, str) else text_of(value)
     if where and where.source == "--sweep":
         return f"--sweep {shlex.quote(f'{where.key}={text}')}"

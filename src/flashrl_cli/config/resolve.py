@@ -232,16 +232,18 @@ def staleness_is_corrected(spec: RunSpec) -> Iterator[Violation]:
 def prefetched_groups_are_used(spec: RunSpec) -> Iterator[Violation]:
     """What is sampled `prefetch` batches ahead is used in its step `prefetch` + 1, which `drop` must allow.
 
-    verl counts the step that submitted a prompt as the first (verl/trainer/ppo/v1/replay_buffer.py:523). If `prefetch`
-    is no whole number, a part of each batch is used one step later than the rest.
+    verl counts the step that submitted a prompt as the first (verl/trainer/ppo/v1/replay_buffer.py:523). Of a fraction
+    it takes whole prompts (trainer_base.py:637), the last of which wait as long as those of a whole batch.
     """
-    trainer = spec.trainer
-    if trainer.mode != "sync" and trainer.stale == "drop" and trainer.max_staleness <= math.ceil(trainer.prefetch):
+    trainer, batch = spec.trainer, spec.data.train_batch_size
+    waits = math.ceil(math.floor(trainer.prefetch * batch) / batch)
+    if trainer.mode != "sync" and trainer.stale == "drop" and trainer.max_staleness <= waits:
+        rounded = "" if waits == trainer.prefetch else ", rounded up"
         yield Violation(
             "trainer.max_staleness",
-            f"{trainer.max_staleness} is not more than trainer.prefetch = {trainer.prefetch:g}, rounded up: what is "
+            f"{trainer.max_staleness} is not more than trainer.prefetch = {trainer.prefetch:g}{rounded}: what is "
             "sampled ahead would be dropped when its turn comes",
-            fix={"trainer.max_staleness": math.ceil(trainer.prefetch) + 1, "trainer.prefetch": 0},
+            fix={"trainer.max_staleness": waits + 1, "trainer.prefetch": 0},
         )
 
 

@@ -345,10 +345,11 @@ class TrainerSpec(Part):
     """`sync` samples a batch, then trains on it. `colocate_async` samples ahead on the same GPUs and interrupts what is
     unfinished while it trains. `separate_async` samples on GPUs of its own while the others train."""
     prefetch: NotNegative = 1
-    """Batches that an asynchronous mode samples ahead. 0 samples each batch when it is needed."""
+    """Batches that an asynchronous mode samples ahead, a fraction rounded down to whole prompts. 0 samples each batch
+    when it is needed."""
     max_staleness: Count = 8
     """Steps for which a response to a prompt may be used in asynchronous modes, counted from the step that submitted
-    the prompt, which is the first; more than `prefetch`."""
+    the prompt, which is the first; more than `prefetch` rounded up."""
     stale: Literal["drop", "wait"] = "drop"
     """What happens to groups of responses over `max_staleness`: they are dropped and other prompts sampled, or no step
     begins while one that reaches it is unfinished."""

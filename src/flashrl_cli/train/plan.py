@@ -6,6 +6,7 @@ script or as one document.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from flashrl_cli.paths import AttemptPaths, RunPaths
 from flashrl_cli.precision import KV_CACHES, PRECISIONS
 from flashrl_cli.reward_function import Reference, Source
 from flashrl_cli.runs.store import PLAN_VERSION
+from flashrl_cli.text import counted
 from flashrl_cli.train.resume import FROM_NOTHING, Resume
 from flashrl_cli.verl.environment import run_environment
 from flashrl_cli.verl.overrides import ATTENTION, Override, Places, by_theme, overrides, quote
@@ -220,8 +222,12 @@ def _head(plan: LaunchPlan) -> Iterator[str]:
     yield f"{spec.model.path}, {algorithm}, {spec.rollout.precision} rollouts, {spec.correction.text}"
     trainer = spec.trainer
     if trainer.mode != "sync":
-        late = "dropped" if trainer.stale == "drop" else "waited for"
-        yield f"{trainer.mode}: {trainer.prefetch:g} batches ahead, {late} after {trainer.max_staleness} steps"
+        ahead = counted(math.floor(trainer.prefetch * spec.data.train_batch_size), "prompt")
+        steps = counted(trainer.max_staleness, "step")
+        late = f"groups older than {steps} are dropped"
+        if trainer.stale == "wait":
+            late = f"groups that reach {steps} are waited for"
+        yield f"{trainer.mode}: {ahead} sampled ahead (trainer.prefetch = {trainer.prefetch:g}), {late}"
     if PRECISIONS[spec.rollout.precision].rotates:
         yield f"rotation of inputs: {spec.rollout.rotation} ({plan.origins['rollout.rotation']})"
     used = [f"{one.value} ({one.origin})" for one in plan.overrides if one.key.endswith(f".{ATTENTION}")]

@@ -156,12 +156,16 @@ def _enough_gpus(spec: RunSpec, found: int) -> Finding:
     wanted = f"{asked.nodes} x {asked.gpus_per_node} CUDA GPUs"
     if asked.separate_devices:
         wanted += f" for the trainer and {asked.rollout_nodes} x {asked.rollout_gpus_per_node} for the rollout"
-    if asked.nodes == 1 and asked.rollout_nodes in (None, 1) and found >= asked.all_devices:
+    here = asked.nodes == 1 and asked.rollout_nodes in (None, 1)
+    if here and found >= asked.all_devices:
         return ok("resources", f"{wanted} of {found}")
+    other = "extend base/cpu with a small model"
+    if asked.separate_devices and here and found >= asked.devices:
+        other = "--set trainer.mode=colocate_async --set resources.rollout_gpus_per_node=null"
     return fail(
         "resources",
         f"it needs {wanted}; this machine has {found}",
-        "`--executor ray` on a cluster that has them, or extend base/cpu with a small model",
+        f"`--executor ray` on a cluster that has them, or {other}",
     )
 
 

@@ -114,6 +114,8 @@ def _note_twins(specs: Sequence[tuple[Point, Resolved]], wrong: PointProblems) -
 
 def _names(specs: Sequence[tuple[Point, Resolved]], name: str | None) -> list[str]:
     points = [point for point, _ in specs]
+    if not points:
+        return []
     if name is not None:
         return run_names([name] * len(points), points)
     return run_names([default_name(r.spec.name, r.spec) for _, r in specs], points, in_bases=NAMED_BY_DEFAULT)

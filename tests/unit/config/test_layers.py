@@ -85,6 +85,9 @@ def test_origins_carry_lines_and_read_well():
         ("rollout.n", 8, Location("--sweep", key="rollout.n"), "--sweep rollout.n=8"),
         ("rollout.precision", "fp8", Location("--rollout"), "--rollout fp8"),
         ("rollout.precision", "fp8", Location("--sweep", key="rollout"), "--sweep rollout=fp8"),
+        ("correction.kind", "tis", None, "--set correction.kind=tis"),
+        ("correction.kind", "tis", Location("--tis"), "--tis 2"),
+        ("correction.kind", "tis", Location("--sweep", key="tis"), "--sweep tis=2"),
         ("trainer.logger", ["file"], None, "--set 'trainer.logger=[file]'"),
     ],
 )

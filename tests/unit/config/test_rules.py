@@ -368,9 +368,23 @@ CASES += [
     (
         "prefetched_groups_are_used",
         GRPO,
-        (COLOCATE, CORRECTED, "trainer.prefetch=2.5", "trainer.max_staleness=3"),
-        "trainer.max_staleness: 3 is not more than trainer.prefetch = 2.5, rounded up",
+        (COLOCATE, CORRECTED, "trainer.prefetch=2.5", "trainer.max_staleness=2"),
+        "trainer.max_staleness: 2 is not more than trainer.prefetch = 2.5, rounded up:",
         "--set trainer.max_staleness=4",
+    ),
+    (
+        "prefetched_groups_are_used",
+        GRPO,
+        (COLOCATE, CORRECTED, "trainer.prefetch=1", "trainer.max_staleness=1"),
+        "trainer.max_staleness: 1 is not more than trainer.prefetch = 1:",
+        "--set trainer.max_staleness=2",
+    ),
+    (
+        "prefetched_groups_are_used",
+        GRPO,
+        (COLOCATE, CORRECTED, "trainer.prefetch=0.5", "trainer.max_staleness=1"),
+        "trainer.max_staleness: 1 is not more than trainer.prefetch = 0.5, rounded up:",
+        "--set trainer.max_staleness=2",
     ),
     (
         "rollout_devices_are_used",

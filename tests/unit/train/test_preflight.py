@@ -205,8 +205,10 @@ def test_gpus_of_trainer_and_rollout(
 ) -> None:
     gpus(monkeypatch, count)
     sets = ("trainer.mode=separate_async", "correction.cap=2", "resources.nodes=1", "resources.gpus_per_node=1", *sets)
-    reported = [problem.message for problem in problems("dapo-32b", *sets)]
-    assert reported == ([] if needed is None else [f"it needs {needed}"])
+    reported = problems("dapo-32b", *sets)
+    assert [problem.message for problem in reported] == ([] if needed is None else [f"it needs {needed}"])
+    shares = ["trainer.mode=colocate_async" in str(problem.hint) for problem in reported]
+    assert shares == ([] if needed is None else ["2 x 1" not in needed]), "all but engines on another machine"
 
 
 def test_a_cluster_has_gpus_of_its_own(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,12 @@ def test_every_error_of_every_point_at_once(judged: list[str]) -> None:
     assert judged == []
 
 
+@pytest.mark.parametrize("texts", [("trainer.mode=async",), ("tis=x,y", "rollout=int3")])
+def test_no_point_can_be_read(texts: tuple[str, ...], judged: list[str]) -> None:
+    assert problems(*texts)
+    assert judged == []
+
+
 def test_broken_rules_name_the_value(judged: list[str]) -> None:
     (problem,) = problems("rollout=int8,bf16", "algorithm.mini_batch_size=7,16")
     assert str(problem.where) == "--sweep algorithm.mini_batch_size=7"

@@ -73,7 +73,7 @@ CASES = [
     ),
     ("no_idle_options", "critic.lr=1e-5", "nothing reads critic.lr", "--set algorithm.advantage=gae"),
     ("no_owned_keys", f"verl.{A}.policy_loss.loss_mode=gspo", "itself", "--set algorithm.loss"),
-    ("no_idle_options", "trainer.prefetch=2", "nothing reads trainer.prefetch", "--set trainer.mode=separate_async"),
+    ("no_idle_options", "trainer.prefetch=2", "an asynchronous trainer.mode", "--set trainer.mode=separate_async"),
     ("no_idle_options", "algorithm.filter_groups.metric=acc", "nothing reads", "algorithm.filter_groups.enable=true"),
 ]
 

@@ -196,7 +196,9 @@ def no_idle_options(resolved: Resolved, _: Sequence[Override]) -> Iterator[Probl
             continue
         for start, (read, switch) in readers.items():
             if field.startswith(start) and not read and _says_something(resolved.value(field)):
-                yield Problem(f"nothing reads {field} without {switch}", origin.where, f"--set {switch}, or drop it")
+                needed = "an asynchronous trainer.mode" if field in ahead else switch
+                way = resolved.option(*switch.split("="))
+                yield Problem(f"nothing reads {field} without {needed}", origin.where, f"{way}, or drop it")
 
 
 def _says_something(value: object) -> bool:

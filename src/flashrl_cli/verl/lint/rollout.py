@@ -407,12 +407,16 @@ def transfers_suit_the_mode(s: Settings) -> Iterator[Problem]:
                 s.fix(BACKEND, "naive"),
                 BACKEND,
             )
-    elif backend not in SENDING:
+        return
+    cpu = s.spec.resources.platform == "cpu"
+    sending = [name for name in SENDING if not cpu or name != NCCL]
+    if backend not in sending:
         why = {
+            NCCL: "needs GPUs",
             "naive": "hands weights over on one device, and the rollout engines have others",
             "delta_sharded": "sends changes past flashrl's weight update, which quantizes and checks",
         }.get(str(backend), "is no backend of verl's that flashrl knows to send full tensors")
-        yield s.problem(f"verl.{BACKEND} = {backend} {why}", f"drop it, or one of {', '.join(SENDING)}", BACKEND)
+        yield s.problem(f"verl.{BACKEND} = {backend} {why}", f"drop it, or one of {', '.join(sending)}", BACKEND)
 
 
 def validation_samples(s: Settings) -> Iterator[Problem]:
