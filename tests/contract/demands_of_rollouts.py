@@ -306,7 +306,7 @@ ROLLOUTS = [
         *SEPARATE,
         preset="tiny",
         says="= nccl needs GPUs",
-        hint="drop it, or one of gloo",
+        hint="drop it",
         legal=(BACKEND + "gloo", *SEPARATE),
     ),
     case(

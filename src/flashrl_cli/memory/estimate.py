@@ -241,7 +241,7 @@ def _receiver() -> tuple[Item, ...]:
 
     It is assumed to hold outside torch what a trainer does.
     """
-    return (item("receiver context", TRAINER_CONTEXT, "CUDA context, NCCL"),)
+    return (item("receiving process", TRAINER_CONTEXT, "its CUDA context, NCCL"),)
 
 
 def _context() -> tuple[Item, ...]:
@@ -321,7 +321,7 @@ def _largest(run: Run) -> int:
 
 
 def _exchange(run: Run) -> Item:
-    return item("exchange buckets", 2 * run.settings.bucket, "two of the checkpoint engine")
+    return item("checkpoint engine", 2 * run.settings.bucket, "two of its buckets")
 
 
 def _into_engine(run: Run) -> tuple[Item, ...]:

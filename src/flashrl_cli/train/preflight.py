@@ -196,8 +196,8 @@ def _weight_updates(spec: RunSpec, versions: Mapping[str, str]) -> Iterator[Find
     if found.level is Level.OK:
         yield found
     else:
-        slower = f"--set verl.{BACKEND}={contract.CHECKPOINT_ENGINE[0]} (slower: through the CPU)"
-        yield fail(found.name, found.text, f"{found.fix}, or {slower}")
+        other = f"--set verl.{BACKEND}={contract.CHECKPOINT_ENGINE[0]} (through main memory)"
+        yield fail(found.name, found.text, f"{found.fix}, or {other}")
 
 
 def storage_findings(spec: RunSpec) -> Iterator[Finding]:

@@ -71,11 +71,11 @@ def test_engines_on_gpus_of_their_own(settings: TrainerSettings, shape: ModelSha
     ]
     # two of the checkpoint engine on both sides, and two more between the receiver and the engine
     item_bytes = {(phase.name, part.name): part.bytes for phase in found.phases for part in phase.items}
-    assert item_bytes["weight update", "exchange buckets"] == item_bytes["refit", "exchange buckets"] == 2 * (2 << 30)
+    assert item_bytes["weight update", "checkpoint engine"] == item_bytes["refit", "checkpoint engine"] == 2 * (2 << 30)
     assert item_bytes["refit", "buckets"] == (2 << 30) + 152_064 * 3584 * 4
     assert "KV cache" not in names_in(apart, shape, "refit")
     awake = replace(apart, rollout=replace(apart.rollout, sleeps=False))
-    assert {"KV cache", "exchange buckets"} <= names_in(awake, shape, "refit")
+    assert {"KV cache", "checkpoint engine"} <= names_in(awake, shape, "refit")
     # the policy at the step's start, and a newer one beside it
     assert found.host == pytest.approx(2 * 4 * 7.6156e9 / 8, rel=0.001)
     assert of_settings(replace(apart, mini_batch=64), shape, None, 80 * GIB).host == found.host

@@ -367,7 +367,7 @@ def test_weights_for_other_gpus_need_cupy(monkeypatch: pytest.MonkeyPatch) -> No
     assert found() == found("trainer.mode=colocate_async") == found(separate, backend) == []
     assert [one.level for one in found(separate, **cupy)] == ["ok"]
     (absent,) = found(separate)
-    assert (absent.level, f"--set {backend} (slower" in str(absent.fix)) == ("fail", True)
+    assert (absent.level, f"--set {backend} (through main memory)" in str(absent.fix)) == ("fail", True)
 
 
 def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:

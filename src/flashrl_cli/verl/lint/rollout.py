@@ -408,15 +408,15 @@ def transfers_suit_the_mode(s: Settings) -> Iterator[Problem]:
                 BACKEND,
             )
         return
-    cpu = s.spec.resources.platform == "cpu"
-    sending = [name for name in SENDING if not cpu or name != NCCL]
+    sending = contract.CHECKPOINT_ENGINE[:1] if s.spec.resources.platform == "cpu" else SENDING
     if backend not in sending:
         why = {
-            NCCL: "needs GPUs",
+            **dict.fromkeys(SENDING, "needs GPUs"),
             "naive": "hands weights over on one device, and the rollout engines have others",
             "delta_sharded": "sends changes past flashrl's weight update, which quantizes and checks",
         }.get(str(backend), "is no backend of verl's that flashrl knows to send full tensors")
-        yield s.problem(f"verl.{BACKEND} = {backend} {why}", f"drop it, or one of {', '.join(sending)}", BACKEND)
+        others = f", or one of {', '.join(sending)}" if len(sending) > 1 else ""
+        yield s.problem(f"verl.{BACKEND} = {backend} {why}", f"drop it{others}", BACKEND)
 
 
 def validation_samples(s: Settings) -> Iterator[Problem]:
