@@ -578,7 +578,6 @@ def asynchronous(results: Results) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "headline": headline,
-    "async": asynchronous,
     "summary": in_short,
     "speed": speed,
     "speed-7b": partial(speed_7b, name="bench_7b_h200"),

@@ -161,7 +161,8 @@ def test_the_server_keeps_what_a_weight_update_returns(server: Any, monkeypatch:
     trainer: Any = Trainer()
     call = SimpleNamespace(remote=lambda function: function(holder))
     replica = SimpleNamespace(server_handle=SimpleNamespace(__ray_call__=call))
-    trainer.llm_server_manager = SimpleNamespace(get_replicas=lambda: [replica, replica])
+    manager = SimpleNamespace(get_replicas=lambda: [replica])
+    trainer._rollout_server_managers = lambda: [manager, manager]
     monkeypatch.setattr(ray, "get", list)
     arrival.log_arrival(trainer)
     arrival.log_arrival(trainer)
