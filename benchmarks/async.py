@@ -60,10 +60,15 @@ SETTLING = 3
 """Steps that do not count, in which the prefetched batches are used up and processes warm up."""
 EVERY_S = 0.1
 """Seconds between two looks at the devices."""
+DRAWN = 200
+"""Looks at each device that the document keeps."""
 TITLES = {"trainer": ("ray::WorkerDict",), "engine": ("VLLM::Worker", "VLLM::EngineCore")}
 """Titles of the processes that do each side's arithmetic."""
 PHASES = ("generate", "log-probs", "reference", "advantage", "actor", "refit")
 """Phases of a step in the order in which verl goes through them (verl/trainer/ppo/v1/trainer_base.py:505)."""
+KEPT = ("reward", "response_length", "longest_response", "kl", "kl_k3", "tokens", "effective", "truncated", "staleness",
+        "step_s")  # fmt: skip
+"""Metrics of a step that the document keeps, of each staleness, too (flashrl_cli.verl.metrics)."""
 Result = dict[str, Any]
 
 
@@ -72,7 +77,11 @@ Result = dict[str, Any]
 
 def reading(metrics: StepMetrics) -> Result:
     """The part of a step's metrics that the document keeps."""
-    found = {name: value for name, value in metrics.values.items() if value is not None}
+    found = {
+        name: float(f"{value:.6g}")
+        for name, value in metrics.values.items()
+        if value is not None and name.partition(AT)[0] in KEPT
+    }
     return {"step": metrics.step, **found, "seconds": {name: round(s, 3) for name, s in metrics.seconds.items()}}
 
 
@@ -249,7 +258,11 @@ def measure(given: argparse.Namespace, case: Mapping[str, str], work: Path, limi
         "to_first_step_s": round(start - begun, 1),
         **summary(kept, seen),
         "kept": kept,
-        "watched": seen,
+        # as much as a picture shows
+        "watched": {
+            device: [[at, share] for at, share in found if kept[SETTLING - 1]["at"] <= at <= kept[-1]["at"]][:DRAWN]
+            for device, found in seen.items()
+        },
     }
 
 

