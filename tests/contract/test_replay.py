@@ -173,7 +173,7 @@ def test_rows_that_cannot_be_fetched_end_no_run(
     trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(contract.ENV_SAMPLES, "4")
-    monkeypatch.setattr(samples, "_TRAINER", [SimpleNamespace(tokenizer=None)])
+    monkeypatch.setattr(samples, "_TRAINER", [SimpleNamespace(tokenizer=None, local_trigger_step=0)])
     contract.logger().addHandler(caplog.handler)
     try:
         correct_and_advance(trainer)  # without a TransferQueue

@@ -63,10 +63,12 @@ def trainer_of(batches: list[list[dict[str, Any]]], correction: dict[str, Any], 
     class Trainer:
         trainer_mode = mode
         global_steps = 8
+        local_trigger_step = 0
         parameter_sync_step = len(batches)
 
         def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> None:
             for number, tags in enumerate(batches):
+                self.local_trigger_step = number
                 self._compute_advantage(SimpleNamespace(tags=tags, seed=number), metrics)
 
         def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> None:
@@ -157,10 +159,11 @@ def test_kept_log_ratios_have_their_staleness(monkeypatch: pytest.MonkeyPatch, t
     batches = [tags(7, 6, 5, 4, 3), tags(7, 7, 7, 7, 6)]
 
     class Trainer:
-        trainer_mode, global_steps, parameter_sync_step = "separate_async", 8, 2
+        trainer_mode, global_steps, local_trigger_step, parameter_sync_step = "separate_async", 8, 0, 2
 
         def step(self, *_: Any) -> None:
             for number, rows in enumerate(batches):
+                self.local_trigger_step = number
                 self._compute_advantage(SimpleNamespace(tags=rows, seed=number), {})
 
         def _compute_advantage(self, batch: Any, _: Any) -> None:
