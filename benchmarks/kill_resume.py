@@ -158,7 +158,7 @@ def strikes(shop: Shop, dice: random.Random, latest_s: float, from_step: int) ->
     while True:
         ended = _ends_within(child, after)
         if ended and not struck:
-            yield _told(shop, after, "nobody", f"ended by itself with {child.returncode}", 0.0)
+            yield _strike(shop, after, "nobody", f"ended by itself with {child.returncode}", 0.0)
             return
         if ended:  # the earlier strike hit what was needed only later, such as a reward worker
             name = "nobody"
@@ -170,7 +170,7 @@ def strikes(shop: Shop, dice: random.Random, latest_s: float, from_step: int) ->
         outcome = _outcome(shop, child, since)
         if outcome == "ended" and (resumed := _resumed_from(shop)) is not None and resumed not in before:
             outcome = f"resumed from {resumed} instead of {sorted(before)}"
-        yield _told(shop, after, name, outcome, time.monotonic() - since)
+        yield _strike(shop, after, name, outcome, time.monotonic() - since)
         if outcome != "harmless":
             return
         after = dice.uniform(0, latest_s / 2)
@@ -224,7 +224,7 @@ def _name(victim: psutil.Process, flashrl: int) -> str:
     return "guardian" if "launch.guardian" in words else " ".join(Path(word).name for word in words.split())[:60]
 
 
-def _told(shop: Shop, after: float, victim: str, outcome: str, taken: float) -> Strike:
+def _strike(shop: Shop, after: float, victim: str, outcome: str, taken: float) -> Strike:
     found = store.load(shop.paths.record)
     last = found.last if found else None
     error = last.error if last else None
@@ -251,15 +251,15 @@ def one_run(
     ahead.
     """
     shop, dice = Shop(root, more), random.Random(seed)
-    told: list[Strike] = []
-    while len(told) < kills:
+    struck: list[Strike] = []
+    while len(struck) < kills:
         for one in strikes(shop, dice, latest_s, from_step):
-            told.append(one)
+            struck.append(one)
             print(json.dumps(asdict(one)), flush=True)
     before = shop.newest()
     asked = max(steps, max(shop.logged(), default=0) + 1)
     code = shop.start(asked).wait(timeout=LAST_S)
-    problems = [one.outcome for one in told if one.outcome not in {"ended", "harmless"}]
+    problems = [one.outcome for one in struck if one.outcome not in {"ended", "harmless"}]
     problems += [f"exit {code} at the end"] * (code != 0)
     problems += [f"metrics of steps {shop.logged()}"] * (shop.logged() != list(range(1, asked + 1)))
     problems += [f"left: {shop.leftovers()}"] * bool(shop.leftovers())
@@ -268,7 +268,7 @@ def one_run(
         problems.append(f"resumed from {resumed} instead of {sorted(before)}")
     return {
         "seed": seed,
-        "strikes": [asdict(one) for one in told],
+        "strikes": [asdict(one) for one in struck],
         "resumed_from": [attempt.resumed_from for attempt in store.read_run(shop.paths.root).attempts],
         "steps": shop.logged(),
         "problems": problems,

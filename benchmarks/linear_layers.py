@@ -385,40 +385,21 @@ def _passes(x: torch.Tensor) -> Tensors:
 
 
 WITH_16_BITS: dict[str, Any] = {"quantize": rows_for_16_bits, "held": lambda rows: doubled(*rows)}
+WITH_8_BITS: dict[str, Any] = {
+    "multiply": _cutlass,
+    "held": lambda rows: doubled(*rows),
+    "given": lambda taken: doubled(*taken),
+}
 KERNELS: dict[str, Kernel] = {
     "bf16": Kernel(
         quantize=lambda weight: (weight,),
         multiply=lambda rows, taken: torch.nn.functional.linear(taken[0], rows[0]),
         held=lambda rows: rows[0].double(),
     ),
-    "int8": Kernel(
-        quantize=_plain_int8,
-        take=_plain_int8,
-        multiply=_cutlass,
-        held=lambda rows: doubled(*rows),
-        given=lambda taken: doubled(*taken),
-    ),
-    "int8 rotated": Kernel(
-        quantize=_rotated_rows,
-        take=_rotated,
-        multiply=_cutlass,
-        held=lambda rows: doubled(*rows),
-        given=lambda taken: doubled(*taken),
-    ),
-    "int8 rotated in passes": Kernel(
-        quantize=_rotated_rows,
-        take=_passes,
-        multiply=_cutlass,
-        held=lambda rows: doubled(*rows),
-        given=lambda taken: doubled(*taken),
-    ),
-    "fp8": Kernel(
-        quantize=_fp8,
-        take=_fp8,
-        multiply=_cutlass,
-        held=lambda rows: doubled(*rows),
-        given=lambda taken: doubled(*taken),
-    ),
+    "int8": Kernel(quantize=_plain_int8, take=_plain_int8, **WITH_8_BITS),
+    "int8 rotated": Kernel(quantize=_rotated_rows, take=_rotated, **WITH_8_BITS),
+    "int8 rotated in passes": Kernel(quantize=_rotated_rows, take=_passes, **WITH_8_BITS),
+    "fp8": Kernel(quantize=_fp8, take=_fp8, **WITH_8_BITS),
     "w8a16 machete": Kernel(repack=_machete_packed, multiply=_machete, **WITH_16_BITS),
     "w8a16 marlin": Kernel(repack=_marlin_packed, multiply=_marlin, **WITH_16_BITS),
     "w8a16 to bf16": Kernel(multiply=_to_bf16, **WITH_16_BITS),
@@ -431,12 +412,12 @@ MIXED = {"int8 rotated, qkv bf16": ("int8 rotated", {"qkv": "bf16"})}
 
 def timed(calls: Sequence[Callable[[], Any]], repeats: int = REPEATS) -> list[float]:
     """Microseconds of a call in a CUDA graph of all of them, measured `repeats` times."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
+    warming = torch.cuda.Stream()
+    warming.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warming):
         for call in dict.fromkeys(calls):
             call()
-    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.current_stream().wait_stream(warming)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -257,7 +257,7 @@ def train(plan: Plan, case: str, limit: float) -> Result:
             argv, env=plan.environment(samples), stdout=subprocess.PIPE, stderr=errors, encoding="utf-8",
             start_new_session=True,
         )  # fmt: skip
-        stop = threading.Timer(limit, _interrupt, [process])
+        stop = threading.Timer(limit, interrupt, [process])
         stop.start()
         spy: Spy | None = None
         try:
@@ -269,7 +269,7 @@ def train(plan: Plan, case: str, limit: float) -> Result:
             process.wait()
         finally:
             stop.cancel()
-            _interrupt(process)
+            interrupt(process)
             process.wait()
     events = {event.get("event"): (at, event) for at, event in reversed(events_seen)}  # the first of each
     steps = [_step(metrics) for metrics in read_metrics(attempt.metrics) if metrics.trained][: plan.given.steps]
@@ -295,7 +295,7 @@ def train(plan: Plan, case: str, limit: float) -> Result:
     return result
 
 
-def _interrupt(process: subprocess.Popen[str]) -> None:
+def interrupt(process: subprocess.Popen[str]) -> None:
     """Have flashrl end its run, and kill it if it takes longer than its own time for that."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flashrl_cli import contract, files
-from flashrl_cli.data.tiny import MAX_NEW_TOKENS, Demonstrations, WarmUp, save, teach
+from flashrl_cli.data.tiny import MAX_NEW_TOKENS, Demonstrations, WarmUp, sampled, save, teach
 from flashrl_cli.paths import DatasetPaths
 
 SHORT = 3.0
@@ -48,21 +48,6 @@ class Chains(Demonstrations):
         return (SLOW if slow else QUICK) * min(length, self.limit) + super().answer(a, b, careless=careless)
 
 
-def sampled_lengths(model: Any, demonstrations: Chains, limit: int) -> list[int]:
-    """Numbers of tokens of one response to each held-out sum, at temperature 1, in order."""
-    import torch
-
-    tokenizer = demonstrations.tokenizer
-    prompts = [demonstrations.prompts[pair] for pair in demonstrations.pairs["test"]]
-    width = max(map(len, prompts))
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])
-    model.eval()
-    with torch.no_grad():
-        mask = (ids != tokenizer.pad_token_id).long()
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=limit, do_sample=True, top_k=0)
-    return sorted((out[:, width:] != tokenizer.pad_token_id).sum(-1).tolist())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -90,7 +75,8 @@ def main() -> None:
         loss = teach(model, optimizer, chains, recipe, careless=False)
         if step % 20 == 0:
             print(f"step {step}, loss {loss:.3f}", flush=True)
-    lengths = sampled_lengths(model, chains, given.limit)
+    responses = sampled(model, chains, chains.pairs["test"], limit=given.limit)
+    lengths = sorted((responses != tokenizer.pad_token_id).sum(-1).tolist())
     cuts = statistics.quantiles(lengths, n=100, method="inclusive")
     print(
         {"mean": statistics.fmean(lengths), "p50": cuts[49], "p90": cuts[89], "p99": cuts[98], "longest": lengths[-1]}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,20 +136,33 @@ class Demonstrations:
         return ids, labels
 
 
-def sampled_accuracy(model: Qwen2ForCausalLM, demonstrations: Demonstrations, *, repeats: int = 1) -> float:
-    """Share of the 256 held-out sums answered right at temperature 1, `repeats` times each, by Transformers."""
+def sampled(
+    model: Qwen2ForCausalLM, demonstrations: Demonstrations, asked: Sequence[Pair], *, limit: int = MAX_NEW_TOKENS
+) -> torch.Tensor:
+    """Sample a response of at most `limit` tokens to each pair at temperature 1, by Transformers.
+
+    Returns token ids, int64 [pairs, longest], padded on the right.
+    """
     import torch
 
-    tokenizer, asked = demonstrations.tokenizer, demonstrations.pairs["test"] * repeats
+    tokenizer = demonstrations.tokenizer
     prompts = [demonstrations.prompts[pair] for pair in asked]
     width = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])
     model.eval()
     with torch.no_grad():
         mask = (ids != tokenizer.pad_token_id).long()
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=True, top_k=0)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=limit, do_sample=True, top_k=0)
     model.train()
-    texts = [tokenizer.decode(row[width:]).split(END)[0] for row in out]
+    responses: torch.Tensor = out[:, width:]
+    return responses
+
+
+def sampled_accuracy(model: Qwen2ForCausalLM, demonstrations: Demonstrations, *, repeats: int = 1) -> float:
+    """Share of the 256 held-out sums answered right at temperature 1, `repeats` times each, by Transformers."""
+    asked = demonstrations.pairs["test"] * repeats
+    rows = sampled(model, demonstrations, asked)
+    texts = [demonstrations.tokenizer.decode(row).split(END)[0] for row in rows]
     right = [text.split("#### ")[-1] == str(a + b) for text, (a, b) in zip(texts, asked, strict=True)]
     return float(sum(right) / len(right))
 

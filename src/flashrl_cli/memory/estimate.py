@@ -336,9 +336,9 @@ def copies(run: Run) -> int:
     """Bytes of CPU memory that a trainer process takes for copies of its share of the policy.
 
     The decoupled log-probs of `separate_async` are those of the policy at the step's start, which is kept; between
-    mini-batches the newer policy is put aside as well (verl/trainer/ppo/v1/trainer_separate_async.py:188). With one
+    mini-batches the newer policy is copied as well (verl/trainer/ppo/v1/trainer_separate_async.py:188). With one
     mini-batch there are two, too: the previous step's goes when that of the next is complete
-    (verl/experimental/separation/engine_workers.py:137), and the newer one is put aside to score responses again.
+    (verl/experimental/separation/engine_workers.py:137), and the newer one is copied to score responses again.
     """
     return 0 if run.settings.colocated else round(2 * run.actor.params)
 

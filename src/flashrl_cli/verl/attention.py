@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from flashrl_cli.config.layers import Origin
 from flashrl_cli.precision import Capabilities
 from flashrl_cli.verl.config import ROLES
-from flashrl_cli.verl.overrides import AUTO, Places, overrides
+from flashrl_cli.verl.overrides import AUTO, Places, overrides, verbatim_keys
 
 if TYPE_CHECKING:
     from flashrl_cli.config.resolve import Resolved
@@ -80,7 +80,7 @@ def of_spec(spec: RunSpec) -> dict[str, str]:
 
 def shares_sequences(spec: RunSpec) -> bool:
     """Whether some model of a run has sequence parallelism, as far as the values of a preset say it."""
-    given = {key.removeprefix("+"): value for key, value in spec.verl.items()}
+    given = verbatim_keys(spec)
     return any(_shares_sequences(given, role) for role in ROLES)
 
 

@@ -248,6 +248,11 @@ def overrides(resolved: Resolved, places: Places) -> tuple[Override, ...]:
     )
 
 
+def verbatim_keys(spec: RunSpec) -> dict[str, Any]:
+    """The keys that `verl:` gives word for word with their values, without Hydra's plus for a new one."""
+    return {written.removeprefix("+"): value for written, value in spec.verl.items()}
+
+
 def _trainer(resolved: Resolved) -> Iterator[Override]:
     why = Origin("derived", reason="verl's V1 trainer, in each of its modes")
     yield Override("trainer.use_v1", True, why)
@@ -257,8 +262,8 @@ def _trainer(resolved: Resolved) -> Iterator[Override]:
 
 def _quick(resolved: Resolved) -> Iterator[Override]:
     """What makes a rollout with many short responses quick (sampler.py, agent_loop.py and outputs.py of plugins/)."""
-    given = {written.removeprefix("+") for written in resolved.spec.verl}
-    if not given & {SAMPLER, SAMPLER_NAME}:
+    given = verbatim_keys(resolved.spec)
+    if not given.keys() & {SAMPLER, SAMPLER_NAME}:
         why = Origin("derived", reason="verl's own buffer looks for finished responses every 2 s")
         yield Override(SAMPLER, contract.SAMPLER[0], why)
         yield Override(SAMPLER_NAME, contract.SAMPLER[1], why)
@@ -294,7 +299,7 @@ def _asynchrony(resolved: Resolved) -> Iterator[Override]:
     yield Override(f"{V1}.{mode}.num_warmup_batches", spec.trainer.prefetch, resolved.origins["trainer.prefetch"])
     if mode != SEPARATE:
         return
-    given = {written.removeprefix("+"): value for written, value in spec.verl.items()}
+    given = verbatim_keys(spec)
     steps = max(1, spec.data.train_batch_size // spec.algorithm.mini_batch_size)
     why = Origin("derived", reason="data.train_batch_size / algorithm.mini_batch_size")
     yield Override(f"{V1}.{mode}.parameter_sync_step", steps, why)
@@ -310,14 +315,14 @@ def _asynchrony(resolved: Resolved) -> Iterator[Override]:
 
 def checkpoint_backend(spec: RunSpec) -> str:
     """By what weights go to rollout engines with devices of their own: over NCCL on GPUs, unless `verl:` says else."""
-    given = {written.removeprefix("+"): value for written, value in spec.verl.items()}
+    given = verbatim_keys(spec)
     return str(given.get(BACKEND, contract.CHECKPOINT_ENGINE[0] if spec.resources.platform == "cpu" else NCCL))
 
 
 def _mixture(resolved: Resolved) -> Iterator[Override]:
     """verl's data set of several files, unless the preset names a class of its own (plugins/mixture.py)."""
     data = resolved.spec.data
-    given = {written.removeprefix("+") for written in resolved.spec.verl}
+    given = verbatim_keys(resolved.spec)
     if (isinstance(data.train, str) and isinstance(data.val, str)) or DATASET in given:
         return
     why = Origin("derived", reason="the files of a list need not have the same columns")
@@ -353,9 +358,9 @@ def _passes(resolved: Resolved) -> Iterator[Override]:
         return
     field = log_probs if by_tokens else "rollout.log_prob_micro_batch_size_per_gpu"
     key = f"{REF}.log_prob_{'max_token_len' if by_tokens else 'micro_batch_size'}_per_gpu"
-    given = {name.removeprefix("+") for name in spec.verl}
+    given = verbatim_keys(spec)
     value = resolved.value(field)
-    if value not in (None, AUTO) and not given & {key, f"{REF}.log_prob_micro_batch_size"}:
+    if value not in (None, AUTO) and not given.keys() & {key, f"{REF}.log_prob_micro_batch_size"}:
         yield Override(key, value, Origin("derived", reason=f"{field}, as the policy's log-probs"))
 
 
@@ -365,7 +370,7 @@ def _attention(resolved: Resolved) -> Iterator[Override]:
     A key under `verl:` takes its place, because it may name any implementation of Transformers.
     """
     value, origin = resolved.spec.model.attention, resolved.origins["model.attention"]
-    given = {written.removeprefix("+") for written in resolved.spec.verl}
+    given = verbatim_keys(resolved.spec)
     for node in (MODEL, *(["critic.model"] if resolved.spec.algorithm.advantage == "gae" else [])):
         key = f"{node}.{ATTENTION}"
         if value != AUTO and key not in given:
@@ -453,7 +458,7 @@ def _correction(resolved: Resolved) -> Iterator[Override]:
 
 def _compared(resolved: Resolved) -> Iterator[Override]:
     """Over which tokens the log-probs are that weights and rejection compare (plugins/support.py)."""
-    origins, given = resolved.origins, {key.removeprefix("+") for key in resolved.spec.verl}
+    origins, given = resolved.origins, verbatim_keys(resolved.spec)
     if takes_raw_log_probs(resolved.spec):
         cut = Origin("derived", reason="the trainer's log-probs are not renormalized over the kept tokens either")
         yield Override(LOG_PROBS_MODE, RAW, cut)
@@ -511,7 +516,7 @@ def _loss(resolved: Resolved) -> Iterator[Override]:
         because = origin if resolved.is_set(LOSS_FIELD) else resolved.origins["correction.cap"]
         yield Override(LOSS_MODE, verl_loss(loss), because)
     coefficient = f"{ACTOR}.policy_loss.ppo_kl_coef"
-    if loss == "kl-cov" and coefficient not in {written.removeprefix("+") for written in resolved.spec.verl}:
+    if loss == "kl-cov" and coefficient not in verbatim_keys(resolved.spec):
         yield Override(coefficient, 1.0, origin)
 
 
@@ -539,7 +544,7 @@ def _run(resolved: Resolved, places: Places) -> Iterator[Override]:
 def _logical_gpus(resolved: Resolved) -> Iterator[Override]:
     """As many logical GPUs as verl asks Ray for, where the preset describes the Ray of a run on CPUs."""
     spec = resolved.spec
-    given = {written.removeprefix("+"): value for written, value in spec.verl.items()}
+    given = verbatim_keys(spec)
     if given.get(RAY_CPUS) is not None and RAY_GPUS not in given and spec.resources.nodes == 1:
         why = Origin("derived", reason="verl asks Ray for a GPU for each trainer process and rollout engine")
         yield Override(RAY_GPUS, spec.resources.all_devices, why, added=True)
