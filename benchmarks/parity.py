@@ -112,11 +112,12 @@ ENVIRONMENT = {
 ALONE, SHARED = 0.4, 0.2
 """Share of the memory that an engine takes: of its GPU, or of its run's share of a GPU, where it is only what must be
 free at the start."""
-EVALUATING = 0.3
-"""Share of a GPU that the engines of one kind of evaluation take together, where runs share the GPU."""
-KV_GIB = 8
-"""KV cache of a run that shares its GPU. vLLM measures the free memory to find its own size, and fails if another
-process frees some meanwhile (vllm/v1/worker/gpu_worker.py, determine_available_memory)."""
+EVALUATING = 0.05
+"""Share of a GPU that must be free for each engine of an evaluation, where runs share the GPU."""
+KV_GIB, KV_SHARE = 8, 0.25
+"""KV cache of an engine on a shared GPU: so many GiB, but no larger share of its run's part of the GPU. vLLM measures
+the free memory to find its own size, and fails if another process frees some meanwhile
+(vllm/v1/worker/gpu_worker.py, determine_available_memory)."""
 DEFAULT_GIB = 79.6
 """Memory of a GPU that no driver reports."""
 
@@ -286,9 +287,9 @@ class Study:
             **ENVIRONMENT,
             "FLASHRL_RUNS": str(self.work / "runs"),
             "FLASHRL_CHECKPOINTS": str(self.work / "checkpoints"),
-            # where installed packages cannot be written, every process would compile them again
-            "PYTHONPYCACHEPREFIX": str(self.work / "pycache"),
         }
+        # where installed packages cannot be written, every process would compile them again
+        self.environment.setdefault("PYTHONPYCACHEPREFIX", str(self.work / "pycache"))
         self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
         # verl switches vLLM's cache of compiled models off unless this is set (verl/trainer/constants_ppo.py:93), which
         # costs most of a minute of every start
@@ -497,8 +498,10 @@ class Study:
         if self.given.limit:
             line += ["--limit", str(self.given.limit)]
         if self.profile.cuda:
-            share = EVALUATING / self.given.evaluators
-            line += ["--gpu-memory-utilization", str(ALONE if self.each == 1 else round(share, 3))]
+            alone = ["--gpu-memory-utilization", str(ALONE)]
+            shared = ["--gpu-memory-utilization", str(EVALUATING)]
+            shared += ["--kv-memory", f"{kv_gib(memory_each(self.each, machine()['memory_gib'])):.1f}"]
+            line += alone if self.each == 1 else shared
         return [*FLASHRL, *line]
 
     def evaluated(self, kind: str, names: Sequence[str]) -> Path:
@@ -747,10 +750,21 @@ def shared_memory(each: int, memory_gib: float | None) -> Iterator[str]:
     if each == 1:
         yield f"rollout.gpu_memory_utilization={ALONE}"
         return
+    part = memory_each(each, memory_gib)
     yield f"rollout.gpu_memory_utilization={SHARED}"
-    yield f"verl.+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes={KV_GIB << 30}"
+    yield f"verl.+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes={int(kv_gib(part) * 2**30)}"
     # the estimate cuts the trainer's passes to what fits this
-    yield f"resources.gpu_memory_gib={0.9 * (memory_gib or DEFAULT_GIB) / each:.1f}"
+    yield f"resources.gpu_memory_gib={part:.1f}"
+
+
+def memory_each(each: int, memory_gib: float | None) -> float:
+    """GiB of a GPU of `memory_gib` that each of `each` runs at once takes."""
+    return 0.9 * (memory_gib or DEFAULT_GIB) / each
+
+
+def kv_gib(part: float) -> float:
+    """GiB of the KV cache of an engine on a shared GPU whose run takes `part` GiB of it."""
+    return min(KV_GIB, KV_SHARE * part)
 
 
 def short(value: float | None) -> float | None:

@@ -37,7 +37,7 @@ class Rollout:
         self._prompts = list(self._tokenized(job.questions)) if job.questions else []
         limit = self._limit()
         options = job.options
-        share, cache = options.gpu_memory_utilization, options.kv_memory
+        share = options.gpu_memory_utilization
         started = time.perf_counter()
         from vllm import LLM  # noqa: F401 - the duration of the import is reported separately
 
@@ -51,13 +51,12 @@ class Rollout:
             tensor_parallel_size=options.tensor_parallel,
             max_num_seqs=options.max_num_seqs,
             max_model_len=limit,
-            # on a CPU an environment variable sets the KV cache's size
+            kv_memory=options.kv_memory,
             on_cpu={"enforce_eager": options.enforce_eager},
             on_gpu={
                 "enforce_eager": options.enforce_eager,
                 "max_num_batched_tokens": max(BATCHED_TOKENS, limit),
                 **({} if share is None else {"gpu_memory_utilization": share}),
-                **({} if cache is None else {"kv_cache_memory_bytes": int(cache * 2**30)}),
             },
             **job.arguments,
         )

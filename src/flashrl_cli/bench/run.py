@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -213,7 +212,8 @@ def engine_process(request: Request, variant: Variant) -> Iterator[client.Worker
         job = asdict(_job(request, variant, work))
         # on a GPU vLLM has its scheduler in a separate process, as in RL; on a CPU that only costs memory and time
         usual = client.ONE_PROCESS if request.machine.kind == "cpu" else {}
-        env = client.environment(work, request.devices, _fixed(request, variant), usual)
+        fixed = {contract.ENV_ROLLOUT: variant.options().text()}
+        env = client.environment(work, request.devices, fixed, usual)
         who = f"the engine of {variant.name}"
         with client.worker(ENGINE, job, work, _log(request, variant.name), env, who=who, hints=HINTS) as worker:
             yield worker
@@ -254,13 +254,6 @@ def _job(request: Request, variant: Variant, work: Path) -> EngineJob:
         response=request.response,
         longest=request.longest,
     )
-
-
-def _fixed(request: Request, variant: Variant) -> dict[str, str]:
-    """Environment of an engine: its plugins' options, and the KV cache's size if vLLM reads it from the environment."""
-    cache = request.engine.kv_memory
-    room = {"VLLM_CPU_KVCACHE_SPACE": str(math.ceil(cache))} if cache and request.machine.kind == "cpu" else {}
-    return {contract.ENV_ROLLOUT: variant.options().text(), **room}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashrl_cli.cli.options import Json, MemoryShare, TensorParallel
+from flashrl_cli.cli.options import Json, KvMemory, MemoryShare, TensorParallel
 from flashrl_cli.precision import PRECISIONS, joined
 
 if TYPE_CHECKING:
@@ -82,12 +82,7 @@ def bench(
         typer.Option(min=2, help="Longest prompt and response together.", show_default="what is measured needs"),
     ] = None,
     gpu_memory_utilization: MemoryShare = None,
-    kv_memory: Annotated[
-        float | None,
-        typer.Option(
-            "--kv-memory", metavar="GIB", min=0.1, help="KV cache of each GPU.", show_default="what is left; on a CPU 1"
-        ),
-    ] = None,
+    kv_memory: KvMemory = None,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="No CUDA graphs.")] = False,
     budget: Annotated[
         float | None, typer.Option(metavar="SECONDS", min=1, help="Leave out what does not fit into this time.")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashrl_cli import paths
-from flashrl_cli.cli.options import Json, MemoryShare, TensorParallel
+from flashrl_cli.cli.options import Json, KvMemory, MemoryShare, TensorParallel
 from flashrl_cli.errors import InputError
 from flashrl_cli.precision import BLOCKS, BY_METHOD, ROTATED, SMOOTHED, RefittedName, joined
 from flashrl_cli.text import counted
@@ -123,6 +123,7 @@ def evaluate(
         ),
     ] = None,
     gpu_memory_utilization: MemoryShare = None,
+    kv_memory: KvMemory = None,
     fail_under: Annotated[
         str | None,
         typer.Option(
@@ -196,6 +197,7 @@ def evaluate(
                 rollout=rollout,
                 max_model_len=max_model_len,
                 gpu_memory_utilization=gpu_memory_utilization,
+                kv_memory=kv_memory,
                 tensor_parallel=tp,
                 profile=None if profile is None else str(paths.absolute(profile)),
                 rotation=_rotation(rotation, rollout),

@@ -95,3 +95,9 @@ MemoryShare = Annotated[
         show_default="what is free, to 0.9",
     ),
 ]
+KvMemory = Annotated[
+    float | None,
+    typer.Option(
+        "--kv-memory", metavar="GIB", min=0.1, help="KV cache of each GPU.", show_default="what is left; on a CPU 1"
+    ),
+]

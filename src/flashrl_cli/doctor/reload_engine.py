@@ -31,7 +31,7 @@ SPREAD, EMBEDDING_SPREAD = 0.05, 0.1
 
 With a larger embedding each token would predict itself, whatever the layers compute.
 """
-MEMORY, KV_BYTES = 0.05, 1 << 28
+MEMORY, KV_GIB = 0.05, 0.25
 """Fraction of the device's memory that must be free, and bytes of the KV cache."""
 
 Answer = dict[str, list[Any]]
@@ -76,8 +76,9 @@ def start(folder: Path, precision: str) -> Any:
         max_model_len=PROMPT + NEW,
         max_num_seqs=SEQUENCES,
         enable_prefix_caching=False,
+        kv_memory=KV_GIB,
         on_cpu=memory,
-        on_gpu={**memory, "compilation_config": graphs, "kv_cache_memory_bytes": KV_BYTES},
+        on_gpu={**memory, "compilation_config": graphs},
     )
 
 

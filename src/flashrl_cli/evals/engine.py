@@ -102,6 +102,7 @@ class Generator:
             max_model_len=self._limit,
             tensor_parallel_size=job.engine.tensor_parallel,
             seed=job.sampling.seed,
+            kv_memory=job.engine.kv_memory,
             # a seeded request whose prompt is split fails on a CPU: "CPU Generator does not use offset"
             # (vllm/v1/worker/gpu_model_runner.py:3825, vLLM 0.28)
             on_cpu={"enable_chunked_prefill": False},

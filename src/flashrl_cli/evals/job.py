@@ -40,13 +40,15 @@ class EngineSettings:
     """Settings of the engine: `rollout` is the precision of the linear layers.
 
     `max_model_len` is in tokens, None for as many as the prompts need. `gpu_memory_utilization` is the share of each
-    GPU's memory that vLLM takes, None for its default; `tensor_parallel` counts GPUs; `profile` is the absolute path of
-    a smoothing profile. `rotation` is the block by which int8 rotates its inputs, 0 for none, `auto` for the default.
+    GPU's memory that vLLM takes, None for its default; `kv_memory` is the KV cache in GiB, None for what is left of it;
+    `tensor_parallel` counts GPUs; `profile` is the absolute path of a smoothing profile. `rotation` is the block by
+    which int8 rotates its inputs, 0 for none, `auto` for the default.
     """
 
     rollout: str = "bf16"
     max_model_len: int | None = None
     gpu_memory_utilization: float | None = None
+    kv_memory: float | None = None
     tensor_parallel: int = 1
     profile: str | None = None
     rotation: int | str = AUTO
@@ -113,9 +115,7 @@ MODULE = "flashrl_cli.evals.engine"
 HINTS = {
     "gpu-memory": "a smaller --max-model-len or --gpu-memory-utilization, or --tp over more GPUs",
     "gpu-occupied": ("a smaller --gpu-memory-utilization, or another GPU by CUDA_VISIBLE_DEVICES"),
-    "kv-memory": (
-        "a smaller --max-model-len, or a larger --gpu-memory-utilization (on a CPU: VLLM_CPU_KVCACHE_SPACE, in GiB)"
-    ),
+    "kv-memory": ("a smaller --max-model-len, or a larger --gpu-memory-utilization or --kv-memory"),
     "model-length": "a smaller --max-tokens or --max-model-len",
 }
 """Hints for an evaluation, by the id of a cause; verl.causes has the hints for a training run."""

@@ -6,6 +6,8 @@ These are refits, tokenizers and stop tokens. It is imported in worker processes
 from __future__ import annotations
 
 import gc
+import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,18 +25,34 @@ class Spoilt(Unreadable):
     """Weights turned out to be unreadable after some of them were already loaded into the engine."""
 
 
-def start(model: str, *, on_cpu: Mapping[str, Any], on_gpu: Mapping[str, Any], **arguments: Any) -> Any:
+def start(
+    model: str,
+    *,
+    on_cpu: Mapping[str, Any],
+    on_gpu: Mapping[str, Any],
+    kv_memory: float | None = None,
+    **arguments: Any,
+) -> Any:
     """vLLM's `LLM` for the HF folder `model`: bf16 activations, dummy weights, and token ids instead of text.
 
+    `kv_memory` is the size of the KV cache in GiB, rounded up to whole ones on a CPU; None for vLLM's choice.
     `arguments` are passed to vLLM, with `on_cpu` or `on_gpu` for the present device; they override the defaults here.
     """
     gc.disable()  # importing vLLM creates millions of objects, of which a collection would free none
     from vllm import LLM
 
+    cpu, cache = is_cpu(), {}
+    if kv_memory is not None and cpu:
+        # the variable, which has a default here, replaces the argument (vllm/platforms/cpu.py:166, vLLM 0.28)
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(math.ceil(kv_memory))
+    elif kv_memory is not None:
+        # without it vLLM measures the free memory, and fails if another process frees some meanwhile: see
+        # determine_available_memory in vllm/v1/worker/gpu_worker.py
+        cache = {"kv_cache_memory_bytes": int(kv_memory * 2**30)}
     usual = {"dtype": "bfloat16", "load_format": "dummy", "skip_tokenizer_init": True}
     # there are no CUDA graphs to capture on a CPU
-    cpu = {"enforce_eager": True, "gpu_memory_utilization": CPU_MEMORY, **on_cpu}
-    llm = LLM(**{"model": model, **usual, **arguments, **(cpu if is_cpu() else on_gpu)})
+    device = {"enforce_eager": True, "gpu_memory_utilization": CPU_MEMORY, **on_cpu} if cpu else {**cache, **on_gpu}
+    llm = LLM(**{"model": model, **usual, **arguments, **device})
     gc.freeze()
     gc.enable()
     return llm

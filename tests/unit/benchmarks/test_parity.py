@@ -266,6 +266,16 @@ def test_runs_that_share_a_gpu_share_its_memory(tmp_path: Path) -> None:
     assert shared["resources.gpu_memory_gib"] == "42.0"
     assert any("kv_cache_memory_bytes" in key for key in shared)
     assert shared.keys() <= options_of(three.train_command(three.by_name[name], 60)).keys()
+    cache = "verl.+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes"
+    eight = dict(one.split("=") for one in parity.shared_memory(8, 140.0))
+    assert (shared[cache], eight[cache]) == (str(8 << 30), str(int(0.25 * 0.9 * 140 / 8 * 2**30)))
+
+
+@pytest.mark.parametrize(("jobs", "alone"), [("1", True), ("2", False)])
+def test_evaluations_beside_runs_take_a_fixed_part_of_the_gpu(tmp_path: Path, jobs: str, alone: bool) -> None:
+    line = study(tmp_path, "--jobs", jobs).evaluate_command("greedy", ["base"])
+    assert line[line.index("--gpu-memory-utilization") + 1] == ("0.4" if alone else "0.05")
+    assert ("--kv-memory" not in line) is alone
 
 
 def test_a_state_of_other_options_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ and tokenizers."""
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,7 @@ def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(engine, "tokenizer_of", lambda folder, **_: tokenizer)
     monkeypatch.setattr(Weights, "fingerprint", lambda self: "content")
     monkeypatch.setenv(contract.ENV_ROLLOUT, "")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 64}')
     return str(request.param)
 
@@ -68,6 +70,7 @@ def usual(model: Path, **more: Any) -> dict[str, Any]:
             {"max_model_len": 50, "tensor_parallel_size": 2},
             {"gpu_memory_utilization": 0.4},
         ),
+        ({"kv_memory": 1.5}, None, {}, {"kv_cache_memory_bytes": 1610612736}),
     ],
 )
 def test_arguments_of_an_evaluation(
@@ -84,6 +87,12 @@ def test_arguments_of_an_evaluation(
     here = {"enforce_eager": True, "gpu_memory_utilization": 0.2, "enable_chunked_prefill": False}
     wanted = {"generation_config": "vllm", "max_model_len": 30, "tensor_parallel_size": 1, "seed": 7, **own}
     assert LLM.arguments == usual(tmp_path, **wanted, **(here if platform == "cpu" else on_gpu))
+
+
+@pytest.mark.parametrize(("gib", "space"), [(None, "1"), (1.5, "2"), (4, "4")])
+def test_the_kv_cache_of_a_cpu_is_whole_gibibytes(platform: str, gib: float | None, space: str) -> None:
+    engine.start("m", kv_memory=gib, on_cpu={}, on_gpu={})
+    assert os.environ["VLLM_CPU_KVCACHE_SPACE"] == (space if platform == "cpu" else "1")
 
 
 def test_an_evaluation_has_no_fp8_on_a_cpu(platform: str, tmp_path: Path) -> None:
