@@ -11,7 +11,8 @@ is loaded (vllm/utils/ompmultiprocessing.py).
 On GPUs a fork cannot use CUDA once its parent has initialized it. Modules of verl ask for GPUs while they are imported
 (verl/utils/device.py:57, verl/trainer/constants_ppo.py:26). The server answers them from NVML, which leaves CUDA alone
 (PYTORCH_NVML_BASED_CUDA_CHECK of a run's environment, and `capabilities_by_nvidia_smi`). If a module initializes CUDA
-nevertheless, the server names it and ends, and all processes of the run start as usual.
+nevertheless, the server names it and ends, and all processes of the run start as usual. It does the same if Ray's
+random numbers were drawn, which all forks would then draw alike (`ray_is_seeded`).
 
 The server listens on a socket that the guardian opened, and ends when the guardian closes the lifeline. A request is a
 length and JSON, with file descriptors: stdout, stderr and, for a process of multiprocessing, what
@@ -76,6 +77,7 @@ AT_RUN_TIME = frozenset(
         "LOCAL_WORLD_SIZE",
         "MASTER_ADDR",
         "MASTER_PORT",
+        "NCCL_CUMEM_ENABLE",
         "NUMEXPR_MAX_THREADS",
         "OMP_NUM_THREADS",
         "PWD",
@@ -298,7 +300,8 @@ def _answer(connection: socket.socket, **answer: Any) -> None:
 def preload(names: tuple[str, ...]) -> None:
     """Import modules; one that is missing here is left to the processes that need it.
 
-    Raises SystemExit if one initializes CUDA, which no fork could use then.
+    Raises SystemExit if one initializes CUDA, which no fork could use then, or draws one of Ray's random numbers, of
+    which all forks would draw the same ones then.
     """
     gc.disable()  # a collection finds nothing to free between imports
     for name in names:
@@ -308,7 +311,53 @@ def preload(names: tuple[str, ...]) -> None:
             print(f"not imported ahead: {name}: {error}", file=sys.stderr, flush=True)
         if cuda_is_initialized():
             sys.exit(f"all processes start without the fork server: importing {name} initializes CUDA")
+    if ray_is_seeded():
+        what = f"importing {', '.join(names)} draws Ray's random numbers"
+        sys.exit(f"all processes start without the fork server: {what}")
     gc.enable()
+
+
+def ray_is_seeded() -> bool:
+    """Whether forks of this process would draw the same random ids from Ray; False where Ray is not imported.
+
+    Two forks draw one each. Ray's C++ code takes ids from a generator that is seeded once in a process (absl::BitGen in
+    src/ray/common/id.h). A thread of an asynchronous actor has a random id, of which the ids of its calls are hashes:
+    calls of two forks to the same actor would have the same ids, and Ray ends an actor that runs both at once ("Check
+    failed: erased == 1", core_worker.cc:2919 in 2.56), or mixes up their results.
+    """
+    if "ray._raylet" not in sys.modules:
+        return False
+    from ray import JobID
+    from ray._raylet import TaskID
+
+    drawn = []
+    for _ in range(2):
+        reader, writer = os.pipe()
+        if not (pid := os.fork()):
+            os.write(writer, TaskID.for_fake_task(JobID.from_int(1)).binary())
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as stream:
+            drawn.append(stream.read())
+        os.waitpid(pid, 0)
+    return drawn[0] == drawn[1]
+
+
+def draw_class_ids_from_the_system() -> None:
+    """Let classes that are declared actors take their ids from the system's random numbers (idempotent).
+
+    A declaration takes a random id (ray/actor.py:2938 in 2.60, :2696 in 2.56), which seeds Ray's generator for all
+    forks; see `ray_is_seeded`.
+    """
+    import ray.actor
+
+    original = ray.actor.ActorClassID
+    if getattr(original, contract.PATCHED, False):
+        return
+    length = len(original.nil().binary())
+    ids = type("ActorClassID", (), {"from_random": staticmethod(lambda: original(os.urandom(length)))})
+    setattr(ids, contract.PATCHED, True)
+    ray.actor.ActorClassID = ids
 
 
 def cuda_is_initialized() -> bool:
@@ -348,6 +397,7 @@ def prepare_for_run() -> None:
     which is this server; it ends with the raylet.
     """
     os.environ.update({JOB: FIRST_JOB, RAYLET: str(os.getpid())})
+    draw_class_ids_from_the_system()
     preload(("verl.trainer.constants_ppo",))
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 

@@ -6,6 +6,7 @@ into the live parameters, which quantized layers and vLLM's CPU build no longer 
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,10 @@ from flashrl_cli import contract
 from flashrl_cli.plugins.arrival import Arrival
 from flashrl_cli.plugins.coverage import Coverage, ties_head
 from flashrl_cli.plugins.refit import Load, describe, log, refit
+from flashrl_cli.plugins.vllm_plugin import sleep_beside_others
+
+if os.environ.get(contract.ENV_PLATFORM) == "cuda":
+    sleep_beside_others()  # vLLM imports this module in each worker, once it has chosen the class of the worker
 
 
 class CheckedWorkerExtension(vLLMColocateWorkerExtension):

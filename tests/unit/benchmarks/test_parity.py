@@ -251,7 +251,7 @@ def test_options_for_every_run_do_not_undo_the_hard_ones(tmp_path: Path) -> None
     usual, hard = (
         options_of(found.train_command(found.by_name[f"{name}-seed0"], 60)) for name in ("bf16", "hard-bf16")
     )
-    assert (usual["algorithm.lr"], hard["algorithm.lr"]) == ("1e-5", "2e-5")
+    assert (usual["algorithm.lr"], hard["algorithm.lr"]) == ("1e-5", "8e-5")
     assert usual["data.train_batch_size"] == hard["data.train_batch_size"] == "64"
 
 
@@ -262,7 +262,7 @@ def test_runs_that_share_a_gpu_share_its_memory(tmp_path: Path) -> None:
     assert single["rollout.gpu_memory_utilization"] == "0.4"
     assert "resources.gpu_memory_gib" not in single
     shared = dict(one.split("=") for one in parity.shared_memory(three.each, 140.0))
-    assert shared["rollout.gpu_memory_utilization"] == "0.2"
+    assert shared["rollout.gpu_memory_utilization"] == "0.15"
     assert shared["resources.gpu_memory_gib"] == "42.0"
     assert any("kv_cache_memory_bytes" in key for key in shared)
     assert shared.keys() <= options_of(three.train_command(three.by_name[name], 60)).keys()
