@@ -389,6 +389,7 @@ RAY = (
         r"the [Rr]aylet (is unavailable \(crashed\)|has most likely crashed)",
         r"Failed to connect to GCS within",
         r"NodeDiedError",
+        r"\b\w+\.cc:\d+: .*\bCheck failed: ",
         r"have not registered within the timeout\. The process is dead",
         r"the node it was running on is dead or unavailable",
     ),

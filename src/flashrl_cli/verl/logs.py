@@ -135,6 +135,11 @@ UNFINISHED = re.compile(
 )
 DEATH = re.compile(r"Worker PID: (?P<pid>\d+) Worker exit type: \S+ Worker exit detail: (?P<why>[^.]+)")
 """Line that Ray logs about a process that died without an exception."""
+CHECK = re.compile(
+    r"^\((?P<name>\w+) pid=(?P<pid>\d+)[^)]*\) \[[^\]]+\] (?P<place>\w+\.cc:\d+): .*(?P<why>Check failed: .*)",
+    re.MULTILINE,
+)
+"""Line with which Ray's C++ code ends a process that is in a state which it holds impossible."""
 MAX_LENGTH = 300
 
 
@@ -168,8 +173,13 @@ def _last(raised: Sequence[_Raised]) -> str | None:
 
 
 def _first_death(lines: Sequence[str]) -> str | None:
-    """The first process whose death Ray's raylet logs, under the name that Ray gives it anywhere in the log."""
+    """The first process whose death Ray's raylet logs, under the name that Ray gives it anywhere in the log.
+
+    Where Ray's own code ended a process, why it did.
+    """
     log = "\n".join(plain(line) for line in lines)
+    if check := CHECK.search(log):
+        return f"{check['name']} (pid {check['pid']}): {check['why']} ({check['place']})"
     death = DEATH.search(log)
     if death is None:
         return None
