@@ -247,13 +247,15 @@ class Pace:
     evaluate_s: float
     measured: bool
 
-    def target(self, done: int, steps: int, left: float) -> int | None:
+    def target(self, done: int, steps: int, left: float, *, whole: bool = False) -> int | None:
         """The step to which a run can be taken in `left` seconds; None if a start is not worth it.
 
         A run that cannot end in time ends by itself at a checkpoint; where nothing was measured it is stopped instead,
-        and goes on from the last checkpoint before.
+        and goes on from the last checkpoint before. With `whole` nothing else counts than whether it can end.
         """
         needed = steps - done
+        if whole:
+            return steps if self.start_s + needed * self.step_s <= left else None
         if self.start_s + needed * self.step_s + self.evaluate_s <= left:
             return steps
         fit = min(needed, int((0.95 * left - self.start_s) / self.step_s))
@@ -619,7 +621,7 @@ class Shop:
         study, pace = self.study, self.study.pace()
         for name in study.left_to_train(busy):
             done = study.saved(name)
-            target = pace.target(done, study.given.steps, self.left)
+            target = pace.target(done, study.given.steps, self.left, whole=study.given.whole)
             if target is None:
                 continue
             run = study.by_name[name]
@@ -905,6 +907,9 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--evaluators", type=int, default=1, help="engines of each kind of evaluation at once (default: %(default)s)"
     )
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="end within that time")
+    parser.add_argument(
+        "--whole", action="store_true", help="begin no run that cannot end in time: the machine is lost afterwards"
+    )
     parser.add_argument("--limit", type=int, help="evaluate on the first questions only")
     parser.add_argument("--retry", action="store_true", help="train again what was given up after two failures")
     parser.add_argument("--keep", action="store_true", help="keep checkpoints that are evaluated")

@@ -115,8 +115,8 @@ def test_gsm8k_through_ppo_with_a_critic(workshop: Workshop, gsm8k: Path) -> Non
     workshop.run("prepare", "gsm8k", "--source", gsm8k)
     short = ("--set", "trainer.steps=1", "--set", "trainer.save_every=1")
     few = ("--set", "trainer.validate_before=true", "--set", "verl.data.val_max_samples=8")
-    few += ("--set", "verl.actor_rollout_ref.rollout.agent.num_workers=2")
-    out, err = workshop.run("train", "--preset", "gsm8k-tiny-cpu", *INT8, *short, *few, "--name", "ppo", "--json")
+    two = ("--set", "verl.actor_rollout_ref.rollout.agent.num_workers=2")
+    out, err = workshop.run("train", "--preset", "gsm8k-tiny-cpu", *INT8, *short, *few, *two, "--name", "ppo", "--json")
     assert "validation: 8 prompts of gsm8k before step 1" in err
     doing = [event["doing"] for event in events(out, "phase")]
     assert doing[-2:] == ["validating the starting policy: 8 prompts of gsm8k", "sampling responses"]

@@ -305,6 +305,12 @@ def test_a_run_is_taken_as_far_as_the_time_allows(done: int, left: float, measur
     assert pace.target(done, 60, left) == target
 
 
+@pytest.mark.parametrize(("done", "left", "target"), [(0, 700, 60), (0, 690, None), (40, 300, 60), (40, 290, None)])
+def test_only_runs_that_can_end_are_begun_where_the_rest_is_lost(done: int, left: float, target: int | None) -> None:
+    pace = parity.Pace(start_s=100, step_s=10, evaluate_s=120, measured=True)
+    assert pace.target(done, 60, left, whole=True) == target
+
+
 # What is started when
 
 
