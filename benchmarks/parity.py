@@ -86,9 +86,10 @@ ALWAYS = (
     "trainer.validate_every=-1",
     "trainer.validate_before=false",
     "watch.stop_grace_s=10",
+    "watch.step_timeout_s=600",
     "verl.trainer.max_actor_ckpt_to_keep=1",
 )
-"""Every run: no validation (the evaluation does it), one checkpoint, and a quick end when it is stopped."""
+"""Every run: no validation (the evaluation does it), one checkpoint, and a quick end when it is stopped or hangs."""
 
 MACHINE = (
     "verl.actor_rollout_ref.actor.fsdp_config.use_torch_compile=false",  # a compilation less at each start

@@ -32,7 +32,7 @@ SPREAD, EMBEDDING_SPREAD = 0.05, 0.1
 With a larger embedding each token would predict itself, whatever the layers compute.
 """
 MEMORY, KV_GIB = 0.05, 0.25
-"""Fraction of the device's memory that must be free, and bytes of the KV cache."""
+"""Fraction of the device's memory that must be free, and GiB of the KV cache."""
 
 Answer = dict[str, list[Any]]
 

@@ -115,7 +115,7 @@ MODULE = "flashrl_cli.evals.engine"
 HINTS = {
     "gpu-memory": "a smaller --max-model-len or --gpu-memory-utilization, or --tp over more GPUs",
     "gpu-occupied": ("a smaller --gpu-memory-utilization, or another GPU by CUDA_VISIBLE_DEVICES"),
-    "kv-memory": ("a smaller --max-model-len, or a larger --gpu-memory-utilization or --kv-memory"),
+    "kv-memory": "a smaller --max-model-len, or a larger --gpu-memory-utilization or --kv-memory",
     "model-length": "a smaller --max-tokens or --max-model-len",
 }
 """Hints for an evaluation, by the id of a cause; verl.causes has the hints for a training run."""

@@ -224,6 +224,7 @@ def test_a_module_that_initializes_cuda_ends_the_server(
 ) -> None:
     driver = SimpleNamespace(cuDeviceGetCount=lambda _count: answer)
     monkeypatch.setattr("ctypes.CDLL", lambda name: driver if name == forkserver.CUDA_DRIVER else None)
+    monkeypatch.setattr(forkserver, "ray_is_seeded", lambda: False)  # another test may have drawn from Ray here
     assert forkserver.cuda_is_initialized() is initialized
     if initialized:
         with pytest.raises(SystemExit, match="importing colorsys initializes CUDA"):
