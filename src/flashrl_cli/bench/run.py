@@ -198,8 +198,9 @@ class Store:
 ENGINE, SCORER = "flashrl_cli.bench.engine", "flashrl_cli.bench.scorer"
 HINTS = {
     "gpu-memory": "a smaller --batch or --gpu-memory-utilization, or --tp over more GPUs",
-    "gpu-occupied": ("a smaller --gpu-memory-utilization, or another GPU by CUDA_VISIBLE_DEVICES"),
-    "kv-memory": ("a smaller --prompt or --response, or a larger --gpu-memory-utilization (on a CPU: --kv-memory)"),
+    "gpu-occupied": "a smaller --gpu-memory-utilization, or another GPU by CUDA_VISIBLE_DEVICES",
+    "gpu-shared": "a KV cache of a fixed size, by --kv-memory GIB",
+    "kv-memory": "a smaller --prompt or --response, or a larger --gpu-memory-utilization (on a CPU: --kv-memory)",
 }
 """Fixes in a benchmark, by the id of a cause (verl.causes)."""
 

@@ -114,7 +114,8 @@ class Order:
 MODULE = "flashrl_cli.evals.engine"
 HINTS = {
     "gpu-memory": "a smaller --max-model-len or --gpu-memory-utilization, or --tp over more GPUs",
-    "gpu-occupied": ("a smaller --gpu-memory-utilization, or another GPU by CUDA_VISIBLE_DEVICES"),
+    "gpu-occupied": "a smaller --gpu-memory-utilization, or another GPU by CUDA_VISIBLE_DEVICES",
+    "gpu-shared": "a KV cache of a fixed size, by --kv-memory GIB",
     "kv-memory": "a smaller --max-model-len, or a larger --gpu-memory-utilization or --kv-memory",
     "model-length": "a smaller --max-tokens or --max-model-len",
 }

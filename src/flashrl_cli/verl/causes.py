@@ -50,6 +50,13 @@ GPU = (
         r"Free memory on device .* is less than desired GPU memory utilization",
     ),
     _cause(
+        "gpu-shared",
+        "another process freed memory of a GPU while the rollout engine measured what is free there",
+        "give the KV cache a size, so that nothing is measured: "
+        "`--set verl.+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes=BYTES`",
+        r"Error in memory profiling\. Initial free memory",
+    ),
+    _cause(
         "gpu-failed",
         "a GPU failed",
         "take it or its node out of the run (`dmesg | grep Xid` names it), then `--resume auto`",
