@@ -909,7 +909,9 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="end within that time")
     parser.add_argument(
-        "--whole", action="store_true", help="begin no run that cannot end in time: the machine is lost afterwards"
+        "--whole",
+        action="store_true",
+        help="begin no run that cannot end in time, where the machine is lost afterwards",
     )
     parser.add_argument("--limit", type=int, help="evaluate on the first questions only")
     parser.add_argument("--retry", action="store_true", help="train again what was given up after two failures")

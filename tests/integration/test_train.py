@@ -126,5 +126,7 @@ def test_gsm8k_through_ppo_with_a_critic(workshop: Workshop, gsm8k: Path) -> Non
     assert events(out, "proof")[0]["workers"][0]["precision"] == "int8"
     saved = workshop.root / "checkpoints" / "gsm8k-tiny-cpu" / "ppo" / "global_step_1"
     assert (saved / "critic").is_dir()
+    log = (workshop.root / "runs" / "ppo" / "attempt_1" / "driver.log").read_text(encoding="utf-8")
+    assert "all processes start without the fork server" not in log
     check_kept(workshop, "ppo", step)
     assert not workshop.leftovers()

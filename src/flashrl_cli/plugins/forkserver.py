@@ -320,10 +320,10 @@ def preload(names: tuple[str, ...]) -> None:
 def ray_is_seeded() -> bool:
     """Whether forks of this process would draw the same random ids from Ray; False where Ray is not imported.
 
-    Two forks draw one each. Ray's C++ code takes ids from a generator that is seeded once in a process (absl::BitGen in
-    src/ray/common/id.h). A thread of an asynchronous actor has a random id, of which the ids of its calls are hashes:
-    calls of two forks to the same actor would have the same ids, and Ray ends an actor that runs both at once ("Check
-    failed: erased == 1", core_worker.cc:2919 in 2.56), or mixes up their results.
+    Two forks draw one each. Ray's C++ code takes ids from a generator that a fork inherits as soon as it was used, and
+    warns of it (src/ray/util/random.h). A thread of an asynchronous actor has a random id, of which the ids of its
+    calls are hashes: calls of two forks to the same actor would have the same ids, and Ray ends an actor that runs both
+    at once ("Check failed: erased == 1", core_worker.cc:2919 in 2.56), or a call never returns.
     """
     if "ray._raylet" not in sys.modules:
         return False
